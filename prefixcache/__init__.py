@@ -1,0 +1,1 @@
+"""One KV cache for all LLM serving processes of a machine."""

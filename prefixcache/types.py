@@ -1,0 +1,339 @@
+"""The words of the project: ids, packed tokens, and the frozen answers that the verbs give.
+
+Floor 0: imports nothing of the project, and only the standard library.
+
+Token ids travel and are stored as packed little-endian uint32 `bytes`, from the client through the
+wire to the tree; block ids as int32.  `pack` and `unpack` are the only places that convert.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NewType, TypeAlias
+
+if sys.byteorder != "little":  # pragma: no cover - no such machine runs the workers
+    raise ImportError("prefixcache stores tokens as native little-endian words; this host is not")
+
+BlockId = NewType("BlockId", int)
+LeaseId = NewType("LeaseId", int)
+TicketId = NewType("TicketId", int)
+WorkerId = NewType("WorkerId", str)
+
+BlockTable: TypeAlias = "array[int]"
+"""A sequence's blocks in order: `array('i')`, so that it is also a buffer of int32."""
+
+TOKEN_BYTES: Final = 4
+"""Bytes of one packed token id."""
+
+TokensLike: TypeAlias = "bytes | bytearray | memoryview | Sequence[int] | Iterable[int]"
+"""What the client takes for token ids: packed bytes, or any integers."""
+
+DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""The element types a pool can hold, and their size in bytes."""
+
+
+def pack(tokens: TokensLike) -> bytes:
+    """Pack token ids as little-endian uint32.  Changes nothing.  O(n).
+
+    Fast for what supports the buffer protocol with 4-byte integers (numpy int32/uint32, `array('I')`):
+    one copy.  Other integers are converted one by one, in C.
+
+    Raises:
+        OverflowError: an id is negative or does not fit into 32 bits.
+
+    >>> pack([1, 2]).hex()
+    '0100000002000000'
+    """
+    if isinstance(tokens, bytes):
+        return tokens
+    if isinstance(tokens, bytearray):
+        return bytes(tokens)
+    try:
+        view = memoryview(tokens)  # type: ignore[arg-type]
+    except TypeError:
+        return array("I", tokens).tobytes()  # type: ignore[arg-type]
+    if view.format == "B" or (view.itemsize == TOKEN_BYTES and view.format in "iIlL"):
+        return view.tobytes()
+    return array("I", view.tolist()).tobytes()
+
+
+def unpack(tokens: bytes) -> array[int]:
+    """Give packed token ids as `array('I')`.  Changes nothing.  One copy.
+
+    >>> unpack(pack([7, 9])).tolist()
+    [7, 9]
+    """
+    return array("I", tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What may share: prefixes are never reused across two namespaces.
+
+    A tuple of fields, never a joined string, so that no two namespaces can collide.
+    """
+
+    model: str
+    adapter: str = ""
+    tenant: str = ""
+    salt: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.tenant, self.model, self.adapter, self.salt) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape of one token's keys and values in the pool.
+
+    >>> Layout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16").token_bytes
+    23040
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token: keys and values of all layers."""
+        width = self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * self.num_layers * width
+
+    def __str__(self) -> str:
+        return f"{self.num_layers}x{self.num_kv_heads}x{self.head_dim}:{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolHandle:
+    """Where a worker finds the pool.  `epoch` names the life of the pool; a handle of another is refused."""
+
+    kind: str
+    """`"shm"` (POSIX shared memory, CPU), `"cuda-ipc"` (one GPU) or `"none"` (accounting only)."""
+    name: str
+    """shm: the path of the 0600 file to map.  cuda-ipc: the exported handle."""
+    num_blocks: int
+    block_size: int
+    layout: Layout
+    epoch: int
+    offset: int
+    """Bytes before block 0 (the pool's own header)."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks, without the header."""
+        return self.num_blocks * self.block_size * self.layout.token_bytes
+
+
+class Partial(enum.StrEnum):
+    """How much of a block that matches only in part may be reused (by copy-on-write)."""
+
+    OFF = "off"
+    """Whole blocks only."""
+    BLOCKS = "blocks"
+    """Also the first tokens of the best partly matching full block."""
+    TAILS = "tails"
+    """Also of partly filled last blocks: reuse is token-exact at every block size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy the first `num_tokens` slots of block `src` to block `dst`, in every layer, before writing."""
+
+    src: BlockId
+    dst: BlockId
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """The fate of each prompt token.  The fields sum to the prompt's length."""
+
+    hit: int = 0
+    """In whole blocks that were read in place."""
+    partial: int = 0
+    """In the first slots of a block that was copied."""
+    joined: int = 0
+    """Another lease was computing them; this request waited and reads them in place."""
+    cold: int = 0
+    """Never seen (or forgotten so long ago that no ghost remembers them)."""
+    evicted: int = 0
+    """Were stored once; a ghost remembers them."""
+    granularity: int = 0
+    """Stored, but shorter than what can be shared (always at least one token is computed)."""
+
+    @property
+    def total(self) -> int:
+        """The prompt's length in tokens."""
+        return (
+            self.hit + self.partial + self.joined + self.cold + self.evicted + self.granularity
+        )
+
+    @property
+    def reused(self) -> int:
+        """Tokens that need not be computed: hit + partial + joined."""
+        return self.hit + self.partial + self.joined
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """Answer of `attach`."""
+
+    worker: WorkerId
+    pool: PoolHandle
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Answer of `acquire` and of each child of `fork`: a lease on blocks.
+
+    ```
+    tokens   0 ──────────── num_cached ─────────────── prompt ──── room
+    blocks   shared, read-only │ copied │ private, to be computed and committed
+    ```
+    """
+
+    lease: LeaseId
+    block_table: BlockTable
+    num_cached: int
+    """Tokens from position 0 that hold valid KV once `copies` are made."""
+    num_pending: int
+    """Of the tokens after `num_cached`, how many another lease was computing at that moment."""
+    copies: tuple[Copy, ...]
+    ledger: Ledger
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Answer of `acquire` when the caller chose to wait and the prefix is being computed now.
+
+    Nothing was taken.  The grant comes later, from `PrefixCache.settled`, under this ticket.
+    """
+
+    ticket: TicketId
+    owner: LeaseId
+    num_pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableUpdate:
+    """Answer of `extend` and `truncate`: the new table is `old[:keep] + blocks`."""
+
+    keep: int
+    blocks: BlockTable
+    copies: tuple[Copy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Answer of `commit`."""
+
+    num_tokens: int
+    """Tokens of the lease that now hold valid KV."""
+    num_indexed: int
+    """Blocks (the tail included) that this call made visible to all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Answer of `release`."""
+
+    num_freed: int
+    """Private blocks that went back to the free list; the others stay cached until evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Answer of `lookup`: what `acquire` would find.  Takes no reference."""
+
+    num_tokens: int
+    num_hit: int
+    num_partial: int
+    num_pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens `start` to `end` (exclusive) of a prompt share one fate, named as in `Ledger`."""
+
+    start: int
+    end: int
+    fate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Answer of `explain`: why each token of a prompt would or would not be reused."""
+
+    spans: tuple[Span, ...]
+    ledger: Ledger
+    parted_at: int | None
+    """Index of the first token that differs from what is stored; None if nothing parts there."""
+    stored_next: bytes
+    """Up to 8 packed tokens that the closest stored prompt has from `parted_at` on."""
+    num_parted: int
+    """How many requests have parted from the stored ones at this very place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Answer of `reset`."""
+
+    num_blocks: int
+    """Indexed blocks that can no longer be found."""
+    num_leased: int
+    """Of these, blocks that leases still hold; they come back when the leases end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What the end of leases gave back (`expire`, `detach`)."""
+
+    leases: tuple[LeaseId, ...] = ()
+    num_freed: int = 0
+    num_quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseInfo:
+    """One lease in a `Snapshot`."""
+
+    lease: LeaseId
+    worker: WorkerId
+    namespace: Namespace
+    num_tokens: int
+    num_committed: int
+    num_blocks: int
+    expires_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """State of a cache at one moment.  Free + private + indexed + quarantined = num_blocks."""
+
+    num_blocks: int
+    block_size: int
+    free: int
+    private: int
+    indexed: int
+    quarantined: int
+    evictable: int
+    """Of the indexed blocks, those that no lease protects."""
+    ghosts: int
+    """Evicted blocks that are still remembered."""
+    nodes: int
+    leases: tuple[LeaseInfo, ...]
+    waiting: int
+    evicted: int
+    """Blocks evicted since the start."""
+    requests: int
+    ledger: Ledger
+    """Sum over all requests since the start."""
+    namespaces: dict[Namespace, Ledger] = field(default_factory=dict)
