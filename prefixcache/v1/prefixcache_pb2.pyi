@@ -1,0 +1,594 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ElementType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ELEMENT_TYPE_UNSPECIFIED: _ClassVar[ElementType]
+    ELEMENT_TYPE_BFLOAT16: _ClassVar[ElementType]
+    ELEMENT_TYPE_FLOAT16: _ClassVar[ElementType]
+    ELEMENT_TYPE_FLOAT32: _ClassVar[ElementType]
+
+class PoolKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOL_KIND_UNSPECIFIED: _ClassVar[PoolKind]
+    POOL_KIND_SHM: _ClassVar[PoolKind]
+    POOL_KIND_CUDA_IPC: _ClassVar[PoolKind]
+    POOL_KIND_NONE: _ClassVar[PoolKind]
+
+class PartialReuse(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PARTIAL_REUSE_UNSPECIFIED: _ClassVar[PartialReuse]
+    PARTIAL_REUSE_OFF: _ClassVar[PartialReuse]
+    PARTIAL_REUSE_BLOCKS: _ClassVar[PartialReuse]
+    PARTIAL_REUSE_TAILS: _ClassVar[PartialReuse]
+
+class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FATE_UNSPECIFIED: _ClassVar[Fate]
+    FATE_HIT: _ClassVar[Fate]
+    FATE_PARTIAL: _ClassVar[Fate]
+    FATE_JOINED: _ClassVar[Fate]
+    FATE_COLD: _ClassVar[Fate]
+    FATE_EVICTED: _ClassVar[Fate]
+    FATE_GRANULARITY: _ClassVar[Fate]
+ELEMENT_TYPE_UNSPECIFIED: ElementType
+ELEMENT_TYPE_BFLOAT16: ElementType
+ELEMENT_TYPE_FLOAT16: ElementType
+ELEMENT_TYPE_FLOAT32: ElementType
+POOL_KIND_UNSPECIFIED: PoolKind
+POOL_KIND_SHM: PoolKind
+POOL_KIND_CUDA_IPC: PoolKind
+POOL_KIND_NONE: PoolKind
+PARTIAL_REUSE_UNSPECIFIED: PartialReuse
+PARTIAL_REUSE_OFF: PartialReuse
+PARTIAL_REUSE_BLOCKS: PartialReuse
+PARTIAL_REUSE_TAILS: PartialReuse
+FATE_UNSPECIFIED: Fate
+FATE_HIT: Fate
+FATE_PARTIAL: Fate
+FATE_JOINED: Fate
+FATE_COLD: Fate
+FATE_EVICTED: Fate
+FATE_GRANULARITY: Fate
+
+class Namespace(_message.Message):
+    __slots__ = ("model", "adapter", "tenant", "salt")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    adapter: str
+    tenant: str
+    salt: str
+    def __init__(self, model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ...) -> None: ...
+
+class Layout(_message.Message):
+    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: ElementType
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[ElementType, str]] = ...) -> None: ...
+
+class PoolHandle(_message.Message):
+    __slots__ = ("kind", "name", "num_blocks", "block_size", "layout", "epoch", "offset")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    kind: PoolKind
+    name: str
+    num_blocks: int
+    block_size: int
+    layout: Layout
+    epoch: int
+    offset: int
+    def __init__(self, kind: _Optional[_Union[PoolKind, str]] = ..., name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Copy(_message.Message):
+    __slots__ = ("src", "dst", "num_tokens")
+    SRC_FIELD_NUMBER: _ClassVar[int]
+    DST_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    src: int
+    dst: int
+    num_tokens: int
+    def __init__(self, src: _Optional[int] = ..., dst: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class Ledger(_message.Message):
+    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+    HIT_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    COLD_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    hit: int
+    partial: int
+    joined: int
+    cold: int
+    evicted: int
+    granularity: int
+    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ...) -> None: ...
+
+class Status(_message.Message):
+    __slots__ = ("code", "message", "kind", "retry_after_s")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    kind: str
+    retry_after_s: float
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., kind: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("namespace", "layout", "name", "worker_key", "pid", "host", "finished")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    layout: Layout
+    name: str
+    worker_key: str
+    pid: int
+    host: str
+    finished: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_OPS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    worker_key: str
+    pool: PoolHandle
+    ttl_s: float
+    namespace_index: int
+    max_message_bytes: int
+    max_ops: int
+    def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ...) -> None: ...
+
+class AcquireRequest(_message.Message):
+    __slots__ = ("worker_key", "namespace_index", "tokens", "reserve", "wait_s", "request_id")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    namespace_index: int
+    tokens: bytes
+    reserve: int
+    wait_s: float
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class AcquireResponse(_message.Message):
+    __slots__ = ("grant",)
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    grant: Grant
+    def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
+
+class Grant(_message.Message):
+    __slots__ = ("lease", "block_table", "num_cached", "num_pending", "copies", "ledger", "ttl_s")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    block_table: bytes
+    num_cached: int
+    num_pending: int
+    copies: _containers.RepeatedCompositeFieldContainer[Copy]
+    ledger: Ledger
+    ttl_s: float
+    def __init__(self, lease: _Optional[int] = ..., block_table: _Optional[bytes] = ..., num_cached: _Optional[int] = ..., num_pending: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("op",)
+    OP_FIELD_NUMBER: _ClassVar[int]
+    op: int
+    def __init__(self, op: _Optional[int] = ...) -> None: ...
+
+class CancelResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CommitRequest(_message.Message):
+    __slots__ = ("worker_key", "lease", "num_tokens", "new_tokens")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    lease: int
+    num_tokens: int
+    new_tokens: bytes
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., new_tokens: _Optional[bytes] = ...) -> None: ...
+
+class CommitResponse(_message.Message):
+    __slots__ = ("num_tokens", "num_indexed")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_INDEXED_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    num_indexed: int
+    def __init__(self, num_tokens: _Optional[int] = ..., num_indexed: _Optional[int] = ...) -> None: ...
+
+class ExtendRequest(_message.Message):
+    __slots__ = ("worker_key", "lease", "num_tokens")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    lease: int
+    num_tokens: int
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class ExtendResponse(_message.Message):
+    __slots__ = ("keep", "blocks", "copies")
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    keep: int
+    blocks: bytes
+    copies: _containers.RepeatedCompositeFieldContainer[Copy]
+    def __init__(self, keep: _Optional[int] = ..., blocks: _Optional[bytes] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
+
+class ForkRequest(_message.Message):
+    __slots__ = ("worker_key", "lease", "count")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    lease: int
+    count: int
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class ForkResponse(_message.Message):
+    __slots__ = ("children",)
+    CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    children: _containers.RepeatedCompositeFieldContainer[Grant]
+    def __init__(self, children: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ...) -> None: ...
+
+class TruncateRequest(_message.Message):
+    __slots__ = ("worker_key", "lease", "num_tokens")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    lease: int
+    num_tokens: int
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class TruncateResponse(_message.Message):
+    __slots__ = ("keep", "blocks", "copies")
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
+    keep: int
+    blocks: bytes
+    copies: _containers.RepeatedCompositeFieldContainer[Copy]
+    def __init__(self, keep: _Optional[int] = ..., blocks: _Optional[bytes] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
+
+class ReleaseRequest(_message.Message):
+    __slots__ = ("worker_key", "lease")
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    lease: int
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ...) -> None: ...
+
+class ReleaseResponse(_message.Message):
+    __slots__ = ("num_freed",)
+    NUM_FREED_FIELD_NUMBER: _ClassVar[int]
+    num_freed: int
+    def __init__(self, num_freed: _Optional[int] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("worker_key",)
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    def __init__(self, worker_key: _Optional[str] = ...) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DetachRequest(_message.Message):
+    __slots__ = ("worker_key",)
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    worker_key: str
+    def __init__(self, worker_key: _Optional[str] = ...) -> None: ...
+
+class DetachResponse(_message.Message):
+    __slots__ = ("leases", "num_freed", "num_quarantined")
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    NUM_FREED_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    leases: _containers.RepeatedScalarFieldContainer[int]
+    num_freed: int
+    num_quarantined: int
+    def __init__(self, leases: _Optional[_Iterable[int]] = ..., num_freed: _Optional[int] = ..., num_quarantined: _Optional[int] = ...) -> None: ...
+
+class LookupRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    namespace_index: int
+    tokens: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+
+class LookupResponse(_message.Message):
+    __slots__ = ("num_tokens", "num_hit", "num_partial", "num_pending")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HIT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    num_hit: int
+    num_partial: int
+    num_pending: int
+    def __init__(self, num_tokens: _Optional[int] = ..., num_hit: _Optional[int] = ..., num_partial: _Optional[int] = ..., num_pending: _Optional[int] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    namespace_index: int
+    tokens: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("start", "end", "fate")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    FATE_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    fate: Fate
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted")
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    PARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    STORED_NEXT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTED_FIELD_NUMBER: _ClassVar[int]
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    ledger: Ledger
+    parted_at: int
+    stored_next: bytes
+    num_parted: int
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ...) -> None: ...
+
+class ResetRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "namespace_index")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    namespace_index: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ...) -> None: ...
+
+class ResetResponse(_message.Message):
+    __slots__ = ("num_blocks", "num_leased")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASED_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    num_leased: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_leased: _Optional[int] = ...) -> None: ...
+
+class SnapshotRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaseInfo(_message.Message):
+    __slots__ = ("lease", "worker", "namespace", "num_tokens", "num_committed", "num_blocks", "expires_in_s")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    worker: str
+    namespace: Namespace
+    num_tokens: int
+    num_committed: int
+    num_blocks: int
+    expires_in_s: float
+    def __init__(self, lease: _Optional[int] = ..., worker: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_committed: _Optional[int] = ..., num_blocks: _Optional[int] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
+
+class NamespaceLedger(_message.Message):
+    __slots__ = ("namespace", "ledger")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    ledger: Ledger
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ...) -> None: ...
+
+class ServiceInfo(_message.Message):
+    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    LISTENING_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    pid: int
+    uptime_s: float
+    listening: _containers.RepeatedScalarFieldContainer[str]
+    pool: PoolHandle
+    memory_bytes: int
+    policy: str
+    partial: PartialReuse
+    ttl_s: float
+    workers: int
+    sessions: int
+    draining: bool
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class SnapshotResponse(_message.Message):
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service")
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_FIELD_NUMBER: _ClassVar[int]
+    INDEXED_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    EVICTABLE_FIELD_NUMBER: _ClassVar[int]
+    GHOSTS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
+    num_blocks: int
+    block_size: int
+    free: int
+    private: int
+    indexed: int
+    quarantined: int
+    evictable: int
+    ghosts: int
+    nodes: int
+    leases: _containers.RepeatedCompositeFieldContainer[LeaseInfo]
+    waiting: int
+    evicted: int
+    requests: int
+    ledger: Ledger
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceLedger]
+    service: ServiceInfo
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ...) -> None: ...
+
+class Op(_message.Message):
+    __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    EXTEND_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    DETACH_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    attach: AttachRequest
+    acquire: AcquireRequest
+    cancel: CancelRequest
+    commit: CommitRequest
+    extend: ExtendRequest
+    fork: ForkRequest
+    truncate: TruncateRequest
+    release: ReleaseRequest
+    renew: RenewRequest
+    detach: DetachRequest
+    lookup: LookupRequest
+    explain: ExplainRequest
+    reset: ResetRequest
+    snapshot: SnapshotRequest
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., acquire: _Optional[_Union[AcquireRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., extend: _Optional[_Union[ExtendRequest, _Mapping]] = ..., fork: _Optional[_Union[ForkRequest, _Mapping]] = ..., truncate: _Optional[_Union[TruncateRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., explain: _Optional[_Union[ExplainRequest, _Mapping]] = ..., reset: _Optional[_Union[ResetRequest, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotRequest, _Mapping]] = ...) -> None: ...
+
+class OpBatch(_message.Message):
+    __slots__ = ("ops",)
+    OPS_FIELD_NUMBER: _ClassVar[int]
+    ops: _containers.RepeatedCompositeFieldContainer[Op]
+    def __init__(self, ops: _Optional[_Iterable[_Union[Op, _Mapping]]] = ...) -> None: ...
+
+class OpResult(_message.Message):
+    __slots__ = ("id", "error", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    ACQUIRE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    EXTEND_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATE_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    DETACH_FIELD_NUMBER: _ClassVar[int]
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    error: Status
+    attach: AttachResponse
+    acquire: AcquireResponse
+    cancel: CancelResponse
+    commit: CommitResponse
+    extend: ExtendResponse
+    fork: ForkResponse
+    truncate: TruncateResponse
+    release: ReleaseResponse
+    renew: RenewResponse
+    detach: DetachResponse
+    lookup: LookupResponse
+    explain: ExplainResponse
+    reset: ResetResponse
+    snapshot: SnapshotResponse
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Status, _Mapping]] = ..., attach: _Optional[_Union[AttachResponse, _Mapping]] = ..., acquire: _Optional[_Union[AcquireResponse, _Mapping]] = ..., cancel: _Optional[_Union[CancelResponse, _Mapping]] = ..., commit: _Optional[_Union[CommitResponse, _Mapping]] = ..., extend: _Optional[_Union[ExtendResponse, _Mapping]] = ..., fork: _Optional[_Union[ForkResponse, _Mapping]] = ..., truncate: _Optional[_Union[TruncateResponse, _Mapping]] = ..., release: _Optional[_Union[ReleaseResponse, _Mapping]] = ..., renew: _Optional[_Union[RenewResponse, _Mapping]] = ..., detach: _Optional[_Union[DetachResponse, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., explain: _Optional[_Union[ExplainResponse, _Mapping]] = ..., reset: _Optional[_Union[ResetResponse, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotResponse, _Mapping]] = ...) -> None: ...
+
+class OpResults(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[OpResult]
+    def __init__(self, results: _Optional[_Iterable[_Union[OpResult, _Mapping]]] = ...) -> None: ...
