@@ -1,12 +1,270 @@
 """The pool's memory: created by the service, mapped by every worker.  No torch here.
 
-The file starts with one page that says what it is, so that a worker refuses a pool of another life:
+Memory must outlive the workers, so the service owns it: a sparse file in shared memory that every
+worker maps.  Its first page says what it is, so that a worker refuses a pool of another life:
 
 ```
-bytes   0 ─────── 8 ────── 16 ─────────────── 4096 ───────────────────────────────── end
-        magic     epoch     zero               [layer][key|value][block][slot][head][dim]
+bytes   0 ───── 8 ────── 16 ───── 512 ───── 4096 ──────────────────────────────────── end
+        magic   epoch    shape    zero      [layer][key|value][block][slot][head][dim]
 ```
 
 The owner keeps an exclusive `flock` on the file while it lives.  The kernel drops it however the
 owner dies, so the next start can tell a dead owner's file from a living one's and removes it.
+The file's mode is 0600: a pool is one trust domain, whoever may map it can read all of it.
 """
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+import secrets
+import stat
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from prefixcache.errors import (
+    EpochMismatch,
+    InvalidRequest,
+    LayoutMismatch,
+    NotFound,
+    PoolExhausted,
+    Unsupported,
+)
+from prefixcache.types import DTYPE_BYTES, Layout, PoolHandle
+
+HEADER_BYTES: Final = 4096
+"""One page, so that block 0 is aligned for every device and vector width."""
+
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - memory, not a file system for temporaries
+
+MAX_BLOCK_SIZE: Final = 1024
+
+_MAGIC: Final = b"prefixc1"
+_HEAD: Final = struct.Struct("<8sQ496s")
+_NAME: Final = re.compile(r"prefixcache-(\d+)-[0-9a-f]{16}")
+
+
+def _shape(layout: Layout, num_blocks: int, block_size: int) -> bytes:
+    """What the header says of the pool's shape; readable with `head -c 512 FILE`."""
+    return f"{num_blocks} blocks of {block_size} tokens, {layout}".encode()
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _check(layout: Layout, num_blocks: int, block_size: int) -> None:
+    if layout.dtype not in DTYPE_BYTES:
+        raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+    if min(layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
+        raise InvalidRequest(f"layout {layout} has an empty dimension")
+    if num_blocks < 1:
+        raise InvalidRequest(f"a pool needs at least 1 block, not {num_blocks}")
+    if not 1 <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
+        raise InvalidRequest(
+            f"block_size {block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}"
+        )
+
+
+def _owned(directory: Path) -> list[Path]:
+    """This user's pool files in `directory`, living or dead."""
+    uid = str(os.getuid())
+    found = (
+        path for path in directory.iterdir() if (m := _NAME.fullmatch(path.name)) and m[1] == uid
+    )
+    return sorted(found)
+
+
+def _promised(directory: Path) -> int:
+    """Bytes that living pools in `directory` may still touch: sparse files grow when written."""
+    promised = 0
+    for path in _owned(directory):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        promised += max(0, status.st_size - status.st_blocks * 512)
+    return promised
+
+
+class PoolFile:
+    """The owner's side of a pool in shared memory: a 0600 file that lives as long as its owner.
+
+    A context manager.  `handle` is what workers need to map the same memory.
+    """
+
+    def __init__(self, handle: PoolHandle, fd: int) -> None:
+        self.handle = handle
+        self._fd: int | None = fd
+
+    @classmethod
+    def create(
+        cls,
+        layout: Layout,
+        num_blocks: int,
+        block_size: int,
+        *,
+        directory: Path = SHARED_MEMORY,
+    ) -> PoolFile:
+        """Create a pool of zeroed blocks and take its lock.
+
+        Removes the files of dead owners first (`sweep`), for they hold the memory that this one
+        needs.  O(1): the file is sparse, a page costs memory when it is first written.
+
+        Args:
+            layout: Shape of one token's keys and values.
+            num_blocks: Blocks of the pool, at least 1.
+            block_size: Tokens of a block, a power of two from 1 to 1024.
+            directory: A directory in memory that only the kernel's accounting limits.
+
+        Raises:
+            InvalidRequest: A size that no pool can have.
+            PoolExhausted: The directory has not enough room for the whole pool.
+            NotFound: There is no such directory.
+        """
+        _check(layout, num_blocks, block_size)
+        if not directory.is_dir():
+            raise NotFound(f"no directory {directory} to hold the pool; on Linux it is /dev/shm")
+        cls.sweep(directory)
+        num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
+        room = os.statvfs(directory)
+        free = room.f_bavail * room.f_frsize - _promised(directory)
+        if num_bytes > free:
+            raise PoolExhausted(
+                f"a pool of {num_blocks} blocks needs {_gib(num_bytes)} in {directory}; "
+                f"{_gib(max(0, free))} of {_gib(room.f_blocks * room.f_frsize)} are free and not "
+                f"promised to other pools. Lower --memory, or enlarge {directory}."
+            )
+        while True:
+            epoch = secrets.randbits(63) | 1  # never 0, and fits a signed word on every wire
+            path = directory / f"prefixcache-{os.getuid()}-{epoch:016x}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if os.fstat(fd).st_nlink:
+                break
+            os.close(fd)  # another start swept it between the two calls above: once more
+        try:
+            os.fchmod(fd, 0o600)  # whatever the umask took away
+            os.ftruncate(fd, num_bytes)
+            os.pwrite(fd, _HEAD.pack(_MAGIC, epoch, _shape(layout, num_blocks, block_size)), 0)
+        except OSError as error:
+            path.unlink()
+            os.close(fd)
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise PoolExhausted(
+                    f"{directory} refuses a file of {_gib(num_bytes)}: {error.strerror}. "
+                    "Lower --memory, or raise the limit (ulimit -f, quota)."
+                ) from error
+            raise
+        handle = PoolHandle("shm", str(path), num_blocks, block_size, layout, epoch, HEADER_BYTES)
+        return cls(handle, fd)
+
+    @staticmethod
+    def sweep(directory: Path = SHARED_MEMORY) -> list[Path]:
+        """Remove this user's pool files whose owner is dead; give their paths.  O(files).
+
+        Workers that still map such a file keep their memory until they unmap it.
+        """
+        removed = []
+        for path in _owned(directory):
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:  # gone meanwhile, or no regular file: not a pool of ours
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_nlink:  # else another sweep was faster
+                    path.unlink()
+                    removed.append(path)
+            except BlockingIOError:
+                continue  # its owner lives
+            finally:
+                os.close(fd)
+        return removed
+
+    def close(self) -> None:
+        """Unlink the file and drop the lock.  Idempotent.
+
+        Workers that map it keep their memory until they unmap it; nobody can map it anew.
+        """
+        if self._fd is None:
+            return
+        fd, self._fd = self._fd, None
+        try:
+            if os.fstat(fd).st_nlink:
+                Path(self.handle.name).unlink(missing_ok=True)
+        finally:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def map_pool(handle: PoolHandle) -> mmap.mmap:
+    """Map a pool that another process owns, shared and writable; block 0 is at `handle.offset`.
+
+    O(1).  Every check is made before a byte is mapped, for a shorter file would kill the process
+    at its first access instead of raising.
+
+    Raises:
+        Unsupported: The pool is not in shared memory.
+        NotFound: There is no such pool (any more), or it is another user's.
+        EpochMismatch: The file is no pool, or a pool of another life or size.
+        LayoutMismatch: The pool has another shape than the handle says.
+    """
+    if handle.kind == "cuda-ipc":
+        raise Unsupported(
+            "this pool lives on a GPU (cuda-ipc), and a process without torch cannot map it; "
+            "importing device memory is not built yet: run the service with a pool in shared memory"
+        )
+    if handle.kind != "shm":
+        raise Unsupported(
+            f"a pool of kind {handle.kind!r} has no memory to map: the service only keeps accounts"
+        )
+    try:
+        fd = os.open(handle.name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFound(
+            f"no pool at {handle.name}: its service has ended. Attach again for the present one."
+        ) from None
+    except OSError as error:
+        raise NotFound(f"the pool at {handle.name} cannot be opened: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        size = status.st_size
+        expected = handle.offset + handle.num_bytes
+        if not stat.S_ISREG(status.st_mode) or size != expected:
+            raise EpochMismatch(
+                f"{handle.name} has {size} bytes, the handle speaks of {expected}. Attach again."
+            )
+        head = os.pread(fd, _HEAD.size, 0)
+        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+            raise EpochMismatch(f"{handle.name} is no pool of this version of prefixcache")
+        _, epoch, shape = _HEAD.unpack(head)
+        if epoch != handle.epoch:
+            raise EpochMismatch(
+                f"{handle.name} is of epoch {epoch:016x}, the handle of {handle.epoch:016x}. "
+                "Attach again."
+            )
+        shape = shape.rstrip(b"\0")
+        if shape != _shape(handle.layout, handle.num_blocks, handle.block_size):
+            raise LayoutMismatch(
+                f"the pool holds {shape.decode()}; the handle speaks of {handle.num_blocks} blocks "
+                f"of {handle.block_size} tokens, {handle.layout}"
+            )
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    finally:
+        os.close(fd)

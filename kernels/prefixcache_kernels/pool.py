@@ -1,0 +1,137 @@
+"""The pool as tensors: every worker sees the same memory, without a copy.
+
+```
+blocks        [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]   keys, then values
+keys(layer)                  [num_blocks, block_size, num_kv_heads, head_dim]   contiguous
+```
+
+Layer-first: a step of the model reads one layer after the other, and within a layer the tokens of a
+block lie side by side.  A run of neighbouring blocks is then one contiguous piece of memory, which
+attention can read in place.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Final, Self
+
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache.pool import map_pool
+from prefixcache.types import Layout, PoolHandle
+
+TORCH_DTYPES: Final = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+"""The torch type of each element type that a pool can hold."""
+
+_NO_CUDA: Final = (
+    "a pool on a GPU is not built yet: missing are the service's device allocation, its export by "
+    "CUDA IPC and the import here; use device='cpu' with a pool in shared memory"
+)
+
+
+class SharedPool:
+    """All blocks of a pool as one tensor, and each layer's keys and values as views of it.
+
+    A context manager; make one with `map` or `private`.
+    """
+
+    def __init__(self, handle: PoolHandle, blocks: Tensor) -> None:
+        self.handle = handle
+        self.blocks = blocks
+        """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`."""
+        # Made once: a view costs microseconds, and a step asks for two in each layer.
+        self._keys: list[Tensor] = [layer[0] for layer in blocks]
+        self._values: list[Tensor] = [layer[1] for layer in blocks]
+
+    @classmethod
+    def map(cls, handle: PoolHandle, device: str | torch.device = "cpu") -> SharedPool:
+        """Map the pool that `handle` names.  Zero copy; O(1).
+
+        Raises:
+            Unsupported: The pool or the device is a GPU.
+            NotFound, EpochMismatch, LayoutMismatch: As `prefixcache.pool.map_pool`.
+        """
+        if handle.kind == "cuda-ipc" or torch.device(device).type != "cpu":
+            raise Unsupported(_NO_CUDA)
+        memory = map_pool(handle)
+        dtype = TORCH_DTYPES[handle.layout.dtype]
+        count = handle.num_bytes // dtype.itemsize
+        flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=handle.offset)
+        return cls(handle, flat.view(_shape(handle)))
+
+    @classmethod
+    def private(cls, layout: Layout, num_blocks: int, block_size: int) -> SharedPool:
+        """Make a pool of this process alone, for a worker without a service.  Blocks are zero.
+
+        Raises:
+            InvalidRequest: A size below 1, or an element type that no pool holds.
+        """
+        if layout.dtype not in TORCH_DTYPES:
+            raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(TORCH_DTYPES)}")
+        if min(num_blocks, block_size) < 1:
+            raise InvalidRequest(f"no pool has {num_blocks} blocks of {block_size} tokens")
+        handle = PoolHandle("none", "", num_blocks, block_size, layout, 0, 0)
+        return cls(handle, torch.zeros(_shape(handle), dtype=TORCH_DTYPES[layout.dtype]))
+
+    @property
+    def layout(self) -> Layout:
+        """Shape of one token's keys and values."""
+        return self.handle.layout
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self.handle.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.handle.block_size
+
+    def keys(self, layer: int) -> Tensor:
+        """Keys of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.  A view; O(1)."""
+        return self._keys[layer]
+
+    def values(self, layer: int) -> Tensor:
+        """Values of a layer, shaped like its keys.  A view; O(1)."""
+        return self._values[layer]
+
+    def close(self) -> None:
+        """Let go of the memory.  Idempotent.
+
+        It is unmapped at once if no other tensor looks into it, and with the last such tensor if
+        one does: a view never dangles.
+        """
+        # Never `mmap.close()`: torch keeps a reference to the mapping but no buffer export, so that
+        # closing would pull the memory from under the caller's tensors.  The last reference unmaps.
+        self._keys, self._values = [], []
+        self.blocks = self.blocks.new_empty(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _shape(handle: PoolHandle) -> tuple[int, ...]:
+    layout = handle.layout
+    return (
+        layout.num_layers,
+        2,
+        handle.num_blocks,
+        handle.block_size,
+        layout.num_kv_heads,
+        layout.head_dim,
+    )
