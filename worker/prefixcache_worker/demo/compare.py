@@ -1,0 +1,111 @@
+"""Are the answers of the shared run those of a model without any cache?  Token for token.
+
+Both runs are fp32 and greedy, and every turn of the unshared run is given the very prompt that the
+shared run had, so that each answer is compared on its own.  Greedy decoding picks the larger of two
+logits; sums of floats depend on how a batch was cut, so that two logits which are equal but for
+rounding may be picked either way.  That is the only excuse there is:
+
+```
+shared     A B C D E F            same prompt, same first 3 tokens: the two runs computed the same
+unshared   A B C X Y Z            distribution for the 4th.  In the unshared run X has the best logit
+                 │                and D must have the second, no more than 1e-3 below: a numerical tie.
+replay     A B C D E F            What follows X says nothing about D E F, so that the prompt with
+                                  A B C D is given to the unshared run again and the rest compared.
+```
+Anything else is a wrong answer, and the demo fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from prefixcache_worker.demo.record import TopTwo
+
+TIE: Final = 1e-3
+"""Two logits of the unshared run that lie no further apart are a numerical tie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first place where an answer of the shared run differs from the unshared one."""
+
+    request: str
+    position: int
+    """Index of the token in the answer."""
+    shared_token: int | None
+    """None if the answer ended here."""
+    unshared_token: int | None
+    shared_logit: float | None
+    """The unshared run's logit of `shared_token`; None if it was not among the two best."""
+    unshared_logit: float | None
+    tie: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.request}, answer token {self.position}: shared {self.shared_token} "
+            f"(unshared logit {_number(self.shared_logit)}), unshared {self.unshared_token} "
+            f"(logit {_number(self.unshared_logit)}): "
+            + ("a numerical tie" if self.tie else "NOT the answer of a model without a cache")
+        )
+
+
+def first_difference(
+    request: str,
+    shared: Sequence[int],
+    unshared: Sequence[int],
+    logits: Sequence[TopTwo],
+    *,
+    start: int = 0,
+) -> Difference | None:
+    """Find the first token at which two answers to the same prompt differ; None if they are equal.
+
+    Args:
+        request: the request's name, for the report.
+        shared: the answer of the shared run, from token `start` on.
+        unshared: the answer of the unshared run to the prompt and the `start` tokens.
+        logits: the unshared run's two best tokens at each of its steps.
+        start: tokens of the answer that are part of the prompt of this comparison.
+    """
+    for i in range(max(len(shared), len(unshared))):
+        ours = shared[i] if i < len(shared) else None
+        theirs = unshared[i] if i < len(unshared) else None
+        if ours != theirs:
+            return _judge(request, start + i, ours, theirs, logits[i] if i < len(logits) else None)
+    return None
+
+
+def _judge(
+    request: str, position: int, ours: int | None, theirs: int | None, top: TopTwo | None
+) -> Difference:
+    if top is None or ours is None or theirs != top.best:
+        return Difference(request, position, ours, theirs, None, None, tie=False)
+    logit = top.second_logit if top.second == ours else None
+    tie = logit is not None and top.best_logit - logit <= TIE
+    return Difference(request, position, ours, theirs, logit, top.best_logit, tie)
+
+
+def _number(logit: float | None) -> str:
+    return "not among the two best" if logit is None else f"{logit:.6f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of all comparisons."""
+
+    num_compared: int
+    """Answers that were compared."""
+    num_tokens: int
+    """Answer tokens that were compared."""
+    differences: tuple[Difference, ...]
+
+    @property
+    def identical(self) -> bool:
+        """True if every answer is that of a model without a cache, numerical ties aside."""
+        return self.num_compared > 0 and all(difference.tie for difference in self.differences)
+
+    @property
+    def numerical_ties(self) -> int:
+        """Number of places where two logits were equal but for rounding."""
+        return sum(difference.tie for difference in self.differences)
