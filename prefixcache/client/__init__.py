@@ -1,0 +1,29 @@
+"""What a serving process imports: connect to the service, attach, lease blocks.
+
+`connect` gives the synchronous client, `connect_async` its twin for asyncio.  Losing the service is
+a slowdown, never an outage: every call raises `ServiceUnavailable`, and `session.alive` is False.
+"""
+
+from prefixcache.client.aio import (
+    AsyncBatch,
+    AsyncClient,
+    AsyncLease,
+    AsyncSession,
+    connect_async,
+)
+from prefixcache.client.ops import Reply
+from prefixcache.client.sync import Batch, Client, Lease, Session, connect
+
+__all__ = [
+    "AsyncBatch",
+    "AsyncClient",
+    "AsyncLease",
+    "AsyncSession",
+    "Batch",
+    "Client",
+    "Lease",
+    "Reply",
+    "Session",
+    "connect",
+    "connect_async",
+]
