@@ -1,0 +1,185 @@
+"""The physical blocks: which are free, who else holds one, and which nobody may touch.
+
+```
+            allocate                 release (last owner)
+   FREE ───────────────► LIVE ───────────────────────────► FREE
+                           │ quarantine                       ▲
+                           └───────────► QUARANTINED ─────────┘ absolve
+```
+
+A live block has one owner: a lease (its private blocks) or the tree (its indexed blocks).  Handing a
+block from a lease to the tree changes nothing here.  Further owners are rare (the source of a copy,
+the last block that forked leases share) and counted in `shares`; the block is free when the last
+one lets go.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+
+import numpy as np
+
+from prefixcache.errors import PoolExhausted
+from prefixcache.types import BlockId, BlockTable, WorkerId
+
+_FREE, _LIVE, _QUARANTINED = 0, 1, 2
+
+_SHORT_RUN = 24
+"""Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
+
+
+class BlockPool:
+    """Ids 0 … num_blocks-1 and their owners.
+
+    Free ids are a stack plus a bump pointer: taking and giving back a run is a slice.
+    """
+
+    __slots__ = ("_bump", "_quarantine", "_stack", "_state", "_states", "num_blocks", "shares")
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.shares: Counter[int] = Counter()
+        """Owners of a block beyond its first; only blocks that have any."""
+        self._stack: BlockTable = array("i")
+        self._bump = 0
+        self._state = bytearray(num_blocks)
+        self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
+        self._quarantine: dict[WorkerId, BlockTable] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give."""
+        return len(self._stack) + self.num_blocks - self._bump
+
+    @property
+    def num_quarantined(self) -> int:
+        """Blocks that nobody may use until their last writer is known to be gone."""
+        return sum(map(len, self._quarantine.values()))
+
+    def allocate(self, count: int) -> BlockTable:
+        """Take `count` free blocks.  O(count), in C for long runs.
+
+        Raises:
+            PoolExhausted: fewer are free; nothing was taken.
+        """
+        stack = self._stack
+        have = len(stack)
+        if count <= have:
+            ids = stack[have - count :]
+            del stack[have - count :]
+        else:
+            fresh = count - have
+            if fresh > self.num_blocks - self._bump:
+                raise PoolExhausted(f"needs {count} blocks; {self.num_free} free")
+            ids = stack[:]
+            del stack[:]
+            ids.extend(range(self._bump, self._bump + fresh))
+            self._bump += fresh
+        self._mark(ids, _FREE, _LIVE)
+        return ids
+
+    def release(self, ids: BlockTable) -> int:
+        """Let one owner of each block go; free those that had no other.  O(blocks).
+
+        Returns:
+            How many became free.
+        """
+        if self.shares:
+            shared = [block for block in ids if block in self.shares]
+            if shared:
+                for block in shared:
+                    self._unshare(block)
+                gone = set(shared)
+                ids = array("i", [block for block in ids if block not in gone])
+        self._mark(ids, _LIVE, _FREE)
+        self._stack.extend(ids)
+        return len(ids)
+
+    def share(self, block: BlockId) -> None:
+        """Add an owner to a live block."""
+        if self._state[block] == _FREE:
+            raise AssertionError(f"block {block} is free and cannot be shared")
+        self.shares[block] += 1
+
+    def quarantine(self, worker: WorkerId, ids: BlockTable) -> int:
+        """Set live blocks aside that `worker`, whose lease has ended, may still write to.
+
+        Returns:
+            How many were set aside.
+        """
+        if not ids:
+            return 0
+        self._mark(ids, _LIVE, _QUARANTINED)
+        self._quarantine.setdefault(worker, array("i")).extend(ids)
+        return len(ids)
+
+    def absolve(self, worker: WorkerId) -> int:
+        """Free the blocks that were set aside for a worker that can no longer write.
+
+        Returns:
+            How many became free.
+        """
+        ids = self._quarantine.pop(worker, None)
+        if ids is None:
+            return 0
+        self._mark(ids, _QUARANTINED, _LIVE)
+        return self.release(ids)
+
+    def _unshare(self, block: int) -> None:
+        self.shares[block] -= 1
+        if not self.shares[block]:
+            del self.shares[block]
+
+    def _mark(self, ids: BlockTable, was: int, now: int) -> None:
+        """Move blocks from one state to another; whoever gives back twice is found out here."""
+        if len(ids) <= _SHORT_RUN:
+            state = self._state
+            for block in ids:
+                if state[block] != was:
+                    raise AssertionError(_wrong(block, state[block], was))
+                state[block] = now
+            return
+        index = np.frombuffer(ids, dtype=np.int32)
+        wrong = self._states[index] != was
+        if wrong.any():
+            block = int(index[wrong][0])
+            raise AssertionError(_wrong(block, self._state[block], was))
+        self._states[index] = now
+
+    def check(self, private: Counter[int], indexed: Counter[int], held: Counter[int]) -> None:
+        """Assert that every block has exactly the owners it should have.  O(blocks).
+
+        Args:
+            private: Blocks that leases own, counted.
+            indexed: Blocks that the tree owns, counted.
+            held: Further references, counted.
+        """
+        free = Counter(self._stack) + Counter(range(self._bump, self.num_blocks))
+        aside: Counter[int] = Counter()
+        for ids in self._quarantine.values():
+            aside.update(ids)
+        owners = free + private + indexed + aside
+        for block in range(self.num_blocks):
+            # A block whose owner let go while somebody still holds it is owned by its holders.
+            count = owners[block] + held[block]
+            expected = 1 + self.shares[block]
+            if count != expected:
+                raise AssertionError(
+                    f"block {block}: {count} owners, expected {expected} (free {free[block]}, "
+                    f"private {private[block]}, indexed {indexed[block]}, "
+                    f"quarantined {aside[block]}, held {held[block]})"
+                )
+            if (free[block] == 1) != (self._state[block] == _FREE):
+                raise AssertionError(
+                    f"block {block}: state {self._state[block]}, free {free[block]}"
+                )
+        if sum(free.values()) != self.num_free:
+            raise AssertionError(
+                f"{sum(free.values())} blocks in the free list, not {self.num_free}"
+            )
+
+
+def _wrong(block: int, state: int, was: int) -> str:
+    names = ("free", "live", "quarantined")
+    return f"block {block} is {names[state]}, expected {names[was]}: an owner let go twice"

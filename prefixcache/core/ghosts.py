@@ -1,0 +1,159 @@
+"""Ghosts: what was evicted, remembered by its tokens alone, so that a miss has a cause.
+
+A ghost is a node without blocks.  Ghosts hang in `node.ghosts`, beside the resident children, and
+below one another; never does anything resident hang below a ghost.  Their number is bounded, in
+blocks, and the oldest are forgotten first; since leaves go before their parents, the oldest are the
+deepest.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+
+from prefixcache.core.children import Children, common_prefix
+from prefixcache.core.node import Node
+
+
+class Ghosts:
+    """The memory of what was evicted.
+
+    Args:
+        limit: Blocks to remember at most; 0 remembers nothing.
+        block_bytes: Bytes of a block's packed tokens.
+    """
+
+    __slots__ = ("_fifo", "_serial", "block_bytes", "limit", "num_blocks")
+
+    def __init__(self, limit: int, block_bytes: int) -> None:
+        self.limit = limit
+        self.block_bytes = block_bytes
+        self.num_blocks = 0
+        self._fifo: deque[tuple[int, Node]] = deque()
+        self._serial = 0
+
+    def bury(self, above: Node, ghost: Node) -> None:
+        """Remember an evicted leaf below `above`.  O(log siblings)."""
+        first = ghost.key[: self.block_bytes]
+        if above.ghosts and first in above.ghosts:
+            self._drop(above, above.ghosts[first])
+        if above.ghosts is None:
+            above.ghosts = Children()
+        above.ghosts.put(first, ghost)
+        self._serial += 1
+        ghost.last = self._serial
+        self.num_blocks += self._size(ghost)
+        self._fifo.append((self._serial, ghost))
+
+    def adopt_children(self, ghost: Node) -> None:
+        """Tell a new ghost's ghosts their parent; swallow an only one, so that chains stay short."""
+        ghosts = ghost.ghosts
+        if not ghosts:
+            ghost.ghosts = None
+            return
+        only = next(iter(ghosts.values()))
+        if len(ghosts) == 1 and len(ghost.key) + len(only.key) <= _MERGED_UNTIL:
+            self.num_blocks -= self._size(only)
+            ghost.key += only.key
+            ghost.ghosts = only.ghosts
+            only.parent = None
+            ghosts = ghost.ghosts or Children()
+        for below in ghosts.values():
+            below.parent = ghost
+
+    def match(self, node: Node, tokens: bytes, start: int) -> int:
+        """Count the bytes of `tokens[start:]` that ghosts below `node` remember.  Changes nothing."""
+        width = self.block_bytes
+        off, end = start, len(tokens)
+        while node.ghosts and off < end:
+            child = node.ghosts.get(tokens[off : off + width])
+            if child is None:
+                _, same = node.ghosts.nearest(tokens[off : off + width])
+                return off + same - start
+            size = len(child.key)
+            same = common_prefix(tokens, off, child.key, 0, min(size, end - off)) & ~3
+            off += same
+            if same < size:
+                break
+            node = child
+        return off - start
+
+    def revive(self, node: Node, run: bytes) -> Node | None:
+        """Take the ghost below `node` that `run` begins with; cut at a block's end if it parts inside.
+
+        The ghost is unlinked and its own ghosts stay below it; the caller gives it blocks.  None if
+        no ghost begins with the run's first block, or if only a shorter tail does (it is dropped).
+        """
+        ghosts = node.ghosts
+        width = self.block_bytes
+        if ghosts is None:
+            return None
+        first = run[:width]
+        ghost = ghosts.get(first)
+        if ghost is None:
+            tail = ghosts.before(first)
+            if tail is not None and first.startswith(tail.key):
+                self._drop(node, tail)
+            return None
+        same = common_prefix(run, 0, ghost.key, 0, min(len(run), len(ghost.key)))
+        keep = same if same == len(run) else same - same % width
+        if keep < len(ghost.key):
+            self._split(ghost, keep)
+        ghosts.drop(first)
+        if not ghosts:
+            node.ghosts = None
+        self.num_blocks -= self._size(ghost)
+        return ghost
+
+    def forget(self) -> list[Node]:
+        """Drop the oldest ghosts over the limit.  Gives the nodes that lost one.  Amortised O(1)."""
+        bereft = []
+        fifo = self._fifo
+        while self.num_blocks > self.limit and fifo:
+            serial, ghost = fifo.popleft()
+            above = ghost.parent
+            if above is None or ghost.blocks or ghost.last != serial:
+                continue  # revived, swallowed or buried anew since
+            self._drop(above, ghost)
+            bereft.append(above)
+        if len(fifo) > 1024 and len(fifo) > 4 * self.num_blocks:
+            self._fifo = deque(
+                (serial, ghost)
+                for serial, ghost in fifo
+                if ghost.parent is not None and not ghost.blocks and ghost.last == serial
+            )
+        return bereft
+
+    def _split(self, ghost: Node, keep: int) -> None:
+        """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
+        lower = Node(ghost.key[keep:], array("i"), ghost, ghost.born)
+        lower.last = ghost.last
+        lower.ghosts = ghost.ghosts
+        for below in (lower.ghosts or Children()).values():
+            below.parent = lower
+        ghost.key = ghost.key[:keep]
+        ghost.ghosts = Children()
+        ghost.ghosts.put(lower.key[: self.block_bytes], lower)
+        self._fifo.appendleft((lower.last, lower))
+
+    def _drop(self, above: Node, ghost: Node) -> None:
+        """Forget a ghost and all below it."""
+        if above.ghosts is not None:
+            above.ghosts.drop(ghost.key[: self.block_bytes])
+            if not above.ghosts:
+                above.ghosts = None
+        stack = [ghost]
+        while stack:
+            node = stack.pop()
+            self.num_blocks -= self._size(node)
+            node.parent = None
+            if node.ghosts:
+                stack.extend(node.ghosts.values())
+                node.ghosts = None
+
+    def _size(self, ghost: Node) -> int:
+        return -(-len(ghost.key) // self.block_bytes)
+
+
+_MERGED_UNTIL = 4096
+"""Bytes of a ghost's run up to which ghosts of one chain are joined."""

@@ -1,0 +1,288 @@
+"""What leases hold: the one place where a lease, the tree and the pool change together.
+
+```
+take ─► publish … ─► (roll_back) ─► give_back
+```
+
+Before anything is taken, `admit` compares what is needed with what is free or evictable; what it lets
+through cannot fail later.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from prefixcache.core.blocks import BlockPool
+from prefixcache.core.leases import Lease
+from prefixcache.core.node import Match, Node
+from prefixcache.core.radix import RadixTree
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate
+
+
+class Holdings:
+    """The tree and the pool, and the steps that move blocks between them and the leases."""
+
+    __slots__ = ("_partial", "_width", "block_size", "num_evicted", "pool", "tree")
+
+    def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial) -> None:
+        self.tree = tree
+        self.pool = pool
+        self.num_evicted = 0
+        self.block_size = tree.block_bytes // TOKEN_BYTES
+        self._width = tree.block_bytes
+        self._partial = partial
+
+    # ------------------------------------------------------------------ room
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Give the blocks that `num_tokens` tokens fill.
+
+        Raises:
+            InvalidRequest: the pool can never hold them.
+        """
+        total = -(-num_tokens // self.block_size)
+        if total > self.pool.num_blocks:
+            raise InvalidRequest(
+                f"{num_tokens} tokens need {total} blocks of {self.block_size}; "
+                f"the whole pool has {self.pool.num_blocks}. Send less, or serve with more --memory."
+            )
+        return total
+
+    def room(self, match: Match | None = None) -> int:
+        """Count the blocks that eviction can free for sure, once `match` is locked.  O(nodes)."""
+        kept = 0 if match is None else self.tree.evictable_on(match)
+        # A block that a copy still reads is not free when the tree lets go of it.
+        return self.tree.evictable - kept - len(self.pool.shares)
+
+    def admit(self, need: int, match: Match | None = None) -> None:
+        """Check that `need` blocks can be had.  Changes nothing.
+
+        Raises:
+            PoolExhausted: they cannot; the message has the arithmetic so far.
+        """
+        short = need - self.pool.num_free
+        if short > 0 and short > (room := self.room(match)):
+            raise PoolExhausted(
+                f"needs {need} blocks; {self.pool.num_free} free, {max(0, room)} evictable"
+            )
+
+    def allocate(self, need: int) -> BlockTable:
+        """Take blocks that were admitted, evicting as many as are lacking."""
+        pool = self.pool
+        while (short := need - pool.num_free) > 0:
+            evicted = self.tree.evict(short)
+            self.num_evicted += len(evicted)
+            if not evicted:
+                raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
+            pool.release(evicted)
+        return pool.allocate(need)
+
+    # ------------------------------------------------------------------ a lease's blocks
+
+    def source_of(self, match: Match, need: int) -> BlockId | None:
+        """Choose the block to copy from; None if partial reuse is off or would cost the last room."""
+        if match.partial_block is None or self._partial is Partial.OFF:
+            return None
+        short = need - self.pool.num_free
+        if short > 0 and short > self.room(match) - 1:
+            return None
+        return match.partial_block
+
+    def take(
+        self, lease: Lease, match: Match, node: Node, need: int, source: BlockId | None
+    ) -> tuple[Copy, ...]:
+        """Give a new lease its table: the locked prefix and `need` blocks of its own.
+
+        Returns:
+            The copy to make first, if part of a block is reused.
+        """
+        if source is not None:
+            self.pool.share(source)
+        fresh = self.allocate(need)
+        lease.table = self.tree.table(node)
+        lease.private_from = len(lease.table)
+        lease.table.extend(fresh)
+        lease.start = lease.committed = match.end // TOKEN_BYTES
+        if source is None:
+            return ()
+        lease.source = source
+        lease.committed += match.partial_tokens
+        return (Copy(source, BlockId(fresh[0]), match.partial_tokens),)
+
+    def publish(self, lease: Lease, num_tokens: int) -> int:
+        """Index a lease's blocks up to `num_tokens`.  O(new tokens + nodes passed).
+
+        Returns:
+            Blocks that became visible, the tail included.
+        """
+        if lease.tail is not None:
+            self.tree.unhang(lease.tail)
+            lease.tail = None
+            lease.private_from -= 1
+        at = lease.start // self.block_size
+        whole = num_tokens // self.block_size - at
+        indexed = 0
+        if whole:
+            cut = whole * self._width
+            grown = self.tree.grow(lease.node, lease.rest[:cut], lease.table[at : at + whole])
+            lease.node = grown.node
+            lease.start += whole * self.block_size
+            lease.rest = lease.rest[cut:]
+            lease.duplicates.extend(range(at, at + grown.num_existing))
+            lease.private_from = at + whole
+            indexed = grown.num_indexed
+            if grown.absorbed:
+                self.pool.release(grown.absorbed)
+        left = (num_tokens - lease.start) * TOKEN_BYTES
+        if left and self._partial is Partial.TAILS:
+            block = BlockId(lease.table[lease.private_from])
+            lease.tail, absorbed = self.tree.hang(lease.node, lease.rest[:left], block)
+            if absorbed:
+                self.pool.release(absorbed)
+            if lease.tail is not None:
+                lease.private_from += 1
+                indexed += 1
+        lease.committed = num_tokens
+        return indexed
+
+    def lacks(self, lease: Lease, num_tokens: int) -> int:
+        """Count the blocks that room for `num_tokens` tokens takes.  Changes nothing.
+
+        Raises:
+            InvalidRequest: the pool can never hold them.
+        """
+        unshare = lease.tail_is_shared and num_tokens > lease.committed
+        return max(0, self.blocks_for(num_tokens) - len(lease.table)) + unshare
+
+    def extend(self, lease: Lease, num_tokens: int) -> TableUpdate:
+        """Give a lease room for `num_tokens` tokens, as admitted; unshare its last block."""
+        table = lease.table
+        unshare = lease.tail_is_shared and num_tokens > lease.committed
+        fresh = self.allocate(self.lacks(lease, num_tokens))
+        keep = len(table) - unshare
+        copies: tuple[Copy, ...] = ()
+        if unshare:
+            lease.source = BlockId(table.pop())  # held since the fork
+            lease.tail_is_shared = False
+            lease.private_from = keep
+            shared_tokens = lease.committed - lease.start
+            copies = (Copy(lease.source, BlockId(fresh[0]), shared_tokens),)
+        table.extend(fresh)
+        return TableUpdate(keep, fresh, copies)
+
+    def fork(self, lease: Lease, child: Lease) -> None:
+        """Let a new lease share every committed block of `lease`.  Allocates nothing."""
+        tail_bytes = (lease.committed - lease.start) * TOKEN_BYTES
+        child.start, child.committed = lease.start, lease.committed
+        child.rest = lease.rest[:tail_bytes]
+        child.table = self.tree.table(lease.node)
+        child.private_from = len(child.table)
+        if tail_bytes:
+            block = lease.table[len(child.table)]
+            self.pool.share(BlockId(block))
+            child.table.append(block)
+            child.private_from += 1
+            child.tail_is_shared = True
+
+    def truncate(self, lease: Lease, num_tokens: int) -> TableUpdate:
+        """Roll a lease back to `num_tokens` tokens; see `PrefixCache.truncate`."""
+        if num_tokens >= lease.committed:
+            lease.rest = lease.rest[: (num_tokens - lease.start) * TOKEN_BYTES]
+            return TableUpdate(len(lease.table), array("i"))
+        keep, left = divmod(num_tokens, self.block_size)
+        if lease.tail_is_shared and num_tokens > lease.start:
+            lease.rest = lease.rest[: left * TOKEN_BYTES]
+            lease.committed = num_tokens
+            return TableUpdate(len(lease.table), array("i"))
+        owned = array("i", [lease.table[i] for i in lease.duplicates if i >= keep])
+        owned.extend(lease.table[lease.private_from :])
+        cut = BlockId(lease.table[keep]) if left else None
+        goes_on_in_place = cut in owned and cut not in self.pool.shares
+        copies: tuple[Copy, ...] = ()
+        if cut is not None and goes_on_in_place:
+            owned.remove(cut)
+            owned.insert(0, cut)
+        elif cut is not None:
+            # Others read the block in which the lease goes on: it goes on in a copy.
+            is_ours = cut in owned
+            if len(owned) == is_ours:
+                self.admit(1)
+                owned.extend(self.allocate(1))
+            if is_ours:
+                owned.remove(cut)  # ours so far; from now on held as the copy's source
+            else:
+                self.pool.share(cut)
+            self.drop_source(lease)
+            lease.source = cut
+            copies = (Copy(cut, BlockId(owned[0]), left),)
+        if lease.tail_is_shared:
+            self._let_go_of_shared_tail(lease)
+        if not copies and keep * self.block_size < lease.start:
+            self.drop_source(lease)  # the block it was copied to is given up
+        self._step_back(lease, keep, left)
+        del lease.table[keep:]
+        lease.table.extend(owned)
+        lease.private_from = keep
+        lease.duplicates = [i for i in lease.duplicates if i < keep]
+        lease.committed = num_tokens
+        return TableUpdate(keep, owned, copies)
+
+    def _step_back(self, lease: Lease, keep: int, left: int) -> None:
+        """Move a lease's lock up to the end of its first `keep` blocks; its tail stays cached."""
+        if lease.tail is not None:
+            self._unlock(lease.tail)
+            lease.tail = None
+        start = keep * self.block_size
+        if start < lease.start:
+            match, after = self.tree.place(
+                lease.node, lease.start * TOKEN_BYTES, start * TOKEN_BYTES
+            )
+            node = self.tree.lock(match)
+            self._unlock(lease.node)
+            lease.node, lease.start, lease.rest = node, start, after
+        lease.rest = lease.rest[: left * TOKEN_BYTES]
+
+    def give_back(self, lease: Lease, *, writes_on: bool) -> tuple[int, int]:
+        """End what a lease holds.  O(its own blocks + nodes that become unprotected).
+
+        Args:
+            lease: The lease; it must not be used afterwards.
+            writes_on: Whether its worker may still write: then all it could write to is set aside.
+
+        Returns:
+            How many blocks became free, and how many are quarantined.
+        """
+        self.drop_source(lease)
+        if lease.tail_is_shared:
+            self._let_go_of_shared_tail(lease)
+        private = lease.private_blocks()
+        if writes_on and lease.tail is not None:
+            self.tree.unhang(lease.tail)
+            private.append(lease.table[lease.private_from - 1])
+            lease.tail = None
+        if lease.tail is not None:
+            # The tail keeps the node locked until both become unprotected in one step, of one age.
+            self.tree.unlock(lease.node, used=False)
+            self._unlock(lease.tail)
+        else:
+            self._unlock(lease.node)
+        if writes_on:
+            return 0, self.pool.quarantine(lease.worker, private)
+        return self.pool.release(private), 0
+
+    def _let_go_of_shared_tail(self, lease: Lease) -> None:
+        lease.tail_is_shared = False
+        lease.private_from -= 1
+        self.pool.release(array("i", [lease.table.pop()]))
+
+    def _unlock(self, node: Node) -> None:
+        absorbed = self.tree.unlock(node)
+        if absorbed:
+            self.pool.release(absorbed)
+
+    def drop_source(self, lease: Lease) -> None:
+        """Let go of the block that a lease's copy read."""
+        if lease.source is not None:
+            self.pool.release(array("i", [lease.source]))
+            lease.source = None

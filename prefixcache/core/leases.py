@@ -1,0 +1,236 @@
+"""Leases: a worker's right to a set of blocks until a deadline.
+
+```
+tokens   0 ──────────── start ──────── committed ──────── num_tokens ─────── len(table)·block_size
+         whole blocks in the tree,    │ the tail: ours,  │ known, not yet   │ room
+         protected by a lock on `node`│ perhaps indexed  │ computed         │
+```
+
+A lease owns the blocks of its table from `private_from` on, and those at the indices `duplicates`:
+blocks it computed although somebody else had indexed the same tokens first.  All others belong to
+the tree.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from prefixcache.core.node import Node
+from prefixcache.errors import LeaseExpired, NotFound
+from prefixcache.types import (
+    TOKEN_BYTES,
+    BlockId,
+    BlockTable,
+    Grant,
+    LeaseId,
+    Namespace,
+    WorkerId,
+)
+
+_REMEMBERED_ENDS = 4096
+
+
+class Lease:
+    """One lease.  Plain state; `PrefixCache` is the only one that changes it."""
+
+    __slots__ = (
+        "committed",
+        "deadline",
+        "duplicates",
+        "grant",
+        "id",
+        "namespace",
+        "node",
+        "private_from",
+        "prompt_tokens",
+        "request_id",
+        "rest",
+        "since",
+        "source",
+        "start",
+        "table",
+        "tail",
+        "tail_is_shared",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        lease: LeaseId,
+        worker: WorkerId,
+        namespace: Namespace,
+        node: Node,
+        *,
+        since: float,
+        deadline: float,
+    ) -> None:
+        self.id = lease
+        self.worker = worker
+        self.namespace = namespace
+        self.since = since
+        self.deadline = deadline
+        self.node = node
+        """Locked; ends where the lease's whole indexed blocks end."""
+        self.start = 0
+        """Tokens up to the end of `node`; a multiple of the block size."""
+        self.rest = b""
+        """Packed tokens from `start` on."""
+        self.committed = 0
+        """Tokens from position 0 that hold valid KV."""
+        self.prompt_tokens = 0
+        """Tokens known when the lease was granted."""
+        self.table: BlockTable = array("i")
+        self.private_from = 0
+        """Index in the table from which all blocks are the lease's own."""
+        self.duplicates: list[int] = []
+        self.tail: Node | None = None
+        """The leaf that shows this lease's partly filled block to others; locked."""
+        self.tail_is_shared = False
+        """After a fork: the last block is shared, and copied before the first write."""
+        self.source: BlockId | None = None
+        """The block that a copy reads; held until the first commit."""
+        self.grant: Grant | None = None
+        self.request_id = ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens the lease knows: computed, and to be computed."""
+        return self.start + len(self.rest) // TOKEN_BYTES
+
+    def private_blocks(self) -> BlockTable:
+        """Give the blocks that the lease owns."""
+        private = self.table[self.private_from :]
+        if self.duplicates:
+            private.extend(self.table[index] for index in self.duplicates)
+        return private
+
+
+@dataclass(slots=True)
+class Worker:
+    """One attached worker."""
+
+    id: WorkerId
+    namespaces: set[Namespace] = field(default_factory=set)
+    leases: dict[LeaseId, Lease] = field(default_factory=dict)
+    requests: dict[str, Lease] = field(default_factory=dict)
+    """Living leases by request id, so that an acquire can be repeated safely."""
+    renewed_until: float = 0.0
+
+
+class Leases:
+    """The living leases, by id, by worker, and by deadline; and how the last ones ended.
+
+    Deadlines are ordered by deadline, whatever the order of granting: a heap with lazily corrected
+    entries.  A renewal of all leases of a worker is one assignment.
+    """
+
+    __slots__ = ("_deadlines", "_ended", "_next", "ttl_s", "workers")
+
+    def __init__(self, ttl_s: float) -> None:
+        self.ttl_s = ttl_s
+        self.workers: dict[WorkerId, Worker] = {}
+        self._deadlines: list[tuple[float, LeaseId, Lease]] = []
+        self._ended: OrderedDict[LeaseId, tuple[WorkerId, float | None, int]] = OrderedDict()
+        self._next = 0
+
+    def worker(self, worker: WorkerId, namespace: Namespace | None = None) -> Worker:
+        """Give an attached worker.
+
+        Raises:
+            NotFound: it is not attached (to that namespace).
+        """
+        member = self.workers.get(worker)
+        if member is None:
+            raise NotFound(f"worker {worker!r} is not attached; attach first")
+        if namespace is not None and namespace not in member.namespaces:
+            raise NotFound(f"worker {worker!r} is not attached to {namespace}; attach to it first")
+        return member
+
+    def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
+        """Make a lease.  O(log leases)."""
+        self._next += 1
+        lease = Lease(
+            LeaseId(self._next),
+            member.id,
+            namespace,
+            node,
+            since=now,
+            deadline=now + self.ttl_s,
+        )
+        member.leases[lease.id] = lease
+        heappush(self._deadlines, (lease.deadline, lease.id, lease))
+        return lease
+
+    def get(self, worker: WorkerId, lease: LeaseId, now: float) -> Lease:
+        """Give a living lease of that worker, and renew it.  O(1).
+
+        Raises:
+            NotFound: there is no such lease, or it is another worker's.
+            LeaseExpired: it has ended; the message says how long ago.
+        """
+        member = self.worker(worker)
+        found = member.leases.get(lease)
+        if found is not None:
+            if found.deadline < now + self.ttl_s:
+                found.deadline = now + self.ttl_s
+            return found
+        owner, expired_at, quarantined = self._ended.get(lease, (None, None, 0))
+        if owner != worker:
+            raise NotFound(f"no lease {lease} of worker {worker!r}")
+        if expired_at is None:
+            raise LeaseExpired(f"lease {lease} was released; acquire again")
+        raise LeaseExpired(
+            f"lease {lease} expired {now - expired_at:.1f} s ago; "
+            f"its {quarantined} unpublished blocks are quarantined. Acquire again."
+        )
+
+    def was_ended(self, worker: WorkerId, lease: LeaseId) -> bool:
+        """Whether that was a lease of this worker and has ended not too long ago."""
+        return self._ended.get(lease, (None,))[0] == worker
+
+    def close(self, lease: Lease, expired_at: float | None, quarantined: int) -> None:
+        """Forget a lease, but for how it ended."""
+        member = self.workers[lease.worker]
+        del member.leases[lease.id]
+        if lease.request_id:
+            member.requests.pop(lease.request_id, None)
+        self._ended[lease.id] = (lease.worker, expired_at, quarantined)
+        if len(self._ended) > _REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+
+    def due(self, now: float) -> Lease | None:
+        """Give a lease whose deadline has passed; None if there is none.  Amortised O(log leases)."""
+        heap = self._deadlines
+        while heap and heap[0][0] < now:
+            _, lease_id, lease = heappop(heap)
+            member = self.workers.get(lease.worker)
+            if member is None or lease_id not in member.leases:
+                continue
+            deadline = max(lease.deadline, member.renewed_until)
+            if deadline < now:
+                return lease
+            heappush(heap, (deadline, lease_id, lease))
+        return None
+
+    def next_deadline(self) -> float | None:
+        """Give a time before which no lease ends by itself; None if there are none."""
+        heap = self._deadlines
+        while heap and not self._lives(heap[0][2]):
+            heappop(heap)
+        return heap[0][0] if heap else None
+
+    def all(self) -> list[Lease]:
+        """Give all living leases, oldest first."""
+        found = [lease for member in self.workers.values() for lease in member.leases.values()]
+        return sorted(found, key=lambda lease: lease.id)
+
+    def ends_at(self, lease: Lease) -> float:
+        """Give the deadline, renewals of its worker included."""
+        return max(lease.deadline, self.workers[lease.worker].renewed_until)
+
+    def _lives(self, lease: Lease) -> bool:
+        member = self.workers.get(lease.worker)
+        return member is not None and lease.id in member.leases

@@ -1,0 +1,107 @@
+"""A node of the radix tree, a root, and where a descent ended."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from prefixcache.core.children import Children
+from prefixcache.types import BlockId, BlockTable, Namespace
+
+
+class Node:
+    """A run of blocks below its parent.  Only a leaf's last block may be partly filled."""
+
+    __slots__ = (
+        "blocks",
+        "born",
+        "children",
+        "ghosts",
+        "key",
+        "last",
+        "parent",
+        "parted",
+        "queued",
+        "ref",
+        "root",
+    )
+
+    key: bytes
+    """Packed tokens of the run."""
+    blocks: BlockTable
+    """Its physical blocks; empty for a ghost and for a root."""
+    children: Children[Node] | None
+    ghosts: Children[Node] | None
+    parent: Node | None
+    """None for a root, and for a node that is no longer part of the tree."""
+    root: Root
+    ref: int
+    """Locks on this very node, plus the number of locked children."""
+    last: int
+    born: int
+    queued: bool
+    parted: dict[int, int] | None
+    """How many requests left the stored tokens after this node, by tokens into the next block."""
+
+    def __init__(self, key: bytes, blocks: BlockTable, parent: Node | None, born: int) -> None:
+        self.key = key
+        self.blocks = blocks
+        self.parent = parent
+        self.children = self.ghosts = self.parted = None
+        self.ref = 0
+        self.last = self.born = born
+        self.queued = False
+        if parent is not None:
+            self.root = parent.root
+
+    @property
+    def is_evictable(self) -> bool:
+        """Whether this is an unprotected leaf of the tree that holds blocks."""
+        return not (self.ref or self.children or self.parent is None or not self.blocks)
+
+
+class Root(Node):
+    """The empty prefix of one namespace.  Always protected, never evicted."""
+
+    __slots__ = ("evictable", "namespace", "num_blocks", "retired")
+
+    def __init__(self, namespace: Namespace) -> None:
+        super().__init__(b"", array("i"), None, 0)
+        self.root = self
+        self.ref = 1
+        self.namespace = namespace
+        self.num_blocks = 0
+        self.evictable = 0
+        self.retired = False
+        """Whether the namespace was reset: nothing below can be found any more."""
+
+
+class Match(NamedTuple):
+    """Where a descent ended.  `lock` continues from here; valid until the tree changes."""
+
+    node: Node
+    used: int
+    """Blocks of the node's run that matched."""
+    end: int
+    """Bytes of the tokens that matched in whole blocks."""
+    partial_block: BlockId | None
+    """The block whose first tokens match best what follows."""
+    partial_tokens: int
+
+
+def evictable_leaves(root: Root) -> Iterator[Node]:
+    """Give the unprotected leaves below a retired root, children before parents.
+
+    Lazily, while the tree changes: a node that is gone is skipped, a protected one is left to the
+    queue, which gets it when it is unlocked.
+    """
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, seen = stack.pop()
+        if node.children and not seen:
+            stack.append((node, True))
+            stack.extend((child, False) for child in node.children.values())
+            continue
+        while node.is_evictable:
+            yield node
