@@ -1,0 +1,158 @@
+"""What can be set: every name is a flag of `prefixcache serve` and a variable `PREFIXCACHE_…`.
+
+One dial, `memory`; everything else has a default that is right for one machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import DTYPE_BYTES, Layout, Partial
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
+_LAYOUT = re.compile(r"(\d+)x(\d+)x(\d+)(?::(\w+))?")
+
+
+def parse_size(text: str | int) -> int:
+    """Read a number of bytes.
+
+    Raises:
+        ValueError: it is not a size.
+
+    >>> parse_size("2GiB"), parse_size("1.5 MB"), parse_size(4096)
+    (2147483648, 1500000, 4096)
+    """
+    if isinstance(text, int):
+        return text
+    found = _SIZE.fullmatch(text)
+    if found is None or found[2].upper() == "I":
+        raise ValueError(f"cannot read the size {text!r}; write for example 2GiB, 512MiB or 1.5GB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def format_size(num_bytes: int) -> str:
+    """Write a number of bytes for people, in powers of two.
+
+    >>> format_size(2**31), format_size(368640)
+    ('2 GiB', '360 KiB')
+    """
+    size, unit = float(num_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
+
+
+def parse_layout(text: str | Layout) -> Layout:
+    """Read a layout as `str(layout)` writes it: layers x KV heads x head size, and the type.
+
+    Raises:
+        ValueError: it is not a layout.
+
+    >>> parse_layout("30x3x64:float32").token_bytes
+    46080
+    """
+    if isinstance(text, Layout):
+        return text
+    found = _LAYOUT.fullmatch(text)
+    if found is None or "0" in found.groups():
+        raise ValueError(
+            f"cannot read the layout {text!r}; write LAYERSxKV_HEADSxHEAD_DIM:DTYPE, "
+            "for example 30x3x64:bfloat16"
+        )
+    dtype = found[4] or "bfloat16"
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"a pool cannot hold {dtype!r}; it can hold {', '.join(DTYPE_BYTES)}")
+    return Layout(int(found[1]), int(found[2]), int(found[3]), dtype)
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError(f"{value} is not a power of two")
+    return value
+
+
+def _split(text: str | list[str]) -> list[str]:
+    return [part for part in text.split(",") if part] if isinstance(text, str) else text
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class ServeSettings(BaseSettings):
+    """Settings of the service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PREFIXCACHE_", arbitrary_types_allowed=True, extra="forbid", frozen=True
+    )
+
+    memory: Size = 2**31
+    """Bytes of the pool."""
+    block_size: Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two)] = 16
+    """Tokens of a block."""
+    policy: str = "lru"
+    """Order of eviction."""
+    partial: Partial = Partial.TAILS
+    """How much of a partly matching block is reused."""
+    ghosts: Annotated[int, Field(ge=0)] | None = None
+    """Evicted blocks that are remembered, to explain misses; by default as many as blocks."""
+    layout: Annotated[Layout, BeforeValidator(parse_layout)] | None = None
+    """Shape of a token's keys and values; without it and `model`, the first worker decides."""
+    model: Path | None = None
+    """Folder whose config.json tells the layout."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Element type for `model`, where it is not the one that config.json names."""
+    pool: Literal["shm", "none"] = "shm"
+    """`none` keeps accounts only: no memory behind the blocks."""
+    listen: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
+    """Addresses; by default the default socket."""
+    ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0
+    """Seconds that leases live without a sign of life."""
+    quarantine: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds after which the blocks of a lost worker come back although its death was not seen."""
+    grace: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that a draining service gives to the leases that are out."""
+    max_message: Size = 16 * 2**20
+    """Bytes of one message."""
+    max_ops: Annotated[int, Field(ge=1)] = 4096
+    """Ops of one message of a session."""
+    max_forks: Annotated[int, Field(ge=1)] = 1024
+    """Children of one fork."""
+    max_wait: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds that one acquire may wait."""
+    max_waiting: Annotated[int, Field(ge=1)] = 1024
+    """Requests of one worker that may wait at the same time."""
+    max_workers: Annotated[int, Field(ge=1)] = 1024
+    """Workers at the same time."""
+    reflection: bool = True
+    """Whether gRPC clients may ask for the service's description."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is logged, to stderr."""
+
+
+def load(overrides: Mapping[str, Any]) -> ServeSettings:
+    """Read the environment; `overrides` that are not None win (the flags).
+
+    Raises:
+        InvalidRequest: a value cannot be used; the message names the flag and says why.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return ServeSettings(**given)
+    except ValidationError as error:
+        complaints = []
+        for entry in error.errors():
+            name = str(entry["loc"][0]) if entry["loc"] else "settings"
+            text = entry["msg"].removeprefix("Value error, ")
+            complaints.append(f"--{name.lower().replace('_', '-')}: {text}")
+        raise InvalidRequest("; ".join(complaints)) from None

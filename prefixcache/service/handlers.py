@@ -1,0 +1,294 @@
+"""The verbs, once: unary calls and sessions are both served by these handlers.
+
+A handler reads a request, passes the time and the worker to the core, and gives the core's answer.
+Everything it does is synchronous and short.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, TypeAlias
+
+import structlog
+
+from prefixcache import __version__
+from prefixcache.client import codec
+from prefixcache.config import ServeSettings
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.workers import MAX_NAMESPACES, Worker, Workers
+from prefixcache.types import (
+    Committed,
+    Ended,
+    Explanation,
+    Grant,
+    LeaseId,
+    Ledger,
+    Lookup,
+    Namespace,
+    Released,
+    Reset,
+    Snapshot,
+    TableUpdate,
+    Waiting,
+)
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+MAX_TEXT = 1024
+"""Characters of a namespace's field or of a request id."""
+
+Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], None]]"
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Answer of `attach`, with what the wire says beside the core's part."""
+
+    worker: Worker
+    namespace_index: int
+
+
+class Handlers:
+    """All verbs of the service.
+
+    `verbs[name]` is `(handler, write)`: `handler(worker, request)` gives an answer or raises a
+    `CacheError`, `write(answer, message)` fills the response.  `acquire` may answer `Waiting`: then
+    the outcome comes from the waiting line.
+    """
+
+    def __init__(
+        self, settings: ServeSettings, holdings: Holdings, line: WaitingLine, workers: Workers
+    ) -> None:
+        self.settings = settings
+        self.holdings = holdings
+        self.line = line
+        self.workers = workers
+        self.draining = False
+        self.listening: list[str] = []
+        self._started_at = monotonic()
+        self.verbs: dict[str, Verb] = {
+            name: (getattr(self, name), write) for name, write in codec.WRITE.items()
+        }
+        self.verbs["snapshot"] = (self.snapshot, self._write_snapshot)
+
+    # ------------------------------------------------------------------------ coming and going
+
+    def attach(
+        self, worker: Worker | None, request: pb.AttachRequest, hang_up: Callable[[], object] | None
+    ) -> Attached:
+        """Let a worker, new or known, join a namespace.
+
+        Raises:
+            LayoutMismatch: the pool holds another layout.
+            InvalidRequest: a text is too long, or the layout is none.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        namespace = codec.read_namespace(request.namespace)
+        _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+        if not namespace.model:
+            raise InvalidRequest("a namespace needs the name of a model")
+        fresh = self.holdings.cache is None
+        cache = self.holdings.settle_layout(codec.read_layout(request.layout))
+        if fresh:
+            log.info("pool created", sizes=str(self.holdings.sizes))
+        if worker is None:
+            worker = self.workers.join(request.name, request.pid, request.host, hang_up)
+        if namespace not in worker.namespaces:
+            if len(worker.namespaces) >= MAX_NAMESPACES:
+                raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
+            worker.namespaces.append(namespace)
+        cache.attach(worker.id, namespace, now=monotonic())
+        self.workers.finished(request.finished)
+        return Attached(worker, worker.namespaces.index(namespace))
+
+    def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
+        """Fill `message`."""
+        message.worker = answer.worker.id
+        message.worker_key = answer.worker.key
+        if self.holdings.handle is not None:
+            codec.write_pool(self.holdings.handle, message.pool)
+        message.ttl_s = self.settings.ttl
+        message.namespace_index = answer.namespace_index
+        message.max_message_bytes = self.settings.max_message
+        message.max_ops = self.settings.max_ops
+
+    def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
+        """End a worker that says it writes to nothing any more."""
+        return self.workers.leave(worker, gone=True)
+
+    def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
+        """Take a sign of life."""
+        self._cache().renew(worker.id, now=monotonic())
+
+    # ------------------------------------------------------------------------ leases
+
+    def acquire(self, worker: Worker, request: pb.AcquireRequest) -> Grant | Waiting:
+        """Lease blocks for a prompt.
+
+        Raises:
+            InvalidRequest, NotFound, PoolExhausted: as the core says.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        wait_s = request.wait_s
+        request_id = request.request_id
+        if wait_s and not 0 <= wait_s <= self.settings.max_wait:
+            limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
+            raise InvalidRequest(f"an acquire may wait {limit}, not {wait_s:g}")
+        if len(request_id) > MAX_TEXT:
+            _check_texts((request_id,))
+        if wait_s and len(worker.tickets) >= self.settings.max_waiting:
+            raise InvalidRequest(
+                f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
+                "no more"
+            )
+        return self._cache().acquire(
+            worker.id,
+            self._attached_namespace(worker, request.namespace_index),
+            request.tokens,
+            reserve=request.reserve,
+            wait_s=wait_s,
+            request_id=request_id,
+            now=monotonic(),
+        )
+
+    def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
+        """Give up waiting.  Idempotent: the outcome may have crossed it on the way."""
+        self.cancel_ticket(worker, request.op)
+
+    def cancel_ticket(self, worker: Worker, op_id: int) -> None:
+        """Give up the waiting request that came as `op_id`.  Idempotent."""
+        ticket = worker.tickets.pop(op_id, None)
+        if ticket is not None:
+            self.line.leave(ticket)
+            self._cache().cancel(worker.id, ticket, now=monotonic())
+
+    def commit(self, worker: Worker, request: pb.CommitRequest) -> Committed:
+        """Make computed KV visible to all."""
+        return self._cache().commit(
+            worker.id,
+            LeaseId(request.lease),
+            request.num_tokens,
+            request.new_tokens,
+            now=monotonic(),
+        )
+
+    def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate:
+        """Make room."""
+        return self._cache().extend(
+            worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+        )
+
+    def fork(self, worker: Worker, request: pb.ForkRequest) -> tuple[Grant, ...]:
+        """Make children that share every block.
+
+        Raises:
+            InvalidRequest: too many at once.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        if request.count > self.settings.max_forks:
+            raise InvalidRequest(
+                f"{request.count} children in one fork, --max-forks allows "
+                f"{self.settings.max_forks}"
+            )
+        return self._cache().fork(worker.id, LeaseId(request.lease), request.count, now=monotonic())
+
+    def truncate(self, worker: Worker, request: pb.TruncateRequest) -> TableUpdate:
+        """Roll back."""
+        return self._cache().truncate(
+            worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+        )
+
+    def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
+        """End a lease."""
+        return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
+
+    # ------------------------------------------------------------------------ looking
+
+    def lookup(self, worker: Worker | None, request: pb.LookupRequest) -> Lookup:
+        """Say what `acquire` would find."""
+        return self._cache().lookup(self._named(worker, request), request.tokens)
+
+    def explain(self, worker: Worker | None, request: pb.ExplainRequest) -> Explanation:
+        """Say why."""
+        return self._cache().explain(self._named(worker, request), request.tokens)
+
+    def reset(self, worker: Worker | None, request: pb.ResetRequest) -> Reset:
+        """Make a namespace forget."""
+        namespace = self._named(worker, request)
+        answer = self._cache().reset(namespace)
+        log.info("reset", namespace=str(namespace), blocks=answer.num_blocks)
+        return answer
+
+    def snapshot(self, worker: Worker | None, request: pb.SnapshotRequest) -> Snapshot:
+        """Tell the state of the cache; all zeros before the layout is known."""
+        if self.holdings.cache is None:
+            size = self.settings.block_size
+            return Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
+        return self.holdings.cache.snapshot(now=monotonic())
+
+    def _write_snapshot(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
+        codec.write_snapshot(answer, message)
+        info = message.service
+        info.version = __version__
+        info.pid = os.getpid()
+        info.uptime_s = monotonic() - self._started_at
+        info.listening.extend(self.listening)
+        if self.holdings.handle is not None:
+            codec.write_pool(self.holdings.handle, info.pool)
+        info.memory_bytes = self.settings.memory
+        info.policy = self.settings.policy
+        info.partial = codec.PARTIALS[self.settings.partial]
+        info.ttl_s = self.settings.ttl
+        info.workers = len(self.workers)
+        info.sessions = self.workers.num_streams
+        info.draining = self.draining
+
+    # ------------------------------------------------------------------------ shared by verbs
+
+    def _cache(self) -> PrefixCache:
+        cache = self.holdings.cache
+        if cache is None:
+            raise NotFound(
+                "nothing is stored: no worker has attached, and the service was started without "
+                "--layout or --model"
+            )
+        return cache
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise ServiceUnavailable("the service is draining: it gives no new leases")
+
+    def _named(self, worker: Worker | None, request: Any) -> Namespace:
+        if request.HasField("namespace"):
+            namespace = codec.read_namespace(request.namespace)
+            _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+            return namespace
+        if worker is None:
+            raise InvalidRequest("name a namespace, or the worker that has attached it")
+        return self._attached_namespace(worker, request.namespace_index)
+
+    @staticmethod
+    def _attached_namespace(worker: Worker, index: int) -> Namespace:
+        try:
+            return worker.namespaces[index]
+        except IndexError:
+            raise NotFound(
+                f"{worker.id} has attached {len(worker.namespaces)} namespaces, there is none at "
+                f"index {index}"
+            ) from None
+
+
+def _check_texts(texts: Iterable[str]) -> None:
+    for text in texts:
+        if len(text) > MAX_TEXT:
+            raise InvalidRequest(f"a text of {len(text):,} characters; the limit is {MAX_TEXT:,}")

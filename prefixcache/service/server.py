@@ -1,0 +1,138 @@
+"""The server process: start, serve, drain, end.
+
+```
+SIGTERM or Ctrl-C ─► health NOT_SERVING, no new leases ─► leases out: 0, or --grace is over ─► end
+again Ctrl-C      ─► end at once
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+import time
+from collections.abc import Callable
+
+import grpc.aio
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from prefixcache.client.address import default_target
+from prefixcache.client.unary import SERVICE
+from prefixcache.config import ServeSettings
+from prefixcache.errors import ServiceUnavailable
+from prefixcache.service import log as logging
+from prefixcache.service import unary
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.listen import Listener
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.workers import Workers
+
+_LAST_WORDS_S = 0.5
+"""What the streams that are still open get to send what they have, once the leases are back."""
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
+    """Serve until told to stop; give the exit code.
+
+    Args:
+        settings: all of them.
+        announce: gets the lines for people: what was derived, and where it listens.
+
+    Raises:
+        CacheError: the service cannot start; the message says what to do.
+    """
+    logging.set_up(settings.log_level)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, announce))
+    return 0
+
+
+async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
+    listener = Listener(settings.listen or [default_target()])
+    holdings = Holdings(settings)
+    line = WaitingLine(holdings)
+    workers = Workers(holdings, line, settings)
+    handlers = Handlers(settings, holdings, line, workers)
+    server = grpc.aio.server(
+        options=(
+            ("grpc.max_receive_message_length", settings.max_message),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.max_concurrent_streams", settings.max_workers * 2),
+            # Two services must not share one TCP port without knowing of each other.
+            ("grpc.so_reuseport", 0),
+        )
+    )
+    server.add_generic_rpc_handlers((unary.service(handlers),))
+    alive = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(alive, server)
+    if settings.reflection:
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+    try:
+        handlers.listening = listener.bind(server)
+        stop = _stop_on_signals()
+        await server.start()
+        for name in ("", SERVICE):
+            await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
+        if holdings.sizes is not None:
+            announce(str(holdings.sizes))
+        else:
+            announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
+        announce(f"listening at {', '.join(handlers.listening)}")
+        # What exists now lives as long as the process: the collector need never look at it again.
+        gc.collect()
+        gc.freeze()
+        await stop.wait()
+        stop.clear()
+        await alive.enter_graceful_shutdown()
+        hurry = asyncio.ensure_future(stop.wait())
+        drained = asyncio.ensure_future(_drain(handlers, settings.grace))
+        await asyncio.wait((hurry, drained), return_when=asyncio.FIRST_COMPLETED)
+        grace_s = 0.0 if hurry.done() else _LAST_WORDS_S
+        for task in (hurry, drained):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await server.stop(grace_s)
+    finally:
+        workers.close()
+        line.close()
+        listener.close()
+        holdings.close()
+    log.info("ended")
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _drain(handlers: Handlers, grace_s: float) -> None:
+    """Give no new leases, and wait until those that are out have come back."""
+    handlers.draining = True
+    handlers.workers.refuse_waiting(
+        ServiceUnavailable("the service is draining: it gives no new leases")
+    )
+    deadline = time.monotonic() + grace_s
+    log.info("draining", leases=_leases_out(handlers), grace_s=grace_s)
+    while _leases_out(handlers) and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    if left := _leases_out(handlers):
+        log.warning("the grace is over", leases=left)
+
+
+def _leases_out(handlers: Handlers) -> int:
+    cache = handlers.holdings.cache
+    return 0 if cache is None else len(cache.snapshot(now=time.monotonic()).leases)

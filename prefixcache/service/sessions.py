@@ -1,0 +1,148 @@
+"""Sessions: one stream per worker, a batch of ops in, their results out.
+
+```
+OpBatch ─► run each op in order ─► OpResults            in one go, without giving up the loop
+                   └ waits ─► line ─► outcome ─► OpResults   later, one message for all that settled
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from prefixcache.client.codec import write_acquire, write_error
+from prefixcache.errors import CacheError, InvalidRequest, NotFound
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.waiting import Outcome
+from prefixcache.service.workers import Worker
+from prefixcache.types import Waiting
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+_INTERNAL = 13
+
+
+class SessionStream:
+    """One open stream.  Its end without a detach is the death of its worker."""
+
+    def __init__(self, handlers: Handlers, context: Any) -> None:
+        self._handlers = handlers
+        self._context = context
+        self._worker: Worker | None = None
+        self._writing = asyncio.Lock()
+        self._late = pb.OpResults()
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def serve(self) -> None:
+        """Answer batches until the client hangs up or dies."""
+        task = asyncio.current_task()
+        assert task is not None
+        read, settle = self._context.read, self._handlers.line.settle
+        try:
+            while (batch := await read()) is not grpc.aio.EOF:
+                if len(batch.ops) > self._handlers.settings.max_ops:
+                    await self._context.abort(
+                        grpc.StatusCode.INVALID_ARGUMENT,
+                        f"{len(batch.ops):,} ops in one message; the limit is "
+                        f"{self._handlers.settings.max_ops:,} (--max-ops)",
+                    )
+                results = self.answer(batch, task)
+                settle()
+                if results.results:
+                    await self._write(results)
+        finally:
+            if self._flushing is not None:
+                self._flushing.cancel()
+            if self._worker is not None:
+                self._handlers.workers.leave(self._worker, gone=False)
+
+    def answer(self, batch: pb.OpBatch, task: asyncio.Task[None] | None) -> pb.OpResults:
+        """Run a batch.  Ops fail independently."""
+        results = pb.OpResults()
+        add = results.results.add
+        verbs = self._handlers.verbs
+        worker = self._worker
+        for op in batch.ops:
+            verb = op.WhichOneof("op")
+            try:
+                if worker is None or verb not in verbs:
+                    worker = self._first(op, verb, add, task)
+                    continue
+                handler, write = verbs[verb]
+                answer = handler(worker, getattr(op, verb))
+            except CacheError as error:
+                result = add()
+                result.id = op.id
+                write_error(error, result.error)
+                continue
+            except Exception:
+                log.exception("an op failed in a way that nobody foresaw", verb=verb)
+                result = add()
+                result.id = op.id
+                result.error.code = _INTERNAL
+                result.error.message = f"{verb} failed inside the service; its log has the details"
+                continue
+            if answer.__class__ is Waiting:
+                worker.tickets[op.id] = answer.ticket
+                self._handlers.line.enter(answer.ticket, partial(self._settled, op.id))
+                continue
+            result = add()
+            result.id = op.id
+            write(answer, getattr(result, verb))
+            if verb == "detach":
+                worker = self._worker = None
+        return results
+
+    def _first(
+        self, op: pb.Op, verb: str | None, add: Any, task: asyncio.Task[None] | None
+    ) -> Worker | None:
+        """Serve what is not an everyday op: attach, and ops that come before it."""
+        if verb is None:
+            raise InvalidRequest(
+                "an op without a verb, or with one that this service does not know"
+            )
+        if verb != "attach":
+            raise NotFound(f"{verb} before attach: the first op of a session is an attach")
+        hang_up = task.cancel if task is not None else None
+        answer = self._handlers.attach(self._worker, op.attach, hang_up)
+        self._worker = answer.worker
+        result = add()
+        result.id = op.id
+        self._handlers.write_attach(answer, result.attach)
+        return answer.worker
+
+    def _settled(self, op_id: int, outcome: Outcome) -> None:
+        if self._worker is not None:
+            self._worker.tickets.pop(op_id, None)
+        result = self._late.results.add()
+        result.id = op_id
+        if isinstance(outcome, CacheError):
+            write_error(outcome, result.error)
+        else:
+            write_acquire(outcome, result.acquire)
+        if self._flushing is None:
+            self._flushing = asyncio.get_running_loop().create_task(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._late.results:
+                late, self._late = self._late, pb.OpResults()
+                await self._write(late)
+        except asyncio.CancelledError:
+            raise
+        except grpc.aio.UsageError:
+            # The stream ended while its last outcomes were being written: its worker is gone.
+            log.debug("late results for a stream that has ended")
+        finally:
+            self._flushing = None
+
+    async def _write(self, results: pb.OpResults) -> None:
+        async with self._writing:
+            await self._context.write(results)

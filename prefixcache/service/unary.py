@@ -1,0 +1,130 @@
+"""Unary calls: the same handlers for any gRPC client, one call per verb."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Any, Never
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from prefixcache.client import codec, unary
+from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.sessions import SessionStream
+from prefixcache.service.waiting import Outcome
+from prefixcache.service.workers import Worker
+from prefixcache.types import Grant, Waiting
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+_LOOKS = frozenset(("lookup", "explain", "reset", "snapshot"))
+"""Verbs that need no worker."""
+
+_calls = itertools.count(1)
+
+
+def service(handlers: Handlers) -> grpc.GenericRpcHandler:
+    """Build the gRPC service: every verb as a unary call, and the session."""
+    methods: dict[str, Any] = {}
+    for verb, rpc in unary.RPCS.items():
+        name = rpc.path.rpartition("/")[2]
+        methods[name] = grpc.unary_unary_rpc_method_handler(
+            _serve(handlers, verb, rpc.response),
+            request_deserializer=rpc.request.FromString,
+            response_serializer=rpc.response.SerializeToString,
+        )
+
+    async def session(request_iterator: Any, context: Any) -> None:
+        await SessionStream(handlers, context).serve()
+
+    methods["Session"] = grpc.stream_stream_rpc_method_handler(
+        session,
+        request_deserializer=pb.OpBatch.FromString,
+        response_serializer=pb.OpResults.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(unary.SERVICE, methods)
+
+
+def _serve(
+    handlers: Handlers, verb: str, response_class: Any
+) -> Callable[[Any, Any], Awaitable[Any]]:
+    if verb == "attach":
+
+        async def attach(request: Any, context: Any) -> Any:
+            response = response_class()
+            try:
+                worker = handlers.workers.find(request.worker_key) if request.worker_key else None
+                handlers.write_attach(handlers.attach(worker, request, None), response)
+            except CacheError as error:
+                await refuse(context, error)
+            handlers.line.settle()
+            return response
+
+        return attach
+
+    handler, write = handlers.verbs[verb]
+    find, settle = handlers.workers.find, handlers.line.settle
+    optional = verb in _LOOKS
+
+    async def serve(request: Any, context: Any) -> Any:
+        try:
+            if optional and (verb == "snapshot" or not request.worker_key):
+                worker = None
+            else:
+                worker = find(request.worker_key)
+            answer = handler(worker, request)
+            settle()
+            if answer.__class__ is Waiting:
+                assert worker is not None
+                answer = await _outcome(handlers, worker, answer)
+        except CacheError as error:
+            await refuse(context, error)
+        response = response_class()
+        write(answer, response)
+        return response
+
+    return serve
+
+
+async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Grant:
+    """Wait for a ticket; a caller that hangs up meanwhile gives it up."""
+    outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    call = -next(_calls)  # below zero: never the id of a session's op
+    worker.tickets[call] = waiting.ticket
+    handlers.line.enter(waiting.ticket, outcome.set_result)
+    try:
+        settled = await outcome
+    except asyncio.CancelledError:
+        handlers.cancel_ticket(worker, call)
+        handlers.line.settle()
+        raise
+    worker.tickets.pop(call, None)
+    if isinstance(settled, CacheError):
+        raise settled
+    return settled
+
+
+async def refuse(context: Any, error: CacheError) -> Never:
+    """End a call with the error's status, and its class and retry hint as details."""
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=unary.ERROR_DOMAIN)
+    details = [_any(info)]
+    if isinstance(error, PoolExhausted) and error.retry_after_s > 0:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMicroseconds(int(error.retry_after_s * 1e6))
+        details.append(_any(retry))
+    status = rpc_status.to_status(
+        status_pb2.Status(code=codec.STATUS_CODES[error.code], message=str(error), details=details)
+    )
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort always raises")
+
+
+def _any(message: Any) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,91 @@
+"""Requests that wait, and the one timer of the service.
+
+The core decides; this only passes its outcomes on to who asked, and calls it when time is due.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import TypeAlias
+
+import structlog
+
+from prefixcache.errors import CacheError
+from prefixcache.service.holdings import Holdings
+from prefixcache.types import Grant, TicketId
+
+Outcome: TypeAlias = "Grant | CacheError"
+Deliver: TypeAlias = "Callable[[Outcome], None]"
+
+_SLACK_S = 0.001
+"""The event loop rounds to milliseconds; waking up early would only mean waking up twice."""
+
+log = structlog.get_logger(__name__)
+
+
+class WaitingLine:
+    """Who waits for which ticket, and when the core next wants to be called."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+        self._waiting: dict[TicketId, Deliver] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+
+    def enter(self, ticket: TicketId, deliver: Deliver) -> None:
+        """Have `deliver` called with the outcome of `ticket`, once."""
+        self._waiting[ticket] = deliver
+
+    def leave(self, ticket: TicketId) -> None:
+        """Forget a ticket: who asked does not want its outcome any more."""
+        self._waiting.pop(ticket, None)
+
+    def refuse(self, ticket: TicketId, error: CacheError) -> None:
+        """Answer a ticket with an error, if it still waits.  The core is not told."""
+        if deliver := self._waiting.pop(ticket, None):
+            deliver(error)
+
+    def settle(self) -> None:
+        """Deliver what has settled and set the timer.  After every op that may change something.
+
+        O(1) when nothing has settled.
+        """
+        cache = self._holdings.cache
+        if cache is None:
+            return
+        if self._waiting:
+            for ticket, outcome in cache.settled():
+                deliver = self._waiting.pop(ticket, None)
+                if deliver is not None:
+                    deliver(outcome)
+        due = cache.next_deadline()
+        if due is None or (self._timer is not None and self._due <= due):
+            return  # a timer that fires too early finds nothing to do, and sets itself anew
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, due - time.monotonic()) + _SLACK_S
+        self._due = due
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        self._timer = None
+        cache = self._holdings.cache
+        if cache is None:
+            return
+        ended = cache.expire(now=time.monotonic())
+        if ended.leases:
+            log.warning(
+                "leases expired without a sign of life",
+                leases=len(ended.leases),
+                freed=ended.num_freed,
+                quarantined=ended.num_quarantined,
+            )
+        self.settle()

@@ -1,0 +1,244 @@
+"""Workers: who is attached, and how each one's death is noticed.
+
+```
+attached ─┬─ detach ──────────────────────────────► its blocks are free
+          ├─ stream ends, process lives ─► lost ─┬─ pidfd fires, or its client says so ─► free
+          │                                      └─ quarantine time is over ────────────► free
+          └─ pidfd fires ─────────────────────────► free
+```
+The blocks that a lost worker could write to are quarantined: its process may still be writing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import select
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import structlog
+
+from prefixcache.client.address import this_host
+from prefixcache.config import ServeSettings
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.types import Ended, Namespace, TicketId, WorkerId
+
+MAX_NAME = 128
+"""Characters of a worker's name."""
+
+MAX_NAMESPACES = 256
+"""Namespaces that one worker may attach."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One attached worker."""
+
+    id: WorkerId
+    key: str
+    """The right to act for it."""
+    hang_up: Callable[[], object] | None
+    """Ends its stream; None for a worker that uses unary calls."""
+    pid: int = 0
+    pidfd: int | None = None
+    seen_at: float = 0.0
+    """When a worker without a stream gave its last sign of life."""
+    namespaces: list[Namespace] = field(default_factory=list)
+    tickets: dict[int, TicketId] = field(default_factory=dict)
+    """Its acquires that wait, by op id."""
+    forget: asyncio.TimerHandle | None = None
+    """Once lost: ends the quarantine at last."""
+
+
+class Workers:
+    """All workers of the service, attached and lost."""
+
+    def __init__(self, holdings: Holdings, line: WaitingLine, settings: ServeSettings) -> None:
+        self._holdings = holdings
+        self._line = line
+        self._settings = settings
+        self._host = this_host()
+        self._attached: dict[str, Worker] = {}
+        self._lost: dict[str, Worker] = {}
+        self._names: set[str] = set()
+        self._count = 0
+        self._patrol: asyncio.TimerHandle | None = None
+
+    def __len__(self) -> int:
+        return len(self._attached)
+
+    @property
+    def num_streams(self) -> int:
+        """How many of them hold a session open.  O(workers)."""
+        return sum(worker.hang_up is not None for worker in self._attached.values())
+
+    def find(self, key: str) -> Worker:
+        """Give the worker that a unary request speaks for, and note its sign of life.
+
+        Raises:
+            NotFound: no worker has that key.
+        """
+        worker = self._attached.get(key)
+        if worker is None:
+            raise NotFound("no worker has this key: attach first, or again after a longer silence")
+        worker.seen_at = time.monotonic()
+        return worker
+
+    def join(self, name: str, pid: int, host: str, hang_up: Callable[[], object] | None) -> Worker:
+        """Register a new worker, and watch its process where that can be done.
+
+        Raises:
+            InvalidRequest: the name cannot be shown.
+            PoolExhausted: there are too many workers.
+        """
+        if len(name) > MAX_NAME or not (name.isprintable()):
+            raise InvalidRequest(
+                f"a worker's name has up to {MAX_NAME} printable characters, this has {len(name)}"
+            )
+        if len(self._attached) >= self._settings.max_workers:
+            raise PoolExhausted(
+                f"{len(self._attached)} workers are attached, --max-workers allows no more"
+            )
+        self._count += 1
+        public = name or f"w{self._count}"
+        if public in self._names:
+            public = f"{public}#{self._count}"
+        worker = Worker(WorkerId(public), secrets.token_hex(16), hang_up, pid)
+        worker.seen_at = time.monotonic()
+        if pid and host and host == self._host:
+            self._watch(worker)
+        self._names.add(public)
+        self._attached[worker.key] = worker
+        if hang_up is None and self._patrol is None:
+            self._set_patrol()
+        log.info("worker attached", worker=public, pid=pid, watched=worker.pidfd is not None)
+        return worker
+
+    def leave(self, worker: Worker, *, gone: bool) -> Ended:
+        """End a worker.  Idempotent.
+
+        Args:
+            worker: who.
+            gone: whether it can no longer write: it said so, or its process is known to be dead.
+        """
+        if self._attached.pop(worker.key, None) is None:
+            return Ended()
+        cache, now = self._holdings.cache, time.monotonic()
+        ended = Ended()
+        gone = gone or _is_dead(worker.pidfd)
+        for ticket in worker.tickets.values():
+            if worker.hang_up is None:  # no stream whose end tells those calls
+                self._line.refuse(ticket, NotFound(f"{worker.id} left while this call waited"))
+            self._line.leave(ticket)
+        worker.tickets.clear()
+        if cache is not None:
+            ended = cache.detach(worker.id, now=now, gone=gone)
+            if gone:
+                cache.worker_gone(worker.id, now=now)
+        log.info(
+            "worker left",
+            worker=worker.id,
+            known_to_be_gone=gone,
+            leases=len(ended.leases),
+            freed=ended.num_freed,
+            quarantined=ended.num_quarantined,
+        )
+        if gone:
+            self._forget(worker)
+        else:
+            self._lost[worker.key] = worker
+            worker.forget = asyncio.get_running_loop().call_later(
+                self._settings.quarantine, self._absolve, worker, "quarantine time is over"
+            )
+        self._line.settle()
+        return ended
+
+    def refuse_waiting(self, error: CacheError) -> None:
+        """Answer every request that waits with an error, and give it up.  O(waiting)."""
+        cache, now = self._holdings.cache, time.monotonic()
+        for worker in self._attached.values():
+            tickets, worker.tickets = worker.tickets, {}
+            for ticket in tickets.values():
+                self._line.refuse(ticket, error)
+                if cache is not None:
+                    cache.cancel(worker.id, ticket, now=now)
+
+    def finished(self, keys: Iterable[str]) -> None:
+        """Take the word of clients that lost workers of theirs write to nothing any more."""
+        for key in keys:
+            if worker := self._lost.get(key):
+                self._absolve(worker, "its client says that it has stopped")
+
+    def close(self) -> None:
+        """Stop watching; nobody's blocks change."""
+        for worker in (*self._attached.values(), *self._lost.values()):
+            self._forget(worker)
+        if self._patrol is not None:
+            self._patrol.cancel()
+
+    def _watch(self, worker: Worker) -> None:
+        try:
+            worker.pidfd = os.pidfd_open(worker.pid)
+        except (OSError, OverflowError) as error:
+            log.warning("cannot watch a worker's process", worker=worker.id, cause=str(error))
+            return
+        asyncio.get_running_loop().add_reader(worker.pidfd, self._died, worker)
+
+    def _died(self, worker: Worker) -> None:
+        if worker.key in self._attached:
+            self.leave(worker, gone=True)
+            if worker.hang_up is not None:
+                worker.hang_up()
+        else:
+            self._absolve(worker, "its process ended")
+
+    def _absolve(self, worker: Worker, why: str) -> None:
+        freed = 0
+        if self._holdings.cache is not None:
+            freed = self._holdings.cache.worker_gone(worker.id, now=time.monotonic())
+        if freed:
+            log.info("quarantine ended", worker=worker.id, freed=freed, why=why)
+        self._lost.pop(worker.key, None)
+        self._forget(worker)
+        self._line.settle()
+
+    def _forget(self, worker: Worker) -> None:
+        self._names.discard(worker.id)
+        if worker.forget is not None:
+            worker.forget.cancel()
+            worker.forget = None
+        if worker.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(worker.pidfd)
+            os.close(worker.pidfd)
+            worker.pidfd = None
+
+    def _set_patrol(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._patrol = loop.call_later(self._settings.ttl / 4, self._look_round)
+
+    def _look_round(self) -> None:
+        """End workers without a stream that gave no sign of life for a whole ttl."""
+        self._patrol = None
+        silent_since = time.monotonic() - self._settings.ttl
+        unary = [worker for worker in self._attached.values() if worker.hang_up is None]
+        for worker in unary:
+            if worker.seen_at < silent_since:
+                self.leave(worker, gone=False)
+        if unary:
+            self._set_patrol()
+
+
+def _is_dead(pidfd: int | None) -> bool:
+    """Whether the watched process has ended; a pidfd is readable from then on."""
+    if pidfd is None:
+        return False
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
