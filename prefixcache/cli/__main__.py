@@ -1,0 +1,5 @@
+"""`python -m prefixcache.cli` is `prefixcache`."""
+
+from prefixcache.cli.main import main
+
+main()

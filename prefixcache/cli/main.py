@@ -1,0 +1,76 @@
+"""`prefixcache`: the commands of this package, and those of others that plug in.
+
+Exit codes: 0 ok, 1 a negative answer, 2 usage, 3 no server (the message has the command that starts
+one).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from prefixcache import __version__
+from prefixcache.cli import lookup, plugins, reset, serve, stat
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
+
+EXIT_NEGATIVE = 1
+EXIT_USAGE = 2
+EXIT_NO_SERVER = 3
+
+app = typer.Typer(
+    name="prefixcache",
+    cls=plugins.PluginGroup,
+    help="One KV cache for all LLM serving processes of a machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("serve")(serve.serve)
+app.command("stat")(stat.stat)
+app.command("lookup")(lookup.lookup)
+app.command("explain")(lookup.explain)
+app.command("reset")(reset.reset)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prefixcache {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; what a user can cause ends in one line, not in a traceback."""
+    try:
+        app()
+    except CacheError as error:
+        typer.echo(f"prefixcache: {error}", err=True)
+        sys.exit(_exit_code(error))
+    except ModuleNotFoundError as error:
+        if not (hint := plugins.missing(error)):
+            raise
+        typer.echo(f"prefixcache: {hint}", err=True)
+        sys.exit(EXIT_USAGE)
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough (`| head`): nothing is left to say, also not at exit.
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _exit_code(error: CacheError) -> int:
+    if isinstance(error, ServiceUnavailable):
+        return EXIT_NO_SERVER
+    if isinstance(error, InvalidRequest | Unsupported):
+        return EXIT_USAGE
+    return EXIT_NEGATIVE

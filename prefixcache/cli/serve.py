@@ -1,0 +1,112 @@
+"""`prefixcache serve`: start the service in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_POOL = "Pool"
+_SERVICE = "Service"
+_LIMITS = "Limits"
+
+
+def _option(panel: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(help=text, metavar=metavar, rich_help_panel=panel, show_default=False)
+
+
+def serve(
+    memory: Annotated[
+        str | None, _option(_POOL, "Memory of the pool. Default: 2GiB.", "SIZE")
+    ] = None,
+    block_size: Annotated[
+        int | None, _option(_POOL, "Tokens of a block, a power of two. Default: 16.", "TOKENS")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        _option(
+            _POOL,
+            "Shape of a token's keys and values, e.g. 30x3x64:bfloat16. "
+            "Default: that of the first worker.",
+            "LxHxD:TYPE",
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, _option(_POOL, "Folder whose config.json tells the layout.", "DIR")
+    ] = None,
+    dtype: Annotated[
+        str | None, _option(_POOL, "Element type, if not the one in config.json.", "TYPE")
+    ] = None,
+    policy: Annotated[
+        str | None, _option(_POOL, "Order of eviction. Default: lru.", "NAME")
+    ] = None,
+    partial: Annotated[
+        str | None,
+        _option(_POOL, "Reuse inside a block: off, blocks or tails. Default: tails.", "MODE"),
+    ] = None,
+    ghosts: Annotated[
+        int | None,
+        _option(_POOL, "Evicted blocks to remember. Default: as many as blocks.", "BLOCKS"),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        _option(_POOL, "shm, or none to keep accounts without memory. Default: shm.", "KIND"),
+    ] = None,
+    listen: Annotated[
+        list[str] | None,
+        _option(_SERVICE, "unix:PATH or 127.0.0.1:PORT; may be repeated.", "ADDRESS"),
+    ] = None,
+    ttl: Annotated[
+        float | None,
+        _option(_SERVICE, "Life of a lease without a heartbeat. Default: 30.", "SECONDS"),
+    ] = None,
+    quarantine: Annotated[
+        float | None,
+        _option(
+            _SERVICE,
+            "After this long a lost worker's blocks come back, although its death was not seen. "
+            "Default: 300.",
+            "SECONDS",
+        ),
+    ] = None,
+    grace: Annotated[
+        float | None,
+        _option(_SERVICE, "Time for leases to come back at the end. Default: 30.", "SECONDS"),
+    ] = None,
+    reflection: Annotated[
+        bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
+    ] = None,
+    log_level: Annotated[
+        str | None, _option(_SERVICE, "debug, info, warning or error. Default: info.", "LEVEL")
+    ] = None,
+    max_message: Annotated[
+        str | None, _option(_LIMITS, "Bytes of one message. Default: 16MiB.", "SIZE")
+    ] = None,
+    max_ops: Annotated[
+        int | None, _option(_LIMITS, "Ops of one message. Default: 4096.", "N")
+    ] = None,
+    max_forks: Annotated[
+        int | None, _option(_LIMITS, "Children of one fork. Default: 1024.", "N")
+    ] = None,
+    max_wait: Annotated[
+        float | None, _option(_LIMITS, "Longest wait of one acquire. Default: 600.", "SECONDS")
+    ] = None,
+    max_waiting: Annotated[
+        int | None, _option(_LIMITS, "Waiting requests of one worker. Default: 1024.", "N")
+    ] = None,
+    max_workers: Annotated[
+        int | None, _option(_LIMITS, "Workers at the same time. Default: 1024.", "N")
+    ] = None,
+) -> None:
+    """Start the service: it owns the pool and lends its blocks to workers.
+
+    Every option is also an environment variable, PREFIXCACHE_MEMORY and so on; options win.  The
+    first Ctrl-C (or SIGTERM) lets leases come back before it ends, the second ends it at once.
+    """
+    flags = dict(locals())
+    # Imported here: other commands start without the service and its libraries.
+    from prefixcache.config import load
+    from prefixcache.service.server import run
+
+    raise typer.Exit(run(load(flags), typer.echo))

@@ -1,0 +1,112 @@
+"""Two faces of every answer: lines for people, JSON with the same fields for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Ledger, Namespace
+
+if TYPE_CHECKING:
+    from prefixcache.client import Client
+
+Connect = Annotated[
+    str | None,
+    typer.Option(
+        "--connect",
+        "-c",
+        metavar="ADDRESS",
+        help="Where the service listens: unix:PATH or host:port. Default: $PREFIXCACHE_TARGET, "
+        "else the default socket.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Model of the namespace. Default: the only namespace there is.",
+        show_default=False,
+    ),
+]
+Adapter = Annotated[str, typer.Option(metavar="NAME", help="Adapter.", show_default=False)]
+Tenant = Annotated[str, typer.Option(metavar="NAME", help="Tenant.", show_default=False)]
+Salt = Annotated[str, typer.Option(metavar="TEXT", help="Salt.", show_default=False)]
+
+FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+
+
+def open_client(target: str | None) -> Client:
+    """Connect, for one question."""
+    from prefixcache.client import connect  # here, so that help needs no gRPC
+
+    return connect(target, timeout_s=10.0)
+
+
+def choose_namespace(
+    client: Client, model: str | None, adapter: str, tenant: str, salt: str
+) -> Namespace:
+    """Give the namespace that the options name, or the only one that the service knows.
+
+    Raises:
+        InvalidRequest: none is named, and there is not exactly one; the message lists them.
+    """
+    if model is not None:
+        return Namespace(model, adapter, tenant, salt)
+    known = list(client.snapshot().namespaces)
+    if len(known) == 1:
+        return known[0]
+    names = ", ".join(sorted(show_namespace(namespace) for namespace in known)) or "none yet"
+    raise InvalidRequest(f"name a namespace with --model; the service knows: {names}")
+
+
+def show_namespace(namespace: Namespace) -> str:
+    """Name a namespace for people; a salt is a secret, so only that there is one."""
+    shown = Namespace(namespace.model, namespace.adapter, namespace.tenant)
+    return f"{shown} (salted)" if namespace.salt else str(shown)
+
+
+def ledger_fields(ledger: Ledger) -> dict[str, int]:
+    """Give the fields of a ledger in the order in which they are shown."""
+    return {fate: getattr(ledger, fate) for fate in FATES} | {"total": ledger.total}
+
+
+def namespace_fields(namespace: Namespace) -> dict[str, Any]:
+    """Give the fields of a namespace, without its salt."""
+    fields = asdict(namespace)
+    fields["salted"] = bool(fields.pop("salt"))
+    return fields
+
+
+def show_ledger(ledger: Ledger) -> str:
+    """Write a ledger for people; the shares are of tokens, and those shown add up to 100 %."""
+    if not ledger.total:
+        return "no tokens yet"
+    parts = [
+        f"{fate} {getattr(ledger, fate):,} ({getattr(ledger, fate) / ledger.total:.1%})"
+        for fate in FATES
+        if getattr(ledger, fate)
+    ]
+    return " · ".join(parts)
+
+
+def print_json(fields: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Iterable[Sequence[str]], *, indent: str = "") -> None:
+    """Print rows in columns, as plain lines that also read well in a pipe."""
+    table = [tuple(row) for row in rows]
+    if not table:
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        typer.echo((indent + "  ".join(cells)).rstrip())
