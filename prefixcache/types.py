@@ -39,8 +39,8 @@ DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 def pack(tokens: TokensLike) -> bytes:
     """Pack token ids as little-endian uint32.  Changes nothing.  O(n).
 
-    Fast for what supports the buffer protocol with 4-byte integers (numpy int32/uint32, `array('I')`):
-    one copy.  Other integers are converted one by one, in C.
+    Fast for what supports the buffer protocol with 4-byte integers (numpy int32/uint32,
+    `array('I')`): one copy.  Other integers are converted one by one, in C.
 
     Raises:
         OverflowError: an id is negative or does not fit into 32 bits.
@@ -55,7 +55,7 @@ def pack(tokens: TokensLike) -> bytes:
     try:
         view = memoryview(tokens)  # type: ignore[arg-type]
     except TypeError:
-        return array("I", tokens).tobytes()  # type: ignore[arg-type]
+        return array("I", tokens).tobytes()
     if view.format == "B" or (view.itemsize == TOKEN_BYTES and view.format in "iIlL"):
         return view.tobytes()
     return array("I", view.tolist()).tobytes()
@@ -111,7 +111,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class PoolHandle:
-    """Where a worker finds the pool.  `epoch` names the life of the pool; a handle of another is refused."""
+    """Where a worker finds the pool.  A handle of another `epoch`, or life of it, is refused."""
 
     kind: str
     """`"shm"` (POSIX shared memory, CPU), `"cuda-ipc"` (one GPU) or `"none"` (accounting only)."""
@@ -143,7 +143,7 @@ class Partial(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Copy the first `num_tokens` slots of block `src` to block `dst`, in every layer, before writing."""
+    """Copy the first `num_tokens` slots of block `src` to `dst`, in every layer, before writing."""
 
     src: BlockId
     dst: BlockId
@@ -170,9 +170,7 @@ class Ledger:
     @property
     def total(self) -> int:
         """The prompt's length in tokens."""
-        return (
-            self.hit + self.partial + self.joined + self.cold + self.evicted + self.granularity
-        )
+        return self.hit + self.partial + self.joined + self.cold + self.evicted + self.granularity
 
     @property
     def reused(self) -> int:
@@ -299,6 +297,14 @@ class Ended:
     leases: tuple[LeaseId, ...] = ()
     num_freed: int = 0
     num_quarantined: int = 0
+
+    def __add__(self, other: Ended) -> Ended:
+        """Give what both ends together gave back."""
+        return Ended(
+            self.leases + other.leases,
+            self.num_freed + other.num_freed,
+            self.num_quarantined + other.num_quarantined,
+        )
 
 
 @dataclass(frozen=True, slots=True)

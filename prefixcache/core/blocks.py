@@ -7,10 +7,10 @@
                            └───────────► QUARANTINED ─────────┘ absolve
 ```
 
-A live block has one owner: a lease (its private blocks) or the tree (its indexed blocks).  Handing a
-block from a lease to the tree changes nothing here.  Further owners are rare (the source of a copy,
-the last block that forked leases share) and counted in `shares`; the block is free when the last
-one lets go.
+A live block has one owner: a lease (its private blocks) or the tree (its indexed blocks).  Handing
+a block from a lease to the tree changes nothing here.  Further owners are rare (the source of a
+copy, the last block that forked leases share) and counted in `shares`; the block is free when the
+last one lets go.
 """
 
 from __future__ import annotations

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from prefixcache.core import views
 from prefixcache.core.blocks import BlockPool
+from prefixcache.core.desk import Desk
 from prefixcache.core.eviction import policy_named
-from prefixcache.core.flights import Flights, Request, Ticket, WaitingRoom
-from prefixcache.core.holdings import Holdings
-from prefixcache.core.leases import Lease, Leases, Worker
-from prefixcache.core.ledger import Tally, settle
-from prefixcache.core.node import Match, Root
+from prefixcache.core.flights import Request
+from prefixcache.core.leases import Worker
 from prefixcache.core.radix import RadixTree
-from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.types import (
     TOKEN_BYTES,
     Committed,
@@ -28,7 +26,6 @@ from prefixcache.types import (
     Explanation,
     Grant,
     LeaseId,
-    Ledger,
     Lookup,
     Namespace,
     Partial,
@@ -87,25 +84,18 @@ class PrefixCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.partial = Partial(partial)
-        self._width = block_size * TOKEN_BYTES
-        self._tree = RadixTree(
+        tree = RadixTree(
             block_size,
             policy=policy_named(policy),
             num_ghosts=num_blocks if num_ghosts is None else num_ghosts,
         )
-        self._holdings = Holdings(self._tree, BlockPool(num_blocks), self.partial)
-        self._leases = Leases(ttl_s)
-        self._flights = Flights(self._width)
-        self._room = WaitingRoom()
-        self._roots: dict[Namespace, Root] = {}
-        self._tallies: dict[Namespace, Tally] = {}
-        self._settled: list[tuple[TicketId, Grant | CacheError]] = []
+        self._desk = Desk(tree, BlockPool(num_blocks), self.partial, ttl_s)
 
     # ------------------------------------------------------------------ workers
 
     def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
         """Let a worker use a namespace.  Idempotent."""
-        members = self._leases.workers
+        members = self._desk.leases.workers
         if worker not in members:
             members[worker] = Worker(worker)
         members[worker].namespaces.add(namespace)
@@ -117,7 +107,7 @@ class PrefixCache:
         Raises:
             NotFound: the worker is not attached.
         """
-        self._leases.worker(worker).renewed_until = now + self._leases.ttl_s
+        self._desk.leases.worker(worker).renewed_until = now + self._desk.leases.ttl_s
 
     def detach(self, worker: WorkerId, *, now: float, gone: bool) -> Ended:
         """End a worker's session and its leases; its waiting requests are dropped.
@@ -132,13 +122,13 @@ class PrefixCache:
         Raises:
             NotFound: the worker is not attached.
         """
-        member = self._leases.worker(worker)
-        for ticket in [t for t in self._room.tickets.values() if t.request.worker == worker]:
-            self._room.leave(ticket)
+        member = self._desk.leases.worker(worker)
+        for ticket in [t for t in self._desk.room.tickets.values() if t.request.worker == worker]:
+            self._desk.room.leave(ticket)
         ended = Ended()
         for lease in list(member.leases.values()):
-            ended = _add(ended, self._end(lease, now, writes_on=not gone))
-        del self._leases.workers[worker]
+            ended += self._desk.end(lease, now, writes_on=not gone)
+        del self._desk.leases.workers[worker]
         return ended
 
     def worker_gone(self, worker: WorkerId, *, now: float) -> int:
@@ -147,9 +137,9 @@ class PrefixCache:
         Returns:
             How many blocks became free.
         """
-        if worker in self._leases.workers:
+        if worker in self._desk.leases.workers:
             self.detach(worker, now=now, gone=True)
-        return self._holdings.pool.absolve(worker)
+        return self._desk.holdings.pool.absolve(worker)
 
     # ------------------------------------------------------------------ acquire
 
@@ -186,114 +176,37 @@ class PrefixCache:
             NotFound: the worker is not attached to the namespace.
             PoolExhausted: not enough blocks are free or evictable now.
         """
-        member = self._leases.worker(worker, namespace)
+        member = self._desk.leases.worker(worker, namespace)
         if request_id and (earlier := member.requests.get(request_id)) and earlier.grant:
             return earlier.grant
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
         request = Request(worker, namespace, tokens, reserve, request_id)
-        outcome = self._try(member, request, now, wait=wait_s > 0)
+        outcome = self._desk.attempt(member, request, now, wait=wait_s > 0)
         if isinstance(outcome, Grant):
             return outcome
         owner, pending, target = outcome
-        ticket = self._room.enter(request, now + wait_s)
-        self._room.wait_for(ticket, owner, target)
+        ticket = self._desk.room.enter(request, now + wait_s)
+        self._desk.room.wait_for(ticket, owner, target)
         return Waiting(ticket.id, owner, pending)
 
     def settled(self) -> list[tuple[TicketId, Grant | CacheError]]:
         """Take the outcomes of waiting requests since the last call."""
-        settled, self._settled = self._settled, []
+        settled, self._desk.settled = self._desk.settled, []
         return settled
 
     def cancel(self, worker: WorkerId, ticket: TicketId, *, now: float) -> None:
         """Stop waiting.  If the grant is there already, its lease is released.  Idempotent."""
-        found = self._room.tickets.get(ticket)
+        found = self._desk.room.tickets.get(ticket)
         if found is not None and found.request.worker == worker:
-            self._room.leave(found)
-        for settled in self._settled:
+            self._desk.room.leave(found)
+        for settled in self._desk.settled:
             if settled[0] == ticket:
-                self._settled.remove(settled)
+                self._desk.settled.remove(settled)
                 if isinstance(settled[1], Grant):
                     self.release(worker, settled[1].lease, now=now)
                 return
-
-    def _try(
-        self, member: Worker, request: Request, now: float, *, wait: bool
-    ) -> Grant | tuple[LeaseId, int, int]:
-        """Grant a request, or say which lease to wait for, its pending tokens, and the target."""
-        root = self._roots.get(request.namespace)
-        if root is None:
-            root = self._roots[request.namespace] = Root(request.namespace)
-        tokens = request.tokens
-        limit = len(tokens) - TOKEN_BYTES
-        match = self._tree.match(root, tokens, limit)
-        flight = self._flights.find(match, tokens, limit)
-        pending = 0
-        if flight is not None:
-            owner, common = flight
-            pending = max(0, common - match.partial_tokens)
-            if wait and pending:
-                if request.first_end < 0:
-                    request.first_end = match.end
-                return owner.id, pending, match.end // TOKEN_BYTES + common
-        return self._grant(member, request, match, pending, now)
-
-    def _grant(
-        self, member: Worker, request: Request, match: Match, pending: int, now: float
-    ) -> Grant:
-        tokens, holdings = request.tokens, self._holdings
-        num_tokens = len(tokens) // TOKEN_BYTES
-        need = holdings.blocks_for(num_tokens + request.reserve) - match.end // self._width
-        self._admit(need, now, match)
-        source = holdings.source_of(match, need)
-        partial = 0 if source is None else match.partial_tokens
-        joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
-        # The ledger first: the lock may split the run that it looks at.
-        ledger = settle(self._tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
-        views.note_parting(self._tree, match, tokens)
-
-        node = self._tree.lock(match)
-        lease = self._leases.open(member, request.namespace, node, now)
-        copies = holdings.take(lease, match, node, need, source)
-        lease.rest = tokens[match.end :]
-        lease.prompt_tokens = num_tokens
-        self._flights.start(lease)
-        grant = Grant(
-            lease.id,
-            lease.table[:],
-            lease.committed,
-            pending,
-            copies,
-            ledger,
-            self._leases.ttl_s,
-        )
-        if request.request_id:
-            lease.grant, lease.request_id = grant, request.request_id
-            member.requests[request.request_id] = lease
-        tally = self._tallies.get(request.namespace)
-        if tally is None:
-            tally = self._tallies[request.namespace] = Tally()
-        tally.add(ledger)
-        return grant
-
-    def _admit(self, need: int, now: float, match: Match | None = None) -> None:
-        """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
-        try:
-            self._holdings.admit(need, match)
-        except PoolExhausted as short:
-            leases = self._leases.all()
-            held = sum(len(lease.table) for lease in leases)
-            message = f"{short}; {held} table entries held by {len(leases)} leases"
-            if leases:
-                oldest = leases[0]
-                message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
-            next_end = self._leases.next_deadline()
-            retry_after_s = 0.0 if next_end is None else max(0.0, next_end - now)
-            raise PoolExhausted(
-                f"{message}. Release leases, ask for less, or serve with more --memory.",
-                retry_after_s,
-            ) from None
 
     # ------------------------------------------------------------------ a lease's life
 
@@ -308,8 +221,8 @@ class PrefixCache:
     ) -> Committed:
         """Say that the slots below `num_tokens` hold valid KV: they become visible to all.
 
-        O(new tokens + nodes passed).  What somebody else committed first stays; this lease keeps its
-        own blocks for these tokens until its end.
+        O(new tokens + nodes passed).  What somebody else committed first stays; this lease keeps
+        its own blocks for these tokens until its end.
 
         Args:
             worker: The lease's owner.
@@ -322,28 +235,28 @@ class PrefixCache:
             InvalidRequest: `num_tokens` is out of range; the message has the range.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._leases.get(worker, lease, now)
+        own = self._desk.leases.get(worker, lease, now)
         if len(new_tokens) % TOKEN_BYTES:
             raise InvalidRequest(f"{len(new_tokens)} bytes are not whole tokens of {TOKEN_BYTES}")
         known = own.num_tokens + len(new_tokens) // TOKEN_BYTES
         room = len(own.table) * self.block_size
         if not own.committed <= num_tokens <= min(known, room):
             raise InvalidRequest(
-                f"cannot commit {num_tokens} tokens of lease {lease}: {own.committed} are committed, "
-                f"{known} known, and its {len(own.table)} blocks have room for {room}"
+                f"cannot commit {num_tokens} tokens of lease {lease}: {own.committed} are "
+                f"committed, {known} known, and its {len(own.table)} blocks have room for {room}"
             )
         if own.tail_is_shared and num_tokens > own.committed:
             raise InvalidRequest(
                 f"the last block of lease {lease} is shared by a fork; extend it before writing"
             )
-        self._flights.land(own)
+        self._desk.flights.land(own)
         own.rest += new_tokens
-        self._holdings.drop_source(own)
-        indexed = self._holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
+        self._desk.holdings.drop_source(own)
+        indexed = self._desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
         flies_on = own.committed < own.prompt_tokens
         if flies_on:
-            self._flights.start(own)
-        self._call(own.id, own.start if flies_on else None, now)
+            self._desk.flights.start(own)
+        self._desk.call(own.id, own.start if flies_on else None, now)
         return Committed(num_tokens, indexed)
 
     def extend(
@@ -359,11 +272,11 @@ class PrefixCache:
             PoolExhausted: not enough blocks are free or evictable now.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._leases.get(worker, lease, now)
-        need = self._holdings.lacks(own, num_tokens)
+        own = self._desk.leases.get(worker, lease, now)
+        need = self._desk.holdings.lacks(own, num_tokens)
         if need:
-            self._admit(need, now)
-        return self._holdings.extend(own, num_tokens)
+            self._desk.admit(need, now)
+        return self._desk.holdings.extend(own, num_tokens)
 
     def fork(self, worker: WorkerId, lease: LeaseId, n: int, *, now: float) -> tuple[Grant, ...]:
         """Make `n` leases that share every committed block of this one.  Allocates nothing.
@@ -375,49 +288,41 @@ class PrefixCache:
             InvalidRequest: `n` is less than 1, or nothing is committed.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._leases.get(worker, lease, now)
+        own = self._desk.leases.get(worker, lease, now)
         if n < 1:
             raise InvalidRequest(f"cannot fork into {n} leases; ask for at least 1")
         if not own.committed:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
-        member = self._leases.worker(worker)
-        return tuple(self._fork_one(member, own, now) for _ in range(n))
-
-    def _fork_one(self, member: Worker, own: Lease, now: float) -> Grant:
-        self._tree.lock_node(own.node)
-        child = self._leases.open(member, own.namespace, own.node, now)
-        self._holdings.fork(own, child)
-        child.prompt_tokens = child.committed
-        ledger = Ledger(hit=child.start, partial=child.committed - child.start)
-        return Grant(child.id, child.table[:], child.committed, 0, (), ledger, self._leases.ttl_s)
+        member = self._desk.leases.worker(worker)
+        return tuple(self._desk.fork(member, own, now) for _ in range(n))
 
     def truncate(
         self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
     ) -> TableUpdate:
         """Roll back to `num_tokens` tokens (speculative decoding, an edited chat).
 
-        What was committed stays cached for others.  Below the committed tokens, the blocks from there
-        on are given up; a block cut inside is copied before the first write.  Room that the lease
-        owns stays with it.
+        What was committed stays cached for others.  Below the committed tokens, the blocks from
+        there on are given up; a block cut inside is copied before the first write.  Room that the
+        lease owns stays with it.
 
         Raises:
             InvalidRequest: the lease knows fewer tokens.
             PoolExhausted: the copy of a cut block needs a block, and there is none.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._leases.get(worker, lease, now)
+        own = self._desk.leases.get(worker, lease, now)
         if not 0 <= num_tokens <= own.num_tokens:
             raise InvalidRequest(
                 f"cannot truncate lease {lease} to {num_tokens} tokens; it knows {own.num_tokens}"
             )
-        self._flights.land(own)
+        self._desk.flights.land(own)
         try:
-            update = self._holdings.truncate(own, num_tokens)
+            update = self._desk.holdings.truncate(own, num_tokens)
             own.prompt_tokens = min(own.prompt_tokens, num_tokens)
         finally:
             if own.committed < own.prompt_tokens:
-                self._flights.start(own)
-        self._call(own.id, None, now)
+                self._desk.flights.start(own)
+        self._desk.call(own.id, None, now)
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
@@ -426,13 +331,13 @@ class PrefixCache:
         Raises:
             NotFound: the worker never had that lease.
         """
-        member = self._leases.worker(worker)
+        member = self._desk.leases.worker(worker)
         own = member.leases.get(lease)
         if own is None:
-            if self._leases.was_ended(worker, lease):
+            if self._desk.leases.was_ended(worker, lease):
                 return Released(0)
             raise NotFound(f"no lease {lease} of worker {worker!r}")
-        return Released(self._end(own, now, writes_on=False).num_freed)
+        return Released(self._desk.end(own, now, writes_on=False).num_freed)
 
     def expire(self, *, now: float) -> Ended:
         """End the leases whose deadline has passed, and the waits.
@@ -440,49 +345,17 @@ class PrefixCache:
         Shared blocks come back at once; those the owner could still write to are quarantined.
         """
         ended = Ended()
-        while (lease := self._leases.due(now)) is not None:
-            ended = _add(ended, self._end(lease, now, writes_on=True))
-        for ticket in self._room.overdue(now):
-            if ticket.id in self._room.tickets:
-                self._settle(ticket, now, wait=False)
+        while (lease := self._desk.leases.due(now)) is not None:
+            ended += self._desk.end(lease, now, writes_on=True)
+        for ticket in self._desk.room.overdue(now):
+            if ticket.id in self._desk.room.tickets:
+                self._desk.retry(ticket, now, wait=False)
         return ended
 
     def next_deadline(self) -> float | None:
         """Give a time before which `expire` has nothing to do; None if nothing can expire."""
-        times = (self._leases.next_deadline(), self._room.next_deadline())
+        times = (self._desk.leases.next_deadline(), self._desk.room.next_deadline())
         return min((time for time in times if time is not None), default=None)
-
-    def _end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
-        """End a lease for whatever reason, and try again what waited for it."""
-        self._flights.land(lease)
-        freed, quarantined = self._holdings.give_back(lease, writes_on=writes_on)
-        self._leases.close(lease, now if writes_on else None, quarantined)
-        self._call(lease.id, None, now)
-        return Ended((lease.id,), freed, quarantined)
-
-    # ------------------------------------------------------------------ waiting
-
-    def _call(self, owner: LeaseId, indexed: int | None, now: float) -> None:
-        """Try again the requests whose wait for `owner` is over."""
-        for ticket in self._room.called(owner, indexed):
-            self._settle(ticket, now, wait=now < ticket.deadline)
-
-    def _settle(self, ticket: Ticket, now: float, *, wait: bool) -> None:
-        """Try a waiting request again; it may have to wait for somebody else."""
-        request = ticket.request
-        try:
-            member = self._leases.worker(request.worker, request.namespace)
-            outcome = self._try(member, request, now, wait=wait)
-        except CacheError as error:
-            self._room.leave(ticket)
-            self._settled.append((ticket.id, error))
-            return
-        if isinstance(outcome, Grant):
-            self._room.leave(ticket)
-            self._settled.append((ticket.id, outcome))
-        else:
-            owner, _, target = outcome
-            self._room.wait_for(ticket, owner, target)
 
     # ------------------------------------------------------------------ looking, steering
 
@@ -493,7 +366,7 @@ class PrefixCache:
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return views.lookup(self._view(), self._roots.get(namespace), tokens)
+        return views.lookup(self._desk, self._desk.roots.get(namespace), tokens)
 
     def explain(self, namespace: Namespace, tokens: bytes) -> Explanation:
         """Say what would become of each token, and where the prompt parts from what is stored.
@@ -504,23 +377,23 @@ class PrefixCache:
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return views.explain(self._view(), self._roots.get(namespace), tokens)
+        return views.explain(self._desk, self._desk.roots.get(namespace), tokens)
 
     def reset(self, namespace: Namespace) -> Reset:
         """Forget a namespace's prefixes.  O(1), also while leases are out.
 
-        Leases keep their blocks until they end; all other blocks of the namespace are the first to be
-        reused.
+        Leases keep their blocks until they end; all other blocks of the namespace are the first to
+        be reused.
         """
-        root = self._roots.pop(namespace, None)
+        root = self._desk.roots.pop(namespace, None)
         if root is None:
             return Reset(0, 0)
-        self._tree.retire(root)
+        self._desk.tree.retire(root)
         return Reset(root.num_blocks, root.num_blocks - root.evictable)
 
     def snapshot(self, *, now: float) -> Snapshot:
         """Give the numbers of this moment.  O(leases)."""
-        return views.snapshot(self._view(), now)
+        return views.snapshot(self._desk, now)
 
     def check(self) -> None:
         """Walk everything and assert that every invariant holds.  O(everything).
@@ -528,27 +401,10 @@ class PrefixCache:
         Raises:
             AssertionError: one does not; the message has the tree.
         """
-        views.check(self._view())
-
-    def _view(self) -> views.View:
-        return views.View(
-            self._holdings,
-            self._leases,
-            self._flights,
-            self._room,
-            self._roots,
-            self._tallies,
-            self.partial,
-        )
+        views.check(self._desk)
 
     def _check_prompt(self, tokens: bytes) -> None:
         if not tokens or len(tokens) % TOKEN_BYTES:
             raise InvalidRequest(
                 f"a prompt of {len(tokens)} bytes is not one or more tokens of {TOKEN_BYTES} bytes"
             )
-
-
-def _add(a: Ended, b: Ended) -> Ended:
-    return Ended(
-        a.leases + b.leases, a.num_freed + b.num_freed, a.num_quarantined + b.num_quarantined
-    )

@@ -20,8 +20,8 @@ _LIST_UNTIL = 512
 def common_prefix(a: bytes, a_off: int, b: bytes, b_off: int, size: int) -> int:
     """Count the equal leading bytes of `a[a_off:][:size]` and `b[b_off:][:size]`.
 
-    Both must hold `size` bytes from there.  Doubling windows, then halving, compared as slices (memcmp);
-    the last 64 bytes by one XOR of big integers.  O(result) bytes touched.
+    Both must hold `size` bytes from there.  Doubling windows, then halving, compared as slices
+    (memcmp); the last 64 bytes by one XOR of big integers.  O(result) bytes touched.
 
     >>> common_prefix(b"abcdef", 1, b"bcx", 0, 3)
     2
@@ -52,11 +52,12 @@ class Children(dict[bytes, Child]):
 
     Replace the value of an existing key with `[]`, add with `put`, remove with `drop`.
 
+    >>> from prefixcache.types import pack
     >>> siblings = Children()
-    >>> for key in (b"aaaa", b"aabb", b"cccc"):
-    ...     siblings.put(key, key.decode())
-    >>> siblings.nearest(b"aabz")
-    ('aabb', 3)
+    >>> for tokens in ([1, 1], [1, 2], [3, 3]):
+    ...     siblings.put(pack(tokens), tokens)
+    >>> siblings.nearest(pack([1, 7]))[1]
+    4
     """
 
     __slots__ = ("_order",)

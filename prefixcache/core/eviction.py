@@ -104,7 +104,7 @@ class LeafQueue:
             self._rebuild()
 
     def pop(self) -> Node | None:
-        """Remove and give the leaf that goes first; None if nothing is evictable.  O(log leaves)."""
+        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
         heap = self._heap
         while heap:
             key, _, node = heappop(heap)

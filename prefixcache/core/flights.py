@@ -4,9 +4,9 @@ A lease with prompt tokens still to compute is in flight.  It is found at the no
 blocks end, by the tokens that come next, so a second request for the same prefix meets it exactly
 where its own descent ends.
 
-A waiting request holds nothing, so waiting cannot deadlock: when the flight lands, or its owner ends,
-the request is simply tried again, first come first served.  The first one to be tried after an owner
-died becomes the owner.
+A waiting request holds nothing, so waiting cannot deadlock: when the flight lands, or its owner
+ends, the request is simply tried again, first come first served.  The first one to be tried after
+an owner died becomes the owner.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Ticket:
     id: TicketId
     request: Request
     deadline: float
-    owner: LeaseId = LeaseId(0)
+    owner: LeaseId | None = None
     target: int = 0
     """Tokens that the owner must have indexed."""
 
@@ -131,11 +131,12 @@ class WaitingRoom:
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket."""
         del self.tickets[ticket.id]
-        waiting = self._by_owner.get(ticket.owner)
-        if waiting is not None and ticket in waiting:
+        owner = ticket.owner
+        waiting = None if owner is None else self._by_owner.get(owner)
+        if owner is not None and waiting is not None and ticket in waiting:
             waiting.remove(ticket)
             if not waiting:
-                del self._by_owner[ticket.owner]
+                del self._by_owner[owner]
 
     def called(self, owner: LeaseId, indexed: int | None) -> list[Ticket]:
         """Take out the tickets whose wait for `owner` is over, in order of arrival.

@@ -46,7 +46,7 @@ class Ghosts:
         self._fifo.append((self._serial, ghost))
 
     def adopt_children(self, ghost: Node) -> None:
-        """Tell a new ghost's ghosts their parent; swallow an only one, so that chains stay short."""
+        """Tell a new ghost's ghosts their parent; swallow an only one, so chains stay short."""
         ghosts = ghost.ghosts
         if not ghosts:
             ghost.ghosts = None
@@ -62,7 +62,7 @@ class Ghosts:
             below.parent = ghost
 
     def match(self, node: Node, tokens: bytes, start: int) -> int:
-        """Count the bytes of `tokens[start:]` that ghosts below `node` remember.  Changes nothing."""
+        """Count the bytes of `tokens[start:]` that ghosts below `node` know.  Changes nothing."""
         width = self.block_bytes
         off, end = start, len(tokens)
         while node.ghosts and off < end:
@@ -79,7 +79,7 @@ class Ghosts:
         return off - start
 
     def revive(self, node: Node, run: bytes) -> Node | None:
-        """Take the ghost below `node` that `run` begins with; cut at a block's end if it parts inside.
+        """Take the ghost below `node` that `run` begins with, cut where they part.
 
         The ghost is unlinked and its own ghosts stay below it; the caller gives it blocks.  None if
         no ghost begins with the run's first block, or if only a shorter tail does (it is dropped).
@@ -106,7 +106,7 @@ class Ghosts:
         return ghost
 
     def forget(self) -> list[Node]:
-        """Drop the oldest ghosts over the limit.  Gives the nodes that lost one.  Amortised O(1)."""
+        """Drop the oldest ghosts over the limit; give the nodes that lost one.  Amortised O(1)."""
         bereft = []
         fifo = self._fifo
         while self.num_blocks > self.limit and fifo:

@@ -4,8 +4,8 @@
 take ─► publish … ─► (roll_back) ─► give_back
 ```
 
-Before anything is taken, `admit` compares what is needed with what is free or evictable; what it lets
-through cannot fail later.
+Before anything is taken, `admit` compares what is needed with what is free or evictable; what it
+lets through cannot fail later.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ class Holdings:
         if total > self.pool.num_blocks:
             raise InvalidRequest(
                 f"{num_tokens} tokens need {total} blocks of {self.block_size}; "
-                f"the whole pool has {self.pool.num_blocks}. Send less, or serve with more --memory."
+                f"the whole pool has {self.pool.num_blocks}. "
+                "Send less, or serve with more --memory."
             )
         return total
 
     def room(self, match: Match | None = None) -> int:
         """Count the blocks that eviction can free for sure, once `match` is locked.  O(nodes)."""
-        kept = 0 if match is None else self.tree.evictable_on(match)
+        kept = 0 if match is None else match.num_unprotected()
         # A block that a copy still reads is not free when the tree lets go of it.
         return self.tree.evictable - kept - len(self.pool.shares)
 
@@ -81,7 +82,7 @@ class Holdings:
     # ------------------------------------------------------------------ a lease's blocks
 
     def source_of(self, match: Match, need: int) -> BlockId | None:
-        """Choose the block to copy from; None if partial reuse is off or would cost the last room."""
+        """Choose the block to copy from; None if partial reuse is off or there is no room."""
         if match.partial_block is None or self._partial is Partial.OFF:
             return None
         short = need - self.pool.num_free
@@ -100,7 +101,7 @@ class Holdings:
         if source is not None:
             self.pool.share(source)
         fresh = self.allocate(need)
-        lease.table = self.tree.table(node)
+        lease.table = node.table()
         lease.private_from = len(lease.table)
         lease.table.extend(fresh)
         lease.start = lease.committed = match.end // TOKEN_BYTES
@@ -176,7 +177,7 @@ class Holdings:
         tail_bytes = (lease.committed - lease.start) * TOKEN_BYTES
         child.start, child.committed = lease.start, lease.committed
         child.rest = lease.rest[:tail_bytes]
-        child.table = self.tree.table(lease.node)
+        child.table = lease.node.table()
         child.private_from = len(child.table)
         if tail_bytes:
             block = lease.table[len(child.table)]

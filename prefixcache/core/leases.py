@@ -202,7 +202,7 @@ class Leases:
             self._ended.popitem(last=False)
 
     def due(self, now: float) -> Lease | None:
-        """Give a lease whose deadline has passed; None if there is none.  Amortised O(log leases)."""
+        """Give a lease whose deadline has passed; None if none has.  Amortised O(log leases)."""
         heap = self._deadlines
         while heap and heap[0][0] < now:
             _, lease_id, lease = heappop(heap)

@@ -60,6 +60,20 @@ class Node:
         """Whether this is an unprotected leaf of the tree that holds blocks."""
         return not (self.ref or self.children or self.parent is None or not self.blocks)
 
+    def table(self) -> BlockTable:
+        """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""
+        above = self.parent
+        if above is None or above.parent is None:
+            return self.blocks[:]
+        parts = [self.blocks]
+        while above.parent is not None:
+            parts.append(above.blocks)
+            above = above.parent
+        table = array("i")
+        for part in reversed(parts):
+            table.extend(part)
+        return table
+
 
 class Root(Node):
     """The empty prefix of one namespace.  Always protected, never evicted."""
@@ -88,6 +102,30 @@ class Match(NamedTuple):
     partial_block: BlockId | None
     """The block whose first tokens match best what follows."""
     partial_tokens: int
+
+    def num_unprotected(self) -> int:
+        """Count the matched blocks that no lease protects now.  Changes nothing.  O(nodes)."""
+        node = self.node
+        count = 0
+        if not node.ref:
+            count = self.used
+            above = node.parent
+            while above is not None and not above.ref:
+                count += len(above.blocks)
+                above = above.parent
+        return count
+
+
+class Grown(NamedTuple):
+    """Answer of `grow`."""
+
+    node: Node
+    """The node that the caller's lock is on now."""
+    num_existing: int
+    """Leading blocks that somebody else had indexed already."""
+    num_indexed: int
+    absorbed: BlockTable
+    """Blocks of tails that the new run made superfluous.  They have left the tree."""
 
 
 def evictable_leaves(root: Root) -> Iterator[Node]:

@@ -37,30 +37,17 @@ children (`node.ghosts`), never above one, and come back to life when their toke
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator
 
-from prefixcache.core.children import Children, common_prefix
+from prefixcache.core.children import common_prefix
 from prefixcache.core.eviction import EvictionPolicy, LeafQueue, Lru
 from prefixcache.core.ghosts import Ghosts
-from prefixcache.core.node import Match, Node, Root, evictable_leaves
+from prefixcache.core.node import Grown, Match, Node, Root, evictable_leaves
+from prefixcache.core.structure import Structure
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
 
 
-class Grown(NamedTuple):
-    """Answer of `grow`."""
-
-    node: Node
-    """The node that the caller's lock is on now."""
-    num_existing: int
-    """Leading blocks that somebody else had indexed already."""
-    num_indexed: int
-    absorbed: BlockTable
-    """Blocks of tails that the new run made superfluous.  They have left the tree."""
-
-
-class RadixTree:
+class RadixTree(Structure):
     """All namespaces' trees over one pool of blocks.
 
     Args:
@@ -72,16 +59,10 @@ class RadixTree:
     def __init__(
         self, block_size: int, *, policy: EvictionPolicy | None = None, num_ghosts: int = 0
     ) -> None:
-        self.block_bytes = block_size * TOKEN_BYTES
+        super().__init__(block_size * TOKEN_BYTES)
         self.clock = 0
-        self.evictable = 0
-        """Blocks in unprotected nodes: what `evict` can give at most."""
-        self.num_blocks = 0
-        self.num_nodes = 0
         self.queue = LeafQueue(policy or Lru())
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
-        self.retired: list[Root] = []
-        """Roots of namespaces that were reset, while blocks or leases are below them."""
         self._sweeps: list[Iterator[Node]] = []
 
     # ------------------------------------------------------------------ reading
@@ -133,41 +114,13 @@ class RadixTree:
             return Match(node, len(node.blocks), off, None, 0)
         return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial)
 
-    def table(self, node: Node) -> BlockTable:
-        """Give the blocks from the root to the end of `node`.  Changes nothing.  O(nodes + blocks)."""
-        above = node.parent
-        if above is None:
-            return array("i")
-        if above.parent is None:
-            return node.blocks[:]
-        parts = [node.blocks]
-        while above.parent is not None:
-            parts.append(above.blocks)
-            above = above.parent
-        table = array("i")
-        for part in reversed(parts):
-            table.extend(part)
-        return table
-
-    def evictable_on(self, match: Match) -> int:
-        """Count the matched blocks that are unprotected now.  Changes nothing.  O(nodes)."""
-        node = match.node
-        count = 0
-        if not node.ref:
-            count = match.used
-            above = node.parent
-            while above is not None and not above.ref:
-                count += len(above.blocks)
-                above = above.parent
-        return count
-
     def place(self, node: Node, end: int, at: int) -> tuple[Match, bytes]:
         """Find byte `at`, a block's start, on the path that ends with `node` at byte `end`.
 
         Changes nothing.  O(nodes passed).
 
         Returns:
-            The place, to lock; and the tokens of the block that follows on the path (none at its end).
+            The place, to lock; and the tokens of the block that follows on the path, if any.
         """
         after = b""
         while node.parent is not None and at <= end - len(node.key):
@@ -204,6 +157,19 @@ class RadixTree:
         else:
             return None
         return run if len(run) > match.partial_tokens * TOKEN_BYTES else None
+
+    def note_parting(self, match: Match, tokens: bytes) -> None:
+        """Count that a request leaves the stored prefixes where its match ends.  O(log siblings).
+
+        The count stands at the node where the whole blocks end, and goes with it.  The first to
+        leave inside a run is not counted: the place becomes a node only when it is locked.
+        """
+        node = match.node
+        if match.used < len(node.blocks) or self.parting(match, tokens) is None:
+            return
+        if node.parted is None:
+            node.parted = {}
+        node.parted[match.partial_tokens] = node.parted.get(match.partial_tokens, 0) + 1
 
     # ------------------------------------------------------------------ locking
 
@@ -273,6 +239,13 @@ class RadixTree:
                 return
             below, node = node, above
 
+    def _absorb(self, tail: Node, stamp: int) -> BlockTable:
+        """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
+        above = self._detach(tail)
+        self._unlock(above, stamp)
+        self._leafless(above)
+        return tail.blocks
+
     # ------------------------------------------------------------------ growing
 
     def grow(self, node: Node, tokens: bytes, blocks: BlockTable) -> Grown:
@@ -334,7 +307,7 @@ class RadixTree:
         return tail, absorbed
 
     def unhang(self, tail: Node) -> None:
-        """Take a tail that only the caller has locked out of the tree again.  Its block is not freed."""
+        """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
         above = self._detach(tail)
         self._unlock(above, 0)
         self._leafless(above)
@@ -353,27 +326,6 @@ class RadixTree:
             if not run:
                 return node
         return self._adopt(node, Node(run, blocks, node, self.clock), absorbed)
-
-    def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
-        """Make an unprotected node with blocks a child; drop the tail that it covers."""
-        children = node.children
-        first = child.key[: self.block_bytes]
-        if children is None:
-            children = node.children = Children()
-        elif children:
-            tail = children.before(first)
-            if tail is not None and not tail.ref and first.startswith(tail.key):
-                absorbed.extend(tail.blocks)
-                self._count(tail, -1)
-                self._detach(tail)
-        children.put(first, child)
-        self.num_nodes += 1
-        size = len(child.blocks)
-        self.num_blocks += size
-        self.evictable += size
-        child.root.num_blocks += size
-        child.root.evictable += size
-        return child
 
     # ------------------------------------------------------------------ eviction
 
@@ -403,7 +355,7 @@ class RadixTree:
     def retire(self, root: Root) -> None:
         """Let nothing below `root` be found any more.  O(1).
 
-        Its unprotected blocks are the first to be evicted, the others follow when they are unlocked.
+        Its unprotected blocks are the first to be evicted; the others follow once unlocked.
         """
         root.retired = True
         self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
@@ -464,158 +416,3 @@ class RadixTree:
                 self.queue.push(above)
         elif len(children) == 1:
             self._merge(next(iter(children.values())))
-
-    # ------------------------------------------------------------------ invariants
-
-    def check(self, roots: Iterable[Root], locks: Mapping[Node, int]) -> Counter[int]:
-        """Assert every invariant of the trees below `roots`.  O(everything).
-
-        Args:
-            roots: Those of all namespaces; the retired ones are known here.
-            locks: How often each node is locked from outside.
-
-        Returns:
-            The indexed blocks, counted.
-        """
-        indexed: Counter[int] = Counter()
-        evictable = nodes = 0
-        for root in [*roots, *self.retired]:
-            in_root = Counter[int]()
-            free = 0
-            stack: list[Node] = [root]
-            while stack:
-                node = stack.pop()
-                self._check_node(node, locks)
-                in_root.update(node.blocks)
-                nodes += node is not root
-                free += 0 if node.ref else len(node.blocks)
-                stack.extend((node.children or {}).values())
-            assert root.num_blocks == sum(in_root.values()), "blocks of a root"
-            assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
-            indexed += in_root
-            evictable += free
-        assert self.num_blocks == sum(indexed.values()), "blocks of all trees"
-        assert self.evictable == evictable, f"{evictable} evictable, not {self.evictable}"
-        assert self.num_nodes == nodes, f"{nodes} nodes, not {self.num_nodes}"
-        return indexed
-
-    def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
-        width = self.block_bytes
-        name = node.key[:16].hex() or "root"
-        children = node.children or Children()
-        children.check()
-        below = sum(1 for child in children.values() if child.ref)
-        outside = 1 if node.parent is None else 0
-        assert node.ref == below + outside + locks.get(node, 0), f"{name}: ref {node.ref}"
-        if node.parent is not None:
-            assert len(node.blocks) == -(-len(node.key) // width), f"{name}: blocks and tokens"
-            assert node.blocks, f"{name}: a node without blocks"
-            assert not (len(node.key) % width and (children or node.ghosts)), f"{name}: not a leaf"
-            if node.is_evictable:
-                assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
-        for first, child in children.items():
-            assert child.parent is node, f"{name}: a child with another parent"
-            assert child.root is node.root, f"{name}: a child with another root"
-            assert child.key.startswith(first), f"{name}: a child under another key"
-            assert len(first) == min(width, len(child.key)), f"{name}: a short key"
-            assert node.ref or child.last <= node.last, f"{name}: younger than its parent"
-            if len(child.key) < width and not child.ref:
-                assert not self._is_covered(child), f"{name}: a covered tail"
-        for ghost in (node.ghosts or {}).values():
-            assert not ghost.blocks, f"{name}: a ghost with blocks"
-            assert ghost.parent is node, f"{name}: a ghost with another parent"
-
-    # ------------------------------------------------------------------ structure
-
-    def _count(self, node: Node, sign: int) -> None:
-        """Add or subtract an unprotected node's blocks."""
-        size = sign * len(node.blocks)
-        self.num_blocks += size
-        self.evictable += size
-        node.root.num_blocks += size
-        node.root.evictable += size
-
-    def _detach(self, node: Node) -> Node:
-        """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
-        above = node.parent
-        if above is None or above.children is None:
-            raise AssertionError("only a child can be detached")
-        above.children.drop(node.key[: self.block_bytes])
-        node.parent = None
-        self.num_nodes -= 1
-        if node.ref:
-            size = len(node.blocks)
-            self.num_blocks -= size
-            node.root.num_blocks -= size
-        return above
-
-    def _is_covered(self, tail: Node) -> bool:
-        above = tail.parent
-        if above is None or above.children is None or len(above.children) < 2:
-            return False
-        after = above.children.after(tail.key)
-        return after is not None and after.key.startswith(tail.key)
-
-    def _absorb(self, tail: Node, stamp: int) -> BlockTable:
-        """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
-        above = self._detach(tail)
-        self._unlock(above, stamp)
-        self._leafless(above)
-        return tail.blocks
-
-    def _split(self, node: Node, used: int) -> Node:
-        """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
-        above = node.parent
-        if above is None or above.children is None or not 0 < used < len(node.blocks):
-            raise AssertionError(f"cannot split {len(node.blocks)} blocks after {used}")
-        width = self.block_bytes
-        cut = used * width
-        key = node.key
-        upper = Node(key[:cut], node.blocks[:used], above, node.born)
-        upper.ref = 1 if node.ref else 0
-        upper.last = node.last
-        node.key = key[cut:]
-        node.blocks = node.blocks[used:]
-        node.parent = upper
-        upper.children = Children()
-        upper.children.put(node.key[:width], node)
-        above.children[key[:width]] = upper
-        self.num_nodes += 1
-        return upper
-
-    def _merge(self, node: Node) -> bool:
-        """Join a node with its parent if nothing but age or size told them apart.
-
-        `node` survives, so that locks on it stay valid; nobody can hold the parent itself, since
-        its only reference is that of its only child.  A small run is not merged into one that is
-        far larger: copying it again for each new block would make a growing chat quadratic.
-        """
-        above = node.parent
-        if above is None or above.parent is None or above.ghosts or node.parent is None:
-            return False
-        if above.children is None or len(above.children) != 1:
-            return False
-        if above.ref != (1 if node.ref else 0) or (not node.ref and above.last != node.last):
-            return False
-        large, small = len(above.key), len(node.key)
-        if large + small > _ALWAYS_MERGED and large > 8 * small:
-            return False
-        top = above.parent
-        if top.children is None:
-            raise AssertionError("a parent has children")
-        width = self.block_bytes
-        node.key = above.key + node.key
-        node.blocks = above.blocks + node.blocks
-        node.parent = top
-        if above.last > node.last:
-            node.last = above.last
-        top.children[node.key[:width]] = node
-        above.parent = above.children = None
-        above.key = b""
-        above.blocks = array("i")
-        self.num_nodes -= 1
-        return True
-
-
-_ALWAYS_MERGED = 32_768
-"""Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""

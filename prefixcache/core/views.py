@@ -1,27 +1,23 @@
 """What can be seen from outside: look-ups, explanations, numbers, and the walk over all invariants.
 
-Nothing here changes the cache, but for the count of partings.
+Nothing here changes the cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
+from prefixcache.core.desk import Desk
 from prefixcache.core.drawing import draw
-from prefixcache.core.flights import Flights, WaitingRoom
-from prefixcache.core.holdings import Holdings
-from prefixcache.core.leases import Lease, Leases
+from prefixcache.core.leases import Lease
 from prefixcache.core.ledger import Tally, settle, spans
 from prefixcache.core.node import Match, Node, Root
-from prefixcache.core.radix import RadixTree
 from prefixcache.types import (
     TOKEN_BYTES,
     Explanation,
     LeaseInfo,
     Ledger,
     Lookup,
-    Namespace,
     Partial,
     Snapshot,
 )
@@ -29,43 +25,30 @@ from prefixcache.types import (
 _SHOWN_TOKENS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The parts of a cache, to look at."""
-
-    holdings: Holdings
-    leases: Leases
-    flights: Flights
-    room: WaitingRoom
-    roots: dict[Namespace, Root]
-    tallies: dict[Namespace, Tally]
-    partial: Partial
-
-
-def lookup(view: View, root: Root | None, tokens: bytes) -> Lookup:
+def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
     """Say what `acquire` would find."""
     total = len(tokens) // TOKEN_BYTES
     if root is None:
         return Lookup(total, 0, 0, 0)
     limit = len(tokens) - TOKEN_BYTES
-    match = view.holdings.tree.match(root, tokens, limit)
-    flight = view.flights.find(match, tokens, limit)
+    match = desk.holdings.tree.match(root, tokens, limit)
+    flight = desk.flights.find(match, tokens, limit)
     return Lookup(
         num_tokens=total,
         num_hit=match.end // TOKEN_BYTES,
-        num_partial=0 if view.partial is Partial.OFF else match.partial_tokens,
+        num_partial=0 if desk.partial is Partial.OFF else match.partial_tokens,
         num_pending=0 if flight is None else max(0, flight[1] - match.partial_tokens),
     )
 
 
-def explain(view: View, root: Root | None, tokens: bytes) -> Explanation:
+def explain(desk: Desk, root: Root | None, tokens: bytes) -> Explanation:
     """Say what would become of each token, and where the prompt parts from what is stored."""
-    tree = view.holdings.tree
+    tree = desk.holdings.tree
     if root is None:
         ledger = Ledger(cold=len(tokens) // TOKEN_BYTES)
         return Explanation(spans(ledger), ledger, None, b"", 0)
     match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-    partial = 0 if view.partial is Partial.OFF else match.partial_tokens
+    partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
     ledger = settle(tree, match, tokens, partial=partial)
     exact = tree.match(root, tokens)
     run = tree.parting(exact, tokens)
@@ -81,33 +64,18 @@ def explain(view: View, root: Root | None, tokens: bytes) -> Explanation:
     )
 
 
-def note_parting(tree: RadixTree, match: Match, tokens: bytes) -> None:
-    """Count that a request leaves the stored prefixes where its match ends.  O(log siblings).
-
-    The count stands at the node where the whole blocks end; it goes with the node.
-    """
-    if tree.parting(match, tokens) is None:
-        return
-    node = match.node
-    if match.used < len(node.blocks):
-        return  # the first to leave inside a run: the place becomes a node when it is locked
-    if node.parted is None:
-        node.parted = {}
-    node.parted[match.partial_tokens] = node.parted.get(match.partial_tokens, 0) + 1
-
-
 def _partings(match: Match) -> dict[int, int]:
     if match.used < len(match.node.blocks):
         return {}
     return match.node.parted or {}
 
 
-def snapshot(view: View, now: float) -> Snapshot:
+def snapshot(desk: Desk, now: float) -> Snapshot:
     """Give the numbers of this moment."""
-    holdings = view.holdings
+    holdings = desk.holdings
     pool, tree = holdings.pool, holdings.tree
     total = Tally()
-    for tally in view.tallies.values():
+    for tally in desk.tallies.values():
         total.merge(tally)
     leases = tuple(
         LeaseInfo(
@@ -117,9 +85,9 @@ def snapshot(view: View, now: float) -> Snapshot:
             num_tokens=lease.num_tokens,
             num_committed=lease.committed,
             num_blocks=len(lease.table),
-            expires_in_s=view.leases.ends_at(lease) - now,
+            expires_in_s=desk.leases.ends_at(lease) - now,
         )
-        for lease in view.leases.all()
+        for lease in desk.leases.all()
     )
     used = pool.num_blocks - pool.num_free
     return Snapshot(
@@ -133,51 +101,50 @@ def snapshot(view: View, now: float) -> Snapshot:
         ghosts=tree.ghosts.num_blocks,
         nodes=tree.num_nodes,
         leases=leases,
-        waiting=len(view.room.tickets),
+        waiting=len(desk.room.tickets),
         evicted=holdings.num_evicted,
         requests=total.requests,
         ledger=total.total(),
-        namespaces={space: tally.total() for space, tally in view.tallies.items()},
+        namespaces={space: tally.total() for space, tally in desk.tallies.items()},
     )
 
 
-def check(view: View) -> None:
+def check(desk: Desk) -> None:
     """Walk everything and assert that every invariant holds; a failure prints the trees."""
-    tree = view.holdings.tree
-    roots = list(view.roots.values())
+    tree = desk.holdings.tree
+    roots = list(desk.roots.values())
     try:
         locks: Counter[Node] = Counter()
-        for lease in view.leases.all():
-            _check_lease(view, lease)
+        for lease in desk.leases.all():
+            _check_lease(desk, lease)
             locks[lease.node] += 1
             if lease.tail is not None:
                 locks[lease.tail] += 1
         indexed = tree.check(roots, locks)
         private: Counter[int] = Counter()
         held: Counter[int] = Counter()
-        for lease in view.leases.all():
+        for lease in desk.leases.all():
             private.update(lease.private_blocks())
             if lease.source is not None:
                 held[lease.source] += 1
             if lease.tail_is_shared:
                 held[lease.table[-1]] += 1
-        view.holdings.pool.check(private, indexed, held)
-        view.flights.check()
+        desk.holdings.pool.check(private, indexed, held)
+        desk.flights.check()
     except AssertionError as error:
         drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
         raise AssertionError(f"{error}\n{drawn}") from error
 
 
-def _check_lease(view: View, lease: Lease) -> None:
-    size = view.holdings.block_size
-    whole = len(view.holdings.tree.table(lease.node))
+def _check_lease(desk: Desk, lease: Lease) -> None:
+    size = desk.holdings.block_size
+    whole = len(lease.node.table())
     assert whole * size == lease.start, f"lease {lease.id} starts at {lease.start}, not {whole}"
     assert lease.start <= lease.committed <= lease.num_tokens, f"lease {lease.id}: counts"
     assert lease.committed <= len(lease.table) * size, f"lease {lease.id} has no room"
     assert lease.committed - lease.start < size, f"lease {lease.id}: a whole block is not indexed"
     indexed_tail = lease.tail is not None or lease.tail_is_shared
     assert lease.private_from == whole + indexed_tail, f"lease {lease.id}: private from where?"
-    own = view.holdings.tree.table(lease.node)
+    own = lease.node.table()
     for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
         assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"
-

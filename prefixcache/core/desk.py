@@ -1,0 +1,171 @@
+"""The desk: grants leases, lets requests wait, ends leases.
+
+It holds all state of a cache and takes the decisions that the verbs share; `PrefixCache` checks
+what callers send, and names the verbs.
+"""
+
+from __future__ import annotations
+
+from prefixcache.core.blocks import BlockPool
+from prefixcache.core.flights import Flights, Request, Ticket, WaitingRoom
+from prefixcache.core.holdings import Holdings
+from prefixcache.core.leases import Lease, Leases, Worker
+from prefixcache.core.ledger import Tally, settle
+from prefixcache.core.node import Match, Root
+from prefixcache.core.radix import RadixTree
+from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.types import (
+    TOKEN_BYTES,
+    Ended,
+    Grant,
+    LeaseId,
+    Ledger,
+    Namespace,
+    Partial,
+    TicketId,
+)
+
+
+class Desk:
+    """All state of one cache, and the steps from a request to the end of its lease."""
+
+    __slots__ = (
+        "flights",
+        "holdings",
+        "leases",
+        "partial",
+        "room",
+        "roots",
+        "settled",
+        "tallies",
+        "tree",
+    )
+
+    def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial, ttl_s: float) -> None:
+        self.tree = tree
+        self.partial = partial
+        self.holdings = Holdings(tree, pool, partial)
+        self.leases = Leases(ttl_s)
+        self.flights = Flights(tree.block_bytes)
+        self.room = WaitingRoom()
+        self.roots: dict[Namespace, Root] = {}
+        self.tallies: dict[Namespace, Tally] = {}
+        self.settled: list[tuple[TicketId, Grant | CacheError]] = []
+
+    def attempt(
+        self, member: Worker, request: Request, now: float, *, wait: bool
+    ) -> Grant | tuple[LeaseId, int, int]:
+        """Grant a request, or say which lease to wait for, its pending tokens, and the target."""
+        root = self.roots.get(request.namespace)
+        if root is None:
+            root = self.roots[request.namespace] = Root(request.namespace)
+        tokens = request.tokens
+        limit = len(tokens) - TOKEN_BYTES
+        match = self.tree.match(root, tokens, limit)
+        flight = self.flights.find(match, tokens, limit)
+        pending = 0
+        if flight is not None:
+            owner, common = flight
+            pending = max(0, common - match.partial_tokens)
+            if wait and pending:
+                if request.first_end < 0:
+                    request.first_end = match.end
+                return owner.id, pending, match.end // TOKEN_BYTES + common
+        return self._grant(member, request, match, pending, now)
+
+    def _grant(
+        self, member: Worker, request: Request, match: Match, pending: int, now: float
+    ) -> Grant:
+        tokens, holdings = request.tokens, self.holdings
+        num_tokens = len(tokens) // TOKEN_BYTES
+        need = (
+            holdings.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
+        )
+        self.admit(need, now, match)
+        source = holdings.source_of(match, need)
+        partial = 0 if source is None else match.partial_tokens
+        joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
+        # The ledger first: the lock may split the run that it looks at.
+        ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        self.tree.note_parting(match, tokens)
+
+        node = self.tree.lock(match)
+        lease = self.leases.open(member, request.namespace, node, now)
+        copies = holdings.take(lease, match, node, need, source)
+        lease.rest = tokens[match.end :]
+        lease.prompt_tokens = num_tokens
+        self.flights.start(lease)
+        grant = Grant(
+            lease.id,
+            lease.table[:],
+            lease.committed,
+            pending,
+            copies,
+            ledger,
+            self.leases.ttl_s,
+        )
+        if request.request_id:
+            lease.grant, lease.request_id = grant, request.request_id
+            member.requests[request.request_id] = lease
+        tally = self.tallies.get(request.namespace)
+        if tally is None:
+            tally = self.tallies[request.namespace] = Tally()
+        tally.add(ledger)
+        return grant
+
+    def admit(self, need: int, now: float, match: Match | None = None) -> None:
+        """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
+        try:
+            self.holdings.admit(need, match)
+        except PoolExhausted as short:
+            leases = self.leases.all()
+            held = sum(len(lease.table) for lease in leases)
+            message = f"{short}; {held} table entries held by {len(leases)} leases"
+            if leases:
+                oldest = leases[0]
+                message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
+            next_end = self.leases.next_deadline()
+            retry_after_s = 0.0 if next_end is None else max(0.0, next_end - now)
+            raise PoolExhausted(
+                f"{message}. Release leases, ask for less, or serve with more --memory.",
+                retry_after_s,
+            ) from None
+
+    def fork(self, member: Worker, own: Lease, now: float) -> Grant:
+        """Make a lease that shares the committed blocks of `own`.  Allocates nothing."""
+        self.tree.lock_node(own.node)
+        child = self.leases.open(member, own.namespace, own.node, now)
+        self.holdings.fork(own, child)
+        child.prompt_tokens = child.committed
+        ledger = Ledger(hit=child.start, partial=child.committed - child.start)
+        return Grant(child.id, child.table[:], child.committed, 0, (), ledger, self.leases.ttl_s)
+
+    def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
+        """End a lease for whatever reason, and try again what waited for it."""
+        self.flights.land(lease)
+        freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
+        self.leases.close(lease, now if writes_on else None, quarantined)
+        self.call(lease.id, None, now)
+        return Ended((lease.id,), freed, quarantined)
+
+    def call(self, owner: LeaseId, indexed: int | None, now: float) -> None:
+        """Try again the requests whose wait for `owner` is over."""
+        for ticket in self.room.called(owner, indexed):
+            self.retry(ticket, now, wait=now < ticket.deadline)
+
+    def retry(self, ticket: Ticket, now: float, *, wait: bool) -> None:
+        """Try a waiting request again; it may have to wait for somebody else."""
+        request = ticket.request
+        try:
+            member = self.leases.worker(request.worker, request.namespace)
+            outcome = self.attempt(member, request, now, wait=wait)
+        except CacheError as error:
+            self.room.leave(ticket)
+            self.settled.append((ticket.id, error))
+            return
+        if isinstance(outcome, Grant):
+            self.room.leave(ticket)
+            self.settled.append((ticket.id, outcome))
+        else:
+            owner, _, target = outcome
+            self.room.wait_for(ticket, owner, target)

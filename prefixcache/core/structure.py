@@ -1,0 +1,200 @@
+"""How nodes are joined: adopt, detach, split, merge, with the counts; and the walk that checks.
+
+```
+split after 2        [AAAA|BBBB|CCCC]  ──►  [AAAA|BBBB] ── [CCCC]    the lower part is the old node
+merge                [AAAA|BBBB] ── [CCCC]  ──►  [AAAA|BBBB|CCCC]    the lower node survives
+```
+
+In both, the object whose run *ends* where it ended before stays the same, so that locks, which mean
+"the path up to the end of this node", stay right whatever happens above it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from prefixcache.core.children import Children
+from prefixcache.core.node import Node, Root
+from prefixcache.types import BlockTable
+
+
+class Structure:
+    """The nodes below all roots, and how many blocks they hold."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self.evictable = 0
+        """Blocks in unprotected nodes: what eviction can give at most."""
+        self.num_blocks = 0
+        self.num_nodes = 0
+        self.retired: list[Root] = []
+        """Roots of namespaces that were reset, while blocks or leases are below them."""
+
+    def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
+        """Make an unprotected node with blocks a child; drop the tail that it covers."""
+        children = node.children
+        first = child.key[: self.block_bytes]
+        if children is None:
+            children = node.children = Children()
+        elif children:
+            tail = children.before(first)
+            if tail is not None and not tail.ref and first.startswith(tail.key):
+                absorbed.extend(tail.blocks)
+                self._count(tail, -1)
+                self._detach(tail)
+        children.put(first, child)
+        self.num_nodes += 1
+        size = len(child.blocks)
+        self.num_blocks += size
+        self.evictable += size
+        child.root.num_blocks += size
+        child.root.evictable += size
+        return child
+
+    def _count(self, node: Node, sign: int) -> None:
+        """Add or subtract an unprotected node's blocks."""
+        size = sign * len(node.blocks)
+        self.num_blocks += size
+        self.evictable += size
+        node.root.num_blocks += size
+        node.root.evictable += size
+
+    def _detach(self, node: Node) -> Node:
+        """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
+        above = node.parent
+        if above is None or above.children is None:
+            raise AssertionError("only a child can be detached")
+        above.children.drop(node.key[: self.block_bytes])
+        node.parent = None
+        self.num_nodes -= 1
+        if node.ref:
+            size = len(node.blocks)
+            self.num_blocks -= size
+            node.root.num_blocks -= size
+        return above
+
+    def _is_covered(self, tail: Node) -> bool:
+        above = tail.parent
+        if above is None or above.children is None or len(above.children) < 2:
+            return False
+        after = above.children.after(tail.key)
+        return after is not None and after.key.startswith(tail.key)
+
+    def _split(self, node: Node, used: int) -> Node:
+        """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
+        above = node.parent
+        if above is None or above.children is None or not 0 < used < len(node.blocks):
+            raise AssertionError(f"cannot split {len(node.blocks)} blocks after {used}")
+        width = self.block_bytes
+        cut = used * width
+        key = node.key
+        upper = Node(key[:cut], node.blocks[:used], above, node.born)
+        upper.ref = 1 if node.ref else 0
+        upper.last = node.last
+        node.key = key[cut:]
+        node.blocks = node.blocks[used:]
+        node.parent = upper
+        upper.children = Children()
+        upper.children.put(node.key[:width], node)
+        above.children[key[:width]] = upper
+        self.num_nodes += 1
+        return upper
+
+    def _merge(self, node: Node) -> bool:
+        """Join a node with its parent if nothing but age or size told them apart.
+
+        `node` survives, so that locks on it stay valid; nobody can hold the parent itself, since
+        its only reference is that of its only child.  A small run is not merged into one that is
+        far larger: copying it again for each new block would make a growing chat quadratic.
+        """
+        above = node.parent
+        if above is None or above.parent is None or above.ghosts or node.parent is None:
+            return False
+        if above.children is None or len(above.children) != 1:
+            return False
+        if above.ref != (1 if node.ref else 0) or (not node.ref and above.last != node.last):
+            return False
+        large, small = len(above.key), len(node.key)
+        if large + small > _ALWAYS_MERGED and large > 8 * small:
+            return False
+        top = above.parent
+        if top.children is None:
+            raise AssertionError("a parent has children")
+        width = self.block_bytes
+        node.key = above.key + node.key
+        node.blocks = above.blocks + node.blocks
+        node.parent = top
+        if above.last > node.last:
+            node.last = above.last
+        top.children[node.key[:width]] = node
+        above.parent = above.children = None
+        above.key = b""
+        above.blocks = array("i")
+        self.num_nodes -= 1
+        return True
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self, roots: Iterable[Root], locks: Mapping[Node, int]) -> Counter[int]:
+        """Assert every invariant of the trees below `roots`.  O(everything).
+
+        Args:
+            roots: Those of all namespaces; the retired ones are known here.
+            locks: How often each node is locked from outside.
+
+        Returns:
+            The indexed blocks, counted.
+        """
+        indexed: Counter[int] = Counter()
+        evictable = nodes = 0
+        for root in [*roots, *self.retired]:
+            in_root = Counter[int]()
+            free = 0
+            stack: list[Node] = [root]
+            while stack:
+                node = stack.pop()
+                self._check_node(node, locks)
+                in_root.update(node.blocks)
+                nodes += node is not root
+                free += 0 if node.ref else len(node.blocks)
+                stack.extend((node.children or {}).values())
+            assert root.num_blocks == sum(in_root.values()), "blocks of a root"
+            assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
+            indexed += in_root
+            evictable += free
+        assert self.num_blocks == sum(indexed.values()), "blocks of all trees"
+        assert self.evictable == evictable, f"{evictable} evictable, not {self.evictable}"
+        assert self.num_nodes == nodes, f"{nodes} nodes, not {self.num_nodes}"
+        return indexed
+
+    def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
+        width = self.block_bytes
+        name = node.key[:16].hex() or "root"
+        children = node.children or Children()
+        children.check()
+        below = sum(1 for child in children.values() if child.ref)
+        outside = 1 if node.parent is None else 0
+        assert node.ref == below + outside + locks.get(node, 0), f"{name}: ref {node.ref}"
+        if node.parent is not None:
+            assert len(node.blocks) == -(-len(node.key) // width), f"{name}: blocks and tokens"
+            assert node.blocks, f"{name}: a node without blocks"
+            assert not (len(node.key) % width and (children or node.ghosts)), f"{name}: not a leaf"
+            if node.is_evictable:
+                assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
+        for first, child in children.items():
+            assert child.parent is node, f"{name}: a child with another parent"
+            assert child.root is node.root, f"{name}: a child with another root"
+            assert child.key.startswith(first), f"{name}: a child under another key"
+            assert len(first) == min(width, len(child.key)), f"{name}: a short key"
+            assert node.ref or child.last <= node.last, f"{name}: younger than its parent"
+            if len(child.key) < width and not child.ref:
+                assert not self._is_covered(child), f"{name}: a covered tail"
+        for ghost in (node.ghosts or {}).values():
+            assert not ghost.blocks, f"{name}: a ghost with blocks"
+            assert ghost.parent is node, f"{name}: a ghost with another parent"
+
+
+_ALWAYS_MERGED = 32_768
+"""Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""
