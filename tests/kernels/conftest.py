@@ -1,0 +1,71 @@
+"""Random packed batches over a paged pool, with garbage wherever nobody may look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    query: Tensor
+    key_cache: Tensor
+    value_cache: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.block_tables,
+            self.query_start,
+            self.context_lens,
+        )
+
+
+def _batch(
+    lens: list[tuple[int, int]],
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dim: int = 16,
+    size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    poison: float = float("nan"),
+) -> Batch:
+    """`lens` are (queries, keys) of each sequence.  Tables are permuted, with foreign blocks
+    between; every slot that belongs to no sequence holds `poison`, and so do unused table entries
+    (as ids of poisoned blocks, or out of the pool)."""
+    rng = torch.Generator().manual_seed(seed)
+    need = [-(-keys // size) for _, keys in lens]
+    num_blocks = 2 * sum(need) + 3
+    ids = torch.randperm(num_blocks, generator=rng).tolist()
+    width = max(need, default=0) + 2
+    tables = torch.full((len(lens), width), -7, dtype=torch.int32)
+    shape = (num_blocks, size, kv_heads, dim)
+    caches = [torch.full(shape, poison, dtype=dtype) for _ in range(2)]
+    for s, (_, keys) in enumerate(lens):
+        for j in range(need[s]):
+            tables[s, j] = ids.pop()
+            fill = min(size, keys - j * size)
+            for cache in caches:
+                new = torch.randn(fill, kv_heads, dim, generator=rng)
+                cache[tables[s, j], :fill] = new.to(dtype)
+    starts = torch.tensor([0, *(num for num, _ in lens)]).cumsum(0).to(torch.int32)
+    query = torch.randn(int(starts[-1]), heads, dim, generator=rng).to(dtype)
+    contexts = torch.tensor([keys for _, keys in lens], dtype=torch.int32)
+    return Batch(query, *caches, tables, starts, contexts)
+
+
+@pytest.fixture
+def batch() -> Callable[..., Batch]:
+    return _batch
