@@ -1,4 +1,4 @@
-"""The one exception tree.  One class = one gRPC status; the message says what, how much, what to do.
+"""The one exception tree: one class, one gRPC status; messages say what, how much, what to do.
 
 ```
 CacheError                  UNKNOWN

@@ -177,8 +177,6 @@ class PrefixCache:
             PoolExhausted: not enough blocks are free or evictable now.
         """
         member = self._desk.leases.worker(worker, namespace)
-        if request_id and (earlier := member.requests.get(request_id)) and earlier.grant:
-            return earlier.grant
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")

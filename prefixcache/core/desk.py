@@ -56,6 +56,9 @@ class Desk:
         self, member: Worker, request: Request, now: float, *, wait: bool
     ) -> Grant | tuple[LeaseId, int, int]:
         """Grant a request, or say which lease to wait for, its pending tokens, and the target."""
+        earlier = member.requests.get(request.request_id) if request.request_id else None
+        if earlier is not None and earlier.grant is not None:
+            return earlier.grant
         root = self.roots.get(request.namespace)
         if root is None:
             root = self.roots[request.namespace] = Root(request.namespace)

@@ -1,0 +1,288 @@
+"""The verbs by example: one short story each."""
+
+import pytest
+
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import InvalidRequest, LeaseExpired, NotFound, PoolExhausted
+from prefixcache.types import (
+    Copy,
+    Grant,
+    Ledger,
+    Namespace,
+    Partial,
+    Span,
+    Waiting,
+    WorkerId,
+    pack,
+)
+
+ALICE, BOB = WorkerId("alice"), WorkerId("bob")
+CHAT = Namespace("tiny-model")
+SYSTEM = list(range(100, 110))
+
+
+@pytest.fixture
+def cache() -> PrefixCache:
+    cache = PrefixCache(32, 4, ttl_s=10.0)
+    for worker in (ALICE, BOB):
+        cache.attach(worker, CHAT, now=0.0)
+    return cache
+
+
+def acquire(cache: PrefixCache, worker: WorkerId, tokens: list[int], **kwargs: object) -> Grant:
+    grant = cache.acquire(worker, CHAT, pack(tokens), now=0.0, **kwargs)  # type: ignore[arg-type]
+    assert isinstance(grant, Grant)
+    return grant
+
+
+def serve(cache: PrefixCache, worker: WorkerId, tokens: list[int]) -> Grant:
+    """Acquire, compute and commit everything, release."""
+    grant = acquire(cache, worker, tokens)
+    cache.commit(worker, grant.lease, len(tokens), now=0.0)
+    cache.release(worker, grant.lease, now=0.0)
+    cache.check()
+    return grant
+
+
+def test_what_one_worker_commits_another_reads_in_place(cache: PrefixCache):
+    first = serve(cache, ALICE, SYSTEM)
+    second = acquire(cache, BOB, [*SYSTEM, 1, 2])
+    assert second.num_cached == 10
+    assert second.block_table[:2] == first.block_table[:2]
+    source, copy = first.block_table[2], second.block_table[2]
+    assert second.copies == (Copy(source, copy, 2),)
+    assert second.ledger == Ledger(hit=8, partial=2, cold=2)
+
+
+def test_the_source_of_a_copy_stays_until_the_first_commit():
+    cache = PrefixCache(3, 4)
+    cache.attach(ALICE, CHAT, now=0.0)
+    serve(cache, ALICE, [1, 2, 3])
+    grant = acquire(cache, ALICE, [1, 2, 9])
+    with pytest.raises(PoolExhausted, match="needs 2 blocks; 1 free, 0 evictable"):
+        acquire(cache, ALICE, [7] * 8)
+    cache.commit(ALICE, grant.lease, 3, now=0.0)
+    assert acquire(cache, ALICE, [7] * 8).num_cached == 0
+    cache.check()
+
+
+def test_a_whole_prompt_that_is_cached_still_computes_its_last_token(cache: PrefixCache):
+    serve(cache, ALICE, [5] * 8)
+    again = acquire(cache, BOB, [5] * 8)
+    assert again.num_cached == 7
+    assert again.ledger == Ledger(hit=4, partial=3, granularity=1)
+
+
+def test_partial_reuse_can_be_limited_to_full_blocks_or_switched_off():
+    expected = {
+        Partial.OFF: Ledger(hit=4, cold=1, granularity=2),
+        Partial.BLOCKS: Ledger(hit=4, partial=2, cold=1),
+    }
+    for partial, ledger in expected.items():
+        cache = PrefixCache(32, 4, partial=partial)
+        cache.attach(ALICE, CHAT, now=0.0)
+        serve(cache, ALICE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+        assert acquire(cache, ALICE, [1, 2, 3, 4, 5, 6, 99]).ledger == ledger
+
+
+def test_an_evicted_prompt_is_told_from_one_never_seen():
+    cache = PrefixCache(4, 4)
+    cache.attach(ALICE, CHAT, now=0.0)
+    serve(cache, ALICE, [1] * 8)
+    serve(cache, ALICE, [2] * 16)
+    assert acquire(cache, ALICE, [1] * 9).ledger == Ledger(cold=1, evicted=8)
+
+
+def test_one_prefix_is_computed_once_and_the_waiter_joins(cache: PrefixCache):
+    first = acquire(cache, ALICE, [*SYSTEM, 1])
+    waiting = cache.acquire(BOB, CHAT, pack([*SYSTEM, 2]), wait_s=5.0, now=0.0)
+    assert isinstance(waiting, Waiting)
+    assert (waiting.owner, waiting.num_pending) == (first.lease, 10)
+    cache.commit(ALICE, first.lease, 8, now=0.1)
+    assert cache.settled() == []
+    cache.commit(ALICE, first.lease, 11, now=0.2)
+    [(ticket, grant)] = cache.settled()
+    assert ticket == waiting.ticket
+    assert isinstance(grant, Grant)
+    assert grant.ledger == Ledger(joined=8, partial=2, cold=1)
+    cache.check()
+
+
+def test_who_does_not_wait_is_told_what_is_pending_and_keeps_its_own_blocks(cache: PrefixCache):
+    first = acquire(cache, ALICE, SYSTEM)
+    second = acquire(cache, BOB, SYSTEM)
+    assert (second.num_cached, second.num_pending) == (0, 9)
+    cache.commit(ALICE, first.lease, 10, now=0.0)
+    assert cache.commit(BOB, second.lease, 10, now=0.0).num_indexed == 0
+    cache.check()
+    assert cache.release(BOB, second.lease, now=0.0).num_freed == 3
+
+
+def test_the_first_waiter_takes_over_when_the_owner_dies(cache: PrefixCache):
+    acquire(cache, ALICE, SYSTEM)
+    tickets = [
+        cache.acquire(BOB, CHAT, pack([*SYSTEM, extra]), wait_s=5.0, now=0.0) for extra in (1, 2)
+    ]
+    cache.detach(ALICE, now=1.0, gone=False)
+    [(ticket, grant)] = cache.settled()
+    assert isinstance(tickets[0], Waiting)
+    assert ticket == tickets[0].ticket
+    assert isinstance(grant, Grant)
+    cache.commit(BOB, grant.lease, 11, now=1.0)
+    [(_, second)] = cache.settled()
+    assert isinstance(second, Grant)
+    assert second.num_cached == 10
+    cache.check()
+
+
+def test_a_wait_ends_at_its_deadline_with_a_grant_to_compute_oneself(cache: PrefixCache):
+    acquire(cache, ALICE, SYSTEM)
+    cache.acquire(BOB, CHAT, pack(SYSTEM), wait_s=2.0, now=0.0)
+    assert cache.next_deadline() == 2.0
+    cache.expire(now=2.1)
+    [(_, grant)] = cache.settled()
+    assert isinstance(grant, Grant)
+    assert (grant.num_cached, grant.num_pending) == (0, 9)
+
+
+def test_a_repeated_request_gets_the_same_grant(cache: PrefixCache):
+    first = acquire(cache, ALICE, SYSTEM, request_id="r1")
+    assert acquire(cache, ALICE, SYSTEM, request_id="r1") is first
+    assert acquire(cache, BOB, SYSTEM, request_id="r1").lease != first.lease
+
+
+def test_reserve_keeps_room_for_the_answer_or_refuses_with_the_arithmetic(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 4, reserve=120)
+    assert len(grant.block_table) == 31
+    before = cache.snapshot(now=0.0)
+    with pytest.raises(PoolExhausted, match=r"needs 2 blocks; 1 free, 0 evictable; 31 table") as no:
+        acquire(cache, BOB, [2] * 4, reserve=4)
+    assert no.value.retry_after_s == 10.0
+    assert cache.snapshot(now=0.0) == before
+    with pytest.raises(InvalidRequest, match="129 tokens need 33 blocks of 4; the whole pool has"):
+        acquire(cache, BOB, [2] * 129)
+
+
+def test_decoding_extends_the_table_and_publishes_the_answer(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 7)
+    cache.commit(ALICE, grant.lease, 7, now=0.0)
+    update = cache.extend(ALICE, grant.lease, 9, now=0.0)
+    assert (update.keep, len(update.blocks)) == (2, 1)
+    cache.commit(ALICE, grant.lease, 9, pack([8, 9]), now=0.0)
+    cache.release(ALICE, grant.lease, now=0.0)
+    assert acquire(cache, BOB, [*[1] * 7, 8, 9, 5]).num_cached == 9
+
+
+def test_forks_share_every_block_and_copy_the_last_one_before_they_write(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 6)
+    cache.commit(ALICE, grant.lease, 6, now=0.0)
+    used = 32 - cache.snapshot(now=0.0).free
+    left, right = cache.fork(ALICE, grant.lease, 2, now=0.0)
+    assert left.block_table == right.block_table == grant.block_table
+    assert 32 - cache.snapshot(now=0.0).free == used
+    with pytest.raises(InvalidRequest, match="shared by a fork"):
+        cache.commit(ALICE, left.lease, 7, pack([8]), now=0.0)
+    update = cache.extend(ALICE, left.lease, 7, now=0.0)
+    assert update.keep == 1
+    assert update.copies == (Copy(grant.block_table[1], update.blocks[0], 2),)
+    cache.commit(ALICE, left.lease, 7, pack([8]), now=0.0)
+    cache.check()
+
+
+def test_truncating_keeps_what_was_committed_for_others_and_never_writes_into_it(
+    cache: PrefixCache,
+):
+    grant = acquire(cache, ALICE, [1, 2, 3, 4, 5, 6, 7, 8])
+    cache.commit(ALICE, grant.lease, 8, now=0.0)
+    update = cache.truncate(ALICE, grant.lease, 6, now=0.0)
+    assert update.keep == 1
+    assert update.copies == (Copy(grant.block_table[1], update.blocks[0], 2),)
+    cache.commit(ALICE, grant.lease, 8, pack([66, 77]), now=0.0)
+    cache.release(ALICE, grant.lease, now=0.0)
+    cache.check()
+    assert acquire(cache, BOB, [1, 2, 3, 4, 5, 6, 7, 8, 9]).num_cached == 8
+    assert acquire(cache, BOB, [1, 2, 3, 4, 5, 6, 66, 77, 9]).num_cached == 8
+
+
+def test_a_silent_worker_loses_its_leases_and_cannot_commit_when_it_wakes(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 6)
+    cache.commit(ALICE, grant.lease, 4, now=0.0)
+    ended = cache.expire(now=10.5)
+    assert ended.leases == (grant.lease,)
+    assert ended.num_quarantined == 1
+    with pytest.raises(LeaseExpired, match=r"expired 1\.5 s ago; its 1 unpublished blocks"):
+        cache.commit(ALICE, grant.lease, 6, now=12.0)
+    assert cache.snapshot(now=12.0).quarantined == 1
+    assert cache.worker_gone(ALICE, now=13.0) == 1
+    cache.check()
+
+
+def test_a_sign_of_life_renews_all_leases_of_a_worker(cache: PrefixCache):
+    acquire(cache, ALICE, [1] * 6)
+    cache.renew(ALICE, now=9.0)
+    assert cache.expire(now=15.0).leases == ()
+    assert len(cache.expire(now=19.5).leases) == 1
+
+
+def test_foreign_and_unknown_leases_are_not_found(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 6)
+    for call in (cache.release, lambda *a, **k: cache.commit(*a, 6, **k)):
+        with pytest.raises(NotFound, match=f"no lease {grant.lease} of worker 'bob'"):
+            call(BOB, grant.lease, now=0.0)
+    with pytest.raises(NotFound, match="not attached to other"):
+        cache.acquire(ALICE, Namespace("other"), pack([1]), now=0.0)
+
+
+def test_releasing_twice_is_harmless(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 6)
+    assert cache.release(ALICE, grant.lease, now=0.0).num_freed == 2
+    assert cache.release(ALICE, grant.lease, now=0.0).num_freed == 0
+
+
+def test_namespaces_never_share(cache: PrefixCache):
+    serve(cache, ALICE, SYSTEM)
+    other = Namespace("tiny-model", tenant="somebody")
+    cache.attach(BOB, other, now=0.0)
+    grant = cache.acquire(BOB, other, pack(SYSTEM), now=0.0)
+    assert isinstance(grant, Grant)
+    assert grant.num_cached == 0
+
+
+def test_a_reset_forgets_at_once_and_gets_the_blocks_back_when_leases_end(cache: PrefixCache):
+    serve(cache, ALICE, [9] * 4)
+    grant = acquire(cache, ALICE, SYSTEM)
+    cache.commit(ALICE, grant.lease, 10, now=0.0)
+    reset = cache.reset(CHAT)
+    assert (reset.num_blocks, reset.num_leased) == (4, 3)
+    assert cache.lookup(CHAT, pack(SYSTEM)).num_hit == 0
+    cache.release(ALICE, grant.lease, now=0.0)
+    assert acquire(cache, ALICE, [3] * 128).num_cached == 0
+    cache.check()
+
+
+def test_explain_names_the_fate_of_each_token_and_the_place_of_parting(cache: PrefixCache):
+    serve(cache, ALICE, [*SYSTEM, 1, 1, 1])
+    serve(cache, ALICE, [*SYSTEM, 2, 2, 2])
+    serve(cache, ALICE, [*SYSTEM, 3, 3, 3])
+    told = cache.explain(CHAT, pack([*SYSTEM, 4, 4]))
+    assert told.spans == (Span(0, 8, "hit"), Span(8, 10, "partial"), Span(10, 12, "cold"))
+    assert told.parted_at == 10
+    assert told.stored_next[:4] in {pack([1]), pack([2]), pack([3])}
+    assert told.num_parted == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(b"", "0 bytes"), (b"123", "3 bytes"), (pack([1] * 200), "200 tokens need 50 blocks")],
+)
+def test_bad_input_is_refused_and_changes_nothing(cache: PrefixCache, tokens: bytes, message: str):
+    before = cache.snapshot(now=0.0)
+    with pytest.raises(InvalidRequest, match=message):
+        cache.acquire(ALICE, CHAT, tokens, now=0.0)
+    assert cache.snapshot(now=0.0) == before
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(0, 16), (4, 0), (4, 3), (4, 2048)])
+def test_impossible_pools_are_refused(blocks: int, size: int):
+    with pytest.raises(InvalidRequest):
+        PrefixCache(blocks, size)
