@@ -19,6 +19,7 @@ import structlog
 from prefixcache.client.codec import write_acquire, write_error
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.malformed import Malformed
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Worker
 from prefixcache.types import Waiting
@@ -47,6 +48,8 @@ class SessionStream:
         read, settle = self._context.read, self._handlers.line.settle
         try:
             while (batch := await read()) is not grpc.aio.EOF:
+                if batch.__class__ is Malformed:
+                    await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(batch))
                 if len(batch.ops) > self._handlers.settings.max_ops:
                     await self._context.abort(
                         grpc.StatusCode.INVALID_ARGUMENT,

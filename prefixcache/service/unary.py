@@ -14,8 +14,9 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from prefixcache.client import codec, unary
-from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Worker
@@ -35,7 +36,7 @@ def service(handlers: Handlers) -> grpc.GenericRpcHandler:
         name = rpc.path.rpartition("/")[2]
         methods[name] = grpc.unary_unary_rpc_method_handler(
             _serve(handlers, verb, rpc.response),
-            request_deserializer=rpc.request.FromString,
+            request_deserializer=reader(rpc.request),
             response_serializer=rpc.response.SerializeToString,
         )
 
@@ -44,7 +45,7 @@ def service(handlers: Handlers) -> grpc.GenericRpcHandler:
 
     methods["Session"] = grpc.stream_stream_rpc_method_handler(
         session,
-        request_deserializer=pb.OpBatch.FromString,
+        request_deserializer=reader(pb.OpBatch),
         response_serializer=pb.OpResults.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(unary.SERVICE, methods)
@@ -58,6 +59,7 @@ def _serve(
         async def attach(request: Any, context: Any) -> Any:
             response = response_class()
             try:
+                _check(request)
                 worker = handlers.workers.find(request.worker_key) if request.worker_key else None
                 handlers.write_attach(handlers.attach(worker, request, None), response)
             except CacheError as error:
@@ -73,6 +75,7 @@ def _serve(
 
     async def serve(request: Any, context: Any) -> Any:
         try:
+            _check(request)
             if optional and (verb == "snapshot" or not request.worker_key):
                 worker = None
             else:
@@ -89,6 +92,11 @@ def _serve(
         return response
 
     return serve
+
+
+def _check(request: Any) -> None:
+    if request.__class__ is Malformed:
+        raise InvalidRequest(request)
 
 
 async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Grant:
