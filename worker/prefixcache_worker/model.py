@@ -1,0 +1,215 @@
+"""A language model on paged keys and values: loaded, probed, and fast where its kind is known.
+
+```
+path or id ──► AutoModelForCausalLM ──► layout learnt ──► probe against eager attention ──► refused
+                                                              │ equal
+                                                              ├─ Llama's family: lean network, probed as well
+                                                              └─ any other: the library's own modules
+```
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest, NotFound, Unsupported
+from prefixcache.types import Layout
+from prefixcache_worker import smollm2
+from prefixcache_worker.batch import Batch
+from prefixcache_worker.hf import HuggingFaceNetwork, max_context
+from prefixcache_worker.lean import LeanNetwork, twin
+from prefixcache_worker.probe import (
+    TOLERANCE,
+    Network,
+    distance,
+    paged_logits,
+    plain_logits,
+    random_prompts,
+)
+
+DTYPES: Final = ("float32", "bfloat16")
+"""Element types a model can be loaded in."""
+
+
+@dataclass
+class Model:
+    """A model that runs batches on a pool; make one with `load` or `of`.
+
+    Attributes:
+        name: what the service files its prefixes under; the same in every worker that loads the
+            same weights.
+        layout: shape of its keys and values.
+        max_tokens: how long a sequence may become.
+        vocab_size: logits per token.
+        stop_ids: tokens that end an answer.
+        tokenizer: the model's tokenizer, or None for models without one.
+        kind: `lean` or `transformers`: which network runs.
+        gap: distance of its logits from plain attention's, as the probe saw it.
+    """
+
+    name: str
+    layout: Layout
+    max_tokens: int
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    tokenizer: Any
+    kind: str
+    gap: float
+    network: Network
+    load_s: float = 0.0
+
+    @classmethod
+    def load(
+        cls, path_or_id: str | Path, *, dtype: str = "float32", threads: int = 1, lean: bool = True
+    ) -> Model:
+        """Load a model from a folder or from the Hugging Face hub, and probe it.
+
+        Sets the number of threads that torch uses in this process.  `smollm2` names the demo model.
+
+        Args:
+            path_or_id: folder, hub id or `smollm2`.
+            dtype: `float32` or `bfloat16`.
+            threads: torch's threads; workers x threads should not exceed the machine's cores.
+            lean: use the lean network where it applies.
+
+        Raises:
+            NotFound: nothing can be loaded from there.
+            Unsupported: the architecture cannot run on paged memory; the message names it.
+            InvalidRequest: no such dtype, or threads below 1.
+        """
+        if dtype not in DTYPES or threads < 1:
+            raise InvalidRequest(f"dtype {dtype!r} (of {', '.join(DTYPES)}), {threads} threads")
+        torch.set_num_threads(threads)
+        started = time.monotonic()
+        source = str(path_or_id)
+        if source == smollm2.NAME:
+            source = str(smollm2.folder())
+        try:
+            config = transformers.AutoConfig.from_pretrained(source)
+            module = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=TORCH_DTYPES[dtype], attn_implementation="eager"
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise NotFound(f"no model could be loaded from {source!r}: {error}") from error
+        name = Path(source).name if Path(source).is_dir() else source
+        # Another commit of the same repository has other weights, and must not share.
+        revision = getattr(config, "_commit_hash", None)
+        name = f"{name}@{revision[:12]}" if revision else name
+        model = cls.of(module, name=name, dtype=dtype, tokenizer=tokenizer, lean=lean)
+        model.load_s = time.monotonic() - started
+        return model
+
+    @classmethod
+    def of(
+        cls,
+        module: Any,
+        *,
+        name: str = "",
+        dtype: str = "float32",
+        tokenizer: Any = None,
+        lean: bool = True,
+    ) -> Model:
+        """Take over a loaded `AutoModelForCausalLM`, and probe it.  Its own generation is over.
+
+        Raises:
+            Unsupported: as `load`.
+        """
+        module.eval()
+        config = module.config.get_text_config()
+        architecture = config.model_type
+        if getattr(module.config, "is_encoder_decoder", False):
+            raise Unsupported(f"architecture {architecture!r} has an encoder; only decoders share")
+        limit = max_context(config)
+        prompts = random_prompts(config.vocab_size)
+        if limit:
+            prompts = [p[:limit] for p in prompts]
+        want = plain_logits(module, prompts)
+        network: Network = HuggingFaceNetwork(module)
+        assert isinstance(network, HuggingFaceNetwork)
+        layout = network.learn_layout(dtype)
+        kind, gap = "transformers", distance(paged_logits(network, layout, prompts), want)
+        if gap > TOLERANCE[dtype]:
+            raise Unsupported(
+                f"architecture {architecture!r} gives other logits on paged memory than with "
+                f"plain attention: {gap:.1e} of the largest apart, {TOLERANCE[dtype]:.0e} allowed"
+            )
+        swift = LeanNetwork.of(module) if lean else None
+        if swift is not None and (dtype == "float32" or _twin_agrees(module)):
+            swift_gap = distance(paged_logits(swift, layout, prompts), want)
+            if swift_gap <= TOLERANCE[dtype]:
+                kind, gap, network = "lean", swift_gap, swift
+        return cls(
+            name=name or architecture,
+            layout=layout,
+            max_tokens=limit,
+            vocab_size=config.vocab_size,
+            stop_ids=_stop_ids(module, tokenizer),
+            tokenizer=tokenizer,
+            kind=kind,
+            gap=gap,
+            network=network,
+        )
+
+    def forward(self, batch: Batch, pool: SharedPool) -> Tensor:
+        """Run a batch.  Fills its slots of the pool; gives float32 logits `[R, vocab]`.
+
+        When it returns, the device has finished writing.
+        """
+        plan = Plan.build(
+            batch.block_tables, batch.query_start, batch.context_lens, pool.block_size
+        )
+        return self.network(batch, pool, plan)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Turn messages into prompt tokens by the model's chat template, ready for an answer.
+
+        Raises:
+            Unsupported: the model has no tokenizer or no chat template.
+        """
+        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
+            raise Unsupported(f"model {self.name!r} has no chat template; send `tokens` instead")
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(text, special=False)
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Turn text into tokens; `special` adds what the tokenizer puts around every text.
+
+        Raises:
+            Unsupported: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise Unsupported(f"model {self.name!r} has no tokenizer; send `tokens` instead")
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return ids
+
+
+def _twin_agrees(module: Any) -> bool:
+    """Tell whether the lean network restates this architecture, to float32's precision."""
+    small = twin(module)
+    prompts = random_prompts(small.config.vocab_size)
+    want = plain_logits(small, prompts)
+    layout = HuggingFaceNetwork(small).learn_layout("float32")
+    swift = LeanNetwork.of(small)
+    if swift is None:
+        return False
+    return distance(paged_logits(swift, layout, prompts), want) <= TOLERANCE["float32"]
+
+
+def _stop_ids(module: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Collect every token that ends an answer: of the generation config and of the tokenizer."""
+    stated = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    ids = set(stated if isinstance(stated, list) else [stated])
+    ids.add(getattr(tokenizer, "eos_token_id", None))
+    return tuple(sorted(i for i in ids if i is not None))
