@@ -4,10 +4,11 @@ import re
 from collections import Counter
 
 import pytest
+from transformers import AutoTokenizer
+
 from prefixcache_worker import smollm2
 from prefixcache_worker.demo import chats
 from prefixcache_worker.demo.transcript import Transcript
-from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")

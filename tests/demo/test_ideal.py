@@ -18,7 +18,7 @@ def naive_ideal(requests):
 
 
 def naive_blocks(requests, block_size):
-    """Whole blocks are named by all tokens before their end; a last block by being no other's start."""
+    """Whole blocks are named by all tokens before their end; a last one belongs to a leaf."""
     stored = {request.prompt + request.answer[:-1] for request in requests}
     leaves = {s for s in stored if not any(o != s and o[: len(s)] == s for o in stored)}
     blocks = {s[:i] for s in stored for i in range(block_size, len(s) + 1, block_size)}

@@ -16,9 +16,9 @@ QUICK_CHATS = (
     "bicycle-return",
     "bicycle-puncture",
     "bicycle-family-rental",
-    "museum-cutter",
-    "museum-children",
-    "museum-short-visit",
+    "travel-lake",
+    "travel-dog",
+    "travel-missed",
     "cooking-first-soup",
     "cooking-salty-sauce",
     "plain-rent",
@@ -60,7 +60,8 @@ class Workload:
         """Give the short workload: 9 of the chats, 2 turns each.  Changes nothing."""
         chats = {chat.id: chat for chat in self.chats}
         short = tuple(
-            Chat(id, chats[id].assistant, chats[id].turns[:QUICK_TURNS]) for id in QUICK_CHATS
+            Chat(name, chats[name].assistant, chats[name].turns[:QUICK_TURNS])
+            for name in QUICK_CHATS
         )
         names = {chat.assistant.name for chat in short}
         return Workload({name: self.assistants[name] for name in sorted(names)}, short)

@@ -6,11 +6,11 @@ logits; sums of floats depend on how a batch was cut, so that two logits which a
 rounding may be picked either way.  That is the only excuse there is:
 
 ```
-shared     A B C D E F            same prompt, same first 3 tokens: the two runs computed the same
-unshared   A B C X Y Z            distribution for the 4th.  In the unshared run X has the best logit
-                 │                and D must have the second, no more than 1e-3 below: a numerical tie.
-replay     A B C D E F            What follows X says nothing about D E F, so that the prompt with
-                                  A B C D is given to the unshared run again and the rest compared.
+shared     A B C D E F      same prompt, same first 3 tokens: both runs computed the same
+unshared   A B C X Y Z      distribution for the 4th.  In the unshared run X has the best logit and
+                 │          D must have the second, no more than 1e-3 below: a numerical tie.
+replay     A B C D E F      What follows X says nothing about D E F, so the prompt with A B C D is
+                            given to the unshared run again, and the rest compared.
 ```
 Anything else is a wrong answer, and the demo fails.
 """

@@ -67,8 +67,8 @@ def ideal_tokens(requests: Sequence[Sequenced]) -> int:
 def num_blocks(requests: Iterable[Sequenced], block_size: int) -> int:
     """Count the blocks that one cache holds after `requests`, each shared prefix once.
 
-    Sorted, the sequence that shares most with another stands next to it; whole blocks of that common
-    prefix are held once, and a last block that the next sequence continues is not held twice.
+    Sorted, the sequence that shares most with another stands next to it; whole blocks of that
+    common prefix are held once, and a last block that the next one continues is not held twice.
 
     >>> one, two = Sequenced((1, 2, 3, 4, 5), ()), Sequenced((1, 2, 3, 4, 6, 7), ())
     >>> num_blocks([one, two], block_size=4)

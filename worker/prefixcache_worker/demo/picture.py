@@ -44,7 +44,7 @@ def draw(path: Path, shared: Run, unshared: Run, report: dict[str, Any]) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -59,10 +59,10 @@ def draw(path: Path, shared: Run, unshared: Run, report: dict[str, Any]) -> None
         "hatch.linewidth": 0.4,
     }
     with rc_context(style):
-        figure = Figure(figsize=(13, 8.2), dpi=130, layout="constrained")
+        figure = Figure(figsize=(13, 8.4), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(2, 3, height_ratios=[1.35, 1], width_ratios=[1.15, 1.3, 0.8])
-        figure.suptitle(_headline(report), fontsize=13, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(_headline(report), fontsize=13, fontweight="bold", x=0.008, ha="left")
         _timeline(figure.add_subplot(grid[0, :]), shared)
         _tokens(figure.add_subplot(grid[1, 0]), report)
         _waiting(figure.add_subplot(grid[1, 1]), shared, unshared)
@@ -72,13 +72,18 @@ def draw(path: Path, shared: Run, unshared: Run, report: dict[str, Any]) -> None
 
 
 def _headline(report: dict[str, Any]) -> str:
-    same = "identical to no cache" if report["identical"] else "NOT IDENTICAL to no cache"
-    ratio = report["ttft_at_1000_tokens"]["ratio"]
-    faster = f" · first token {ratio:.0f}x sooner" if ratio else ""
+    same = "the same" if report["identical"] else "NOT THE SAME"
+    long = report["ttft_at_1000_tokens"]
+    faster = (
+        f"first token {long['ratio']:.1f}x sooner after a system prompt of "
+        f"{long['system_tokens']:,} tokens · "
+        if long["ratio"]
+        else ""
+    )
     return (
-        f"{report['requests']} requests on {report['workers']} workers, one cache: "
-        f"{report['tokens_computed']:,} of {report['tokens_sent']:,} prompt tokens computed "
-        f"(ideal {report['tokens_ideal']:,}){faster} · answers {same}"
+        f"{report['requests']} requests, {report['workers']} workers, one cache: "
+        f"{report['tokens_computed']:,} of {report['tokens_sent']:,} prompt tokens computed\n"
+        f"{faster}answers {same}, token for token, as without a cache"
     )
 
 
@@ -116,7 +121,7 @@ def _timeline(axes: Axes, run: Run) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(top - 0.7, -0.9)
     axes.set_xlim(left=0, right=max((r.done_s or 0 for r in run.requests), default=1) * 1.005)
-    axes.set_xlabel("seconds")
+    axes.set_xlabel("seconds", loc="left")
     axes.set_title(
         "Every request on its worker: solid until the first token, pale while it answers"
     )
@@ -128,7 +133,11 @@ def _timeline(axes: Axes, run: Run) -> None:
     if run.death:
         handles.append(Patch(facecolor="white", edgecolor=DEAD, hatch="xxxx", label="killed"))
     axes.legend(
-        handles=handles, loc="lower right", ncols=len(handles), frameon=False, bbox_to_anchor=(1, 1)
+        handles=handles,
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        bbox_to_anchor=(1, -0.055),
     )
 
 
@@ -153,9 +162,10 @@ def _kill(axes: Axes, run: Run, top: float, num_rows: int) -> None:
     death = run.death
     assert death is not None
     axes.plot([death.at_s] * 2, [top - 0.5, top + num_rows - 0.5], color=DEAD, linewidth=2)
-    took = "" if death.takeover_ms is None else f", taken over after {death.takeover_ms:.0f} ms"
+    took = "" if death.takeover_ms is None else f"\ntaken over after {death.takeover_ms:.0f} ms"
+    back = f"{death.leases} leases and {death.blocks_returned} blocks back"
     axes.annotate(
-        f"kill -9 in mid-prefill\n{death.leases} leases and {death.blocks_returned} blocks back{took}",
+        f"kill -9 in mid-prefill\n{back}{took}",
         (death.at_s, top + (num_rows - 1) / 2),
         xytext=(10, 0),
         textcoords="offset points",
@@ -189,13 +199,12 @@ def _tokens(axes: Axes, report: dict[str, Any]) -> None:
     keys = ["tokens_sent", "tokens_separate_caches", "tokens_computed", "tokens_ideal"]
     values = [report[key] for key in keys]
     colours = [QUIET, QUIET, COLOURS[Fate.COLD], "white"]
-    _bars(axes, names, values, colours, [f"{value:,}" for value in values])
+    labels = [f"{value:,}" for value in values]
+    if lost := report["tokens_lost"]:
+        labels[2] = f"{labels[2]}\nand {lost} died"
+    _bars(axes, names, values, colours, labels)
     axes.patches[-1].set_edgecolor(COLOURS[Fate.COLD])
-    lost = report["tokens_lost"]
-    axes.set_title(
-        f"Prompt tokens ({report['tokens_over_ideal_percent']:+.2f} % of ideal"
-        + (f"; {lost} more died with the worker)" if lost else ")")
-    )
+    axes.set_title(f"Prompt tokens, {report['tokens_over_ideal_percent']:+.2f} % off the ideal")
 
 
 def _waiting(axes: Axes, shared: Run, unshared: Run) -> None:
@@ -218,6 +227,7 @@ def _waiting(axes: Axes, shared: Run, unshared: Run) -> None:
             f"{middle:,.0f}", (x + 0.32, middle), va="center", fontweight="bold", fontsize=9
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xticks(range(len(groups)), [f"{name}\n{len(r)} requests" for name, r, _ in groups])
     axes.set_xlim(-0.5, len(groups) - 0.25)
     axes.set_ylabel("ms")
@@ -226,7 +236,7 @@ def _waiting(axes: Axes, shared: Run, unshared: Run) -> None:
 
 def _memory(axes: Axes, report: dict[str, Any]) -> None:
     values = [report["separate_caches_bytes"] / _MILLION, report["pool_bytes_used"] / _MILLION]
-    labels = [f"{value:,.0f} MB" for value in values]
+    labels = [f"{value:,.0f} MB" if value >= 10 else f"{value:.1f} MB" for value in values]
     _bars(axes, ["a cache\nper worker", "one pool"], values, [QUIET, COLOURS[Fate.WARM]], labels)
     axes.set_title("Memory for keys and values")
 

@@ -52,8 +52,8 @@ def header(model: str) -> dict[str, Any]:
 def figures(shared: Run, unshared: Run, verdict: Verdict) -> dict[str, Any]:
     """Compute everything that the demo states.  O(requests² n log n), some 10 ms.
 
-    `tokens_computed` counts the prompt tokens that were computed and kept; what a killed worker had in
-    hand and nobody could use is `tokens_lost`, beside it.
+    `tokens_computed` counts the prompt tokens that were computed and kept; what a killed worker had
+    in hand and nobody could use is `tokens_lost`, beside it.
     """
     requests = shared.requests
     sequenced = [request.sequenced for request in requests]

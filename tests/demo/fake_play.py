@@ -1,0 +1,61 @@
+"""The demo without a model: real service, real processes, `fake_worker.py` instead of the worker.
+
+Arguments: the fake worker's own.  Exit code as the demo's.
+"""
+
+import sys
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from prefixcache_worker.demo import chats, stage
+from prefixcache_worker.demo.command import perform
+from prefixcache_worker.demo.transcript import Transcript
+
+LETTERS = 200
+
+
+class Letters:
+    """A tokeniser whose tokens are letters."""
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+        return "".join(f"<{m['role'][0]}>{m['content']}</>" for m in conversation) + "<a>"
+
+    def encode(self, text, *, add_special_tokens):
+        return list(text.encode())
+
+    def decode(self, token_ids, *, skip_special_tokens):
+        return bytes(token_ids).decode()
+
+
+def shortened(chat):
+    """Keep the system prompt short enough for a test, but different from the others."""
+    known = chat.assistant
+    length = 1000 if known.name in ("bicycle", "travel") else LETTERS
+    assistant = chats.Assistant(known.name, known.title, known.system[:length])
+    return chats.Chat(chat.id, assistant, chat.turns)
+
+
+def cast(num_workers, *arguments):
+    workload = chats.load().quick()
+    small = tuple(shortened(chat) for chat in workload.chats)
+    workload = chats.Workload({chat.assistant.name: chat.assistant for chat in small}, small)
+    transcripts = {chat.id: Transcript(chat, Letters(), frozenset()) for chat in small}
+    names = tuple(f"w{i + 1}" for i in range(num_workers))
+    fake = str(Path(__file__).with_name("fake_worker.py"))
+    return stage.Cast(workload, transcripts, "fake", names, (sys.executable, fake, *arguments))
+
+
+def main():
+    num_workers, folder, *arguments = sys.argv[1:]
+    console = Console(width=160)
+    try:
+        result = perform(console, cast(int(num_workers), *arguments), Path(folder) / "demo.json")
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    sys.exit(0 if result["identical"] else 1)
+
+
+if __name__ == "__main__":
+    main()

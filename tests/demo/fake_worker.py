@@ -1,0 +1,105 @@
+"""Speaks as `prefixcache worker` does and uses the real service, but has no model.
+
+The next token follows from the sum of all tokens before, so that an answer is right only if the
+whole prompt was taken into account; a chunk takes a fixed time.
+"""
+
+import argparse
+import json
+import sys
+import threading
+import time
+
+import prefixcache
+from prefixcache.types import Layout, Ledger
+
+LAYOUT = Layout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
+CHUNK = 64
+CHUNK_S = 0.02
+TOKEN_S = 0.002
+
+
+def say(**event):
+    with say.lock:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()
+
+
+say.lock = threading.Lock()
+
+
+def next_token(tokens):
+    return sum(i * t for i, t in enumerate(tokens, start=7)) % 26 + ord("a")
+
+
+def serve(request, session, known):
+    tokens, limit = request["tokens"], request["max_new_tokens"]
+    lease = None
+    cached, ledger = 0, Ledger(cold=len(tokens))
+    if session is not None:
+        lease = session.acquire(tokens, reserve=limit, wait_s=request["wait_s"])
+        cached, ledger = lease.num_cached, lease.ledger
+    fates = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+    stated = {fate: getattr(ledger, fate) for fate in fates}
+    say(event="started", id=request["id"], ledger=stated, num_cached=cached)
+    for end in [*range(cached + CHUNK, len(tokens), CHUNK), len(tokens)]:
+        time.sleep(CHUNK_S)
+        if lease is not None:
+            lease.commit(end)
+    answer = []
+    for _ in range(limit):
+        token = next_token([*tokens, *answer])
+        second = 8.9995 if known.tie else 5.0
+        if (known.broken or known.tie) and cached and len(answer) == 2:
+            token += 1
+        extra = {"top": [[token, 9.0], [token + 1, second]]} if request["log_logits"] else {}
+        say(event="token", id=request["id"], token=token, text=chr(token), **extra)
+        answer.append(token)
+        time.sleep(TOKEN_S)
+    if lease is not None:
+        new = prefixcache.pack(answer)
+        lease.commit(len(tokens) + limit - 1, new)
+        lease.release()
+    say(
+        event="finished",
+        id=request["id"],
+        tokens=answer,
+        text="".join(map(chr, answer)),
+        reason="length",
+        num_computed=len(tokens) - cached,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--connect")
+    parser.add_argument("--solo", action="store_true")
+    parser.add_argument("--name", default="")
+    parser.add_argument("--broken", action="store_true")
+    parser.add_argument("--tie", action="store_true")
+    parser.add_argument("--fragile", action="store_true")
+    parser.add_argument("--stillborn", action="store_true")
+    known, _ = parser.parse_known_args()
+    if known.stillborn:
+        sys.exit("no model here")
+    session = None
+    if not known.solo:
+        session = prefixcache.connect(known.connect).attach("fake", LAYOUT, name=known.name)
+    layout = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "dtype": "float32"}
+    say(
+        event="ready",
+        worker=session.attachment.worker if session else "",
+        layout=layout,
+        chunk=CHUNK,
+    )
+    for number, line in enumerate(sys.stdin):
+        if known.fragile and number == 2:
+            sys.exit("no more")
+        args = (json.loads(line), session, known)
+        threading.Thread(target=serve, args=args, daemon=True).start()
+    if session is not None:
+        session.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`prefixcache demo`: the command."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from prefixcache.errors import CacheError
+from prefixcache_worker.demo import chats, picture, report, stage, summary
+from prefixcache_worker.demo.failure import DemoError
+from prefixcache_worker.demo.live import LiveView
+from prefixcache_worker.demo.transcript import Transcript
+from prefixcache_worker.demo.view import PlainView, View
+
+PIPE_WIDTH: Final = 160
+"""Columns of tables where there is no terminal to ask."""
+
+WRONG, USAGE = 1, 2
+
+
+def demo(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="9 chats of 2 turns: under 90 s.")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=16, help="Worker processes.")] = 3,
+    model: Annotated[
+        str, typer.Option(help="Hugging Face path or id; by default SmolLM2-135M-Instruct.")
+    ] = "",
+    to: Annotated[
+        Path, typer.Option("--report", help="Where the JSON goes; the picture goes next to it.")
+    ] = Path("out/demo.json"),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report on standard output.")
+    ] = False,
+) -> None:
+    """Show the whole product on a real model, and that its answers are exact.
+
+    Starts the service and the workers, plays chats that share system prompts, kills a worker in
+    mid-prefill, then plays the same chats without any cache and compares every token.
+    Exit code 0 only if all answers are identical.
+    """
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console = Console(stderr=as_json, width=PIPE_WIDTH)
+    try:
+        cast = _cast(model, quick=quick, num_workers=workers)
+    except (CacheError, OSError, ValueError) as error:
+        console.print(Text(f"cannot use this model: {error}", style="bold red"))
+        raise typer.Exit(USAGE) from None
+    result = perform(console, cast, to)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    if not result["identical"] or result["pool_blocks_leaked"]:
+        raise typer.Exit(WRONG)
+
+
+def perform(console: Console, cast: stage.Cast, to: Path) -> dict[str, Any]:
+    """Let the cast play, show it, write report and picture; give the report.
+
+    Raises:
+        typer.Exit: the demo could not be played (1), or was told to end (128 + the signal).
+    """
+    view = _view(console, cast)
+    try:
+        outcome = _run(lambda: stage.perform(cast, view))
+    except* (DemoError, CacheError) as group:
+        view.close()
+        console.print(Text(f"FAILED: {_first(group)}", style="bold red"))
+        raise typer.Exit(WRONG) from None
+    finally:
+        view.close()
+    result = report.header(cast.model) | report.figures(
+        outcome.shared, outcome.unshared, outcome.verdict
+    )
+    report.write(to, result)
+    drawing = to.with_suffix(".png")
+    picture.draw(drawing, outcome.shared, outcome.unshared, result)
+    if console.is_terminal:
+        summary.show_requests(console, outcome.shared)
+    summary.show_totals(console, outcome.shared, outcome.verdict, result)
+    console.print(f"report {to}, picture {drawing}", soft_wrap=True)
+    return result
+
+
+def _cast(model: str, *, quick: bool, num_workers: int) -> stage.Cast:
+    """Prepare what is played: the model's folder (converted if need be), the chats as tokens."""
+    from prefixcache_worker import smollm2
+
+    path = str(smollm2.folder()) if model in ("", smollm2.NAME) else model
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer.chat_template:
+        raise ValueError(f"{path} has no chat template; the demo needs a model made for chats")
+    workload = chats.load()
+    if quick:
+        workload = workload.quick()
+    stop = frozenset({tokenizer.eos_token_id} - {None})
+    transcripts = {chat.id: Transcript(chat, tokenizer, stop) for chat in workload.chats}
+    names = tuple(f"w{i + 1}" for i in range(num_workers))
+    return stage.Cast(workload, transcripts, path, names)
+
+
+def _view(console: Console, cast: stage.Cast) -> View:
+    if console.is_terminal:
+        return LiveView(console, cast.workers, cast.workload.num_requests)
+    return PlainView(console)
+
+
+def _run(perform: Callable[[], Any]) -> Any:
+    """Run the stage; Ctrl-C, SIGTERM and SIGHUP end it in order, with the shell's exit codes."""
+    received: list[int] = []
+
+    async def main() -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def end(number: int) -> None:
+            if not received:
+                task.cancel()
+            received.append(number)
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, end, number)
+        return await perform()
+
+    try:
+        return asyncio.run(main())
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        sys.stderr.write("stopped; no process was left behind\n")
+        raise typer.Exit(128 + received[0]) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Give the first error of a group of groups."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,159 @@
+"""The crash: a worker is killed in the middle of a prefill for which another worker waits.
+
+```
+victim  ├─ prefill of a cold, long system prompt ── chunk ── chunk ──✗ SIGKILL
+heir          ├─ same system prompt: waits ─────────────────────────┤ takes over at the last chunk
+others  ├─ answers ── answers ── answers ── answers ── answers ── answers ── answers
+service                                    its leases end, its private blocks are free ─┘
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from prefixcache.types import LeaseInfo, Snapshot
+from prefixcache_worker.demo.desk import Desk, Torn
+from prefixcache_worker.demo.failure import CrashMissed
+from prefixcache_worker.demo.record import Attempt, Death, Request
+from prefixcache_worker.demo.watch import Watch
+
+MOMENT_S: Final = 60.0
+"""How long to wait for the moment; only a model that never computes two chunks misses it."""
+RETURN_S: Final = 60.0
+"""How long the dead worker's leases may take to end: a multiple of their time to live."""
+
+
+class Mortal(Protocol):
+    """The part of a worker process that a crash needs."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+
+
+async def crash(
+    desk: Desk,
+    watch: Watch,
+    victim: Mortal,
+    *,
+    victim_name: str,
+    worker_id: str,
+    heir_name: str,
+    first: Request,
+    second: Request,
+    chunk: int,
+    ask: Callable[[Request, str], asyncio.Task[Request]],
+) -> Death:
+    """Kill `victim` while it computes `first` and `heir` waits for the same prefix with `second`.
+
+    Both requests are answered in the end, by others.  Returns as soon as the service has taken back
+    what the victim held.
+
+    Args:
+        desk: hands out the requests.
+        watch: looks at the service.
+        victim: the process that dies.
+        victim_name: its name at the desk.
+        worker_id: its name in snapshots.
+        heir_name: the worker that waits.
+        first: a request with a long, cold system prompt.
+        second: another one with the same system prompt.
+        chunk: prompt tokens that a worker computes at a time.
+        ask: starts a request on a worker.
+
+    Raises:
+        CrashMissed: the prefill ended before it was seen, or leases of the dead are left.
+    """
+    block_size = (await watch.look()).block_size
+    async with watch.keen():
+        ask(first, victim_name)
+        await desk.until(lambda: first.granted_s is not None)
+        ask(second, heir_name)
+        before = await watch.until(lambda seen: _is_moment(seen, worker_id, first), MOMENT_S)
+        if before is None:
+            raise CrashMissed(f"{first.id} was never seen in mid-prefill with a worker waiting")
+        victim.kill()
+        at_s = desk.clock()
+        after = await watch.until(lambda seen: _is_cleared(seen, worker_id), RETURN_S)
+        if after is None:
+            raise CrashMissed(f"{victim_name} is dead, but what it held has not come back")
+        returned_ms = (watch.at_s - at_s) * 1e3
+        held = _leases(before, worker_id)
+        torn = desk.bury(victim_name)
+        await desk.until(lambda: second.granted_s is not None)
+    assert second.granted_s is not None
+    second.took_over = second.granted_s >= at_s
+    return Death(
+        worker=victim_name,
+        pid=victim.pid,
+        at_s=at_s,
+        leases=len(held),
+        blocks_returned=sum(_private(lease, block_size) for lease in held),
+        blocks_kept=sum(lease.num_blocks - _private(lease, block_size) for lease in held),
+        returned_ms=returned_ms,
+        takeover_ms=(second.granted_s - at_s) * 1e3 if second.took_over else None,
+        takeover_worker=second.worker,
+        takeover_request=second.id,
+        attempts=tuple(_attempt(t, held, second, chunk) for t in torn),
+    )
+
+
+def _is_moment(seen: Snapshot, worker_id: str, first: Request) -> bool:
+    """Whether `first` has committed a chunk of its own, more are to come, and somebody waits."""
+    lease = _lease_of(_leases(seen, worker_id), len(first.prompt))
+    if lease is None or not seen.waiting:
+        return False
+    return first.ledger.reused < lease.num_committed < len(first.prompt)
+
+
+def _is_cleared(seen: Snapshot, worker_id: str) -> bool:
+    """Whether nothing is left of the dead: no lease, and no block that it might still write to."""
+    return not _leases(seen, worker_id) and seen.quarantined == 0
+
+
+def _leases(seen: Snapshot, worker_id: str) -> list[LeaseInfo]:
+    return [lease for lease in seen.leases if lease.worker == worker_id]
+
+
+def _lease_of(leases: Sequence[LeaseInfo], num_prompt: int) -> LeaseInfo | None:
+    return next((lease for lease in leases if lease.num_tokens == num_prompt), None)
+
+
+def _private(lease: LeaseInfo, block_size: int) -> int:
+    """Blocks of a lease that nobody else can use: those after its last committed token."""
+    return lease.num_blocks - -(-lease.num_committed // block_size)
+
+
+def _attempt(torn: Torn, held: Sequence[LeaseInfo], heir: Request, chunk: int) -> Attempt:
+    """Say what of a torn request's work is kept, and what died with the worker.
+
+    What it had committed, others go on using.  The snapshot may be older than the last commit; the
+    heir was told of all of it when it took over, within the tokens that both prompts share.
+    """
+    num_prompt = len(torn.request.prompt)
+    if not torn.started:
+        committed = torn.num_reused
+    elif torn.num_answered:
+        committed = num_prompt
+    else:
+        lease = _lease_of(held, num_prompt)
+        committed = lease.num_committed if lease is not None else torn.num_reused
+        if torn.request.assistant == heir.assistant:
+            committed = max(committed, min(heir.ledger.reused, num_prompt))
+    lost = min(chunk, num_prompt - committed) if torn.started else 0
+    return Attempt(
+        request=torn.request.id,
+        worker=torn.worker,
+        sent_s=torn.sent_s,
+        died_s=torn.died_s,
+        num_prompt=num_prompt,
+        num_kept=max(committed - torn.num_reused, 0),
+        num_lost=lost,
+        num_answered=torn.num_answered,
+    )

@@ -1,0 +1,32 @@
+"""What can go wrong in the demo itself, beside a wrong answer.
+
+```
+DemoError
+├── ProcessFailed   the service or a worker did not start, or ended by itself
+├── RequestFailed   a worker refused a request, or no worker is left
+├── CrashMissed     the moment to kill did not come, or the dead worker's leases have not ended
+└── WorkerDied      the worker ended before it had answered; the request is sent again
+```
+"""
+
+from __future__ import annotations
+
+
+class DemoError(Exception):
+    """Base of the demo's own failures."""
+
+
+class ProcessFailed(DemoError):
+    """A process of the demo ended, or said nothing, when it should have been ready."""
+
+
+class RequestFailed(DemoError):
+    """A worker refused a request or could not finish it."""
+
+
+class CrashMissed(DemoError):
+    """The moment to kill did not come, or the service did not take back what the dead one held."""
+
+
+class WorkerDied(DemoError):
+    """The worker ended before it had answered."""

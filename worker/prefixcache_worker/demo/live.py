@@ -1,0 +1,187 @@
+"""The moving view in a terminal: workers, the pool, the latest requests, and the totals."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from prefixcache.types import Snapshot
+from prefixcache_worker.demo.compare import Difference
+from prefixcache_worker.demo.record import Death, Request
+from prefixcache_worker.demo.view import STYLES, fate_bar, obituary, opening
+
+FRAMES_PER_S: Final = 5
+NUM_LATEST: Final = 12
+
+
+class LiveView:
+    """Draws the state five times a second, in a thread of its own; about 2 % of a core."""
+
+    def __init__(self, console: Console, workers: Sequence[str], num_requests: int) -> None:
+        self._workers = list(workers)
+        self._num_requests = num_requests
+        self._running: dict[str, Request] = {}
+        self._served: dict[str, int] = dict.fromkeys(workers, 0)
+        self._latest: deque[Request] = deque(maxlen=NUM_LATEST)
+        self._sentences: deque[str] = deque(maxlen=5)
+        self._title, self._explanation = "", ""
+        self._sent = self._computed = self._done = 0
+        self._compared: list[str] = []
+        self._num_ties = 0
+        self._death: Death | None = None
+        self._snapshot: Snapshot | None = None
+        self._began_s = time.monotonic()
+        self._live = Live(
+            console=console,
+            get_renderable=self._draw,
+            refresh_per_second=FRAMES_PER_S,
+            transient=True,
+        )
+        self._live.start()
+
+    def say(self, text: str) -> None:
+        """Show a sentence below the title; it is pushed out by later ones."""
+        self._sentences.append(text)
+
+    def act(self, number: int, title: str, explanation: str) -> None:
+        """Change the title."""
+        self._title, self._explanation = f"{number}. {title}", explanation
+        self._sentences.clear()
+
+    def sent(self, request: Request) -> None:
+        """Show the request at its worker."""
+        self._running[request.id] = request
+
+    def finished(self, request: Request) -> None:
+        """Move the request to the list of the latest, and count it."""
+        self._running.pop(request.id, None)
+        self._latest.append(request)
+        self._done += 1
+        self._served[request.worker] = self._served.get(request.worker, 0) + 1
+        self._sent += len(request.prompt)
+        self._computed += request.num_computed
+
+    def died(self, death: Death) -> None:
+        """Mark the worker as dead and say what came back."""
+        self._death = death
+        self._sentences.extend(obituary(death))
+
+    def pool(self, snapshot: Snapshot) -> None:
+        """Show how full the pool is."""
+        self._snapshot = snapshot
+
+    def compared(self, request: Request, differences: Sequence[Difference]) -> None:
+        """Count an answer as compared."""
+        self._compared.append(request.id)
+        self._num_ties += sum(difference.tie for difference in differences)
+        self._sentences.extend(str(difference) for difference in differences)
+
+    def close(self) -> None:
+        """Take the moving view away; the summary follows."""
+        self._live.stop()
+
+    # Drawing happens in the thread of `Live`; it reads what the methods above have stored, and
+    # takes copies of what they may change meanwhile.
+
+    def _draw(self) -> RenderableType:
+        head = Text.assemble(
+            (self._title, "bold"), f"   {time.monotonic() - self._began_s:.0f} s", justify="left"
+        )
+        notes = [Text(text) for text in list(self._sentences)]
+        return Panel(
+            Group(
+                head,
+                Text(self._explanation, style="dim"),
+                *notes,
+                Text(),
+                self._lanes(),
+                Text(),
+                self._table(),
+                Text(),
+                self._totals(),
+            ),
+            title="prefixcache demo",
+            border_style="dim",
+        )
+
+    def _lanes(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        running = list(self._running.values())
+        for worker in self._workers:
+            dead = self._death is not None and self._death.worker == worker
+            mine = [request for request in running if request.worker == worker]
+            doing = Text("  ".join(map(_doing, mine)) or "idle", overflow="ellipsis", no_wrap=True)
+            if dead and not self._compared:
+                doing = Text("killed", style="bold red")
+            table.add_row(
+                Text(worker, style="bold"), f"{self._served.get(worker, 0):>3} served", doing
+            )
+        return table
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
+        for name in ("request", "worker"):
+            table.add_column(name, no_wrap=True)
+        for name in ("prompt", "hit", "partial", "joined", "cold"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("█ hit ▓ partial ▒ joined · cold", no_wrap=True, width=32)
+        table.add_column("fate", no_wrap=True)
+        table.add_column("first token", justify="right", no_wrap=True)
+        table.add_column("answer", no_wrap=True, overflow="ellipsis", ratio=1)
+        for request in list(self._latest):
+            ledger = request.ledger
+            table.add_row(
+                request.id,
+                request.worker,
+                f"{len(request.prompt):,}",
+                f"{ledger.hit:,}",
+                f"{ledger.partial:,}",
+                f"{ledger.joined:,}",
+                f"{len(request.prompt) - ledger.reused:,}",
+                fate_bar(request, 32),
+                Text(request.fate, style=STYLES[request.fate]),
+                f"{request.ttft_ms:,.0f} ms",
+                opening(request.text),
+            )
+        return table
+
+    def _totals(self) -> Text:
+        line = Text.assemble(
+            (f"{self._done}", "bold"),
+            f" of {self._num_requests} requests   ",
+            (f"{self._sent:,}", "bold"),
+            " prompt tokens sent   ",
+            (f"{self._computed:,}", "bold green"),
+            " computed",
+        )
+        if self._sent:
+            line.append(f" ({100 * self._computed / self._sent:.0f} %)")
+        if (pool := self._snapshot) is not None:
+            used = pool.private + pool.indexed
+            line.append(
+                f"   pool {used:,} of {pool.num_blocks:,} blocks, {len(pool.leases)} leases, "
+                f"{pool.waiting} waiting"
+            )
+        if self._compared:
+            line.append(
+                f"\n{len(self._compared)} of {self._num_requests} answers compared with the run "
+                f"without a cache, {self._num_ties} numerical ties",
+                style="bold",
+            )
+        return line
+
+
+def _doing(request: Request) -> str:
+    if request.granted_s is None:
+        return f"{request.id} waits"
+    if request.first_s is None:
+        return f"{request.id} prefills {len(request.prompt) - request.ledger.reused:,}"
+    return f"{request.id} answers {len(request.answer)}"

@@ -1,0 +1,248 @@
+"""The play: the chats in three acts with one shared cache, and then once more without any.
+
+```
+1  one at a time     long system prompts on one worker, then on the others: cold and warm TTFT
+2  all together      chats interleaved; several workers get the same cold system prompt at once
+3  the crash         a worker is killed in mid-prefill in the middle of all this
+4  without a cache   the same prompts again; every answer must be the same, token for token
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from prefixcache_worker.demo.chats import Assistant, Chat, Workload
+from prefixcache_worker.demo.compare import Difference, Verdict, first_difference
+from prefixcache_worker.demo.crash import Mortal, crash
+from prefixcache_worker.demo.desk import Desk
+from prefixcache_worker.demo.record import Request, Run
+from prefixcache_worker.demo.transcript import Transcript
+from prefixcache_worker.demo.view import View
+from prefixcache_worker.demo.watch import Watch
+
+IN_HAND: Final = 2
+"""Requests that a worker has at the same time, on average."""
+CRASH: Final = "travel"
+"""The assistant whose system prompt is being computed when the worker dies."""
+LONG_TOKENS: Final = 900
+"""System prompts from this length on are first played one request at a time."""
+CRASH_AFTER: Final = 0.4
+"""Part of the other requests that are answered before the crash."""
+
+
+@dataclass
+class Play:
+    """The shared run.
+
+    Attributes:
+        workload: the assistants and the chats.
+        transcripts: by chat id.
+        desk: hands requests to workers.
+        watch: looks at the service.
+        view: shows what happens.
+        run: filled with what was seen.
+    """
+
+    workload: Workload
+    transcripts: Mapping[str, Transcript]
+    desk: Desk
+    watch: Watch
+    view: View
+    run: Run
+    _num_system: dict[str, int] = field(default_factory=dict)
+    _slots: asyncio.Semaphore = field(init=False)
+    _num_done: int = 0
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(IN_HAND * len(self.desk.workers))
+        for chat in self.workload.chats:
+            if chat.assistant.name not in self._num_system:
+                transcript = self.transcripts[chat.id]
+                self._num_system[chat.assistant.name] = transcript.num_system_tokens()
+
+    async def perform(
+        self, victim: Mortal | None, *, victim_name: str = "", worker_id: str = "", chunk: int = 256
+    ) -> None:
+        """Play all acts.  Without a victim (one worker only) there is no crash."""
+        alone = await self._one_at_a_time()
+        crash_chats = [c for c in self.workload.chats if c.assistant.name == CRASH]
+        others = [c for c in self.workload.chats if c.assistant.name != CRASH]
+        self.view.act(
+            2,
+            "All together",
+            "The chats are interleaved and move from worker to worker with every turn; new system "
+            "prompts are sent to several workers at the same moment.",
+        )
+        async with asyncio.TaskGroup() as group:
+            for chat in _interleaved(others, alone):
+                group.create_task(self._chat(chat, first_turn=int(chat.id in alone)))
+            if victim is None:
+                for chat in crash_chats:
+                    group.create_task(self._chat(chat))
+            else:
+                total = sum(len(chat.turns) for chat in others)
+                await self.desk.until(lambda: self._num_done >= CRASH_AFTER * total)
+                await self._crash(group, crash_chats, victim, victim_name, worker_id, chunk)
+
+    async def _one_at_a_time(self) -> set[str]:
+        """Play the first turns of chats with long system prompts, one after the other."""
+        self.view.act(
+            1,
+            "One at a time",
+            "A long system prompt is computed by one worker, then read in place by the others.",
+        )
+        names = list(self.desk.workers)
+        played: set[str] = set()
+        for assistant in self.workload.assistants.values():
+            if assistant.name == CRASH or self._num_system[assistant.name] < LONG_TOKENS:
+                continue
+            for i, chat in enumerate(_of(self.workload, assistant)[: max(len(names), 2)]):
+                request = self._request(chat, 0)
+                request.alone = True
+                await self._ask(request, names[i % len(names)])
+                played.add(chat.id)
+        return played
+
+    async def _chat(self, chat: Chat, first_turn: int = 0) -> None:
+        for turn in range(first_turn, len(chat.turns)):
+            async with self._slots:
+                await self._ask(self._request(chat, turn))
+
+    async def _crash(
+        self,
+        group: asyncio.TaskGroup,
+        chats: Sequence[Chat],
+        victim: Mortal,
+        victim_name: str,
+        worker_id: str,
+        chunk: int,
+    ) -> None:
+        self.view.act(
+            3,
+            "The crash",
+            f"{victim_name} gets a new, long system prompt, another worker waits for the same one, "
+            f"and {victim_name} is killed with SIGKILL before it has computed all of it.",
+        )
+        heir = min((n for n in self.desk.workers if n != victim_name), key=self.desk.load)
+        first, second = (self._request(chat, 0) for chat in chats[:2])
+        tasks: list[asyncio.Task[Request]] = []
+
+        def ask(request: Request, worker: str) -> asyncio.Task[Request]:
+            tasks.append(group.create_task(self._ask(request, worker)))
+            return tasks[-1]
+
+        death = await crash(
+            self.desk,
+            self.watch,
+            victim,
+            victim_name=victim_name,
+            worker_id=worker_id,
+            heir_name=heir,
+            first=first,
+            second=second,
+            chunk=chunk,
+            ask=ask,
+        )
+        self.run.death = death
+        self.view.died(death)
+        await asyncio.gather(*tasks)
+        for i, chat in enumerate(chats):
+            group.create_task(self._chat(chat, first_turn=int(i < 2)))
+
+    def _request(self, chat: Chat, turn: int) -> Request:
+        name = chat.assistant.name
+        prompt = tuple(self.transcripts[chat.id].ask(turn))
+        return Request(f"{chat.id}/{turn + 1}", chat.id, turn, name, prompt, self._num_system[name])
+
+    async def _ask(self, request: Request, worker: str | None = None) -> Request:
+        self.run.requests.append(request)
+        await self.desk.ask(request, worker)
+        request.text = self.transcripts[request.chat].answer(request.answer)
+        self._num_done += 1
+        self.view.finished(request)
+        return request
+
+
+async def without_cache(
+    shared: Sequence[Request],
+    desk: Desk,
+    run: Run,
+    on_compared: Callable[[Request, Sequence[Difference]], None],
+) -> Verdict:
+    """Give the prompts of the shared run to workers without a cache, and compare every answer.
+
+    Args:
+        shared: the requests of the shared run.
+        desk: with workers that have no cache, and `log_logits` set.
+        run: filled with the requests of this run.
+        on_compared: told of each answer and of its differences.
+    """
+    slots = asyncio.Semaphore(IN_HAND * len(desk.workers))
+    differences: list[Difference] = []
+
+    async def again(request: Request) -> None:
+        async with slots:
+            found = await _compare(request, desk, run)
+        differences.extend(found)
+        on_compared(request, found)
+
+    async with asyncio.TaskGroup() as group:
+        for request in shared:
+            group.create_task(again(request))
+    return Verdict(len(shared), sum(len(request.answer) for request in shared), tuple(differences))
+
+
+async def _compare(shared: Request, desk: Desk, run: Run) -> list[Difference]:
+    """Compare one answer; after a numerical tie, the rest of it from where the runs agree again."""
+    found: list[Difference] = []
+    start = 0
+    while start < len(shared.answer) or not found:
+        replay = Request(
+            shared.id if start == 0 else f"{shared.id}+{start}",
+            shared.chat,
+            shared.turn,
+            shared.assistant,
+            (*shared.prompt, *shared.answer[:start]),
+            shared.num_system,
+        )
+        if start == 0:
+            run.requests.append(replay)
+        await desk.ask(replay)
+        # A replay may answer longer than what is left of the shared answer: its limit is the same.
+        answer = replay.answer[: desk.answer_tokens - start]
+        difference = first_difference(
+            shared.id, shared.answer[start:], answer, replay.logits, start=start
+        )
+        if difference is None:
+            break
+        found.append(difference)
+        if not difference.tie:
+            break
+        start = difference.position + 1
+    return found
+
+
+def _of(workload: Workload, assistant: Assistant) -> list[Chat]:
+    return [chat for chat in workload.chats if chat.assistant == assistant]
+
+
+def _interleaved(chats: Sequence[Chat], played: set[str]) -> list[Chat]:
+    """Order chats so that two of every new system prompt begin together, then all take turns.
+
+    The first requests go to different workers one after the other, so that the two of a pair are
+    computed at the same moment: one computes the prefix and the other joins it.
+    """
+    new: dict[str, list[Chat]] = {}
+    rest: list[Chat] = []
+    known = {chat.assistant.name for chat in chats if chat.id in played}
+    for chat in chats:
+        pair = new.setdefault(chat.assistant.name, [])
+        if chat.assistant.name not in known and len(pair) < 2:
+            pair.append(chat)
+        else:
+            rest.append(chat)
+    return [chat for pair in new.values() for chat in pair] + rest

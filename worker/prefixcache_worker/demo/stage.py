@@ -1,0 +1,192 @@
+"""The stage: starts the processes, lets the play be performed, and takes everything down again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import prefixcache
+from prefixcache.pool import PoolFile
+from prefixcache.types import Layout
+from prefixcache_worker.demo.chats import Workload
+from prefixcache_worker.demo.compare import Verdict
+from prefixcache_worker.demo.desk import Desk
+from prefixcache_worker.demo.failure import ProcessFailed
+from prefixcache_worker.demo.fleet import PREFIXCACHE, Service, Worker, stopping
+from prefixcache_worker.demo.play import Play, without_cache
+from prefixcache_worker.demo.record import Run
+from prefixcache_worker.demo.transcript import Transcript
+from prefixcache_worker.demo.view import View
+from prefixcache_worker.demo.watch import Watch
+
+ANSWER_TOKENS: Final = 24
+MEMORY: Final = "1GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """What is played, and by whom."""
+
+    workload: Workload
+    transcripts: dict[str, Transcript]
+    model: str
+    workers: tuple[str, ...]
+    command: tuple[str, ...] = (*PREFIXCACHE, "worker")
+    """The command line of a worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was seen: both runs, and what their comparison says."""
+
+    shared: Run
+    unshared: Run
+    verdict: Verdict
+
+
+async def perform(cast: Cast, view: View) -> Outcome:
+    """Play the chats with one shared cache and then without any; compare.
+
+    Leaves no process and no shared memory behind, however it ends.
+
+    Raises:
+        ProcessFailed: the service or a worker could not be started, or ended by itself.
+        CrashMissed: the worker could not be killed at the right moment.
+        RequestFailed: a worker refused a request.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="prefixcache-demo-"))
+    try:
+        shared = await _shared(cast, view, folder)
+        unshared, verdict = await _unshared(cast, view, folder, shared)
+        return Outcome(shared, unshared, verdict)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        PoolFile.sweep()  # only if the service had to be killed is there anything to find
+
+
+async def _shared(cast: Cast, view: View, folder: Path) -> Run:
+    run = Run(shared=True, workers=list(cast.workers))
+    clock = _Clock()
+    desk = Desk({}, clock, ANSWER_TOKENS, on_sent=view.sent)
+    service = Service(folder, MEMORY, cast.model)
+    workers = _workers(cast, folder, service.target, desk, clock)
+    async with stopping([*workers, service]):
+        await service.ready()
+        await _all_ready(workers, desk, view)
+        for line in service.output.read_text(errors="replace").splitlines():
+            view.say(line)
+        with prefixcache.connect(service.target) as client:
+            watch = Watch(client, clock, view.pool)
+            about = workers[-1].about
+            layout = Layout(**about["layout"])
+            async with _background(watch.run(), *(_guard(worker) for worker in workers)):
+                snapshot = await watch.look()
+                run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
+                run.block_bytes = snapshot.block_size * layout.token_bytes
+                clock.restart()
+                play = Play(cast.workload, cast.transcripts, desk, watch, view, run)
+                victim = workers[-1] if len(workers) > 1 else None
+                await play.perform(
+                    victim,
+                    victim_name=workers[-1].name,
+                    worker_id=str(about["worker"]),
+                    chunk=int(about["chunk"]),
+                )
+                run.seconds = clock()
+                at_rest = await watch.until(lambda seen: not seen.leases, timeout_s=5)
+                at_rest = at_rest or await watch.look()
+                run.blocks_used = at_rest.indexed
+                run.blocks_leaked = at_rest.private + at_rest.quarantined
+    return run
+
+
+async def _unshared(cast: Cast, view: View, folder: Path, shared: Run) -> tuple[Run, Verdict]:
+    view.act(
+        4,
+        "Without a cache",
+        "New workers without any cache get the same prompts; every answer is compared.",
+    )
+    run = Run(shared=False, workers=list(cast.workers))
+    clock = _Clock()
+    desk = Desk({}, clock, ANSWER_TOKENS, log_logits=True, on_sent=view.sent)
+    workers = _workers(cast, folder, None, desk, clock)
+    async with stopping(workers):
+        await _all_ready(workers, desk, view)
+        async with _background(*(_guard(worker) for worker in workers)):
+            clock.restart()
+            verdict = await without_cache(shared.requests, desk, run, view.compared)
+            run.seconds = clock()
+    return run, verdict
+
+
+class _Clock:
+    """Seconds since the last restart."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._began_s = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._began_s
+
+
+def _workers(
+    cast: Cast,
+    folder: Path,
+    target: str | None,
+    desk: Desk,
+    clock: Callable[[], float],
+) -> list[Worker]:
+    def tell(worker: Worker, event: dict[str, Any], now: float) -> None:
+        desk.hear(worker.name, event, now)
+
+    return [
+        Worker(
+            name,
+            folder,
+            command=cast.command,
+            model=cast.model,
+            target=target,
+            tell=tell,
+            clock=clock,
+        )
+        for name in cast.workers
+    ]
+
+
+async def _all_ready(workers: Sequence[Worker], desk: Desk, view: View) -> None:
+    began_s = time.monotonic()
+    view.say(f"{len(workers)} workers are loading the model")
+    async with asyncio.TaskGroup() as group:
+        for worker in workers:
+            group.create_task(worker.ready())
+    for worker in workers:
+        desk.workers[worker.name] = worker
+    pids = ", ".join(f"{worker.name} (pid {worker.pid})" for worker in workers)
+    view.say(f"{pids}: ready after {time.monotonic() - began_s:.0f} s")
+
+
+async def _guard(worker: Worker) -> None:
+    """Fail if a worker ends that nobody has killed."""
+    await worker.gone.wait()
+    if not worker.killed:
+        raise ProcessFailed(f"{worker.name} ended by itself:\n{worker.complaint()}")
+
+
+@contextlib.asynccontextmanager
+async def _background(*jobs: Any) -> AsyncIterator[None]:
+    """Run `jobs` beside the body; if one fails, the body is cancelled and the failure raised."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+        yield
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,148 @@
+"""The demo's last word: every request, then the totals, then the verdict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prefixcache_worker.demo.compare import Verdict
+from prefixcache_worker.demo.record import Run
+from prefixcache_worker.demo.view import STYLES, fate_bar, obituary, opening
+
+_MEGABYTE = 1e6
+
+
+def show_requests(console: Console, run: Run) -> None:
+    """Print one line per request, in the order in which they were sent."""
+    table = Table(title="Every request", title_justify="left", box=None, header_style="bold")
+    for name in ("request", "worker"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompt", "hit", "partial", "joined", "cold"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("█ hit ▓ partial ▒ joined · cold", no_wrap=True)
+    table.add_column("fate", no_wrap=True)
+    table.add_column("first token", justify="right", no_wrap=True)
+    table.add_column("answer", no_wrap=True, overflow="ellipsis")
+    for request in run.requests:
+        ledger = request.ledger
+        table.add_row(
+            request.id,
+            request.worker,
+            f"{len(request.prompt):,}",
+            f"{ledger.hit:,}",
+            f"{ledger.partial:,}",
+            f"{ledger.joined:,}",
+            f"{len(request.prompt) - ledger.reused:,}",
+            fate_bar(request, 30),
+            Text(request.fate, style=STYLES[request.fate]),
+            f"{request.ttft_ms:,.0f} ms",
+            opening(request.text, 60),
+        )
+    console.print(table)
+
+
+def show_totals(console: Console, run: Run, verdict: Verdict, report: dict[str, Any]) -> None:
+    """Print what it all came to."""
+    console.print()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, value, remark in _rows(report):
+        table.add_row(name, value, Text(remark, style="dim"))
+    console.print(table)
+    if run.death is not None:
+        console.print()
+        console.print(Text("\n".join(obituary(run.death))))
+    console.print()
+    for difference in verdict.differences:
+        console.print(Text(str(difference), style="yellow" if difference.tie else "bold red"))
+    console.print(_verdict(verdict))
+    if run.blocks_leaked:
+        text = f"{run.blocks_leaked} blocks never came back although all requests have ended."
+        console.print(Text(text, style="bold red"))
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    sent, computed = report["tokens_sent"], report["tokens_computed"]
+    ideal, lost = report["tokens_ideal"], report["tokens_lost"]
+    pool, separate = report["pool_bytes_used"], report["separate_caches_bytes"]
+    long = report["ttft_at_1000_tokens"]
+    rows = [
+        ("requests", f"{report['requests']:,}", f"on {report['workers']} workers"),
+        ("prompt tokens sent", f"{sent:,}", ""),
+        (
+            "prompt tokens computed",
+            f"{computed:,}",
+            f"{100 * computed / sent:.1f} % of those sent; a cache per worker: "
+            f"{report['tokens_separate_caches']:,}",
+        ),
+        (
+            "ideal",
+            f"{ideal:,}",
+            "every token of a shared prefix once; we are "
+            f"{report['tokens_over_ideal_percent']:+.2f} % off"
+            + (f", and up to {lost} tokens died with the worker" if lost else ""),
+        ),
+        (
+            "first token, cold",
+            _ms(report["ttft_cold_ms_median"]),
+            f"median; joined {_ms(report['ttft_joined_ms_median'])}, without a cache "
+            f"{_ms(report['ttft_unshared_ms_median'])}",
+        ),
+        (
+            "first token, warm",
+            _ms(report["ttft_warm_ms_median"]),
+            f"median; {_times(report['ttft_ratio'])} sooner than cold",
+        ),
+    ]
+    if long["ratio"]:
+        rows.append(
+            (
+                f"at {long['system_tokens']:,} tokens",
+                f"{long['ratio']:.1f}x",
+                "system prompt of that length, one request at a time: "
+                f"cold {_ms(long['cold_ms'])}, warm {_ms(long['warm_ms'])}",
+            )
+        )
+    rows += [
+        (
+            "memory used",
+            f"{pool / _MEGABYTE:,.0f} MB",
+            f"in one pool, {report['pool_blocks_used']:,} blocks; a cache per worker would hold "
+            f"{separate / _MEGABYTE:,.0f} MB",
+        ),
+        (
+            "time",
+            f"{report['seconds_shared']:.0f} s",
+            f"with the shared cache, {report['seconds_unshared']:.0f} s without any",
+        ),
+    ]
+    return rows
+
+
+def _verdict(verdict: Verdict) -> Text:
+    if verdict.identical:
+        ties = f", {verdict.numerical_ties} numerical ties aside" if verdict.numerical_ties else ""
+        return Text(
+            f"All {verdict.num_compared} answers ({verdict.num_tokens:,} tokens) are those of the "
+            f"model without any cache, token for token{ties}.",
+            style="bold green",
+        )
+    wrong = sum(not difference.tie for difference in verdict.differences)
+    return Text(
+        f"FAILED: {wrong} of {verdict.num_compared} answers are not those of the model without a "
+        f"cache.",
+        style="bold red",
+    )
+
+
+def _ms(value: float | None) -> str:
+    return "none" if value is None else f"{value:,.0f} ms"
+
+
+def _times(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1f}x"
