@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -36,8 +34,7 @@ STOP_S: Final = 5.0
 PREFIXCACHE: Final = (sys.executable, "-m", "prefixcache.cli")
 """The `prefixcache` command with this very interpreter, installed or not."""
 
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_TIED: Final = Path(__file__).with_name("tied.py")
 
 
 class Child:
@@ -69,9 +66,9 @@ class Child:
 
     async def start(self, *, stdin: int, stdout: int) -> None:
         """Start the process, in a session of its own so that Ctrl-C reaches the demo alone."""
-        parent = os.getpid()
         with self.errors.open("wb") as errors:
             self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-S", str(_TIED), str(os.getpid())),
                 *self.arguments,
                 stdin=stdin,
                 stdout=stdout,
@@ -79,8 +76,6 @@ class Child:
                 env=_environment(),
                 start_new_session=True,
                 limit=LINE_BYTES,
-                # Runs in the child between fork and exec.
-                preexec_fn=lambda: _die_with(parent),
             )
 
     def complaint(self) -> str:
@@ -256,11 +251,3 @@ def _environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def _die_with(parent: int) -> None:
-    """Ask the kernel to end this process when the demo's process ends without a word (Linux)."""
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it ended before the line above
-            os._exit(1)
