@@ -66,7 +66,7 @@ def serve(request, session, known):
         tokens=answer,
         text="".join(map(chr, answer)),
         reason="length",
-        num_computed=len(tokens) - cached,
+        num_computed=len(tokens) - cached + limit - 1,
     )
 
 

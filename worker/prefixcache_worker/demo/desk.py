@@ -119,7 +119,10 @@ class Desk:
             case "finished":
                 request.answer = [int(token) for token in event["tokens"]]
                 request.text = str(event["text"])
-                request.num_computed = int(event["num_computed"])
+                # A worker counts all that ran through the model, and it feeds every token of the
+                # answer but the last: what remains are tokens of the prompt.
+                fed = max(len(request.answer) - 1, 0)
+                request.num_computed = int(event["num_computed"]) - fed
                 request.done_s = now
                 slip.done.set_result(None)
             case "failed":
