@@ -47,8 +47,8 @@ class Sizes:
         times = "\N{MULTIPLICATION SIGN}"
         return (
             f"{size} per token ({layout.num_layers} {layers} {times} {layout.num_kv_heads} {heads} "
-            f"{times} {layout.head_dim}, {layout.dtype}) · {format_size(self.memory)} = {num_blocks:,} "
-            f"blocks of {self.block_size} = {num_blocks * self.block_size:,} tokens"
+            f"{times} {layout.head_dim}, {layout.dtype}) · {format_size(self.memory)} = "
+            f"{num_blocks:,} blocks of {self.block_size} = {num_blocks * self.block_size:,} tokens"
         )
 
 

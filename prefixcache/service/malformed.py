@@ -1,4 +1,4 @@
-"""Bytes that are no message: told to who sent them, as bad input, instead of failing in the server."""
+"""Bytes that are no message: told to their sender as bad input, not a failure of the server."""
 
 from __future__ import annotations
 

@@ -36,6 +36,10 @@ from prefixcache.service.workers import Workers
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
 
+_COLLECTOR = (20_000, 50, 100)
+"""Garbage collection: the tree's nodes are long-lived and free of garbage cycles, so a walk over all
+of them (generation 2) is worth its pause only after a hundred million allocations."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -91,6 +95,7 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> No
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_COLLECTOR)
         await stop.wait()
         stop.clear()
         await alive.enter_graceful_shutdown()

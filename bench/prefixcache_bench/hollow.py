@@ -1,0 +1,98 @@
+"""A cache that stores nothing: what the service costs without one."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from prefixcache.types import (
+    Committed,
+    Ended,
+    Grant,
+    LeaseId,
+    Ledger,
+    Namespace,
+    Released,
+    Snapshot,
+    TableUpdate,
+    WorkerId,
+)
+
+_NO_BLOCKS = array("i")
+
+
+class HollowCache:
+    """Answers like `PrefixCache`, with a table of the right size; reads every token."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._count = 0
+
+    def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
+        """Accept everybody."""
+
+    def renew(self, worker: WorkerId, *, now: float) -> None:
+        """Accept everything."""
+
+    def detach(self, worker: WorkerId, *, now: float, gone: bool) -> Ended:
+        """Nothing was held."""
+        return Ended()
+
+    def worker_gone(self, worker: WorkerId, *, now: float) -> int:
+        """Nothing was quarantined."""
+        return 0
+
+    def snapshot(self, *, now: float) -> Snapshot:
+        """Tell that nothing is held."""
+        return Snapshot(0, self._block_size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger())
+
+    def settled(self) -> list[object]:
+        """Nobody waits."""
+        return []
+
+    def next_deadline(self) -> float | None:
+        """Nothing expires."""
+        return None
+
+    def acquire(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: bytes,
+        *,
+        reserve: int = 0,
+        wait_s: float = 0.0,
+        request_id: str = "",
+        now: float,
+    ) -> Grant:
+        """Read all tokens and give a table for them."""
+        np.frombuffer(tokens, np.uint32).sum()
+        self._count += 1
+        num_tokens = len(tokens) // 4
+        table = array("i", range(-(-num_tokens // self._block_size)))
+        ledger = Ledger(hit=num_tokens - 37, cold=37)
+        return Grant(LeaseId(self._count), table, num_tokens - 37, 0, (), ledger, 30.0)
+
+    def commit(
+        self,
+        worker: WorkerId,
+        lease: LeaseId,
+        num_tokens: int,
+        new_tokens: bytes = b"",
+        *,
+        now: float,
+    ) -> Committed:
+        """Accept everything."""
+        return Committed(num_tokens, num_tokens // self._block_size)
+
+    def extend(
+        self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
+    ) -> TableUpdate:
+        """Give a new block with every 16th token."""
+        keep, rest = divmod(num_tokens - 1, self._block_size)
+        return TableUpdate(keep, _NO_BLOCKS if rest else array("i", (keep,)))
+
+    def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
+        """Nothing was held."""
+        return Released(3)
