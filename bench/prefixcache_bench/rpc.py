@@ -270,8 +270,7 @@ def serve_stub(target: str) -> None:
                 self.cache = HollowCache(BLOCK_SIZE)  # type: ignore[assignment]
             return self.cache
 
-    server.Holdings = HollowHoldings  # type: ignore[misc]
-    server.run(load(_settings(target)), print)
+    server.run(load(_settings(target)), print, HollowHoldings)
 
 
 def serve_bare(target: str) -> None:
@@ -367,16 +366,13 @@ def started(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
     else:
         command = [sys.executable, "-m", "prefixcache_bench.rpc", "--serve", kind, target]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stdout is not None
-        if not any(line.startswith("listening") for line in process.stdout):
-            raise SystemExit(f"the {kind} did not start: {' '.join(command)}")
-        yield target, process.pid
-    finally:
-        process.terminate()
-        process.wait(10)
-        process.stdout.close()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            if not any(line.startswith("listening") for line in process.stdout or ()):
+                raise SystemExit(f"the {kind} did not start: {' '.join(command)}")
+            yield target, process.pid
+        finally:
+            process.terminate()
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -406,7 +402,7 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     rows = []
     print("server CPU per op, microseconds: min / median / max of the rounds")
     head = ("case", *SERVERS, "service/stub", "service/bare", "goal", "per s", "p50/p99 ms")
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for case in cases:
         series = {kind: found[case.name][kind].fields() for kind in SERVERS}
         medians = {kind: series[kind]["cpu_us_median"] for kind in SERVERS}

@@ -37,31 +37,40 @@ _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
 
 _COLLECTOR = (20_000, 50, 100)
-"""Garbage collection: the tree's nodes are long-lived and free of garbage cycles, so a walk over all
-of them (generation 2) is worth its pause only after a hundred million allocations."""
+"""Garbage collection: the tree's nodes live long and end without cycles, so a walk over all of them
+(generation 2) is worth its pause only once in a hundred million allocations."""
 
 log = structlog.get_logger(__name__)
 
 
-def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
+def run(
+    settings: ServeSettings,
+    announce: Callable[[str], None],
+    make_holdings: Callable[[ServeSettings], Holdings] = Holdings,
+) -> int:
     """Serve until told to stop; give the exit code.
 
     Args:
         settings: all of them.
         announce: gets the lines for people: what was derived, and where it listens.
+        make_holdings: what the service owns; benchmarks put a cache without content here.
 
     Raises:
         CacheError: the service cannot start; the message says what to do.
     """
     logging.set_up(settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, announce))
+        runner.run(_serve(settings, announce, make_holdings))
     return 0
 
 
-async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> None:
+async def _serve(
+    settings: ServeSettings,
+    announce: Callable[[str], None],
+    make_holdings: Callable[[ServeSettings], Holdings],
+) -> None:
     listener = Listener(settings.listen or [default_target()])
-    holdings = Holdings(settings)
+    holdings = make_holdings(settings)
     line = WaitingLine(holdings)
     workers = Workers(holdings, line, settings)
     handlers = Handlers(settings, holdings, line, workers)
