@@ -3,7 +3,7 @@
 ```
 tokens       a a a a a | b | c c c      T = 9 tokens of S = 3 sequences
 query_start  0         5   6      9
-context_lens 21        7   3            tokens in the cache once this step is stored, own ones included
+context_lens 21        7   3        tokens in the cache after this step, own ones included
 positions    16 ... 20 | 6 | 0 1 2      so `a` continues a cached prefix, `b` decodes, `c` starts
 rows         4           5   8          where logits are wanted
 ```

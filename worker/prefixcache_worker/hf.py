@@ -3,8 +3,8 @@
 ```
 model(input_ids [1, T], position_ids [1, T], use_cache=False)
   each layer:  q, k, v ──► paged attention ──► out       k, v go to the pool's slots first
-                                │ context: which batch, which pool   (a ContextVar: some models
-                                                                      drop unknown keyword arguments)
+                                │ context: which batch, which pool   (a ContextVar:
+                                          some models drop unknown keyword arguments)
 ```
 No mask is ever built: causality, windows and lengths follow from the batch.
 """
@@ -19,13 +19,13 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
-from prefixcache_kernels import paged_attention, store_kv
-from prefixcache_kernels.pool import SharedPool
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefixcache.errors import Unsupported
 from prefixcache.types import Layout
+from prefixcache_kernels import paged_attention, store_kv
+from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
 
 ATTENTION: Final = "prefixcache_paged"
@@ -192,7 +192,7 @@ class HuggingFaceNetwork:
         return Layout(num_layers, heads, width, dtype)
 
     def __call__(self, batch: Batch, pool: SharedPool, plan: Any) -> Tensor:
-        """Run a batch; gives float32 logits `[R, vocab]` and fills the batch's slots of the pool."""
+        """Run a batch: fill its slots of the pool, give float32 logits `[R, vocab]`."""
         with attending(Context(batch, pool, plan)), torch.inference_mode():
             out = self.module(
                 input_ids=batch.tokens[None],
@@ -234,7 +234,7 @@ def max_context(config: Any) -> int:
             )
         if kind == "longrope":
             # Beyond the original length all keys would be rotated differently.
-            original = part.get("original_max_position_embeddings") or getattr(
+            original: Any = part.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", limit
             )
             limit = min(limit, int(original))

@@ -9,8 +9,8 @@ gate_proj up_proj         ──►  one product, likewise
 cos, sin                       once a step, for the batch's positions
 ~1,500 module calls            ~500 calls of operators
 ```
-It takes its weights from a loaded Hugging Face model and only from one whose config it understands in
-full; at load its logits are compared with that model's.
+It takes its weights from a loaded Hugging Face model, and only from one whose config it understands
+in full; at load its logits are compared with that model's.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
-from prefixcache_kernels import paged_attention, store_kv
-from prefixcache_kernels.pool import SharedPool
 from torch import Tensor
 
+from prefixcache_kernels import paged_attention, store_kv
+from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
 from prefixcache_worker.hf import windows
 
@@ -62,9 +62,7 @@ class Linear:
         """Multiply `x [T, in]`; gives `[T, out]`."""
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.packed, self.bias, "none", [], ""
-        )
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return out
 
 
@@ -99,7 +97,7 @@ class _Layer:
 def twin(module: Any) -> Any:
     """Make a small random float32 model of the same architecture and attention.
 
-    What rounding would hide in a model in bfloat16 shows in its twin: a wrong rotation, a wrong scale.
+    What rounding would hide in a bfloat16 model shows in its twin: a wrong rotation or scale.
     """
     config = copy.deepcopy(module.config)
     config.num_hidden_layers = min(_TWIN_LAYERS, config.num_hidden_layers)
@@ -160,7 +158,7 @@ class LeanNetwork:
         return cls(module) if understood else None
 
     def __call__(self, batch: Batch, pool: SharedPool, plan: Any) -> Tensor:
-        """Run a batch; gives float32 logits `[R, vocab]` and fills the batch's slots of the pool."""
+        """Run a batch: fill its slots of the pool, give float32 logits `[R, vocab]`."""
         with torch.inference_mode():
             return self._forward(batch, pool, plan)
 

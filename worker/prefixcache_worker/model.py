@@ -1,10 +1,10 @@
 """A language model on paged keys and values: loaded, probed, and fast where its kind is known.
 
 ```
-path or id ──► AutoModelForCausalLM ──► layout learnt ──► probe against eager attention ──► refused
-                                                              │ equal
-                                                              ├─ Llama's family: lean network, probed as well
-                                                              └─ any other: the library's own modules
+path or id ──► AutoModelForCausalLM ──► layout ──► probe against eager attention ──► refused
+                                                    │ equal
+                                                    ├─ Llama's family: lean network, probed as well
+                                                    └─ any other: the library's own modules
 ```
 """
 
@@ -18,14 +18,15 @@ from typing import Any, Final
 
 import torch
 import transformers
-from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
 from prefixcache.types import Layout
+from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
 from prefixcache_worker.hf import HuggingFaceNetwork, max_context
+from prefixcache_worker.identity import identify
 from prefixcache_worker.lean import LeanNetwork, twin
 from prefixcache_worker.probe import (
     TOLERANCE,
@@ -101,11 +102,9 @@ class Model:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise NotFound(f"no model could be loaded from {source!r}: {error}") from error
-        name = Path(source).name if Path(source).is_dir() else source
-        # Another commit of the same repository has other weights, and must not share.
-        revision = getattr(config, "_commit_hash", None)
-        name = f"{name}@{revision[:12]}" if revision else name
-        model = cls.of(module, name=name, dtype=dtype, tokenizer=tokenizer, lean=lean)
+        model = cls.of(
+            module, name=identify(source, config), dtype=dtype, tokenizer=tokenizer, lean=lean
+        )
         model.load_s = time.monotonic() - started
         return model
 

@@ -2,7 +2,7 @@
 
 ```
 plain eager attention     t t t t t t t t t t t t t ...        all at once, no cache
-on the pool               ├─ prompt, cut inside a block ─┼─ the rest ─┼ one ┼ one     scattered blocks
+on the pool               ├─ cut inside a block ─┼─ more ─┼ one ┼ rest     scattered blocks
                           beside another sequence in the same batches
 ```
 """
@@ -13,10 +13,10 @@ import math
 from typing import Any, Final, Protocol
 
 import torch
-from prefixcache_kernels.pool import SharedPool
 from torch import Tensor
 
 from prefixcache.types import Layout
+from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch, Piece
 
 BLOCK_SIZE: Final = 16
@@ -49,8 +49,7 @@ def plain_logits(module: Any, prompts: list[list[int]]) -> list[Tensor]:
     module.set_attn_implementation("eager")
     with torch.inference_mode():
         return [
-            module(input_ids=torch.tensor([p]), use_cache=False).logits[0].float()
-            for p in prompts
+            module(input_ids=torch.tensor([p]), use_cache=False).logits[0].float() for p in prompts
         ]
 
 
@@ -74,14 +73,14 @@ def paged_logits(network: Network, layout: Layout, prompts: list[list[int]]) -> 
                 who.append((i, end - done[i]))
                 done[i] = end
         logits = network(Batch.pack(pieces, BLOCK_SIZE, all_rows=True), pool, None)
-        parts = logits.split([n for _, n in who])
+        parts = torch.split(logits, [n for _, n in who])
         for (i, _), part in zip(who, parts, strict=True):
             got[i].append(part)
     return [torch.cat(parts) for parts in got]
 
 
 def distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """Give the norm of the difference of all logits relative to their own norm; infinite for NaN."""
+    """Give the norm of all logits' differences relative to their own; infinite for NaN."""
     a, b = torch.cat(got), torch.cat(want)
     gap = float((a - b).norm() / b.norm().clamp(min=1e-6))
     return gap if math.isfinite(gap) else math.inf

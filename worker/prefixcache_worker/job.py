@@ -1,0 +1,128 @@
+"""One request on its way through the engine.
+
+```
+tokens   0 ─── num_cached ─── num_valid ──── num_prompt ──── len(tokens)
+         │ found in the pool │ computed here │ to be computed │ generated
+told     what the store knows of the tokens ─────────┤ num_told
+```
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from prefixcache_worker.request import Finished, Request, Started
+from prefixcache_worker.sampling import Sampler
+from prefixcache_worker.store import Claim, Commit, Store
+from prefixcache_worker.text import TextStream
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """The state of a request in an engine."""
+
+    request: Request
+    stream: TextStream
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    sampler: Sampler = field(init=False)
+    tokens: list[int] = field(init=False)
+    store: Store | None = None
+    future: Future[Claim] | None = None
+    claim: Claim | None = None
+    num_valid: int = 0
+    """Tokens whose keys and values are in the claim's blocks."""
+    num_told: int = 0
+    num_committed: int = 0
+    num_computed: int = 0
+    num_restarts: int = 0
+    submitted_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+    started: bool = False
+    retry_at: float = 0.0
+    reason: str = ""
+    """Why it is finished; empty: it is not."""
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.request.sampling)
+        self.tokens = list(self.request.tokens)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the request's prompt."""
+        return len(self.request.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.max_new_tokens - self.num_generated
+
+    @property
+    def num_due(self) -> int:
+        """Tokens that must run through the model before the next one can be chosen."""
+        return len(self.tokens) - self.num_valid
+
+    @property
+    def answered(self) -> bool:
+        """Whether the blocks that were asked for are here, or refused."""
+        return self.future is not None and self.future.done()
+
+    def grant(self, claim: Claim) -> None:
+        """Take the blocks that were asked for."""
+        self.claim, self.future = claim, None
+        self.num_valid = self.num_committed = claim.num_cached
+        self.num_told = len(self.tokens)
+
+    def begin_again(self) -> None:
+        """Forget the blocks; what was generated becomes a part of the prompt."""
+        self.claim = self.future = self.store = None
+        self.num_valid = self.num_told = self.num_committed = 0
+
+    def due_commit(self, block_size: int) -> Commit | None:
+        """Say what the store should be told now: chunks of the prompt, full blocks, the end."""
+        if self.claim is None or self.num_valid == self.num_committed:
+            return None
+        in_prompt = self.num_committed < self.num_told
+        if not (in_prompt or self.reason or self.num_valid % block_size == 0):
+            return None
+        fresh = self.tokens[self.num_told : self.num_valid]
+        self.num_told = max(self.num_told, self.num_valid)
+        self.num_committed = self.num_valid
+        return Commit(self.claim, self.num_valid, fresh)
+
+
+def started(job: Job, claim: Claim) -> Started:
+    """Tell that a job holds its blocks."""
+    assert job.store is not None
+    return Started(
+        id=job.request.id,
+        ledger=claim.ledger,
+        num_prompt=job.num_prompt,
+        num_cached=claim.num_cached,
+        num_to_compute=len(job.tokens) - claim.num_cached,
+        shared=job.store.shared,
+        waited_s=time.monotonic() - job.submitted_s,
+    )
+
+
+def finished(job: Job) -> Finished:
+    """Tell that a job is done."""
+    now = time.monotonic()
+    return Finished(
+        id=job.request.id,
+        tokens=tuple(job.tokens[job.num_prompt :]),
+        text=job.stream.text,
+        reason=job.reason,
+        ttft_s=(job.first_s or now) - job.submitted_s,
+        total_s=now - job.submitted_s,
+        num_prompt=job.num_prompt,
+        num_computed=job.num_computed,
+        num_restarts=job.num_restarts,
+    )

@@ -1,0 +1,140 @@
+"""What is asked of a worker, and what it tells.
+
+```
+Request ──► Started ──► Token, Token, ... ──► Finished
+       └──────────────────────────────────► Failed
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Ledger
+from prefixcache_worker.sampling import Sampling, TopTwo
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to be continued."""
+
+    id: str
+    tokens: Sequence[int]
+    """The prompt's token ids; at least one."""
+    max_new_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_ids: tuple[int, ...] | None = None
+    """Tokens that end the answer; None: the model's own."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end the answer; none of them is ever shown."""
+    wait_s: float = 30.0
+    """How long to wait for a prefix that another worker is computing; 0: compute it as well."""
+    log_logits: bool = False
+    """Tell the two best logits of every step."""
+
+    def __post_init__(self) -> None:
+        if not self.tokens or self.max_new_tokens < 1 or self.wait_s < 0:
+            raise InvalidRequest(
+                f"request {self.id!r}: {len(self.tokens)} prompt tokens, {self.max_new_tokens} new "
+                f"ones, waiting {self.wait_s} s; at least 1, 1 and 0 make sense"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request holds its blocks; what is not cached will be computed."""
+
+    id: str
+    ledger: Ledger
+    num_prompt: int
+    num_cached: int
+    num_to_compute: int
+    shared: bool
+    """Whether its blocks are in the shared pool."""
+    waited_s: float
+    """From submission until now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token was generated."""
+
+    id: str
+    token: int
+    text: str
+    """What can be shown because of it; perhaps nothing yet."""
+    top: TopTwo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request is answered."""
+
+    id: str
+    tokens: tuple[int, ...]
+    """The generated tokens; with a stop token, if that was the reason."""
+    text: str
+    reason: str
+    """`stop` (token or string), `length`, or `cancelled`."""
+    ttft_s: float
+    """From submission to the first token."""
+    total_s: float
+    num_prompt: int
+    num_computed: int
+    """Tokens that ran through the model for it, generated ones included."""
+    num_restarts: int
+    """How often its blocks were lost and it began again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A request cannot be answered."""
+
+    id: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """The service is gone; the worker goes on with a pool of its own."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The worker shares a pool (again)."""
+
+    worker: str
+    num_blocks: int
+    block_size: int
+
+
+Event = Started | Token | Finished | Failed | Alone | Joined
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """Turn an event into the object that `prefixcache worker` writes on a line.
+
+    Times become milliseconds; the two best logits become `[[token, logit], [token, logit]]`.
+
+    >>> to_json(Token("a", 7, "x"))
+    {'event': 'token', 'id': 'a', 'token': 7, 'text': 'x'}
+    """
+    out: dict[str, Any] = {"event": type(event).__name__.lower()}
+    for item in dataclasses.fields(event):
+        value = getattr(event, item.name)
+        if item.name.endswith("_s"):
+            out[f"{item.name[:-2]}_ms"] = round(value * 1e3, 3)
+        elif isinstance(value, TopTwo):
+            out["top"] = [list(pair) for pair in zip(value.tokens, value.logits, strict=True)]
+        elif isinstance(value, Ledger):
+            out["ledger"] = dataclasses.asdict(value)
+        elif value is not None:
+            out[item.name] = value
+    return out
