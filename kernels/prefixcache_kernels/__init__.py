@@ -21,9 +21,9 @@ def store_kv(
 ) -> None:
     """Write new keys and values into their slots; see `reference.store_kv`."""
     if key_cache.is_cuda:
-        from prefixcache_kernels import attention
+        from prefixcache_kernels.transfer import store_kv as launch
 
-        attention.store_kv(key, value, key_cache, value_cache, slot_mapping)
+        launch(key, value, key_cache, value_cache, slot_mapping)
     else:
         reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
 
@@ -44,9 +44,7 @@ def paged_attention(
 ) -> Tensor:
     """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
     if key_cache.is_cuda:
-        from prefixcache_kernels import attention
-
-        attend = attention.paged_attention
+        from prefixcache_kernels.attention import paged_attention as attend
     else:
         attend = reference.paged_attention
     return attend(
@@ -67,8 +65,8 @@ def paged_attention(
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
     """Copy the first tokens of some blocks to others; see `reference.copy_blocks`."""
     if blocks.is_cuda:
-        from prefixcache_kernels import transfer
+        from prefixcache_kernels.transfer import copy_blocks as launch
 
-        transfer.copy_blocks(blocks, copies)
+        launch(blocks, copies)
     else:
         reference.copy_blocks(blocks, copies)

@@ -143,7 +143,8 @@ class Plan:
             raise InvalidRequest(
                 f"block_tables {list(block_tables.shape)}, query_start "
                 f"{list(query_start.shape)} and context_lens {list(context_lens.shape)} are not "
-                f"[S, max_blocks], [S + 1] and [S] with blocks of at least 1 token (block_size {block_size})"
+                "[S, max_blocks], [S + 1] and [S] with blocks of at least 1 token "
+                f"(block_size {block_size})"
             )
         if block_tables.shape[0] != len(contexts):
             raise InvalidRequest(f"{block_tables.shape[0]} tables for {len(contexts)} sequences")

@@ -1,0 +1,91 @@
+"""Runs the Triton kernels: interpreted, compiled ahead of time, and on a GPU if there is one.
+
+Triton decides when a kernel is defined whether it is interpreted, so each way has its own process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import prefixcache_kernels
+from prefixcache.errors import Unsupported
+from prefixcache_kernels import ahead, attention, transfer
+
+ROOT = Path(__file__).resolve().parents[2]
+OLD_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+NEW_NUMPY = tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
+
+
+def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
+
+
+def run_cases(*, interpret: bool) -> None:
+    cases = str(Path(__file__).with_name("triton_cases.py"))
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, interpret=interpret)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+@pytest.mark.skipif(
+    OLD_TRITON and NEW_NUMPY, reason="the interpreter of triton < 3.7 fails under numpy >= 2.4"
+)
+def test_the_kernels_equal_the_oracle_in_the_interpreter() -> None:
+    run_cases(interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_kernels_equal_the_oracle_on_a_gpu() -> None:
+    run_cases(interpret=False)
+
+
+def test_every_kernel_compiles_ahead_of_time_without_a_spill() -> None:
+    ran = run("-W", "error", "-m", "prefixcache_kernels.ahead", "--json", interpret=False)
+    assert ran.stdout, ran.stderr
+    kernels = json.loads(ran.stdout)["kernels"]
+    assert not [kernel for kernel in kernels if kernel["spilled_bytes"]]
+    assert ran.returncode == 0
+    assert {kernel["target"] for kernel in kernels} == set(ahead.TARGETS)
+    assert len(kernels) == sum(len(list(ahead.variants(target))) for target in ahead.TARGETS)
+    for kernel in kernels:
+        assert 0 < kernel["registers"] <= 255, kernel
+        assert kernel["shared_bytes"] <= 96 * 1024, kernel
+
+
+def test_compiling_in_an_interpreting_process_is_refused() -> None:
+    ran = run("-m", "prefixcache_kernels.ahead", "--target", "sm_80", interpret=True)
+    assert ran.returncode == 1
+    assert "TRITON_INTERPRET is set" in ran.stderr
+
+
+def test_kernels_on_cpu_tensors_say_where_to_go() -> None:
+    caches = torch.zeros(2, 3, 4, 2, 16)
+    query = torch.zeros(1, 4, 16)
+    one = torch.zeros(1, dtype=torch.int32)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(Unsupported, match="reference runs there"):
+        attention.paged_attention(query, *caches, one[None], starts, one + 1, scale=1.0)
+    with pytest.raises(Unsupported, match="on a GPU"):
+        transfer.store_kv(query[:, :2], query[:, :2], *caches, one.long())
+    with pytest.raises(Unsupported, match="on a GPU"):
+        transfer.copy_blocks(caches[None], torch.tensor([[0, 1, 1]]))
+
+
+def test_the_package_does_not_import_triton_for_a_cpu() -> None:
+    code = "import sys, prefixcache_kernels; sys.exit('triton' in sys.modules)"
+    assert run("-c", code, interpret=False).returncode == 0
+    assert "paged_attention" in prefixcache_kernels.__all__
