@@ -247,14 +247,19 @@ class PrefixCache:
             raise InvalidRequest(
                 f"the last block of lease {lease} is shared by a fork; extend it before writing"
             )
-        self._desk.flights.land(own)
+        desk = self._desk
+        start, first = own.start, own.rest[: desk.tree.block_bytes]
+        was_in_flight = own.committed < own.prompt_tokens
+        desk.flights.land(own)
         own.rest += new_tokens
-        self._desk.holdings.drop_source(own)
-        indexed = self._desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
+        desk.holdings.drop_source(own)
+        indexed = desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
         flies_on = own.committed < own.prompt_tokens
         if flies_on:
-            self._desk.flights.start(own)
-        self._desk.call(own.id, own.start if flies_on else None, now)
+            desk.flights.start(own)
+        desk.call(own.id, own.start if flies_on else None, now)
+        if was_in_flight and own.start > start and desk.room.tickets:
+            desk.landed(own, start, first, now)
         return Committed(num_tokens, indexed)
 
     def extend(

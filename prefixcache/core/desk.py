@@ -156,6 +156,20 @@ class Desk:
         for ticket in self.room.called(owner, indexed):
             self.retry(ticket, now, wait=now < ticket.deadline)
 
+    def landed(self, lease: Lease, start: int, first: bytes, now: float) -> None:
+        """Try again the requests that wait for somebody slower than `lease`, which indexed first.
+
+        Args:
+            lease: Who has indexed whole blocks.
+            start: Tokens before the first of them.
+            first: That block's packed tokens.
+            now: The time.
+        """
+        for ticket in self.room.sharing(lease.namespace, start * TOKEN_BYTES, first, lease.id):
+            if ticket.id in self.room.tickets:
+                self.room.stop_waiting(ticket)
+                self.retry(ticket, now, wait=now < ticket.deadline)
+
     def retry(self, ticket: Ticket, now: float, *, wait: bool) -> None:
         """Try a waiting request again; it may have to wait for somebody else."""
         request = ticket.request

@@ -131,6 +131,10 @@ class WaitingRoom:
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket."""
         del self.tickets[ticket.id]
+        self.stop_waiting(ticket)
+
+    def stop_waiting(self, ticket: Ticket) -> None:
+        """Let a ticket wait for nobody, to be tried again."""
         owner = ticket.owner
         waiting = None if owner is None else self._by_owner.get(owner)
         if owner is not None and waiting is not None and ticket in waiting:
@@ -154,6 +158,26 @@ class WaitingRoom:
         if staying:
             self._by_owner[owner] = staying
         return [ticket for ticket in waiting if ticket.target <= indexed]
+
+    def sharing(self, namespace: Namespace, at: int, block: bytes, owner: LeaseId) -> list[Ticket]:
+        """Give the tickets that wait for another lease than `owner`, for the block it has indexed.
+
+        O(waiting).  Needed where several leases computed the same block: who waits for the slowest
+        must not wait on when the first has landed.
+
+        Args:
+            namespace: Where.
+            at: Byte in the tokens at which the block begins.
+            block: Its packed tokens.
+            owner: Who indexed it.
+        """
+        return [
+            ticket
+            for ticket in self.tickets.values()
+            if ticket.owner != owner
+            and ticket.request.tokens.startswith(block, at)
+            and ticket.request.namespace == namespace
+        ]
 
     def overdue(self, now: float) -> list[Ticket]:
         """Give the tickets whose deadline has passed."""

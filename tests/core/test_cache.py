@@ -286,3 +286,15 @@ def test_bad_input_is_refused_and_changes_nothing(cache: PrefixCache, tokens: by
 def test_impossible_pools_are_refused(blocks: int, size: int):
     with pytest.raises(InvalidRequest):
         PrefixCache(blocks, size)
+
+
+def test_who_waits_for_the_slower_of_two_gets_what_the_faster_one_lands(cache: PrefixCache):
+    slow = acquire(cache, ALICE, [*SYSTEM, 1])
+    fast = acquire(cache, ALICE, [*SYSTEM, 2])
+    waiting = cache.acquire(BOB, CHAT, pack([*SYSTEM, 3]), wait_s=5.0, now=0.0)
+    assert isinstance(waiting, Waiting)
+    assert waiting.owner == slow.lease
+    cache.commit(ALICE, fast.lease, 11, now=0.1)
+    [(_, grant)] = cache.settled()
+    assert isinstance(grant, Grant)
+    assert grant.num_cached == 10
