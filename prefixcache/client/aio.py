@@ -58,7 +58,7 @@ class AsyncClient:
         self.timeout_s = timeout_s
         self.finished: list[str] = []
         """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
-        self.channel = grpc.aio.insecure_channel(unary.target(address), unary.CHANNEL_OPTIONS)
+        self.channel = grpc.aio.insecure_channel(str(address), unary.CHANNEL_OPTIONS)
         self._sessions: list[AsyncSession] = []
 
     async def attach(

@@ -70,7 +70,7 @@ class Client:
         self.finished: list[str] = []
         """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
         address.probe(timeout_s)
-        self.channel = grpc.insecure_channel(unary.target(address), unary.CHANNEL_OPTIONS)
+        self.channel = grpc.insecure_channel(str(address), unary.CHANNEL_OPTIONS)
         self._sessions: list[Session] = []
 
     def attach(

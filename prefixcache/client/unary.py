@@ -58,11 +58,6 @@ RPCS: Final[dict[str, Rpc]] = {
 """Unary RPCs by verb, read from the generated descriptor."""
 
 
-def target(address: Address) -> str:
-    """Write an address as gRPC reads it."""
-    return str(address) if address.path else f"dns:{address}"
-
-
 def lookup(namespace: Namespace, tokens: TokensLike) -> pb.LookupRequest:
     """Build a request that needs no worker."""
     request = pb.LookupRequest(tokens=pack(tokens))

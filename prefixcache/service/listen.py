@@ -17,7 +17,6 @@ from pathlib import Path
 import grpc.aio
 
 from prefixcache.client.address import Address
-from prefixcache.client.unary import target
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 
 
@@ -45,7 +44,7 @@ class Listener:
                 self._prepare(address)
             mask = os.umask(0o177)
             try:
-                port = server.add_insecure_port(target(address))
+                port = server.add_insecure_port(str(address))
             except RuntimeError as error:
                 raise ServiceUnavailable(f"cannot listen at {address}: {error}") from None
             finally:

@@ -51,7 +51,9 @@ class ServiceProcess:
                 self.target = line.removeprefix("listening at ").strip()
                 break
         else:
-            raise AssertionError(f"no service: {self.log()}")
+            told = self.log()
+            self.close()
+            raise AssertionError(f"no service: {told}")
 
     def log(self) -> str:
         self.errors.seek(0)
