@@ -1,0 +1,21 @@
+"""Hypothesis profiles: `normal` in every run, `soak` under PREFIXCACHE_SOAK=<factor>."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
+
+# Every run draws the same examples and keeps no database: a red run is red again anywhere.
+settings.register_profile(
+    "normal",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+settings.register_profile("soak", settings.get_profile("normal"), derandomize=False)
+settings.load_profile("soak" if SOAK > 1 else "normal")

@@ -1,0 +1,96 @@
+"""What the tests read inside the core: which slots are indexed, and whether anything changed."""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from core.oracle import Tokens
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.node import Node, Root
+from prefixcache.types import Namespace, unpack
+
+
+class Indexed(NamedTuple):
+    """One block that the tree owns."""
+
+    block: int
+    prefix: Tokens
+    """All tokens from position 0 to the last one that the block holds."""
+    num_tokens: int
+    """Of these, how many are in this block."""
+
+
+def root_of(cache: PrefixCache, namespace: Namespace) -> Root | None:
+    """Give the root under which a namespace is found now."""
+    return cache._desk.roots.get(namespace)
+
+
+def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
+    """Walk a tree; give every block with the tokens that it should hold."""
+    stack: list[tuple[Node, Tokens]] = [(root, ())]
+    while stack:
+        node, before = stack.pop()
+        run = tuple(unpack(node.key))
+        for index, block in enumerate(node.blocks):
+            end = min((index + 1) * block_size, len(run))
+            yield Indexed(block, before + run[:end], end - index * block_size)
+        for child in (node.children or {}).values():
+            stack.append((child, before + run))
+
+
+_RENEWED = {"deadline", "renewed_until", "_deadlines"}
+"""A call that fails is still a sign of life: the only things that it may move."""
+
+
+def state(thing: object) -> object:
+    """Freeze everything that is reachable from `thing`, to see whether a call changed it.
+
+    Plain values as they are, objects as their attributes, each object once.  Functions, half-run
+    iterators and the roots of empty namespaces are left out.
+    """
+    seen: dict[int, int] = {}
+    frozen: list[object] = []
+
+    def visit(value: object) -> object:
+        if value is None or isinstance(value, int | float | str | bytes | enum.Enum):
+            return value
+        if isinstance(value, tuple):
+            return tuple(visit(one) for one in value)
+        if isinstance(value, array):
+            return value.tobytes()
+        if isinstance(value, bytearray):
+            return bytes(value)
+        if isinstance(value, np.ndarray):
+            return value.tobytes()
+        if id(value) in seen:
+            return ("seen", seen[id(value)])
+        number = seen[id(value)] = len(seen)
+        if isinstance(value, set | frozenset):
+            frozen.append((number, sorted(map(repr, value))))
+            return ("seen", number)
+        parts: list[object] = []
+        if isinstance(value, dict):
+            parts.extend(
+                (visit(key), visit(item))
+                for key, item in value.items()
+                if not (isinstance(item, Root) and not item.children and not item.ghosts)
+            )
+        elif isinstance(value, list | deque):
+            parts.extend(visit(one) for one in value)
+        names = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        names.extend(getattr(value, "__dict__", ()))
+        parts.extend(
+            (name, visit(getattr(value, name)))
+            for name in names
+            if name not in _RENEWED and hasattr(value, name) and not callable(getattr(value, name))
+        )
+        frozen.append((number, type(value).__name__, parts))
+        return ("seen", number)
+
+    return (visit(thing), frozen)

@@ -1,0 +1,48 @@
+"""The order of eviction is that of a block-by-block LRU over leaves, request by request."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from core.oracle import LeafLru, Tokens
+from core.replay import Replay
+from prefixcache.types import Namespace, pack
+
+NAMESPACES = (Namespace("a"), Namespace("b"))
+
+
+def random_sequences(rng: random.Random, count: int, longest: int) -> list[tuple[int, Tokens, int]]:
+    """Draw (namespace, tokens left behind, prompt length); most continue or cut an earlier one."""
+    sequences: list[tuple[int, Tokens, int]] = []
+    vocabulary = rng.choice((2, 3, 50))
+    for _ in range(count):
+        start: Tokens = ()
+        if sequences and rng.random() < 0.7:
+            earlier = rng.choice(sequences)[1]
+            start = earlier[: rng.randint(0, len(earlier))]
+        fresh = rng.randint(0, longest // 2)
+        tokens = (*start, *(rng.randrange(vocabulary) for _ in range(fresh)))[:longest] or (0,)
+        sequences.append((rng.choice((0, 0, 1)), tokens, rng.randint(1, len(tokens))))
+    return sequences
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 16])
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 13, 40, 1000])
+def test_hits_equal_those_of_a_block_by_block_leaf_lru(block_size: int, capacity: int) -> None:
+    for seed in range(6):
+        rng = random.Random(f"{seed} {block_size} {capacity}")
+        ours = Replay(capacity, block_size)
+        naive = LeafLru(capacity, block_size)
+        longest = block_size * rng.choice((4, 8, 2 * min(capacity, 10)))
+        for number, (which, tokens, prompt_len) in enumerate(random_sequences(rng, 60, longest)):
+            namespace = NAMESPACES[which]
+            expected = naive.lookup(namespace, tokens[:prompt_len]) * block_size
+            naive.insert(namespace, tokens)
+            found, _ = ours.request(namespace, pack(tokens[:prompt_len]), pack(tokens))
+            assert found == expected, f"request {number} of seed {seed}: {tokens[:prompt_len]}"
+            snapshot = ours.cache.snapshot(now=0.0)
+            assert snapshot.indexed == len(naive.last_used), f"request {number} of seed {seed}"
+            assert snapshot.evicted == naive.num_evicted, f"request {number} of seed {seed}"
+        ours.cache.check()

@@ -1,0 +1,437 @@
+"""A simulated machine around one cache: workers that read and write a simulated pool, and the oracle.
+
+`World` keeps, beside the cache, what each worker believes (`LeaseView`: only what the answers told it) and what
+the pool really holds (`Memory`).  `verify` compares the three after every step.  The rules that drive it are in
+`rules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from core.innards import Indexed, indexed_below, root_of, state
+from core.oracle import Library, Memory, Tokens, common_prefix
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.node import Root
+from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.types import (
+    Copy,
+    Grant,
+    LeaseId,
+    Ledger,
+    Namespace,
+    Partial,
+    Snapshot,
+    TicketId,
+    WorkerId,
+    pack,
+)
+
+
+STRICT = False
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one sequence of steps runs on."""
+
+    num_blocks: int
+    block_size: int
+    partial: Partial
+    policy: str
+    vocabulary: int = 2
+    num_ghosts: int | None = None
+    ttl_s: float = 10.0
+
+
+@dataclass
+class LeaseView:
+    """A worker's own view of its lease."""
+
+    id: LeaseId
+    worker: WorkerId
+    namespace: Namespace
+    root: Root | None
+    """The namespace's root when the lease began: another one stands there after a reset."""
+    tokens: Tokens
+    table: list[int]
+    valid: int
+    """Tokens from position 0 that the worker may read."""
+    prompt_len: int
+    due: float
+    """Deadline after the last call that succeeded."""
+    due_at_latest: float
+    """A failed call may count as a sign of life, too."""
+    copies: list[Copy] = field(default_factory=list)
+    """Granted, and not executed yet."""
+    sources: set[int] = field(default_factory=set)
+    """Blocks that must stay as they are until the next commit."""
+    must_extend: bool = False
+    """Forked: may write only after `extend`."""
+    request_id: str = ""
+    grant: Grant | None = None
+
+    @property
+    def label(self) -> str:
+        return f"lease {self.id} of {self.worker} ({self.tokens[: self.valid]} valid)"
+
+
+@dataclass
+class TicketView:
+    """A request that waits."""
+
+    id: TicketId
+    worker: WorkerId
+    namespace: Namespace
+    tokens: Tokens
+    reserve: int
+    deadline: float
+    request_id: str
+
+
+class World:
+    """The cache, the workers around it, and everything that must be true of them."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self.cache = PrefixCache(
+            shape.num_blocks,
+            shape.block_size,
+            policy=shape.policy,
+            partial=shape.partial,
+            num_ghosts=shape.num_ghosts,
+            ttl_s=shape.ttl_s,
+        )
+        self.now = 100.0
+        self.namespaces = [Namespace("m"), Namespace("m", tenant="t")]
+        self.workers: dict[WorkerId, set[Namespace]] = {}
+        self.num_workers = 0
+        self.leases: dict[LeaseId, LeaseView] = {}
+        self.ended: list[LeaseView] = []
+        """Some leases that have ended, to be used once more by mistake."""
+        self.zombies: dict[WorkerId, list[LeaseView]] = {}
+        """Ended leases of workers that may still write."""
+        self.tickets: dict[TicketId, TicketView] = {}
+        self.memory = Memory(shape.block_size)
+        self.library = Library()
+        self.retired: list[Root] = []
+        self.tails_withdrawn = False
+        """Whether a tail has left the index for another reason than eviction or a fuller one."""
+        self.prompts: list[Tokens] = []
+        self.ledgers: dict[Namespace, list[Ledger]] = {}
+        self.log: list[str] = []
+        """The calls so far, as lines of Python."""
+        self.counts: dict[str, int] = {}
+        """How often interesting things happened, to know that the rules reach them."""
+
+    # ------------------------------------------------------------------ small words
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.shape.block_size)
+
+    def count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def snapshot(self) -> Snapshot:
+        return self.cache.snapshot(now=self.now)
+
+    def frozen(self) -> object:
+        return state(self.cache)
+
+    def root(self, namespace: Namespace) -> Root | None:
+        return root_of(self.cache, namespace)
+
+    def writable(self, view: LeaseView) -> Iterator[tuple[int, int]]:
+        """Slots that the worker may write to at any time: beyond what is valid, up to its room."""
+        if view.must_extend:
+            return
+        size = self.shape.block_size
+        for position in range(view.valid, len(view.table) * size):
+            yield view.table[position // size], position % size
+        for copy in view.copies:
+            for offset in range(copy.num_tokens):
+                yield copy.dst, offset
+
+    def readable(self, view: LeaseView) -> Iterator[tuple[int, int]]:
+        """Slots that the worker may read at any time: what is valid, and the sources of its copies."""
+        size = self.shape.block_size
+        to_be_copied = {
+            (copy.dst, offset) for copy in view.copies for offset in range(copy.num_tokens)
+        }
+        for position in range(view.valid):
+            slot = (view.table[position // size], position % size)
+            if slot not in to_be_copied:
+                yield slot
+        for copy in view.copies:
+            for offset in range(copy.num_tokens):
+                yield copy.src, offset
+
+    # ------------------------------------------------------------------ what workers do to the pool
+
+    def run_copies(self, view: LeaseView) -> None:
+        for copy in view.copies:
+            self.memory.copy(copy.src, copy.dst, copy.num_tokens)
+        view.copies = []
+
+    def compute(self, view: LeaseView, tokens: Tokens, upto: int) -> None:
+        """Write the KV of `tokens[view.valid:upto]` through the block table."""
+        self.run_copies(view)
+        size = self.shape.block_size
+        for position in range(view.valid, upto):
+            block = view.table[position // size]
+            self.memory.write(block, position % size, (view.namespace, tokens[: position + 1]))
+
+    # ------------------------------------------------------------------ answers
+
+    def admit(
+        self,
+        grant: Grant,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: Tokens,
+        reserve: int,
+        request_id: str,
+    ) -> LeaseView:
+        """Take in a grant, and check all that one answer can be checked for."""
+        size, num_tokens = self.shape.block_size, len(tokens)
+        assert grant.lease not in self.leases, "a lease id was given twice"
+        assert len(grant.block_table) == self.blocks_for(num_tokens + reserve), "the table's length"
+        assert 0 <= grant.num_cached < num_tokens, "one token is always left to compute"
+        assert 0 <= grant.num_pending <= num_tokens - grant.num_cached
+        assert grant.ttl_s == self.shape.ttl_s
+        ledger = grant.ledger
+        assert ledger.total == num_tokens, f"{ledger} does not sum to {num_tokens}"
+        assert min(ledger.hit, ledger.partial, ledger.joined, ledger.cold) >= 0
+        assert min(ledger.evicted, ledger.granularity) >= 0
+        assert ledger.reused == grant.num_cached, f"{ledger}, {grant.num_cached} cached"
+        assert (ledger.hit + ledger.joined) % size == 0, "hits are whole blocks"
+        assert ledger.partial < size
+        assert [copy.num_tokens for copy in grant.copies] == [ledger.partial] * bool(ledger.partial)
+        whole = (ledger.hit + ledger.joined) // size
+        for copy in grant.copies:
+            assert copy.dst == grant.block_table[whole], "copied to another block than the next"
+        self.ledgers.setdefault(namespace, []).append(ledger)
+        view = LeaseView(
+            id=grant.lease,
+            worker=worker,
+            namespace=namespace,
+            root=self.root(namespace),
+            tokens=tokens,
+            table=list(grant.block_table),
+            valid=grant.num_cached,
+            prompt_len=num_tokens,
+            due=self.now + self.shape.ttl_s,
+            due_at_latest=self.now + self.shape.ttl_s,
+            copies=list(grant.copies),
+            sources={copy.src for copy in grant.copies},
+            request_id=request_id,
+            grant=grant,
+        )
+        self.leases[grant.lease] = view
+        self.count("grants")
+        if ledger.partial:
+            self.count("partial")
+        if ledger.evicted:
+            self.count("evicted tokens")
+        if ledger.joined:
+            self.count("joined")
+        return view
+
+    def in_flight(self, namespace: Namespace, tokens: Tokens, *, ever: bool = False) -> int:
+        """Count how many tokens of a prompt will be cached when all flights have landed, by brute force.
+
+        Args:
+            namespace: Where.
+            tokens: The prompt.
+            ever: Also count what was in flight when the namespace was reset.
+        """
+        size, partial = self.shape.block_size, self.shape.partial
+        best = 0
+        for view in self.leases.values():
+            in_reach = ever or view.root is self.root(namespace)
+            if view.namespace == namespace and in_reach and view.valid < view.prompt_len:
+                known = view.tokens
+                if partial is not Partial.TAILS:
+                    known = known[: len(known) // size * size]
+                common = min(common_prefix(known, tokens), len(tokens) - 1)
+                best = max(best, common // size * size if partial is Partial.OFF else common)
+        return best
+
+    def bounds(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        """Give the fewest and the most tokens of a prompt that may be found now."""
+        size, partial = self.shape.block_size, self.shape.partial
+        unit = 1 if partial is Partial.TAILS else size
+        most = min(self.library.longest(namespace, tokens, multiple_of=unit), len(tokens) - 1)
+        least = most
+        if partial is Partial.TAILS and self.tails_withdrawn:
+            least = min(
+                self.library.longest(namespace, tokens, multiple_of=size), len(tokens) - 1
+            )
+        if partial is Partial.OFF:
+            least = most = most // size * size
+        if self.snapshot().evicted:
+            least = 0
+        return least, most
+
+    def shared_blocks(self) -> int:
+        """Count the blocks that may have an owner beside the tree."""
+        shared = set().union(*(view.sources for view in self.leases.values()), set())
+        for view in self.leases.values():
+            if view.must_extend and view.valid % self.shape.block_size:
+                shared.add(view.table[view.valid // self.shape.block_size])
+        return len(shared)
+
+    def is_justified(self, needed: int, hit_blocks: int, before: Snapshot) -> bool:
+        """Whether the arithmetic allows `PoolExhausted`."""
+        sure = before.free + max(0, before.evictable - hit_blocks - self.shared_blocks())
+        return needed > sure
+
+    # ------------------------------------------------------------------ after each step
+
+    def settle(self) -> None:
+        """Take in the outcomes of waiting requests."""
+        for ticket_id, outcome in self.cache.settled():
+            ticket = self.tickets.pop(ticket_id, None)
+            assert ticket is not None, f"ticket {ticket_id} was settled, but nobody waits with it"
+            if isinstance(outcome, Grant):
+                self.count("settled")
+                self.log.append(f"#   ticket {ticket_id} -> lease {outcome.lease}")
+                self.admit(
+                    outcome,
+                    ticket.worker,
+                    ticket.namespace,
+                    ticket.tokens,
+                    ticket.reserve,
+                    ticket.request_id,
+                )
+            else:
+                self.count("settled by an error")
+                assert isinstance(outcome, PoolExhausted), f"settled by {outcome!r}"
+
+    def end(self, view: LeaseView, *, writes_on: bool) -> None:
+        """Take in that a lease has ended."""
+        del self.leases[view.id]
+        self.ended = [*self.ended[-5:], view]
+        if writes_on:
+            self.zombies.setdefault(view.worker, []).append(view)
+            if view.valid % self.shape.block_size:
+                self.tails_withdrawn = True
+
+    def verify(self) -> None:
+        """Compare the cache, the workers' views and the pool's memory."""
+        self.settle()
+        self.cache.check()
+        snapshot = self.snapshot()
+        indexed = self.verify_index(snapshot)
+        self.verify_memory(indexed)
+        self.verify_blocks(snapshot, indexed)
+        self.verify_waiting(snapshot)
+        for namespace, ledgers in self.ledgers.items():
+            assert snapshot.namespaces[namespace] == _sum(ledgers), f"the sums of {namespace}"
+        everything = [ledger for ledgers in self.ledgers.values() for ledger in ledgers]
+        assert (snapshot.requests, snapshot.ledger) == (len(everything), _sum(everything))
+
+    def verify_index(self, snapshot: Snapshot) -> dict[int, int]:
+        """Every indexed slot holds what its place in the tree says.  Gives fill by block."""
+        fill: dict[int, int] = {}
+        roots = [(one, self.root(one)) for one in self.namespaces]
+        roots += [(root.namespace, root) for root in self.retired]
+        for namespace, root in roots:
+            if root is not None:
+                for entry in indexed_below(root, self.shape.block_size):
+                    self.verify_entry(namespace, entry)
+                    assert entry.block not in fill, f"block {entry.block} is indexed twice"
+                    fill[entry.block] = entry.num_tokens
+        assert len(fill) == snapshot.indexed
+        return fill
+
+    def verify_entry(self, namespace: Namespace, entry: Indexed) -> None:
+        start = len(entry.prefix) - entry.num_tokens
+        for offset in range(entry.num_tokens):
+            found = self.memory.read(entry.block, offset)
+            expected = (namespace, entry.prefix[: start + offset + 1])
+            assert found == expected, (
+                f"block {entry.block} is indexed as {expected} at slot {offset}, and holds {found}"
+            )
+
+    def verify_memory(self, fill: dict[int, int]) -> None:
+        """Every lease reads its own prefix; nobody can write what another can read or write."""
+        size = self.shape.block_size
+        reader: dict[tuple[int, int], str] = {}
+        writer: dict[tuple[int, int], str] = {}
+        for view in self.leases.values():
+            assert len(set(view.table)) == len(view.table), f"{view.label}: a block twice"
+            overlay = {}
+            for copy in view.copies:
+                for offset in range(copy.num_tokens):
+                    overlay[copy.dst, offset] = self.memory.read(copy.src, offset)
+            for position in range(view.valid):
+                slot = (view.table[position // size], position % size)
+                found = overlay[slot] if slot in overlay else self.memory.read(*slot)
+                assert found == (view.namespace, view.tokens[: position + 1]), (
+                    f"{view.label} reads {found} at position {position}, slot {slot}"
+                )
+            for slot in self.readable(view):
+                reader[slot] = view.label
+        for view in [*self.leases.values(), *(z for gone in self.zombies.values() for z in gone)]:
+            for slot in set(self.writable(view)):
+                assert slot not in writer, f"{view.label} and {writer[slot]} both write {slot}"
+                assert slot[1] >= fill.get(slot[0], 0), f"{view.label} can write indexed {slot}"
+                assert slot not in reader, f"{view.label} can write {slot}, {reader[slot]} reads it"
+                writer[slot] = view.label
+
+    def verify_blocks(self, snapshot: Snapshot, fill: dict[int, int]) -> None:
+        """Every block is somewhere, and only there."""
+        counted = snapshot.free + snapshot.private + snapshot.indexed + snapshot.quarantined
+        assert counted == snapshot.num_blocks == self.shape.num_blocks, f"{snapshot}"
+        assert 0 <= snapshot.evictable <= snapshot.indexed
+        aside: set[int] = set()
+        for gone in self.zombies.values():
+            for view in gone:
+                aside |= {block for block, _ in self.writable(view)}
+        assert not aside & fill.keys(), "a block that a dead writer can write to is indexed"
+        assert snapshot.quarantined >= len(aside), "a dead writer's block is not safe"
+        held: set[int] = set()
+        for view in self.leases.values():
+            held |= set(view.table) | view.sources
+        held -= aside | fill.keys()
+        assert snapshot.private == len(held), f"{snapshot.private} private; held are {sorted(held)}"
+        if not self.zombies:
+            assert not snapshot.quarantined
+        assert len(snapshot.leases) == len(self.leases)
+        for info in snapshot.leases:
+            view = self.leases[info.lease]
+            assert (info.worker, info.namespace) == (view.worker, view.namespace)
+            assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.valid)
+            assert info.num_blocks == len(view.table)
+
+    def verify_waiting(self, snapshot: Snapshot) -> None:
+        """Whoever waits, waits for something that is still being computed."""
+        assert snapshot.waiting == len(self.tickets)
+        for ticket in self.tickets.values():
+            found = self.cache.lookup(ticket.namespace, pack(ticket.tokens))
+            cached = found.num_hit + found.num_partial if STRICT else 0
+            assert self.in_flight(ticket.namespace, ticket.tokens, ever=True) > cached, (
+                f"ticket {ticket.id} for {ticket.tokens} waits for nobody"
+            )
+        deadline = self.cache.next_deadline()
+        latest = [view.due_at_latest for view in self.leases.values()]
+        latest += [ticket.deadline for ticket in self.tickets.values()]
+        if latest:
+            assert deadline is not None, "leases or tickets without a next deadline"
+            assert deadline <= min(latest)
+
+
+def _sum(ledgers: list[Ledger]) -> Ledger:
+    return Ledger(
+        hit=sum(one.hit for one in ledgers),
+        partial=sum(one.partial for one in ledgers),
+        joined=sum(one.joined for one in ledgers),
+        cold=sum(one.cold for one in ledgers),
+        evicted=sum(one.evicted for one in ledgers),
+        granularity=sum(one.granularity for one in ledgers),
+    )
+
+
+__all__ = ["CacheError", "LeaseView", "Shape", "TicketView", "World"]
