@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict
 from typing import Any
 
@@ -20,14 +21,18 @@ def stat(connect: view.Connect = None, as_json: view.AsJson = False) -> None:
     snapshot, info = codec.read_snapshot(message), message.service
     pool = codec.read_pool(info.pool) if info.HasField("pool") else None
     if as_json:
-        fields: dict[str, Any] = asdict(snapshot)
-        fields["ledger"] = view.ledger_fields(snapshot.ledger)
-        fields["namespaces"] = [
-            view.namespace_fields(namespace) | {"ledger": view.ledger_fields(ledger)}
-            for namespace, ledger in snapshot.namespaces.items()
-        ]
-        for lease, shown in zip(snapshot.leases, fields["leases"], strict=True):
-            shown["namespace"] = view.namespace_fields(lease.namespace)
+        shown: dict[str, Any] = {
+            "ledger": view.ledger_fields(snapshot.ledger),
+            "leases": [
+                asdict(lease) | {"namespace": view.namespace_fields(lease.namespace)}
+                for lease in snapshot.leases
+            ],
+            "namespaces": [
+                view.namespace_fields(namespace) | {"ledger": view.ledger_fields(ledger)}
+                for namespace, ledger in snapshot.namespaces.items()
+            ],
+        }
+        fields = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
         fields["service"] = {
             "version": info.version,
             "pid": info.pid,
