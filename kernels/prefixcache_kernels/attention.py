@@ -251,7 +251,7 @@ class Shape:
         exact = element_bytes == 4  # no tensor core multiplies in full float32
         rows = max(16 if decode or exact or dims > 128 else 64, triton.next_power_of_2(groups))
         tile = 32 if amd or dims > (128 if decode else 64) else 64
-        if exact:
+        if exact or (decode and dims > 128):
             tile = 16
         num_stages = 1 if amd and not decode else 2
         splits = 1
