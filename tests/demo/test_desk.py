@@ -80,7 +80,8 @@ def test_what_died_with_a_worker_is_sent_again_from_the_start():
         await settle()
         desk.hear("w1", {"event": "started", "id": "a/1", "ledger": LEDGER}, 1.0)
         desk.hear("w1", {"event": "token", "id": "a/1", "token": 9, "text": "y"}, 2.0)
-        (torn,) = desk.bury("w1")
+        desk.bury("w1", 2.5)
+        (torn,) = desk.torn
         assert (torn.started, torn.num_answered, torn.worker) == (True, 1, "w1")
         await settle()
         assert [sent["id"] for sent in hands["w2"].sent] == ["a/1"]
@@ -100,7 +101,7 @@ def test_a_refused_request_fails_and_so_does_one_without_any_worker():
         desk.hear("w1", {"event": "failed", "id": "a/1", "error": "too long"}, 1.0)
         with pytest.raises(RequestFailed, match="too long"):
             await task
-        desk.bury("w1")
+        desk.bury("w1", 2.5)
         with pytest.raises(RequestFailed, match="no worker is left"):
             await desk.ask(request("b/1"))
 

@@ -64,7 +64,9 @@ class Played:
     def until(self, condition, timeout_s=30):
         deadline = time.monotonic() + timeout_s
         while not condition():
-            assert time.monotonic() < deadline, self.process.poll()
+            if time.monotonic() > deadline or self.process.poll() not in (None, -signal.SIGKILL):
+                self.process.kill()
+                pytest.fail(f"{self.process.poll()}: {self.process.communicate()[0]}")
             time.sleep(0.02)
             self.look_for_pools()
 
@@ -73,7 +75,10 @@ class Played:
         return self.process.returncode, output
 
     def assert_nothing_is_left(self):
-        self.until(lambda: not self.alive(), timeout_s=10)
+        deadline = time.monotonic() + 10
+        while self.alive():
+            assert time.monotonic() < deadline, self.alive()
+            time.sleep(0.02)
         assert not [path for path in self.pools if Path(path).exists()]
 
 

@@ -96,6 +96,7 @@ def test_the_summary_says_fates_in_words_and_the_verdict(figures):
         assert word in text
     assert "w2 (pid 99) was killed with SIGKILL in mid-prefill" in text
     assert "w1 was waiting for that prefix with d/1: it took over 12 ms after the kill" in text
+    assert "At most 256 tokens of work died with it. Sent again, to others: d/1." in text
 
 
 def test_plain_lines_carry_no_escapes_and_one_line_per_request(capsys):

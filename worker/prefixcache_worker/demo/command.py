@@ -24,6 +24,10 @@ from prefixcache_worker.demo.view import PlainView, View
 PIPE_WIDTH: Final = 160
 """Columns of tables where there is no terminal to ask."""
 
+TOKENS: Final = 24
+QUICK_TOKENS: Final = 16
+"""How long answers may become."""
+
 WRONG, USAGE = 1, 2
 
 
@@ -106,7 +110,9 @@ def _cast(model: str, *, quick: bool, num_workers: int) -> stage.Cast:
     stop = frozenset({tokenizer.eos_token_id} - {None})
     transcripts = {chat.id: Transcript(chat, tokenizer, stop) for chat in workload.chats}
     names = tuple(f"w{i + 1}" for i in range(num_workers))
-    return stage.Cast(workload, transcripts, path, names)
+    return stage.Cast(
+        workload, transcripts, path, names, answer_tokens=QUICK_TOKENS if quick else TOKENS
+    )
 
 
 def _view(console: Console, cast: stage.Cast) -> View:

@@ -47,7 +47,6 @@ async def crash(
     heir_name: str,
     first: Request,
     second: Request,
-    chunk: int,
     ask: Callable[[Request, str], asyncio.Task[Request]],
 ) -> Death:
     """Kill `victim` while it computes `first` and `heir` waits for the same prefix with `second`.
@@ -64,13 +63,16 @@ async def crash(
         heir_name: the worker that waits.
         first: a request with a long, cold system prompt.
         second: another one with the same system prompt.
-        chunk: prompt tokens that a worker computes at a time.
         ask: starts a request on a worker.
 
     Raises:
         CrashMissed: the prefill ended before it was seen, or leases of the dead are left.
     """
     block_size = (await watch.look()).block_size
+    # The heir is kept free, so that the time to the takeover is that of the service, and not that
+    # of a step which the heir happened to be in.
+    desk.spared = heir_name
+    await desk.until(lambda: desk.load(heir_name) == 0)
     async with watch.keen():
         ask(first, victim_name)
         await desk.until(lambda: first.granted_s is not None)
@@ -85,8 +87,9 @@ async def crash(
             raise CrashMissed(f"{victim_name} is dead, but what it held has not come back")
         returned_ms = (watch.at_s - at_s) * 1e3
         held = _leases(before, worker_id)
-        torn = desk.bury(victim_name)
+        desk.bury(victim_name, at_s)
         await desk.until(lambda: second.granted_s is not None)
+    desk.spared = None
     assert second.granted_s is not None
     second.took_over = second.granted_s >= at_s
     return Death(
@@ -100,7 +103,43 @@ async def crash(
         takeover_ms=(second.granted_s - at_s) * 1e3 if second.took_over else None,
         takeover_worker=second.worker,
         takeover_request=second.id,
-        attempts=tuple(_attempt(t, held, second, chunk) for t in torn),
+    )
+
+
+def attempts(
+    torn: Sequence[Torn], heir: Request, *, chunk: int, block_size: int
+) -> tuple[Attempt, ...]:
+    """Say what of each torn request's work is kept and what died, once all have been answered.
+
+    The request that was sent again knows: what it found beyond what the first attempt had found,
+    that attempt had left behind.  For the one that died in mid-prefill it is the heir who knows,
+    because it has computed the rest meanwhile.
+
+    Args:
+        torn: the requests that died with their worker.
+        heir: the request that took over.
+        chunk: prompt tokens that a worker computes at a time.
+        block_size: tokens of a block; a part of a block that died with its writer is not reused.
+    """
+    return tuple(_attempt(t, heir, chunk + block_size) for t in torn)
+
+
+def _attempt(torn: Torn, heir: Request, most_lost: int) -> Attempt:
+    request = torn.request
+    num_prompt = len(request.prompt)
+    in_prefill = torn.started and not torn.num_answered
+    witness = heir if in_prefill and request.assistant == heir.assistant else request
+    kept = max(witness.ledger.reused - torn.num_reused, 0) if torn.started else 0
+    rest = num_prompt - torn.num_reused - kept if torn.started else 0
+    return Attempt(
+        request=request.id,
+        worker=torn.worker,
+        sent_s=torn.sent_s,
+        died_s=torn.died_s,
+        num_prompt=num_prompt,
+        num_kept=kept,
+        num_lost=min(rest, most_lost) if in_prefill else rest,
+        num_answered=torn.num_answered,
     )
 
 
@@ -128,32 +167,3 @@ def _lease_of(leases: Sequence[LeaseInfo], num_prompt: int) -> LeaseInfo | None:
 def _private(lease: LeaseInfo, block_size: int) -> int:
     """Blocks of a lease that nobody else can use: those after its last committed token."""
     return lease.num_blocks - -(-lease.num_committed // block_size)
-
-
-def _attempt(torn: Torn, held: Sequence[LeaseInfo], heir: Request, chunk: int) -> Attempt:
-    """Say what of a torn request's work is kept, and what died with the worker.
-
-    What it had committed, others go on using.  The snapshot may be older than the last commit; the
-    heir was told of all of it when it took over, within the tokens that both prompts share.
-    """
-    num_prompt = len(torn.request.prompt)
-    if not torn.started:
-        committed = torn.num_reused
-    elif torn.num_answered:
-        committed = num_prompt
-    else:
-        lease = _lease_of(held, num_prompt)
-        committed = lease.num_committed if lease is not None else torn.num_reused
-        if torn.request.assistant == heir.assistant:
-            committed = max(committed, min(heir.ledger.reused, num_prompt))
-    lost = min(chunk, num_prompt - committed) if torn.started else 0
-    return Attempt(
-        request=torn.request.id,
-        worker=torn.worker,
-        sent_s=torn.sent_s,
-        died_s=torn.died_s,
-        num_prompt=num_prompt,
-        num_kept=max(committed - torn.num_reused, 0),
-        num_lost=lost,
-        num_answered=torn.num_answered,
-    )

@@ -61,6 +61,7 @@ class Desk:
         log_logits: ask the workers for the two best logits of each step.
         on_sent, on_finished: told of each request.
         torn: requests that died with their worker, in the order of their ends.
+        spared: a worker that gets only what is sent to it by name.
     """
 
     workers: dict[str, Hand]
@@ -71,6 +72,7 @@ class Desk:
     on_sent: Callable[[Request], None] = lambda request: None
     on_finished: Callable[[Request], None] = lambda request: None
     torn: list[Torn] = field(default_factory=list)
+    spared: str | None = None
     _slips: dict[str, Slip] = field(default_factory=dict)
     _last: dict[str, str] = field(default_factory=dict)
     _turn: int = 0
@@ -129,27 +131,24 @@ class Desk:
                 slip.done.set_exception(RequestFailed(f"{request.id} on {worker}: {event}"))
         self._changed.set()
 
-    def bury(self, worker: str) -> list[Torn]:
+    def bury(self, worker: str, died_s: float) -> None:
         """Take a dead worker off and tear its slips; their requests are sent again by `ask`."""
         self.workers.pop(worker, None)
-        torn = []
         for slip in self._slips.values():
             if slip.worker == worker and not slip.done.done():
                 request = slip.request
-                torn.append(
+                self.torn.append(
                     Torn(
                         request,
                         worker,
                         request.sent_s,
-                        self.clock(),
+                        died_s,
                         started=request.granted_s is not None,
                         num_reused=request.ledger.reused,
                         num_answered=len(request.answer),
                     )
                 )
                 slip.done.set_exception(WorkerDied(worker))
-        self.torn += torn
-        return torn
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until something that the workers tell makes `condition` true."""
@@ -164,7 +163,7 @@ class Desk:
     def _choose(self, request: Request) -> str:
         if not self.workers:
             raise RequestFailed(f"{request.id}: no worker is left")
-        names = list(self.workers)
+        names = [name for name in self.workers if name != self.spared] or list(self.workers)
         self._turn += 1
         # Chats move: the worker of the chat's last turn is taken only if all others are busier.
         return min(

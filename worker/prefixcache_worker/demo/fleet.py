@@ -31,8 +31,10 @@ LINE_BYTES: Final = 1 << 24
 STOP_S: Final = 5.0
 """How long a process may take to end by itself before it is killed."""
 
-PREFIXCACHE: Final = (sys.executable, "-m", "prefixcache.cli")
-"""The `prefixcache` command with this very interpreter, installed or not."""
+SERVE: Final = (sys.executable, "-m", "prefixcache.cli", "serve")
+"""`prefixcache serve` with this very interpreter, installed or not."""
+WORKER: Final = (sys.executable, "-m", "prefixcache_worker")
+"""`prefixcache worker`, likewise."""
 
 _TIED: Final = Path(__file__).with_name("tied.py")
 
@@ -114,7 +116,7 @@ class Service(Child):
 
     def __init__(self, folder: Path, memory: str, model: str) -> None:
         self.target = f"unix:{folder}/cache.sock"
-        serve = [*PREFIXCACHE, "serve", "--listen", self.target, "--memory", memory, "--grace", "1"]
+        serve = [*SERVE, "--listen", self.target, "--memory", memory, "--grace", "1"]
         if (Path(model) / "config.json").is_file():
             serve += ["--model", model, "--dtype", "float32"]
         super().__init__("service", serve, folder)
@@ -171,6 +173,7 @@ class Worker(Child):
             [
                 *command,
                 *where,
+                *("--name", name),
                 *("--model", model, "--dtype", "float32", "--threads", "1"),
             ],
             folder,

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
 from prefixcache_worker.demo.compare import Difference, Verdict, first_difference
-from prefixcache_worker.demo.crash import Mortal, crash
+from prefixcache_worker.demo.crash import Mortal, attempts, crash
 from prefixcache_worker.demo.desk import Desk
 from prefixcache_worker.demo.record import Request, Run
 from prefixcache_worker.demo.transcript import Transcript
@@ -56,6 +56,7 @@ class Play:
     _num_system: dict[str, int] = field(default_factory=dict)
     _slots: asyncio.Semaphore = field(init=False)
     _num_done: int = 0
+    _heir: Request | None = None
 
     def __post_init__(self) -> None:
         self._slots = asyncio.Semaphore(IN_HAND * len(self.desk.workers))
@@ -86,7 +87,10 @@ class Play:
             else:
                 total = sum(len(chat.turns) for chat in others)
                 await self.desk.until(lambda: self._num_done >= CRASH_AFTER * total)
-                await self._crash(group, crash_chats, victim, victim_name, worker_id, chunk)
+                await self._crash(group, crash_chats, victim, victim_name, worker_id)
+        if self.run.death is not None and self._heir is not None:
+            torn = attempts(self.desk.torn, self._heir, chunk=chunk, block_size=self.run.block_size)
+            self.run.death = replace(self.run.death, attempts=torn)
 
     async def _one_at_a_time(self) -> set[str]:
         """Play the first turns of chats with long system prompts, one after the other."""
@@ -119,7 +123,6 @@ class Play:
         victim: Mortal,
         victim_name: str,
         worker_id: str,
-        chunk: int,
     ) -> None:
         self.view.act(
             3,
@@ -144,12 +147,12 @@ class Play:
             heir_name=heir,
             first=first,
             second=second,
-            chunk=chunk,
             ask=ask,
         )
         self.run.death = death
         self.view.died(death)
         await asyncio.gather(*tasks)
+        self._heir = second
         for i, chat in enumerate(chats):
             group.create_task(self._chat(chat, first_turn=int(i < 2)))
 

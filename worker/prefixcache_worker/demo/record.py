@@ -97,7 +97,7 @@ class Attempt:
     num_kept: int
     """Prompt tokens that it had computed and committed: others go on using them."""
     num_lost: int
-    """Prompt tokens that were planned into the chunk it was computing when it died."""
+    """Prompt tokens that it had computed, or was computing, and that nobody could use: at most."""
     num_answered: int
     """Tokens of the answer that it had already given."""
 
@@ -121,7 +121,8 @@ class Death:
     """From the kill to the moment when a waiting worker was granted the prefix."""
     takeover_worker: str
     takeover_request: str
-    attempts: tuple[Attempt, ...]
+    attempts: tuple[Attempt, ...] = ()
+    """Filled when all that died with it has been answered by others."""
 
 
 @dataclass(slots=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,14 +20,13 @@ from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.desk import Desk
 from prefixcache_worker.demo.failure import ProcessFailed
-from prefixcache_worker.demo.fleet import PREFIXCACHE, Service, Worker, stopping
+from prefixcache_worker.demo.fleet import WORKER, Service, Worker, stopping
 from prefixcache_worker.demo.play import Play, without_cache
 from prefixcache_worker.demo.record import Run
 from prefixcache_worker.demo.transcript import Transcript
 from prefixcache_worker.demo.view import View
 from prefixcache_worker.demo.watch import Watch
 
-ANSWER_TOKENS: Final = 24
 MEMORY: Final = "1GiB"
 
 
@@ -38,8 +38,10 @@ class Cast:
     transcripts: dict[str, Transcript]
     model: str
     workers: tuple[str, ...]
-    command: tuple[str, ...] = (*PREFIXCACHE, "worker")
+    command: tuple[str, ...] = WORKER
     """The command line of a worker."""
+    answer_tokens: int = 24
+    """How long an answer may become."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,9 @@ async def perform(cast: Cast, view: View) -> Outcome:
 async def _shared(cast: Cast, view: View, folder: Path) -> Run:
     run = Run(shared=True, workers=list(cast.workers))
     clock = _Clock()
-    desk = Desk({}, clock, ANSWER_TOKENS, on_sent=view.sent)
+    desk = Desk({}, clock, cast.answer_tokens, on_sent=view.sent)
     service = Service(folder, MEMORY, cast.model)
-    workers = _workers(cast, folder, service.target, desk, clock)
+    workers = _workers(cast, folder, service.target, desk, clock, view)
     async with stopping([*workers, service]):
         await service.ready()
         await _all_ready(workers, desk, view)
@@ -100,8 +102,7 @@ async def _shared(cast: Cast, view: View, folder: Path) -> Run:
                     chunk=int(about["chunk"]),
                 )
                 run.seconds = clock()
-                at_rest = await watch.until(lambda seen: not seen.leases, timeout_s=5)
-                at_rest = at_rest or await watch.look()
+                at_rest = await watch.rest(timeout_s=5)
                 run.blocks_used = at_rest.indexed
                 run.blocks_leaked = at_rest.private + at_rest.quarantined
     return run
@@ -113,10 +114,12 @@ async def _unshared(cast: Cast, view: View, folder: Path, shared: Run) -> tuple[
         "Without a cache",
         "New workers without any cache get the same prompts; every answer is compared.",
     )
-    run = Run(shared=False, workers=list(cast.workers))
+    # Nothing is gained by more processes than cores here: every one computes all of its prompts.
+    names = cast.workers[: max(2, len(os.sched_getaffinity(0)))]
+    run = Run(shared=False, workers=list(names))
     clock = _Clock()
-    desk = Desk({}, clock, ANSWER_TOKENS, log_logits=True, on_sent=view.sent)
-    workers = _workers(cast, folder, None, desk, clock)
+    desk = Desk({}, clock, cast.answer_tokens, log_logits=True, on_sent=view.sent)
+    workers = _workers(replace(cast, workers=names), folder, None, desk, clock, view)
     async with stopping(workers):
         await _all_ready(workers, desk, view)
         async with _background(*(_guard(worker) for worker in workers)):
@@ -145,8 +148,11 @@ def _workers(
     target: str | None,
     desk: Desk,
     clock: Callable[[], float],
+    view: View,
 ) -> list[Worker]:
     def tell(worker: Worker, event: dict[str, Any], now: float) -> None:
+        if event["event"] in ("alone", "joined"):
+            view.say(f"{worker.name}: {event}")
         desk.hear(worker.name, event, now)
 
     return [

@@ -137,21 +137,22 @@ def opening(text: str, width: int = 48) -> str:
 
 def obituary(death: Death) -> list[str]:
     """Say in plain lines what the death of a worker cost, and whom."""
-    lost = sum(attempt.num_lost for attempt in death.attempts)
     lines = [
         f"{death.worker} (pid {death.pid}) was killed with SIGKILL in mid-prefill. After "
         f"{death.returned_ms:.0f} ms the service had ended its {death.leases} leases: "
         f"{death.blocks_returned} blocks were free again,",
-        f"{death.blocks_kept} blocks that it had committed stay cached for the others; "
-        f"at most {lost} tokens of work died with it.",
+        f"{death.blocks_kept} blocks that it had committed stay cached for the others. "
+        "It is not replaced.",
     ]
     if death.takeover_ms is not None:
         lines.append(
             f"{death.takeover_worker} was waiting for that prefix with {death.takeover_request}: "
             f"it took over {death.takeover_ms:.0f} ms after the kill."
         )
-    again = ", ".join(attempt.request for attempt in death.attempts)
-    lines.append(f"Sent again, to others: {again}. The dead worker is not replaced.")
+    if death.attempts:
+        again = ", ".join(attempt.request for attempt in death.attempts)
+        lost = sum(attempt.num_lost for attempt in death.attempts)
+        lines.append(f"At most {lost} tokens of work died with it. Sent again, to others: {again}.")
     return lines
 
 

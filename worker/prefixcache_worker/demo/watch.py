@@ -70,6 +70,13 @@ class Watch:
                 return self.latest
         return None
 
+    async def rest(self, timeout_s: float) -> Snapshot:
+        """Wait until no lease is out; give that snapshot, or the latest if it takes too long."""
+        deadline_s = self._clock() + timeout_s
+        while (seen := await self.look()).leases and self._clock() < deadline_s:
+            await asyncio.sleep(KEEN_S)
+        return seen
+
     @contextlib.asynccontextmanager
     async def keen(self) -> AsyncIterator[None]:
         """Look as often as is useful while something is about to happen."""
