@@ -4,15 +4,11 @@
 a slowdown, never an outage: every call raises `ServiceUnavailable`, and `session.alive` is False.
 """
 
-from prefixcache.client.aio import (
-    AsyncBatch,
-    AsyncClient,
-    AsyncLease,
-    AsyncSession,
-    connect_async,
-)
+from prefixcache.client.aio import AsyncClient, connect_async
+from prefixcache.client.aio_session import AsyncBatch, AsyncLease, AsyncSession
 from prefixcache.client.ops import Reply
-from prefixcache.client.sync import Batch, Client, Lease, Session, connect
+from prefixcache.client.session import Batch, Lease, Session
+from prefixcache.client.sync import Client, connect
 
 __all__ = [
     "AsyncBatch",

@@ -31,17 +31,25 @@ class Listener:
             if not address.path:
                 _check_loopback(address)
 
-    def bind(self, server: grpc.aio.Server) -> list[str]:
-        """Add all addresses to `server`; give them as people write them, with the real ports.
+    def claim(self) -> None:
+        """Make sure that nobody else listens there; remove what a dead service left.
 
         Raises:
             ServiceUnavailable: another service listens there, or the system refuses it.
             InvalidRequest: something that is no socket is in the way.
         """
-        bound = []
         for address in self._addresses:
             if address.path:
                 self._prepare(address)
+
+    def bind(self, server: grpc.aio.Server) -> list[str]:
+        """Add all addresses to `server`; give them as people write them, with the real ports.
+
+        Raises:
+            ServiceUnavailable: the system refuses it.
+        """
+        bound = []
+        for address in self._addresses:
             mask = os.umask(0o177)
             try:
                 port = server.add_insecure_port(str(address))

@@ -70,6 +70,7 @@ async def _serve(
     make_holdings: Callable[[ServeSettings], Holdings],
 ) -> None:
     listener = Listener(settings.listen or [default_target()])
+    listener.claim()  # before the pool: a second service must not take its memory first
     holdings = make_holdings(settings)
     line = WaitingLine(holdings)
     workers = Workers(holdings, line, settings)
