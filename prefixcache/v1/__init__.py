@@ -1,1 +1,1 @@
-"""Generated from `proto/prefixcache/v1/prefixcache.proto` by `make proto`; a test keeps it fresh."""
+"""Generated from `proto/prefixcache/v1/prefixcache.proto` by `make proto`; tests keep it fresh."""
