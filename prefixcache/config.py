@@ -134,6 +134,8 @@ class ServeSettings(BaseSettings):
     """Requests of one worker that may wait at the same time."""
     max_workers: Annotated[int, Field(ge=1)] = 1024
     """Workers at the same time."""
+    max_calls: Annotated[int, Field(ge=1)] = 8192
+    """Calls and sessions at the same time; more are refused at once."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

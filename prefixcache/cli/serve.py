@@ -98,6 +98,9 @@ def serve(
     max_workers: Annotated[
         int | None, _option(_LIMITS, "Workers at the same time. Default: 1024.", "N")
     ] = None,
+    max_calls: Annotated[
+        int | None, _option(_LIMITS, "Calls and sessions at the same time. Default: 8192.", "N")
+    ] = None,
 ) -> None:
     """Start the service: it owns the pool and lends its blocks to workers.
 

@@ -111,9 +111,10 @@ class Step:
         self, tokens: TokensLike, reserve: int, wait_s: float, request_id: str
     ) -> Reply[Any]:
         """Add an acquire."""
+        packed = pack(tokens)
         op, reply = self._add(wait_s)
         message = op.acquire
-        message.tokens = pack(tokens)
+        message.tokens = packed
         if request_id:
             message.request_id = request_id
         return self._fill(reply, message, reserve=reserve, wait_s=wait_s)
@@ -126,10 +127,11 @@ class Step:
 
     def commit(self, lease: LeaseId, num_tokens: int, new_tokens: TokensLike) -> Reply[Any]:
         """Add a commit."""
+        packed = pack(new_tokens)
         op, reply = self._add()
         message = op.commit
         message.lease = lease
-        if packed := pack(new_tokens):
+        if packed:
             message.new_tokens = packed
         return self._fill(reply, message, num_tokens=num_tokens)
 
@@ -174,16 +176,18 @@ class Step:
 
     def lookup(self, tokens: TokensLike, namespace: Namespace | None = None) -> Reply[Any]:
         """Add a lookup."""
+        packed = pack(tokens)
         op, reply = self._add()
-        op.lookup.tokens = pack(tokens)
+        op.lookup.tokens = packed
         if namespace is not None:
             codec.write_namespace(namespace, op.lookup.namespace)
         return reply
 
     def explain(self, tokens: TokensLike, namespace: Namespace | None = None) -> Reply[Any]:
         """Add an explain."""
+        packed = pack(tokens)
         op, reply = self._add()
-        op.explain.tokens = pack(tokens)
+        op.explain.tokens = packed
         if namespace is not None:
             codec.write_namespace(namespace, op.explain.namespace)
         return reply

@@ -104,8 +104,8 @@ def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError
         return address.unavailable(f"no answer within {timeout_s:g} s")
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return address.unavailable(text.partition("\n")[0] or "connection lost")
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        # The service's own would carry details: this is the transport's limit on a message.
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in text:
+        # The transport's limit on a message: it would be refused as often as it is sent.
         return InvalidRequest(text)
     return codec.make_error("", code.name, f"{code.name}: {text}")
 

@@ -76,6 +76,7 @@ async def _serve(
     workers = Workers(holdings, line, settings)
     handlers = Handlers(settings, holdings, line, workers)
     server = grpc.aio.server(
+        maximum_concurrent_rpcs=settings.max_calls,
         options=(
             ("grpc.max_receive_message_length", settings.max_message),
             ("grpc.max_send_message_length", -1),
@@ -83,7 +84,7 @@ async def _serve(
             ("grpc.max_concurrent_streams", settings.max_workers * 2),
             # Two services must not share one TCP port without knowing of each other.
             ("grpc.so_reuseport", 0),
-        )
+        ),
     )
     server.add_generic_rpc_handlers((unary.service(handlers),))
     alive = health.aio.HealthServicer()

@@ -400,6 +400,36 @@ def test_many_sessions_at_once_leave_nothing_behind(client: Client) -> None:
     assert left.free + left.evictable == 64
 
 
+def test_two_thousand_requests_leak_no_block(client: Client) -> None:
+    session, random = client.attach("model", LAYOUT), Random(5)
+    for _ in range(125):
+        with session.batch() as step:
+            prompts = [[random.randrange(3) for _ in range(9)] for _ in range(16)]
+            replies = [step.acquire(tokens) for tokens in prompts]
+        leases = [reply.result() for reply in replies]
+        with session.batch() as step:
+            for lease in leases:
+                step.commit(lease, 9)
+            for lease in leases:
+                step.release(lease)
+    left = client.snapshot()
+    assert left.requests == 2000
+    assert left.free + left.evictable == 64
+    assert (left.private, left.quarantined, left.leases) == (0, 0, ())
+
+
+def test_calls_beyond_the_limit_are_refused_at_once(target: str) -> None:
+    with (
+        running(target, *sizes(64, 4), "--max-calls", "2") as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        session = client.attach("model", LAYOUT)
+        client.attach("model", LAYOUT)
+        with pytest.raises(PoolExhausted):
+            client.snapshot()
+        assert session.acquire([1, 2, 3]).ledger.cold == 3
+
+
 def test_one_session_serves_many_threads(client: Client) -> None:
     session = client.attach("model", LAYOUT)
 
