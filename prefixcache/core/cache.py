@@ -49,7 +49,8 @@ class PrefixCache:
         block_size: Tokens per block: a power of two, 1 to 1024.
         policy: Order of eviction, by name.
         partial: How much of a partly matching block is reused.
-        num_ghosts: Evicted blocks to remember; as many as the pool has if not given.
+        num_ghosts: Evicted blocks to remember; if not given, what the policy asks for: for most, as
+            many as the pool has.
         ttl_s: How long a lease lives without a sign of life.
 
     Raises:
@@ -84,12 +85,18 @@ class PrefixCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.partial = Partial(partial)
+        order = policy_named(policy, num_blocks)
         tree = RadixTree(
             block_size,
-            policy=policy_named(policy),
-            num_ghosts=num_blocks if num_ghosts is None else num_ghosts,
+            policy=order,
+            num_ghosts=int(order.ghosts * num_blocks) if num_ghosts is None else num_ghosts,
         )
         self._desk = Desk(tree, BlockPool(num_blocks), self.partial, ttl_s)
+
+    @property
+    def num_indexed(self) -> int:
+        """Blocks that the tree holds.  O(1)."""
+        return self._desk.tree.num_blocks
 
     # ------------------------------------------------------------------ workers
 
@@ -129,16 +136,18 @@ class PrefixCache:
         for lease in list(member.leases.values()):
             ended += self._desk.end(lease, now, writes_on=not gone)
         del self._desk.leases.workers[worker]
+        if gone:
+            ended += Ended(num_freed=self._desk.holdings.pool.absolve(worker))
         return ended
 
     def worker_gone(self, worker: WorkerId, *, now: float) -> int:
-        """Take note that a worker's process has ended: free its quarantined blocks.
+        """Take note that a worker's process has ended: free all it held, and its quarantine.
 
         Returns:
             How many blocks became free.
         """
         if worker in self._desk.leases.workers:
-            self.detach(worker, now=now, gone=True)
+            return self.detach(worker, now=now, gone=True).num_freed
         return self._desk.holdings.pool.absolve(worker)
 
     # ------------------------------------------------------------------ acquire
@@ -180,14 +189,14 @@ class PrefixCache:
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
+        self._desk.holdings.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
         request = Request(worker, namespace, tokens, reserve, request_id)
         outcome = self._desk.attempt(member, request, now, wait=wait_s > 0)
         if isinstance(outcome, Grant):
             return outcome
-        owner, pending, target = outcome
         ticket = self._desk.room.enter(request, now + wait_s)
-        self._desk.room.wait_for(ticket, owner, target)
-        return Waiting(ticket.id, owner, pending)
+        self._desk.room.wait_for(ticket, outcome.owner.id, outcome.target)
+        return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
 
     def settled(self) -> list[tuple[TicketId, Grant | CacheError]]:
         """Take the outcomes of waiting requests since the last call."""
@@ -249,15 +258,13 @@ class PrefixCache:
             )
         desk = self._desk
         start, first = own.start, own.rest[: desk.tree.block_bytes]
-        was_in_flight = own.committed < own.prompt_tokens
-        desk.flights.land(own)
+        was_in_flight = own.flight is not None
         own.rest += new_tokens
         desk.holdings.drop_source(own)
         indexed = desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
-        flies_on = own.committed < own.prompt_tokens
-        if flies_on:
-            desk.flights.start(own)
-        desk.call(own.id, own.start if flies_on else None, now)
+        if own.committed >= own.prompt_tokens:
+            desk.flights.land(own)
+        desk.call(own, now)
         if was_in_flight and own.start > start and desk.room.tickets:
             desk.landed(own, start, first, now)
         return Committed(num_tokens, indexed)
@@ -318,14 +325,13 @@ class PrefixCache:
             raise InvalidRequest(
                 f"cannot truncate lease {lease} to {num_tokens} tokens; it knows {own.num_tokens}"
             )
-        self._desk.flights.land(own)
-        try:
-            update = self._desk.holdings.truncate(own, num_tokens)
-            own.prompt_tokens = min(own.prompt_tokens, num_tokens)
-        finally:
+        update = self._desk.holdings.truncate(own, num_tokens)
+        own.prompt_tokens = min(own.prompt_tokens, num_tokens)
+        if (prompt := own.flight) is not None:
+            self._desk.flights.land(own)
             if own.committed < own.prompt_tokens:
-                self._desk.flights.start(own)
-        self._desk.call(own.id, None, now)
+                self._desk.flights.start(own, prompt[: own.prompt_tokens * TOKEN_BYTES])
+        self._desk.call(own, now)
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:

@@ -6,8 +6,10 @@ what callers send, and names the verbs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prefixcache.core.blocks import BlockPool
-from prefixcache.core.flights import Flights, Request, Ticket, WaitingRoom
+from prefixcache.core.flights import Flights, Gain, Request, Ticket, WaitingRoom
 from prefixcache.core.holdings import Holdings
 from prefixcache.core.leases import Lease, Leases, Worker
 from prefixcache.core.ledger import Tally, settle
@@ -18,7 +20,6 @@ from prefixcache.types import (
     TOKEN_BYTES,
     Ended,
     Grant,
-    LeaseId,
     Ledger,
     Namespace,
     Partial,
@@ -38,24 +39,24 @@ class Desk:
         "roots",
         "settled",
         "tallies",
+        "tick",
         "tree",
     )
 
     def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial, ttl_s: float) -> None:
         self.tree = tree
+        self.tick: Callable[[float], None] | None = tree.policy.tick
         self.partial = partial
         self.holdings = Holdings(tree, pool, partial)
         self.leases = Leases(ttl_s)
-        self.flights = Flights(tree.block_bytes)
+        self.flights = Flights(tree.block_bytes // TOKEN_BYTES, partial)
         self.room = WaitingRoom()
         self.roots: dict[Namespace, Root] = {}
         self.tallies: dict[Namespace, Tally] = {}
         self.settled: list[tuple[TicketId, Grant | CacheError]] = []
 
-    def attempt(
-        self, member: Worker, request: Request, now: float, *, wait: bool
-    ) -> Grant | tuple[LeaseId, int, int]:
-        """Grant a request, or say which lease to wait for, its pending tokens, and the target."""
+    def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
+        """Grant a request, or say which flight to wait for."""
         earlier = member.requests.get(request.request_id) if request.request_id else None
         if earlier is not None and earlier.grant is not None:
             return earlier.grant
@@ -65,15 +66,12 @@ class Desk:
         tokens = request.tokens
         limit = len(tokens) - TOKEN_BYTES
         match = self.tree.match(root, tokens, limit)
-        flight = self.flights.find(match, tokens, limit)
-        pending = 0
-        if flight is not None:
-            owner, common = flight
-            pending = max(0, common - match.partial_tokens)
-            if wait and pending:
-                if request.first_end < 0:
-                    request.first_end = match.end
-                return owner.id, pending, match.end // TOKEN_BYTES + common
+        gain = self.flights.find(root, match, tokens)
+        if gain is not None and wait:
+            if request.first_end < 0:
+                request.first_end = match.end
+            return gain
+        pending = 0 if gain is None else gain.num_tokens
         return self._grant(member, request, match, pending, now)
 
     def _grant(
@@ -92,12 +90,14 @@ class Desk:
         ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
         self.tree.note_parting(match, tokens)
 
+        if self.tree.asked is not None:
+            self.tree.asked(match, tokens)
         node = self.tree.lock(match)
         lease = self.leases.open(member, request.namespace, node, now)
         copies = holdings.take(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.prompt_tokens = num_tokens
-        self.flights.start(lease)
+        self.flights.start(lease, tokens)
         grant = Grant(
             lease.id,
             lease.table[:],
@@ -118,6 +118,8 @@ class Desk:
 
     def admit(self, need: int, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
+        if self.tick is not None:
+            self.tick(now)
         try:
             self.holdings.admit(need, match)
         except PoolExhausted as short:
@@ -148,12 +150,15 @@ class Desk:
         self.flights.land(lease)
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
         self.leases.close(lease, now if writes_on else None, quarantined)
-        self.call(lease.id, None, now)
+        self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 
-    def call(self, owner: LeaseId, indexed: int | None, now: float) -> None:
+    def call(self, owner: Lease, now: float) -> None:
         """Try again the requests whose wait for `owner` is over."""
-        for ticket in self.room.called(owner, indexed):
+        indexed = None
+        if owner.flight is not None:
+            indexed = owner.committed if self.partial is Partial.TAILS else owner.start
+        for ticket in self.room.called(owner.id, indexed):
             self.retry(ticket, now, wait=now < ticket.deadline)
 
     def landed(self, lease: Lease, start: int, first: bytes, now: float) -> None:
@@ -184,5 +189,4 @@ class Desk:
             self.room.leave(ticket)
             self.settled.append((ticket.id, outcome))
         else:
-            owner, _, target = outcome
-            self.room.wait_for(ticket, owner, target)
+            self.room.wait_for(ticket, outcome.owner.id, outcome.target)

@@ -1,32 +1,92 @@
-"""Which unprotected leaf goes first.
+"""Which unprotected leaf goes first: the registry of policies, what one is, and the leaves in order.
 
-A policy is one class with one small method, `key`: the leaf with the smallest key loses its last
-blocks first.  Registering the class (`@register`) puts it in `--policy` and in every test that is
-parametrised over policies.
+A policy is one class in one file of `prefixcache/core/policies/`.  Registering it (`@register`) puts
+it in `--policy`, in the sweeps and in every test that is parametrised over policies; there is
+nothing else to edit.  The smallest one has a name and a `key`: the leaf with the smallest key loses
+its last blocks first.
 
-A policy never looks at all leaves: `LeafQueue` keeps them in a heap whose keys may be stale, and
-corrects a key only when it comes to the top.  That is right for every key that can only grow while
-a node lives (a time of use, a count, an insertion order).
+```
+              used                 lost                      revived
+new ─► leaf ───────► marked leaf ───────► ghost, marked ───────────► leaf ─► used ─► …
+       mark None     a use is the end     remembers what             its mark is what
+                     of a lease           `lost` said                the ghost knew
+```
+
+**Marks.**  What a policy knows about blocks stands in `node.mark`, one immutable value for a whole
+run.  A split copies it; two nodes are merged only if theirs are equal; so blocks of one run that
+the policy tells apart are always in different nodes, and a run costs as little as one block.
+
+**Safety is not the policy's business.**  The tree evicts only unprotected leaves, from their end,
+and exactly as many blocks as it was asked for; whatever a policy answers decides the order alone.
+
+**No call looks at all leaves.**  The queues below keep them in heaps whose keys may be stale, and
+correct a key only when it comes to the top.  That is right for every key that can only grow while a
+node lives (a time of use, a count, an insertion order).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from prefixcache.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from prefixcache.core.node import Node
+    from collections.abc import Sequence
+
+    from prefixcache.core.node import Match, Node
+
+Mark = Any
+"""What a policy knows about the blocks of a run; immutable, compared by `==`."""
 
 
-class EvictionPolicy(Protocol):
-    """The order of eviction among unprotected leaves."""
+class Queue(Protocol):
+    """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again."""
+
+    def push(self, node: Node) -> None:
+        """Add a leaf that has just become evictable, or that was given and has blocks left."""
+
+    def pop(self) -> Node | None:
+        """Remove and give the leaf that goes first; None if there is none."""
+
+
+class EvictionPolicy:
+    """The order of eviction among unprotected leaves.  The base: by the last use.
+
+    The tree calls only what a subclass defines; hooks that are None cost nothing.
+
+    Args:
+        num_blocks: The pool's capacity.
+    """
 
     name: ClassVar[str]
+    ghosts: ClassVar[float] = 1.0
+    """How many evicted blocks the policy wants remembered, in capacities."""
+
+    asked: Any = None
+    """`asked(match, tokens)`: a request was admitted; nothing is locked yet."""
+    used: Any = None
+    """`used(node, stamp)`: a lease on the path to the end of `node` ends now; all of it is still
+    protected.  Sets the marks of the whole path.  Stamps grow by one."""
+    lost: Any = None
+    """`lost(node, num_blocks) -> Mark`: a node is about to lose its last blocks, or to leave.  The
+    answer is the mark of the ghost."""
+    revived: Any = None
+    """`revived(ghost)`: its blocks are back.  Without this hook the mark is forgotten."""
+    tick: Any = None
+    """`tick(now)`: the time; called before blocks are needed."""
+
+    def __init__(self, num_blocks: int = 1) -> None:
+        self.num_blocks = num_blocks
 
     def key(self, node: Node) -> float:
         """Give the leaf's place in the order, smallest first.  Must not shrink while it lives."""
+        return node.last
+
+    def queue(self) -> Queue:
+        """Make the queue that orders the leaves: one heap, if not overridden."""
+        return LeafQueue(self)
 
 
 POLICIES: dict[str, type[EvictionPolicy]] = {}
@@ -41,37 +101,15 @@ def register(policy: PolicyClass) -> PolicyClass:
     return policy
 
 
-def policy_named(name: str) -> EvictionPolicy:
-    """Make the policy of that name.
+def policy_named(name: str, num_blocks: int = 1) -> EvictionPolicy:
+    """Make the policy of that name for a pool of `num_blocks`.
 
     Raises:
         InvalidRequest: there is none; the message lists those there are.
     """
     if name not in POLICIES:
         raise InvalidRequest(f"no eviction policy {name!r}; there are: {', '.join(POLICIES)}")
-    return POLICIES[name]()
-
-
-@register
-class Lru:
-    """Least recently used: by the moment when the last lease on it ended."""
-
-    name: ClassVar[str] = "lru"
-
-    def key(self, node: Node) -> float:
-        """Give the logical time of the last use."""
-        return node.last
-
-
-@register
-class Fifo:
-    """First in, first out: by the moment when it was indexed, however often it was used since."""
-
-    name: ClassVar[str] = "fifo"
-
-    def key(self, node: Node) -> float:
-        """Give the logical time of indexing."""
-        return node.born
+    return POLICIES[name](num_blocks)
 
 
 class LeafQueue:
@@ -128,3 +166,107 @@ class LeafQueue:
         heapify(living)
         self._heap = living
         self._rebuild_at = max(1024, 2 * len(living))
+
+
+class LanePolicy(EvictionPolicy, ABC):
+    """A policy that keeps its leaves in several lanes, each in an order of its own."""
+
+    num_lanes: ClassVar[int] = 2
+
+    @abstractmethod
+    def lane(self, node: Node) -> int:
+        """Give the lane of a leaf.  A use may change it."""
+
+    @abstractmethod
+    def choose(self, heads: Sequence[Node | None]) -> int:
+        """Give a lane whose head goes next.  At least one lane has a head."""
+
+    def spares(self, node: Node) -> bool:
+        """Whether a chosen leaf gets another chance; its mark says so afterwards.  The number of
+        chances must be bounded by the number of uses."""
+        return False
+
+    def queue(self) -> Queue:
+        """Make the lanes."""
+        return Lanes(self)
+
+
+class Lanes:
+    """The unprotected leaves of a `LanePolicy`: a heap with lazily corrected keys per lane.
+
+    A leaf may have several entries; one counts while the leaf is still in its lane, and is moved
+    when its key has grown.
+    """
+
+    __slots__ = ("_heaps", "_policy", "_rebuild_at", "_serial", "_size")
+
+    def __init__(self, policy: LanePolicy) -> None:
+        self._policy = policy
+        self._heaps: list[list[tuple[float, int, Node]]] = [[] for _ in range(policy.num_lanes)]
+        self._serial = 0
+        self._size = 0
+        self._rebuild_at = 1024
+
+    def __len__(self) -> int:
+        return self._size
+
+    def push(self, node: Node) -> None:
+        """Add a leaf to its lane.  O(log leaves), amortised."""
+        node.queued = True
+        self._serial += 1
+        self._size += 1
+        policy = self._policy
+        heappush(self._heaps[policy.lane(node)], (policy.key(node), self._serial, node))
+        if self._size > self._rebuild_at:
+            self._rebuild()
+
+    def pop(self) -> Node | None:
+        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
+        policy, heaps = self._policy, self._heaps
+        while True:
+            heads = [self._head(lane) for lane in range(len(heaps))]
+            if not any(heads):
+                return None
+            lane = policy.choose(heads)
+            _, _, node = heappop(heaps[lane])
+            self._size -= 1
+            if policy.spares(node):
+                self.push(node)
+                continue
+            node.queued = False
+            return node
+
+    def _head(self, lane: int) -> Node | None:
+        """Give the first living leaf of a lane; drop what is dead above it."""
+        heap, policy = self._heaps[lane], self._policy
+        while heap:
+            key, _, node = heap[0]
+            if node.is_evictable and policy.lane(node) == lane:
+                now = policy.key(node)
+                if now <= key:
+                    return node
+                heappop(heap)
+                self._serial += 1
+                heappush(heap, (now, self._serial, node))
+                continue
+            heappop(heap)
+            self._size -= 1
+        return None
+
+    def _rebuild(self) -> None:
+        """Keep one entry per living leaf.  O(entries), once per doubling."""
+        leaves = {node: None for heap in self._heaps for _, _, node in heap if node.is_evictable}
+        for heap in self._heaps:
+            heap.clear()
+        self._size = len(leaves)
+        for node in leaves:
+            self._serial += 1
+            lane = self._policy.lane(node)
+            self._heaps[lane].append((self._policy.key(node), self._serial, node))
+        for heap in self._heaps:
+            heapify(heap)
+        self._rebuild_at = max(1024, 2 * len(leaves))
+
+
+# Last, since every policy imports this module: now they are all registered.
+import prefixcache.core.policies  # noqa: E402, F401

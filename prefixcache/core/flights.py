@@ -1,8 +1,6 @@
 """Flights: prefixes that some lease is computing now, and the requests that wait for them.
 
-A lease with prompt tokens still to compute is in flight.  It is found at the node where its indexed
-blocks end, by the tokens that come next, so a second request for the same prefix meets it exactly
-where its own descent ends.
+A lease with prompt tokens still to compute is in flight.
 
 A waiting request holds nothing, so waiting cannot deadlock: when the flight lands, or its owner
 ends, the request is simply tried again, first come first served.  The first one to be tried after
@@ -11,13 +9,15 @@ an owner died becomes the owner.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from typing import NamedTuple
 
-from prefixcache.core.children import Children, common_prefix
+from prefixcache.core.children import common_prefix
 from prefixcache.core.leases import Lease
-from prefixcache.core.node import Match, Node
-from prefixcache.types import TOKEN_BYTES, LeaseId, Namespace, TicketId, WorkerId
+from prefixcache.core.node import Match, Root
+from prefixcache.types import TOKEN_BYTES, LeaseId, Namespace, Partial, TicketId, WorkerId
 
 
 @dataclass(slots=True)
@@ -33,6 +33,16 @@ class Request:
     """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
 
 
+class Gain(NamedTuple):
+    """What waiting for a flight brings."""
+
+    owner: Lease
+    num_tokens: int
+    """Tokens that need not be computed then."""
+    target: int
+    """Tokens that the owner must have indexed."""
+
+
 @dataclass(slots=True)
 class Ticket:
     """A request that waits."""
@@ -46,62 +56,84 @@ class Ticket:
 
 
 class Flights:
-    """The leases in flight, by the node they start from and their next tokens."""
+    """The prompts that leases are computing, in sorted order below each root.
 
-    __slots__ = ("_at", "_width")
+    Among byte strings in sorted order, the one with the longest common prefix with a prompt stands
+    directly before or after it: `find` is a bisection and two comparisons, however many are in
+    flight.  A lease is entered once, when it is granted, and taken out once, when its prompt is
+    committed or the lease ends.  In between nothing is kept up to date: what it has indexed so far
+    is locked in the tree, so there is nothing left to gain from waiting for it.
+    """
 
-    def __init__(self, block_bytes: int) -> None:
-        self._width = block_bytes
-        self._at: dict[Node, Children[Lease]] = {}
+    __slots__ = ("_below", "_block_size", "_partial")
+
+    def __init__(self, block_size: int, partial: Partial) -> None:
+        self._block_size = block_size
+        self._partial = partial
+        self._below: dict[Root, list[tuple[bytes, LeaseId, Lease]]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._at.values()))
+        return sum(map(len, self._below.values()))
 
-    def start(self, lease: Lease) -> None:
-        """Let others find what `lease` is computing.  O(log siblings)."""
-        first = lease.rest[: self._width]
-        at = self._at.get(lease.node)
-        if at is None:
-            at = self._at[lease.node] = Children()
-        if first not in at:  # of two that compute the same, the first is the one to wait for
-            at.put(first, lease)
+    def start(self, lease: Lease, prompt: bytes) -> None:
+        """Let others find what `lease` is computing.  O(log flights)."""
+        lease.flight = prompt
+        insort(self._below.setdefault(lease.node.root, []), (prompt, lease.id, lease))
 
     def land(self, lease: Lease) -> None:
-        """Take a lease out again, if it is in.  Call before its node or tokens change."""
-        at = self._at.get(lease.node)
-        if at is None:
+        """Take a lease out again, if it is in.  O(log flights)."""
+        if lease.flight is None:
             return
-        first = lease.rest[: self._width]
-        if at.get(first) is lease:
-            at.drop(first)
-            if not at:
-                del self._at[lease.node]
+        root = lease.node.root
+        below = self._below[root]
+        del below[bisect_left(below, (lease.flight, lease.id))]
+        lease.flight = None
+        if not below:
+            del self._below[root]
 
-    def find(self, match: Match, tokens: bytes, limit: int) -> tuple[Lease, int] | None:
-        """Find who computes what comes after a match.  Changes nothing.  O(log siblings).
+    def find(self, root: Root, match: Match, tokens: bytes) -> Gain | None:
+        """Find the flight worth waiting for; None if none is.  Changes nothing.  O(log flights)."""
+        below = self._below.get(root)
+        if below is None:
+            return None
+        at = bisect_left(below, (tokens,))
+        best: Gain | None = None
+        for prompt, _, lease in below[max(0, at - 1) : at + 1]:
+            common = common_prefix(prompt, 0, tokens, 0, min(len(prompt), len(tokens)))
+            gain = self._gain(lease, match, prompt, common // TOKEN_BYTES, len(tokens))
+            if gain is not None and (best is None or gain.num_tokens > best.num_tokens):
+                best = gain
+        return best
 
-        Returns:
-            The lease, and how many tokens after `match.end` it has in common with `tokens[:limit]`.
-        """
-        at = self._at.get(match.node)
-        if at is None or match.used != len(match.node.blocks):
-            return None
-        lease, same = at.nearest(tokens[match.end : min(match.end + self._width, limit)])
-        if lease is None:
-            return None
-        if same == self._width:
-            size = min(len(lease.rest), limit - match.end)
-            same = common_prefix(tokens, match.end, lease.rest, 0, size)
-        return lease, same // TOKEN_BYTES
+    def _gain(
+        self, lease: Lease, match: Match, prompt: bytes, common: int, num_bytes: int
+    ) -> Gain | None:
+        """Say what waiting for one flight brings; `common` is in tokens."""
+        size = self._block_size
+        usable = min(common, num_bytes // TOKEN_BYTES - 1)
+        cached = match.end // TOKEN_BYTES
+        if self._partial is Partial.OFF:
+            usable -= usable % size
+            target = usable
+        else:
+            cached += match.partial_tokens
+            target = usable
+            if self._partial is Partial.BLOCKS:  # a block that stays partly filled is not indexed
+                known = len(prompt) // TOKEN_BYTES
+                usable = min(usable, known - known % size)
+                target = -(-usable // size) * size
+        return Gain(lease, usable - cached, target) if usable > cached else None
 
     def check(self) -> None:
-        """Assert that every flight is where it can be found."""
-        for node, at in self._at.items():
-            at.check()
-            assert at, "an empty place in the flights"
-            for first, lease in at.items():
-                assert lease.node is node, f"lease {lease.id} flies from another node"
-                assert lease.rest[: self._width] == first, f"lease {lease.id}: other tokens"
+        """Assert that the flights are in order, and that each lease is where it can be found."""
+        for root, below in self._below.items():
+            assert below, "an empty list of flights"
+            assert below == sorted(below), "flights out of order"
+            for prompt, lease_id, lease in below:
+                assert lease.id == lease_id, f"lease {lease.id} flies as {lease_id}"
+                assert lease.node.root is root, f"lease {lease.id} flies below another root"
+                assert lease.flight is prompt, f"lease {lease.id}: another prompt"
+                assert lease.committed < len(prompt) // TOKEN_BYTES, f"lease {lease.id} has landed"
 
 
 class WaitingRoom:

@@ -52,7 +52,8 @@ class Ghosts:
             ghost.ghosts = None
             return
         only = next(iter(ghosts.values()))
-        if len(ghosts) == 1 and len(ghost.key) + len(only.key) <= _MERGED_UNTIL:
+        joined = len(ghost.key) + len(only.key)
+        if len(ghosts) == 1 and joined <= _MERGED_UNTIL and ghost.mark == only.mark:
             self.num_blocks -= self._size(only)
             ghost.key += only.key
             ghost.ghosts = only.ghosts
@@ -128,6 +129,7 @@ class Ghosts:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
         lower = Node(ghost.key[keep:], array("i"), ghost, ghost.born)
         lower.last = ghost.last
+        lower.mark = ghost.mark
         lower.ghosts = ghost.ghosts
         for below in (lower.ghosts or Children()).values():
             below.parent = lower

@@ -200,6 +200,10 @@ class Holdings:
         owned.extend(lease.table[lease.private_from :])
         cut = BlockId(lease.table[keep]) if left else None
         goes_on_in_place = cut in owned and cut not in self.pool.shares
+        # What a fork still reads is no room to write into.
+        shared = array("i", [b for b in owned if b in self.pool.shares and b != cut])
+        for block in shared:
+            owned.remove(block)
         copies: tuple[Copy, ...] = ()
         if cut is not None and goes_on_in_place:
             owned.remove(cut)
@@ -217,6 +221,7 @@ class Holdings:
             self.drop_source(lease)
             lease.source = cut
             copies = (Copy(cut, BlockId(owned[0]), left),)
+        self.pool.release(shared)
         if lease.tail_is_shared:
             self._let_go_of_shared_tail(lease)
         if not copies and keep * self.block_size < lease.start:
@@ -255,8 +260,7 @@ class Holdings:
             How many blocks became free, and how many are quarantined.
         """
         self.drop_source(lease)
-        if lease.tail_is_shared:
-            self._let_go_of_shared_tail(lease)
+        freed = self._let_go_of_shared_tail(lease) if lease.tail_is_shared else 0
         private = lease.private_blocks()
         if writes_on and lease.tail is not None:
             self.tree.unhang(lease.tail)
@@ -269,13 +273,13 @@ class Holdings:
         else:
             self._unlock(lease.node)
         if writes_on:
-            return 0, self.pool.quarantine(lease.worker, private)
-        return self.pool.release(private), 0
+            return freed, self.pool.quarantine(lease.worker, private)
+        return freed + self.pool.release(private), 0
 
-    def _let_go_of_shared_tail(self, lease: Lease) -> None:
+    def _let_go_of_shared_tail(self, lease: Lease) -> int:
         lease.tail_is_shared = False
         lease.private_from -= 1
-        self.pool.release(array("i", [lease.table.pop()]))
+        return self.pool.release(array("i", [lease.table.pop()]))
 
     def _unlock(self, node: Node) -> None:
         absorbed = self.tree.unlock(node)

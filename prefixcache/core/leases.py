@@ -40,6 +40,7 @@ class Lease:
         "committed",
         "deadline",
         "duplicates",
+        "flight",
         "grant",
         "id",
         "namespace",
@@ -92,6 +93,8 @@ class Lease:
         """After a fork: the last block is shared, and copied before the first write."""
         self.source: BlockId | None = None
         """The block that a copy reads; held until the first commit."""
+        self.flight: bytes | None = None
+        """The prompt, while others may wait for it."""
         self.grant: Grant | None = None
         self.request_id = ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefixcache.core.children import Children
 from prefixcache.types import BlockId, BlockTable, Namespace
@@ -20,6 +20,7 @@ class Node:
         "ghosts",
         "key",
         "last",
+        "mark",
         "parent",
         "parted",
         "queued",
@@ -41,6 +42,8 @@ class Node:
     last: int
     born: int
     queued: bool
+    mark: Any
+    """What the eviction policy knows about these blocks; equal for all of them."""
     parted: dict[int, int] | None
     """How many requests left the stored tokens after this node, by tokens into the next block."""
 
@@ -48,7 +51,7 @@ class Node:
         self.key = key
         self.blocks = blocks
         self.parent = parent
-        self.children = self.ghosts = self.parted = None
+        self.children = self.ghosts = self.parted = self.mark = None
         self.ref = 0
         self.last = self.born = born
         self.queued = False

@@ -37,12 +37,13 @@ children (`node.ghosts`), never above one, and come back to life when their toke
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prefixcache.core.children import common_prefix
-from prefixcache.core.eviction import EvictionPolicy, LeafQueue, Lru
+from prefixcache.core.eviction import EvictionPolicy
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.node import Grown, Match, Node, Root, evictable_leaves
+from prefixcache.core.policies.lru import Lru
 from prefixcache.core.structure import Structure
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
 
@@ -59,9 +60,12 @@ class RadixTree(Structure):
     def __init__(
         self, block_size: int, *, policy: EvictionPolicy | None = None, num_ghosts: int = 0
     ) -> None:
-        super().__init__(block_size * TOKEN_BYTES)
+        super().__init__(block_size * TOKEN_BYTES, policy or Lru())
         self.clock = 0
-        self.queue = LeafQueue(policy or Lru())
+        self.queue = self.policy.queue()
+        self._used: Callable[[Node, int], None] | None = self.policy.used
+        self._revived: Callable[[Node], None] | None = self.policy.revived
+        self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
         self._sweeps: list[Iterator[Node]] = []
 
@@ -210,6 +214,8 @@ class RadixTree(Structure):
         stamp = 0
         if used:
             stamp = self.clock = self.clock + 1
+            if self._used is not None:
+                self._used(node, stamp)
         if node.ref == 1 and len(node.key) < self.block_bytes and self._is_covered(node):
             return self._absorb(node, stamp)
         self._unlock(node, stamp)
@@ -241,6 +247,7 @@ class RadixTree(Structure):
 
     def _absorb(self, tail: Node, stamp: int) -> BlockTable:
         """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
+        self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, stamp)
         self._leafless(above)
@@ -308,6 +315,7 @@ class RadixTree(Structure):
 
     def unhang(self, tail: Node) -> None:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
+        self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, 0)
         self._leafless(above)
@@ -321,6 +329,10 @@ class RadixTree(Structure):
                 count = -(-size // width)
                 ghost.blocks = blocks[:count]
                 ghost.last = ghost.born = self.clock
+                if self._revived is None:
+                    ghost.mark = None
+                else:
+                    self._revived(ghost)
                 node = self._adopt(node, ghost, absorbed)
                 run, blocks = run[size:], blocks[count:]
             if not run:
@@ -374,6 +386,7 @@ class RadixTree(Structure):
         """Cut a leaf's last blocks off; they become a ghost below it."""
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
+        mark = None if self._lost is None else self._lost(node, size)
         self.num_blocks -= size
         self.evictable -= size
         node.root.num_blocks -= size
@@ -381,6 +394,7 @@ class RadixTree(Structure):
         if self.ghosts.limit and not node.root.retired:
             ghost = Node(node.key[cut:], array("i"), node, node.born)
             ghost.ghosts, node.ghosts = node.ghosts, None
+            ghost.mark = mark
             self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
         node.key = node.key[:cut]
@@ -392,9 +406,11 @@ class RadixTree(Structure):
         above = node.parent
         if above is None:
             raise AssertionError("a root is never evicted")
+        mark = None if self._lost is None else self._lost(node, len(node.blocks))
         self._count(node, -1)
         self._detach(node)
         node.blocks = array("i")
+        node.mark = mark
         if self.ghosts.limit and not node.root.retired:
             node.parent = above
             self.ghosts.bury(above, node)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prefixcache.core.children import Children
+from prefixcache.core.eviction import EvictionPolicy, Mark
 from prefixcache.core.node import Node, Root
 from prefixcache.types import BlockTable
 
@@ -23,7 +24,7 @@ from prefixcache.types import BlockTable
 class Structure:
     """The nodes below all roots, and how many blocks they hold."""
 
-    def __init__(self, block_bytes: int) -> None:
+    def __init__(self, block_bytes: int, policy: EvictionPolicy) -> None:
         self.block_bytes = block_bytes
         self.evictable = 0
         """Blocks in unprotected nodes: what eviction can give at most."""
@@ -31,6 +32,9 @@ class Structure:
         self.num_nodes = 0
         self.retired: list[Root] = []
         """Roots of namespaces that were reset, while blocks or leases are below them."""
+        self.policy = policy
+        # Bound once: a hook that the policy does not define costs one comparison.
+        self._lost: Callable[[Node, int], Mark] | None = policy.lost
 
     def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
         """Make an unprotected node with blocks a child; drop the tail that it covers."""
@@ -42,6 +46,7 @@ class Structure:
             tail = children.before(first)
             if tail is not None and not tail.ref and first.startswith(tail.key):
                 absorbed.extend(tail.blocks)
+                self._leave(tail)
                 self._count(tail, -1)
                 self._detach(tail)
         children.put(first, child)
@@ -60,6 +65,11 @@ class Structure:
         self.evictable += size
         node.root.num_blocks += size
         node.root.evictable += size
+
+    def _leave(self, node: Node) -> None:
+        """Tell the policy that a node leaves the tree without being evicted."""
+        if self._lost is not None:
+            self._lost(node, len(node.blocks))
 
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
@@ -93,6 +103,7 @@ class Structure:
         upper = Node(key[:cut], node.blocks[:used], above, node.born)
         upper.ref = 1 if node.ref else 0
         upper.last = node.last
+        upper.mark = node.mark
         node.key = key[cut:]
         node.blocks = node.blocks[used:]
         node.parent = upper
@@ -116,6 +127,8 @@ class Structure:
             return False
         if above.ref != (1 if node.ref else 0) or (not node.ref and above.last != node.last):
             return False
+        if above.mark is not node.mark and above.mark != node.mark:
+            return False  # the policy tells them apart
         large, small = len(above.key), len(node.key)
         if large + small > _ALWAYS_MERGED and large > 8 * small:
             return False

@@ -30,14 +30,13 @@ def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
     total = len(tokens) // TOKEN_BYTES
     if root is None:
         return Lookup(total, 0, 0, 0)
-    limit = len(tokens) - TOKEN_BYTES
-    match = desk.holdings.tree.match(root, tokens, limit)
-    flight = desk.flights.find(match, tokens, limit)
+    match = desk.holdings.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+    gain = desk.flights.find(root, match, tokens)
     return Lookup(
         num_tokens=total,
         num_hit=match.end // TOKEN_BYTES,
         num_partial=0 if desk.partial is Partial.OFF else match.partial_tokens,
-        num_pending=0 if flight is None else max(0, flight[1] - match.partial_tokens),
+        num_pending=0 if gain is None else gain.num_tokens,
     )
 
 
