@@ -175,6 +175,9 @@ class LeanNetwork:
             qk = torch.addcmul(qk * cos, torch.roll(qk, half, -1), sin)
             keys, values = pool.keys(index), pool.values(index)
             store_kv(qk[:, heads:], a[:, rotated:], keys, values, batch.slot_mapping)
+            last = index == len(self.layers) - 1
+            if last and not batch.rows.shape[0]:
+                return x.new_empty(0, self.embedding.shape[0], dtype=torch.float32)
             attended = paged_attention(
                 qk[:, :heads],
                 keys,
@@ -186,15 +189,13 @@ class LeanNetwork:
                 window=layer.window,
                 plan=plan,
             )
-            if index == len(self.layers) - 1:
+            if last:
                 # Of the last layer only the rows that become logits go on.
                 attended, x = attended[batch.rows], x[batch.rows]
             x = x + layer.out(attended.reshape(attended.shape[0], -1))
             h = torch.rms_norm(x, size, layer.post_norm, self.eps)
             m = layer.gate_up(h)
             x = x + layer.down(F.silu(m[:, : self.width]) * m[:, self.width :])
-        if x.shape[0] == 0:
-            return x.new_empty(0, self.embedding.shape[0], dtype=torch.float32)
         return self.head(torch.rms_norm(x, size, self.norm, self.eps)).float()
 
     def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

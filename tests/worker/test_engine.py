@@ -1,0 +1,343 @@
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import prefixcache
+from prefixcache.client import Client
+from prefixcache.errors import InvalidRequest
+from prefixcache_worker.engine import Engine
+from prefixcache_worker.model import Model
+from prefixcache_worker.request import (
+    Alone,
+    Event,
+    Failed,
+    Finished,
+    Joined,
+    Request,
+    Started,
+    Token,
+)
+from prefixcache_worker.sampling import Sampling
+from worker.zoo import Service, answers, build, engine_at, finished, random_tokens
+
+PREFIX = random_tokens(70)
+PROMPTS = [PREFIX + random_tokens(n, seed=n) for n in (3, 9, 14, 30)]
+NEW = 12
+
+
+def requests(tag: str = "", **options: Any) -> list[Request]:
+    return [Request(f"{tag}{i}", p, NEW, **options) for i, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture(scope="module")
+def want() -> list[list[int]]:
+    """What transformers itself generates."""
+    module = build("llama")
+    module.set_attn_implementation("eager")
+    out = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        full = module.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
+        out.append(full[0, len(prompt) :].tolist())
+    return out
+
+
+def tokens(done: dict[str, Finished]) -> list[list[int]]:
+    return [list(done[key].tokens) for key in sorted(done)]
+
+
+@pytest.mark.parametrize("chunk", [4, 7, 256])
+def test_alone_it_generates_what_transformers_generates(
+    tiny: Model, want: list[list[int]], chunk: int
+) -> None:
+    engine = Engine(tiny, None, None, chunk=chunk, max_batch=3)
+    done = answers(engine, *requests())
+    assert tokens(done) == want
+    assert [done[str(i)].num_computed for i in range(4)] == [len(p) + NEW - 1 for p in PROMPTS]
+    assert engine.idle
+    assert engine._private is not None
+    assert engine._private.num_free == engine._private.num_blocks
+
+
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_shared_prefixes_are_computed_once_and_change_no_answer(
+    tiny: Model, want: list[list[int]], client: Client, chunk: int
+) -> None:
+    engine = engine_at(client, tiny, chunk=chunk)
+    done = answers(engine, *requests())
+    assert tokens(done) == want
+    ideal = len(PREFIX) + sum(len(p) - len(PREFIX) for p in PROMPTS) + 4 * (NEW - 1)
+    assert sum(d.num_computed for d in done.values()) == engine.num_computed == ideal
+    again = answers(engine, *requests("again"))
+    assert tokens(again) == want
+    # Of a prompt that is stored in full, one token is computed, for its logits.
+    assert {d.num_computed for d in again.values()} == {NEW}
+    engine.close()
+    left = client.snapshot()
+    assert (left.private, left.leases) == (0, ())
+
+
+def test_an_answer_is_part_of_the_next_turns_prefix(tiny: Model, client: Client) -> None:
+    engine = engine_at(client, tiny)
+    first = answers(engine, Request("1", PROMPTS[0], NEW))["1"]
+    turn = [*PROMPTS[0], *first.tokens, 5, 6, 7]
+    second = answers(engine, Request("2", turn, NEW))["2"]
+    # All but the last generated token had been fed to the model.
+    assert second.num_computed == 1 + 3 + NEW - 1
+    assert second.tokens == answers(Engine(tiny, None, None), Request("2", turn, NEW))["2"].tokens
+
+
+def test_two_workers_read_each_others_prefixes(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    one, two = engine_at(client, tiny), engine_at(client, tiny)
+    answers(one, requests()[0])
+    events = []
+    two.submit(requests()[3])
+    for event in two.run():
+        events.append(event)
+    started = next(e for e in events if isinstance(e, Started))
+    assert started.shared
+    assert started.num_cached == started.ledger.reused == len(PREFIX)
+    assert tokens(finished(events)) == [want[3]]
+
+
+def test_waiting_for_another_workers_prefix_does_not_stop_decoding(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    slow, quick = engine_at(client, tiny, chunk=16), engine_at(client, tiny)
+    answers(quick, Request("warm", [1, 2, 3], 2))
+    slow.submit(requests()[3])
+    while not slow._running:
+        slow.step()  # its first chunk is computed, the rest of the prefix is not
+    quick.submit(Request("decoding", [8, 9], 40))
+    quick.submit(requests()[2])
+    events: list[Event] = []
+    while sum(isinstance(e, Token) for e in events) < 20:
+        events += quick.step()
+        quick.wait(0.001)
+    assert not [e for e in events if isinstance(e, Started) and e.id == "2"]
+    theirs = finished(list(slow.run()))
+    events += quick.run()
+    assert tokens(theirs) == [want[3]]
+    assert tokens({"2": finished(events)["2"]}) == [want[2]]
+    started = next(e for e in events if isinstance(e, Started) and e.id == "2")
+    assert started.ledger.joined > 0
+
+
+def test_a_pool_that_is_full_makes_requests_wait_not_fail(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    engine = engine_at(client, tiny, max_batch=16)
+    free = engine._shared.pool.num_blocks * 16 if engine._shared else 0
+    big = [Request(f"big{i}", random_tokens(100, seed=i + 50), free // 2 - 100) for i in range(3)]
+    short = [Request(r.id, r.tokens, 3, stop_ids=r.stop_ids) for r in big]
+    # Each reserves nearly half of the pool; they answer in turn.
+    done = answers(engine, *[_bounded(r) for r in big], *requests())
+    assert len(done) == 7
+    assert tokens({k: v for k, v in done.items() if k in "0123"}) == want
+    assert len(short) == 3
+
+
+def _bounded(request: Request) -> Request:
+    """Reserve much and stop early: every token ends the answer."""
+    return Request(
+        request.id, request.tokens[:], min(request.max_new_tokens, 150), stop_ids=tuple(range(97))
+    )
+
+
+def test_a_request_that_can_never_fit_fails_with_the_arithmetic(
+    tiny: Model, client: Client
+) -> None:
+    engine = engine_at(client, tiny)
+    engine.submit(Request("long", random_tokens(256), 8))
+    engine.submit(Request("foreign", [5, 97], 8))
+    failed = {e.id: e.message for e in engine.run() if isinstance(e, Failed)}
+    assert "leaves no room" in failed["long"]
+    assert "between 0 and 96" in failed["foreign"]
+    alone = Engine(tiny, None, None, private_tokens=64)
+    alone.submit(Request("wide", random_tokens(60), 30))
+    [event] = alone.run()
+    assert isinstance(event, Failed)
+    assert "6 blocks of 16 tokens; the pool has 4" in event.message
+    with pytest.raises(InvalidRequest):
+        Request("empty", [], 1)
+
+
+def test_the_private_pool_makes_requests_wait_too(tiny: Model, want: list[list[int]]) -> None:
+    engine = Engine(tiny, None, None, private_tokens=200)
+    assert tokens(answers(engine, *requests())) == want
+
+
+def test_a_cancelled_request_ends_and_gives_its_blocks_back(tiny: Model, client: Client) -> None:
+    engine = engine_at(client, tiny, max_batch=2)
+    for i in range(3):
+        engine.submit(Request(str(i), PROMPTS[i], 100))
+    while len(engine._running) < 2:
+        engine.step()
+    engine.cancel("0")
+    engine.cancel("2")
+    done = finished(list(engine.run()))
+    assert [done[k].reason for k in "012"] == ["cancelled", "length", "cancelled"]
+    assert not client.snapshot().leases
+
+
+def test_stop_tokens_end_an_answer(tiny: Model, want: list[list[int]]) -> None:
+    engine = Engine(tiny, None, None)
+    stop = want[0][4]
+    cut = want[0][: want[0].index(stop) + 1]
+    done = answers(engine, Request("a", PROMPTS[0], NEW, stop_ids=(stop,)))["a"]
+    assert (list(done.tokens), done.reason) == (cut, "stop")
+
+
+def test_sampled_answers_repeat_with_their_seed_whoever_else_is_served(
+    tiny: Model, client: Client
+) -> None:
+    def ask(engine: Engine, *others: Request) -> tuple[int, ...]:
+        sampled = Request("s", PROMPTS[1], NEW, Sampling(0.9, top_p=0.9, seed=11))
+        return answers(engine, sampled, *others)["s"].tokens
+
+    first = ask(Engine(tiny, None, None))
+    assert first == ask(Engine(tiny, None, None), *requests())
+    assert first == ask(engine_at(client, tiny), *requests())
+
+
+def test_the_two_best_logits_of_each_step_are_told(tiny: Model, want: list[list[int]]) -> None:
+    engine = Engine(tiny, None, None)
+    engine.submit(Request("a", PROMPTS[0], NEW, log_logits=True))
+    told = [e for e in engine.run() if isinstance(e, Token)]
+    assert [e.top.tokens[0] for e in told if e.top] == want[0]
+    assert all(e.top and e.top.logits[0] >= e.top.logits[1] for e in told)
+
+
+# ------------------------------------------------------------------------------ losing the service
+
+
+def step_until_tokens(engine: Engine, count: int) -> list[Event]:
+    events: list[Event] = []
+    while sum(isinstance(e, Token) for e in events) < count:
+        events += engine.step()
+        if engine.stalled:
+            engine.wait(0.1)
+    return events
+
+
+def test_a_killed_service_costs_no_answer_and_sharing_comes_back(
+    tiny: Model, want: list[list[int]], service: Service, client: Client
+) -> None:
+    engine = engine_at(client, tiny)
+    for request in requests("flying"):
+        engine.submit(request)
+    events = step_until_tokens(engine, 8)
+    service.kill()
+    time.sleep(0.1)  # until the session has noticed
+    for request in requests("alone"):
+        engine.submit(request)
+    events += engine.run()
+    done = finished(events)
+    assert tokens({k: v for k, v in done.items() if k.startswith("flying")}) == want
+    assert tokens({k: v for k, v in done.items() if k.startswith("alone")}) == want
+    # In flight they went on where they were; only new requests computed everything.
+    assert all(v.num_restarts == 0 for v in done.values())
+    started = {e.id: e.shared for e in events if isinstance(e, Started)}
+    assert all(shared == key.startswith("flying") for key, shared in started.items())
+    assert [type(e) for e in events if isinstance(e, Alone | Joined)] == [Alone]
+    assert not engine.sharing
+
+    service.start()
+    deadline = time.monotonic() + 15
+    while not engine.sharing and time.monotonic() < deadline:
+        events += engine.step()
+        engine.wait(0.1)
+    assert isinstance(events[-1], Joined)
+    back = answers(engine, *requests("back"))
+    assert tokens(back) == want
+    again = answers(engine, *requests("again"))
+    assert {d.num_computed for d in again.values()} == {NEW}
+    assert not engine._old
+    engine.close()
+
+
+def test_a_broken_session_restarts_what_its_leases_protected(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    engine = engine_at(client, tiny)
+    for request in requests():
+        engine.submit(request)
+    events = step_until_tokens(engine, 8)
+    assert engine._shared is not None
+    engine._shared.session._call.cancel()  # the service lives, but ends our leases
+    deadline = time.monotonic() + 10
+    while engine.sharing and time.monotonic() < deadline:
+        time.sleep(0.01)
+    events += engine.run()
+    done = finished(events)
+    assert tokens(done) == want
+    assert all(v.num_restarts == 1 for v in done.values())
+    engine.close()
+
+
+def test_a_lease_past_its_deadline_is_not_used_any_more(
+    tiny: Model, want: list[list[int]], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_at(client, tiny)
+    for request in requests():
+        engine.submit(request)
+    events = step_until_tokens(engine, 8)
+    late = time.monotonic() + 1000
+    with monkeypatch.context() as patch:
+        patch.setattr("prefixcache_worker.engine.time.monotonic", lambda: late)
+        patch.setattr("prefixcache_worker.engine.copy_blocks", _never)
+        engine._watch(events)
+    assert len(engine._queue) == 4
+    events += engine.run()
+    done = finished(events)
+    assert tokens(done) == want
+    assert all(v.num_restarts == 1 for v in done.values())
+    # What they had committed was found again.
+    assert sum(v.num_computed for v in done.values()) < 2 * sum(map(len, PROMPTS))
+    engine.close()
+    assert not client.snapshot().leases
+
+
+def _never(*args: object) -> None:
+    raise AssertionError("nothing may be copied")
+
+
+def test_a_closed_engine_holds_nothing(tiny: Model, client: Client) -> None:
+    engine = engine_at(client, tiny)
+    for request in requests():
+        engine.submit(request)
+    step_until_tokens(engine, 3)
+    engine.close()
+    engine.close()
+    left = client.snapshot()
+    assert (left.private, left.quarantined, left.leases) == (0, 0, ())
+
+
+def test_requests_may_come_from_any_thread(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    engine = engine_at(client, tiny)
+    threads = [threading.Thread(target=engine.submit, args=(r,)) for r in requests()]
+    for thread in threads:
+        thread.start()
+    events: list[Event] = []
+    while len(finished(events)) < 4:
+        events += engine.step()
+        if engine.stalled:
+            engine.wait(1.0)
+    assert tokens(finished(events)) == want
+
+
+def test_a_model_of_another_shape_is_told_so(tiny: Model, client: Client) -> None:
+    engine_at(client, tiny)
+    with pytest.raises(prefixcache.LayoutMismatch):
+        engine_at(client, Model.of(build("llama", num_hidden_layers=2)))

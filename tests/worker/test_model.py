@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from prefixcache.errors import InvalidRequest, NotFound, Unsupported
+from prefixcache_worker import lean, model
+from prefixcache_worker.model import Model
+from worker.zoo import build
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "gptj", "mpt"])
+def test_an_architecture_that_ignores_the_attention_registry_is_refused_by_name(
+    architecture: str,
+) -> None:
+    sizes = {
+        "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
+        "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64},
+        "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    }
+    with pytest.raises(Unsupported, match=architecture):
+        Model.of(build(architecture, **sizes[architecture]))
+
+
+def test_a_model_whose_paged_logits_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixcache_worker.hf.paged_attention", lambda q, *a, **k: q * 0.5)
+    with pytest.raises(Unsupported, match="'gemma2' gives other logits"):
+        Model.of(build("gemma2"))
+
+
+def test_keys_that_depend_on_the_length_of_their_sequence_are_refused() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(Unsupported, match="dynamic"):
+        Model.of(build("llama", rope_parameters=rope))
+
+
+def test_the_lean_network_is_dropped_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean.LeanNetwork, "_rotation", _no_rotation)
+    assert Model.of(build("llama")).kind == "transformers"
+    # In bfloat16 rounding could hide it; the twin in float32 cannot.
+    monkeypatch.setitem(model.TOLERANCE, "bfloat16", 10.0)
+    assert Model.of(build("llama").bfloat16(), dtype="bfloat16").kind == "transformers"
+    monkeypatch.undo()
+    assert Model.of(build("llama").bfloat16(), dtype="bfloat16").kind == "lean"
+
+
+def _no_rotation(
+    self: lean.LeanNetwork, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (positions.shape[0], 1, self.head_dim)
+    return torch.ones(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+
+def test_the_lean_network_leaves_configs_alone_that_it_does_not_know() -> None:
+    assert lean.LeanNetwork.of(build("llama", hidden_act="gelu")) is None
+    assert lean.LeanNetwork.of(build("gemma2")) is None
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear"])
+def test_scaled_rotations_are_restated_exactly(kind: str) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "llama3":
+        rope |= {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    assert Model.of(build("llama", rope_parameters=rope)).kind == "lean"
+
+
+def test_biases_are_restated_exactly() -> None:
+    assert Model.of(build("llama", attention_bias=True, mlp_bias=True)).kind == "lean"
+
+
+def test_weights_that_cannot_be_reordered_still_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "_pack", lambda weight: None)
+    assert Model.of(build("llama")).kind == "lean"
+
+
+def test_nothing_to_load_says_so(folder: Path) -> None:
+    with pytest.raises(NotFound, match=str(folder)):
+        Model.load(folder)
+    with pytest.raises(InvalidRequest, match="int8"):
+        Model.load(folder, dtype="int8")
+
+
+def test_a_folder_is_loaded_and_named_by_its_weights(folder: Path, demo_folder: Path) -> None:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_folder)
+    names = []
+    for change in (1.0, 1.001):
+        module = build("llama")
+        with torch.no_grad():
+            module.model.layers[1].mlp.up_proj.weight *= change
+        path = folder / str(change) / "mine"
+        module.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        names.append(Model.load(path).name)
+    assert all(name.startswith("mine@") for name in names)
+    assert names[0] != names[1]
+    assert Model.load(folder / "1.0" / "mine").name == names[0]
