@@ -162,9 +162,7 @@ class Session:
 
         def cancelled(future: Future[Lease]) -> None:
             if future.cancelled() and not reply.done:
-                step = Step(self.ids)
-                step.cancel(reply.op_id)
-                self._send(step)
+                self._abandon(reply)
 
         reply.listener = arrived
         future.add_done_callback(cancelled)
@@ -269,6 +267,7 @@ class Session:
             self._call.cancel()
 
     def _read(self) -> None:
+        error: CacheError = ServiceUnavailable("this session can no longer read its answers")
         try:
             for results in self._call:
                 orphans: list[LeaseId] = []
@@ -283,10 +282,11 @@ class Session:
                     self._give_back(orphans)
                 with self._arrived:
                     self._arrived.notify_all()
-            error: CacheError = self._client.address.unavailable("it ended the session")
+            error = self._client.address.unavailable("it ended the session")
         except grpc.RpcError as rpc_error:
             error = unary.read_stream_error(rpc_error, self._client.address)
-        self._lose(error)
+        finally:
+            self._lose(error)
 
     def _abandon(self, reply: Reply[Lease]) -> None:
         with self._arrived:
@@ -308,6 +308,7 @@ class Session:
         with self._arrived:
             if self._lost is None:
                 self._lost = error
+                self._outbox.put(None)  # ends gRPC's thread that waits for more to send
             replies = list(self._pending.values())
             self._pending.clear()
         for reply in replies:
@@ -316,7 +317,6 @@ class Session:
             self._arrived.notify_all()
 
     def _hang_up(self) -> None:
-        self._outbox.put(None)
         self._call.cancel()
         if threading.current_thread() is not self._reader:
             self._reader.join(self._client.timeout_s)

@@ -466,6 +466,25 @@ def test_closing_while_another_thread_waits_tells_it_so(client: Client) -> None:
     assert "closed" in str(told[0])
 
 
+def test_what_is_cancelled_or_lost_leaves_no_trace_in_the_client(
+    service: ServiceProcess,
+) -> None:
+    before = set(threading.enumerate())
+    client = prefixcache.connect(service.target)
+    client.attach("model", LAYOUT).acquire(list(range(12)))
+    session = client.attach("model", LAYOUT)
+    waiting = session.acquire_later(list(range(12)), wait_s=30.0)
+    eventually(lambda: client.snapshot().waiting == 1)
+    waiting.cancel()
+    eventually(lambda: client.snapshot().waiting == 0)
+    assert session.acquire([1]).id
+    assert not session._pending
+    service.signal(signal.SIGKILL)
+    eventually(lambda: not session.alive)
+    client.close()
+    eventually(lambda: not {t for t in threading.enumerate() if t not in before and t.is_alive()})
+
+
 def test_the_pool_is_mapped_by_both_sides(client: Client) -> None:
     one, two = client.attach("model", LAYOUT).pool, client.attach("model", LAYOUT).pool
     assert one == two
