@@ -35,13 +35,15 @@ def next_token(tokens):
 def serve(request, session, known):
     tokens, limit = request["tokens"], request["max_new_tokens"]
     lease = None
+    began_s = time.monotonic()
     cached, ledger = 0, Ledger(cold=len(tokens))
     if session is not None:
         lease = session.acquire(tokens, reserve=limit, wait_s=request["wait_s"])
         cached, ledger = lease.num_cached, lease.ledger
     fates = ("hit", "partial", "joined", "cold", "evicted", "granularity")
     stated = {fate: getattr(ledger, fate) for fate in fates}
-    say(event="started", id=request["id"], ledger=stated, num_cached=cached)
+    waited_ms = (time.monotonic() - began_s) * 1e3
+    say(event="started", id=request["id"], ledger=stated, num_cached=cached, waited_ms=waited_ms)
     for end in [*range(cached + CHUNK, len(tokens), CHUNK), len(tokens)]:
         time.sleep(CHUNK_S)
         if lease is not None:

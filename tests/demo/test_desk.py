@@ -23,7 +23,7 @@ def request(name):
 
 
 def answer(desk, worker, name):
-    desk.hear(worker, {"event": "started", "id": name, "ledger": LEDGER}, 1.0)
+    desk.hear(worker, {"event": "started", "id": name, "ledger": LEDGER, "waited_ms": 250}, 1.0)
     desk.hear(worker, {"event": "token", "id": name, "token": 7, "text": "x"}, 2.0)
     done = {"event": "finished", "id": name, "tokens": [7], "text": "x", "num_computed": 3}
     desk.hear(worker, done, 3.0)
@@ -66,7 +66,7 @@ def test_times_and_ledger_are_those_of_the_events():
         await settle()
         answer(desk, "w1", "a/1")
         done = await task
-        assert (done.sent_s, done.granted_s, done.first_s, done.done_s) == (0.5, 1.0, 2.0, 3.0)
+        assert (done.sent_s, done.granted_s, done.first_s, done.done_s) == (0.5, 0.75, 2.0, 3.0)
         assert done.ttft_ms == 1500
         assert done.ledger.cold == 3
 
@@ -78,7 +78,7 @@ def test_what_died_with_a_worker_is_sent_again_from_the_start():
         desk, hands = desk_of("w1", "w2")
         task = asyncio.create_task(desk.ask(request("a/1"), "w1"))
         await settle()
-        desk.hear("w1", {"event": "started", "id": "a/1", "ledger": LEDGER}, 1.0)
+        desk.hear("w1", {"event": "started", "id": "a/1", "ledger": LEDGER, "waited_ms": 1}, 1.0)
         desk.hear("w1", {"event": "token", "id": "a/1", "token": 9, "text": "y"}, 2.0)
         desk.bury("w1", 2.5)
         (torn,) = desk.torn

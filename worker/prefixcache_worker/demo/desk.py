@@ -110,7 +110,8 @@ class Desk:
         request = slip.request
         match event["event"]:
             case "started":
-                request.granted_s = now
+                # It tells the events of a step together, after the step; it was granted before.
+                request.granted_s = min(now, request.sent_s + float(event["waited_ms"]) / 1e3)
                 request.ledger = read_ledger(event["ledger"])
             case "token":
                 if request.first_s is None:
