@@ -456,6 +456,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m prefixcache_bench.rpc", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="short: two rounds of 0.3 s")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "TARGET"), help=argparse.SUPPRESS)
@@ -464,6 +465,8 @@ def main() -> None:
         kind, target = options.serve
         {"stub": serve_stub, "bare": serve_bare}[kind](target)
         return
+    if options.quick:
+        options.seconds, options.rounds = 0.3, 2
     cases = [case for case in CASES if options.only in case.name]
     found = asyncio.run(compare(cases, options.seconds, options.rounds))
     rows = report(cases, found)

@@ -69,17 +69,36 @@ class Address:
 
         Raises:
             ServiceUnavailable: nobody listens there.
+            InvalidRequest: the socket lies in a folder of a stranger.
         """
-        family = socket.AF_UNIX if self.path else socket.AF_UNSPEC
+        self.refuse_strangers()
         try:
             if self.path:
-                with socket.socket(family, socket.SOCK_STREAM) as probe:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                     probe.settimeout(timeout_s)
                     probe.connect(self.path)
             else:
                 socket.create_connection((self.host, self.port), timeout_s).close()
         except OSError as error:
             raise self.unavailable(error.strerror or str(error)) from None
+
+    def refuse_strangers(self) -> None:
+        """Keep away from a socket that another user may have put there to read prompts.
+
+        Raises:
+            InvalidRequest: its folder belongs neither to this user nor to root.
+        """
+        if not self.path:
+            return
+        try:
+            owner = Path(self.path).parent.stat().st_uid
+        except OSError:
+            return  # no such folder: who connects will say so
+        if owner != 0 and os.getuid() not in (0, owner):
+            raise InvalidRequest(
+                f"{Path(self.path).parent} belongs to user {owner}, you are {os.getuid()}: choose "
+                "another address"
+            )
 
     def unavailable(self, cause: str) -> ServiceUnavailable:
         """Build the error for a service that does not answer, with the command that starts one."""

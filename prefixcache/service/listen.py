@@ -77,6 +77,7 @@ class Listener:
         path = Path(address.path)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            address.refuse_strangers()
             lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ServiceUnavailable(f"cannot listen at {address}: {error.strerror}") from None

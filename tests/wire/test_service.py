@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import prefixcache
 from prefixcache.client import codec
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, PoolExhausted
+from prefixcache.service.listen import Listener
 from prefixcache.types import Layout, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache.v1.prefixcache_pb2_grpc import PrefixCacheStub
@@ -393,6 +395,19 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None
     )
     assert told.returncode == 2
     assert precious.read_text() == "do not touch"
+
+
+def test_a_folder_of_another_user_is_refused_by_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = tmp_path.stat().st_uid
+    stranger = os.stat_result([0o40700, 0, 0, 0, 4242, 0, 0, 0, 0, 0])
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1000)
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: stranger)
+    with pytest.raises(InvalidRequest, match="belongs to user 4242"):
+        prefixcache.connect(f"{tmp_path}/s")
+    with pytest.raises(InvalidRequest, match="belongs to user 4242"):
+        Listener([f"{tmp_path}/s"]).claim()
 
 
 def test_the_start_prints_its_arithmetic(tmp_path: Path) -> None:
