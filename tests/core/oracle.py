@@ -81,10 +81,10 @@ class Library:
         """Tokens that `tokens` shares with anything published, each cut down to whole blocks."""
         return _longest(self._published.get(namespace, ()), tokens, multiple_of)
 
-    def longest_ever(self, namespace: Hashable, tokens: Tokens) -> int:
+    def longest_ever(self, namespace: Hashable, tokens: Tokens, *, multiple_of: int = 1) -> int:
         """The same, with all that was published before a reset."""
-        before = _longest(self._forgotten.get(namespace, ()), tokens, 1)
-        return max(before, self.longest(namespace, tokens))
+        before = _longest(self._forgotten.get(namespace, ()), tokens, multiple_of)
+        return max(before, self.longest(namespace, tokens, multiple_of=multiple_of))
 
 
 def _longest(stored: Iterable[Tokens], tokens: Tokens, multiple_of: int) -> int:

@@ -29,7 +29,8 @@ from prefixcache.types import (
 )
 
 
-STRICT = False
+PLENTY = 1000
+"""More blocks than any sequence of steps fills."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class TicketView:
     reserve: int
     deadline: float
     request_id: str
+    first_hit: int
+    """Tokens in whole blocks that were there when it began to wait."""
 
 
 class World:
@@ -258,6 +261,18 @@ class World:
                 best = max(best, common // size * size if partial is Partial.OFF else common)
         return best
 
+    def resident(self, namespace: Namespace, tokens: Tokens) -> int:
+        """Count the tokens of a prompt that are stored now: compare it with every indexed block."""
+        root = self.root(namespace)
+        entries = [] if root is None else indexed_below(root, self.shape.block_size)
+        return max((common_prefix(one.prefix, tokens) for one in entries), default=0)
+
+    def found(self, namespace: Namespace, tokens: Tokens) -> int:
+        """Count the tokens that a request would reuse: what is stored, but the last token."""
+        stored = min(self.resident(namespace, tokens), len(tokens) - 1)
+        size = self.shape.block_size
+        return stored // size * size if self.shape.partial is Partial.OFF else stored
+
     def bounds(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
         """Give the fewest and the most tokens of a prompt that may be found now."""
         size, partial = self.shape.block_size, self.shape.partial
@@ -282,6 +297,17 @@ class World:
                 shared.add(view.table[view.valid // self.shape.block_size])
         return len(shared)
 
+    def remembers_everything(self) -> bool:
+        """Whether ghosts remember all that was ever stored, token by token."""
+        return self.shape.partial is not Partial.TAILS and self.shape.num_ghosts == PLENTY
+
+    def verify_evictions(self, needed: int, before: Snapshot) -> None:
+        """See that no more was evicted than was needed."""
+        evicted = self.snapshot().evicted - before.evicted
+        least = max(0, needed - before.free)
+        most = least + self.shared_blocks() if least else 0
+        assert least <= evicted <= most, f"evicted {evicted} for {needed}; {before}"
+
     def is_justified(self, needed: int, hit_blocks: int, before: Snapshot) -> bool:
         """Whether the arithmetic allows `PoolExhausted`."""
         sure = before.free + max(0, before.evictable - hit_blocks - self.shared_blocks())
@@ -296,6 +322,12 @@ class World:
             assert ticket is not None, f"ticket {ticket_id} was settled, but nobody waits with it"
             if isinstance(outcome, Grant):
                 self.count("settled")
+                whole = outcome.ledger.hit + outcome.ledger.joined
+                assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
+                size = self.shape.block_size
+                flying = self.in_flight(ticket.namespace, ticket.tokens) // size * size
+                if self.now <= ticket.deadline:
+                    assert flying <= whole, "settled while somebody was still computing the next block"
                 self.log.append(f"#   ticket {ticket_id} -> lease {outcome.lease}")
                 self.admit(
                     outcome,
@@ -386,6 +418,8 @@ class World:
         counted = snapshot.free + snapshot.private + snapshot.indexed + snapshot.quarantined
         assert counted == snapshot.num_blocks == self.shape.num_blocks, f"{snapshot}"
         assert 0 <= snapshot.evictable <= snapshot.indexed
+        limit = self.shape.num_ghosts
+        assert snapshot.ghosts <= (self.shape.num_blocks if limit is None else limit)
         aside: set[int] = set()
         for gone in self.zombies.values():
             for view in gone:
@@ -411,7 +445,7 @@ class World:
         assert snapshot.waiting == len(self.tickets)
         for ticket in self.tickets.values():
             found = self.cache.lookup(ticket.namespace, pack(ticket.tokens))
-            cached = found.num_hit + found.num_partial if STRICT else 0
+            cached = found.num_hit + found.num_partial
             assert self.in_flight(ticket.namespace, ticket.tokens, ever=True) > cached, (
                 f"ticket {ticket.id} for {ticket.tokens} waits for nobody"
             )

@@ -1,0 +1,169 @@
+"""A machine over all verbs: every step is compared with an oracle that cannot be wrong.
+
+Two drivers share the rules.  The seeded one runs many sequences, and cuts a failing one down by leaving out steps.
+Hypothesis runs fewer, and shrinks every single choice.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import traceback
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+from core.rules import NAMES, Rules, step
+from core.world import PLENTY, Shape, World
+from prefixcache.core.eviction import POLICIES
+from prefixcache.types import Partial
+
+SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
+STEPS = 50
+SEQUENCES_PER_CASE = round(-(-540 // len(POLICIES) // 9) * SOAK)
+EXAMPLES_PER_CASE = round(3 * SOAK)
+
+CASES = [
+    (policy, partial, block_size)
+    for policy in POLICIES
+    for partial in Partial
+    for block_size in (1, 2, 4)
+]
+
+
+class Seeded:
+    """A source of choice with a seed."""
+
+    def __init__(self, seed: object) -> None:
+        self._random = random.Random(repr(seed))
+
+    def below(self, bound: int) -> int:
+        """Give an integer from 0 to `bound` - 1."""
+        return int(self._random.random() * bound)
+
+
+def shape_for(policy: str, partial: Partial, block_size: int, draw: Seeded) -> Shape:
+    """Draw a pool: mostly so small that everything is evicted, at times so large that nothing is."""
+    num_blocks = (3, 5, 8, 12, 20, 400)[draw.below(6)]
+    return Shape(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        partial=partial,
+        policy=policy,
+        vocabulary=2 + draw.below(2),
+        num_ghosts=(None, 0, 3, PLENTY)[draw.below(4)],
+    )
+
+
+def run(shape: Shape, steps: list[int]) -> World:
+    """Run one sequence: each step has its own seed, so that leaving one out leaves the rest alone."""
+    world = World(shape)
+    rules = Rules(world, Seeded(0))
+    try:
+        rules.attach()
+        for seed in steps:
+            rules.draw = Seeded(seed)
+            step(rules, rules.choose(NAMES))
+        rules.draw = Seeded(-1)
+        rules.drain()
+    except Exception as failure:
+        failure.add_note("\n".join([repr(shape), *world.log]))
+        raise
+    return world
+
+
+def place(failure: BaseException) -> object:
+    """Name the failure by its kind and by the line that found it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(failure.__traceback__)]
+    return type(failure), lines[-1]
+
+
+def shrink(shape: Shape, steps: list[int], failure: Exception) -> Exception:
+    """Leave out steps while the sequence still fails in the same way."""
+    size = len(steps)
+    while size:
+        size //= 2
+        start = 0
+        while start < len(steps):
+            fewer = steps[:start] + steps[start + max(1, size) :]
+            try:
+                run(shape, fewer)
+            except Exception as again:  # noqa: BLE001 - whatever it is, it is compared
+                if place(again) == place(failure):
+                    steps, failure = fewer, again
+                    continue
+            start += max(1, size)
+    return failure
+
+
+def run_case(policy: str, partial: Partial, block_size: int, count: int) -> set[str]:
+    """Run many sequences; give what they reached."""
+    reached: set[str] = set()
+    for sequence in range(count):
+        draw = Seeded((policy, partial.value, block_size, sequence))
+        shape = shape_for(policy, partial, block_size, draw)
+        steps = [draw.below(1 << 30) for _ in range(STEPS)]
+        try:
+            reached |= set(run(shape, steps).counts)
+        except Exception as failure:  # noqa: BLE001 - raised again, cut down
+            raise shrink(shape, steps, failure) from None
+    return reached
+
+
+@pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
+def test_every_step_agrees_with_the_oracle(policy: str, partial: Partial, block_size: int) -> None:
+    run_case(policy, partial, block_size, SEQUENCES_PER_CASE)
+
+
+def test_the_rules_reach_every_corner() -> None:
+    reached = run_case("lru", Partial.TAILS, 4, 80)
+    expected = {"grants", "partial", "joined", "evicted tokens", "repeated", "forked", "unshared"}
+    expected |= {"waiting", "settled", "settled by an error", "cancelled", "rolled back", "reset"}
+    expected |= {"expired", "died", "detached", "absolved"}
+    expected |= {"PoolExhausted", "InvalidRequest", "NotFound", "LeaseExpired"}
+    assert expected <= reached, f"never reached: {expected - reached}"
+
+
+class FromHypothesis:
+    """Every choice is drawn from hypothesis, which can then shrink it."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self._data = data
+
+    def below(self, bound: int) -> int:
+        """Give an integer from 0 to `bound` - 1."""
+        return int(self._data.draw(st.integers(0, bound - 1)))
+
+
+def machine(policy: str, partial: Partial, block_size: int) -> type[RuleBasedStateMachine]:
+    """Make the state machine of one case out of the rules."""
+
+    class Machine(RuleBasedStateMachine):
+        rules: Rules
+
+        @initialize(num_blocks=st.sampled_from([3, 5, 8, 12, 400]), data=st.data())
+        def start(self, num_blocks: int, data: st.DataObject) -> None:
+            world = World(Shape(num_blocks, block_size, partial, policy))
+            self.rules = Rules(world, FromHypothesis(data))
+            self.rules.attach()
+
+        @rule(name=st.sampled_from(NAMES), data=st.data())
+        def act(self, name: str, data: st.DataObject) -> None:
+            self.rules.draw = FromHypothesis(data)
+            try:
+                step(self.rules, name)
+            except Exception as failure:
+                failure.add_note("\n".join(self.rules.world.log))
+                raise
+
+    return Machine
+
+
+@pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
+def test_hypothesis_finds_no_disagreement(policy: str, partial: Partial, block_size: int) -> None:
+    run_state_machine_as_test(
+        machine(policy, partial, block_size),
+        settings=settings(max_examples=EXAMPLES_PER_CASE, stateful_step_count=STEPS),
+    )
