@@ -286,7 +286,9 @@ def paged_attention(
         InvalidRequest: The shapes do not fit together.
         Unsupported: The tensors are not on a GPU.
     """
-    check_attention(query, key_cache, value_cache, window, sinks)
+    check_attention(query, key_cache, value_cache, window)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
     check_strides(key_cache, value_cache)
     _check_tables(block_tables, query_start, context_lens)
     extra = [] if sinks is None else [sinks]

@@ -22,9 +22,9 @@ scratch are zeroed: a masked slot would still carry a NaN through `0 * NaN`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ from prefixcache.errors import InvalidRequest
 SCRATCH_BYTES: Final = 4 << 20
 """Gathered keys and values of a piece of several sequences; about what stays in a core's cache."""
 
-MAX_WASTE: Final = 1 / 8
-"""Of the gathered blocks of a piece, how many may be padding."""
+PIECE_BYTES: Final = 192 << 10
+"""Gathering this much takes about as long as starting a piece: so much padding saves one."""
 
 FEW_QUERIES: Final = 8
 """Sequences with more queries than this fill a piece alone."""
@@ -45,8 +45,8 @@ FEW_QUERIES: Final = 8
 class Piece:
     """Sequences that are attended in one call: same queries each, nearly the same keys."""
 
-    rows: slice | Tensor
-    """Which rows of the packed queries, a sequence after the other."""
+    rows: slice | Tensor | None
+    """Which rows of the packed queries, a sequence after the other; None: all, in order."""
     num_seqs: int
     num_queries: int
     """Of each sequence."""
@@ -62,20 +62,16 @@ class Piece:
     """int64: gathered slots that hold no key of their sequence and are zeroed; None: none."""
     visible: Tensor | None
     """`[num_seqs or 1, num_queries, keys]` bool: what may be attended; None: all of it."""
-    masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def mask(self, groups: int, dtype: torch.dtype) -> Tensor | None:
         """`visible` as an additive mask for queries packed `[seqs, kv_heads, groups * queries]`."""
         if self.visible is None:
             return None
-        mask = self.masks.get((groups, dtype))
-        if mask is None:
-            mask = torch.zeros(self.visible.shape, dtype=dtype)
-            mask.masked_fill_(~self.visible, float("-inf"))
-            if self.num_queries > 1:  # a mask of one row is broadcast
-                mask = mask.repeat(1, groups, 1)
-            mask = self.masks[groups, dtype] = mask.unsqueeze(1)
-        return mask
+        mask = torch.zeros(self.visible.shape, dtype=dtype)
+        mask.masked_fill_(~self.visible, float("-inf"))
+        if self.num_queries > 1:  # a mask of one row is broadcast
+            mask = mask.repeat(1, groups, 1)
+        return mask.unsqueeze(1)
 
 
 @dataclass(slots=True)
@@ -85,9 +81,16 @@ class Scratch:
     key_blocks: Tensor
     value_blocks: Tensor
     """`[num_seqs * width, block_size, kv_heads, head_dim]`."""
+    key_slots: Tensor
+    value_slots: Tensor
+    """`[num_seqs * width * block_size, kv_heads, head_dim]` views of the blocks."""
     keys: Tensor
     values: Tensor
     """`[num_seqs, kv_heads, keys, head_dim]` views of the blocks."""
+
+
+Work: TypeAlias = "list[tuple[Piece, Scratch, Tensor | None]]"
+"""What one layer does: for each piece, where to gather it and the mask of its scores."""
 
 
 class Plan:
@@ -112,11 +115,8 @@ class Plan:
         self._query_lens = query_lens
         self._context_lens = context_lens
         self._starts = starts
-        used = torch.tensor([-(-n // block_size) for n in context_lens], dtype=torch.int64)
-        ids = block_tables[torch.arange(block_tables.shape[1]) < used[:, None]]
-        self._lowest, self._highest = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         self._pieces: dict[tuple[int | None, int], list[Piece]] = {}
-        self._scratches: dict[tuple[object, ...], list[Scratch]] = {}
+        self._work: dict[tuple[object, ...], Work] = {}
 
     @classmethod
     def build(
@@ -159,18 +159,6 @@ class Plan:
         tables = block_tables.to(device="cpu", dtype=torch.int64)
         return cls(tables, lens, contexts, starts, block_size)
 
-    def check_blocks(self, num_blocks: int) -> None:
-        """Refuse tables that name blocks outside the pool, before memory is touched.
-
-        Raises:
-            InvalidRequest: A block id is negative or not below `num_blocks`.
-        """
-        if self._lowest < 0 or self._highest >= num_blocks:
-            raise InvalidRequest(
-                f"block tables name blocks {self._lowest} to {self._highest}; "
-                f"the pool has {num_blocks}"
-            )
-
     def pieces(self, window: int | None, token_bytes: int) -> list[Piece]:
         """The batch in pieces; made at the first call for a window, remembered for other layers.
 
@@ -183,16 +171,40 @@ class Plan:
             self._pieces[key] = self._split(window, token_bytes)
         return self._pieces[key]
 
-    def scratches(self, pieces: list[Piece], cache: Tensor) -> list[Scratch]:
-        """Scratch for each piece, shaped like the blocks of `cache`.  This thread's; remembered."""
+    def work(self, layer: tuple[object, ...]) -> Work | None:
+        """What `prepare` made for layers of this kind in this thread; None: nothing yet."""
+        return self._work.get((threading.get_ident(), *layer))
+
+    def prepare(
+        self, layer: tuple[object, ...], query: Tensor, cache: Tensor, window: int | None
+    ) -> Work:
+        """Make the pieces, their scratch and their masks for one kind of layer; remembered.
+
+        Args:
+            layer: Names the kind: shapes, dtypes and window.
+            query: Of such a layer, `[T, heads, head_dim]`.
+            cache: Its keys, `[num_blocks, block_size, kv_heads, head_dim]`.
+            window: As of `pieces`.
+
+        Raises:
+            InvalidRequest: The plan is of another batch or block size.
+        """
         tail = cache.shape[1:]
-        key = (id(pieces), threading.get_ident(), tail, cache.dtype)
-        scratches = self._scratches.get(key)
-        if scratches is None:
-            size = max((p.index.numel() for p in pieces), default=0) * tail.numel()
-            keys, values = _scratch(2 * size, cache.dtype).view(2, size)
-            scratches = self._scratches[key] = [_view(p, keys, values, tail) for p in pieces]
-        return scratches
+        if self.num_queries != query.shape[0] or self.block_size != tail[0]:
+            raise InvalidRequest(
+                f"the plan is of {self.num_queries} queries over blocks of {self.block_size} "
+                f"tokens, the call has {query.shape[0]} and {tail[0]}"
+            )
+        pieces = self.pieces(window, 2 * tail[1:].numel() * cache.element_size())
+        size = max((piece.index.numel() for piece in pieces), default=0) * tail.numel()
+        keys, values = _scratch(2 * size, cache.dtype).view(2, size)
+        groups = query.shape[1] // tail[1]
+        work: Work = [
+            (piece, _view(piece, keys, values, tail), piece.mask(groups, query.dtype))
+            for piece in pieces
+        ]
+        self._work[threading.get_ident(), *layer] = work
+        return work
 
     def _split(self, window: int | None, token_bytes: int) -> list[Piece]:
         """Group the sequences by number of queries, then by number of keys, while it pays."""
@@ -207,55 +219,52 @@ class Plan:
             key=lambda s: (self._query_lens[s], blocks[s], self._context_lens[s], s),
         )
         groups: list[list[int]] = []
-        total = 0
         for s in order:
             num, width = self._query_lens[s], blocks[s]
             group = groups[-1] if groups else []
-            padded = width * (len(group) + 1)
             if (
                 group
                 and num == self._query_lens[group[0]]
                 and num <= FEW_QUERIES
-                and padded * size * token_bytes <= SCRATCH_BYTES
-                and padded - (total + width) <= MAX_WASTE * padded
+                and (len(group) + 1) * width * size * token_bytes <= SCRATCH_BYTES
+                and (width - blocks[group[-1]]) * len(group) * size * token_bytes <= PIECE_BYTES
             ):
                 group.append(s)
-                total += width
             else:
                 groups.append([s])
-                total = width
         return [self._piece(group, first, blocks[group[-1]], window) for group in groups]
 
     def _piece(self, group: list[int], first: list[int], width: int, window: int | None) -> Piece:
         size = self.block_size
         num = self._query_lens[group[0]]
-        starts = torch.tensor([first[s] for s in group])[:, None]
-        ends = torch.tensor([self._context_lens[s] for s in group])[:, None]
-        # Padding repeats a sequence's last block: it is in the cache, and no other tenant's.
-        columns = torch.minimum(starts + torch.arange(width), (ends - 1) // size)
-        index = self._tables[torch.tensor(group)[:, None], columns].reshape(-1)
-
-        begins = (
-            torch.zeros_like(ends) if window is None else (ends - num - window + 1).clamp(min=0)
-        )
-        skips, spans = begins - starts * size, ends - starts * size
-        uniform = bool((skips == skips[0]).all() and (spans == spans[0]).all())
-        slots = torch.arange(width * size)
-        hidden = None
-        if uniform:
-            keys = slice(int(skips[0]), int(spans[0]))
+        context = self._context_lens[group[0]]
+        begins = [
+            0 if window is None else max(0, self._context_lens[s] - num - window + 1) for s in group
+        ]
+        skips = [begin - first[s] * size for s, begin in zip(group, begins, strict=True)]
+        spans = [self._context_lens[s] - first[s] * size for s in group]
+        if len(group) == 1:
+            index = self._tables[group[0], first[group[0]] : first[group[0]] + width]
         else:
-            keys = slice(0, int(spans.max()))
-            hidden = ((slots < skips) | (slots >= spans)).view(-1).nonzero().view(-1)
-        visible = None
+            # Padding repeats a sequence's last block: it is in the cache, and no other tenant's.
+            columns = torch.arange(width) + torch.tensor([first[s] for s in group])[:, None]
+            lasts = torch.tensor([(self._context_lens[s] - 1) // size for s in group])
+            columns = torch.minimum(columns, lasts[:, None])
+            index = self._tables[torch.tensor(group)[:, None], columns].view(-1)
+        uniform = len(set(skips)) == len(set(spans)) == 1
+        keys = slice(skips[0], spans[0]) if uniform else slice(0, max(spans))
+        hidden, visible = None, None
+        if not uniform:
+            slots = torch.arange(width * size)
+            known = (slots >= torch.tensor(skips)[:, None]) & (slots < torch.tensor(spans)[:, None])
+            hidden = (~known).view(-1).nonzero().view(-1)
         if num > 1 or not uniform:
-            one = slice(0, 1) if uniform else slice(None)
-            spot = slots[keys]  # of the key, seen from the first gathered slot
-            last = spans[one, :, None] - num + torch.arange(num)[:, None]  # of the query itself
+            spot = torch.arange(keys.start, keys.stop)  # of the key, from the first gathered slot
+            last = torch.tensor(spans[:1] if uniform else spans)[:, None, None] - num
+            last = last + torch.arange(num)[:, None]  # of the query itself
             visible = spot <= last
             if window is not None:
                 visible &= spot > last - window
-        context = self._context_lens[group[0]]
         whole = len(group) == 1 and (window is None or window >= context)
         return Piece(
             rows=self._rows(group, num),
@@ -269,10 +278,11 @@ class Plan:
             visible=visible,
         )
 
-    def _rows(self, group: list[int], num: int) -> slice | Tensor:
+    def _rows(self, group: list[int], num: int) -> slice | Tensor | None:
         rows = [self._starts[s] for s in group]
         if rows == list(range(rows[0], rows[0] + num * len(group), num)):
-            return slice(rows[0], rows[0] + num * len(group))
+            whole = len(group) * num == self.num_queries
+            return None if whole else slice(rows[0], rows[0] + num * len(group))
         return (torch.tensor(rows)[:, None] + torch.arange(num)).view(-1)
 
 
@@ -292,10 +302,13 @@ def _view(piece: Piece, keys: Tensor, values: Tensor, tail: torch.Size) -> Scrat
     count = piece.index.numel()
     split = (piece.num_seqs, piece.width * tail[0], *tail[1:])
 
-    def blocks(flat: Tensor) -> Tensor:
-        return flat[: count * tail.numel()].view(count, *tail)
+    def blocks(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        used = flat[: count * tail.numel()]
+        dense = used.view(split)[:, piece.keys].transpose(1, 2)
+        return used.view(count, *tail), used.view(-1, *tail[1:]), dense
 
-    def dense(flat: Tensor) -> Tensor:
-        return blocks(flat).view(split)[:, piece.keys].transpose(1, 2)
-
-    return Scratch(blocks(keys), blocks(values), dense(keys), dense(values))
+    (key_blocks, key_slots, key_dense), (value_blocks, value_slots, value_dense) = (
+        blocks(keys),
+        blocks(values),
+    )
+    return Scratch(key_blocks, value_blocks, key_slots, value_slots, key_dense, value_dense)

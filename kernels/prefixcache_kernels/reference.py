@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.plan import Piece, Plan
+from prefixcache_kernels.plan import Plan
 
 __all__ = ["Plan", "copy_blocks", "oracle_attention", "paged_attention", "store_kv"]
 
@@ -46,22 +46,24 @@ def store_kv(
         slot_mapping: `[T]` int64, `block * block_size + offset`; -1 skips the token.
 
     Raises:
-        InvalidRequest: The shapes do not fit together, or a slot lies outside the pool.
+        InvalidRequest: The shapes do not fit together, or a slot lies outside the pool (the
+            tokens before it may have been written).
     """
     check_store(key, value, key_cache, value_cache, slot_mapping)
-    if not slot_mapping.numel():
-        return
-    low, high = torch.aminmax(slot_mapping)
-    if low < -1 or high >= key_cache.shape[0] * key_cache.shape[1]:
-        raise InvalidRequest(
-            f"slots {int(low)} to {int(high)} are outside the pool's "
-            f"{key_cache.shape[0] * key_cache.shape[1]} slots"
-        )
-    if low < 0:
+    tail = key.shape[1:]
+    try:
+        key_cache.view(-1, *tail).index_copy_(0, slot_mapping, key)
+        value_cache.view(-1, *tail).index_copy_(0, slot_mapping, value)
+    except (IndexError, RuntimeError):  # some slot is -1, or wrong: look, which costs time
+        num_slots = key_cache.shape[0] * key_cache.shape[1]
+        low, high = (int(end) for end in torch.aminmax(slot_mapping))
+        if low < -1 or high >= num_slots:
+            raise InvalidRequest(
+                f"slots {low} to {high} are outside the pool's {num_slots} slots"
+            ) from None
         kept = (slot_mapping >= 0).nonzero().view(-1)
-        slot_mapping, key, value = slot_mapping[kept], key[kept], value[kept]
-    key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, key)
-    value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
+        key_cache.view(-1, *tail).index_copy_(0, slot_mapping[kept], key[kept])
+        value_cache.view(-1, *tail).index_copy_(0, slot_mapping[kept], value[kept])
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
@@ -121,39 +123,54 @@ def paged_attention(
     Raises:
         InvalidRequest: The shapes do not fit together, or a table names a block outside the pool.
     """
-    check_attention(query, key_cache, value_cache, window, sinks)
     if plan is None:
         plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
-    if plan.num_queries != query.shape[0] or plan.block_size != key_cache.shape[1]:
-        raise InvalidRequest(
-            f"the plan is of {plan.num_queries} queries over blocks of {plan.block_size} tokens, "
-            f"the call has {query.shape[0]} and {key_cache.shape[1]}"
-        )
-    plan.check_blocks(key_cache.shape[0])
+    shapes = (query.shape, key_cache.shape, value_cache.shape)
+    layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
+    work = plan.work(layer)
+    if work is None:  # the first layer of its kind in this step; the others are like it
+        check_attention(query, key_cache, value_cache, window)
+        work = plan.prepare(layer, query, key_cache, window)
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
     heads, dim = query.shape[1:]
     kv_heads = key_cache.shape[2]
     groups = heads // kv_heads
-    pieces = plan.pieces(window, 2 * kv_heads * dim * key_cache.element_size())
-    out = torch.empty(query.shape, dtype=query.dtype)
-    for piece, scratch in zip(pieces, plan.scratches(pieces, key_cache), strict=True):
-        torch.index_select(key_cache, 0, piece.index, out=scratch.key_blocks)
-        torch.index_select(value_cache, 0, piece.index, out=scratch.value_blocks)
+    out = None
+    for piece, scratch, mask in work:
+        try:
+            torch.index_select(key_cache, 0, piece.index, out=scratch.key_blocks)
+            torch.index_select(value_cache, 0, piece.index, out=scratch.value_blocks)
+        except (IndexError, RuntimeError):
+            raise InvalidRequest(
+                f"block tables name blocks {int(piece.index.min())} to {int(piece.index.max())}; "
+                f"the pool has {key_cache.shape[0]}"
+            ) from None
         if piece.hidden is not None:
-            scratch.key_blocks.view(-1, kv_heads, dim).index_fill_(0, piece.hidden, 0.0)
-            scratch.value_blocks.view(-1, kv_heads, dim).index_fill_(0, piece.hidden, 0.0)
+            scratch.key_slots.index_fill_(0, piece.hidden, 0.0)
+            scratch.value_slots.index_fill_(0, piece.hidden, 0.0)
         num, each = piece.num_seqs, piece.num_queries
-        packed = query[piece.rows].view(num, each, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
-        packed = packed.reshape(num, kv_heads, groups * each, dim)
+        packed = query if piece.rows is None else query[piece.rows]
+        if each == 1:
+            packed = packed.view(num, kv_heads, groups, dim)
+        else:
+            packed = packed.view(num, each, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
+            packed = packed.reshape(num, kv_heads, groups * each, dim)
         if softcap is not None or sinks is not None:
-            attended = _plain(packed, scratch.keys, scratch.values, piece, scale, softcap, sinks)
+            attended = _plain(packed, scratch.keys, scratch.values, mask, scale, softcap, sinks)
         elif each >= SPLIT_QUERIES and piece.cached is not None:
             attended = _split(packed, scratch.keys, scratch.values, piece.cached, scale)
         else:
-            mask = piece.mask(groups, query.dtype)
             attended = _flash(packed, scratch.keys, scratch.values, attn_mask=mask, scale=scale)[0]
-        attended = attended.reshape(num, kv_heads, groups, each, dim).permute(0, 3, 1, 2, 4)
-        out[piece.rows] = attended.reshape(num * each, heads, dim)
-    return out
+        if each > 1:
+            attended = attended.reshape(num, kv_heads, groups, each, dim).permute(0, 3, 1, 2, 4)
+        attended = attended.reshape(num * each, heads, dim)
+        if piece.rows is None:
+            return attended
+        if out is None:
+            out = torch.empty(query.shape, dtype=query.dtype)
+        out[piece.rows] = attended
+    return torch.empty(query.shape, dtype=query.dtype) if out is None else out
 
 
 def _split(packed: Tensor, keys: Tensor, values: Tensor, cached: int, scale: float) -> Tensor:
@@ -178,24 +195,22 @@ def _plain(
     packed: Tensor,
     keys: Tensor,
     values: Tensor,
-    piece: Piece,
+    mask: Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention with all scores written out, in float32: for soft-capped scores and sinks."""
     num, kv_heads, rows, _ = packed.shape
-    groups = rows // piece.num_queries
     scores = torch.matmul(packed.float(), keys.float().transpose(2, 3)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = piece.mask(groups, torch.float32)
     if mask is not None:
         scores += mask
     if sinks is not None:
-        sink = sinks.float().view(1, kv_heads, groups, 1, 1)
-        sink = sink.expand(num, kv_heads, groups, piece.num_queries, 1)
-        scores = torch.cat([scores, sink.reshape(num, kv_heads, rows, 1)], -1)
+        sink = sinks.float().view(1, kv_heads, -1, 1)  # of each head, for each of its queries
+        sink = sink.repeat_interleave(rows // sink.shape[2], 2).expand(num, -1, -1, -1)
+        scores = torch.cat([scores, sink], -1)
     shares = torch.softmax(scores, -1)[..., : keys.shape[2]]
     return torch.matmul(shares, values.float()).to(packed.dtype)
 
@@ -276,7 +291,6 @@ def check_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     window: int | None,
-    sinks: Tensor | None,
 ) -> None:
     """Refuse what `paged_attention` cannot compute, without looking at values.
 
@@ -302,8 +316,6 @@ def check_attention(
         )
     if window is not None and window < 1:
         raise InvalidRequest(f"a window of {window} tokens attends nothing; at least 1")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
 
 
 def check_copies(blocks: Tensor, copies: Tensor) -> None:
