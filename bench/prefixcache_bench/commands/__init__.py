@@ -1,0 +1,1 @@
+"""The experiments' commands of `prefixcache`; heavy modules are imported inside them."""

@@ -1,0 +1,178 @@
+"""`prefixcache curve`: hit rate against capacity, for all capacities in one pass."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixcache.cli import view
+from prefixcache_bench.commands import options
+from prefixcache_bench.commands.table import print_numbers
+
+if TYPE_CHECKING:
+    from prefixcache.types import Layout
+    from prefixcache_bench.curve import Curve
+
+_SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
+
+
+def curve(
+    path: options.Path_,
+    form: options.Format = None,
+    name: options.Name = None,
+    system: options.SystemPrompts = "none",
+    tokenizer: options.Tokenizer = None,
+    block_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens per block, with commas. Default: 16, or the trace's own.",
+            show_default=False,
+        ),
+    ] = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Also show these capacities: 64k, 10000b, 25%, inf.",
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Show bytes too: a model's name (llama-3.1-8b), its folder, or 32x8x128:bfloat16.",
+            show_default=False,
+        ),
+    ] = None,
+    points: Annotated[int, typer.Option(metavar="N", help="Points of the CSV and JSON.")] = 200,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="NAME",
+            help="Write NAME.csv, .png, .svg.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show the LRU hit rate at every capacity, found in one pass, with the knee.
+
+    Whole blocks only.  Equal to replays at each capacity, to every digit.
+    """
+    from prefixcache_bench.capacity import parse_capacities
+    from prefixcache_bench.curve import curve as run
+    from prefixcache_bench.layouts import layout_named
+    from prefixcache_bench.provenance import provenance
+
+    shape = None if layout is None else layout_named(layout)
+    asked = [] if capacity is None else parse_capacities(capacity)
+    trace = options.load_trace(path, form, name, system, tokenizer)
+    sizes = (max(16, trace.unit),) if block_size is None else options.numbers(block_size, "size")
+    curves = [run(trace, size) for size in sizes]
+    working_set = curves[0].working_set * curves[0].block_size
+    if any(one.kind == "percent" for one in asked):
+        working_set = run(trace, trace.unit).working_set * trace.unit
+    report: dict[str, Any] = {
+        "trace": trace.name,
+        "fingerprint": trace.fingerprint,
+        "requests": len(trace),
+        "prompt_tokens": trace.prompt_tokens,
+        "broken_lines": len(trace.broken),
+        "layout": None if shape is None else str(shape),
+        "token_bytes": None if shape is None else shape.token_bytes,
+        "curves": [],
+    }
+    for one in curves:
+        explicit = [
+            (found.text, found.blocks(one.block_size, working_set) or one.working_set)
+            for found in asked
+        ]
+        report["curves"].append(_fields(one, explicit, points, shape))
+    report["run"] = provenance()
+    if out is not None:
+        from prefixcache_bench.pictures import draw_curve
+
+        _write_csv(out.with_suffix(".csv"), report)
+        title = f"{trace.name}: LRU, whole blocks, every capacity"
+        for file in [
+            out.with_suffix(".csv"),
+            *draw_curve(out, title, curves, trace.unit, shape, layout or ""),
+        ]:
+            typer.echo(f"wrote {file}", err=True)
+    if as_json:
+        view.print_json(report)
+    else:
+        for fields in report["curves"]:
+            _show(trace.name, fields, shape)
+
+
+def _fields(
+    one: Curve, explicit: list[tuple[str, int]], points: int, layout: Layout | None
+) -> dict[str, Any]:
+    knee = one.knee()
+    at = one.capacities(max(2, points))
+    named = [("knee", knee), *explicit]
+    named += [(f"{share:.0%} of the ceiling", one.smallest_for(share)) for share in _SHARES]
+    return {
+        "block_size": one.block_size,
+        "working_set_blocks": one.working_set,
+        "ceiling": round(one.hit_rates([one.working_set])[0], 6),
+        "knee_blocks": knee,
+        "marks": [{"mark": text} | _point(one, blocks, layout) for text, blocks in named],
+        "points": [_point(one, blocks, layout) for blocks in at],
+    }
+
+
+def _point(one: Curve, blocks: int, layout: Layout | None) -> dict[str, Any]:
+    tokens = blocks * one.block_size
+    hit_tokens, hit_blocks = one.hit_tokens([blocks])[0], one.hit_blocks([blocks])[0]
+    fields: dict[str, Any] = {
+        "capacity_blocks": blocks,
+        "capacity_tokens": tokens,
+        "hit_tokens": hit_tokens,
+        "hit_rate": round(hit_tokens / max(1, one.prompt_tokens), 6),
+        "block_hit_rate_ceil": round(hit_blocks / max(1, one.prompt_blocks), 6),
+    }
+    if layout is not None:
+        fields["capacity_bytes"] = tokens * layout.token_bytes
+    return fields
+
+
+def _write_csv(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        for name, value in report["run"].items():
+            file.write(f"# {name}: {value}\n")
+        rows = [
+            {"block_size": one["block_size"]} | point
+            for one in report["curves"]
+            for point in one["points"]
+        ]
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _show(name: str, fields: dict[str, Any], layout: Layout | None) -> None:
+    from prefixcache.config import format_size
+
+    typer.echo(
+        f"{name}: blocks of {fields['block_size']}, LRU, whole blocks; ceiling "
+        f"{fields['ceiling']:.2%} with {fields['working_set_blocks']:,} blocks"
+    )
+    head = ["", "blocks", "tokens", "hit rate, %"]
+    table = [[*head, "bytes"] if layout else head]
+    for mark in sorted(fields["marks"], key=lambda one: int(one["capacity_blocks"])):
+        row = [mark["mark"], f"{mark['capacity_blocks']:,}", f"{mark['capacity_tokens']:,}"]
+        row.append(f"{100 * mark['hit_rate']:.4f}")
+        if layout:
+            row.append(format_size(mark["capacity_bytes"]))
+        table.append(row)
+    print_numbers(table, indent="  ")

@@ -1,0 +1,163 @@
+"""`prefixcache memory`: what KV memory is used for, and what sharing blocks saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixcache.cli import view
+from prefixcache_bench.commands import options
+from prefixcache_bench.commands.table import print_numbers
+
+if TYPE_CHECKING:
+    from prefixcache_bench.memory import Job
+
+PUBLISHED = {
+    "reserve-max": 20.4,
+    "reserve-power-of-two": 26.8,
+    "oracle": 38.2,
+    "paged, blocks of 16": 96.3,
+}
+"""Useful share of KV memory, in percent, as the paper on paged attention gives it (ShareGPT)."""
+PUBLISHED_SAVINGS = {
+    "parallel sampling": "6-10 (Alpaca), 16-30 (ShareGPT)",
+    "beam search": "38-55 (Alpaca), 44-66 (ShareGPT)",
+}
+"""Blocks saved with 2 to 6 sequences, in percent, from the same paper."""
+_WIDTHS = (2, 4, 6)
+
+
+def memory(
+    path: options.Path_,
+    form: options.Format = None,
+    name: options.Name = None,
+    system: options.SystemPrompts = "none",
+    tokenizer: options.Tokenizer = None,
+    slots: Annotated[
+        int, typer.Option(metavar="TOKENS", help="KV memory, in tokens: a power of two.")
+    ] = 16384,
+    longest: Annotated[
+        int, typer.Option(metavar="TOKENS", help="Longest sequence; longer ones are left out.")
+    ] = 2048,
+    block_size: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens per block, with commas.")
+    ] = "1,4,16,64,256",
+    requests: Annotated[int, typer.Option(metavar="N", help="Requests to serve.")] = 2000,
+    branched: Annotated[
+        int, typer.Option(metavar="N", help="Requests to sample and to beam-search.")
+    ] = 40,
+    history: Annotated[
+        bool,
+        typer.Option("--history", help="Prompts with the chat so far, not each turn alone."),
+    ] = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the shares, as PNG and SVG.", show_default=False),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Account for KV memory: contiguous against paged, and what forks save.
+
+    A saturated server is simulated step by step with the service's own block pool; parallel
+    sampling and beam search run on the cache's own forks.
+    """
+    from prefixcache_bench.memory import jobs_of
+    from prefixcache_bench.provenance import provenance
+
+    sizes = options.numbers(block_size, "block size")
+    trace = options.load_trace(path, form, name, system, tokenizer)
+    jobs = jobs_of(trace, longest=longest, history=history, limit=requests)
+    shares = account(jobs, slots, longest, sizes)
+    savings = save(jobs[:branched])
+    if picture is not None:
+        from prefixcache_bench.pictures import draw_memory
+
+        title = f"{trace.name}: {slots:,} slots, {len(jobs):,} requests"
+        for file in draw_memory(picture, title, shares):
+            typer.echo(f"wrote {file}", err=True)
+    mean_prompt = sum(job.prompt for job in jobs) / len(jobs)
+    mean_answer = sum(job.answer for job in jobs) / len(jobs)
+    if as_json:
+        view.print_json(
+            {
+                "trace": trace.name,
+                "requests": len(jobs),
+                "slots": slots,
+                "mean_prompt_tokens": round(mean_prompt, 1),
+                "mean_answer_tokens": round(mean_answer, 1),
+                "shares": shares,
+                "savings": savings,
+                "run": provenance(),
+            }
+        )
+        return
+    typer.echo(
+        f"{trace.name}: {len(jobs):,} requests of {mean_prompt:.0f} + {mean_answer:.0f} tokens on "
+        f"average, {slots:,} slots, at most {longest:,} tokens a sequence"
+    )
+    print_numbers(share_table(shares), indent="  ")
+    typer.echo(f"\nblocks of 16 saved by forks, %, {min(branched, len(jobs))} requests")
+    print_numbers(saving_table(savings), indent="  ")
+
+
+def account(
+    jobs: list[Job], slots: int, longest: int, block_sizes: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """Give the shares of memory, a row for each way of allocating."""
+    from prefixcache_bench.memory import Reservation, contiguous, paged
+
+    found = [(way.value, contiguous(jobs, slots, way, longest)) for way in Reservation]
+    found += [(f"paged, blocks of {size}", paged(jobs, slots, size)) for size in block_sizes]
+    return [
+        {
+            "allocation": name,
+            "useful_percent": round(100 * shares.useful, 2),
+            "reserved_percent": round(100 * shares.reserved, 2),
+            "internal_percent": round(100 * shares.internal, 2),
+            "external_percent": round(100 * shares.external, 2),
+            "running": round(shares.running, 1),
+            "published_useful_percent": PUBLISHED.get(name),
+        }
+        for name, shares in found
+    ]
+
+
+def save(jobs: list[Job]) -> list[dict[str, Any]]:
+    """Give the blocks that forks save, a row for each way of branching."""
+    from prefixcache_bench.branching import beam_search, parallel_sampling
+
+    return [
+        {
+            "branching": name,
+            "sequences": width,
+            "saved_percent": round(100 * run(jobs, width, 16), 2),
+            "published_percent": PUBLISHED_SAVINGS[name],
+        }
+        for name, run in (("parallel sampling", parallel_sampling), ("beam search", beam_search))
+        for width in _WIDTHS
+    ]
+
+
+def share_table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lay the shares out as a table, beside the published figures."""
+    names = ("useful", "reserved", "internal", "external")
+    table: list[tuple[str, ...]] = [("% of KV memory", *names, "running", "published useful")]
+    for row in rows:
+        published = row["published_useful_percent"]
+        cells = [f"{row[f'{name}_percent']:.1f}" for name in names]
+        cells += [f"{row['running']:.1f}", "" if published is None else f"{published:.1f}"]
+        table.append((row["allocation"], *cells))
+    return table
+
+
+def saving_table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Lay the savings out as a table, beside the published figures."""
+    table: list[tuple[str, ...]] = [
+        ("branching", *(str(width) for width in _WIDTHS), "published, 2 to 6")
+    ]
+    for name, published in PUBLISHED_SAVINGS.items():
+        saved = [f"{row['saved_percent']:.1f}" for row in rows if row["branching"] == name]
+        table.append((name, *saved, published))
+    return table

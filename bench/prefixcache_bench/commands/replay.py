@@ -1,0 +1,122 @@
+"""`prefixcache replay`: one configuration, with the full ledger, also over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixcache.cli import view
+from prefixcache_bench.commands import options
+from prefixcache_bench.commands.table import print_numbers
+
+if TYPE_CHECKING:
+    from prefixcache_bench.outcome import Outcome
+    from prefixcache_bench.traces import Trace
+
+
+def replay(
+    path: options.Path_,
+    form: options.Format = None,
+    name: options.Name = None,
+    system: options.SystemPrompts = "none",
+    tokenizer: options.Tokenizer = None,
+    block_size: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens per block.")] = 16,
+    capacity: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory: tokens (65536, 64k), blocks (10000b), a share of the working set "
+            "(25%), or inf.",
+        ),
+    ] = "inf",
+    policy: Annotated[str, typer.Option(metavar="NAME", help="Order of eviction.")] = "lru",
+    partial: Annotated[
+        str, typer.Option(metavar="off|blocks|tails", help="Reuse inside a block.")
+    ] = "tails",
+    ghosts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BLOCKS",
+            help="Evicted blocks to remember. Default: all, so that cold is what was never seen.",
+            show_default=False,
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(metavar="N", help="Parts of the trace's time to show the ledger for.")
+    ] = 12,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw the ledger over time, as PNG and SVG.", show_default=False
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Replay a trace through the cache: hit rate and the fate of every prompt token, over time."""
+    from prefixcache.types import Partial
+    from prefixcache_bench.capacity import parse_capacity
+    from prefixcache_bench.curve import curve
+    from prefixcache_bench.provenance import provenance
+    from prefixcache_bench.replay import Configuration
+    from prefixcache_bench.replay import replay as run
+
+    asked = parse_capacity(capacity)
+    mode = Partial(options.partials(partial)[0])
+    trace = options.load_trace(path, form, name, system, tokenizer)
+    working_set = 0
+    if asked.kind == "percent":
+        working_set = curve(trace, trace.unit).working_set * trace.unit
+    blocks = asked.blocks(block_size, working_set)
+    outcome = run(
+        trace, Configuration(block_size, blocks, policy, mode, ghosts), num_windows=max(1, windows)
+    )
+    fields = {"trace": trace.name, "fingerprint": trace.fingerprint} | outcome.fields()
+    fields |= {"windows": outcome.window_fields(), "run": provenance()}
+    if picture is not None:
+        from prefixcache_bench.pictures import draw_ledger
+
+        title = f"{trace.name}: blocks of {block_size}, capacity {asked.text}, {policy}, {mode}"
+        for file in draw_ledger(picture, title, fields["windows"]):
+            typer.echo(f"wrote {file}", err=True)
+    if as_json:
+        view.print_json(fields)
+    else:
+        _show(trace, outcome, fields, asked.text)
+
+
+def _show(trace: Trace, outcome: Outcome, fields: dict[str, Any], capacity: str) -> None:
+    typer.echo(
+        f"{trace.name}: {outcome.requests:,} requests, {outcome.prompt_tokens:,} prompt tokens; "
+        f"blocks of {outcome.block_size}, capacity {capacity}, {outcome.policy}, "
+        f"partial {outcome.partial}"
+    )
+    percent = fields["ledger_percent"]
+    rows = [("fate", "tokens", "%")]
+    rows += [
+        (fate, f"{fields['ledger'][fate]:,}", f"{share:.3f}")
+        for fate, share in percent.items()
+        if fate != "joined"
+    ]
+    rows.append(("total", f"{fields['ledger']['total']:,}", f"{sum(percent.values()):.3f}"))
+    print_numbers(rows)
+    typer.echo(
+        f"reused {outcome.reused_rate:.4%} of the prompt tokens; {outcome.evictions:,} blocks "
+        f"evicted, {outcome.peak_blocks:,} at the peak; {outcome.cpu_s:.1f} s of CPU"
+    )
+    shown = [window for window in fields["windows"] if window["total"]]
+    if len(shown) < 2:
+        return
+    typer.echo("over time, % of the prompt tokens of each part:")
+    fates = [fate for fate in percent if outcome.ledger.total and fields["ledger"][fate]]
+    table = [("from", "requests", *fates)]
+    table += [
+        (
+            f"{window['start_s'] / 60:.1f} min",
+            f"{window['requests']:,}",
+            *(f"{100 * window[fate] / window['total']:.1f}" for fate in fates),
+        )
+        for window in shown
+    ]
+    print_numbers(table, indent="  ")

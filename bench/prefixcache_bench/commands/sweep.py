@@ -1,0 +1,198 @@
+"""`prefixcache sweep`: block size × capacity × policy × partial reuse, on all cores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixcache.cli import view
+from prefixcache_bench.commands import options
+from prefixcache_bench.commands.table import print_numbers
+
+if TYPE_CHECKING:
+    from prefixcache_bench.rows import Row
+    from prefixcache_bench.sweep import Ceilings, Grid
+    from prefixcache_bench.traces import Trace
+
+_EXIT_INTERRUPTED = 130
+_NEAR = 0.99
+"""Of the finest ceiling: what counts as nothing lost in the answer below the tables."""
+
+
+def sweep(
+    path: options.Path_,
+    form: options.Format = None,
+    name: options.Name = None,
+    system: options.SystemPrompts = "none",
+    tokenizer: options.Tokenizer = None,
+    block_size: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens per block, with commas.")
+    ] = "1,4,16,64,256",
+    capacity: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Memory, with commas: tokens (65536, 64k), blocks (10000b), a share of the "
+            "working set (25%), inf.",
+        ),
+    ] = "5%,10%,25%,50%,inf",
+    policy: Annotated[str, typer.Option(metavar="LIST", help="Orders of eviction.")] = "lru",
+    partial: Annotated[
+        str, typer.Option(metavar="LIST", help="Reuse inside a block: off, blocks, tails.")
+    ] = "off,tails",
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="NAME", help="Writes NAME.csv, .json, .png, .svg."),
+    ] = Path("sweep"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the rows that NAME.csv has already.")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", metavar="N", help="Processes. Default: all cores.", show_default=False
+        ),
+    ] = None,
+    no_picture: Annotated[bool, typer.Option("--no-picture", help="Draw nothing.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Sweep block size, capacity, policy and partial reuse over a trace: table, CSV, picture.
+
+    Ctrl-C keeps the rows that are finished; --resume goes on from there.
+    """
+    from prefixcache.types import Partial
+    from prefixcache_bench.capacity import parse_capacities
+    from prefixcache_bench.progress import Progress
+    from prefixcache_bench.rows import RowFile
+    from prefixcache_bench.sweep import Grid, ceilings
+    from prefixcache_bench.sweep import sweep as run
+
+    grid = Grid(
+        options.numbers(block_size, "block size"),
+        tuple(parse_capacities(capacity)),
+        tuple(dict.fromkeys(options.split(policy, "policy"))),
+        tuple(Partial(one) for one in options.partials(partial)),
+    )
+    trace = options.load_trace(path, form, name, system, tokenizer)
+    for size in grid.block_sizes:
+        trace.words(size)
+    limits = ceilings(trace, grid.block_sizes)
+    grid.check(trace, limits.working_set)
+    file = RowFile(out.with_suffix(".csv"), _head(trace), resume=resume)
+    wanted = set(grid.combinations())
+    stopped = False
+    with Progress("sweep", len(wanted), quiet=as_json) as progress:
+
+        def add(row: Row) -> None:
+            file.add(row)
+            progress.advance()
+
+        try:
+            run(trace, grid, limits.working_set, file.rows[:], add, processes=jobs)
+        except KeyboardInterrupt:
+            stopped = True
+    file.close()
+    rows = _ordered(file.rows, grid)
+    report = _report(trace, limits)
+    from prefixcache_bench.rows import write_json
+
+    write_json(out.with_suffix(".json"), report, rows)
+    saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
+    if rows and not no_picture:
+        from prefixcache_bench.pictures import draw_sweep
+
+        saved += draw_sweep(out, _title(trace), rows, limits)
+    if as_json:
+        view.print_json(report | {"rows": rows})
+    else:
+        _show(trace, rows, grid, limits)
+        typer.echo("wrote " + ", ".join(str(one) for one in saved))
+    if stopped:
+        typer.echo(
+            f"stopped: {len(rows)} of {len(wanted)} rows are finished; --resume goes on", err=True
+        )
+        raise typer.Exit(_EXIT_INTERRUPTED)
+
+
+def _head(trace: Trace) -> dict[str, str]:
+    from prefixcache_bench.provenance import provenance
+
+    return provenance() | {"trace": trace.name, "fingerprint": trace.fingerprint}
+
+
+def _report(trace: Trace, limits: Ceilings) -> dict[str, Any]:
+    return {
+        "run": _head(trace),
+        "requests": len(trace),
+        "prompt_tokens": trace.prompt_tokens,
+        "broken_lines": len(trace.broken),
+        "working_set_tokens": limits.working_set,
+        "ceilings": {
+            "infinite_memory": {
+                str(size): round(rate, 6) for size, rate in limits.by_block_size.items()
+            },
+            "infinite_memory_finest": round(limits.finest, 6),
+        },
+    }
+
+
+def _title(trace: Trace) -> str:
+    return f"{trace.name}: {len(trace):,} requests, {trace.prompt_tokens:,} prompt tokens"
+
+
+def _ordered(rows: list[Row], grid: Grid) -> list[Row]:
+    from prefixcache_bench.rows import key_of
+
+    found = {key_of(row): row for row in rows}
+    return [found[key] for key in grid.combinations() if key in found]
+
+
+def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
+    from prefixcache_bench.rows import Key, key_of
+
+    typer.echo(
+        f"{_title(trace)}; working set {limits.working_set:,} tokens; "
+        f"ceiling {limits.finest:.2%} (infinite memory, block size {trace.unit})"
+    )
+    found = {key_of(row): row for row in rows}
+    for partial in grid.partials:
+        for policy in grid.policies:
+            typer.echo(f"\nprompt tokens reused, %: policy {policy}, partial {partial.value}")
+            table = [("block size", *(one.text for one in grid.capacities), "ceiling")]
+            for size in grid.block_sizes:
+                cells = []
+                for one in grid.capacities:
+                    row = found.get(Key(size, one.text, policy, partial.value))
+                    cells.append("-" if row is None else f"{100 * row['reused_rate']:.2f}")
+                ceiling = limits.finest if partial == "tails" else limits.by_block_size[size]
+                table.append((str(size), *cells, f"{100 * ceiling:.2f}"))
+            print_numbers(table, indent="  ")
+    typer.echo("")
+    for line in answers(rows, grid):
+        typer.echo(line)
+
+
+def answers(rows: list[Row], grid: Grid) -> list[str]:
+    """Say, for the largest capacity asked for, which block sizes lose nothing."""
+    from prefixcache_bench.rows import Key, key_of
+
+    found = {key_of(row): row for row in rows}
+    lines = []
+    for partial in grid.partials:
+        for one in grid.capacities:
+            rates = {
+                size: row["reused_rate"]
+                for size in grid.block_sizes
+                if (row := found.get(Key(size, one.text, grid.policies[0], partial.value)))
+            }
+            if len(rates) < 2:
+                continue
+            best = max(rates.values())
+            largest = max(size for size, rate in rates.items() if rate >= _NEAR * best)
+            lines.append(
+                f"partial {partial.value}, capacity {one.text}: blocks of up to {largest} reuse "
+                f"within 1 % of the best ({rates[largest]:.2%} of {best:.2%})"
+            )
+    return lines

@@ -1,0 +1,231 @@
+"""Pictures, as PNG and SVG.  matplotlib is imported when the first one is drawn, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixcache.config import format_size
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Layout
+from prefixcache_bench.capacity import format_tokens
+from prefixcache_bench.curve import Curve
+from prefixcache_bench.outcome import FATES
+from prefixcache_bench.rows import Row
+from prefixcache_bench.sweep import Ceilings
+
+_INK, _FAINT = "#333333", "#888888"
+_FATE_COLOURS = {
+    "hit": "#1b7837",
+    "partial": "#7fbf7b",
+    "joined": "#d9f0d3",
+    "granularity": "#fee08b",
+    "evicted": "#d6604d",
+    "cold": "#bababa",
+}
+_PARTIALS = {
+    "off": "whole blocks only",
+    "blocks": "and parts of full blocks",
+    "tails": "and partly filled tails",
+}
+
+
+def draw_sweep(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) -> list[Path]:
+    """Draw reuse against block size, a line per capacity, a panel per policy and partial mode."""
+    figures = _pyplot()
+    partials = list(dict.fromkeys(row["partial"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    figure, axes = figures.subplots(
+        len(policies),
+        len(partials),
+        figsize=(1.6 + 4.2 * len(partials), 0.9 + 3.5 * len(policies)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    capacities = list(dict.fromkeys(row["capacity"] for row in _by_capacity(rows)))
+    colours = figures.get_cmap("viridis")
+    handles: dict[str, Any] = {}
+    for down, policy in enumerate(policies):
+        for across, partial in enumerate(partials):
+            ax = axes[down][across]
+            for index, capacity in enumerate(capacities):
+                found = sorted(
+                    (row["block_size"], 100 * row["reused_rate"])
+                    for row in rows
+                    if (row["policy"], row["partial"], row["capacity"])
+                    == (policy, partial, capacity)
+                )
+                if found:
+                    (handles[_capacity_label(capacity)],) = ax.plot(
+                        *zip(*found, strict=True),
+                        color=colours(0.9 * index / max(1, len(capacities) - 1)),
+                        marker="o",
+                        markersize=3.5,
+                        linewidth=1.6,
+                    )
+            sizes = sorted(limits.by_block_size)
+            (handles["ceiling: infinite memory, whole blocks"],) = ax.plot(
+                sizes,
+                [100 * limits.by_block_size[size] for size in sizes],
+                color=_INK,
+                linestyle="--",
+                linewidth=1,
+            )
+            handles[f"ceiling: infinite memory, block size {sizes[0]}"] = ax.axhline(
+                100 * limits.finest, color=_INK, linestyle=":", linewidth=1
+            )
+            ax.set_xscale("log", base=2)
+            shown = sorted({row["block_size"] for row in rows})
+            ax.set_xticks(shown, [str(size) for size in shown])
+            ax.set_title(f"{policy}, {_PARTIALS[partial]}", fontsize=10)
+            _clean(ax)
+            if not across:
+                ax.set_ylabel("prompt tokens reused, %")
+            if down == len(policies) - 1:
+                ax.set_xlabel("block size, tokens")
+    figure.suptitle(title)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5
+    )
+    return _save(figure, path)
+
+
+def draw_curve(
+    path: Path, title: str, curves: Sequence[Curve], unit: int, layout: Layout | None, name: str
+) -> list[Path]:
+    """Draw hit rate against capacity, a line per block size, knees marked, bytes on top."""
+    figures = _pyplot()
+    figure, ax = figures.subplots(figsize=(8.2, 4.8), layout="constrained")
+    colours = figures.get_cmap("viridis")
+    least = max(unit, min(one.block_size for one in curves))
+    for index, one in enumerate(curves):
+        at = [blocks for blocks in one.capacities(400) if blocks * one.block_size >= 16 * least]
+        at = at or [one.working_set]
+        colour = colours(0.85 * index / max(1, len(curves) - 1))
+        ax.plot(
+            [blocks * one.block_size for blocks in at],
+            [100 * rate for rate in one.hit_rates(at)],
+            color=colour,
+            label=f"block size {one.block_size}",
+        )
+        knee = one.knee()
+        rate = 100 * one.hit_rates([knee])[0]
+        ax.plot(knee * one.block_size, rate, "o", color=colour)
+        if index == 0:
+            text = f"knee: {knee * one.block_size:,} tokens\n{rate:.1f} %"
+            if layout is not None:
+                text += f", {format_size(knee * one.block_size * layout.token_bytes)}"
+            ax.annotate(
+                text,
+                (knee * one.block_size, rate),
+                xytext=(12, -30),
+                textcoords="offset points",
+                fontsize=9,
+            )
+        ceiling = 100 * one.hit_rates([one.working_set])[0]
+        ax.axhline(ceiling, color=colour, linestyle="--", linewidth=0.9)
+    ax.plot([], [], color=_INK, linestyle="--", linewidth=0.9, label="ceiling: infinite memory")
+    ax.plot([], [], "o", color=_INK, label="knee")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
+    ax.set_xlabel("capacity, tokens")
+    ax.set_ylabel("hit rate, % of prompt tokens")
+    _clean(ax)
+    if layout is not None:
+        size = layout.token_bytes
+        top = ax.secondary_xaxis(
+            "top", functions=(lambda tokens: tokens * size, lambda num_bytes: num_bytes / size)
+        )
+        top.set_xscale("log", base=2)
+        top.xaxis.set_major_formatter(lambda value, _: format_size(int(value)))
+        top.set_xlabel(f"memory for {name} ({format_size(size)} a token)")
+    ax.legend(frameon=False, loc="lower right")
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def draw_ledger(path: Path, title: str, windows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draw the fates of all prompt tokens over the trace's time, stacked to 100 %."""
+    figures = _pyplot()
+    figure, ax = figures.subplots(figsize=(8.2, 4.2), layout="constrained")
+    used = [one for one in windows if one["total"]]
+    minutes = [one["start_s"] / 60 for one in used]
+    order = [fate for fate in _FATE_COLOURS if fate in FATES and any(one[fate] for one in used)]
+    shares = [[100 * one[fate] / one["total"] for one in used] for fate in order]
+    ax.stackplot(
+        minutes, shares, labels=order, colors=[_FATE_COLOURS[fate] for fate in order], step="post"
+    )
+    ax.set_xlabel("time, minutes")
+    ax.set_ylabel("prompt tokens, %")
+    ax.set_ylim(0, 100)
+    _clean(ax)
+    figure.legend(loc="outside right center", frameon=False, reverse=True)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def draw_memory(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draw the shares of KV memory, a bar per way of allocating."""
+    figures = _pyplot()
+    figure, ax = figures.subplots(figsize=(8.2, 0.42 * len(rows) + 1.4), layout="constrained")
+    colours = {"useful": "#1b7837", "reserved": "#fee08b", "internal": "#f4a582"}
+    colours |= {"external": "#bababa"}
+    names = [row["allocation"] for row in rows]
+    left = [0.0] * len(rows)
+    for share, colour in colours.items():
+        values = [row[f"{share}_percent"] for row in rows]
+        ax.barh(names, values, left=left, color=colour, label=share, height=0.7)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    for at, row in enumerate(rows):
+        ax.text(1, at, f"{row['useful_percent']:.1f} %", va="center", color="white", fontsize=8.5)
+    ax.invert_yaxis()
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("KV memory, %")
+    _clean(ax)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _by_capacity(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: row["capacity_tokens"] or float("inf"))
+
+
+def _capacity_label(text: str) -> str:
+    return "infinite memory" if text == "inf" else f"capacity {text}"
+
+
+def _clean(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(colors=_INK)
+
+
+def _save(figure: Any, path: Path) -> list[Path]:
+    saved = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    for file in saved:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Without a date in it, the same result is the same file.
+        metadata = {"Date": None} if file.suffix == ".svg" else {}
+        figure.savefig(file, dpi=130, metadata=metadata)
+    _pyplot().close(figure)
+    return saved
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        raise InvalidRequest(
+            "drawing a picture needs matplotlib: pip install 'prefixcache[experiments]' "
+            "(or leave the picture out with --no-picture)"
+        ) from None
+    mpl.use("Agg")
+    mpl.rcParams["svg.hashsalt"] = "prefixcache"
+    from matplotlib import pyplot as plt
+
+    return plt

@@ -1,0 +1,41 @@
+"""Where a result comes from: command, commit, machine, time.  Every result file begins with it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def provenance() -> dict[str, str]:
+    """Give the command, the commit, the machine and the time of this run."""
+    program = Path(sys.argv[0]).name or "python"
+    return {
+        "command": shlex.join([program, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,74 @@
+"""Our own form: one JSON object a line, `{t, namespace, tokens}`, and optionally `prompt`.
+
+`t`: seconds.  `namespace`: the model, or [model, adapter, tenant, salt].  `tokens`: ids, or base64
+of packed little-endian uint32.  `prompt`: how many of them the client sent (default: all); the
+others were generated, and are stored after the request.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from prefixcache.types import TOKEN_BYTES, Namespace, pack, unpack
+from prefixcache_bench.readers.lines import Source
+from prefixcache_bench.traces import Request, Trace
+
+_FIELDS = ("model", "adapter", "tenant", "salt")
+
+
+def read(source: Source) -> Trace:
+    """Read a trace of our own form.  Requests are served in the order of `t`."""
+    spaces: dict[str, Namespace] = {}
+
+    def make(fields: dict[str, Any]) -> Request:
+        given = fields["tokens"]
+        tokens = base64.b64decode(given, validate=True) if isinstance(given, str) else pack(given)
+        total, rest = divmod(len(tokens), TOKEN_BYTES)
+        prompt = int(fields.get("prompt", total))
+        if rest or not 0 < prompt <= total:
+            raise ValueError(f"a prompt of {prompt} of {total} tokens")
+        named = fields.get("namespace", "")
+        space = spaces.setdefault(json.dumps(named), _namespace(named))
+        return Request(float(fields.get("t", 0.0)), space, tokens, prompt, prompt)
+
+    found = sorted(source.parse(make), key=lambda request: request.t)
+    return Trace(source.name, found, broken=source.broken)
+
+
+def write(requests: Iterable[Request], file: TextIO, *, packed: bool = False) -> int:
+    """Write requests in our own form.
+
+    Args:
+        requests: Of a token trace.
+        file: Where to.
+        packed: Tokens as base64: a third of the size, ten times as fast to read.
+
+    Returns:
+        How many.
+    """
+    count = 0
+    for request in requests:
+        space = request.namespace
+        named: Any = space.model
+        if space.adapter or space.tenant or space.salt:
+            named = [space.model, space.adapter, space.tenant, space.salt]
+        tokens: Any = (
+            base64.b64encode(request.tokens).decode() if packed else unpack(request.tokens).tolist()
+        )
+        fields = {"t": round(request.t, 6), "namespace": named, "prompt": request.prompt}
+        file.write(json.dumps(fields | {"tokens": tokens}, separators=(",", ":")) + "\n")
+        count += 1
+    return count
+
+
+def _namespace(named: Any) -> Namespace:
+    if isinstance(named, str):
+        return Namespace(named)
+    if isinstance(named, dict):
+        return Namespace(**{name: str(named.get(name, "")) for name in _FIELDS})
+    if not isinstance(named, list) or not 1 <= len(named) <= len(_FIELDS):
+        raise ValueError(f"a namespace is a name or [{', '.join(_FIELDS)}], not {named!r}")
+    return Namespace(*map(str, named))

@@ -1,0 +1,193 @@
+"""Sweep: every combination of block size, capacity, policy and partial reuse, on all cores.
+
+Infinite memory comes first.  It gives both ceilings, and it answers for every capacity that holds
+all that the trace ever stores: nothing is evicted there, so the replay would be the same one, step
+by step.  Those rows are marked (`same_as_infinite`); all others are replayed.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.pool import Pool
+
+from prefixcache.core.eviction import POLICIES
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Partial
+from prefixcache_bench.capacity import Capacity
+from prefixcache_bench.curve import curve
+from prefixcache_bench.replay import Configuration, replay
+from prefixcache_bench.rows import Key, Row, key_of, row_of
+from prefixcache_bench.traces import Trace
+
+_MARGIN = 8
+"""With tails, a commit may hold a few blocks more for a moment than it leaves stored."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to combine with what."""
+
+    block_sizes: tuple[int, ...]
+    capacities: tuple[Capacity, ...]
+    policies: tuple[str, ...] = ("lru",)
+    partials: tuple[Partial, ...] = (Partial.OFF,)
+
+    def check(self, trace: Trace, working_set: int) -> None:
+        """Refuse what cannot be run, before anything is.
+
+        Raises:
+            InvalidRequest: the message says what.
+        """
+        for policy in self.policies:
+            if policy not in POLICIES:
+                known = ", ".join(POLICIES)
+                raise InvalidRequest(f"no eviction policy {policy!r}; there are: {known}")
+        for size in self.block_sizes:
+            trace.words(size)
+            for capacity in self.capacities:
+                capacity.blocks(size, working_set)
+
+    def combinations(self) -> list[Key]:
+        """Give every combination."""
+        return [
+            Key(size, capacity.text, policy, partial.value)
+            for partial in self.partials
+            for policy in self.policies
+            for size in self.block_sizes
+            for capacity in self.capacities
+        ]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The hit rates that no amount of memory exceeds, whole blocks only."""
+
+    by_block_size: dict[int, float]
+    """Infinite memory."""
+    finest: float
+    """Infinite memory at the finest block size that the trace knows (1, for tokens)."""
+    working_set: int
+    """Distinct tokens: what percentages of capacity are of."""
+
+
+def ceilings(trace: Trace, block_sizes: tuple[int, ...]) -> Ceilings:
+    """Find both ceilings.  One pass for each block size."""
+    found = {size: curve(trace, size) for size in sorted({trace.unit, *block_sizes})}
+    rates = {size: one.hit_rates([one.working_set])[0] for size, one in found.items()}
+    finest = found[trace.unit]
+    return Ceilings(rates, rates[trace.unit], finest.working_set * trace.unit)
+
+
+def sweep(
+    trace: Trace,
+    grid: Grid,
+    working_set: int,
+    finished: list[Row],
+    add: Callable[[Row], None],
+    *,
+    processes: int | None = None,
+) -> None:
+    """Run what is not finished yet; `add` gets each row as soon as it is there, in any order.
+
+    Args:
+        trace: The requests.
+        grid: What to combine.
+        working_set: Distinct tokens of the trace.
+        finished: Rows that need not be run.
+        add: Takes a row.
+        processes: How many replay at the same time; all cores if not given.
+
+    Raises:
+        KeyboardInterrupt: somebody pressed Ctrl-C; the rows given so far are whole.
+    """
+    done = {key_of(row) for row in finished}
+    todo = [key for key in grid.combinations() if key not in done]
+    capacities = {one.text: one for one in grid.capacities}
+    bounded = {key: capacities[key.capacity].blocks(key.block_size, working_set) for key in todo}
+    infinite: dict[tuple[int, str], Row] = {
+        (row["block_size"], row["partial"]): row for row in finished if row["capacity"] == "inf"
+    }
+    first = sorted({(key.block_size, key.partial) for key in todo} - infinite.keys())
+    with _replayers(trace, processes) as pool:
+        for row in pool.imap_unordered(
+            _replay, [(size, "inf", None, "lru", partial) for size, partial in first]
+        ):
+            infinite[row["block_size"], row["partial"]] = row
+            _give_equal(row, bounded, add)
+        for found in infinite.values():
+            _give_equal(found, bounded, add)
+        rest = [
+            (key.block_size, key.capacity, blocks, key.policy, key.partial)
+            for key, blocks in bounded.items()
+        ]
+        # Long ones first, so that no core idles at the end.
+        rest.sort(key=lambda task: task[2] or 0)
+        for row in pool.imap_unordered(_replay, rest):
+            add(row)
+
+
+def _give_equal(infinite: Row, bounded: dict[Key, int | None], add: Callable[[Row], None]) -> None:
+    """Give, and strike out, the rows that are equal to one with infinite memory."""
+    enough = infinite["peak_blocks"] + (_MARGIN if infinite["partial"] == Partial.TAILS else 0)
+    for key, blocks in list(bounded.items()):
+        if (key.block_size, key.partial) != (infinite["block_size"], infinite["partial"]):
+            continue
+        if blocks is not None and blocks < enough:
+            continue
+        del bounded[key]
+        add(
+            infinite
+            | {
+                "capacity": key.capacity,
+                "capacity_blocks": blocks,
+                "capacity_tokens": None if blocks is None else blocks * key.block_size,
+                "policy": key.policy,
+                "same_as_infinite": int(blocks is not None),
+            }
+        )
+
+
+_trace: Trace | None = None
+
+
+@contextmanager
+def _replayers(trace: Trace, processes: int | None) -> Iterator[Pool]:
+    """Start processes that have the trace already: they are forked from this one."""
+    global _trace
+    _trace = trace
+    gc.collect()
+    gc.freeze()  # so that collections in the children leave the shared pages alone
+    with warnings.catch_warnings():
+        # Forking while another library's threads run is unsafe for what they hold; the children
+        # use nothing but the core.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = multiprocessing.get_context("fork").Pool(processes or cores(), _ignore_interrupt)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
+        gc.unfreeze()
+        _trace = None
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _replay(task: tuple[int, str, int | None, str, str]) -> Row:
+    size, text, blocks, policy, partial = task
+    assert _trace is not None
+    return row_of(replay(_trace, Configuration(size, blocks, policy, Partial(partial))), text)
