@@ -18,7 +18,7 @@ from prefixcache.core.eviction import policy_named
 from prefixcache.core.flights import Request
 from prefixcache.core.leases import Worker
 from prefixcache.core.radix import RadixTree
-from prefixcache.errors import CacheError, InvalidRequest, NotFound
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.types import (
     TOKEN_BYTES,
     Committed,
@@ -257,16 +257,17 @@ class PrefixCache:
                 f"the last block of lease {lease} is shared by a fork; extend it before writing"
             )
         desk = self._desk
-        start, first = own.start, own.rest[: desk.tree.block_bytes]
-        was_in_flight = own.flight is not None
         own.rest += new_tokens
+        before = own.committed
+        into = (before - own.start) * TOKEN_BYTES
+        token = own.rest[into : into + TOKEN_BYTES]
         desk.holdings.drop_source(own)
-        indexed = desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
+        indexed = desk.holdings.publish(own, num_tokens) if num_tokens > before else 0
         if own.committed >= own.prompt_tokens:
             desk.flights.land(own)
         desk.call(own, now)
-        if was_in_flight and own.start > start and desk.room.tickets:
-            desk.landed(own, start, first, now)
+        if indexed and desk.room.tickets:
+            desk.landed(own, before, token, now)
         return Committed(num_tokens, indexed)
 
     def extend(
@@ -325,7 +326,10 @@ class PrefixCache:
             raise InvalidRequest(
                 f"cannot truncate lease {lease} to {num_tokens} tokens; it knows {own.num_tokens}"
             )
-        update = self._desk.holdings.truncate(own, num_tokens)
+        try:
+            update = self._desk.holdings.truncate(own, num_tokens)
+        except PoolExhausted as short:
+            raise self._desk.refusal(short, now) from None
         own.prompt_tokens = min(own.prompt_tokens, num_tokens)
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)

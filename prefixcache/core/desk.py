@@ -123,18 +123,21 @@ class Desk:
         try:
             self.holdings.admit(need, match)
         except PoolExhausted as short:
-            leases = self.leases.all()
-            held = sum(len(lease.table) for lease in leases)
-            message = f"{short}; {held} table entries held by {len(leases)} leases"
-            if leases:
-                oldest = leases[0]
-                message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
-            next_end = self.leases.next_deadline()
-            retry_after_s = 0.0 if next_end is None else max(0.0, next_end - now)
-            raise PoolExhausted(
-                f"{message}. Release leases, ask for less, or serve with more --memory.",
-                retry_after_s,
-            ) from None
+            raise self.refusal(short, now) from None
+
+    def refusal(self, short: PoolExhausted, now: float) -> PoolExhausted:
+        """Say with numbers who holds the blocks that are lacking, and when to come again."""
+        leases = self.leases.all()
+        held = sum(len(lease.table) for lease in leases)
+        message = f"{short}; {held} table entries held by {len(leases)} leases"
+        if leases:
+            oldest = leases[0]
+            message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
+        next_end = self.leases.next_deadline()
+        return PoolExhausted(
+            f"{message}. Release leases, ask for less, or serve with more --memory.",
+            retry_after_s=0.0 if next_end is None else max(0.0, next_end - now),
+        )
 
     def fork(self, member: Worker, own: Lease, now: float) -> Grant:
         """Make a lease that shares the committed blocks of `own`.  Allocates nothing."""
@@ -161,16 +164,16 @@ class Desk:
         for ticket in self.room.called(owner.id, indexed):
             self.retry(ticket, now, wait=now < ticket.deadline)
 
-    def landed(self, lease: Lease, start: int, first: bytes, now: float) -> None:
+    def landed(self, lease: Lease, at: int, token: bytes, now: float) -> None:
         """Try again the requests that wait for somebody slower than `lease`, which indexed first.
 
         Args:
-            lease: Who has indexed whole blocks.
-            start: Tokens before the first of them.
-            first: That block's packed tokens.
+            lease: Who has indexed blocks.
+            at: How many tokens it had committed before.
+            token: The packed token that follows them.
             now: The time.
         """
-        for ticket in self.room.sharing(lease.namespace, start * TOKEN_BYTES, first, lease.id):
+        for ticket in self.room.sharing(lease.namespace, at * TOKEN_BYTES, token, lease.id):
             if ticket.id in self.room.tickets:
                 self.room.stop_waiting(ticket)
                 self.retry(ticket, now, wait=now < ticket.deadline)

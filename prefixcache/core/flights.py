@@ -191,23 +191,23 @@ class WaitingRoom:
             self._by_owner[owner] = staying
         return [ticket for ticket in waiting if ticket.target <= indexed]
 
-    def sharing(self, namespace: Namespace, at: int, block: bytes, owner: LeaseId) -> list[Ticket]:
-        """Give the tickets that wait for another lease than `owner`, for the block it has indexed.
+    def sharing(self, namespace: Namespace, at: int, token: bytes, owner: LeaseId) -> list[Ticket]:
+        """Give the tickets that wait for another lease than `owner` for a token it has committed.
 
-        O(waiting).  Needed where several leases computed the same block: who waits for the slowest
+        O(waiting).  Needed where several leases computed the same tokens: who waits for the slowest
         must not wait on when the first has landed.
 
         Args:
             namespace: Where.
-            at: Byte in the tokens at which the block begins.
-            block: Its packed tokens.
-            owner: Who indexed it.
+            at: Byte at which the token stands in the sequence.
+            token: The first one that was committed now, packed.
+            owner: Who committed it.
         """
         return [
             ticket
             for ticket in self.tickets.values()
             if ticket.owner != owner
-            and ticket.request.tokens.startswith(block, at)
+            and ticket.request.tokens.startswith(token, at)
             and ticket.request.namespace == namespace
         ]
 

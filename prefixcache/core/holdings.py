@@ -259,8 +259,10 @@ class Holdings:
         Returns:
             How many blocks became free, and how many are quarantined.
         """
+        free_before = self.pool.num_free
         self.drop_source(lease)
-        freed = self._let_go_of_shared_tail(lease) if lease.tail_is_shared else 0
+        if lease.tail_is_shared:
+            self._let_go_of_shared_tail(lease)
         private = lease.private_blocks()
         if writes_on and lease.tail is not None:
             self.tree.unhang(lease.tail)
@@ -273,13 +275,16 @@ class Holdings:
         else:
             self._unlock(lease.node)
         if writes_on:
-            return freed, self.pool.quarantine(lease.worker, private)
-        return freed + self.pool.release(private), 0
+            quarantined = self.pool.quarantine(lease.worker, private)
+        else:
+            quarantined = 0
+            self.pool.release(private)
+        return self.pool.num_free - free_before, quarantined
 
-    def _let_go_of_shared_tail(self, lease: Lease) -> int:
+    def _let_go_of_shared_tail(self, lease: Lease) -> None:
         lease.tail_is_shared = False
         lease.private_from -= 1
-        return self.pool.release(array("i", [lease.table.pop()]))
+        self.pool.release(array("i", [lease.table.pop()]))
 
     def _unlock(self, node: Node) -> None:
         absorbed = self.tree.unlock(node)
