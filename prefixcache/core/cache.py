@@ -263,7 +263,7 @@ class PrefixCache:
         token = own.rest[into : into + TOKEN_BYTES]
         desk.holdings.drop_source(own)
         indexed = desk.holdings.publish(own, num_tokens) if num_tokens > before else 0
-        if own.committed >= own.prompt_tokens:
+        if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             desk.flights.land(own)
         desk.call(own, now)
         if indexed and desk.room.tickets:
@@ -330,11 +330,9 @@ class PrefixCache:
             update = self._desk.holdings.truncate(own, num_tokens)
         except PoolExhausted as short:
             raise self._desk.refusal(short, now) from None
-        own.prompt_tokens = min(own.prompt_tokens, num_tokens)
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)
-            if own.committed < own.prompt_tokens:
-                self._desk.flights.start(own, prompt[: own.prompt_tokens * TOKEN_BYTES])
+            self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
         self._desk.call(own, now)
         return update
 

@@ -96,7 +96,6 @@ class Desk:
         lease = self.leases.open(member, request.namespace, node, now)
         copies = holdings.take(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
-        lease.prompt_tokens = num_tokens
         self.flights.start(lease, tokens)
         grant = Grant(
             lease.id,
@@ -144,7 +143,6 @@ class Desk:
         self.tree.lock_node(own.node)
         child = self.leases.open(member, own.namespace, own.node, now)
         self.holdings.fork(own, child)
-        child.prompt_tokens = child.committed
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
         return Grant(child.id, child.table[:], child.committed, 0, (), ledger, self.leases.ttl_s)
 

@@ -1,7 +1,7 @@
-"""Which unprotected leaf goes first: the registry of policies, what one is, and the leaves in order.
+"""Which unprotected leaf goes first: what a policy is, their registry, and the leaves in order.
 
-A policy is one class in one file of `prefixcache/core/policies/`.  Registering it (`@register`) puts
-it in `--policy`, in the sweeps and in every test that is parametrised over policies; there is
+A policy is one class in one file of `prefixcache/core/policies/`.  Registering it (`@register`)
+puts it in `--policy`, in the sweeps and in every test that is parametrised over policies; there is
 nothing else to edit.  The smallest one has a name and a `key`: the leaf with the smallest key loses
 its last blocks first.
 
@@ -35,7 +35,7 @@ from prefixcache.errors import InvalidRequest
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prefixcache.core.node import Match, Node
+    from prefixcache.core.node import Node
 
 Mark = Any
 """What a policy knows about the blocks of a run; immutable, compared by `==`."""
@@ -182,8 +182,10 @@ class LanePolicy(EvictionPolicy, ABC):
         """Give a lane whose head goes next.  At least one lane has a head."""
 
     def spares(self, node: Node) -> bool:
-        """Whether a chosen leaf gets another chance; its mark says so afterwards.  The number of
-        chances must be bounded by the number of uses."""
+        """Whether a chosen leaf gets another chance; its mark says so afterwards.
+
+        The number of chances must be bounded by the number of uses.
+        """
         return False
 
     def queue(self) -> Queue:
@@ -194,8 +196,8 @@ class LanePolicy(EvictionPolicy, ABC):
 class Lanes:
     """The unprotected leaves of a `LanePolicy`: a heap with lazily corrected keys per lane.
 
-    A leaf may have several entries; one counts while the leaf is still in its lane, and is moved
-    when its key has grown.
+    A leaf may have several entries; when one comes to the top it is moved to where the leaf belongs
+    by now.
     """
 
     __slots__ = ("_heaps", "_policy", "_rebuild_at", "_serial", "_size")
@@ -241,16 +243,13 @@ class Lanes:
         heap, policy = self._heaps[lane], self._policy
         while heap:
             key, _, node = heap[0]
-            if node.is_evictable and policy.lane(node) == lane:
-                now = policy.key(node)
-                if now <= key:
-                    return node
-                heappop(heap)
-                self._serial += 1
-                heappush(heap, (now, self._serial, node))
-                continue
+            evictable = node.is_evictable
+            if evictable and policy.lane(node) == lane and policy.key(node) <= key:
+                return node
             heappop(heap)
             self._size -= 1
+            if evictable:
+                self.push(node)
         return None
 
     def _rebuild(self) -> None:
