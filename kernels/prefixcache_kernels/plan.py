@@ -58,8 +58,8 @@ class Piece:
     """`[num_seqs * width]` int64: the blocks to gather."""
     keys: slice
     """Which of a sequence's gathered slots are read."""
-    hidden: Tensor | None
-    """int64: gathered slots that hold no key of their sequence and are zeroed; None: none."""
+    hidden: list[slice]
+    """Gathered slots that are read but hold no key of their sequence: they are zeroed."""
     visible: Tensor | None
     """`[num_seqs or 1, num_queries, keys]` bool: what may be attended; None: all of it."""
 
@@ -81,12 +81,11 @@ class Scratch:
     key_blocks: Tensor
     value_blocks: Tensor
     """`[num_seqs * width, block_size, kv_heads, head_dim]`."""
-    key_slots: Tensor
-    value_slots: Tensor
-    """`[num_seqs * width * block_size, kv_heads, head_dim]` views of the blocks."""
     keys: Tensor
     values: Tensor
     """`[num_seqs, kv_heads, keys, head_dim]` views of the blocks."""
+    hidden: list[Tensor]
+    """Views of the blocks that are zeroed after gathering."""
 
 
 Work: TypeAlias = "list[tuple[Piece, Scratch, Tensor | None]]"
@@ -253,11 +252,13 @@ class Plan:
             index = self._tables[torch.tensor(group)[:, None], columns].view(-1)
         uniform = len(set(skips)) == len(set(spans)) == 1
         keys = slice(skips[0], spans[0]) if uniform else slice(0, max(spans))
-        hidden, visible = None, None
+        hidden = []
+        visible = None
         if not uniform:
-            slots = torch.arange(width * size)
-            known = (slots >= torch.tensor(skips)[:, None]) & (slots < torch.tensor(spans)[:, None])
-            hidden = (~known).view(-1).nonzero().view(-1)
+            for i, (skip, span) in enumerate(zip(skips, spans, strict=True)):
+                base = i * width * size
+                edges = ((base, base + skip), (base + span, base + keys.stop))
+                hidden += [slice(low, high) for low, high in edges if low < high]
         if num > 1 or not uniform:
             spot = torch.arange(keys.start, keys.stop)  # of the key, from the first gathered slot
             last = torch.tensor(spans[:1] if uniform else spans)[:, None, None] - num
@@ -302,13 +303,12 @@ def _view(piece: Piece, keys: Tensor, values: Tensor, tail: torch.Size) -> Scrat
     count = piece.index.numel()
     split = (piece.num_seqs, piece.width * tail[0], *tail[1:])
 
-    def blocks(flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def blocks(flat: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         used = flat[: count * tail.numel()]
         dense = used.view(split)[:, piece.keys].transpose(1, 2)
-        return used.view(count, *tail), used.view(-1, *tail[1:]), dense
+        slots = used.view(-1, *tail[1:])
+        return used.view(count, *tail), dense, [slots[where] for where in piece.hidden]
 
-    (key_blocks, key_slots, key_dense), (value_blocks, value_slots, value_dense) = (
-        blocks(keys),
-        blocks(values),
-    )
-    return Scratch(key_blocks, value_blocks, key_slots, value_slots, key_dense, value_dense)
+    key_blocks, key_dense, key_hidden = blocks(keys)
+    value_blocks, value_dense, value_hidden = blocks(values)
+    return Scratch(key_blocks, value_blocks, key_dense, value_dense, key_hidden + value_hidden)

