@@ -117,12 +117,12 @@ class Desk:
 
     def admit(self, need: int, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
-        if self.tick is not None:
-            self.tick(now)
         try:
             self.holdings.admit(need, match)
         except PoolExhausted as short:
             raise self.refusal(short, now) from None
+        if self.tick is not None:
+            self.tick(now)
 
     def refusal(self, short: PoolExhausted, now: float) -> PoolExhausted:
         """Say with numbers who holds the blocks that are lacking, and when to come again."""
