@@ -16,7 +16,7 @@ from rich.text import Text
 from prefixcache.types import Snapshot
 from prefixcache_worker.demo.compare import Difference
 from prefixcache_worker.demo.record import Death, Request
-from prefixcache_worker.demo.view import STYLES, fate_bar, obituary, opening
+from prefixcache_worker.demo.view import obituary, request_table
 
 FRAMES_PER_S: Final = 5
 NUM_LATEST: Final = 12
@@ -26,6 +26,7 @@ class LiveView:
     """Draws the state five times a second, in a thread of its own; about 2 % of a core."""
 
     def __init__(self, console: Console, workers: Sequence[str], num_requests: int) -> None:
+        self._width = console.width - 4
         self._workers = list(workers)
         self._num_requests = num_requests
         self._running: dict[str, Request] = {}
@@ -104,7 +105,7 @@ class LiveView:
                 Text(),
                 self._lanes(),
                 Text(),
-                self._table(),
+                request_table(list(self._latest), self._width, header_style="dim", expand=True),
                 Text(),
                 self._totals(),
             ),
@@ -123,33 +124,6 @@ class LiveView:
                 doing = Text("killed", style="bold red")
             table.add_row(
                 Text(worker, style="bold"), f"{self._served.get(worker, 0):>3} served", doing
-            )
-        return table
-
-    def _table(self) -> Table:
-        table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
-        for name in ("request", "worker"):
-            table.add_column(name, no_wrap=True)
-        for name in ("prompt", "hit", "partial", "joined", "cold"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("█ hit ▓ partial ▒ joined · cold", no_wrap=True, width=32)
-        table.add_column("fate", no_wrap=True)
-        table.add_column("first token", justify="right", no_wrap=True)
-        table.add_column("answer", no_wrap=True, overflow="ellipsis", ratio=1)
-        for request in list(self._latest):
-            ledger = request.ledger
-            table.add_row(
-                request.id,
-                request.worker,
-                f"{len(request.prompt):,}",
-                f"{ledger.hit:,}",
-                f"{ledger.partial:,}",
-                f"{ledger.joined:,}",
-                f"{len(request.prompt) - ledger.reused:,}",
-                fate_bar(request, 32),
-                Text(request.fate, style=STYLES[request.fate]),
-                f"{request.ttft_ms:,.0f} ms",
-                opening(request.text),
             )
         return table
 

@@ -171,14 +171,22 @@ def _workers(
 
 async def _all_ready(workers: Sequence[Worker], desk: Desk, view: View) -> None:
     began_s = time.monotonic()
-    view.say(f"{len(workers)} workers are loading the model")
+    view.say(f"{len(workers)} workers are loading the model, one thread each")
+
+    async def ready(worker: Worker) -> None:
+        await worker.ready()
+        seconds = time.monotonic() - began_s
+        gap = float(worker.about.get("probe_gap", 0.0))
+        view.say(
+            f"{worker.name} (pid {worker.pid}) is ready after {seconds:.0f} s, its logits within "
+            f"{gap:.0e} of plain attention's"
+        )
+
     async with asyncio.TaskGroup() as group:
         for worker in workers:
-            group.create_task(worker.ready())
+            group.create_task(ready(worker))
     for worker in workers:
         desk.workers[worker.name] = worker
-    pids = ", ".join(f"{worker.name} (pid {worker.pid})" for worker in workers)
-    view.say(f"{pids}: ready after {time.monotonic() - began_s:.0f} s")
 
 
 async def _guard(worker: Worker) -> None:

@@ -10,37 +10,15 @@ from rich.text import Text
 
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.record import Run
-from prefixcache_worker.demo.view import STYLES, fate_bar, obituary, opening
+from prefixcache_worker.demo.view import obituary, request_table
 
 _MEGABYTE = 1e6
 
 
 def show_requests(console: Console, run: Run) -> None:
     """Print one line per request, in the order in which they were sent."""
-    table = Table(title="Every request", title_justify="left", box=None, header_style="bold")
-    for name in ("request", "worker"):
-        table.add_column(name, no_wrap=True)
-    for name in ("prompt", "hit", "partial", "joined", "cold"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("█ hit ▓ partial ▒ joined · cold", no_wrap=True)
-    table.add_column("fate", no_wrap=True)
-    table.add_column("first token", justify="right", no_wrap=True)
-    table.add_column("answer", no_wrap=True, overflow="ellipsis")
-    for request in run.requests:
-        ledger = request.ledger
-        table.add_row(
-            request.id,
-            request.worker,
-            f"{len(request.prompt):,}",
-            f"{ledger.hit:,}",
-            f"{ledger.partial:,}",
-            f"{ledger.joined:,}",
-            f"{len(request.prompt) - ledger.reused:,}",
-            fate_bar(request, 30),
-            Text(request.fate, style=STYLES[request.fate]),
-            f"{request.ttft_ms:,.0f} ms",
-            opening(request.text, 60),
-        )
+    style = {"title": "Every request", "title_justify": "left", "header_style": "bold"}
+    table = request_table(run.requests, console.width, **style)
     console.print(table)
 
 

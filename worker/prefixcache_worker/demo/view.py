@@ -11,9 +11,10 @@ Both are told the same things.  Nothing is said by colour alone: fates have word
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from prefixcache.types import Snapshot
@@ -154,6 +155,34 @@ def obituary(death: Death) -> list[str]:
         lost = sum(attempt.num_lost for attempt in death.attempts)
         lines.append(f"At most {lost} tokens of work died with it. Sent again, to others: {again}.")
     return lines
+
+
+def request_table(requests: Sequence[Request], width: int, **style: Any) -> Table:
+    """Lay requests out as a table; bars and answers only where there is room for them."""
+    bar_width = 0 if width < 120 else 32 if width > 160 else 24
+    table = Table(box=None, padding=(0, 1), **style)
+    for name in ("request", "worker"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompt", "hit", "partial", "joined", "cold"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if bar_width:
+        table.add_column("█ hit ▓ part ▒ join · cold", no_wrap=True, min_width=bar_width)
+    table.add_column("fate", no_wrap=True)
+    table.add_column("first token", justify="right", no_wrap=True)
+    if width >= 100:
+        table.add_column("answer", no_wrap=True, overflow="ellipsis", ratio=1)
+    for request in requests:
+        ledger = request.ledger
+        counts = (len(request.prompt), ledger.hit, ledger.partial, ledger.joined)
+        cells: list[str | Text] = [request.id, request.worker]
+        cells += [f"{count:,}" for count in (*counts, counts[0] - ledger.reused)]
+        if bar_width:
+            cells.append(fate_bar(request, bar_width))
+        cells += [Text(request.fate, style=STYLES[request.fate]), f"{request.ttft_ms:,.0f} ms"]
+        if width >= 100:
+            cells.append(opening(request.text))
+        table.add_row(*cells)
+    return table
 
 
 def fate_bar(request: Request, width: int) -> Text:
