@@ -15,7 +15,9 @@ differ by up to a quarter; DynamicCache pads on the left and masks (the mask is 
 free).  `runs` tables are what a fresh pool gives: a prompt's blocks in a row, those of decode taken
 in turn.  `scattered` ones are a random permutation of the pool: the worst a long life can do.
 
-A ratio above 1 says that the paged side is faster.  Exit code 1 if the answers differ.
+A ratio above 1 says that the paged side is faster.  With one thread, times are processor time: on a
+quiet machine the same as time passed, on a busy one without the neighbours' share.  Exit code 1 if
+the answers differ.
 """
 
 from __future__ import annotations
@@ -195,6 +197,7 @@ def measure(case: Case, *, steps: int, warmup: int, seed: int) -> Row:
     paged = Paged(case, prompts, steps + warmup, seed)
     del prompts
     took: dict[str, list[float]] = {"dense": [], "paged": []}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     difference = 0.0
     for i in range(steps + warmup):
         tokens = Tokens(case, generator)
@@ -203,10 +206,10 @@ def measure(case: Case, *, steps: int, warmup: int, seed: int) -> Row:
         )
         answers = {}
         for name, side in order:
-            start = time.perf_counter()
+            start = clock()
             answers[name] = side.step(tokens)
             if i >= warmup:
-                took[name].append((time.perf_counter() - start) * 1e3)
+                took[name].append((clock() - start) * 1e3)
         difference = max(difference, float((answers["dense"] - answers["paged"]).abs().max()))
     paged.pool.close()
     return Row(
@@ -250,13 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer batches and steps")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--tables", action="append", choices=["runs", "scattered"])
-    parser.add_argument("--steps", type=int, default=0, help="steps counted (15; quick: 7)")
+    parser.add_argument("--steps", type=int, default=0, help="steps counted (9 to 31, by size)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print numbers, not a table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    steps = options.steps or (7 if options.quick else 15)
     head: dict[str, Any] = {
         "command": " ".join(["python -m prefixcache_bench.decode", *(arguments or sys.argv[1:])]),
         "seed": options.seed,
@@ -278,6 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         tables=options.tables or (["runs"] if options.quick else ["runs", "scattered"]),
     )
     for case in chosen:
+        steps = options.steps or min(31, max(9, 40_000 // (case.batch * case.context)))
         row = measure(case, steps=steps, warmup=2, seed=options.seed)
         rows.append(row)
         if not options.json:
