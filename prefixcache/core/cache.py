@@ -258,16 +258,17 @@ class PrefixCache:
             )
         desk = self._desk
         own.rest += new_tokens
-        before = own.committed
-        into = (before - own.start) * TOKEN_BYTES
+        # The first token that others may see from now on: without tails, that of a whole block.
+        news = own.committed if self.partial is Partial.TAILS else own.start
+        into = (news - own.start) * TOKEN_BYTES
         token = own.rest[into : into + TOKEN_BYTES]
         desk.holdings.drop_source(own)
-        indexed = desk.holdings.publish(own, num_tokens) if num_tokens > before else 0
+        indexed = desk.holdings.publish(own, num_tokens) if num_tokens > own.committed else 0
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             desk.flights.land(own)
         desk.call(own, now)
         if indexed and desk.room.tickets:
-            desk.landed(own, before, token, now)
+            desk.landed(own, news, token, now)
         return Committed(num_tokens, indexed)
 
     def extend(

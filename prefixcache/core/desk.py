@@ -167,8 +167,8 @@ class Desk:
 
         Args:
             lease: Who has indexed blocks.
-            at: How many tokens it had committed before.
-            token: The packed token that follows them.
+            at: Index of the first token that others see since then.
+            token: That token, packed.
             now: The time.
         """
         for ticket in self.room.sharing(lease.namespace, at * TOKEN_BYTES, token, lease.id):

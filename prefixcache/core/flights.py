@@ -76,7 +76,13 @@ class Flights:
         return sum(map(len, self._below.values()))
 
     def start(self, lease: Lease, prompt: bytes) -> None:
-        """Let others find what `lease` is computing.  O(log flights)."""
+        """Let others find what `lease` computes, if it can be shared.  O(log flights)."""
+        if (
+            self._partial is not Partial.TAILS
+        ):  # a last block that stays partly filled is not shared
+            prompt = prompt[: len(prompt) - len(prompt) % (self._block_size * TOKEN_BYTES)]
+        if len(prompt) <= lease.committed * TOKEN_BYTES:
+            return
         lease.flight = prompt
         insort(self._below.setdefault(lease.node.root, []), (prompt, lease.id, lease))
 
@@ -100,28 +106,22 @@ class Flights:
         best: Gain | None = None
         for prompt, _, lease in below[max(0, at - 1) : at + 1]:
             common = common_prefix(prompt, 0, tokens, 0, min(len(prompt), len(tokens)))
-            gain = self._gain(lease, match, prompt, common // TOKEN_BYTES, len(tokens))
+            gain = self._gain(lease, match, common // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
             if gain is not None and (best is None or gain.num_tokens > best.num_tokens):
                 best = gain
         return best
 
-    def _gain(
-        self, lease: Lease, match: Match, prompt: bytes, common: int, num_bytes: int
-    ) -> Gain | None:
-        """Say what waiting for one flight brings; `common` is in tokens."""
+    def _gain(self, lease: Lease, match: Match, common: int, num_tokens: int) -> Gain | None:
+        """Say what waiting for one flight brings."""
         size = self._block_size
-        usable = min(common, num_bytes // TOKEN_BYTES - 1)
+        usable = min(common, num_tokens - 1)
         cached = match.end // TOKEN_BYTES
         if self._partial is Partial.OFF:
             usable -= usable % size
             target = usable
         else:
             cached += match.partial_tokens
-            target = usable
-            if self._partial is Partial.BLOCKS:  # a block that stays partly filled is not indexed
-                known = len(prompt) // TOKEN_BYTES
-                usable = min(usable, known - known % size)
-                target = -(-usable // size) * size
+            target = usable if self._partial is Partial.TAILS else -(-usable // size) * size
         return Gain(lease, usable - cached, target) if usable > cached else None
 
     def check(self) -> None:

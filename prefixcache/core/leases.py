@@ -16,7 +16,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from prefixcache.core.node import Node
 from prefixcache.errors import LeaseExpired, NotFound
@@ -46,7 +46,6 @@ class Lease:
         "namespace",
         "node",
         "private_from",
-        "prompt_tokens",
         "request_id",
         "rest",
         "since",
@@ -81,8 +80,6 @@ class Lease:
         """Packed tokens from `start` on."""
         self.committed = 0
         """Tokens from position 0 that hold valid KV."""
-        self.prompt_tokens = 0
-        """Tokens known when the lease was granted."""
         self.table: BlockTable = array("i")
         self.private_from = 0
         """Index in the table from which all blocks are the lease's own."""
@@ -130,10 +127,12 @@ class Leases:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_ended", "_next", "ttl_s", "workers")
+    __slots__ = ("_deadlines", "_ended", "_next", "count", "ttl_s", "workers")
 
     def __init__(self, ttl_s: float) -> None:
         self.ttl_s = ttl_s
+        self.count = 0
+        """Living leases."""
         self.workers: dict[WorkerId, Worker] = {}
         self._deadlines: list[tuple[float, LeaseId, Lease]] = []
         self._ended: OrderedDict[LeaseId, tuple[WorkerId, float | None, int]] = OrderedDict()
@@ -164,7 +163,11 @@ class Leases:
             deadline=now + self.ttl_s,
         )
         member.leases[lease.id] = lease
+        self.count += 1
         heappush(self._deadlines, (lease.deadline, lease.id, lease))
+        if len(self._deadlines) > 2 * self.count + _REMEMBERED_ENDS:
+            self._deadlines = [entry for entry in self._deadlines if self._lives(entry[2])]
+            heapify(self._deadlines)
         return lease
 
     def get(self, worker: WorkerId, lease: LeaseId, now: float) -> Lease:
@@ -198,6 +201,7 @@ class Leases:
         """Forget a lease, but for how it ended."""
         member = self.workers[lease.worker]
         del member.leases[lease.id]
+        self.count -= 1
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
         self._ended[lease.id] = (lease.worker, expired_at, quarantined)
