@@ -102,7 +102,9 @@ def replay(trace: Trace, asked: Configuration, *, num_windows: int = 1) -> Outco
             head = tokens[:room] + BEYOND
             grant = cache.acquire(_WORKER, namespace, head, reserve=reserve, now=now)
             assert isinstance(grant, Grant)
-        cache.commit(_WORKER, grant.lease, stored // TOKEN_BYTES, now=now)
+        # A copied part of a block may reach beyond the whole blocks that are stored.
+        upto = max(stored // TOKEN_BYTES, grant.num_cached)
+        cache.commit(_WORKER, grant.lease, upto, now=now)
         cache.release(_WORKER, grant.lease, now=now)
         if tree.num_blocks > peak:
             peak = tree.num_blocks

@@ -62,7 +62,7 @@ def read(path: Path, name: str | None = None, system: str = "none") -> Trace:
             f"{folder} has no workload {name!r}; it has: {', '.join(names_in(folder)) or 'none'}"
         )
     with Source(str(convs_file)) as convs:
-        tokens = _conversations(convs)
+        tokens = conversations(convs)
     heads = _heads(folder, system, len(tokens))
     space = Namespace(name)
 
@@ -84,8 +84,8 @@ def read(path: Path, name: str | None = None, system: str = "none") -> Trace:
     return Trace(label, found, broken=convs.broken + requests.broken)
 
 
-def _conversations(source: Source) -> list[bytes | None]:
-    """Give the packed tokens of each conversation; None for a line that could not be read."""
+def conversations(source: Source) -> list[bytes | None]:
+    """Read the packed tokens of each conversation; None for a line that could not be read."""
     out: list[bytes | None] = []
 
     def make(fields: dict[str, Any]) -> None:

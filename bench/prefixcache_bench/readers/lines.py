@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import sys
@@ -15,6 +14,8 @@ from prefixcache.errors import InvalidRequest
 from prefixcache_bench.traces import BrokenLine
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_GZIP = 16 + zlib.MAX_WBITS
+_PIECE = 1 << 18
 
 Item = TypeVar("Item")
 
@@ -41,7 +42,7 @@ class Source:
             except OSError as error:
                 raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
         zipped = raw.peek(2)[:2] == _GZIP_MAGIC
-        self._stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
+        self._pieces = _unzipped(raw) if zipped else iter(lambda: raw.read(_PIECE), b"")
         self._head = self._read_head()
 
     def __enter__(self) -> Source:
@@ -105,11 +106,30 @@ class Source:
 
     def _more(self, number: int) -> bytes:
         try:
-            return self._stream.read(1 << 20)
+            return next(self._pieces, b"")
         except (EOFError, OSError, zlib.error) as error:
             self.broken.append(BrokenLine(number + 1, f"the file breaks off: {error}"))
-            self._stream = io.BytesIO()
+            self._pieces = iter(())
             return b""
+
+
+def _unzipped(raw: io.BufferedReader) -> Iterator[bytes]:
+    """Give a gzip stream's pieces; of one that breaks off, all that can be read.
+
+    Raises:
+        EOFError: it breaks off.
+        zlib.error: it is damaged.
+    """
+    member = zlib.decompressobj(_GZIP)
+    while packed := raw.read(_PIECE):
+        while packed:
+            if member.eof:
+                member = zlib.decompressobj(_GZIP)
+            if piece := member.decompress(packed):
+                yield piece
+            packed = member.unused_data
+    if not member.eof:
+        raise EOFError("the end of the gzip stream is missing")
 
 
 def _stem(path: str) -> str:
