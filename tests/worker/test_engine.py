@@ -135,22 +135,15 @@ def test_waiting_for_another_workers_prefix_does_not_stop_decoding(
 def test_a_pool_that_is_full_makes_requests_wait_not_fail(
     tiny: Model, want: list[list[int]], client: Client
 ) -> None:
-    engine = engine_at(client, tiny, max_batch=16)
-    free = engine._shared.pool.num_blocks * 16 if engine._shared else 0
-    big = [Request(f"big{i}", random_tokens(100, seed=i + 50), free // 2 - 100) for i in range(3)]
-    short = [Request(r.id, r.tokens, 3, stop_ids=r.stop_ids) for r in big]
-    # Each reserves nearly half of the pool; they answer in turn.
-    done = answers(engine, *[_bounded(r) for r in big], *requests())
-    assert len(done) == 7
+    engine = engine_at(client, tiny)
+    # Eight that reserve 16 of the pool's 85 blocks each, and stop at their first token.
+    wide = [
+        Request(f"wide{i}", random_tokens(100, seed=i + 50), 150, stop_ids=tuple(range(97)))
+        for i in range(8)
+    ]
+    done = answers(engine, *wide, *requests())
+    assert len(done) == 12
     assert tokens({k: v for k, v in done.items() if k in "0123"}) == want
-    assert len(short) == 3
-
-
-def _bounded(request: Request) -> Request:
-    """Reserve much and stop early: every token ends the answer."""
-    return Request(
-        request.id, request.tokens[:], min(request.max_new_tokens, 150), stop_ids=tuple(range(97))
-    )
 
 
 def test_a_request_that_can_never_fit_fails_with_the_arithmetic(

@@ -73,7 +73,9 @@ def test_decoding_side_by_side_gives_the_logits_of_each_alone(case: Case) -> Non
     case.run(*(Piece(PROMPT[:n], 0, t) for n, t in zip(done, tables, strict=True)))
     while done != ends:
         # Of unlike lengths, and one chunk of a prompt among single tokens.
-        counts = [min(1 if i else 3, end - at) for i, (at, end) in enumerate(zip(done, ends, strict=True))]
+        counts = [
+            min(1 if i else 3, end - at) for i, (at, end) in enumerate(zip(done, ends, strict=True))
+        ]
         rows = [
             (at, at + count, table)
             for at, count, table in zip(done, counts, tables, strict=True)

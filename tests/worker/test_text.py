@@ -77,7 +77,9 @@ def tokenizer(demo_folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(demo_folder)
 
 
-@pytest.mark.parametrize("text", ["Grüße, 世界! 👩‍🚀 done.", "  two  spaces\n\n\ttab", "naïve café 123"])
+@pytest.mark.parametrize(
+    "text", ["Grüße, 世界! 👩‍🚀 done.", "  two  spaces\n\n\ttab", "naïve café 123"]
+)
 def test_a_real_tokenizer_streams_the_text_that_it_decodes(tokenizer: Any, text: str) -> None:
     shown, _ = stream(tokenizer.encode(text), tokenizer=tokenizer)
     assert "".join(shown) == text

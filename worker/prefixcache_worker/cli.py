@@ -43,6 +43,12 @@ def worker(
     # Before torch is imported: its thread pools read this once.
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    import prefixcache
+
+    if not solo:
+        prefixcache.connect(connect).close()  # says so before anything is loaded if nobody answers
+
     import transformers
 
     from prefixcache_worker.model import Model

@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import IO, Any, Final
 
@@ -98,6 +98,20 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         raise InvalidRequest(f"{type(error).__name__}: {error}") from error
 
 
+def read_lines(fd: int) -> Iterator[bytes]:
+    """Give the lines of a file descriptor, the last one also if it does not end in a newline.
+
+    Not `sys.stdin`: its lock would be held by the thread that waits for a line, and Python aborts
+    at exit if it is.
+    """
+    rest = b""
+    while data := os.read(fd, 1 << 16):
+        *whole, rest = (rest + data).split(b"\n")
+        yield from whole
+    if rest:
+        yield rest
+
+
 class WorkerProcess:
     """Reads requests, runs the engine, writes events.
 
@@ -127,7 +141,7 @@ class WorkerProcess:
         out: IO[bytes] | None = None,
     ) -> None:
         self.model = model
-        self._lines = sys.stdin.buffer if lines is None else lines
+        self._lines = read_lines(sys.stdin.fileno()) if lines is None else lines
         self._out = sys.stdout.buffer if out is None else out
         self._writing = threading.Lock()
         self._ended = threading.Event()

@@ -1,0 +1,445 @@
+"""The worker beside transformers' `generate`: first tokens, decoding, and chats on several workers.
+
+    python -m prefixcache_bench.serving [--quick] [--seed 0] [--only ttft] [--json FILE]
+
+Everything runs on the demo model unless `--model` says otherwise, in bfloat16 where the processor
+computes it, with one thread per process.  Baselines take turns with what they are compared to, in
+the same minute:
+
+```
+first token   generate (DynamicCache) on a prompt │  the engine through a real service: cold, then
+                                                  │  warm (all but the last 16 tokens are cached)
+decoding      steps of generate on a batch        │  steps of the engine with as many requests
+chats         worker processes on one pool        │  the same, each on a pool of its own
+```
+Figures are min / median / max.  Exit code 1 if a goal is missed and `--strict` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import torch
+import transformers
+
+import prefixcache
+from prefixcache_bench.chatload import Load, play, service, workers
+from prefixcache_worker import smollm2
+from prefixcache_worker.engine import Engine
+from prefixcache_worker.model import Model
+from prefixcache_worker.process import joiner
+from prefixcache_worker.request import Failed, Finished, Request, Token
+
+TTFT_LENGTHS: Final = (256, 1000, 2000)
+WARM_TAIL: Final = 16
+BATCHES: Final = (1, 4, 8, 16)
+DECODE_CONTEXT: Final = 200
+SKIPPED_STEPS: Final = 3
+GOALS: Final = {
+    "decode at batch 1": 1.4,
+    "decode at batch 8": 1.25,
+    "cold first token": 1.0,
+    "warm first token at 1,000": 5.0,
+    "moving chats, 3 workers": 4.0,
+}
+
+
+@dataclass
+class Series:
+    """Repeated measurements of one thing."""
+
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.values)
+
+    def fields(self) -> dict[str, float]:
+        """Give min, median and max."""
+        return {"min": min(self.values), "median": self.median, "max": max(self.values)}
+
+    def __str__(self) -> str:
+        return f"{min(self.values):.0f} / {self.median:.0f} / {max(self.values):.0f}"
+
+
+class Generate:
+    """transformers' own generation, with a DynamicCache, as it is installed."""
+
+    def __init__(self, folder: str, dtype: str) -> None:
+        self.module = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        ).eval()
+
+    def steps(self, prompts: list[list[int]], count: int) -> list[float]:
+        """Generate `count` tokens for prompts of one length; seconds until each step's end."""
+        ids = torch.tensor(prompts)
+        ends: list[float] = []
+
+        def note(input_ids: Any, scores: Any, **kwargs: Any) -> torch.Tensor:
+            ends.append(time.perf_counter())
+            return torch.zeros(len(prompts), dtype=torch.bool)
+
+        started = time.perf_counter()
+        self.module.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=transformers.StoppingCriteriaList([note]),
+        )
+        return [end - started for end in ends]
+
+
+@contextlib.contextmanager
+def engine(model: Model) -> Iterator[Engine]:
+    """Run an engine in this process on a service in another."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx")))
+        target = stack.enter_context(service(folder, "s", "1GiB"))
+        client = stack.enter_context(prefixcache.connect(target))
+        session, pool = joiner(client, model, "bench")()
+        made = Engine(model, pool, session)
+        yield made
+        made.close()
+
+
+def first_token(made: Engine, name: str, tokens: list[int]) -> tuple[float, int]:
+    """Ask for one token; seconds until it is there, and tokens computed."""
+    made.submit(Request(name, tokens, 1, stop_ids=()))
+    [done] = [e for e in made.run() if isinstance(e, Finished | Failed)]
+    assert isinstance(done, Finished), done
+    return done.ttft_s, done.num_computed
+
+
+def measure_ttft(
+    model: Model, baseline: Generate, rounds: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Measure the time to the first token, cold and warm, beside generate."""
+    found = {n: {"generate": Series(), "cold": Series(), "warm": Series()} for n in TTFT_LENGTHS}
+    with engine(model) as made:
+        first_token(made, "warm-up", tokens(draw, 64))
+        baseline.steps([tokens(draw, 64)], 1)
+        for number in range(rounds):
+            for length in TTFT_LENGTHS:
+                prompt = tokens(draw, length)
+                series = found[length]
+                series["generate"].values.append(1e3 * baseline.steps([prompt], 1)[0])
+                cold_s, computed = first_token(made, f"c{number}.{length}", prompt)
+                assert computed == length
+                series["cold"].values.append(1e3 * cold_s)
+                other = prompt[:-WARM_TAIL] + tokens(draw, WARM_TAIL)
+                warm_s, computed = first_token(made, f"w{number}.{length}", other)
+                assert computed <= WARM_TAIL
+                series["warm"].values.append(1e3 * warm_s)
+            progress(f"first tokens: round {number + 1} of {rounds}")
+    return [
+        {
+            "length": length,
+            **{f"{kind}_ms": series.fields() for kind, series in by_kind.items()},
+            "generate_to_cold": by_kind["generate"].median / by_kind["cold"].median,
+            "cold_to_warm": by_kind["cold"].median / by_kind["warm"].median,
+        }
+        for length, by_kind in found.items()
+    ]
+
+
+def engine_steps(made: Engine, prompts: list[list[int]], count: int, name: str) -> list[float]:
+    """Decode `count` tokens of all prompts side by side; the duration of each full step."""
+    # The first prompts decode already while the last ones are computed.
+    count += sum(map(len, prompts)) // made.chunk + 2
+    for i, prompt in enumerate(prompts):
+        made.submit(Request(f"{name}.{i}", prompt, count, stop_ids=(), wait_s=0.0))
+    durations = []
+    while not made.idle:
+        started = time.perf_counter()
+        events = made.step()
+        spent = time.perf_counter() - started
+        if sum(isinstance(event, Token) for event in events) == len(prompts):
+            durations.append(spent)
+        if made.stalled and not made.idle:
+            made.wait(1.0)
+    return durations
+
+
+def measure_decode(
+    model: Model, baseline: Generate, rounds: int, steps: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Measure decoding in tokens per second at several batch sizes, beside generate."""
+    rows = []
+    with engine(model) as made:
+        for batch in BATCHES:
+            ours, theirs = Series(), Series()
+            for number in range(rounds):
+                prompts = [tokens(draw, DECODE_CONTEXT) for _ in range(batch)]
+                ends = baseline.steps(prompts, steps)
+                gaps = [
+                    b - a
+                    for a, b in zip(ends[SKIPPED_STEPS:], ends[SKIPPED_STEPS + 1 :], strict=False)
+                ]
+                theirs.values.append(batch / statistics.median(gaps))
+                taken = engine_steps(made, prompts, steps, f"{batch}.{number}")
+                ours.values.append(batch / statistics.median(taken[SKIPPED_STEPS:]))
+            progress(f"decoding: batch {batch}")
+            rows.append(
+                {
+                    "batch": batch,
+                    "generate_tokens_per_s": theirs.fields(),
+                    "engine_tokens_per_s": ours.fields(),
+                    "engine_to_generate": ours.median / theirs.median,
+                }
+            )
+    return rows
+
+
+def measure_chats(
+    load: Load, counts: Sequence[int], model: str, dtype: str, seed: int
+) -> list[dict[str, Any]]:
+    """Play a load with a shared pool and with private ones, for each number of workers."""
+    rows = []
+    for count in counts:
+        for shared in (True, False):
+            with workers(count, shared=shared, model=model, dtype=dtype, memory="1GiB") as team:
+                for i, worker in enumerate(team):  # each process has run once
+                    worker.ask(f"warm-up {i}", tokens(random.Random(seed + i + 1), 64)).result()
+                played = play(load, team, shared=shared, seed=seed)
+            rows.append({"load": load.name, **played.fields()})
+            progress(f"{load.name}: {count} workers, {'shared' if shared else 'private'}")
+    return rows
+
+
+def measure_vllm(folder: str, draw: random.Random) -> dict[str, Any] | None:
+    """Measure vLLM on the same machine, where it is installed: first tokens and decoding."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    vllm: Any = importlib.import_module("vllm")
+    peer = vllm.LLM(model=folder, dtype="bfloat16", enable_prefix_caching=True, max_model_len=4096)
+
+    def run(prompts: list[list[int]], count: int) -> float:
+        settings = vllm.SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+        started = time.perf_counter()
+        peer.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
+        return time.perf_counter() - started
+
+    run([tokens(draw, 64)], 2)
+    found: dict[str, Any] = {"version": metadata.version("vllm"), "ttft_ms": {}, "decode": {}}
+    for length in TTFT_LENGTHS:
+        prompt = tokens(draw, length)
+        cold_s = run([prompt], 1)
+        warm_s = run([prompt[:-WARM_TAIL] + tokens(draw, WARM_TAIL)], 1)
+        found["ttft_ms"][length] = {"cold": 1e3 * cold_s, "warm": 1e3 * warm_s}
+    for batch in BATCHES:
+        prompts = [tokens(draw, DECODE_CONTEXT) for _ in range(batch)]
+        first_s = run(prompts, 1)  # the prompts are cached then
+        found["decode"][batch] = batch * 32 / (run(prompts, 33) - first_s)
+    return found
+
+
+def tokens(draw: random.Random, count: int) -> list[int]:
+    """Draw token ids."""
+    return [draw.randrange(100, 40_000) for _ in range(count)]
+
+
+def progress(text: str) -> None:
+    """Tell somebody who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def loads(*, quick: bool) -> list[tuple[Load, tuple[int, ...]]]:
+    """Give the chats to play, and with how many workers."""
+    if quick:
+        return [
+            (Load("pinned chats", 6, 1, 500, moving=False, restart=False), (2,)),
+            (Load("moving chats", 6, 6, 500, moving=True, restart=True), (3,)),
+        ]
+    return [
+        (Load("pinned chats", 24, 1, 1000, moving=False, restart=False), (1, 2, 3)),
+        (Load("moving chats", 24, 24, 1000, moving=True, restart=True), (1, 2, 3)),
+    ]
+
+
+# ---------------------------------------------------------------------------------- the report
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print lines under a head, in columns."""
+    widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
+    for row in [head, *lines]:
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+    print()
+
+
+def span(fields: dict[str, float]) -> str:
+    """Write min, median and max."""
+    return f"{fields['min']:.0f} / {fields['median']:.0f} / {fields['max']:.0f}"
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    if rows := result.get("ttft"):
+        print("time to first token, ms: min / median / max; warm: all but 16 tokens are cached")
+        table(
+            ["prompt tokens", "generate", "cold", "warm", "generate/cold", "cold/warm"],
+            [
+                [
+                    f"{row['length']:,}",
+                    *(span(row[f"{kind}_ms"]) for kind in ("generate", "cold", "warm")),
+                    f"{row['generate_to_cold']:.2f}",
+                    f"{row['cold_to_warm']:.1f}",
+                ]
+                for row in rows
+            ],
+        )
+    if rows := result.get("decode"):
+        print("decoding, tokens per second in all: min / median / max")
+        table(
+            ["batch", "generate", "engine", "engine/generate"],
+            [
+                [
+                    str(row["batch"]),
+                    span(row["generate_tokens_per_s"]),
+                    span(row["engine_tokens_per_s"]),
+                    f"{row['engine_to_generate']:.2f}",
+                ]
+                for row in rows
+            ],
+        )
+    if rows := result.get("chats"):
+        print("chats: later turns' time to first token as the client sees it, 8 in flight")
+        table(
+            ["load", "workers", "pool", "seconds", "first token, ms", "computed", "of prompts"],
+            [
+                [
+                    row["load"],
+                    str(row["workers"]),
+                    "shared" if row["shared"] else "private",
+                    f"{row['seconds']:.1f}",
+                    f"{row['later_ttft_ms_min']:.0f} / {row['later_ttft_ms_median']:.0f} / "
+                    f"{row['later_ttft_ms_max']:.0f}",
+                    f"{row['tokens_computed']:,}",
+                    f"{row['tokens_prompt']:,}",
+                ]
+                for row in rows
+            ],
+        )
+    peer = result.get("vllm")
+    print(f"vllm: {json.dumps(peer) if peer else 'not installed'}\n")
+    for goal in result["goals"]:
+        verdict = "met" if goal["met"] else "MISSED"
+        print(f"{goal['name']}: {goal['ratio']:.2f}, goal at least {goal['goal']:g}: {verdict}")
+
+
+def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare ratios with their goals, as far as they were measured."""
+    ratios: dict[str, float] = {}
+    for row in result.get("decode", []):
+        ratios[f"decode at batch {row['batch']}"] = row["engine_to_generate"]
+    for row in result.get("ttft", []):
+        ratio = row["generate_to_cold"]
+        ratios["cold first token"] = min(ratio, ratios.get("cold first token", ratio))
+        if row["length"] == 1000:
+            ratios["warm first token at 1,000"] = row["cold_to_warm"]
+    moving = {
+        row["shared"]: row["later_ttft_ms_median"]
+        for row in result.get("chats", [])
+        if row["load"] == "moving chats" and row["workers"] == 3
+    }
+    if moving:
+        ratios["moving chats, 3 workers"] = moving[False] / moving[True]
+    return [
+        {"name": name, "ratio": ratios[name], "goal": goal, "met": ratios[name] >= goal}
+        for name, goal in GOALS.items()
+        if name in ratios
+    ]
+
+
+def about(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Say what was run, with what, on what."""
+    git = ["git", "describe", "--always", "--dirty"]
+    told = subprocess.run(
+        git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return {
+        "command": "python -m prefixcache_bench.serving " + " ".join(sys.argv[1:]),
+        "seed": options.seed,
+        "commit": told.stdout.strip(),
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if a goal is missed under `--strict`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.serving", description=__doc__
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
+    parser.add_argument("--only", choices=("ttft", "decode", "chats"))
+    parser.add_argument("--model", default=smollm2.NAME)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    options = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = options.dtype or ("bfloat16" if fast else "float32")
+    draw = random.Random(options.seed)
+    folder = str(smollm2.folder()) if options.model == smollm2.NAME else options.model
+    result = about(options, dtype)
+    print(" · ".join(f"{key} {value}" for key, value in result.items()) + "\n")
+    rounds = 2 if options.quick else 5
+    if options.only != "chats":
+        model = Model.load(folder, dtype=dtype, threads=1)
+        baseline = Generate(folder, dtype)
+        if options.only != "decode":
+            result["ttft"] = measure_ttft(model, baseline, rounds, draw)
+        if options.only != "ttft":
+            steps = 16 if options.quick else 32
+            result["decode"] = measure_decode(model, baseline, rounds, steps, draw)
+        del model, baseline
+    if options.only in (None, "chats"):
+        result["chats"] = []
+        for load, counts in loads(quick=options.quick):
+            result["chats"] += measure_chats(load, counts, folder, dtype, options.seed)
+            result.setdefault("loads", []).append(asdict(load))
+    if options.only is None:
+        result["vllm"] = measure_vllm(folder, draw)
+    result["goals"] = goals(result)
+    report(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    missed = [goal for goal in result["goals"] if not goal["met"]]
+    return 1 if options.strict and missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
