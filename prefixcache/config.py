@@ -119,7 +119,7 @@ class ServeSettings(BaseSettings):
     ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that leases live without a sign of life."""
     quarantine: Annotated[float, Field(ge=0)] = 300.0
-    """Seconds after which the blocks of a lost worker come back although its death was not seen."""
+    """Seconds after which the blocks of a lost worker that cannot be watched come back."""
     grace: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that a draining service gives to the leases that are out."""
     max_message: Size = 16 * 2**20

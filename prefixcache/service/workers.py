@@ -3,7 +3,7 @@
 ```
 attached ─┬─ detach ──────────────────────────────► its blocks are free
           ├─ stream ends, process lives ─► lost ─┬─ pidfd fires, or its client says so ─► free
-          │                                      └─ quarantine time is over ────────────► free
+          │                                      └─ unwatched, and quarantine is over ──► free
           └─ pidfd fires ─────────────────────────► free
 ```
 The blocks that a lost worker could write to are quarantined: its process may still be writing.
@@ -54,7 +54,7 @@ class Worker:
     tickets: dict[int, TicketId] = field(default_factory=dict)
     """Its acquires that wait, by op id."""
     forget: asyncio.TimerHandle | None = None
-    """Once lost: ends the quarantine at last."""
+    """Once lost, if its process cannot be watched: ends the quarantine at last."""
 
 
 class Workers:
@@ -154,9 +154,10 @@ class Workers:
             self._forget(worker)
         else:
             self._lost[worker.key] = worker
-            worker.forget = asyncio.get_running_loop().call_later(
-                self._settings.quarantine, self._absolve, worker, "quarantine time is over"
-            )
+            if worker.pidfd is None:  # a watched process is waited for, however long it hangs
+                worker.forget = asyncio.get_running_loop().call_later(
+                    self._settings.quarantine, self._absolve, worker, "quarantine time is over"
+                )
         self._line.settle()
         return ended
 

@@ -136,7 +136,12 @@ def test_a_torn_stream_quarantines_until_the_worker_says_it_has_stopped(client: 
         assert client.snapshot().free == 64
 
 
-def test_quarantine_ends_by_itself_where_a_death_cannot_be_seen(target: str) -> None:
+@pytest.mark.parametrize("watched", [True, False])
+def test_quarantine_ends_by_itself_only_where_a_death_cannot_be_seen(
+    target: str, monkeypatch: pytest.MonkeyPatch, watched: bool
+) -> None:
+    if not watched:
+        monkeypatch.setattr("prefixcache.client.sync.this_host", lambda: "another host")
     with (
         running(target, *sizes(64, 4), "--quarantine", "0.3") as service,
         prefixcache.connect(service.target) as client,
@@ -145,7 +150,11 @@ def test_quarantine_ends_by_itself_where_a_death_cannot_be_seen(target: str) -> 
         session.acquire(list(range(40)))
         session._call.cancel()
         eventually(lambda: client.snapshot().quarantined == 10)
-        eventually(lambda: client.snapshot().free == 64, 2.0)
+        if watched:
+            time.sleep(0.6)
+            assert client.snapshot().quarantined == 10
+        else:
+            eventually(lambda: client.snapshot().free == 64, 2.0)
 
 
 def test_a_drain_lets_leases_finish_and_gives_no_new_ones(
