@@ -65,8 +65,8 @@ def serve(
         float | None,
         _option(
             _SERVICE,
-            "After this long the blocks of a lost worker come back if its process cannot be watched "
-            "(another host or container). Default: 300.",
+            "After this long the blocks of a lost worker come back, if its process cannot be "
+            "watched (another host or container). Default: 300.",
             "SECONDS",
         ),
     ] = None,
