@@ -45,8 +45,9 @@ def serve(request, session, known):
     stated = {fate: getattr(ledger, fate) for fate in fates}
     waited_ms = (time.monotonic() - began_s) * 1e3
     say(event="started", id=request["id"], ledger=stated, num_cached=cached, waited_ms=waited_ms)
-    for end in [*range(cached + CHUNK, len(tokens), CHUNK), len(tokens)]:
-        time.sleep(CHUNK_S if session is not None else SOLO_CHUNK_S)
+    chunk = len(tokens) if known.swift else CHUNK
+    for end in [*range(cached + chunk, len(tokens), chunk), len(tokens)]:
+        time.sleep(0 if known.swift else CHUNK_S if session is not None else SOLO_CHUNK_S)
         if lease is not None:
             lease.commit(end)
     answer = []
@@ -80,6 +81,7 @@ def main():
     parser.add_argument("--name", default="")
     parser.add_argument("--broken", action="store_true")
     parser.add_argument("--tie", action="store_true")
+    parser.add_argument("--swift", action="store_true")
     parser.add_argument("--fragile", action="store_true")
     parser.add_argument("--stillborn", action="store_true")
     known, _ = parser.parse_known_args()

@@ -27,7 +27,7 @@ def shared_run():
     requests[1].alone = True
     requests[3].took_over = True
     attempts = (Attempt("d/1", "w2", 4.0, 4.5, 1004, 0, 256, 0),)
-    death = Death("w2", 99, 4.5, 1, 40, 32, 7.0, 12.0, "w1", "d/1", attempts)
+    death = Death("w2", 99, 4.5, True, 1, 40, 32, 7.0, 12.0, "w1", "d/1", attempts)
     return Run(
         shared=True,
         requests=requests,

@@ -129,6 +129,16 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(play
     assert [path.name for path in played.folder.iterdir()] == ["out"]
 
 
+def test_a_worker_that_is_too_fast_to_be_met_in_mid_prefill_is_killed_all_the_same(play):
+    played = play(2, "--swift")
+    code, output = played.end()
+    assert code == 0, output
+    assert "too late to meet it in mid-prefill" in output
+    death = json.loads((played.folder / "out" / "demo.json").read_text())["killed_worker"]
+    assert death["in_prefill"] is False
+    assert death["takeover_ms"] is None
+
+
 def test_one_worker_alone_is_not_killed(play):
     played = play(1)
     code, output = played.end()

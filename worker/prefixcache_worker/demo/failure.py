@@ -4,7 +4,7 @@
 DemoError
 ├── ProcessFailed   the service or a worker did not start, or ended by itself
 ├── RequestFailed   a worker refused a request, or no worker is left
-├── CrashMissed     the moment to kill did not come, or the dead worker's leases have not ended
+├── CrashMissed     there was nothing to kill, or the dead worker's leases have not ended
 └── WorkerDied      the worker ended before it had answered; the request is sent again
 ```
 """
@@ -25,7 +25,7 @@ class RequestFailed(DemoError):
 
 
 class CrashMissed(DemoError):
-    """The moment to kill did not come, or the service did not take back what the dead one held."""
+    """There was nothing to kill, or the service did not take back what the dead worker held."""
 
 
 class WorkerDied(DemoError):

@@ -165,7 +165,7 @@ def _kill(axes: Axes, run: Run, top: float, num_rows: int) -> None:
     took = "" if death.takeover_ms is None else f"\ntaken over after {death.takeover_ms:.0f} ms"
     back = f"{death.leases} leases and {death.blocks_returned} blocks back"
     axes.annotate(
-        f"kill -9 in mid-prefill\n{back}{took}",
+        f"kill -9{' in mid-prefill' if death.in_prefill else ''}\n{back}{took}",
         (death.at_s, top + (num_rows - 1) / 2),
         xytext=(10, 0),
         textcoords="offset points",
@@ -201,7 +201,7 @@ def _tokens(axes: Axes, report: dict[str, Any]) -> None:
     colours = [QUIET, QUIET, COLOURS[Fate.COLD], "white"]
     labels = [f"{value:,}" for value in values]
     if lost := report["tokens_lost"]:
-        labels[2] = f"{labels[2]}\nand {lost} died"
+        labels[2] = f"{labels[2]}\n+{lost} lost"
     _bars(axes, names, values, colours, labels)
     axes.patches[-1].set_edgecolor(COLOURS[Fate.COLD])
     axes.set_title(f"Prompt tokens, {report['tokens_over_ideal_percent']:+.2f} % off the ideal")

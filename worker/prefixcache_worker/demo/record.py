@@ -104,17 +104,19 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker killed with SIGKILL in mid-prefill, as the service's snapshots saw it."""
+    """A worker killed with SIGKILL, as the service's snapshots saw it."""
 
     worker: str
     pid: int
     at_s: float
+    in_prefill: bool
+    """Whether it was computing a prefix for which another worker waited."""
     leases: int
     """Leases it held at that moment; none of them is left afterwards."""
     blocks_returned: int
     """Blocks that only it could use and that are free again."""
     blocks_kept: int
-    """Blocks that it had committed and that stay cached for the others."""
+    """Blocks of its leases that hold committed tokens and stay cached for the others."""
     returned_ms: float
     """From the kill to the first snapshot in which it holds no lease."""
     takeover_ms: float | None

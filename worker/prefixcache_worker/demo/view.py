@@ -138,12 +138,13 @@ def opening(text: str, width: int = 48) -> str:
 
 def obituary(death: Death) -> list[str]:
     """Say in plain lines what the death of a worker cost, and whom."""
+    when = " in mid-prefill" if death.in_prefill else ", too late to meet it in mid-prefill"
     lines = [
-        f"{death.worker} (pid {death.pid}) was killed with SIGKILL in mid-prefill. After "
+        f"{death.worker} (pid {death.pid}) was killed with SIGKILL{when}. After "
         f"{death.returned_ms:.0f} ms the service had ended its {death.leases} leases: "
         f"{death.blocks_returned} blocks were free again,",
-        f"{death.blocks_kept} blocks that it had committed stay cached for the others. "
-        "It is not replaced.",
+        f"{death.blocks_kept} blocks with committed tokens stay cached for the others. The worker "
+        "is not replaced.",
     ]
     if death.takeover_ms is not None:
         lines.append(
