@@ -79,14 +79,20 @@ class Row:
 
 
 class Tokens:
-    """The queries, keys and values of each step: the same for both sides, other in each layer."""
+    """The queries, keys and values of each step: the same for both sides, other in each layer.
+
+    Views in both sides' shapes are made here, outside of what is timed: a model's projections come
+    in either.
+    """
 
     def __init__(self, case: Case, generator: torch.Generator) -> None:
-        shape = (LAYOUT.num_layers, 2, case.batch, LAYOUT.num_kv_heads, 1, LAYOUT.head_dim)
+        shape = (LAYOUT.num_layers, 2, case.batch, LAYOUT.num_kv_heads, LAYOUT.head_dim)
         dtype = TORCH_DTYPES[case.dtype]
-        self.new = torch.randn(shape, generator=generator).to(dtype)
-        rows = (case.batch, HEADS, 1, LAYOUT.head_dim)
+        new = torch.randn(shape, generator=generator).to(dtype)
+        rows = (case.batch, HEADS, LAYOUT.head_dim)
         self.query = torch.randn(rows, generator=generator).to(dtype)
+        self.paged = [(keys, values) for keys, values in new]
+        self.dense = [(keys.unsqueeze(2), values.unsqueeze(2)) for keys, values in new]
 
 
 class Dense:
@@ -117,11 +123,10 @@ class Dense:
         """Attend in all layers; the answer of the last, `[batch, heads, head_dim]`."""
         self.length += 1
         mask = None if self.mask is None else self.mask[..., : self.length]
-        for layer in range(LAYOUT.num_layers):
-            keys, values = self.cache.update(tokens.new[layer, 0], tokens.new[layer, 1], layer)
-            out, _ = sdpa_attention_forward(
-                self.module, tokens.query, keys, values, mask, scaling=SCALE
-            )
+        query = tokens.query.unsqueeze(2)
+        for layer, (key, value) in enumerate(tokens.dense):
+            keys, values = self.cache.update(key, value, layer)
+            out, _ = sdpa_attention_forward(self.module, query, keys, values, mask, scaling=SCALE)
         answer: Tensor = out[:, 0]
         return answer
 
@@ -162,13 +167,11 @@ class Paged:
         self.lens = [n + 1 for n in self.lens]
         contexts = torch.tensor(self.lens, dtype=torch.int32)
         plan = Plan.build(self.tables, self.starts, contexts, BLOCK_SIZE)
-        query = tokens.query[:, :, 0]
-        for layer in range(LAYOUT.num_layers):
+        for layer, (key, value) in enumerate(tokens.paged):
             keys, values = self.pool.keys(layer), self.pool.values(layer)
-            new = tokens.new[layer, :, :, :, 0]
-            store_kv(new[0], new[1], keys, values, slots)
+            store_kv(key, value, keys, values, slots)
             out = paged_attention(
-                query,
+                tokens.query,
                 keys,
                 values,
                 self.tables,
