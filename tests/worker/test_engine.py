@@ -99,10 +99,8 @@ def test_two_workers_read_each_others_prefixes(
 ) -> None:
     one, two = engine_at(client, tiny), engine_at(client, tiny)
     answers(one, requests()[0])
-    events = []
     two.submit(requests()[3])
-    for event in two.run():
-        events.append(event)
+    events = list(two.run())
     started = next(e for e in events if isinstance(e, Started))
     assert started.shared
     assert started.num_cached == started.ledger.reused == len(PREFIX)

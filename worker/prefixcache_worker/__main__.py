@@ -4,4 +4,5 @@ import typer
 
 from prefixcache_worker.cli import worker
 
-typer.run(worker)
+if __name__ == "__main__":
+    typer.run(worker)
