@@ -16,7 +16,7 @@ from rich.text import Text
 from prefixcache.types import Snapshot
 from prefixcache_worker.demo.compare import Difference
 from prefixcache_worker.demo.record import Death, Request
-from prefixcache_worker.demo.view import obituary, request_table
+from prefixcache_worker.demo.view import counted, obituary, request_table
 
 FRAMES_PER_S: Final = 5
 NUM_LATEST: Final = 12
@@ -141,7 +141,7 @@ class LiveView:
         if (pool := self._snapshot) is not None:
             used = pool.private + pool.indexed
             line.append(
-                f"   pool {used:,} of {pool.num_blocks:,} blocks, {len(pool.leases)} leases, "
+                f"   pool {used:,} of {pool.num_blocks:,} blocks, {counted(len(pool.leases), 'lease')}, "
                 f"{pool.waiting} waiting"
             )
         if self._compared:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from prefixcache_worker.demo.record import Fate, Request, Run
+from prefixcache_worker.demo.view import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,8 +76,7 @@ def _headline(report: dict[str, Any]) -> str:
     same = "the same" if report["identical"] else "NOT THE SAME"
     long = report["ttft_at_1000_tokens"]
     faster = (
-        f"first token {long['ratio']:.1f}x sooner after a system prompt of "
-        f"{long['system_tokens']:,} tokens · "
+        f"first token {long['ratio']:.1f}x sooner after a system prompt of about 1,000 tokens · "
         if long["ratio"]
         else ""
     )
@@ -163,7 +163,7 @@ def _kill(axes: Axes, run: Run, top: float, num_rows: int) -> None:
     assert death is not None
     axes.plot([death.at_s] * 2, [top - 0.5, top + num_rows - 0.5], color=DEAD, linewidth=2)
     took = "" if death.takeover_ms is None else f"\ntaken over after {death.takeover_ms:.0f} ms"
-    back = f"{death.leases} leases and {death.blocks_returned} blocks back"
+    back = f"{counted(death.leases, 'lease')} and {counted(death.blocks_returned, 'block')} back"
     axes.annotate(
         f"kill -9{' in mid-prefill' if death.in_prefill else ''}\n{back}{took}",
         (death.at_s, top + (num_rows - 1) / 2),

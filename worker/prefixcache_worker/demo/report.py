@@ -104,7 +104,7 @@ def ttft_long(requests: Sequence[Request]) -> dict[str, Any]:
     cold = [r.ttft_ms for r in alone if r.fate is Fate.COLD]
     warm = [r.ttft_ms for r in alone if r.fate is Fate.WARM]
     return {
-        "system_tokens": max((request.num_system for request in alone), default=0),
+        "system_tokens": sorted({request.num_system for request in alone}),
         "cold_ms": _median(cold),
         "warm_ms": _median(warm),
         "num_cold": len(cold),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -80,9 +81,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     if long["ratio"]:
         rows.append(
             (
-                f"at {long['system_tokens']:,} tokens",
+                "at 1,000 tokens",
                 f"{long['ratio']:.1f}x",
-                "system prompt of that length, one request at a time: "
+                f"sooner than cold; system prompts of {_lengths(long['system_tokens'])} tokens, one "
+                "request at a time: "
                 f"cold {_ms(long['cold_ms'])}, warm {_ms(long['warm_ms'])}",
             )
         )
@@ -120,6 +122,10 @@ def _verdict(verdict: Verdict) -> Text:
 
 def _ms(value: float | None) -> str:
     return "none" if value is None else f"{value:,.0f} ms"
+
+
+def _lengths(lengths: Sequence[int]) -> str:
+    return " and ".join(f"{length:,}" for length in lengths)
 
 
 def _times(value: float | None) -> str:

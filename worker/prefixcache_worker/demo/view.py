@@ -136,14 +136,23 @@ def opening(text: str, width: int = 48) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+def counted(count: int, noun: str) -> str:
+    """Write a number with its noun.
+
+    >>> counted(1, "lease"), counted(1200, "block")
+    ('1 lease', '1,200 blocks')
+    """
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 def obituary(death: Death) -> list[str]:
     """Say in plain lines what the death of a worker cost, and whom."""
     when = " in mid-prefill" if death.in_prefill else ", too late to meet it in mid-prefill"
     lines = [
         f"{death.worker} (pid {death.pid}) was killed with SIGKILL{when}. After "
-        f"{death.returned_ms:.0f} ms the service had ended its {death.leases} leases: "
-        f"{death.blocks_returned} blocks were free again,",
-        f"{death.blocks_kept} blocks with committed tokens stay cached for the others. The worker "
+        f"{death.returned_ms:.0f} ms the service had ended its {counted(death.leases, 'lease')}: "
+        f"{counted(death.blocks_returned, 'block')} were free again,",
+        f"{counted(death.blocks_kept, 'block')} with committed tokens stay cached for the others. The worker "
         "is not replaced.",
     ]
     if death.takeover_ms is not None:
