@@ -140,10 +140,8 @@ class LiveView:
             line.append(f" ({100 * self._computed / self._sent:.0f} %)")
         if (pool := self._snapshot) is not None:
             used = pool.private + pool.indexed
-            line.append(
-                f"   pool {used:,} of {pool.num_blocks:,} blocks, {counted(len(pool.leases), 'lease')}, "
-                f"{pool.waiting} waiting"
-            )
+            line.append(f"   pool {used:,} of {counted(pool.num_blocks, 'block')}, ")
+            line.append(f"{counted(len(pool.leases), 'lease')}, {pool.waiting} waiting")
         if self._compared:
             line.append(
                 f"\n{len(self._compared)} of {self._num_requests} answers compared with the run "

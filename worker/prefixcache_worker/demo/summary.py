@@ -83,8 +83,8 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "at 1,000 tokens",
                 f"{long['ratio']:.1f}x",
-                f"sooner than cold; system prompts of {_lengths(long['system_tokens'])} tokens, one "
-                "request at a time: "
+                f"sooner than cold; system prompts of {_lengths(long['system_tokens'])} tokens, "
+                "one request at a time: "
                 f"cold {_ms(long['cold_ms'])}, warm {_ms(long['warm_ms'])}",
             )
         )

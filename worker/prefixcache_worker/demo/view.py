@@ -150,10 +150,10 @@ def obituary(death: Death) -> list[str]:
     when = " in mid-prefill" if death.in_prefill else ", too late to meet it in mid-prefill"
     lines = [
         f"{death.worker} (pid {death.pid}) was killed with SIGKILL{when}. After "
-        f"{death.returned_ms:.0f} ms the service had ended its {counted(death.leases, 'lease')}: "
-        f"{counted(death.blocks_returned, 'block')} were free again,",
-        f"{counted(death.blocks_kept, 'block')} with committed tokens stay cached for the others. The worker "
-        "is not replaced.",
+        f"{death.returned_ms:.0f} ms the service had ended its {counted(death.leases, 'lease')} "
+        f"and freed {counted(death.blocks_returned, 'block')};",
+        f"{counted(death.blocks_kept, 'block')} with committed tokens stay cached for the others. "
+        "The worker is not replaced.",
     ]
     if death.takeover_ms is not None:
         lines.append(
