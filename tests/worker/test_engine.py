@@ -62,8 +62,8 @@ def test_alone_it_generates_what_transformers_generates(
     assert tokens(done) == want
     assert [done[str(i)].num_computed for i in range(4)] == [len(p) + NEW - 1 for p in PROMPTS]
     assert engine.idle
-    assert engine._private is not None
-    assert engine._private.num_free == engine._private.num_blocks
+    assert engine.membership.private is not None
+    assert engine.membership.private.num_free == engine.membership.private.num_blocks
 
 
 @pytest.mark.parametrize("chunk", [16, 256])
@@ -252,7 +252,7 @@ def test_a_killed_service_costs_no_answer_and_sharing_comes_back(
     assert tokens(back) == want
     again = answers(engine, *requests("again"))
     assert {d.num_computed for d in again.values()} == {NEW}
-    assert not engine._old
+    assert not engine.membership.old
     engine.close()
 
 
@@ -263,8 +263,8 @@ def test_a_broken_session_restarts_what_its_leases_protected(
     for request in requests():
         engine.submit(request)
     events = step_until_tokens(engine, 8)
-    assert engine._shared is not None
-    engine._shared.session._call.cancel()  # the service lives, but ends our leases
+    assert engine.membership.shared is not None
+    engine.membership.shared.session._call.cancel()  # the service lives, but ends our leases
     deadline = time.monotonic() + 10
     while engine.sharing and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -332,3 +332,25 @@ def test_a_model_of_another_shape_is_told_so(tiny: Model, client: Client) -> Non
     engine_at(client, tiny)
     with pytest.raises(prefixcache.LayoutMismatch):
         engine_at(client, Model.of(build("llama", num_hidden_layers=2)))
+
+
+def test_while_all_seats_wait_for_another_worker_no_processor_time_is_spent(
+    tiny: Model, want: list[list[int]], client: Client
+) -> None:
+    slow, quick = engine_at(client, tiny, chunk=16), engine_at(client, tiny, max_batch=2)
+    slow.submit(requests()[3])
+    while not slow._running:
+        slow.step()
+    for request in requests():
+        quick.submit(request)
+    quick.step()
+    quick.wait(0.0)
+    started, steps = time.monotonic(), 0
+    while time.monotonic() - started < 0.3:
+        assert quick.stalled
+        quick.step()
+        quick.wait(0.1)
+        steps += 1
+    assert steps < 10
+    list(slow.run())
+    assert tokens(finished(list(quick.run()))) == want

@@ -9,7 +9,7 @@ one step:  decode tokens of all ── then prefill tokens, up to `chunk` in all
            tokens chosen ── one message: what is now valid, what is done with
 ```
 What is not cached is computed, nothing else.  Slots are committed after the forward pass that wrote
-them has returned.  A lost service ends sharing, not answers: see `_leave`.
+them has returned.  A lost service ends sharing, not answers: see `membership`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import torch
@@ -28,31 +28,18 @@ from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, Servic
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Batch, Piece
 from prefixcache_worker.job import Job, finished, started
+from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Alone, Event, Failed, Joined, Request, Token
+from prefixcache_worker.request import Event, Failed, Request, Token
 from prefixcache_worker.sampling import top_two
-from prefixcache_worker.store import (
-    RETRY_S,
-    Claim,
-    PrivateStore,
-    SharedStore,
-    Store,
-    memory_is_abandoned,
-)
+from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
-
-Join = Callable[[], tuple[Session, SharedPool]]
-"""Connects, attaches and maps the pool; raises CacheError while there is no service."""
 
 PRIVATE_TOKENS: Final = 32768
 """Tokens in the pool of a worker without a service; memory is touched only when used."""
 
-REJOIN_S: Final = 0.5
-"""How often a worker without its service looks whether it is back."""
-
 MOST_RESTARTS: Final = 8
 LONGEST_RETRY_S: Final = 1.0
-_OWNER_ENDS_S: Final = 0.1  # a killed service's socket may close before its lock is dropped
 
 
 class Engine:
@@ -88,21 +75,14 @@ class Engine:
         self.model = model
         self.chunk = chunk
         self.max_batch = max_batch
-        self._join = join
-        self._private_tokens = private_tokens
-        self._shared: SharedStore | None = None
-        if session is not None and pool is not None:
-            self._shared = SharedStore(session, pool)
-        self._private: PrivateStore | None = None
-        self._old: list[SharedStore] = []
+        shared = SharedStore(session, pool) if session is not None and pool is not None else None
+        self.membership = Membership(model.layout, shared, join, private_tokens, self.wake)
         self._inbox: deque[Job | str] = deque()
         self._queue: deque[Job] = deque()
         self._asked: list[Job] = []
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
         self._wake = threading.Event()
-        self._found: deque[tuple[Session, SharedPool]] = deque()
-        self._closed = threading.Event()
         self.num_computed = 0
         """Tokens that ran through the model since the start."""
 
@@ -141,12 +121,13 @@ class Engine:
     @property
     def sharing(self) -> bool:
         """Whether new requests go to the shared pool."""
-        return self._shared is not None and self._shared.alive
+        return self.membership.sharing
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until there may be something to do, at most `timeout_s`."""
-        due = [job.retry_at - time.monotonic() for job in self._queue]
-        self._wake.wait(max(0.0, min([timeout_s, *due])))
+        if self._queue and self._has_seat:
+            timeout_s = min(timeout_s, self._queue[0].retry_at - time.monotonic())
+        self._wake.wait(max(0.0, timeout_s))
         self._wake.clear()
 
     def run(self) -> Iterator[Event]:
@@ -158,7 +139,7 @@ class Engine:
 
     def close(self) -> None:
         """Give all blocks back.  Requests in hand are dropped.  Idempotent."""
-        self._closed.set()
+        self.membership.close()
         for job in self._asked:
             if job.future is not None:
                 job.future.cancel()
@@ -211,26 +192,19 @@ class Engine:
             self._releases.append((job.store, job.claim))
         job.begin_again()
 
-    def _home(self) -> Store:
-        """The store for new requests."""
-        if self._shared is not None and self._shared.alive:
-            return self._shared
-        if self._private is None:
-            # With the shared pool's block size, should there have been one.
-            size = self._old[-1].pool.block_size if self._old else 16
-            blocks = -(-self._private_tokens // size)
-            self._private = PrivateStore(self.model.layout, blocks, size)
-        return self._private
+    @property
+    def _has_seat(self) -> bool:
+        return len(self._asked) + len(self._running) < self.max_batch
 
     def _ask(self, events: list[Event]) -> None:
         """Ask for blocks, first come, first served."""
         now = time.monotonic()
-        while self._queue and len(self._asked) + len(self._running) < self.max_batch:
+        while self._queue and self._has_seat:
             job = self._queue[0]
             if job.retry_at > now:
                 break  # later requests must not starve it
             self._queue.popleft()
-            home = self._home()
+            home = self.membership.home()
             if failed := self._hopeless(job, home):
                 events.append(failed)
                 continue
@@ -410,53 +384,16 @@ class Engine:
 
     def _watch(self, events: list[Event]) -> None:
         """See whether the service went or came back, and whether leases passed their deadline."""
-        if self._shared is not None and not self._shared.alive:
-            self._leave(self._shared, events)
-        while self._found:
-            session, pool = self._found.popleft()
-            self._shared = SharedStore(session, pool)
-            worker = str(session.attachment.worker)
-            events.append(Joined(worker, pool.num_blocks, pool.block_size))
+        told, unsafe = self.membership.watch()
+        events += told
         now = time.monotonic()
-        for job in list(self._running):
-            if job.store is self._shared and job.claim is not None and now > job.claim.deadline:
+        shared = self.membership.shared
+        for job in reversed(self._running[:]):  # so that the first is the first again
+            assert job.claim is not None
+            late = job.store is shared and now > job.claim.deadline
+            if late or (unsafe is not None and job.store is unsafe):
                 self._restart(job)
-
-    def _leave(self, store: SharedStore, events: list[Event]) -> None:
-        """Go on alone.
-
-        If the pool's owner is dead, nobody will ever write to its blocks but their holders:
-        sequences in flight finish where they are.  If it lives, and only the session broke, their
-        prefixes are protected no longer: they begin again.
-        """
-        events.append(Alone("the service is gone; going on without sharing until it is back"))
-        self._shared = None
-        self._old.append(store)
-        handle = store.pool.handle
-        deadline = time.monotonic() + _OWNER_ENDS_S
-        while not (abandoned := memory_is_abandoned(handle)) and time.monotonic() < deadline:
-            time.sleep(_OWNER_ENDS_S / 10)
-        if not abandoned:
-            for job in reversed([job for job in self._running if job.store is store]):
-                self._restart(job)
-        if self._join is not None:
-            threading.Thread(target=self._look_for_service, name="rejoin", daemon=True).start()
-
-    def _look_for_service(self) -> None:
-        assert self._join is not None
-        while not self._closed.wait(REJOIN_S):
-            try:
-                found = self._join()
-            except CacheError:
-                continue
-            self._found.append(found)
-            self._wake.set()
-            return
 
     def _close_old(self) -> None:
         """Let go of a lost service's memory once nobody uses it."""
-        used = {id(job.store) for job in [*self._asked, *self._running]}
-        for store in [store for store in self._old if id(store) not in used]:
-            self._old.remove(store)
-            store.session.close()
-            store.pool.close()
+        self.membership.forget({id(job.store) for job in [*self._asked, *self._running]})

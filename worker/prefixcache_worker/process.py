@@ -32,7 +32,8 @@ import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache_kernels import SharedPool
-from prefixcache_worker.engine import Engine, Join
+from prefixcache_worker.engine import Engine
+from prefixcache_worker.membership import Join
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import Failed, Request, to_json
 from prefixcache_worker.sampling import Sampling
