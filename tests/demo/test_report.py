@@ -123,6 +123,7 @@ def test_the_live_view_draws_every_state(capsys):
     for request in run.requests[:3]:
         live.finished(request)
     live.died(run.death)
+    live.settled(run.death)
     with console.capture() as capture:
         console.print(live._draw())
     live.close()

@@ -75,6 +75,10 @@ class LiveView:
         self._death = death
         self._sentences.extend(obituary(death))
 
+    def settled(self, death: Death) -> None:
+        """Count what the dead worker had computed and others go on using."""
+        self._computed += sum(attempt.num_kept for attempt in death.attempts)
+
     def pool(self, snapshot: Snapshot) -> None:
         """Show how full the pool is."""
         self._snapshot = snapshot

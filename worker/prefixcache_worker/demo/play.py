@@ -91,6 +91,7 @@ class Play:
         if self.run.death is not None and self._heir is not None:
             torn = attempts(self.desk.torn, self._heir, chunk=chunk, block_size=self.run.block_size)
             self.run.death = replace(self.run.death, attempts=torn)
+            self.view.settled(self.run.death)
 
     async def _one_at_a_time(self) -> set[str]:
         """Play the first turns of chats with long system prompts, one after the other."""

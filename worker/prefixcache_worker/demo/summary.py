@@ -18,8 +18,13 @@ _MEGABYTE = 1e6
 
 def show_requests(console: Console, run: Run) -> None:
     """Print one line per request, in the order in which they were sent."""
-    style = {"title": "Every request", "title_justify": "left", "header_style": "bold"}
-    table = request_table(run.requests, console.width, **style)
+    style = {
+        "title": "Every request",
+        "title_justify": "left",
+        "header_style": "bold",
+        "expand": True,
+    }
+    table = request_table(run.requests, console.width, expand=True, **style)
     console.print(table)
 
 

@@ -47,6 +47,9 @@ class View(Protocol):
     def died(self, death: Death) -> None:
         """A worker was killed, and its leases have ended."""
 
+    def settled(self, death: Death) -> None:
+        """All that died with the worker has been answered by others."""
+
     def pool(self, snapshot: Snapshot) -> None:
         """The service's state, some times a second."""
 
@@ -88,6 +91,9 @@ class PlainView:
         """Print what came back."""
         for line in obituary(death):
             self._line(f"   {line}")
+
+    def settled(self, death: Death) -> None:
+        """Nothing: the summary says it."""
 
     def pool(self, snapshot: Snapshot) -> None:
         """Nothing: the summary says what was used."""
