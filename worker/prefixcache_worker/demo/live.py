@@ -109,7 +109,7 @@ class LiveView:
                 Text(),
                 self._lanes(),
                 Text(),
-                request_table(list(self._latest), self._width, header_style="dim", expand=True),
+                request_table(list(self._latest), self._width),
                 Text(),
                 self._totals(),
             ),

@@ -18,14 +18,8 @@ _MEGABYTE = 1e6
 
 def show_requests(console: Console, run: Run) -> None:
     """Print one line per request, in the order in which they were sent."""
-    style = {
-        "title": "Every request",
-        "title_justify": "left",
-        "header_style": "bold",
-        "expand": True,
-    }
-    table = request_table(run.requests, console.width, expand=True, **style)
-    console.print(table)
+    console.print(Text("Every request", style="bold"))
+    console.print(request_table(run.requests, console.width))
 
 
 def show_totals(console: Console, run: Run, verdict: Verdict, report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ Both are told the same things.  Nothing is said by colour alone: fates have word
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -173,10 +173,10 @@ def obituary(death: Death) -> list[str]:
     return lines
 
 
-def request_table(requests: Sequence[Request], width: int, **style: Any) -> Table:
+def request_table(requests: Sequence[Request], width: int) -> Table:
     """Lay requests out as a table; bars and answers only where there is room for them."""
     bar_width = 0 if width < 120 else 32 if width > 160 else 24
-    table = Table(box=None, padding=(0, 1), **style)
+    table = Table(box=None, padding=(0, 1), header_style="dim", expand=True)
     for name in ("request", "worker"):
         table.add_column(name, no_wrap=True)
     for name in ("prompt", "hit", "partial", "joined", "cold"):
