@@ -32,7 +32,14 @@ _PARTIALS = {
 
 
 def draw_sweep(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) -> list[Path]:
-    """Draw reuse against block size, a line per capacity, a panel per policy and partial mode."""
+    """Draw reuse against block size, a line per capacity, a panel per policy and partial mode.
+
+    If there is only one block size: against capacity, a line per policy.
+    """
+    if len({row["block_size"] for row in rows}) == 1 and any(
+        row["capacity_tokens"] for row in rows
+    ):
+        return _draw_policies(path, title, rows, limits)
     figures = _pyplot()
     partials = list(dict.fromkeys(row["partial"] for row in rows))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
@@ -66,19 +73,18 @@ def draw_sweep(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) ->
                         markersize=3.5,
                         linewidth=1.6,
                     )
-            sizes = sorted(limits.by_block_size)
+            shown = sorted({row["block_size"] for row in rows})
             (handles["ceiling: infinite memory, whole blocks"],) = ax.plot(
-                sizes,
-                [100 * limits.by_block_size[size] for size in sizes],
+                shown,
+                [100 * limits.by_block_size[size] for size in shown],
                 color=_INK,
                 linestyle="--",
                 linewidth=1,
             )
-            handles[f"ceiling: infinite memory, block size {sizes[0]}"] = ax.axhline(
-                100 * limits.finest, color=_INK, linestyle=":", linewidth=1
+            handles[f"ceiling: infinite memory, block size {min(limits.by_block_size)}"] = (
+                ax.axhline(100 * limits.finest, color=_INK, linestyle=":", linewidth=1)
             )
             ax.set_xscale("log", base=2)
-            shown = sorted({row["block_size"] for row in rows})
             ax.set_xticks(shown, [str(size) for size in shown])
             ax.set_title(f"{policy}, {_PARTIALS[partial]}", fontsize=10)
             _clean(ax)
@@ -86,6 +92,57 @@ def draw_sweep(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) ->
                 ax.set_ylabel("prompt tokens reused, %")
             if down == len(policies) - 1:
                 ax.set_xlabel("block size, tokens")
+    figure.suptitle(title)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5
+    )
+    return _save(figure, path)
+
+
+def _draw_policies(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) -> list[Path]:
+    """Draw reuse against capacity for one block size, a line per policy, a panel per mode."""
+    figures = _pyplot()
+    partials = list(dict.fromkeys(row["partial"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    size = rows[0]["block_size"]
+    figure, axes = figures.subplots(
+        1,
+        len(partials),
+        figsize=(3.4 + 4.8 * len(partials), 4.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    colours = figures.get_cmap("tab20" if len(policies) > 10 else "tab10")
+    handles: dict[str, Any] = {}
+    for ax, partial in zip(axes[0], partials, strict=True):
+        for index, policy in enumerate(policies):
+            found = sorted(
+                (row["capacity_tokens"], 100 * row["reused_rate"])
+                for row in rows
+                if (row["policy"], row["partial"]) == (policy, partial) and row["capacity_tokens"]
+            )
+            if found:
+                (handles[policy],) = ax.plot(
+                    *zip(*found, strict=True),
+                    color=colours(index),
+                    marker="osD^v<>PX*"[index % 10],
+                    markersize=4.5,
+                    linewidth=2.4 if policy == "lru" else 1.3,
+                )
+        ceiling, finest = 100 * limits.by_block_size[size], 100 * limits.finest
+        handles["ceiling: infinite memory"] = ax.axhline(
+            ceiling, color=_INK, linestyle="--", linewidth=1
+        )
+        handles[f"ceiling: infinite memory, block size {min(limits.by_block_size)}"] = ax.axhline(
+            finest, color=_INK, linestyle=":", linewidth=1
+        )
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
+        ax.set_xlabel("capacity, tokens")
+        ax.set_title(f"blocks of {size}, {_PARTIALS[partial]}", fontsize=10)
+        _clean(ax)
+    axes[0][0].set_ylabel("prompt tokens reused, %")
     figure.suptitle(title)
     figure.legend(
         handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8.5
@@ -155,6 +212,9 @@ def draw_ledger(path: Path, title: str, windows: Sequence[dict[str, Any]]) -> li
     minutes = [one["start_s"] / 60 for one in used]
     order = [fate for fate in _FATE_COLOURS if fate in FATES and any(one[fate] for one in used)]
     shares = [[100 * one[fate] / one["total"] for one in used] for fate in order]
+    if len(windows) > 1:  # the last part is as long as the others
+        minutes.append(minutes[-1] + (windows[1]["start_s"] - windows[0]["start_s"]) / 60)
+        shares = [[*share, share[-1]] for share in shares]
     ax.stackplot(
         minutes, shares, labels=order, colors=[_FATE_COLOURS[fate] for fate in order], step="post"
     )

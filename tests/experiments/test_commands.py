@@ -20,18 +20,10 @@ from prefixcache_bench.commands.replay import replay
 from prefixcache_bench.commands.sweep import sweep
 from prefixcache_bench.traces import Trace
 
-FIELDS = [
-    "requests",
-    "prompt_tokens",
-    "hit_tokens",
-    "partial_tokens",
-    "hit_rate",
-    "hit_rate_partial",
-    "block_hit_rate_ceil",
-    "evictions",
-    "peak_blocks",
-    "ledger",
-]
+FIELDS = {
+    *("requests", "prompt_tokens", "hit_tokens", "partial_tokens", "hit_rate", "hit_rate_partial"),
+    *("block_hit_rate_ceil", "evictions", "peak_blocks", "ledger"),
+}
 
 
 def run(command: object, *arguments: object) -> Result:
@@ -50,7 +42,7 @@ def test_replay_prints_its_fixed_fields(small: Trace) -> None:
     )  # fmt: skip
     found = json.loads(result.stdout)
     naive = expected(small, 8, 128)
-    assert set(FIELDS) <= found.keys()
+    assert found.keys() >= FIELDS
     assert found["hit_tokens"] == naive.hit_tokens
     assert found["hit_rate"] == round(naive.hit_tokens / small.prompt_tokens, 6)
     both = naive.hit_tokens + naive.partial_tokens
@@ -94,7 +86,7 @@ def test_sweep_writes_table_csv_json_and_pictures_and_resumes(tmp_path: Path) ->
     arguments = (SMALL, "--block-size", "1,16", "--capacity", "25%,inf", "-o", out, "-j", 1)
     result = run(sweep, *arguments)
     assert "ceiling" in result.stdout
-    assert "blocks of up to" in result.stdout
+    assert "with blocks of up to 1" in result.stdout
     report = json.loads(out.with_suffix(".json").read_text())
     assert len(report["rows"]) == 2 * 2 * 2
     assert report["run"]["command"]

@@ -105,6 +105,8 @@ def _show(trace: Trace, outcome: Outcome, fields: dict[str, Any], capacity: str)
         f"reused {outcome.reused_rate:.4%} of the prompt tokens; {outcome.evictions:,} blocks "
         f"evicted, {outcome.peak_blocks:,} at the peak; {outcome.cpu_s:.1f} s of CPU"
     )
+    if outcome.partial == "off":
+        typer.echo(f"parts of full blocks would make that {outcome.hit_rate_partial:.4%}")
     shown = [window for window in fields["windows"] if window["total"]]
     if len(shown) < 2:
         return

@@ -157,42 +157,54 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
         f"ceiling {limits.finest:.2%} (infinite memory, block size {trace.unit})"
     )
     found = {key_of(row): row for row in rows}
+
+    def cells(size: int, policy: str, partial: str) -> list[str]:
+        rates = []
+        for one in grid.capacities:
+            row = found.get(Key(size, one.text, policy, partial))
+            rates.append("-" if row is None else f"{100 * row['reused_rate']:.2f}")
+        ceiling = limits.by_block_size[size] if partial == "off" else limits.finest
+        return [*rates, f"{100 * ceiling:.2f}"]
+
+    head = [*(one.text for one in grid.capacities), "ceiling"]
     for partial in grid.partials:
-        for policy in grid.policies:
-            typer.echo(f"\nprompt tokens reused, %: policy {policy}, partial {partial.value}")
-            table = [("block size", *(one.text for one in grid.capacities), "ceiling")]
-            for size in grid.block_sizes:
-                cells = []
-                for one in grid.capacities:
-                    row = found.get(Key(size, one.text, policy, partial.value))
-                    cells.append("-" if row is None else f"{100 * row['reused_rate']:.2f}")
-                ceiling = limits.finest if partial == "tails" else limits.by_block_size[size]
-                table.append((str(size), *cells, f"{100 * ceiling:.2f}"))
+        typer.echo("")
+        if len(grid.block_sizes) == 1:
+            size = grid.block_sizes[0]
+            typer.echo(f"prompt tokens reused, %: blocks of {size}, partial {partial.value}")
+            table = [("policy", *head)]
+            table += [(policy, *cells(size, policy, partial.value)) for policy in grid.policies]
             print_numbers(table, indent="  ")
-    typer.echo("")
-    for line in answers(rows, grid):
+            continue
+        for policy in grid.policies:
+            typer.echo(f"prompt tokens reused, %: policy {policy}, partial {partial.value}")
+            table = [("block size", *head)]
+            table += [(str(size), *cells(size, policy, partial.value)) for size in grid.block_sizes]
+            print_numbers(table, indent="  ")
+    if lines := answers(rows, grid):
+        typer.echo("")
+    for line in lines:
         typer.echo(line)
 
 
 def answers(rows: list[Row], grid: Grid) -> list[str]:
-    """Say, for the largest capacity asked for, which block sizes lose nothing."""
-    from prefixcache_bench.rows import Key, key_of
-
-    found = {key_of(row): row for row in rows}
+    """Say, for the most memory of the grid, up to which block size next to nothing is lost."""
     lines = []
     for partial in grid.partials:
-        for one in grid.capacities:
-            rates = {
-                size: row["reused_rate"]
-                for size in grid.block_sizes
-                if (row := found.get(Key(size, one.text, grid.policies[0], partial.value)))
-            }
-            if len(rates) < 2:
+        for policy in grid.policies:
+            mine = [
+                row for row in rows if (row["partial"], row["policy"]) == (partial.value, policy)
+            ]
+            if len({row["block_size"] for row in mine}) < 2:
                 continue
+            most = max(mine, key=lambda row: row["capacity_tokens"] or float("inf"))["capacity"]
+            rates = {
+                row["block_size"]: row["reused_rate"] for row in mine if row["capacity"] == most
+            }
             best = max(rates.values())
             largest = max(size for size, rate in rates.items() if rate >= _NEAR * best)
             lines.append(
-                f"partial {partial.value}, capacity {one.text}: blocks of up to {largest} reuse "
-                f"within 1 % of the best ({rates[largest]:.2%} of {best:.2%})"
+                f"policy {policy}, partial {partial.value}, capacity {most}: with blocks of up to "
+                f"{largest}, at most 1 % of the reuse is lost ({rates[largest]:.2%} of {best:.2%})"
             )
     return lines
