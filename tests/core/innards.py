@@ -40,8 +40,7 @@ def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
         for index, block in enumerate(node.blocks):
             end = min((index + 1) * block_size, len(run))
             yield Indexed(block, before + run[:end], end - index * block_size)
-        for child in (node.children or {}).values():
-            stack.append((child, before + run))
+        stack.extend((child, before + run) for child in (node.children or {}).values())
 
 
 _RENEWED = {"deadline", "renewed_until", "_deadlines"}

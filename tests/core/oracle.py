@@ -3,8 +3,9 @@
 Three models, each the most obvious thing that can be right:
 
 `Memory`     what a pool really holds: one prefix per slot, written only by simulated workers.
-`Library`    every prefix that was ever published in a namespace, and longest common prefixes by loop.
-`LeafLru`    a block-by-block cache that evicts the least recently used leaf, one block at a time.
+`Library`    every prefix that was ever published in a namespace, and longest common prefixes by
+loop. `LeafLru`    a block-by-block cache that evicts the least recently used leaf, one block at a
+time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Memory:
-    """The pool's bytes.  KV of a token depends on every token before it, so a slot holds a prefix."""
+    """The pool's bytes.  KV of a token depends on all before it, so a slot holds a prefix."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -98,8 +99,8 @@ def _longest(stored: Iterable[Tokens], tokens: Tokens, multiple_of: int) -> int:
 class LeafLru:
     """Whole blocks, each named by all tokens up to its end; the oldest leaf is evicted first.
 
-    A request touches its whole path.  A block with a cached child is never evicted.  A sequence that is
-    longer than the cache keeps its head.
+    A request touches its whole path.  A block with a cached child is never evicted.  A sequence
+    that is longer than the cache keeps its head.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -134,9 +135,7 @@ class LeafLru:
                 self.last_used[block] = self._requests
 
     def _evict_one(self) -> bool:
-        parents = {
-            (namespace, tokens[: -self.block_size]) for namespace, tokens in self.last_used
-        }
+        parents = {(namespace, tokens[: -self.block_size]) for namespace, tokens in self.last_used}
         leaves = [
             (when, block)
             for block, when in self.last_used.items()

@@ -1,10 +1,11 @@
 """Sequential replay through the verbs: exactly the cache of the reference simulators.
 
-The references store whole blocks of what a request leaves behind, and never hold a block that is only being
-computed.  A lease does: the token that is always computed needs a place.  So the pool gets one block more than
-the capacity, and every request asks for its whole blocks and one token: that last block is scratch, is never
-committed, and is free again after the release.  The tree then never holds more than the capacity, and evicts
-when, and only when, the references do.  (With `Partial.TAILS` the partly filled last block is stored too.)
+The references store whole blocks of what a request leaves behind, and never hold a block that is
+only being computed.  A lease does: the token that is always computed needs a place.  So the pool
+gets one block more than the capacity, and every request asks for its whole blocks and one token:
+that last block is scratch, is never committed, and is free again after the release.  The tree
+then never holds more than the capacity, and evicts when, and only when, the references do.  (With
+`Partial.TAILS` the partly filled last block is stored too.)
 """
 
 from __future__ import annotations

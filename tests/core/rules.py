@@ -1,7 +1,7 @@
 """The rules of the machine: every verb, with arguments drawn so that everything collides.
 
-The same rules run under hypothesis (which shrinks what it finds) and under a seeded driver (for volume).  A rule
-draws through `Draw.below` only, acts on the cache, and updates the world.
+The same rules run under hypothesis (which shrinks what it finds) and under a seeded driver (for
+volume).  A rule draws through `Draw.below` only, acts on the cache, and updates the world.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ class Rules:
         world.log.append(line)
         try:
             return verb()
-        except CacheError as error:
-            world.log.append(f"#   {type(error).__name__}: {error}")
-            world.count(type(error).__name__)
-            assert str(error), "an error without a message"
-            if isinstance(error, PoolExhausted):
-                assert error.retry_after_s >= 0
-            assert world.frozen() == before, f"{line} failed and changed something"
-            return error
+        except CacheError as raised:
+            error = raised
+        world.log.append(f"#   {type(error).__name__}: {error}")
+        world.count(type(error).__name__)
+        assert str(error), "an error without a message"
+        if isinstance(error, PoolExhausted):
+            assert error.retry_after_s >= 0
+        assert world.frozen() == before, f"{line} failed and changed something"
+        return error
 
     def fails(self, line: str, verb: Callable[[], object], *errors: type[CacheError]) -> None:
         """Call a verb that must fail."""
@@ -223,7 +224,10 @@ class Rules:
     def scribble(self) -> None:
         """A dead worker goes on writing rubbish for a while; a living one tries something."""
         world = self.world
-        everybody = [*world.leases.values(), *(one for gone in world.zombies.values() for one in gone)]
+        everybody = [
+            *world.leases.values(),
+            *(one for gone in world.zombies.values() for one in gone),
+        ]
         if everybody:
             view = self.choose(everybody)
             for block, offset in world.writable(view):
@@ -653,7 +657,7 @@ class Rules:
     # ------------------------------------------------------------------ the end
 
     def drain(self) -> None:
-        """Everybody leaves, one way or another; nothing may be lost, and the pool is whole again."""
+        """Everybody leaves, one way or another; nothing is lost, and the pool is whole again."""
         world = self.world
         while world.leases or world.tickets or world.zombies or world.workers:
             match self.draw.below(4):

@@ -1,8 +1,9 @@
 """Real conversations, replayed: every printed digit of the reference simulators.
 
-The traces are large and optional.  PREFIXCACHE_TRACES names a folder in the `kvtrace-v1` form: for each workload
-`NAME.convs.jsonl.gz` (tokens of whole conversations) and `NAME.requests.jsonl.gz` (in order of service: conversation,
-prompt length, cached length), and `reference_tokens.csv` with the expected figures.
+The traces are large and optional.  PREFIXCACHE_TRACES names a folder in the `kvtrace-v1` form:
+for each workload `NAME.convs.jsonl.gz` (tokens of whole conversations) and
+`NAME.requests.jsonl.gz` (in order of service: conversation, prompt length, cached length), and
+`reference_tokens.csv` with the expected figures.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from prefixcache.types import TOKEN_BYTES, Namespace, Partial, pack
 FOLDER = os.environ.get("PREFIXCACHE_TRACES", "")
 NAMESPACE = Namespace("reference")
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER,
-    reason="set PREFIXCACHE_TRACES to a folder with *.convs.jsonl.gz, *.requests.jsonl.gz and "
-    "reference_tokens.csv to replay real conversations",
-)
+if not FOLDER:
+    pytest.skip(
+        "set PREFIXCACHE_TRACES to a folder with *.convs.jsonl.gz, *.requests.jsonl.gz and "
+        "reference_tokens.csv to replay real conversations",
+        allow_module_level=True,
+    )
 
 BOUNDED = [
     *(("gsm8k-8shot", size, cap) for size in (4, 16, 64, 256) for cap in (16384, 32768, 65536)),
@@ -99,7 +101,9 @@ def test_unbounded_replay_equals_the_reference(
     workload: str, block_size: int, partial: Partial
 ) -> None:
     row = expected(workload, block_size, 0)
-    everything = sum(len(cached) // TOKEN_BYTES // block_size + 2 for _, cached in requests(workload))
+    everything = sum(
+        len(cached) // TOKEN_BYTES // block_size + 2 for _, cached in requests(workload)
+    )
     replay = Replay(everything, block_size, partial=partial)
     hit_tokens = partial_tokens = 0
     for prompt, cached in requests(workload):

@@ -1,8 +1,8 @@
-"""A simulated machine around one cache: workers that read and write a simulated pool, and the oracle.
+"""A simulated machine around one cache: workers, the pool that they read and write, the oracle.
 
-`World` keeps, beside the cache, what each worker believes (`LeaseView`: only what the answers told it) and what
-the pool really holds (`Memory`).  `verify` compares the three after every step.  The rules that drive it are in
-`rules.py`.
+`World` keeps, beside the cache, what each worker believes (`LeaseView`: only what the answers told
+it) and what the pool really holds (`Memory`).  `verify` compares the three after every step.  The
+rules that drive it are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from prefixcache.types import (
     WorkerId,
     pack,
 )
-
 
 PLENTY = 1000
 """More blocks than any sequence of steps fills."""
@@ -157,7 +156,7 @@ class World:
                 yield copy.dst, offset
 
     def readable(self, view: LeaseView) -> Iterator[tuple[int, int]]:
-        """Slots that the worker may read at any time: what is valid, and the sources of its copies."""
+        """Slots that the worker may read at any time: what is valid, and what it will copy."""
         size = self.shape.block_size
         to_be_copied = {
             (copy.dst, offset) for copy in view.copies for offset in range(copy.num_tokens)
@@ -242,7 +241,7 @@ class World:
         return view
 
     def in_flight(self, namespace: Namespace, tokens: Tokens, *, ever: bool = False) -> int:
-        """Count how many tokens of a prompt will be cached when all flights have landed, by brute force.
+        """Count the tokens of a prompt that are cached once all flights have landed, by brute force.
 
         Args:
             namespace: Where.
@@ -280,9 +279,7 @@ class World:
         most = min(self.library.longest(namespace, tokens, multiple_of=unit), len(tokens) - 1)
         least = most
         if partial is Partial.TAILS and self.tails_withdrawn:
-            least = min(
-                self.library.longest(namespace, tokens, multiple_of=size), len(tokens) - 1
-            )
+            least = min(self.library.longest(namespace, tokens, multiple_of=size), len(tokens) - 1)
         if partial is Partial.OFF:
             least = most = most // size * size
         if self.snapshot().evicted:
@@ -327,7 +324,9 @@ class World:
                 size = self.shape.block_size
                 flying = self.in_flight(ticket.namespace, ticket.tokens) // size * size
                 if self.now <= ticket.deadline:
-                    assert flying <= whole, "settled while somebody was still computing the next block"
+                    assert flying <= whole, (
+                        "settled while somebody was still computing the next block"
+                    )
                 self.log.append(f"#   ticket {ticket_id} -> lease {outcome.lease}")
                 self.admit(
                     outcome,
