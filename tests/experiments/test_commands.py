@@ -71,6 +71,16 @@ def test_replay_of_hashes_takes_blocks_and_prints_prefix_rates(tmp_path: Path) -
     assert "1 broken lines left out" in result.stderr
 
 
+def test_block_sizes_that_are_not_named_suit_the_trace(tmp_path: Path) -> None:
+    path = tmp_path / "moon.jsonl"
+    path.write_text(json.dumps({"timestamp": 0, "input_length": 1000, "hash_ids": [1, 2]}))
+    assert json.loads(run(replay, path, "--json").stdout)["block_size"] == 512
+    swept = run(sweep, path, "--capacity", "inf", "-o", tmp_path / "s", "--no-picture", "--json")
+    sizes = {row["block_size"] for row in json.loads(swept.stdout)["rows"]}
+    assert sizes == {512, 1024, 2048, 4096}
+    assert json.loads(run(replay, SMALL, "--json").stdout)["block_size"] == 16
+
+
 def test_replay_shows_a_ledger_over_time_and_draws_it(tmp_path: Path) -> None:
     picture = tmp_path / "over_time"
     result = run(replay, SMALL, "--capacity", "20%", "--windows", 3, "--picture", picture)

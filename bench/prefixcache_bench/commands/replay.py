@@ -22,7 +22,14 @@ def replay(
     name: options.Name = None,
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
-    block_size: Annotated[int, typer.Option(metavar="TOKENS", help="Tokens per block.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="TOKENS",
+            help="Tokens per block. Default: 16, or the trace's own.",
+            show_default=False,
+        ),
+    ] = None,
     capacity: Annotated[
         str,
         typer.Option(
@@ -65,6 +72,7 @@ def replay(
     asked = parse_capacity(capacity)
     mode = Partial(options.partials(partial)[0])
     trace = options.load_trace(path, form, name, system, tokenizer)
+    block_size = block_size or max(16, trace.unit)
     working_set = 0
     if asked.kind == "percent":
         working_set = curve(trace, trace.unit).working_set * trace.unit

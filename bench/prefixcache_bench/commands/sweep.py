@@ -28,8 +28,14 @@ def sweep(
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
     block_size: Annotated[
-        str, typer.Option(metavar="LIST", help="Tokens per block, with commas.")
-    ] = "1,4,16,64,256",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens per block, with commas. Default: 1,4,16,64,256, or multiples of the "
+            "trace's own.",
+            show_default=False,
+        ),
+    ] = None,
     capacity: Annotated[
         str,
         typer.Option(
@@ -69,13 +75,14 @@ def sweep(
     from prefixcache_bench.sweep import Grid, ceilings
     from prefixcache_bench.sweep import sweep as run
 
-    grid = Grid(
-        options.numbers(block_size, "block size"),
-        tuple(parse_capacities(capacity)),
-        tuple(dict.fromkeys(options.split(policy, "policy"))),
-        tuple(Partial(one) for one in options.partials(partial)),
-    )
+    sizes = None if block_size is None else options.numbers(block_size, "block size")
+    capacities = tuple(parse_capacities(capacity))
+    policies = tuple(dict.fromkeys(options.split(policy, "policy")))
+    modes = tuple(Partial(one) for one in options.partials(partial))
     trace = options.load_trace(path, form, name, system, tokenizer)
+    multiples = (1, 2, 4, 8) if trace.is_hashed else (1, 4, 16, 64, 256)
+    sizes = sizes or tuple(trace.unit * multiple for multiple in multiples)
+    grid = Grid(sizes, capacities, policies, modes)
     for size in grid.block_sizes:
         trace.words(size)
     limits = ceilings(trace, grid.block_sizes)
