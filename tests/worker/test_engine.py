@@ -130,6 +130,19 @@ def test_waiting_for_another_workers_prefix_does_not_stop_decoding(
     assert started.ledger.joined > 0
 
 
+def test_a_nearly_cached_prompt_does_not_wait_behind_a_long_ones_chunk(tiny: Model) -> None:
+    engine = Engine(tiny, None, None, chunk=16)
+    engine.submit(Request("long", random_tokens(150), 1))
+    engine.step()
+    engine.submit(Request("quick", random_tokens(5, seed=1), 3))
+    before = engine.num_computed
+    first = [event for event in engine.step() if isinstance(event, Token)]
+    assert [event.id for event in first] == ["quick"]
+    assert engine.num_computed - before == 5
+    engine.step()
+    assert engine.num_computed - before == 5 + 16, "every other step serves the long one"
+
+
 def test_a_pool_that_is_full_makes_requests_wait_not_fail(
     tiny: Model, want: list[list[int]], client: Client
 ) -> None:

@@ -8,6 +8,8 @@ submit ──► queue ──► asked ──► granted ──► prefill, chun
 one step:  decode tokens of all ── then prefill tokens, up to `chunk` in all ── one forward pass ──
            tokens chosen ── one message: what is now valid, what is done with
 ```
+A prompt of which little is left (its prefix was cached) does not wait behind the chunk of a long
+one: its step leaves the long ones out, every other step at most.
 What is not cached is computed, nothing else.  Slots are committed after the forward pass that wrote
 them has returned.  A lost service ends sharing, not answers: see `membership`.
 """
@@ -37,6 +39,9 @@ from prefixcache_worker.text import TextStream
 
 PRIVATE_TOKENS: Final = 32768
 """Tokens in the pool of a worker without a service; memory is touched only when used."""
+
+QUICK_TOKENS: Final = 64
+"""A prompt with no more than these to compute does not wait behind a long one's chunk."""
 
 MOST_RESTARTS: Final = 8
 LONGEST_RETRY_S: Final = 1.0
@@ -82,6 +87,8 @@ class Engine:
         self._asked: list[Job] = []
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
+        self._passed_over = False
+        """Whether the last step left long prompts out."""
         self._wake = threading.Event()
         self.num_computed = 0
         """Tokens that ran through the model since the start."""
@@ -308,6 +315,11 @@ class Engine:
         """Choose the tokens of a step: everybody's next one, then prompts in their order."""
         pieces: list[tuple[Job, Piece]] = []
         budget = self.chunk
+        quick = [job for job in jobs if job.num_due <= QUICK_TOKENS]
+        has_quick_prompt = any(job.num_due > 1 for job in quick)
+        self._passed_over = has_quick_prompt and len(quick) < len(jobs) and not self._passed_over
+        if self._passed_over:
+            jobs = quick
         for job in sorted(jobs, key=lambda job: job.num_due > 1):  # stable: decoding ones first
             count = min(job.num_due, budget)
             if not count or not self._has_room(job, count, store):

@@ -28,6 +28,10 @@ from prefixcache_worker.demo.failure import ProcessFailed
 LINE_BYTES: Final = 1 << 24
 """Longest line that is read from a worker."""
 
+CHUNK: Final = 128
+"""Tokens of a worker's step.  Half a server's usual: in float32, which the comparison needs, a step
+of 256 takes a processor core most of a second, and warm requests wait behind it."""
+
 STOP_S: Final = 5.0
 """How long a process may take to end by itself before it is killed."""
 
@@ -175,6 +179,7 @@ class Worker(Child):
                 *where,
                 *("--name", name),
                 *("--model", model, "--dtype", "float32", "--threads", "1"),
+                *("--chunk", str(CHUNK)),
             ],
             folder,
         )
