@@ -334,7 +334,7 @@ class PrefixCache:
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)
             self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
-        self._desk.call(own, now)
+        self._desk.call(own, now, everyone=True)
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:

@@ -154,10 +154,10 @@ class Desk:
         self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 
-    def call(self, owner: Lease, now: float) -> None:
-        """Try again the requests whose wait for `owner` is over."""
+    def call(self, owner: Lease, now: float, *, everyone: bool = False) -> None:
+        """Try again the requests whose wait for `owner` is over, or everyone that waits for it."""
         indexed = None
-        if owner.flight is not None:
+        if owner.flight is not None and not everyone:
             indexed = owner.committed if self.partial is Partial.TAILS else owner.start
         for ticket in self.room.called(owner.id, indexed):
             self.retry(ticket, now, wait=now < ticket.deadline)

@@ -336,3 +336,15 @@ def test_a_clean_goodbye_also_frees_what_was_quarantined_before(cache: PrefixCac
     cache.expire(now=10.5)
     assert cache.detach(ALICE, now=11.0, gone=True).num_freed == 2
     assert cache.snapshot(now=11.0).free == 32
+
+
+def test_who_waits_for_tokens_that_are_rolled_back_is_tried_again():
+    cache = PrefixCache(16, 1)
+    cache.attach(ALICE, CHAT, now=0.0)
+    first, second = (acquire(cache, ALICE, tokens) for tokens in ([1], [1, 1]))
+    cache.commit(ALICE, first.lease, 1, pack([1, 1]), now=0.0)
+    waiting = cache.acquire(ALICE, CHAT, pack([1, 1, 0]), wait_s=8.0, now=0.0)
+    assert isinstance(waiting, Waiting)
+    cache.truncate(ALICE, second.lease, 1, now=0.0)
+    [(ticket, _)] = cache.settled()
+    assert ticket == waiting.ticket
