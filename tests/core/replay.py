@@ -21,10 +21,20 @@ class Replay:
     """One worker, one request at a time: look up the prompt, then store what exists after it."""
 
     def __init__(
-        self, capacity_blocks: int, block_size: int, *, partial: Partial = Partial.OFF
+        self,
+        capacity_blocks: int,
+        block_size: int,
+        *,
+        partial: Partial = Partial.OFF,
+        num_ghosts: int | None = None,
     ) -> None:
         self.cache = PrefixCache(
-            capacity_blocks + 1, block_size, policy="lru", partial=partial, ttl_s=1e9
+            capacity_blocks + 1,
+            block_size,
+            policy="lru",
+            partial=partial,
+            num_ghosts=num_ghosts,
+            ttl_s=1e9,
         )
         self.capacity_blocks = capacity_blocks
         self.partial = partial

@@ -487,6 +487,8 @@ class Rules:
         world.run_copies(view)
         size = world.shape.block_size
         upto = self.draw.below(len(view.tokens) + 1)
+        if self.chance(50):  # a little, as speculative decoding does
+            upto = max(0, view.valid - self.draw.below(size + 1))
         before = world.snapshot()
         answer = self.call(
             self.about(view, "truncate", f"{upto}"),

@@ -33,7 +33,7 @@ def random_sequences(rng: random.Random, count: int, longest: int) -> list[tuple
 def test_hits_equal_those_of_a_block_by_block_leaf_lru(block_size: int, capacity: int) -> None:
     for seed in range(6):
         rng = random.Random(f"{seed} {block_size} {capacity}")
-        ours = Replay(capacity, block_size)
+        ours = Replay(capacity, block_size, num_ghosts=(None, 0, 2)[seed % 3])
         naive = LeafLru(capacity, block_size)
         longest = block_size * rng.choice((4, 8, 2 * min(capacity, 10)))
         for number, (which, tokens, prompt_len) in enumerate(random_sequences(rng, 60, longest)):

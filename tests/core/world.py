@@ -241,7 +241,7 @@ class World:
         return view
 
     def in_flight(self, namespace: Namespace, tokens: Tokens, *, ever: bool = False) -> int:
-        """Count the tokens of a prompt that are cached once all flights have landed, by brute force.
+        """Count the tokens of a prompt that are cached once all flights landed, by brute force.
 
         Args:
             namespace: Where.
