@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak proto clean
+.PHONY: help demo test lint bench experiments soak proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "==> installing prefixcache with the worker, demo and dev extras (about 2 GB, once)"
-	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,dev]'
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,experiments,dev]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.installed
@@ -39,8 +39,11 @@ lint: $(VENV)/.installed   ## Format, lint, types.
 bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
 	$(BIN)/python -m prefixcache_bench.all
 
+experiments: $(VENV)/.installed   ## Hit rate against block size, memory and policy; goes to docs/experiments.md.
+	$(BIN)/python -m prefixcache_bench.experiments
+
 soak: $(VENV)/.installed   ## The property tests, 100 times as long.
-	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core -m "soak or not soak" --timeout=0
+	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
 
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
