@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prefixcache.errors import InvalidRequest
@@ -86,6 +92,12 @@ def _split(text: str | list[str]) -> list[str]:
     return [part for part in text.split(",") if part] if isinstance(text, str) else text
 
 
+def _needs_record(value: bool, info: ValidationInfo) -> bool:
+    if value and info.data.get("record") is None:
+        raise ValueError("there is nothing to anonymise without --record FILE")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
@@ -136,6 +148,10 @@ class ServeSettings(BaseSettings):
     """Workers at the same time."""
     max_calls: Annotated[int, Field(ge=1)] = 8192
     """Calls and sessions at the same time; more are refused at once."""
+    record: Path | None = None
+    """New file for the live requests, as a trace; gzip if it ends in .gz."""
+    anonymise: Annotated[bool, AfterValidator(_needs_record)] = False
+    """Whether the recording has other token ids and names, with the same prefixes in common."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

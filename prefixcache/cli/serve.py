@@ -74,6 +74,23 @@ def serve(
         float | None,
         _option(_SERVICE, "Time for leases to come back at the end. Default: 30.", "SECONDS"),
     ] = None,
+    record: Annotated[
+        Path | None,
+        _option(
+            _SERVICE,
+            "Write the live requests to this new file, as a trace for replay and sweep; "
+            "gzip if it ends in .gz.",
+            "FILE",
+        ),
+    ] = None,
+    anonymise: Annotated[
+        bool | None,
+        _option(
+            _SERVICE,
+            "Record other token ids and names in place of the real ones; "
+            "every common prefix keeps its length. Default: off.",
+        ),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,

@@ -20,6 +20,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.recorder import Recorder
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import MAX_NAMESPACES, Worker, Workers
 from prefixcache.types import (
@@ -72,6 +73,7 @@ class Handlers:
         self.workers = workers
         self.draining = False
         self.listening: list[str] = []
+        self.recorder: Recorder | None = None
         self._started_at = monotonic()
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
@@ -150,15 +152,20 @@ class Handlers:
                 f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
                 "no more"
             )
-        return self._cache().acquire(
+        namespace = self._attached_namespace(worker, request.namespace_index)
+        tokens = request.tokens
+        answer = self._cache().acquire(
             worker.id,
-            self._attached_namespace(worker, request.namespace_index),
-            request.tokens,
+            namespace,
+            tokens,
             reserve=request.reserve,
             wait_s=wait_s,
             request_id=request_id,
             now=monotonic(),
         )
+        if self.recorder is not None:
+            self.recorder.record(namespace, tokens)
+        return answer
 
     def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
         """Give up waiting.  Idempotent: the outcome may have crossed it on the way."""

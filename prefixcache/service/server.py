@@ -27,9 +27,11 @@ from prefixcache.config import ServeSettings
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.service import log as logging
 from prefixcache.service import unary
+from prefixcache.service.anonymiser import Anonymiser
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.listen import Listener
+from prefixcache.service.recorder import Recorder
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Workers
 
@@ -94,6 +96,7 @@ async def _serve(
         reflection.enable_server_reflection(names, server)
     try:
         handlers.listening = listener.bind(server)
+        handlers.recorder = _start_recorder(settings)
         stop = _stop_on_signals()
         await server.start()
         for name in ("", SERVICE):
@@ -102,6 +105,9 @@ async def _serve(
             announce(str(holdings.sizes))
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
+        if handlers.recorder is not None:
+            hidden = "anonymised" if settings.anonymise else "every prompt as it is"
+            announce(f"recording to {settings.record}: {hidden}")
         announce(f"listening at {', '.join(handlers.listening)}")
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
@@ -124,7 +130,15 @@ async def _serve(
         line.close()
         listener.close()
         holdings.close()
+        if handlers.recorder is not None:
+            handlers.recorder.close()
     log.info("ended")
+
+
+def _start_recorder(settings: ServeSettings) -> Recorder | None:
+    if settings.record is None:
+        return None
+    return Recorder(settings.record, Anonymiser() if settings.anonymise else None)
 
 
 def _stop_on_signals() -> asyncio.Event:
