@@ -7,12 +7,14 @@ rules that drive it are in `rules.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from core.innards import Indexed, indexed_below, root_of, state
 from core.oracle import Library, Memory, Tokens, common_prefix
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import POLICIES
 from prefixcache.core.node import Root
 from prefixcache.errors import CacheError, PoolExhausted
 from prefixcache.types import (
@@ -323,7 +325,7 @@ class World:
                 assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
                 size = self.shape.block_size
                 flying = self.in_flight(ticket.namespace, ticket.tokens) // size * size
-                if self.now <= ticket.deadline:
+                if self.now < ticket.deadline:
                     assert flying <= whole, (
                         "settled while somebody was still computing the next block"
                     )
@@ -418,7 +420,9 @@ class World:
         assert counted == snapshot.num_blocks == self.shape.num_blocks, f"{snapshot}"
         assert 0 <= snapshot.evictable <= snapshot.indexed
         limit = self.shape.num_ghosts
-        assert snapshot.ghosts <= (self.shape.num_blocks if limit is None else limit)
+        if limit is None:  # as many as the policy wants
+            limit = math.ceil(self.shape.num_blocks * POLICIES[self.shape.policy].ghosts)
+        assert snapshot.ghosts <= limit
         aside: set[int] = set()
         for gone in self.zombies.values():
             for view in gone:
