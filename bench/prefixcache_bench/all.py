@@ -27,14 +27,16 @@ class Benchmark:
     module: str
     title: str
     about: str
+    options: tuple[str, ...] = ()
+    """What the command is given unless the run is a quick one."""
 
     def command(self, *, quick: bool) -> list[str]:
         """Give the command, for this interpreter."""
-        return [sys.executable, "-m", self.module, *(["--quick"] if quick else [])]
+        return [sys.executable, "-m", self.module, *(("--quick",) if quick else self.options)]
 
     def shown(self, *, quick: bool) -> str:
         """Give the command as a reader would type it."""
-        return " ".join(["python -m", self.module, *(["--quick"] if quick else [])])
+        return " ".join(["python", *self.command(quick=quick)[1:]])
 
 
 BENCHMARKS = (
@@ -43,6 +45,7 @@ BENCHMARKS = (
         "The tree",
         "Against a minimal tree over packed bytes, without namespaces, tails, ghosts or a ledger. "
         "Microseconds.",
+        options=("--full",),
     ),
     Benchmark(
         "prefixcache_bench.rpc",
