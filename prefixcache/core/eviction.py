@@ -63,6 +63,10 @@ class EvictionPolicy:
     name: ClassVar[str]
     ghosts: ClassVar[float] = 1.0
     """How many evicted blocks the policy wants remembered, in capacities."""
+    marks_ends: ClassVar[bool] = False
+    """Whether the last block of a used path gets a mark of its own."""
+    block_bytes = 4
+    """Bytes of a block's packed tokens; the tree says it."""
 
     asked: Any = None
     """`asked(match, tokens)`: a request was admitted; nothing is locked yet."""
@@ -72,6 +76,8 @@ class EvictionPolicy:
     lost: Any = None
     """`lost(node, num_blocks) -> Mark`: a node is about to lose its last blocks, or to leave.  The
     answer is the mark of the ghost."""
+    forgotten: Any = None
+    """`forgotten(mark, num_blocks)`: what `lost` gave this mark to is not even a ghost."""
     revived: Any = None
     """`revived(ghost)`: its blocks are back.  Without this hook the mark is forgotten."""
     tick: Any = None

@@ -64,6 +64,7 @@ class RadixTree(Structure):
         self.clock = 0
         self.queue = self.policy.queue()
         self._used: Callable[[Node, int], None] | None = self.policy.used
+        self._marks_ends = self.policy.marks_ends
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
@@ -215,6 +216,9 @@ class RadixTree(Structure):
         if used:
             stamp = self.clock = self.clock + 1
             if self._used is not None:
+                size = len(node.blocks)
+                if self._marks_ends and size > 1 and not node.children:
+                    self._split(node, size - 1)
                 self._used(node, stamp)
         if node.ref == 1 and len(node.key) < self.block_bytes and self._is_covered(node):
             return self._absorb(node, stamp)
@@ -397,6 +401,8 @@ class RadixTree(Structure):
             ghost.mark = mark
             self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
+        elif self._forgotten is not None:
+            self._forgotten(mark, size)
         node.key = node.key[:cut]
         node.blocks = node.blocks[:keep]
         self._forget()
@@ -406,7 +412,8 @@ class RadixTree(Structure):
         above = node.parent
         if above is None:
             raise AssertionError("a root is never evicted")
-        mark = None if self._lost is None else self._lost(node, len(node.blocks))
+        size = len(node.blocks)
+        mark = None if self._lost is None else self._lost(node, size)
         self._count(node, -1)
         self._detach(node)
         node.blocks = array("i")
@@ -415,6 +422,8 @@ class RadixTree(Structure):
             node.parent = above
             self.ghosts.bury(above, node)
             self._forget()
+        elif self._forgotten is not None:
+            self._forgotten(mark, size)
         self._leafless(above)
 
     def _forget(self) -> None:

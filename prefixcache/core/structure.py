@@ -35,6 +35,8 @@ class Structure:
         self.policy = policy
         # Bound once: a hook that the policy does not define costs one comparison.
         self._lost: Callable[[Node, int], Mark] | None = policy.lost
+        self._forgotten: Callable[[Mark, int], None] | None = policy.forgotten
+        policy.block_bytes = block_bytes
 
     def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
         """Make an unprotected node with blocks a child; drop the tail that it covers."""
@@ -67,9 +69,10 @@ class Structure:
         node.root.evictable += size
 
     def _leave(self, node: Node) -> None:
-        """Tell the policy that a node leaves the tree without being evicted."""
-        if self._lost is not None:
-            self._lost(node, len(node.blocks))
+        """Tell the policy that a node leaves the tree and is not remembered."""
+        mark = None if self._lost is None else self._lost(node, len(node.blocks))
+        if self._forgotten is not None:
+            self._forgotten(mark, len(node.blocks))
 
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""

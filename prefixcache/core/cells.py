@@ -1,0 +1,126 @@
+"""Leaves by kind and age: cells in an order of worth that may change at any time.
+
+```
+cell       kind 3, age 7   heap of uses, the oldest first   ← one bit in `filled`, at its rank
+             │ the use grows older: it is put into (3, 8)
+             │ its leaf is used again, or evicted: what is left here is dropped at the top
+```
+
+A use is in the cell of its leaf.  Re-ranking touches cells, never leaves.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from prefixcache.core.hazards import NUM_AGES
+from prefixcache.core.uses import Shadow, Use
+
+if TYPE_CHECKING:
+    from prefixcache.core.node import Node
+
+
+class Cells:
+    """The unprotected leaves; the worst cell gives first, or, while the shadow leads, the oldest.
+
+    Marks are `(use, uses, kind)`.
+    """
+
+    __slots__ = ("_bits", "_filled", "_heaps", "_num_kinds", "_order", "_shadow", "_unmarked")
+
+    def __init__(self, num_kinds: int, shadow: Shadow) -> None:
+        self._num_kinds = num_kinds
+        self._shadow = shadow
+        self._heaps: list[list[tuple[int, Use]]] = [[] for _ in range(num_kinds * NUM_AGES)]
+        self._order: list[int] = []
+        self._bits: list[int] = []
+        self._filled = 0
+        self._unmarked: list[Node] = []
+
+    def rank(self, order: list[int]) -> None:
+        """Give the cells a new order, the worst first.  O(cells)."""
+        bits = [0] * len(order)
+        filled, bit = 0, 1
+        heaps = self._heaps
+        for cell in order:
+            bits[cell] = bit
+            if heaps[cell]:
+                filled |= bit
+            bit <<= 1
+        self._order, self._bits, self._filled = order, bits, filled
+
+    def push(self, node: Node) -> None:
+        """Add a leaf.  O(log leaves)."""
+        node.queued = True
+        if node.mark is None:
+            self._unmarked.append(node)
+        else:
+            use = node.mark[0]
+            use.leaf = node
+            self.put(use)
+
+    def put(self, use: Use) -> None:
+        """Put a use into the cell of its leaf, if that is still one.  O(log leaves), amortised."""
+        cell = self._cell(use)
+        if cell < 0:
+            use.leaf = None
+            return
+        heap = self._heaps[cell]
+        while heap and self._cell(heap[0][1]) != cell:
+            heappop(heap)
+        heappush(heap, (use.number, use))
+        self._filled |= self._bits[cell]
+
+    def pop(self) -> Node | None:
+        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
+        while self._unmarked:
+            node = self._unmarked.pop()
+            node.queued = False
+            if node.is_evictable and node.mark is None:
+                return node
+            if node.is_evictable:
+                self.push(node)
+        use = self._oldest() if self._shadow.leads else self._worst()
+        if use is None or use.leaf is None:
+            return None
+        use.leaf.queued = False
+        return use.leaf
+
+    def _worst(self) -> Use | None:
+        while self._filled:
+            lowest = self._filled & -self._filled
+            use = self._head(self._order[lowest.bit_length() - 1])
+            if use is not None:
+                return use
+        return None
+
+    def _oldest(self) -> Use | None:
+        """Give the oldest use; O(kinds + ages)."""
+        for age in range(NUM_AGES - 1, -1, -1):
+            cells = range(age, self._num_kinds * NUM_AGES, NUM_AGES)
+            heads = [use for cell in cells if (use := self._head(cell)) is not None]
+            if heads:
+                return min(heads, key=lambda use: use.number)
+        return None
+
+    def _head(self, cell: int) -> Use | None:
+        """Give a cell's oldest use; drop those that are elsewhere by now."""
+        heap = self._heaps[cell]
+        while heap:
+            use = heap[0][1]
+            if self._cell(use) == cell:
+                return use
+            heappop(heap)
+        self._filled &= ~self._bits[cell]
+        return None
+
+    def _cell(self, use: Use) -> int:
+        """Give where a use belongs; -1 if it has no leaf now."""
+        leaf = use.leaf
+        if leaf is None or not leaf.is_evictable or leaf.mark is None:
+            return -1
+        owner: Use
+        kind: int
+        owner, _, kind = leaf.mark
+        return kind * NUM_AGES + min(use.age, NUM_AGES - 1) if owner is use else -1
