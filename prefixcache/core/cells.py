@@ -58,18 +58,26 @@ class Cells:
         else:
             use = node.mark[0]
             use.leaf = node
-            self.put(use)
 
-    def put(self, use: Use) -> None:
-        """Put a use into the cell of its leaf, if that is still one.  O(log leaves), amortised."""
+            cell = self._cell(use)
+            if cell >= 0:
+                heappush(self._heaps[cell], (use.number, use))
+                self._filled |= self._bits[cell]
+
+    def age(self, use: Use) -> None:
+        """Put a use that has just grown older into its next cell.  O(log leaves), amortised.
+
+        Uses grow older in order: what is before it in the cell that it leaves is out of date.
+        """
         cell = self._cell(use)
         if cell < 0:
-            use.leaf = None
+            use.leaf = None  # not a leaf now; if it becomes one again, it is pushed
             return
-        heap = self._heaps[cell]
-        while heap and self._cell(heap[0][1]) != cell:
-            heappop(heap)
-        heappush(heap, (use.number, use))
+        number = use.number
+        left = self._heaps[cell - 1]
+        while left and left[0][0] <= number:
+            heappop(left)
+        heappush(self._heaps[cell], (number, use))
         self._filled |= self._bits[cell]
 
     def pop(self) -> Node | None:

@@ -22,7 +22,7 @@ from prefixcache.types import TOKEN_BYTES
 if TYPE_CHECKING:
     from prefixcache.core.node import Match, Node
 
-_BEHIND, _CAUGHT_UP = 0.005, 0.002
+_BEHIND, _CAUGHT_UP = 0.005, 0.0005
 """Shares of recent blocks by which an LRU must be ahead to take over, and to give back."""
 
 

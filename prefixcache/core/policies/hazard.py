@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from prefixcache.core.node import Match, Node
 
 _MOST_USES = 4
-_FRESH_SHORT, _FRESH_LONG, _GREW_MUCH, _GREW_LITTLE = range(4)
-_NUM_GROWTHS = 4
+_FRESH_SHORT, _FRESH, _FRESH_LONG, _GREW_MUCH, _GREW_LITTLE = range(5)
+_NUM_GROWTHS = 5
 _RANKED_EVERY = 16
 
 
@@ -24,9 +24,9 @@ class Hazard(EvictionPolicy):
     """Evict what is worth least: hits to expect per block and time, learnt online by kind and age.
 
     A kind is: how often the block was used (1 to 4 and more) · whether it is the last block of its
-    path · how the request that used it last grew (a new prompt, shorter than half an average one or
-    not; or the continuation of a known one, by more than a quarter of an average one or not).  All
-    blocks of a request are of one age, and return together.
+    path · how the request that used it last grew: a new prompt (below half, above three times, or
+    around the length of an average one), or the continuation of a known one (by more than a quarter
+    of an average one, or not).  All blocks of a request are of one age, and return together.
 
     It never has to guess whether that pays: an exact LRU of the same capacity runs along as a
     shadow (tokens of ghosts and counters only), and decides while it is ahead by half a per cent of
@@ -97,7 +97,9 @@ class Hazard(EvictionPolicy):
                 break
             known -= len(node.blocks)
         if known <= 1:
-            return _FRESH_SHORT if size < self._run / 2 else _FRESH_LONG
+            if size >= 3 * self._run:
+                return _FRESH_LONG
+            return _FRESH_SHORT if size < self._run / 2 else _FRESH
         return _GREW_MUCH if size - known >= self._run / 4 else _GREW_LITTLE
 
     def _hand_over(self, path: list[Node], use: Use, growth: int) -> None:
@@ -132,12 +134,12 @@ class Hazard(EvictionPolicy):
                 use = queue.popleft()
                 use.age = age + 1
                 if not use.size or use.age == NUM_AGES:
-                    continue
+                    continue  # nothing to learn any more; a leaf stays where it is
                 for kind, count in use.kinds.items():
                     exposed[kind][use.age] += count
                 self._by_age[use.age].append(use)
                 if use.leaf is not None:
-                    self._cells.put(use)
+                    self._cells.age(use)
 
     def lost(self, node: Node, num_blocks: int) -> Mark:
         """Let the ghost stay with its use."""
