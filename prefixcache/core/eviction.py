@@ -232,19 +232,33 @@ class Lanes:
         """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
         policy, heaps = self._policy, self._heaps
         while True:
-            heads = [self._head(lane) for lane in range(len(heaps))]
+            heads = [self.head(lane) for lane in range(len(heaps))]
             if not any(heads):
                 return None
-            lane = policy.choose(heads)
-            _, _, node = heappop(heaps[lane])
-            self._size -= 1
+            node = self._take(policy.choose(heads))
             if policy.spares(node):
                 self.push(node)
                 continue
             node.queued = False
             return node
 
-    def _head(self, lane: int) -> Node | None:
+    def _take(self, lane: int) -> Node:
+        """Remove the head of a lane that has one."""
+        self._size -= 1
+        return heappop(self._heaps[lane])[2]
+
+    def respite(self, lane: int) -> bool:
+        """Let the policy spare the head of a lane before anything is evicted; False if it does not.
+
+        For policies that move leaves between lanes in small steps.  O(log leaves).
+        """
+        head = self.head(lane)
+        if head is None or not self._policy.spares(head):
+            return False
+        self.push(self._take(lane))
+        return True
+
+    def head(self, lane: int) -> Node | None:
         """Give the first living leaf of a lane; drop what is dead above it."""
         heap, policy = self._heaps[lane], self._policy
         while heap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from prefixcache.core.eviction import LanePolicy, Mark, register
+from prefixcache.core.eviction import LanePolicy, Lanes, Mark, Queue, register
 from prefixcache.core.generations import Generations
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _WINDOW, _PROBATION, _PROTECTED, _GHOST = 0, 1, 2, 3
 _MOST = 15
+_STEPS = 4
 
 
 @register
@@ -47,6 +48,7 @@ class WTinyLfu(LanePolicy):
         """Whether a candidate was let in for which the main area's victim must go."""
         self._wins = False
         """Whether the candidate chosen is let in."""
+        self._lanes = Lanes(self)
 
     def used(self, node: Node, stamp: int) -> None:
         """Count the use of the path's blocks; new ones enter the window, others are protected."""
@@ -67,9 +69,18 @@ class WTinyLfu(LanePolicy):
             node.mark = (segment, stamp, count, self._epoch)
             node = node.parent
         self._protected.shrink(self._protected_limit, stamp)
+        # The main area is filled from the window in small steps, as long as there is room.
+        for _ in range(_STEPS):
+            self._wins = self._num_window > self._window_limit
+            if not self._wins or not self._lanes.respite(_WINDOW):
+                break
         if self._num_used > 10 * self.num_blocks:
             self._num_used = 0
             self._epoch += 1
+
+    def queue(self) -> Queue:
+        """Give the lanes."""
+        return self._lanes
 
     def _count(self, mark: Mark) -> int:
         """Give the count by now: halved once per epoch since."""

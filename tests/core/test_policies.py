@@ -1,0 +1,389 @@
+"""Every policy: safe, exact in number, never looking at all leaves; and each by its character."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Hashable
+
+import pytest
+
+from core.test_lru_order import random_sequences
+from prefixcache.core import retention
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import POLICIES, policy_named
+from prefixcache.core.node import Node
+from prefixcache.core.policies.arc import Arc
+from prefixcache.core.policies.hazard import Hazard
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId, pack
+
+ME, SPACE = WorkerId("w"), Namespace("m")
+SCRATCH = [0xFFFFFFFF]
+
+
+class Tiny:
+    """A cache of a few blocks of one token: a letter, or any number, is a block."""
+
+    def __init__(self, policy: str, num_blocks: int, **options: int) -> None:
+        self.num_blocks = num_blocks
+        self.cache = PrefixCache(
+            num_blocks + 1, 1, policy=policy, partial=Partial.OFF, ttl_s=1e9, **options
+        )
+        self.now = 0.0
+
+    def serve(self, *requests: object, level: int | None = None) -> int:
+        """Serve one request after the other; give how many blocks the last one found."""
+        hits = 0
+        for request in requests:
+            tokens = self._tokens(request)[: self.num_blocks]
+            lease, hits = self.open(tokens)
+            if level is not None:
+                retention.retain(self.cache, ME, lease, level, ttl_s=100.0, now=self.now)
+            self.cache.release(ME, lease, now=self.now)
+        return hits
+
+    def open(self, tokens: list[int], namespace: Namespace = SPACE) -> tuple[LeaseId, int]:
+        self.now += 1.0
+        self.cache.attach(ME, namespace, now=self.now)
+        grant = self.cache.acquire(ME, namespace, pack(tokens + SCRATCH), now=self.now)
+        assert isinstance(grant, Grant)
+        self.cache.commit(ME, grant.lease, len(tokens), now=self.now)
+        return grant.lease, grant.ledger.hit
+
+    def holds(self, request: object) -> int:
+        """Count the leading blocks that are cached."""
+        return self.cache.lookup(SPACE, pack(self._tokens(request) + SCRATCH)).num_hit
+
+    @staticmethod
+    def _tokens(request: object) -> list[int]:
+        if isinstance(request, str):
+            return [ord(letter) for letter in request]
+        assert isinstance(request, int | list)
+        return [request] if isinstance(request, int) else request
+
+
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+
+
+# ---------------------------------------------------------------------- all of them
+
+
+@every_policy
+def test_asked_for_blocks_it_evicts_exactly_so_many(policy: str) -> None:
+    rng = random.Random(policy)
+    tiny = Tiny(policy, 60)
+    for number, (_, tokens, _) in enumerate(random_sequences(rng, 150, 30)):
+        before = tiny.cache.snapshot(now=tiny.now)
+        lease, hits = tiny.open(list(tokens))
+        after = tiny.cache.snapshot(now=tiny.now)
+        need = len(tokens) + 1 - hits - before.free
+        assert after.evicted - before.evicted == max(0, need), f"request {number}"
+        tiny.cache.release(ME, lease, now=tiny.now)
+        tiny.cache.check()
+
+
+@every_policy
+def test_what_a_lease_holds_is_never_evicted(policy: str) -> None:
+    rng = random.Random(policy)
+    tiny = Tiny(policy, 40)
+    lease, _ = tiny.open([1, 2, 3, 4, 5])
+    for _, tokens, _ in random_sequences(rng, 100, 30):
+        tiny.serve(list(tokens))
+        assert tiny.holds([1, 2, 3, 4, 5]) == 5
+    tiny.cache.release(ME, lease, now=tiny.now)
+
+
+@every_policy
+def test_no_eviction_looks_at_all_leaves(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = Tiny(policy, 4000)
+    for number in range(4000):
+        tiny.serve(number)
+    looks = 0
+    original = Node.is_evictable.fget
+    assert original is not None
+
+    def counting(node: Node) -> bool:
+        nonlocal looks
+        looks += 1
+        return original(node)
+
+    monkeypatch.setattr(Node, "is_evictable", property(counting))
+    for number in range(4000, 4100):
+        tiny.serve(number)
+    assert looks / 100 < 60
+
+
+@every_policy
+def test_retired_namespaces_tails_and_forgotten_ghosts_leave_no_trace_in_the_counts(
+    policy: str,
+) -> None:
+    rng = random.Random(policy)
+    cache = PrefixCache(24, 2, policy=policy, partial=Partial.TAILS, num_ghosts=5)
+    now = 0.0
+    for number, (which, tokens, _) in enumerate(random_sequences(rng, 400, 30)):
+        now += 1.0
+        namespace = Namespace("m", tenant=str(which))
+        cache.attach(ME, namespace, now=now)
+        grant = cache.acquire(ME, namespace, pack(tokens), now=now)
+        assert isinstance(grant, Grant)
+        cache.commit(ME, grant.lease, len(tokens), now=now)
+        cache.release(ME, grant.lease, now=now)
+        if number % 37 == 36:
+            cache.reset(namespace)
+        cache.check()
+
+
+def test_an_unknown_policy_is_refused_with_the_list_of_those_there_are() -> None:
+    with pytest.raises(InvalidRequest, match="s3fifo, sieve, slru"):
+        policy_named("mru")
+
+
+# ---------------------------------------------------------------------- block by block
+
+
+class LeafOrder:
+    """A block-by-block cache that evicts the leaf with the smallest key, one at a time."""
+
+    def __init__(self, num_blocks: int, key: Callable[[list[int]], object]) -> None:
+        self.num_blocks = num_blocks
+        self.key = key
+        self.stats: dict[tuple[Hashable, tuple[int, ...]], list[int]] = {}
+        self.requests = 0
+
+    def serve(self, namespace: Hashable, tokens: tuple[int, ...]) -> int:
+        self.requests += 1
+        path = [(namespace, tokens[: end + 1]) for end in range(len(tokens))]
+        hits = next((i for i, one in enumerate(path) if one not in self.stats), len(path))
+        short = len(self.stats) + len(path) - hits - self.num_blocks
+        for _ in range(max(0, short)):
+            parents = {(space, block[:-1]) for space, block in self.stats}
+            leaves = [one for one in self.stats if one not in parents and one not in path]
+            del self.stats[min(leaves, key=lambda one: self.key(self.stats[one]))]
+        for block in path:
+            stat = self.stats.setdefault(block, [0, 0, self.requests])
+            stat[0] += 1
+            stat[1] = self.requests
+        return hits
+
+
+ORDERS: dict[str, Callable[[list[int]], object]] = {
+    "lru": lambda stat: stat[1],
+    "lfu": lambda stat: (stat[0], stat[1]),
+    "fifo": lambda stat: stat[2],
+}
+
+
+@pytest.mark.parametrize("policy", ORDERS)
+@pytest.mark.parametrize("capacity", [2, 5, 13, 40])
+def test_runs_are_evicted_as_their_blocks_one_by_one_would_be(policy: str, capacity: int) -> None:
+    for seed in range(12):
+        rng = random.Random(f"{seed} {capacity}")
+        tiny = Tiny(policy, capacity)
+        naive = LeafOrder(capacity, ORDERS[policy])
+        for number, (_, tokens, _) in enumerate(random_sequences(rng, 80, 2 * capacity)):
+            cut = tokens[:capacity]
+            expected = naive.serve(SPACE, cut)
+            assert tiny.serve(list(cut)) == expected, f"request {number} of seed {seed}"
+
+
+# ---------------------------------------------------------------------- one by one
+
+
+def test_lru_keeps_what_was_used_last() -> None:
+    tiny = Tiny("lru", 2)
+    tiny.serve("a", "b", "a", "c")
+    assert (tiny.holds("a"), tiny.holds("b")) == (1, 0)
+
+
+def test_fifo_does_not_care_for_uses() -> None:
+    tiny = Tiny("fifo", 2)
+    tiny.serve("a", "b", "a", "c")
+    assert (tiny.holds("a"), tiny.holds("b")) == (0, 1)
+
+
+def test_lfu_keeps_what_was_used_often_and_tells_blocks_of_one_run_apart() -> None:
+    tiny = Tiny("lfu", 4)
+    tiny.serve("abc", "ab", "x", "x")  # a and b: 2, c: 1, x: 2
+    tiny.serve("y")
+    assert (tiny.holds("abc"), tiny.holds("x")) == (2, 1)
+    tiny.serve("z")  # of equals, y is older than nothing else used once
+    assert (tiny.holds("abc"), tiny.holds("y"), tiny.holds("z")) == (2, 0, 1)
+
+
+def test_slru_protects_what_was_used_twice_from_a_scan_but_not_for_ever() -> None:
+    tiny = Tiny("slru", 5)  # 4 protected
+    tiny.serve("a", "a", *"bcdefgh")
+    assert tiny.holds("a") == 1
+    tiny.serve(*"iijjkkll")  # pushes a out of the protected segment
+    tiny.serve(*"mnopq")
+    assert tiny.holds("a") == 0
+
+
+def test_2q_takes_into_the_main_queue_only_what_returns_after_the_fifo() -> None:
+    tiny = Tiny("2q", 8)
+    tiny.serve("a", "a", *"bcdefghi")  # a second use in A1in does not count
+    assert tiny.holds("a") == 0
+    tiny.serve("a")  # remembered in A1out
+    tiny.serve(*"jklmnopqrstu")
+    assert tiny.holds("a") == 1
+
+
+def test_arc_grows_the_list_whose_ghosts_return() -> None:
+    tiny = Tiny("arc", 4)
+    policy = tiny.cache._desk.tree.policy
+    assert isinstance(policy, Arc)
+    tiny.serve("a", "a", *"bcdefg")
+    assert tiny.holds("a") == 1  # T2 outlives the scan of T1
+    before = policy._p
+    tiny.serve("d")  # evicted from T1 not long ago
+    assert policy._p > before
+    tiny.serve("h")
+    assert tiny.holds("d") == 1  # it is in T2 now
+
+
+def test_s3fifo_lets_what_was_used_once_go_early() -> None:
+    tiny = Tiny("s3fifo", 10)
+    tiny.serve(*"aaabbb")
+    tiny.serve(*range(40))
+    assert (tiny.holds("a"), tiny.holds("b")) == (1, 1)
+    tiny.serve(39 - 12)  # a ghost: straight into the main queue
+    tiny.serve(*range(100, 120))
+    assert tiny.holds(39 - 12) == 1
+
+
+def test_sieve_passes_over_what_was_used_once_only_in_place() -> None:
+    tiny = Tiny("sieve", 3)
+    tiny.serve(*"abc", "a", "d")  # the hand passes a, evicts b
+    assert [tiny.holds(one) for one in "abcd"] == [1, 0, 1, 1]
+    tiny.serve("e")  # the hand goes on from there: c
+    assert [tiny.holds(one) for one in "acde"] == [1, 0, 1, 1]
+    tiny.serve("f", "g")  # d, then it begins again at the old end, and a was not used again
+    assert tiny.holds("a") == 0
+
+
+def test_w_tinylfu_lets_nothing_in_that_is_used_less_than_what_would_go() -> None:
+    tiny = Tiny("w-tinylfu", 20)
+    popular = list("abcdefghij")
+    tiny.serve(*popular, *popular, *popular)
+    tiny.serve(*range(200))
+    assert sum(tiny.holds(one) for one in popular) >= 9
+
+
+def test_cost_aware_keeps_the_deep_end_that_is_dearer_to_compute_again() -> None:
+    long = [1] * 6
+    for policy, kept in (("lru", 4), ("cost-aware", 6)):
+        tiny = Tiny(policy, 8)
+        tiny.serve(long, "a", "b")
+        tiny.serve("c", "d") if policy == "lru" else tiny.serve("c")
+        assert tiny.holds(long) == kept, policy
+
+
+def test_priority_evicts_the_lowest_level_first_until_its_time_is_over() -> None:
+    tiny = Tiny("priority", 3)
+    tiny.serve("a", level=9)
+    tiny.serve("b", level=0)
+    tiny.serve("c", "d")
+    assert [tiny.holds(one) for one in "abcd"] == [1, 0, 1, 1]
+    tiny.serve("e", "f")
+    assert tiny.holds("a") == 1
+    tiny.now += 200.0  # the level of a is over: it is the oldest of all
+    tiny.serve("g")
+    assert tiny.holds("a") == 0
+
+
+def test_priority_is_a_wish_and_never_wedges_the_pool() -> None:
+    tiny = Tiny("priority", 3)
+    tiny.serve(*"abc", level=9)
+    tiny.serve("xyz")
+    assert tiny.holds("xyz") == 3
+
+
+def test_priority_of_a_namespace_is_renewed_by_every_use() -> None:
+    tiny = Tiny("priority", 3)
+    retention.rank(tiny.cache, Namespace("m", tenant="gold"), 8, ttl_s=50.0)
+    lease, _ = tiny.open([7], Namespace("m", tenant="gold"))
+    tiny.cache.release(ME, lease, now=tiny.now)
+    tiny.serve(*"abcdef")
+    gold = Namespace("m", tenant="gold")
+    assert tiny.cache.lookup(gold, pack([7, *SCRATCH])).num_hit == 1
+    tiny.now += 60.0
+    tiny.serve(*"ghij")
+    assert tiny.cache.lookup(gold, pack([7, *SCRATCH])).num_hit == 0
+
+
+def test_levels_are_refused_where_the_policy_has_none_or_they_are_out_of_range() -> None:
+    with pytest.raises(InvalidRequest, match="has no levels"):
+        retention.rank(Tiny("lru", 3).cache, SPACE, 5)
+    with pytest.raises(InvalidRequest, match="level 10"):
+        retention.rank(Tiny("priority", 3).cache, SPACE, 10)
+
+
+# ---------------------------------------------------------------------- hazard
+
+
+def pausing_chats(rng: random.Random, count: int) -> list[list[int]]:
+    """Chats of two turns with a pause longer than an LRU keeps them, among prompts seen once."""
+    due: dict[int, list[int]] = {}
+    requests: list[list[int]] = []
+    fresh = 0
+    for step in range(count):
+        if step in due:
+            requests.append([*due[step], 10**6 + step, 10**6 + count + step])
+            continue
+        fresh += 10
+        prompt = list(range(fresh, fresh + 8))
+        if rng.random() < 0.3:
+            due[step + rng.randint(9, 12)] = prompt
+            prompt = [*prompt[:2], *prompt[2:]]
+            requests.append(prompt)
+        else:
+            requests.append(prompt[:3])
+    return requests
+
+
+def hits_of(policy: str, requests: list[list[int]], num_blocks: int) -> int:
+    tiny = Tiny(policy, num_blocks)
+    return sum(tiny.serve(request) for request in requests)
+
+
+def test_hazard_learns_to_wait_for_what_returns_after_a_pause() -> None:
+    requests = pausing_chats(random.Random(1), 4000)
+    lru, hazard = (hits_of(policy, requests, 40) for policy in ("lru", "hazard"))
+    assert hazard > 2 * max(1, lru)
+
+
+@pytest.mark.parametrize("capacity", [3, 8, 20, 50])
+def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int) -> None:
+    for seed in range(10):
+        rng = random.Random(f"{seed} {capacity}")
+        hazard, lru = Tiny("hazard", capacity), Tiny("lru", capacity)
+        tree = hazard.cache._desk.tree
+        policy = tree.policy
+        assert isinstance(policy, Hazard)
+        policy.shadow.num_blocks = capacity  # the pool has a block more, for what is computed
+        for number, (_, tokens, _) in enumerate(random_sequences(rng, 120, capacity)):
+            cut = list(tokens[:capacity])
+            root = hazard.cache._desk.roots.get(SPACE)
+            found = 0
+            if root is not None:
+                asked = pack(cut + SCRATCH)
+                match = tree.match(root, asked, 4 * len(cut))
+                found = policy.shadow._found(match, asked, 4)
+            assert found == lru.serve(cut), f"request {number} of seed {seed}"
+            hazard.serve(cut)
+
+
+def test_hazard_falls_back_to_lru_where_its_guess_is_worse() -> None:
+    rng = random.Random(3)
+    recent: list[list[int]] = []
+    requests = []
+    for step in range(3000):  # the older, the less likely: nothing beats LRU here
+        if recent and rng.random() < 0.7:
+            prompt = recent.pop(-min(len(recent), 1 + int(rng.expovariate(0.4))))
+        else:
+            prompt = list(range(10 * step, 10 * step + 4))
+        recent.append(prompt)
+        requests.append(prompt)
+    total = sum(map(len, requests))
+    lru, hazard = (hits_of(policy, requests, 30) for policy in ("lru", "hazard"))
+    assert hazard > lru - 0.01 * total
