@@ -251,14 +251,14 @@ def test_s3fifo_lets_what_was_used_once_go_early() -> None:
     assert tiny.holds(39 - 12) == 1
 
 
-def test_sieve_passes_over_what_was_used_once_only_in_place() -> None:
+def test_sieve_leaves_what_was_used_in_place_and_follows_what_is_new() -> None:
     tiny = Tiny("sieve", 3)
     tiny.serve(*"abc", "a", "d")  # the hand passes a, evicts b
     assert [tiny.holds(one) for one in "abcd"] == [1, 0, 1, 1]
     tiny.serve("e")  # the hand goes on from there: c
     assert [tiny.holds(one) for one in "acde"] == [1, 0, 1, 1]
-    tiny.serve("f", "g")  # d, then it begins again at the old end, and a was not used again
-    assert tiny.holds("a") == 0
+    tiny.serve(*"fghi")  # it follows what is new, and never came round to a again
+    assert [tiny.holds(one) for one in "aghi"] == [1, 0, 1, 1]
 
 
 def test_w_tinylfu_lets_nothing_in_that_is_used_less_than_what_would_go() -> None:
