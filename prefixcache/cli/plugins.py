@@ -73,7 +73,11 @@ class Placeholder(TyperCommand):
         command = self._entry.load()
         if not hasattr(command, "make_context"):
             if not isinstance(command, typer.Typer):
-                function, command = command, typer.Typer(pretty_exceptions_enable=False)
+                # Completion is an option of `prefixcache`, not of each of its commands.
+                function, command = (
+                    command,
+                    typer.Typer(add_completion=False, pretty_exceptions_enable=False),
+                )
                 command.command(self._entry.name)(function)
             command = typer.main.get_command(command)
         return command.make_context(*args, **kwargs)
@@ -81,6 +85,15 @@ class Placeholder(TyperCommand):
 
 class PluginGroup(TyperGroup):
     """A group of commands that plug-ins can join; its own commands win."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the options of `prefixcache` itself."""
+        for param in self.get_params(ctx):
+            # An absent flag is False, not None: for None, typer loads pydantic to convert it,
+            # which takes longer than everything else that `--help` needs.
+            if getattr(param, "is_flag", False) and param.default is None:
+                param.default = False
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Give the names of all commands, in the order in which help shows them."""
