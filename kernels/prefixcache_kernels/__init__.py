@@ -10,10 +10,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from prefixcache_kernels import reference
+from prefixcache_kernels.groups import GroupPlan, SharingCost
 from prefixcache_kernels.plan import Plan
 from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool
 
-__all__ = ["TORCH_DTYPES", "Plan", "SharedPool", "copy_blocks", "paged_attention", "store_kv"]
+__all__ = [
+    "TORCH_DTYPES",
+    "GroupPlan",
+    "Plan",
+    "SharedPool",
+    "SharingCost",
+    "copy_blocks",
+    "paged_attention",
+    "store_kv",
+]
 
 
 def store_kv(

@@ -1,0 +1,314 @@
+"""Which sequences of a batch read the same blocks: found once a step, so that each is read once.
+
+The service's tree stores a shared prefix in one run of blocks, and every lease that uses it names
+these blocks in its table.  So the tables of a batch are a picture of the tree: where two of them
+begin with the same ids, the sequences share a path.
+
+```
+row   block table              sorted                  runs, a forest of several levels
+0     7 8 9 4 4a               1   7 8 9 2 3 .         ┌ 7 8 9 ────────────┐ level 0: positions 0-2
+1     7 8 9 2 3                0   7 8 9 4 4a          │ 2 3 │ 4 4a │ 4 4b │   own parts, or
+2     7 8 9 4 4b               2   7 8 9 4 4b          │     └ 4 ──────────┤ level 1: positions 1-2
+3     5 6                      3   5 6                 5 6 ───────────────── shares nothing
+```
+
+A *position* is a sequence's place in this order.  Every key of a sequence lies in exactly one run
+on its path or in its own part, so attention over each of them, merged by log-sum-exp, is attention
+over all.  Shared are whole blocks that lie before all queries of a sequence: they are written and
+never change while a lease holds them, and no query needs a mask there.
+
+A run costs a pass of its own and one partial answer per sequence.  `SharingCost` says in bytes when
+that is less than what it saves; where it is not, the blocks stay in the sequences' own parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest
+
+Tables: TypeAlias = npt.NDArray[np.int32]
+
+MAX_LEVELS: Final = 4
+"""Runs on one path.  Deeper sharing stays in the own parts: correct, only read more often."""
+
+
+class Run(NamedTuple):
+    """Neighbouring positions that read the same blocks."""
+
+    row: int
+    """A batch row whose table names the blocks."""
+    first: int
+    """Index in that table of the first of them."""
+    blocks: int
+    """How many; all of them whole."""
+    start: int
+    """The first position that reads them."""
+    end: int
+    """One after the last."""
+    level: int
+    """Runs above it on the path."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharingCost:
+    """When to read a run once for all, counted in bytes that one layer moves.
+
+    ```
+    saved   (readers - 1) * blocks * block_bytes       readers: passes over these blocks otherwise
+    spent   run_bytes + members * partial_bytes        members: sequences that merge an answer more
+    ```
+    """
+
+    block_bytes: int
+    """Keys and values of a block."""
+    partial_bytes: int
+    """What writing, reading and merging a sequence's partial answer is worth."""
+    run_bytes: int
+    """What a pass of its own is worth: starting it takes as long as reading so much."""
+
+    def pays(self, readers: int, members: int, blocks: int) -> bool:
+        """Tell whether reading `blocks` once saves more than it spends."""
+        saved = (readers - 1) * blocks * self.block_bytes
+        return saved > self.run_bytes + members * self.partial_bytes
+
+    @classmethod
+    def cpu(
+        cls, *, block_size: int, heads: int, kv_heads: int, head_dim: int, itemsize: int
+    ) -> SharingCost:
+        """Give the cost on a processor: some dozen calls of operators per run."""
+        return cls(
+            block_bytes=2 * block_size * kv_heads * head_dim * itemsize,
+            partial_bytes=4 * 4 * heads * (head_dim + 1),
+            run_bytes=384 << 10,
+        )
+
+    @classmethod
+    def gpu(
+        cls, *, block_size: int, heads: int, kv_heads: int, head_dim: int, itemsize: int
+    ) -> SharingCost:
+        """Give the cost in a kernel that runs all runs at once: partial answers, twice in float32.
+
+        A run's own cost is that of a program's start, about what it reads in a microsecond.
+        """
+        return cls(
+            block_bytes=2 * block_size * kv_heads * head_dim * itemsize,
+            partial_bytes=2 * 4 * heads * (head_dim + 1),
+            run_bytes=32 << 10,
+        )
+
+
+FREE: Final = SharingCost(block_bytes=1, partial_bytes=0, run_bytes=0)
+"""Sharing costs nothing: every shared block is read once.  For tests and for counting."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupPlan:
+    """A batch's sequences in an order in which those that share blocks are neighbours.
+
+    A plan for the device is one int32 tensor; its parts are views of it, made when they are asked
+    for.  The host knows the same as plain numbers: nobody needs to read a tensor back.
+    """
+
+    packed: Tensor
+    """`[2 * S + 6 * R]` int32: `order`, `own_from`, then the six tensors of the runs."""
+    runs: tuple[Run, ...]
+    """The runs, parents before children; they form a forest."""
+    positions: tuple[int, ...]
+    """`order`, on the host."""
+    own: tuple[int, ...]
+    """`own_from`, on the host."""
+    limited: bool = False
+    """Whether two sequences might share more if more of their blocks could be shared."""
+
+    @classmethod
+    def build(
+        cls, tables: Tables | Tensor, limits: Sequence[int], cost: SharingCost = FREE
+    ) -> GroupPlan:
+        """Find what a batch shares.  Changes nothing.  O(table entries) of memcmp, no Python each.
+
+        Args:
+            tables: `[S, max_blocks]` int32 block tables on the host, one row per sequence.
+            limits: For each row, how many of its first blocks may be shared: whole, and before all
+                of its queries, so `(context - queries) // block_size`; 0 shares nothing.  The
+                entries after them are not used.
+            cost: When sharing pays.
+
+        Raises:
+            InvalidRequest: `tables` and `limits` do not fit together.
+
+        >>> tables = torch.tensor([[7, 8, 1], [5, 6, 0], [7, 8, 2]], dtype=torch.int32)
+        >>> plan = GroupPlan.build(tables, [2, 1, 2])
+        >>> plan.order.tolist(), plan.own_from.tolist()
+        ([1, 0, 2], [0, 2, 2])
+        >>> plan.runs
+        (Run(row=0, first=0, blocks=2, start=1, end=3, level=0),)
+        """
+        rows: Tables = tables.numpy() if isinstance(tables, Tensor) else tables
+        if rows.ndim != 2 or rows.dtype != np.int32 or len(rows) != len(limits):
+            raise InvalidRequest(
+                f"tables {list(rows.shape)} of {rows.dtype} with {len(limits)} limits: not "
+                "[S, max_blocks] int32 and [S]"
+            )
+        if len(limits) and not 0 <= min(limits) <= max(limits) <= rows.shape[1]:
+            raise InvalidRequest(
+                f"limits {min(limits)} to {max(limits)} for tables of {rows.shape[1]} blocks"
+            )
+        order, common, limited = _sorted(rows, limits)
+        runs, own = _choose(order, common, cost)
+        flat = [*order, *own]
+        for column in zip(*runs, strict=True):
+            flat += column
+        packed = torch.from_numpy(np.array(flat, dtype=np.int32))
+        return cls(packed, tuple(runs), tuple(order), tuple(own), limited)
+
+    def to(self, device: torch.device | str) -> GroupPlan:
+        """Give the plan with its tensors on a device; one copy, or none if they are there."""
+        return replace(self, packed=self.packed.to(device, non_blocking=True))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """`[S]`: the batch row of each position."""
+        return self.packed[: self.num_seqs]
+
+    @cached_property
+    def own_from(self) -> Tensor:
+        """`[S]`, by position: index of the first block that no run on its path covers."""
+        return self.packed[self.num_seqs : 2 * self.num_seqs]
+
+    @cached_property
+    def run_row(self) -> Tensor:
+        """`[R]`: a batch row whose table names the run's blocks."""
+        return self._column(0)
+
+    @cached_property
+    def run_first(self) -> Tensor:
+        """`[R]`: index in that table of the first of them."""
+        return self._column(1)
+
+    @cached_property
+    def run_blocks(self) -> Tensor:
+        """`[R]`: how many whole blocks; at least 1."""
+        return self._column(2)
+
+    @cached_property
+    def run_start(self) -> Tensor:
+        """`[R]`: the first position that reads the run."""
+        return self._column(3)
+
+    @cached_property
+    def run_end(self) -> Tensor:
+        """`[R]`: one after the last; at least two positions read it."""
+        return self._column(4)
+
+    @cached_property
+    def run_level(self) -> Tensor:
+        """`[R]`: runs above it on its path, below `MAX_LEVELS`.
+
+        Runs of one level do not overlap: a sequence has at most one partial answer per level.
+        """
+        return self._column(5)
+
+    def _column(self, index: int) -> Tensor:
+        begin = 2 * self.num_seqs + index * self.num_runs
+        return self.packed[begin : begin + self.num_runs]
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences of the batch."""
+        return len(self.positions)
+
+    @property
+    def num_runs(self) -> int:
+        """Runs that are read once for several sequences."""
+        return len(self.runs)
+
+    @property
+    def num_levels(self) -> int:
+        """Runs on the longest path."""
+        return max((run.level + 1 for run in self.runs), default=0)
+
+    @property
+    def saved_blocks(self) -> int:
+        """Block reads that sharing saves in one pass over the batch's keys."""
+        return sum((run.end - run.start - 1) * run.blocks for run in self.runs)
+
+
+def _sorted(rows: Tables, limits: Sequence[int]) -> tuple[list[int], list[int], bool]:
+    """Sort the tables; give their order, what neighbours have in common, and if limits cut it."""
+    if len(limits) < 2 or rows.shape[1] == 0:
+        return list(range(len(limits))), [0] * (len(limits) - 1), False
+    order, common = _neighbours(rows)
+    bound = np.array(limits)
+    ends = bound[order]
+    cut = np.minimum(ends[1:], ends[:-1])
+    limited = bool((common >= cut).any())
+    if limited:
+        # A short limit must not stand between two that share more: what lies beyond a limit is
+        # made equal, so that such a table sorts to the edge of those that it shares with.
+        inside = np.arange(rows.shape[1]) < bound[:, None]
+        order, common = _neighbours(np.where(inside, rows, np.int32(-1)))
+        ends = bound[order]
+        common = np.minimum(common, np.minimum(ends[1:], ends[:-1]))
+    return order.tolist(), common.tolist(), limited
+
+
+def _neighbours(rows: Tables) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """Sort rows as strings of bytes; give the order and the common prefix of each two neighbours.
+
+    Any order in which equal prefixes are neighbours will do, so little-endian bytes do.
+    """
+    rows = np.ascontiguousarray(rows)
+    width = rows.shape[1]
+    order = rows.view(f"V{4 * width}").ravel().argsort(kind="stable")
+    lined = rows[order]
+    differs = lined[1:] != lined[:-1]
+    first = differs.argmax(axis=1)
+    return order, np.where(differs[np.arange(len(first)), first], first, width)
+
+
+def _choose(order: list[int], common: list[int], cost: SharingCost) -> tuple[list[Run], list[int]]:
+    """Choose the runs that pay, of all intervals of neighbours with a common prefix."""
+    own = [0] * len(order)
+    if not any(common):
+        return [], own
+    # Every interval closes where the common prefix becomes shorter: children before parents.
+    # First as if each parent were read once for all; `fewer` counts passes that runs inside save.
+    intervals: list[tuple[int, int, int, int, bool]] = []  # start, end, depth, readers, chosen
+    opened = [[0, 0, 0]]  # depth, start, fewer
+    for at, depth in enumerate([*common, 0]):
+        start = at
+        while opened[-1][0] > depth:
+            deep, start, fewer = opened.pop()
+            above = max(opened[-1][0], depth)
+            members = at + 1 - start
+            chosen = cost.pays(members - fewer, members, deep - above)
+            intervals.append((start, at + 1, deep, members - fewer, chosen))
+            fewer = members - 1 if chosen else fewer
+            if opened[-1][0] >= depth:
+                opened[-1][2] += fewer
+            else:
+                opened.append([depth, start, fewer])
+        if opened[-1][0] < depth:
+            opened.append([depth, start, 0])
+    # Then from the top: below a parent that does not pay, a child reads the parent's blocks too.
+    runs: list[Run] = []
+    path: list[Run] = []
+    for start, end, deep, readers, chosen in sorted(intervals, key=lambda i: (i[0], -i[1])):
+        while path and path[-1].end <= start:
+            path.pop()
+        first = path[-1].first + path[-1].blocks if path else 0
+        if len(path) < MAX_LEVELS and (chosen or cost.pays(readers, end - start, deep - first)):
+            run = Run(order[start], first, deep - first, start, end, len(path))
+            own[start:end] = [deep] * (end - start)
+            runs.append(run)
+            path.append(run)
+    return runs, own
