@@ -16,6 +16,7 @@ from prefixcache.core.blocks import BlockPool
 from prefixcache.core.desk import Desk
 from prefixcache.core.eviction import policy_named
 from prefixcache.core.flights import Request
+from prefixcache.core.journal import Journal, Journals
 from prefixcache.core.leases import Worker
 from prefixcache.core.radix import RadixTree
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
@@ -97,6 +98,11 @@ class PrefixCache:
     def num_indexed(self) -> int:
         """Blocks that the tree holds.  O(1)."""
         return self._desk.tree.num_blocks
+
+    def observe(self, journal: Journal) -> None:
+        """Tell `journal` of every change of the index from now on, beside those told already."""
+        tree = self._desk.tree
+        tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
 
     # ------------------------------------------------------------------ workers
 

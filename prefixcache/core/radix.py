@@ -251,6 +251,8 @@ class RadixTree(Structure):
 
     def _absorb(self, tail: Node, stamp: int) -> BlockTable:
         """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
+        if self.journal is not None:
+            self._tell_removed(tail, tail.blocks)
         self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, stamp)
@@ -319,6 +321,8 @@ class RadixTree(Structure):
 
     def unhang(self, tail: Node) -> None:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
+        if self.journal is not None:
+            self._tell_removed(tail, tail.blocks)
         self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, 0)
@@ -373,6 +377,8 @@ class RadixTree(Structure):
 
         Its unprotected blocks are the first to be evicted; the others follow once unlocked.
         """
+        if self.journal is not None:
+            self.journal.cleared(root.namespace)
         root.retired = True
         self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
         self.retired.append(root)
@@ -388,6 +394,8 @@ class RadixTree(Structure):
 
     def _trim(self, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
+        if self.journal is not None:
+            self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
         mark = None if self._lost is None else self._lost(node, size)
@@ -412,6 +420,8 @@ class RadixTree(Structure):
         above = node.parent
         if above is None:
             raise AssertionError("a root is never evicted")
+        if self.journal is not None:
+            self._tell_removed(node, node.blocks)
         size = len(node.blocks)
         mark = None if self._lost is None else self._lost(node, size)
         self._count(node, -1)

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prefixcache.core.children import Children
 from prefixcache.core.eviction import EvictionPolicy, Mark
+from prefixcache.core.journal import Journal
 from prefixcache.core.node import Node, Root
-from prefixcache.types import BlockTable
+from prefixcache.types import BlockId, BlockTable
 
 
 class Structure:
@@ -33,6 +34,8 @@ class Structure:
         self.retired: list[Root] = []
         """Roots of namespaces that were reset, while blocks or leases are below them."""
         self.policy = policy
+        self.journal: Journal | None = None
+        """Who is told what enters and leaves the index."""
         # Bound once: a hook that the policy does not define costs one comparison.
         self._lost: Callable[[Node, int], Mark] | None = policy.lost
         self._forgotten: Callable[[Mark, int], None] | None = policy.forgotten
@@ -48,6 +51,8 @@ class Structure:
             tail = children.before(first)
             if tail is not None and not tail.ref and first.startswith(tail.key):
                 absorbed.extend(tail.blocks)
+                if self.journal is not None:
+                    self._tell_removed(tail, tail.blocks)
                 self._leave(tail)
                 self._count(tail, -1)
                 self._detach(tail)
@@ -58,7 +63,15 @@ class Structure:
         self.evictable += size
         child.root.num_blocks += size
         child.root.evictable += size
+        if self.journal is not None and not child.root.retired:
+            parent = BlockId(node.blocks[-1]) if node.blocks else None
+            self.journal.stored(child.root.namespace, parent, child.key, child.blocks)
         return child
+
+    def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
+        """Tell the journal that `blocks`, of `node`, leave the index."""
+        if self.journal is not None and not node.root.retired:
+            self.journal.removed(node.root.namespace, blocks)
 
     def _count(self, node: Node, sign: int) -> None:
         """Add or subtract an unprotected node's blocks."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from core.innards import Indexed, indexed_below, root_of, state
 from core.oracle import Library, Memory, Tokens, common_prefix
+from core.transcript import Transcript
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import POLICIES
 from prefixcache.core.node import Root
@@ -107,6 +108,8 @@ class World:
             num_ghosts=shape.num_ghosts,
             ttl_s=shape.ttl_s,
         )
+        self.transcript = Transcript(shape.block_size)
+        self.cache.observe(self.transcript)
         self.now = 100.0
         self.namespaces = [Namespace("m"), Namespace("m", tenant="t")]
         self.workers: dict[WorkerId, set[Namespace]] = {}
@@ -357,6 +360,7 @@ class World:
         self.cache.check()
         snapshot = self.snapshot()
         indexed = self.verify_index(snapshot)
+        self.verify_journal()
         self.verify_memory(indexed)
         self.verify_blocks(snapshot, indexed)
         self.verify_waiting(snapshot)
@@ -378,6 +382,16 @@ class World:
                     fill[entry.block] = entry.num_tokens
         assert len(fill) == snapshot.indexed
         return fill
+
+    def verify_journal(self) -> None:
+        """Who only listens to the journal knows exactly what can be found."""
+        found = {
+            entry.block: (namespace, entry.prefix)
+            for namespace in self.namespaces
+            if (root := self.root(namespace)) is not None
+            for entry in indexed_below(root, self.shape.block_size)
+        }
+        assert self.transcript.prefixes == found, "the journal and the tree differ"
 
     def verify_entry(self, namespace: Namespace, entry: Indexed) -> None:
         start = len(entry.prefix) - entry.num_tokens
