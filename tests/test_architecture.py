@@ -24,7 +24,13 @@ SOURCES = {
     "prefixcache_bench": ROOT / "bench" / "prefixcache_bench",
 }
 
-WORDS = ("prefixcache.types", "prefixcache.errors", "prefixcache.pool", "prefixcache.config")
+WORDS = (
+    "prefixcache.types",
+    "prefixcache.outline",
+    "prefixcache.errors",
+    "prefixcache.pool",
+    "prefixcache.config",
+)
 WIRE = "prefixcache.v1"
 FLOORS = {
     "prefixcache.core": (*WORDS, "prefixcache.core"),

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import lookup, plugins, reset, serve, stat
+from prefixcache.cli import lookup, plugins, reset, serve, stat, tree
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -31,6 +31,7 @@ app.command("serve")(serve.serve)
 app.command("stat")(stat.stat)
 app.command("lookup")(lookup.lookup)
 app.command("explain")(lookup.explain)
+app.command("tree")(tree.tree)
 app.command("reset")(reset.reset)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.cells import cell_len, set_cell_size
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger, Namespace
@@ -38,6 +42,10 @@ Model = Annotated[
 Adapter = Annotated[str, typer.Option(metavar="NAME", help="Adapter.", show_default=False)]
 Tenant = Annotated[str, typer.Option(metavar="NAME", help="Tenant.", show_default=False)]
 Salt = Annotated[str, typer.Option(metavar="TEXT", help="Salt.", show_default=False)]
+
+PIPE_WIDTH = 160
+"""Columns of a line where there is no terminal to ask."""
+MIN_WIDTH = 20
 
 FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity")
 
@@ -94,6 +102,32 @@ def show_ledger(ledger: Ledger) -> str:
         if getattr(ledger, fate)
     ]
     return " · ".join(parts)
+
+
+def width() -> int:
+    """Give the columns of the terminal; in a pipe as many as a line may need."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return PIPE_WIDTH
+    return max(MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns)
+
+
+def cut(line: str, columns: int) -> str:
+    """Cut a line to the width of the terminal; what is cut off shows as an ellipsis."""
+    line = line.rstrip()
+    return line if cell_len(line) <= columns else set_cell_size(line, columns - 1).rstrip() + "…"
+
+
+def show_idle(seconds: float | None) -> str:
+    """Write a duration in at most five characters.
+
+    >>> [show_idle(s) for s in (0.2, 59, 3600, 1e6, None)]
+    ['0 s', '59 s', '60 m', '278 h', '-']
+    """
+    if seconds is None:
+        return "-"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} m" if seconds < 7200 else f"{seconds / 3600:.0f} h"
 
 
 def print_json(fields: Mapping[str, Any]) -> None:

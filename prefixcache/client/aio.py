@@ -10,9 +10,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from prefixcache.client import codec, unary
+from prefixcache.client import codec, outlines, unary
 from prefixcache.client.address import Address, default_target, this_host
 from prefixcache.client.aio_session import AsyncSession
+from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     Explanation,
     Layout,
@@ -92,6 +93,27 @@ class AsyncClient:
     async def snapshot(self) -> Snapshot:
         """Ask for the state of the whole cache.  Needs no session."""
         return codec.read_snapshot(await self.call("snapshot", pb.SnapshotRequest()))
+
+    async def outline(
+        self,
+        namespace: Namespace | None = None,
+        *,
+        order: Order = Order.TOKENS,
+        max_branches: int = 1000,
+        max_depth: int | None = None,
+        ghosts: bool = True,
+    ) -> Outline:
+        """Ask for the largest or hottest branches of the trees, the rest summed up.
+
+        Args:
+            namespace: which tree; all, if None.
+            order: which branches are kept, and which comes first.
+            max_branches: how many are kept in all.
+            max_depth: runs below the root beyond which all is summed up.
+            ghosts: whether evicted runs are shown.
+        """
+        request = outlines.request(namespace, order, max_branches, max_depth, ghosts)
+        return outlines.read_outline(await self.call("tree", request))
 
     async def call(self, verb: str, request: Any) -> Any:
         """Make one unary call and give the answer's message.

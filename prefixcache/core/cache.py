@@ -11,6 +11,8 @@ The service, the client's contract tests and the experiments all run this very c
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+
 from prefixcache.core import views
 from prefixcache.core.blocks import BlockPool
 from prefixcache.core.desk import Desk
@@ -18,8 +20,10 @@ from prefixcache.core.eviction import policy_named
 from prefixcache.core.flights import Request
 from prefixcache.core.journal import Journal, Journals
 from prefixcache.core.leases import Worker
+from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     TOKEN_BYTES,
     Committed,
@@ -396,6 +400,38 @@ class PrefixCache:
         """
         self._check_prompt(tokens)
         return views.explain(self._desk, self._desk.roots.get(namespace), tokens)
+
+    def outline(
+        self,
+        namespaces: Iterable[Namespace] | None = None,
+        *,
+        order: Order = Order.TOKENS,
+        max_branches: int = 1000,
+        max_depth: int | None = None,
+        ghosts: bool = True,
+        now: float,
+    ) -> Generator[None, None, Outline]:
+        """Sum the trees up, and keep their largest or hottest branches.  Changes nothing.
+
+        O(runs), in steps of some hundred: between them other verbs may be called.
+
+        Args:
+            namespaces: Which; all, if None.  One that stores nothing is left out.
+            order: Which branches are kept, and which comes first.
+            max_branches: How many are kept in all.
+            max_depth: Runs below the root beyond which all is summed up.
+            ghosts: Whether evicted runs are shown.
+            now: The time.
+
+        Raises:
+            InvalidRequest: a bound below 1.
+        """
+        if max_branches < 1 or (max_depth is not None and max_depth < 1):
+            raise InvalidRequest(f"{max_branches} branches to depth {max_depth}: give at least 1")
+        roots = self._desk.roots
+        chosen = list(roots) if namespaces is None else namespaces
+        walk = Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
+        return walk.run([roots[one] for one in chosen if one in roots], now)
 
     def reset(self, namespace: Namespace) -> Reset:
         """Forget a namespace's prefixes.  O(1), also while leases are out.

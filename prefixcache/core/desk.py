@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prefixcache.core.ages import Ages
 from prefixcache.core.blocks import BlockPool
 from prefixcache.core.flights import Flights, Gain, Request, Ticket, WaitingRoom
 from prefixcache.core.holdings import Holdings
@@ -31,6 +32,7 @@ class Desk:
     """All state of one cache, and the steps from a request to the end of its lease."""
 
     __slots__ = (
+        "ages",
         "flights",
         "holdings",
         "leases",
@@ -54,6 +56,7 @@ class Desk:
         self.roots: dict[Namespace, Root] = {}
         self.tallies: dict[Namespace, Tally] = {}
         self.settled: list[tuple[TicketId, Grant | CacheError]] = []
+        self.ages = Ages()
 
     def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
         """Grant a request, or say which flight to wait for."""
@@ -151,6 +154,7 @@ class Desk:
         self.flights.land(lease)
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
         self.leases.close(lease, now if writes_on else None, quarantined)
+        self.ages.note(self.tree.clock, now)
         self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 

@@ -94,6 +94,10 @@ class EvictionPolicy:
         """Make the queue that orders the leaves: one heap, if not overridden."""
         return LeafQueue(self)
 
+    def uses(self, node: Node) -> int | None:
+        """Give how many leases used a node, for people; None if the policy does not count them."""
+        return None
+
 
 POLICIES: dict[str, type[EvictionPolicy]] = {}
 """Every registered policy by name."""

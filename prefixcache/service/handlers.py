@@ -7,7 +7,7 @@ Everything it does is synchronous and short.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, TypeAlias
@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import structlog
 
 from prefixcache import __version__
-from prefixcache.client import codec
+from prefixcache.client import codec, outlines
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
+from prefixcache.outline import Outline
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.waiting import WaitingLine
@@ -39,6 +40,9 @@ from prefixcache.types import (
     Waiting,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+MAX_BRANCHES = 20_000
+"""Branches of one outline."""
 
 MAX_TEXT = 1024
 """Characters of a namespace's field or of a request id."""
@@ -79,6 +83,7 @@ class Handlers:
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
         }
         self.verbs["snapshot"] = (self.snapshot, self._write_snapshot)
+        self.verbs["tree"] = (self.tree, outlines.write_outline)
 
     # ------------------------------------------------------------------------ coming and going
 
@@ -242,6 +247,28 @@ class Handlers:
             size = self.settings.block_size
             return Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
         return self.holdings.cache.snapshot(now=monotonic())
+
+    def tree(
+        self, worker: Worker | None, request: pb.TreeRequest
+    ) -> Generator[None, None, Outline]:
+        """Draw an outline of the trees, in steps.
+
+        Raises:
+            InvalidRequest: more branches than one message should carry.
+        """
+        if request.max_branches > MAX_BRANCHES:
+            raise InvalidRequest(
+                f"{request.max_branches:,} branches in one outline; the limit is {MAX_BRANCHES:,}"
+            )
+        chosen = [self._named(worker, request)] if request.HasField("namespace") else None
+        return self._cache().outline(
+            chosen,
+            order=outlines.read_order(request.order),
+            max_branches=request.max_branches or 1000,
+            max_depth=request.max_depth or None,
+            ghosts=not request.without_ghosts,
+            now=monotonic(),
+        )
 
     def _write_snapshot(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
         codec.write_snapshot(answer, message)

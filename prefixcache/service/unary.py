@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from types import GeneratorType
 from typing import Any, Never
 
 import grpc
@@ -23,7 +24,7 @@ from prefixcache.service.workers import Worker
 from prefixcache.types import Grant, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-_LOOKS = frozenset(("lookup", "explain", "reset", "snapshot"))
+_LOOKS = frozenset(("lookup", "explain", "reset", "snapshot", "tree"))
 """Verbs that need no worker."""
 
 _calls = itertools.count(1)
@@ -85,6 +86,8 @@ def _serve(
             if answer.__class__ is Waiting:
                 assert worker is not None
                 answer = await _outcome(handlers, worker, answer)
+            elif answer.__class__ is GeneratorType:
+                answer = await _in_steps(answer)
         except CacheError as error:
             await refuse(context, error)
         response = response_class()
@@ -115,6 +118,16 @@ async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Gran
     if isinstance(settled, CacheError):
         raise settled
     return settled
+
+
+async def _in_steps(steps: Generator[None, None, Any]) -> Any:
+    """Run work that pauses now and then; others are served while it does."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        await asyncio.sleep(0)
 
 
 async def refuse(context: Any, error: CacheError) -> Never:

@@ -37,6 +37,12 @@ class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FATE_COLD: _ClassVar[Fate]
     FATE_EVICTED: _ClassVar[Fate]
     FATE_GRANULARITY: _ClassVar[Fate]
+
+class TreeOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TREE_ORDER_UNSPECIFIED: _ClassVar[TreeOrder]
+    TREE_ORDER_TOKENS: _ClassVar[TreeOrder]
+    TREE_ORDER_HEAT: _ClassVar[TreeOrder]
 ELEMENT_TYPE_UNSPECIFIED: ElementType
 ELEMENT_TYPE_BFLOAT16: ElementType
 ELEMENT_TYPE_FLOAT16: ElementType
@@ -56,6 +62,9 @@ FATE_JOINED: Fate
 FATE_COLD: Fate
 FATE_EVICTED: Fate
 FATE_GRANULARITY: Fate
+TREE_ORDER_UNSPECIFIED: TreeOrder
+TREE_ORDER_TOKENS: TreeOrder
+TREE_ORDER_HEAT: TreeOrder
 
 class Namespace(_message.Message):
     __slots__ = ("model", "adapter", "tenant", "salt")
@@ -510,6 +519,88 @@ class SnapshotResponse(_message.Message):
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceLedger]
     service: ServiceInfo
     def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ...) -> None: ...
+
+class TreeRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    MAX_BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    MAX_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_GHOSTS_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    max_branches: int
+    max_depth: int
+    order: TreeOrder
+    without_ghosts: bool
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., max_branches: _Optional[int] = ..., max_depth: _Optional[int] = ..., order: _Optional[_Union[TreeOrder, str]] = ..., without_ghosts: _Optional[bool] = ...) -> None: ...
+
+class Extent(_message.Message):
+    __slots__ = ("runs", "blocks", "tokens", "ghost_tokens")
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GHOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    runs: int
+    blocks: int
+    tokens: int
+    ghost_tokens: int
+    def __init__(self, runs: _Optional[int] = ..., blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., ghost_tokens: _Optional[int] = ...) -> None: ...
+
+class Branch(_message.Message):
+    __slots__ = ("depth", "start", "num_tokens", "num_blocks", "tokens", "below", "more", "num_more", "num_locks", "is_ghost", "is_pinned", "idle_s", "heat", "num_uses", "parted_at", "num_parted")
+    DEPTH_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BELOW_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    NUM_MORE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOCKS_FIELD_NUMBER: _ClassVar[int]
+    IS_GHOST_FIELD_NUMBER: _ClassVar[int]
+    IS_PINNED_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    HEAT_FIELD_NUMBER: _ClassVar[int]
+    NUM_USES_FIELD_NUMBER: _ClassVar[int]
+    PARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTED_FIELD_NUMBER: _ClassVar[int]
+    depth: int
+    start: int
+    num_tokens: int
+    num_blocks: int
+    tokens: bytes
+    below: Extent
+    more: Extent
+    num_more: int
+    num_locks: int
+    is_ghost: bool
+    is_pinned: bool
+    idle_s: float
+    heat: float
+    num_uses: int
+    parted_at: int
+    num_parted: int
+    def __init__(self, depth: _Optional[int] = ..., start: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens: _Optional[bytes] = ..., below: _Optional[_Union[Extent, _Mapping]] = ..., more: _Optional[_Union[Extent, _Mapping]] = ..., num_more: _Optional[int] = ..., num_locks: _Optional[int] = ..., is_ghost: _Optional[bool] = ..., is_pinned: _Optional[bool] = ..., idle_s: _Optional[float] = ..., heat: _Optional[float] = ..., num_uses: _Optional[int] = ..., parted_at: _Optional[int] = ..., num_parted: _Optional[int] = ...) -> None: ...
+
+class NamespaceTree(_message.Message):
+    __slots__ = ("namespace", "branches")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    branches: _containers.RepeatedCompositeFieldContainer[Branch]
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., branches: _Optional[_Iterable[_Union[Branch, _Mapping]]] = ...) -> None: ...
+
+class TreeResponse(_message.Message):
+    __slots__ = ("block_size", "namespaces", "num_moved")
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    NUM_MOVED_FIELD_NUMBER: _ClassVar[int]
+    block_size: int
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceTree]
+    num_moved: int
+    def __init__(self, block_size: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceTree, _Mapping]]] = ..., num_moved: _Optional[int] = ...) -> None: ...
 
 class Op(_message.Message):
     __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot")

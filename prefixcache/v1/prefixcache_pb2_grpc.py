@@ -99,6 +99,11 @@ class PrefixCacheStub:
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.Tree = channel.unary_unary(
+                '/prefixcache.v1.PrefixCache/Tree',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.FromString,
+                _registered_method=True)
         self.Session = channel.stream_stream(
                 '/prefixcache.v1.PrefixCache/Session',
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpBatch.SerializeToString,
@@ -202,6 +207,14 @@ class PrefixCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tree(self, request, context):
+        """The outline of the trees: their largest or hottest branches, the rest summed up.  The service
+        walks in small steps and answers others in between.  Unary only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Session(self, request_iterator, context):
         """One worker's life.  The first op must be an attach.  All ops of a scheduler step travel in one
         `OpBatch`; they run in order and fail independently, and are answered in one `OpResults`.  An
@@ -279,6 +292,11 @@ def add_PrefixCacheServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotRequest.FromString,
                     response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Tree': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tree,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.SerializeToString,
             ),
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
@@ -637,6 +655,33 @@ class PrefixCache:
             '/prefixcache.v1.PrefixCache/Snapshot',
             prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotRequest.SerializeToString,
             prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tree(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Tree',
+            prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.FromString,
             options,
             channel_credentials,
             insecure,

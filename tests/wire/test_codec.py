@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from prefixcache import errors
-from prefixcache.client import codec
+from prefixcache.client import codec, outlines
 from prefixcache.client.ops import Step, read_result
+from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
     BlockId,
     Committed,
@@ -75,6 +76,24 @@ def test_every_answer_survives_the_wire_also_when_it_is_all_zeros(verb: str, ans
     arrived = pb.OpResult.FromString(result.SerializeToString())
     assert arrived.WhichOneof("result") == verb
     assert read_result(arrived) == answer
+
+
+def test_an_outline_survives_the_wire() -> None:
+    extents = Extent(1, 2, 30, 4), Extent()
+    zeros = Branch(0, 0, 0, 0, b"", *extents, 0, 0, False, False, None, 0.0, None, None, 0)
+    full = Branch(1, 8, 9, 3, pack([7]), *extents[::-1], 5, 6, True, True, 1.5, 0.5, 7, 0, 8)
+    for outline in (
+        Outline(16, (), 0),
+        Outline(4, (NamespaceOutline(SPACE, (zeros, full)), NamespaceOutline(SPACE, ())), 3),
+    ):
+        message = pb.TreeResponse()
+        outlines.write_outline(outline, message)
+        arrived = pb.TreeResponse.FromString(message.SerializeToString())
+        assert outlines.read_outline(arrived) == outline
+    for order in Order:
+        asked = outlines.request(SPACE, order, 5, None, ghosts=True)
+        assert outlines.read_order(asked.order) is order
+    assert outlines.read_order(pb.TreeRequest().order) is Order.TOKENS
 
 
 def test_a_pool_handle_survives_the_wire() -> None:

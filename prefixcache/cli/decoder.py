@@ -1,0 +1,168 @@
+"""Tokens to text and back, through the tokenizer of the model, where that is at hand.
+
+Needs `tokenizers` (and `jinja2` for chats), which are imported when a tokenizer is opened; without
+one, views show token ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import Namespace, unpack
+
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH",
+        help="Folder of the model, or its tokenizer.json, to show text. Default: "
+        "$PREFIXCACHE_TOKENIZER, else the model's if it is in a cache of this machine.",
+        show_default=False,
+    ),
+]
+
+_FILE = "tokenizer.json"
+_INSTALL = "which is not installed. Install it with: pip install 'prefixcache[text]'"
+
+
+class Decoder:
+    """One model's tokenizer.
+
+    Args:
+        folder: Where its `tokenizer.json` is.
+
+    Raises:
+        InvalidRequest: there is none, it cannot be read, or the library is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.parent if folder.name == _FILE else folder
+        path = self.folder / _FILE
+        try:
+            import tokenizers
+        except ModuleNotFoundError:
+            raise InvalidRequest(f"reading a tokenizer needs tokenizers, {_INSTALL}") from None
+        if not path.is_file():
+            raise InvalidRequest(f"there is no {_FILE} in {self.folder}; give the model's folder")
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+            raise InvalidRequest(f"{path} is no tokenizer: {error}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Cut a prompt's text into token ids, with the special tokens the model begins with."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Give the text of token ids, special ones included."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Cut a chat into token ids, through the model's own template, up to the answer.
+
+        Raises:
+            InvalidRequest: the model has no template, or it refuses these messages.
+        """
+        template, special = self._template()
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ModuleNotFoundError:
+            raise InvalidRequest(f"a chat's template needs jinja2, {_INSTALL}") from None
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = refuse
+        try:
+            text = environment.from_string(template).render(
+                messages=list(messages), add_generation_prompt=True, **special
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the chat template of {self.folder} says: {error}") from None
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _template(self) -> tuple[str, dict[str, str]]:
+        path = self.folder / "tokenizer_config.json"
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError):
+            config = {}
+        special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in config.items()
+            if name.endswith("_token") and isinstance(value, str | dict)
+        }
+        apart = self.folder / "chat_template.jinja"
+        template = apart.read_text() if apart.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in template}
+            template = named.get("default")
+        if not isinstance(template, str):
+            raise InvalidRequest(f"{self.folder} has no chat template; give text or token ids")
+        return template, special
+
+
+def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decoder | None:
+    """Open the tokenizer that is named, else that of the namespace's model if it is at hand.
+
+    Raises:
+        InvalidRequest: one is named and cannot be opened.
+    """
+    if path is None and (named := os.environ.get("PREFIXCACHE_TOKENIZER")):
+        path = Path(named)
+    if path is not None:
+        return Decoder(path)
+    if namespace is None:
+        return None
+    for folder in _places(namespace.model):
+        if (folder / _FILE).is_file():
+            try:
+                return Decoder(folder)
+            except InvalidRequest:
+                return None
+    return None
+
+
+def _places(model: str) -> Iterator[Path]:
+    """Give the folders in which the tokenizer of a model of that name may be."""
+    name, _, revision = model.partition("@")
+    if model.startswith(("/", "~")):
+        yield Path(name).expanduser()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = os.environ.get("PREFIXCACHE_CACHE")
+    if name and "/" not in name:
+        yield (Path(own) if own else caches / "prefixcache") / name
+    home = os.environ.get("HF_HOME")
+    hub = (Path(home) if home else caches / "huggingface") / "hub"
+    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
+    if name and snapshots.is_dir():
+        found = sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        yield from (one for one in reversed(found) if one.name.startswith(revision))
+
+
+def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:
+    """Show what tokens begin with on one line of up to `width` characters: text, else the ids.
+
+    >>> preview(None, bytes([7, 0, 0, 0, 9, 0, 0, 0]), 20)
+    '7 9'
+    """
+    ids = unpack(tokens).tolist()
+    if decoder is None:
+        text = " ".join(map(str, ids))
+    else:
+        text = "".join(
+            char if char.isprintable() else "⏎" if char == "\n" else "·"
+            for char in decoder.decode(ids)
+        )
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…"

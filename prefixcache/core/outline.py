@@ -1,0 +1,224 @@
+"""The walk that makes an outline: the whole tree is summed up, a bounded part of it is kept.
+
+```
+sum   root ─ walk down: own numbers ─ walk up: add to the branch above
+keep  a heap of the outermost branches that are kept; over the bound, the least goes into `more`
+```
+
+The walk is a generator that pauses after some hundred runs, so that a service can answer others in
+between.  The tree may change meanwhile: a run that is no longer where it was found is left out and
+counted.  A small tree is summed up in one go, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from heapq import heappop, heappush
+from math import log1p
+
+from prefixcache.core.desk import Desk
+from prefixcache.core.node import Node, Root
+from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
+from prefixcache.types import TOKEN_BYTES
+
+_PAUSE_EVERY = 256
+_SHOWN_BYTES = 32 * TOKEN_BYTES
+
+
+class _Sum:
+    """One run while it is summed up."""
+
+    __slots__ = (
+        "above",
+        "blocks",
+        "depth",
+        "done",
+        "ghost_tokens",
+        "is_ghost",
+        "kept",
+        "last",
+        "leases",
+        "more",
+        "node",
+        "num_blocks",
+        "num_more",
+        "num_tokens",
+        "runs",
+        "serial",
+        "shown",
+        "start",
+        "tokens",
+    )
+
+    def __init__(self, node: Node, above: _Sum | None) -> None:
+        self.node = node
+        self.above = above
+        self.depth: int = 0 if above is None else above.depth + 1
+        self.start: int = 0 if above is None else above.start + above.num_tokens
+        self.num_tokens: int = len(node.key) // TOKEN_BYTES
+        self.num_blocks = len(node.blocks)
+        self.is_ghost = above is not None and not node.blocks
+        self.leases = node.ref
+        self.last = node.last
+        self.shown = node.key[:_SHOWN_BYTES]
+        self.runs = int(self.num_blocks > 0)
+        self.blocks = self.num_blocks
+        self.tokens = 0 if self.is_ghost else self.num_tokens
+        self.ghost_tokens = self.num_tokens if self.is_ghost else 0
+        self.kept: dict[int, _Sum] = {}
+        self.more = [0, 0, 0, 0]
+        self.num_more = 0
+        self.serial = 0
+        self.done = False
+
+    def leave_out(self, below: _Sum) -> None:
+        more = self.more
+        more[0] += below.runs
+        more[1] += below.blocks
+        more[2] += below.tokens
+        more[3] += below.ghost_tokens
+        self.num_more += 1
+
+    def weight(self, order: Order) -> tuple[float, ...]:
+        if order is Order.TOKENS:
+            return (self.tokens, self.ghost_tokens)
+        return (not self.is_ghost, self.leases > 0, self.last, self.tokens)
+
+
+class Walk:
+    """One walk below some roots.
+
+    Args:
+        desk: The cache.
+        order: Which branches are kept.
+        max_branches: How many, in all.
+        max_depth: Runs below the root beyond which all is summed up; None: any depth.
+        ghosts: Whether what was evicted is shown.
+    """
+
+    def __init__(
+        self, desk: Desk, order: Order, max_branches: int, max_depth: int | None, *, ghosts: bool
+    ) -> None:
+        self._desk = desk
+        self._order = order
+        self._max_branches = max_branches
+        self._max_depth = max_depth
+        self._ghosts = ghosts
+        self._outermost: list[tuple[tuple[float, ...], int, _Sum]] = []
+        self._serial = 0
+        self._num_kept = 0
+        self._steps = 0
+        self.num_moved = 0
+
+    def run(self, roots: Iterable[Root], now: float) -> Generator[None, None, Outline]:
+        """Walk, pausing after some hundred runs; the generator's value is the outline.
+
+        O(runs); memory O(`max_branches` + siblings on the path).
+        """
+        found: list[_Sum] = []
+        for root in roots:
+            top = _Sum(root, None)
+            found.append(top)
+            yield from self._sum_up(top)
+        self._prune(self._max_branches)
+        found.sort(key=lambda one: one.weight(self._order), reverse=True)
+        return Outline(
+            block_size=self._desk.holdings.block_size,
+            namespaces=tuple(
+                NamespaceOutline(one.node.root.namespace, tuple(self._branches(one, now)))
+                for one in found
+            ),
+            num_moved=self.num_moved,
+        )
+
+    def _sum_up(self, top: _Sum) -> Generator[None, None, None]:
+        stack = [(top, iter(self._below(top.node)))]
+        while stack:
+            one, rest = stack[-1]
+            node = next(rest, None)
+            if node is None:
+                stack.pop()
+                self._finish(one)
+                continue
+            if node.parent is not one.node:
+                self.num_moved += 1
+                continue
+            self._steps += 1
+            if self._steps % _PAUSE_EVERY == 0:
+                yield
+            below = _Sum(node, one)
+            stack.append((below, iter(self._below(node))))
+
+    def _below(self, node: Node) -> list[Node]:
+        found = list(node.children.values()) if node.children else []
+        if self._ghosts and node.ghosts:
+            found.extend(node.ghosts.values())
+        return found
+
+    def _finish(self, one: _Sum) -> None:
+        """Add a run, all of whose branches are summed up, to the branch above it."""
+        one.done = True
+        above = one.above
+        if above is None:
+            return
+        above.runs += one.runs
+        above.blocks += one.blocks
+        above.tokens += one.tokens
+        above.ghost_tokens += one.ghost_tokens
+        if self._max_depth is not None and one.depth > self._max_depth:
+            above.leave_out(one)
+            return
+        self._serial = one.serial = self._serial + 1
+        above.kept[one.serial] = one
+        self._num_kept += 1
+        if not one.kept:
+            heappush(self._outermost, (one.weight(self._order), one.serial, one))
+        self._prune(4 * self._max_branches)
+
+    def _prune(self, most: int) -> None:
+        """Sum up the least of the outermost branches until at most `most` are kept."""
+        while self._num_kept > most and self._outermost:
+            one = heappop(self._outermost)[2]
+            above = one.above
+            assert above is not None
+            del above.kept[one.serial]
+            self._num_kept -= 1
+            above.leave_out(one)
+            if not above.kept and above.done and above.above is not None:
+                heappush(self._outermost, (above.weight(self._order), above.serial, above))
+
+    def _branches(self, top: _Sum, now: float) -> Iterable[Branch]:
+        order: list[_Sum] = []
+        stack = [top]
+        while stack:
+            one = stack.pop()
+            order.append(one)
+            stack.extend(sorted(one.kept.values(), key=lambda below: below.weight(self._order)))
+        clock = self._desk.tree.clock
+        ages = [clock - one.last for one in order if one.runs and one.above is not None]
+        oldest = max([1, *ages])
+        for one in order:
+            yield self._branch(one, 1.0 - log1p(max(0, clock - one.last)) / log1p(oldest), now)
+
+    def _branch(self, one: _Sum, heat: float, now: float) -> Branch:
+        resident = not one.is_ghost and one.above is not None
+        leases = one.leases if resident else 0
+        idle_s = self._desk.ages.idle_s(one.last, now) if resident else None
+        return Branch(
+            depth=one.depth,
+            start=one.start,
+            num_tokens=one.num_tokens,
+            num_blocks=one.num_blocks,
+            tokens=one.shown,
+            below=Extent(one.runs, one.blocks, one.tokens, one.ghost_tokens),
+            more=Extent(*one.more),
+            num_more=one.num_more,
+            num_locks=leases,
+            is_ghost=one.is_ghost,
+            is_pinned=False,
+            idle_s=0.0 if leases else idle_s,
+            heat=(1.0 if leases else max(0.0, heat)) if resident else 0.0,
+            num_uses=self._desk.tree.policy.uses(one.node) if resident else None,
+            parted_at=None,
+            num_parted=0,
+        )
