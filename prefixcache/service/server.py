@@ -42,6 +42,8 @@ _COLLECTOR = (20_000, 50, 100)
 """Garbage collection: the tree's nodes live long and end without cycles, so a walk over all of them
 (generation 2) is worth its pause only once in a hundred million allocations."""
 
+_STOP = (signal.SIGTERM, signal.SIGINT)
+
 log = structlog.get_logger(__name__)
 
 
@@ -126,6 +128,7 @@ async def _serve(
                 await task
         await server.stop(grace_s)
     finally:
+        _stop_no_more()
         workers.close()
         line.close()
         listener.close()
@@ -144,9 +147,17 @@ def _start_recorder(settings: ServeSettings) -> Recorder | None:
 def _stop_on_signals() -> asyncio.Event:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOP:
         loop.add_signal_handler(number, stop.set)
     return stop
+
+
+def _stop_no_more() -> None:
+    """Leave one more Ctrl-C without effect: the process is ending, and means to end in order."""
+    loop = asyncio.get_running_loop()
+    for number in _STOP:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _drain(handlers: Handlers, grace_s: float) -> None:

@@ -200,6 +200,15 @@ def test_a_second_ctrl_c_ends_at_once(service: ServiceProcess, client: Client) -
     assert time.monotonic() - started < 1.0
 
 
+def test_a_user_who_keeps_pressing_ctrl_c_still_gets_a_clean_end(target: str) -> None:
+    with running(target, "--pool", "none") as service:
+        while service.process.poll() is None:
+            service.signal(signal.SIGINT)
+            time.sleep(0.005)
+        assert service.wait() == 0
+        assert "Traceback" not in service.log()
+
+
 def test_a_clean_end_leaves_neither_socket_nor_memory(target: str) -> None:
     service = ServiceProcess(target, *sizes(64, 4))
     with prefixcache.connect(target) as client, client.attach("model", LAYOUT) as session:
