@@ -15,8 +15,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "==> installing prefixcache with the worker, demo and dev extras (about 2 GB, once)"
-	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,experiments,dev]'
+	@echo "==> installing prefixcache with all extras (about 2 GB, once)"
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,experiments,events,tracing,dev]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.installed

@@ -152,6 +152,8 @@ class ServeSettings(BaseSettings):
     """New file for the live requests, as a trace; gzip if it ends in .gz."""
     anonymise: Annotated[bool, AfterValidator(_needs_record)] = False
     """Whether the recording has other token ids and names, with the same prefixes in common."""
+    http: str | None = None
+    """Loopback address for /metrics and the page; off unless given."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -91,6 +91,15 @@ def serve(
             "every common prefix keeps its length. Default: off.",
         ),
     ] = None,
+    http: Annotated[
+        str | None,
+        _option(
+            _SERVICE,
+            "Serve /metrics and the live page at 127.0.0.1:PORT; readable by every user of this "
+            "machine. Default: off.",
+            "ADDRESS",
+        ),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,

@@ -53,7 +53,7 @@ RPCS: Final[dict[str, Rpc]] = {
         GetMessageClass(method.output_type),
     )
     for method in pb.DESCRIPTOR.services_by_name["PrefixCache"].methods
-    if method.name != "Session"
+    if not method.server_streaming
 }
 """Unary RPCs by verb, read from the generated descriptor."""
 

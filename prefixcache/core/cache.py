@@ -22,6 +22,7 @@ from prefixcache.core.journal import Journal, Journals
 from prefixcache.core.leases import Worker
 from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.vitals import Vitals, vitals
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
@@ -448,6 +449,10 @@ class PrefixCache:
     def snapshot(self, *, now: float) -> Snapshot:
         """Give the numbers of this moment.  O(leases)."""
         return views.snapshot(self._desk, now)
+
+    def vitals(self) -> Vitals:
+        """Give the numbers that are cheap enough for every second.  O(namespaces)."""
+        return vitals(self._desk)
 
     def check(self) -> None:
         """Walk everything and assert that every invariant holds.  O(everything).

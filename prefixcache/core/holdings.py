@@ -23,12 +23,13 @@ from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, T
 class Holdings:
     """The tree and the pool, and the steps that move blocks between them and the leases."""
 
-    __slots__ = ("_partial", "_width", "block_size", "num_evicted", "pool", "tree")
+    __slots__ = ("_partial", "_width", "block_size", "num_evicted", "num_overshot", "pool", "tree")
 
     def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial) -> None:
         self.tree = tree
         self.pool = pool
         self.num_evicted = 0
+        self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
         self._partial = partial
@@ -74,6 +75,7 @@ class Holdings:
         while (short := need - pool.num_free) > 0:
             evicted = self.tree.evict(short)
             self.num_evicted += len(evicted)
+            self.num_overshot += max(0, len(evicted) - short)
             if not evicted:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
             pool.release(evicted)

@@ -72,10 +72,11 @@ def spans(ledger: Ledger) -> tuple[Span, ...]:
 class Tally:
     """Sums of ledgers."""
 
-    __slots__ = ("cold", "evicted", "granularity", "hit", "joined", "partial", "requests")
+    __slots__ = ("cold", "evicted", "granularity", "hit", "joined", "joins", "partial", "requests")
 
     def __init__(self) -> None:
         self.requests = 0
+        self.joins = 0
         self.hit = self.partial = self.joined = 0
         self.cold = self.evicted = self.granularity = 0
 
@@ -84,7 +85,9 @@ class Tally:
         self.requests += 1
         self.hit += ledger.hit
         self.partial += ledger.partial
-        self.joined += ledger.joined
+        if ledger.joined:
+            self.joined += ledger.joined
+            self.joins += 1
         self.cold += ledger.cold
         self.evicted += ledger.evicted
         self.granularity += ledger.granularity
@@ -93,6 +96,7 @@ class Tally:
         """Add the sums of another tally."""
         self.add(other.total())
         self.requests += other.requests - 1
+        self.joins += other.joins - (other.joined > 0)
 
     def total(self) -> Ledger:
         """Give the sums so far."""

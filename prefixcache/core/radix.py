@@ -62,6 +62,8 @@ class RadixTree(Structure):
     ) -> None:
         super().__init__(block_size * TOKEN_BYTES, policy or Lru())
         self.clock = 0
+        self.last_evicted: int | None = None
+        """Stamp of the last use of what was evicted last; None before the first eviction."""
         self.queue = self.policy.queue()
         self._used: Callable[[Node, int], None] | None = self.policy.used
         self._marks_ends = self.policy.marks_ends
@@ -361,6 +363,7 @@ class RadixTree(Structure):
                 node = self.queue.pop()
                 if node is None:
                     break
+            self.last_evicted = node.last
             size = len(node.blocks)
             keep = size - need
             if keep > 0:

@@ -15,12 +15,14 @@ from typing import Any, TypeAlias
 import structlog
 
 from prefixcache import __version__
-from prefixcache.client import codec, outlines
+from prefixcache.client import codec, outlines, unary
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Outline
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.meter import Meter
+from prefixcache.service.pulse import Pulse
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import MAX_NAMESPACES, Worker, Workers
@@ -78,12 +80,19 @@ class Handlers:
         self.draining = False
         self.listening: list[str] = []
         self.recorder: Recorder | None = None
+        self.meter = Meter((*unary.RPCS, "cancel"))
+        self.pulse = Pulse(holdings, self.meter)
         self._started_at = monotonic()
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
         }
         self.verbs["snapshot"] = (self.snapshot, self._write_snapshot)
         self.verbs["tree"] = (self.tree, outlines.write_outline)
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return monotonic() - self._started_at
 
     # ------------------------------------------------------------------------ coming and going
 
@@ -275,7 +284,7 @@ class Handlers:
         info = message.service
         info.version = __version__
         info.pid = os.getpid()
-        info.uptime_s = monotonic() - self._started_at
+        info.uptime_s = self.uptime_s
         info.listening.extend(self.listening)
         if self.holdings.handle is not None:
             codec.write_pool(self.holdings.handle, info.pool)

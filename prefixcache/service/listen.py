@@ -29,7 +29,7 @@ class Listener:
         self._bound: list[Path] = []
         for address in self._addresses:
             if not address.path:
-                _check_loopback(address)
+                check_loopback(address)
 
     def claim(self) -> None:
         """Make sure that nobody else listens there; remove what a dead service left.
@@ -108,7 +108,12 @@ def _taken(address: Address) -> ServiceUnavailable:
     )
 
 
-def _check_loopback(address: Address) -> None:
+def check_loopback(address: Address) -> None:
+    """Refuse a TCP address that others than this machine can reach.
+
+    Raises:
+        InvalidRequest: it is one.
+    """
     host = "127.0.0.1" if address.host == "localhost" else address.host
     try:
         loopback = ipaddress.ip_address(host).is_loopback

@@ -14,6 +14,7 @@ import gc
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import grpc.aio
 import structlog
@@ -34,6 +35,9 @@ from prefixcache.service.listen import Listener
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Workers
+
+if TYPE_CHECKING:
+    from prefixcache.service.http import HttpServer
 
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
@@ -79,6 +83,7 @@ async def _serve(
     line = WaitingLine(holdings)
     workers = Workers(holdings, line, settings)
     handlers = Handlers(settings, holdings, line, workers)
+    http = _make_http(settings, handlers)
     server = grpc.aio.server(
         maximum_concurrent_rpcs=settings.max_calls,
         options=(
@@ -110,7 +115,10 @@ async def _serve(
         if handlers.recorder is not None:
             hidden = "anonymised" if settings.anonymise else "every prompt as it is"
             announce(f"recording to {settings.record}: {hidden}")
+        if http is not None:
+            announce(f"page at {await http.start()}/ · metrics at /metrics")
         announce(f"listening at {', '.join(handlers.listening)}")
+        handlers.pulse.start()
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
         gc.freeze()
@@ -129,6 +137,9 @@ async def _serve(
         await server.stop(grace_s)
     finally:
         _stop_no_more()
+        if http is not None:
+            await http.close()
+        handlers.pulse.close()
         workers.close()
         line.close()
         listener.close()
@@ -136,6 +147,14 @@ async def _serve(
         if handlers.recorder is not None:
             handlers.recorder.close()
     log.info("ended")
+
+
+def _make_http(settings: ServeSettings, handlers: Handlers) -> HttpServer | None:
+    if settings.http is None:
+        return None
+    from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
+
+    return HttpServer(settings.http, handlers)
 
 
 def _start_recorder(settings: ServeSettings) -> Recorder | None:

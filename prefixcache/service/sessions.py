@@ -20,6 +20,7 @@ from prefixcache.client.codec import write_acquire, write_error
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.malformed import Malformed
+from prefixcache.service.meter import SUM, clock, empty_row
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Worker
 from prefixcache.types import Waiting
@@ -70,42 +71,54 @@ class SessionStream:
         """Run a batch.  Ops fail independently."""
         results = pb.OpResults()
         add = results.results.add
-        verbs = self._handlers.verbs
-        worker = self._worker
+        rows, unknown = self._handlers.meter.rows, empty_row()
+        began = clock()
         for op in batch.ops:
             verb = op.WhichOneof("op")
-            try:
-                if worker is None or verb not in verbs:
-                    worker = self._first(op, verb, add, task)
-                    continue
-                handler, write = verbs[verb]
-                answer = handler(worker, getattr(op, verb))
-            except CacheError as error:
-                result = add()
-                result.id = op.id
-                write_error(error, result.error)
-                continue
-            except Exception:
-                log.exception("an op failed in a way that nobody foresaw", verb=verb)
-                result = add()
-                result.id = op.id
-                result.error.code = _INTERNAL
-                result.error.message = f"{verb} failed inside the service; its log has the details"
-                continue
-            if answer.__class__ is Waiting:
-                worker.tickets[op.id] = answer.ticket
-                self._handlers.line.enter(answer.ticket, partial(self._settled, op.id))
-                continue
+            self._run(op, verb, add, task)
+            now = clock()
+            row = rows.get(verb, unknown)
+            row[(now - began).bit_length()] += 1
+            row[SUM] += now - began
+            began = now
+        return results
+
+    def _run(self, op: pb.Op, verb: Any, add: Any, task: asyncio.Task[None] | None) -> None:
+        """Run one op and add its result, unless it has to wait."""
+        worker, verbs = self._worker, self._handlers.verbs
+        try:
+            if worker is None or verb not in verbs:
+                self._first(op, verb, add, task)
+                return
+            handler, write = verbs[verb]
+            answer = handler(worker, getattr(op, verb))
+        except CacheError as error:
             result = add()
             result.id = op.id
-            write(answer, getattr(result, verb))
-            if verb == "detach":
-                worker = self._worker = None
-        return results
+            write_error(error, result.error)
+            self._handlers.meter.refuse(verb or "none", error)
+            return
+        except Exception as error:
+            log.exception("an op failed in a way that nobody foresaw", verb=verb)
+            result = add()
+            result.id = op.id
+            result.error.code = _INTERNAL
+            result.error.message = f"{verb} failed inside the service; its log has the details"
+            self._handlers.meter.refuse(verb, error)
+            return
+        if answer.__class__ is Waiting:
+            worker.tickets[op.id] = answer.ticket
+            self._handlers.line.enter(answer.ticket, partial(self._settled, op.id))
+            return
+        result = add()
+        result.id = op.id
+        write(answer, getattr(result, verb))
+        if verb == "detach":
+            self._worker = None
 
     def _first(
         self, op: pb.Op, verb: str | None, add: Any, task: asyncio.Task[None] | None
-    ) -> Worker | None:
+    ) -> None:
         """Serve what is not an everyday op: attach, and ops that come before it."""
         if verb is None:
             raise InvalidRequest(
@@ -119,7 +132,6 @@ class SessionStream:
         result = add()
         result.id = op.id
         self._handlers.write_attach(answer, result.attach)
-        return answer.worker
 
     def _settled(self, op_id: int, outcome: Outcome) -> None:
         if self._worker is not None:

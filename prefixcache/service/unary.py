@@ -18,6 +18,7 @@ from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.malformed import Malformed, reader
+from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Worker
@@ -58,14 +59,17 @@ def _serve(
     if verb == "attach":
 
         async def attach(request: Any, context: Any) -> Any:
+            began = clock()
             response = response_class()
             try:
                 _check(request)
                 worker = handlers.workers.find(request.worker_key) if request.worker_key else None
                 handlers.write_attach(handlers.attach(worker, request, None), response)
             except CacheError as error:
+                handlers.meter.refuse(verb, error)
                 await refuse(context, error)
             handlers.line.settle()
+            handlers.meter.took(handlers.meter.rows[verb], clock() - began)
             return response
 
         return attach
@@ -73,8 +77,11 @@ def _serve(
     handler, write = handlers.verbs[verb]
     find, settle = handlers.workers.find, handlers.line.settle
     optional = verb in _LOOKS
+    meter = handlers.meter
+    row = meter.rows[verb]
 
     async def serve(request: Any, context: Any) -> Any:
+        began = clock()
         try:
             _check(request)
             if optional and (verb == "snapshot" or not request.worker_key):
@@ -83,12 +90,14 @@ def _serve(
                 worker = find(request.worker_key)
             answer = handler(worker, request)
             settle()
+            meter.took(row, clock() - began)
             if answer.__class__ is Waiting:
                 assert worker is not None
                 answer = await _outcome(handlers, worker, answer)
             elif answer.__class__ is GeneratorType:
                 answer = await _in_steps(answer)
         except CacheError as error:
+            meter.refuse(verb, error)
             await refuse(context, error)
         response = response_class()
         write(answer, response)

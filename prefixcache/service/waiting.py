@@ -14,6 +14,7 @@ import structlog
 
 from prefixcache.errors import CacheError
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.meter import Meter, clock, empty_row
 from prefixcache.types import Grant, TicketId
 
 Outcome: TypeAlias = "Grant | CacheError"
@@ -30,13 +31,15 @@ class WaitingLine:
 
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
-        self._waiting: dict[TicketId, Deliver] = {}
+        self._waiting: dict[TicketId, tuple[Deliver, int]] = {}
+        self.waits = empty_row()
+        """How long requests waited that got an outcome."""
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
     def enter(self, ticket: TicketId, deliver: Deliver) -> None:
         """Have `deliver` called with the outcome of `ticket`, once."""
-        self._waiting[ticket] = deliver
+        self._waiting[ticket] = (deliver, clock())
 
     def leave(self, ticket: TicketId) -> None:
         """Forget a ticket: who asked does not want its outcome any more."""
@@ -44,8 +47,8 @@ class WaitingLine:
 
     def refuse(self, ticket: TicketId, error: CacheError) -> None:
         """Answer a ticket with an error, if it still waits.  The core is not told."""
-        if deliver := self._waiting.pop(ticket, None):
-            deliver(error)
+        if waiting := self._waiting.pop(ticket, None):
+            waiting[0](error)
 
     def settle(self) -> None:
         """Deliver what has settled and set the timer.  After every op that may change something.
@@ -57,8 +60,10 @@ class WaitingLine:
             return
         if self._waiting:
             for ticket, outcome in cache.settled():
-                deliver = self._waiting.pop(ticket, None)
-                if deliver is not None:
+                waiting = self._waiting.pop(ticket, None)
+                if waiting is not None:
+                    deliver, since = waiting
+                    Meter.took(self.waits, clock() - since)
                     deliver(outcome)
         due = cache.next_deadline()
         if due is None or (self._timer is not None and self._due <= due):

@@ -1,0 +1,80 @@
+"""Vitals: the numbers of a cache that are cheap enough to be read every second.
+
+What `Snapshot` lists lease by lease is counted here, and the sums are per namespace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefixcache.core.desk import Desk
+from prefixcache.types import Ledger, Namespace, Partial
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of one namespace's requests since the start."""
+
+    requests: int
+    joins: int
+    """Requests that waited for another lease's prefill and read it in place: flights saved."""
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """Numbers of one moment.  free + private + indexed + quarantined = num_blocks."""
+
+    num_blocks: int
+    block_size: int
+    free: int
+    private: int
+    indexed: int
+    quarantined: int
+    evictable: int
+    ghosts: int
+    nodes: int
+    leases: int
+    flights: int
+    waiting: int
+    evicted: int
+    """Blocks evicted since the start."""
+    overshot: int
+    """Of these, blocks beyond what was asked for."""
+    clock: int
+    """Ends of leases since the start: the stamps of uses count them."""
+    last_evicted: int | None
+    """Stamp of the last use of what was evicted last; None before the first eviction."""
+    smallest_hit: int
+    """Tokens of the shortest prefix that can be reused."""
+    accounts: dict[Namespace, Account]
+
+
+def vitals(desk: Desk) -> Vitals:
+    """Read the numbers.  Changes nothing.  O(namespaces + roots with flights)."""
+    holdings = desk.holdings
+    pool, tree = holdings.pool, holdings.tree
+    quarantined = pool.num_quarantined
+    return Vitals(
+        num_blocks=pool.num_blocks,
+        block_size=holdings.block_size,
+        free=pool.num_free,
+        private=pool.num_blocks - pool.num_free - tree.num_blocks - quarantined,
+        indexed=tree.num_blocks,
+        quarantined=quarantined,
+        evictable=tree.evictable,
+        ghosts=tree.ghosts.num_blocks,
+        nodes=tree.num_nodes,
+        leases=desk.leases.count,
+        flights=len(desk.flights),
+        waiting=len(desk.room.tickets),
+        evicted=holdings.num_evicted,
+        overshot=holdings.num_overshot,
+        clock=tree.clock,
+        last_evicted=tree.last_evicted,
+        smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
+        accounts={
+            space: Account(tally.requests, tally.joins, tally.total())
+            for space, tally in desk.tallies.items()
+        },
+    )

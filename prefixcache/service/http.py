@@ -1,0 +1,154 @@
+"""HTTP on loopback: the metrics, and what a browser shows.  Off unless `--http` is given.
+
+It runs on the event loop that serves the workers, so nothing here may be long: what is large is
+made in steps that give the loop back.  Reading only: GET and HEAD are all there is.
+
+**Who may read.**  There is no authentication, so it listens on the loopback device and nowhere
+else; every user of this machine can read it.  A browser could still be talked into reading it for
+a stranger's page: a name of the attacker's that resolves to 127.0.0.1 (DNS rebinding) makes it the
+same origin.  Such a request names that host, so only our own names are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefixcache.client.address import Address
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.listen import check_loopback
+from prefixcache.service.metrics import CONTENT_TYPE, Scrape, exposition
+
+_MAX_CONNECTIONS = 64
+_LAST_WORDS_S = 1
+
+SECURITY = (
+    # The page brings everything along and talks to nobody else.
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+
+
+class HttpServer:
+    """The HTTP side of one service.
+
+    Args:
+        target: 127.0.0.1:PORT; port 0 takes a free one.
+        handlers: whose state is shown.
+
+    Raises:
+        InvalidRequest: the address is none, or not on the loopback device.
+    """
+
+    def __init__(self, target: str, handlers: Handlers) -> None:
+        address = Address.parse(target)
+        if address.path:
+            raise InvalidRequest(f"--http takes 127.0.0.1:PORT, not {target}")
+        check_loopback(address)
+        self._address = address
+        self._handlers = handlers
+        self._scrape = Scrape(handlers)
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Begin to answer; give the URL.
+
+        Raises:
+            ServiceUnavailable: the address cannot be had.
+        """
+        address = self._address
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        try:
+            listening = socket.create_server((address.host, address.port), family=family)
+        except OSError as error:
+            raise ServiceUnavailable(
+                f"cannot listen for HTTP at {address}: {error.strerror}"
+            ) from None
+        port = listening.getsockname()[1]
+        app = Guard(Starlette(routes=self._routes()), port)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            http="h11",
+            ws="none",
+            server_header=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+        )
+        self._server = _Server(config)
+        self._task = asyncio.create_task(self._server.serve([listening]))
+        return f"http://{Address(host=address.host, port=port)}"
+
+    async def close(self) -> None:
+        """Stop answering.  Idempotent."""
+        if self._server is None or self._task is None:
+            return
+        self._server.should_exit = True
+        await self._task
+        self._server = self._task = None
+
+    def _routes(self) -> list[BaseRoute]:
+        async def metrics(request: object) -> Response:
+            return Response(await exposition(self._scrape), headers={"content-type": CONTENT_TYPE})
+
+        return [Route("/metrics", metrics)]
+
+
+class _Server(uvicorn.Server):
+    """A server among others of one process, which has its own way of ending."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to the service."""
+        yield
+
+
+class Guard:
+    """Answers only our own names and only questions; tells browsers to be careful."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app = app
+        names = ("127.0.0.1", "localhost", "[::1]")
+        self._hosts = {f"{name}:{port}".encode() for name in names}
+        if port == 80:
+            self._hosts |= {name.encode() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            return
+        headers = dict(scope["headers"])
+        if headers.get(b"host", b"").lower() not in self._hosts:
+            answer = PlainTextResponse("this host name is not served here\n", 421)
+            await answer(scope, receive, send)
+            return
+        if scope["method"] not in ("GET", "HEAD"):
+            answer = PlainTextResponse("this page is for reading\n", 405, {"allow": "GET, HEAD"})
+            await answer(scope, receive, send)
+            return
+
+        async def careful(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *SECURITY]
+            await send(message)
+
+        await self._app(scope, receive, careful)

@@ -1,0 +1,263 @@
+"""Metrics for Prometheus: read from the service's state when they are scraped.
+
+Nothing is counted for them on the way of a request but what the meter counts anyhow; a scrape reads
+one moment and writes it out family by family, giving the event loop back in between.
+
+Labels are bounded: the first `MAX_NAMESPACES` namespaces have series of their own, all later ones
+are summed under `model="(other)"`; a salt is a secret, so namespaces that differ in nothing else
+share their series.  Verbs, fates, states and errors are fixed lists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from prefixcache import __version__
+from prefixcache.core.ledger import FATES
+from prefixcache.core.vitals import Account, Vitals
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.meter import NUM_BUCKETS, SUM
+from prefixcache.types import Ledger, Namespace
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+MAX_NAMESPACES = 50
+"""Namespaces with series of their own."""
+
+OTHER = Namespace("(other)")
+
+_FIRST_BITS, _LAST_BITS = 12, 30
+"""Bounds of the histograms: 4.1 microseconds to 1.07 seconds, each twice the one before."""
+
+_NAMESPACE = ("tenant", "model", "adapter")
+_FOLD = f"Namespaces after the first {MAX_NAMESPACES} are summed as model={OTHER.model!r}."
+
+
+class Scrape(Collector):
+    """All families of one moment."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        self._process = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the families.  What they show is read when this is first asked for one."""
+        yield from self._service()
+        yield from self._verbs()
+        cache = self._handlers.holdings.cache
+        if cache is not None:
+            vitals = cache.vitals()
+            yield from self._ledger(vitals)
+            yield from self._pool(vitals)
+            yield from self._eviction(vitals)
+        yield from self._process.collect()
+
+    def _service(self) -> Iterator[Metric]:
+        handlers, settings = self._handlers, self._handlers.settings
+        yield _gauge(
+            "prefixcache_build_info",
+            "Always 1; what is running, in its labels.",
+            {(__version__, settings.policy, str(settings.partial)): 1},
+            ("version", "policy", "partial"),
+        )
+        yield _gauge(
+            "prefixcache_uptime_seconds", "Time since the service started.", handlers.uptime_s
+        )
+        yield _gauge("prefixcache_draining", "1 while no new leases are given.", handlers.draining)
+        yield _gauge("prefixcache_workers", "Attached workers.", len(handlers.workers))
+        yield _gauge("prefixcache_sessions", "Open sessions.", handlers.workers.num_streams)
+
+    def _verbs(self) -> Iterator[Metric]:
+        handlers = self._handlers
+        durations = HistogramMetricFamily(
+            "prefixcache_verb_duration_seconds",
+            "Time that the service spent on one operation, waiting for others not included.",
+            labels=("verb",),
+        )
+        for verb, row in handlers.meter.rows.items():
+            if row[SUM]:
+                durations.add_metric((verb,), *_buckets(row))
+        yield durations
+        yield _counter(
+            "prefixcache_refused",
+            "Operations that were answered with an error.",
+            handlers.meter.refused,
+            ("verb", "error"),
+        )
+        waits = HistogramMetricFamily(
+            "prefixcache_wait_duration_seconds",
+            "Time that requests waited for a prefix which another lease was computing.",
+        )
+        waits.add_metric((), *_buckets(handlers.line.waits))
+        yield waits
+
+    def _ledger(self, vitals: Vitals) -> Iterator[Metric]:
+        accounts = fold(vitals.accounts)
+        tokens = {
+            (*_labels(space), fate): getattr(account.ledger, fate)
+            for space, account in accounts.items()
+            for fate in FATES
+        }
+        yield _counter(
+            "prefixcache_prompt_tokens",
+            "Tokens of granted prompts by what became of them; the fates sum to all prompt tokens. "
+            + _FOLD,
+            tokens,
+            (*_NAMESPACE, "fate"),
+        )
+        yield _counter(
+            "prefixcache_requests",
+            f"Granted requests. {_FOLD}",
+            {_labels(space): account.requests for space, account in accounts.items()},
+            _NAMESPACE,
+        )
+        yield _counter(
+            "prefixcache_flights_saved",
+            "Requests that read what another lease was computing, in place of computing it again. "
+            + _FOLD,
+            {_labels(space): account.joins for space, account in accounts.items()},
+            _NAMESPACE,
+        )
+        yield _gauge("prefixcache_namespaces", "Namespaces with requests.", len(vitals.accounts))
+
+    def _pool(self, vitals: Vitals) -> Iterator[Metric]:
+        states = ("free", "private", "indexed", "quarantined")
+        yield _gauge(
+            "prefixcache_pool_blocks",
+            "Blocks of the pool by state; the states sum to the pool.",
+            {(state,): getattr(vitals, state) for state in states},
+            ("state",),
+        )
+        yield _gauge(
+            "prefixcache_pool_evictable_blocks",
+            "Of the indexed blocks, those that no lease protects.",
+            vitals.evictable,
+        )
+        yield _gauge("prefixcache_block_size_tokens", "Tokens of a block.", vitals.block_size)
+        sizes = self._handlers.holdings.sizes
+        if sizes is not None:
+            yield _gauge(
+                "prefixcache_pool_size_bytes",
+                "Memory of all blocks.",
+                sizes.num_blocks * sizes.block_bytes,
+            )
+        yield _gauge(
+            "prefixcache_smallest_hit_tokens",
+            "Length of the shortest prefix that can be reused.",
+            vitals.smallest_hit,
+        )
+        yield _gauge("prefixcache_tree_nodes", "Nodes of all radix trees.", vitals.nodes)
+        yield _gauge(
+            "prefixcache_ghost_blocks", "Evicted blocks that are still remembered.", vitals.ghosts
+        )
+        yield _gauge("prefixcache_leases", "Leases that are out.", vitals.leases)
+        yield _gauge("prefixcache_flights", "Prefixes that are being computed.", vitals.flights)
+        yield _gauge(
+            "prefixcache_waiting_requests", "Requests that wait for a flight.", vitals.waiting
+        )
+
+    def _eviction(self, vitals: Vitals) -> Iterator[Metric]:
+        yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", vitals.evicted)
+        yield _counter(
+            "prefixcache_eviction_overshoot_blocks",
+            "Blocks evicted beyond what was asked for.",
+            vitals.overshot,
+        )
+        age_s = self._handlers.pulse.age_s(vitals.last_evicted)
+        if age_s is not None:
+            yield _gauge(
+                "prefixcache_eviction_age_seconds",
+                "Time since the last use of what was evicted last; absent before an eviction.",
+                age_s,
+            )
+
+
+def fold(accounts: dict[Namespace, Account]) -> dict[Namespace, Account]:
+    """Sum the accounts that share a series: those of one name but another salt, and the late ones.
+
+    Which namespaces have their own series never changes, so that no counter ever goes back.
+    """
+    folded: dict[Namespace, Account] = {}
+    for space, account in accounts.items():
+        named = Namespace(space.model, space.adapter, space.tenant)
+        if named not in folded and len(folded) >= MAX_NAMESPACES:
+            named = OTHER
+        before = folded.get(named)
+        folded[named] = account if before is None else _sum(before, account)
+    return folded
+
+
+def _sum(one: Account, other: Account) -> Account:
+    ledger = {f: getattr(one.ledger, f) + getattr(other.ledger, f) for f in FATES}
+    return Account(one.requests + other.requests, one.joins + other.joins, Ledger(**ledger))
+
+
+def _labels(space: Namespace) -> tuple[str, str, str]:
+    return space.tenant, space.model, space.adapter
+
+
+def _buckets(row: list[int]) -> tuple[list[tuple[str, float]], float]:
+    """Give a histogram's cumulative buckets and its sum.  A row's bucket k is below 2^k ns."""
+    count, buckets = sum(row[:_FIRST_BITS]), []
+    for bits in range(_FIRST_BITS, _LAST_BITS + 1):
+        count += row[bits]
+        buckets.append((repr((1 << bits) / 1e9), float(count)))
+    buckets.append(("+Inf", float(count + sum(row[_LAST_BITS + 1 : NUM_BUCKETS]))))
+    return buckets, row[SUM] / 1e9
+
+
+Samples = float | Mapping[Any, int]
+
+
+def _gauge(name: str, text: str, samples: Samples, labels: tuple[str, ...] = ()) -> Metric:
+    return _fill(GaugeMetricFamily(name, text, labels=labels), samples)
+
+
+def _counter(
+    name: str,
+    text: str,
+    samples: Samples,
+    labels: tuple[str, ...] = (),
+) -> Metric:
+    return _fill(CounterMetricFamily(name, text, labels=labels), samples)
+
+
+def _fill(family: GaugeMetricFamily | CounterMetricFamily, samples: Samples) -> Metric:
+    if isinstance(samples, Mapping):
+        for labels, value in samples.items():
+            family.add_metric(labels, value)
+    else:
+        family.add_metric((), float(samples))
+    return family
+
+
+class _One(Collector):
+    """One family, as `generate_latest` wants it."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return (self._family,)
+
+
+async def exposition(scrape: Scrape) -> bytes:
+    """Write all families in Prometheus' text format.  Other work of the loop runs in between."""
+    families = list(scrape.collect())  # at once: the sums must be of one moment
+    parts = []
+    for family in families:
+        parts.append(generate_latest(_One(family)))
+        await asyncio.sleep(0)
+    return b"".join(parts)

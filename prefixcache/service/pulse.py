@@ -1,0 +1,181 @@
+"""The pulse: once a second the numbers are written down, so that rates and ages can be told.
+
+```
+ops      … ── minute ────────────── now      what the last minute's ops took, from two readings
+ledger   … ── an hour ───────────── now      per second, then every ten seconds
+uses     stamp 0 ── … ── stamp now           when the tree's logical clock stood where
+```
+The core has no clock: a leaf's age is a stamp.  The pulse notes at which time each stamp was
+current, in a bounded list that gets coarser with age, and so can say seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import bisect_right
+from collections import deque
+from dataclasses import dataclass
+from time import monotonic, time
+from typing import Any
+
+from prefixcache.core.vitals import Vitals
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.meter import SUM, Meter, quantile, total
+from prefixcache.types import Ledger
+
+WINDOW_S = 60
+"""What "now" means for rates and quantiles."""
+
+HISTORY = 3600
+"""Seconds of which the ledger is kept, second by second."""
+
+_ERAS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """One second's reading."""
+
+    at: float
+    """Seconds since the epoch."""
+    requests: int
+    ledger: Ledger
+    free: int
+    private: int
+    indexed: int
+    quarantined: int
+    evictable: int
+    evicted: int
+    leases: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerbRate:
+    """What a verb did in the last minute."""
+
+    verb: str
+    count: int
+    """Since the start."""
+    refused: int
+    """Since the start."""
+    per_s: float
+    p50_s: float | None
+    p99_s: float | None
+
+
+class Pulse:
+    """Reads the numbers every second, for as long as the service lives.
+
+    Args:
+        holdings: whose cache is read, once there is one.
+        meter: what the ops are counted in.
+    """
+
+    def __init__(self, holdings: Holdings, meter: Meter) -> None:
+        self._holdings = holdings
+        self._meter = meter
+        self._rows: deque[tuple[float, dict[str, list[int]]]] = deque(maxlen=WINDOW_S + 1)
+        self.beats: deque[Beat] = deque(maxlen=HISTORY)
+        self._eras: tuple[list[int], list[float]] = ([], [])
+        self._timer: asyncio.TimerHandle | None = None
+        self._copy_rows(monotonic())
+
+    def start(self) -> None:
+        """Begin; needs a running loop."""
+        self._timer = asyncio.get_running_loop().call_later(1.0, self._tick)
+
+    def close(self) -> None:
+        """Stop.  Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def read(self) -> None:
+        """Write this moment's numbers down.  O(verbs + namespaces)."""
+        now = monotonic()
+        self._copy_rows(now)
+        cache = self._holdings.cache
+        if cache is None:
+            return
+        vitals = cache.vitals()
+        self.beats.append(beat_of(vitals, time()))
+        stamps, times = self._eras
+        if not stamps or vitals.clock > stamps[-1]:
+            stamps.append(vitals.clock)
+            times.append(now)
+            if len(stamps) > _ERAS:  # the older half, with every second one left out
+                del stamps[1 : _ERAS // 2 : 2], times[1 : _ERAS // 2 : 2]
+
+    def age_s(self, stamp: int | None) -> float | None:
+        """Say how long ago a stamp of the tree's clock was current; None if that is not known.
+
+        As exact as the readings: to a second, for long ago to a few.
+        """
+        stamps, times = self._eras
+        if stamp is None or not stamps:
+            return None
+        at = bisect_right(stamps, stamp)
+        return monotonic() - times[min(at, len(times) - 1)]
+
+    def rates(self) -> list[VerbRate]:
+        """Say what each verb that was ever used did in the last minute.  O(verbs)."""
+        self_rows = self._meter.rows
+        then, before = self._rows[0]
+        span_s = max(1e-9, monotonic() - then)
+        refused: dict[str, int] = {}
+        for (verb, _), count in self._meter.refused.items():
+            refused[verb] = refused.get(verb, 0) + count
+        rates = []
+        for verb, row in self_rows.items():
+            if not row[SUM]:
+                continue
+            recent = [now - was for now, was in zip(row, before[verb], strict=True)]
+            count = total(recent)
+            rates.append(
+                VerbRate(
+                    verb,
+                    total(row),
+                    refused.get(verb, 0),
+                    count / span_s,
+                    quantile(recent, 0.5),
+                    quantile(recent, 0.99),
+                )
+            )
+        return rates
+
+    def _copy_rows(self, now: float) -> None:
+        self._rows.append((now, {verb: row[:] for verb, row in self._meter.rows.items()}))
+
+    def _tick(self) -> None:
+        self.read()
+        self.start()
+
+
+def beat_of(vitals: Vitals, at: float) -> Beat:
+    """Pick from the vitals what is kept."""
+    sums: Any = [0] * 6
+    requests = 0
+    for account in vitals.accounts.values():
+        ledger = account.ledger
+        requests += account.requests
+        parts = (
+            ledger.hit,
+            ledger.partial,
+            ledger.joined,
+            ledger.cold,
+            ledger.evicted,
+            ledger.granularity,
+        )
+        sums = [one + other for one, other in zip(sums, parts, strict=True)]
+    return Beat(
+        at,
+        requests,
+        Ledger(*sums),
+        vitals.free,
+        vitals.private,
+        vitals.indexed,
+        vitals.quarantined,
+        vitals.evictable,
+        vitals.evicted,
+        vitals.leases,
+    )
