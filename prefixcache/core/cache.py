@@ -450,9 +450,9 @@ class PrefixCache:
         """Give the numbers of this moment.  O(leases)."""
         return views.snapshot(self._desk, now)
 
-    def vitals(self) -> Vitals:
+    def vitals(self, *, now: float) -> Vitals:
         """Give the numbers that are cheap enough for every second.  O(namespaces)."""
-        return vitals(self._desk)
+        return vitals(self._desk, now)
 
     def check(self) -> None:
         """Walk everything and assert that every invariant holds.  O(everything).

@@ -41,20 +41,18 @@ class Vitals:
     """Blocks evicted since the start."""
     overshot: int
     """Of these, blocks beyond what was asked for."""
-    clock: int
-    """Ends of leases since the start: the stamps of uses count them."""
-    last_evicted: int | None
-    """Stamp of the last use of what was evicted last; None before the first eviction."""
+    eviction_age_s: float | None
+    """Time since the last use of what was evicted last; None before the first eviction."""
     smallest_hit: int
     """Tokens of the shortest prefix that can be reused."""
     accounts: dict[Namespace, Account]
 
 
-def vitals(desk: Desk) -> Vitals:
+def vitals(desk: Desk, now: float) -> Vitals:
     """Read the numbers.  Changes nothing.  O(namespaces + roots with flights)."""
     holdings = desk.holdings
     pool, tree = holdings.pool, holdings.tree
-    quarantined = pool.num_quarantined
+    quarantined, stamp = pool.num_quarantined, tree.last_evicted
     return Vitals(
         num_blocks=pool.num_blocks,
         block_size=holdings.block_size,
@@ -70,8 +68,7 @@ def vitals(desk: Desk) -> Vitals:
         waiting=len(desk.room.tickets),
         evicted=holdings.num_evicted,
         overshot=holdings.num_overshot,
-        clock=tree.clock,
-        last_evicted=tree.last_evicted,
+        eviction_age_s=None if stamp is None else desk.ages.idle_s(stamp, now),
         smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
         accounts={
             space: Account(tally.requests, tally.joins, tally.total())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping
+from time import monotonic
 from typing import Any
 
 from prometheus_client import ProcessCollector
@@ -58,7 +59,7 @@ class Scrape(Collector):
         yield from self._verbs()
         cache = self._handlers.holdings.cache
         if cache is not None:
-            vitals = cache.vitals()
+            vitals = cache.vitals(now=monotonic())
             yield from self._ledger(vitals)
             yield from self._pool(vitals)
             yield from self._eviction(vitals)
@@ -175,12 +176,11 @@ class Scrape(Collector):
             "Blocks evicted beyond what was asked for.",
             vitals.overshot,
         )
-        age_s = self._handlers.pulse.age_s(vitals.last_evicted)
-        if age_s is not None:
+        if vitals.eviction_age_s is not None:
             yield _gauge(
                 "prefixcache_eviction_age_seconds",
                 "Time since the last use of what was evicted last; absent before an eviction.",
-                age_s,
+                vitals.eviction_age_s,
             )
 
 

@@ -1,18 +1,14 @@
-"""The pulse: once a second the numbers are written down, so that rates and ages can be told.
+"""The pulse: once a second the numbers are written down, so that rates can be told.
 
 ```
 ops      … ── minute ────────────── now      what the last minute's ops took, from two readings
-ledger   … ── an hour ───────────── now      per second, then every ten seconds
-uses     stamp 0 ── … ── stamp now           when the tree's logical clock stood where
+ledger   … ── an hour ───────────── now      second by second
 ```
-The core has no clock: a leaf's age is a stamp.  The pulse notes at which time each stamp was
-current, in a bounded list that gets coarser with age, and so can say seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from time import monotonic, time
@@ -28,8 +24,6 @@ WINDOW_S = 60
 
 HISTORY = 3600
 """Seconds of which the ledger is kept, second by second."""
-
-_ERAS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +70,6 @@ class Pulse:
         self._meter = meter
         self._rows: deque[tuple[float, dict[str, list[int]]]] = deque(maxlen=WINDOW_S + 1)
         self.beats: deque[Beat] = deque(maxlen=HISTORY)
-        self._eras: tuple[list[int], list[float]] = ([], [])
         self._timer: asyncio.TimerHandle | None = None
         self._copy_rows(monotonic())
 
@@ -97,36 +90,17 @@ class Pulse:
         cache = self._holdings.cache
         if cache is None:
             return
-        vitals = cache.vitals()
-        self.beats.append(beat_of(vitals, time()))
-        stamps, times = self._eras
-        if not stamps or vitals.clock > stamps[-1]:
-            stamps.append(vitals.clock)
-            times.append(now)
-            if len(stamps) > _ERAS:  # the older half, with every second one left out
-                del stamps[1 : _ERAS // 2 : 2], times[1 : _ERAS // 2 : 2]
-
-    def age_s(self, stamp: int | None) -> float | None:
-        """Say how long ago a stamp of the tree's clock was current; None if that is not known.
-
-        As exact as the readings: to a second, for long ago to a few.
-        """
-        stamps, times = self._eras
-        if stamp is None or not stamps:
-            return None
-        at = bisect_right(stamps, stamp)
-        return monotonic() - times[min(at, len(times) - 1)]
+        self.beats.append(beat_of(cache.vitals(now=now), time()))
 
     def rates(self) -> list[VerbRate]:
         """Say what each verb that was ever used did in the last minute.  O(verbs)."""
-        self_rows = self._meter.rows
         then, before = self._rows[0]
         span_s = max(1e-9, monotonic() - then)
         refused: dict[str, int] = {}
         for (verb, _), count in self._meter.refused.items():
             refused[verb] = refused.get(verb, 0) + count
         rates = []
-        for verb, row in self_rows.items():
+        for verb, row in self._meter.rows.items():
             if not row[SUM]:
                 continue
             recent = [now - was for now, was in zip(row, before[verb], strict=True)]
