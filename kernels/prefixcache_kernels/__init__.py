@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prefixcache_kernels import reference
+from prefixcache_kernels import grouped, reference
+from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
 from prefixcache_kernels.plan import Plan
 from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool
@@ -17,11 +18,13 @@ from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool
 __all__ = [
     "TORCH_DTYPES",
     "GroupPlan",
+    "GroupedPlan",
     "Plan",
     "SharedPool",
     "SharingCost",
     "copy_blocks",
     "paged_attention",
+    "shared_prefix_attention",
     "store_kv",
 ]
 
@@ -64,6 +67,38 @@ def paged_attention(
         block_tables,
         query_start,
         context_lens,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        plan=plan,
+    )
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    groups: GroupPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    plan: GroupedPlan | None = None,
+) -> Tensor:
+    """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`."""
+    return grouped.shared_prefix_attention(
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        query_start,
+        context_lens,
+        groups,
         scale=scale,
         window=window,
         softcap=softcap,

@@ -106,6 +106,7 @@ class Plan:
         context_lens: list[int],
         starts: list[int],
         block_size: int,
+        own_from: list[int],
     ) -> None:
         self.block_size = block_size
         self.num_queries = starts[-1]
@@ -114,6 +115,7 @@ class Plan:
         self._query_lens = query_lens
         self._context_lens = context_lens
         self._starts = starts
+        self._own_from = own_from
         self._pieces: dict[tuple[int | None, int], list[Piece]] = {}
         self._work: dict[tuple[object, ...], Work] = {}
 
@@ -124,6 +126,7 @@ class Plan:
         query_start: Tensor,
         context_lens: Tensor,
         block_size: int,
+        own_from: list[int] | None = None,
     ) -> Plan:
         """Prepare a packed batch.  Changes nothing.  O(blocks of the batch), once per step.
 
@@ -133,9 +136,12 @@ class Plan:
                 `query_start[s + 1]`.
             context_lens: `[S]` ints; keys of each sequence, its new tokens included.
             block_size: Tokens of a block.
+            own_from: For each sequence, how many of its first blocks are left out, because they
+                are attended elsewhere; all of them before its queries.  None: none.
 
         Raises:
-            InvalidRequest: The shapes do not fit together, or a table is too short for its context.
+            InvalidRequest: The shapes do not fit together, a table is too short for its context, or
+                blocks are left out that are not before the queries.
         """
         starts, contexts = query_start.tolist(), context_lens.tolist()
         if block_size < 1 or block_tables.dim() != 2 or len(starts) != len(contexts) + 1:
@@ -155,8 +161,15 @@ class Plan:
                     f"sequence {s} has {num} queries and {context} keys (its own queries included) "
                     f"in a table of {room} slots; query_start begins with {starts[0]}"
                 )
+        own_from = [0] * len(lens) if own_from is None else own_from
+        for s, (num, context, own) in enumerate(zip(lens, contexts, own_from, strict=True)):
+            if num and not 0 <= own * block_size <= context - num:
+                raise InvalidRequest(
+                    f"{own} blocks of {block_size} tokens are shared by sequence {s}, whose "
+                    f"queries begin at token {context - num}"
+                )
         tables = block_tables.to(device="cpu", dtype=torch.int64)
-        return cls(tables, lens, contexts, starts, block_size)
+        return cls(tables, lens, contexts, starts, block_size, own_from)
 
     def pieces(self, window: int | None, token_bytes: int) -> list[Piece]:
         """The batch in pieces; made at the first call for a window, remembered for other layers.
@@ -196,7 +209,7 @@ class Plan:
             )
         pieces = self.pieces(window, 2 * tail[1:].numel() * cache.element_size())
         size = max((piece.index.numel() for piece in pieces), default=0) * tail.numel()
-        keys, values = _scratch(2 * size, cache.dtype).view(2, size)
+        keys, values = scratch(2 * size, cache.dtype).view(2, size)
         groups = query.shape[1] // tail[1]
         work: Work = [
             (piece, _view(piece, keys, values, tail), piece.mask(groups, query.dtype))
@@ -208,10 +221,13 @@ class Plan:
     def _split(self, window: int | None, token_bytes: int) -> list[Piece]:
         """Group the sequences by number of queries, then by number of keys, while it pays."""
         size = self.block_size
-        first = [  # the first block that some query attends
-            0 if window is None else max(0, context - num - window + 1) // size
-            for num, context in zip(self._query_lens, self._context_lens, strict=True)
+        begins = [  # the first key that some query attends
+            max(own * size, 0 if window is None else context - num - window + 1)
+            for num, context, own in zip(
+                self._query_lens, self._context_lens, self._own_from, strict=True
+            )
         ]
+        first = [begin // size for begin in begins]
         blocks = [-(-c // size) - f for c, f in zip(self._context_lens, first, strict=True)]
         order = sorted(
             (s for s, num in enumerate(self._query_lens) if num),
@@ -231,16 +247,14 @@ class Plan:
                 group.append(s)
             else:
                 groups.append([s])
-        return [self._piece(group, first, blocks[group[-1]], window) for group in groups]
+        return [self._piece(group, begins, blocks[group[-1]], window) for group in groups]
 
-    def _piece(self, group: list[int], first: list[int], width: int, window: int | None) -> Piece:
+    def _piece(self, group: list[int], begins: list[int], width: int, window: int | None) -> Piece:
         size = self.block_size
         num = self._query_lens[group[0]]
         context = self._context_lens[group[0]]
-        begins = [
-            0 if window is None else max(0, self._context_lens[s] - num - window + 1) for s in group
-        ]
-        skips = [begin - first[s] * size for s, begin in zip(group, begins, strict=True)]
+        first = {s: begins[s] // size for s in group}
+        skips = [begins[s] % size for s in group]
         spans = [self._context_lens[s] - first[s] * size for s in group]
         if len(group) == 1:
             index = self._tables[group[0], first[group[0]] : first[group[0]] + width]
@@ -266,7 +280,7 @@ class Plan:
             visible = spot <= last
             if window is not None:
                 visible &= spot > last - window
-        whole = len(group) == 1 and (window is None or window >= context)
+        whole = len(group) == 1 and not begins[group[0]] and (window is None or window >= context)
         return Piece(
             rows=self._rows(group, num),
             num_seqs=len(group),
@@ -290,8 +304,8 @@ class Plan:
 _LOCAL = threading.local()
 
 
-def _scratch(numel: int, dtype: torch.dtype) -> Tensor:
-    """The calling thread's scratch, at least `numel` elements long, as a tensor of that length."""
+def scratch(numel: int, dtype: torch.dtype) -> Tensor:
+    """Give the first `numel` elements of the calling thread's scratch, which grows and is kept."""
     num_bytes = numel * dtype.itemsize
     buffer: Tensor | None = getattr(_LOCAL, "buffer", None)
     if buffer is None or buffer.numel() < num_bytes:
