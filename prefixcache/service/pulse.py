@@ -92,6 +92,14 @@ class Pulse:
             return
         self.beats.append(beat_of(cache.vitals(now=now), time()))
 
+    def requests_per_s(self) -> float:
+        """Say how many requests were granted a second in the last minute."""
+        beats = self.beats
+        if len(beats) < 2:
+            return 0.0
+        first, last = beats[max(0, len(beats) - WINDOW_S - 1)], beats[-1]
+        return (last.requests - first.requests) / max(1e-9, last.at - first.at)
+
     def rates(self) -> list[VerbRate]:
         """Say what each verb that was ever used did in the last minute.  O(verbs)."""
         then, before = self._rows[0]

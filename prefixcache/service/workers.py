@@ -16,6 +16,7 @@ import os
 import secrets
 import select
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -33,6 +34,9 @@ MAX_NAME = 128
 
 MAX_NAMESPACES = 256
 """Namespaces that one worker may attach."""
+
+_REMEMBERED = 64
+"""Workers that are shown after they have gone."""
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +59,10 @@ class Worker:
     """Its acquires that wait, by op id."""
     forget: asyncio.TimerHandle | None = None
     """Once lost, if its process cannot be watched: ends the quarantine at last."""
+    state: str = "attached"
+    """Then `left` (it said so), `died` (its process ended) or `lost` (it may still be writing)."""
+    since: float = 0.0
+    """When it came into that state."""
 
 
 class Workers:
@@ -69,6 +77,7 @@ class Workers:
         self._lost: dict[str, Worker] = {}
         self._names: set[str] = set()
         self._count = 0
+        self._past: deque[Worker] = deque(maxlen=_REMEMBERED)
         self._patrol: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -78,6 +87,10 @@ class Workers:
     def num_streams(self) -> int:
         """How many of them hold a session open.  O(workers)."""
         return sum(worker.hang_up is not None for worker in self._attached.values())
+
+    def roll(self) -> list[Worker]:
+        """Give the workers that are attached, and the last ones that were.  O(workers)."""
+        return [*self._attached.values(), *self._past]
 
     def find(self, key: str) -> Worker:
         """Give the worker that a unary request speaks for, and note its sign of life.
@@ -111,7 +124,7 @@ class Workers:
         if public in self._names:
             public = f"{public}#{self._count}"
         worker = Worker(WorkerId(public), secrets.token_hex(16), hang_up, pid)
-        worker.seen_at = time.monotonic()
+        worker.seen_at = worker.since = time.monotonic()
         if pid and host and host == self._host:
             self._watch(worker)
         self._names.add(public)
@@ -132,7 +145,11 @@ class Workers:
             return Ended()
         cache, now = self._holdings.cache, time.monotonic()
         ended = Ended()
-        gone = gone or _is_dead(worker.pidfd)
+        dead = _is_dead(worker.pidfd)
+        worker.state = "died" if dead else "left" if gone else "lost"
+        worker.since = now
+        self._past.append(worker)
+        gone = gone or dead
         for ticket in worker.tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls
                 self._line.refuse(ticket, NotFound(f"{worker.id} left while this call waited"))
@@ -206,7 +223,8 @@ class Workers:
             freed = self._holdings.cache.worker_gone(worker.id, now=time.monotonic())
         if freed:
             log.info("quarantine ended", worker=worker.id, freed=freed, why=why)
-        self._lost.pop(worker.key, None)
+        if self._lost.pop(worker.key, None) is not None:
+            worker.state, worker.since = "died", time.monotonic()
         self._forget(worker)
         self._line.settle()
 

@@ -484,8 +484,40 @@ class ServiceInfo(_message.Message):
     draining: bool
     def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
+class VerbInfo(_message.Message):
+    __slots__ = ("verb", "count", "refused", "per_s", "p50_s", "p99_s")
+    VERB_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    PER_S_FIELD_NUMBER: _ClassVar[int]
+    P50_S_FIELD_NUMBER: _ClassVar[int]
+    P99_S_FIELD_NUMBER: _ClassVar[int]
+    verb: str
+    count: int
+    refused: int
+    per_s: float
+    p50_s: float
+    p99_s: float
+    def __init__(self, verb: _Optional[str] = ..., count: _Optional[int] = ..., refused: _Optional[int] = ..., per_s: _Optional[float] = ..., p50_s: _Optional[float] = ..., p99_s: _Optional[float] = ...) -> None: ...
+
+class WorkerInfo(_message.Message):
+    __slots__ = ("worker", "pid", "state", "since_s", "leases", "has_session")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    LEASES_FIELD_NUMBER: _ClassVar[int]
+    HAS_SESSION_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    pid: int
+    state: str
+    since_s: float
+    leases: int
+    has_session: bool
+    def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ...) -> None: ...
+
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -502,6 +534,12 @@ class SnapshotResponse(_message.Message):
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
+    VERBS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    FLIGHTS_SAVED_FIELD_NUMBER: _ClassVar[int]
+    OVERSHOT_FIELD_NUMBER: _ClassVar[int]
+    EVICTION_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     free: int
@@ -518,7 +556,13 @@ class SnapshotResponse(_message.Message):
     ledger: Ledger
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceLedger]
     service: ServiceInfo
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ...) -> None: ...
+    verbs: _containers.RepeatedCompositeFieldContainer[VerbInfo]
+    requests_per_s: float
+    flights_saved: int
+    overshot: int
+    eviction_age_s: float
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., overshot: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")

@@ -283,3 +283,18 @@ def test_a_real_prometheus_answers_every_panel(service: ServiceProcess, tmp_path
     finally:
         process.terminate()
         process.wait(20)
+
+
+def test_a_snapshot_tells_what_the_verbs_and_the_workers_do(service: ServiceProcess) -> None:
+    from prefixcache.v1 import prefixcache_pb2 as pb
+
+    with prefixcache.connect(service.target) as client:
+        told = client.call("snapshot", pb.SnapshotRequest())
+    verbs = {info.verb: info for info in told.verbs}
+    assert verbs["acquire"].count > verbs["acquire"].refused > 0
+    assert verbs["commit"].per_s > 0
+    assert 0 < verbs["acquire"].p50_s <= verbs["acquire"].p99_s < 5
+    assert told.flights_saved >= 2
+    assert told.overshot == 0
+    states = {info.worker: info.state for info in told.workers}
+    assert {states[name] for name in ("one", "two", "other")} == {"left"}
