@@ -7,6 +7,7 @@ Everything it does is synchronous and short.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from time import monotonic
@@ -281,6 +282,7 @@ class Handlers:
 
     def _write_snapshot(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
         codec.write_snapshot(answer, message)
+        self._write_watched(message)
         info = message.service
         info.version = __version__
         info.pid = os.getpid()
@@ -295,6 +297,37 @@ class Handlers:
         info.workers = len(self.workers)
         info.sessions = self.workers.num_streams
         info.draining = self.draining
+
+    def _write_watched(self, message: pb.SnapshotResponse) -> None:
+        """Fill in what the service observes beside the cache."""
+        for rate in self.pulse.rates():
+            message.verbs.add(
+                verb=rate.verb,
+                count=rate.count,
+                refused=rate.refused,
+                per_s=rate.per_s,
+                p50_s=rate.p50_s,
+                p99_s=rate.p99_s,
+            )
+        message.requests_per_s = self.pulse.requests_per_s()
+        now = monotonic()
+        held = Counter(lease.worker for lease in message.leases)
+        for worker in self.workers.roll():
+            message.workers.add(
+                worker=worker.id,
+                pid=worker.pid,
+                state=worker.state,
+                since_s=now - worker.since,
+                leases=held[worker.id] if worker.state == "attached" else 0,
+                has_session=worker.hang_up is not None,
+            )
+        if self.holdings.cache is None:
+            return
+        vitals = self.holdings.cache.vitals(now=now)
+        message.flights_saved = sum(account.joins for account in vitals.accounts.values())
+        message.overshot = vitals.overshot
+        if vitals.eviction_age_s is not None:
+            message.eviction_age_s = vitals.eviction_age_s
 
     # ------------------------------------------------------------------------ shared by verbs
 
