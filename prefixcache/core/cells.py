@@ -12,6 +12,7 @@ A use is in the cell of its leaf.  Re-ranking touches cells, never leaves.
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from prefixcache.core.hazards import NUM_AGES
@@ -27,28 +28,37 @@ class Cells:
     Marks are `(use, uses, kind)`.
     """
 
-    __slots__ = ("_bits", "_filled", "_heaps", "_num_kinds", "_order", "_shadow", "_unmarked")
+    __slots__ = (
+        "_ages",
+        "_bits",
+        "_filled",
+        "_heaps",
+        "_num_kinds",
+        "_order",
+        "_powers",
+        "_shadow",
+        "_unmarked",
+    )
 
     def __init__(self, num_kinds: int, shadow: Shadow) -> None:
         self._num_kinds = num_kinds
         self._shadow = shadow
         self._heaps: list[list[tuple[int, Use]]] = [[] for _ in range(num_kinds * NUM_AGES)]
+        self._powers = [1 << rank for rank in range(num_kinds * NUM_AGES)]
         self._order: list[int] = []
         self._bits: list[int] = []
         self._filled = 0
+        self._ages: list[int] = []
+        """The bits of all cells of one age, the oldest first; empty until needed."""
         self._unmarked: list[Node] = []
 
     def rank(self, order: list[int]) -> None:
         """Give the cells a new order, the worst first.  O(cells)."""
         bits = [0] * len(order)
-        filled, bit = 0, 1
-        heaps = self._heaps
-        for cell in order:
+        for cell, bit in zip(order, self._powers, strict=True):
             bits[cell] = bit
-            if heaps[cell]:
-                filled |= bit
-            bit <<= 1
-        self._order, self._bits, self._filled = order, bits, filled
+        filled = sum(compress(bits, self._heaps))  # those of the heaps that are not empty
+        self._order, self._bits, self._filled, self._ages = order, bits, filled, []
 
     def push(self, node: Node) -> None:
         """Add a leaf.  O(log leaves)."""
@@ -58,7 +68,6 @@ class Cells:
         else:
             use = node.mark[0]
             use.leaf = node
-
             cell = self._cell(use)
             if cell >= 0:
                 heappush(self._heaps[cell], (use.number, use))
@@ -104,12 +113,20 @@ class Cells:
         return None
 
     def _oldest(self) -> Use | None:
-        """Give the oldest use; O(kinds + ages)."""
-        for age in range(NUM_AGES - 1, -1, -1):
-            cells = range(age, self._num_kinds * NUM_AGES, NUM_AGES)
-            heads = [use for cell in cells if (use := self._head(cell)) is not None]
-            if heads:
-                return min(heads, key=lambda use: use.number)
+        """Give the oldest use.  O(kinds), and O(cells) once after each ranking."""
+        if not self._ages:
+            self._ages = [sum(self._bits[age::NUM_AGES]) for age in range(NUM_AGES - 1, -1, -1)]
+        for mask in self._ages:
+            oldest: Use | None = None
+            left = self._filled & mask
+            while left:
+                lowest = left & -left
+                left ^= lowest
+                use = self._head(self._order[lowest.bit_length() - 1])
+                if use is not None and (oldest is None or use.number < oldest.number):
+                    oldest = use
+            if oldest is not None:
+                return oldest
         return None
 
     def _head(self, cell: int) -> Use | None:
@@ -126,9 +143,12 @@ class Cells:
     def _cell(self, use: Use) -> int:
         """Give where a use belongs; -1 if it has no leaf now."""
         leaf = use.leaf
-        if leaf is None or not leaf.is_evictable or leaf.mark is None:
+        # `leaf.is_evictable`, written out: this is the policy's most frequent question.
+        if leaf is None or leaf.ref or leaf.children or leaf.parent is None or not leaf.blocks:
             return -1
-        owner: Use
-        kind: int
-        owner, _, kind = leaf.mark
-        return kind * NUM_AGES + min(use.age, NUM_AGES - 1) if owner is use else -1
+        mark = leaf.mark
+        if mark is None or mark[0] is not use:
+            return -1
+        kind: int = mark[2]
+        age = use.age
+        return kind * NUM_AGES + (age if age < NUM_AGES else NUM_AGES - 1)

@@ -51,6 +51,7 @@ class Hazard(EvictionPolicy):
         self._cells = Cells(self.hazards.num_kinds, self.shadow)
         self._cells.rank(self.hazards.order(1.0))
         self._by_age: list[deque[Use]] = [deque() for _ in range(NUM_AGES)]
+        self._ends = self.hazards.edges[1:]
         self._time = 0
         """Block visits so far."""
         self._halved_at = 0
@@ -127,17 +128,17 @@ class Hazard(EvictionPolicy):
 
     def _age(self) -> None:
         """Move on the uses that have reached the next bucket.  Amortised O(ages) a use."""
-        time, edges, exposed = self._time, self.hazards.edges, self.hazards.exposed
-        for age, queue in enumerate(self._by_age):
-            edge = time - edges[age + 1]
-            while queue and queue[0].time <= edge:
+        time, exposed, by_age = self._time, self.hazards.exposed, self._by_age
+        for age, (queue, edge) in enumerate(zip(by_age, self._ends, strict=True), 1):
+            before = time - edge
+            while queue and queue[0].time <= before:
                 use = queue.popleft()
-                use.age = age + 1
-                if not use.size or use.age == NUM_AGES:
+                use.age = age
+                if not use.size or age == NUM_AGES:
                     continue  # nothing to learn any more; a leaf stays where it is
                 for kind, count in use.kinds.items():
-                    exposed[kind][use.age] += count
-                self._by_age[use.age].append(use)
+                    exposed[kind][age] += count
+                by_age[age].append(use)
                 if use.leaf is not None:
                     self._cells.age(use)
 
