@@ -154,6 +154,8 @@ class ServeSettings(BaseSettings):
     """Whether the recording has other token ids and names, with the same prefixes in common."""
     http: str | None = None
     """Loopback address for /metrics and the page; off unless given."""
+    state: Path | None = None
+    """Folder in which pool and index outlive the service; None keeps nothing."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

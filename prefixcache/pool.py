@@ -11,6 +11,16 @@ bytes   0 ───── 8 ────── 16 ───── 512 ───�
 The owner keeps an exclusive `flock` on the file while it lives.  The kernel drops it however the
 owner dies, so the next start can tell a dead owner's file from a living one's and removes it.
 The file's mode is 0600: a pool is one trust domain, whoever may map it can read all of it.
+
+A pool that is *kept* outlives its owner, and the next one takes it over under a new epoch:
+
+```
+owner    writes the new epoch into the header ──► looks who still maps the old one ──► lends blocks
+worker   locks byte number `epoch` of the file, shared ──► reads the header: my epoch?
+```
+In whatever order these happen, a worker is either refused or seen.  Its lock falls with its
+mapping, however it ends.  Whoever goes on in memory whose owner is lost reads the header once more
+*after* it has read blocks (`epoch_of`): if the epoch is another, what it read may be anything.
 """
 
 from __future__ import annotations
@@ -46,6 +56,11 @@ MAX_BLOCK_SIZE: Final = 1024
 
 _MAGIC: Final = b"prefixc1"
 _HEAD: Final = struct.Struct("<8sQ496s")
+_EPOCH: Final = struct.Struct("<Q")
+_EPOCH_AT: Final = 8
+_FLOCK: Final = struct.Struct("hhqqi4x")
+"""`struct flock`: type, whence, start, length, pid."""
+_LAST_BYTE: Final = 2**63 - 1
 _NAME: Final = re.compile(r"prefixcache-(\d+)-[0-9a-f]{16}")
 
 
@@ -98,9 +113,10 @@ class PoolFile:
     A context manager.  `handle` is what workers need to map the same memory.
     """
 
-    def __init__(self, handle: PoolHandle, fd: int) -> None:
+    def __init__(self, handle: PoolHandle, fd: int, *, kept: bool = False) -> None:
         self.handle = handle
         self._fd: int | None = fd
+        self._kept = kept
 
     @classmethod
     def create(
@@ -164,6 +180,78 @@ class PoolFile:
         handle = PoolHandle("shm", str(path), num_blocks, block_size, layout, epoch, HEADER_BYTES)
         return cls(handle, fd)
 
+    @classmethod
+    def keep(
+        cls, path: Path, layout: Layout, num_blocks: int, block_size: int, *, reuse: bool = True
+    ) -> tuple[PoolFile, bool]:
+        """Take over the pool at `path`, or create it there; it stays when its owner ends.
+
+        Its memory is all reserved at once: a page that cannot be had later kills who writes to it.
+        A pool of another shape is replaced; who maps it keeps that one.
+
+        Args:
+            path: Its file.
+            layout: Shape of one token's keys and values.
+            num_blocks: Blocks of the pool.
+            block_size: Tokens of a block.
+            reuse: Whether a pool of this shape is taken over; else it is replaced, too.
+
+        Returns:
+            The pool, and whether it is one that was there.
+
+        Raises:
+            InvalidRequest: A size that no pool can have.
+            PoolExhausted: There is not enough room, or another owner has the pool.
+            OSError: The file cannot be made.
+        """
+        _check(layout, num_blocks, block_size)
+        num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
+        shape = _shape(layout, num_blocks, block_size)
+        epoch = secrets.randbits(63) | 1
+        handle = PoolHandle("shm", str(path), num_blocks, block_size, layout, epoch, HEADER_BYTES)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            _own(fd, path)
+            head = os.pread(fd, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
+            magic, _, found = _HEAD.unpack(head)
+            fits = os.fstat(fd).st_size == num_bytes and found.rstrip(b"\0") == shape
+            if reuse and magic == _MAGIC and fits:
+                os.pwrite(fd, _EPOCH.pack(epoch), _EPOCH_AT)
+                return cls(handle, fd, kept=True), True
+            if os.fstat(fd).st_size:
+                path.unlink()
+                os.close(fd)
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                _own(fd, path)
+            os.posix_fallocate(fd, 0, num_bytes)
+            os.pwrite(fd, _HEAD.pack(_MAGIC, epoch, shape), 0)
+        except OSError as error:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise PoolExhausted(
+                    f"no room for a pool of {_gib(num_bytes)} at {path}: {error.strerror}. "
+                    "Lower --memory, or choose another --state."
+                ) from error
+            raise
+        except PoolExhausted:
+            os.close(fd)
+            raise
+        return cls(handle, fd, kept=True), False
+
+    def has_former_workers(self) -> bool:
+        """Whether any process still maps this pool under an earlier epoch.  One or two syscalls."""
+        if self._fd is None:
+            return False
+        epoch = self.handle.epoch
+        return _is_locked(self._fd, 1, epoch - 1) or _is_locked(self._fd, epoch + 1, 0)
+
+    def map(self) -> mmap.mmap:
+        """Map all of it, header and blocks, for the owner itself."""
+        if self._fd is None:
+            raise NotFound(f"the pool at {self.handle.name} is closed")
+        return mmap.mmap(self._fd, HEADER_BYTES + self.handle.num_bytes)
+
     @staticmethod
     def sweep(directory: Path = SHARED_MEMORY) -> list[Path]:
         """Remove this user's pool files whose owner is dead; give their paths.  O(files).
@@ -188,7 +276,7 @@ class PoolFile:
         return removed
 
     def close(self) -> None:
-        """Unlink the file and drop the lock.  Idempotent.
+        """Unlink the file, unless it is kept, and drop the lock.  Idempotent.
 
         Workers that map it keep their memory until they unmap it; nobody can map it anew.
         """
@@ -196,7 +284,7 @@ class PoolFile:
             return
         fd, self._fd = self._fd, None
         try:
-            if os.fstat(fd).st_nlink:
+            if os.fstat(fd).st_nlink and not self._kept:
                 Path(self.handle.name).unlink(missing_ok=True)
         finally:
             os.close(fd)
@@ -250,6 +338,8 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
             raise EpochMismatch(
                 f"{handle.name} has {size} bytes, the handle speaks of {expected}. Attach again."
             )
+        # Before the header is read; `mmap` keeps this very file open, and with it the lock.
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, handle.epoch, 1, 0))
         head = os.pread(fd, _HEAD.size, 0)
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
             raise EpochMismatch(f"{handle.name} is no pool of this version of prefixcache")
@@ -268,3 +358,25 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
         return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(fd)
+
+
+def epoch_of(memory: mmap.mmap) -> int:
+    """Read the epoch of a mapped pool: another one than the handle's if it was taken over since."""
+    epoch: int = _EPOCH.unpack_from(memory, _EPOCH_AT)[0]
+    return epoch
+
+
+def _own(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PoolExhausted(f"another service has the pool at {path}; stop it first") from None
+
+
+def _is_locked(fd: int, start: int, length: int) -> bool:
+    """Whether others hold a lock on a byte from `start` on; 0: to the end."""
+    if length < 0 or start >= _LAST_BYTE:
+        return False
+    asked = _FLOCK.pack(fcntl.F_WRLCK, 0, start, length, 0)
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)

@@ -12,6 +12,7 @@ attention can read in place.
 
 from __future__ import annotations
 
+import mmap
 from types import TracebackType
 from typing import Final, Self
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
-from prefixcache.pool import map_pool
+from prefixcache.pool import epoch_of, map_pool
 from prefixcache.types import Layout, PoolHandle
 
 TORCH_DTYPES: Final = {
@@ -41,8 +42,9 @@ class SharedPool:
     A context manager; make one with `map` or `private`.
     """
 
-    def __init__(self, handle: PoolHandle, blocks: Tensor) -> None:
+    def __init__(self, handle: PoolHandle, blocks: Tensor, memory: mmap.mmap | None = None) -> None:
         self.handle = handle
+        self._memory = memory
         self.blocks = blocks
         """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`."""
         # Made once: a view costs microseconds, and a step asks for two in each layer.
@@ -63,7 +65,7 @@ class SharedPool:
         dtype = TORCH_DTYPES[handle.layout.dtype]
         count = handle.num_bytes // dtype.itemsize
         flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=handle.offset)
-        return cls(handle, flat.view(_shape(handle)))
+        return cls(handle, flat.view(_shape(handle)), memory)
 
     @classmethod
     def private(cls, layout: Layout, num_blocks: int, block_size: int) -> SharedPool:
@@ -102,6 +104,15 @@ class SharedPool:
         """Values of a layer, shaped like its keys.  A view; O(1)."""
         return self._values[layer]
 
+    @property
+    def current(self) -> bool:
+        """Whether nobody has taken the pool over under another epoch.  Reads one word.
+
+        Only a service that keeps its state is followed by one that does.  Whoever goes on in the
+        pool of a lost service asks this *after* each use: what was read before may be anything.
+        """
+        return self._memory is None or epoch_of(self._memory) == self.handle.epoch
+
     def close(self) -> None:
         """Let go of the memory.  Idempotent.
 
@@ -111,6 +122,7 @@ class SharedPool:
         # Never `mmap.close()`: torch keeps a reference to the mapping but no buffer export, so that
         # closing would pull the memory from under the caller's tensors.  The last reference unmaps.
         self._keys, self._values = [], []
+        self._memory = None
         self.blocks = self.blocks.new_empty(0)
 
     def __enter__(self) -> Self:

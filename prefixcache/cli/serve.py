@@ -74,6 +74,15 @@ def serve(
         float | None,
         _option(_SERVICE, "Time for leases to come back at the end. Default: 30.", "SECONDS"),
     ] = None,
+    state: Annotated[
+        Path | None,
+        _option(
+            _SERVICE,
+            "Keep pool and index in this folder, so that the next start finds what was stored. In "
+            "/dev/shm they outlive the service, on a disk also a reboot.",
+            "DIR",
+        ),
+    ] = None,
     record: Annotated[
         Path | None,
         _option(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from typing import Protocol
 
 import numpy as np
 
@@ -29,18 +30,39 @@ _SHORT_RUN = 24
 """Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
 
 
+class Rights(Protocol):
+    """What hears who may write: exactly the blocks that were given, and not ended since."""
+
+    def given(self, blocks: BlockTable) -> None:
+        """Hear that a lease may write to these blocks."""
+
+    def ended(self, blocks: BlockTable) -> None:
+        """Hear that nobody may write to these blocks (any more)."""
+
+
 class BlockPool:
     """Ids 0 … num_blocks-1 and their owners.
 
     Free ids are a stack plus a bump pointer: taking and giving back a run is a slice.
     """
 
-    __slots__ = ("_bump", "_quarantine", "_stack", "_state", "_states", "num_blocks", "shares")
+    __slots__ = (
+        "_bump",
+        "_quarantine",
+        "_stack",
+        "_state",
+        "_states",
+        "num_blocks",
+        "rights",
+        "shares",
+    )
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.shares: Counter[int] = Counter()
         """Owners of a block beyond its first; only blocks that have any."""
+        self.rights: Rights | None = None
+        """Who hears of the rights to write."""
         self._stack: BlockTable = array("i")
         self._bump = 0
         self._state = bytearray(num_blocks)
@@ -77,6 +99,8 @@ class BlockPool:
             ids.extend(range(self._bump, self._bump + fresh))
             self._bump += fresh
         self._mark(ids, _FREE, _LIVE)
+        if self.rights is not None:
+            self.rights.given(ids)
         return ids
 
     def release(self, ids: BlockTable) -> int:
@@ -93,8 +117,27 @@ class BlockPool:
                 gone = set(shared)
                 ids = array("i", [block for block in ids if block not in gone])
         self._mark(ids, _LIVE, _FREE)
+        if self.rights is not None:
+            self.rights.ended(ids)
         self._stack.extend(ids)
         return len(ids)
+
+    def restore(self, indexed: BlockTable, aside: BlockTable, worker: WorkerId) -> None:
+        """Begin anew, with some blocks owned by the tree and some quarantined.  O(num_blocks).
+
+        Args:
+            indexed: What the tree owns.
+            aside: What `worker` may still write to; `absolve` frees them.
+            worker: Who.
+        """
+        self._states[:] = _FREE
+        self._states[np.frombuffer(indexed, np.int32)] = _LIVE
+        self._states[np.frombuffer(aside, np.int32)] = _QUARANTINED
+        self._quarantine = {worker: aside[:]} if aside else {}
+        used = np.flatnonzero(self._states)
+        self._bump = int(used[-1]) + 1 if len(used) else 0
+        free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
+        self._stack = array("i", free.astype(np.int32).tobytes())
 
     def share(self, block: BlockId) -> None:
         """Add an owner to a live block."""

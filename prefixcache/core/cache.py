@@ -11,15 +11,18 @@ The service, the client's contract tests and the experiments all run this very c
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from array import array
+from collections.abc import Generator, Iterable, Sequence
 
 from prefixcache.core import views
-from prefixcache.core.blocks import BlockPool
+from prefixcache.core.blocks import BlockPool, Rights
 from prefixcache.core.desk import Desk
 from prefixcache.core.eviction import policy_named
 from prefixcache.core.flights import Request
+from prefixcache.core.graft import Run, graft
 from prefixcache.core.journal import Journal, Journals
 from prefixcache.core.leases import Worker
+from prefixcache.core.node import Root, blocks_below
 from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
 from prefixcache.core.vitals import Vitals, vitals
@@ -27,6 +30,7 @@ from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhaust
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     TOKEN_BYTES,
+    BlockTable,
     Committed,
     Ended,
     Explanation,
@@ -104,10 +108,41 @@ class PrefixCache:
         """Blocks that the tree holds.  O(1)."""
         return self._desk.tree.num_blocks
 
-    def observe(self, journal: Journal) -> None:
-        """Tell `journal` of every change of the index from now on, beside those told already."""
+    def observe(self, journal: Journal, rights: Rights | None = None) -> None:
+        """Tell `journal` of every change of the index from now on, beside those told already.
+
+        Args:
+            journal: Hears of the index.
+            rights: Hears of the rights to write; at most one does.
+        """
         tree = self._desk.tree
         tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
+        if rights is not None:
+            self._desk.holdings.pool.rights = rights
+
+    def restore(self, runs: Sequence[Run], aside: BlockTable, worker: WorkerId) -> int:
+        """Take over what an earlier life of the pool left.  Only while the cache is empty.
+
+        O(num_blocks + runs · log siblings).
+
+        Args:
+            runs: What is indexed, parents first; each block in one run only.
+            aside: Blocks that processes of that life may still write to: quarantined.
+            worker: The name under which they are; `worker_gone` frees them.
+
+        Returns:
+            How many blocks are indexed now.
+        """
+        desk = self._desk
+        for run in runs:
+            if run.namespace not in desk.roots:
+                desk.roots[run.namespace] = Root(run.namespace)
+        count = graft(desk.tree, desk.roots, runs)
+        indexed = array("i")
+        for root in desk.roots.values():
+            indexed.extend(blocks_below(root))
+        desk.holdings.pool.restore(indexed, aside, worker)
+        return count
 
     # ------------------------------------------------------------------ workers
 

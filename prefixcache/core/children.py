@@ -80,6 +80,12 @@ class Children(dict[bytes, Child]):
         else:
             order.add(key)
 
+    def sort(self) -> None:
+        """Bring the order up to date after keys were set in bulk.  O(n log n)."""
+        self._order = None
+        if len(self) > 1:
+            self._order = sorted(self) if len(self) <= _LIST_UNTIL else SortedList(self)
+
     def drop(self, key: bytes) -> None:
         """Remove a child.  O(log n).
 

@@ -239,6 +239,7 @@ class Holdings:
     def _step_back(self, lease: Lease, keep: int, left: int) -> None:
         """Move a lease's lock up to the end of its first `keep` blocks; its tail stays cached."""
         if lease.tail is not None:
+            self._settle_tail(lease)
             self._unlock(lease.tail)
             lease.tail = None
         start = keep * self.block_size
@@ -271,6 +272,7 @@ class Holdings:
             private.append(lease.table[lease.private_from - 1])
             lease.tail = None
         if lease.tail is not None:
+            self._settle_tail(lease)
             # The tail keeps the node locked until both become unprotected in one step, of one age.
             self.tree.unlock(lease.node, used=False)
             self._unlock(lease.tail)
@@ -282,6 +284,11 @@ class Holdings:
             quarantined = 0
             self.pool.release(private)
         return self.pool.num_free - free_before, quarantined
+
+    def _settle_tail(self, lease: Lease) -> None:
+        """Note that a lease will not write to its indexed tail any more."""
+        if self.pool.rights is not None and lease.tail is not None:
+            self.pool.rights.ended(lease.tail.blocks[-1:])
 
     def _let_go_of_shared_tail(self, lease: Lease) -> None:
         lease.tail_is_shared = False

@@ -297,6 +297,9 @@ class Handlers:
         info.workers = len(self.workers)
         info.sessions = self.workers.num_streams
         info.draining = self.draining
+        if self.holdings.state is not None:
+            for name, value in self.holdings.state.condition._asdict().items():
+                setattr(info.state, name, value)
 
     def _write_watched(self, message: pb.SnapshotResponse) -> None:
         """Fill in what the service observes beside the cache."""

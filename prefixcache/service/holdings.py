@@ -12,6 +12,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import PoolFile
 from prefixcache.service.model_layout import read_layout
+from prefixcache.service.state.folder import StateFolder
 from prefixcache.types import Layout, PoolHandle
 
 
@@ -60,13 +61,18 @@ class Holdings:
         self.cache: PrefixCache | None = None
         self.handle: PoolHandle | None = None
         self.sizes: Sizes | None = None
+        self.state: StateFolder | None = None
         self._file: PoolFile | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
+        if settings.state is not None:
+            self.state = StateFolder(settings.state)
         if settings.layout is not None:
             self.settle_layout(settings.layout)
         elif settings.model is not None:
             self.settle_layout(read_layout(settings.model, settings.dtype))
+        elif self.state is not None and self.state.layout is not None:
+            self.settle_layout(self.state.layout)
 
     def settle_layout(self, layout: Layout) -> PrefixCache:
         """Create pool and cache for `layout`, or check that they were created for it.
@@ -102,17 +108,29 @@ class Holdings:
             ttl_s=settings.ttl,
         )
         if settings.pool == "shm":
-            self._file = PoolFile.create(layout, sizes.num_blocks, settings.block_size)
+            self._file = self._make_pool(sizes)
             self.handle = self._file.handle
         else:
             self.handle = PoolHandle(
                 "none", "", sizes.num_blocks, settings.block_size, layout, 0, 0
             )
+        if self.state is not None:
+            self.state.restore(cache, settings.partial)
         self.cache, self.sizes = cache, sizes
         return cache
 
+    def _make_pool(self, sizes: Sizes) -> PoolFile:
+        file = None
+        if self.state is not None:
+            file = self.state.open_pool(sizes.layout, sizes.num_blocks, sizes.block_size)
+        if file is None:
+            file = PoolFile.create(sizes.layout, sizes.num_blocks, sizes.block_size)
+        return file
+
     def close(self) -> None:
-        """Unlink the pool's file.  Idempotent."""
+        """Unlink the pool's file, unless it is kept.  Idempotent."""
+        if self.state is not None:
+            self.state.close()
         if self._file is not None:
             self._file.close()
             self._file = None

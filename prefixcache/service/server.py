@@ -33,6 +33,7 @@ from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.listen import Listener
 from prefixcache.service.recorder import Recorder
+from prefixcache.service.state.folder import FORMER, Condition
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Workers
 
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
+
+_FORMER_S = 0.1
+"""How often to look whether processes still map the pool as it was before this service."""
 
 _COLLECTOR = (20_000, 50, 100)
 """Garbage collection: the tree's nodes live long and end without cycles, so a walk over all of them
@@ -82,6 +86,7 @@ async def _serve(
     holdings = make_holdings(settings)
     line = WaitingLine(holdings)
     workers = Workers(holdings, line, settings)
+    former = asyncio.ensure_future(_await_former(holdings, line))
     handlers = Handlers(settings, holdings, line, workers)
     http = _make_http(settings, handlers)
     server = grpc.aio.server(
@@ -112,6 +117,8 @@ async def _serve(
             announce(str(holdings.sizes))
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
+        if holdings.state is not None:
+            announce(_describe(holdings.state.condition))
         if handlers.recorder is not None:
             hidden = "anonymised" if settings.anonymise else "every prompt as it is"
             announce(f"recording to {settings.record}: {hidden}")
@@ -140,6 +147,7 @@ async def _serve(
         if http is not None:
             await http.close()
         handlers.pulse.close()
+        former.cancel()
         workers.close()
         line.close()
         listener.close()
@@ -155,6 +163,30 @@ def _make_http(settings: ServeSettings, handlers: Handlers) -> HttpServer | None
     from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
 
     return HttpServer(settings.http, handlers)
+
+
+async def _await_former(holdings: Holdings, line: WaitingLine) -> None:
+    """Free what workers of an earlier life may still write to, once none of them maps the pool."""
+    if holdings.state is None:
+        return
+    while holdings.cache is None:
+        await asyncio.sleep(_FORMER_S)
+    while holdings.state.has_former_workers():
+        await asyncio.sleep(_FORMER_S)
+    if freed := holdings.cache.worker_gone(FORMER, now=time.monotonic()):
+        log.info("quarantine ended", worker=FORMER, freed=freed, why="nobody maps the former pool")
+        line.settle()
+
+
+def _describe(state: Condition) -> str:
+    if state.failure:
+        return f"state: nothing is kept in {state.folder}: {state.failure}"
+    if not state.restored_blocks:
+        return f"state: kept in {state.folder}, nothing restored"
+    return (
+        f"state: {state.restored_tokens:,} tokens in {state.restored_blocks:,} blocks restored "
+        f"from {state.folder} in {state.restore_s:.1f} s"
+    )
 
 
 def _start_recorder(settings: ServeSettings) -> Recorder | None:

@@ -456,8 +456,30 @@ class NamespaceLedger(_message.Message):
     ledger: Ledger
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ...) -> None: ...
 
+class StateInfo(_message.Message):
+    __slots__ = ("folder", "failure", "restored_blocks", "restored_tokens", "damaged_blocks", "restore_s", "written_blocks", "dropped_runs", "pending_bytes")
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RESTORE_S_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_RUNS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    failure: str
+    restored_blocks: int
+    restored_tokens: int
+    damaged_blocks: int
+    restore_s: float
+    written_blocks: int
+    dropped_runs: int
+    pending_bytes: int
+    def __init__(self, folder: _Optional[str] = ..., failure: _Optional[str] = ..., restored_blocks: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., damaged_blocks: _Optional[int] = ..., restore_s: _Optional[float] = ..., written_blocks: _Optional[int] = ..., dropped_runs: _Optional[int] = ..., pending_bytes: _Optional[int] = ...) -> None: ...
+
 class ServiceInfo(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining")
+    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "state")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -470,6 +492,7 @@ class ServiceInfo(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: float
@@ -482,7 +505,8 @@ class ServiceInfo(_message.Message):
     workers: int
     sessions: int
     draining: bool
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    state: StateInfo
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., state: _Optional[_Union[StateInfo, _Mapping]] = ...) -> None: ...
 
 class VerbInfo(_message.Message):
     __slots__ = ("verb", "count", "refused", "per_s", "p50_s", "p99_s")

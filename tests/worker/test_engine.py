@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -267,6 +268,40 @@ def test_a_killed_service_costs_no_answer_and_sharing_comes_back(
     assert {d.num_computed for d in again.values()} == {NEW}
     assert not engine.membership.old
     engine.close()
+
+
+def test_a_pool_that_a_new_service_takes_over_is_left_at_once(
+    tiny: Model, want: list[list[int]], folder: Path
+) -> None:
+    service = Service(folder, "1MiB", "--state", str(folder / "state"))
+    service.start()
+    with prefixcache.connect(service.target) as client:
+        engine = engine_at(client, tiny)
+        for request in requests():
+            engine.submit(request)
+        events = step_until_tokens(engine, 8)
+        service.kill()
+        time.sleep(0.1)
+        events += step_until_tokens(engine, 4)  # in the pool of the dead
+        service.start()  # which takes the pool over
+        events += engine.run()
+        done = finished(events)
+        assert tokens(done) == want
+        assert all(v.num_restarts == 1 for v in done.values())
+        deadline = time.monotonic() + 15
+        while not engine.sharing and time.monotonic() < deadline:
+            engine.step()
+            engine.wait(0.1)
+        # What had been committed before the service died is found again under the new epoch.
+        back = answers(engine, *requests("back"))
+        assert tokens(back) == want
+        assert sum(v.num_computed for v in back.values()) < sum(map(len, PROMPTS))
+        engine.close()
+        eventually_unmapped = time.monotonic() + 5
+        while client.snapshot().quarantined and time.monotonic() < eventually_unmapped:
+            time.sleep(0.05)
+        assert not client.snapshot().quarantined
+    service.stop()
 
 
 def test_a_broken_session_restarts_what_its_leases_protected(

@@ -301,6 +301,11 @@ class Engine:
                 continue
             batch = Batch.pack([piece for _, piece in pieces], store.pool.block_size)
             logits = self.model.forward(batch, store.pool)
+            if not store.pool.current:
+                # A new service took the pool over meanwhile: what was read may be another's.
+                for job in reversed(jobs):
+                    self._restart(job)
+                continue
             self.num_computed += batch.num_tokens
             for job, piece in pieces:
                 job.num_valid += len(piece.tokens)
@@ -403,7 +408,9 @@ class Engine:
         for job in reversed(self._running[:]):  # so that the first is the first again
             assert job.claim is not None
             late = job.store is shared and now > job.claim.deadline
-            if late or (unsafe is not None and job.store is unsafe):
+            assert job.store is not None
+            unsafe_now = job.store is unsafe or not job.store.pool.current
+            if late or unsafe_now:
                 self._restart(job)
 
     def _close_old(self) -> None:

@@ -2,7 +2,8 @@
 
 ```
 shared ── session lost ──► alone, on a pool of its own ── every half second: join? ──► shared
-   └ what is in flight finishes in the lost pool if its owner is dead, and begins again if not
+   └ what is in flight finishes in the lost pool if its owner is dead, and begins again if not,
+     or as soon as another service takes that pool over
 ```
 """
 

@@ -1,0 +1,240 @@
+"""The folder of a state: taken by one service at a time, opened warm or cold, closed whole.
+
+A state is a convenience: whatever is wrong with it costs what was in it, never the service.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import sqlite3
+from array import array
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+
+from prefixcache.config import parse_layout
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import ServiceUnavailable
+from prefixcache.pool import PoolFile
+from prefixcache.service.state.keeper import Keeper
+from prefixcache.service.state.manifest import FORMAT, Manifest
+from prefixcache.service.state.revival import Revival, revive
+from prefixcache.service.state.stamps import Stamps
+from prefixcache.service.state.sums import Sums
+from prefixcache.types import BlockTable, Layout, Partial, WorkerId
+
+FORMER = WorkerId("workers of an earlier life")
+"""Under this name, blocks that they may still write to are quarantined."""
+
+log = structlog.get_logger(__name__)
+
+
+class Condition(NamedTuple):
+    """How it stands with a state, for people and monitoring."""
+
+    folder: str
+    failure: str
+    """Why nothing is kept (now); empty if all is well."""
+    restored_blocks: int
+    restored_tokens: int
+    damaged_blocks: int
+    """Blocks whose bytes were not those that were noted: they are not used."""
+    restore_s: float
+    written_blocks: int
+    dropped_runs: int
+    pending_bytes: int
+
+
+class StateFolder:
+    """A folder that one service has taken.
+
+    Args:
+        path: the folder; made, for this user alone, if it is not there.
+
+    Raises:
+        ServiceUnavailable: another service has it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().absolute()
+        self.failure = ""
+        self._lock: int | None = None
+        self._manifest: Manifest | None = None
+        self._stamps: Stamps | None = None
+        self._sums: Sums | None = None
+        self._keeper: Keeper | None = None
+        self._file: PoolFile | None = None
+        self._restored = (0, 0, 0, 0.0)
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._manifest = self._open_manifest()
+        except BlockingIOError:
+            self.close()
+            raise ServiceUnavailable(
+                f"another service keeps its state in {self.path}; choose another --state"
+            ) from None
+        except (OSError, sqlite3.Error) as error:
+            self._give_up(error)
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of the pool that is there; None if there is none, or it cannot be known."""
+        try:
+            return parse_layout(str(self._manifest.facts()["layout"])) if self._manifest else None
+        except (sqlite3.Error, KeyError, ValueError):
+            return None
+
+    @property
+    def condition(self) -> Condition:
+        """How it stands."""
+        keeper = self._keeper
+        return Condition(
+            str(self.path),
+            self.failure or ("" if keeper is None else keeper.failure),
+            *self._restored,
+            0 if keeper is None else keeper.num_written,
+            0 if keeper is None else keeper.num_dropped,
+            0 if keeper is None else keeper.num_pending,
+        )
+
+    def open_pool(self, layout: Layout, num_blocks: int, block_size: int) -> PoolFile | None:
+        """Take over the pool, or make a new one.  None if that cannot be done here.
+
+        Raises:
+            PoolExhausted: there is no room for a pool of that size.
+        """
+        if self._manifest is None:
+            return None
+        facts: dict[str, str | int] = {"format": FORMAT, "layout": str(layout)}
+        facts |= {"num_blocks": num_blocks, "block_size": block_size}
+        found = self._facts()
+        fits = {name: found.get(name) for name in facts} == facts
+        reuse = fits and Stamps.fit(self.path / "stamps", num_blocks)
+        try:
+            # Without stamps nobody knows where workers of the pool may still write: another pool.
+            file, warm = PoolFile.keep(
+                self.path / "pool", layout, num_blocks, block_size, reuse=reuse
+            )
+        except OSError as error:
+            self._give_up(error)
+            return None
+        try:
+            if not warm:
+                if found:
+                    log.warning("the state is of another pool: starting cold", state=str(self.path))
+                (self.path / "stamps").unlink(missing_ok=True)
+                found = facts | {"seed": secrets.randbits(62)}
+                self._manifest = self._restart_manifest(found)
+            self._stamps = Stamps(self.path / "stamps", num_blocks)
+            self._sums = Sums(file.map(), file.handle, int(found["seed"]))
+        except (OSError, sqlite3.Error, ValueError, KeyError) as error:
+            self._give_up(error)
+            self._stamps = self._sums = None
+        self._file = file
+        return file
+
+    def restore(self, cache: PrefixCache, partial: Partial) -> None:
+        """Put into an empty cache what still holds, and keep what happens to it from now on."""
+        stamps, sums, manifest, file = self._stamps, self._sums, self._manifest, self._file
+        if stamps is None or sums is None or manifest is None or file is None:
+            return
+        started = perf_counter()
+        size = cache.block_size
+        try:
+            revival = revive(manifest, stamps, sums, size, tails=partial is Partial.TAILS)
+        except (sqlite3.Error, OverflowError, MemoryError) as error:
+            log.warning("the state cannot be read: starting cold", cause=str(error))
+            try:
+                facts = self._facts()
+                stamps.resets[:] += 1  # whatever else there is, it counts no more
+                manifest = self._manifest = self._restart_manifest(facts)
+            except (sqlite3.Error, OSError, KeyError) as worse:
+                self._give_up(worse)
+                return
+            revival = Revival([], [], [], 0, {})
+        aside = array("i") if not file.has_former_workers() else _writable(stamps)
+        count = cache.restore(revival.runs, aside, FORMER)
+        stamps.blocks[:] += stamps.blocks & 1
+        if aside:
+            stamps.lend(aside)
+        tokens = sum(len(run.tokens) for run in revival.runs) // 4
+        took_s = perf_counter() - started
+        self._restored = (count, tokens, revival.num_doubtful, took_s)
+        self._keeper = Keeper(manifest, stamps, sums, size, revival.namespaces)
+        cache.observe(self._keeper, self._keeper)
+        self._keeper.start(revival.kept, revival.lost)
+        tell = log.warning if revival.num_doubtful else log.info
+        tell(
+            "state restored",
+            blocks=count,
+            tokens=tokens,
+            damaged=revival.num_doubtful,
+            quarantined=len(aside),
+            seconds=round(took_s, 3),
+        )
+
+    def has_former_workers(self) -> bool:
+        """Whether a process still maps the pool as it was before this service."""
+        return self._file is not None and self._file.has_former_workers()
+
+    def close(self) -> None:
+        """Write what is left, and let go of everything but the pool's file.  Idempotent."""
+        ended = self._keeper is None or self._keeper.close()
+        if ended and self._manifest is not None:
+            self._manifest.close()
+            self._manifest = None
+        if ended and self._stamps is not None:
+            self._stamps.close()
+            self._stamps = None
+        self._keeper = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _open_manifest(self) -> Manifest:
+        try:
+            return Manifest(self.path / "manifest")
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            log.warning("the manifest is broken: starting cold", cause=str(error))
+            return self._new_manifest()
+
+    def _new_manifest(self) -> Manifest:
+        if self._manifest is not None:
+            self._manifest.close()
+        for name in ("manifest", "manifest-wal", "manifest-shm"):
+            (self.path / name).unlink(missing_ok=True)
+        return Manifest(self.path / "manifest")
+
+    def _restart_manifest(self, facts: dict[str, str | int]) -> Manifest:
+        manifest = self._new_manifest()
+        manifest.begin(facts)
+        return manifest
+
+    def _facts(self) -> dict[str, str | int]:
+        try:
+            return {} if self._manifest is None else self._manifest.facts()
+        except sqlite3.Error as error:
+            log.warning("the manifest is broken: starting cold", cause=str(error))
+            return {}
+
+    def _give_up(self, error: Exception) -> None:
+        self.failure = str(error) or type(error).__name__
+        log.error(
+            "nothing is kept for the next start, the service goes on",
+            state=str(self.path),
+            cause=self.failure,
+        )
+
+
+def _writable(stamps: Stamps) -> BlockTable:
+    odd = np.flatnonzero(stamps.blocks & 1).astype(np.int32)
+    return array("i", odd.tobytes())

@@ -1,0 +1,357 @@
+"""The keeper: hears what enters and leaves the index, and has a thread write it down.
+
+```
+event loop   stamp at once ──► queue, at most 64 MiB ──► thread: checksums, one transaction
+                                └─ no room: left out, and counted
+```
+
+Nothing here makes a request wait.  What is left out, or lost when the service dies, is a miss after
+the next start: the stamps, not the manifest, say what may be believed.  A tail is written down when
+the lease that fills it ends; until then it changes with every token, and its block is its lease's.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections import deque
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from prefixcache.service.state.manifest import Manifest, Run
+from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps
+from prefixcache.service.state.sums import Sums
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
+
+_MAX_PENDING: Final = 64 * 2**20
+"""Bytes that may wait for the thread."""
+
+_EVENT_BYTES: Final = 512
+"""What an event takes in the queue beside its tokens."""
+
+_PAUSE_S: Final = 0.05
+"""Between two batches: what comes and goes within it costs no disk."""
+
+_RETRY_S: Final = 1.0
+"""Between two tries when the disk refuses."""
+
+_BATCH: Final = 4096
+"""Events of one transaction."""
+
+_LAST_WORDS_S: Final = 30.0
+"""What the thread gets at the end to write what is queued: a disk may hang for ever."""
+
+log = structlog.get_logger(__name__)
+
+
+class Stored(NamedTuple):
+    """A run that can be found."""
+
+    namespace: int
+    resets: int
+    parent: int
+    parent_stamp: int
+    tokens: bytes
+    blocks: bytes
+    stamps: bytes
+
+
+class Removed(NamedTuple):
+    """Blocks that can be found no more."""
+
+    blocks: bytes
+
+
+class Cleared(NamedTuple):
+    """A namespace that has now been reset `resets` times."""
+
+    namespace: int
+    resets: int
+
+
+Event = Stored | Removed | Cleared
+
+
+class Keeper:
+    """A journal, and what hears of the rights to write; both only on the event loop.
+
+    Args:
+        manifest: where to.
+        stamps: of all blocks.
+        sums: computes checksums.
+        block_size: tokens of a block.
+        namespaces: those that the manifest has, by number.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        stamps: Stamps,
+        sums: Sums,
+        block_size: int,
+        namespaces: dict[int, Namespace],
+    ) -> None:
+        self._manifest = manifest
+        self._stamps = stamps
+        self._sums = sums
+        self._width = block_size * TOKEN_BYTES
+        self._numbers = {namespace: number for number, namespace in namespaces.items()}
+        self._free = iter(sorted(set(range(MAX_NAMESPACES)) - set(namespaces)))
+        self._tails: dict[int, Stored] = {}
+        self._queue: deque[Event] = deque()
+        # Two counters with one writer each need no lock.
+        self._bytes_in = 0  # the event loop's
+        self._bytes_out = 0  # the thread's
+        self._named: deque[tuple[int, Namespace]] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self.num_dropped = 0
+        """Runs that the thread had no room for."""
+        self.num_written = 0
+        """Blocks that are in the manifest, counted since the start."""
+        self.failure = ""
+        """Why the last batch could not be written; empty if it could."""
+        # The thread's: which run a block is in, and how many of a run's blocks still are.
+        self._run_of = np.zeros(len(stamps.blocks), np.int64)
+        self._alive: dict[int, int] = {}
+        self._next = 1
+        self._unwritten: tuple[list[Run], list[int], list[tuple[int, int]]] = ([], [], [])
+
+    def start(self, runs: list[tuple[int, npt.NDArray[np.int32]]], lost: list[int]) -> None:
+        """Begin to write.
+
+        Args:
+            runs: those that the manifest has, by id, with the blocks in them that still hold.
+            lost: ids of runs of which nothing holds, to be removed.
+        """
+        self._next = max(lost, default=0) + 1
+        self._unwritten = ([], lost, [])
+        for number, blocks in runs:
+            self._run_of[blocks] = number
+            self._alive[number] = len(blocks)
+            self._next = max(self._next, number + 1)
+        self._thread.start()
+
+    @property
+    def num_pending(self) -> int:
+        """Bytes that wait to be written."""
+        return self._bytes_in - self._bytes_out
+
+    # ------------------------------------------------------------------ on the event loop
+
+    def given(self, blocks: BlockTable) -> None:
+        """Hear that a lease may write to blocks."""
+        self._stamps.lend(blocks)
+
+    def ended(self, blocks: BlockTable) -> None:
+        """Hear that nobody may write to blocks any more."""
+        self._stamps.settle(blocks)
+        if len(blocks) == 1 and self._tails:  # a tail's right ends alone
+            tail = self._tails.pop(blocks[0], None)
+            if tail is not None:
+                self._put(tail._replace(stamps=self._stamps.of(blocks)))
+
+    def stored(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> None:
+        """Hear that a run can be found."""
+        number = self._numbers.get(namespace)
+        if number is None:
+            number = self._name(namespace)
+        whole = len(tokens) // self._width
+        full = blocks if whole == len(blocks) else blocks[:whole]
+        self._stamps.settle(full)
+        if number < 0:
+            return
+        resets = int(self._stamps.resets[number])
+        above, stamp = (-1, 0) if parent is None else (int(parent), self._stamps.one(parent))
+        if whole:
+            cut = whole * self._width
+            event = Stored(
+                number,
+                resets,
+                above,
+                stamp,
+                tokens[:cut],
+                full.tobytes(),
+                self._stamps.of(full),
+            )
+            self._put(event)
+            above, stamp = full[-1], self._stamps.one(full[-1])
+            tokens = tokens[cut:]
+        if tokens:
+            tail = blocks[whole:]
+            self._tails[tail[0]] = Stored(number, resets, above, stamp, tokens, tail.tobytes(), b"")
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
+        """Hear that blocks can be found no more."""
+        if len(blocks) == 1 and self._tails.pop(blocks[0], None) is not None:
+            return
+        self._stamps.remove(blocks)
+        self._put(Removed(blocks.tobytes()))
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Hear that a namespace was reset."""
+        number = self._numbers.get(namespace, -1)
+        if number < 0:
+            return
+        self._stamps.resets[number] += 1
+        for block in [b for b, tail in self._tails.items() if tail.namespace == number]:
+            del self._tails[block]
+        self._put(Cleared(number, int(self._stamps.resets[number])))
+
+    def _name(self, namespace: Namespace) -> int:
+        number = next(self._free, -1)
+        self._numbers[namespace] = number
+        if number < 0:
+            log.warning("this namespace is not kept: there are too many", limit=MAX_NAMESPACES)
+        else:
+            self._named.append((number, namespace))
+        return number
+
+    def _put(self, event: Event) -> None:
+        size = _size(event)
+        if self.num_pending + size > _MAX_PENDING:
+            if not self.num_dropped:
+                log.warning("the state cannot keep up: some of it will be missing after a restart")
+            self.num_dropped += 1
+            return
+        self._bytes_in += size
+        self._queue.append(event)
+
+    def close(self) -> bool:
+        """Write what is queued, and end the thread.  Blocks for that long.
+
+        Returns:
+            Whether the thread has ended: if not, it must be left what it works on.
+        """
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_LAST_WORDS_S)
+        return not self._thread.is_alive()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while True:
+            stopping = self._stop.is_set()
+            while self._queue or any(self._unwritten):
+                self._write_batch()
+                if self.failure and (self._stop.is_set() or self._stop.wait(_RETRY_S)):
+                    if stopping:
+                        return  # one more try was made, after it was told to stop
+                    break
+            if stopping:
+                return
+            self._stop.wait(_PAUSE_S)
+
+    def _write_batch(self) -> None:
+        """Write some of what is queued.  What the disk refuses is tried again later."""
+        if not any(self._unwritten):
+            self._unwritten = self._prepare()
+        runs, gone, cleared = self._unwritten
+        named = list(self._named)
+        try:
+            self._manifest.write(named, runs, gone, cleared)
+        except sqlite3.Error as error:
+            if not self.failure:
+                log.error("the state cannot be written, the service goes on", cause=str(error))
+            self.failure = str(error) or type(error).__name__
+            return
+        for _ in named:
+            self._named.popleft()
+        self._unwritten = ([], [], [])
+        self.num_written += sum(len(run.blocks) // 4 for run in runs)
+        if self.failure:
+            log.info("the state can be written again")
+            self.failure = ""
+
+    def _prepare(self) -> tuple[list[Run], list[int], list[tuple[int, int]]]:
+        """Take events, leave out what has gone already, and compute the checksums of the rest."""
+        added: list[tuple[int, Stored]] = []
+        gone: set[int] = set()
+        cleared: list[tuple[int, int]] = []
+        for _ in range(min(len(self._queue), _BATCH)):
+            event = self._queue.popleft()
+            self._bytes_out += _size(event)
+            if isinstance(event, Stored):
+                blocks = np.frombuffer(event.blocks, np.int32)
+                self._leave(blocks, gone)  # after a reset, or when a removal was left out
+                self._run_of[blocks] = self._next
+                self._alive[self._next] = len(blocks)
+                added.append((self._next, event))
+                self._next += 1
+            elif isinstance(event, Removed):
+                self._leave(np.frombuffer(event.blocks, np.int32), gone)
+            else:
+                cleared.append((event.namespace, event.resets))
+        fresh = [(number, event) for number, event in added if number not in gone]
+        removed = gone.difference(number for number, _ in added)
+        return self._with_sums(fresh), sorted(removed), cleared
+
+    def _leave(self, blocks: npt.NDArray[np.int32], gone: set[int]) -> None:
+        """Take blocks out of their runs; add the runs of which nothing is left to `gone`."""
+        before = self._run_of[blocks]
+        if not before.any():
+            return
+        self._run_of[blocks] = 0
+        numbers, counts = np.unique(before, return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if number in self._alive:  # else it was left out for want of room, or is none
+                self._alive[number] -= count
+                if self._alive[number] <= 0:
+                    del self._alive[number]
+                    gone.add(number)
+
+    def _with_sums(self, events: list[tuple[int, Stored]]) -> list[Run]:
+        """Compute the checksums: one call for all blocks that are filled alike."""
+        by_fill: dict[int, list[tuple[int, Stored]]] = {}
+        for number, event in events:
+            fill = min(len(event.tokens), self._width) // TOKEN_BYTES
+            by_fill.setdefault(fill, []).append((number, event))
+        runs: list[Run] = []
+        for fill, group in by_fill.items():
+            facts, tokens = describe([event for _, event in group], fill)
+            sums = self._sums.of(facts, tokens)
+            at = 0
+            for number, event in group:
+                count = len(event.blocks) // 4
+                runs.append(Run(number, *event, sums=sums[at : at + count].tobytes()))
+                at += count
+        return sorted(runs)
+
+
+def describe(
+    events: list[Stored], fill: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Lay out, for the checksums, what is said of blocks: facts and tokens, a row per block.
+
+    Args:
+        events: runs whose blocks all hold `fill` tokens.
+        fill: tokens per block.
+    """
+    counts = np.array([len(event.blocks) // 4 for event in events])
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    blocks = np.frombuffer(b"".join([event.blocks for event in events]), np.uint32)
+    stamps = np.frombuffer(b"".join([event.stamps for event in events]), np.uint32)
+    heads = np.array([event[:4] for event in events], np.int64)
+    facts = np.empty((len(blocks), 7), np.uint32)
+    facts[:, 0] = blocks
+    facts[:, 1] = stamps
+    facts[1:, 2], facts[1:, 3] = blocks[:-1], stamps[:-1]
+    facts[starts, 2] = heads[:, 2].astype(np.uint32)
+    facts[starts, 3] = heads[:, 3].astype(np.uint32)
+    facts[:, 4] = np.repeat(heads[:, 0].astype(np.uint32), counts)
+    facts[:, 5] = np.repeat(heads[:, 1].astype(np.uint32), counts)
+    facts[:, 6] = fill
+    tokens = np.frombuffer(b"".join([event.tokens for event in events]), np.uint32)
+    return facts, tokens.reshape(len(blocks), fill)
+
+
+def _size(event: Event) -> int:
+    if isinstance(event, Stored):
+        return len(event.tokens) + len(event.blocks) + _EVENT_BYTES
+    return _EVENT_BYTES

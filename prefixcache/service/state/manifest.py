@@ -1,0 +1,156 @@
+"""The manifest: which prefix lies in which blocks, in SQLite, and for which pool all this holds.
+
+```
+meta         what the pool is, and whose: format, layout, sizes, seed of the checksums
+namespaces   number ─► the namespace's fields, under a BLAKE2b key over them
+runs         blocks in a row that were stored together: behind which block, tokens, stamps, sums
+```
+
+Written in batches by one thread, each batch one transaction in the write-ahead log, so that a
+process that dies at any moment leaves whole batches.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from prefixcache.types import Namespace
+
+FORMAT: Final = 1
+
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS namespaces (
+    number INTEGER PRIMARY KEY, key BLOB UNIQUE,
+    model TEXT, adapter TEXT, tenant TEXT, salt TEXT
+);
+CREATE TABLE IF NOT EXISTS runs (
+    id INTEGER PRIMARY KEY,
+    namespace INTEGER, resets INTEGER, parent INTEGER, parent_stamp INTEGER,
+    tokens BLOB, blocks BLOB, stamps BLOB, sums BLOB
+);
+"""
+
+
+class Run(NamedTuple):
+    """A row of the manifest: blocks in a row that were stored together."""
+
+    id: int
+    namespace: int
+    resets: int
+    """How often the namespace had been reset before."""
+    parent: int
+    """The block before; -1 where there is none."""
+    parent_stamp: int
+    tokens: bytes
+    blocks: bytes
+    """Packed int32."""
+    stamps: bytes
+    """Packed uint32."""
+    sums: bytes
+    """Packed uint64."""
+
+
+def key_of(namespace: Namespace) -> bytes:
+    """Give the key of a namespace: no two, however their fields are cut, have the same.
+
+    >>> key_of(Namespace("ab", "c")) == key_of(Namespace("a", "bc"))
+    False
+    """
+    digest = blake2b(digest_size=32, person=b"prefixcache ns 1")
+    for field in (namespace.model, namespace.adapter, namespace.tenant, namespace.salt):
+        raw = field.encode("utf-8", "surrogatepass")
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.digest()
+
+
+class Manifest:
+    """One SQLite database.
+
+    Args:
+        path: its file; made if it is not there.
+
+    Raises:
+        sqlite3.Error: it cannot be opened, or is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._base = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._base.execute("PRAGMA journal_mode = WAL")
+            self._base.execute("PRAGMA synchronous = NORMAL")
+            self._base.execute("PRAGMA journal_size_limit = 67108864")
+            self._base.execute("PRAGMA temp_store = MEMORY")
+            self._base.executescript(_TABLES)
+        except sqlite3.Error:
+            self._base.close()
+            raise
+
+    def facts(self) -> dict[str, str | int]:
+        """Give what the pool is."""
+        return dict(self._base.execute("SELECT name, value FROM meta"))
+
+    def begin(self, facts: dict[str, str | int]) -> None:
+        """Forget everything, and say what the pool is from now on."""
+        with self._base:
+            self._base.execute("BEGIN IMMEDIATE")
+            for table in ("meta", "namespaces", "runs"):
+                self._base.execute(f"DELETE FROM {table}")  # noqa: S608 - names from the line above
+            self._base.executemany("INSERT INTO meta VALUES (?, ?)", facts.items())
+
+    def namespaces(self) -> dict[int, Namespace]:
+        """Give the known namespaces by number; those whose key is not right are left out."""
+        rows = self._base.execute(
+            "SELECT number, key, model, adapter, tenant, salt FROM namespaces ORDER BY number"
+        )
+        found = {}
+        for number, key, *fields in rows:
+            if all(isinstance(field, str) for field in fields):
+                namespace = Namespace(*fields)
+                if key == key_of(namespace):
+                    found[number] = namespace
+        return found
+
+    def runs(self) -> list[tuple[int, int, int, int, int, bytes, bytes, bytes, bytes]]:
+        """Give all rows, as `Run` has them, in the order in which they were stored."""
+        return self._base.execute("SELECT * FROM runs ORDER BY id").fetchall()
+
+    def write(
+        self,
+        namespaces: Iterable[tuple[int, Namespace]],
+        runs: Iterable[Run],
+        gone: Iterable[int],
+        cleared: Iterable[tuple[int, int]],
+    ) -> None:
+        """Add and remove, all or nothing.  Blocks for the disk.
+
+        Args:
+            namespaces: new ones, by number.
+            runs: new ones.
+            gone: ids of runs of which nothing is left.
+            cleared: (namespace, resets): runs of that namespace from before as many resets.
+
+        Raises:
+            sqlite3.Error: nothing was written; the disk may be full.
+        """
+        base = self._base
+        with base:
+            base.execute("BEGIN IMMEDIATE")
+            base.executemany(
+                "INSERT OR REPLACE INTO namespaces VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    (number, key_of(one), one.model, one.adapter, one.tenant, one.salt)
+                    for number, one in namespaces
+                ),
+            )
+            base.executemany("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", runs)
+            base.executemany("DELETE FROM runs WHERE id = ?", ((one,) for one in gone))
+            base.executemany("DELETE FROM runs WHERE namespace = ? AND resets < ?", cleared)
+
+    def close(self) -> None:
+        """Close the database; the write-ahead log becomes part of it."""
+        self._base.close()
