@@ -1,106 +1,42 @@
-"""`python -m prefixcache_bench.policies FOLDER`: every policy on the development traces.
+"""`python -m prefixcache_bench.policies [FOLDER]`: every policy on the development set.
 
-Replays each trace at several capacities under every registered policy, beside Belady's bound, and
-writes the tables between the markers of docs/policies.md.  The folder holds the block-hash traces
-`mooncake_conversation.jsonl.gz` and `weka-agentic.jsonl.gz` and the kvtrace workloads `sharegpt`,
-`tau-airline` and `gsm8k-8shot`.  About 12 minutes on two cores; `--quick` leaves out all but the
-first workload.
+Replays each workload at several capacities, beside Belady's bounds, and writes the tables between
+the markers of docs/policies.md.  The folder is that of PREFIXCACHE_TRACES if not given; without
+one, the document is left as it is.  About 4 minutes on two idle cores; `--quick` takes the first
+workload alone and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from prefixcache.core.eviction import POLICIES
+from prefixcache_bench.ablations import VARIANTS, registered
 from prefixcache_bench.belady import belady
+from prefixcache_bench.commands.table import markdown
+from prefixcache_bench.development import DEVELOPMENT_SET, Workload
+from prefixcache_bench.forks import cores, forked, inherited
 from prefixcache_bench.paths import paths
+from prefixcache_bench.progress import Progress
 from prefixcache_bench.provenance import provenance
-from prefixcache_bench.readers.load import System, load
 from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.sweep import cores
 from prefixcache_bench.traces import Trace
 
 DOCUMENT = Path("docs/policies.md")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
-BELADY, BYPASS = "belady", "belady, with bypass"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A trace, a block size, and capacities in blocks."""
-
-    title: str
-    file: str
-    """In the folder; empty for a kvtrace workload."""
-    name: str
-    block_size: int
-    capacities: tuple[int, ...]
-    system: System = System.NONE
-
-    def load(self, folder: Path) -> Trace:
-        """Read the trace."""
-        if self.file:
-            return load(str(folder / self.file))
-        return load(str(folder), name=self.name, system=self.system)
-
-
-WORKLOADS = (
-    Workload(
-        "Mooncake conversation (12,031 requests of real chat, 1 h; blocks of 512; share of blocks)",
-        "mooncake_conversation.jsonl.gz",
-        "",
-        512,
-        (1000, 2000, 5000, 10_000, 20_000, 30_000, 50_000, 100_000),
-    ),
-    Workload(
-        "Agentic (964 requests of 20 coding sessions; blocks of 64; share of tokens)",
-        "weka-agentic.jsonl.gz",
-        "",
-        64,
-        (7812, 15_625, 31_250, 50_000),
-    ),
-    *(
-        Workload(
-            f"ShareGPT{text} (16,019 requests, think times synthetic; blocks of {size}; "
-            "share of tokens)",
-            "",
-            "sharegpt",
-            size,
-            tuple(tokens // size for tokens in (32_768, 65_536, 131_072, 262_144, 524_288)),
-            system,
-        )
-        for size in (16, 64, 256)
-        for text, system in (
-            ("", System.NONE),
-            (", one system prompt", System.ONE),
-            (", four system prompts", System.FOUR),
-        )
-    ),
-    *(
-        Workload(
-            f"tau-airline (1,229 requests of agents with tools; blocks of {size}; share of tokens)",
-            "",
-            "tau-airline",
-            size,
-            tuple(tokens // size for tokens in (16_384, 32_768, 65_536)),
-        )
-        for size in (16, 64, 256)
-    ),
-    Workload(
-        "GSM8K, 8 shots (660 requests; blocks of 16; share of tokens)",
-        "",
-        "gsm8k-8shot",
-        16,
-        (1024, 2048, 4096),
-    ),
-)
+BELADY, BYPASS = "Belady", "Belady, with bypass"
+BASE, LEARNS = "lru", "hazard"
+OTHERS = tuple(sorted(name for name in POLICIES if name != BASE))
+"""All registered policies but LRU."""
+_LOSS = 0.005
+"""Points of hit rate below which two results are called equal."""
+_CPU_ROUNDS = 3
 
 
 class Cell(NamedTuple):
@@ -109,124 +45,243 @@ class Cell(NamedTuple):
     policy: str
     capacity: int
     rate: float
-    cpu_us: float
+
+
+class Result(NamedTuple):
+    """All replays of one workload."""
+
+    workload: Workload
+    rates: dict[tuple[str, int], float]
+    """Hit rates by policy and capacity."""
+
+    def gain(self, policy: str, capacity: int) -> float:
+        """Give the points of hit rate by which a policy is ahead of LRU."""
+        return 100 * (self.rates[policy, capacity] - self.rates[BASE, capacity])
+
+
+class Cost(NamedTuple):
+    """Processor time of the policy that learns, and of LRU, in one process."""
+
+    workload: Workload
+    capacity: int
+    base_us: float
     """Per request."""
+    learns_us: float
 
-
-_trace: Trace | None = None
+    @property
+    def ratio(self) -> float:
+        """Give how many times LRU's."""
+        return self.learns_us / self.base_us
 
 
 def _cell(task: tuple[str, int, int]) -> Cell:
     policy, size, capacity = task
-    trace = _trace
-    assert trace is not None
-    if policy in POLICIES:
-        ghosts = int(POLICIES[policy].ghosts * capacity)
-        out = replay(trace, Configuration(size, capacity, policy, ghosts=ghosts))
-        rate = out.block_hit_rate if trace.counts_last else out.hit_rate
-        return Cell(policy, capacity, rate, 1e6 * out.cpu_s / out.requests)
-    started = time.process_time()
+    trace = inherited()
+    if policy not in {BELADY, BYPASS}:
+        out = replay(trace, _as_served(policy, size, capacity))
+        return Cell(policy, capacity, out.block_hit_rate if trace.counts_last else out.hit_rate)
     requests = paths(trace, size)
     hits = sum(belady(requests, capacity, bypass=policy == BYPASS))
     if trace.counts_last:
-        rate = hits / sum(request.prompt_blocks for request in requests)
-    else:
-        rate = hits * size / trace.prompt_tokens
-    return Cell(policy, capacity, rate, 1e6 * (time.process_time() - started) / len(requests))
+        return Cell(policy, capacity, hits / sum(request.prompt_blocks for request in requests))
+    return Cell(policy, capacity, hits * size / trace.prompt_tokens)
 
 
-def measure(workload: Workload, trace: Trace, jobs: int) -> list[Cell]:
-    """Replay one workload under every policy and both bounds, on `jobs` processes."""
-    global _trace
-    _trace = trace
+def _as_served(policy: str, size: int, capacity: int) -> Configuration:
+    """Give a configuration with as many ghosts as the service would keep."""
+    return Configuration(size, capacity, policy, ghosts=int(POLICIES[policy].ghosts * capacity))
+
+
+def measure(workload: Workload, trace: Trace, jobs: int, progress: Progress) -> Result:
+    """Replay one workload on `jobs` processes."""
     tasks = [
         (policy, workload.block_size, capacity)
-        for policy in (*POLICIES, BELADY, BYPASS)
+        for policy in policies_on(workload)
         for capacity in workload.capacities
     ]
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        return pool.map(_cell, tasks, chunksize=1)
+    tasks += [
+        (variant.name, workload.block_size, capacity)
+        for variant in VARIANTS
+        for capacity in workload.ablated_at
+    ]
+    rates = {}
+    with registered(), forked(trace, jobs) as pool:
+        for cell in pool.imap_unordered(_cell, tasks):
+            rates[cell.policy, cell.capacity] = cell.rate
+            progress.advance()
+    return Result(workload, rates)
 
 
-def table(workload: Workload, cells: list[Cell]) -> Iterator[str]:
-    """Write one workload's table, in Markdown."""
-    rates = {(cell.policy, cell.capacity): cell.rate for cell in cells}
-    cost = {policy: _cost(policy, cells) for policy in POLICIES}
-    heads = " | ".join(f"{capacity:,}" for capacity in workload.capacities)
+def policies_on(workload: Workload) -> list[str]:
+    """Name what is compared on a workload, LRU first and the bounds last."""
+    if not workload.every_policy:
+        return [BASE, LEARNS]
+    return [BASE, *OTHERS, BELADY, BYPASS]
+
+
+def num_replays(workload: Workload) -> int:
+    """Count what `measure` replays."""
+    return len(policies_on(workload)) * len(workload.capacities) + len(VARIANTS) * len(
+        workload.ablated_at
+    )
+
+
+def measure_cost(workload: Workload, trace: Trace, capacity: int) -> Cost:
+    """Replay under LRU and the policy that learns, in turn; the least time of each counts."""
+    least: dict[str, float] = {}
+    for _ in range(_CPU_ROUNDS):
+        for policy in (BASE, LEARNS):
+            began = time.process_time()
+            replay(trace, _as_served(policy, workload.block_size, capacity))
+            took = time.process_time() - began
+            least[policy] = min(took, least.get(policy, took))
+    base, learns = (1e6 * least[policy] / len(trace) for policy in (BASE, LEARNS))
+    return Cost(workload, capacity, base, learns)
+
+
+def tables(results: list[Result], costs: list[Cost]) -> Iterator[str]:
+    """Write all tables, in Markdown."""
+    yield from _against_lru(results)
+    yield from _learns_everywhere(results)
+    yield from _costs(costs)
+    yield from _ablations(results)
+    for result in results:
+        if result.workload.every_policy:
+            yield from _table(result)
+
+
+def _table(result: Result) -> Iterator[str]:
+    workload, rates = result.workload, result.rates
+    rows = [("policy · capacity in blocks", *(f"{at:,}" for at in workload.capacities))]
+    rows += [
+        (policy, *(f"{rates[policy, at]:.4f}" for at in workload.capacities))
+        for policy in policies_on(workload)
+    ]
+    rows.append(
+        ("*of the gap from LRU to Belady, `hazard` closes*", *_closed(workload.capacities, rates))
+    )
     yield f"### {workload.title}"
-    yield ""
-    yield f"| policy · blocks | {heads} | CPU, of LRU |"
-    yield "|---|" + "---:|" * (len(workload.capacities) + 1)
-    order = sorted(POLICIES, key=lambda name: (name != "lru", name))
-    for policy in (*order, BELADY, BYPASS):
-        row = " | ".join(f"{rates[policy, capacity]:.4f}" for capacity in workload.capacities)
-        factor = f"{cost[policy] / cost['lru']:.1f}" if policy in POLICIES else "-"
-        yield f"| {policy} | {row} | {factor} |"
+    yield f"\n{workload.about}.\n"
+    yield markdown(rows)
     yield ""
 
 
-def _cost(policy: str, cells: list[Cell]) -> float:
-    """Give a policy's CPU time per request over all capacities."""
-    return sum(cell.cpu_us for cell in cells if cell.policy == policy)
+def _closed(capacities: tuple[int, ...], rates: dict[tuple[str, int], float]) -> Iterator[str]:
+    for at in capacities:
+        gap = rates[BELADY, at] - rates[BASE, at]
+        share = (rates[LEARNS, at] - rates[BASE, at]) / gap if 100 * gap > 1 else None
+        yield "-" if share is None else f"{share:.0%}"
 
 
-def against_lru(results: list[tuple[Workload, list[Cell]]]) -> Iterator[str]:
+def _against_lru(results: list[Result]) -> Iterator[str]:
     """Write the worst loss and the best gain of every policy against LRU."""
-    yield "### Against LRU, all cells above (points of hit rate)"
+    full = [result for result in results if result.workload.every_policy]
+    head = ("policy", "worst", "where", "best", "where", "mean", "cells with a loss")
+    rows = [head, *((policy, *_summary(policy, full)) for policy in OTHERS)]
+    yield "### Every policy against LRU"
+    yield "\nPoints of hit rate, over all cells of the tables below.\n"
+    yield markdown(rows)
     yield ""
-    yield "| policy | worst | where | best | where | mean | cells with a loss | CPU, of LRU |"
-    yield "|---|---:|---|---:|---|---:|---:|---:|"
-    cost = {name: sum(_cost(name, cells) for _, cells in results) for name in POLICIES}
-    for policy in sorted(POLICIES):
-        if policy == "lru":
-            continue
-        gains = []
-        for workload, cells in results:
-            rates = {(cell.policy, cell.capacity): cell.rate for cell in cells}
-            name = workload.title.partition(" (")[0]
-            for capacity in workload.capacities:
-                gain = 100 * (rates[policy, capacity] - rates["lru", capacity])
-                gains.append((gain, f"{name}, {capacity:,} of {workload.block_size}"))
-        (worst, where), (best, there) = min(gains), max(gains)
-        mean = sum(gain for gain, _ in gains) / len(gains)
-        losses = sum(gain < -0.005 for gain, _ in gains)
-        yield (
-            f"| {policy} | {worst:+.2f} | {where} | {best:+.2f} | {there} | {mean:+.2f} | "
-            f"{losses} of {len(gains)} | {cost[policy] / cost['lru']:.1f} |"
-        )
+
+
+def _summary(policy: str, results: list[Result]) -> tuple[str, ...]:
+    gains = [
+        (result.gain(policy, at), f"{result.workload.title}, {at:,}")
+        for result in results
+        for at in result.workload.capacities
+    ]
+    (worst, where), (best, there) = min(gains), max(gains)
+    mean = sum(gain for gain, _ in gains) / len(gains)
+    losses = sum(gain < -_LOSS for gain, _ in gains)
+    numbers = f"{worst:+.2f}", where, f"{best:+.2f}", there, f"{mean:+.2f}"
+    return (*numbers, f"{losses} of {len(gains)}")
+
+
+def _learns_everywhere(results: list[Result]) -> Iterator[str]:
+    """Write LRU against the policy that learns, over the whole development set."""
+    worst, where, best, there, mean, losses = _summary(LEARNS, results)
+    yield f"### `{LEARNS}` against LRU, on the whole development set"
+    yield (
+        f"\n**Worst: {worst} points** ({where} blocks). Best: {best} ({there} blocks). "
+        f"Mean: {mean}. Cells with a loss: {losses}.\n"
+    )
+    rows = [("workload", "capacity in blocks: LRU → `hazard`, points of difference")]
+    for result in results:
+        cells = [
+            f"{at:,}: {result.rates[BASE, at]:.4f} → {result.rates[LEARNS, at]:.4f}, "
+            f"{result.gain(LEARNS, at):+.2f}"
+            for at in result.workload.capacities
+        ]
+        rows.append((result.workload.title, " · ".join(cells)))
+    yield markdown(rows)
     yield ""
+
+
+def _costs(costs: list[Cost]) -> Iterator[str]:
+    rows = [("workload, capacity in blocks", "LRU, µs", f"`{LEARNS}`, µs", "ratio")]
+    for cost in costs:
+        name = f"{cost.workload.title}, {cost.capacity:,}"
+        rows.append((name, f"{cost.base_us:.0f}", f"{cost.learns_us:.0f}", f"{cost.ratio:.2f}"))
+    yield f"### Processor time per request, `{LEARNS}` against LRU"
+    yield (
+        f"\nWhole replays, {_CPU_ROUNDS} of each in turn in one process, the least time of each. "
+        "The machine is shared: trust the ratios.\n"
+    )
+    yield markdown(rows)
+    yield ""
+
+
+def _ablations(results: list[Result]) -> Iterator[str]:
+    """Write what each idea of the policy that learns is worth."""
+    cells = [(result, at) for result in results for at in result.workload.ablated_at]
+    head = [f"{result.workload.name}, {at:,}" for result, at in cells]
+    rows = [(f"points above LRU, or below · {LEARNS} …", *head)]
+    rows += [
+        (name, *(f"{result.gain(policy, at):+.2f}" for result, at in cells))
+        for policy, name in [
+            (LEARNS, "as it is"),
+            *((variant.name, variant.name) for variant in VARIANTS),
+        ]
+    ]
+    yield f"### What each idea of `{LEARNS}` is worth"
+    yield "\nThe same policy with one idea taken out or replaced at a time.\n"
+    yield markdown(rows)
+    yield ""
+
+
+def write(document: Path, lines: Iterator[str]) -> None:
+    """Put the tables between the markers of the document."""
+    made = provenance()
+    head = f"Made by `make experiments` from commit {made['commit']}, on {made['machine']}."
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    inside = "\n".join(["", head, "", *lines])
+    document.write_text(f"{before}{BEGIN}\n{inside}{END}{after}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and write the tables into the document."""
+    """Measure, and write the tables into the document."""
     parser = argparse.ArgumentParser(prog="prefixcache_bench.policies", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", nargs="?", default=os.environ.get("PREFIXCACHE_TRACES", ""))
     parser.add_argument("--jobs", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="the first workload; writes nothing")
     parser.add_argument("--output", type=Path, default=DOCUMENT)
     asked = parser.parse_args(argv)
-    results = []
-    lines: list[str] = []
-    for workload in WORKLOADS[: 1 if asked.quick else None]:
-        cells = measure(workload, workload.load(asked.folder), asked.jobs)
-        results.append((workload, cells))
-        lines.extend(table(workload, cells))
-        print("\n".join(table(workload, cells)), flush=True)
-    summary = list(against_lru(results))
-    print("\n".join(summary))
-    if asked.quick:
+    if not asked.folder:
+        print(f"no folder of traces (PREFIXCACHE_TRACES): {asked.output} is left as it is")
         return 0
-    made = provenance()
-    head = (
-        "Made by `python -m prefixcache_bench.policies FOLDER` from commit "
-        f"{made['commit']}, on {made['machine']}."
-    )
-    text = asked.output.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    inside = "\n".join(["", head, "", *summary, *lines])
-    asked.output.write_text(f"{before}{BEGIN}\n{inside}{END}{after}")
-    print(f"written: {asked.output}")
+    workloads = DEVELOPMENT_SET[: 1 if asked.quick else None]
+    results, costs = [], []
+    with Progress("policies", sum(map(num_replays, workloads))) as progress:
+        for workload in workloads:
+            trace = workload.load(Path(asked.folder))
+            results.append(measure(workload, trace, asked.jobs, progress))
+            costs += [measure_cost(workload, trace, at) for at in workload.timed_at]
+    if asked.quick:
+        print("\n".join(tables(results, costs)))
+        return 0
+    write(asked.output, tables(results, costs))
+    print(f"wrote {asked.output}")
     return 0
 
 

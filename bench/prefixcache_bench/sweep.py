@@ -7,21 +7,15 @@ by step.  Those rows are marked (`same_as_infinite`); all others are replayed.
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
-import os
-import signal
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 
 from prefixcache.core.eviction import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Partial
 from prefixcache_bench.capacity import Capacity
 from prefixcache_bench.curve import curve
+from prefixcache_bench.forks import forked, inherited
 from prefixcache_bench.replay import Configuration, replay
 from prefixcache_bench.rows import Key, Row, key_of, row_of
 from prefixcache_bench.traces import Trace
@@ -115,7 +109,7 @@ def sweep(
         (row["block_size"], row["partial"]): row for row in finished if row["capacity"] == "inf"
     }
     first = sorted({(key.block_size, key.partial) for key in todo} - infinite.keys())
-    with _replayers(trace, processes) as pool:
+    with forked(trace, processes) as pool:
         for row in pool.imap_unordered(
             _replay, [(size, "inf", None, "lru", partial) for size, partial in first]
         ):
@@ -154,40 +148,6 @@ def _give_equal(infinite: Row, bounded: dict[Key, int | None], add: Callable[[Ro
         )
 
 
-_trace: Trace | None = None
-
-
-@contextmanager
-def _replayers(trace: Trace, processes: int | None) -> Iterator[Pool]:
-    """Start processes that have the trace already: they are forked from this one."""
-    global _trace
-    _trace = trace
-    gc.collect()
-    gc.freeze()  # so that collections in the children leave the shared pages alone
-    with warnings.catch_warnings():
-        # Forking while another library's threads run is unsafe for what they hold; the children
-        # use nothing but the core.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pool = multiprocessing.get_context("fork").Pool(processes or cores(), _ignore_interrupt)
-    try:
-        yield pool
-    finally:
-        pool.terminate()
-        pool.join()
-        gc.unfreeze()
-        _trace = None
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ignore_interrupt() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _replay(task: tuple[int, str, int | None, str, str]) -> Row:
     size, text, blocks, policy, partial = task
-    assert _trace is not None
-    return row_of(replay(_trace, Configuration(size, blocks, policy, Partial(partial))), text)
+    return row_of(replay(inherited(), Configuration(size, blocks, policy, Partial(partial))), text)

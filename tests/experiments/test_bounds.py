@@ -13,10 +13,12 @@ import pytest
 
 from prefixcache.core.eviction import POLICIES
 from prefixcache_bench.belady import belady
+from prefixcache_bench.development import DEVELOPMENT_SET, Workload
 from prefixcache_bench.flat import flat_lfu
 from prefixcache_bench.paths import Path as Blocks
 from prefixcache_bench.paths import paths
-from prefixcache_bench.policies import WORKLOADS, Workload, against_lru, measure, table
+from prefixcache_bench.policies import measure, measure_cost, tables, write
+from prefixcache_bench.progress import Progress
 from prefixcache_bench.readers.load import load
 from prefixcache_bench.replay import Configuration, replay
 from prefixcache_bench.traces import Trace
@@ -75,11 +77,18 @@ def test_no_policy_beats_belady(policy: str, small: Trace) -> None:
         assert replay(small, Configuration(16, capacity, policy)).hit_tokens <= bound
 
 
-def test_the_tables_have_every_policy_and_both_bounds(small: Trace) -> None:
-    workload = Workload("small (a trace)", "", "", 16, (50, 200))
-    cells = measure(workload, small, jobs=1)
-    text = "\n".join([*table(workload, cells), *against_lru([(workload, cells)])])
-    assert all(f"| {policy} |" in text for policy in [*POLICIES, "belady", "belady, with bypass"])
+def test_the_tables_have_every_policy_and_both_bounds(small: Trace, tmp_path: Path) -> None:
+    workload = Workload("small", "A trace", 16, (50, 200), every_policy=True, timed_at=(50,))
+    with Progress("", 1, quiet=True) as progress:
+        result = measure(workload, small, 1, progress)
+    document = tmp_path / "policies.md"
+    document.write_text("before <!-- tables: begin -->old<!-- tables: end --> after\n")
+    write(document, tables([result], [measure_cost(workload, small, 50)]))
+    text = document.read_text()
+    assert all(f"| {policy} |" in text for policy in [*POLICIES, "Belady", "Belady, with bypass"])
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
 
 
 def reference_rows() -> list[object]:
@@ -94,7 +103,7 @@ def reference_rows() -> list[object]:
 
 @pytest.mark.parametrize("row", reference_rows())
 def test_a_flat_lfu_equals_the_reference_and_the_leaf_safe_one_is_near(row: dict[str, str]) -> None:
-    trace = load(str(Path(FOLDER) / WORKLOADS[0].file))
+    trace = load(str(Path(FOLDER) / DEVELOPMENT_SET[0].file))
     capacity = int(row["capacity_blocks_of_512"])
     requests = paths(trace, 512)
     found = flat_lfu(requests, capacity)
