@@ -63,10 +63,8 @@ def graft(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run])
         if above is None or above.root is not root:
             continue
         tree.clock = age
-        start = 0
-        for end in (*cuts, len(run.blocks)):
-            key, blocks = run.tokens[start * width : end * width], run.blocks[start:end]
-            start = end
+        pieces = [(run.tokens, run.blocks)] if not cuts else _pieces(run, cuts, width)
+        for key, blocks in pieces:
             if above is not root and int(followers[above.blocks[-1]]) == 1:
                 parts.setdefault(above, [(above.key, above.blocks)]).append((key, blocks))
                 above.blocks = blocks  # whose last one says where it ends; joined below
@@ -85,10 +83,18 @@ def graft(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run])
             above = node
             if len(key) % width == 0:
                 ends[blocks[-1]] = node
-    for node, pieces in parts.items():
-        node.key = b"".join([key for key, _ in pieces])
-        node.blocks = array("i", b"".join([blocks.tobytes() for _, blocks in pieces]))
+    for node, joined in parts.items():
+        node.key = b"".join([key for key, _ in joined])
+        node.blocks = array("i", b"".join([blocks.tobytes() for _, blocks in joined]))
     return _enter(tree, nodes)
+
+
+def _pieces(run: Run, cuts: list[int], width: int) -> list[tuple[bytes, BlockTable]]:
+    ends = [*cuts, len(run.blocks)]
+    return [
+        (run.tokens[start * width : end * width], run.blocks[start:end])
+        for start, end in zip([0, *cuts], ends, strict=True)
+    ]
 
 
 def _count_followers(runs: list[Run]) -> np.ndarray:

@@ -6,6 +6,7 @@ A state is a convenience: whatever is wrong with it costs what was in it, never 
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import secrets
 import sqlite3
@@ -146,6 +147,24 @@ class StateFolder:
         if stamps is None or sums is None or manifest is None or file is None:
             return
         started = perf_counter()
+        collects = gc.isenabled()
+        gc.disable()  # a million new objects, none of them garbage
+        try:
+            self._restore(cache, partial, stamps, sums, manifest, file, started)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _restore(
+        self,
+        cache: PrefixCache,
+        partial: Partial,
+        stamps: Stamps,
+        sums: Sums,
+        manifest: Manifest,
+        file: PoolFile,
+        started: float,
+    ) -> None:
         size = cache.block_size
         try:
             revival = revive(manifest, stamps, sums, size, tails=partial is Partial.TAILS)

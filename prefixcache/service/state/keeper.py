@@ -23,7 +23,7 @@ import structlog
 
 from prefixcache.service.state.manifest import Manifest, Run
 from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps
-from prefixcache.service.state.sums import Sums
+from prefixcache.service.state.sums import NUM_FACTS, Sums
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 _MAX_PENDING: Final = 64 * 2**20
@@ -40,6 +40,9 @@ _RETRY_S: Final = 1.0
 
 _BATCH: Final = 4096
 """Events of one transaction."""
+
+_LONGEST: Final = 64
+"""Blocks up to which a run grows: a chat is a few rows, not one per block, and none is long."""
 
 _LAST_WORDS_S: Final = 30.0
 """What the thread gets at the end to write what is queued: a disk may hang for ever."""
@@ -73,6 +76,16 @@ class Cleared(NamedTuple):
 
 
 Event = Stored | Removed | Cleared
+
+
+class Batch(NamedTuple):
+    """What one transaction does."""
+
+    added: list[Run]
+    grown: list[Run]
+    """Blocks that are added to the end of the run of that id."""
+    gone: list[int]
+    cleared: list[tuple[int, int]]
 
 
 class Keeper:
@@ -114,11 +127,13 @@ class Keeper:
         """Blocks that are in the manifest, counted since the start."""
         self.failure = ""
         """Why the last batch could not be written; empty if it could."""
-        # The thread's: which run a block is in, and how many of a run's blocks still are.
+        # The thread's: which run a block is in; how many of a run's blocks still are; and, by the
+        # last block of a run that may grow, the run and its length.
         self._run_of = np.zeros(len(stamps.blocks), np.int64)
         self._alive: dict[int, int] = {}
+        self._growing: dict[int, tuple[int, int]] = {}
         self._next = 1
-        self._unwritten: tuple[list[Run], list[int], list[tuple[int, int]]] = ([], [], [])
+        self._unwritten = Batch([], [], [], [])
 
     def start(self, runs: list[tuple[int, npt.NDArray[np.int32]]], lost: list[int]) -> None:
         """Begin to write.
@@ -128,7 +143,7 @@ class Keeper:
             lost: ids of runs of which nothing holds, to be removed.
         """
         self._next = max(lost, default=0) + 1
-        self._unwritten = ([], lost, [])
+        self._unwritten = Batch([], [], lost, [])
         for number, blocks in runs:
             self._run_of[blocks] = number
             self._alive[number] = len(blocks)
@@ -252,10 +267,9 @@ class Keeper:
         """Write some of what is queued.  What the disk refuses is tried again later."""
         if not any(self._unwritten):
             self._unwritten = self._prepare()
-        runs, gone, cleared = self._unwritten
-        named = list(self._named)
+        batch, named = self._unwritten, list(self._named)
         try:
-            self._manifest.write(named, runs, gone, cleared)
+            self._manifest.write(named, *batch)
         except sqlite3.Error as error:
             if not self.failure:
                 log.error("the state cannot be written, the service goes on", cause=str(error))
@@ -263,34 +277,56 @@ class Keeper:
             return
         for _ in named:
             self._named.popleft()
-        self._unwritten = ([], [], [])
-        self.num_written += sum(len(run.blocks) // 4 for run in runs)
+        self._unwritten = Batch([], [], [], [])
+        self.num_written += sum(len(run.blocks) // 4 for run in (*batch.added, *batch.grown))
         if self.failure:
             log.info("the state can be written again")
             self.failure = ""
 
-    def _prepare(self) -> tuple[list[Run], list[int], list[tuple[int, int]]]:
+    def _prepare(self) -> Batch:
         """Take events, leave out what has gone already, and compute the checksums of the rest."""
-        added: list[tuple[int, Stored]] = []
+        events: list[tuple[int, bool, Stored]] = []
         gone: set[int] = set()
         cleared: list[tuple[int, int]] = []
+        new: set[int] = set()
         for _ in range(min(len(self._queue), _BATCH)):
             event = self._queue.popleft()
             self._bytes_out += _size(event)
             if isinstance(event, Stored):
-                blocks = np.frombuffer(event.blocks, np.int32)
-                self._leave(blocks, gone)  # after a reset, or when a removal was left out
-                self._run_of[blocks] = self._next
-                self._alive[self._next] = len(blocks)
-                added.append((self._next, event))
-                self._next += 1
+                self._leave(np.frombuffer(event.blocks, np.int32), gone)  # left out, or reset
+                number, grows = self._enter(event)
+                events.append((number, grows, event))
+                if not grows:
+                    new.add(number)
             elif isinstance(event, Removed):
                 self._leave(np.frombuffer(event.blocks, np.int32), gone)
             else:
                 cleared.append((event.namespace, event.resets))
-        fresh = [(number, event) for number, event in added if number not in gone]
-        removed = gone.difference(number for number, _ in added)
-        return self._with_sums(fresh), sorted(removed), cleared
+        fresh = [(number, grows, event) for number, grows, event in events if number not in gone]
+        runs = self._with_sums([(number, event) for number, _, event in fresh])
+        added = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if not grows]
+        grown = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if grows]
+        return Batch(added, grown, sorted(gone - new), cleared)
+
+    def _enter(self, event: Stored) -> tuple[int, bool]:
+        """Choose the run of new blocks: the one that they alone continue, or one of their own.
+
+        Returns:
+            The run, and whether it was there.
+        """
+        blocks = np.frombuffer(event.blocks, np.int32)
+        size, last = len(blocks), int(blocks[-1])
+        number, length = self._growing.pop(event.parent, (0, 0))
+        grows = number in self._alive and length + size <= _LONGEST
+        grows = grows and len(event.tokens) == size * self._width
+        if not grows:
+            number, length = self._next, 0
+            self._next += 1
+        self._run_of[blocks] = number
+        self._alive[number] = self._alive.get(number, 0) + size
+        if len(event.tokens) == size * self._width:
+            self._growing[last] = (number, length + size)
+        return number, grows
 
     def _leave(self, blocks: npt.NDArray[np.int32], gone: set[int]) -> None:
         """Take blocks out of their runs; add the runs of which nothing is left to `gone`."""
@@ -298,6 +334,8 @@ class Keeper:
         if not before.any():
             return
         self._run_of[blocks] = 0
+        for block in blocks.tolist():
+            self._growing.pop(block, None)
         numbers, counts = np.unique(before, return_counts=True)
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
             if number in self._alive:  # else it was left out for want of room, or is none
@@ -308,47 +346,57 @@ class Keeper:
 
     def _with_sums(self, events: list[tuple[int, Stored]]) -> list[Run]:
         """Compute the checksums: one call for all blocks that are filled alike."""
-        by_fill: dict[int, list[tuple[int, Stored]]] = {}
-        for number, event in events:
+        by_fill: dict[int, list[int]] = {}
+        for place, (_, event) in enumerate(events):
             fill = min(len(event.tokens), self._width) // TOKEN_BYTES
-            by_fill.setdefault(fill, []).append((number, event))
-        runs: list[Run] = []
-        for fill, group in by_fill.items():
-            facts, tokens = describe([event for _, event in group], fill)
-            sums = self._sums.of(facts, tokens)
+            by_fill.setdefault(fill, []).append(place)
+        runs: dict[int, Run] = {}
+        for fill, places in by_fill.items():
+            group = [events[place][1] for place in places]
+            facts, tokens = describe(
+                np.array([event[:4] for event in group], np.int64),
+                np.array([len(event.blocks) // 4 for event in group], np.int64),
+                np.frombuffer(b"".join([event.blocks for event in group]), np.uint32),
+                np.frombuffer(b"".join([event.stamps for event in group]), np.uint32),
+                b"".join([event.tokens for event in group]),
+                fill,
+            )
+            sums = self._sums.of(facts, tokens).tobytes()
             at = 0
-            for number, event in group:
-                count = len(event.blocks) // 4
-                runs.append(Run(number, *event, sums=sums[at : at + count].tobytes()))
-                at += count
-        return sorted(runs)
+            for place, event in zip(places, group, strict=True):
+                end = at + 2 * len(event.blocks)
+                runs[place] = Run(events[place][0], *event, sums=sums[at:end])
+                at = end
+        return [runs[place] for place in range(len(events))]
 
 
 def describe(
-    events: list[Stored], fill: int
+    heads: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.uint32],
+    stamps: npt.NDArray[np.uint32],
+    tokens: bytes,
+    fill: int,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
     """Lay out, for the checksums, what is said of blocks: facts and tokens, a row per block.
 
     Args:
-        events: runs whose blocks all hold `fill` tokens.
-        fill: tokens per block.
+        heads: `[runs, 4]`: namespace, its resets, the block before, and that block's stamp.
+        counts: blocks of each run, at least 1.
+        blocks: of all runs, one after the other.
+        stamps: theirs.
+        tokens: theirs, packed.
+        fill: tokens in every block.
     """
-    counts = np.array([len(event.blocks) // 4 for event in events])
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
-    blocks = np.frombuffer(b"".join([event.blocks for event in events]), np.uint32)
-    stamps = np.frombuffer(b"".join([event.stamps for event in events]), np.uint32)
-    heads = np.array([event[:4] for event in events], np.int64)
-    facts = np.empty((len(blocks), 7), np.uint32)
+    starts = np.cumsum(counts) - counts
+    facts = np.empty((len(blocks), NUM_FACTS), np.uint32)
     facts[:, 0] = blocks
     facts[:, 1] = stamps
     facts[1:, 2], facts[1:, 3] = blocks[:-1], stamps[:-1]
-    facts[starts, 2] = heads[:, 2].astype(np.uint32)
-    facts[starts, 3] = heads[:, 3].astype(np.uint32)
-    facts[:, 4] = np.repeat(heads[:, 0].astype(np.uint32), counts)
-    facts[:, 5] = np.repeat(heads[:, 1].astype(np.uint32), counts)
+    facts[starts, 2:4] = heads[:, 2:4].astype(np.uint32)
+    facts[:, 4:6] = np.repeat(heads[:, 0:2].astype(np.uint32), counts, axis=0)
     facts[:, 6] = fill
-    tokens = np.frombuffer(b"".join([event.tokens for event in events]), np.uint32)
-    return facts, tokens.reshape(len(blocks), fill)
+    return facts, np.frombuffer(tokens, np.uint32).reshape(len(blocks), fill)
 
 
 def _size(event: Event) -> int:

@@ -122,7 +122,8 @@ class Manifest:
     def write(
         self,
         namespaces: Iterable[tuple[int, Namespace]],
-        runs: Iterable[Run],
+        added: Iterable[Run],
+        grown: Iterable[Run],
         gone: Iterable[int],
         cleared: Iterable[tuple[int, int]],
     ) -> None:
@@ -130,7 +131,8 @@ class Manifest:
 
         Args:
             namespaces: new ones, by number.
-            runs: new ones.
+            added: new runs.
+            grown: blocks for the end of the run of that id.
             gone: ids of runs of which nothing is left.
             cleared: (namespace, resets): runs of that namespace from before as many resets.
 
@@ -147,7 +149,13 @@ class Manifest:
                     for number, one in namespaces
                 ),
             )
-            base.executemany("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", runs)
+            base.executemany("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", added)
+            base.executemany(
+                "UPDATE runs SET tokens = CAST(tokens || ? AS BLOB),"
+                " blocks = CAST(blocks || ? AS BLOB), stamps = CAST(stamps || ? AS BLOB),"
+                " sums = CAST(sums || ? AS BLOB) WHERE id = ?",
+                ((run.tokens, run.blocks, run.stamps, run.sums, run.id) for run in grown),
+            )
             base.executemany("DELETE FROM runs WHERE id = ?", ((one,) for one in gone))
             base.executemany("DELETE FROM runs WHERE namespace = ? AND resets < ?", cleared)
 

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixcache.core.graft import Run as Graft
-from prefixcache.service.state.keeper import Stored, describe
-from prefixcache.service.state.manifest import Manifest, Run
-from prefixcache.service.state.stamps import Stamps
+from prefixcache.service.state.keeper import describe
+from prefixcache.service.state.manifest import Manifest
+from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps
 from prefixcache.service.state.sums import Sums
 from prefixcache.types import TOKEN_BYTES, Namespace
 
@@ -39,6 +39,32 @@ class Revival(NamedTuple):
     namespaces: dict[int, Namespace]
 
 
+class _Columns(NamedTuple):
+    """Rows as columns, so that a check is one call for all of them."""
+
+    heads: _Sizes
+    """`[rows, 5]`: id, namespace, its resets, the block before, that block's stamp."""
+    counts: _Sizes
+    """Blocks of each row."""
+    tokens: list[bytes]
+    blocks: npt.NDArray[np.uint32]
+    stamps: npt.NDArray[np.uint32]
+    sums: npt.NDArray[np.uint64]
+
+    def take(self, wanted: npt.NDArray[np.bool_]) -> _Columns:
+        """Give some of the rows."""
+        of_blocks = np.repeat(wanted, self.counts)
+        tokens = [part for part, one in zip(self.tokens, wanted.tolist(), strict=True) if one]
+        return _Columns(
+            self.heads[wanted],
+            self.counts[wanted],
+            tokens,
+            self.blocks[of_blocks],
+            self.stamps[of_blocks],
+            self.sums[of_blocks],
+        )
+
+
 def revive(
     manifest: Manifest, stamps: Stamps, sums: Sums, block_size: int, *, tails: bool
 ) -> Revival:
@@ -57,88 +83,110 @@ def revive(
     width = block_size * TOKEN_BYTES
     namespaces = manifest.namespaces()
     rows = manifest.runs()
-    num_blocks = len(stamps.blocks)
-    resets = stamps.resets
-    sound = [
-        Run(*row)
-        for row in rows
-        if _is_sound(row, width, num_blocks) and row[1] in namespaces and row[2] == resets[row[1]]
-    ]
-    by_fill: dict[int, list[Run]] = {}
-    for run in sound:
-        by_fill.setdefault(min(len(run.tokens), width) // TOKEN_BYTES, []).append(run)
-    sizes: dict[int, int] = {}
+    columns = _read([row for row in rows if _is_sound(row, width)])
+    known = np.zeros(MAX_NAMESPACES, bool)
+    known[list(namespaces)] = True
+    fills = np.array([min(len(part), width) // TOKEN_BYTES for part in columns.tokens], np.int64)
+    numbers, resets, parents, parent_stamps = columns.heads[:, 1:].T
+    wanted = known[numbers] & (stamps.resets[numbers] == resets) & (parents < len(stamps.blocks))
+    safe = np.where(wanted & (parents >= 0), parents, 0)
+    wanted &= (parents < 0) | (stamps.blocks[safe] == parent_stamps)
+    if not tails:
+        wanted &= fills == block_size
+    columns, fills = columns.take(wanted), fills[wanted]
+    holds = np.zeros(len(columns.blocks), bool)
     num_doubtful = 0
-    for fill, group in by_fill.items():
-        if fill < block_size and not tails:
-            continue
-        lengths, doubtful = _check(group, fill, stamps, sums)
+    for fill in np.unique(fills).tolist():
+        group = fills == fill
+        found, doubtful = _check(columns.take(group), fill, stamps, sums)
+        holds[np.repeat(group, columns.counts)] = found
         num_doubtful += doubtful
-        sizes.update(zip((run.id for run in group), lengths.tolist(), strict=True))
-    runs, kept = [], []
-    seen = np.zeros(num_blocks, bool)
-    for run in sound:
-        size = sizes.get(run.id, 0)
-        blocks = np.frombuffer(run.blocks, np.int32)[:size]
-        if not size or seen[blocks].any():
-            continue  # two rows for one block: nobody wrote that
-        seen[blocks] = True
-        graft = Graft(
-            namespaces[run.namespace],
-            run.parent,
-            run.tokens[: size * width],
-            array("i", run.blocks[: 4 * size]),
-        )
-        runs.append(graft)
-        kept.append((run.id, blocks))
-    holding = {number for number, _ in kept}
-    lost = [row[0] for row in rows if row[0] not in holding]
-    return Revival(runs, kept, lost, num_doubtful, namespaces)
+    blocks, times = np.unique(columns.blocks[holds], return_counts=True)
+    if (times > 1).any():  # two entries for one block: nobody wrote that
+        holds &= ~np.isin(columns.blocks, blocks[times > 1])
+    return _gather(columns, holds, width, namespaces, rows, num_doubtful)
 
 
-def _is_sound(row: tuple[Any, ...], width: int, num_blocks: int) -> bool:
+def _is_sound(row: tuple[Any, ...], width: int) -> bool:
     """Whether a row has the types and lengths that were written."""
     number, namespace, resets, parent, parent_stamp, tokens, blocks, stamps, sums = row
-    for value in (number, namespace, resets, parent, parent_stamp):
-        if value.__class__ is not int:
-            return False
-    for part in (tokens, blocks, stamps, sums):
-        if part.__class__ is not bytes:
-            return False
-    size = len(blocks)
+    if not (
+        number.__class__ is namespace.__class__ is resets.__class__ is int
+        and parent.__class__ is parent_stamp.__class__ is int
+        and tokens.__class__ is blocks.__class__ is stamps.__class__ is sums.__class__ is bytes
+    ):
+        return False
+    size, filled = len(blocks), len(tokens)
     return (
         0 < size == len(stamps)
         and len(sums) == 2 * size
-        and size == 4 * -(-len(tokens) // width)
-        and (len(tokens) % width == 0 or (size == 4 and len(tokens) % TOKEN_BYTES == 0))
-        and -1 <= parent < num_blocks
-        and 0 <= parent_stamp < 2**32
+        and size == 4 * -(-filled // width)
+        and (filled % width == 0 or (size == 4 and filled % TOKEN_BYTES == 0))
+        and 0 <= namespace < MAX_NAMESPACES
+        and -1 <= parent < 2**31
     )
 
 
-def _check(group: list[Run], fill: int, stamps: Stamps, sums: Sums) -> tuple[_Sizes, int]:
+def _read(rows: list[tuple[Any, ...]]) -> _Columns:
+    blocks = [row[6] for row in rows]
+    heads = np.array([row[:5] for row in rows], np.int64).reshape(len(rows), 5)
+    return _Columns(
+        heads,
+        np.array([len(part) for part in blocks], np.int64) // 4,
+        [row[5] for row in rows],
+        np.frombuffer(b"".join(blocks), np.uint32),
+        np.frombuffer(b"".join([row[7] for row in rows]), np.uint32),
+        np.frombuffer(b"".join([row[8] for row in rows]), np.uint64),
+    )
+
+
+def _check(
+    rows: _Columns, fill: int, stamps: Stamps, sums: Sums
+) -> tuple[npt.NDArray[np.bool_], int]:
     """Check rows whose blocks are filled alike.
 
     Returns:
-        How many leading blocks of each hold, and how many blocks are damaged.
+        Which blocks hold, and how many are damaged: as stamped, but other bytes.
     """
-    facts, tokens = describe([Stored(*run[1:8]) for run in group], fill)
-    noted = np.frombuffer(b"".join([run.sums for run in group]), np.uint64)
-    num_blocks = len(stamps.blocks)
-    blocks = facts[:, 0]
-    holds = blocks < num_blocks
-    holds &= stamps.blocks[np.where(holds, blocks, 0)] == facts[:, 1]
-    holds &= facts[:, 1] % 2 == 0
+    facts, tokens = describe(
+        rows.heads[:, 1:], rows.counts, rows.blocks, rows.stamps, b"".join(rows.tokens), fill
+    )
+    holds = rows.blocks < len(stamps.blocks)
+    holds &= stamps.blocks[np.where(holds, rows.blocks, 0)] == rows.stamps
+    holds &= rows.stamps % 2 == 0
     due = np.flatnonzero(holds)
-    wrong = sums.of_many(facts[due], tokens[due]) != noted[due]
+    wrong = sums.of_many(facts[due], tokens[due]) != rows.sums[due]
     holds[due[wrong]] = False
-    counts = np.array([len(run.blocks) // 4 for run in group], np.int64)
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    return holds, int(wrong.sum())
+
+
+def _gather(
+    columns: _Columns,
+    holds: npt.NDArray[np.bool_],
+    width: int,
+    namespaces: dict[int, Namespace],
+    rows: list[tuple[Any, ...]],
+    num_doubtful: int,
+) -> Revival:
+    """Cut each row before its first block that does not hold."""
+    ends = np.cumsum(columns.counts)
+    starts = ends - columns.counts
     places = np.where(holds, len(holds), np.arange(len(holds)))
-    first_bad = np.minimum.reduceat(places, starts)
-    lengths = np.minimum(first_bad - starts, counts)
-    parents = np.array([run.parent for run in group], np.int64)
-    parent_stamps = np.array([run.parent_stamp for run in group], np.int64)
-    orphans = (parents >= 0) & (stamps.blocks[np.maximum(parents, 0)] != parent_stamps)
-    lengths[orphans] = 0
-    return lengths, int(wrong.sum())
+    sizes = columns.counts
+    if len(sizes):
+        sizes = np.minimum(np.minimum.reduceat(places, starts) - starts, sizes)
+    ids, numbers, _, parents, _ = columns.heads.T.tolist() if len(sizes) else ([],) * 5
+    blocks = columns.blocks.astype(np.int32)
+    raw = blocks.tobytes()
+    runs, kept = [], []
+    for number, space, parent, tokens, size, start in zip(
+        ids, numbers, parents, columns.tokens, sizes.tolist(), starts.tolist(), strict=True
+    ):
+        if size:
+            end = start + size
+            table = array("i", raw[4 * start : 4 * end])
+            runs.append(Graft(namespaces[space], parent, tokens[: size * width], table))
+            kept.append((number, blocks[start:end]))
+    holding = {number for number, _ in kept}
+    lost = [row[0] for row in rows if row[0] not in holding]
+    return Revival(runs, kept, lost, num_doubtful, namespaces)
