@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench experiments soak proto clean
+.PHONY: help demo test lint bench experiments photograph soak proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
 
 experiments: $(VENV)/.installed   ## Hit rate against block size, memory and policy; goes to docs/experiments.md.
 	$(BIN)/python -m prefixcache_bench.experiments
+
+photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
+	$(BIN)/python -m prefixcache_bench.photograph
 
 soak: $(VENV)/.installed   ## The property tests, 100 times as long.
 	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0

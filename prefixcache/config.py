@@ -156,6 +156,8 @@ class ServeSettings(BaseSettings):
     """Loopback address for /metrics and the page; off unless given."""
     state: Path | None = None
     """Folder in which pool and index outlive the service; None keeps nothing."""
+    http_tokens: bool = False
+    """Whether the page shows token ids: any user of this machine can open it."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -109,6 +109,12 @@ def serve(
             "ADDRESS",
         ),
     ] = None,
+    http_tokens: Annotated[
+        bool | None,
+        _option(
+            _SERVICE, "Let the page show token ids to every user of this machine. Default: off."
+        ),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,

@@ -20,6 +20,7 @@ from collections import Counter
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefixcache.errors import PoolExhausted
 from prefixcache.types import BlockId, BlockTable, WorkerId
@@ -189,6 +190,10 @@ class BlockPool:
             block = int(index[wrong][0])
             raise AssertionError(_wrong(block, self._state[block], was))
         self._states[index] = now
+
+    def states(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Say of every block whether it is live, and whether quarantined.  O(blocks), in C."""
+        return self._states == _LIVE, self._states == _QUARANTINED
 
     def check(self, private: Counter[int], indexed: Counter[int], held: Counter[int]) -> None:
         """Assert that every block has exactly the owners it should have.  O(blocks).

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Generator, Iterable, Sequence
 
 from prefixcache.core import views
+from prefixcache.core.blockmap import block_map
 from prefixcache.core.blocks import BlockPool, Rights
 from prefixcache.core.desk import Desk
 from prefixcache.core.eviction import policy_named
@@ -25,7 +26,7 @@ from prefixcache.core.leases import Worker
 from prefixcache.core.node import Root, blocks_below
 from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
-from prefixcache.core.vitals import Vitals, vitals
+from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
@@ -488,6 +489,17 @@ class PrefixCache:
     def vitals(self, *, now: float) -> Vitals:
         """Give the numbers that are cheap enough for every second.  O(namespaces)."""
         return vitals(self._desk, now)
+
+    def flights(self, most: int = 1000) -> list[FlightInfo]:
+        """Give up to `most` of the prompts that leases are computing."""
+        return flights(self._desk, most)
+
+    def block_map(self, num_cells: int = 1024) -> Generator[None, None, tuple[int, ...]]:
+        """Draw the pool: per cell the index in `blockmap.STATES` of what most of its blocks are.
+
+        O(runs + blocks), in steps of some hundred runs: between them other verbs may be called.
+        """
+        return block_map(self._desk, num_cells)
 
     def check(self) -> None:
         """Walk everything and assert that every invariant holds.  O(everything).

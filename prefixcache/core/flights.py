@@ -10,6 +10,7 @@ an owner died becomes the owner.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -124,6 +125,12 @@ class Flights:
             target = usable if self._partial is Partial.TAILS else -(-usable // size) * size
         return Gain(lease, usable - cached, target) if usable > cached else None
 
+    def all(self) -> Iterator[Lease]:
+        """Give the leases that are in flight, prompts in order."""
+        for below in self._below.values():
+            for _, _, lease in below:
+                yield lease
+
     def check(self) -> None:
         """Assert that the flights are in order, and that each lease is where it can be found."""
         for root, below in self._below.items():
@@ -173,6 +180,10 @@ class WaitingRoom:
             waiting.remove(ticket)
             if not waiting:
                 del self._by_owner[owner]
+
+    def waiting_for(self, owner: LeaseId) -> int:
+        """Count the requests that wait for a lease.  O(1)."""
+        return len(self._by_owner.get(owner, ()))
 
     def called(self, owner: LeaseId, indexed: int | None) -> list[Ticket]:
         """Take out the tickets whose wait for `owner` is over, in order of arrival.

@@ -6,9 +6,10 @@ What `Snapshot` lists lease by lease is counted here, and the sums are per names
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 from prefixcache.core.desk import Desk
-from prefixcache.types import Ledger, Namespace, Partial
+from prefixcache.types import TOKEN_BYTES, LeaseId, Ledger, Namespace, Partial, WorkerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,34 @@ class Vitals:
     smallest_hit: int
     """Tokens of the shortest prefix that can be reused."""
     accounts: dict[Namespace, Account]
+
+
+@dataclass(frozen=True, slots=True)
+class FlightInfo:
+    """A prompt that a lease is computing."""
+
+    lease: LeaseId
+    worker: WorkerId
+    namespace: Namespace
+    num_tokens: int
+    num_committed: int
+    num_waiting: int
+    """Requests that wait for it."""
+
+
+def flights(desk: Desk, most: int) -> list[FlightInfo]:
+    """Give up to `most` flights.  Changes nothing."""
+    return [
+        FlightInfo(
+            lease.id,
+            lease.worker,
+            lease.namespace,
+            len(lease.flight or b"") // TOKEN_BYTES,
+            lease.committed,
+            desk.room.waiting_for(lease.id),
+        )
+        for lease in islice(desk.flights.all(), most)
+    ]
 
 
 def vitals(desk: Desk, now: float) -> Vitals:

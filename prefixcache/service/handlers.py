@@ -329,6 +329,15 @@ class Handlers:
         vitals = self.holdings.cache.vitals(now=now)
         message.flights_saved = sum(account.joins for account in vitals.accounts.values())
         message.overshot = vitals.overshot
+        for flight in self.holdings.cache.flights():
+            info = message.flights.add(
+                lease=flight.lease,
+                worker=flight.worker,
+                num_tokens=flight.num_tokens,
+                num_committed=flight.num_committed,
+                num_waiting=flight.num_waiting,
+            )
+            codec.write_namespace(flight.namespace, info.namespace)
         if vitals.eviction_age_s is not None:
             message.eviction_age_s = vitals.eviction_age_s
 

@@ -15,11 +15,14 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixcache.client.address import Address
@@ -27,6 +30,10 @@ from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.listen import check_loopback
 from prefixcache.service.metrics import CONTENT_TYPE, Scrape, exposition
+from prefixcache.service.page import Page
+
+ASSETS = Path(__file__).parent / "web"
+"""The page: all that a browser needs, in the package."""
 
 _MAX_CONNECTIONS = 64
 _LAST_WORDS_S = 1
@@ -64,6 +71,7 @@ class HttpServer:
         self._address = address
         self._handlers = handlers
         self._scrape = Scrape(handlers)
+        self._page = Page(handlers)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -102,15 +110,29 @@ class HttpServer:
         """Stop answering.  Idempotent."""
         if self._server is None or self._task is None:
             return
+        self._page.close()
         self._server.should_exit = True
         await self._task
         self._server = self._task = None
 
     def _routes(self) -> list[BaseRoute]:
-        async def metrics(request: object) -> Response:
+        page = self._page
+
+        async def metrics(request: Request) -> Response:
             return Response(await exposition(self._scrape), headers={"content-type": CONTENT_TYPE})
 
-        return [Route("/metrics", metrics)]
+        async def history(request: Request) -> Response:
+            return Response(page.history(), media_type="application/json")
+
+        async def live(request: Request) -> Response:
+            return StreamingResponse(page.live(), media_type="text/event-stream")
+
+        return [
+            Route("/metrics", metrics),
+            Route("/history", history),
+            Route("/live", live),
+            Mount("/", StaticFiles(directory=ASSETS, html=True)),
+        ]
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,263 @@
+"""What the page shows: the same moment for everybody who looks, computed once, in steps.
+
+```
+every second     state     pool, ledger, rates, leases, flights, workers   O(leases)
+every 3 seconds  tree      the outline: 600 branches, the rest summed up   O(runs), in steps
+                 blocks    the map of the pool: 1,200 cells      O(runs + blocks), in steps
+```
+All of it is sent as server-sent events on one stream per viewer, and only while somebody looks.
+A viewer that does not read is held back by its own socket; it then gets the newest, not what it
+missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+from collections.abc import AsyncIterator, Generator
+from dataclasses import asdict
+from time import monotonic, time
+from typing import Any
+
+import structlog
+
+from prefixcache import __version__
+from prefixcache.core.blockmap import STATES
+from prefixcache.core.ledger import FATES
+from prefixcache.outline import Branch, Order, Outline
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.metrics import fold
+from prefixcache.types import Ledger, Namespace, unpack
+
+_EVERY_S = 1.0
+_SLOW_EVERY = 3
+_MAX_BRANCHES = 600
+_CELLS = 1200
+_ROWS = 100
+"""Leases, flights and namespaces that are listed; how many there are is told besides."""
+
+_HISTORY_POINTS = 600
+
+log = structlog.get_logger(__name__)
+
+
+class Page:
+    """The live data of the page.
+
+    Args:
+        handlers: whose state is shown.
+    """
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+        self._viewers = 0
+        self._number = 0
+        self._latest: dict[str, tuple[int, str]] = {}
+        """By event: its number and its data."""
+        self._fresh = asyncio.Event()
+        self._closed = False
+        self._painter: asyncio.Task[None] | None = None
+
+    def history(self) -> bytes:
+        """Give the last hour, thinned to some hundred points: columns of the beats."""
+        beats = list(self._handlers.pulse.beats)
+        step = max(1, -(-len(beats) // _HISTORY_POINTS))
+        kept = beats[::-1][::step][::-1]
+        columns: dict[str, list[Any]] = {"at": [round(beat.at, 1) for beat in kept]}
+        for fate in FATES:
+            columns[fate] = [getattr(beat.ledger, fate) for beat in kept]
+        columns["requests"] = [beat.requests for beat in kept]
+        return json.dumps(columns, separators=(",", ":")).encode()
+
+    async def live(self) -> AsyncIterator[str]:
+        """Give events for one viewer, for as long as it reads."""
+        self._viewers += 1
+        if self._painter is None:
+            self._painter = asyncio.create_task(self._paint())
+        seen: dict[str, int] = {}
+        try:
+            yield "retry: 1000\n\n"
+            while not self._closed:
+                for name, (number, data) in list(self._latest.items()):
+                    if seen.get(name) != number:
+                        seen[name] = number
+                        yield f"event: {name}\ndata: {data}\n\n"
+                await self._fresh.wait()
+        finally:
+            self._viewers -= 1
+
+    def close(self) -> None:
+        """End all streams.  Idempotent."""
+        self._closed = True
+        self._fresh.set()
+        if self._painter is not None:
+            self._painter.cancel()
+            self._painter = None
+
+    # ------------------------------------------------------------------------ painting
+
+    async def _paint(self) -> None:
+        """Make new data while there are viewers."""
+        beat = 0
+        try:
+            while self._viewers and not self._closed:
+                began = monotonic()
+                await self._paint_one(beat)
+                beat += 1
+                await asyncio.sleep(max(0.05, _EVERY_S - (monotonic() - began)))
+        except Exception:
+            log.exception("the page's data could not be made")
+        finally:
+            self._latest.clear()
+            self._painter = None
+
+    async def _paint_one(self, beat: int) -> None:
+        self._publish("state", self.state())
+        cache = self._handlers.holdings.cache
+        if cache is None or beat % _SLOW_EVERY:
+            return
+        outline = await _in_steps(
+            cache.outline(order=Order.TOKENS, max_branches=_MAX_BRANCHES, now=monotonic())
+        )
+        self._publish("tree", self._tree(outline))
+        cells = await _in_steps(cache.block_map(_CELLS))
+        self._publish("blocks", {"states": STATES, "cells": "".join(map(str, cells))})
+
+    def _publish(self, name: str, fields: dict[str, Any]) -> None:
+        self._number += 1
+        data = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+        self._latest[name] = (self._number, data)
+        fresh, self._fresh = self._fresh, asyncio.Event()
+        fresh.set()
+
+    def state(self) -> dict[str, Any]:
+        """Give what changes every second."""
+        handlers = self._handlers
+        settings, now = handlers.settings, monotonic()
+        cache, sizes = handlers.holdings.cache, handlers.holdings.sizes
+        fields: dict[str, Any] = {
+            "at": round(time(), 1),
+            "service": {
+                "version": __version__,
+                "pid": os.getpid(),
+                "uptime_s": round(handlers.uptime_s),
+                "listening": handlers.listening,
+                "policy": settings.policy,
+                "partial": str(settings.partial),
+                "sizes": None if sizes is None else str(sizes),
+                "draining": handlers.draining,
+            },
+            "requests_per_s": handlers.pulse.requests_per_s(),
+            "verbs": [asdict(rate) for rate in handlers.pulse.rates()],
+            "workers": [
+                {
+                    "worker": worker.id,
+                    "pid": worker.pid,
+                    "state": worker.state,
+                    "since_s": round(now - worker.since, 1),
+                    "session": worker.hang_up is not None,
+                    "namespaces": [shown(space) for space in worker.namespaces[:4]],
+                }
+                for worker in reversed(handlers.workers.roll())
+            ][:_ROWS],
+        }
+        if cache is None:
+            return fields
+        vitals = cache.vitals(now=now)
+        accounts = fold(vitals.accounts)
+        fields["pool"] = {
+            f.name: getattr(vitals, f.name)
+            for f in dataclasses.fields(vitals)
+            if f.name != "accounts"
+        }
+        fields["ledger"] = _sum(account.ledger for account in accounts.values())
+        fields["requests"] = sum(account.requests for account in accounts.values())
+        fields["flights_saved"] = sum(account.joins for account in accounts.values())
+        fields["namespaces"] = [
+            {"namespace": shown(space), "requests": account.requests, **asdict(account.ledger)}
+            for space, account in sorted(accounts.items(), key=lambda item: -item[1].requests)
+        ][:_ROWS]
+        fields["leases"] = [
+            {
+                "lease": lease.lease,
+                "worker": lease.worker,
+                "namespace": shown(lease.namespace),
+                "tokens": lease.num_tokens,
+                "committed": lease.num_committed,
+                "blocks": lease.num_blocks,
+                "expires_in_s": round(lease.expires_in_s, 1),
+            }
+            for lease in cache.snapshot(now=now).leases[:_ROWS]
+        ]
+        fields["flights"] = [
+            {**asdict(flight), "namespace": shown(flight.namespace)}
+            for flight in cache.flights(_ROWS)
+        ]
+        return fields
+
+    def _tree(self, outline: Outline) -> dict[str, Any]:
+        return {
+            "block_size": outline.block_size,
+            "namespaces": [
+                {
+                    "namespace": shown(one.namespace),
+                    "branches": [self._branch(branch) for branch in one.branches],
+                }
+                for one in outline.namespaces
+            ],
+        }
+
+    def _branch(self, branch: Branch) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "depth": branch.depth,
+            "start": branch.start,
+            "tokens": branch.num_tokens,
+            "blocks": branch.num_blocks,
+            "below": [branch.below.runs, branch.below.tokens, branch.below.ghost_tokens],
+            "heat": round(branch.heat, 3),
+        }
+        if branch.num_more:
+            more = branch.more
+            fields["more"] = [branch.num_more, more.runs, more.tokens, more.ghost_tokens]
+        if branch.num_locks:
+            fields["locks"] = branch.num_locks
+        if branch.is_ghost:
+            fields["ghost"] = True
+        if branch.is_pinned:
+            fields["pinned"] = True
+        if branch.idle_s is not None:
+            fields["idle_s"] = round(branch.idle_s, 1)
+        if branch.num_uses is not None:
+            fields["uses"] = branch.num_uses
+        if branch.num_parted:
+            fields["parted"] = [branch.parted_at, branch.num_parted]
+        if self._handlers.settings.http_tokens:
+            fields["ids"] = unpack(branch.tokens).tolist()
+        return fields
+
+
+def shown(namespace: Namespace) -> str:
+    """Name a namespace for people; a salt is a secret."""
+    named = Namespace(namespace.model, namespace.adapter, namespace.tenant)
+    return f"{named} (salted)" if namespace.salt else str(named)
+
+
+def _sum(ledgers: Any) -> dict[str, int]:
+    sums = dict.fromkeys(FATES, 0)
+    for ledger in ledgers:
+        assert isinstance(ledger, Ledger)
+        for fate in FATES:
+            sums[fate] += getattr(ledger, fate)
+    return sums
+
+
+async def _in_steps(work: Generator[None, None, Any]) -> Any:
+    """Run a generator to its value, with the loop's other work between its steps."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            return done.value
+        await asyncio.sleep(0)
