@@ -25,9 +25,11 @@ import time
 from dataclasses import dataclass
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.types import TOKEN_BYTES, Grant, Ledger, Namespace, Partial, WorkerId
-from prefixcache_bench.outcome import Outcome, Sums, Window
+from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
+from prefixcache_bench.flat import FLAT_LFU, replay_flat
+from prefixcache_bench.outcome import Outcome, Sums
 from prefixcache_bench.traces import Trace
+from prefixcache_bench.windows import Windows
 
 BEYOND = b"\xff" * TOKEN_BYTES
 _WORKER = WorkerId("replay")
@@ -53,12 +55,15 @@ def replay(trace: Trace, asked: Configuration, *, num_windows: int = 1) -> Outco
 
     Args:
         trace: The requests.
-        asked: Block size, capacity, policy, partial reuse.
+        asked: Block size, capacity, policy, partial reuse.  The policy may also be `lfu-flat`, of
+            which the service knows nothing: see `flat`.
         num_windows: Equal parts of the trace's time for which the ledger is given too.
 
     Raises:
         InvalidRequest: the block size does not suit the trace, or there is no such policy.
     """
+    if asked.policy == FLAT_LFU:
+        return replay_flat(trace, asked.block_size, asked.capacity_blocks, num_windows)
     words = trace.words(asked.block_size)
     width = words * TOKEN_BYTES
     most = trace.most_blocks(asked.block_size)
@@ -76,7 +81,7 @@ def replay(trace: Trace, asked: Configuration, *, num_windows: int = 1) -> Outco
     reserve = words - 1 if tails else 0
     room = capacity * width
     sums = Sums(trace.unit, words, counts_partial=asked.partial is Partial.OFF)
-    windows = _Windows(trace, sums, num_windows)
+    windows = Windows(trace, sums, num_windows)
     tree = cache._desk.tree  # for its number of blocks alone: a snapshot per request is too dear
     peak = 0
     attached: set[Namespace] = set()
@@ -133,34 +138,3 @@ def replay(trace: Trace, asked: Configuration, *, num_windows: int = 1) -> Outco
         broken_lines=len(trace.broken),
         cpu_s=time.process_time() - started,
     )
-
-
-class _Windows:
-    """Cuts the running sums into equal parts of the trace's time."""
-
-    def __init__(self, trace: Trace, sums: Sums, count: int) -> None:
-        times = [request.t for request in trace.requests] or [0.0]
-        self._start = min(times)
-        self._span = (max(times) - self._start) / max(1, count)
-        self._count = count
-        self._sums = sums
-        self._before = (0, Ledger())
-        self.done: list[Window] = []
-        self.ends_at = self._end_of(1)
-
-    def turn(self, now: float) -> None:
-        """Close the window, and those after it that are over by now."""
-        ledger, requests = self._sums.ledger(), self._sums.requests
-        index = len(self.done)
-        self.done.append(
-            Window.between(self._start + index * self._span, self._before, requests, ledger)
-        )
-        self._before = (requests, ledger)
-        while (index := len(self.done)) + 1 < self._count and now >= self._end_of(index + 1):
-            self.done.append(
-                Window.between(self._start + index * self._span, self._before, requests, ledger)
-            )
-        self.ends_at = self._end_of(len(self.done) + 1)
-
-    def _end_of(self, number: int) -> float:
-        return self._start + number * self._span if number < self._count else float("inf")

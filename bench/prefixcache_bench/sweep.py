@@ -15,6 +15,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.types import Partial
 from prefixcache_bench.capacity import Capacity
 from prefixcache_bench.curve import curve
+from prefixcache_bench.flat import FLAT_LFU
 from prefixcache_bench.forks import forked, inherited
 from prefixcache_bench.replay import Configuration, replay
 from prefixcache_bench.rows import Key, Row, key_of, row_of
@@ -40,8 +41,8 @@ class Grid:
             InvalidRequest: the message says what.
         """
         for policy in self.policies:
-            if policy not in POLICIES:
-                known = ", ".join(POLICIES)
+            if policy not in (*POLICIES, FLAT_LFU):
+                known = ", ".join((*POLICIES, FLAT_LFU))
                 raise InvalidRequest(f"no eviction policy {policy!r}; there are: {known}")
         for size in self.block_sizes:
             trace.words(size)

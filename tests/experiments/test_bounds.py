@@ -1,10 +1,9 @@
-"""Belady's bound against exhaustive search; the flat LFU against the reference's rows."""
+"""Belady's bound against exhaustive search; LFU with and without a tree; SIEVE beside it."""
 
 from __future__ import annotations
 
-import csv
-import os
 import random
+from collections import deque
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -12,18 +11,16 @@ from pathlib import Path
 import pytest
 
 from prefixcache.core.eviction import POLICIES
+from prefixcache.types import Namespace, pack
 from prefixcache_bench.belady import belady
-from prefixcache_bench.development import DEVELOPMENT_SET, Workload
-from prefixcache_bench.flat import flat_lfu
+from prefixcache_bench.development import Workload
+from prefixcache_bench.flat import FLAT_LFU, flat_lfu
 from prefixcache_bench.paths import Path as Blocks
 from prefixcache_bench.paths import paths
 from prefixcache_bench.policies import measure, measure_cost, tables, write
 from prefixcache_bench.progress import Progress
-from prefixcache_bench.readers.load import load
 from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.traces import Trace
-
-FOLDER = os.environ.get("PREFIXCACHE_TRACES", "")
+from prefixcache_bench.traces import Request, Trace
 
 
 def random_requests(rng: random.Random, count: int) -> list[Blocks]:
@@ -91,24 +88,56 @@ def test_the_tables_have_every_policy_and_both_bounds(small: Trace, tmp_path: Pa
     assert "old" not in text
 
 
-def reference_rows() -> list[object]:
-    path = Path(FOLDER) / "reference_mooncake.csv"
-    if not FOLDER or not path.exists():
-        reason = f"set PREFIXCACHE_TRACES to a folder with {path.name} and its trace"
-        return [pytest.param({}, marks=pytest.mark.skip(reason=reason))]
-    with path.open() as file:
-        rows = csv.DictReader(file)
-        return [row for row in rows if row["policy"] == "LFU" and row["capacity_blocks_of_512"]]
+def leaf_safe_lfu(requests: list[Blocks], num_blocks: int) -> int:
+    """Count the blocks found by a set of blocks of which only leaves go, by (uses, last use)."""
+    uses: dict[int, int] = {}
+    last: dict[int, int] = {}
+    above: dict[int, int | None] = {}
+    hits = 0
+    for number, request in enumerate(requests):
+        blocks = request.blocks
+        above.update(zip(blocks, [None, *blocks], strict=False))
+        found = next((i for i, one in enumerate(blocks) if one not in uses), len(blocks))
+        hits += min(found, request.askable)
+        while len(uses) + len(blocks) - found > num_blocks:
+            inner = {above[one] for one in uses}
+            leaves = [one for one in uses if one not in inner and one not in blocks]
+            del uses[min(leaves, key=lambda one: (uses[one], last[one]))]
+        for one in blocks:
+            uses[one], last[one] = uses.get(one, 0) + 1, number
+    return hits
 
 
-@pytest.mark.parametrize("row", reference_rows())
-def test_a_flat_lfu_equals_the_reference_and_the_leaf_safe_one_is_near(row: dict[str, str]) -> None:
-    trace = load(str(Path(FOLDER) / DEVELOPMENT_SET[0].file))
-    capacity = int(row["capacity_blocks_of_512"])
-    requests = paths(trace, 512)
-    found = flat_lfu(requests, capacity)
-    total = sum(request.prompt_blocks for request in requests)
-    assert f"{round(sum(found.anywhere) / total, 6)}" == row["block_any"]
-    assert f"{round(sum(found.leading) / total, 6)}" == row["block_prefix"]
-    ours = replay(trace, Configuration(512, capacity, "lfu")).block_hit_rate
-    assert abs(ours - float(row["block_prefix"])) < 0.0002
+@pytest.mark.parametrize("num_blocks", [30, 60, 120, 400])
+def test_lfu_is_the_leaf_safe_one(num_blocks: int, small: Trace) -> None:
+    expected = leaf_safe_lfu(paths(small, 16), num_blocks)
+    assert replay(small, Configuration(16, num_blocks, "lfu")).hit_tokens == 16 * expected
+
+
+def test_a_flat_lfu_strands_blocks_whose_prefix_is_gone(small: Trace) -> None:
+    requests = paths(small, 16)
+    found = flat_lfu(requests, 60)
+    assert sum(found.anywhere) > sum(found.leading)
+    outcome = replay(small, Configuration(16, 60, FLAT_LFU), num_windows=3)
+    assert outcome.hit_blocks == sum(map(min, found.leading, [one.askable for one in requests]))
+    assert outcome.ledger.total == outcome.prompt_tokens
+    assert outcome.evictions == found.evictions > 0
+    everything = replay(small, Configuration(16, None, FLAT_LFU))
+    assert everything.hit_tokens == replay(small, Configuration(16)).hit_tokens
+
+
+@pytest.mark.parametrize(("share_again", "equal"), [(0.04, True), (0.25, False)])
+def test_sieve_is_lfu_until_its_hand_comes_round(share_again: float, equal: bool) -> None:
+    """It comes round once what was used again fills the memory; until then it goes by age alone."""
+    rng = random.Random(5)
+    requests, recent = [], deque[int](maxlen=40)
+    for number in range(1500):
+        again = number > 40 and rng.random() < share_again
+        chat = rng.choice(recent) if again else number
+        requests.append(Request(float(number), Namespace("m"), pack([chat, 0, 1, 2]), 4, 4 * 64))
+        recent.append(chat)
+    trace = Trace("mostly new", requests, 64)
+    lfu, sieve = (replay(trace, Configuration(64, 400, name)) for name in ("lfu", "sieve"))
+    assert sieve.hit_blocks > 100
+    same = (sieve.hit_blocks, sieve.evictions) == (lfu.hit_blocks, lfu.evictions)
+    assert same is equal

@@ -4,8 +4,9 @@ The traces are large and optional.  PREFIXCACHE_TRACES names a folder with kvtra
 traces and `reference_tokens.csv`, `reference_mooncake.csv`, `reference_weka.csv`.  A spread of rows
 is checked then; with PREFIXCACHE_SOAK set, all of them are.
 
-Of the block-hash reference only the LRU rows are: its other policies work on a flat set of blocks,
-and drop blocks whose children they keep, which no prefix tree does.
+Of the block-hash reference, the LFU rows are those of a flat set of blocks, which drops blocks
+whose children it keeps: its `block_any` exceeds its `block_prefix`, and in a tree the two are one.
+So they are compared with `lfu-flat`; how near the tree's `lfu` comes is tested beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import pytest
 
 from prefixcache.types import Namespace
 from prefixcache_bench.curve import Curve, curve
+from prefixcache_bench.flat import FLAT_LFU, flat_lfu
 from prefixcache_bench.outcome import Outcome
+from prefixcache_bench.paths import paths
 from prefixcache_bench.readers import kvtrace
 from prefixcache_bench.readers.lines import Source
 from prefixcache_bench.readers.load import System, load
@@ -30,6 +33,12 @@ FOLDER = os.environ.get("PREFIXCACHE_TRACES", "")
 ALL_ROWS = bool(os.environ.get("PREFIXCACHE_SOAK"))
 SYSTEMS = {"none": System.NONE, "sys1": System.ONE, "sys4": System.FOUR}
 PRINTED = ("hit_rate", "hit_rate_partial", "mean_request_hit", "block_hit_rate_ceil")
+SAME = {
+    "block_prefix": "block_prefix",
+    "token_prefix": "token_prefix",
+    "mean_req_block": "mean_request_block_prefix",
+    "mean_req_token": "mean_request_hit",
+}
 COUNTED = ("requests", "prompt_tokens", "hit_tokens", "evictions", "peak_blocks")
 
 Row = dict[str, str]
@@ -114,13 +123,7 @@ def test_mooncake(row: Row) -> None:
     memory = row["capacity_blocks_of_512"]
     blocks = int(memory) * 512 // size if memory else None
     fields = replay(trace, Configuration(size, blocks)).fields()
-    same = {
-        "block_prefix": "block_prefix",
-        "token_prefix": "token_prefix",
-        "mean_req_block": "mean_request_block_prefix",
-        "mean_req_token": "mean_request_hit",
-    }
-    for theirs, ours in same.items():
+    for theirs, ours in SAME.items():
         if row[theirs]:
             assert fields[ours] == float(row[theirs]), theirs
     swept = curve(trace, size)
@@ -128,6 +131,23 @@ def test_mooncake(row: Row) -> None:
     by_curve = swept.hit_blocks([at])[0] / swept.prompt_blocks
     assert round(by_curve, 6) == float(row["block_prefix"])
     assert round(swept.hit_rates([at])[0], 6) == fields["token_prefix"]
+
+
+@pytest.mark.parametrize("row", rows("reference_mooncake.csv", 3, policy="LFU"), ids=name_of)
+def test_mooncake_under_lfu(row: Row) -> None:
+    trace, size = hashed(row["trace"]), int(row["block_tokens"])
+    memory = row["capacity_blocks_of_512"]
+    blocks = int(memory) if memory else None
+    flat = replay(trace, Configuration(size, blocks, FLAT_LFU)).fields()
+    for theirs, ours in SAME.items():
+        assert flat[ours] == float(row[theirs]), theirs
+    anywhere = sum(flat_lfu(paths(trace, size), blocks).anywhere)
+    assert round(anywhere / sum(one.prompt for one in trace), 6) == float(row["block_any"])
+    ours = replay(trace, Configuration(size, blocks, "lfu")).block_hit_rate
+    if row["block_any"] == row["block_prefix"]:  # nothing was stranded
+        assert round(ours, 6) == float(row["block_prefix"])
+    else:
+        assert abs(ours - float(row["block_prefix"])) < 0.0001
 
 
 @pytest.mark.parametrize("row", rows("reference_weka.csv", 1), ids=name_of)
