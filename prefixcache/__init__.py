@@ -26,6 +26,7 @@ from prefixcache.errors import (
     LeaseExpired,
     NotFound,
     PoolExhausted,
+    QuotaExceeded,
     ServiceUnavailable,
     Unsupported,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "Namespace",
     "NotFound",
     "PoolExhausted",
+    "QuotaExceeded",
     "ServiceUnavailable",
     "Session",
     "Unsupported",

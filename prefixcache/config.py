@@ -141,9 +141,15 @@ class ServeSettings(BaseSettings):
     max_forks: Annotated[int, Field(ge=1)] = 1024
     """Children of one fork."""
     max_wait: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds that one acquire may wait."""
+    """Seconds that one acquire or extend may wait."""
     max_waiting: Annotated[int, Field(ge=1)] = 1024
     """Requests of one worker that may wait at the same time."""
+    max_line: Annotated[int, Field(ge=0)] = 4096
+    """Requests of all workers that may wait for room at the same time."""
+    pin_cap: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of the pool that may be pinned."""
+    max_pin: Annotated[float, Field(gt=0)] = 7 * 86400.0
+    """Seconds that one pin may last."""
     max_workers: Annotated[int, Field(ge=1)] = 1024
     """Workers at the same time."""
     max_calls: Annotated[int, Field(ge=1)] = 8192

@@ -8,6 +8,7 @@ CacheError                  UNKNOWN
 ├── LeaseExpired            FAILED_PRECONDITION  the lease ended before this call
 ├── EpochMismatch           FAILED_PRECONDITION  the handle belongs to another life of the pool
 ├── PoolExhausted           RESOURCE_EXHAUSTED   not enough free and evictable blocks now
+│   └── QuotaExceeded       RESOURCE_EXHAUSTED   the namespace or its tenant may not hold so many
 ├── Unsupported             UNIMPLEMENTED        understood, but not built for this device or model
 └── ServiceUnavailable      UNAVAILABLE          no service at that address (client side)
 ```
@@ -64,6 +65,10 @@ class PoolExhausted(CacheError):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QuotaExceeded(PoolExhausted):
+    """The namespace, or its tenant, may not hold so many blocks."""
 
 
 class Unsupported(CacheError):

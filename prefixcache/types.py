@@ -210,14 +210,16 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Answer of `acquire` when the caller chose to wait and the prefix is being computed now.
+    """Answer of `acquire` or `extend` when the caller chose to wait, and there is reason to.
 
-    Nothing was taken.  The grant comes later, from `PrefixCache.settled`, under this ticket.
+    Nothing was taken.  The outcome comes later, from `PrefixCache.settled`, under this ticket.
     """
 
     ticket: TicketId
-    owner: LeaseId
+    owner: LeaseId | None
+    """Whose lease is computing the prefix now; None if it waits for room."""
     num_pending: int
+    """Tokens that need not be computed once the owner has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +290,68 @@ class Reset:
     """Indexed blocks that can no longer be found."""
     num_leased: int
     """Of these, blocks that leases still hold; they come back when the leases end."""
+    num_leases: int = 0
+    """Leases of the namespace that live on."""
+    num_pins: int = 0
+    """Pins that ended with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """Answer of `pin`: what of the prefix is stored, and is evicted last from now on."""
+
+    num_tokens: int
+    num_blocks: int
+    num_new: int
+    """Of these, blocks that were not pinned before."""
+    num_leased: int
+    """Of these, blocks that leases hold at this moment."""
+    ttl_s: float
+    """How long it lasts: an earlier, longer pin is not shortened."""
+    pinned: int
+    """Blocks that are pinned now, all pins together."""
+    max_pinned: int
+    """Their cap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unpinned:
+    """Answer of `unpin`."""
+
+    num_pins: int
+    num_blocks: int
+    """Blocks that no pin covers any more; they stay cached, in the usual order of eviction."""
+    num_leased: int
+    """Of these, blocks that leases hold at this moment."""
+    pinned: int
+    max_pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class PinInfo:
+    """One pin in a `Snapshot`."""
+
+    namespace: Namespace
+    num_tokens: int
+    num_blocks: int
+    expires_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class QuotaInfo:
+    """What a tenant or a namespace may hold, and holds: answer of `quota`, and in a `Snapshot`."""
+
+    tenant: str
+    namespace: Namespace | None
+    """None: the whole tenant is meant."""
+    max_held: int | None
+    """Most blocks that leases may hold; None is no limit."""
+    guaranteed: int
+    """Stored blocks that are evicted only when nobody else's are left."""
+    num_held: int
+    """Blocks that leases hold now."""
+    num_stored: int
+    """The same and all cached ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,3 +407,9 @@ class Snapshot:
     ledger: Ledger
     """Sum over all requests since the start."""
     namespaces: dict[Namespace, Ledger] = field(default_factory=dict)
+    pinned: int = 0
+    """Of the indexed blocks, those that a pin covers."""
+    max_pinned: int = 0
+    pins: tuple[PinInfo, ...] = ()
+    quotas: tuple[QuotaInfo, ...] = ()
+    """Of the tenants and namespaces for which there are any."""

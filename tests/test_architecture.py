@@ -258,7 +258,17 @@ def test_every_command_in_the_readme_exists() -> None:
         re.findall(r"```(?:sh|bash|console|text)?\n(.*?)```", readme.read_text(), re.S)
     )
     plugged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-    commands = {"serve", "stat", "lookup", "explain", "reset", *plugged["prefixcache.commands"]}
+    commands = {
+        "serve",
+        "stat",
+        "lookup",
+        "explain",
+        "reset",
+        "pin",
+        "unpin",
+        "quota",
+        *plugged["prefixcache.commands"],
+    }
     for command in re.findall(r"^(?:\$ )?prefixcache ([a-z]+)", blocks, re.M):
         assert command in commands, command
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import lookup, plugins, reset, serve, stat, tree
+from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, tree
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -33,6 +33,9 @@ app.command("lookup")(lookup.lookup)
 app.command("explain")(lookup.explain)
 app.command("tree")(tree.tree)
 app.command("reset")(reset.reset)
+app.command("pin")(pin.pin)
+app.command("unpin")(pin.unpin)
+app.command("quota")(quota.quota)
 
 
 def _print_version(wanted: bool) -> None:

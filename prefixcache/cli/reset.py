@@ -21,18 +21,26 @@ def reset(
     connect: view.Connect = None,
     as_json: view.AsJson = False,
 ) -> None:
-    """Make a namespace forget all it has stored; leases live on.  Exit code 1: it was empty."""
+    """Make a namespace forget all it has stored; leases live on.  Exit code 1: it was empty.
+
+    Blocks that leases still hold come back when those end.
+
+    Example: prefixcache reset --model tiny
+    """
     with view.open_client(connect) as client:
         if everything:
             chosen = list(client.snapshot().namespaces)
         else:
             chosen = [view.choose_namespace(client, model, adapter, tenant, salt)]
         answers = [(namespace, client.reset(namespace)) for namespace in chosen]
+        block_size = client.snapshot().block_size
     if as_json:
         view.print_json(
             {
                 "namespaces": [
-                    view.namespace_fields(namespace) | asdict(answer)
+                    view.namespace_fields(namespace)
+                    | asdict(answer)
+                    | {"max_tokens": answer.num_blocks * block_size}
                     for namespace, answer in answers
                 ]
             }
@@ -40,8 +48,9 @@ def reset(
     else:
         for namespace, answer in answers:
             typer.echo(
-                f"{view.show_namespace(namespace)}: {answer.num_blocks:,} blocks forgotten, "
-                f"{answer.num_leased:,} of them still leased"
+                f"{view.show_namespace(namespace)}: {answer.num_blocks:,} blocks (up to "
+                f"{answer.num_blocks * block_size:,} tokens) forgotten, {answer.num_pins:,} pins "
+                f"ended; {answer.num_leased:,} blocks still held by {answer.num_leases:,} leases"
             )
     if not any(answer.num_blocks for _, answer in answers):
         raise typer.Exit(1)

@@ -53,6 +53,10 @@ def serve(
         str | None,
         _option(_POOL, "shm, or none to keep accounts without memory. Default: shm.", "KIND"),
     ] = None,
+    pin_cap: Annotated[
+        float | None,
+        _option(_POOL, "Share of the pool that may be pinned, 0 to 1. Default: 0.25.", "SHARE"),
+    ] = None,
     listen: Annotated[
         list[str] | None,
         _option(_SERVICE, "unix:PATH or 127.0.0.1:PORT; may be repeated.", "ADDRESS"),
@@ -131,10 +135,16 @@ def serve(
         int | None, _option(_LIMITS, "Children of one fork. Default: 1024.", "N")
     ] = None,
     max_wait: Annotated[
-        float | None, _option(_LIMITS, "Longest wait of one acquire. Default: 600.", "SECONDS")
+        float | None, _option(_LIMITS, "Longest wait of one request. Default: 600.", "SECONDS")
     ] = None,
     max_waiting: Annotated[
         int | None, _option(_LIMITS, "Waiting requests of one worker. Default: 1024.", "N")
+    ] = None,
+    max_line: Annotated[
+        int | None, _option(_LIMITS, "Requests that wait for room, in all. Default: 4096.", "N")
+    ] = None,
+    max_pin: Annotated[
+        float | None, _option(_LIMITS, "Longest time of one pin. Default: 604800.", "SECONDS")
     ] = None,
     max_workers: Annotated[
         int | None, _option(_LIMITS, "Workers at the same time. Default: 1024.", "N")

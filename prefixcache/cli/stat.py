@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from prefixcache.cli import view
+from prefixcache.cli.quota import quota_fields
 
 
 def stat(connect: view.Connect = None, as_json: view.AsJson = False) -> None:
@@ -31,6 +32,11 @@ def stat(connect: view.Connect = None, as_json: view.AsJson = False) -> None:
                 view.namespace_fields(namespace) | {"ledger": view.ledger_fields(ledger)}
                 for namespace, ledger in snapshot.namespaces.items()
             ],
+            "pins": [
+                asdict(pin) | {"namespace": view.namespace_fields(pin.namespace)}
+                for pin in snapshot.pins
+            ],
+            "quotas": [quota_fields(one, snapshot.block_size) for one in snapshot.quotas],
         }
         fields = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
         fields["service"] = {

@@ -19,9 +19,12 @@ from prefixcache.types import (
     Layout,
     Lookup,
     Namespace,
+    Pinned,
+    QuotaInfo,
     Reset,
     Snapshot,
     TokensLike,
+    Unpinned,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -89,6 +92,32 @@ class AsyncClient:
     async def reset(self, namespace: Namespace) -> Reset:
         """Make a namespace forget what it has stored.  Needs no session."""
         return codec.read_reset(await self.call("reset", unary.reset(namespace)))
+
+    async def pin(self, namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Pinned:
+        """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
+        return codec.read_pin(await self.call("pin", unary.pin(namespace, tokens, ttl_s)))
+
+    async def unpin(self, namespace: Namespace, tokens: TokensLike = b"") -> Unpinned:
+        """End the pin of exactly this prefix, or all pins of a namespace.  Needs no session."""
+        return codec.read_unpin(await self.call("unpin", unary.unpin(namespace, tokens)))
+
+    async def quota(self, scope: Namespace | str) -> QuotaInfo:
+        """Ask what a namespace, or a tenant by name, may hold, and holds.  Needs no session."""
+        return codec.read_quota(await self.call("quota", unary.quota(scope)))
+
+    async def set_quota(
+        self, scope: Namespace | str, *, max_held: int | None, guaranteed: int = 0
+    ) -> QuotaInfo:
+        """Say what a namespace, or a tenant by name, may hold.  Needs no session.
+
+        Args:
+            scope: whose quota.
+            max_held: most blocks that its leases may hold; None is no limit.
+            guaranteed: stored blocks up to which nothing of it is evicted while others have
+                evictable ones.
+        """
+        request = unary.quota(scope, change=True, max_held=max_held, guaranteed=guaranteed)
+        return codec.read_quota(await self.call("quota", request))
 
     async def snapshot(self) -> Snapshot:
         """Ask for the state of the whole cache.  Needs no session."""

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,14 @@ from prefixcache.types import (
     Grant,
     LeaseId,
     Lookup,
+    Pinned,
     PoolHandle,
     Released,
     Reset,
     Snapshot,
     TableUpdate,
     TokensLike,
+    Unpinned,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -146,6 +149,18 @@ class AsyncSession:
             reply = batch.reset()
         return reply.result()
 
+    async def pin(self, tokens: TokensLike, *, ttl_s: float) -> Pinned:
+        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
+        async with self.batch() as batch:
+            reply = batch.pin(tokens, ttl_s=ttl_s)
+        return reply.result()
+
+    async def unpin(self, tokens: TokensLike = b"") -> Unpinned:
+        """End the pin of exactly this prefix, or all pins of the session's namespace."""
+        async with self.batch() as batch:
+            reply = batch.unpin(tokens)
+        return reply.result()
+
     async def snapshot(self) -> Snapshot:
         """Ask for the state of the whole cache."""
         async with self.batch() as batch:
@@ -214,6 +229,11 @@ class AsyncSession:
         await self._send(step)
         await self._await(*(reply for reply in step.replies if not reply.wait_s))
 
+    async def _run_waiting(self, step: Step, reply: Reply[TableUpdate]) -> None:
+        """Send a step whose only op changes a table, perhaps later, and wait for it."""
+        await self._run(step)
+        await self._await(reply)
+
     async def _await(self, *replies: Reply[Any]) -> None:
         waiting = [reply for reply in replies if not reply.done]
         if not waiting:
@@ -246,10 +266,18 @@ class AsyncSession:
             if reply.done:
                 if isinstance(lease := reply.result(), AsyncLease):
                     step.release(lease.id)
+            elif reply.changes_table:
+                # The table may still change, and that must not be missed.
+                if reply.wait_s:
+                    forget = step.cancel(reply.op_id)
+                    forget.finish = partial(self._forget, reply.op_id)
             elif self._pending.pop(reply.op_id, None) is not None and reply.wait_s:
                 step.cancel(reply.op_id)
         if step.replies:
             self._spawn(self._send(step))
+
+    def _forget(self, op_id: int, _: None) -> None:
+        self._pending.pop(op_id, None)
 
     async def _read(self) -> None:
         try:
@@ -348,10 +376,17 @@ class AsyncLease(LeaseState):
             reply = batch.commit(self, num_tokens, new_tokens)
         return reply.result()
 
-    async def extend(self, num_tokens: int) -> TableUpdate:
-        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards."""
-        async with self._session.batch() as batch:
-            reply = batch.extend(self, num_tokens)
+    async def extend(self, num_tokens: int, *, wait_s: float = 0.0) -> TableUpdate:
+        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
+
+        Args:
+            num_tokens: counted from position 0.
+            wait_s: how long to wait for room.  Leases that all wait for each other's blocks get
+                none: `reserve` at `acquire` what will be needed.
+        """
+        batch = self._session.batch()
+        reply = batch.extend(self, num_tokens, wait_s=wait_s)
+        await self._session._run_waiting(batch.step, reply)
         return reply.result()
 
     async def truncate(self, num_tokens: int) -> TableUpdate:

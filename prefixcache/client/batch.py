@@ -18,11 +18,13 @@ from prefixcache.types import (
     Explanation,
     Grant,
     Lookup,
+    Pinned,
     Released,
     Reset,
     Snapshot,
     TableUpdate,
     TokensLike,
+    Unpinned,
 )
 
 L = TypeVar("L", bound=LeaseState)
@@ -66,9 +68,9 @@ class BatchOps(Generic[L]):
         """Say that slots below `num_tokens` hold valid KV; `new_tokens` are appended first."""
         return self._on(lease, lambda: self.step.commit(lease.id, num_tokens, new_tokens))
 
-    def extend(self, lease: L, num_tokens: int) -> Reply[TableUpdate]:
-        """Make room for `num_tokens` tokens in all."""
-        reply = self._on(lease, lambda: self.step.extend(lease.id, num_tokens))
+    def extend(self, lease: L, num_tokens: int, *, wait_s: float = 0.0) -> Reply[TableUpdate]:
+        """Make room for `num_tokens` tokens in all; wait up to `wait_s` for it."""
+        reply = self._on(lease, lambda: self.step.extend(lease.id, num_tokens, wait_s))
         reply.finish = lease.apply
         return reply
 
@@ -101,6 +103,14 @@ class BatchOps(Generic[L]):
     def reset(self) -> Reply[Reset]:
         """Make the session's namespace forget what it has stored."""
         return self.step.reset()
+
+    def pin(self, tokens: TokensLike, *, ttl_s: float) -> Reply[Pinned]:
+        """Let what is stored of a prefix be evicted last for `ttl_s`."""
+        return self.step.pin(tokens, ttl_s)
+
+    def unpin(self, tokens: TokensLike = b"") -> Reply[Unpinned]:
+        """End the pin of exactly this prefix, or all pins of the session's namespace."""
+        return self.step.unpin(tokens)
 
     def snapshot(self) -> Reply[Snapshot]:
         """Ask for the state of the whole cache."""

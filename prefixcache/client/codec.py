@@ -28,12 +28,16 @@ from prefixcache.types import (
     Lookup,
     Namespace,
     Partial,
+    PinInfo,
+    Pinned,
     PoolHandle,
+    QuotaInfo,
     Released,
     Reset,
     Snapshot,
     Span,
     TableUpdate,
+    Unpinned,
     WorkerId,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -319,11 +323,63 @@ def write_reset(answer: Reset, message: pb.ResetResponse) -> None:
     """Fill `message`."""
     message.num_blocks = answer.num_blocks
     message.num_leased = answer.num_leased
+    message.num_leases = answer.num_leases
+    message.num_pins = answer.num_pins
 
 
 def read_reset(message: pb.ResetResponse) -> Reset:
     """Read what `write_reset` wrote."""
-    return Reset(message.num_blocks, message.num_leased)
+    return Reset(message.num_blocks, message.num_leased, message.num_leases, message.num_pins)
+
+
+def write_fields(answer: Pinned | Unpinned, message: pb.PinResponse | pb.UnpinResponse) -> None:
+    """Fill `message`, whose fields have the names of the answer's."""
+    message.SetInParent()
+    for name in answer.__dataclass_fields__:
+        setattr(message, name, getattr(answer, name))
+
+
+def read_pin(message: pb.PinResponse) -> Pinned:
+    """Read what `write_fields` wrote."""
+    return Pinned(**{name: getattr(message, name) for name in Pinned.__dataclass_fields__})
+
+
+def read_unpin(message: pb.UnpinResponse) -> Unpinned:
+    """Read what `write_fields` wrote."""
+    return Unpinned(**{name: getattr(message, name) for name in Unpinned.__dataclass_fields__})
+
+
+def write_quota(answer: QuotaInfo, message: pb.QuotaResponse) -> None:
+    """Fill `message`."""
+    _write_quota(answer, message.quota)
+
+
+def read_quota(message: pb.QuotaResponse) -> QuotaInfo:
+    """Read what `write_quota` wrote."""
+    return _read_quota(message.quota)
+
+
+def _write_quota(word: QuotaInfo, message: pb.QuotaInfo) -> None:
+    message.tenant = word.tenant
+    if word.namespace is not None:
+        message.namespace.SetInParent()
+        write_namespace(word.namespace, message.namespace)
+    if word.max_held is not None:
+        message.max_held = word.max_held
+    message.guaranteed = word.guaranteed
+    message.num_held = word.num_held
+    message.num_stored = word.num_stored
+
+
+def _read_quota(message: pb.QuotaInfo) -> QuotaInfo:
+    return QuotaInfo(
+        tenant=message.tenant,
+        namespace=read_namespace(message.namespace) if message.HasField("namespace") else None,
+        max_held=message.max_held if message.HasField("max_held") else None,
+        guaranteed=message.guaranteed,
+        num_held=message.num_held,
+        num_stored=message.num_stored,
+    )
 
 
 def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
@@ -345,15 +401,29 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
         entry = message.namespaces.add()
         write_namespace(namespace, entry.namespace)
         write_ledger(ledger, entry.ledger)
+    for pin in answer.pins:
+        told = message.pins.add(
+            num_tokens=pin.num_tokens, num_blocks=pin.num_blocks, expires_in_s=pin.expires_in_s
+        )
+        write_namespace(pin.namespace, told.namespace)
+    for quota in answer.quotas:
+        _write_quota(quota, message.quotas.add())
 
 
 def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
     """Read what `write_snapshot` wrote."""
-    numbers: dict[str, int] = {name: getattr(message, name) for name in _SNAPSHOT_NUMBERS}
+    numbers: dict[str, Any] = {name: getattr(message, name) for name in _SNAPSHOT_NUMBERS}
     return Snapshot(
         leases=tuple([_read_lease(info) for info in message.leases]),
         ledger=read_ledger(message.ledger),
         namespaces={read_namespace(m.namespace): read_ledger(m.ledger) for m in message.namespaces},
+        pins=tuple(
+            [
+                PinInfo(read_namespace(m.namespace), m.num_tokens, m.num_blocks, m.expires_in_s)
+                for m in message.pins
+            ]
+        ),
+        quotas=tuple([_read_quota(quota) for quota in message.quotas]),
         **numbers,
     )
 
@@ -383,6 +453,8 @@ _SNAPSHOT_NUMBERS: Final = (
     "waiting",
     "evicted",
     "requests",
+    "pinned",
+    "max_pinned",
 )
 
 WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
@@ -398,6 +470,9 @@ WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
     "lookup": write_lookup,
     "explain": write_explain,
     "reset": write_reset,
+    "pin": write_fields,
+    "unpin": write_fields,
+    "quota": write_quota,
 }
 """How the service writes the answer of each verb (attach and snapshot carry more)."""
 
@@ -415,6 +490,9 @@ READ: Final[dict[str, Callable[[Any], Any]]] = {
     "lookup": read_lookup,
     "explain": read_explain,
     "reset": read_reset,
+    "pin": read_pin,
+    "unpin": read_unpin,
+    "quota": read_quota,
     "snapshot": read_snapshot,
 }
 """How a client reads the answer of each verb."""

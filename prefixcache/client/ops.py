@@ -32,11 +32,22 @@ class Reply(Generic[T]):
     changed them.
     """
 
-    __slots__ = ("_answer", "_error", "done", "finish", "listener", "op_id", "wait_s")
+    __slots__ = (
+        "_answer",
+        "_error",
+        "changes_table",
+        "done",
+        "finish",
+        "listener",
+        "op_id",
+        "wait_s",
+    )
 
     def __init__(self, op_id: int, wait_s: float = 0.0) -> None:
         self.op_id = op_id
         self.wait_s = wait_s
+        self.changes_table = False
+        """Whether the answer must not be missed, even by who gave up waiting for it."""
         self.done = False
         self.finish: Callable[[Any], T] | None = None
         self.listener: Callable[[Reply[T]], None] | None = None
@@ -120,7 +131,7 @@ class Step:
         return self._fill(reply, message, reserve=reserve, wait_s=wait_s)
 
     def cancel(self, op_id: int) -> Reply[None]:
-        """Add a cancel of an earlier acquire that still waits."""
+        """Add a cancel of an earlier acquire or extend that still waits."""
         op, reply = self._add()
         op.cancel.op = op_id
         return reply
@@ -135,11 +146,14 @@ class Step:
             message.new_tokens = packed
         return self._fill(reply, message, num_tokens=num_tokens)
 
-    def extend(self, lease: LeaseId, num_tokens: int) -> Reply[Any]:
+    def extend(self, lease: LeaseId, num_tokens: int, wait_s: float = 0.0) -> Reply[Any]:
         """Add an extend."""
-        op, reply = self._add()
+        op, reply = self._add(wait_s)
+        reply.changes_table = True
         message = op.extend
         message.lease = lease
+        if wait_s:
+            return self._fill(reply, message, num_tokens=num_tokens, wait_s=wait_s)
         return self._fill(reply, message, num_tokens=num_tokens)
 
     def fork(self, lease: LeaseId, count: int) -> Reply[Any]:
@@ -196,6 +210,21 @@ class Step:
         """Add a reset of the session's own namespace."""
         op, reply = self._add()
         op.reset.SetInParent()
+        return reply
+
+    def pin(self, tokens: TokensLike, ttl_s: float) -> Reply[Any]:
+        """Add a pin in the session's own namespace."""
+        packed = pack(tokens)
+        op, reply = self._add()
+        op.pin.tokens = packed
+        return self._fill(reply, op.pin, ttl_s=ttl_s)
+
+    def unpin(self, tokens: TokensLike) -> Reply[Any]:
+        """Add an unpin in the session's own namespace."""
+        packed = pack(tokens)
+        op, reply = self._add()
+        op.unpin.SetInParent()
+        op.unpin.tokens = packed
         return reply
 
     def snapshot(self) -> Reply[Any]:

@@ -33,12 +33,14 @@ from prefixcache.types import (
     Grant,
     LeaseId,
     Lookup,
+    Pinned,
     PoolHandle,
     Released,
     Reset,
     Snapshot,
     TableUpdate,
     TokensLike,
+    Unpinned,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -187,6 +189,18 @@ class Session:
             reply = batch.reset()
         return reply.result()
 
+    def pin(self, tokens: TokensLike, *, ttl_s: float) -> Pinned:
+        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
+        with self.batch() as batch:
+            reply = batch.pin(tokens, ttl_s=ttl_s)
+        return reply.result()
+
+    def unpin(self, tokens: TokensLike = b"") -> Unpinned:
+        """End the pin of exactly this prefix, or all pins of the session's namespace."""
+        with self.batch() as batch:
+            reply = batch.unpin(tokens)
+        return reply.result()
+
     def snapshot(self) -> Snapshot:
         """Ask for the state of the whole cache."""
         with self.batch() as batch:
@@ -288,6 +302,21 @@ class Session:
         finally:
             self._lose(error)
 
+    def _run_waiting(self, step: Step, reply: Reply[TableUpdate]) -> None:
+        """Send a step whose only op changes a table, perhaps later, and wait for it."""
+        try:
+            self._run(step)
+            self._await(reply)
+        except BaseException:  # Ctrl-C: the table may still change, and that must not be missed
+            step = Step(self.ids)
+            step.cancel(reply.op_id).finish = lambda _: self._forget(reply.op_id)
+            self._send(step)
+            raise
+
+    def _forget(self, op_id: int) -> None:
+        with self._arrived:
+            self._pending.pop(op_id, None)
+
     def _abandon(self, reply: Reply[Lease]) -> None:
         with self._arrived:
             pending = self._pending.pop(reply.op_id, None) is not None
@@ -383,10 +412,17 @@ class Lease(LeaseState):
             reply = batch.commit(self, num_tokens, new_tokens)
         return reply.result()
 
-    def extend(self, num_tokens: int) -> TableUpdate:
-        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards."""
-        with self._session.batch() as batch:
-            reply = batch.extend(self, num_tokens)
+    def extend(self, num_tokens: int, *, wait_s: float = 0.0) -> TableUpdate:
+        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
+
+        Args:
+            num_tokens: counted from position 0.
+            wait_s: how long to wait for room.  Leases that all wait for each other's blocks get
+                none: `reserve` at `acquire` what will be needed.
+        """
+        batch = self._session.batch()
+        reply = batch.extend(self, num_tokens, wait_s=wait_s)
+        self._session._run_waiting(batch.step, reply)
         return reply.result()
 
     def truncate(self, num_tokens: int) -> TableUpdate:

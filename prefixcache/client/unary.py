@@ -79,6 +79,47 @@ def reset(namespace: Namespace) -> pb.ResetRequest:
     return request
 
 
+def pin(namespace: Namespace, tokens: TokensLike, ttl_s: float) -> pb.PinRequest:
+    """Build a request that needs no worker."""
+    request = pb.PinRequest(tokens=pack(tokens), ttl_s=ttl_s)
+    codec.write_namespace(namespace, request.namespace)
+    return request
+
+
+def unpin(namespace: Namespace, tokens: TokensLike) -> pb.UnpinRequest:
+    """Build a request that needs no worker."""
+    request = pb.UnpinRequest(tokens=pack(tokens))
+    codec.write_namespace(namespace, request.namespace)
+    return request
+
+
+def quota(
+    scope: Namespace | str,
+    *,
+    change: bool = False,
+    max_held: int | None = None,
+    guaranteed: int = 0,
+) -> pb.QuotaRequest:
+    """Build a request that tells, or changes, a quota.
+
+    Raises:
+        InvalidRequest: a number that no message can hold.
+    """
+    request = pb.QuotaRequest(set=change)
+    if isinstance(scope, str):
+        request.tenant = scope
+    else:
+        request.namespace.SetInParent()
+        codec.write_namespace(scope, request.namespace)
+    try:
+        if max_held is not None:
+            request.max_held = max_held
+        request.guaranteed = guaranteed
+    except (ValueError, TypeError) as error:
+        raise InvalidRequest(f"quota: {error}") from None
+    return request
+
+
 def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError:
     """Give the exception for a call that failed: the service's own, or one about the connection."""
     # Imported here: a client that meets no error never pays for these modules.

@@ -101,6 +101,7 @@ class Cells:
         use = self._oldest() if self._shadow.leads else self._worst()
         if use is None or use.leaf is None:
             return None
+        heappop(self._heaps[self._cell(use)])
         use.leaf.queued = False
         return use.leaf
 

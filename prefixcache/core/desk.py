@@ -10,13 +10,16 @@ from collections.abc import Callable
 
 from prefixcache.core.ages import Ages
 from prefixcache.core.blocks import BlockPool
-from prefixcache.core.flights import Flights, Gain, Request, Ticket, WaitingRoom
+from prefixcache.core.flights import Extension, Flights, Gain, Request, Ticket
 from prefixcache.core.holdings import Holdings
 from prefixcache.core.leases import Lease, Leases, Worker
 from prefixcache.core.ledger import Tally, settle
 from prefixcache.core.node import Match, Root
+from prefixcache.core.pins import Pins
+from prefixcache.core.quotas import Account
 from prefixcache.core.radix import RadixTree
-from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.core.waiting import WaitingRoom
+from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     TOKEN_BYTES,
     Ended,
@@ -24,6 +27,7 @@ from prefixcache.types import (
     Ledger,
     Namespace,
     Partial,
+    TableUpdate,
     TicketId,
 )
 
@@ -37,6 +41,7 @@ class Desk:
         "holdings",
         "leases",
         "partial",
+        "pins",
         "room",
         "roots",
         "settled",
@@ -45,27 +50,47 @@ class Desk:
         "tree",
     )
 
-    def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial, ttl_s: float) -> None:
+    def __init__(
+        self,
+        tree: RadixTree,
+        pool: BlockPool,
+        partial: Partial,
+        *,
+        ttl_s: float,
+        max_pinned: int,
+        max_line: int,
+    ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
         self.partial = partial
         self.holdings = Holdings(tree, pool, partial)
         self.leases = Leases(ttl_s)
         self.flights = Flights(tree.block_bytes // TOKEN_BYTES, partial)
-        self.room = WaitingRoom()
+        self.room = WaitingRoom(max_line)
+        self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
         self.tallies: dict[Namespace, Tally] = {}
-        self.settled: list[tuple[TicketId, Grant | CacheError]] = []
+        self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.ages = Ages()
 
-    def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
-        """Grant a request, or say which flight to wait for."""
-        earlier = member.requests.get(request.request_id) if request.request_id else None
-        if earlier is not None and earlier.grant is not None:
-            return earlier.grant
-        root = self.roots.get(request.namespace)
+    def root(self, namespace: Namespace) -> Root:
+        """Give a namespace's root; make it if it is new."""
+        root = self.roots.get(namespace)
         if root is None:
-            root = self.roots[request.namespace] = Root(request.namespace)
+            root = self.roots[namespace] = Root(namespace)
+            self.holdings.quotas.open(root)
+        return root
+
+    def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
+        """Grant a request, or say which flight to wait for.
+
+        Raises:
+            PoolExhausted: there is no room, or others must be served first.
+        """
+        earlier = self._earlier(member, request)
+        if earlier is not None:
+            return earlier
+        root = self.root(request.namespace)
         tokens = request.tokens
         limit = len(tokens) - TOKEN_BYTES
         match = self.tree.match(root, tokens, limit)
@@ -77,6 +102,15 @@ class Desk:
         pending = 0 if gain is None else gain.num_tokens
         return self._grant(member, request, match, pending, now)
 
+    def is_repeated(self, member: Worker, request: Request) -> bool:
+        """Whether a request with this id has a lease already."""
+        return self._earlier(member, request) is not None
+
+    @staticmethod
+    def _earlier(member: Worker, request: Request) -> Grant | None:
+        lease = member.requests.get(request.request_id) if request.request_id else None
+        return None if lease is None else lease.grant
+
     def _grant(
         self, member: Worker, request: Request, match: Match, pending: int, now: float
     ) -> Grant:
@@ -85,7 +119,8 @@ class Desk:
         need = (
             holdings.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
         )
-        self.admit(need, now, match)
+        account = self.holdings.quotas.account(request.namespace)
+        self.admit(need, account, now, match)
         source = holdings.source_of(match, need)
         partial = 0 if source is None else match.partial_tokens
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
@@ -98,6 +133,7 @@ class Desk:
         node = self.tree.lock(match)
         lease = self.leases.open(member, request.namespace, node, now)
         copies = holdings.take(lease, match, node, need, source)
+        holdings.recount(lease)
         lease.rest = tokens[match.end :]
         self.flights.start(lease, tokens)
         grant = Grant(
@@ -118,26 +154,32 @@ class Desk:
         tally.add(ledger)
         return grant
 
-    def admit(self, need: int, now: float, match: Match | None = None) -> None:
+    def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
         try:
-            self.holdings.admit(need, match)
+            self.holdings.admit(need, account, match)
         except PoolExhausted as short:
-            raise self.refusal(short, now) from None
+            raise self.refusal(short, account.tenant, now) from None
         if self.tick is not None:
             self.tick(now)
 
-    def refusal(self, short: PoolExhausted, now: float) -> PoolExhausted:
-        """Say with numbers who holds the blocks that are lacking, and when to come again."""
+    def refusal(self, short: PoolExhausted, tenant: str, now: float) -> PoolExhausted:
+        """Say with numbers who holds the blocks that are lacking, and when to come again.
+
+        Of other tenants' leases only their number is told.
+        """
         leases = self.leases.all()
+        if over_quota := isinstance(short, QuotaExceeded):  # others are none of its business
+            leases = [lease for lease in leases if lease.namespace.tenant == tenant]
         held = sum(len(lease.table) for lease in leases)
         message = f"{short}; {held} table entries held by {len(leases)} leases"
-        if leases:
-            oldest = leases[0]
+        oldest = next((one for one in leases if one.namespace.tenant == tenant), None)
+        if oldest is not None:
             message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
         next_end = self.leases.next_deadline()
-        return PoolExhausted(
-            f"{message}. Release leases, ask for less, or serve with more --memory.",
+        advice = "or have the quota raised" if over_quota else "or serve with more --memory"
+        return type(short)(
+            f"{message}. Release leases, ask for less, {advice}.",
             retry_after_s=0.0 if next_end is None else max(0.0, next_end - now),
         )
 
@@ -151,8 +193,13 @@ class Desk:
 
     def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
         """End a lease for whatever reason, and try again what waited for it."""
+        if (growing := self.room.line.growing(lease.id)) is not None:
+            self.room.leave(growing)
+            gone = LeaseExpired(f"lease {lease.id} ended while it waited for room; acquire again")
+            self.settled.append((growing.id, gone))
         self.flights.land(lease)
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
+        lease.account.private -= lease.num_private
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.ages.note(self.tree.clock, now)
         self.call(lease, now)
@@ -180,18 +227,70 @@ class Desk:
                 self.room.stop_waiting(ticket)
                 self.retry(ticket, now, wait=now < ticket.deadline)
 
-    def retry(self, ticket: Ticket, now: float, *, wait: bool) -> None:
-        """Try a waiting request again; it may have to wait for somebody else."""
-        request = ticket.request
+    def retry(self, ticket: Ticket, now: float, *, wait: bool) -> bool:
+        """Try a waiting request again; it may have to wait on, for somebody else or for room.
+
+        Returns:
+            Whether it was served.
+        """
         try:
-            member = self.leases.worker(request.worker, request.namespace)
-            outcome = self.attempt(member, request, now, wait=wait)
+            outcome = self._serve(ticket, now, wait=wait)
+        except PoolExhausted as short:
+            ticket.over_quota = isinstance(short, QuotaExceeded)
+            if wait and ticket.in_line:
+                return False
+            if wait and len(self.room.line) < self.room.line.limit:
+                self.room.wait_for_room(ticket)
+                return False
+            self._settle(ticket, short)
+            return False
         except CacheError as error:
-            self.room.leave(ticket)
-            self.settled.append((ticket.id, error))
-            return
-        if isinstance(outcome, Grant):
-            self.room.leave(ticket)
-            self.settled.append((ticket.id, outcome))
-        else:
+            self._settle(ticket, error)
+            return False
+        if isinstance(outcome, Gain):
             self.room.wait_for(ticket, outcome.owner.id, outcome.target)
+            return False
+        self.room.line.end_turn(ticket)
+        self._settle(ticket, outcome)
+        return True
+
+    def _serve(self, ticket: Ticket, now: float, *, wait: bool) -> Grant | TableUpdate | Gain:
+        request = ticket.request
+        if isinstance(request, Extension):
+            own = self.leases.workers[request.worker].leases[request.lease]
+            return self.extend(own, request.num_tokens, now)
+        member = self.leases.worker(request.worker, request.namespace)
+        return self.attempt(member, request, now, wait=wait)
+
+    def _settle(self, ticket: Ticket, outcome: Grant | TableUpdate | CacheError) -> None:
+        self.room.leave(ticket)
+        self.settled.append((ticket.id, outcome))
+
+    def extend(self, own: Lease, num_tokens: int, now: float) -> TableUpdate:
+        """Make room for `num_tokens` tokens in all."""
+        need = self.holdings.lacks(own, num_tokens)
+        if need:
+            self.admit(need, own.account, now)
+        update = self.holdings.extend(own, num_tokens)
+        self.holdings.recount(own)
+        return update
+
+    def serve_line(self, now: float) -> None:
+        """Serve who waits for blocks, as far as there are any.  After every step that gives some.
+
+        O(1) where nobody waits or no block is free; else O(who is tried).
+        """
+        line = self.room.line
+        changed = True
+        while changed and line and not self.holdings.is_full:
+            changed = False
+            before: list[Ticket] = []
+            for ticket in line.candidates():
+                if line.is_closed_for(ticket):
+                    continue
+                if self.retry(ticket, now, wait=now < ticket.deadline):
+                    line.pass_by(before)
+                    changed = True
+                    break
+                before.append(ticket)
+                changed |= not ticket.in_line

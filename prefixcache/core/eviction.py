@@ -167,12 +167,13 @@ class LeafQueue:
 
     def _rebuild(self) -> None:
         """Drop the entries that can no longer be evicted.  O(heap), once per doubling."""
-        living = []
+        kept: dict[Node, tuple[float, int, Node]] = {}
         for entry in self._heap:
             if entry[2].is_evictable:
-                living.append(entry)
+                kept[entry[2]] = entry
             else:
                 entry[2].queued = False
+        living = list(kept.values())
         heapify(living)
         self._heap = living
         self._rebuild_at = max(1024, 2 * len(living))

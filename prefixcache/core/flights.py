@@ -1,10 +1,6 @@
-"""Flights: prefixes that some lease is computing now, and the requests that wait for them.
+"""Flights: prefixes that some lease is computing now.
 
-A lease with prompt tokens still to compute is in flight.
-
-A waiting request holds nothing, so waiting cannot deadlock: when the flight lands, or its owner
-ends, the request is simply tried again, first come first served.  The first one to be tried after
-an owner died becomes the owner.
+A lease with prompt tokens still to compute is in flight; others may wait for it (`waiting.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +8,6 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from typing import NamedTuple
 
 from prefixcache.core.children import common_prefix
@@ -34,6 +29,15 @@ class Request:
     """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
 
 
+@dataclass(slots=True)
+class Extension:
+    """An `extend`, kept while it waits for room."""
+
+    worker: WorkerId
+    lease: LeaseId
+    num_tokens: int
+
+
 class Gain(NamedTuple):
     """What waiting for a flight brings."""
 
@@ -46,14 +50,20 @@ class Gain(NamedTuple):
 
 @dataclass(slots=True)
 class Ticket:
-    """A request that waits."""
+    """A request that waits: for a flight, or in the line for blocks."""
 
     id: TicketId
-    request: Request
+    request: Request | Extension
     deadline: float
     owner: LeaseId | None = None
+    """Whose flight it waits for."""
     target: int = 0
     """Tokens that the owner must have indexed."""
+    in_line: bool = False
+    num_passed: int = 0
+    """How often somebody behind it in the line was served."""
+    over_quota: bool = False
+    """Whether its own quota is what it waits for: then it is in nobody's way."""
 
 
 class Flights:
@@ -141,100 +151,3 @@ class Flights:
                 assert lease.node.root is root, f"lease {lease.id} flies below another root"
                 assert lease.flight is prompt, f"lease {lease.id}: another prompt"
                 assert lease.committed < len(prompt) // TOKEN_BYTES, f"lease {lease.id} has landed"
-
-
-class WaitingRoom:
-    """The waiting requests, by ticket, by the lease they wait for, and by deadline."""
-
-    __slots__ = ("_by_owner", "_deadlines", "_next", "tickets")
-
-    def __init__(self) -> None:
-        self.tickets: dict[TicketId, Ticket] = {}
-        self._by_owner: dict[LeaseId, list[Ticket]] = {}
-        self._deadlines: list[tuple[float, TicketId]] = []
-        self._next = 0
-
-    def enter(self, request: Request, deadline: float) -> Ticket:
-        """Give a new ticket, which waits for nobody yet."""
-        self._next += 1
-        ticket = Ticket(TicketId(self._next), request, deadline)
-        self.tickets[ticket.id] = ticket
-        heappush(self._deadlines, (deadline, ticket.id))
-        return ticket
-
-    def wait_for(self, ticket: Ticket, owner: LeaseId, target: int) -> None:
-        """Let a ticket wait until `owner` has indexed `target` tokens, or has ended."""
-        ticket.owner, ticket.target = owner, target
-        self._by_owner.setdefault(owner, []).append(ticket)
-
-    def leave(self, ticket: Ticket) -> None:
-        """Remove a ticket."""
-        del self.tickets[ticket.id]
-        self.stop_waiting(ticket)
-
-    def stop_waiting(self, ticket: Ticket) -> None:
-        """Let a ticket wait for nobody, to be tried again."""
-        owner = ticket.owner
-        waiting = None if owner is None else self._by_owner.get(owner)
-        if owner is not None and waiting is not None and ticket in waiting:
-            waiting.remove(ticket)
-            if not waiting:
-                del self._by_owner[owner]
-
-    def waiting_for(self, owner: LeaseId) -> int:
-        """Count the requests that wait for a lease.  O(1)."""
-        return len(self._by_owner.get(owner, ()))
-
-    def called(self, owner: LeaseId, indexed: int | None) -> list[Ticket]:
-        """Take out the tickets whose wait for `owner` is over, in order of arrival.
-
-        Args:
-            owner: The lease they wait for.
-            indexed: How many tokens it has indexed; None if it will index no more.
-        """
-        waiting = self._by_owner.pop(owner, None)
-        if not waiting:
-            return []
-        if indexed is None:
-            return waiting
-        staying = [ticket for ticket in waiting if ticket.target > indexed]
-        if staying:
-            self._by_owner[owner] = staying
-        return [ticket for ticket in waiting if ticket.target <= indexed]
-
-    def sharing(self, namespace: Namespace, at: int, token: bytes, owner: LeaseId) -> list[Ticket]:
-        """Give the tickets that wait for another lease than `owner` for a token it has committed.
-
-        O(waiting).  Needed where several leases computed the same tokens: who waits for the slowest
-        must not wait on when the first has landed.
-
-        Args:
-            namespace: Where.
-            at: Byte at which the token stands in the sequence.
-            token: The first one that was committed now, packed.
-            owner: Who committed it.
-        """
-        return [
-            ticket
-            for ticket in self.tickets.values()
-            if ticket.owner != owner
-            and ticket.request.tokens.startswith(token, at)
-            and ticket.request.namespace == namespace
-        ]
-
-    def overdue(self, now: float) -> list[Ticket]:
-        """Give the tickets whose deadline has passed."""
-        found = []
-        heap = self._deadlines
-        while heap and heap[0][0] < now:
-            ticket = self.tickets.get(heappop(heap)[1])
-            if ticket is not None:
-                found.append(ticket)
-        return found
-
-    def next_deadline(self) -> float | None:
-        """Give the earliest deadline; None if nobody waits."""
-        heap = self._deadlines
-        while heap and heap[0][1] not in self.tickets:
-            heappop(heap)
-        return heap[0][0] if heap else None

@@ -15,6 +15,7 @@ from array import array
 from prefixcache.core.blocks import BlockPool
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Match, Node
+from prefixcache.core.quotas import Account, Quotas
 from prefixcache.core.radix import RadixTree
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate
@@ -23,11 +24,21 @@ from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, T
 class Holdings:
     """The tree and the pool, and the steps that move blocks between them and the leases."""
 
-    __slots__ = ("_partial", "_width", "block_size", "num_evicted", "num_overshot", "pool", "tree")
+    __slots__ = (
+        "_partial",
+        "_width",
+        "block_size",
+        "num_evicted",
+        "num_overshot",
+        "pool",
+        "quotas",
+        "tree",
+    )
 
     def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial) -> None:
         self.tree = tree
         self.pool = pool
+        self.quotas = Quotas(pool.num_blocks)
         self.num_evicted = 0
         self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
@@ -57,12 +68,21 @@ class Holdings:
         # A block that a copy still reads is not free when the tree lets go of it.
         return self.tree.evictable - kept - len(self.pool.shares)
 
-    def admit(self, need: int, match: Match | None = None) -> None:
-        """Check that `need` blocks can be had.  Changes nothing.
+    @property
+    def is_full(self) -> bool:
+        """Whether not one block can be had now.  O(1)."""
+        return self.pool.num_free <= 0 and self.room() <= 0
+
+    def admit(self, need: int, account: Account, match: Match | None = None) -> None:
+        """Check that `need` blocks can be had, and that `account` may hold them.  Changes nothing.
 
         Raises:
             PoolExhausted: they cannot; the message has the arithmetic so far.
+            QuotaExceeded: it may not; the message has the arithmetic so far.
         """
+        if self.quotas.any_limit:
+            kept = 0 if match is None else match.num_unprotected()
+            self.quotas.admit(account, need + kept)
         short = need - self.pool.num_free
         if short > 0 and short > (room := self.room(match)):
             raise PoolExhausted(
@@ -80,6 +100,13 @@ class Holdings:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
             pool.release(evicted)
         return pool.allocate(need)
+
+    @staticmethod
+    def recount(lease: Lease) -> None:
+        """Tell a lease's account how many blocks it owns now.  O(1)."""
+        private = lease.count_private()
+        lease.account.private += private - lease.num_private
+        lease.num_private = private
 
     # ------------------------------------------------------------------ a lease's blocks
 
@@ -214,7 +241,7 @@ class Holdings:
             # Others read the block in which the lease goes on: it goes on in a copy.
             is_ours = cut in owned
             if len(owned) == is_ours:
-                self.admit(1)
+                self.admit(1, lease.account)
                 owned.extend(self.allocate(1))
             if is_ours:
                 owned.remove(cut)  # ours so far; from now on held as the copy's source

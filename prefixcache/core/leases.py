@@ -17,6 +17,7 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
 
 from prefixcache.core.node import Node
 from prefixcache.errors import LeaseExpired, NotFound
@@ -30,6 +31,9 @@ from prefixcache.types import (
     WorkerId,
 )
 
+if TYPE_CHECKING:
+    from prefixcache.core.quotas import Account
+
 _REMEMBERED_ENDS = 4096
 
 
@@ -37,6 +41,7 @@ class Lease:
     """One lease.  Plain state; `PrefixCache` is the only one that changes it."""
 
     __slots__ = (
+        "account",
         "committed",
         "deadline",
         "duplicates",
@@ -45,6 +50,7 @@ class Lease:
         "id",
         "namespace",
         "node",
+        "num_private",
         "private_from",
         "request_id",
         "rest",
@@ -74,6 +80,10 @@ class Lease:
         self.deadline = deadline
         self.node = node
         """Locked; ends where the lease's whole indexed blocks end."""
+        self.account: Account = node.root.account  # type: ignore[assignment]
+        """Who answers for what it holds."""
+        self.num_private = 0
+        """Its own blocks, as its account has counted them."""
         self.start = 0
         """Tokens up to the end of `node`; a multiple of the block size."""
         self.rest = b""
@@ -99,6 +109,10 @@ class Lease:
     def num_tokens(self) -> int:
         """Tokens the lease knows: computed, and to be computed."""
         return self.start + len(self.rest) // TOKEN_BYTES
+
+    def count_private(self) -> int:
+        """Count the blocks that the lease owns.  O(1)."""
+        return len(self.table) - self.private_from + len(self.duplicates)
 
     def private_blocks(self) -> BlockTable:
         """Give the blocks that the lease owns."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixcache.core.children import Children
 from prefixcache.types import BlockId, BlockTable, Namespace
+
+if TYPE_CHECKING:
+    from prefixcache.core.quotas import Account
 
 
 class Node:
@@ -23,6 +26,7 @@ class Node:
         "mark",
         "parent",
         "parted",
+        "pinned",
         "queued",
         "ref",
         "root",
@@ -41,7 +45,10 @@ class Node:
     """Locks on this very node, plus the number of locked children."""
     last: int
     born: int
-    queued: bool
+    queued: int
+    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the shelter."""
+    pinned: int
+    """How many pins cover these blocks."""
     mark: Any
     """What the eviction policy knows about these blocks; equal for all of them."""
     parted: dict[int, int] | None
@@ -54,7 +61,7 @@ class Node:
         self.children = self.ghosts = self.parted = self.mark = None
         self.ref = 0
         self.last = self.born = born
-        self.queued = False
+        self.queued = self.pinned = 0
         if parent is not None:
             self.root = parent.root
 
@@ -81,7 +88,7 @@ class Node:
 class Root(Node):
     """The empty prefix of one namespace.  Always protected, never evicted."""
 
-    __slots__ = ("evictable", "namespace", "num_blocks", "retired")
+    __slots__ = ("account", "evictable", "namespace", "num_blocks", "retired")
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(b"", array("i"), None, 0)
@@ -90,6 +97,8 @@ class Root(Node):
         self.namespace = namespace
         self.num_blocks = 0
         self.evictable = 0
+        self.account: Account | None = None
+        """Who answers for what is stored here."""
         self.retired = False
         """Whether the namespace was reset: nothing below can be found any more."""
 

@@ -215,7 +215,7 @@ class Walk:
             num_more=one.num_more,
             num_locks=leases,
             is_ghost=one.is_ghost,
-            is_pinned=False,
+            is_pinned=resident and one.node.pinned > 0,
             idle_s=0.0 if leases else idle_s,
             heat=(1.0 if leases else max(0.0, heat)) if resident else 0.0,
             num_uses=self._desk.tree.policy.uses(one.node) if resident else None,

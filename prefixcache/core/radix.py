@@ -38,14 +38,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prefixcache.core.children import common_prefix
-from prefixcache.core.eviction import EvictionPolicy
+from prefixcache.core.eviction import EvictionPolicy, Queue
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.node import Grown, Match, Node, Root, evictable_leaves
 from prefixcache.core.policies.lru import Lru
 from prefixcache.core.structure import Structure
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
+
+if TYPE_CHECKING:
+    from prefixcache.core.pins import Pins
 
 
 class RadixTree(Structure):
@@ -64,12 +68,14 @@ class RadixTree(Structure):
         self.clock = 0
         self.last_evicted: int | None = None
         """Stamp of the last use of what was evicted last; None before the first eviction."""
-        self.queue = self.policy.queue()
+        self.queue: Queue = self.policy.queue()
         self._used: Callable[[Node, int], None] | None = self.policy.used
         self._marks_ends = self.policy.marks_ends
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
+        self.pins: Pins | None = None
+        """Who is told when pinned blocks are lost."""
         self._sweeps: list[Iterator[Node]] = []
 
     # ------------------------------------------------------------------ reading
@@ -185,11 +191,26 @@ class RadixTree(Structure):
 
         O(nodes on the path that were unprotected), plus one copy of a split run.
         """
-        node = match.node
-        if match.used < len(node.blocks):
-            node = self._split(node, match.used)
+        node = self.cut(match)
         self.lock_node(node)
         return node
+
+    def cut(self, match: Match) -> Node:
+        """Give the node that ends where the matched whole blocks do.  Splits the run, if inside."""
+        node = match.node
+        return self._split(node, match.used) if match.used < len(node.blocks) else node
+
+    def split_leaf(self, node: Node, used: int) -> None:
+        """Let a leaf have only the blocks after its first `used` ones."""
+        self._split(node, used)
+
+    def rejoin(self, node: Node) -> None:
+        """Merge a node with what it was kept apart from, if nothing tells them apart any more."""
+        if node.children and len(node.children) == 1:
+            child = next(iter(node.children.values()))
+            if self._merge(child):
+                node = child
+        self._merge(node)
 
     def lock_node(self, node: Node) -> None:
         """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
@@ -401,6 +422,8 @@ class RadixTree(Structure):
             self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
+        if node.pinned and self.pins is not None:
+            self.pins.trimmed(size)
         mark = None if self._lost is None else self._lost(node, size)
         self.num_blocks -= size
         self.evictable -= size
@@ -429,6 +452,8 @@ class RadixTree(Structure):
         mark = None if self._lost is None else self._lost(node, size)
         self._count(node, -1)
         self._detach(node)
+        if node.pinned and self.pins is not None:
+            self.pins.buried(node, above)
         node.blocks = array("i")
         node.mark = mark
         if self.ghosts.limit and not node.root.retired:

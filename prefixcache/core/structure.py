@@ -120,6 +120,7 @@ class Structure:
         upper.ref = 1 if node.ref else 0
         upper.last = node.last
         upper.mark = node.mark
+        upper.pinned = node.pinned
         node.key = key[cut:]
         node.blocks = node.blocks[used:]
         node.parent = upper
@@ -145,6 +146,8 @@ class Structure:
             return False
         if above.mark is not node.mark and above.mark != node.mark:
             return False  # the policy tells them apart
+        if above.pinned != node.pinned:
+            return False  # a pin ends between them
         large, small = len(above.key), len(node.key)
         if large + small > _ALWAYS_MERGED and large > 8 * small:
             return False

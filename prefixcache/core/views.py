@@ -105,12 +105,17 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
         requests=total.requests,
         ledger=total.total(),
         namespaces={space: tally.total() for space, tally in desk.tallies.items()},
+        pinned=desk.pins.num_pinned,
+        max_pinned=desk.pins.max_pinned,
+        pins=desk.pins.infos(now),
+        quotas=holdings.quotas.infos(),
     )
 
 
 def check(desk: Desk) -> None:
     """Walk everything and assert that every invariant holds; a failure prints the trees."""
-    tree = desk.holdings.tree
+    holdings = desk.holdings
+    tree = holdings.tree
     roots = list(desk.roots.values())
     try:
         locks: Counter[Node] = Counter()
@@ -130,6 +135,9 @@ def check(desk: Desk) -> None:
                 held[lease.table[-1]] += 1
         desk.holdings.pool.check(private, indexed, held)
         desk.flights.check()
+        desk.room.line.check()
+        desk.pins.check()
+        holdings.quotas.check(desk.leases.all())
     except AssertionError as error:
         drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
         raise AssertionError(f"{error}\n{drawn}") from error

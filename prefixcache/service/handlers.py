@@ -36,10 +36,13 @@ from prefixcache.types import (
     Ledger,
     Lookup,
     Namespace,
+    Pinned,
+    QuotaInfo,
     Released,
     Reset,
     Snapshot,
     TableUpdate,
+    Unpinned,
     Waiting,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -157,16 +160,10 @@ class Handlers:
         self._refuse_if_draining()
         wait_s = request.wait_s
         request_id = request.request_id
-        if wait_s and not 0 <= wait_s <= self.settings.max_wait:
-            limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
-            raise InvalidRequest(f"an acquire may wait {limit}, not {wait_s:g}")
+        if wait_s:
+            self._check_wait(worker, wait_s)
         if len(request_id) > MAX_TEXT:
             _check_texts((request_id,))
-        if wait_s and len(worker.tickets) >= self.settings.max_waiting:
-            raise InvalidRequest(
-                f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
-                "no more"
-            )
         namespace = self._attached_namespace(worker, request.namespace_index)
         tokens = request.tokens
         answer = self._cache().acquire(
@@ -187,11 +184,13 @@ class Handlers:
         self.cancel_ticket(worker, request.op)
 
     def cancel_ticket(self, worker: Worker, op_id: int) -> None:
-        """Give up the waiting request that came as `op_id`.  Idempotent."""
+        """Give up the waiting request that came as `op_id`.  Idempotent.
+
+        The outcome of an `extend` that has its room already comes all the same.
+        """
         ticket = worker.tickets.pop(op_id, None)
-        if ticket is not None:
+        if ticket is not None and self._cache().cancel(worker.id, ticket, now=monotonic()):
             self.line.leave(ticket)
-            self._cache().cancel(worker.id, ticket, now=monotonic())
 
     def commit(self, worker: Worker, request: pb.CommitRequest) -> Committed:
         """Make computed KV visible to all."""
@@ -203,10 +202,19 @@ class Handlers:
             now=monotonic(),
         )
 
-    def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate:
+    def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate | Waiting:
         """Make room."""
+        if not request.wait_s:
+            return self._cache().extend(
+                worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+            )
+        self._check_wait(worker, request.wait_s)
         return self._cache().extend(
-            worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+            worker.id,
+            LeaseId(request.lease),
+            request.num_tokens,
+            wait_s=request.wait_s,
+            now=monotonic(),
         )
 
     def fork(self, worker: Worker, request: pb.ForkRequest) -> tuple[Grant, ...]:
@@ -249,6 +257,52 @@ class Handlers:
         namespace = self._named(worker, request)
         answer = self._cache().reset(namespace)
         log.info("reset", namespace=str(namespace), blocks=answer.num_blocks)
+        return answer
+
+    def pin(self, worker: Worker | None, request: pb.PinRequest) -> Pinned:
+        """Let a prefix be evicted last.
+
+        Raises:
+            InvalidRequest: for longer than is allowed.
+        """
+        if not 0 < request.ttl_s <= self.settings.max_pin:
+            raise InvalidRequest(
+                f"a pin may last up to {self.settings.max_pin:g} s (--max-pin), not "
+                f"{request.ttl_s:g}"
+            )
+        return self._cache().pin(
+            self._named(worker, request), request.tokens, ttl_s=request.ttl_s, now=monotonic()
+        )
+
+    def unpin(self, worker: Worker | None, request: pb.UnpinRequest) -> Unpinned:
+        """End one pin, or all of a namespace."""
+        return self._cache().unpin(self._named(worker, request), request.tokens)
+
+    def quota(self, worker: Worker | None, request: pb.QuotaRequest) -> QuotaInfo:
+        """Tell, or set, what a tenant or a namespace may hold.
+
+        Raises:
+            InvalidRequest: it does not say whose.
+        """
+        scope: Namespace | str
+        match request.WhichOneof("scope"):
+            case "namespace":
+                scope = codec.read_namespace(request.namespace)
+                _check_texts((scope.model, scope.adapter, scope.tenant, scope.salt))
+            case "tenant":
+                scope = request.tenant
+                _check_texts((scope,))
+            case _:
+                raise InvalidRequest("name a namespace or a tenant")
+        if not request.set:
+            return self._cache().quota(scope)
+        answer = self._cache().set_quota(
+            scope,
+            max_held=request.max_held if request.HasField("max_held") else None,
+            guaranteed=request.guaranteed,
+            now=monotonic(),
+        )
+        log.info("quota", scope=str(scope), max_held=answer.max_held, guaranteed=answer.guaranteed)
         return answer
 
     def snapshot(self, worker: Worker | None, request: pb.SnapshotRequest) -> Snapshot:
@@ -355,6 +409,16 @@ class Handlers:
     def _refuse_if_draining(self) -> None:
         if self.draining:
             raise ServiceUnavailable("the service is draining: it gives no new leases")
+
+    def _check_wait(self, worker: Worker, wait_s: float) -> None:
+        if not 0 <= wait_s <= self.settings.max_wait:
+            limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
+            raise InvalidRequest(f"a request may wait {limit}, not {wait_s:g}")
+        if len(worker.tickets) >= self.settings.max_waiting:
+            raise InvalidRequest(
+                f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
+                "no more"
+            )
 
     def _named(self, worker: Worker | None, request: Any) -> Namespace:
         if request.HasField("namespace"):

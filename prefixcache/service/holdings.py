@@ -106,6 +106,8 @@ class Holdings:
             partial=settings.partial,
             num_ghosts=settings.ghosts,
             ttl_s=settings.ttl,
+            max_pinned=int(sizes.num_blocks * settings.pin_cap),
+            max_line=settings.max_line,
         )
         if settings.pool == "shm":
             self._file = self._make_pool(sizes)

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import structlog
 
-from prefixcache.client.codec import write_acquire, write_error
+from prefixcache.client.codec import WRITE, write_error
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.malformed import Malformed
@@ -69,7 +69,8 @@ class SessionStream:
 
     def answer(self, batch: pb.OpBatch, task: asyncio.Task[None] | None) -> pb.OpResults:
         """Run a batch.  Ops fail independently."""
-        results = pb.OpResults()
+        # What settled before this batch comes first: tables change in the order of the answers.
+        results, self._late = self._late, pb.OpResults()
         add = results.results.add
         rows, unknown = self._handlers.meter.rows, empty_row()
         began = clock()
@@ -108,7 +109,7 @@ class SessionStream:
             return
         if answer.__class__ is Waiting:
             worker.tickets[op.id] = answer.ticket
-            self._handlers.line.enter(answer.ticket, partial(self._settled, op.id))
+            self._handlers.line.enter(answer.ticket, partial(self._settled, op.id, verb))
             return
         result = add()
         result.id = op.id
@@ -133,7 +134,7 @@ class SessionStream:
         result.id = op.id
         self._handlers.write_attach(answer, result.attach)
 
-    def _settled(self, op_id: int, outcome: Outcome) -> None:
+    def _settled(self, op_id: int, verb: str, outcome: Outcome) -> None:
         if self._worker is not None:
             self._worker.tickets.pop(op_id, None)
         result = self._late.results.add()
@@ -141,7 +142,7 @@ class SessionStream:
         if isinstance(outcome, CacheError):
             write_error(outcome, result.error)
         else:
-            write_acquire(outcome, result.acquire)
+            WRITE[verb](outcome, getattr(result, verb))
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 

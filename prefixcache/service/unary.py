@@ -22,11 +22,14 @@ from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Worker
-from prefixcache.types import Grant, Waiting
+from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-_LOOKS = frozenset(("lookup", "explain", "reset", "snapshot", "tree"))
+_LOOKS = frozenset(("lookup", "explain", "reset", "pin", "unpin", "quota", "snapshot", "tree"))
 """Verbs that need no worker."""
+
+_ABOUT_ALL = frozenset(("snapshot", "quota"))
+"""Of these, those that name no worker."""
 
 _calls = itertools.count(1)
 
@@ -84,7 +87,7 @@ def _serve(
         began = clock()
         try:
             _check(request)
-            if optional and (verb == "snapshot" or not request.worker_key):
+            if optional and (verb in _ABOUT_ALL or not request.worker_key):
                 worker = None
             else:
                 worker = find(request.worker_key)
@@ -111,7 +114,7 @@ def _check(request: Any) -> None:
         raise InvalidRequest(request)
 
 
-async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Grant:
+async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Grant | TableUpdate:
     """Wait for a ticket; a caller that hangs up meanwhile gives it up."""
     outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
     call = -next(_calls)  # below zero: never the id of a session's op

@@ -15,9 +15,9 @@ import structlog
 from prefixcache.errors import CacheError
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.meter import Meter, clock, empty_row
-from prefixcache.types import Grant, TicketId
+from prefixcache.types import Grant, TableUpdate, TicketId
 
-Outcome: TypeAlias = "Grant | CacheError"
+Outcome: TypeAlias = "Grant | TableUpdate | CacheError"
 Deliver: TypeAlias = "Callable[[Outcome], None]"
 
 _SLACK_S = 0.001

@@ -253,14 +253,16 @@ class CommitResponse(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., num_indexed: _Optional[int] = ...) -> None: ...
 
 class ExtendRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "num_tokens")
+    __slots__ = ("worker_key", "lease", "num_tokens", "wait_s")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     num_tokens: int
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    wait_s: float
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class ExtendResponse(_message.Message):
     __slots__ = ("keep", "blocks", "copies")
@@ -419,12 +421,122 @@ class ResetRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ...) -> None: ...
 
 class ResetResponse(_message.Message):
-    __slots__ = ("num_blocks", "num_leased")
+    __slots__ = ("num_blocks", "num_leased", "num_leases", "num_pins")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_LEASED_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     num_leased: int
-    def __init__(self, num_blocks: _Optional[int] = ..., num_leased: _Optional[int] = ...) -> None: ...
+    num_leases: int
+    num_pins: int
+    def __init__(self, num_blocks: _Optional[int] = ..., num_leased: _Optional[int] = ..., num_leases: _Optional[int] = ..., num_pins: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens", "ttl_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    namespace_index: int
+    tokens: bytes
+    ttl_s: float
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("num_tokens", "num_blocks", "num_new", "num_leased", "ttl_s", "pinned", "max_pinned")
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_NEW_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASED_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
+    num_tokens: int
+    num_blocks: int
+    num_new: int
+    num_leased: int
+    ttl_s: float
+    pinned: int
+    max_pinned: int
+    def __init__(self, num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_new: _Optional[int] = ..., num_leased: _Optional[int] = ..., ttl_s: _Optional[float] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    worker_key: str
+    namespace_index: int
+    tokens: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+
+class UnpinResponse(_message.Message):
+    __slots__ = ("num_pins", "num_blocks", "num_leased", "pinned", "max_pinned")
+    NUM_PINS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEASED_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
+    num_pins: int
+    num_blocks: int
+    num_leased: int
+    pinned: int
+    max_pinned: int
+    def __init__(self, num_pins: _Optional[int] = ..., num_blocks: _Optional[int] = ..., num_leased: _Optional[int] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ...) -> None: ...
+
+class QuotaRequest(_message.Message):
+    __slots__ = ("namespace", "tenant", "set", "max_held", "guaranteed")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    SET_FIELD_NUMBER: _ClassVar[int]
+    MAX_HELD_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    tenant: str
+    set: bool
+    max_held: int
+    guaranteed: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tenant: _Optional[str] = ..., set: _Optional[bool] = ..., max_held: _Optional[int] = ..., guaranteed: _Optional[int] = ...) -> None: ...
+
+class QuotaResponse(_message.Message):
+    __slots__ = ("quota",)
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    quota: QuotaInfo
+    def __init__(self, quota: _Optional[_Union[QuotaInfo, _Mapping]] = ...) -> None: ...
+
+class QuotaInfo(_message.Message):
+    __slots__ = ("tenant", "namespace", "max_held", "guaranteed", "num_held", "num_stored")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    MAX_HELD_FIELD_NUMBER: _ClassVar[int]
+    GUARANTEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_HELD_FIELD_NUMBER: _ClassVar[int]
+    NUM_STORED_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    namespace: Namespace
+    max_held: int
+    guaranteed: int
+    num_held: int
+    num_stored: int
+    def __init__(self, tenant: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., max_held: _Optional[int] = ..., guaranteed: _Optional[int] = ..., num_held: _Optional[int] = ..., num_stored: _Optional[int] = ...) -> None: ...
+
+class PinInfo(_message.Message):
+    __slots__ = ("namespace", "num_tokens", "num_blocks", "expires_in_s")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_IN_S_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    num_tokens: int
+    num_blocks: int
+    expires_in_s: float
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., num_tokens: _Optional[int] = ..., num_blocks: _Optional[int] = ..., expires_in_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotRequest(_message.Message):
     __slots__ = ()
@@ -557,7 +669,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -574,6 +686,10 @@ class SnapshotResponse(_message.Message):
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     SERVICE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    QUOTAS_FIELD_NUMBER: _ClassVar[int]
     VERBS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
     FLIGHTS_SAVED_FIELD_NUMBER: _ClassVar[int]
@@ -597,6 +713,10 @@ class SnapshotResponse(_message.Message):
     ledger: Ledger
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceLedger]
     service: ServiceInfo
+    pinned: int
+    max_pinned: int
+    pins: _containers.RepeatedCompositeFieldContainer[PinInfo]
+    quotas: _containers.RepeatedCompositeFieldContainer[QuotaInfo]
     verbs: _containers.RepeatedCompositeFieldContainer[VerbInfo]
     requests_per_s: float
     flights_saved: int
@@ -604,7 +724,7 @@ class SnapshotResponse(_message.Message):
     eviction_age_s: float
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     flights: _containers.RepeatedCompositeFieldContainer[FlightInfo]
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., overshot: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., overshot: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")
@@ -689,7 +809,7 @@ class TreeResponse(_message.Message):
     def __init__(self, block_size: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceTree, _Mapping]]] = ..., num_moved: _Optional[int] = ...) -> None: ...
 
 class Op(_message.Message):
-    __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot")
+    __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot", "pin", "unpin", "quota")
     ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     ACQUIRE_FIELD_NUMBER: _ClassVar[int]
@@ -705,6 +825,9 @@ class Op(_message.Message):
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    UNPIN_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
     id: int
     attach: AttachRequest
     acquire: AcquireRequest
@@ -720,7 +843,10 @@ class Op(_message.Message):
     explain: ExplainRequest
     reset: ResetRequest
     snapshot: SnapshotRequest
-    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., acquire: _Optional[_Union[AcquireRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., extend: _Optional[_Union[ExtendRequest, _Mapping]] = ..., fork: _Optional[_Union[ForkRequest, _Mapping]] = ..., truncate: _Optional[_Union[TruncateRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., explain: _Optional[_Union[ExplainRequest, _Mapping]] = ..., reset: _Optional[_Union[ResetRequest, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotRequest, _Mapping]] = ...) -> None: ...
+    pin: PinRequest
+    unpin: UnpinRequest
+    quota: QuotaRequest
+    def __init__(self, id: _Optional[int] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., acquire: _Optional[_Union[AcquireRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ..., commit: _Optional[_Union[CommitRequest, _Mapping]] = ..., extend: _Optional[_Union[ExtendRequest, _Mapping]] = ..., fork: _Optional[_Union[ForkRequest, _Mapping]] = ..., truncate: _Optional[_Union[TruncateRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., lookup: _Optional[_Union[LookupRequest, _Mapping]] = ..., explain: _Optional[_Union[ExplainRequest, _Mapping]] = ..., reset: _Optional[_Union[ResetRequest, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotRequest, _Mapping]] = ..., pin: _Optional[_Union[PinRequest, _Mapping]] = ..., unpin: _Optional[_Union[UnpinRequest, _Mapping]] = ..., quota: _Optional[_Union[QuotaRequest, _Mapping]] = ...) -> None: ...
 
 class OpBatch(_message.Message):
     __slots__ = ("ops",)
@@ -729,7 +855,7 @@ class OpBatch(_message.Message):
     def __init__(self, ops: _Optional[_Iterable[_Union[Op, _Mapping]]] = ...) -> None: ...
 
 class OpResult(_message.Message):
-    __slots__ = ("id", "error", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot")
+    __slots__ = ("id", "error", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot", "pin", "unpin", "quota")
     ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
@@ -746,6 +872,9 @@ class OpResult(_message.Message):
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     RESET_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    UNPIN_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
     id: int
     error: Status
     attach: AttachResponse
@@ -762,7 +891,10 @@ class OpResult(_message.Message):
     explain: ExplainResponse
     reset: ResetResponse
     snapshot: SnapshotResponse
-    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Status, _Mapping]] = ..., attach: _Optional[_Union[AttachResponse, _Mapping]] = ..., acquire: _Optional[_Union[AcquireResponse, _Mapping]] = ..., cancel: _Optional[_Union[CancelResponse, _Mapping]] = ..., commit: _Optional[_Union[CommitResponse, _Mapping]] = ..., extend: _Optional[_Union[ExtendResponse, _Mapping]] = ..., fork: _Optional[_Union[ForkResponse, _Mapping]] = ..., truncate: _Optional[_Union[TruncateResponse, _Mapping]] = ..., release: _Optional[_Union[ReleaseResponse, _Mapping]] = ..., renew: _Optional[_Union[RenewResponse, _Mapping]] = ..., detach: _Optional[_Union[DetachResponse, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., explain: _Optional[_Union[ExplainResponse, _Mapping]] = ..., reset: _Optional[_Union[ResetResponse, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotResponse, _Mapping]] = ...) -> None: ...
+    pin: PinResponse
+    unpin: UnpinResponse
+    quota: QuotaResponse
+    def __init__(self, id: _Optional[int] = ..., error: _Optional[_Union[Status, _Mapping]] = ..., attach: _Optional[_Union[AttachResponse, _Mapping]] = ..., acquire: _Optional[_Union[AcquireResponse, _Mapping]] = ..., cancel: _Optional[_Union[CancelResponse, _Mapping]] = ..., commit: _Optional[_Union[CommitResponse, _Mapping]] = ..., extend: _Optional[_Union[ExtendResponse, _Mapping]] = ..., fork: _Optional[_Union[ForkResponse, _Mapping]] = ..., truncate: _Optional[_Union[TruncateResponse, _Mapping]] = ..., release: _Optional[_Union[ReleaseResponse, _Mapping]] = ..., renew: _Optional[_Union[RenewResponse, _Mapping]] = ..., detach: _Optional[_Union[DetachResponse, _Mapping]] = ..., lookup: _Optional[_Union[LookupResponse, _Mapping]] = ..., explain: _Optional[_Union[ExplainResponse, _Mapping]] = ..., reset: _Optional[_Union[ResetResponse, _Mapping]] = ..., snapshot: _Optional[_Union[SnapshotResponse, _Mapping]] = ..., pin: _Optional[_Union[PinResponse, _Mapping]] = ..., unpin: _Optional[_Union[UnpinResponse, _Mapping]] = ..., quota: _Optional[_Union[QuotaResponse, _Mapping]] = ...) -> None: ...
 
 class OpResults(_message.Message):
     __slots__ = ("results",)

@@ -94,6 +94,21 @@ class PrefixCacheStub:
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.ResetRequest.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.ResetResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/prefixcache.v1.PrefixCache/Pin',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.PinRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/prefixcache.v1.PrefixCache/Unpin',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.UnpinResponse.FromString,
+                _registered_method=True)
+        self.Quota = channel.unary_unary(
+                '/prefixcache.v1.PrefixCache/Quota',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.QuotaRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.QuotaResponse.FromString,
+                _registered_method=True)
         self.Snapshot = channel.unary_unary(
                 '/prefixcache.v1.PrefixCache/Snapshot',
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.SnapshotRequest.SerializeToString,
@@ -200,6 +215,27 @@ class PrefixCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Lets what is stored of a prefix be evicted last, for a time, under a cap.  Takes no reference.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Ends one pin, or all of a namespace.  What they covered stays cached, in the usual order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Quota(self, request, context):
+        """Tells, or sets, what a tenant or a namespace may hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Snapshot(self, request, context):
         """The state of the service at this moment.
         """
@@ -287,6 +323,21 @@ def add_PrefixCacheServicer_to_server(servicer, server):
                     servicer.Reset,
                     request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.ResetRequest.FromString,
                     response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.ResetResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.PinRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.UnpinRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.UnpinResponse.SerializeToString,
+            ),
+            'Quota': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quota,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.QuotaRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.QuotaResponse.SerializeToString,
             ),
             'Snapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.Snapshot,
@@ -628,6 +679,87 @@ class PrefixCache:
             '/prefixcache.v1.PrefixCache/Reset',
             prefixcache_dot_v1_dot_prefixcache__pb2.ResetRequest.SerializeToString,
             prefixcache_dot_v1_dot_prefixcache__pb2.ResetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Pin',
+            prefixcache_dot_v1_dot_prefixcache__pb2.PinRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Unpin',
+            prefixcache_dot_v1_dot_prefixcache__pb2.UnpinRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.UnpinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quota(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Quota',
+            prefixcache_dot_v1_dot_prefixcache__pb2.QuotaRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.QuotaResponse.FromString,
             options,
             channel_credentials,
             insecure,

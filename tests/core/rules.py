@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from core.oracle import Tokens
-from core.world import LeaseView, TicketView, World
+from core.world import LeaseView, PinView, TicketView, World
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -22,7 +22,6 @@ from prefixcache.types import (
     Grant,
     LeaseId,
     Namespace,
-    TableUpdate,
     TicketId,
     Waiting,
     WorkerId,
@@ -161,6 +160,7 @@ class Rules:
         late = [one.id for one in world.tickets.values() if one.deadline < world.now]
         world.log.append(f"cache.expire(now={world.now})")
         ended = world.cache.expire(now=world.now)
+        self.forget_pins(lambda one: one.until < world.now)
         for lease in ended.leases:
             world.end(world.leases[lease], writes_on=True)
             world.count("expired")
@@ -293,16 +293,29 @@ class Rules:
         needed = world.blocks_for(len(tokens) + reserve) - found.num_hit // world.shape.block_size
         if isinstance(answer, CacheError):
             assert isinstance(answer, PoolExhausted)
-            assert world.is_justified(needed, found.num_hit // world.shape.block_size, before), (
+            hit = found.num_hit // world.shape.block_size
+            assert world.is_justified(needed, hit, before, namespace, answer), (
                 f"needed {needed}: {answer}; {before}"
+            )
+            assert (
+                not wait_s
+                or "wait for room already" in str(answer)
+                or self.is_hopeless(namespace, world.blocks_for(len(tokens) + reserve))
             )
             return
         pending = world.in_flight(namespace, tokens) - cached
         if isinstance(answer, Waiting):
             assert wait_s > 0
             assert answer.ticket not in world.tickets
-            assert 0 < answer.num_pending <= pending, f"{answer}, but {pending} in flight"
-            assert world.leases[answer.owner].namespace == namespace
+            if answer.owner is None:
+                hit = found.num_hit // world.shape.block_size
+                assert answer.num_pending == 0
+                closed = world.cache._desk.room.line.is_closed_for(None)
+                assert closed or world.is_justified(needed, hit, before, namespace)
+                world.count("waiting for room")
+            else:
+                assert 0 < answer.num_pending <= pending, f"{answer}, but {pending} in flight"
+                assert world.leases[answer.owner].namespace == namespace
             world.tickets[answer.ticket] = TicketView(
                 answer.ticket,
                 worker,
@@ -311,7 +324,7 @@ class Rules:
                 reserve,
                 world.now + wait_s,
                 request_id,
-                found.num_hit,
+                found.num_hit if answer.owner is not None else None,
             )
             world.count("waiting")
             return
@@ -408,39 +421,54 @@ class Rules:
         size = world.shape.block_size
         upto = len(view.tokens) + self.draw.below(2 * size + 1)
         upto = min(upto, world.shape.num_blocks * size)
+        wait_s = 1.0 + self.draw.below(10) if self.chance(40) else 0.0
         before = world.snapshot()
+        mine = [one for one in world.tickets.values() if one.lease == view.id]
         answer = self.call(
-            self.about(view, "extend", f"{upto}"),
-            lambda: world.cache.extend(view.worker, view.id, upto, now=world.now),
+            self.about(view, "extend", f"{upto}, wait_s={wait_s}"),
+            lambda: world.cache.extend(view.worker, view.id, upto, wait_s=wait_s, now=world.now),
         )
+        if mine:
+            assert isinstance(answer, InvalidRequest), f"{answer} while the lease waits for room"
+            self.touch(view, succeeded=False)
+            return
         unshare = view.must_extend and view.valid % size > 0 and upto > view.valid
         needed = max(0, world.blocks_for(upto) - len(view.table)) + unshare
-        if isinstance(answer, CacheError):
-            assert isinstance(answer, PoolExhausted)
-            assert world.is_justified(needed, 0, before), f"needed {needed}: {answer}; {before}"
+        if isinstance(answer, CacheError | Waiting):
+            assert isinstance(answer, PoolExhausted | Waiting)
+            reason = None if isinstance(answer, Waiting) else answer
+            assert world.is_justified(needed, 0, before, view.namespace, reason), (
+                f"needed {needed}: {answer}; {before}"
+            )
+            assert not (reason and wait_s) or "wait for room already" in str(reason)
             self.touch(view, succeeded=False)
+            if isinstance(answer, Waiting):
+                world.tickets[answer.ticket] = TicketView(
+                    answer.ticket,
+                    view.worker,
+                    view.namespace,
+                    view.tokens,
+                    0,
+                    world.now + wait_s,
+                    "",
+                    None,
+                    view.id,
+                    upto,
+                )
+                world.count("waiting to grow")
             return
         assert needed <= before.free + before.evictable
         assert len(answer.blocks) == needed
         assert answer.keep == len(view.table) - unshare
-        self.update(view, answer)
+        world.grow(view, upto, answer)
         world.verify_evictions(needed, before)
-        if unshare:
-            assert [copy.num_tokens for copy in answer.copies] == [view.valid % size]
-            world.count("unshared")
-        else:
-            assert not answer.copies
-        if upto > view.valid:
-            view.must_extend = False
         self.touch(view, succeeded=True)
 
-    def update(self, view: LeaseView, answer: TableUpdate) -> None:
-        """Apply a new table; what was to be copied before is copied now."""
-        self.world.run_copies(view)
-        view.table = view.table[: answer.keep] + list(answer.blocks)
-        view.copies = list(answer.copies)
-        if answer.copies:
-            view.sources = {copy.src for copy in answer.copies}
+    def is_hopeless(self, namespace: Namespace, num_blocks: int) -> bool:
+        """Whether a quota never allows so many blocks."""
+        quotas = self.world.quotas
+        limits = [quotas[one][0] for one in (namespace, namespace.tenant) if one in quotas]
+        return any(most is not None and num_blocks > most for most in limits)
 
     def fork(self) -> None:
         world = self.world
@@ -498,11 +526,11 @@ class Rules:
             assert isinstance(answer, PoolExhausted)
             assert upto < view.valid
             assert upto % size
-            assert world.is_justified(1, 0, before), f"{answer}; {before}"
+            assert world.is_justified(1, 0, before, view.namespace, answer), f"{answer}; {before}"
             self.touch(view, succeeded=False)
             return
         room = min(len(view.table), world.blocks_for(upto))
-        self.update(view, answer)
+        world.update(view, answer)
         view.tokens = view.tokens[:upto]
         if upto < view.valid:
             world.count("rolled back")
@@ -555,6 +583,8 @@ class Rules:
                 case 4:
                     upto = known + 1
                     verb = lambda: cache.truncate(worker, lease, upto, now=now)  # noqa: E731
+                case _ if any(one.lease == lease for one in world.tickets.values()):
+                    return
                 case _:
                     most = world.shape.num_blocks * world.shape.block_size
                     verb = lambda: cache.extend(worker, lease, most + 1, now=now)  # noqa: E731
@@ -653,14 +683,94 @@ class Rules:
         if root is not None:
             world.retired.append(root)
         world.library.reset(namespace)
+        world.pins = [pin for pin in world.pins if pin.namespace != namespace]
+        alive = [one for one in world.leases.values() if one.namespace == namespace]
+        assert answer.num_leases == sum(one.root is root for one in alive if root is not None)
         assert world.cache.lookup(namespace, pack([0, 1])).num_partial == 0
         world.count("reset")
+
+    def pin(self) -> None:
+        world = self.world
+        namespace, tokens = self.choose(world.namespaces), self.prompt()
+        size = world.shape.block_size
+        ttl_s = 1.0 + self.draw.below(20)
+        before = world.snapshot()
+        whole = min(world.resident(namespace, tokens), len(tokens)) // size
+        answer = self.call(
+            f"cache.pin({namespace!r}, pack({list(tokens)}), ttl_s={ttl_s}, now={world.now})",
+            lambda: world.cache.pin(namespace, pack(tokens), ttl_s=ttl_s, now=world.now),
+        )
+        if isinstance(answer, CacheError):
+            assert isinstance(answer, PoolExhausted)
+            assert before.pinned + whole > before.max_pinned, f"{answer}; {before}"
+            return
+        assert answer.num_blocks == whole
+        assert answer.num_tokens == whole * size
+        assert 0 <= answer.num_leased <= whole
+        assert 0 <= answer.num_new <= whole
+        after = world.snapshot()
+        assert after.pinned == before.pinned + answer.num_new == answer.pinned
+        assert (after.free, after.indexed, after.evictable) == (
+            before.free,
+            before.indexed,
+            before.evictable,
+        )
+        if whole:
+            world.pins.append(PinView(namespace, tokens[: whole * size], world.now + ttl_s))
+            world.count("pinned")
+
+    def unpin(self) -> None:
+        world = self.world
+        everything = self.chance(30)
+        namespace = self.choose(world.namespaces)
+        tokens: Tokens = ()
+        if not everything and world.pins:
+            pin = self.choose(world.pins)
+            namespace, tokens = pin.namespace, pin.tokens
+        before = world.snapshot()
+        line = f"cache.unpin({namespace!r}, pack({list(tokens)}))"
+        answer = self.call(line, lambda: world.cache.unpin(namespace, pack(tokens)))
+        assert not isinstance(answer, CacheError)
+        assert world.snapshot().pinned == before.pinned - answer.num_blocks == answer.pinned
+        assert 0 <= answer.num_leased <= answer.num_blocks
+        if not tokens:
+            assert not any(pin.namespace == namespace for pin in world.snapshot().pins)
+        self.forget_pins(lambda one: one.namespace == namespace and tokens in ((), one.tokens))
+
+    def forget_pins(self, gone: Callable[[PinView], bool]) -> None:
+        self.world.pins = [one for one in self.world.pins if not gone(one)]
+
+    def quota(self) -> None:
+        world = self.world
+        if not self.chance(30):
+            return
+        namespace = self.choose(world.namespaces)
+        scope: Namespace | str = namespace if self.chance(50) else namespace.tenant
+        most = None if self.chance(50) else self.draw.below(world.shape.num_blocks + 1)
+        share = self.draw.below(world.shape.num_blocks // 2) if self.chance(50) else 0
+        others = sum(share for one, (_, share) in world.quotas.items() if one != scope)
+        answer = self.call(
+            f"cache.set_quota({scope!r}, max_held={most}, guaranteed={share}, now={world.now})",
+            lambda: world.cache.set_quota(scope, max_held=most, guaranteed=share, now=world.now),
+        )
+        if isinstance(answer, CacheError):
+            assert share + others > world.shape.num_blocks
+            return
+        assert (answer.max_held, answer.guaranteed) == (most, share)
+        assert world.cache.quota(scope) == answer or world.tickets
+        world.quotas.pop(scope, None)
+        if most is not None or share:
+            world.quotas[scope] = (most, share)
+        world.count("limited")
 
     # ------------------------------------------------------------------ the end
 
     def drain(self) -> None:
         """Everybody leaves, one way or another; nothing is lost, and the pool is whole again."""
         world = self.world
+        for scope in list(world.quotas):
+            world.cache.set_quota(scope, max_held=None, guaranteed=0, now=world.now)
+        world.quotas.clear()
         while world.leases or world.tickets or world.zombies or world.workers:
             match self.draw.below(4):
                 case 0:
@@ -685,7 +795,8 @@ class Rules:
         snapshot = world.snapshot()
         assert (snapshot.private, snapshot.quarantined, snapshot.waiting) == (0, 0, 0)
         assert snapshot.evictable == snapshot.indexed
-        assert world.cache.next_deadline() is None
+        if not snapshot.pins:
+            assert world.cache.next_deadline() is None
         everything = pack([9] * (world.shape.num_blocks * world.shape.block_size))
         last, space = WorkerId("last"), Namespace("last")
         world.cache.attach(last, space, now=world.now)
@@ -715,6 +826,9 @@ WEIGHTS: dict[str, int] = {
     "misuse": 4,
     "look": 10,
     "reset": 4,
+    "pin": 5,
+    "unpin": 2,
+    "quota": 4,
 }
 """How often each rule runs."""
 

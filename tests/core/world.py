@@ -17,7 +17,7 @@ from core.transcript import Transcript
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import POLICIES
 from prefixcache.core.node import Root
-from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     Copy,
     Grant,
@@ -26,6 +26,7 @@ from prefixcache.types import (
     Namespace,
     Partial,
     Snapshot,
+    TableUpdate,
     TicketId,
     WorkerId,
     pack,
@@ -46,6 +47,7 @@ class Shape:
     vocabulary: int = 2
     num_ghosts: int | None = None
     ttl_s: float = 10.0
+    max_line: int = 3
 
 
 @dataclass
@@ -91,8 +93,21 @@ class TicketView:
     reserve: int
     deadline: float
     request_id: str
-    first_hit: int
-    """Tokens in whole blocks that were there when it began to wait."""
+    first_hit: int | None
+    """Tokens in whole blocks that were there when it began to wait for a flight; None if it has
+    not yet."""
+    lease: LeaseId | None = None
+    """An `extend` of this lease to `num_tokens`, and no acquire."""
+    num_tokens: int = 0
+
+
+@dataclass
+class PinView:
+    """What the world knows of a pin."""
+
+    namespace: Namespace
+    tokens: Tokens
+    until: float
 
 
 class World:
@@ -107,6 +122,7 @@ class World:
             partial=shape.partial,
             num_ghosts=shape.num_ghosts,
             ttl_s=shape.ttl_s,
+            max_line=shape.max_line,
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
@@ -120,6 +136,8 @@ class World:
         self.zombies: dict[WorkerId, list[LeaseView]] = {}
         """Ended leases of workers that may still write."""
         self.tickets: dict[TicketId, TicketView] = {}
+        self.pins: list[PinView] = []
+        self.quotas: dict[Namespace | str, tuple[int | None, int]] = {}
         self.memory = Memory(shape.block_size)
         self.library = Library()
         self.retired: list[Root] = []
@@ -310,10 +328,46 @@ class World:
         most = least + self.shared_blocks() if least else 0
         assert least <= evicted <= most, f"evicted {evicted} for {needed}; {before}"
 
-    def is_justified(self, needed: int, hit_blocks: int, before: Snapshot) -> bool:
-        """Whether the arithmetic allows `PoolExhausted`."""
+    def is_justified(
+        self,
+        needed: int,
+        hit_blocks: int,
+        before: Snapshot,
+        namespace: Namespace,
+        error: CacheError | None = None,
+    ) -> bool:
+        """Whether the arithmetic allows `PoolExhausted`; with a reason, whether it allows this one.
+
+        Args:
+            needed: Blocks.
+            hit_blocks: Blocks that were found in the tree.
+            before: What there was.
+            namespace: For which.
+            error: What was raised.
+        """
         sure = before.free + max(0, before.evictable - hit_blocks - self.shared_blocks())
-        return needed > sure
+        short = needed > sure
+        over = any(
+            most is not None and self.held(scope)[1] + needed + hit_blocks > most
+            for scope, (most, _) in self.quotas.items()
+            if scope in (namespace, namespace.tenant)
+        )
+        if isinstance(error, QuotaExceeded):
+            return over
+        return short or (over and error is None) or "may pass any more" in str(error)
+
+    def held(self, scope: Namespace | str) -> tuple[int, int]:
+        """Give the fewest and the most blocks that leases of a tenant or namespace may hold."""
+        blocks: set[int] = set()
+        twice = 0
+        for view in self.leases.values():
+            if scope in (view.namespace, view.namespace.tenant):
+                # The last block that forks share is counted once they have a copy of their own.
+                shared = view.must_extend and view.valid % self.shape.block_size > 0
+                blocks |= set(view.table[: len(view.table) - shared])
+                twice += len(view.table)
+        # Where two leases computed the same tokens, both the tree's block and the copy count.
+        return len(blocks), 2 * max(len(blocks), twice)
 
     # ------------------------------------------------------------------ after each step
 
@@ -322,10 +376,19 @@ class World:
         for ticket_id, outcome in self.cache.settled():
             ticket = self.tickets.pop(ticket_id, None)
             assert ticket is not None, f"ticket {ticket_id} was settled, but nobody waits with it"
-            if isinstance(outcome, Grant):
+            if isinstance(outcome, TableUpdate):
+                self.count("grown")
+                assert ticket.lease is not None
+                self.log.append(f"#   ticket {ticket_id} -> room for lease {ticket.lease}")
+                self.grow(self.leases[ticket.lease], ticket.num_tokens, outcome)
+            elif isinstance(outcome, Grant):
                 self.count("settled")
+                assert ticket.lease is None
                 whole = outcome.ledger.hit + outcome.ledger.joined
-                assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
+                if ticket.first_hit is not None:
+                    assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
+                elif not outcome.ledger.joined:
+                    self.count("found room")
                 size = self.shape.block_size
                 flying = self.in_flight(ticket.namespace, ticket.tokens) // size * size
                 if self.now < ticket.deadline:
@@ -343,7 +406,31 @@ class World:
                 )
             else:
                 self.count("settled by an error")
-                assert isinstance(outcome, PoolExhausted), f"settled by {outcome!r}"
+                if ticket.lease is not None and ticket.lease not in self.leases:
+                    assert isinstance(outcome, LeaseExpired), f"settled by {outcome!r}"
+                else:
+                    assert isinstance(outcome, PoolExhausted), f"settled by {outcome!r}"
+
+    def grow(self, view: LeaseView, upto: int, answer: TableUpdate) -> None:
+        """Take in that a lease got room."""
+        unshare = view.must_extend and view.valid % self.shape.block_size > 0 and upto > view.valid
+        self.update(view, answer)
+        if unshare:
+            size = self.shape.block_size
+            assert [copy.num_tokens for copy in answer.copies] == [view.valid % size]
+            self.count("unshared")
+        else:
+            assert not answer.copies
+        if upto > view.valid:
+            view.must_extend = False
+
+    def update(self, view: LeaseView, answer: TableUpdate) -> None:
+        """Apply a new table; what was to be copied before is copied now."""
+        self.run_copies(view)
+        view.table = view.table[: answer.keep] + list(answer.blocks)
+        view.copies = list(answer.copies)
+        if answer.copies:
+            view.sources = {copy.src for copy in answer.copies}
 
     def end(self, view: LeaseView, *, writes_on: bool) -> None:
         """Take in that a lease has ended."""
@@ -364,6 +451,7 @@ class World:
         self.verify_memory(indexed)
         self.verify_blocks(snapshot, indexed)
         self.verify_waiting(snapshot)
+        self.verify_steering(snapshot)
         for namespace, ledgers in self.ledgers.items():
             assert snapshot.namespaces[namespace] == _sum(ledgers), f"the sums of {namespace}"
         everything = [ledger for ledgers in self.ledgers.values() for ledger in ledgers]
@@ -458,9 +546,18 @@ class World:
             assert info.num_blocks == len(view.table)
 
     def verify_waiting(self, snapshot: Snapshot) -> None:
-        """Whoever waits, waits for something that is still being computed."""
+        """Whoever waits, waits for something that is still being computed, or for room."""
         assert snapshot.waiting == len(self.tickets)
+        in_line = self.cache._desk.room.line
+        assert len(in_line) <= self.shape.max_line
+        firsts = in_line.heads()
+        for first in firsts:
+            assert self.is_short(self.tickets[first.id], snapshot) or any(
+                in_line.is_closed_for(one) for one in firsts
+            ), f"ticket {first.id} waits for room that is there"
         for ticket in self.tickets.values():
+            if self.cache._desk.room.tickets[ticket.id].in_line:
+                continue
             # Part of a block that appears meanwhile by other ways does not end a wait for the rest.
             whole = self.cache.lookup(ticket.namespace, pack(ticket.tokens)).num_hit
             assert self.in_flight(ticket.namespace, ticket.tokens, ever=True) > whole, (
@@ -469,9 +566,33 @@ class World:
         deadline = self.cache.next_deadline()
         latest = [view.due_at_latest for view in self.leases.values()]
         latest += [ticket.deadline for ticket in self.tickets.values()]
+        latest += [self.now + pin.expires_in_s + 1e-9 for pin in snapshot.pins]
         if latest:
             assert deadline is not None, "leases or tickets without a next deadline"
             assert deadline <= min(latest)
+
+    def is_short(self, ticket: TicketView, snapshot: Snapshot) -> bool:
+        """Whether a request that waits for room cannot be served now."""
+        if ticket.lease is not None:
+            view = self.leases[ticket.lease]
+            unshare = view.must_extend and view.valid % self.shape.block_size > 0
+            unshare = unshare and ticket.num_tokens > view.valid
+            needed = max(0, self.blocks_for(ticket.num_tokens) - len(view.table)) + unshare
+            return self.is_justified(needed, 0, snapshot, view.namespace)
+        found = self.cache.lookup(ticket.namespace, pack(ticket.tokens))
+        hit = found.num_hit // self.shape.block_size
+        needed = self.blocks_for(len(ticket.tokens) + ticket.reserve) - hit
+        return self.is_justified(needed, hit, snapshot, ticket.namespace)
+
+    def verify_steering(self, snapshot: Snapshot) -> None:
+        """Pins are under their cap, and nobody holds more than its quota but by a lower quota."""
+        assert snapshot.pinned <= snapshot.max_pinned
+        assert sum(pin.num_blocks for pin in snapshot.pins) >= snapshot.pinned
+        for info in snapshot.quotas:
+            scope = info.tenant if info.namespace is None else info.namespace
+            least, most = self.held(scope)
+            assert least <= info.num_held <= most, f"{scope} holds {info}, not {least} to {most}"
+            assert self.quotas[scope] == (info.max_held, info.guaranteed)
 
 
 def _sum(ledgers: list[Ledger]) -> Ledger:
@@ -485,4 +606,4 @@ def _sum(ledgers: list[Ledger]) -> Ledger:
     )
 
 
-__all__ = ["CacheError", "LeaseView", "Shape", "TicketView", "World"]
+__all__ = ["CacheError", "LeaseView", "PinView", "Shape", "TicketView", "World"]

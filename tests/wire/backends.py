@@ -17,7 +17,16 @@ from prefixcache.client import AsyncBatch, AsyncLease, AsyncSession, Reply, conn
 from prefixcache.client.lease import LeaseState
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError
-from prefixcache.types import Grant, Namespace, Snapshot, TicketId, Waiting, WorkerId, pack
+from prefixcache.types import (
+    Grant,
+    Namespace,
+    Snapshot,
+    TableUpdate,
+    TicketId,
+    Waiting,
+    WorkerId,
+    pack,
+)
 from wire.service_process import LAYOUT, ServiceProcess, sizes
 
 NUM_BLOCKS = 64
@@ -37,6 +46,25 @@ class Backend:
     def snapshot(self) -> Snapshot:
         raise NotImplementedError
 
+    def set_quota(self, scope: Any, *, max_held: int | None, guaranteed: int = 0) -> Any:
+        raise NotImplementedError
+
+    def quota(self, scope: Any) -> Any:
+        raise NotImplementedError
+
+    def later(self, call: Callable[[], Any]) -> Future[Any]:
+        """Start a call that blocks; its outcome comes from the future."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except CacheError as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run).start()
+        return future
+
     def clean(self) -> None:
         """End all sessions and forget everything that is stored."""
         raise NotImplementedError
@@ -55,7 +83,7 @@ class LocalBackend(Backend):
         self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=TTL_S)
         self.now = 100.0
         self.sessions: list[LocalSession] = []
-        self.waiting: dict[TicketId, tuple[Future[Any], LocalSession]] = {}
+        self.waiting: dict[TicketId, tuple[Future[Any], Any]] = {}
         self.count = 0
 
     def attach(self, model: str = "model", *, name: str = "", keep_alive: bool = True) -> Any:
@@ -77,19 +105,32 @@ class LocalBackend(Backend):
 
     def settle(self) -> None:
         for ticket, outcome in self.cache.settled():
-            future, session = self.waiting.pop(ticket)
+            future, asker = self.waiting.pop(ticket)
             if isinstance(outcome, CacheError):
                 future.set_exception(outcome)
+            elif isinstance(outcome, TableUpdate):
+                future.set_result(asker.apply(outcome))
             else:
-                future.set_result(LocalLease(outcome, session))
+                future.set_result(LocalLease(outcome, asker))
         self.cache.check()
 
     def snapshot(self) -> Snapshot:
         return self.cache.snapshot(now=self.now)
 
+    def set_quota(self, scope: Any, *, max_held: int | None, guaranteed: int = 0) -> Any:
+        answer = self.cache.set_quota(scope, max_held=max_held, guaranteed=guaranteed, now=self.now)
+        self.settle()
+        return answer
+
+    def quota(self, scope: Any) -> Any:
+        return self.cache.quota(scope)
+
     def clean(self) -> None:
         for session in list(self.sessions):
             session.close()
+        for info in self.snapshot().quotas:
+            scope = info.tenant if info.namespace is None else info.namespace
+            self.set_quota(scope, max_held=None)
         for namespace in self.snapshot().namespaces:
             self.cache.reset(namespace)
         self.cache.check()
@@ -156,6 +197,12 @@ class LocalSession:
     def reset(self) -> Any:
         return self.backend.cache.reset(self.namespace)
 
+    def pin(self, tokens: Any, *, ttl_s: float) -> Any:
+        return self.do(self.backend.cache.pin, self.namespace, pack(tokens), ttl_s=ttl_s)
+
+    def unpin(self, tokens: Any = b"") -> Any:
+        return self.backend.cache.unpin(self.namespace, pack(tokens))
+
     def snapshot(self) -> Snapshot:
         return self.backend.snapshot()
 
@@ -189,7 +236,17 @@ class LocalLease(LeaseState):
         new = pack(new_tokens)
         return self.session.do(self.cache.commit, self.session.worker, self.id, num_tokens, new)
 
-    def extend(self, num_tokens: int) -> Any:
+    def extend_later(self, num_tokens: int, *, wait_s: float) -> Future[Any]:
+        backend, cache, worker = self.session.backend, self.cache, self.session.worker
+        future: Future[Any] = Future()
+        outcome = cache.extend(worker, self.id, num_tokens, wait_s=wait_s, now=backend.now)
+        if isinstance(outcome, Waiting):
+            backend.waiting[outcome.ticket] = future, self
+        else:
+            future.set_result(self.apply(outcome))
+        return future
+
+    def extend(self, num_tokens: int, *, wait_s: float = 0.0) -> Any:
         do = self.session.do
         return self.apply(do(self.cache.extend, self.session.worker, self.id, num_tokens))
 
@@ -221,7 +278,9 @@ class LocalBatch:
     def __getattr__(self, verb: str) -> Any:
         def add(*args: Any, **kwargs: Any) -> Reply[Any]:
             reply: Reply[Any] = Reply(0)
-            on_session = verb in ("acquire", "lookup", "explain", "reset", "snapshot")
+            on_session = verb in (
+                *("acquire", "lookup", "explain", "reset", "pin", "unpin", "snapshot"),
+            )
             owner = self.session if on_session else args[0]
             rest = args if on_session else args[1:]
             self.ops.append((reply, lambda: getattr(owner, verb)(*rest, **kwargs)))
@@ -263,10 +322,19 @@ class RemoteBackend(Backend):
     def snapshot(self) -> Snapshot:
         return self.client.snapshot()
 
+    def set_quota(self, scope: Any, *, max_held: int | None, guaranteed: int = 0) -> Any:
+        return self.client.set_quota(scope, max_held=max_held, guaranteed=guaranteed)
+
+    def quota(self, scope: Any) -> Any:
+        return self.client.quota(scope)
+
     def clean(self) -> None:
         for session in self.sessions:
             session.close()
         self.sessions.clear()
+        for info in self.snapshot().quotas:
+            scope = info.tenant if info.namespace is None else info.namespace
+            self.set_quota(scope, max_held=None)
         for namespace in self.client.snapshot().namespaces:
             self.client.reset(namespace)
 
@@ -336,6 +404,12 @@ class Facade:
     def acquire_later(self, tokens: Any, *, wait_s: float = 60.0, **kwargs: Any) -> Future[Any]:
         async def on_loop() -> Any:
             return self._wrap(await self._inner.acquire(tokens, wait_s=wait_s, **kwargs))
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._backend.loop)
+
+    def extend_later(self, num_tokens: int, *, wait_s: float) -> Future[Any]:
+        async def on_loop() -> Any:
+            return await self._inner.extend(num_tokens, wait_s=wait_s)
 
         return asyncio.run_coroutine_threadsafe(on_loop(), self._backend.loop)
 

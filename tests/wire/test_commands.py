@@ -138,14 +138,70 @@ def test_a_negative_answer_has_exit_code_1(session: Session, at: list[str]) -> N
 
 
 def test_reset_says_what_it_did(session: Session, at: list[str]) -> None:
+    session.pin(list(range(8)), ttl_s=60.0)
+    lease = session.acquire(list(range(9)))
     told = run("reset", "--model", "tiny", *at)
-    assert (told.code, told.out) == (0, "tiny: 3 blocks forgotten, 0 of them still leased\n")
+    assert (told.code, told.out) == (
+        0,
+        "tiny: 3 blocks (up to 12 tokens) forgotten, 1 pins ended; "
+        "2 blocks still held by 1 leases\n",
+    )
+    lease.release()
     assert session.lookup(list(range(10))).num_hit == 0
+
+
+def test_pin_and_unpin_say_what_they_did_in_blocks_and_tokens(
+    session: Session, at: list[str]
+) -> None:
+    prompt = [str(token) for token in range(10)]
+    told = run("pin", *prompt, "--ttl", "30m", "--model", "tiny", *at)
+    assert (told.code, told.out.splitlines()) == (
+        0,
+        [
+            "tiny: 2 blocks (8 of 10 tokens) pinned for 30 m, 2 of them new, 0 leased now",
+            "pinned in all: 2 of at most 16 blocks",
+        ],
+    )
+    told = run("pin", "--list", *at)
+    assert told.out.splitlines()[1].split()[:3] == ["tiny", "8", "2"]
+    told = run("unpin", *prompt[:8], "--model", "tiny", "--json", *at)
+    fields = json.loads(told.out)
+    assert (told.code, fields["num_pins"], fields["num_blocks"], fields["num_tokens"]) == (
+        0,
+        1,
+        2,
+        8,
+    )
+    assert run("unpin", "--all", "--model", "tiny", *at).code == 1
+    assert run("pin", "--list", *at).code == 1
+    told = run("pin", "77", "--model", "tiny", *at)
+    assert told.code == 1
+    assert "nothing was pinned" in told.out
+
+
+def test_quota_shows_and_sets_what_a_namespace_or_a_tenant_may_hold(
+    session: Session, at: list[str]
+) -> None:
+    lease = session.acquire(list(range(12)))
+    told = run("quota", "--model", "tiny", "--max", "9", *at)
+    assert told.code == 0
+    assert told.out.splitlines()[1].split() == ["tiny", "3", "12", "9", "4", "0"], told.out
+    told = run("quota", "--tenant", "acme", "--share", "5", "--json", *at)
+    assert json.loads(told.out)["quotas"][0]["guaranteed"] == 5
+    assert len(run("quota", *at).out.splitlines()) == 3
+    assert run("quota", "--model", "tiny", "--max", "none", *at).code == 0
+    assert run("quota", "--tenant", "acme", "--share", "0", *at).code == 0
+    told = run("quota", *at)
+    assert (told.code, told.out) == (1, "no quotas: every namespace may hold the whole pool\n")
+    lease.release()
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["pin", "1", "--ttl", "soon"], "'soon'"),
+        (["quota", "--max", "7"], "--tenant or --model"),
+        (["quota", "--tenant", "a", "--max", "many", "--connect", "x"], "host:port"),
         (["lookup", "one", "--model", "tiny"], "'one'"),
         (["lookup", "-f", "/nonexistent"], "/nonexistent"),
         (["lookup", str(2**32), "--model", "tiny"], "32 bits"),
@@ -160,11 +216,12 @@ def test_wrong_usage_has_exit_code_2_and_one_line(arguments: list[str], text: st
     assert text in told.err
 
 
-@pytest.mark.parametrize("verb", ["stat", "lookup", "explain", "reset"])
+@pytest.mark.parametrize("verb", ["stat", "lookup", "explain", "reset", "pin", "unpin", "quota"])
 def test_no_server_has_exit_code_3_and_the_command_that_starts_one(
     verb: str, tmp_path: Path
 ) -> None:
-    tokens = ["1", "2"] if verb in ("lookup", "explain") else []
+    tokens = ["1", "2"] if verb in ("lookup", "explain", "pin", "unpin") else []
+    tokens += ["--tenant", "a"] if verb == "quota" else []
     told = run(verb, *tokens, "--connect", f"{tmp_path}/none.sock")
     assert told.code == 3
     assert f"prefixcache serve --memory 2GiB --listen unix:{tmp_path}/none.sock" in told.err

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from prefixcache.errors import (
     LeaseExpired,
     NotFound,
     PoolExhausted,
+    QuotaExceeded,
 )
-from prefixcache.types import Copy, Ledger, Lookup, Snapshot, TableUpdate, pack
+from prefixcache.types import Copy, Ledger, Lookup, Namespace, Snapshot, TableUpdate, pack
 from wire.backends import NUM_BLOCKS, TTL_S, Backend
 
 
@@ -348,3 +350,90 @@ def test_the_counts_of_a_snapshot_add_up(cache: Backend) -> None:
     assert (info.worker, info.num_tokens, info.num_committed) == ("ann", 10, 8)
     assert (info.lease, info.num_blocks) == (lease.id, 4)
     assert 0 < info.expires_in_s <= TTL_S
+
+
+def test_a_full_pool_is_waited_for_in_line(cache: Backend) -> None:
+    session = cache.attach()
+    large = session.acquire(list(range(4 * 60)))
+    waiting = session.acquire_later([7] * 40, wait_s=20.0)
+    cache.pass_time(0.2)
+    assert not waiting.done()
+    assert cache.snapshot().waiting == 1
+    large.release()
+    assert waiting.result(5).ledger.total == 40
+
+
+def test_a_wait_for_room_ends_with_the_arithmetic(cache: Backend) -> None:
+    session = cache.attach()
+    session.acquire(list(range(4 * 60)))
+    waiting = session.acquire_later([7] * 40, wait_s=0.3)
+    cache.pass_time(0.6)
+    with pytest.raises(PoolExhausted, match="needs 10 blocks; "):
+        waiting.result(5)
+
+
+def test_a_lease_can_wait_for_room_to_grow(cache: Backend) -> None:
+    session = cache.attach()
+    large = session.acquire(list(range(4 * 60)))
+    lease = session.acquire([7] * 16)
+    growing = later(cache, lease, 24)
+    cache.pass_time(0.2)
+    assert not growing.done()
+    large.release()
+    update = growing.result(5)
+    assert (update.keep, len(update.blocks)) == (4, 2)
+    assert len(lease.block_table) == 6
+
+
+def later(cache: Backend, lease: Any, num_tokens: int) -> Future[Any]:
+    if hasattr(lease, "extend_later"):
+        future: Future[Any] = lease.extend_later(num_tokens, wait_s=20.0)
+        return future
+    return cache.later(lambda: lease.extend(num_tokens, wait_s=20.0))
+
+
+def test_a_pin_is_capped_listed_and_ended(cache: Backend) -> None:
+    session = cache.attach()
+    with session.acquire(list(range(40))) as lease:
+        lease.commit(40)
+        pinned = session.pin(list(range(10)), ttl_s=60.0)
+    assert (pinned.num_tokens, pinned.num_blocks, pinned.num_new, pinned.num_leased) == (8, 2, 2, 2)
+    assert (pinned.pinned, pinned.max_pinned) == (2, 16)
+    [listed] = cache.snapshot().pins
+    assert (listed.num_blocks, round(listed.expires_in_s, -1)) == (2, 60)
+    ended = session.unpin(list(range(8)))
+    assert (ended.num_pins, ended.num_blocks, ended.pinned) == (1, 2, 0)
+    assert session.unpin().num_pins == 0
+
+
+def test_pins_above_the_cap_are_refused_with_the_arithmetic(cache: Backend) -> None:
+    session = cache.attach()
+    with session.acquire(list(range(4 * 17))) as lease:
+        lease.commit(4 * 17)
+    with pytest.raises(PoolExhausted, match="17 blocks, 17 of them new, would make 17; the cap"):
+        session.pin(list(range(4 * 17)), ttl_s=60.0)
+    assert session.pin(list(range(4 * 16)), ttl_s=60.0).num_blocks == 16
+
+
+def test_a_pin_ends_by_its_deadline(cache: Backend) -> None:
+    session = cache.attach()
+    with session.acquire(list(range(8))) as lease:
+        lease.commit(8)
+    session.pin(list(range(8)), ttl_s=0.3)
+    cache.pass_time(0.6)
+    assert cache.snapshot().pinned == 0
+
+
+def test_a_quota_refuses_with_the_arithmetic_of_the_account(cache: Backend) -> None:
+    session = cache.attach()
+    told = cache.set_quota(Namespace("model"), max_held=10, guaranteed=4)
+    assert (told.max_held, told.guaranteed, told.num_held) == (10, 4, 0)
+    lease = session.acquire([1] * 32)
+    with pytest.raises(QuotaExceeded, match="needs 3 blocks more, and namespace model holds 8 of"):
+        session.acquire([2] * 12)
+    with pytest.raises(QuotaExceeded, match="needs 11 blocks, and namespace model may hold at"):
+        session.acquire([2] * 44, wait_s=5.0)
+    assert cache.quota(Namespace("model")).num_held == 8
+    waiting = session.acquire_later([2] * 12, wait_s=20.0)
+    lease.release()
+    assert waiting.result(5).ledger.total == 12

@@ -1,0 +1,141 @@
+"""The line: requests that wait for blocks, since the pool or a quota is full.
+
+```
+leases that grow     w1#7 ─ w3#2 ─ …              first: they hold blocks, and give them back sooner
+namespace a          ticket ─ ticket ─ …      ┐
+namespace b          ticket ─ …               ├   in turn, one grant each
+namespace c          ticket                   ┘
+```
+
+Within a namespace it is first come, first served.  A request that does not fit may be passed by
+smaller ones, but only `MOST_PASSES` times: then nobody passes it any more, so that no stream of
+small requests starves a large one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+from prefixcache.core.flights import Extension, Ticket
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.types import LeaseId, Namespace, TicketId
+
+MOST_PASSES = 16
+
+
+class Line:
+    """Who waits for blocks, in the order in which they are tried.
+
+    Args:
+        limit: How many may wait at the same time.
+    """
+
+    __slots__ = ("_growing", "_passed_enough", "_turns", "limit", "num_waiting")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_waiting = 0
+        self._passed_enough: Ticket | None = None
+        self._growing: OrderedDict[LeaseId, Ticket] = OrderedDict()
+        self._turns: OrderedDict[Namespace, OrderedDict[TicketId, Ticket]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.num_waiting
+
+    def refuse_if_full(self, short: PoolExhausted) -> None:
+        """Check that one more may wait.
+
+        Raises:
+            PoolExhausted: none may; the message adds that to `short`.
+        """
+        if self.num_waiting >= self.limit:
+            raise type(short)(
+                f"{short} {self.num_waiting:,} requests wait for room already, --max-line allows "
+                "no more.",
+                short.retry_after_s,
+            )
+
+    def refuse_second(self, lease: LeaseId) -> None:
+        """Check that a lease does not wait already.
+
+        Raises:
+            InvalidRequest: it does.
+        """
+        if lease in self._growing:
+            raise InvalidRequest(f"lease {lease} waits for room already; cancel that first")
+
+    def join(self, ticket: Ticket) -> None:
+        """Let a ticket wait behind those of its kind."""
+        request = ticket.request
+        if isinstance(request, Extension):
+            self._growing[request.lease] = ticket
+        else:
+            self._turns.setdefault(request.namespace, OrderedDict())[ticket.id] = ticket
+        self.num_waiting += 1
+        ticket.in_line = True
+
+    def leave(self, ticket: Ticket) -> None:
+        """Take a ticket out, if it is in.  Its namespace keeps its turn."""
+        if not ticket.in_line:
+            return
+        ticket.in_line = False
+        self.num_waiting -= 1
+        if self._passed_enough is ticket:
+            self._passed_enough = None
+        request = ticket.request
+        if isinstance(request, Extension):
+            del self._growing[request.lease]
+            return
+        mine = self._turns[request.namespace]
+        del mine[ticket.id]
+        if not mine:
+            del self._turns[request.namespace]
+
+    def end_turn(self, ticket: Ticket) -> None:
+        """Let a namespace whose ticket was served wait until all others had theirs."""
+        request = ticket.request
+        if not isinstance(request, Extension) and request.namespace in self._turns:
+            self._turns.move_to_end(request.namespace)
+
+    def growing(self, lease: LeaseId) -> Ticket | None:
+        """Give the ticket of a lease that waits for room; None if it does not."""
+        return self._growing.get(lease)
+
+    def candidates(self) -> Iterator[Ticket]:
+        """Give who may be next, in order: O(leases that grow + namespaces)."""
+        yield from tuple(self._growing.values())
+        for mine in tuple(self._turns.values()):
+            yield next(iter(mine.values()))
+
+    def heads(self) -> list[Ticket]:
+        """Give who is first of its kind.  O(namespaces)."""
+        heads = [next(iter(mine.values())) for mine in self._turns.values()]
+        if self._growing:
+            heads.append(next(iter(self._growing.values())))
+        return heads
+
+    def pass_by(self, tickets: Iterable[Ticket]) -> None:
+        """Count that somebody was served before these.  O(tickets)."""
+        for ticket in tickets:
+            if ticket.in_line and not ticket.over_quota:
+                ticket.num_passed += 1
+                if ticket.num_passed >= MOST_PASSES:
+                    self._passed_enough = ticket
+
+    def is_closed_for(self, ticket: Ticket | None) -> bool:
+        """Whether somebody else was passed so often that nobody may pass any more."""
+        first = self._passed_enough
+        return first is not None and first is not ticket and not first.over_quota
+
+    def check(self) -> None:
+        """Assert that the count is right, and that each ticket is where it can be found."""
+        tickets = [*self._growing.values()]
+        for namespace, mine in self._turns.items():
+            assert mine, "a turn without tickets"
+            for ticket in mine.values():
+                assert not isinstance(ticket.request, Extension), "growth in a turn"
+                assert ticket.request.namespace == namespace, "in another namespace's turn"
+            tickets.extend(mine.values())
+        assert len(tickets) == self.num_waiting, f"{self.num_waiting} in line, not {len(tickets)}"
+        assert all(ticket.in_line for ticket in tickets), "a ticket that does not know its place"

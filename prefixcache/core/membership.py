@@ -1,0 +1,67 @@
+"""The verbs of coming and going: attach, renew, detach."""
+
+from __future__ import annotations
+
+from prefixcache.core.desk import Desk
+from prefixcache.core.leases import Worker
+from prefixcache.types import Ended, Namespace, WorkerId
+
+
+class Membership:
+    """Who may ask at the desk, and since when nobody has heard of whom."""
+
+    _desk: Desk
+
+    def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
+        """Let a worker use a namespace.  Idempotent."""
+        self._desk.root(namespace)
+        members = self._desk.leases.workers
+        if worker not in members:
+            members[worker] = Worker(worker)
+        members[worker].namespaces.add(namespace)
+        self.renew(worker, now=now)
+
+    def renew(self, worker: WorkerId, *, now: float) -> None:
+        """Take a sign of life: all leases of the worker live for another TTL.  O(1).
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        self._desk.leases.worker(worker).renewed_until = now + self._desk.leases.ttl_s
+
+    def detach(self, worker: WorkerId, *, now: float, gone: bool) -> Ended:
+        """End a worker's session and its leases; its waiting requests are dropped.
+
+        Args:
+            worker: Who leaves.
+            now: The time.
+            gone: Whether it can no longer write to the pool (it said goodbye, or its process is
+                known to be dead).  If not, the blocks it could write to are quarantined until
+                `worker_gone`.
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        member = self._desk.leases.worker(worker)
+        for ticket in [t for t in self._desk.room.tickets.values() if t.request.worker == worker]:
+            self._desk.room.leave(ticket)
+        ended = Ended()
+        for lease in list(member.leases.values()):
+            ended += self._desk.end(lease, now, writes_on=not gone)
+        del self._desk.leases.workers[worker]
+        if gone:
+            ended += Ended(num_freed=self._desk.holdings.pool.absolve(worker))
+        self._desk.serve_line(now)
+        return ended
+
+    def worker_gone(self, worker: WorkerId, *, now: float) -> int:
+        """Take note that a worker's process has ended: free all it held, and its quarantine.
+
+        Returns:
+            How many blocks became free.
+        """
+        if worker in self._desk.leases.workers:
+            return self.detach(worker, now=now, gone=True).num_freed
+        freed = self._desk.holdings.pool.absolve(worker)
+        self._desk.serve_line(now)
+        return freed

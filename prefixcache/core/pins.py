@@ -1,0 +1,243 @@
+"""Pins: prefixes that are evicted last, for a time, under a cap.
+
+```
+pin("SSSS SSSS", 1 h)      root ─[SSSS SSSS] 0 1 ─┬─ [AAAA] 2      blocks 0 and 1 are pinned:
+                                pinned 1          └─ [BBBB] 3      2 and 3 go in the policy's order,
+                                                                   0 and 1 when nothing else is left
+```
+
+A pin is a wish, not a lock: what leases need they get, so no number of pins can wedge the pool.  It
+covers whole blocks that are stored now; what of them is evicted all the same is no longer pinned
+when it comes back.  A run that a pin ends in is split there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+from prefixcache.core.node import Match, Node, Root
+from prefixcache.core.radix import RadixTree
+from prefixcache.core.shelter import Shelter
+from prefixcache.errors import PoolExhausted
+from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
+
+MAX_PINS = 65_536
+
+
+@dataclass(slots=True, eq=False)
+class Pin:
+    """One pinned prefix."""
+
+    node: Node
+    """Where it ends; the node's run ends there, too."""
+    until: float
+
+
+class Pins:
+    """The pins of one tree.  `node.pinned` counts those that cover a node's blocks.
+
+    Args:
+        tree: The tree.
+        shelter: Made when it is first needed.
+        max_pinned: Blocks that may be pinned at the same time.
+    """
+
+    __slots__ = ("_deadlines", "_ends", "_serial", "_tree", "max_pinned", "num_pinned")
+
+    def __init__(self, tree: RadixTree, max_pinned: int) -> None:
+        self._tree = tree
+        self._ends: dict[Node, Pin] = {}
+        self._deadlines: list[tuple[float, int, Pin]] = []
+        self._serial = 0
+        self.max_pinned = max_pinned
+        self.num_pinned = 0
+        """Distinct blocks that are pinned."""
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def pin(self, match: Match, ttl_s: float, now: float) -> Pinned:
+        """Pin the matched whole blocks until `now + ttl_s`; prolong the pin if there is one.
+
+        O(nodes on the path).
+
+        Raises:
+            PoolExhausted: more than `max_pinned` blocks would be pinned, or too many prefixes.
+        """
+        fresh = 0 if match.node.pinned else match.used
+        leased = match.used if match.node.ref else 0
+        above = match.node.parent
+        while above is not None:
+            fresh += 0 if above.pinned else len(above.blocks)
+            leased += len(above.blocks) if above.ref else 0
+            above = above.parent
+        num_blocks = match.end // self._tree.block_bytes
+        if self.num_pinned + fresh > self.max_pinned or len(self._ends) >= MAX_PINS:
+            raise self._refusal(num_blocks, fresh, now)
+        if num_blocks:
+            node = self._tree.cut(match)
+            found = self._ends.get(node)
+            if found is None:
+                found = self._ends[node] = Pin(node, now + ttl_s)
+                self._cover(node)
+            found.until = max(found.until, now + ttl_s)
+            self._set_deadline(found)
+            ttl_s = found.until - now
+        return Pinned(
+            num_tokens=match.end // TOKEN_BYTES,
+            num_blocks=num_blocks,
+            num_new=fresh,
+            num_leased=leased,
+            ttl_s=ttl_s,
+            pinned=self.num_pinned,
+            max_pinned=self.max_pinned,
+        )
+
+    def unpin(self, root: Root | None, match: Match | None) -> Unpinned:
+        """End the pin that ends where `match` does; without a match, all below `root`.
+
+        O(nodes on the path), or O(pins).
+        """
+        if root is None:
+            ending = []
+        elif match is None:
+            ending = [pin for pin in self._ends.values() if pin.node.root is root]
+        else:
+            whole = match.used == len(match.node.blocks)
+            found = self._ends.get(match.node) if whole else None
+            ending = [] if found is None else [found]
+        before, leased = self.num_pinned, 0
+        for pin in ending:
+            leased += self._end(pin)
+        return Unpinned(
+            num_pins=len(ending),
+            num_blocks=before - self.num_pinned,
+            num_leased=leased,
+            pinned=self.num_pinned,
+            max_pinned=self.max_pinned,
+        )
+
+    def expire(self, now: float) -> None:
+        """End the pins whose time is over.  Amortised O(log pins + nodes on their paths)."""
+        heap = self._deadlines
+        while heap and heap[0][0] < now:
+            pin = heappop(heap)[2]
+            if self._lives(pin) and pin.until < now:
+                self._end(pin)
+
+    def next_deadline(self) -> float | None:
+        """Give a time before which no pin ends; None if there are none."""
+        heap = self._deadlines
+        while heap and not (self._lives(heap[0][2]) and heap[0][2].until == heap[0][0]):
+            heappop(heap)
+        return heap[0][0] if heap else None
+
+    def infos(self, now: float) -> tuple[PinInfo, ...]:
+        """Describe every pin.  O(nodes on their paths)."""
+        found = []
+        for pin in self._ends.values():
+            size, at = 0, pin.node
+            while at.parent is not None:
+                size += len(at.blocks)
+                at = at.parent
+            space: Namespace = pin.node.root.namespace
+            found.append(
+                PinInfo(space, size * self._tree.block_bytes // TOKEN_BYTES, size, pin.until - now)
+            )
+        return tuple(found)
+
+    # ------------------------------------------------------------------ what the tree tells
+
+    def trimmed(self, num_blocks: int) -> None:
+        """Take note that a pinned leaf is losing its last blocks, since nothing else was left."""
+        self.num_pinned -= num_blocks
+
+    def buried(self, node: Node, above: Node) -> None:
+        """Take note that a whole pinned leaf leaves the tree: its pin ends further up now."""
+        self.num_pinned -= len(node.blocks)
+        node.pinned = 0
+        pin = self._ends.pop(node)
+        if above.parent is None:
+            return
+        other = self._ends.get(above)
+        if other is None:
+            pin.node = above
+            self._ends[above] = pin
+            return
+        if pin.until > other.until:
+            other.until = pin.until
+            self._set_deadline(other)
+        self._uncover(above)
+
+    def check(self) -> None:
+        """Assert that every count is right.  O(everything that is pinned)."""
+        counts: dict[Node, int] = {}
+        for node, pin in self._ends.items():
+            assert pin.node is node, "a pin that ends elsewhere"
+            assert node.blocks, "a pin that ends at nothing"
+            at = node
+            while at.parent is not None:
+                counts[at] = counts.get(at, 0) + 1
+                at = at.parent
+            assert not at.root.retired, "a pin in a namespace that was reset"
+        for node, count in counts.items():
+            assert node.pinned == count, f"{node.pinned} pins on a node, not {count}"
+        pinned = sum(len(node.blocks) for node in counts)
+        assert self.num_pinned == pinned, f"{self.num_pinned} blocks pinned, not {pinned}"
+        assert pinned <= self.max_pinned, f"{pinned} blocks pinned; the cap is {self.max_pinned}"
+
+    # ------------------------------------------------------------------ covering
+
+    def _lives(self, pin: Pin) -> bool:
+        return self._ends.get(pin.node) is pin
+
+    def _set_deadline(self, pin: Pin) -> None:
+        self._serial += 1
+        heappush(self._deadlines, (pin.until, self._serial, pin))
+        if len(self._deadlines) > 2 * len(self._ends) + 64:
+            living = [(one.until, number, one) for number, one in enumerate(self._ends.values())]
+            self._deadlines, self._serial = sorted(living), len(living)
+
+    def _cover(self, node: Node) -> None:
+        at = node
+        while at.parent is not None:
+            if not at.pinned:
+                self.num_pinned += len(at.blocks)
+            at.pinned += 1
+            at = at.parent
+
+    def _uncover(self, node: Node) -> int:
+        """Take one pin from a path; give the blocks that are leased, of those not pinned now."""
+        shelter = self._tree.queue
+        leased = 0
+        at = node
+        while at.parent is not None:
+            above = at.parent
+            at.pinned -= 1
+            if not at.pinned:
+                self.num_pinned -= len(at.blocks)
+                leased += len(at.blocks) if at.ref else 0
+                if isinstance(shelter, Shelter):
+                    shelter.let_go(at)
+            at = above
+        return leased
+
+    def _end(self, pin: Pin) -> int:
+        del self._ends[pin.node]
+        leased = self._uncover(pin.node)
+        self._tree.rejoin(pin.node)
+        return leased
+
+    def _refusal(self, num_blocks: int, fresh: int, now: float) -> PoolExhausted:
+        if len(self._ends) >= MAX_PINS:
+            return PoolExhausted(
+                f"{len(self._ends):,} prefixes are pinned; the limit is {MAX_PINS:,}"
+            )
+        due = self.next_deadline()
+        return PoolExhausted(
+            f"pinning {num_blocks} blocks, {fresh} of them new, would make "
+            f"{self.num_pinned + fresh}; the cap is {self.max_pinned} (--pin-cap), and "
+            f"{self.num_pinned} are pinned. Unpin something, or pin less.",
+            retry_after_s=0.0 if due is None else max(0.0, due - now),
+        )

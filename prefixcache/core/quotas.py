@@ -1,0 +1,215 @@
+"""Quotas: what a tenant or a namespace may hold at most, and the share that others leave to it.
+
+```
+blocks of a namespace    private ──────── indexed, protected ──────── indexed, evictable
+                         └────────────── held ─────────────┘
+                         └─────────────────────── stored ───────────────────────────────┘
+max_held                 held may not grow beyond it: the request is refused, or waits
+guaranteed               stored blocks up to it are evicted only when no others are left
+```
+
+A namespace answers to two accounts, its own and its tenant's; both limits count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prefixcache.core.leases import Lease
+from prefixcache.core.node import Root
+from prefixcache.errors import InvalidRequest, QuotaExceeded
+from prefixcache.types import Namespace, QuotaInfo
+
+MAX_QUOTAS = 1024
+"""Accounts with a quota, in all: each one with a share is looked at when something is evicted."""
+
+
+class Account:
+    """What one namespace, or one tenant with all its namespaces, holds; and what it may."""
+
+    __slots__ = ("above", "below", "guaranteed", "max_held", "private", "roots", "scope")
+
+    def __init__(self, scope: Namespace | str, above: Account | None) -> None:
+        self.scope = scope
+        """A namespace, or the name of a tenant."""
+        self.above = above
+        """The tenant's account; None for that itself."""
+        self.below: list[Account] = []
+        self.roots: list[Root] = []
+        """Of a namespace: the present one, and those that were reset while leases were out."""
+        self.private = 0
+        """Of a namespace: blocks that its leases own."""
+        self.max_held: int | None = None
+        self.guaranteed = 0
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.scope if isinstance(self.scope, str) else self.scope.tenant
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that leases own or protect.  O(namespaces of the account).
+
+        The last block that forks share counts once they have copies of their own.
+        """
+        protected = sum(root.num_blocks - root.evictable for root in self.roots)
+        return self.private + protected + sum(one.num_held for one in self.below)
+
+    @property
+    def num_stored(self) -> int:
+        """All blocks, cached ones included.  O(namespaces of the account).
+
+        What was reset and is held by nobody does not count: it goes before all else.
+        """
+        cached = sum(root.evictable for root in self.roots if not root.retired)
+        protected = sum(root.num_blocks - root.evictable for root in self.roots)
+        return self.private + protected + cached + sum(one.num_stored for one in self.below)
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether anything was said about it."""
+        return self.max_held is not None or self.guaranteed > 0
+
+    def info(self) -> QuotaInfo:
+        """Give its numbers."""
+        namespace = None if isinstance(self.scope, str) else self.scope
+        return QuotaInfo(
+            self.tenant, namespace, self.max_held, self.guaranteed, self.num_held, self.num_stored
+        )
+
+    def __str__(self) -> str:
+        if isinstance(self.scope, Namespace):
+            return f"namespace {Namespace(self.scope.model, self.scope.adapter, self.scope.tenant)}"
+        return f"tenant {self.scope!r}" if self.scope else "the nameless tenant"
+
+
+class Quotas:
+    """The accounts of all namespaces and tenants of one pool."""
+
+    __slots__ = ("_namespaces", "_num_blocks", "_tenants", "any_limit", "shares")
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._namespaces: dict[Namespace, Account] = {}
+        self._tenants: dict[str, Account] = {}
+        self.any_limit = False
+        """Whether some account has a `max_held`: otherwise admission need not look."""
+        self.shares: list[Account] = []
+        """The accounts with a guaranteed share."""
+
+    def account(self, namespace: Namespace) -> Account:
+        """Give a namespace's account; make it if it is new.  O(1)."""
+        found = self._namespaces.get(namespace)
+        if found is None:
+            tenant = self._tenant(namespace.tenant)
+            found = self._namespaces[namespace] = Account(namespace, tenant)
+            tenant.below.append(found)
+        return found
+
+    def open(self, root: Root) -> None:
+        """Let a new root belong to its namespace's account."""
+        account = self.account(root.namespace)
+        account.roots = [old for old in account.roots if old.num_blocks or old.ref > 1]
+        account.roots.append(root)
+        root.account = account
+
+    def close(self, namespace: Namespace) -> None:
+        """Forget a namespace without blocks, leases and quota.  O(namespaces of its tenant)."""
+        account = self._namespaces.get(namespace)
+        if account is not None and not account.has_quota and not account.num_stored:
+            del self._namespaces[namespace]
+            tenant = self._tenants[namespace.tenant]
+            tenant.below.remove(account)
+            if not tenant.below and not tenant.has_quota:
+                del self._tenants[namespace.tenant]
+
+    def admit(self, account: Account, extra: int) -> None:
+        """Check that `extra` more blocks may be held.  Changes nothing.
+
+        Raises:
+            QuotaExceeded: they may not; the message has the arithmetic.
+        """
+        at: Account | None = account
+        while at is not None:
+            if at.max_held is not None and (held := at.num_held) + extra > at.max_held:
+                raise QuotaExceeded(
+                    f"needs {extra} blocks more, and {at} holds {held} of at most {at.max_held}"
+                )
+            at = at.above
+
+    def refuse_hopeless(self, account: Account, total: int) -> None:
+        """Check that `total` blocks could be held if nothing else was.  Changes nothing.
+
+        Raises:
+            QuotaExceeded: not even then; waiting would not help.
+        """
+        at: Account | None = account
+        while at is not None:
+            if at.max_held is not None and total > at.max_held:
+                raise QuotaExceeded(
+                    f"needs {total} blocks, and {at} may hold at most {at.max_held}. "
+                    "Send less, or have the quota raised."
+                )
+            at = at.above
+
+    def set(self, scope: Namespace | str, max_held: int | None, share: int) -> QuotaInfo:
+        """Set both numbers of an account; None is no limit, 0 no share.
+
+        Raises:
+            InvalidRequest: a number is out of range, or all shares together exceed the pool.
+        """
+        if (max_held is not None and max_held < 0) or share < 0:
+            raise InvalidRequest(
+                f"a quota of {max_held} blocks, {share} guaranteed: give 0 or more"
+            )
+        account = self._known(scope)
+        others = sum(one.guaranteed for one in self.shares if one is not account)
+        if share + others > self._num_blocks:
+            raise InvalidRequest(
+                f"{share} guaranteed blocks and {others} of others are more than the pool's "
+                f"{self._num_blocks}"
+            )
+        limited = [one for one in self._all() if one.has_quota and one is not account]
+        if len(limited) >= MAX_QUOTAS and (max_held is not None or share):
+            raise InvalidRequest(f"{len(limited)} accounts have a quota; the limit is {MAX_QUOTAS}")
+        account = self.account(scope) if isinstance(scope, Namespace) else self._tenant(scope)
+        account.max_held, account.guaranteed = max_held, share
+        self.any_limit = any(one.max_held is not None for one in self._all())
+        self.shares = [one for one in self._all() if one.guaranteed]
+        return account.info()
+
+    def get(self, scope: Namespace | str) -> QuotaInfo:
+        """Give the numbers of an account, all zero if it is unknown.  Changes nothing."""
+        account = self._known(scope)
+        return (account or Account(scope, None)).info()
+
+    def infos(self) -> tuple[QuotaInfo, ...]:
+        """Give the numbers of every account that has a quota."""
+        return tuple(account.info() for account in self._all() if account.has_quota)
+
+    def check(self, leases: list[Lease]) -> None:
+        """Assert that the counts are those of the leases.  O(leases + namespaces)."""
+        private: dict[Account, int] = {}
+        for lease in leases:
+            assert lease.num_private == lease.count_private(), f"lease {lease.id}: private blocks"
+            private[lease.account] = private.get(lease.account, 0) + lease.num_private
+        for account in self._namespaces.values():
+            counted = private.pop(account, 0)
+            assert account.private == counted, f"{account}: {account.private}, not {counted}"
+        assert not private, "a lease of an account that nobody knows"
+
+    def _known(self, scope: Namespace | str) -> Account | None:
+        if isinstance(scope, Namespace):
+            return self._namespaces.get(scope)
+        return self._tenants.get(scope)
+
+    def _tenant(self, name: str) -> Account:
+        found = self._tenants.get(name)
+        if found is None:
+            found = self._tenants[name] = Account(name, None)
+        return found
+
+    def _all(self) -> Iterator[Account]:
+        yield from self._tenants.values()
+        yield from self._namespaces.values()
