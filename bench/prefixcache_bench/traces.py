@@ -46,9 +46,10 @@ class BrokenLine(NamedTuple):
     number: int
     """Counted from 1."""
     reason: str
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"line {self.number}: {self.reason}"
+        return f"{self.unit} {self.number}: {self.reason}"
 
 
 @dataclass(frozen=True)

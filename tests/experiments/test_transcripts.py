@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -120,8 +121,8 @@ def test_sharegpt_keeps_questions_with_their_answers(tmp_path: Path) -> None:
         "<user\nÃ\x9c>\n<assistant\nB",
     ]
     assert [str(one) for one in trace.broken] == [
-        "line 2: record 'a_0' was there before",
-        "line 3: 'alien' speaks, who is neither human nor gpt",
+        "record 2: record 'a_0' was there before",
+        "record 3: 'alien' speaks, who is neither human nor gpt",
     ]
 
 
@@ -146,6 +147,33 @@ def test_a_real_tokenizer_is_read_from_a_folder(tmp_path: Path) -> None:
     assert ids[:3] == [9, 1, 3]
     assert ids[-2:] == [9, 2]
     assert 9 not in ids[3:-2]
+
+
+def test_a_real_tokenizer_of_an_older_form_is_left_to_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Older:
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "<|im_end|>": 7}
+
+        def __len__(self) -> int:
+            return 8
+
+        def encode(self, text: str, **asked: bool) -> list[int]:
+            assert asked == {"add_special_tokens": False, "split_special_tokens": True}
+            return [0] * len(text)
+
+    class Transformers(ModuleType):
+        class AutoTokenizer:
+            @staticmethod
+            def from_pretrained(folder: str, *, local_files_only: bool) -> Older:
+                assert local_files_only
+                return Older()
+
+    monkeypatch.setitem(sys.modules, "transformers", Transformers("transformers"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    found = tokenizers.named(str(tmp_path))
+    assert (found.start, found.end, found.encode("abc")) == (8, 7, [0, 0, 0])
 
 
 def test_without_a_real_tokenizer_the_message_says_what_to_install(

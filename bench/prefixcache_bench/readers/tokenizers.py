@@ -79,6 +79,7 @@ class _HuggingFace:
     def __init__(self, name: str, tokenizer: Any) -> None:
         self.name = name
         self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # as plain text, that is
         known = tokenizer.token_to_id
         first_free = int(tokenizer.get_vocab_size(with_added_tokens=True))
         start, end = known("<|im_start|>"), known("<|im_end|>")
@@ -90,11 +91,27 @@ class _HuggingFace:
         return ids
 
 
+class _Transformers:
+    def __init__(self, name: str, tokenizer: Any) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        known, first_free = tokenizer.get_vocab(), len(tokenizer)
+        self.start = int(known.get("<|im_start|>", first_free))
+        self.end = int(known.get("<|im_end|>", first_free + 1))
+
+    def encode(self, text: str) -> Sequence[int]:
+        ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
+
+
 def named(name: str | None) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        name: `tiktoken[:ENCODING]`, or the path of a Hugging Face tokenizer; tiktoken if None.
+        name: `tiktoken[:ENCODING]`, or the path of a Hugging Face tokenizer; tiktoken if None.  A
+            folder without tokenizer.json is left to transformers, if that is installed.
 
     Raises:
         InvalidRequest: it is not there; the message says what to install or to write.
@@ -104,6 +121,9 @@ def named(name: str | None) -> Tokenizer:
     path = Path(name).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
+        saved = (path / "tokenizer_config.json").is_file()
+        if saved and (tokenizer := _transformers(path)) is not None:
+            return tokenizer
         raise InvalidRequest(
             f"there is no tokenizer {name}: give a folder with tokenizer.json (as saved by "
             "transformers' save_pretrained), or tiktoken, or tiktoken:cl100k_base"
@@ -119,6 +139,16 @@ def named(name: str | None) -> Tokenizer:
         return _HuggingFace(str(path), FastTokenizer.from_file(str(file)))
     except Exception as error:  # the library raises bare Exception for any malformed file
         raise InvalidRequest(f"cannot read the tokenizer {file}: {error}") from error
+
+
+def _transformers(folder: Path) -> Tokenizer | None:
+    """Load a tokenizer of any kind that transformers knows; None without it, or if it cannot."""
+    try:
+        transformers = import_module("transformers")
+        found = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (ImportError, OSError, ValueError, KeyError):
+        return None
+    return _Transformers(str(folder), found)
 
 
 def _tiktoken(encoding: str | None) -> Tokenizer:

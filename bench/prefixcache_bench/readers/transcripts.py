@@ -123,7 +123,8 @@ def _sharegpt(source: Source) -> Iterator[tuple[None, list[Message]]]:
         try:
             record, at = decoder.raw_decode(text, at)
         except ValueError as error:
-            source.broken.append(BrokenLine(number, f"the file breaks off in a record: {error}"))
+            reason = f"the file breaks off in it: {error}"
+            source.broken.append(BrokenLine(number, reason, "record"))
             return
         try:
             name = str(record.get("id", number))
@@ -131,7 +132,8 @@ def _sharegpt(source: Source) -> Iterator[tuple[None, list[Message]]]:
                 raise ValueError(f"record {name!r} was there before")
             messages = _turns(record["conversations"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            source.broken.append(BrokenLine(number, str(error) or type(error).__name__))
+            reason = str(error) or type(error).__name__
+            source.broken.append(BrokenLine(number, reason, "record"))
             continue
         seen.add(name)
         yield None, messages
