@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,9 @@ def test_sweep_writes_table_csv_json_and_pictures_and_resumes(tmp_path: Path) ->
     arguments = (SMALL, "--block-size", "1,16", "--capacity", "25%,inf", "-o", out, "-j", 1)
     result = run(sweep, *arguments)
     assert "ceiling" in result.stdout
-    assert "with blocks of up to 1" in result.stdout
+    assert re.search(
+        r"how large a block .*\n.* 25% +inf\n +lru, partial off +1 +1\n", result.stdout
+    )
     report = json.loads(out.with_suffix(".json").read_text())
     assert len(report["rows"]) == 2 * 2 * 2
     assert report["run"]["command"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _EXIT_INTERRUPTED = 130
 _NEAR = 0.99
-"""Of the finest ceiling: what counts as nothing lost in the answer below the tables."""
+"""Of the best size's reuse: what counts as next to nothing lost."""
 
 
 def sweep(
@@ -188,30 +188,39 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
             table = [("block size", *head)]
             table += [(str(size), *cells(size, policy, partial.value)) for size in grid.block_sizes]
             print_numbers(table, indent="  ")
-    if lines := answers(rows, grid):
+    if table := largest_sizes(rows, grid):
         typer.echo("")
-    for line in lines:
-        typer.echo(line)
+        typer.echo("how large a block may be that loses at most 1 % of the best size's reuse:")
+        print_numbers(table, indent="  ")
 
 
-def answers(rows: list[Row], grid: Grid) -> list[str]:
-    """Say, for the most memory of the grid, up to which block size next to nothing is lost."""
-    lines = []
+def largest_sizes(rows: list[Row], grid: Grid) -> list[tuple[str, ...]]:
+    """Give, as a table, the largest block size with which next to nothing is lost.
+
+    >>> from prefixcache_bench.capacity import parse_capacities
+    >>> from prefixcache_bench.sweep import Grid
+    >>> grid = Grid((1, 16, 256), tuple(parse_capacities("inf")))
+    >>> rates = {1: 0.80, 16: 0.795, 256: 0.60}
+    >>> row = {"capacity": "inf", "policy": "lru", "partial": "off"}
+    >>> rows = [row | {"block_size": size, "reused_rate": rate} for size, rate in rates.items()]
+    >>> largest_sizes(rows, grid)
+    [('', 'inf'), ('lru, partial off', '16')]
+    """
+    rates: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in rows:
+        where = row["policy"], row["partial"], row["capacity"]
+        rates.setdefault(where, {})[row["block_size"]] = row["reused_rate"]
+    if len(grid.block_sizes) < 2:
+        return []
+    table = [("", *(one.text for one in grid.capacities))]
     for partial in grid.partials:
         for policy in grid.policies:
-            mine = [
-                row for row in rows if (row["partial"], row["policy"]) == (partial.value, policy)
-            ]
-            if len({row["block_size"] for row in mine}) < 2:
-                continue
-            most = max(mine, key=lambda row: row["capacity_tokens"] or float("inf"))["capacity"]
-            rates = {
-                row["block_size"]: row["reused_rate"] for row in mine if row["capacity"] == most
-            }
-            best = max(rates.values())
-            largest = max(size for size, rate in rates.items() if rate >= _NEAR * best)
-            lines.append(
-                f"policy {policy}, partial {partial.value}, capacity {most}: with blocks of up to "
-                f"{largest}, at most 1 % of the reuse is lost ({rates[largest]:.2%} of {best:.2%})"
-            )
-    return lines
+            cells = []
+            for one in grid.capacities:
+                found = rates.get((policy, partial.value, one.text), {})
+                enough = [size for size in found if found[size] >= _NEAR * max(found.values())]
+                # Of a sweep that was stopped, the sizes that are missing might be better.
+                whole = len(found) == len(grid.block_sizes)
+                cells.append(str(max(enough)) if whole else "-")
+            table.append((f"{policy}, partial {partial.value}", *cells))
+    return table
