@@ -1,7 +1,7 @@
-"""Reading and writing the pool: the same three operations on a CPU and on a GPU.
+"""Reading and writing the pool: the same operations on a CPU and on a GPU.
 
-`store_kv`, `paged_attention` and `copy_blocks` look at where the tensors are: on a GPU they launch
-the Triton kernels (`attention`, `transfer`), elsewhere they run plain PyTorch (`reference`).
+Each looks at where the tensors are: on a GPU it launches Triton kernels (`attention`, `shared`,
+`transfer`, `rotate`), elsewhere it runs plain PyTorch (`reference`, `grouped`, `rotary`).
 Arguments and errors are the same, and described there.  Triton is imported when a GPU asks for it.
 """
 
@@ -9,36 +9,44 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prefixcache_kernels import grouped, reference
+from prefixcache_kernels import grouped, reference, rotary
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
 from prefixcache_kernels.plan import Plan
 from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool
+from prefixcache_kernels.rotary import Rotary
 
 __all__ = [
     "TORCH_DTYPES",
     "GroupPlan",
     "GroupedPlan",
     "Plan",
+    "Rotary",
     "SharedPool",
     "SharingCost",
     "copy_blocks",
     "paged_attention",
+    "rotate_keys",
     "shared_prefix_attention",
     "store_kv",
 ]
 
 
 def store_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their slots; see `reference.store_kv`."""
     if key_cache.is_cuda:
-        from prefixcache_kernels.transfer import store_kv as launch
-
-        launch(key, value, key_cache, value_cache, slot_mapping)
+        from prefixcache_kernels.transfer import store_kv as store
     else:
-        reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
+        store = reference.store_kv
+    store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
 
 
 def paged_attention(
@@ -53,6 +61,9 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    lse: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
@@ -71,6 +82,9 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        lse=lse,
         plan=plan,
     )
 
@@ -88,16 +102,44 @@ def shared_prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    lse: Tensor | None = None,
     plan: GroupedPlan | None = None,
 ) -> Tensor:
-    """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`."""
+    """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`.
+
+    On a GPU for decoding only: one query per sequence; see `shared.shared_prefix_attention`.  On a
+    CPU eight-bit caches and `lse` are attended without sharing.
+    """
+    args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
+    if key_cache.is_cuda:
+        from prefixcache_kernels.shared import shared_prefix_attention as launch
+
+        return launch(
+            *args,
+            groups,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
+    if key_scale is not None or value_scale is not None or lse is not None:
+        return reference.paged_attention(
+            *args,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
     return grouped.shared_prefix_attention(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_start,
-        context_lens,
+        *args,
         groups,
         scale=scale,
         window=window,
@@ -115,3 +157,13 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
         launch(blocks, copies)
     else:
         reference.copy_blocks(blocks, copies)
+
+
+def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> None:
+    """Move cached keys to positions `delta` later; see `rotary.rotate_keys`."""
+    if blocks.is_cuda:
+        from prefixcache_kernels.rotate import rotate_keys as launch
+
+        launch(blocks, slots, delta, angles)
+    else:
+        rotary.rotate_keys(blocks, slots, delta, angles)

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import check_attention
 from prefixcache_kernels.groups import GroupPlan, Run
 from prefixcache_kernels.plan import Plan, Work, scratch
-from prefixcache_kernels.reference import check_attention, paged_attention
+from prefixcache_kernels.reference import paged_attention
 
 _flash: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 

@@ -1,6 +1,6 @@
 """The pool's operations in plain PyTorch: the oracle of the kernels, and the fast path on a CPU.
 
-`oracle_attention` is the slow obvious version: one sequence after the other, in double precision.
+`oracle` has the slow obvious version: one sequence after the other, in double precision.
 `paged_attention` gives the same within rounding, as fast as a CPU allows.  A decode step does few
 operations on many bytes, so the bytes decide:
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import FP8, check_attention, check_copies, check_store
+from prefixcache_kernels.oracle import oracle_attention, quantise
 from prefixcache_kernels.plan import Plan
 
 __all__ = ["Plan", "copy_blocks", "oracle_attention", "paged_attention", "store_kv"]
@@ -43,36 +45,50 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def store_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their slots.  O(T).
 
     Args:
         key: `[T, kv_heads, head_dim]`, any strides.
-        value: Like `key`.
-        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of the same dtype.
-        value_cache: Like `key_cache`.
+        value: `[T, kv_heads, value_dim]`, any strides.
+        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of the same dtype,
+            or float8_e4m3fn: then `key / key_scale` is stored, rounded to the nearest.
+        value_cache: `[num_blocks, block_size, kv_heads, value_dim]`, of the type of `key_cache`.
         slot_mapping: `[T]` int64, `block * block_size + offset`; -1 skips the token.
+        key_scale: `[kv_heads]` float32, of float8_e4m3fn caches only; so is `value_scale`.
+        value_scale: Like `key_scale`.
 
     Raises:
         InvalidRequest: The shapes do not fit together, or a slot lies outside the pool (the
             tokens before it may have been written).
     """
-    check_store(key, value, key_cache, value_cache, slot_mapping)
-    tail = key.shape[1:]
+    check_store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
+    if key_cache.dtype == FP8:  # copying by index is not written for eight-bit types
+        key = quantise(key, key_scale, FP8).view(torch.uint8)
+        value = quantise(value, value_scale, FP8).view(torch.uint8)
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
+    key_slots = key_cache.view(-1, *key.shape[1:])
+    value_slots = value_cache.view(-1, *value.shape[1:])
     try:
-        key_cache.view(-1, *tail).index_copy_(0, slot_mapping, key)
-        value_cache.view(-1, *tail).index_copy_(0, slot_mapping, value)
+        key_slots.index_copy_(0, slot_mapping, key)
+        value_slots.index_copy_(0, slot_mapping, value)
     except (IndexError, RuntimeError):  # some slot is -1, or wrong: look, which costs time
-        num_slots = key_cache.shape[0] * key_cache.shape[1]
+        num_slots = key_slots.shape[0]
         low, high = (int(end) for end in torch.aminmax(slot_mapping))
         if low < -1 or high >= num_slots:
             raise InvalidRequest(
                 f"slots {low} to {high} are outside the pool's {num_slots} slots"
             ) from None
         kept = (slot_mapping >= 0).nonzero().view(-1)
-        key_cache.view(-1, *tail).index_copy_(0, slot_mapping[kept], key[kept])
-        value_cache.view(-1, *tail).index_copy_(0, slot_mapping[kept], value[kept])
+        key_slots.index_copy_(0, slot_mapping[kept], key[kept])
+        value_slots.index_copy_(0, slot_mapping[kept], value[kept])
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
@@ -106,6 +122,9 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    lse: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Tensor:
     """Causal attention of packed queries over paged keys and values.  Changes nothing.
@@ -115,8 +134,9 @@ def paged_attention(
 
     Args:
         query: `[T, heads, head_dim]`, the sequences' queries one after the other.
-        key_cache: `[num_blocks, block_size, kv_heads, head_dim]` of the same dtype.
-        value_cache: Like `key_cache`.
+        key_cache: `[num_blocks, block_size, kv_heads, head_dim]` of the same dtype, or
+            float8_e4m3fn.
+        value_cache: `[num_blocks, block_size, kv_heads, value_dim]`, of the type of `key_cache`.
         block_tables: `[S, max_blocks]` ints; entries beyond a sequence's keys are not read.
         query_start: `[S + 1]` ints, where each sequence's queries begin.
         context_lens: `[S]` ints, keys of each sequence, the new ones included.
@@ -124,16 +144,51 @@ def paged_attention(
         window: Keys that a query attends at most, itself included.
         softcap: Scores become `softcap * tanh(score / softcap)`.
         sinks: `[heads]`; a score per head that takes part in the softmax and has no value.
+        key_scale: `[kv_heads]` float32, what the keys of a float8_e4m3fn cache are multiplied by;
+            None for other types.
+        value_scale: Like `key_scale`.
+        lse: `[T, heads]` float32, is written if given: the natural logarithm of each softmax's sum,
+            the sink included.
         plan: `Plan.build` of the same tables; made here if None.  Pass one for all layers.
 
+    Eight-bit caches, values of another size than keys, and `lse` take the slow path on a CPU.
+
     Returns:
-        `[T, heads, head_dim]`.
+        `[T, heads, value_dim]`.
 
     Raises:
         InvalidRequest: The shapes do not fit together, or a table names a block outside the pool.
     """
     if plan is None:
         plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
+    rare = lse is not None or key_scale is not None or value_scale is not None
+    if rare or key_cache.dtype == FP8 or key_cache.shape != value_cache.shape:
+        check_attention(
+            query,
+            key_cache,
+            value_cache,
+            window,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
+        return oracle_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            query_start,
+            context_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+            dtype=torch.float32,
+        ).to(query.dtype)
     shapes = (query.shape, key_cache.shape, value_cache.shape)
     layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
     work = plan.work(layer)
@@ -252,131 +307,3 @@ def _plain(
         scores = torch.cat([scores, sink], -1)
     shares = torch.softmax(scores, -1)[..., : keys.shape[2]]
     return torch.matmul(shares, values.float()).to(packed.dtype)
-
-
-def oracle_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    query_start: Tensor,
-    context_lens: Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """What `paged_attention` means: slow, obvious, float64.  Same arguments, answer in float64."""
-    size, kv_heads = key_cache.shape[1:3]
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    for s, context in enumerate(context_lens.tolist()):
-        begin, end = query_start[s : s + 2].tolist()
-        slots = torch.arange(context)
-        table = block_tables[s].long()
-        keys = key_cache[table[slots // size], slots % size].double()
-        values = value_cache[table[slots // size], slots % size].double()
-        spots = torch.arange(context - (end - begin), context)[:, None]
-        visible = slots <= spots
-        if window is not None:
-            visible &= slots > spots - window
-        for head in range(query.shape[1]):
-            kv_head = head * kv_heads // query.shape[1]
-            scores = query[begin:end, head].double() @ keys[:, kv_head].T * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~visible, float("-inf"))
-            if sinks is not None:
-                sink = sinks[head].double().expand(end - begin, 1)
-                scores = torch.cat([scores, sink], 1)
-            shares = torch.softmax(scores, 1)[:, :context]
-            out[begin:end, head] = shares @ values[:, kv_head]
-    return out
-
-
-def check_store(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
-) -> None:
-    """Refuse what `store_kv` cannot write, without looking at values.
-
-    Raises:
-        InvalidRequest: The shapes or types do not fit together.
-    """
-    if (
-        key.shape != value.shape
-        or key_cache.dim() != 4
-        or key_cache.shape != value_cache.shape
-        or key.shape[1:] != key_cache.shape[2:]
-        or key.dim() != 3
-        or slot_mapping.shape != key.shape[:1]
-    ):
-        raise InvalidRequest(
-            f"key {list(key.shape)}, value {list(value.shape)} and slot_mapping "
-            f"{list(slot_mapping.shape)} do not fit caches {list(key_cache.shape)} and "
-            f"{list(value_cache.shape)}: [T, kv_heads, head_dim], [T] and "
-            "[num_blocks, block_size, kv_heads, head_dim]"
-        )
-    if not key.dtype == value.dtype == key_cache.dtype == value_cache.dtype:
-        raise InvalidRequest(
-            f"keys of {key.dtype} and values of {value.dtype} do not fit caches of "
-            f"{key_cache.dtype} and {value_cache.dtype}"
-        )
-    if slot_mapping.dtype != torch.int64:
-        raise InvalidRequest(f"slot_mapping is {slot_mapping.dtype}, not torch.int64")
-
-
-def check_attention(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    window: int | None,
-) -> None:
-    """Refuse what `paged_attention` cannot compute, without looking at values.
-
-    Raises:
-        InvalidRequest: The shapes or types do not fit together.
-    """
-    if (
-        query.dim() != 3
-        or key_cache.dim() != 4
-        or key_cache.shape != value_cache.shape
-        or query.shape[2] != key_cache.shape[3]
-        or query.shape[1] % key_cache.shape[2]
-    ):
-        raise InvalidRequest(
-            f"query {list(query.shape)} does not fit caches {list(key_cache.shape)} and "
-            f"{list(value_cache.shape)}: [T, heads, head_dim] and "
-            "[num_blocks, block_size, kv_heads, head_dim], heads a multiple of kv_heads"
-        )
-    if not query.dtype == key_cache.dtype == value_cache.dtype:
-        raise InvalidRequest(
-            f"queries of {query.dtype} do not fit caches of {key_cache.dtype} and "
-            f"{value_cache.dtype}"
-        )
-    if window is not None and window < 1:
-        raise InvalidRequest(f"a window of {window} tokens attends nothing; at least 1")
-
-
-def check_copies(blocks: Tensor, copies: Tensor) -> None:
-    """Refuse copies outside the pool or whose outcome would depend on their order.
-
-    Raises:
-        InvalidRequest: As said.
-    """
-    if blocks.dim() != 6 or copies.dim() != 2 or copies.shape[1] != 3:
-        raise InvalidRequest(
-            f"copies {list(copies.shape)} of blocks {list(blocks.shape)}: not [n, 3] and "
-            "[num_layers, 2, num_blocks, block_size, kv_heads, head_dim]"
-        )
-    if not copies.shape[0]:
-        return
-    num_blocks, block_size = blocks.shape[2:4]
-    if copies.min() < 0 or copies[:, :2].max() >= num_blocks or copies[:, 2].max() > block_size:
-        raise InvalidRequest(
-            f"copies {copies.tolist()} leave a pool of {num_blocks} blocks of {block_size} tokens"
-        )
-    written = set(copies[:, 1].tolist())
-    if len(written) < copies.shape[0] or written & set(copies[:, 0].tolist()):
-        raise InvalidRequest(
-            f"copies {copies.tolist()} write a block twice, or one that another copy reads"
-        )

@@ -41,24 +41,29 @@ def _batch(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     poison: float = float("nan"),
+    value_dim: int | None = None,
+    shared: tuple[tuple[int, int, int], ...] = (),
 ) -> Batch:
     """`lens` are (queries, keys) of each sequence.  Tables are permuted, with foreign blocks
     between; every slot that belongs to no sequence holds `poison`, and so do unused table entries
-    (as ids of poisoned blocks, or out of the pool)."""
+    (as ids of poisoned blocks, or out of the pool).  `shared` has (sequence, source, blocks): the
+    first blocks of a sequence are those of an earlier one."""
     rng = torch.Generator().manual_seed(seed)
     need = [-(-keys // size) for _, keys in lens]
     num_blocks = 2 * sum(need) + 3
     ids = torch.randperm(num_blocks, generator=rng).tolist()
     width = max(need, default=0) + 2
     tables = torch.full((len(lens), width), -7, dtype=torch.int32)
-    shape = (num_blocks, size, kv_heads, dim)
-    caches = [torch.full(shape, poison, dtype=dtype) for _ in range(2)]
+    shape = (num_blocks, size, kv_heads)
+    caches = [torch.full((*shape, d), poison, dtype=dtype) for d in (dim, value_dim or dim)]
     for s, (_, keys) in enumerate(lens):
-        for j in range(need[s]):
+        source, common = next(((a, n) for b, a, n in shared if b == s), (0, 0))
+        tables[s, :common] = tables[source, :common]
+        for j in range(common, need[s]):
             tables[s, j] = ids.pop()
             fill = min(size, keys - j * size)
             for cache in caches:
-                new = torch.randn(fill, kv_heads, dim, generator=rng)
+                new = torch.randn(fill, *cache.shape[2:], generator=rng)
                 cache[tables[s, j], :fill] = new.to(dtype)
     starts = torch.tensor([0, *(num for num, _ in lens)]).cumsum(0).to(torch.int32)
     query = torch.randn(int(starts[-1]), heads, dim, generator=rng).to(dtype)

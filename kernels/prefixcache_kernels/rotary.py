@@ -1,0 +1,165 @@
+"""Move cached keys to other positions: rotary embeddings turn by the difference alone.
+
+A rotary embedding (Su et al. 2021) turns pair i of a key at position p by the angle `p * f[i]`.
+Turning it once more by `delta * f[i]` makes it the key of position `p + delta`: no need to know p,
+and values do not change.  So text that was computed at one place of a prompt can be put at another.
+
+```
+head_dim   0 ─────────── half ─────────── 2 * half ───────── head_dim
+           x             │ y              │ not turned (a partial rotary factor)
+pair i     (x[i], y[i])  ->  (x cos - y sin, y cos + x sin)    angle delta * f[i]
+```
+
+The angles are computed in double precision on the host, for a float32 product of a long distance
+and a frequency is off by more than a bfloat16 can tell.  Bytes moved: each key is read once and
+written once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest, Unsupported
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The frequencies of a model's rotary embedding."""
+
+    frequencies: tuple[float, ...]
+    """Radians per position of each pair; at most `head_dim / 2` of them."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], head_dim: int) -> Rotary:
+        """Read the `rope_parameters` or `rope_scaling` of a Hugging Face config.  Changes nothing.
+
+        Known are the types `default`, `linear` and `llama3`.  The formulas are those of
+        transformers' `modeling_rope_utils`.
+
+        Args:
+            config: The fields `rope_type` (or `type`), `rope_theta`, `factor` and so on.
+            head_dim: Of the model.
+
+        Raises:
+            Unsupported: Another type, named: its angles depend on more than the distance.
+            InvalidRequest: A field is missing, or no number of pairs comes out.
+
+        >>> Rotary.from_config({"rope_theta": 10000.0}, 4).frequencies
+        (1.0, 0.01)
+        >>> Rotary.from_config({"type": "linear", "factor": 4.0}, head_dim=2).frequencies
+        (0.25,)
+        """
+        kind = config.get("rope_type") or config.get("type") or "default"
+        if kind not in ("default", "linear", "llama3"):
+            raise Unsupported(
+                f"cached keys of a model with rope_type {kind!r} cannot be moved; "
+                "default, linear and llama3 can"
+            )
+        try:
+            theta = float(config.get("rope_theta", 10000.0))
+            pairs = int(head_dim * float(config.get("partial_rotary_factor", 1.0))) // 2
+            if pairs < 1 or theta <= 0:
+                raise InvalidRequest(
+                    f"heads of {head_dim} and theta {theta:g} make no pair to turn"
+                )
+            plain = [theta ** (-i / pairs) for i in range(pairs)]
+            if kind == "linear":
+                plain = [f / float(config["factor"]) for f in plain]
+            elif kind == "llama3":
+                plain = [_llama3(f, config) for f in plain]
+        except KeyError as missing:
+            raise InvalidRequest(f"rope_type {kind!r} needs the field {missing}") from None
+        return cls(tuple(plain))
+
+    def turn(self, delta: int) -> Tensor:
+        """Give `[2, pairs]` float32: cosine and sine of each pair's angle for a distance."""
+        angles = [math.fmod(delta * f, 2 * math.pi) for f in self.frequencies]
+        return torch.tensor([[math.cos(a) for a in angles], [math.sin(a) for a in angles]])
+
+
+def _llama3(frequency: float, config: Mapping[str, Any]) -> float:
+    """Slow down long waves by `factor`, leave short ones, and blend in between."""
+    factor, low = float(config["factor"]), float(config["low_freq_factor"])
+    high = float(config["high_freq_factor"])
+    turns = float(config["original_max_position_embeddings"]) * frequency / (2 * math.pi)
+    if turns < low:
+        return frequency / factor
+    if turns > high:
+        return frequency
+    share = (turns - low) / (high - low)
+    return (1 - share) * frequency / factor + share * frequency
+
+
+def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
+    """Turn the keys of some slots, in all layers, to positions `delta` later.  Values stay.
+
+    Plain PyTorch, computed in float32 and rounded once.  O(slots).
+
+    Args:
+        blocks: `[num_layers, 2, num_blocks, block_size, kv_heads, head_dim]`, keys turned before
+            they were stored, as Llama, Mistral, Qwen and Gemma do.
+        slots: `[n]` int64, `block * block_size + offset`, each at most once; -1 skips.
+        delta: Positions to move by, negative towards the front.
+        rotary: Of the model.
+
+    Raises:
+        InvalidRequest: The shapes do not fit together, or a slot lies outside the pool.
+    """
+    check_rotation(blocks, slots, rotary)
+    num_slots = blocks.shape[2] * blocks.shape[3]
+    if slots.numel() and not -1 <= int(slots.min()) <= int(slots.max()) < num_slots:
+        raise InvalidRequest(
+            f"slots {int(slots.min())} to {int(slots.max())} are outside the pool's {num_slots}"
+        )
+    slots = slots[slots >= 0]
+    half = len(rotary.frequencies)
+    cosine, sine = rotary.turn(delta)
+    for layer in blocks:
+        keys = layer[0].flatten(0, 1)
+        turned = keys[slots]
+        x, y = turned[..., :half].float(), turned[..., half : 2 * half].float()
+        turned[..., :half] = (x * cosine - y * sine).to(keys.dtype)
+        turned[..., half : 2 * half] = (y * cosine + x * sine).to(keys.dtype)
+        keys.index_copy_(0, slots, turned)
+
+
+def oracle_rotate(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> Tensor:
+    """What `rotate_keys` means: one slot after the other in double precision; gives a new pool."""
+    out = blocks.double().clone()
+    half, size = len(rotary.frequencies), blocks.shape[3]
+    angle = delta * torch.tensor(rotary.frequencies, dtype=torch.float64)
+    for slot in slots.tolist():
+        if slot >= 0:
+            key = out[:, 0, slot // size, slot % size]
+            pairs = torch.complex(key[..., :half], key[..., half : 2 * half])
+            pairs = pairs * torch.polar(torch.ones_like(angle), angle)
+            key[..., :half], key[..., half : 2 * half] = pairs.real, pairs.imag
+    return out
+
+
+def check_rotation(blocks: Tensor, slots: Tensor, rotary: Rotary) -> None:
+    """Refuse what `rotate_keys` cannot turn, without looking at values.
+
+    Raises:
+        InvalidRequest: The shapes or types do not fit together.
+    """
+    if blocks.dim() != 6 or blocks.shape[1] != 2 or slots.dim() != 1 or not blocks.is_contiguous():
+        raise InvalidRequest(
+            f"slots {list(slots.shape)} of blocks {list(blocks.shape)}: not [n] and contiguous "
+            "[num_layers, 2, num_blocks, block_size, kv_heads, head_dim]"
+        )
+    if slots.dtype != torch.int64 or blocks.element_size() < 2:
+        raise InvalidRequest(
+            f"slots of {slots.dtype} and blocks of {blocks.dtype}: not torch.int64 and at least "
+            "16-bit keys (a turned eight-bit key would be rounded twice)"
+        )
+    if 2 * len(rotary.frequencies) > blocks.shape[5]:
+        raise InvalidRequest(
+            f"{len(rotary.frequencies)} pairs to turn in heads of {blocks.shape[5]}"
+        )

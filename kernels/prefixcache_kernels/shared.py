@@ -1,0 +1,374 @@
+"""Triton: decode a batch whose sequences share prefixes, reading each shared prefix once.
+
+Why.  With 256 sequences behind one system prompt of 32k tokens, `paged_attention` reads the same
+128 MiB of a layer 256 times.  The plan (`groups`) names the blocks that neighbours share, as runs
+that form a forest; here every run is a batch of queries over one stretch of keys:
+
+```
+batch          s0 ┬ run A ─ run B ─ own       positions (plan.order)   0    1    2    3
+               s1 ┤       └ run B ─ own       run A (level 0)          ██████████████
+               s2 ┴ run A ───────── own       run B (level 1)          █████████
+               s3 ───────────────── own       own parts                █    █    █    █
+
+a line of partial answers      │ level 0 ........ │ level 1 ........ │ own ........... │
+(one query, one head)          │ split 0, 1, ...  │ split 0, 1, ...  │ split 0, 1, ... │
+```
+
+1. `shared_kernel`: a program takes one tile of a run, all queries x heads of a group packed into
+   its rows, and one split of the run's keys.  Tiles of one run are neighbours in the grid, so that
+   a second tile finds the keys in the L2 cache.
+2. `attend_kernel` reads what is left to each sequence alone.
+3. `merge_kernel` weighs the parts of each line by their log-sum-exp.
+
+The idea is that of Hydragen (Juravsky et al. 2024) and cascade attention (Ye et al. 2024), here on
+a forest of any depth that the cache's own tree gives.
+
+Bytes moved, per layer: `run_blocks * block_size * kv_heads * (head_dim + value_dim)` elements once
+per run instead of once per sequence, plus `8 * heads * (value_dim + 1)` for each query and slot.
+
+Nothing here waits for the device, and the grid depends on the plan's shapes alone.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# mypy: check-untyped-defs=False
+# (Triton's language is not Python's: the kernels have no types.  The wrappers have.)
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.attention import attend_kernel, merge, paged_attention
+from prefixcache_kernels.checks import check_attention
+from prefixcache_kernels.groups import GroupPlan
+from prefixcache_kernels.keys import attend_keys
+from prefixcache_kernels.launch import (
+    OPTIONS,
+    cache_arguments,
+    check_device,
+    check_strides,
+    check_tables,
+    readable,
+)
+from prefixcache_kernels.shape import Shape, next_power_of_2
+
+PLAN: Final = (
+    "order_ptr",
+    "run_row_ptr",
+    "run_first_ptr",
+    "run_blocks_ptr",
+    "run_start_ptr",
+    "run_end_ptr",
+    "run_level_ptr",
+)
+"""Parts of one packed tensor: where they begin must not decide what is compiled."""
+
+
+@triton.jit(do_not_specialize=["num_runs", "window"], do_not_specialize_on_alignment=list(PLAN))
+def shared_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    table_ptr,
+    context_ptr,
+    order_ptr,
+    run_row_ptr,
+    run_first_ptr,
+    run_blocks_ptr,
+    run_start_ptr,
+    run_end_ptr,
+    run_level_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    out_ptr,
+    lse_ptr,
+    num_runs,
+    scale,
+    softcap,
+    window,
+    stride_query_token,
+    stride_query_head,
+    stride_key_block,
+    stride_key_slot,
+    stride_key_head,
+    stride_value_block,
+    stride_value_slot,
+    stride_value_head,
+    stride_table,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    VALUE_DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    RUNS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    FP8: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Attend one tile of a run's queries to one split of its keys.
+
+    Grid: (tiles, kv_heads, SPLITS).  RUNS is the power of two from `num_runs` on.  A run without
+    blocks or positions is none: plans may be padded to a fixed number of runs.
+    """
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+    # Which run: tiles are dealt out run after run; count the runs that end before this tile.
+    run = tl.arange(0, RUNS)
+    real = run < num_runs
+    sizes = tl.load(run_end_ptr + run, real, 0) - tl.load(run_start_ptr + run, real, 0)
+    needs = (sizes + BLOCK_Q - 1) // BLOCK_Q
+    before = tl.cumsum(needs, 0) <= tile
+    first = (tile - tl.sum(tl.where(before, needs, 0))) * BLOCK_Q
+    mine = tl.sum(tl.where(before, 1, 0))
+    if mine < num_runs:
+        start, end = tl.load(run_start_ptr + mine), tl.load(run_end_ptr + mine)
+        row = tl.arange(0, ROWS)
+        dim, value_dim = tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
+        position = start + first + row // GROUPS
+        head = kv_head * GROUPS + row % GROUPS
+        live = (row < BLOCK_Q * GROUPS) & (position < end)
+        token = tl.load(order_ptr + position, live, 0)
+        spot = tl.load(context_ptr + token, live, 0) - 1  # a padding row sees nothing
+        token = token.to(tl.int64)
+        where = token[:, None] * stride_query_token + head[:, None] * stride_query_head
+        q = tl.load(
+            query_ptr + where + dim[None, :], live[:, None] & (dim < HEAD_DIM)[None, :], 0.0
+        )
+        if UPCAST:
+            q = q.to(tl.float32)
+        if FP8:
+            scale *= tl.load(key_scale_ptr + kv_head)
+
+        bottom = tl.load(run_first_ptr + mine) * BLOCK_SIZE
+        top = bottom + tl.load(run_blocks_ptr + mine) * BLOCK_SIZE
+        if WINDOWED:  # what even the shortest sequence no longer attends
+            bottom = tl.maximum(bottom, tl.min(tl.where(live, spot, top)) - window + 1)
+        aligned = bottom // TILE * TILE
+        left, right = aligned, top
+        if SPLITS > 1:
+            share = tl.cdiv(tl.cdiv(top - aligned, SPLITS), TILE) * TILE
+            left = aligned + split * share
+            right = tl.minimum(left + share, top)
+
+        table = table_ptr + tl.load(run_row_ptr + mine).to(tl.int64) * stride_table
+        peak, total, sums = attend_keys(
+            q,
+            spot,
+            tl.full([ROWS], float("-inf"), tl.float32),
+            tl.zeros([ROWS], tl.float32),
+            tl.zeros([ROWS, VALUE_DIMS], tl.float32),
+            key_ptr + kv_head * stride_key_head,
+            value_ptr + kv_head * stride_value_head,
+            table,
+            left,
+            right,
+            bottom,
+            window,
+            scale,
+            softcap,
+            stride_key_block,
+            stride_key_slot,
+            stride_value_block,
+            stride_value_slot,
+            HEAD_DIM,
+            VALUE_DIM,
+            DIMS,
+            VALUE_DIMS,
+            BLOCK_SIZE,
+            TILE,
+            False,  # all shared keys lie before all queries
+            WINDOWED,
+            CAPPED,
+            FP8,
+            PRECISION,
+        )
+
+        floor = tl.where(total > 0.0, total, 1.0)
+        answer = sums / floor[:, None]
+        if FP8:
+            answer *= tl.load(value_scale_ptr + kv_head)
+        slot = tl.load(run_level_ptr + mine) * SPLITS + split
+        line = (token * HEADS + head) * SLOTS + slot
+        tl.store(
+            out_ptr + line[:, None] * VALUE_DIM + value_dim[None, :],
+            answer,
+            live[:, None] & (value_dim < VALUE_DIM)[None, :],
+        )
+        tl.store(lse_ptr + line, peak + tl.log2(floor), live)
+
+
+def shared_prefix_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    groups: GroupPlan,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Decode: one query per sequence, each shared run of keys read once.  Changes nothing.
+
+    Three launches and one fill, or those of `paged_attention` if the plan shares nothing (which a
+    plan does wherever its cost model says that sharing does not pay).
+
+    Arguments are those of `reference.paged_attention`, for `query [S, heads, head_dim]`, and
+    `groups`: `GroupPlan.build` of these tables, on the same device.
+
+    Returns:
+        `[S, heads, value_dim]`, within rounding what `paged_attention` gives.
+
+    Raises:
+        InvalidRequest: The shapes do not fit together, or the plan is of another batch.
+        Unsupported: The tensors are not on a GPU.
+    """
+    options = (sinks, key_scale, value_scale, lse)
+    if not groups.num_runs:
+        return paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            query_start,
+            context_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
+    check_attention(
+        query,
+        key_cache,
+        value_cache,
+        window,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        lse=lse,
+    )
+    check_strides(key_cache, value_cache)
+    check_tables(block_tables, query_start, context_lens)
+    num_seqs, heads, head_dim = query.shape
+    if not num_seqs == block_tables.shape[0] == groups.num_seqs:
+        raise InvalidRequest(
+            f"{num_seqs} queries of {block_tables.shape[0]} sequences with a plan of "
+            f"{groups.num_seqs}: shared prefixes are for decoding, one query each"
+        )
+    check_device(
+        key_cache,
+        *(query, value_cache, block_tables, query_start, context_lens, groups.packed),
+        *(each for each in options if each is not None),
+    )
+    _, block_size, kv_heads, value_dim = value_cache.shape
+    max_context = block_tables.shape[1] * block_size
+    sizes = (heads, kv_heads, head_dim, value_dim, query.element_size())
+    own = Shape.choose(*sizes, num_queries=num_seqs, num_seqs=num_seqs, max_context=max_context)
+    runs = Shape.choose_shared(
+        *sizes, num_seqs=num_seqs, num_runs=groups.num_runs, max_context=max_context
+    )
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    slots = groups.num_levels * runs.splits + own.splits
+    out = query.new_empty((num_seqs, heads, value_dim))
+    part = query.new_empty((num_seqs, heads, slots, value_dim), dtype=torch.float32)
+    # A sequence that no run of some level covers has no answer there.
+    part_lse = query.new_full((num_seqs, heads, slots), float("-inf"), dtype=torch.float32)
+    keys, values, fp8 = readable(key_cache, value_cache)
+    scales = (
+        query if key_scale is None else key_scale,
+        query if value_scale is None else value_scale,
+    )
+    numbers = (scale, 1.0 if softcap is None else softcap, 0 if window is None else window)
+    strides = (
+        query.stride(0),
+        query.stride(1),
+        *cache_arguments(key_cache, value_cache),
+        block_tables.stride(0),
+    )
+    shared_kernel[runs.tiles(num_seqs * groups.num_levels, groups.num_runs), kv_heads, runs.splits](
+        query,
+        keys,
+        values,
+        block_tables,
+        context_lens,
+        groups.order,
+        groups.run_row,
+        groups.run_first,
+        groups.run_blocks,
+        groups.run_start,
+        groups.run_end,
+        groups.run_level,
+        *scales,
+        part,
+        part_lse,
+        groups.num_runs,
+        *numbers,
+        *strides,
+        **runs.constants(heads, head_dim, value_dim, block_size, query.dtype),
+        BLOCK_Q=runs.block_q,
+        SPLITS=runs.splits,
+        SLOTS=slots,
+        RUNS=next_power_of_2(groups.num_runs),
+        WINDOWED=window is not None,
+        CAPPED=softcap is not None,
+        FP8=fp8,
+        num_warps=runs.num_warps,
+        num_stages=runs.num_stages,
+        **OPTIONS,
+    )
+    attend_kernel[num_seqs, kv_heads, own.splits](
+        query,
+        keys,
+        values,
+        block_tables,
+        query_start,
+        context_lens,
+        groups.order,
+        groups.own_from,
+        query if sinks is None else sinks,
+        *scales,
+        part,
+        part_lse,
+        num_seqs,
+        *numbers,
+        *strides,
+        **own.constants(heads, head_dim, value_dim, block_size, query.dtype),
+        BLOCK_Q=own.block_q,
+        SPLITS=own.splits,
+        SLOTS=slots,
+        OWN=True,
+        WINDOWED=window is not None,
+        CAPPED=softcap is not None,
+        SINKS=sinks is not None,
+        LSE=True,
+        FP8=fp8,
+        num_warps=own.num_warps,
+        num_stages=own.num_stages,
+        **OPTIONS,
+    )
+    merge(part, part_lse, out, lse)
+    return out
