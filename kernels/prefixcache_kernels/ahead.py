@@ -135,11 +135,11 @@ def variants(target: str) -> Iterator[Variant]:
     yield cut.shared(64, 8, 128, torch.bfloat16, 64, eight_bit=True)
     yield cut.shared(8, 1, 256, torch.bfloat16, 64)
     yield cut.shared(9, 3, 64, torch.float32, 8)
-    yield _merge(64, torch.bfloat16)
-    yield _merge(128, torch.bfloat16, slots=12)
-    yield _merge(256, torch.float32)
-    yield _rotate(8, 128, torch.bfloat16)
-    yield _rotate(3, 64, torch.float32)
+    yield _merge(64, torch.bfloat16, cut.amd)
+    yield _merge(128, torch.bfloat16, cut.amd, slots=12)
+    yield _merge(256, torch.float32, cut.amd)
+    yield _rotate(8, 128, torch.bfloat16, cut.amd)
+    yield _rotate(8, 64, torch.float32, cut.amd)
 
 
 def compile_variant(variant: Variant, target: str) -> Report:
@@ -271,7 +271,8 @@ def _store(dtype: torch.dtype, amd: bool) -> Variant:
     types["slot_ptr"] = "*i64"
     name = f"store {'bf16 as fp8' if eight_bit else _NAMES[dtype]} 8x128"
     signature = _words(kernel, types, constants)
-    return Variant(name, kernel, signature, constants, transfer.warps(amd=amd))
+    moved = constants["CHUNK"] * new.itemsize
+    return Variant(name, kernel, signature, constants, launch.warps(moved, amd=amd))
 
 
 def _copy(dtype: torch.dtype, amd: bool) -> Variant:
@@ -281,20 +282,21 @@ def _copy(dtype: torch.dtype, amd: bool) -> Variant:
     types = {"blocks_ptr": f"*{element}", "copies_ptr": "*i64"}
     name = f"copy {'fp8' if dtype == FP8 else element} 8x128"
     signature = _words(kernel, types, constants)
-    return Variant(name, kernel, signature, constants, transfer.warps(amd=amd))
+    moved = constants["CHUNK"] * dtype.itemsize
+    return Variant(name, kernel, signature, constants, launch.warps(moved, amd=amd))
 
 
-def _rotate(heads: int, dim: int, dtype: torch.dtype) -> Variant:
+def _rotate(heads: int, dim: int, dtype: torch.dtype, amd: bool) -> Variant:
     width, pairs = next_power_of_2(heads), next_power_of_2(dim // 2)
     constants = {"HEADS": heads, "WIDTH": width, "HEAD_DIM": dim, "HALF": dim // 2, "PAIRS": pairs}
     kernel = rotate.rotate_kernel
     types = _pointers(dtype, "blocks_ptr") | {"slot_ptr": "*i64", "turn_ptr": "*fp32"}
     signature = _words(kernel, types, constants)
-    warps = rotate.warps(width * pairs, dtype.itemsize)
+    warps = launch.warps(width * pairs * dtype.itemsize, amd=amd)
     return Variant(f"rotate {_NAMES[dtype]} {heads}x{dim}", kernel, signature, constants, warps)
 
 
-def _merge(dim: int, dtype: torch.dtype, slots: int = 8) -> Variant:
+def _merge(dim: int, dtype: torch.dtype, amd: bool, slots: int = 8) -> Variant:
     constants = {
         "VALUE_DIM": dim,
         "VALUE_DIMS": dim,
@@ -305,7 +307,8 @@ def _merge(dim: int, dtype: torch.dtype, slots: int = 8) -> Variant:
     kernel = attention.merge_kernel
     types = {"part_ptr": "*fp32", "whole_ptr": "*fp32", "out_ptr": f"*{_NAMES[dtype]}"}
     name = f"merge {_NAMES[dtype]} {dim} of {slots}"
-    return Variant(name, kernel, _words(kernel, types, constants), constants)
+    warps = launch.warps(4 * dim * constants["WIDTH"], amd=amd)
+    return Variant(name, kernel, _words(kernel, types, constants), constants, warps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,10 @@ from prefixcache_kernels.launch import (
     check_strides,
     check_tables,
     readable,
+    warps,
 )
 from prefixcache_kernels.plan import Plan
-from prefixcache_kernels.shape import Shape
+from prefixcache_kernels.shape import Shape, next_power_of_2
 
 
 @triton.jit(
@@ -377,16 +378,17 @@ def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> No
     Reads every part whose log-sum-exp (`part_lse`, in units of log2) is not -inf, once.
     """
     tokens, heads, slots, value_dim = part.shape
+    dims, width = next_power_of_2(value_dim), next_power_of_2(slots)
     merge_kernel[(tokens * heads,)](
         part,
         part_lse,
         out,
         part_lse if lse is None else lse,
         VALUE_DIM=value_dim,
-        VALUE_DIMS=triton.next_power_of_2(value_dim),
+        VALUE_DIMS=dims,
         SLOTS=slots,
-        WIDTH=triton.next_power_of_2(slots),
+        WIDTH=width,
         LSE=lse is not None,
-        num_warps=4,
+        num_warps=warps(4 * dims * width),
         **OPTIONS,
     )

@@ -19,6 +19,18 @@ OPTIONS: Final[dict[str, Any]] = {"enable_fp_fusion": True}
 """How every kernel is compiled: a multiplication and an addition may round once."""
 
 
+def warps(num_bytes: int, *, amd: bool = torch.version.hip is not None) -> int:
+    """Give as many warps as have 16 bytes for each thread, at most 128 threads.
+
+    A warp has 32 threads, AMD's have 64.
+
+    >>> [warps(n, amd=False) for n in (16, 1024, 1 << 20)], warps(2048, amd=True)
+    ([1, 2, 4], 2)
+    """
+    lanes = 64 if amd else 32
+    return max(1, min(128, num_bytes // 16) // lanes)
+
+
 def check_device(where: Tensor, *others: Tensor) -> None:
     """Refuse tensors that the kernels cannot reach.
 

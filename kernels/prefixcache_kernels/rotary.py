@@ -124,8 +124,8 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
         keys = layer[0].flatten(0, 1)
         turned = keys[slots]
         x, y = turned[..., :half].float(), turned[..., half : 2 * half].float()
-        turned[..., :half] = (x * cosine - y * sine).to(keys.dtype)
-        turned[..., half : 2 * half] = (y * cosine + x * sine).to(keys.dtype)
+        x, y = x * cosine - y * sine, y * cosine + x * sine
+        turned[..., :half], turned[..., half : 2 * half] = x.to(keys.dtype), y.to(keys.dtype)
         keys.index_copy_(0, slots, turned)
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixcache_kernels.launch import OPTIONS, check_device
+from prefixcache_kernels.launch import OPTIONS, check_device, warps
 from prefixcache_kernels.rotary import Rotary, check_rotation
 
 
@@ -78,11 +78,6 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
         HEAD_DIM=head_dim,
         HALF=half,
         PAIRS=pairs,
-        num_warps=warps(width * pairs, blocks.element_size()),
+        num_warps=warps(width * pairs * blocks.element_size()),
         **OPTIONS,
     )
-
-
-def warps(elements: int, element_bytes: int) -> int:
-    """Give as many warps as have 16 bytes of each half for every thread, at most 4."""
-    return max(1, min(4, elements * element_bytes // (32 * 16)))

@@ -45,15 +45,10 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.checks import FP8, check_copies, check_store
-from prefixcache_kernels.launch import OPTIONS, cache_arguments, check_device, check_strides
+from prefixcache_kernels.launch import OPTIONS, cache_arguments, check_device, check_strides, warps
 
 CHUNK: Final = 2048
 """Elements that one program moves at most: 16 bytes for each of 128 threads, twice at 16 bit."""
-
-
-def warps(*, amd: bool = torch.version.hip is not None) -> int:
-    """Give the warps that 128 threads are: AMD's have 64."""
-    return 2 if amd else 4
 
 
 @triton.jit
@@ -247,7 +242,7 @@ def store_kv(
             BLOCK_SIZE=block_size,
             CHUNK=chunk,
             FP8=fp8,
-            num_warps=warps(),
+            num_warps=warps(chunk * key.element_size()),
             **OPTIONS,
         )
 
@@ -281,6 +276,6 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
             blocks.stride(2),
             SLOT=slot,
             CHUNK=CHUNK,
-            num_warps=warps(),
+            num_warps=warps(CHUNK * blocks.element_size()),
             **OPTIONS,
         )
