@@ -124,8 +124,10 @@ class ServeSettings(BaseSettings):
     """Folder whose config.json tells the layout."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Element type for `model`, where it is not the one that config.json names."""
-    pool: Literal["shm", "none"] = "shm"
-    """`none` keeps accounts only: no memory behind the blocks."""
+    pool: Literal["shm", "cuda", "none"] = "shm"
+    """Shared memory, a GPU's memory, or accounts only: `none` has no memory behind the blocks."""
+    device: Annotated[int, Field(ge=0)] = 0
+    """The GPU of a `cuda` pool."""
     listen: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Addresses; by default the default socket."""
     ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0

@@ -58,6 +58,10 @@ _MAGIC: Final = b"prefixc1"
 _HEAD: Final = struct.Struct("<8sQ496s")
 _EPOCH: Final = struct.Struct("<Q")
 _EPOCH_AT: Final = 8
+
+HEAD_BYTES: Final = _HEAD.size
+"""What `check_header` wants to see of a header."""
+
 _FLOCK: Final = struct.Struct("hhqqi4x")
 """`struct flock`: type, whence, start, length, pid."""
 _LAST_BYTE: Final = 2**63 - 1
@@ -73,7 +77,12 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def _check(layout: Layout, num_blocks: int, block_size: int) -> None:
+def check_sizes(layout: Layout, num_blocks: int, block_size: int) -> None:
+    """Refuse sizes that no pool can have.
+
+    Raises:
+        InvalidRequest: As said.
+    """
     if layout.dtype not in DTYPE_BYTES:
         raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
     if min(layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
@@ -143,7 +152,7 @@ class PoolFile:
             PoolExhausted: The directory has not enough room for the whole pool.
             NotFound: There is no such directory.
         """
-        _check(layout, num_blocks, block_size)
+        check_sizes(layout, num_blocks, block_size)
         if not directory.is_dir():
             raise NotFound(f"no directory {directory} to hold the pool; on Linux it is /dev/shm")
         cls.sweep(directory)
@@ -204,7 +213,7 @@ class PoolFile:
             PoolExhausted: There is not enough room, or another owner has the pool.
             OSError: The file cannot be made.
         """
-        _check(layout, num_blocks, block_size)
+        check_sizes(layout, num_blocks, block_size)
         num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
         shape = _shape(layout, num_blocks, block_size)
         epoch = secrets.randbits(63) | 1
@@ -301,6 +310,36 @@ class PoolFile:
         self.close()
 
 
+def pack_header(handle: PoolHandle) -> bytes:
+    """Give the beginning of a pool's first page; the rest of it is zero."""
+    shape = _shape(handle.layout, handle.num_blocks, handle.block_size)
+    return _HEAD.pack(_MAGIC, handle.epoch, shape)
+
+
+def check_header(head: bytes, handle: PoolHandle) -> None:
+    """Refuse a pool whose first bytes (`pack_header`'s many) do not say what the handle says.
+
+    Raises:
+        EpochMismatch: It is no pool, or a pool of another life.
+        LayoutMismatch: The pool has another shape.
+    """
+    # A device's name is long, and tells a reader nothing.
+    name = "the pool on the GPU" if handle.kind == "cuda-ipc" else handle.name
+    if len(head) < _HEAD.size or not head.startswith(_MAGIC):
+        raise EpochMismatch(f"{name} is no pool of this version of prefixcache")
+    _, epoch, shape = _HEAD.unpack(head[: _HEAD.size])
+    if epoch != handle.epoch:
+        raise EpochMismatch(
+            f"{name} is of epoch {epoch:016x}, the handle of {handle.epoch:016x}. Attach again."
+        )
+    shape = shape.rstrip(b"\0")
+    if shape != _shape(handle.layout, handle.num_blocks, handle.block_size):
+        raise LayoutMismatch(
+            f"the pool holds {shape.decode()}; the handle speaks of {handle.num_blocks} blocks "
+            f"of {handle.block_size} tokens, {handle.layout}"
+        )
+
+
 def map_pool(handle: PoolHandle) -> mmap.mmap:
     """Map a pool that another process owns, shared and writable; block 0 is at `handle.offset`.
 
@@ -315,8 +354,7 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
     """
     if handle.kind == "cuda-ipc":
         raise Unsupported(
-            "this pool lives on a GPU (cuda-ipc), and a process without torch cannot map it; "
-            "importing device memory is not built yet: run the service with a pool in shared memory"
+            "this pool lives on a GPU (cuda-ipc): prefixcache_kernels.SharedPool.map opens it"
         )
     if handle.kind != "shm":
         raise Unsupported(
@@ -340,21 +378,7 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
             )
         # Before the header is read; `mmap` keeps this very file open, and with it the lock.
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, handle.epoch, 1, 0))
-        head = os.pread(fd, _HEAD.size, 0)
-        if len(head) < _HEAD.size or not head.startswith(_MAGIC):
-            raise EpochMismatch(f"{handle.name} is no pool of this version of prefixcache")
-        _, epoch, shape = _HEAD.unpack(head)
-        if epoch != handle.epoch:
-            raise EpochMismatch(
-                f"{handle.name} is of epoch {epoch:016x}, the handle of {handle.epoch:016x}. "
-                "Attach again."
-            )
-        shape = shape.rstrip(b"\0")
-        if shape != _shape(handle.layout, handle.num_blocks, handle.block_size):
-            raise LayoutMismatch(
-                f"the pool holds {shape.decode()}; the handle speaks of {handle.num_blocks} blocks "
-                f"of {handle.block_size} tokens, {handle.layout}"
-            )
+        check_header(os.pread(fd, _HEAD.size, 0), handle)
         return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(fd)

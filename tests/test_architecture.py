@@ -29,6 +29,7 @@ WORDS = (
     "prefixcache.outline",
     "prefixcache.errors",
     "prefixcache.pool",
+    "prefixcache.device",
     "prefixcache.config",
 )
 WIRE = "prefixcache.v1"

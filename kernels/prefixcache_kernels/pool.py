@@ -22,6 +22,7 @@ from torch import Tensor
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.pool import epoch_of, map_pool
 from prefixcache.types import Layout, PoolHandle
+from prefixcache_kernels.imported import DeviceMemory, open_device
 
 TORCH_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
@@ -30,11 +31,6 @@ TORCH_DTYPES: Final = {
 }
 """The torch type of each element type that a pool can hold."""
 
-_NO_CUDA: Final = (
-    "a pool on a GPU is not built yet: missing are the service's device allocation, its export by "
-    "CUDA IPC and the import here; use device='cpu' with a pool in shared memory"
-)
-
 
 class SharedPool:
     """All blocks of a pool as one tensor, and each layer's keys and values as views of it.
@@ -42,7 +38,9 @@ class SharedPool:
     A context manager; make one with `map` or `private`.
     """
 
-    def __init__(self, handle: PoolHandle, blocks: Tensor, memory: mmap.mmap | None = None) -> None:
+    def __init__(
+        self, handle: PoolHandle, blocks: Tensor, memory: mmap.mmap | DeviceMemory | None = None
+    ) -> None:
         self.handle = handle
         self._memory = memory
         self.blocks = blocks
@@ -52,15 +50,29 @@ class SharedPool:
         self._values: list[Tensor] = [layer[1] for layer in blocks]
 
     @classmethod
-    def map(cls, handle: PoolHandle, device: str | torch.device = "cpu") -> SharedPool:
+    def map(cls, handle: PoolHandle, device: str | torch.device | None = None) -> SharedPool:
         """Map the pool that `handle` names.  Zero copy; O(1).
 
+        Args:
+            handle: Of a pool in shared memory, or on a GPU.
+            device: What the caller expects, "cpu" or "cuda"; None takes the pool where it is.
+
         Raises:
-            Unsupported: The pool or the device is a GPU.
+            Unsupported: The pool is elsewhere, or this process cannot reach it; the message says
+                what is missing.
             NotFound, EpochMismatch, LayoutMismatch: As `prefixcache.pool.map_pool`.
         """
-        if handle.kind == "cuda-ipc" or torch.device(device).type != "cpu":
-            raise Unsupported(_NO_CUDA)
+        on_gpu = handle.kind == "cuda-ipc"
+        if device is not None and (torch.device(device).type == "cuda") != on_gpu:
+            raise Unsupported(
+                f"the pool is {'on a GPU' if on_gpu else 'in shared memory'}, not on {device!s}; "
+                f"the service decides: prefixcache serve --pool {'shm' if on_gpu else 'cuda'}"
+            )
+        memory: mmap.mmap | DeviceMemory
+        if on_gpu:
+            memory = open_device(handle)
+            flat = memory.view()[handle.offset :].view(TORCH_DTYPES[handle.layout.dtype])
+            return cls(handle, flat.view(_shape(handle)), memory)
         memory = map_pool(handle)
         dtype = TORCH_DTYPES[handle.layout.dtype]
         count = handle.num_bytes // dtype.itemsize
@@ -111,6 +123,8 @@ class SharedPool:
         Only a service that keeps its state is followed by one that does.  Whoever goes on in the
         pool of a lost service asks this *after* each use: what was read before may be anything.
         """
+        if isinstance(self._memory, DeviceMemory):
+            return self._memory.epoch() == self.handle.epoch
         return self._memory is None or epoch_of(self._memory) == self.handle.epoch
 
     def close(self) -> None:

@@ -51,7 +51,15 @@ def serve(
     ] = None,
     pool: Annotated[
         str | None,
-        _option(_POOL, "shm, or none to keep accounts without memory. Default: shm.", "KIND"),
+        _option(
+            _POOL,
+            "shm, cuda (one GPU; needs --model or --layout), or none to keep accounts without "
+            "memory. Default: shm.",
+            "KIND",
+        ),
+    ] = None,
+    device: Annotated[
+        int | None, _option(_POOL, "The GPU of a cuda pool. Default: 0.", "N")
     ] = None,
     pin_cap: Annotated[
         float | None,

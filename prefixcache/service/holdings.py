@@ -12,6 +12,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import PoolFile
 from prefixcache.service.model_layout import read_layout
+from prefixcache.service.pool_owner import PoolOwner
 from prefixcache.service.state.folder import StateFolder
 from prefixcache.types import Layout, PoolHandle
 
@@ -62,9 +63,13 @@ class Holdings:
         self.handle: PoolHandle | None = None
         self.sizes: Sizes | None = None
         self.state: StateFolder | None = None
+        self.owner: PoolOwner | None = None
+        """The process that has the pool, if that is on a GPU."""
         self._file: PoolFile | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
+        elif settings.pool == "cuda":
+            _check_cuda(settings)
         if settings.state is not None:
             self.state = StateFolder(settings.state)
         if settings.layout is not None:
@@ -112,6 +117,11 @@ class Holdings:
         if settings.pool == "shm":
             self._file = self._make_pool(sizes)
             self.handle = self._file.handle
+        elif settings.pool == "cuda":
+            self.owner = PoolOwner.start(
+                layout, sizes.num_blocks, settings.block_size, device=settings.device
+            )
+            self.handle = self.owner.handle
         else:
             self.handle = PoolHandle(
                 "none", "", sizes.num_blocks, settings.block_size, layout, 0, 0
@@ -130,9 +140,26 @@ class Holdings:
         return file
 
     def close(self) -> None:
-        """Unlink the pool's file, unless it is kept.  Idempotent."""
+        """Unlink the pool's file, unless it is kept; end a GPU pool's owner.  Idempotent."""
+        if self.owner is not None:
+            self.owner.close()
         if self.state is not None:
             self.state.close()
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _check_cuda(settings: ServeSettings) -> None:
+    """Refuse what a pool on a GPU cannot be combined with.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if settings.layout is None and settings.model is None:
+        raise InvalidRequest(
+            "--pool cuda needs --model or --layout: a GPU's memory is taken at the start, not when "
+            "the first worker attaches"
+        )
+    if settings.state is not None:
+        raise InvalidRequest("--state keeps pools in shared memory; --pool cuda has none there")

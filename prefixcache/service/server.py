@@ -110,6 +110,7 @@ async def _serve(
         handlers.listening = listener.bind(server)
         handlers.recorder = _start_recorder(settings)
         stop = _stop_on_signals()
+        lost = _stop_without_owner(holdings, stop)
         await server.start()
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -134,7 +135,9 @@ async def _serve(
         stop.clear()
         await alive.enter_graceful_shutdown()
         hurry = asyncio.ensure_future(stop.wait())
-        drained = asyncio.ensure_future(_drain(handlers, settings.grace))
+        # Without a pool there is nothing that leases could still do.
+        grace = 0.0 if lost.is_set() else settings.grace
+        drained = asyncio.ensure_future(_drain(handlers, grace))
         await asyncio.wait((hurry, drained), return_when=asyncio.FIRST_COMPLETED)
         grace_s = 0.0 if hurry.done() else _LAST_WORDS_S
         for task in (hurry, drained):
@@ -142,6 +145,11 @@ async def _serve(
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await server.stop(grace_s)
+        if lost.is_set():
+            raise ServiceUnavailable(
+                "the process that owned the pool on the GPU has died, and with it all that was "
+                "cached. Start the service again: workers attach to the new pool."
+            )
     finally:
         _stop_no_more()
         if http is not None:
@@ -151,6 +159,8 @@ async def _serve(
         workers.close()
         line.close()
         listener.close()
+        if holdings.owner is not None:
+            asyncio.get_running_loop().remove_reader(holdings.owner.pidfd)
         holdings.close()
         if handlers.recorder is not None:
             handlers.recorder.close()
@@ -209,6 +219,22 @@ def _stop_no_more() -> None:
     for number in _STOP:
         loop.remove_signal_handler(number)
         signal.signal(number, signal.SIG_IGN)
+
+
+def _stop_without_owner(holdings: Holdings, stop: asyncio.Event) -> asyncio.Event:
+    """Stop when the owner of a pool on a GPU dies; give the event that says so."""
+    lost = asyncio.Event()
+    if holdings.owner is not None:
+        loop, owner = asyncio.get_running_loop(), holdings.owner
+
+        def died() -> None:
+            loop.remove_reader(owner.pidfd)
+            log.error("the pool's owner died", pid=owner.pid)
+            lost.set()
+            stop.set()
+
+        loop.add_reader(owner.pidfd, died)
+    return lost
 
 
 async def _drain(handlers: Handlers, grace_s: float) -> None:
