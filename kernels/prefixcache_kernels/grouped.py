@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Final, TypeAlias
 
@@ -68,8 +69,6 @@ class GroupedPlan:
         groups: GroupPlan,
     ) -> None:
         self.groups = groups
-        self.whole = Plan.build(block_tables, query_start, context_lens, block_size)
-        """The batch without any sharing."""
         self._args = (block_tables, query_start, context_lens, block_size)
         self._starts: list[int] = query_start.tolist()
         self._contexts: list[int] = context_lens.tolist()
@@ -103,19 +102,10 @@ class GroupedPlan:
             )
         return cls(block_tables, query_start, context_lens, block_size, groups)
 
-    def bytes_read(self, token_bytes: int) -> tuple[int, int]:
-        """Count the keys and values that a layer without a window reads: grouped, per sequence.
-
-        Args:
-            token_bytes: Keys and values of a token in one layer.
-        """
-        size = self._args[3]
-        whole = sum(
-            context
-            for (start, end), context in zip(pairwise(self._starts), self._contexts, strict=True)
-            if end > start
-        )
-        return (whole - self.groups.saved_blocks * size) * token_bytes, whole * token_bytes
+    @cached_property
+    def whole(self) -> Plan:
+        """The batch without any sharing; made when a layer cannot share."""
+        return Plan.build(*self._args)
 
     def prepare(
         self, layer: tuple[object, ...], query: Tensor, cache: Tensor, window: int | None
@@ -155,13 +145,12 @@ class GroupedPlan:
             if window is not None:
                 fits = [self._contexts[row] <= window for row in groups.positions]
                 groups = groups.restrict(fits)
-            plan = self.whole
-            if groups.runs:
-                own_from = [0] * groups.num_seqs
-                for row, own in zip(groups.positions, groups.own, strict=True):
-                    own_from[row] = own
-                plan = Plan.build(*self._args, own_from)
-            self._parts[window] = [self._shared(groups, run) for run in groups.runs], plan
+            shared = [self._shared(groups, run) for run in groups.runs if run.blocks]
+            own_from = [0] * groups.num_seqs
+            for row, first in zip(groups.positions, groups.own, strict=True):
+                own_from[row] = first
+            own = Plan.build(*self._args, own_from) if shared else self.whole
+            self._parts[window] = shared, own
         return self._parts[window]
 
     def _shared(self, groups: GroupPlan, run: Run) -> Shared:
@@ -223,7 +212,7 @@ def shared_prefix_attention(
         plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
     shapes = (query.shape, key_cache.shape, value_cache.shape)
     layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
-    work = plan.prepare(layer, query, key_cache, window)
+    work = plan.prepare(layer, query, key_cache, window) if groups.runs else None
     if work is None:
         return paged_attention(
             query,

@@ -131,7 +131,7 @@ class GroupPlan:
     own: tuple[int, ...]
     """`own_from`, on the host."""
     limited: bool = False
-    """Whether two sequences might share more if more of their blocks could be shared."""
+    """Whether two sequences would share more if more of their blocks were whole."""
 
     @classmethod
     def build(
@@ -173,6 +173,43 @@ class GroupPlan:
     def to(self, device: torch.device | str) -> GroupPlan:
         """Give the plan with its tensors on a device; one copy, or none if they are there."""
         return replace(self, packed=self.packed.to(device, non_blocking=True))
+
+    @classmethod
+    def alone(cls, num_seqs: int) -> GroupPlan:
+        """Give the plan of a batch that shares nothing, in its own order.
+
+        >>> GroupPlan.alone(2).packed.tolist()
+        [0, 1, 0, 0]
+        """
+        order, own = tuple(range(num_seqs)), (0,) * num_seqs
+        return cls(_packed(order, own, ()), (), order, own)
+
+    def straight(self) -> GroupPlan:
+        """Give the plan for the same batch with its rows put into the plan's order."""
+        order = tuple(range(self.num_seqs))
+        if self.positions == order:
+            return self
+        runs = tuple(run._replace(row=run.start) for run in self.runs)
+        return GroupPlan(_packed(order, self.own, runs), runs, order, self.own, self.limited)
+
+    def padded(self, num_seqs: int, num_runs: int) -> GroupPlan:
+        """Give the plan with rows that share nothing and runs of no blocks behind its own.
+
+        A kernel that was captured with a padded plan serves every plan that fits.
+
+        Raises:
+            InvalidRequest: This one does not fit.
+        """
+        more, room = num_seqs - self.num_seqs, num_runs - self.num_runs
+        if more < 0 or room < 0:
+            raise InvalidRequest(
+                f"a plan of {self.num_seqs} sequences and {self.num_runs} runs does not fit into "
+                f"one of {num_seqs} and {num_runs}"
+            )
+        order = (*self.positions, *range(self.num_seqs, num_seqs))
+        own = (*self.own, *[0] * more)
+        runs = (*self.runs, *[Run(0, 0, 0, 0, 0, 0)] * room)
+        return GroupPlan(_packed(order, own, runs), runs, order, own, self.limited)
 
     def restrict(self, may_share: Sequence[bool]) -> GroupPlan:
         """Give the plan without the runs that some positions must not use.  Changes nothing.
@@ -262,6 +299,14 @@ class GroupPlan:
         """Runs on the longest path."""
         return max((run.level + 1 for run in self.runs), default=0)
 
+    def shares(self) -> list[float]:
+        """Count the blocks of runs that each position reads, a run divided among its readers."""
+        read = [0.0] * self.num_seqs
+        for run in self.runs:
+            for position in range(run.start, run.end):
+                read[position] += run.blocks / (run.end - run.start)
+        return read
+
     @property
     def saved_blocks(self) -> int:
         """Block reads that sharing saves in one pass over the batch's keys."""
@@ -283,7 +328,7 @@ def _sorted(rows: Tables, limits: Sequence[int]) -> tuple[list[int], list[int], 
     bound = np.array(limits)
     ends = bound[order]
     cut = np.minimum(ends[1:], ends[:-1])
-    limited = bool((common >= cut).any())
+    limited = bool((common > cut).any())
     if limited:
         # A short limit must not stand between two that share more: what lies beyond a limit is
         # made equal, so that such a table sorts to the edge of those that it shares with.

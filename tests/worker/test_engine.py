@@ -11,8 +11,13 @@ import torch
 import prefixcache
 from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels import copy_blocks
+from prefixcache_kernels.groups import FREE
+from prefixcache_worker.batch import Batch, Piece
+from prefixcache_worker.device_batch import DeviceBatch
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
+from prefixcache_worker.process import joiner
 from prefixcache_worker.request import (
     Alone,
     Event,
@@ -83,6 +88,57 @@ def test_shared_prefixes_are_computed_once_and_change_no_answer(
     engine.close()
     left = client.snapshot()
     assert (left.private, left.leases) == (0, ())
+
+
+def test_decoding_reads_a_shared_prefix_once_and_changes_no_answer(
+    tiny: Model, want: list[list[int]], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_at(client, tiny)
+    plain = answers(engine, *requests("plain"))
+    assert {d.kv_read_bytes / d.kv_alone_bytes for d in plain.values()} == {1.0}  # too few to pay
+    monkeypatch.setattr(Model, "sharing_cost", lambda model, block_size: FREE)
+    engine = engine_at(client, tiny)
+    done = answers(engine, *requests("grouped"))
+    assert tokens(plain) == tokens(done) == want
+    token = tiny.layout.token_bytes
+    for i, prompt in enumerate(PROMPTS):
+        # All are stored: each decodes its last token and all but the last of its answer.
+        keys = sum(range(len(prompt), len(prompt) + NEW))
+        assert done[f"grouped{i}"].kv_alone_bytes == keys * token
+    # Of 4 x 70 shared tokens, 64 are whole blocks, and a step of four reads them once.
+    saved = sum(d.kv_alone_bytes - d.kv_read_bytes for d in done.values())
+    assert saved >= 3 * 64 * (NEW - 3) * token
+
+
+def test_samples_of_one_prompt_share_it_by_their_tables(tiny: Model, client: Client) -> None:
+    """Parallel sampling: children of a fork name the parent's blocks, and the plan finds them."""
+    session, pool = joiner(client, tiny, "")()
+    prompt = random_tokens(60)
+    with session.acquire(prompt, reserve=20) as lease:
+        parent = Piece(prompt, 0, lease.block_table)
+        tiny.forward(Batch.pack([parent], pool.block_size), pool)
+        lease.commit(60)
+        children = lease.fork(3)
+        for child in children:
+            update = child.extend(80)
+            copy_blocks(
+                pool.blocks, torch.tensor([[c.src, c.dst, c.num_tokens] for c in update.copies])
+            )
+        tables = [child.block_table for child in children]
+        assert len({tuple(table[:3]) for table in tables}) == 1
+        assert len({table[3] for table in tables}) == 3
+        batch = DeviceBatch(4, 8, pool.block_size, FREE)
+        pieces = [Piece([5 + i], 60, table) for i, table in enumerate(tables)]
+        packed, order = batch.pack([0, 1, 2], pieces)
+        [run] = packed.groups.runs
+        assert (run.blocks, run.end - run.start) == (3, 3)
+        got = tiny.forward(packed, pool)
+        alone = [tiny.forward(Batch.pack([pieces[at]], pool.block_size), pool) for at in order]
+        torch.testing.assert_close(got, torch.cat(alone), atol=1e-4, rtol=1e-4)
+        for child in children:
+            child.release()
+    session.close()
+    pool.close()
 
 
 def test_an_answer_is_part_of_the_next_turns_prefix(tiny: Model, client: Client) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from prefixcache_kernels import SharedPool, copy_blocks
+from prefixcache_kernels.groups import FREE
 from prefixcache_worker.batch import Batch, Piece
+from prefixcache_worker.device_batch import DeviceBatch
 from prefixcache_worker.hf import HuggingFaceNetwork
 from prefixcache_worker.model import Model
 from prefixcache_worker.probe import plain_logits
@@ -84,6 +86,27 @@ def test_decoding_side_by_side_gives_the_logits_of_each_alone(case: Case) -> Non
         got = case.run(*(Piece(PROMPT[a:b], a, table) for a, b, table in rows))
         case.check(got, torch.cat([case.want[a:b] for a, b, _ in rows]))
         done = [at + count for at, count in zip(done, counts, strict=True)]
+
+
+def test_reading_a_shared_prefix_once_gives_the_logits_of_each_alone(case: Case) -> None:
+    owner, split = [9, 3, 17, 5, 30], 24
+    case.run(Piece(PROMPT, 0, owner))
+    tables = [owner, [9, 3, 17, 40, 41], [9, 3, 42, 43, 44], [9, 3, 17, 45, 46]]
+    starts = [36, split, 16, split + 1]
+    case.run(Piece(PROMPT[split : split + 1], split, tables[3]))
+    batch = DeviceBatch(4, 5, BLOCK, FREE)
+    for step in range(5):
+        pieces = [
+            Piece(PROMPT[at + step : at + step + 1], at + step, table)
+            for at, table in zip(starts, tables, strict=True)
+            if at + step < len(PROMPT)
+        ]
+        names = [owner for owner, at in enumerate(starts) if at + step < len(PROMPT)]
+        batch.keep(names)
+        packed, order = batch.pack(names, pieces)
+        assert packed.groups.num_levels == 2
+        want = torch.stack([case.want[pieces[at].start] for at in order])
+        case.check(case.model.forward(packed, case.pool), want)
 
 
 def test_a_fork_that_writes_leaves_its_parent_unchanged(case: Case) -> None:

@@ -25,7 +25,7 @@ def test_an_architecture_that_ignores_the_attention_registry_is_refused_by_name(
 
 
 def test_a_model_whose_paged_logits_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefixcache_worker.hf.paged_attention", lambda q, *a, **k: q * 0.5)
+    monkeypatch.setattr("prefixcache_worker.hf.shared_prefix_attention", lambda q, *a, **k: q * 0.5)
     with pytest.raises(Unsupported, match="'gemma2' gives other logits"):
         Model.of(build("gemma2"))
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prefixcache_kernels import GroupPlan
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -49,6 +51,8 @@ class Batch:
     """int32 `[S]`."""
     rows: Tensor
     """int64 `[R]`: the tokens after which logits are wanted."""
+    groups: GroupPlan
+    """What the tables share, and may be read once for all."""
 
     @property
     def num_tokens(self) -> int:
@@ -57,13 +61,35 @@ class Batch:
 
     @classmethod
     def pack(cls, pieces: Sequence[Piece], block_size: int, *, all_rows: bool = False) -> Batch:
-        """Pack the pieces of a step.  O(tokens + table entries).
+        """Pack the pieces of a step, without sharing.  O(tokens + table entries).
 
         Args:
             pieces: at least one, each with at least one token and blocks enough for its tokens.
             block_size: tokens of a block.
             all_rows: logits after every token, not only where a piece asks for them.
         """
+        lengths = [piece.start + len(piece.tokens) for piece in pieces]
+        widths = [-(-length // block_size) for length in lengths]
+        tables = torch.zeros(len(pieces), max(widths), dtype=torch.int32)
+        for row, piece, width in zip(tables, pieces, widths, strict=True):
+            row[:width] = torch.as_tensor(piece.block_table[:width], dtype=torch.int32)
+        contexts = torch.tensor(lengths, dtype=torch.int32)
+        groups = GroupPlan.alone(len(pieces))
+        return cls.of(pieces, tables, contexts, groups, block_size, all_rows=all_rows)
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[Piece],
+        block_tables: Tensor,
+        context_lens: Tensor,
+        groups: GroupPlan,
+        block_size: int,
+        *,
+        all_rows: bool = False,
+    ) -> Batch:
+        """Pack the pieces whose tables and lengths are where the kernels are.  O(tokens)."""
+        device = block_tables.device
         tokens: list[int] = []
         starts = [0]
         rows: list[int] = []
@@ -72,23 +98,22 @@ class Batch:
             starts.append(len(tokens))
             if piece.logits:
                 rows.append(len(tokens) - 1)
-        lengths = [piece.start + len(piece.tokens) for piece in pieces]
-        widths = [-(-length // block_size) for length in lengths]
-        tables = torch.zeros(len(pieces), max(widths), dtype=torch.int32)
-        for row, piece, width in zip(tables, pieces, widths, strict=True):
-            row[:width] = torch.as_tensor(piece.block_table[:width], dtype=torch.int32)
-        query_start = torch.tensor(starts, dtype=torch.int32)
+        num = len(tokens)
+        query_start = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
         counts = (query_start[1:] - query_start[:-1]).long()
-        owner = torch.repeat_interleave(torch.arange(len(pieces)), counts)
-        first = torch.tensor([piece.start for piece in pieces]) - query_start[:-1]
-        positions = torch.arange(len(tokens)) + first[owner]
-        blocks = tables[owner, positions // block_size].long()
+        owner = torch.repeat_interleave(
+            torch.arange(len(pieces), device=device), counts, output_size=num
+        )
+        every = torch.arange(num, device=device)
+        positions = every + (context_lens - query_start[1:]).long()[owner]
+        blocks = block_tables[owner, positions // block_size].long()
         return cls(
-            tokens=torch.tensor(tokens),
+            tokens=torch.tensor(tokens).to(device, non_blocking=True),
             positions=positions,
             slot_mapping=blocks * block_size + positions % block_size,
-            block_tables=tables,
+            block_tables=block_tables,
             query_start=query_start,
-            context_lens=torch.tensor(lengths, dtype=torch.int32),
-            rows=torch.arange(len(tokens)) if all_rows else torch.tensor(rows, dtype=torch.int64),
+            context_lens=context_lens,
+            rows=every if all_rows else torch.tensor(rows, dtype=torch.int64).to(device),
+            groups=groups,
         )

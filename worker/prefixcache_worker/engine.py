@@ -28,7 +28,8 @@ from torch import Tensor
 from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, ServiceUnavailable
 from prefixcache_kernels import SharedPool, copy_blocks
-from prefixcache_worker.batch import Batch, Piece
+from prefixcache_worker.batch import Piece
+from prefixcache_worker.forward import Forward
 from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
@@ -87,6 +88,7 @@ class Engine:
         self._asked: list[Job] = []
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
+        self._forward = Forward(model, max_batch)
         self._passed_over = False
         """Whether the last step left long prompts out."""
         self._wake = threading.Event()
@@ -299,15 +301,14 @@ class Engine:
             pieces = self._pieces(jobs, store)
             if not pieces:
                 continue
-            batch = Batch.pack([piece for _, piece in pieces], store.pool.block_size)
-            logits = self.model.forward(batch, store.pool)
+            pieces, logits = self._forward.run(store, jobs, pieces)
             if not store.pool.current:
                 # A new service took the pool over meanwhile: what was read may be another's.
                 for job in reversed(jobs):
                     self._restart(job)
                 continue
-            self.num_computed += batch.num_tokens
             for job, piece in pieces:
+                self.num_computed += len(piece.tokens)
                 job.num_valid += len(piece.tokens)
                 job.num_computed += len(piece.tokens)
             choosing = [job for job, piece in pieces if piece.logits]
@@ -415,4 +416,6 @@ class Engine:
 
     def _close_old(self) -> None:
         """Let go of a lost service's memory once nobody uses it."""
-        self.membership.forget({id(job.store) for job in [*self._asked, *self._running]})
+        used = [job.store for job in [*self._asked, *self._running]]
+        self.membership.forget({id(store) for store in used})
+        self._forward.keep([*used, self.membership.shared, self.membership.private])

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefixcache.errors import Unsupported
 from prefixcache.types import Layout
-from prefixcache_kernels import paged_attention, store_kv
+from prefixcache_kernels import shared_prefix_attention, store_kv
 from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
 
@@ -120,13 +120,14 @@ def attend(
         values,
         batch.slot_mapping,
     )
-    out = paged_attention(
+    out = shared_prefix_attention(
         query[0].transpose(0, 1),
         keys,
         values,
         batch.block_tables,
         batch.query_start,
         batch.context_lens,
+        batch.groups,
         scale=scale,
         window=sliding_window,
         softcap=softcap,

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
 from prefixcache_worker.sampling import Sampler
 from prefixcache_worker.store import Claim, Commit, Store
@@ -38,6 +39,8 @@ class Job:
     num_committed: int = 0
     num_computed: int = 0
     num_restarts: int = 0
+    kv_reads: KvReads = field(default_factory=KvReads)
+    """Of the steps in which it decoded."""
     submitted_s: float = field(default_factory=time.monotonic)
     first_s: float | None = None
     started: bool = False
@@ -125,4 +128,6 @@ def finished(job: Job) -> Finished:
         num_prompt=job.num_prompt,
         num_computed=job.num_computed,
         num_restarts=job.num_restarts,
+        kv_read_bytes=round(job.kv_reads.read_bytes),
+        kv_alone_bytes=job.kv_reads.alone_bytes,
     )

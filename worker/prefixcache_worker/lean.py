@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
 from torch import Tensor
 
-from prefixcache_kernels import paged_attention, store_kv
+from prefixcache_kernels import shared_prefix_attention, store_kv
 from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
 from prefixcache_worker.hf import windows
@@ -178,13 +178,14 @@ class LeanNetwork:
             last = index == len(self.layers) - 1
             if last and not batch.rows.shape[0]:
                 return x.new_empty(0, self.embedding.shape[0], dtype=torch.float32)
-            attended = paged_attention(
+            attended = shared_prefix_attention(
                 qk[:, :heads],
                 keys,
                 values,
                 batch.block_tables,
                 batch.query_start,
                 batch.context_lens,
+                batch.groups,
                 scale=self.scale,
                 window=layer.window,
                 plan=plan,

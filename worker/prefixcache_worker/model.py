@@ -21,11 +21,11 @@ import transformers
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
-from prefixcache.types import Layout
-from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool
+from prefixcache.types import DTYPE_BYTES, Layout
+from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
-from prefixcache_worker.hf import HuggingFaceNetwork, max_context
+from prefixcache_worker.hf import HuggingFaceNetwork, max_context, windows
 from prefixcache_worker.identity import identify
 from prefixcache_worker.lean import LeanNetwork, twin
 from prefixcache_worker.probe import (
@@ -49,6 +49,8 @@ class Model:
         name: what the service files its prefixes under; the same in every worker that loads the
             same weights.
         layout: shape of its keys and values.
+        num_heads: heads of its queries.
+        windows: for each layer, how many tokens it sees; None is all of them.
         max_tokens: how long a sequence may become.
         vocab_size: logits per token.
         stop_ids: tokens that end an answer.
@@ -59,6 +61,8 @@ class Model:
 
     name: str
     layout: Layout
+    num_heads: int
+    windows: tuple[int | None, ...]
     max_tokens: int
     vocab_size: int
     stop_ids: tuple[int, ...]
@@ -150,6 +154,8 @@ class Model:
         return cls(
             name=name or architecture,
             layout=layout,
+            num_heads=config.num_attention_heads,
+            windows=tuple(windows(config)),
             max_tokens=limit,
             vocab_size=config.vocab_size,
             stop_ids=_stop_ids(module, tokenizer),
@@ -164,10 +170,24 @@ class Model:
 
         When it returns, the device has finished writing.
         """
-        plan = Plan.build(
-            batch.block_tables, batch.query_start, batch.context_lens, pool.block_size
+        plan = GroupedPlan.build(
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            pool.block_size,
+            batch.groups,
         )
         return self.network(batch, pool, plan)
+
+    def sharing_cost(self, block_size: int) -> SharingCost:
+        """Give what it costs a layer to read what sequences share once, on this processor."""
+        return SharingCost.cpu(
+            block_size=block_size,
+            heads=self.num_heads,
+            kv_heads=self.layout.num_kv_heads,
+            head_dim=self.layout.head_dim,
+            itemsize=DTYPE_BYTES[self.layout.dtype],
+        )
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Turn messages into prompt tokens by the model's chat template, ready for an answer.

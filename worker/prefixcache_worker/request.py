@@ -88,6 +88,10 @@ class Finished:
     """Tokens that ran through the model for it, generated ones included."""
     num_restarts: int
     """How often its blocks were lost and it began again."""
+    kv_read_bytes: int = 0
+    """Keys and values that its decode steps read; what several sequences read once, divided."""
+    kv_alone_bytes: int = 0
+    """What they would have read without sharing."""
 
 
 @dataclass(frozen=True, slots=True)
