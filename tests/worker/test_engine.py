@@ -402,6 +402,32 @@ def test_a_lease_past_its_deadline_is_not_used_any_more(
     assert not client.snapshot().leases
 
 
+def test_what_was_computed_while_its_lease_ended_is_not_told(
+    tiny: Model, want: list[list[int]], client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_at(client, tiny)
+    for request in requests():
+        engine.submit(request)
+    events = step_until_tokens(engine, 8)
+    forward, late = tiny.forward, [0.0]
+
+    def stopped_meanwhile(*args: Any) -> torch.Tensor:
+        logits = forward(*args)
+        late[0] = 1000.0  # as if the process had been stopped for that long
+        return torch.zeros_like(logits)  # read from blocks that are another's by now
+
+    real = time.monotonic
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny), "forward", lambda self, *args: stopped_meanwhile(*args))
+        patch.setattr("prefixcache_worker.engine.time.monotonic", lambda: real() + late[0])
+        told = engine.step()
+    assert not [event for event in told if isinstance(event, Token)]
+    events += told
+    events += engine.run()
+    assert tokens(finished(events)) == want
+    engine.close()
+
+
 def _never(*args: object) -> None:
     raise AssertionError("nothing may be copied")
 

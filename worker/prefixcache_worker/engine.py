@@ -302,20 +302,38 @@ class Engine:
             if not pieces:
                 continue
             pieces, logits = self._forward.run(store, jobs, pieces)
-            if not store.pool.current:
-                # A new service took the pool over meanwhile: what was read may be another's.
-                for job in reversed(jobs):
-                    self._restart(job)
-                continue
+            choosing = [job for job, piece in pieces if piece.logits]
+            lost = self._lost_meanwhile([job for job, _ in pieces], store)
+            if lost:
+                pieces = [(job, piece) for job, piece in pieces if id(job) not in lost]
+                logits = logits[[n for n, job in enumerate(choosing) if id(job) not in lost]]
+                choosing = [job for job in choosing if id(job) not in lost]
             for job, piece in pieces:
                 self.num_computed += len(piece.tokens)
                 job.num_valid += len(piece.tokens)
                 job.num_computed += len(piece.tokens)
-            choosing = [job for job, piece in pieces if piece.logits]
             events.extend(self._choose(choosing, logits))
             done.extend(job for job, _ in pieces)
         events.extend(finished(job) for job in done if job.reason)
         return done
+
+    def _lost_meanwhile(self, jobs: Sequence[Job], store: Store) -> set[int]:
+        """Begin anew whatever lost its blocks while it was computed: what it read may be another's.
+
+        A lease can end while this process is stopped; and a new service can take a lost one's pool
+        over.  Gives the `id` of each such job.
+        """
+        now = time.monotonic()
+        shared = store is self.membership.shared
+        current = store.pool.current
+        lost = [
+            job
+            for job in jobs
+            if not current or (shared and job.claim is not None and now > job.claim.deadline)
+        ]
+        for job in reversed(lost):  # so that the first is the first again
+            self._restart(job)
+        return {id(job) for job in lost}
 
     def _pieces(self, jobs: Sequence[Job], store: Store) -> list[tuple[Job, Piece]]:
         """Choose the tokens of a step: everybody's next one, then prompts in their order."""

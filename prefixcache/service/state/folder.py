@@ -5,6 +5,7 @@ A state is a convenience: whatever is wrong with it costs what was in it, never 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -246,7 +247,10 @@ class StateFolder:
             return {}
 
     def _give_up(self, error: Exception) -> None:
+        """Go on without a state; what is there must not come back after resets it never saw."""
         self.failure = str(error) or type(error).__name__
+        with contextlib.suppress(OSError):
+            (self.path / "stamps").unlink(missing_ok=True)
         log.error(
             "nothing is kept for the next start, the service goes on",
             state=str(self.path),
