@@ -15,7 +15,7 @@ import grpc.aio
 
 from prefixcache.client import codec, unary
 from prefixcache.client.batch import BatchOps
-from prefixcache.client.lease import LeaseState
+from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import Reply, Step, read_result
 from prefixcache.errors import CacheError, LeaseExpired, NotFound, ServiceUnavailable
 from prefixcache.types import (
@@ -45,7 +45,7 @@ class AsyncSession:
 
     Attributes:
         attachment: what attach answered: worker, pool, ttl.
-        renewed_at: monotonic seconds when the last answered sign of life was sent.
+        signs: the signs of life that the service has answered.
     """
 
     attachment: Attachment
@@ -60,7 +60,7 @@ class AsyncSession:
         self._key = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self.ids: Iterator[int] = itertools.count(1)
-        self.renewed_at = 0.0
+        self.signs = SignsOfLife()
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
@@ -322,7 +322,7 @@ class AsyncSession:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _renewed(self, sent_at: float) -> None:
-        self.renewed_at = max(self.renewed_at, sent_at)
+        self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
 
     async def _beat(self) -> None:
         while self._lost is None:

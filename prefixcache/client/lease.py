@@ -6,6 +6,10 @@ client    sent ─────────────────── ttl - m
 ```
 The client counts from when it *sent* the request, so its own deadline always comes first, and the
 margin leaves time for writes that the device has already begun.
+
+A sign of life prolongs a lease only if its answer came *before* the lease's deadline.  One that is
+answered later says that the worker lives, but not that its leases still do: a process that was
+stopped sends its next heartbeat when it wakes, and the service has ended its leases meanwhile.
 """
 
 from __future__ import annotations
@@ -18,11 +22,43 @@ from prefixcache.errors import LeaseExpired
 from prefixcache.types import BlockTable, Grant, TableUpdate
 
 
+def lifetime_of(ttl_s: float) -> float:
+    """Give how long after a sign of life a client may use a lease."""
+    return ttl_s - min(1.0, 0.1 * ttl_s)
+
+
+class SignsOfLife:
+    """The signs of life of one worker that the service answered: the last ones without a gap.
+
+    Attributes:
+        last: monotonic seconds when the last one was sent; 0 if none was answered yet.
+        first: when the first one since the last gap was sent.
+        first_answered: when it was answered.
+    """
+
+    __slots__ = ("first", "first_answered", "last")
+
+    def __init__(self) -> None:
+        self.last = self.first = self.first_answered = 0.0
+
+    def note(self, sent_at: float, answered_at: float, lifetime_s: float) -> None:
+        """Note an answer.  A gap is where it came too late to prolong what went before."""
+        if answered_at > self.last + lifetime_s:
+            self.first, self.first_answered = sent_at, answered_at
+        self.last = max(self.last, sent_at)
+
+    def deadline(self, granted_at: float, lifetime_s: float) -> float:
+        """Give until when a lease stands that was asked for at `granted_at`."""
+        own = granted_at + lifetime_s
+        if self.last and (self.first <= granted_at or self.first_answered <= own):
+            return max(own, self.last + lifetime_s)
+        return own
+
+
 class Clocked(Protocol):
     """The part of a session that a lease needs to know its deadline."""
 
-    renewed_at: float
-    """Monotonic seconds when the last answered sign of life was sent."""
+    signs: SignsOfLife
 
 
 class LeaseState:
@@ -47,7 +83,7 @@ class LeaseState:
         self._table = grant.block_table
         self._clock = clock
         self._sent_at = sent_at
-        self._lifetime_s = grant.ttl_s - min(1.0, 0.1 * grant.ttl_s)
+        self._lifetime_s = lifetime_of(grant.ttl_s)
         self._released = False
 
     @property
@@ -62,7 +98,7 @@ class LeaseState:
     @property
     def deadline(self) -> float:
         """Monotonic seconds after which this lease must not be used any more."""
-        return max(self._sent_at, self._clock.renewed_at) + self._lifetime_s
+        return self._clock.signs.deadline(self._sent_at, self._lifetime_s)
 
     @property
     def released(self) -> bool:

@@ -23,7 +23,7 @@ import grpc
 
 from prefixcache.client import codec, unary
 from prefixcache.client.batch import BatchOps
-from prefixcache.client.lease import LeaseState
+from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import Reply, Step, read_result
 from prefixcache.errors import CacheError, LeaseExpired, NotFound, ServiceUnavailable
 from prefixcache.types import (
@@ -53,7 +53,7 @@ class Session:
 
     Attributes:
         attachment: what attach answered: worker, pool, ttl.
-        renewed_at: monotonic seconds when the last answered sign of life was sent.
+        signs: the signs of life that the service has answered.
     """
 
     def __init__(self, client: Client, request: pb.AttachRequest, *, keep_alive: bool) -> None:
@@ -66,7 +66,7 @@ class Session:
         self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
         self._key = ""
         self.ids: Iterator[int] = itertools.count(1)
-        self.renewed_at = 0.0
+        self.signs = SignsOfLife()
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
@@ -351,7 +351,7 @@ class Session:
             self._reader.join(self._client.timeout_s)
 
     def _renewed(self, sent_at: float) -> None:
-        self.renewed_at = max(self.renewed_at, sent_at)
+        self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
 
     def _beat(self) -> None:
         while not self._closed.wait(self.attachment.ttl_s / 3) and self._lost is None:

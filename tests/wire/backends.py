@@ -14,7 +14,7 @@ from typing import Any
 
 import prefixcache
 from prefixcache.client import AsyncBatch, AsyncLease, AsyncSession, Reply, connect_async
-from prefixcache.client.lease import LeaseState
+from prefixcache.client.lease import LeaseState, SignsOfLife
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError
 from prefixcache.types import (
@@ -144,7 +144,7 @@ class LocalSession:
         self.worker = worker
         self.namespace = namespace
         self.keep_alive = True
-        self.renewed_at = 0.0
+        self.signs = SignsOfLife()
 
     def do(self, verb: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

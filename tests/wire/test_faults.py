@@ -20,6 +20,7 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client
+from prefixcache.client.lease import SignsOfLife
 from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, ServiceUnavailable
 from prefixcache.pool import map_pool
 from prefixcache.types import Ledger, pack
@@ -286,6 +287,36 @@ def test_a_client_stops_using_a_lease_before_the_service_ends_it(client: Client)
     assert client.snapshot().leases  # it still stands at the service
     with pytest.raises(LeaseExpired, match="sign of life"):
         lease.commit(12)
+
+
+def test_a_client_that_was_stopped_does_not_take_its_leases_for_alive_because_it_is(
+    client: Client,
+) -> None:
+    session = client.attach("model", LAYOUT, keep_alive=False)
+    lease = session.acquire(list(range(12)))
+    time.sleep(1.2)  # stopped; the service, with a ttl of 1 s, has ended the lease
+    session.renew()  # the first thing that a heartbeat does after waking up
+    with pytest.raises(LeaseExpired, match="sign of life"):
+        lease.check()
+    fresh = session.acquire(list(range(12)))
+    time.sleep(0.6)
+    session.renew()
+    time.sleep(0.6)
+    fresh.check()  # while one that was renewed in time stands
+    assert fresh.commit(12).num_tokens == 12
+
+
+def test_signs_of_life_prolong_a_lease_only_without_a_gap() -> None:
+    signs = SignsOfLife()
+    assert signs.deadline(10.0, 1.0) == 11.0
+    signs.note(10.5, 10.6, 1.0)
+    assert signs.deadline(10.0, 1.0) == 11.5
+    assert signs.deadline(9.5, 1.0) == 10.5, "it had ended when the first one was answered"
+    signs.note(11.4, 11.6, 1.0)  # in time when it was sent, too late when it was answered
+    assert signs.deadline(10.0, 1.0) == 11.0
+    assert signs.deadline(11.5, 1.0) == 12.5
+    signs.note(12.0, 12.1, 1.0)
+    assert signs.deadline(11.5, 1.0) == 13.0
 
 
 def test_garbage_on_the_socket_hurts_nobody(service: ServiceProcess, client: Client) -> None:
