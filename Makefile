@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench experiments photograph soak kernels-ahead kernels-sanitize proto clean
+.PHONY: help demo test lint bench experiments properties soak chaos fuzz proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -54,6 +55,11 @@ kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are no
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py -k "splits or forest or store"
+properties: $(VENV)/.installed   ## The property tests, 100 times as long.
+	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
+
+chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks and broken connections: 15 minutes.
+	PYTHONPATH=tests $(BIN)/python -m chaos.storm --rounds $(or $(ROUNDS),100)
 
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto

@@ -1,0 +1,188 @@
+"""A worker in a storm: leases, verifies all it reads, writes, commits, extends, forks, rolls back.
+
+Arguments: target, seed, log.  Runs until SIGTERM; a line of the log per event (see `history.py`).
+
+A read counts when it is certain that the lease stood all the while: its own deadline has not
+passed, the pool has not been taken over, and a sign of life sent *after* the read is answered.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from random import Random
+from typing import Any
+
+import prefixcache
+from chaos.pattern import Pool
+from chaos.universe import CHAT_TOKENS, MODELS, NUM_CHATS, NUM_SYSTEMS, SYSTEM_TOKENS, tokens_of
+from prefixcache.client import Client, Lease, Session
+from prefixcache.errors import CacheError, ServiceUnavailable
+from prefixcache.pool import epoch_of, map_pool
+from prefixcache.types import Namespace
+from wire.service_process import LAYOUT
+
+PAUSE_S = 0.02
+BACKOFF_S = (0.02, 0.3)
+
+
+class Actor:
+    """One life of one worker process."""
+
+    def __init__(self, target: str, seed: int, log: str) -> None:
+        self.target = target
+        self.random = Random(seed)
+        self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        self.ops = itertools.count(1)
+        self.name = f"{os.getpid()}.{seed}"
+        self.ending = False
+        self.counts = dict.fromkeys(("unsure", "lost", "refused"), 0)
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        line = json.dumps({"kind": kind, "t": time.monotonic()} | fields)
+        os.write(self.log, line.encode() + b"\n")
+
+    def run(self) -> None:
+        signal.signal(signal.SIGTERM, self.end)
+        delay_s = BACKOFF_S[0]
+        while not self.ending:
+            try:
+                with prefixcache.connect(self.target, timeout_s=2.0) as client:
+                    self.live(client)
+                delay_s = BACKOFF_S[0]
+            except CacheError:
+                self.counts["lost"] += 1
+                time.sleep(delay_s * (0.5 + self.random.random()))
+                delay_s = min(2 * delay_s, BACKOFF_S[1])
+        self.tell("counts", **self.counts)
+
+    def end(self, *_: object) -> None:
+        self.ending = True
+
+    def live(self, client: Client) -> None:
+        """Work until the session breaks."""
+        model = self.random.choice(MODELS)
+        session = client.attach(model, LAYOUT, name=f"actor{self.random.randrange(100)}")
+        memory = map_pool(session.pool)
+        pool = Pool(memory, session.pool)
+        while not self.ending:
+            if self.random.random() < 0.004:
+                self.reset(client, model)
+            try:
+                self.serve(session, pool, model)
+            except ServiceUnavailable:
+                raise
+            except CacheError:
+                self.counts["refused"] += 1
+                if not session.alive:
+                    raise
+            time.sleep(PAUSE_S * self.random.random())
+
+    def reset(self, client: Client, model: str) -> None:
+        op = f"{self.name}.{next(self.ops)}"
+        self.tell("reset", op=op, model=model)
+        client.reset(Namespace(model))
+        self.tell("answer", op=op)
+
+    def serve(self, session: Session, pool: Pool, model: str) -> None:
+        """One request from its prompt to its release."""
+        random = self.random
+        system, chat = random.randrange(NUM_SYSTEMS), random.randrange(NUM_CHATS)
+        whole = tokens_of(system, chat)
+        count = SYSTEM_TOKENS + random.randrange(1, CHAT_TOKENS - 30)
+        asked = time.monotonic()
+        wait_s = 0.5 if random.random() < 0.3 else 0.0
+        with session.acquire(whole[: 4 * count], reserve=30, wait_s=wait_s) as lease:
+            told = time.monotonic()
+            fields = {"model": model, "system": system, "chat": chat}
+            self.tell("hit", asked=asked, count=lease.num_cached, **fields)
+            pool.copy(lease.copies)
+            self.verify(session, pool, model, whole, lease, lease.num_cached)
+            assert told >= asked
+            self.write(pool, model, whole, lease, lease.num_cached, count)
+            self.commit(lease, fields, count, b"")
+            more = random.randrange(1, 30)
+            for end in range(count + 1, count + more):  # decode
+                if end % 7 == 0:
+                    time.sleep(0.003)
+                self.write(pool, model, whole, lease, end - 1, end)
+                if end % 3 == 0 or end == count + more - 1:
+                    known = count
+                    self.commit(lease, fields, end, whole[4 * known : 4 * end])
+                    count = end
+            self.verify(session, pool, model, whole, lease, count)
+            self.read_back(session, lease, whole, count, asked=asked, model=model)
+            if random.random() < 0.15:
+                self.fork(session, pool, model, whole, lease, count)
+            if random.random() < 0.15:
+                self.roll_back(pool, model, whole, lease, fields, count)
+
+    def write(
+        self, pool: Pool, model: str, whole: bytes, lease: Lease, start: int, end: int
+    ) -> None:
+        lease.check()
+        pool.write(model, whole, lease.block_table, start, end)
+
+    def commit(self, lease: Lease, fields: dict[str, Any], count: int, new: bytes) -> None:
+        op = f"{self.name}.{next(self.ops)}"
+        self.tell("commit", op=op, count=count, **fields)
+        lease.commit(count, new)
+        self.tell("answer", op=op)
+
+    def verify(
+        self, session: Session, pool: Pool, model: str, whole: bytes, lease: Lease, end: int
+    ) -> None:
+        """Read all tokens below `end`, and say so if one is wrong although the lease stood."""
+        lease.check()
+        wrong = pool.wrong(model, whole, lease.block_table, end)
+        try:
+            lease.check()
+            taken_over = epoch_of(pool.memory) != pool.handle.epoch
+            session.renew()
+            certain = session.alive and not taken_over
+        except CacheError:
+            self.counts["unsure"] += 1
+            raise
+        if not certain:
+            self.counts["unsure"] += 1
+        elif wrong:
+            self.tell("wrong", lease=lease.id, count=end, wrong=wrong, model=model)
+        else:
+            self.tell("seen", count=end)
+
+    def read_back(
+        self, session: Session, lease: Lease, whole: bytes, count: int, **fields: Any
+    ) -> None:
+        """What this very lease has committed and still protects is found by everybody."""
+        found = session.lookup(whole[: 4 * count] + bytes(4))
+        lease.check()
+        self.tell("found", committed=count, found=found.num_hit + found.num_partial, **fields)
+
+    def fork(
+        self, session: Session, pool: Pool, model: str, whole: bytes, lease: Lease, count: int
+    ) -> None:
+        for child in lease.fork(2):
+            with child:
+                pool.copy(child.extend(count + 4).copies)
+                self.verify(session, pool, model, whole, child, count)
+                other = whole[: 4 * count] + bytes(16)
+                self.write(pool, model, other, child, count, count + 4)
+
+    def roll_back(
+        self, pool: Pool, model: str, whole: bytes, lease: Lease, fields: dict[str, Any], count: int
+    ) -> None:
+        """Give tokens up, as after a wrong speculation, and write others in their place."""
+        keep = self.random.randrange(1, count)
+        pool.copy(lease.truncate(keep).copies)
+        end = min(count, keep + 6)
+        pool.copy(lease.extend(end).copies)
+        self.write(pool, model, whole, lease, keep, end)
+        self.commit(lease, fields, end, whole[4 * keep : 4 * end])
+
+
+if __name__ == "__main__":
+    Actor(sys.argv[1], int(sys.argv[2]), sys.argv[3]).run()

@@ -1,0 +1,387 @@
+"""A storm: a real service and real workers, while everything that can go wrong does.
+
+```
+4 actors ── directly ──────────► prefixcache serve --state DIR ── a disk of its own, at times full
+4 actors ── proxy ─┘ drops, half-opens
+every round: the service is killed and started again; workers are killed and stopped
+```
+Ends with a verdict: no wrong byte was read, the history is that of a cache, and nothing is left.
+
+    PYTHONPATH=tests python -m chaos.storm [--rounds 100] [--seconds-per-round 8] [--seed N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+
+import prefixcache
+from chaos.history import check, read
+from chaos.pattern import Pool
+from chaos.proxy import Proxy
+from chaos.universe import BLOCK_SIZE, MODELS, NUM_CHATS, NUM_SYSTEMS, tokens_of
+from prefixcache.errors import CacheError
+from prefixcache.pool import map_pool
+from prefixcache_bench.figures import publish
+from wire.service_process import LAYOUT, ServiceProcess, environment, sizes
+
+NUM_BLOCKS = 1024
+TTL_S = 1.0
+ACTORS = 8
+DISK_BYTES = 24 * 2**20
+LEAK_SHARE = 1.15
+"""How much larger than after warming up a process may be at the end: chance, and no trend."""
+
+LEAST_OPS_PER_S = 100
+
+MNT_DETACH = 2
+DOCUMENT = Path("docs/reliability.md")
+
+
+@dataclass
+class Report:
+    """What a storm showed."""
+
+    rounds: int = 0
+    seconds: float = 0.0
+    faults: Counter[str] = field(default_factory=Counter)
+    ops: int = 0
+    read_tokens: int = 0
+    wrong: int = 0
+    commits: int = 0
+    hits: int = 0
+    resets: int = 0
+    phantoms: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    restored_blocks: int = 0
+    settle_s: float = 0.0
+    leaks: list[str] = field(default_factory=list)
+    final_tokens: int = 0
+    rss_growth: float = 1.0
+
+    @property
+    def failures(self) -> list[str]:
+        """What must not be; empty if all is well."""
+        failed = list(self.leaks)
+        if self.wrong:
+            failed.append(f"{self.wrong} tokens read wrong")
+        failed += [f"a hit that nobody committed: {one}" for one in self.phantoms]
+        failed += [f"a commit that was not found: {one}" for one in self.forgotten]
+        if self.settle_s > TTL_S + 1:
+            failed.append(f"leases and quarantine took {self.settle_s:.1f} s to go back to 0")
+        return failed
+
+    def lines(self) -> list[str]:
+        """Write it for people."""
+        faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.faults.items()))
+        return [
+            f"rounds     {self.rounds} in {self.seconds:.0f} s: {faults}",
+            f"load       {self.ops:,} operations, {self.ops / self.seconds:.0f} a second, by "
+            f"{ACTORS} processes",
+            f"reads      {self.read_tokens + self.final_tokens:,} tokens verified byte by byte, "
+            f"{self.wrong} wrong",
+            f"history    {self.hits:,} hits, {self.commits:,} commits, {self.resets} resets: "
+            f"{len(self.phantoms)} hits unexplained, {len(self.forgotten)} commits not found",
+            f"restarts   {self.restored_blocks:,} blocks restored in all",
+            f"settled    leases and quarantine back at 0 after {self.settle_s:.2f} s "
+            f"(limit {TTL_S + 1:g} s)",
+            f"leaks      {len(self.leaks)}; service's memory {self.rss_growth:.2f} of its first",
+            "PASSED" if not self.failures else "FAILED: " + "; ".join(self.failures[:5]),
+        ]
+
+
+class Disk:
+    """A small disk of its own, to be filled; without the right to mount, a limit on files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "tmpfs", str(folder)],
+            capture_output=True,
+            check=False,
+        )
+        self.mounted = mounted.returncode == 0
+        self._filler = folder / "filler"
+
+    def fill(self, pid: int) -> str:
+        if not self.mounted:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            return "file limit"
+        with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(65536))
+        with contextlib.suppress(OSError), self._filler.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(512))
+        return "disk full"
+
+    def free(self, pid: int) -> None:
+        if self.mounted:
+            self._filler.unlink(missing_ok=True)
+        else:
+            no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, no_limit)
+
+    def close(self) -> None:
+        if self.mounted:
+            ctypes.CDLL(None).umount2(str(self.folder).encode(), MNT_DETACH)
+
+
+class Storm:
+    """One storm in a folder."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.random = Random(seed)
+        self.report = Report()
+        self.disk = Disk(folder / "disk")
+        self.target = f"unix:{folder}/service.sock"
+        self.service = self.serve()
+        self.proxy = Proxy(folder / "proxy.sock", folder / "service.sock")
+        self.serial = 0
+        self.actors = [self.act(number) for number in range(ACTORS)]
+        self.first_rss = 0
+
+    def serve(self) -> ServiceProcess:
+        return ServiceProcess(
+            self.target,
+            *sizes(NUM_BLOCKS, BLOCK_SIZE),
+            *("--ttl", str(TTL_S), "--log-level", "warning", "--grace", "2"),
+            *("--state", str(self.disk.folder / "state")),
+        )
+
+    def act(self, number: int) -> subprocess.Popen[bytes]:
+        self.serial += 1
+        target = self.target if number % 2 else f"unix:{self.folder}/proxy.sock"
+        log = self.folder / f"actor-{self.serial}.log"
+        return subprocess.Popen(
+            [sys.executable, "-m", "chaos.actor", target, str(self.serial), str(log)],
+            env=environment(),
+        )
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def kill_service(self) -> None:
+        self.service.signal(signal.SIGKILL)
+        self.service.close()
+        time.sleep(self.random.choice((0.0, 0.0, 0.2)))
+        self.service = self.serve()
+        with prefixcache.connect(self.target) as client:
+            state = client.call("snapshot", _snapshot()).service.state
+            self.report.restored_blocks += state.restored_blocks
+
+    def end_service(self) -> None:
+        self.service.signal(signal.SIGTERM)
+        self.service.wait()
+        self.service.close()
+        self.service = self.serve()
+
+    def stop_service(self) -> None:
+        self.service.signal(signal.SIGSTOP)
+        time.sleep(self.random.choice((0.3, 0.8, TTL_S + 0.5)))
+        self.service.signal(signal.SIGCONT)
+
+    def kill_worker(self) -> None:
+        number = self.random.randrange(ACTORS)
+        self.actors[number].kill()
+        self.actors[number].wait()
+        self.actors[number] = self.act(number)
+
+    def stop_worker(self) -> None:
+        actor = self.random.choice(self.actors)
+        actor.send_signal(signal.SIGSTOP)
+        time.sleep(self.random.choice((0.2, TTL_S * 0.95, TTL_S + 0.4)))
+        actor.send_signal(signal.SIGCONT)
+
+    def drop_connections(self) -> None:
+        self.proxy.drop()
+
+    def half_open_connections(self) -> None:
+        self.proxy.mute()
+        time.sleep(self.random.choice((0.3, TTL_S + 0.4)))
+        self.proxy.speak()
+
+    def fill_disk(self) -> None:
+        self.disk.fill(self.service.process.pid)
+        time.sleep(0.7)
+        self.disk.free(self.service.process.pid)
+
+    # ------------------------------------------------------------------ the course of it
+
+    def run(self, rounds: int, seconds_per_round: float, say: Any) -> Report:
+        others = (
+            *(self.kill_worker, self.stop_worker, self.stop_worker, self.stop_service),
+            *(self.drop_connections, self.half_open_connections, self.fill_disk),
+        )
+        started = time.monotonic()
+        time.sleep(2.5)  # until the actors are at work
+        for number in range(rounds):
+            due = time.monotonic() + seconds_per_round
+            deck = list(others)
+            self.random.shuffle(deck)
+            last = self.end_service if number % 8 == 7 else self.kill_service
+            while time.monotonic() < due - 1.5 and deck:
+                self.fault(deck.pop())
+                time.sleep(self.random.uniform(0.05, 0.5))
+            if not self.first_rss:
+                self.first_rss = psutil.Process(self.service.process.pid).memory_info().rss
+            self.fault(last)
+            time.sleep(max(0.0, due - time.monotonic()))
+            say(f"round {number + 1} of {rounds}")
+        self.report.rounds = rounds
+        self.report.seconds = time.monotonic() - started
+        self.settle()
+        return self.report
+
+    def fault(self, fault: Any) -> None:
+        self.report.faults[fault.__name__.replace("_", " ")] += 1
+        fault()
+
+    def settle(self) -> None:
+        """End all workers; see that everything comes back, and read what is left."""
+        report = self.report
+        time.sleep(TTL_S)
+        grown = psutil.Process(self.service.process.pid).memory_info().rss / self.first_rss
+        report.rss_growth = grown
+        died = [actor.returncode for actor in self.actors if actor.poll() is not None]
+        if died:
+            report.leaks.append(f"actors ended by themselves: {died}")
+        for actor in self.actors[: ACTORS // 2]:
+            actor.terminate()
+        for actor in self.actors[: ACTORS // 2]:
+            actor.wait(30)
+        for actor in self.actors[ACTORS // 2 :]:
+            actor.kill()  # these leave leases behind
+        ended_at = time.monotonic()
+        with prefixcache.connect(self.target) as client:
+            while (now := client.snapshot()).leases or now.quarantined:
+                time.sleep(0.02)
+                if time.monotonic() - ended_at > 20:
+                    break
+            report.settle_s = time.monotonic() - ended_at
+            if now.leases or now.quarantined or now.private:
+                report.leaks.append(
+                    f"{len(now.leases)} leases, {now.quarantined} quarantined, "
+                    f"{now.private} private blocks are left"
+                )
+            if now.free + now.evictable != NUM_BLOCKS:
+                report.leaks.append(f"{now.free} free + {now.evictable} evictable != {NUM_BLOCKS}")
+        if grown > LEAK_SHARE:
+            report.leaks.append(f"the service has grown to {grown:.2f} of its first size")
+        self.count()
+        report.final_tokens = self.read_all()
+        if self.service.process.poll() is not None:
+            report.leaks.append(f"the service has ended: {self.service.log()}")
+
+    def count(self) -> None:
+        """Add up what the actors told."""
+        report = self.report
+        events = read(sorted(self.folder.glob("actor-*.log")))
+        kinds = Counter(str(e["kind"]) for e in events)
+        report.ops = kinds["answer"] + 2 * kinds["hit"] + kinds["found"] + kinds["seen"]
+        report.wrong = kinds["wrong"]
+        report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
+        verdict = check(events)
+        report.commits, report.hits, report.resets = verdict.commits, verdict.hits, verdict.resets
+        report.phantoms, report.forgotten = verdict.phantoms, verdict.forgotten
+
+    def read_all(self) -> int:
+        """Read everything that is stored; give how many tokens."""
+        total = 0
+        with prefixcache.connect(self.target) as client:
+            for model in MODELS:
+                session = client.attach(model, LAYOUT)
+                pool = Pool(map_pool(session.pool), session.pool)
+                for system in range(NUM_SYSTEMS):
+                    for chat in range(NUM_CHATS):
+                        whole = tokens_of(system, chat)
+                        try:
+                            with session.acquire(whole) as lease:
+                                pool.copy(lease.copies)
+                                count = lease.num_cached
+                                self.report.wrong += pool.wrong(
+                                    model, whole, lease.block_table, count
+                                )
+                                total += count
+                        except CacheError:
+                            continue
+        return total
+
+    def close(self) -> None:
+        for actor in self.actors:
+            with contextlib.suppress(ProcessLookupError):
+                actor.send_signal(signal.SIGCONT)
+            actor.kill()
+            actor.wait()
+        self.proxy.close()
+        self.service.close()
+        self.disk.close()
+
+
+def _snapshot() -> Any:
+    from prefixcache.v1 import prefixcache_pb2 as pb
+
+    return pb.SnapshotRequest()
+
+
+@contextlib.contextmanager
+def storm(seed: int) -> Iterator[Storm]:
+    """A storm in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="storm-"))
+    made = Storm(folder, seed)
+    try:
+        yield made
+    finally:
+        made.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Run a storm; 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m chaos.storm", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--seconds-per-round", type=float, default=8.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--publish", action="store_true", help=f"put the lines into {DOCUMENT}")
+    options = parser.parse_args()
+    say = (lambda text: sys.stderr.write(f"\r{text} ")) if sys.stderr.isatty() else (lambda _: None)
+    with storm(options.seed) as made:
+        report = made.run(options.rounds, options.seconds_per_round, say)
+    text = "\n".join(report.lines())
+    if options.json:
+        shown = vars(report) | {"failures": report.failures}
+        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{text}\n")
+    if options.publish:
+        publish(DOCUMENT, "chaos", f"$ make chaos\n{text}")
+    slow = report.ops < LEAST_OPS_PER_S * report.seconds
+    if slow:
+        sys.stderr.write(f"fewer than {LEAST_OPS_PER_S} operations a second: no storm\n")
+    return 1 if report.failures or slow else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    raise SystemExit(main())
