@@ -166,6 +166,14 @@ class ServeSettings(BaseSettings):
     """Folder in which pool and index outlive the service; None keeps nothing."""
     http_tokens: bool = False
     """Whether the page shows token ids: any user of this machine can open it."""
+    watch_tokens: bool = False
+    """Whether who watches events may ask for token ids."""
+    events: str | None = None
+    """ZeroMQ endpoint at which events are published, as tcp://127.0.0.1:PORT or ipc://PATH."""
+    events_replay: str | None = None
+    """ZeroMQ endpoint that gives published events again."""
+    max_watchers: Annotated[int, Field(ge=1)] = 64
+    """Watchers of events at the same time."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

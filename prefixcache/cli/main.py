@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, tree
+from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, tree, watch
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -32,6 +32,7 @@ app.command("stat")(stat.stat)
 app.command("lookup")(lookup.lookup)
 app.command("explain")(lookup.explain)
 app.command("tree")(tree.tree)
+app.command("watch")(watch.watch)
 app.command("reset")(reset.reset)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)

@@ -127,6 +127,23 @@ def serve(
             _SERVICE, "Let the page show token ids to every user of this machine. Default: off."
         ),
     ] = None,
+    watch_tokens: Annotated[
+        bool | None,
+        _option(_SERVICE, "Let who watches events ask for token ids. Default: off."),
+    ] = None,
+    events: Annotated[
+        str | None,
+        _option(
+            _SERVICE,
+            "Publish events over ZeroMQ for prefix-aware routers: tcp://127.0.0.1:PORT or "
+            "ipc://PATH. Default: off.",
+            "ENDPOINT",
+        ),
+    ] = None,
+    events_replay: Annotated[
+        str | None,
+        _option(_SERVICE, "Give published events again at this ZeroMQ endpoint.", "ENDPOINT"),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,
@@ -156,6 +173,9 @@ def serve(
     ] = None,
     max_workers: Annotated[
         int | None, _option(_LIMITS, "Workers at the same time. Default: 1024.", "N")
+    ] = None,
+    max_watchers: Annotated[
+        int | None, _option(_LIMITS, "Watchers of events at the same time. Default: 64.", "N")
     ] = None,
     max_calls: Annotated[
         int | None, _option(_LIMITS, "Calls and sessions at the same time. Default: 8192.", "N")

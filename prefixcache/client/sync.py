@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -152,6 +153,41 @@ class Client:
         """
         request = outlines.request(namespace, order, max_branches, max_depth, ghosts)
         return outlines.read_outline(self.call("tree", request))
+
+    def watch(
+        self,
+        from_sequence: int = 0,
+        *,
+        namespace: Namespace | None = None,
+        tokens: bool = False,
+    ) -> Iterator[pb.WatchResponse]:
+        """Give what enters and leaves the index, as hashes of whole blocks.  Needs no session.
+
+        Never ends by itself.  After a lost connection go on from the last `next_sequence`.
+
+        Args:
+            from_sequence: 0: what is stored now, and then what changes; else what changes from
+                this event on.
+            namespace: only what concerns it.
+            tokens: also token ids, where the service allows it.
+
+        Raises:
+            InvalidRequest: the service sends no token ids.
+            ServiceUnavailable: the connection is lost.
+        """
+        request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
+        if namespace is not None:
+            codec.write_namespace(namespace, request.namespace)
+        method: Any = self.channel.unary_stream(
+            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+        )
+        stream = method(request)
+        try:
+            yield from stream
+        except grpc.RpcError as error:
+            raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
+        finally:
+            stream.cancel()
 
     def call(self, verb: str, request: Any) -> Any:
         """Make one unary call and give the answer's message.

@@ -16,6 +16,7 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["PrefixCache"].full_name
 SESSION_PATH: Final = f"/{SERVICE}/Session"
+WATCH_PATH: Final = f"/{SERVICE}/Watch"
 ERROR_DOMAIN: Final = "prefixcache"
 DETAILS_KEY: Final = "grpc-status-details-bin"
 

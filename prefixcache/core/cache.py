@@ -27,6 +27,7 @@ from prefixcache.core.membership import Membership
 from prefixcache.core.node import blocks_below
 from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.recital import recite
 from prefixcache.core.steering import Steering
 from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
 from prefixcache.errors import InvalidRequest
@@ -123,6 +124,10 @@ class PrefixCache(Membership, Leasing, Steering):
         tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
         if rights is not None:
             self._desk.holdings.pool.rights = rights
+
+    def recite(self, journal: Journal) -> None:
+        """Tell `journal` what is indexed now, as if it was stored just now.  O(runs)."""
+        recite(self._desk, journal)
 
     def restore(self, runs: Sequence[Run], aside: BlockTable, worker: WorkerId) -> int:
         """Take over what an earlier life of the pool left.  Only while the cache is empty.

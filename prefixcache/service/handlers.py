@@ -21,6 +21,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Outline
+from prefixcache.service.events import EventLog
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.meter import Meter
 from prefixcache.service.pulse import Pulse
@@ -86,6 +87,7 @@ class Handlers:
         self.recorder: Recorder | None = None
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
+        self.events = EventLog(holdings, settings.max_watchers)
         self._started_at = monotonic()
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()

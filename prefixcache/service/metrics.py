@@ -57,6 +57,7 @@ class Scrape(Collector):
         """Give the families.  What they show is read when this is first asked for one."""
         yield from self._service()
         yield from self._verbs()
+        yield from self._events()
         cache = self._handlers.holdings.cache
         if cache is not None:
             vitals = cache.vitals(now=monotonic())
@@ -79,6 +80,16 @@ class Scrape(Collector):
         yield _gauge("prefixcache_draining", "1 while no new leases are given.", handlers.draining)
         yield _gauge("prefixcache_workers", "Attached workers.", len(handlers.workers))
         yield _gauge("prefixcache_sessions", "Open sessions.", handlers.workers.num_streams)
+
+    def _events(self) -> Iterator[Metric]:
+        events = self._handlers.events
+        yield _gauge("prefixcache_watchers", "Watchers of events.", events.watchers)
+        yield _counter("prefixcache_events", "Events made for watchers.", events.num_events)
+        yield _counter(
+            "prefixcache_event_gaps",
+            "Times that a watcher had fallen too far behind, and got the whole state again.",
+            events.num_gaps,
+        )
 
     def _verbs(self) -> Iterator[Metric]:
         handlers = self._handlers

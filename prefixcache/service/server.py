@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from prefixcache.client.address import default_target
 from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings
-from prefixcache.errors import ServiceUnavailable
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service import log as logging
 from prefixcache.service import unary
 from prefixcache.service.anonymiser import Anonymiser
@@ -39,6 +39,7 @@ from prefixcache.service.workers import Workers
 
 if TYPE_CHECKING:
     from prefixcache.service.http import HttpServer
+    from prefixcache.service.publisher import Publisher
 
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
@@ -89,6 +90,7 @@ async def _serve(
     former = asyncio.ensure_future(_await_former(holdings, line))
     handlers = Handlers(settings, holdings, line, workers)
     http = _make_http(settings, handlers)
+    publisher = _make_publisher(settings, handlers)
     server = grpc.aio.server(
         maximum_concurrent_rpcs=settings.max_calls,
         options=(
@@ -126,6 +128,9 @@ async def _serve(
         if http is not None:
             announce(f"page at {await http.start()}/ · metrics at /metrics")
         announce(f"listening at {', '.join(handlers.listening)}")
+        if publisher is not None:
+            publisher.start()
+            announce(f"events at {settings.events}")
         handlers.pulse.start()
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
@@ -154,6 +159,9 @@ async def _serve(
         _stop_no_more()
         if http is not None:
             await http.close()
+        if publisher is not None:
+            await publisher.close()
+        handlers.events.close()
         handlers.pulse.close()
         former.cancel()
         workers.close()
@@ -197,6 +205,19 @@ def _describe(state: Condition) -> str:
         f"state: {state.restored_tokens:,} tokens in {state.restored_blocks:,} blocks restored "
         f"from {state.folder} in {state.restore_s:.1f} s"
     )
+
+
+def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | None:
+    if settings.events is None:
+        return None
+    try:
+        from prefixcache.service.publisher import Publisher
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(
+            f"--events needs {error.name}, which is not installed. "
+            "Install it with: pip install 'prefixcache[events]'"
+        ) from None
+    return Publisher(handlers, handlers.events, settings.events, settings.events_replay)
 
 
 def _start_recorder(settings: ServeSettings) -> Recorder | None:

@@ -21,6 +21,7 @@ from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import Outcome
+from prefixcache.service.watch import watch
 from prefixcache.service.workers import Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -52,6 +53,15 @@ def service(handlers: Handlers) -> grpc.GenericRpcHandler:
         session,
         request_deserializer=reader(pb.OpBatch),
         response_serializer=pb.OpResults.SerializeToString,
+    )
+
+    async def watching(request: Any, context: Any) -> None:
+        await watch(handlers, handlers.events, request, context, refuse)
+
+    methods["Watch"] = grpc.unary_stream_rpc_method_handler(
+        watching,
+        request_deserializer=reader(pb.WatchRequest),
+        response_serializer=pb.WatchResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(unary.SERVICE, methods)
 

@@ -124,6 +124,11 @@ class PrefixCacheStub:
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpBatch.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpResults.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/prefixcache.v1.PrefixCache/Watch',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.WatchRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class PrefixCacheServicer:
@@ -261,6 +266,15 @@ class PrefixCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Watch(self, request, context):
+        """What enters and leaves the index, as hashes of whole blocks, for routers.  Whoever loses the
+        connection goes on with the `next_sequence` it has; what is no longer kept is told as a gap, and
+        what is stored now follows in its place.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefixCacheServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -353,6 +367,11 @@ def add_PrefixCacheServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpBatch.FromString,
                     response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpResults.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.WatchRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -841,6 +860,33 @@ class PrefixCache:
             '/prefixcache.v1.PrefixCache/Session',
             prefixcache_dot_v1_dot_prefixcache__pb2.OpBatch.SerializeToString,
             prefixcache_dot_v1_dot_prefixcache__pb2.OpResults.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Watch',
+            prefixcache_dot_v1_dot_prefixcache__pb2.WatchRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,378 @@
+"""Events: what enters and leaves the index, as routers know it, for whoever watches.
+
+```
+event loop ── journal: a tuple in a queue ──► soon: hash the blocks ──► ring of events ──► watchers
+                                                          │              65,536, numbered
+                                                          └─► what is stored now, by block
+```
+The schema is the field's: BlockStored (hashes, the hash of the block before, block size),
+BlockRemoved (hashes), AllBlocksCleared.  Whole blocks only: a tail is of no use to a router.
+
+**Hashes** are a chain, so that one names a whole prefix: BLAKE2b over the hash before and the
+block's packed tokens, with the namespace's fields (each with its length) at its start.
+
+**Nobody watches: nothing is hashed**, and a change of the index costs a comparison.  The first who
+watches makes the index be read once, O(runs); after the last has left it is kept for a minute, so
+that who lost the connection can go on where it was.
+
+**Slow watchers** have a place in the ring and nothing else: who falls behind by more than the ring
+is told of the gap, and gets what is stored now in place of what it missed.  Numbers never go back,
+also not when the service is started again: they begin at the time, in microseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from array import array
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
+from time import time, time_ns
+from typing import TypeAlias
+
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import PoolExhausted
+from prefixcache.service.holdings import Holdings
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
+
+HASH_BYTES = 32
+_RING = 65_536
+_CHUNK = 512
+"""Blocks that are hashed, or told, before the loop is given back."""
+_DELAY_S = 0.01
+_LINGER_S = 60.0
+_MOST_RAW = 262_144
+"""Changes that may wait to be hashed; with more, all watchers start anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A run of whole blocks can be found."""
+
+    at: float
+    namespace: Namespace
+    hashes: tuple[bytes, ...]
+    parent: bytes | None
+    """Hash of the block before; None: these are the first."""
+    tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Blocks can be found no more."""
+
+    at: float
+    namespace: Namespace
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """Nothing of a namespace can be found any more."""
+
+    at: float
+    namespace: Namespace
+    hashes: tuple[bytes, ...]
+    """What it held."""
+
+
+Event: TypeAlias = "Stored | Removed | Cleared"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a watcher gets next."""
+
+    first: int
+    """Number of the first event."""
+    events: list[Event]
+    next: int
+    """Number from which to go on."""
+    lost: tuple[int, int] | None = None
+    """Events from and up to (exclusive) which are no longer kept: forget what you know."""
+    is_snapshot: bool = False
+    """These say what is stored, not what has changed."""
+
+
+@dataclass(slots=True)
+class _Block:
+    namespace: Namespace
+    hash: bytes
+    parent: bytes | None
+    tokens: bytes
+
+
+_Entry: TypeAlias = "tuple[str, Namespace, BlockId | None, bytes, BlockTable]"
+
+
+class EventLog:
+    """A journal that hashes, while somebody watches.
+
+    Args:
+        holdings: whose cache is watched.
+        max_watchers: how many may watch at a time.
+        ring: how many events are kept.
+    """
+
+    def __init__(self, holdings: Holdings, max_watchers: int = 64, ring: int = _RING) -> None:
+        self._holdings = holdings
+        self._max_watchers = max_watchers
+        self._observed: PrefixCache | None = None
+        self._active = False
+        self._raw: deque[_Entry] = deque()
+        self._digest: asyncio.Task[None] | None = None
+        self._blocks: dict[int, _Block] = {}
+        self._roots: dict[Namespace, bytes] = {}
+        self._ring: deque[Event] = deque(maxlen=ring)
+        self._next = time_ns() // 1000
+        self._fresh = asyncio.Event()
+        self._reciting = 0
+        self._linger: asyncio.TimerHandle | None = None
+        self.watchers = 0
+        self.num_events = 0
+        self.num_gaps = 0
+
+    # ------------------------------------------------------------------------ the journal
+
+    def stored(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> None:
+        """Hear of a run.  O(blocks), a copy."""
+        if self._active:
+            self._hear(("stored", namespace, parent, tokens, blocks[:]))
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
+        """Hear of blocks that leave."""
+        if self._active:
+            self._hear(("removed", namespace, None, b"", blocks[:]))
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Hear of a reset."""
+        if self._active:
+            self._hear(("cleared", namespace, None, b"", array("i")))
+
+    def _hear(self, entry: _Entry) -> None:
+        self._raw.append(entry)
+        if self._digest is None:
+            self._digest = asyncio.get_running_loop().create_task(self._work())
+        elif len(self._raw) - self._reciting > _MOST_RAW:
+            self._forget()
+
+    # ------------------------------------------------------------------------ watching
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Be a watcher: events are made for as long as there is one.
+
+        Raises:
+            PoolExhausted: there are too many.
+        """
+        if self.watchers >= self._max_watchers:
+            raise PoolExhausted(
+                f"{self.watchers} watch already, --max-watchers allows no more", retry_after_s=1.0
+            )
+        self.watchers += 1
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        self._observe()
+        try:
+            yield
+        finally:
+            self.watchers -= 1
+            if not self.watchers:
+                self._linger = asyncio.get_running_loop().call_later(_LINGER_S, self._stop)
+
+    async def batches(self, start: int) -> AsyncIterator[Batch]:
+        """Give what happens from event `start` on; 0: what is stored now, and then what happens.
+
+        To be used within `watching`.  Never ends by itself.
+        """
+        place: int | None = start or None
+        while True:
+            self._observe()
+            await self._settle()
+            first = self._next - len(self._ring)
+            if place is None or not first <= place <= self._next:
+                lost = None if place is None else (place, self._next)
+                self.num_gaps += place is not None
+                place = self._next
+                for batch in self._snapshot(lost):
+                    yield batch
+                    await asyncio.sleep(0)
+                continue
+            if place == self._next:
+                await self._news()
+                continue
+            at = place - first
+            events = list(islice(self._ring, at, at + _CHUNK))
+            place += len(events)
+            yield Batch(place - len(events), events, place)
+
+    def close(self) -> None:
+        """Stop.  Idempotent."""
+        self._active = False
+        if self._digest is not None:
+            self._digest.cancel()
+        if self._linger is not None:
+            self._linger.cancel()
+
+    def _observe(self) -> None:
+        """Begin to hash, with what is indexed now, as soon as there is a cache."""
+        cache = self._holdings.cache
+        if self._active or cache is None:
+            return
+        self._active = True
+        self._ring.clear()
+        self._next += 1  # who watched before there was anything to hear starts anew
+        self._reciting = 1 << 62  # all of it, however much it is
+        if self._observed is None:
+            cache.observe(self)
+            self._observed = cache
+        cache.recite(self)
+        self._reciting = len(self._raw)
+
+    async def _settle(self) -> None:
+        """Wait until what was indexed when the first came is hashed."""
+        while self._reciting:
+            await self._news()
+
+    async def _news(self) -> None:
+        """Wait for events; look again now and then while there is no cache to hear of."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._fresh.wait(), None if self._active else 0.2)
+
+    def _snapshot(self, lost: tuple[int, int] | None) -> Iterator[Batch]:
+        place, now = self._next, time()
+        blocks = list(self._blocks.values())
+        yield Batch(place, [], place, lost, is_snapshot=True)
+        for start in range(0, len(blocks), _CHUNK):
+            events: list[Event] = []
+            run: list[_Block] = []
+            for block in blocks[start : start + _CHUNK]:
+                if run and (
+                    block.parent != run[-1].hash or block.namespace is not run[-1].namespace
+                ):
+                    events.append(_stored(run, now))
+                    run = []
+                run.append(block)
+            events.append(_stored(run, now))
+            yield Batch(place, events, place, is_snapshot=True)
+
+    def _stop(self) -> None:
+        self._linger = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._active = False
+        self._reciting = 0
+        self._raw.clear()
+        self._blocks.clear()
+        self._ring.clear()
+        self._next += 1  # who comes back has missed something
+
+    # ------------------------------------------------------------------------ hashing
+
+    async def _work(self) -> None:
+        """Make events of what was heard, a bounded part at a time."""
+        try:
+            await asyncio.sleep(_DELAY_S)
+            while self._raw:
+                blocks = 0
+                while self._raw and blocks < _CHUNK:
+                    entry = self._raw.popleft()
+                    blocks += 1 + len(entry[4])
+                    self._take(entry)
+                fresh, self._fresh = self._fresh, asyncio.Event()
+                fresh.set()
+                await asyncio.sleep(0)
+        finally:
+            self._digest = None
+
+    def _take(self, entry: _Entry) -> None:
+        kind, namespace, parent, tokens, blocks = entry
+        event: Event | None
+        if kind == "stored":
+            event = self._hash(namespace, parent, tokens, blocks)
+        elif kind == "removed":
+            gone = [found for block in blocks if (found := self._blocks.pop(block, None))]
+            hashes = tuple(block.hash for block in gone)
+            event = Removed(time(), namespace, hashes) if hashes else None
+        else:
+            held = [block for block, one in self._blocks.items() if one.namespace == namespace]
+            hashes = tuple(self._blocks.pop(block).hash for block in held)
+            event = Cleared(time(), namespace, hashes)
+        if self._reciting:
+            self._reciting -= 1
+        elif event is not None:
+            self._ring.append(event)
+            self._next += 1
+            self.num_events += 1
+
+    def _hash(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> Stored | None:
+        cache = self._holdings.cache
+        assert cache is not None
+        width = cache.block_size * TOKEN_BYTES
+        before: bytes | None = None
+        if parent is not None:
+            above = self._blocks.get(parent)
+            if above is None:
+                return None
+            before = above.hash
+        chain = self._root(namespace) if before is None else before
+        whole = len(tokens) // width
+        run: list[_Block] = []
+        for at in range(whole):
+            part = tokens[at * width : (at + 1) * width]
+            chain = block_hash(chain, part)
+            block = _Block(namespace, chain, before, part)
+            self._blocks[blocks[at]] = block
+            run.append(block)
+            before = chain
+        return _stored(run, time()) if run else None
+
+    def _root(self, namespace: Namespace) -> bytes:
+        root = self._roots.get(namespace)
+        if root is None:
+            if len(self._roots) > 4096:
+                self._roots.clear()
+            root = self._roots[namespace] = namespace_hash(namespace)
+        return root
+
+
+def _stored(run: list[_Block], at: float) -> Stored:
+    return Stored(
+        at,
+        run[0].namespace,
+        tuple([block.hash for block in run]),
+        run[0].parent,
+        b"".join([block.tokens for block in run]),
+    )
+
+
+def namespace_hash(namespace: Namespace) -> bytes:
+    """Hash what prompts of a namespace begin with: its fields, each with its length."""
+    fields = (namespace.model, namespace.adapter, namespace.tenant, namespace.salt)
+    text = b"".join(
+        len(part).to_bytes(8, "little") + part for part in (field.encode() for field in fields)
+    )
+    return blake2b(text, digest_size=HASH_BYTES, person=b"prefixcache/ns").digest()
+
+
+def block_hash(before: bytes, tokens: bytes) -> bytes:
+    """Hash a block: the hash before (of a block, or the namespace's) and its packed tokens.
+
+    >>> from prefixcache.types import pack
+    >>> start = namespace_hash(Namespace("tiny"))
+    >>> len(block_hash(start, pack([1, 2])))
+    32
+    >>> block_hash(start, pack([1, 2])) == block_hash(start, pack([2, 1]))
+    False
+    """
+    return blake2b(before + tokens, digest_size=HASH_BYTES, person=b"prefixcache/kv").digest()

@@ -1,0 +1,205 @@
+"""Events over ZeroMQ, as routers that know the field's schema read them.  Needs the extra `events`.
+
+```
+PUB      topic · sequence, 8 bytes big-endian · msgpack [ts, [event, …]]
+ROUTER   asked: "" · sequence      answers: "" · sequence · msgpack …, last: "" · -1 · ""
+event    ["BlockStored", hashes, parent, token_ids, block_size, lora_id, medium, lora_name]
+         ["BlockRemoved", hashes, medium]      ["AllBlocksCleared"]
+```
+Hashes are the last 64 bits of ours, as integers, which every reader of this schema takes.  Token
+ids are sent only with `--watch-tokens`, else the list is empty.  The schema has no namespaces, and
+`AllBlocksCleared` makes a reader forget them all: it is sent before the whole state is told anew,
+while the reset of one namespace is told as the removal of its blocks.  A subscriber that comes
+later asks the second socket, which has the last batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Iterable
+from time import time
+from typing import Any
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.service.events import Batch, Event, EventLog, Stored
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.watch import medium
+from prefixcache.types import unpack
+
+TOPIC = b"kv-events"
+END = (-1).to_bytes(8, "big", signed=True)
+
+_KEPT = 10_000
+_KEPT_BYTES = 64 * 2**20
+_HIGH_WATER = 100_000
+"""Messages that may wait for one subscriber before it misses some, which the sequence shows."""
+
+log = structlog.get_logger(__name__)
+
+
+class BlockStored(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
+    """A run of blocks can be found."""
+
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+
+
+class BlockRemoved(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
+    """Blocks can be found no more."""
+
+    block_hashes: list[int]
+    medium: str | None
+
+
+class AllBlocksCleared(msgspec.Struct, array_like=True, omit_defaults=True, tag=True):
+    """Nothing can be found any more."""
+
+
+class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What one message carries."""
+
+    ts: float
+    events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+
+
+class Publisher:
+    """Publishes what an `EventLog` tells, for as long as the service lives.
+
+    Args:
+        handlers: the service.
+        events: the log.
+        endpoint: where to publish.
+        replay: where to give published batches again; None: nowhere.
+
+    Raises:
+        InvalidRequest: an endpoint is one that others than this machine can reach.
+    """
+
+    def __init__(
+        self, handlers: Handlers, events: EventLog, endpoint: str, replay: str | None
+    ) -> None:
+        for address in filter(None, (endpoint, replay)):
+            _check(address)
+        self._handlers = handlers
+        self._events = events
+        self._endpoints = (endpoint, replay)
+        self._context = zmq.asyncio.Context()
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._kept_bytes = 0
+        self._sequence = 0
+        self._tasks: list[asyncio.Task[None]] = []
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def start(self) -> None:
+        """Bind and begin.
+
+        Raises:
+            ServiceUnavailable: an endpoint cannot be had.
+        """
+        endpoint, replay = self._endpoints
+        publishing = self._bind(zmq.PUB, endpoint)
+        self._tasks.append(asyncio.create_task(self._publish(publishing)))
+        if replay is not None:
+            self._tasks.append(asyncio.create_task(self._replay(self._bind(zmq.ROUTER, replay))))
+
+    async def close(self) -> None:
+        """Stop.  Idempotent."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        self._context.destroy(linger=200)
+
+    def _bind(self, kind: int, endpoint: str | None) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.sndhwm = _HIGH_WATER
+        try:
+            socket.bind(str(endpoint))
+        except zmq.ZMQError as error:
+            raise ServiceUnavailable(
+                f"cannot publish events at {endpoint}: {error.strerror}"
+            ) from None
+        return socket
+
+    async def _publish(self, socket: zmq.asyncio.Socket) -> None:
+        with self._events.watching():
+            async for batch in self._events.batches(0):
+                if batch.is_snapshot and not batch.events:
+                    events: list[Any] = [AllBlocksCleared()]
+                else:
+                    events = [written for event in batch.events for written in self._write(event)]
+                if not events:
+                    continue
+                payload = self._encoder.encode(EventBatch(_time_of(batch), events))
+                self._keep(payload)
+                number = self._sequence.to_bytes(8, "big")
+                self._sequence += 1
+                await socket.send_multipart((TOPIC, number, payload))
+
+    async def _replay(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            asked = await socket.recv_multipart()
+            if len(asked) != 3 or len(asked[2]) != 8:
+                log.warning("a request for events that is none", parts=len(asked))
+                continue
+            start = int.from_bytes(asked[2], "big")
+            for number, payload in list(self._kept):
+                if number >= start:
+                    place = number.to_bytes(8, "big")
+                    await socket.send_multipart((asked[0], b"", place, payload))
+            await socket.send_multipart((asked[0], b"", END, b""))
+
+    def _keep(self, payload: bytes) -> None:
+        self._kept.append((self._sequence, payload))
+        self._kept_bytes += len(payload)
+        while len(self._kept) > _KEPT or self._kept_bytes > _KEPT_BYTES:
+            self._kept_bytes -= len(self._kept.popleft()[1])
+
+    def _write(self, event: Event) -> Iterable[BlockStored | BlockRemoved | AllBlocksCleared]:
+        where = medium(self._handlers)
+        if isinstance(event, Stored):
+            cache = self._handlers.holdings.cache
+            assert cache is not None
+            shown = self._handlers.settings.watch_tokens
+            yield BlockStored(
+                [number_of(one) for one in event.hashes],
+                None if event.parent is None else number_of(event.parent),
+                unpack(event.tokens).tolist() if shown else [],
+                cache.block_size,
+                None,
+                where,
+                event.namespace.adapter or None,
+            )
+        elif event.hashes:
+            yield BlockRemoved([number_of(one) for one in event.hashes], where)
+
+
+def number_of(block_hash: bytes) -> int:
+    """Give the last 64 bits of a hash."""
+    return int.from_bytes(block_hash[-8:], "big")
+
+
+def _time_of(batch: Batch) -> float:
+    return batch.events[-1].at if batch.events else time()
+
+
+def _check(endpoint: str) -> None:
+    local = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:", "ipc://")
+    if not endpoint.startswith(local):
+        raise InvalidRequest(
+            f"refused to publish at {endpoint}: whoever reaches it can read what is stored. "
+            "Publish at tcp://127.0.0.1:PORT or ipc://PATH."
+        )

@@ -1,0 +1,75 @@
+"""The Watch call: a watcher's stream of events, for as long as it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefixcache.client import codec
+from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.service.events import Batch, Event, EventLog, Removed, Stored
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.malformed import Malformed
+from prefixcache.types import Namespace
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+def medium(handlers: Handlers) -> str:
+    """Name where the pool's bytes are, as routers know it."""
+    handle = handlers.holdings.handle
+    return "GPU" if handle is not None and handle.kind == "cuda-ipc" else "CPU"
+
+
+async def watch(handlers: Handlers, log: EventLog, request: Any, context: Any, refuse: Any) -> None:
+    """Serve one watcher; refuse what cannot be served."""
+    try:
+        if request.__class__ is Malformed:
+            raise InvalidRequest(request)
+        if request.tokens and not handlers.settings.watch_tokens:
+            raise InvalidRequest(
+                "this service sends no token ids: start it with --watch-tokens, or ask for hashes"
+            )
+        only = codec.read_namespace(request.namespace) if request.HasField("namespace") else None
+        with log.watching():
+            async for batch in log.batches(request.from_sequence):
+                await context.write(message_of(batch, handlers, only, tokens=request.tokens))
+    except CacheError as error:
+        handlers.meter.refuse("watch", error)
+        await refuse(context, error)
+
+
+def message_of(
+    batch: Batch, handlers: Handlers, only: Namespace | None, *, tokens: bool
+) -> pb.WatchResponse:
+    """Write a batch; with `only`, what concerns that namespace."""
+    cache = handlers.holdings.cache
+    message = pb.WatchResponse(next_sequence=batch.next, is_snapshot=batch.is_snapshot)
+    if batch.lost is not None:
+        message.gap, message.gap_from = True, batch.lost[0]
+    size = 0 if cache is None else cache.block_size
+    where = medium(handlers)
+    for number, event in enumerate(batch.events, batch.first):
+        if only is None or event.namespace == only:
+            written = message.events.add()
+            written.sequence = 0 if batch.is_snapshot else number
+            _write(event, written, where, size, tokens=tokens)
+    return message
+
+
+def _write(event: Event, message: Any, where: str, block_size: int, *, tokens: bool) -> None:
+    message.at = event.at
+    space = event.namespace
+    codec.write_namespace(Namespace(space.model, space.adapter, space.tenant), message.namespace)
+    if isinstance(event, Stored):
+        stored = message.stored
+        stored.block_hashes.extend(event.hashes)
+        stored.block_size = block_size
+        stored.medium = where
+        if event.parent is not None:
+            stored.parent_block_hash = event.parent
+        if tokens:
+            stored.token_ids = event.tokens
+    elif isinstance(event, Removed):
+        message.removed.block_hashes.extend(event.hashes)
+        message.removed.medium = where
+    else:
+        message.cleared.SetInParent()

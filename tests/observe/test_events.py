@@ -1,0 +1,409 @@
+"""Events: replayed, they give the index; resumed, nothing is missed; and who may read tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prefixcache
+from observe.scraped import free_port
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
+from prefixcache.service.events import (
+    Batch,
+    Cleared,
+    EventLog,
+    Removed,
+    Stored,
+    block_hash,
+    namespace_hash,
+)
+from prefixcache.service.holdings import Holdings
+from prefixcache.types import Namespace, WorkerId, pack
+from prefixcache.v1 import prefixcache_pb2 as pb
+from wire.service_process import LAYOUT, command, environment, eventually, running, sizes
+
+SPACE = Namespace("model", salt="secret")
+ME = WorkerId("w")
+
+
+class Mirror:
+    """A router's view: what is stored, by hash, from events alone."""
+
+    def __init__(self) -> None:
+        self.stored: dict[bytes, bytes | None] = {}
+
+    def hear(self, batch: Batch) -> None:
+        if batch.is_snapshot and not batch.events:
+            self.stored.clear()
+        for event in batch.events:
+            if isinstance(event, Stored):
+                assert event.parent is None or event.parent in self.stored
+                before = event.parent
+                for one in event.hashes:
+                    assert one not in self.stored
+                    self.stored[one] = before
+                    before = one
+            elif isinstance(event, Removed):
+                for one in event.hashes:
+                    del self.stored[one]
+            else:
+                assert isinstance(event, Cleared)
+                for one in event.hashes:
+                    del self.stored[one]
+
+
+class Recital:
+    """The index by brute force: every whole block that can be found, by hash."""
+
+    def of(self, cache: PrefixCache) -> set[bytes]:
+        self.found: set[bytes] = set()
+        self.by_block: dict[int, bytes] = {}
+        self.width = cache.block_size * 4
+        cache.recite(self)
+        return self.found
+
+    def stored(self, namespace: Namespace, parent: Any, tokens: bytes, blocks: Any) -> None:
+        chain = namespace_hash(namespace) if parent is None else self.by_block[parent]
+        for at in range(len(tokens) // self.width):
+            chain = block_hash(chain, tokens[at * self.width : (at + 1) * self.width])
+            self.by_block[blocks[at]] = chain
+            self.found.add(chain)
+
+    def removed(self, *_: Any) -> None:
+        raise AssertionError("nothing is removed by a recital")
+
+    cleared = removed
+
+
+class OneCache(Holdings):
+    def __init__(self, cache: PrefixCache | None) -> None:
+        self.cache = cache
+
+
+def some_cache() -> PrefixCache:
+    cache = PrefixCache(48, 4)
+    cache.attach(ME, SPACE, now=0.0)
+    return cache
+
+
+def disturb(cache: PrefixCache, draw: random.Random, steps: int, held: list[Any]) -> None:
+    """Store, let go, evict, and now and then reset."""
+    for _ in range(steps):
+        if held and (len(held) > 3 or draw.random() < 0.4):
+            cache.release(ME, held.pop(draw.randrange(len(held))), now=0.0)
+        elif draw.random() < 0.02:
+            cache.reset(SPACE)
+        else:
+            prompt = [draw.randrange(3) for _ in range(4)] * draw.randrange(1, 4)
+            prompt += [draw.randrange(2) for _ in range(draw.randrange(1, 20))]
+            try:
+                grant = cache.acquire(ME, SPACE, pack(prompt), now=0.0)
+            except PoolExhausted:
+                continue
+            held.append(grant.lease)
+            cache.commit(ME, grant.lease, len(prompt), now=0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_events_replayed_are_the_index_for_early_late_and_slow_watchers(seed: int) -> None:
+    """One watches from the start, one comes later, one is slow: the ring is far too short."""
+    draw, cache = random.Random(seed), some_cache()
+    log = EventLog(OneCache(cache), ring=64)
+    held: list[Any] = []
+
+    async def follow(mirror: Mirror, pause_s: float) -> None:
+        with log.watching():
+            async for batch in log.batches(0):
+                mirror.hear(batch)
+                await asyncio.sleep(pause_s)
+
+    async def story() -> tuple[Mirror, ...]:
+        mirrors = Mirror(), Mirror(), Mirror()
+        disturb(cache, draw, 30, held)
+        tasks = [asyncio.create_task(follow(mirrors[0], 0))]
+        tasks.append(asyncio.create_task(follow(mirrors[2], 0.03)))
+        for round_ in range(12):
+            disturb(cache, draw, 40, held)
+            await asyncio.sleep(0.015)
+            if round_ == 6:
+                tasks.append(asyncio.create_task(follow(mirrors[1], 0)))
+        await asyncio.sleep(0.5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        log.close()
+        return mirrors
+
+    early, late, slow = asyncio.run(story())
+    truth = Recital().of(cache)
+    assert truth
+    assert set(early.stored) == set(late.stored) == set(slow.stored) == truth
+    assert log.num_gaps
+
+
+def test_nothing_is_hashed_while_nobody_watches() -> None:
+    cache = some_cache()
+    log = EventLog(OneCache(cache))
+    disturb(cache, random.Random(1), 50, [])
+    assert cache._desk.tree.journal is None
+    assert (log.num_events, log.watchers) == (0, 0)
+
+
+def test_who_comes_back_in_time_misses_nothing_and_otherwise_is_told() -> None:
+    cache = some_cache()
+    log = EventLog(OneCache(cache), ring=8)
+
+    async def take(start: int, enough: Callable[[list[Batch]], bool]) -> list[Batch]:
+        got: list[Batch] = []
+        with log.watching():
+            async for batch in log.batches(start):
+                got.append(batch)
+                if enough(got):
+                    return got
+        return got
+
+    def store(prompt: list[int]) -> None:
+        grant = cache.acquire(ME, SPACE, pack(prompt), now=0.0)
+        cache.commit(ME, grant.lease, len(prompt), now=0.0)
+        cache.release(ME, grant.lease, now=0.0)
+
+    async def story() -> None:
+        (begin,) = await take(0, bool)
+        assert begin.is_snapshot
+        store([1] * 8)
+        store([2] * 8)
+        got = await take(begin.next, lambda batches: sum(len(b.events) for b in batches) >= 2)
+        assert [b.is_snapshot for b in got] == [False] * len(got)
+        assert got[0].first == begin.next
+        place = got[-1].next
+        for number in range(3, 20):
+            store([number] * 8)
+        await asyncio.sleep(0.1)
+        gap, state = await take(place, lambda batches: len(batches) == 2)
+        assert gap.lost == (place, gap.next)
+        assert gap.is_snapshot
+        assert len({one for event in state.events for one in event.hashes}) == 38
+        (future, *_) = await take(gap.next + 10**9, bool)
+        assert future.lost is not None
+        log.close()
+
+    asyncio.run(story())
+
+
+def test_hashes_tell_prefixes_namespaces_and_salts_apart() -> None:
+    spaces = [Namespace("ab"), Namespace("a", "b"), Namespace("a", tenant="b"), SPACE]
+    assert len({namespace_hash(space) for space in spaces}) == 4
+    start = namespace_hash(SPACE)
+    assert block_hash(start, pack([1, 2])) != block_hash(start, pack([1, 2, 0]))
+
+
+# ------------------------------------------------------------------------ over the wire
+
+
+def store(target: str, *prompts: list[int], **where: str) -> None:
+    with prefixcache.connect(target) as client:
+        session = client.attach("model", LAYOUT, **where)  # type: ignore[arg-type]
+        for prompt in prompts:
+            with session.acquire(prompt) as lease:
+                lease.commit(len(prompt))
+
+
+def hear(messages: Iterator[pb.WatchResponse], kinds: list[str]) -> list[pb.CacheEvent]:
+    events: list[pb.CacheEvent] = []
+    while len(events) < len(kinds):
+        events += next(messages).events
+    assert [event.WhichOneof("event") for event in events] == kinds
+    return events
+
+
+def test_a_watcher_hears_what_others_store_and_reset(sockets: Path) -> None:
+    with (
+        running(f"unix:{sockets}/watch.sock", *sizes(64, 4)) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        messages = client.watch()
+        first = next(messages)
+        assert first.is_snapshot
+        store(service.target, list(range(10)), list(range(16)), salt="s", adapter="poet")
+        one, two = hear(messages, ["stored", "stored"])
+        assert len(one.stored.block_hashes) == len(two.stored.block_hashes) == 2
+        assert two.stored.parent_block_hash == one.stored.block_hashes[-1]
+        assert (one.stored.block_size, one.stored.medium) == (4, "CPU")
+        assert (one.stored.token_ids, one.namespace.salt) == (b"", "")
+        assert one.namespace.adapter == "poet"
+        assert (one.sequence, two.sequence) == (first.next_sequence, first.next_sequence + 1)
+        assert abs(one.at - time.time()) < 60
+        client.reset(Namespace("model", adapter="poet", salt="s"))
+        (gone,) = hear(messages, ["cleared"])
+        assert gone.sequence == two.sequence + 1
+        again = client.watch(two.sequence)
+        assert next(again).events[0].sequence == two.sequence
+        only = client.watch(namespace=Namespace("else"))
+        assert next(only).is_snapshot
+        for stream in (messages, again, only):
+            stream.close()  # type: ignore[attr-defined]
+        with pytest.raises(InvalidRequest, match="--watch-tokens"):
+            next(client.watch(tokens=True))
+
+
+def test_too_many_watchers_are_refused_and_one_that_leaves_makes_room(sockets: Path) -> None:
+    flags = [*sizes(64, 4), "--max-watchers", "1"]
+    with (
+        running(f"unix:{sockets}/crowd.sock", *flags) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        one = client.watch()
+        next(one)
+        with pytest.raises(PoolExhausted, match="--max-watchers"):
+            next(client.watch())
+        one.close()  # type: ignore[attr-defined]
+
+        def admitted() -> bool:
+            try:
+                return next(client.watch()).is_snapshot
+            except PoolExhausted:
+                return False
+
+        eventually(admitted)
+
+
+def test_a_watcher_learns_that_the_service_has_died(sockets: Path) -> None:
+    with (
+        running(f"unix:{sockets}/dies.sock", *sizes(64, 4)) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        messages = client.watch()
+        next(messages)
+        service.process.kill()
+        with pytest.raises(ServiceUnavailable):
+            next(messages)
+
+
+def test_a_watcher_may_come_before_the_first_worker(sockets: Path) -> None:
+    with (
+        running(f"unix:{sockets}/early.sock", "--memory", "64KiB", "--block-size", "4") as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        messages = client.watch()
+        assert next(messages).is_snapshot
+        store(service.target, list(range(10)))
+        hear(messages, ["stored"])
+
+
+def test_the_command_prints_lines_that_programs_read(sockets: Path) -> None:
+    flags = [*sizes(64, 4), "--watch-tokens"]
+    with running(f"unix:{sockets}/command.sock", *flags) as service:
+        store(service.target, list(range(10)))
+        watching = subprocess.Popen(
+            command("watch", "--connect", service.target, "--json", "--tokens"),
+            stdout=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+        assert watching.stdout is not None
+        begin, stored = (json.loads(watching.stdout.readline()) for _ in range(2))
+        assert begin["event"] == "Snapshot"
+        assert stored["event"] == "BlockStored"
+        assert stored["token_ids"] == list(range(8))
+        assert stored["namespace"] == {"model": "model", "adapter": "", "tenant": ""}
+        watching.send_signal(2)
+        assert watching.wait(20) in (0, 130)
+        watching.stdout.close()
+
+
+# ------------------------------------------------------------------------ over ZeroMQ
+
+Message = tuple[int, Any]
+
+
+def test_a_router_reads_the_same_over_zeromq(sockets: Path) -> None:
+    zmq = pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    msgspec = pytest.importorskip("msgspec", reason="the extra 'events' is not installed")
+    endpoint, replay = f"tcp://127.0.0.1:{free_port()}", f"ipc://{sockets}/replay"
+    flags = [*sizes(64, 4), "--events", endpoint, "--events-replay", replay, "--watch-tokens"]
+    with running(f"unix:{sockets}/zmq.sock", *flags) as service, zmq.Context() as context:
+        heard = context.socket(zmq.SUB)
+        heard.linger = 0
+        heard.rcvtimeo = 10_000
+        heard.connect(endpoint)
+        heard.subscribe(b"kv-events")
+
+        def again(start: int) -> list[Message]:
+            with context.socket(zmq.DEALER) as asking:
+                asking.linger = 0
+                asking.rcvtimeo = 10_000
+                asking.connect(replay)
+                asking.send_multipart((b"", start.to_bytes(8, "big")))
+                found: list[Message] = []
+                while (parts := asking.recv_multipart())[1] != b"\xff" * 8:
+                    found.append((int.from_bytes(parts[1], "big"), decode(parts[2])))
+                return found
+
+        def decode(payload: bytes) -> Any:
+            ts, events = msgspec.msgpack.decode(payload)[:2]
+            assert abs(ts - time.time()) < 60
+            return events
+
+        eventually(lambda: [events for _, events in again(0)] == [[["AllBlocksCleared"]]])
+        time.sleep(0.2)  # a subscription takes its way
+        store(service.target, list(range(10)), adapter="poet")
+        topic, number, payload = heard.recv_multipart()
+        if number == bytes(8):  # it came early enough to hear of the beginning
+            topic, number, payload = heard.recv_multipart()
+        assert (topic, int.from_bytes(number, "big")) == (b"kv-events", 1)
+        ((kind, hashes, parent, tokens, size, lora_id, medium, lora_name),) = decode(payload)
+        start = namespace_hash(Namespace("model", "poet"))
+        one = block_hash(start, pack(range(4)))
+        two = block_hash(one, pack(range(4, 8)))
+        assert hashes == [int.from_bytes(digest[-8:], "big") for digest in (one, two)]
+        assert (kind, parent, tokens, size) == ("BlockStored", None, list(range(8)), 4)
+        assert (lora_id, medium, lora_name) == (None, "CPU", "poet")
+        with prefixcache.connect(service.target) as client:
+            client.reset(Namespace("model", "poet"))
+        _, _, payload = heard.recv_multipart()
+        assert decode(payload) == [["BlockRemoved", hashes, "CPU"]]
+        assert [number for number, _ in again(1)] == [1, 2]
+        heard.close()
+
+
+def test_events_are_published_on_this_machine_only(sockets: Path) -> None:
+    told = subprocess.run(
+        command("serve", "--listen", f"unix:{sockets}/x.sock", "--events", "tcp://0.0.0.0:5557"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told.returncode == 2
+    assert "refused to publish at tcp://0.0.0.0:5557" in told.stderr
+
+
+def test_watchers_that_do_not_read_hold_nobody_up(sockets: Path) -> None:
+    with (
+        running(f"unix:{sockets}/slow.sock", *sizes(64, 4)) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        idle = [client.watch() for _ in range(8)]
+        for stream in idle:
+            next(stream)
+        done = threading.Event()
+
+        def work() -> None:
+            store(service.target, *([number] * 24 for number in range(300)))
+            done.set()
+
+        threading.Thread(target=work).start()
+        assert done.wait(60)
+        assert client.snapshot().requests == 300
+        for stream in idle:
+            stream.close()  # type: ignore[attr-defined]
