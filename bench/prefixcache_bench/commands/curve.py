@@ -65,6 +65,8 @@ def curve(
     """Show the LRU hit rate at every capacity, found in one pass, with the knee.
 
     Whole blocks only.  Equal to replays at each capacity, to every digit.
+
+    Example: prefixcache curve chats.jsonl --block-size 16,256 --layout llama-3.1-8b -o curve
     """
     from prefixcache_bench.capacity import parse_capacities
     from prefixcache_bench.curve import curve as run

@@ -47,7 +47,10 @@ def generate(
         bool, typer.Option("--packed", help="Tokens as base64: smaller, faster to read.")
     ] = False,
 ) -> None:
-    """Generate a seeded workload: chats, few-shot, agents, rag or tree, as lines of JSON."""
+    """Generate a seeded workload: chats, few-shot, agents, rag or tree, as lines of JSON.
+
+    Example: prefixcache generate rag --count 500 --documents 40 --packed -o rag.jsonl
+    """
     from prefixcache_bench import generators
     from prefixcache_bench.readers import token_lines
 

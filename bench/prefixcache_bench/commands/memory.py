@@ -10,6 +10,7 @@ import typer
 from prefixcache.cli import view
 from prefixcache_bench.commands import options
 from prefixcache_bench.commands.table import print_numbers
+from prefixcache_bench.progress import Progress
 
 if TYPE_CHECKING:
     from prefixcache_bench.memory import Job
@@ -62,15 +63,19 @@ def memory(
 
     A saturated server is simulated step by step with the service's own block pool; parallel
     sampling and beam search run on the cache's own forks.
+
+    Example: prefixcache memory chats.jsonl --block-size 1,16,256 --picture memory
     """
-    from prefixcache_bench.memory import jobs_of
+    from prefixcache_bench.memory import Reservation, jobs_of
     from prefixcache_bench.provenance import provenance
 
     sizes = options.numbers(block_size, "block size")
     trace = options.load_trace(path, form, name, system, tokenizer)
     jobs = jobs_of(trace, longest=longest, history=history, limit=requests)
-    shares = account(jobs, slots, longest, sizes)
-    savings = save(jobs[:branched])
+    steps = len(Reservation) + len(sizes) + 2 * len(_WIDTHS)
+    with Progress("memory", steps, quiet=as_json) as progress:
+        shares = account(jobs, slots, longest, sizes, progress)
+        savings = save(jobs[:branched], progress)
     if picture is not None:
         from prefixcache_bench.pictures import draw_memory
 
@@ -103,13 +108,22 @@ def memory(
 
 
 def account(
-    jobs: list[Job], slots: int, longest: int, block_sizes: tuple[int, ...]
+    jobs: list[Job],
+    slots: int,
+    longest: int,
+    block_sizes: tuple[int, ...],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """Give the shares of memory, a row for each way of allocating."""
     from prefixcache_bench.memory import Reservation, contiguous, paged
 
-    found = [(way.value, contiguous(jobs, slots, way, longest)) for way in Reservation]
-    found += [(f"paged, blocks of {size}", paged(jobs, slots, size)) for size in block_sizes]
+    found = []
+    for way in Reservation:
+        found.append((way.value, contiguous(jobs, slots, way, longest)))
+        progress.advance()
+    for size in block_sizes:
+        found.append((f"paged, blocks of {size}", paged(jobs, slots, size)))
+        progress.advance()
     return [
         {
             "allocation": name,
@@ -124,20 +138,24 @@ def account(
     ]
 
 
-def save(jobs: list[Job]) -> list[dict[str, Any]]:
+def save(jobs: list[Job], progress: Progress) -> list[dict[str, Any]]:
     """Give the blocks that forks save, a row for each way of branching."""
     from prefixcache_bench.branching import beam_search, parallel_sampling
 
-    return [
-        {
-            "branching": name,
-            "sequences": width,
-            "saved_percent": round(100 * run(jobs, width, 16), 2),
-            "published_percent": PUBLISHED_SAVINGS[name],
-        }
-        for name, run in (("parallel sampling", parallel_sampling), ("beam search", beam_search))
-        for width in _WIDTHS
-    ]
+    rows = []
+    for name, run in (("parallel sampling", parallel_sampling), ("beam search", beam_search)):
+        for width in _WIDTHS:
+            saved = run(jobs, width, 16)
+            progress.advance()
+            rows.append(
+                {
+                    "branching": name,
+                    "sequences": width,
+                    "saved_percent": round(100 * saved, 2),
+                    "published_percent": PUBLISHED_SAVINGS[name],
+                }
+            )
+    return rows
 
 
 def share_table(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -61,10 +61,14 @@ def replay(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Replay a trace through the cache: hit rate and the fate of every prompt token, over time."""
+    """Replay a trace through the cache: hit rate and the fate of every prompt token, over time.
+
+    Example: prefixcache replay chats.jsonl --block-size 16 --capacity 64k --policy lru --json
+    """
     from prefixcache.types import Partial
     from prefixcache_bench.capacity import parse_capacity
     from prefixcache_bench.curve import curve
+    from prefixcache_bench.progress import Progress
     from prefixcache_bench.provenance import provenance
     from prefixcache_bench.replay import Configuration
     from prefixcache_bench.replay import replay as run
@@ -77,9 +81,9 @@ def replay(
     if asked.kind == "percent":
         working_set = curve(trace, trace.unit).working_set * trace.unit
     blocks = asked.blocks(block_size, working_set)
-    outcome = run(
-        trace, Configuration(block_size, blocks, policy, mode, ghosts), num_windows=max(1, windows)
-    )
+    configuration = Configuration(block_size, blocks, policy, mode, ghosts)
+    with Progress("replay", len(trace), quiet=as_json) as progress:
+        outcome = run(trace, configuration, num_windows=max(1, windows), advance=progress.advance)
     fields = {"trace": trace.name, "fingerprint": trace.fingerprint} | outcome.fields()
     fields |= {"windows": outcome.window_fields(), "run": provenance()}
     if picture is not None:

@@ -67,6 +67,8 @@ def sweep(
     """Sweep block size, capacity, policy and partial reuse over a trace: table, CSV, picture.
 
     Ctrl-C keeps the rows that are finished; --resume goes on from there.
+
+    Example: prefixcache sweep chats.jsonl --block-size 16,64 --capacity 64k,25%,inf
     """
     from prefixcache.types import Partial
     from prefixcache_bench.capacity import parse_capacities
