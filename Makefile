@@ -40,8 +40,9 @@ lint: $(VENV)/.installed   ## Format, lint, types.
 bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
 	$(BIN)/python -m prefixcache_bench.all
 
-experiments: $(VENV)/.installed   ## Hit rate against block size, memory and policy; goes to docs/experiments.md.
-	$(BIN)/python -m prefixcache_bench.experiments
+experiments: $(VENV)/.installed   ## Hit rate by block size, memory and policy: docs/experiments.md, docs/policies.md.  RESUME=1 keeps rows.
+	$(BIN)/python -m prefixcache_bench.experiments $(if $(RESUME),--resume,)
+	$(BIN)/python -m prefixcache_bench.policies
 
 photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
 	$(BIN)/python -m prefixcache_bench.photograph

@@ -1,6 +1,6 @@
 """Write docs/experiments.md: each question with the command that answers it, run on real traces.
 
-    python -m prefixcache_bench.experiments [--traces DIR] [--out docs]
+    python -m prefixcache_bench.experiments [--traces DIR] [--out docs] [--resume]
 
 Without a folder of traces (PREFIXCACHE_TRACES), the questions are asked of generated workloads.
 """
@@ -100,8 +100,11 @@ QUESTIONS = (
         "simulations use.",
         "sweep HASHED --block-size 512 --capacity 1000b,5000b,10000b,30000b,50000b,inf "
         "--policy POLICIES --partial off -o PICTURE",
-        "**Answer.** The table says which wins where. With memory for the whole working set they "
-        "all meet at the ceiling; the less memory, the more they differ. LRU is the default.",
+        "**Answer.** With memory for the whole working set they all meet at the ceiling; the less "
+        "memory, the more they differ. `hazard`, which learns when which kind of block comes back, "
+        "is ahead up to 30,000 blocks, most where memory holds less than a think time of traffic. "
+        "Policies by frequency are a good filter in little memory and fail beyond. LRU is the "
+        "default. [Policies](policies.md) has all workloads, the bounds, and what was tried.",
         "policy",
     ),
     Question(
@@ -136,6 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", default=os.environ.get("PREFIXCACHE_TRACES", ""))
     parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows of sweeps that are there already"
+    )
     asked = parser.parse_args()
     pictures = asked.out / "experiments"
     pictures.mkdir(parents=True, exist_ok=True)
@@ -146,7 +152,7 @@ def main() -> None:
         parts.append("*Made from generated workloads, not from real traces.*")
     for question in QUESTIONS:
         print(question.title, file=sys.stderr, flush=True)
-        parts.append(_ask(question, places, pictures))
+        parts.append(_ask(question, places, pictures, resume=asked.resume))
     parts.append(_REFERENCE.strip())
     parts.append(
         f"---\n\nMade by `make experiments` at {head['time']} from commit {head['commit']}, "
@@ -172,13 +178,21 @@ def _places(folder: str, pictures: Path) -> Iterator[tuple[str, tuple[str, str]]
     yield _HASHED, (str(made), "chats.jsonl")
 
 
-def _ask(question: Question, places: dict[str, tuple[str, str]], pictures: Path) -> str:
+def _ask(
+    question: Question,
+    places: dict[str, tuple[str, str]],
+    pictures: Path,
+    *,
+    resume: bool = False,
+) -> str:
     run = shown = question.command
     for name, (real, label) in places.items():
         run, shown = run.replace(name, real), shown.replace(name, label)
     run = run.replace("PICTURE", str(pictures / question.picture))
     shown = shown.replace("PICTURE", question.picture)
     name, *arguments = shlex.split(run)
+    if resume and name == "sweep":
+        arguments.append("--resume")
     output = _run(name, arguments, shown)
     picture = f"![{question.title}](experiments/{question.picture}.png)"
     block = f"```console\n$ prefixcache {shown}\n{output}\n```"
@@ -214,15 +228,18 @@ workload, so ask them of your own. The experiments replay a trace through the ve
 serves (`prefixcache.core`, not a model of it), on a virtual clock.
 
 **Your own chats, in two commands.** A file of chats (JSON lines with `messages`, or ShareGPT JSON)
-and a tokenizer are enough:
+is enough:
 
 ```console
 $ pip install 'prefixcache[experiments]'
-$ prefixcache sweep chats.jsonl --tokenizer path/to/model
+$ prefixcache sweep chats.jsonl
 ```
 
-The first line of the file tells its form; `--format` says it where that is not enough. Below, the
-same questions are asked of real traces, with the command, what it prints, and its picture.
+The last lines of the answer say, for every amount of memory, how large a block may be; the picture
+is `sweep.png`. Text is cut into tokens by tiktoken, which needs no network; for your model's own
+tokens add `--tokenizer path/to/model`. The first line of the file tells its form; `--format` says
+it where that is not enough. Below, the same questions are asked of real traces, with the command,
+what it prints, and its picture.
 """
 
 _REFERENCE = """
@@ -242,7 +259,8 @@ _REFERENCE = """
 * The ledger's percentages add up to 100.000.
 
 With `--partial off`, LRU equals independent simulators to every printed digit, on token traces and
-on block-hash traces, at 1 to 512 tokens per block; `prefixcache curve` equals replays at every
+on block-hash traces, at 1 to 512 tokens per block; so does LFU where it is simulated without a tree
+(`--policy lfu-flat`; [why the tree's own differs](policies.md)); `prefixcache curve` equals replays at every
 capacity; `tails` with infinite memory gives, at every block size, exactly what blocks of one token
 give. Tests say so: against brute force always, and against the references where
 `PREFIXCACHE_TRACES` names a folder that has them (with `PREFIXCACHE_SOAK` set, row by row).
