@@ -260,9 +260,9 @@ _REFERENCE = """
 
 With `--partial off`, LRU equals independent simulators to every printed digit, on token traces and
 on block-hash traces, at 1 to 512 tokens per block; so does LFU where it is simulated without a tree
-(`--policy lfu-flat`; [why the tree's own differs](policies.md)); `prefixcache curve` equals replays at every
-capacity; `tails` with infinite memory gives, at every block size, exactly what blocks of one token
-give. Tests say so: against brute force always, and against the references where
+(`--policy lfu-flat`; [why the tree's own differs](policies.md)); `prefixcache curve` equals replays
+at every capacity; `tails` with infinite memory gives, at every block size, exactly what blocks of
+one token give. Tests say so: against brute force always, and against the references where
 `PREFIXCACHE_TRACES` names a folder that has them (with `PREFIXCACHE_SOAK` set, row by row).
 
 A sweep runs on all cores. Ctrl-C keeps the rows that are finished, and `--resume` goes on. Where
