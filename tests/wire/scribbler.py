@@ -1,6 +1,7 @@
-"""A worker that outlives its service: it goes on writing to all blocks it was ever lent.
+"""A worker that goes on writing rubbish to all slots that are its own, whatever happens meanwhile.
 
-Argument: target.  Says how many blocks are its own, and writes rubbish until its input ends.
+Argument: target.  Says how many blocks are its own, and writes until its input ends; then it asks
+the service itself, past its own client's better knowledge, to commit, and says what came of it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,15 @@ import sys
 
 import prefixcache
 from chaos.pattern import Pool, prompt
+from prefixcache.client.ops import Step
+from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from wire.service_process import LAYOUT
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 def main() -> None:
@@ -24,10 +32,16 @@ def main() -> None:
     lease.commit(30)  # 7 whole blocks, and a tail of 2 in a block to which it writes on
     room = len(lease.block_table) * pool.handle.block_size
     mine = pool.places(lease.block_table, 30, room)
-    sys.stdout.write(f"{len(lease.block_table) - 7}\n")
-    sys.stdout.flush()
+    say(str(len(lease.block_table) - 7))
     while not select.select([sys.stdin], [], [], 0.0)[0]:
         pool.slots[:, mine] += 1
+    step = Step(session.ids)
+    reply = step.commit(lease.id, 42, b"")
+    session._run(step)
+    try:
+        say(str(reply.result()))
+    except CacheError as error:
+        say(f"{type(error).__name__} {error.code}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 
 import prefixcache
 from chaos.pattern import Pool, prompt
+from chaos.storm import Disk
 from prefixcache.client import Client, Session
 from prefixcache.config import load
 from prefixcache.errors import EpochMismatch, ServiceUnavailable
@@ -429,3 +430,28 @@ def test_a_folder_that_cannot_be_used_costs_the_state_and_nothing_else(
             assert reader.read(CHATS[0]) == len(CHATS[0]) // 4
             assert "directory" in info(client).failure.lower()
         assert service.stop() == 0
+
+
+def test_a_full_disk_costs_what_it_could_not_take_until_there_is_room(
+    target: str, tmp_path: Path
+) -> None:
+    disk = Disk(tmp_path / "disk")
+    state = disk.folder / "state"
+    try:
+        with serve_again(target, state) as first, prefixcache.connect(target) as client:
+            with Reader(client) as reader:
+                reader.store(CHATS[0])
+                eventually(written(client))
+                disk.fill(first.process.pid)
+                for chat in CHATS[1:]:
+                    reader.store(chat)
+                    assert reader.read(chat) == len(chat) // 4, "the service goes on"
+                eventually(lambda: info(client).failure)
+                disk.free(first.process.pid)
+            eventually(written(client))
+            assert not info(client).failure
+            kill(first)
+        with serve_again(target, state):
+            assert hits(target) >= 0.99 * TOKENS
+    finally:
+        disk.close()
