@@ -25,9 +25,11 @@ from prefixcache.errors import (
     LayoutMismatch,
     LeaseExpired,
     NotFound,
+    PermissionDenied,
     PoolExhausted,
     QuotaExceeded,
     ServiceUnavailable,
+    Unauthenticated,
     Unsupported,
 )
 from prefixcache.types import Layout, Namespace, pack, unpack
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         Client,
         Lease,
         Session,
+        Tls,
         connect,
         connect_async,
     )
@@ -60,10 +63,13 @@ __all__ = [
     "LeaseExpired",
     "Namespace",
     "NotFound",
+    "PermissionDenied",
     "PoolExhausted",
     "QuotaExceeded",
     "ServiceUnavailable",
     "Session",
+    "Tls",
+    "Unauthenticated",
     "Unsupported",
     "connect",
     "connect_async",

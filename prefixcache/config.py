@@ -98,6 +98,12 @@ def _needs_record(value: bool, info: ValidationInfo) -> bool:
     return value
 
 
+def _needs_certificate(value: Path | None, info: ValidationInfo) -> Path | None:
+    if value is not None and info.data.get("tls_cert") is None:
+        raise ValueError("is of no use without --tls-cert FILE")
+    return value
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
@@ -130,6 +136,14 @@ class ServeSettings(BaseSettings):
     """The GPU of a `cuda` pool."""
     listen: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Addresses; by default the default socket."""
+    identities: Path | None = None
+    """File that says who may use which namespaces."""
+    tls_cert: Path | None = None
+    """Certificate chain for TCP, PEM; read again when it changes."""
+    tls_key: Annotated[Path | None, AfterValidator(_needs_certificate)] = None
+    """Its key, PEM."""
+    tls_ca: Annotated[Path | None, AfterValidator(_needs_certificate)] = None
+    """Who may have signed clients' certificates, PEM; then each client must show one."""
     ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that leases live without a sign of life."""
     quarantine: Annotated[float, Field(ge=0)] = 300.0

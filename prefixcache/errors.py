@@ -5,6 +5,8 @@ CacheError                  UNKNOWN
 ├── InvalidRequest          INVALID_ARGUMENT     the request can never be served as it is
 │   └── LayoutMismatch      INVALID_ARGUMENT     another shape of keys and values than the pool's
 ├── NotFound                NOT_FOUND            no such lease, worker or ticket (or not yours)
+├── Unauthenticated         UNAUTHENTICATED      the service does not know who is calling
+├── PermissionDenied        PERMISSION_DENIED    known, but it takes an admin
 ├── LeaseExpired            FAILED_PRECONDITION  the lease ended before this call
 ├── EpochMismatch           FAILED_PRECONDITION  the handle belongs to another life of the pool
 ├── PoolExhausted           RESOURCE_EXHAUSTED   not enough free and evictable blocks now
@@ -40,6 +42,18 @@ class NotFound(CacheError):
     """There is no such lease, worker or ticket, or it belongs to somebody else."""
 
     code = "NOT_FOUND"
+
+
+class Unauthenticated(CacheError):
+    """The service does not know who is calling: no proof, or one that proves nothing."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(CacheError):
+    """The caller is known, and may not do this.  What others have is `NotFound` instead."""
+
+    code = "PERMISSION_DENIED"
 
 
 class LeaseExpired(CacheError):
@@ -90,7 +104,9 @@ BY_CODE: dict[str, type[CacheError]] = {
         LeaseExpired,
         InvalidRequest,
         NotFound,
+        PermissionDenied,
         PoolExhausted,
+        Unauthenticated,
         Unsupported,
         ServiceUnavailable,
     )

@@ -6,13 +6,14 @@ one).
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, tree, watch
+from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, token, tree, watch
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -37,6 +38,7 @@ app.command("reset")(reset.reset)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)
 app.command("quota")(quota.quota)
+app.command("token")(token.token)
 
 
 def _print_version(wanted: bool) -> None:
@@ -45,14 +47,41 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _credential(flag: str, variable: str, text: str) -> Any:
+    return typer.Option(
+        flag,
+        metavar="FILE",
+        help=f"{text} Default: $PREFIXCACHE_{variable}.",
+        rich_help_panel="Access",
+        show_default=False,
+    )
+
+
 @app.callback()
 def _options(
     version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
     ] = False,
+    token_file: Annotated[
+        str | None, _credential("--token-file", "TOKEN_FILE", "File with the bearer token.")
+    ] = None,
+    tls_ca: Annotated[
+        str | None, _credential("--tls-ca", "TLS_CA", "Speak TLS; who signed the service.")
+    ] = None,
+    tls_cert: Annotated[
+        str | None, _credential("--tls-cert", "TLS_CERT", "Show this certificate.")
+    ] = None,
+    tls_key: Annotated[str | None, _credential("--tls-key", "TLS_KEY", "Its key.")] = None,
 ) -> None:
-    pass
+    given = {
+        "TOKEN_FILE": token_file,
+        "TLS_CA": tls_ca,
+        "TLS_CERT": tls_cert,
+        "TLS_KEY": tls_key,
+    }
+    # Where the client looks: every command connects alike, those of plug-ins, too.
+    os.environ.update({f"PREFIXCACHE_{name}": value for name, value in given.items() if value})
 
 
 def main() -> None:

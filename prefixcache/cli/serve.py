@@ -9,6 +9,7 @@ import typer
 
 _POOL = "Pool"
 _SERVICE = "Service"
+_ACCESS = "Access"
 _LIMITS = "Limits"
 
 
@@ -68,6 +69,19 @@ def serve(
     listen: Annotated[
         list[str] | None,
         _option(_SERVICE, "unix:PATH or 127.0.0.1:PORT; may be repeated.", "ADDRESS"),
+    ] = None,
+    identities: Annotated[
+        Path | None,
+        _option(_ACCESS, "Who may use which namespaces (TOML); see SECURITY.md.", "FILE"),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        _option(_ACCESS, "Certificate chain for TCP; read again when it changes.", "PEM"),
+    ] = None,
+    tls_key: Annotated[Path | None, _option(_ACCESS, "Its key.", "PEM")] = None,
+    tls_ca: Annotated[
+        Path | None,
+        _option(_ACCESS, "Demand client certificates that this authority signed.", "PEM"),
     ] = None,
     ttl: Annotated[
         float | None,

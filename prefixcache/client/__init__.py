@@ -6,6 +6,7 @@ a slowdown, never an outage: every call raises `ServiceUnavailable`, and `sessio
 
 from prefixcache.client.aio import AsyncClient, connect_async
 from prefixcache.client.aio_session import AsyncBatch, AsyncLease, AsyncSession
+from prefixcache.client.credentials import Tls
 from prefixcache.client.ops import Reply
 from prefixcache.client.session import Batch, Lease, Session
 from prefixcache.client.sync import Client, connect
@@ -20,6 +21,7 @@ __all__ = [
     "Lease",
     "Reply",
     "Session",
+    "Tls",
     "connect",
     "connect_async",
 ]

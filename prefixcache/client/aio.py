@@ -13,6 +13,7 @@ import grpc.aio
 from prefixcache.client import codec, outlines, unary
 from prefixcache.client.address import Address, default_target, this_host
 from prefixcache.client.aio_session import AsyncSession
+from prefixcache.client.credentials import Access, Tls
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     Explanation,
@@ -29,27 +30,35 @@ from prefixcache.types import (
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
-async def connect_async(target: str | None = None, *, timeout_s: float = 10.0) -> AsyncClient:
+async def connect_async(
+    target: str | None = None,
+    *,
+    timeout_s: float = 10.0,
+    tls: Tls | None = None,
+    token: str | None = None,
+) -> AsyncClient:
     """Connect to the service of this machine; see `connect`.
 
     Raises:
         ServiceUnavailable: nobody listens there; the message names the command that starts one.
-        InvalidRequest: the address cannot be read.
+        InvalidRequest: the address cannot be read, or the token would travel in the clear.
     """
     address = Address.parse(target or default_target())
+    access = Access(address, tls, token)
     await asyncio.to_thread(address.probe, timeout_s)
-    return AsyncClient(address, timeout_s)
+    return AsyncClient(address, timeout_s, access)
 
 
 class AsyncClient:
     """A connection to one service.  Async context manager; closing it closes its sessions."""
 
-    def __init__(self, address: Address, timeout_s: float) -> None:
+    def __init__(self, address: Address, timeout_s: float, access: Access) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self.finished: list[str] = []
         """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
-        self.channel = grpc.aio.insecure_channel(str(address), unary.CHANNEL_OPTIONS)
+        self.metadata = access.metadata
+        self.channel = access.channel(grpc.aio, unary.CHANNEL_OPTIONS)
         self._sessions: list[AsyncSession] = []
 
     async def attach(
@@ -155,7 +164,7 @@ class AsyncClient:
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
         try:
-            return await method(request, timeout=self.timeout_s)
+            return await method(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
 

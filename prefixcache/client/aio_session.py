@@ -64,7 +64,7 @@ class AsyncSession:
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
-        self._call = stream(wait_for_ready=True)
+        self._call = stream(wait_for_ready=True, metadata=client.metadata)
 
     async def _open(self, request: pb.AttachRequest, *, keep_alive: bool) -> None:
         self._spawn(self._read())

@@ -503,11 +503,13 @@ STATUS_CODES: Final = {
     "UNKNOWN": 2,
     "INVALID_ARGUMENT": 3,
     "NOT_FOUND": 5,
+    "PERMISSION_DENIED": 7,
     "RESOURCE_EXHAUSTED": 8,
     "FAILED_PRECONDITION": 9,
     "UNIMPLEMENTED": 12,
     "INTERNAL": 13,
     "UNAVAILABLE": 14,
+    "UNAUTHENTICATED": 16,
 }
 """Numbers of the gRPC status codes that the errors use."""
 _CODE_NAMES = {number: name for name, number in STATUS_CODES.items()}

@@ -70,7 +70,9 @@ class Session:
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
-        self._call = stream(iter(self._outbox.get, None), wait_for_ready=True)
+        self._call = stream(
+            iter(self._outbox.get, None), wait_for_ready=True, metadata=client.metadata
+        )
         self._reader = threading.Thread(target=self._read, name="prefixcache-reader", daemon=True)
         self._reader.start()
         step = Step(self.ids)

@@ -11,6 +11,7 @@ import grpc
 
 from prefixcache.client import codec, outlines, unary
 from prefixcache.client.address import Address, default_target, this_host
+from prefixcache.client.credentials import Access, Tls
 from prefixcache.client.session import Session
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
@@ -28,30 +29,40 @@ from prefixcache.types import (
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
-def connect(target: str | None = None, *, timeout_s: float = 10.0) -> Client:
+def connect(
+    target: str | None = None,
+    *,
+    timeout_s: float = 10.0,
+    tls: Tls | None = None,
+    token: str | None = None,
+) -> Client:
     """Connect to the service of this machine.
 
     Args:
         target: `unix:/path`, a path, or `host:port`; by default the default socket.
         timeout_s: how long any call may go unanswered (beside the time it chose to wait).
+        tls: how to speak TLS over TCP; by default as the environment says, or not.
+        token: the bearer token that says who this is; by default the environment's, if any.
 
     Raises:
         ServiceUnavailable: nobody listens there; the message names the command that starts one.
-        InvalidRequest: the address cannot be read.
+        InvalidRequest: the address cannot be read, or the token would travel in the clear.
     """
-    return Client(Address.parse(target or default_target()), timeout_s)
+    address = Address.parse(target or default_target())
+    return Client(address, timeout_s, Access(address, tls, token))
 
 
 class Client:
     """A connection to one service.  Context manager; closing it closes its sessions."""
 
-    def __init__(self, address: Address, timeout_s: float) -> None:
+    def __init__(self, address: Address, timeout_s: float, access: Access) -> None:
         self.address = address
         self.timeout_s = timeout_s
         self.finished: list[str] = []
         """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
         address.probe(timeout_s)
-        self.channel = grpc.insecure_channel(str(address), unary.CHANNEL_OPTIONS)
+        self.metadata = access.metadata
+        self.channel = access.channel(grpc, unary.CHANNEL_OPTIONS)
         self._sessions: list[Session] = []
 
     def attach(
@@ -200,7 +211,7 @@ class Client:
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
         try:
-            return method(request, timeout=self.timeout_s)
+            return method(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
 

@@ -76,6 +76,11 @@ class BlockPool:
         return len(self._stack) + self.num_blocks - self._bump
 
     @property
+    def num_used(self) -> int:
+        """Ids below this one may have been given before, all others never."""
+        return self._bump
+
+    @property
     def num_quarantined(self) -> int:
         """Blocks that nobody may use until their last writer is known to be gone."""
         return sum(map(len, self._quarantine.values()))

@@ -29,6 +29,7 @@ from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
 from prefixcache.core.recital import recite
 from prefixcache.core.steering import Steering
+from prefixcache.core.tenure import Wipe
 from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Order, Outline
@@ -113,6 +114,10 @@ class PrefixCache(Membership, Leasing, Steering):
         """Blocks that the tree holds.  O(1)."""
         return self._desk.tree.num_blocks
 
+    def namespaces(self) -> list[Namespace]:
+        """Give the namespaces that anybody has attached, or that store something."""
+        return list(self._desk.roots)
+
     def observe(self, journal: Journal, rights: Rights | None = None) -> None:
         """Tell `journal` of every change of the index from now on, beside those told already.
 
@@ -124,6 +129,10 @@ class PrefixCache(Membership, Leasing, Steering):
         tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
         if rights is not None:
             self._desk.holdings.pool.rights = rights
+
+    def wipe_with(self, wipe: Wipe) -> None:
+        """Have blocks overwritten with zeros before they are lent to another tenant than before."""
+        self._desk.holdings.tenure.wipe = wipe
 
     def recite(self, journal: Journal) -> None:
         """Tell `journal` what is indexed now, as if it was stored just now.  O(runs)."""
@@ -150,6 +159,9 @@ class PrefixCache(Membership, Leasing, Steering):
         for root in desk.roots.values():
             indexed.extend(blocks_below(root))
         desk.holdings.pool.restore(indexed, aside, worker)
+        desk.holdings.tenure.restore(
+            (root.namespace.tenant, blocks_below(root)) for root in desk.roots.values()
+        )
         return count
 
     # ------------------------------------------------------------------ looking
@@ -204,7 +216,8 @@ class PrefixCache(Membership, Leasing, Steering):
         roots = self._desk.roots
         chosen = list(roots) if namespaces is None else namespaces
         walk = Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
-        return walk.run([roots[one] for one in chosen if one in roots], now)
+        stored = [roots[one] for one in chosen if one in roots]
+        return walk.run([root for root in stored if root.children or root.ghosts], now)
 
     def snapshot(self, *, now: float) -> Snapshot:
         """Give the numbers of this moment.  O(leases)."""

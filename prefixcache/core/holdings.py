@@ -17,6 +17,7 @@ from prefixcache.core.leases import Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quotas import Account, Quotas
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.tenure import Tenure
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate
 
@@ -32,6 +33,7 @@ class Holdings:
         "num_overshot",
         "pool",
         "quotas",
+        "tenure",
         "tree",
     )
 
@@ -39,6 +41,7 @@ class Holdings:
         self.tree = tree
         self.pool = pool
         self.quotas = Quotas(pool.num_blocks)
+        self.tenure = Tenure(pool.num_blocks)
         self.num_evicted = 0
         self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
@@ -89,8 +92,11 @@ class Holdings:
                 f"needs {need} blocks; {self.pool.num_free} free, {max(0, room)} evictable"
             )
 
-    def allocate(self, need: int) -> BlockTable:
-        """Take blocks that were admitted, evicting as many as are lacking."""
+    def allocate(self, need: int, tenant: str = "") -> BlockTable:
+        """Take blocks that were admitted, evicting as many as are lacking.
+
+        What another tenant has used is wiped before this one may read it.
+        """
         pool = self.pool
         while (short := need - pool.num_free) > 0:
             evicted = self.tree.evict(short)
@@ -99,7 +105,10 @@ class Holdings:
             if not evicted:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
             pool.release(evicted)
-        return pool.allocate(need)
+        num_used = pool.num_used
+        blocks = pool.allocate(need)
+        self.tenure.lend(blocks, tenant, num_used)
+        return blocks
 
     @staticmethod
     def recount(lease: Lease) -> None:
@@ -129,7 +138,7 @@ class Holdings:
         """
         if source is not None:
             self.pool.share(source)
-        fresh = self.allocate(need)
+        fresh = self.allocate(need, lease.namespace.tenant)
         lease.table = node.table()
         lease.private_from = len(lease.table)
         lease.table.extend(fresh)
@@ -189,7 +198,7 @@ class Holdings:
         """Give a lease room for `num_tokens` tokens, as admitted; unshare its last block."""
         table = lease.table
         unshare = lease.tail_is_shared and num_tokens > lease.committed
-        fresh = self.allocate(self.lacks(lease, num_tokens))
+        fresh = self.allocate(self.lacks(lease, num_tokens), lease.namespace.tenant)
         keep = len(table) - unshare
         copies: tuple[Copy, ...] = ()
         if unshare:
@@ -242,7 +251,7 @@ class Holdings:
             is_ours = cut in owned
             if len(owned) == is_ours:
                 self.admit(1, lease.account)
-                owned.extend(self.allocate(1))
+                owned.extend(self.allocate(1, lease.namespace.tenant))
             if is_ours:
                 owned.remove(cut)  # ours so far; from now on held as the copy's source
             else:

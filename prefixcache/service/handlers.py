@@ -23,11 +23,13 @@ from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Outline
 from prefixcache.service.events import EventLog
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import Identity
 from prefixcache.service.meter import Meter
 from prefixcache.service.pulse import Pulse
 from prefixcache.service.recorder import Recorder
+from prefixcache.service.sight import narrow
 from prefixcache.service.waiting import WaitingLine
-from prefixcache.service.workers import MAX_NAMESPACES, Worker, Workers
+from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker, Workers
 from prefixcache.types import (
     Committed,
     Ended,
@@ -67,6 +69,14 @@ class Attached:
     namespace_index: int
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Answer of `snapshot`, and who asked: not everybody sees all of it."""
+
+    snapshot: Snapshot
+    identity: Identity
+
+
 class Handlers:
     """All verbs of the service.
 
@@ -103,13 +113,17 @@ class Handlers:
     # ------------------------------------------------------------------------ coming and going
 
     def attach(
-        self, worker: Worker | None, request: pb.AttachRequest, hang_up: Callable[[], object] | None
+        self,
+        asker: Asker,
+        request: pb.AttachRequest,
+        hang_up: Callable[[], object] | None,
     ) -> Attached:
         """Let a worker, new or known, join a namespace.
 
         Raises:
             LayoutMismatch: the pool holds another layout.
             InvalidRequest: a text is too long, or the layout is none.
+            NotFound: it names another tenant, or a model that it may not use.
             ServiceUnavailable: the service is about to end.
         """
         self._refuse_if_draining()
@@ -117,12 +131,16 @@ class Handlers:
         _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
+        namespace = asker.identity.own(namespace)
         fresh = self.holdings.cache is None
         cache = self.holdings.settle_layout(codec.read_layout(request.layout))
         if fresh:
             log.info("pool created", sizes=str(self.holdings.sizes))
-        if worker is None:
-            worker = self.workers.join(request.name, request.pid, request.host, hang_up)
+        worker = (
+            asker
+            if isinstance(asker, Worker)
+            else self.workers.join(asker.identity, request.name, request.pid, request.host, hang_up)
+        )
         if namespace not in worker.namespaces:
             if len(worker.namespaces) >= MAX_NAMESPACES:
                 raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
@@ -246,22 +264,22 @@ class Handlers:
 
     # ------------------------------------------------------------------------ looking
 
-    def lookup(self, worker: Worker | None, request: pb.LookupRequest) -> Lookup:
+    def lookup(self, asker: Asker, request: pb.LookupRequest) -> Lookup:
         """Say what `acquire` would find."""
-        return self._cache().lookup(self._named(worker, request), request.tokens)
+        return self._cache().lookup(self._named(asker, request), request.tokens)
 
-    def explain(self, worker: Worker | None, request: pb.ExplainRequest) -> Explanation:
+    def explain(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
         """Say why."""
-        return self._cache().explain(self._named(worker, request), request.tokens)
+        return self._cache().explain(self._named(asker, request), request.tokens)
 
-    def reset(self, worker: Worker | None, request: pb.ResetRequest) -> Reset:
+    def reset(self, asker: Asker, request: pb.ResetRequest) -> Reset:
         """Make a namespace forget."""
-        namespace = self._named(worker, request)
+        namespace = self._named(asker, request)
         answer = self._cache().reset(namespace)
         log.info("reset", namespace=str(namespace), blocks=answer.num_blocks)
         return answer
 
-    def pin(self, worker: Worker | None, request: pb.PinRequest) -> Pinned:
+    def pin(self, asker: Asker, request: pb.PinRequest) -> Pinned:
         """Let a prefix be evicted last.
 
         Raises:
@@ -273,18 +291,20 @@ class Handlers:
                 f"{request.ttl_s:g}"
             )
         return self._cache().pin(
-            self._named(worker, request), request.tokens, ttl_s=request.ttl_s, now=monotonic()
+            self._named(asker, request), request.tokens, ttl_s=request.ttl_s, now=monotonic()
         )
 
-    def unpin(self, worker: Worker | None, request: pb.UnpinRequest) -> Unpinned:
+    def unpin(self, asker: Asker, request: pb.UnpinRequest) -> Unpinned:
         """End one pin, or all of a namespace."""
-        return self._cache().unpin(self._named(worker, request), request.tokens)
+        return self._cache().unpin(self._named(asker, request), request.tokens)
 
-    def quota(self, worker: Worker | None, request: pb.QuotaRequest) -> QuotaInfo:
+    def quota(self, asker: Asker, request: pb.QuotaRequest) -> QuotaInfo:
         """Tell, or set, what a tenant or a namespace may hold.
 
         Raises:
             InvalidRequest: it does not say whose.
+            NotFound: it names another tenant.
+            PermissionDenied: only an admin sets quotas.
         """
         scope: Namespace | str
         match request.WhichOneof("scope"):
@@ -296,8 +316,15 @@ class Handlers:
                 _check_texts((scope,))
             case _:
                 raise InvalidRequest("name a namespace or a tenant")
+        identity = asker.identity
+        if isinstance(scope, str):
+            if not (identity.admin or identity.tenant in (None, scope)):
+                raise NotFound(f"no tenant {scope!r}")
+        else:
+            scope = identity.own(scope)
         if not request.set:
             return self._cache().quota(scope)
+        identity.refuse_unless_admin("set quotas")
         answer = self._cache().set_quota(
             scope,
             max_held=request.max_held if request.HasField("max_held") else None,
@@ -307,16 +334,15 @@ class Handlers:
         log.info("quota", scope=str(scope), max_held=answer.max_held, guaranteed=answer.guaranteed)
         return answer
 
-    def snapshot(self, worker: Worker | None, request: pb.SnapshotRequest) -> Snapshot:
+    def snapshot(self, asker: Asker, request: pb.SnapshotRequest) -> Seen:
         """Tell the state of the cache; all zeros before the layout is known."""
         if self.holdings.cache is None:
             size = self.settings.block_size
-            return Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
-        return self.holdings.cache.snapshot(now=monotonic())
+            nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
+            return Seen(nothing, asker.identity)
+        return Seen(self.holdings.cache.snapshot(now=monotonic()), asker.identity)
 
-    def tree(
-        self, worker: Worker | None, request: pb.TreeRequest
-    ) -> Generator[None, None, Outline]:
+    def tree(self, asker: Asker, request: pb.TreeRequest) -> Generator[None, None, Outline]:
         """Draw an outline of the trees, in steps.
 
         Raises:
@@ -326,7 +352,11 @@ class Handlers:
             raise InvalidRequest(
                 f"{request.max_branches:,} branches in one outline; the limit is {MAX_BRANCHES:,}"
             )
-        chosen = [self._named(worker, request)] if request.HasField("namespace") else None
+        chosen = None
+        if request.HasField("namespace"):
+            chosen = [self._named(asker, request)]
+        elif not asker.identity.admin:
+            chosen = [one for one in self._cache().namespaces() if asker.identity.sees(one)]
         return self._cache().outline(
             chosen,
             order=outlines.read_order(request.order),
@@ -336,7 +366,16 @@ class Handlers:
             now=monotonic(),
         )
 
-    def _write_snapshot(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
+    def _write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
+        self._write_whole(answer.snapshot, message)
+        if not answer.identity.admin:
+            tenant = answer.identity.tenant
+            roll = self.workers.roll()
+            narrow(
+                message, answer.identity, {one.id for one in roll if one.identity.tenant == tenant}
+            )
+
+    def _write_whole(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
         codec.write_snapshot(answer, message)
         self._write_watched(message)
         info = message.service
@@ -422,14 +461,14 @@ class Handlers:
                 "no more"
             )
 
-    def _named(self, worker: Worker | None, request: Any) -> Namespace:
+    def _named(self, asker: Asker, request: Any) -> Namespace:
         if request.HasField("namespace"):
             namespace = codec.read_namespace(request.namespace)
             _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
-            return namespace
-        if worker is None:
+            return asker.identity.own(namespace)
+        if not isinstance(asker, Worker):
             raise InvalidRequest("name a namespace, or the worker that has attached it")
-        return self._attached_namespace(worker, request.namespace_index)
+        return self._attached_namespace(asker, request.namespace_index)
 
     @staticmethod
     def _attached_namespace(worker: Worker, index: int) -> Namespace:

@@ -14,6 +14,7 @@ from prefixcache.pool import PoolFile
 from prefixcache.service.model_layout import read_layout
 from prefixcache.service.pool_owner import PoolOwner
 from prefixcache.service.state.folder import StateFolder
+from prefixcache.service.wiper import Wiper
 from prefixcache.types import Layout, PoolHandle
 
 
@@ -66,6 +67,7 @@ class Holdings:
         self.owner: PoolOwner | None = None
         """The process that has the pool, if that is on a GPU."""
         self._file: PoolFile | None = None
+        self._wiper: Wiper | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
         elif settings.pool == "cuda":
@@ -128,6 +130,9 @@ class Holdings:
             )
         if self.state is not None:
             self.state.restore(cache, settings.partial)
+        if self.handle.kind == "shm":
+            self._wiper = Wiper(self.handle)
+            cache.wipe_with(self._wiper)
         self.cache, self.sizes = cache, sizes
         return cache
 
@@ -143,6 +148,8 @@ class Holdings:
         """Unlink the pool's file, unless it is kept; end a GPU pool's owner.  Idempotent."""
         if self.owner is not None:
             self.owner.close()
+        if self._wiper is not None:
+            self._wiper.close()
         if self.state is not None:
             self.state.close()
         if self._file is not None:
@@ -163,3 +170,8 @@ def _check_cuda(settings: ServeSettings) -> None:
         )
     if settings.state is not None:
         raise InvalidRequest("--state keeps pools in shared memory; --pool cuda has none there")
+    if settings.identities is not None:
+        raise InvalidRequest(
+            "--identities needs a pool in shared memory: blocks on a GPU are not wiped when they "
+            "change tenant. Serve each tenant with a service of its own."
+        )

@@ -1,13 +1,12 @@
 """Where the service listens: who may reach it is decided here.
 
-A Unix socket is 0600 in a folder of 0700: only this user.  TCP is for the loopback device: without
-authentication, any other address would lend the pool to strangers, so it is refused.
+A Unix socket is 0600 in a folder of 0700: only this user, or the one user it was given to.  TCP is
+for the loopback device; any other address is refused unless it speaks TLS and knows its callers.
 """
 
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import os
 import socket
 import stat
@@ -17,19 +16,30 @@ from pathlib import Path
 import grpc.aio
 
 from prefixcache.client.address import Address
+from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.service.certificates import Certificates
 
 
 class Listener:
     """The addresses of one service.  Holds a lock per Unix socket for as long as it lives."""
 
-    def __init__(self, targets: Iterable[str]) -> None:
+    def __init__(
+        self,
+        targets: Iterable[str],
+        *,
+        certificates: Certificates | None = None,
+        is_guarded: bool = False,
+        owner: int | None = None,
+    ) -> None:
         self._addresses = [Address.parse(target) for target in targets]
+        self._certificates = certificates
+        self._owner = owner
         self._locks: list[int] = []
         self._bound: list[Path] = []
         for address in self._addresses:
             if not address.path:
-                check_loopback(address)
+                _check_reach(address, has_tls=certificates is not None, is_guarded=is_guarded)
 
     def claim(self) -> None:
         """Make sure that nobody else listens there; remove what a dead service left.
@@ -52,13 +62,18 @@ class Listener:
         for address in self._addresses:
             mask = os.umask(0o177)
             try:
-                port = server.add_insecure_port(str(address))
+                if address.path or self._certificates is None:
+                    port = server.add_insecure_port(str(address))
+                else:
+                    credentials = self._certificates.credentials()
+                    port = server.add_secure_port(str(address), credentials)
             except RuntimeError as error:
                 raise ServiceUnavailable(f"cannot listen at {address}: {error}") from None
             finally:
                 os.umask(mask)
             if address.path:
                 self._bound.append(Path(address.path))
+                self._give_away(Path(address.path))
                 bound.append(str(address))
             else:
                 bound.append(str(Address(host=address.host, port=port)))
@@ -72,6 +87,18 @@ class Listener:
         for lock in self._locks:
             os.close(lock)
         self._locks.clear()
+
+    def _give_away(self, path: Path) -> None:
+        """Let a socket belong to its identity's user: from then on only that user can connect."""
+        if self._owner is None or self._owner == os.getuid():
+            return
+        try:
+            os.chown(path, self._owner, -1)
+        except OSError as error:
+            raise InvalidRequest(
+                f"cannot give {path} to user {self._owner}: {error.strerror}. Only root may give a "
+                "socket away: run the service as root, or as that user"
+            ) from None
 
     def _prepare(self, address: Address) -> None:
         path = Path(address.path)
@@ -114,13 +141,15 @@ def check_loopback(address: Address) -> None:
     Raises:
         InvalidRequest: it is one.
     """
-    host = "127.0.0.1" if address.host == "localhost" else address.host
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise InvalidRequest(
-            f"refused to listen at {address}: whoever reaches the service may use its pool, and "
-            "there is no authentication. Listen on unix:PATH or 127.0.0.1:PORT."
-        )
+    _check_reach(address, has_tls=False, is_guarded=False)
+
+
+def _check_reach(address: Address, *, has_tls: bool, is_guarded: bool) -> None:
+    if is_loopback(address.host) or (has_tls and is_guarded):
+        return
+    lacking = [] if has_tls else ["no TLS (--tls-cert, --tls-key)"]
+    lacking += [] if is_guarded else ["no authentication (--identities)"]
+    raise InvalidRequest(
+        f"refused to listen at {address}: whoever reaches the service may use its pool, and there "
+        f"is {' and '.join(lacking)}. Listen on unix:PATH or 127.0.0.1:PORT."
+    )

@@ -16,22 +16,21 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import grpc.aio
 import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from prefixcache.client.address import default_target
 from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service import log as logging
 from prefixcache.service import unary
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.doors import Door, make_doors, open_doors
+from prefixcache.service.gate import Register
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
-from prefixcache.service.listen import Listener
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.state.folder import FORMER, Condition
 from prefixcache.service.waiting import WaitingLine
@@ -82,8 +81,10 @@ async def _serve(
     announce: Callable[[str], None],
     make_holdings: Callable[[ServeSettings], Holdings],
 ) -> None:
-    listener = Listener(settings.listen or [default_target()])
-    listener.claim()  # before the pool: a second service must not take its memory first
+    register = Register(settings.identities)
+    doors = make_doors(settings, register)
+    for door in doors:
+        door.listener.claim()  # before the pool: a second service must not take its memory first
     holdings = make_holdings(settings)
     line = WaitingLine(holdings)
     workers = Workers(holdings, line, settings)
@@ -91,35 +92,26 @@ async def _serve(
     handlers = Handlers(settings, holdings, line, workers)
     http = _make_http(settings, handlers)
     publisher = _make_publisher(settings, handlers)
-    server = grpc.aio.server(
-        maximum_concurrent_rpcs=settings.max_calls,
-        options=(
-            ("grpc.max_receive_message_length", settings.max_message),
-            ("grpc.max_send_message_length", -1),
-            ("grpc.max_metadata_size", 16 * 1024),
-            ("grpc.max_concurrent_streams", settings.max_workers * 2),
-            # Two services must not share one TCP port without knowing of each other.
-            ("grpc.so_reuseport", 0),
-        ),
-    )
-    server.add_generic_rpc_handlers((unary.service(handlers),))
     alive = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(alive, server)
-    if settings.reflection:
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+    for door in doors:
+        health_pb2_grpc.add_HealthServicer_to_server(alive, door.server)
+        if settings.reflection:
+            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, door.server)
     try:
-        handlers.listening = listener.bind(server)
+        handlers.listening = open_doors(doors, lambda gate: unary.service(handlers, gate))
         handlers.recorder = _start_recorder(settings)
         stop = _stop_on_signals()
         lost = _stop_without_owner(holdings, stop)
-        await server.start()
+        for door in doors:
+            await door.server.start()
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
         if holdings.sizes is not None:
             announce(str(holdings.sizes))
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
+        announce(_trust(settings, doors))
         if holdings.state is not None:
             announce(_describe(holdings.state.condition))
         if handlers.recorder is not None:
@@ -149,7 +141,7 @@ async def _serve(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await server.stop(grace_s)
+        await asyncio.gather(*(door.server.stop(grace_s) for door in doors))
         if lost.is_set():
             raise ServiceUnavailable(
                 "the process that owned the pool on the GPU has died, and with it all that was "
@@ -166,7 +158,8 @@ async def _serve(
         former.cancel()
         workers.close()
         line.close()
-        listener.close()
+        for door in doors:
+            door.listener.close()
         if holdings.owner is not None:
             asyncio.get_running_loop().remove_reader(holdings.owner.pidfd)
         holdings.close()
@@ -194,6 +187,16 @@ async def _await_former(holdings: Holdings, line: WaitingLine) -> None:
     if freed := holdings.cache.worker_gone(FORMER, now=time.monotonic()):
         log.info("quarantine ended", worker=FORMER, freed=freed, why="nobody maps the former pool")
         line.settle()
+
+
+def _trust(settings: ServeSettings, doors: list[Door]) -> str:
+    """Say plainly who can read what."""
+    told = "one pool, one trust domain: whoever may map it can read every prompt's keys and values"
+    if settings.identities is None:
+        return told
+    own = f", {len(doors) - 1} with a socket of their own" if len(doors) > 1 else ""
+    page = "; the page shows every tenant to every user of this machine" if settings.http else ""
+    return f"callers are those of {settings.identities}{own} · {told}{page}"
 
 
 def _describe(state: Condition) -> str:

@@ -19,10 +19,11 @@ import structlog
 from prefixcache.client.codec import WRITE, write_error
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
 from prefixcache.service.meter import SUM, clock, empty_row
 from prefixcache.service.waiting import Outcome
-from prefixcache.service.workers import Worker
+from prefixcache.service.workers import Visitor, Worker
 from prefixcache.types import Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -34,7 +35,8 @@ _INTERNAL = 13
 class SessionStream:
     """One open stream.  Its end without a detach is the death of its worker."""
 
-    def __init__(self, handlers: Handlers, context: Any) -> None:
+    def __init__(self, handlers: Handlers, context: Any, identity: Identity) -> None:
+        self._visitor = Visitor(identity)
         self._handlers = handlers
         self._context = context
         self._worker: Worker | None = None
@@ -128,7 +130,7 @@ class SessionStream:
         if verb != "attach":
             raise NotFound(f"{verb} before attach: the first op of a session is an attach")
         hang_up = task.cancel if task is not None else None
-        answer = self._handlers.attach(self._worker, op.attach, hang_up)
+        answer = self._handlers.attach(self._worker or self._visitor, op.attach, hang_up)
         self._worker = answer.worker
         result = add()
         result.id = op.id

@@ -16,13 +16,14 @@ from grpc_status import rpc_status
 
 from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
+from prefixcache.service.gate import Gate
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.watch import watch
-from prefixcache.service.workers import Worker
+from prefixcache.service.workers import Asker, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -35,19 +36,29 @@ _ABOUT_ALL = frozenset(("snapshot", "quota"))
 _calls = itertools.count(1)
 
 
-def service(handlers: Handlers) -> grpc.GenericRpcHandler:
-    """Build the gRPC service: every verb as a unary call, and the session."""
+def service(handlers: Handlers, gate: Gate) -> grpc.GenericRpcHandler:
+    """Build the gRPC service: every verb as a unary call, and the session.
+
+    Args:
+        handlers: The verbs.
+        gate: Tells who calls.
+    """
     methods: dict[str, Any] = {}
     for verb, rpc in unary.RPCS.items():
         name = rpc.path.rpartition("/")[2]
         methods[name] = grpc.unary_unary_rpc_method_handler(
-            _serve(handlers, verb, rpc.response),
+            _serve(handlers, gate, verb, rpc.response),
             request_deserializer=reader(rpc.request),
             response_serializer=rpc.response.SerializeToString,
         )
 
     async def session(request_iterator: Any, context: Any) -> None:
-        await SessionStream(handlers, context).serve()
+        try:
+            identity = gate.identify(context)
+        except CacheError as error:
+            handlers.meter.refuse("attach", error)
+            await refuse(context, error)
+        await SessionStream(handlers, context, identity).serve()
 
     methods["Session"] = grpc.stream_stream_rpc_method_handler(
         session,
@@ -56,7 +67,7 @@ def service(handlers: Handlers) -> grpc.GenericRpcHandler:
     )
 
     async def watching(request: Any, context: Any) -> None:
-        await watch(handlers, handlers.events, request, context, refuse)
+        await watch(handlers, handlers.events, gate, request, context, refuse)
 
     methods["Watch"] = grpc.unary_stream_rpc_method_handler(
         watching,
@@ -67,7 +78,7 @@ def service(handlers: Handlers) -> grpc.GenericRpcHandler:
 
 
 def _serve(
-    handlers: Handlers, verb: str, response_class: Any
+    handlers: Handlers, gate: Gate, verb: str, response_class: Any
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     if verb == "attach":
 
@@ -75,9 +86,12 @@ def _serve(
             began = clock()
             response = response_class()
             try:
+                identity = gate.identify(context)
                 _check(request)
-                worker = handlers.workers.find(request.worker_key) if request.worker_key else None
-                handlers.write_attach(handlers.attach(worker, request, None), response)
+                asker: Asker = Visitor(identity)
+                if request.worker_key:
+                    asker = handlers.workers.find(request.worker_key, identity)
+                handlers.write_attach(handlers.attach(asker, request, None), response)
             except CacheError as error:
                 handlers.meter.refuse(verb, error)
                 await refuse(context, error)
@@ -96,17 +110,19 @@ def _serve(
     async def serve(request: Any, context: Any) -> Any:
         began = clock()
         try:
+            identity = gate.identify(context)
             _check(request)
+            asker: Asker
             if optional and (verb in _ABOUT_ALL or not request.worker_key):
-                worker = None
+                asker = Visitor(identity)
             else:
-                worker = find(request.worker_key)
-            answer = handler(worker, request)
+                asker = find(request.worker_key, identity)
+            answer = handler(asker, request)
             settle()
             meter.took(row, clock() - began)
             if answer.__class__ is Waiting:
-                assert worker is not None
-                answer = await _outcome(handlers, worker, answer)
+                assert isinstance(asker, Worker)
+                answer = await _outcome(handlers, asker, answer)
             elif answer.__class__ is GeneratorType:
                 answer = await _in_steps(answer)
         except CacheError as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefixcache.client import codec
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.events import Batch, Event, EventLog, Removed, Stored
+from prefixcache.service.gate import Gate
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.malformed import Malformed
 from prefixcache.types import Namespace
@@ -19,28 +21,37 @@ def medium(handlers: Handlers) -> str:
     return "GPU" if handle is not None and handle.kind == "cuda-ipc" else "CPU"
 
 
-async def watch(handlers: Handlers, log: EventLog, request: Any, context: Any, refuse: Any) -> None:
-    """Serve one watcher; refuse what cannot be served."""
+async def watch(
+    handlers: Handlers, log: EventLog, gate: Gate, request: Any, context: Any, refuse: Any
+) -> None:
+    """Serve one watcher what its identity may see; refuse what cannot be served."""
     try:
+        identity = gate.identify(context)
         if request.__class__ is Malformed:
             raise InvalidRequest(request)
         if request.tokens and not handlers.settings.watch_tokens:
             raise InvalidRequest(
                 "this service sends no token ids: start it with --watch-tokens, or ask for hashes"
             )
-        only = codec.read_namespace(request.namespace) if request.HasField("namespace") else None
+        only = None
+        if request.HasField("namespace"):
+            only = identity.own(codec.read_namespace(request.namespace))
+
+        def wanted(namespace: Namespace) -> bool:
+            return identity.sees(namespace) and only in (None, namespace)
+
         with log.watching():
             async for batch in log.batches(request.from_sequence):
-                await context.write(message_of(batch, handlers, only, tokens=request.tokens))
+                await context.write(message_of(batch, handlers, wanted, tokens=request.tokens))
     except CacheError as error:
         handlers.meter.refuse("watch", error)
         await refuse(context, error)
 
 
 def message_of(
-    batch: Batch, handlers: Handlers, only: Namespace | None, *, tokens: bool
+    batch: Batch, handlers: Handlers, wanted: Callable[[Namespace], bool], *, tokens: bool
 ) -> pb.WatchResponse:
-    """Write a batch; with `only`, what concerns that namespace."""
+    """Write of a batch what concerns the namespaces that are wanted."""
     cache = handlers.holdings.cache
     message = pb.WatchResponse(next_sequence=batch.next, is_snapshot=batch.is_snapshot)
     if batch.lost is not None:
@@ -48,7 +59,7 @@ def message_of(
     size = 0 if cache is None else cache.block_size
     where = medium(handlers)
     for number, event in enumerate(batch.events, batch.first):
-        if only is None or event.namespace == only:
+        if wanted(event.namespace):
             written = message.events.add()
             written.sequence = 0 if batch.is_snapshot else number
             _write(event, written, where, size, tokens=tokens)

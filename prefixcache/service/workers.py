@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import structlog
 
@@ -26,6 +27,7 @@ from prefixcache.client.address import this_host
 from prefixcache.config import ServeSettings
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import LOCAL, Identity
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.types import Ended, Namespace, TicketId, WorkerId
 
@@ -50,6 +52,8 @@ class Worker:
     """The right to act for it."""
     hang_up: Callable[[], object] | None
     """Ends its stream; None for a worker that uses unary calls."""
+    identity: Identity = LOCAL
+    """Who it is: what it may see and use."""
     pid: int = 0
     pidfd: int | None = None
     seen_at: float = 0.0
@@ -63,6 +67,16 @@ class Worker:
     """Then `left` (it said so), `died` (its process ended) or `lost` (it may still be writing)."""
     since: float = 0.0
     """When it came into that state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """Somebody who only asks, without being a worker."""
+
+    identity: Identity
+
+
+Asker: TypeAlias = "Worker | Visitor"
 
 
 class Workers:
@@ -92,19 +106,26 @@ class Workers:
         """Give the workers that are attached, and the last ones that were.  O(workers)."""
         return [*self._attached.values(), *self._past]
 
-    def find(self, key: str) -> Worker:
+    def find(self, key: str, identity: Identity) -> Worker:
         """Give the worker that a unary request speaks for, and note its sign of life.
 
         Raises:
-            NotFound: no worker has that key.
+            NotFound: no worker of this identity has that key.
         """
         worker = self._attached.get(key)
-        if worker is None:
+        if worker is None or worker.identity.name != identity.name:
             raise NotFound("no worker has this key: attach first, or again after a longer silence")
         worker.seen_at = time.monotonic()
         return worker
 
-    def join(self, name: str, pid: int, host: str, hang_up: Callable[[], object] | None) -> Worker:
+    def join(
+        self,
+        identity: Identity,
+        name: str,
+        pid: int,
+        host: str,
+        hang_up: Callable[[], object] | None,
+    ) -> Worker:
         """Register a new worker, and watch its process where that can be done.
 
         Raises:
@@ -123,7 +144,7 @@ class Workers:
         public = name or f"w{self._count}"
         if public in self._names:
             public = f"{public}#{self._count}"
-        worker = Worker(WorkerId(public), secrets.token_hex(16), hang_up, pid)
+        worker = Worker(WorkerId(public), secrets.token_hex(16), hang_up, identity, pid)
         worker.seen_at = worker.since = time.monotonic()
         if pid and host and host == self._host:
             self._watch(worker)

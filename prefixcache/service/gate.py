@@ -1,0 +1,136 @@
+"""The gate: who is calling?  Asked once per unary call, and once per session.
+
+```
+a socket of its own    ─► that identity: the kernel let only its user connect (mode 0600)
+a client certificate   ─► by the names in it, which TLS has verified
+a bearer token         ─► by its digest
+none of them           ─► UNAUTHENTICATED; without --identities, the user whose socket it is
+```
+
+gRPC's Python server does not show a Unix socket's peer credentials, and a proxy of our own in front
+of it that could would read and write every byte once more.  So a socket's mode and owner are the
+credential: connect(2) asks the kernel for write permission on the socket's file, in a folder that
+nobody else may change.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from prefixcache.errors import InvalidRequest, Unauthenticated
+from prefixcache.service.identities import LOCAL, Identities, Identity
+
+_LOOK_EVERY_S = 1.0
+_BEARER = "bearer "
+_NAMES = ("x509_common_name", "x509_subject_alternative_name")
+MAX_TOKEN = 1024
+"""Characters of a bearer token."""
+
+log = structlog.get_logger(__name__)
+
+
+class Register:
+    """The identities of a file, read again when it changes; nothing is ever half taken over."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._looked_at = time.monotonic()
+        self._version = _version(path)
+        self._identities = None if path is None else Identities(path)
+
+    @property
+    def current(self) -> Identities | None:
+        """The identities by now; None where there is no file."""
+        now = time.monotonic()
+        if self._path is not None and now - self._looked_at > _LOOK_EVERY_S:
+            self._looked_at = now
+            version = _version(self._path)
+            if version != self._version:
+                self._version = version
+                self._reload(self._path)
+        return self._identities
+
+    def _reload(self, path: Path) -> None:
+        try:
+            self._identities = Identities(path)
+        except InvalidRequest as error:
+            log.error("identities are as before: the new file is wrong", cause=str(error))
+        else:
+            log.info("identities read again", path=str(path))
+
+
+class Gate:
+    """Tells who calls through one set of addresses.
+
+    Args:
+        register: All identities.
+        own: Whose socket it is, if it is one identity's own.
+    """
+
+    def __init__(self, register: Register, own: Identity | None = None) -> None:
+        self._register = register
+        self._own = own
+
+    def identify(self, context: Any) -> Identity:
+        """Give who makes a call.
+
+        Raises:
+            Unauthenticated: nobody known, or a proof that proves nothing.
+        """
+        identities = self._register.current
+        if identities is None:
+            return LOCAL
+        if self._own is not None:
+            for socket in identities.sockets:  # as the file says by now
+                if socket.identity.name == self._own.name:
+                    return socket.identity
+            raise Unauthenticated("this socket's identity is no longer in the file of identities")
+        names = list(_certificate_names(context))
+        if names:
+            found = identities.of_certificate(names)
+            if found is None:
+                raise Unauthenticated(f"no identity has a certificate for {', '.join(names)[:200]}")
+            return found
+        token = _token(context)
+        if not token:
+            raise Unauthenticated(
+                "who are you? Send a bearer token (connect(token=…), --token-file or "
+                "$PREFIXCACHE_TOKEN), or use a client certificate"
+            )
+        found = identities.of_token(token)
+        if found is None:
+            raise Unauthenticated("nobody has this token")
+        return found
+
+
+def _certificate_names(context: Any) -> Iterator[str]:
+    proofs = context.auth_context()
+    if not proofs:
+        return
+    for key in _NAMES:
+        for value in proofs.get(key, ()):
+            yield value.decode(errors="replace")
+
+
+def _token(context: Any) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization" and isinstance(value, str):
+            if value[: len(_BEARER)].lower() == _BEARER and len(value) <= MAX_TOKEN:
+                return value[len(_BEARER) :].strip()
+            raise Unauthenticated("the authorization is no bearer token")
+    return ""
+
+
+def _version(path: Path | None) -> tuple[int, int, int]:
+    if path is None:
+        return (0, 0, 0)
+    try:
+        status = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (status.st_ino, status.st_mtime_ns, status.st_size)

@@ -1,0 +1,225 @@
+"""Identities: who may use which namespaces, read from a file that the operator writes.
+
+```toml
+[[identity]]
+name = "acme-serving"
+tenant = "acme"                      # all its namespaces get this tenant, whatever it says itself
+models = ["llama-*", "tiny"]         # shell patterns; all, if not given
+token_sha256 = ["9f86d08…"]          # digests of bearer tokens, in hexadecimal …
+certificates = ["serving.acme"]      # … or names in client certificates (CN, DNS, URI) …
+socket = "/run/prefixcache/acme.sock"   # … or a Unix socket of its own …
+uid = 1001                           # … that belongs to this user
+
+[[identity]]
+name = "operator"
+admin = true                         # sees and steers every tenant; may set quotas
+token_sha256 = ["60303ae…"]
+```
+
+`prefixcache token` makes a token and its digest.  The file holds no secret, but who may write it
+decides who may read: it must not be writable by others.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final
+
+from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
+from prefixcache.types import Namespace
+
+MAX_IDENTITIES: Final = 4096
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_KEYS: Final = {
+    *("name", "tenant", "models", "token_sha256", "certificates", "socket", "uid", "admin"),
+    "domain",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a caller is, and what it may."""
+
+    name: str
+    tenant: str | None = None
+    """Whose namespaces it may use; None: any."""
+    models: tuple[str, ...] = ("*",)
+    """Shell patterns of the models it may use."""
+    admin: bool = False
+    """Whether it sees and steers every tenant."""
+    domain: str = ""
+    """In whose pool it works."""
+
+    def own(self, asked: Namespace) -> Namespace:
+        """Give the namespace that a request means: the tenant comes from here, not from it.
+
+        Raises:
+            NotFound: it names another tenant, or a model it may not use.
+        """
+        space = asked
+        if self.tenant is not None and not self.admin:
+            if asked.tenant not in ("", self.tenant):
+                raise NotFound(f"no namespace {asked}")
+            space = Namespace(asked.model, asked.adapter, self.tenant, asked.salt)
+        if not any(fnmatchcase(space.model, pattern) for pattern in self.models):
+            raise NotFound(f"no namespace {asked}")
+        return space
+
+    def sees(self, namespace: Namespace) -> bool:
+        """Whether what goes on in a namespace is shown to it."""
+        return self.admin or self.tenant is None or namespace.tenant == self.tenant
+
+    def refuse_unless_admin(self, what: str) -> None:
+        """Check that it may steer what others use.
+
+        Raises:
+            PermissionDenied: it may not.
+        """
+        if not self.admin:
+            raise PermissionDenied(f"{self.name} may not {what}: that takes an admin's identity")
+
+
+LOCAL: Final = Identity("this user", admin=True)
+"""Where no file says anything: whoever reaches a 0600 socket or loopback is the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """A Unix socket of one identity's own."""
+
+    path: str
+    uid: int | None
+    identity: Identity
+
+
+class Identities:
+    """All identities of a file, by what proves them."""
+
+    def __init__(self, path: Path) -> None:
+        self.sockets: list[Socket] = []
+        self._by_name: dict[str, Identity] = {}
+        self._by_certificate: dict[str, Identity] = {}
+        self._digests: list[tuple[bytes, Identity]] = []
+        fields = _read(path)
+        if unknown := set(fields) - {"identity"}:
+            raise InvalidRequest(
+                f"{path}: unknown table {sorted(unknown)[0]!r}; write [[identity]]"
+            )
+        entries = fields.get("identity", [])
+        if not isinstance(entries, list) or not entries:
+            raise InvalidRequest(f"{path} names no [[identity]]: nobody could use the service")
+        if len(entries) > MAX_IDENTITIES:
+            raise InvalidRequest(
+                f"{path}: {len(entries)} identities; the limit is {MAX_IDENTITIES}"
+            )
+        for number, entry in enumerate(entries, start=1):
+            self._add(f"{path}: identity {number}", entry)
+
+    def of_token(self, token: str) -> Identity | None:
+        """Give whom a bearer token proves; None if nobody.
+
+        Its digest is compared with every known one, each time in constant time, so that how long it
+        takes tells nothing about any of them.
+        """
+        digest = sha256(token.encode()).hexdigest().encode()
+        found = None
+        for known, identity in self._digests:
+            if hmac.compare_digest(known, digest):
+                found = identity
+        return found
+
+    def of_certificate(self, names: Iterable[str]) -> Identity | None:
+        """Give whom the names in a verified certificate prove; None if nobody."""
+        for name in names:
+            if (identity := self._by_certificate.get(name)) is not None:
+                return identity
+        return None
+
+    def _add(self, where: str, entry: Any) -> None:
+        if not isinstance(entry, dict):
+            raise InvalidRequest(f"{where} is no table; write [[identity]]")
+        if unknown := set(entry) - _KEYS:
+            known = ", ".join(sorted(_KEYS))
+            raise InvalidRequest(f"{where} has {sorted(unknown)[0]!r}; there are: {known}")
+        name = _text(where, entry, "name")
+        if not name or name in self._by_name:
+            raise InvalidRequest(f"{where} needs a name of its own")
+        where = f"{where} ({name})"
+        admin = entry.get("admin", False)
+        if not isinstance(admin, bool):
+            raise InvalidRequest(f"{where}: admin is true or false")
+        if not admin and "tenant" not in entry:
+            raise InvalidRequest(f"{where} needs a tenant, or admin = true")
+        identity = Identity(
+            name=name,
+            tenant=_text(where, entry, "tenant") if "tenant" in entry else None,
+            models=tuple(_texts(where, entry, "models")) or ("*",),
+            admin=admin,
+            domain=_text(where, entry, "domain"),
+        )
+        self._by_name[name] = identity
+        proofs = 0
+        for digest in _texts(where, entry, "token_sha256"):
+            if not _DIGEST.fullmatch(digest):
+                raise InvalidRequest(f"{where}: token_sha256 takes 64 hexadecimal digits")
+            self._digests.append((digest.encode(), identity))
+            proofs += 1
+        for certificate in _texts(where, entry, "certificates"):
+            if certificate in self._by_certificate:
+                raise InvalidRequest(f"{where}: certificate {certificate!r} is another's, too")
+            self._by_certificate[certificate] = identity
+            proofs += 1
+        if socket := _text(where, entry, "socket"):
+            uid = entry.get("uid")
+            if uid is not None and (not isinstance(uid, int) or isinstance(uid, bool) or uid < 0):
+                raise InvalidRequest(f"{where}: uid is the number of a user")
+            self.sockets.append(Socket(socket, uid, identity))
+            proofs += 1
+        elif "uid" in entry:
+            raise InvalidRequest(f"{where}: uid says whose the socket is; name a socket")
+        if not proofs:
+            raise InvalidRequest(
+                f"{where} can prove itself by nothing; give token_sha256, certificates or socket"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise InvalidRequest(
+                    f"{path} can be written by others than its owner: chmod go-w {path}"
+                )
+            if status.st_uid not in (0, os.getuid()):
+                raise InvalidRequest(f"{path} belongs to user {status.st_uid}, not to this one")
+            return tomllib.load(file)
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} is no TOML: {error}") from None
+
+
+def _text(where: str, entry: dict[str, Any], key: str) -> str:
+    value = entry.get(key, "")
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{where}: {key} is a text")
+    return value
+
+
+def _texts(where: str, entry: dict[str, Any], key: str) -> list[str]:
+    value = entry.get(key, [])
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise InvalidRequest(f"{where}: {key} is a list of texts")
+    return value
