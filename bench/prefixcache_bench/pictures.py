@@ -15,7 +15,7 @@ from prefixcache_bench.outcome import FATES
 from prefixcache_bench.rows import Row
 from prefixcache_bench.sweep import Ceilings
 
-_INK, _FAINT = "#333333", "#888888"
+_INK = "#333333"
 _FATE_COLOURS = {
     "hit": "#1b7837",
     "partial": "#7fbf7b",
@@ -23,6 +23,14 @@ _FATE_COLOURS = {
     "granularity": "#fee08b",
     "evicted": "#d6604d",
     "cold": "#bababa",
+}
+_FATES = {
+    "hit": "in whole blocks",
+    "partial": "in a part of a block",
+    "joined": "computed by another",
+    "granularity": "stored, too short to share",
+    "evicted": "was stored once",
+    "cold": "never seen",
 }
 _PARTIALS = {
     "off": "whole blocks only",
@@ -125,10 +133,12 @@ def _draw_policies(path: Path, title: str, rows: Sequence[Row], limits: Ceilings
             if found:
                 (handles[policy],) = ax.plot(
                     *zip(*found, strict=True),
-                    color=colours(index),
+                    # What all others are compared with, in ink and in front.
+                    color=_INK if policy == "lru" else colours(index),
                     marker="osD^v<>PX*"[index % 10],
                     markersize=4.5,
-                    linewidth=2.4 if policy == "lru" else 1.3,
+                    linewidth=2.2 if policy == "lru" else 1.3,
+                    zorder=3 if policy == "lru" else 2,
                 )
         ceiling, finest = 100 * limits.by_block_size[size], 100 * limits.finest
         handles["ceiling: infinite memory"] = ax.axhline(
@@ -216,7 +226,11 @@ def draw_ledger(path: Path, title: str, windows: Sequence[dict[str, Any]]) -> li
         minutes.append(minutes[-1] + (windows[1]["start_s"] - windows[0]["start_s"]) / 60)
         shares = [[*share, share[-1]] for share in shares]
     ax.stackplot(
-        minutes, shares, labels=order, colors=[_FATE_COLOURS[fate] for fate in order], step="post"
+        minutes,
+        shares,
+        labels=[f"{fate}: {_FATES[fate]}" for fate in order],
+        colors=[_FATE_COLOURS[fate] for fate in order],
+        step="post",
     )
     ax.set_xlabel("time, minutes")
     ax.set_ylabel("prompt tokens, %")
@@ -231,16 +245,29 @@ def draw_memory(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> list[
     """Draw the shares of KV memory, a bar per way of allocating."""
     figures = _pyplot()
     figure, ax = figures.subplots(figsize=(8.2, 0.42 * len(rows) + 1.4), layout="constrained")
-    colours = {"useful": "#1b7837", "reserved": "#fee08b", "internal": "#f4a582"}
-    colours |= {"external": "#bababa"}
+    colours = {
+        ("useful", "holds a token"): "#1b7837",
+        ("reserved", "will hold one"): "#fee08b",
+        ("internal", "promised, never used"): "#f4a582",
+        ("external", "fits nobody"): "#bababa",
+    }
     names = [row["allocation"] for row in rows]
     left = [0.0] * len(rows)
-    for share, colour in colours.items():
+    for (share, meaning), colour in colours.items():
         values = [row[f"{share}_percent"] for row in rows]
-        ax.barh(names, values, left=left, color=colour, label=share, height=0.7)
+        label = f"{share}: {meaning}"
+        ax.barh(names, values, left=left, color=colour, label=label, height=0.7)
         left = [start + value for start, value in zip(left, values, strict=True)]
     for at, row in enumerate(rows):
         ax.text(1, at, f"{row['useful_percent']:.1f} %", va="center", color="white", fontsize=8.5)
+    published = [
+        (value, at)
+        for at, row in enumerate(rows)
+        if (value := row["published_useful_percent"]) is not None
+    ]
+    if published:
+        label = "useful, as published"
+        ax.plot(*zip(*published, strict=True), "D", color=_INK, markersize=4.5, label=label)
     ax.invert_yaxis()
     ax.set_xlim(0, 100)
     ax.set_xlabel("KV memory, %")

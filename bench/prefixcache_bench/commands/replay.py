@@ -89,7 +89,8 @@ def replay(
     if picture is not None:
         from prefixcache_bench.pictures import draw_ledger
 
-        title = f"{trace.name}: blocks of {block_size}, capacity {asked.text}, {policy}, {mode}"
+        how = f"capacity {asked.text}, {policy}, partial {mode}"
+        title = f"{trace.name}: blocks of {block_size}, {how}"
         for file in draw_ledger(picture, title, fields["windows"]):
             typer.echo(f"wrote {file}", err=True)
     if as_json:
