@@ -23,11 +23,20 @@ def provenance() -> dict[str, str]:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    """Name the commit; `-dirty` if the code differs from it (results that were redrawn do not)."""
+    commit = _git("describe", "--always")
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"
+    )
+    return commit + ("-dirty" if changed else "") if commit else "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return ""
     return found.stdout.strip()
 
 
