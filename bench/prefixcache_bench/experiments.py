@@ -256,7 +256,9 @@ _REFERENCE = """
   a share of the distinct tokens of the trace (`25%`). A sequence longer than that keeps its head.
 * In a block-hash trace a word is a block; nothing has to be computed, since only what was looked up
   is known. `block_prefix` and `token_prefix` count leading hit blocks and their tokens.
-* The ledger's percentages add up to 100.000.
+* The ledger's percentages add up to 100.000. *Cold* is what was never seen; but under a policy
+  that learns from what it evicted (`2q`, `arc`, `hazard`, `s3fifo`, `w-tinylfu`), which must not
+  remember more here than when it serves, it is also what has been forgotten.
 
 With `--partial off`, LRU equals independent simulators to every printed digit, on token traces and
 on block-hash traces, at 1 to 512 tokens per block; so does LFU where it is simulated without a tree

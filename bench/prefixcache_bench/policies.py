@@ -89,7 +89,9 @@ def _cell(task: tuple[str, int, int]) -> Cell:
 
 def _as_served(policy: str, size: int, capacity: int) -> Configuration:
     """Give a configuration with as many ghosts as the service would keep."""
-    return Configuration(size, capacity, policy, ghosts=int(POLICIES[policy].ghosts * capacity))
+    return Configuration(
+        size, capacity, policy, ghosts=int(POLICIES[policy].ghosts * (capacity + 1))
+    )
 
 
 def measure(workload: Workload, trace: Trace, jobs: int, progress: Progress) -> Result:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import policy_named
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
 from prefixcache_bench.flat import FLAT_LFU, replay_flat
 from prefixcache_bench.outcome import Outcome, Sums
@@ -48,7 +49,9 @@ class Configuration:
     policy: str = "lru"
     partial: Partial = Partial.OFF
     ghosts: int | None = None
-    """Evicted blocks that are remembered; None: all, so that `cold` is what was never seen."""
+    """Evicted blocks that are remembered.  None: all, so that `cold` is what was never seen; but
+    for a policy that learns from them as many as it has when it serves, since more would help it.
+    """
 
 
 def replay(
@@ -76,12 +79,15 @@ def replay(
     width = words * TOKEN_BYTES
     most = trace.most_blocks(asked.block_size)
     capacity = most if asked.capacity_blocks is None else min(asked.capacity_blocks, most)
+    ghosts = asked.ghosts
+    if ghosts is None and policy_named(asked.policy).revived is None:
+        ghosts = most
     cache = PrefixCache(
         capacity + 1,
         words,
         policy=asked.policy,
         partial=asked.partial,
-        num_ghosts=most if asked.ghosts is None else asked.ghosts,
+        num_ghosts=ghosts,
         ttl_s=1e9,
     )
     tails = asked.partial is Partial.TAILS

@@ -4,6 +4,7 @@ import pytest
 
 from experiments.oracle import expected
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger, Namespace, Partial, WorkerId, pack, unpack
 from prefixcache_bench.generators import Kind, Shape, generate
@@ -165,3 +166,12 @@ def test_namespaces_never_share(small: Trace) -> None:
     apart = replay(Trace("apart", halves), Configuration(8))
     assert 0 < apart.hit_tokens < replay(small, Configuration(8)).hit_tokens
     assert len(unpack(halves[0].tokens)) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_remembers_no_more_than_when_it_serves(policy: str, small: Trace) -> None:
+    served = int(POLICIES[policy].ghosts * 101)
+    found = replay(small, Configuration(16, 100, policy))
+    assert (
+        found.hit_tokens == replay(small, Configuration(16, 100, policy, ghosts=served)).hit_tokens
+    )

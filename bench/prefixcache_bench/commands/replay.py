@@ -46,7 +46,8 @@ def replay(
         int | None,
         typer.Option(
             metavar="BLOCKS",
-            help="Evicted blocks to remember. Default: all, so that cold is what was never seen.",
+            help="Evicted blocks to remember. Default: all, so that cold is what was never seen; "
+            "for policies that learn from them, as many as they have when serving.",
             show_default=False,
         ),
     ] = None,
