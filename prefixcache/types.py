@@ -277,9 +277,36 @@ class Explanation:
     parted_at: int | None
     """Index of the first token that differs from what is stored; None if nothing parts there."""
     stored_next: bytes
-    """Up to 8 packed tokens that the closest stored prompt has from `parted_at` on."""
+    """Up to 64 packed tokens that the closest stored prompt has from `parted_at` on."""
     num_parted: int
-    """How many requests have parted from the stored ones at this very place."""
+    """How many requests of the last hour have parted from the stored ones at this very place."""
+    resumes_at: int | None = None
+    """Index of a token from which on the prompt is the same again as what is stored."""
+    num_same: int = 0
+    """For how many tokens that is."""
+    extra_blocks: int | None = None
+    """How many blocks more would have kept what was evicted (exact for LRU, else an estimate)."""
+    num_pending: int = 0
+    """Of the tokens that are not stored, how many another lease is computing now."""
+    elsewhere: tuple[tuple[Namespace, int], ...] = ()
+    """Namespaces of the same tenant that store more of it, and how many tokens."""
+    past: PastRequest | None = None
+    """The request that was asked for; then all of this, but `elsewhere`, is as it was then."""
+
+
+@dataclass(frozen=True, slots=True)
+class PastRequest:
+    """A request that was granted lately."""
+
+    request_id: str
+    worker: WorkerId
+    lease: LeaseId
+    namespace: Namespace
+    """Without its salt."""
+    age_s: float
+    num_tokens: int
+    tokens: bytes
+    """Its prompt, packed; empty if the service no longer remembers it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,3 +440,6 @@ class Snapshot:
     pins: tuple[PinInfo, ...] = ()
     quotas: tuple[QuotaInfo, ...] = ()
     """Of the tenants and namespaces for which there are any."""
+    shortage: tuple[tuple[int, int], ...] = ()
+    """Evicted tokens that were asked for again: (blocks, tokens that so many more blocks would have
+    kept, and fewer would not).  Exact for LRU, else an estimate."""

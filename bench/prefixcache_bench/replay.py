@@ -116,7 +116,7 @@ def replay(
             assert isinstance(grant, Grant)
             ledger = grant.ledger
         else:
-            ledger = cache.explain(namespace, tokens + BEYOND).ledger
+            ledger = cache.explain(namespace, tokens + BEYOND, now=now).ledger
             stored = room
             head = tokens[:room] + BEYOND
             grant = cache.acquire(_WORKER, namespace, head, reserve=reserve, now=now)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.cells import cell_len, set_cell_size
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Namespace, unpack
@@ -165,4 +166,10 @@ def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:
             char if char.isprintable() else "⏎" if char == "\n" else "·"
             for char in decoder.decode(ids)
         )
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+    return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)) + "…"
+
+
+def preview_end(decoder: Decoder | None, tokens: bytes, width: int) -> str:
+    """Show what tokens end with on one line of up to `width` characters."""
+    text = preview(decoder, tokens, 1 << 20)
+    return text if cell_len(text) <= width else "…" + text[len(text) - max(0, width - 1) :]

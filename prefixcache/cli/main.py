@@ -13,7 +13,19 @@ from typing import Annotated, Any
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import lookup, pin, plugins, quota, reset, serve, stat, token, tree, watch
+from prefixcache.cli import (
+    explain,
+    lookup,
+    pin,
+    plugins,
+    quota,
+    reset,
+    serve,
+    stat,
+    token,
+    tree,
+    watch,
+)
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -31,7 +43,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("stat")(stat.stat)
 app.command("lookup")(lookup.lookup)
-app.command("explain")(lookup.explain)
+app.command("explain")(explain.explain)
 app.command("tree")(tree.tree)
 app.command("watch")(watch.watch)
 app.command("reset")(reset.reset)

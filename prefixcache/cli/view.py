@@ -6,15 +6,17 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len, set_cell_size
+from rich.text import Text
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import Ledger, Namespace
+from prefixcache.types import Ledger, Namespace, Snapshot
 
 if TYPE_CHECKING:
     from prefixcache.client import Client
@@ -57,6 +59,45 @@ def open_client(target: str | None) -> Client:
     return connect(target, timeout_s=10.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The namespace that the options name, if they do."""
+
+    model: str | None
+    adapter: str
+    tenant: str
+    salt: str
+
+    def named(self) -> Namespace | None:
+        """Give the namespace if it is named in full; None if it is left to the service."""
+        if self.model is None:
+            return None
+        return Namespace(self.model, self.adapter, self.tenant, self.salt)
+
+    def choose(self, snapshot: Snapshot) -> Namespace:
+        """Give the named one, or the only one that fits what is named and that the service knows.
+
+        Raises:
+            InvalidRequest: there is not exactly one; the message lists them.
+        """
+        if named := self.named():
+            return named
+        known = list(snapshot.namespaces)
+        fits = [
+            one
+            for one in known
+            if self.adapter in ("", one.adapter)
+            and self.tenant in ("", one.tenant)
+            and one.salt == self.salt
+        ]
+        if len(fits) == 1:
+            return fits[0]
+        if len(known) == 1 and not (self.adapter or self.tenant or self.salt):
+            return known[0]
+        names = ", ".join(sorted(show_namespace(one) for one in known)) or "none yet"
+        raise InvalidRequest(f"name a namespace with --model; the service knows: {names}")
+
+
 def choose_namespace(
     client: Client, model: str | None, adapter: str, tenant: str, salt: str
 ) -> Namespace:
@@ -65,13 +106,8 @@ def choose_namespace(
     Raises:
         InvalidRequest: none is named, and there is not exactly one; the message lists them.
     """
-    if model is not None:
-        return Namespace(model, adapter, tenant, salt)
-    known = list(client.snapshot().namespaces)
-    if len(known) == 1:
-        return known[0]
-    names = ", ".join(sorted(show_namespace(namespace) for namespace in known)) or "none yet"
-    raise InvalidRequest(f"name a namespace with --model; the service knows: {names}")
+    chosen = Chosen(model, adapter, tenant, salt)
+    return chosen.named() or chosen.choose(client.snapshot())
 
 
 def show_namespace(namespace: Namespace) -> str:
@@ -135,12 +171,77 @@ def print_json(fields: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
 
 
-def print_table(rows: Iterable[Sequence[str]], *, indent: str = "") -> None:
-    """Print rows in columns, as plain lines that also read well in a pipe."""
+def print_table(rows: Iterable[Sequence[str]], *, indent: str = "", align: str = "") -> None:
+    """Print rows in columns, as plain lines that also read well in a pipe.
+
+    Args:
+        rows: as many cells each.
+        indent: before each row.
+        align: `<` or `>` for each column; all to the left, if empty.
+    """
     table = [tuple(row) for row in rows]
     if not table:
         return
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    widths = [max(cell_len(cell) for cell in column) for column in zip(*table, strict=True)]
+    aligned = align or "<" * len(widths)
     for row in table:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        cells = [
+            " " * (width - cell_len(cell)) * (side == ">") + set_cell_size(cell, width)
+            if side == "<"
+            else " " * (width - cell_len(cell)) + cell
+            for cell, width, side in zip(row, widths, aligned, strict=False)
+        ]
         typer.echo((indent + "  ".join(cells)).rstrip())
+
+
+GLYPHS = {
+    "hit": "█",
+    "partial": "▓",
+    "joined": "▒",
+    "granularity": "▫",
+    "evicted": "░",
+    "cold": "·",
+}
+"""Fates in bars; colour only repeats what they say."""
+_STYLES = {
+    "hit": "green",
+    "partial": "green",
+    "joined": "yellow",
+    "granularity": "magenta",
+    "evicted": "red",
+    "cold": "blue",
+}
+
+
+def bar(parts: Sequence[tuple[str, int]], columns: int) -> Text:
+    """Draw fates as a bar; a part that is not empty has at least one column."""
+    total = sum(count for _, count in parts) or 1
+    text, drawn, seen = Text(), 0, 0
+    left = sum(1 for _, count in parts if count)
+    for fate, count in parts:
+        if not count:
+            continue
+        left -= 1
+        seen += count
+        cells = max(1, min(round(seen / total * columns) - drawn, columns - drawn - left))
+        drawn += cells
+        text.append(GLYPHS[fate] * cells, style=_STYLES[fate])
+    return text
+
+
+def show(text: Text) -> None:
+    """Print text, in colour where that is wanted: in a terminal, without NO_COLOR."""
+    from rich.console import Console
+
+    Console(width=max(width(), cell_len(text.plain)), highlight=False).print(text)
+
+
+def wrap(text: str) -> list[str]:
+    """Break text into lines as wide as the terminal."""
+    return textwrap.wrap(
+        text,
+        min(width(), 100),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -28,6 +28,7 @@ from prefixcache.types import (
     Lookup,
     Namespace,
     Partial,
+    PastRequest,
     PinInfo,
     Pinned,
     PoolHandle,
@@ -306,6 +307,26 @@ def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
         message.parted_at = answer.parted_at
     message.stored_next = answer.stored_next
     message.num_parted = answer.num_parted
+    if answer.resumes_at is not None:
+        message.resumes_at = answer.resumes_at
+        message.num_same = answer.num_same
+    if answer.extra_blocks is not None:
+        message.extra_blocks = answer.extra_blocks
+    message.num_pending = answer.num_pending
+    for namespace, num_tokens in answer.elsewhere:
+        write_namespace(namespace, message.elsewhere.add(num_tokens=num_tokens).namespace)
+    if answer.past is not None:
+        _write_past(answer.past, message.past)
+
+
+def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
+    message.request_id = word.request_id
+    message.worker = word.worker
+    message.lease = word.lease
+    write_namespace(word.namespace, message.namespace)
+    message.age_s = word.age_s
+    message.num_tokens = word.num_tokens
+    message.tokens = word.tokens
 
 
 def read_explain(message: pb.ExplainResponse) -> Explanation:
@@ -316,6 +337,24 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
         message.parted_at if message.HasField("parted_at") else None,
         message.stored_next,
         message.num_parted,
+        message.resumes_at if message.HasField("resumes_at") else None,
+        message.num_same,
+        message.extra_blocks if message.HasField("extra_blocks") else None,
+        message.num_pending,
+        tuple([(read_namespace(m.namespace), m.num_tokens) for m in message.elsewhere]),
+        _read_past(message.past) if message.HasField("past") else None,
+    )
+
+
+def _read_past(message: pb.PastRequest) -> PastRequest:
+    return PastRequest(
+        message.request_id,
+        WorkerId(message.worker),
+        LeaseId(message.lease),
+        read_namespace(message.namespace),
+        message.age_s,
+        message.num_tokens,
+        message.tokens,
     )
 
 
@@ -408,6 +447,8 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
         write_namespace(pin.namespace, told.namespace)
     for quota in answer.quotas:
         _write_quota(quota, message.quotas.add())
+    for extra_blocks, tokens in answer.shortage:
+        message.shortage.add(extra_blocks=extra_blocks, tokens=tokens)
 
 
 def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
@@ -424,6 +465,7 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
             ]
         ),
         quotas=tuple([_read_quota(quota) for quota in message.quotas]),
+        shortage=tuple([(m.extra_blocks, m.tokens) for m in message.shortage]),
         **numbers,
     )
 

@@ -110,6 +110,29 @@ class Client:
         """Ask why each token would or would not be reused there.  Needs no session."""
         return codec.read_explain(self.call("explain", unary.explain(namespace, tokens)))
 
+    def recount(self, request: str, namespace: Namespace | None = None) -> Explanation:
+        """Ask why a request that was granted lately was answered as it was.
+
+        Args:
+            request: its request id (or that without its last `/part`), or `worker#lease`.
+            namespace: where it was; by default, anywhere without a salt.
+
+        Raises:
+            NotFound: the service remembers no such request.
+        """
+        return codec.read_explain(self.call("explain", unary.recount(request, namespace)))
+
+    def check(self, max_runs: int = 20_000) -> str:
+        """Have the service check every invariant; give what does not hold, empty if all is well.
+
+        Everybody waits meanwhile.
+
+        Raises:
+            InvalidRequest: the trees have more than `max_runs` runs.
+        """
+        answer = self.call("check", pb.CheckRequest(max_runs=max_runs))
+        return str(answer.failure)
+
     def reset(self, namespace: Namespace) -> Reset:
         """Make a namespace forget what it has stored.  Needs no session."""
         return codec.read_reset(self.call("reset", unary.reset(namespace)))

@@ -73,6 +73,14 @@ def explain(namespace: Namespace, tokens: TokensLike) -> pb.ExplainRequest:
     return request
 
 
+def recount(name: str, namespace: Namespace | None) -> pb.ExplainRequest:
+    """Build a request that needs no worker."""
+    request = pb.ExplainRequest(request_id=name)
+    if namespace is not None:
+        codec.write_namespace(namespace, request.namespace)
+    return request
+
+
 def reset(namespace: Namespace) -> pb.ResetRequest:
     """Build a request that needs no worker."""
     request = pb.ResetRequest()

@@ -13,9 +13,9 @@ The service, the client's contract tests and the experiments all run this very c
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
-from prefixcache.core import views
+from prefixcache.core import explanations, views
 from prefixcache.core.blockmap import block_map
 from prefixcache.core.blocks import BlockPool, Rights
 from prefixcache.core.desk import Desk
@@ -31,7 +31,7 @@ from prefixcache.core.recital import recite
 from prefixcache.core.steering import Steering
 from prefixcache.core.tenure import Wipe
 from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     BlockTable,
@@ -175,16 +175,38 @@ class PrefixCache(Membership, Leasing, Steering):
         self._check_prompt(tokens)
         return views.lookup(self._desk, self._desk.roots.get(namespace), tokens)
 
-    def explain(self, namespace: Namespace, tokens: bytes) -> Explanation:
+    def explain(self, namespace: Namespace, tokens: bytes, *, now: float) -> Explanation:
         """Say what would become of each token, and where the prompt parts from what is stored.
 
-        Changes nothing, takes no reference.
+        Changes nothing, takes no reference.  O(nodes on the path + other namespaces).
 
         Raises:
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return views.explain(self._desk, self._desk.roots.get(namespace), tokens)
+        return explanations.explain(self._desk, namespace, tokens, now)
+
+    def recount(
+        self, request: str, may_see: Callable[[Namespace], bool], *, now: float
+    ) -> Explanation:
+        """Say why a recent request was answered as it was.  Changes nothing.  O(recent requests).
+
+        Args:
+            request: Its request id (or that without its last `/part`), or `worker#lease`.
+            may_see: Whether the caller may know of a namespace.
+            now: The time.
+
+        Raises:
+            NotFound: there is none, or the caller may not know of it.
+        """
+        recents = self._desk.history.recents
+        for one in recents:
+            if one.is_called(request) and may_see(one.namespace):
+                return explanations.recount(self._desk, one, now)
+        raise NotFound(
+            f"no recent request {request!r} (the last {len(recents):,} are remembered); "
+            "name it by its request id, or as worker#lease"
+        )
 
     def outline(
         self,

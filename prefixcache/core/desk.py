@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefixcache.core.ages import Ages
 from prefixcache.core.blocks import BlockPool
 from prefixcache.core.flights import Extension, Flights, Gain, Request, Ticket
+from prefixcache.core.history import History
 from prefixcache.core.holdings import Holdings
 from prefixcache.core.leases import Lease, Leases, Worker
 from prefixcache.core.ledger import Tally, settle
@@ -36,8 +36,8 @@ class Desk:
     """All state of one cache, and the steps from a request to the end of its lease."""
 
     __slots__ = (
-        "ages",
         "flights",
+        "history",
         "holdings",
         "leases",
         "partial",
@@ -71,7 +71,7 @@ class Desk:
         self.roots: dict[Namespace, Root] = {}
         self.tallies: dict[Namespace, Tally] = {}
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
-        self.ages = Ages()
+        self.history = History(pool.num_blocks)
 
     def root(self, namespace: Namespace) -> Root:
         """Give a namespace's root; make it if it is new."""
@@ -126,8 +126,7 @@ class Desk:
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
         # The ledger first: the lock may split the run that it looks at.
         ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
-        self.tree.note_parting(match, tokens)
-
+        seen = self.history.look(self.tree, match, tokens, ledger)
         if self.tree.asked is not None:
             self.tree.asked(match, tokens)
         node = self.tree.lock(match)
@@ -152,6 +151,9 @@ class Desk:
         if tally is None:
             tally = self.tallies[request.namespace] = Tally()
         tally.add(ledger)
+        self.history.note(
+            seen, node, member.id, request.namespace, tokens, request.request_id, grant, now
+        )
         return grant
 
     def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
@@ -201,7 +203,7 @@ class Desk:
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
         lease.account.private -= lease.num_private
         self.leases.close(lease, now if writes_on else None, quarantined)
-        self.ages.note(self.tree.clock, now)
+        self.history.ages.note(self.tree.clock, now)
         self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 

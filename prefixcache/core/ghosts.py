@@ -23,7 +23,7 @@ class Ghosts:
         block_bytes: Bytes of a block's packed tokens.
     """
 
-    __slots__ = ("_fifo", "_serial", "block_bytes", "limit", "num_blocks")
+    __slots__ = ("_fifo", "_living", "_serial", "_step", "block_bytes", "limit", "num_blocks")
 
     def __init__(self, limit: int, block_bytes: int) -> None:
         self.limit = limit
@@ -31,6 +31,9 @@ class Ghosts:
         self.num_blocks = 0
         self._fifo: deque[tuple[int, Node]] = deque()
         self._serial = 0
+        self._step = max(1, limit // _STEPS)
+        self._living: dict[int, int] = {}
+        """Blocks that are remembered, by when they were buried, in steps of `_step` burials."""
 
     def bury(self, above: Node, ghost: Node) -> None:
         """Remember an evicted leaf below `above`.  O(log siblings)."""
@@ -42,7 +45,7 @@ class Ghosts:
         above.ghosts.put(first, ghost)
         self._serial += 1
         ghost.last = self._serial
-        self.num_blocks += self._size(ghost)
+        self._count(ghost, 1)
         self._fifo.append((self._serial, ghost))
 
     def adopt_children(self, ghost: Node) -> None:
@@ -54,9 +57,10 @@ class Ghosts:
         only = next(iter(ghosts.values()))
         joined = len(ghost.key) + len(only.key)
         if len(ghosts) == 1 and joined <= _MERGED_UNTIL and ghost.mark == only.mark:
-            self.num_blocks -= self._size(only)
+            self._count(only, -1)
             ghost.key += only.key
             ghost.ghosts = only.ghosts
+            ghost.parted = only.parted
             only.parent = None
             ghosts = ghost.ghosts or Children()
         for below in ghosts.values():
@@ -78,6 +82,39 @@ class Ghosts:
                 break
             node = child
         return off - start
+
+    def trail(self, node: Node, tokens: bytes, start: int) -> list[tuple[int, int]]:
+        """Give (bytes, burial) of each ghost below `node` that `tokens[start:]` pass.
+
+        Changes nothing.  As `match`, which sums the bytes up.
+        """
+        width = self.block_bytes
+        found = []
+        off, end = start, len(tokens)
+        while node.ghosts and off < end:
+            child = node.ghosts.get(tokens[off : off + width])
+            if child is None:
+                near, same = node.ghosts.nearest(tokens[off : off + width])
+                if near is not None:
+                    found.append((same, near.last))
+                break
+            size = len(child.key)
+            same = common_prefix(tokens, off, child.key, 0, min(size, end - off)) & ~3
+            found.append((same, child.last))
+            off += same
+            if same < size:
+                break
+            node = child
+        return found
+
+    def depth(self, burial: int) -> int:
+        """Count the blocks buried since, that one included, and still remembered.
+
+        So many blocks more, and an LRU would have it still.  Changes nothing.  O(steps of burials),
+        exact to a 512th of the limit.
+        """
+        first = burial // self._step
+        return sum(count for step, count in self._living.items() if step >= first)
 
     def revive(self, node: Node, run: bytes) -> Node | None:
         """Take the ghost below `node` that `run` begins with, cut where they part.
@@ -103,7 +140,7 @@ class Ghosts:
         ghosts.drop(first)
         if not ghosts:
             node.ghosts = None
-        self.num_blocks -= self._size(ghost)
+        self._count(ghost, -1)
         return ghost
 
     def forget(self) -> list[Node]:
@@ -130,6 +167,7 @@ class Ghosts:
         lower = Node(ghost.key[keep:], array("i"), ghost, ghost.born)
         lower.last = ghost.last
         lower.mark = ghost.mark
+        lower.parted, ghost.parted = ghost.parted, None
         lower.ghosts = ghost.ghosts
         for below in (lower.ghosts or Children()).values():
             below.parent = lower
@@ -147,15 +185,26 @@ class Ghosts:
         stack = [ghost]
         while stack:
             node = stack.pop()
-            self.num_blocks -= self._size(node)
+            self._count(node, -1)
             node.parent = None
             if node.ghosts:
                 stack.extend(node.ghosts.values())
                 node.ghosts = None
 
+    def _count(self, ghost: Node, sign: int) -> None:
+        """Add or subtract a ghost's blocks."""
+        size = sign * self._size(ghost)
+        self.num_blocks += size
+        step = ghost.last // self._step
+        if left := self._living.get(step, 0) + size:
+            self._living[step] = left
+        else:
+            del self._living[step]
+
     def _size(self, ghost: Node) -> int:
         return -(-len(ghost.key) // self.block_bytes)
 
 
+_STEPS = 512
 _MERGED_UNTIL = 4096
 """Bytes of a ghost's run up to which ghosts of one chain are joined."""

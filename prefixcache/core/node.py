@@ -10,6 +10,7 @@ from prefixcache.core.children import Children
 from prefixcache.types import BlockId, BlockTable, Namespace
 
 if TYPE_CHECKING:
+    from prefixcache.core.partings import Place
     from prefixcache.core.quotas import Account
 
 
@@ -51,8 +52,8 @@ class Node:
     """How many pins cover these blocks."""
     mark: Any
     """What the eviction policy knows about these blocks; equal for all of them."""
-    parted: dict[int, int] | None
-    """How many requests left the stored tokens after this node, by tokens into the next block."""
+    parted: dict[int, Place] | None
+    """Where requests left the stored tokens after this node, by tokens into the next block."""
 
     def __init__(self, key: bytes, blocks: BlockTable, parent: Node | None, born: int) -> None:
         self.key = key

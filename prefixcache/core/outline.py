@@ -203,7 +203,9 @@ class Walk:
     def _branch(self, one: _Sum, heat: float, now: float) -> Branch:
         resident = not one.is_ghost and one.above is not None
         leases = one.leases if resident else 0
-        idle_s = self._desk.ages.idle_s(one.last, now) if resident else None
+        parted = self._desk.history.partings.most(one.node, now) if one.node.parted else None
+        end = one.start + one.num_tokens
+        idle_s = self._desk.history.ages.idle_s(one.last, now) if resident else None
         return Branch(
             depth=one.depth,
             start=one.start,
@@ -219,6 +221,6 @@ class Walk:
             idle_s=0.0 if leases else idle_s,
             heat=(1.0 if leases else max(0.0, heat)) if resident else 0.0,
             num_uses=self._desk.tree.policy.uses(one.node) if resident else None,
-            parted_at=None,
-            num_parted=0,
+            parted_at=None if parted is None else end + parted[0],
+            num_parted=0 if parted is None else parted[1],
         )

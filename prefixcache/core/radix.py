@@ -40,7 +40,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prefixcache.core.children import common_prefix
+from prefixcache.core.children import Children, common_prefix
 from prefixcache.core.eviction import EvictionPolicy, Queue
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.node import Grown, Match, Node, Root, evictable_leaves
@@ -153,36 +153,53 @@ class RadixTree(Structure):
             return 0
         return self.ghosts.match(node, tokens, match.end)
 
-    def parting(self, match: Match, tokens: bytes) -> bytes | None:
+    def trail(self, match: Match, tokens: bytes) -> list[tuple[int, int]]:
+        """Give (tokens, burial) of each ghost that continues the match.  Changes nothing."""
+        node = match.node
+        if match.used != len(node.blocks) or not node.ghosts:
+            return []
+        found = self.ghosts.trail(node, tokens, match.end)
+        return [(size // TOKEN_BYTES, burial) for size, burial in found]
+
+    def parting(self, match: Match, tokens: bytes, limit: int) -> bytes | None:
         """Give the stored run that continues where `tokens` leave it; None if none differs there.
 
-        Changes nothing.  The first `match.partial_tokens` tokens of the run are those that match.
+        Changes nothing.  The first `match.partial_tokens` tokens of the run are those that match;
+        of what follows, up to `limit` bytes are given.  O(log siblings).
         """
-        rest = len(tokens) - match.end
-        if rest <= match.partial_tokens * TOKEN_BYTES:
+        into = match.partial_tokens * TOKEN_BYTES
+        if len(tokens) - match.end <= into:
             return None
-        node = match.node
-        if match.used < len(node.blocks):
-            run = node.key[match.used * self.block_bytes :]
-        elif node.children:
+        node, at = match.node, match.used * self.block_bytes
+        if match.used == len(node.blocks):
+            if not node.children:
+                return None
             near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
-            run = b"" if near is None else near.key
-        else:
-            return None
-        return run if len(run) > match.partial_tokens * TOKEN_BYTES else None
+            node, at = near or next(iter(node.children.values())), 0
+        run = node.key[at : at + into + limit]
+        return run if len(run) > into else None
 
-    def note_parting(self, match: Match, tokens: bytes) -> None:
-        """Count that a request leaves the stored prefixes where its match ends.  O(log siblings).
+    def continuation(self, root: Root, tokens: bytes, limit: int) -> bytes:
+        """Give up to `limit` bytes of one stored prompt that begins with `tokens`.
 
-        The count stands at the node where the whole blocks end, and goes with it.  The first to
-        leave inside a run is not counted: the place becomes a node only when it is locked.
+        Changes nothing.  Empty if none does.  O(nodes passed).
         """
-        node = match.node
-        if match.used < len(node.blocks) or self.parting(match, tokens) is None:
-            return
-        if node.parted is None:
-            node.parted = {}
-        node.parted[match.partial_tokens] = node.parted.get(match.partial_tokens, 0) + 1
+        match = self.match(root, tokens)
+        rest = tokens[match.end :]
+        if len(rest) != match.partial_tokens * TOKEN_BYTES:
+            return b""
+        node: Node | None = match.node
+        at = match.used * self.block_bytes + len(rest)
+        if match.used == len(match.node.blocks):
+            children = match.node.children or Children()
+            node = children.nearest(rest)[0] if rest else next(iter(children.values()), None)
+            at = len(rest)
+        found = b""
+        while node is not None and len(found) < limit:
+            found += node.key[at : at + limit - len(found)]
+            at = 0
+            node = next(iter(node.children.values())) if node.children else None
+        return found
 
     # ------------------------------------------------------------------ locking
 
@@ -432,6 +449,7 @@ class RadixTree(Structure):
         if self.ghosts.limit and not node.root.retired:
             ghost = Node(node.key[cut:], array("i"), node, node.born)
             ghost.ghosts, node.ghosts = node.ghosts, None
+            ghost.parted, node.parted = node.parted, None
             ghost.mark = mark
             self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
@@ -439,6 +457,7 @@ class RadixTree(Structure):
             self._forgotten(mark, size)
         node.key = node.key[:cut]
         node.blocks = node.blocks[:keep]
+        node.parted = None
         self._forget()
 
     def _bury(self, node: Node) -> None:

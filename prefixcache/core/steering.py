@@ -25,6 +25,7 @@ class Steering:
         root = desk.roots.get(namespace)
         if root is None:
             return Reset(0, 0)
+        desk.history.recents.forget(namespace)
         unpinned = desk.pins.unpin(root, None)
         desk.tree.retire(root)
         del desk.roots[namespace]

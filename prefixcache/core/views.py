@@ -1,4 +1,4 @@
-"""What can be seen from outside: look-ups, explanations, numbers, and the walk over all invariants.
+"""What can be seen from outside: look-ups, numbers, and the walk over all invariants.
 
 Nothing here changes the cache.
 """
@@ -10,19 +10,15 @@ from collections import Counter
 from prefixcache.core.desk import Desk
 from prefixcache.core.drawing import draw
 from prefixcache.core.leases import Lease
-from prefixcache.core.ledger import Tally, settle, spans
-from prefixcache.core.node import Match, Node, Root
+from prefixcache.core.ledger import Tally
+from prefixcache.core.node import Node, Root
 from prefixcache.types import (
     TOKEN_BYTES,
-    Explanation,
     LeaseInfo,
-    Ledger,
     Lookup,
     Partial,
     Snapshot,
 )
-
-_SHOWN_TOKENS = 8
 
 
 def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
@@ -38,35 +34,6 @@ def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
         num_partial=0 if desk.partial is Partial.OFF else match.partial_tokens,
         num_pending=0 if gain is None else gain.num_tokens,
     )
-
-
-def explain(desk: Desk, root: Root | None, tokens: bytes) -> Explanation:
-    """Say what would become of each token, and where the prompt parts from what is stored."""
-    tree = desk.holdings.tree
-    if root is None:
-        ledger = Ledger(cold=len(tokens) // TOKEN_BYTES)
-        return Explanation(spans(ledger), ledger, None, b"", 0)
-    match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-    partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
-    ledger = settle(tree, match, tokens, partial=partial)
-    exact = tree.match(root, tokens)
-    run = tree.parting(exact, tokens)
-    if run is None:
-        return Explanation(spans(ledger), ledger, None, b"", 0)
-    into = exact.partial_tokens * TOKEN_BYTES
-    return Explanation(
-        spans=spans(ledger),
-        ledger=ledger,
-        parted_at=exact.end // TOKEN_BYTES + exact.partial_tokens,
-        stored_next=run[into : into + _SHOWN_TOKENS * TOKEN_BYTES],
-        num_parted=_partings(exact).get(exact.partial_tokens, 0),
-    )
-
-
-def _partings(match: Match) -> dict[int, int]:
-    if match.used < len(match.node.blocks):
-        return {}
-    return match.node.parted or {}
 
 
 def snapshot(desk: Desk, now: float) -> Snapshot:
@@ -109,6 +76,7 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
         max_pinned=desk.pins.max_pinned,
         pins=desk.pins.infos(now),
         quotas=holdings.quotas.infos(),
+        shortage=desk.history.shortage.steps(),
     )
 
 

@@ -97,7 +97,7 @@ def vitals(desk: Desk, now: float) -> Vitals:
         waiting=len(desk.room.tickets),
         evicted=holdings.num_evicted,
         overshot=holdings.num_overshot,
-        eviction_age_s=None if stamp is None else desk.ages.idle_s(stamp, now),
+        eviction_age_s=None if stamp is None else desk.history.ages.idle_s(stamp, now),
         smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
         accounts={
             space: Account(tally.requests, tally.joins, tally.total())

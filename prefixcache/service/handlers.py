@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -52,6 +52,11 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 MAX_BRANCHES = 20_000
 """Branches of one outline."""
+
+_CHECK_S = 30e-6
+"""Seconds that a check takes per run, about."""
+_MOST_FAILURE = 100_000
+"""Characters of a failed check, the tree included."""
 
 MAX_TEXT = 1024
 """Characters of a namespace's field or of a request id."""
@@ -104,6 +109,7 @@ class Handlers:
         }
         self.verbs["snapshot"] = (self.snapshot, self._write_snapshot)
         self.verbs["tree"] = (self.tree, outlines.write_outline)
+        self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
 
     @property
     def uptime_s(self) -> float:
@@ -270,7 +276,25 @@ class Handlers:
 
     def explain(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
         """Say why."""
-        return self._cache().explain(self._named(asker, request), request.tokens)
+        if request.request_id:
+            answer = self._recount(asker, request)
+        else:
+            namespace = self._named(asker, request)
+            answer = self._cache().explain(namespace, request.tokens, now=monotonic())
+        shown = tuple(one for one in answer.elsewhere if asker.identity.sees(one[0]))
+        return replace(answer, elsewhere=shown)
+
+    def _recount(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
+        """Explain a recent request, where the caller names its namespace, or that has no salt."""
+        _check_texts((request.request_id,))
+        if isinstance(asker, Worker) or request.HasField("namespace"):
+            may_see: Callable[[Namespace], bool] = self._named(asker, request).__eq__
+        else:
+
+            def may_see(namespace: Namespace) -> bool:
+                return not namespace.salt and asker.identity.sees(namespace)
+
+        return self._cache().recount(request.request_id, may_see, now=monotonic())
 
     def reset(self, asker: Asker, request: pb.ResetRequest) -> Reset:
         """Make a namespace forget."""
@@ -341,6 +365,32 @@ class Handlers:
             nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
             return Seen(nothing, asker.identity)
         return Seen(self.holdings.cache.snapshot(now=monotonic()), asker.identity)
+
+    def check(self, asker: Asker, request: pb.CheckRequest) -> pb.CheckResponse:
+        """Check every invariant.
+
+        Raises:
+            InvalidRequest: the trees have more runs than the caller wants to wait for.
+            PermissionDenied: only an admin may hold everybody up.
+        """
+        asker.identity.refuse_unless_admin("check the index")
+        if self.holdings.cache is None:
+            return pb.CheckResponse()
+        started, runs = monotonic(), self.holdings.cache.snapshot(now=monotonic()).nodes
+        if runs > (most := request.max_runs or 20_000):
+            raise InvalidRequest(
+                f"a check of {runs:,} runs would hold everybody up for about "
+                f"{runs * _CHECK_S:.1f} s; allow more than {most:,} if that is fine now"
+            )
+        failure = ""
+        try:
+            self.holdings.cache.check()
+        except AssertionError as error:
+            failure = str(error)
+            log.error("an invariant does not hold", failure=failure.partition("\n")[0])
+        return pb.CheckResponse(
+            failure=failure[:_MOST_FAILURE], runs=runs, seconds=monotonic() - started
+        )
 
     def tree(self, asker: Asker, request: pb.TreeRequest) -> Generator[None, None, Outline]:
         """Draw an outline of the trees, in steps.

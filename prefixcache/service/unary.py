@@ -27,10 +27,12 @@ from prefixcache.service.workers import Asker, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-_LOOKS = frozenset(("lookup", "explain", "reset", "pin", "unpin", "quota", "snapshot", "tree"))
+_LOOKS = frozenset(
+    ("lookup", "explain", "reset", "pin", "unpin", "quota", "snapshot", "tree", "check")
+)
 """Verbs that need no worker."""
 
-_ABOUT_ALL = frozenset(("snapshot", "quota"))
+_ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
 
 _calls = itertools.count(1)

@@ -375,16 +375,18 @@ class LookupResponse(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., num_hit: _Optional[int] = ..., num_partial: _Optional[int] = ..., num_pending: _Optional[int] = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens")
+    __slots__ = ("namespace", "worker_key", "namespace_index", "tokens", "request_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     worker_key: str
     namespace_index: int
     tokens: bytes
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
+    request_id: str
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "end", "fate")
@@ -397,18 +399,56 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted")
+    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past")
     SPANS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     PARTED_AT_FIELD_NUMBER: _ClassVar[int]
     STORED_NEXT_FIELD_NUMBER: _ClassVar[int]
     NUM_PARTED_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_AT_FIELD_NUMBER: _ClassVar[int]
+    NUM_SAME_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
+    ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
+    PAST_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     ledger: Ledger
     parted_at: int
     stored_next: bytes
     num_parted: int
-    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ...) -> None: ...
+    resumes_at: int
+    num_same: int
+    extra_blocks: int
+    num_pending: int
+    elsewhere: _containers.RepeatedCompositeFieldContainer[Elsewhere]
+    past: PastRequest
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ...) -> None: ...
+
+class Elsewhere(_message.Message):
+    __slots__ = ("namespace", "num_tokens")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    num_tokens: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class PastRequest(_message.Message):
+    __slots__ = ("request_id", "worker", "lease", "namespace", "age_s", "num_tokens", "tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    worker: str
+    lease: int
+    namespace: Namespace
+    age_s: float
+    num_tokens: int
+    tokens: bytes
+    def __init__(self, request_id: _Optional[str] = ..., worker: _Optional[str] = ..., lease: _Optional[int] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., age_s: _Optional[float] = ..., num_tokens: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
 
 class ResetRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "namespace_index")
@@ -590,6 +630,14 @@ class StateInfo(_message.Message):
     pending_bytes: int
     def __init__(self, folder: _Optional[str] = ..., failure: _Optional[str] = ..., restored_blocks: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., damaged_blocks: _Optional[int] = ..., restore_s: _Optional[float] = ..., written_blocks: _Optional[int] = ..., dropped_runs: _Optional[int] = ..., pending_bytes: _Optional[int] = ...) -> None: ...
 
+class Shortage(_message.Message):
+    __slots__ = ("extra_blocks", "tokens")
+    EXTRA_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    extra_blocks: int
+    tokens: int
+    def __init__(self, extra_blocks: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
 class ServiceInfo(_message.Message):
     __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "state")
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -669,7 +717,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -690,6 +738,7 @@ class SnapshotResponse(_message.Message):
     MAX_PINNED_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
     QUOTAS_FIELD_NUMBER: _ClassVar[int]
+    SHORTAGE_FIELD_NUMBER: _ClassVar[int]
     VERBS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_PER_S_FIELD_NUMBER: _ClassVar[int]
     FLIGHTS_SAVED_FIELD_NUMBER: _ClassVar[int]
@@ -717,6 +766,7 @@ class SnapshotResponse(_message.Message):
     max_pinned: int
     pins: _containers.RepeatedCompositeFieldContainer[PinInfo]
     quotas: _containers.RepeatedCompositeFieldContainer[QuotaInfo]
+    shortage: _containers.RepeatedCompositeFieldContainer[Shortage]
     verbs: _containers.RepeatedCompositeFieldContainer[VerbInfo]
     requests_per_s: float
     flights_saved: int
@@ -724,7 +774,7 @@ class SnapshotResponse(_message.Message):
     eviction_age_s: float
     workers: _containers.RepeatedCompositeFieldContainer[WorkerInfo]
     flights: _containers.RepeatedCompositeFieldContainer[FlightInfo]
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., overshot: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ...) -> None: ...
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., overshot: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")
@@ -807,6 +857,22 @@ class TreeResponse(_message.Message):
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceTree]
     num_moved: int
     def __init__(self, block_size: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceTree, _Mapping]]] = ..., num_moved: _Optional[int] = ...) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("max_runs",)
+    MAX_RUNS_FIELD_NUMBER: _ClassVar[int]
+    max_runs: int
+    def __init__(self, max_runs: _Optional[int] = ...) -> None: ...
+
+class CheckResponse(_message.Message):
+    __slots__ = ("failure", "runs", "seconds")
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    failure: str
+    runs: int
+    seconds: float
+    def __init__(self, failure: _Optional[str] = ..., runs: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Op(_message.Message):
     __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot", "pin", "unpin", "quota")

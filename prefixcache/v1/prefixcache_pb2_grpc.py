@@ -119,6 +119,11 @@ class PrefixCacheStub:
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.SerializeToString,
                 response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.FromString,
                 _registered_method=True)
+        self.Check = channel.unary_unary(
+                '/prefixcache.v1.PrefixCache/Check',
+                request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.CheckRequest.SerializeToString,
+                response_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.CheckResponse.FromString,
+                _registered_method=True)
         self.Session = channel.stream_stream(
                 '/prefixcache.v1.PrefixCache/Session',
                 request_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.OpBatch.SerializeToString,
@@ -256,6 +261,14 @@ class PrefixCacheServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Check(self, request, context):
+        """Walks everything and checks every invariant.  Holds everybody up meanwhile: seconds, where there
+        are millions of blocks.  Unary only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Session(self, request_iterator, context):
         """One worker's life.  The first op must be an attach.  All ops of a scheduler step travel in one
         `OpBatch`; they run in order and fail independently, and are answered in one `OpResults`.  An
@@ -362,6 +375,11 @@ def add_PrefixCacheServicer_to_server(servicer, server):
                     servicer.Tree,
                     request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.FromString,
                     response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.SerializeToString,
+            ),
+            'Check': grpc.unary_unary_rpc_method_handler(
+                    servicer.Check,
+                    request_deserializer=prefixcache_dot_v1_dot_prefixcache__pb2.CheckRequest.FromString,
+                    response_serializer=prefixcache_dot_v1_dot_prefixcache__pb2.CheckResponse.SerializeToString,
             ),
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
@@ -833,6 +851,33 @@ class PrefixCache:
             '/prefixcache.v1.PrefixCache/Tree',
             prefixcache_dot_v1_dot_prefixcache__pb2.TreeRequest.SerializeToString,
             prefixcache_dot_v1_dot_prefixcache__pb2.TreeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Check(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/prefixcache.v1.PrefixCache/Check',
+            prefixcache_dot_v1_dot_prefixcache__pb2.CheckRequest.SerializeToString,
+            prefixcache_dot_v1_dot_prefixcache__pb2.CheckResponse.FromString,
             options,
             channel_credentials,
             insecure,

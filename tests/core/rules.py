@@ -632,7 +632,7 @@ class Rules:
         size = world.shape.block_size
         before = world.frozen()
         found = world.cache.lookup(namespace, pack(tokens))
-        told = world.cache.explain(namespace, pack(tokens))
+        told = world.cache.explain(namespace, pack(tokens), now=world.now)
         world.cache.next_deadline()
         assert world.frozen() == before, "looking changed something"
         world.log.append(f"# look at {namespace} {tokens}: {found}")

@@ -95,8 +95,10 @@ def test_one_acquire_of_the_whole_tells_what_explaining_the_prompt_would(
     me = WorkerId("me")
     for request in small:
         cache.attach(me, request.namespace, now=0.0)
-        by_prompt = cache.explain(request.namespace, request.tokens[: 4 * request.prompt]).ledger
-        by_whole = cache.explain(request.namespace, request.tokens + BEYOND).ledger
+        by_prompt = cache.explain(
+            request.namespace, request.tokens[: 4 * request.prompt], now=0.0
+        ).ledger
+        by_whole = cache.explain(request.namespace, request.tokens + BEYOND, now=0.0).ledger
         sums = Sums(1, size, counts_partial=partial is Partial.OFF)
         sums.add(by_whole, request.prompt, request.length)
         assert sums.ledger() == by_prompt

@@ -192,7 +192,7 @@ class LocalSession:
         return self.backend.cache.lookup(self.namespace, pack(tokens))
 
     def explain(self, tokens: Any) -> Any:
-        return self.backend.cache.explain(self.namespace, pack(tokens))
+        return self.backend.cache.explain(self.namespace, pack(tokens), now=self.backend.now)
 
     def reset(self) -> Any:
         return self.backend.cache.reset(self.namespace)

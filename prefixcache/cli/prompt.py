@@ -1,0 +1,144 @@
+"""Prompts as users have them: token ids, text, a chat in JSON; from arguments, files or stdin.
+
+```
+1 2 3 · [1, 2, 3] · 1,2,3        token ids, with anything but digits between
+{"tokens": [1, 2, 3]}            the same in JSON; also "input_ids", "prompt_token_ids"
+FILE.bin                         packed little-endian uint32
+[{"role": "user", …}]            a chat, through the model's template; also {"messages": […]}
+{"prompt": "text"} · any text    through the model's tokenizer
+```
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefixcache.cli.decoder import Decoder
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import TOKEN_BYTES, pack
+
+OpenDecoder = Callable[[], "Decoder | None"]
+
+_SEPARATORS = re.compile(r"[\[\],;\s]+")
+_IDS = ("tokens", "input_ids", "prompt_token_ids")
+
+
+def read_source(source: str) -> tuple[bytes, str]:
+    """Read a file, or stdin for `-`; give its bytes and what to call it.
+
+    Raises:
+        InvalidRequest: it cannot be read.
+    """
+    if source == "-":
+        return sys.stdin.buffer.read(), "stdin"
+    try:
+        return Path(source).read_bytes(), source
+    except OSError as error:
+        raise InvalidRequest(f"cannot read {source}: {error.strerror}") from None
+
+
+def read_ids(text: str, source: str) -> bytes:
+    """Read token ids: numbers with anything but digits between.
+
+    Raises:
+        InvalidRequest: there are none, or something is not a token id.
+
+    >>> read_ids("[1, 2;3]", "here") == pack([1, 2, 3])
+    True
+    """
+    words = _SEPARATORS.sub(" ", text).split()
+    if not words:
+        raise InvalidRequest(f"no token ids in {source}")
+    try:
+        return pack([int(word) for word in words])
+    except ValueError:
+        bad = next(word for word in words if not word.isdecimal())
+        raise InvalidRequest(f"{bad!r} in {source} is not a token id") from None
+    except OverflowError:
+        raise InvalidRequest(f"a token id in {source} is not a number of 32 bits") from None
+
+
+def read_prompt(data: bytes, source: str, decoder: OpenDecoder, *, as_text: bool) -> bytes:
+    """Read a prompt in any of its forms.
+
+    Args:
+        data: What was read.
+        source: What to call it in messages.
+        decoder: Opens the model's tokenizer, where the form needs one.
+        as_text: Whether it is text whatever it looks like.
+
+    Raises:
+        InvalidRequest: it is no prompt, or there is no tokenizer for its form.
+    """
+    if as_text:
+        return _from_text(_text(data, source), source, decoder)
+    if source.endswith(".bin"):
+        if not data or len(data) % TOKEN_BYTES:
+            raise InvalidRequest(f"{source}: {len(data):,} bytes are not packed uint32 tokens")
+        return data
+    text = _text(data, source)
+    if not text.strip():
+        raise InvalidRequest(f"{source} is empty: there is no prompt in it")
+    if all(word.isdecimal() for word in _SEPARATORS.sub(" ", text).split()):
+        return read_ids(text, source)
+    if text.lstrip()[0] in "[{":
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = None
+        if value is not None:
+            return _from_json(value, source, decoder)
+    return _from_text(text, source, decoder)
+
+
+def _text(data: bytes, source: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(
+            f"{source} is neither text nor JSON; packed token ids need a name that ends in .bin"
+        ) from None
+
+
+def _from_json(value: Any, source: str, decoder: OpenDecoder) -> bytes:
+    if isinstance(value, dict):
+        for name in _IDS:
+            if name in value:
+                return _from_json(value[name], source, decoder)
+        if "messages" in value:
+            return _from_json(value["messages"], source, decoder)
+        if "prompt" in value:
+            inner = value["prompt"]
+            if isinstance(inner, str):
+                return _from_text(inner, source, decoder)
+            return _from_json(inner, source, decoder)
+    if isinstance(value, list) and value:
+        if all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+            return read_ids(" ".join(map(str, value)), source)
+        if all(isinstance(one, dict) and "role" in one for one in value):
+            return pack(_opened(decoder, f"{source} is a chat").chat(value))
+    raise InvalidRequest(
+        f"{source} is JSON, but neither token ids nor a chat: give a list of numbers, a list of "
+        '{"role": …, "content": …}, or an object with "tokens", "messages" or "prompt"'
+    )
+
+
+def _from_text(text: str, source: str, decoder: OpenDecoder) -> bytes:
+    tokens = pack(_opened(decoder, f"{source} is text").encode(text))
+    if not tokens:
+        raise InvalidRequest(f"{source} is empty: there is no prompt in it")
+    return tokens
+
+
+def _opened(decoder: OpenDecoder, why: str) -> Decoder:
+    found = decoder()
+    if found is None:
+        raise InvalidRequest(
+            f"{why}, which needs the model's tokenizer: name its folder with --tokenizer PATH"
+        )
+    return found

@@ -1,0 +1,156 @@
+"""Explanations: why each token of a prompt was missed, or would be.
+
+```
+prompt   You are a guide. Today is │ 27 Nov. │ Answer briefly and politely …
+stored   You are a guide. Today is │ 26 Nov. │ Answer briefly and politely …
+                            parted_at         resumes_at ──── num_same ────
+```
+
+Nothing here changes the cache.
+"""
+
+from __future__ import annotations
+
+from prefixcache.core.children import common_prefix
+from prefixcache.core.desk import Desk
+from prefixcache.core.history import SHOWN_TOKENS, depths
+from prefixcache.core.ledger import settle, spans
+from prefixcache.core.node import Match, Root
+from prefixcache.core.recent import Recent
+from prefixcache.types import (
+    TOKEN_BYTES,
+    Explanation,
+    Ledger,
+    Namespace,
+    Partial,
+    PastRequest,
+)
+
+_SHOWN_BYTES = SHOWN_TOKENS * TOKEN_BYTES
+_COMPARED_BYTES = 4096 * TOKEN_BYTES
+"""How far behind a parting the same tokens are looked for."""
+_SAME_TOKENS = 16
+"""Fewer tokens than this in a row are the same by chance."""
+_SKIPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""Where behind a parting a stretch of the prompt is taken to be looked for."""
+_MOST_ELSEWHERE = 64
+"""Other namespaces that are looked at."""
+
+
+def explain(desk: Desk, namespace: Namespace, tokens: bytes, now: float) -> Explanation:
+    """Say what would become of each token, and where the prompt parts from what is stored."""
+    tree, root = desk.holdings.tree, desk.roots.get(namespace)
+    if root is None:
+        ledger = Ledger(cold=len(tokens) // TOKEN_BYTES)
+        return Explanation(
+            spans(ledger), ledger, None, b"", 0, elsewhere=_elsewhere(desk, namespace, tokens, 0)
+        )
+    match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+    partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
+    ledger = settle(tree, match, tokens, partial=partial)
+    found = depths(tree, match, tokens, ledger.evicted) if ledger.evicted else []
+    gain = desk.flights.find(root, match, tokens)
+    exact = tree.match(root, tokens)
+    run = tree.parting(exact, tokens, _SHOWN_BYTES)
+    stored = b"" if run is None else run[exact.partial_tokens * TOKEN_BYTES :]
+    parted_at = None if run is None else exact.end // TOKEN_BYTES + exact.partial_tokens
+    resumes_at, num_same = _resumption(desk, root, tokens, parted_at, stored)
+    return Explanation(
+        spans=spans(ledger),
+        ledger=ledger,
+        parted_at=parted_at,
+        stored_next=stored,
+        num_parted=0 if run is None else _num_parted(desk, exact, now),
+        resumes_at=resumes_at,
+        num_same=num_same,
+        extra_blocks=max((depth for depth, _ in found), default=None),
+        num_pending=0 if gain is None else gain.num_tokens,
+        elsewhere=_elsewhere(desk, namespace, tokens, ledger.reused),
+    )
+
+
+def recount(desk: Desk, past: Recent, now: float) -> Explanation:
+    """Explain a request that was granted lately, as it was then."""
+    tree, root = desk.holdings.tree, desk.roots.get(past.namespace)
+    tokens, at = past.tokens, past.parted_at
+    resumes_at, num_same, num_parted = None, 0, 0
+    if root is not None and at is not None and tokens:
+        resumes_at, num_same = _resumption(desk, root, tokens, at, past.stored_next)
+        num_parted = _num_parted(desk, tree.match(root, tokens[: at * TOKEN_BYTES]), now)
+    space = past.namespace
+    return Explanation(
+        spans=spans(past.ledger),
+        ledger=past.ledger,
+        parted_at=at,
+        stored_next=past.stored_next,
+        num_parted=num_parted,
+        resumes_at=resumes_at,
+        num_same=num_same,
+        extra_blocks=past.extra_blocks,
+        elsewhere=_elsewhere(desk, space, tokens, past.ledger.reused) if tokens else (),
+        past=PastRequest(
+            past.request_id,
+            past.worker,
+            past.lease,
+            Namespace(space.model, space.adapter, space.tenant),
+            now - past.at,
+            past.ledger.total,
+            tokens,
+        ),
+    )
+
+
+def _num_parted(desk: Desk, match: Match, now: float) -> int:
+    """Count the requests of the last hour that parted where a match ends."""
+    if match.used < len(match.node.blocks):
+        return 0
+    return desk.history.partings.at(match.node, match.partial_tokens, now)
+
+
+def _resumption(
+    desk: Desk, root: Root, tokens: bytes, parted_at: int | None, stored: bytes
+) -> tuple[int | None, int]:
+    """Find where, behind a parting, a prompt is the same again as the stored one."""
+    if parted_at is None:
+        return None, 0
+    cut = parted_at * TOKEN_BYTES
+    more = desk.holdings.tree.continuation(root, tokens[:cut] + stored, _COMPARED_BYTES)
+    theirs, ours = stored + more, tokens[cut : cut + _COMPARED_BYTES]
+    width = _SAME_TOKENS * TOKEN_BYTES
+    for skip in _SKIPS:
+        begin = skip * TOKEN_BYTES
+        stretch = ours[begin : begin + width]
+        if len(stretch) < width:
+            break
+        there = theirs.find(stretch)
+        while there % TOKEN_BYTES and there >= 0:
+            there = theirs.find(stretch, there + 1)
+        if there < 0:
+            continue
+        while begin and there and ours[begin - 4 : begin] == theirs[there - 4 : there]:
+            begin, there = begin - TOKEN_BYTES, there - TOKEN_BYTES
+        size = min(len(ours) - begin, len(theirs) - there)
+        same = common_prefix(ours, begin, theirs, there, size) // TOKEN_BYTES
+        return parted_at + begin // TOKEN_BYTES, same
+    return None, 0
+
+
+def _elsewhere(
+    desk: Desk, namespace: Namespace, tokens: bytes, reused: int
+) -> tuple[tuple[Namespace, int], ...]:
+    """Find namespaces of the same tenant that store more of a prompt; never behind a salt.
+
+    A salt is a secret: only who names it may learn what is stored behind it.
+    """
+    tree, found = desk.holdings.tree, []
+    limit = len(tokens) - TOKEN_BYTES
+    for space, root in list(desk.roots.items())[:_MOST_ELSEWHERE]:
+        if space == namespace or space.tenant != namespace.tenant:
+            continue
+        if space.salt not in ("", namespace.salt):
+            continue
+        match = tree.match(root, tokens, limit)
+        partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
+        if (there := match.end // TOKEN_BYTES + partial) > reused:
+            found.append((space, there))
+    return tuple(sorted(found, key=lambda one: -one[1]))
