@@ -23,6 +23,7 @@ from prefixcache.cli import (
     serve,
     stat,
     token,
+    top,
     tree,
     watch,
 )
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("stat")(stat.stat)
+app.command("top")(top.top)
 app.command("lookup")(lookup.lookup)
 app.command("explain")(explain.explain)
 app.command("tree")(tree.tree)

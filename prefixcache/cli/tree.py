@@ -199,10 +199,15 @@ def _row(branch: Branch, total: int, *, wide: bool) -> str:
         f"{below.tokens:,}",
         f"{below.tokens / max(1, total):.1%}",
         f"{below.blocks:,}",
-        _HEAT[min(len(_HEAT) - 1, int(branch.heat * len(_HEAT)))],
+        glyph(branch),
         "now" if branch.num_locks else view.show_idle(branch.idle_s),
         wide=wide,
     )
+
+
+def glyph(branch: Branch) -> str:
+    """Draw a branch's heat, in one character."""
+    return _HEAT[min(len(_HEAT) - 1, int(branch.heat * len(_HEAT)))]
 
 
 def _rest(branch: Branch, total: int, head: str, *, wide: bool) -> str:

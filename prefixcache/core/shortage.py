@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from math import ceil
 
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0, 32.0)
+_SHARES = (*(sixteenths / 16 for sixteenths in range(1, 17)), 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Shortage:

@@ -34,7 +34,7 @@ def test_the_tree_is_drawn_with_sums_shares_and_what_is_left_out(stored: At) -> 
     assert head.startswith("tiny: ")
     assert columns.split() == ["tokens", "share", "blocks", "heat", "idle", "run"]
     assert "100.0%" in rows[0]
-    assert rows[0].endswith("└─ 7 7 7 7 7 7 7 7 (8)")
+    assert rows[0].endswith("└─ ⑂19@8 7 7 7 7 7 7 7 7 (8)")  # all but the first part at token 8
     assert all("├─ " in row for row in rows[1:-1])
     assert rows[-1].endswith("more")
     assert "ghost" in legend

@@ -72,7 +72,7 @@ def at(service: ServiceProcess) -> list[str]:
 
 def test_stat_shows_pool_workers_leases_and_tokens(session: Session, at: list[str]) -> None:
     lease = session.acquire(list(range(12)))
-    told = run("stat", *at)
+    told = run("stat", "--once", *at)
     assert told.code == 0
     assert "64 blocks of 4 · 1x1x4:float32" in told.out
     assert "ann" in told.out
@@ -92,7 +92,7 @@ def test_a_salt_is_never_shown(service: ServiceProcess, at: list[str]) -> None:
     with prefixcache.connect(service.target) as client:
         session = client.attach("tiny", LAYOUT, salt="s3cret")
         session.acquire([1, 2, 3])
-        for told in (run("stat", *at), run("stat", "--json", *at)):
+        for told in (run("stat", "--once", *at), run("stat", "--json", *at)):
             assert "s3cret" not in told.out
             assert "salted" in told.out
         client.reset(prefixcache.Namespace("tiny", salt="s3cret"))
@@ -228,7 +228,7 @@ def test_no_server_has_exit_code_3_and_the_command_that_starts_one(
 
 
 def test_the_environment_names_the_service(session: Session, service: ServiceProcess) -> None:
-    assert run("stat", PREFIXCACHE_TARGET=service.target).code == 0
+    assert run("stat", "--once", PREFIXCACHE_TARGET=service.target).code == 0
 
 
 def test_flags_win_over_the_environment(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Marks: counters of a service kept under a name, to tell later what *this run* did.
+
+One small file each, in `$XDG_STATE_HOME/prefixcache/marks` (`~/.local/state/…`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixcache.errors import InvalidRequest, NotFound
+
+if TYPE_CHECKING:
+    from prefixcache.cli.status import Status
+
+_NAME = re.compile(r"[\w.-]{1,64}")
+
+
+def keep(name: str, now: Status) -> None:
+    """Keep the counters of this moment; an earlier mark of that name is replaced.
+
+    Raises:
+        InvalidRequest: that cannot be a file's name, or the file cannot be written.
+    """
+    from prefixcache.cli.stat import counters
+
+    path = _path(name)
+    text = json.dumps(counters(now) | _service(now) | {"at": time.time()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(text)
+        fresh.replace(path)
+    except OSError as error:
+        raise InvalidRequest(f"cannot keep a mark in {path}: {error.strerror}") from None
+
+
+def difference(name: str, now: Status) -> dict[str, Any]:
+    """Give what the counters of a mark have grown by.
+
+    Raises:
+        NotFound: there is no such mark, or it is of another service, or of an earlier life of it.
+        InvalidRequest: that cannot be a mark's name.
+    """
+    from prefixcache.cli.stat import counters
+
+    path = _path(name)
+    try:
+        old = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotFound(
+            f"there is no mark {name!r}; set one with: prefixcache stat --mark {name}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise NotFound(f"the mark {name!r} in {path} cannot be read: {error}") from None
+    here = _service(now)
+    if old.get("pid") != here["pid"] or abs(old.get("started", 0.0) - here["started"]) > 5:
+        raise NotFound(
+            f"the mark {name!r} is of another service, or this one was restarted since: "
+            "its counters began again at 0"
+        )
+    grown = counters(now)
+    grown["requests"] -= old["requests"]
+    grown["evicted_blocks"] -= old["evicted_blocks"]
+    grown["ledger"] = {
+        fate: tokens - old["ledger"].get(fate, 0) for fate, tokens in grown["ledger"].items()
+    }
+    before = dict(old["shortage"])
+    grown["shortage"] = [
+        [blocks, tokens - before.get(blocks, 0)] for blocks, tokens in grown["shortage"]
+    ]
+    return grown | {"seconds": time.time() - old["at"]}
+
+
+def _service(now: Status) -> dict[str, Any]:
+    return {"pid": now.info.pid, "started": time.time() - now.info.uptime_s}
+
+
+def _path(name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(f"{name!r} is no name for a mark: letters, digits, '-', '_' and '.'")
+    base = os.environ.get("XDG_STATE_HOME")
+    folder = Path(base) if base else Path.home() / ".local" / "state"
+    return folder / "prefixcache" / "marks" / f"{name}.json"

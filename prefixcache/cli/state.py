@@ -1,0 +1,139 @@
+"""All of a service's state at one moment: as plain values, and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from prefixcache.cli import view
+from prefixcache.cli.quota import quota_fields
+from prefixcache.cli.status import Status
+from prefixcache.types import Snapshot
+
+
+def fields(now: Status) -> dict[str, Any]:
+    """Give all of a status as plain values."""
+    snapshot, info, pool = now.snapshot, now.info, now.pool
+    shown: dict[str, Any] = {
+        "ledger": view.ledger_fields(snapshot.ledger),
+        "leases": [
+            asdict(lease) | {"namespace": view.namespace_fields(lease.namespace)}
+            for lease in snapshot.leases
+        ],
+        "namespaces": [
+            view.namespace_fields(namespace) | {"ledger": view.ledger_fields(ledger)}
+            for namespace, ledger in snapshot.namespaces.items()
+        ],
+        "pins": [
+            asdict(pin) | {"namespace": view.namespace_fields(pin.namespace)}
+            for pin in snapshot.pins
+        ],
+        "quotas": [quota_fields(one, snapshot.block_size) for one in snapshot.quotas],
+    }
+    plain = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
+    plain["service"] = {
+        "version": info.version,
+        "pid": info.pid,
+        "uptime_s": info.uptime_s,
+        "listening": list(info.listening),
+        "pool": None if pool is None else asdict(pool) | {"layout": str(pool.layout)},
+        "memory_bytes": info.memory_bytes,
+        "policy": info.policy,
+        "partial": now.partial,
+        "ttl_s": info.ttl_s,
+        "workers": info.workers,
+        "sessions": info.sessions,
+        "draining": info.draining,
+    }
+    plain["workers"] = [
+        {
+            "worker": worker.worker,
+            "pid": worker.pid,
+            "state": worker.state,
+            "since_s": worker.since_s,
+            "leases": worker.leases,
+        }
+        for worker in now.workers
+    ]
+    plain["verbs"] = {
+        verb.verb: {
+            "count": verb.count,
+            "refused": verb.refused,
+            "per_s": verb.per_s,
+            "p50_s": verb.p50_s if verb.HasField("p50_s") else None,
+            "p99_s": verb.p99_s if verb.HasField("p99_s") else None,
+        }
+        for verb in now.message.verbs
+    }
+    return plain
+
+
+def show(now: Status) -> None:
+    """Print all of a status."""
+    snapshot, info, pool = now.snapshot, now.info, now.pool
+    where = "no layout yet" if pool is None else f"{pool.layout} in {pool.name or 'no memory'}"
+    state = "draining" if info.draining else "serving"
+    view.print_table(
+        [
+            ("service", f"{state} for {info.uptime_s:,.0f} s at {', '.join(info.listening)}"),
+            ("pool", f"{snapshot.num_blocks:,} blocks of {snapshot.block_size} · {where}"),
+            ("blocks", _blocks(snapshot)),
+            (
+                "workers",
+                f"{info.workers:,} · leases {len(snapshot.leases):,} · "
+                f"waiting {snapshot.waiting:,}",
+            ),
+            ("requests", sums(snapshot)),
+            ("tokens", view.show_ledger(snapshot.ledger)),
+        ]
+    )
+    if len(snapshot.namespaces) > 1:
+        typer.echo("namespaces")
+        view.print_table(
+            (
+                (view.show_namespace(namespace), view.show_ledger(ledger))
+                for namespace, ledger in snapshot.namespaces.items()
+            ),
+            indent="  ",
+        )
+    if snapshot.leases:
+        typer.echo("leases")
+        view.print_table((_LEASE_HEAD, *_lease_rows(snapshot)), indent="  ")
+
+
+def sums(snapshot: Snapshot) -> str:
+    """Write what only grows."""
+    return (
+        f"{snapshot.requests:,} · evicted blocks {snapshot.evicted:,} · "
+        f"remembered {snapshot.ghosts:,}"
+    )
+
+
+def _blocks(snapshot: Snapshot) -> str:
+    total = snapshot.num_blocks or 1
+    parts = [
+        f"{name} {getattr(snapshot, name):,} ({getattr(snapshot, name) / total:.1%})"
+        for name in ("free", "private", "indexed", "quarantined")
+    ]
+    return " · ".join(parts) + f" · evictable {snapshot.evictable:,}"
+
+
+_LEASE_HEAD = ("lease", "worker", "tokens", "committed", "blocks", "ends in", "namespace")
+
+
+def _lease_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(lease.lease),
+            lease.worker,
+            f"{lease.num_tokens:,}",
+            f"{lease.num_committed:,}",
+            f"{lease.num_blocks:,}",
+            f"{lease.expires_in_s:.0f} s",
+            view.show_namespace(lease.namespace),
+        )
+        for lease in snapshot.leases
+    ]
