@@ -236,12 +236,12 @@ def show(text: Text) -> None:
     Console(width=max(width(), cell_len(text.plain)), highlight=False).print(text)
 
 
-def wrap(text: str) -> list[str]:
-    """Break text into lines as wide as the terminal."""
+def wrap(text: str, indent: str = "  ") -> list[str]:
+    """Break text into lines as wide as the terminal, at most 100 columns; indent all but one."""
     return textwrap.wrap(
         text,
         min(width(), 100),
-        subsequent_indent="  ",
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )

@@ -1,0 +1,252 @@
+"""What the cache remembers for people: partings, depths of ghosts, recent requests, differences."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixcache.core import recent
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.node import Node
+from prefixcache.core.partings import WINDOW_S, Partings
+from prefixcache.errors import NotFound
+from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
+
+ME, CHAT = WorkerId("w1"), Namespace("chat")
+
+
+def made(num_blocks: int, partial: Partial = Partial.TAILS, **options: int) -> PrefixCache:
+    cache = PrefixCache(num_blocks, 4, partial=partial, **options)
+    cache.attach(ME, CHAT, now=0.0)
+    return cache
+
+
+def serve(cache: PrefixCache, tokens: list[int], now: float = 0.0, request_id: str = "") -> Grant:
+    grant = cache.acquire(ME, CHAT, pack(tokens), now=now, request_id=request_id)
+    assert isinstance(grant, Grant)
+    cache.commit(ME, grant.lease, len(tokens), now=now)
+    cache.release(ME, grant.lease, now=now)
+    return grant
+
+
+# ------------------------------------------------------------------------------------- partings
+
+
+def test_requests_that_part_at_a_place_are_counted_for_an_hour() -> None:
+    cache = made(256)
+    for minute in range(90):
+        serve(cache, [7] * 10 + [100 + minute] * 4, now=60.0 * minute)
+    asked = pack([7] * 10 + [99])
+    assert cache.explain(CHAT, asked, now=60.0 * 89).num_parted == 60
+    assert cache.explain(CHAT, asked, now=60.0 * 119).num_parted == 30
+    assert cache.explain(CHAT, asked, now=60.0 * 300).num_parted == 0
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 900)), max_size=60),
+    later=st.integers(0, 5000),
+)
+def test_the_window_counts_what_a_list_of_all_partings_does(
+    steps: list[tuple[int, int]], later: int
+) -> None:
+    partings, node, now, seen = Partings(), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
+    for into, wait in steps:
+        now += wait
+        partings.note(node, into, float(now))
+        seen.append((into, now // 60))
+    now += later
+    for into in range(4):
+        kept = [at for one, at in seen if one == into and now // 60 - at < WINDOW_S // 60]
+        assert partings.at(node, into, float(now)) == len(kept)
+
+
+def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
+    partings = Partings()
+    nodes = [Node(b"", [], None, 0) for _ in range(1200)]  # type: ignore[arg-type]
+    for node in nodes:
+        partings.note(node, 1, 0.0)
+    assert sum(partings.at(node, 1, 0.0) for node in nodes) == 1024
+    for minute in range(40):
+        for into in range(20):
+            partings.note(nodes[0], 100 * minute + into, 4000.0 * minute)
+    assert len(nodes[0].parted or ()) <= 32 + 20
+
+
+def test_a_parting_stays_where_it_is_when_its_run_is_cut_by_eviction() -> None:
+    cache = made(8)
+    for last in (1, 2):
+        serve(cache, [7] * 8 + [last] * 4)
+    serve(cache, [9] * 24)  # evicts the ends, then a part of what was shared
+    told = cache.explain(CHAT, pack([7] * 4 + [5] * 4), now=0.0)
+    assert told.num_parted == 0
+    cache.check()
+
+
+# ------------------------------------------------------------------------------- depth of ghosts
+
+
+def test_so_many_blocks_more_would_have_kept_what_was_evicted() -> None:
+    cache = made(8)
+    serve(cache, [1] * 16)
+    serve(cache, [2] * 16)
+    serve(cache, [3] * 16)  # evicts the 4 blocks of the first prompt
+    told = cache.explain(CHAT, pack([1] * 16 + [0]), now=0.0)
+    assert (told.ledger.evicted, told.extra_blocks) == (16, 4)
+    larger = made(8 + 4)
+    for prompt in ([1] * 16, [2] * 16, [3] * 16):
+        serve(larger, prompt)
+    assert larger.explain(CHAT, pack([1] * 16 + [0]), now=0.0).ledger.evicted == 0
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 10_000),
+    num_blocks=st.integers(6, 24),
+    partial=st.sampled_from([Partial.OFF, Partial.BLOCKS]),
+)
+def test_with_the_memory_that_shortage_names_nothing_remembered_is_evicted(
+    seed: int, num_blocks: int, partial: Partial
+) -> None:
+    """The forecast, held against a pool of that size: it is exact for whole blocks and LRU."""
+    draw = random.Random(seed)
+    prompts = [
+        [draw.randrange(3)] * 4 * draw.randrange(1, 3) + [10 + draw.randrange(6)] * 4
+        for _ in range(30)
+    ]
+    small = made(num_blocks, partial, num_ghosts=1000)
+    for prompt in prompts:
+        serve(small, prompt)
+    told = small.snapshot(now=0.0)
+    assert sum(tokens for _, tokens in told.shortage) == told.ledger.evicted
+    extra = max((blocks for blocks, tokens in told.shortage if tokens), default=0)
+    large = made(num_blocks + extra + 1, partial, num_ghosts=1000)
+    for prompt in prompts:
+        serve(large, prompt)
+    assert large.snapshot(now=0.0).ledger.evicted == 0
+    assert large.snapshot(now=0.0).ledger.cold == told.ledger.cold
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 10_000), num_blocks=st.integers(4, 16), limit=st.integers(0, 40))
+def test_ghosts_are_counted_by_when_they_were_buried(
+    seed: int, num_blocks: int, limit: int
+) -> None:
+    draw = random.Random(seed)
+    cache = made(num_blocks, num_ghosts=limit)
+    for _ in range(30):
+        serve(cache, [draw.randrange(3) for _ in range(draw.randrange(1, 4 * num_blocks))])
+    ghosts = cache._desk.tree.ghosts
+    assert ghosts.depth(0) == ghosts.num_blocks <= limit
+    assert all(count > 0 for count in ghosts._living.values())
+
+
+# ------------------------------------------------------------------------------- recent requests
+
+
+def may_see_all(namespace: Namespace) -> bool:
+    return True
+
+
+def test_a_request_is_explained_after_the_fact_as_it_was_then() -> None:
+    cache = made(256)
+    serve(cache, [7] * 10 + [1] * 20, now=1.0, request_id="first/0")
+    serve(cache, [7] * 10 + [2] * 20, now=2.0, request_id="second/0")
+    for name in ("second/0", "second", "w1#2"):
+        told = cache.recount(name, may_see_all, now=5.0)
+        assert (told.ledger.reused, told.ledger.cold) == (10, 20)
+        assert told.parted_at == 10
+        assert told.stored_next[:4] == pack([1])
+        assert told.past is not None
+        assert (told.past.request_id, told.past.age_s) == ("second/0", 3.0)
+        assert told.past.tokens == pack([7] * 10 + [2] * 20)
+    assert cache.explain(CHAT, pack([7] * 10 + [2] * 20), now=5.0).ledger.reused == 29
+    with pytest.raises(NotFound, match="second"):
+        cache.recount("second", lambda namespace: False, now=5.0)
+    with pytest.raises(NotFound, match="sec"):
+        cache.recount("sec", may_see_all, now=5.0)
+
+
+def test_what_lacked_memory_is_told_after_the_fact_too() -> None:
+    cache = made(8)
+    for prompt in ([1] * 16, [2] * 16, [3] * 16):
+        serve(cache, prompt)
+    serve(cache, [1] * 17, request_id="late")
+    told = cache.recount("late", may_see_all, now=0.0)
+    assert (told.ledger.evicted, told.extra_blocks) == (16, 4)
+
+
+def test_a_reset_forgets_recent_requests() -> None:
+    cache = made(64)
+    serve(cache, [1] * 8, request_id="secret")
+    cache.reset(CHAT)
+    with pytest.raises(NotFound):
+        cache.recount("secret", may_see_all, now=0.0)
+
+
+def test_recent_requests_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recent, "_MOST_BYTES", 400)
+    cache = made(64)
+    for number in range(recent._MOST_REQUESTS + 10):
+        serve(cache, [1] * 10, request_id=f"r{number}")
+    recents = cache._desk.history.recents
+    assert len(recents) == recent._MOST_REQUESTS
+    assert sum(len(one.tokens) for one in recents) <= 400
+    newest = next(iter(recents))
+    assert newest.tokens
+    told = cache.recount("r20", may_see_all, now=0.0)
+    assert told.past is not None
+    assert (told.past.tokens, told.past.num_tokens, told.ledger.total) == (b"", 10, 10)
+
+
+# ----------------------------------------------------------------------------------- differences
+
+
+@pytest.mark.parametrize("longer", [0, 3])
+def test_where_a_prompt_is_the_same_again_behind_a_difference(longer: int) -> None:
+    cache = made(256)
+    rest = list(range(200, 260))
+    serve(cache, [7] * 10 + [1, 2, 3] + rest)
+    told = cache.explain(CHAT, pack([7] * 10 + [4, 5, 6] + [8] * longer + rest), now=0.0)
+    assert (told.parted_at, told.resumes_at, told.num_same) == (10, 13 + longer, 60)
+
+
+def test_what_is_missing_in_the_middle_is_found_too() -> None:
+    cache = made(256)
+    serve(cache, list(range(100)))
+    told = cache.explain(CHAT, pack([*range(40), *range(50, 100)]), now=0.0)
+    assert (told.parted_at, told.resumes_at, told.num_same) == (40, 40, 50)
+
+
+def test_different_prompts_are_not_the_same_again() -> None:
+    cache = made(256)
+    serve(cache, [*range(20), *range(500, 560)])
+    told = cache.explain(CHAT, pack([*range(20), *range(600, 660)]), now=0.0)
+    assert (told.parted_at, told.resumes_at, told.num_same) == (20, None, 0)
+
+
+def test_a_namespace_that_has_more_is_named_but_never_behind_another_salt() -> None:
+    cache = made(256)
+    spaces = (
+        Namespace("chat", adapter="tuned"),
+        Namespace("chat", salt="s3cret"),
+        Namespace("chat", tenant="other"),
+    )
+    for space in spaces:
+        cache.attach(ME, space, now=0.0)
+        grant = cache.acquire(ME, space, pack(range(40)), now=0.0)
+        assert isinstance(grant, Grant)
+        cache.commit(ME, grant.lease, 40, now=0.0)
+    told = cache.explain(CHAT, pack(range(40)), now=0.0)
+    assert told.elsewhere == ((spaces[0], 39),)
+    assert cache.explain(spaces[1], pack(range(41)), now=0.0).elsewhere == ()
+
+
+def test_what_another_lease_computes_now_is_told() -> None:
+    cache = made(256)
+    grant = cache.acquire(ME, CHAT, pack(range(40)), now=0.0)
+    assert isinstance(grant, Grant)
+    told = cache.explain(CHAT, pack(range(50)), now=0.0)
+    assert (told.num_pending, told.ledger.cold) == (40, 50)
