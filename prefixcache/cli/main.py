@@ -14,6 +14,7 @@ import typer
 
 from prefixcache import __version__
 from prefixcache.cli import (
+    doctor,
     explain,
     lookup,
     pin,
@@ -47,6 +48,7 @@ app.command("top")(top.top)
 app.command("lookup")(lookup.lookup)
 app.command("explain")(explain.explain)
 app.command("tree")(tree.tree)
+app.command("doctor")(doctor.doctor)
 app.command("watch")(watch.watch)
 app.command("reset")(reset.reset)
 app.command("pin")(pin.pin)
