@@ -1,7 +1,7 @@
 """Sessions: one stream per worker, a batch of ops in, their results out.
 
 ```
-OpBatch ─► run each op in order ─► OpResults            in one go, without giving up the loop
+OpBatch ─► run each op in order ─► OpResults            64 in one go, then others have a turn
                    └ waits ─► line ─► outcome ─► OpResults   later, one message for all that settled
 ```
 """
@@ -9,6 +9,7 @@ OpBatch ─► run each op in order ─► OpResults            in one go, witho
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,11 @@ log = structlog.get_logger(__name__)
 
 _INTERNAL = 13
 
+_SLICE = 64
+"""Ops that run in one go; then others have their turn, however many are in a message."""
+_MOST_SNAPSHOTS = 1
+"""Of one slice: each walks all leases."""
+
 
 class SessionStream:
     """One open stream.  Its end without a detach is the death of its worker."""
@@ -48,7 +54,7 @@ class SessionStream:
         """Answer batches until the client hangs up or dies."""
         task = asyncio.current_task()
         assert task is not None
-        read, settle = self._context.read, self._handlers.line.settle
+        read = self._context.read
         try:
             while (batch := await read()) is not grpc.aio.EOF:
                 if batch.__class__ is Malformed:
@@ -59,32 +65,51 @@ class SessionStream:
                         f"{len(batch.ops):,} ops in one message; the limit is "
                         f"{self._handlers.settings.max_ops:,} (--max-ops)",
                     )
-                results = self.answer(batch, task)
-                settle()
-                if results.results:
-                    await self._write(results)
+                async with self._writing:
+                    results = await self._answer(batch, task)
+                    if results.results:
+                        await self._context.write(results)
         finally:
             if self._flushing is not None:
                 self._flushing.cancel()
             if self._worker is not None:
                 self._handlers.workers.leave(self._worker, gone=False)
 
-    def answer(self, batch: pb.OpBatch, task: asyncio.Task[None] | None) -> pb.OpResults:
-        """Run a batch.  Ops fail independently."""
-        # What settled before this batch comes first: tables change in the order of the answers.
+    async def _answer(self, batch: pb.OpBatch, task: asyncio.Task[None]) -> pb.OpResults:
+        """Run a batch, in slices: others are served between them.  Ops fail independently."""
+        # What settled before a slice comes before it: tables change in the order of the answers.
         results, self._late = self._late, pb.OpResults()
+        ops, settle = batch.ops, self._handlers.line.settle
+        self._slice(ops[:_SLICE] if len(ops) > _SLICE else ops, results, task)
+        settle()
+        for start in range(_SLICE, len(ops), _SLICE):
+            await asyncio.sleep(0)
+            results.MergeFrom(self._late)
+            self._late.Clear()
+            self._slice(ops[start : start + _SLICE], results, task)
+            settle()
+        return results
+
+    def _slice(self, ops: Iterable[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> None:
         add = results.results.add
         rows, unknown = self._handlers.meter.rows, empty_row()
-        began = clock()
-        for op in batch.ops:
+        began, snapshots = clock(), 0
+        for op in ops:
             verb = op.WhichOneof("op")
+            if verb == "snapshot" and (snapshots := snapshots + 1) > _MOST_SNAPSHOTS:
+                refused = InvalidRequest(
+                    f"more than {_MOST_SNAPSHOTS} snapshot in {_SLICE} ops: each walks all leases"
+                )
+                result = add()
+                result.id = op.id
+                write_error(refused, result.error)
+                continue
             self._run(op, verb, add, task)
             now = clock()
             row = rows.get(verb, unknown)
             row[(now - began).bit_length()] += 1
             row[SUM] += now - began
             began = now
-        return results
 
     def _run(self, op: pb.Op, verb: Any, add: Any, task: asyncio.Task[None] | None) -> None:
         """Run one op and add its result, unless it has to wait."""
@@ -150,9 +175,10 @@ class SessionStream:
 
     async def _flush(self) -> None:
         try:
-            while self._late.results:
-                late, self._late = self._late, pb.OpResults()
-                await self._write(late)
+            async with self._writing:
+                while self._late.results:
+                    late, self._late = self._late, pb.OpResults()
+                    await self._context.write(late)
         except asyncio.CancelledError:
             raise
         except grpc.aio.UsageError:
@@ -160,7 +186,3 @@ class SessionStream:
             log.debug("late results for a stream that has ended")
         finally:
             self._flushing = None
-
-    async def _write(self, results: pb.OpResults) -> None:
-        async with self._writing:
-            await self._context.write(results)
