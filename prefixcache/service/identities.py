@@ -10,6 +10,12 @@ certificates = ["serving.acme"]      # … or names in client certificates (CN, 
 socket = "/run/prefixcache/acme.sock"   # … or a Unix socket of its own …
 uid = 1001                           # … that belongs to this user
 
+domain = "acme"                      # in a pool of its own, which nobody else can map
+
+[[domain]]
+name = "acme"
+memory = "1GiB"
+
 [[identity]]
 name = "operator"
 admin = true                         # sees and steers every tenant; may set quotas
@@ -34,11 +40,13 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from prefixcache.config import parse_size
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
 from prefixcache.types import Namespace
 
 MAX_IDENTITIES: Final = 4096
 
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KEYS: Final = {
     *("name", "tenant", "models", "token_sha256", "certificates", "socket", "uid", "admin"),
@@ -110,11 +118,15 @@ class Identities:
         self._by_name: dict[str, Identity] = {}
         self._by_certificate: dict[str, Identity] = {}
         self._digests: list[tuple[bytes, Identity]] = []
+        self.domains: dict[str, int] = {}
+        """Bytes of each named domain's pool."""
         fields = _read(path)
-        if unknown := set(fields) - {"identity"}:
+        if unknown := set(fields) - {"identity", "domain"}:
             raise InvalidRequest(
-                f"{path}: unknown table {sorted(unknown)[0]!r}; write [[identity]]"
+                f"{path}: unknown table {sorted(unknown)[0]!r}; write [[identity]] or [[domain]]"
             )
+        for entry in fields.get("domain", []):
+            self._add_domain(f"{path}: domain", entry)
         entries = fields.get("identity", [])
         if not isinstance(entries, list) or not entries:
             raise InvalidRequest(f"{path} names no [[identity]]: nobody could use the service")
@@ -145,6 +157,17 @@ class Identities:
                 return identity
         return None
 
+    def _add_domain(self, where: str, entry: Any) -> None:
+        if not isinstance(entry, dict) or set(entry) != {"name", "memory"}:
+            raise InvalidRequest(f"{where} is a table of a name and its memory")
+        name = _text(where, entry, "name")
+        if not _NAME.fullmatch(name) or name in self.domains:
+            raise InvalidRequest(f"{where} needs a name of its own: letters, digits, - and _")
+        try:
+            self.domains[name] = parse_size(entry["memory"])
+        except (ValueError, TypeError) as error:
+            raise InvalidRequest(f"{where} {name}: {error}") from None
+
     def _add(self, where: str, entry: Any) -> None:
         if not isinstance(entry, dict):
             raise InvalidRequest(f"{where} is no table; write [[identity]]")
@@ -167,6 +190,8 @@ class Identities:
             admin=admin,
             domain=_text(where, entry, "domain"),
         )
+        if identity.domain and identity.domain not in self.domains:
+            raise InvalidRequest(f"{where}: there is no [[domain]] named {identity.domain!r}")
         self._by_name[name] = identity
         proofs = 0
         for digest in _texts(where, entry, "token_sha256"):

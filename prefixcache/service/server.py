@@ -22,11 +22,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from prefixcache.client.unary import SERVICE
-from prefixcache.config import ServeSettings
+from prefixcache.config import ServeSettings, format_size
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service import log as logging
 from prefixcache.service import unary
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.domains import make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
 from prefixcache.service.gate import Register
 from prefixcache.service.handlers import Handlers
@@ -34,7 +35,6 @@ from prefixcache.service.holdings import Holdings
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.state.folder import FORMER, Condition
 from prefixcache.service.waiting import WaitingLine
-from prefixcache.service.workers import Workers
 
 if TYPE_CHECKING:
     from prefixcache.service.http import HttpServer
@@ -85,11 +85,12 @@ async def _serve(
     doors = make_doors(settings, register)
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
-    holdings = make_holdings(settings)
-    line = WaitingLine(holdings)
-    workers = Workers(holdings, line, settings)
-    former = asyncio.ensure_future(_await_former(holdings, line))
-    handlers = Handlers(settings, holdings, line, workers)
+    memory = {} if register.current is None else register.current.domains
+    domains = make_domains(settings, memory, make_holdings)
+    holdings, handlers = domains[""].holdings, domains[""].handlers
+    formers = [
+        asyncio.ensure_future(_await_former(one.holdings, one.line)) for one in domains.values()
+    ]
     http = _make_http(settings, handlers)
     publisher = _make_publisher(settings, handlers)
     alive = health.aio.HealthServicer()
@@ -99,7 +100,10 @@ async def _serve(
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, door.server)
     try:
-        handlers.listening = open_doors(doors, lambda gate: unary.service(handlers, gate))
+        verbs = {name: one.handlers for name, one in domains.items()}
+        listening = open_doors(doors, lambda gate: unary.service(verbs, gate))
+        for one in domains.values():
+            one.handlers.listening = listening
         handlers.recorder = _start_recorder(settings)
         stop = _stop_on_signals()
         lost = _stop_without_owner(holdings, stop)
@@ -111,7 +115,10 @@ async def _serve(
             announce(str(holdings.sizes))
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
-        announce(_trust(settings, doors))
+        announce(_trust(settings, doors, list(domains)))
+        for name, one in domains.items():
+            if name:
+                announce(f"domain {name}: {one.holdings.sizes or format_size(memory[name])}")
         if holdings.state is not None:
             announce(_describe(holdings.state.condition))
         if handlers.recorder is not None:
@@ -123,7 +130,8 @@ async def _serve(
         if publisher is not None:
             publisher.start()
             announce(f"events at {settings.events}")
-        handlers.pulse.start()
+        for one in domains.values():
+            one.handlers.pulse.start()
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
         gc.freeze()
@@ -134,7 +142,7 @@ async def _serve(
         hurry = asyncio.ensure_future(stop.wait())
         # Without a pool there is nothing that leases could still do.
         grace = 0.0 if lost.is_set() else settings.grace
-        drained = asyncio.ensure_future(_drain(handlers, grace))
+        drained = asyncio.gather(*(_drain(one.handlers, grace) for one in domains.values()))
         await asyncio.wait((hurry, drained), return_when=asyncio.FIRST_COMPLETED)
         grace_s = 0.0 if hurry.done() else _LAST_WORDS_S
         for task in (hurry, drained):
@@ -153,16 +161,14 @@ async def _serve(
             await http.close()
         if publisher is not None:
             await publisher.close()
-        handlers.events.close()
-        handlers.pulse.close()
-        former.cancel()
-        workers.close()
-        line.close()
+        for former in formers:
+            former.cancel()
         for door in doors:
             door.listener.close()
         if holdings.owner is not None:
             asyncio.get_running_loop().remove_reader(holdings.owner.pidfd)
-        holdings.close()
+        for one in domains.values():
+            one.close()
         if handlers.recorder is not None:
             handlers.recorder.close()
     log.info("ended")
@@ -189,9 +195,14 @@ async def _await_former(holdings: Holdings, line: WaitingLine) -> None:
         line.settle()
 
 
-def _trust(settings: ServeSettings, doors: list[Door]) -> str:
+def _trust(settings: ServeSettings, doors: list[Door], domains: list[str]) -> str:
     """Say plainly who can read what."""
     told = "one pool, one trust domain: whoever may map it can read every prompt's keys and values"
+    if len(domains) > 1:
+        told = (
+            f"{len(domains)} pools, one for each trust domain: whoever may map one can read every "
+            "prompt's keys and values in it"
+        )
     if settings.identities is None:
         return told
     own = f", {len(doors) - 1} with a socket of their own" if len(doors) > 1 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from types import GeneratorType
 from typing import Any, Never
 
@@ -15,9 +15,10 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from prefixcache.client import codec, unary
-from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.gate import Gate
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
@@ -38,28 +39,44 @@ _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 _calls = itertools.count(1)
 
 
-def service(handlers: Handlers, gate: Gate) -> grpc.GenericRpcHandler:
+def service(domains: Mapping[str, Handlers], gate: Gate) -> grpc.GenericRpcHandler:
     """Build the gRPC service: every verb as a unary call, and the session.
 
     Args:
-        handlers: The verbs.
-        gate: Tells who calls.
+        domains: The verbs, by trust domain.
+        gate: Tells who calls, and so in which domain.
     """
+
+    async def admit(context: Any, verb: str) -> tuple[Identity, Handlers]:
+        try:
+            identity = gate.identify(context)
+            if identity.domain not in domains:
+                raise NotFound(f"domain {identity.domain!r} begins with the service's next start")
+        except CacheError as error:
+            domains[""].meter.refuse(verb, error)
+            await refuse(context, error)
+        return identity, domains[identity.domain]
+
+    def gated(verb: str, response_class: Any) -> Any:
+        inner = {name: _serve(one, verb, response_class) for name, one in domains.items()}
+
+        async def call(request: Any, context: Any) -> Any:
+            identity, _ = await admit(context, verb)
+            return await inner[identity.domain](request, context, identity)
+
+        return call
+
     methods: dict[str, Any] = {}
     for verb, rpc in unary.RPCS.items():
         name = rpc.path.rpartition("/")[2]
         methods[name] = grpc.unary_unary_rpc_method_handler(
-            _serve(handlers, gate, verb, rpc.response),
+            gated(verb, rpc.response),
             request_deserializer=reader(rpc.request),
             response_serializer=rpc.response.SerializeToString,
         )
 
     async def session(request_iterator: Any, context: Any) -> None:
-        try:
-            identity = gate.identify(context)
-        except CacheError as error:
-            handlers.meter.refuse("attach", error)
-            await refuse(context, error)
+        identity, handlers = await admit(context, "attach")
         await SessionStream(handlers, context, identity).serve()
 
     methods["Session"] = grpc.stream_stream_rpc_method_handler(
@@ -69,7 +86,8 @@ def service(handlers: Handlers, gate: Gate) -> grpc.GenericRpcHandler:
     )
 
     async def watching(request: Any, context: Any) -> None:
-        await watch(handlers, handlers.events, gate, request, context, refuse)
+        identity, handlers = await admit(context, "watch")
+        await watch(handlers, handlers.events, identity, request, context, refuse)
 
     methods["Watch"] = grpc.unary_stream_rpc_method_handler(
         watching,
@@ -80,15 +98,14 @@ def service(handlers: Handlers, gate: Gate) -> grpc.GenericRpcHandler:
 
 
 def _serve(
-    handlers: Handlers, gate: Gate, verb: str, response_class: Any
-) -> Callable[[Any, Any], Awaitable[Any]]:
+    handlers: Handlers, verb: str, response_class: Any
+) -> Callable[[Any, Any, Identity], Awaitable[Any]]:
     if verb == "attach":
 
-        async def attach(request: Any, context: Any) -> Any:
+        async def attach(request: Any, context: Any, identity: Identity) -> Any:
             began = clock()
             response = response_class()
             try:
-                identity = gate.identify(context)
                 _check(request)
                 asker: Asker = Visitor(identity)
                 if request.worker_key:
@@ -109,10 +126,9 @@ def _serve(
     meter = handlers.meter
     row = meter.rows[verb]
 
-    async def serve(request: Any, context: Any) -> Any:
+    async def serve(request: Any, context: Any, identity: Identity) -> Any:
         began = clock()
         try:
-            identity = gate.identify(context)
             _check(request)
             asker: Asker
             if optional and (verb in _ABOUT_ALL or not request.worker_key):

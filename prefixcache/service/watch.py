@@ -8,8 +8,8 @@ from typing import Any
 from prefixcache.client import codec
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.events import Batch, Event, EventLog, Removed, Stored
-from prefixcache.service.gate import Gate
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
 from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -22,11 +22,10 @@ def medium(handlers: Handlers) -> str:
 
 
 async def watch(
-    handlers: Handlers, log: EventLog, gate: Gate, request: Any, context: Any, refuse: Any
+    handlers: Handlers, log: EventLog, identity: Identity, request: Any, context: Any, refuse: Any
 ) -> None:
     """Serve one watcher what its identity may see; refuse what cannot be served."""
     try:
-        identity = gate.identify(context)
         if request.__class__ is Malformed:
             raise InvalidRequest(request)
         if request.tokens and not handlers.settings.watch_tokens:
