@@ -59,6 +59,12 @@ BENCHMARKS = (
         "same batch.",
     ),
     Benchmark(
+        "prefixcache_bench.grouped",
+        "Shared prefixes, read once per group, on a CPU",
+        "Attention of decode steps over our own pool: each sequence reading all of its keys, and "
+        "each run of shared blocks read once for all who share it.",
+    ),
+    Benchmark(
         "prefixcache_bench.serving",
         "Serving",
         "The worker on SmolLM2-135M-Instruct, beside transformers' `generate`.",

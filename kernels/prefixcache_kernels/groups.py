@@ -23,6 +23,7 @@ that is less than what it saves; where it is not, the blocks stay in the sequenc
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -162,11 +163,10 @@ class GroupPlan:
                 f"tables {list(rows.shape)} of {rows.dtype} with {len(limits)} limits: not "
                 "[S, max_blocks] int32 and [S]"
             )
-        if len(limits) and not 0 <= min(limits) <= max(limits) <= rows.shape[1]:
-            raise InvalidRequest(
-                f"limits {min(limits)} to {max(limits)} for tables of {rows.shape[1]} blocks"
-            )
-        order, common, limited = _sorted(rows, limits)
+        low, high = (min(limits), max(limits)) if limits else (0, 0)
+        if low < 0 or high > rows.shape[1]:
+            raise InvalidRequest(f"limits {low} to {high} for tables of {rows.shape[1]} blocks")
+        order, common, limited = _sorted(rows, limits, low)
         runs, own = _choose(order, common, cost)
         return cls(_packed(order, own, runs), tuple(runs), tuple(order), tuple(own), limited)
 
@@ -317,18 +317,23 @@ def _packed(order: Sequence[int], own: Sequence[int], runs: Sequence[Run]) -> Te
     flat = [*order, *own]
     for column in zip(*runs, strict=True):
         flat += column
-    return torch.from_numpy(np.array(flat, dtype=np.int32))
+    return (
+        torch.frombuffer(array("i", flat), dtype=torch.int32)
+        if flat
+        else torch.empty(0, dtype=torch.int32)
+    )
 
 
-def _sorted(rows: Tables, limits: Sequence[int]) -> tuple[list[int], list[int], bool]:
+def _sorted(rows: Tables, limits: Sequence[int], lowest: int) -> tuple[list[int], list[int], bool]:
     """Sort the tables; give their order, what neighbours have in common, and if limits cut it."""
     if len(limits) < 2 or rows.shape[1] == 0:
         return list(range(len(limits))), [0] * (len(limits) - 1), False
     order, common = _neighbours(rows)
-    bound = np.array(limits)
-    ends = bound[order]
-    cut = np.minimum(ends[1:], ends[:-1])
-    limited = bool((common > cut).any())
+    limited = False
+    if common.max() > lowest:
+        bound = np.array(limits)
+        ends = bound[order]
+        limited = bool((common > np.minimum(ends[1:], ends[:-1])).any())
     if limited:
         # A short limit must not stand between two that share more: what lies beyond a limit is
         # made equal, so that such a table sorts to the edge of those that it shares with.
@@ -347,10 +352,12 @@ def _neighbours(rows: Tables) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp
     rows = np.ascontiguousarray(rows)
     width = rows.shape[1]
     order = rows.view(f"V{4 * width}").ravel().argsort(kind="stable")
-    lined = rows[order]
-    differs = lined[1:] != lined[:-1]
-    first = differs.argmax(axis=1)
-    return order, np.where(differs[np.arange(len(first)), first], first, width)
+    lined = rows.take(order, axis=0)
+    same = lined[1:] == lined[:-1]
+    common = same.argmin(axis=1)  # 0 also where all are the same
+    if same[:, 0].any():
+        common[same.all(axis=1)] = width
+    return order, common
 
 
 def _choose(order: list[int], common: list[int], cost: SharingCost) -> tuple[list[Run], list[int]]:
@@ -362,8 +369,11 @@ def _choose(order: list[int], common: list[int], cost: SharingCost) -> tuple[lis
     # First as if each parent were read once for all; `fewer` counts passes that runs inside save.
     intervals: list[tuple[int, int, int, int, bool]] = []  # start, end, depth, readers, chosen
     opened = [[0, 0, 0]]  # depth, start, fewer
+    top = 0
     for at, depth in enumerate([*common, 0]):
-        start = at
+        if depth == top:
+            continue  # as in a group of many, most of the time
+        start, top = at, depth
         while opened[-1][0] > depth:
             deep, start, fewer = opened.pop()
             above = max(opened[-1][0], depth)
