@@ -26,6 +26,10 @@ def shared_run():
     ]
     requests[1].alone = True
     requests[3].took_over = True
+    for made in requests:  # c/1 and d/1 decoded side by side
+        made.kv_alone_bytes = 1_000_000
+        made.beside = made.id[0] in "cd"
+        made.kv_read_bytes = 500_000 if made.beside else 1_000_000
     attempts = (Attempt("d/1", "w2", 4.0, 4.5, 1004, 0, 256, 0),)
     death = Death("w2", 99, 4.5, True, 1, 40, 32, 7.0, 12.0, "w1", "d/1", attempts)
     return Run(

@@ -26,6 +26,7 @@ def answer(desk, worker, name):
     desk.hear(worker, {"event": "started", "id": name, "ledger": LEDGER, "waited_ms": 250}, 1.0)
     desk.hear(worker, {"event": "token", "id": name, "token": 7, "text": "x"}, 2.0)
     done = {"event": "finished", "id": name, "tokens": [7], "text": "x", "num_computed": 3}
+    done |= {"kv_read_bytes": 60, "kv_alone_bytes": 90}
     desk.hear(worker, done, 3.0)
 
 

@@ -118,6 +118,9 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(play
     assert death["blocks_returned"] > 0
     assert death["takeover_ms"] is not None
     assert "travel-lake/1" in [attempt["request"] for attempt in death["attempts"]]
+    beside = report["decode_kv_side_by_side"]
+    assert 0 < beside["decode_kv_bytes_read"] < beside["decode_kv_bytes_per_sequence"]
+    assert 0 < report["decode_kv_bytes_read"] < report["decode_kv_bytes_per_sequence"]
     fates = {line["fate"] for line in report["per_request"]}
     assert fates == {"cold", "warm", "joined", "takeover"}
     assert "w3" in {line["worker"] for line in report["per_request"]}

@@ -53,6 +53,17 @@ def test_the_figures_follow_from_the_requests(figures):
     assert figures["ttft_ratio"] == pytest.approx(12)
 
 
+def test_what_decoding_read_is_summed_and_compared_with_reading_sequence_by_sequence(figures):
+    assert figures["decode_kv_bytes_read"] == 3_000_000
+    assert figures["decode_kv_bytes_per_sequence"] == 4_000_000
+    assert figures["decode_kv_ratio"] == pytest.approx(1.33)
+    assert figures["decode_kv_side_by_side"]["decode_kv_ratio"] == pytest.approx(2.0)
+    assert [line["decode_kv_bytes_read"] for line in figures["per_request"]][1:3] == [
+        10**6,
+        500_000,
+    ]
+
+
 def test_memory_counts_a_shared_prefix_once_for_the_pool_and_once_per_separate_cache(figures):
     # 1,006 stored tokens a request: 62 whole shared blocks, and one block of its own for each.
     assert figures["pool_blocks_expected"] == 62 + 4
@@ -92,7 +103,16 @@ def test_the_summary_says_fates_in_words_and_the_verdict(figures):
     with console.file:
         show(console, Verdict(4, 12, ()), figures)
     text = console.export_text()
-    for word in ("cold", "warm", "joined", "takeover", "4,016", "12.0x", "token for token"):
+    for word in (
+        "cold",
+        "warm",
+        "joined",
+        "takeover",
+        "4,016",
+        "12.0x",
+        "token for token",
+        "1.3x as much",
+    ):
         assert word in text
     assert "w2 (pid 99) was killed with SIGKILL in mid-prefill" in text
     assert "w1 was waiting for that prefix with d/1: it took over 12 ms after the kill" in text

@@ -126,6 +126,8 @@ class Desk:
                 # answer but the last: what remains are tokens of the prompt.
                 fed = max(len(request.answer) - 1, 0)
                 request.num_computed = int(event["num_computed"]) - fed
+                request.kv_read_bytes = int(event["kv_read_bytes"])
+                request.kv_alone_bytes = int(event["kv_alone_bytes"])
                 request.done_s = now
                 slip.done.set_result(None)
             case "failed":

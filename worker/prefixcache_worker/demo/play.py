@@ -2,9 +2,10 @@
 
 ```
 1  one at a time     long system prompts on one worker, then on the others: cold and warm TTFT
-2  all together      chats interleaved; several workers get the same cold system prompt at once
-3  the crash         a worker is killed in mid-prefill in the middle of all this
-4  without a cache   the same prompts again; every answer must be the same, token for token
+2  side by side      all chats behind one of them on one worker: decoding reads it once for all
+3  all together      chats interleaved; several workers get the same cold system prompt at once
+4  the crash         a worker is killed in mid-prefill in the middle of all this
+5  without a cache   the same prompts again; every answer must be the same, token for token
 ```
 """
 
@@ -31,7 +32,7 @@ CRASH: Final = "travel"
 LONG_TOKENS: Final = 900
 """System prompts from this length on are first played one request at a time."""
 CRASH_AFTER: Final = 0.4
-"""Part of the other requests that are answered before the crash."""
+"""Part of the act's other requests that are answered before the crash."""
 
 
 @dataclass
@@ -69,48 +70,77 @@ class Play:
         self, victim: Mortal | None, *, victim_name: str = "", worker_id: str = "", chunk: int = 256
     ) -> None:
         """Play all acts.  Without a victim (one worker only) there is no crash."""
-        alone = await self._one_at_a_time()
+        played = await self._one_at_a_time()
+        await self._side_by_side(played)
         crash_chats = [c for c in self.workload.chats if c.assistant.name == CRASH]
         others = [c for c in self.workload.chats if c.assistant.name != CRASH]
         self.view.act(
-            2,
+            3,
             "All together",
             "The chats are interleaved and move from worker to worker with every turn; new system "
             "prompts are sent to several workers at the same moment.",
         )
         async with asyncio.TaskGroup() as group:
-            for chat in _interleaved(others, alone):
-                group.create_task(self._chat(chat, first_turn=int(chat.id in alone)))
+            begun = self._num_done
+            for chat in _interleaved(others, played):
+                group.create_task(self._chat(chat, first_turn=played.get(chat.id, 0)))
             if victim is None:
                 for chat in crash_chats:
                     group.create_task(self._chat(chat))
             else:
-                total = sum(len(chat.turns) for chat in others)
-                await self.desk.until(lambda: self._num_done >= CRASH_AFTER * total)
+                total = sum(len(chat.turns) - played.get(chat.id, 0) for chat in others)
+                await self.desk.until(lambda: self._num_done - begun >= CRASH_AFTER * total)
                 await self._crash(group, crash_chats, victim, victim_name, worker_id)
         if self.run.death is not None and self._heir is not None:
             torn = attempts(self.desk.torn, self._heir, chunk=chunk, block_size=self.run.block_size)
             self.run.death = replace(self.run.death, attempts=torn)
             self.view.settled(self.run.death)
 
-    async def _one_at_a_time(self) -> set[str]:
-        """Play the first turns of chats with long system prompts, one after the other."""
+    async def _one_at_a_time(self) -> dict[str, int]:
+        """Play the first turns of some chats with long system prompts, one after the other.
+
+        Returns:
+            How many turns of a chat are played.
+        """
         self.view.act(
             1,
             "One at a time",
             "A long system prompt is computed by one worker, then read in place by the others.",
         )
         names = list(self.desk.workers)
-        played: set[str] = set()
-        for assistant in self.workload.assistants.values():
-            if assistant.name == CRASH or self._num_system[assistant.name] < LONG_TOKENS:
-                continue
+        played: dict[str, int] = {}
+        for assistant in self._long_assistants():
             for i, chat in enumerate(_of(self.workload, assistant)[: max(len(names), 2)]):
                 request = self._request(chat, 0)
                 request.alone = True
                 await self._ask(request, names[i % len(names)])
-                played.add(chat.id)
+                played[chat.id] = 1
         return played
+
+    async def _side_by_side(self, played: dict[str, int]) -> None:
+        """Play the next turn of all chats behind each long system prompt at once, on one worker."""
+        self.view.act(
+            2,
+            "Side by side",
+            "All chats behind a long system prompt are answered by one worker at the same time: a "
+            "step of decoding reads the keys and values of that prompt once for all of them.",
+        )
+        names = list(self.desk.workers)
+        async with asyncio.TaskGroup() as group:
+            for i, assistant in enumerate(self._long_assistants()):
+                for chat in _of(self.workload, assistant):
+                    request = self._request(chat, played.get(chat.id, 0))
+                    request.beside = True
+                    group.create_task(self._ask(request, names[i % len(names)]))
+                    played[chat.id] = played.get(chat.id, 0) + 1
+
+    def _long_assistants(self) -> list[Assistant]:
+        """Find who has a long system prompt, but for the one that the crash is about."""
+        return [
+            assistant
+            for assistant in self.workload.assistants.values()
+            if assistant.name != CRASH and self._num_system[assistant.name] >= LONG_TOKENS
+        ]
 
     async def _chat(self, chat: Chat, first_turn: int = 0) -> None:
         for turn in range(first_turn, len(chat.turns)):
@@ -126,7 +156,7 @@ class Play:
         worker_id: str,
     ) -> None:
         self.view.act(
-            3,
+            4,
             "The crash",
             f"{victim_name} gets a new, long system prompt, another worker waits for the same one, "
             f"and {victim_name} is killed with SIGKILL before it has computed all of it.",
@@ -234,7 +264,7 @@ def _of(workload: Workload, assistant: Assistant) -> list[Chat]:
     return [chat for chat in workload.chats if chat.assistant == assistant]
 
 
-def _interleaved(chats: Sequence[Chat], played: set[str]) -> list[Chat]:
+def _interleaved(chats: Sequence[Chat], played: Mapping[str, int]) -> list[Chat]:
     """Order chats so that two of every new system prompt begin together, then all take turns.
 
     The first requests go to different workers one after the other, so that the two of a pair are

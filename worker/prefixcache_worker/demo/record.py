@@ -56,12 +56,18 @@ class Request:
     ledger: Ledger = field(default_factory=Ledger)
     num_computed: int = 0
     """Prompt tokens that were computed for it."""
+    kv_read_bytes: int = 0
+    """Keys and values that decoding its answer read; what several sequences read once, divided."""
+    kv_alone_bytes: int = 0
+    """What that would have been had each sequence of a step read its own."""
     answer: list[int] = field(default_factory=list)
     text: str = ""
     logits: list[TopTwo] = field(default_factory=list)
     took_over: bool = False
     alone: bool = False
     """Sent while no other request was running: its times are undisturbed."""
+    beside: bool = False
+    """Answered beside others with the same system prompt, by the same worker."""
 
     @property
     def ttft_ms(self) -> float:

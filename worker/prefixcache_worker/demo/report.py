@@ -92,6 +92,8 @@ def figures(shared: Run, unshared: Run, verdict: Verdict) -> dict[str, Any]:
         "pool_blocks_used": shared.blocks_used,
         "pool_blocks_expected": num_blocks(sequenced, shared.block_size),
         "pool_blocks_leaked": shared.blocks_leaked,
+        **decode_kv(requests),
+        "decode_kv_side_by_side": decode_kv([r for r in requests if r.beside]),
         "seconds_shared": round(shared.seconds, 2),
         "seconds_unshared": round(unshared.seconds, 2),
         "per_request": [_line(request) for request in requests],
@@ -110,6 +112,17 @@ def ttft_long(requests: Sequence[Request]) -> dict[str, Any]:
         "num_cold": len(cold),
         "num_warm": len(warm),
         "ratio": _ratio(_median(cold), _median(warm)),
+    }
+
+
+def decode_kv(requests: Sequence[Request]) -> dict[str, Any]:
+    """Sum what decoding read: with each shared prefix once a step, and sequence by sequence."""
+    read = sum(request.kv_read_bytes for request in requests)
+    alone = sum(request.kv_alone_bytes for request in requests)
+    return {
+        "decode_kv_bytes_read": read,
+        "decode_kv_bytes_per_sequence": alone,
+        "decode_kv_ratio": _ratio(alone, read),
     }
 
 
@@ -140,6 +153,8 @@ def _line(request: Request) -> dict[str, Any]:
         **{k: getattr(ledger, k) for k in ("hit", "partial", "joined", "cold", "evicted")},
         "granularity": ledger.granularity,
         "computed": request.num_computed,
+        "decode_kv_bytes_read": request.kv_read_bytes,
+        "decode_kv_bytes_per_sequence": request.kv_alone_bytes,
         "answer_tokens": len(request.answer),
         "sent_s": round(request.sent_s, 4),
         "ttft_ms": round(request.ttft_ms, 2),

@@ -110,7 +110,7 @@ async def _shared(cast: Cast, view: View, folder: Path) -> Run:
 
 async def _unshared(cast: Cast, view: View, folder: Path, shared: Run) -> tuple[Run, Verdict]:
     view.act(
-        4,
+        5,
         "Without a cache",
         "New workers without any cache get the same prompts; every answer is compared.",
     )

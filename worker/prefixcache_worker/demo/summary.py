@@ -87,6 +87,18 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                 f"cold {_ms(long['cold_ms'])}, warm {_ms(long['warm_ms'])}",
             )
         )
+    if report["decode_kv_ratio"]:
+        read, alone = report["decode_kv_bytes_read"], report["decode_kv_bytes_per_sequence"]
+        beside = report["decode_kv_side_by_side"]["decode_kv_ratio"]
+        rows.append(
+            (
+                "read to decode",
+                f"{read / _MEGABYTE:,.0f} MB",
+                "keys and values, a shared prefix once a step; sequence by sequence it were "
+                f"{alone / _MEGABYTE:,.0f} MB, {_times(report['decode_kv_ratio'])} as much"
+                + (f" (side by side {_times(beside)})" if beside else ""),
+            )
+        )
     rows += [
         (
             "memory used",
