@@ -10,6 +10,8 @@ the same minute:
 first token   generate (DynamicCache) on a prompt │  the engine through a real service: cold, then
                                                   │  warm (all but the last 16 tokens are cached)
 decoding      steps of generate on a batch        │  steps of the engine with as many requests
+shared        the engine, each sequence reading   │  the engine, by the group plan: the prefix of
+              all of its keys                     │  1,000 tokens is read once a step
 chats         worker processes on one pool        │  the same, each on a pool of its own
 ```
 Figures are min / median / max.  Exit code 1 if a goal is missed and `--strict` is given.
@@ -52,10 +54,13 @@ TTFT_LENGTHS: Final = (256, 1000, 2000)
 WARM_TAIL: Final = 16
 BATCHES: Final = (1, 4, 8, 16)
 DECODE_CONTEXT: Final = 200
+SHARED_TOKENS: Final = 1000
+SHARED_TAIL: Final = 40
 SKIPPED_STEPS: Final = 3
 GOALS: Final = {
     "decode at batch 1": 1.4,
     "decode at batch 8": 1.25,
+    "shared decode at batch 8": 1.2,
     "cold first token": 1.0,
     "warm first token at 1,000": 5.0,
     "moving chats, 3 workers": 4.0,
@@ -112,14 +117,14 @@ class Generate:
 
 
 @contextlib.contextmanager
-def engine(model: Model) -> Iterator[Engine]:
+def engine(model: Model, **options: Any) -> Iterator[Engine]:
     """Run an engine in this process on a service in another."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx")))
         target = stack.enter_context(service(folder, "s", "1GiB"))
         client = stack.enter_context(prefixcache.connect(target))
         session, pool = joiner(client, model, "bench")()
-        made = Engine(model, pool, session)
+        made = Engine(model, pool, session, **options)
         yield made
         made.close()
 
@@ -164,10 +169,12 @@ def measure_ttft(
     ]
 
 
-def engine_steps(made: Engine, prompts: list[list[int]], count: int, name: str) -> list[float]:
+def engine_steps(
+    made: Engine, prompts: list[list[int]], count: int, name: str, cached: int = 0
+) -> list[float]:
     """Decode `count` tokens of all prompts side by side; the duration of each full step."""
     # The first prompts decode already while the last ones are computed.
-    count += sum(map(len, prompts)) // made.chunk + 2
+    count += sum(len(prompt) - cached for prompt in prompts) // made.chunk + 2
     for i, prompt in enumerate(prompts):
         made.submit(Request(f"{name}.{i}", prompt, count, stop_ids=(), wait_s=0.0))
     durations = []
@@ -207,6 +214,35 @@ def measure_decode(
                     "generate_tokens_per_s": theirs.fields(),
                     "engine_tokens_per_s": ours.fields(),
                     "engine_to_generate": ours.median / theirs.median,
+                }
+            )
+    return rows
+
+
+def measure_shared(
+    model: Model, rounds: int, steps: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Measure decoding behind one prefix: each sequence reading it, and reading it once for all."""
+    rows = []
+    with engine(model, grouped=False) as apart, engine(model) as together:
+        prefix = tokens(draw, SHARED_TOKENS)
+        for made in (apart, together):
+            first_token(made, "prefix", [*prefix, *tokens(draw, SHARED_TAIL)])
+        for batch in BATCHES[1:]:
+            speeds = {"apart": Series(), "together": Series()}
+            for number in range(rounds):
+                prompts = [[*prefix, *tokens(draw, SHARED_TAIL)] for _ in range(batch)]
+                for kind, made in (("apart", apart), ("together", together)):
+                    name = f"{kind}.{batch}.{number}"
+                    taken = engine_steps(made, prompts, steps, name, cached=SHARED_TOKENS)
+                    speeds[kind].values.append(batch / statistics.median(taken[SKIPPED_STEPS:]))
+            progress(f"shared decoding: batch {batch}")
+            rows.append(
+                {
+                    "batch": batch,
+                    "shared_tokens": SHARED_TOKENS,
+                    **{f"{kind}_tokens_per_s": one.fields() for kind, one in speeds.items()},
+                    "together_to_apart": speeds["together"].median / speeds["apart"].median,
                 }
             )
     return rows
@@ -328,6 +364,23 @@ def report(result: dict[str, Any]) -> None:
                 for row in rows
             ],
         )
+    if rows := result.get("shared"):
+        print(
+            f"decoding behind one prefix of {SHARED_TOKENS:,} tokens, tokens per second in all: "
+            "min / median / max"
+        )
+        table(
+            ["batch", "each reads it", "read once a step", "ratio"],
+            [
+                [
+                    str(row["batch"]),
+                    span(row["apart_tokens_per_s"]),
+                    span(row["together_tokens_per_s"]),
+                    f"{row['together_to_apart']:.2f}",
+                ]
+                for row in rows
+            ],
+        )
     if rows := result.get("chats"):
         print("chats: later turns' time to first token as the client sees it, 8 in flight")
         table(
@@ -358,6 +411,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
     ratios: dict[str, float] = {}
     for row in result.get("decode", []):
         ratios[f"decode at batch {row['batch']}"] = row["engine_to_generate"]
+    for row in result.get("shared", []):
+        ratios[f"shared decode at batch {row['batch']}"] = row["together_to_apart"]
     for row in result.get("ttft", []):
         ratio = row["generate_to_cold"]
         ratios["cold first token"] = min(ratio, ratios.get("cold first token", ratio))
@@ -401,7 +456,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m prefixcache_bench.serving", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
-    parser.add_argument("--only", choices=("ttft", "decode", "chats"))
+    parser.add_argument("--only", choices=("ttft", "decode", "shared", "chats"))
     parser.add_argument("--model", default=smollm2.NAME)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=0)
@@ -419,13 +474,17 @@ def main(argv: list[str] | None = None) -> int:
     rounds = 2 if options.quick else 5
     if options.only != "chats":
         model = Model.load(folder, dtype=dtype, threads=1)
-        baseline = Generate(folder, dtype)
-        if options.only != "decode":
-            result["ttft"] = measure_ttft(model, baseline, rounds, draw)
-        if options.only != "ttft":
-            steps = 16 if options.quick else 32
-            result["decode"] = measure_decode(model, baseline, rounds, steps, draw)
-        del model, baseline
+        steps = 16 if options.quick else 32
+        if options.only != "shared":
+            baseline = Generate(folder, dtype)
+            if options.only != "decode":
+                result["ttft"] = measure_ttft(model, baseline, rounds, draw)
+            if options.only != "ttft":
+                result["decode"] = measure_decode(model, baseline, rounds, steps, draw)
+            del baseline
+        if options.only in (None, "shared"):
+            result["shared"] = measure_shared(model, rounds, steps, draw)
+        del model
     if options.only in (None, "chats"):
         result["chats"] = []
         for load, counts in loads(quick=options.quick):

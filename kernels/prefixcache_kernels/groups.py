@@ -114,6 +114,9 @@ class SharingCost:
 FREE: Final = SharingCost(block_bytes=1, partial_bytes=0, run_bytes=0)
 """Sharing costs nothing: every shared block is read once.  For tests and for counting."""
 
+NEVER: Final = SharingCost(block_bytes=0, partial_bytes=0, run_bytes=0)
+"""Sharing saves nothing: every sequence reads all of its blocks.  To compare with."""
+
 
 @dataclass(frozen=True, eq=False)
 class GroupPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, cast
@@ -10,6 +11,8 @@ import pytest
 
 from prefixcache_bench import chatload, serving
 from prefixcache_bench.chatload import NEW_TOKENS, TURNS, Load, Worker, play
+from prefixcache_kernels.groups import FREE
+from prefixcache_worker.model import Model
 
 
 class Recorder:
@@ -63,6 +66,7 @@ def test_a_turn_goes_on_from_the_answer_before_it_and_the_seed_repeats_it() -> N
 def test_goals_are_ratios_of_what_was_measured() -> None:
     result = {
         "decode": [{"batch": 1, "engine_to_generate": 1.5}, {"batch": 4, "engine_to_generate": 1}],
+        "shared": [{"batch": 8, "together_to_apart": 1.3}],
         "ttft": [
             {"length": 256, "generate_to_cold": 1.1, "cold_to_warm": 2},
             {"length": 1000, "generate_to_cold": 0.9, "cold_to_warm": 8},
@@ -75,10 +79,25 @@ def test_goals_are_ratios_of_what_was_measured() -> None:
     found = {goal["name"]: (goal["ratio"], goal["met"]) for goal in serving.goals(result)}
     assert found == {
         "decode at batch 1": (1.5, True),
+        "shared decode at batch 8": (1.3, True),
         "cold first token": (0.9, False),
         "warm first token at 1,000": (8, True),
         "moving chats, 3 workers": (8.0, True),
     }
+
+
+def test_shared_decoding_is_measured_with_and_without_the_plan(
+    tiny: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "SHARED_TOKENS", 96)
+    monkeypatch.setattr(serving, "SHARED_TAIL", 3)
+    monkeypatch.setattr(serving, "BATCHES", (1, 2))
+    monkeypatch.setattr(serving, "tokens", lambda draw, n: [draw.randrange(97) for _ in range(n)])
+    monkeypatch.setattr(Model, "sharing_cost", lambda model, block_size: FREE)
+    [row] = serving.measure_shared(tiny, 1, 8, random.Random(0))
+    assert row["batch"] == 2
+    assert row["apart_tokens_per_s"]["median"] > 0
+    assert row["together_tokens_per_s"]["median"] > 0
 
 
 def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ class Engine:
         max_batch: requests in hand at a time; more wait in the queue.
         join: how to find the service again when it is lost; None: never.
         private_tokens: size of the pool for the time without a service.
+        grouped: decode by the group plan; False: every sequence reads all of its keys, to compare.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         max_batch: int = 16,
         join: Join | None = None,
         private_tokens: int = PRIVATE_TOKENS,
+        grouped: bool = True,
     ) -> None:
         if chunk < max_batch or max_batch < 1:
             raise InvalidRequest(
@@ -88,7 +90,7 @@ class Engine:
         self._asked: list[Job] = []
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
-        self._forward = Forward(model, max_batch)
+        self._forward = Forward(model, max_batch, grouped=grouped)
         self._passed_over = False
         """Whether the last step left long prompts out."""
         self._wake = threading.Event()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from prefixcache_kernels.groups import NEVER
 from prefixcache_worker.batch import Batch, Piece
 from prefixcache_worker.device_batch import DeviceBatch
 from prefixcache_worker.job import Job
@@ -26,11 +27,13 @@ class Forward:
     Args:
         model: what computes.
         max_batch: jobs in hand at a time.
+        grouped: read what sequences share once a step, where that pays.
     """
 
-    def __init__(self, model: Model, max_batch: int) -> None:
+    def __init__(self, model: Model, max_batch: int, *, grouped: bool = True) -> None:
         self.model = model
         self.max_batch = max_batch
+        self.grouped = grouped
         self._batches: dict[int, tuple[Store, DeviceBatch]] = {}
         """By the store's id."""
 
@@ -65,7 +68,7 @@ class Forward:
         if id(store) not in self._batches:
             pool = store.pool
             longest = -(-self.model.max_tokens // pool.block_size) or pool.num_blocks
-            cost = self.model.sharing_cost(pool.block_size)
+            cost = self.model.sharing_cost(pool.block_size) if self.grouped else NEVER
             width = min(longest, pool.num_blocks)
             made = DeviceBatch(self.max_batch, width, pool.block_size, cost)
             self._batches[id(store)] = store, made
