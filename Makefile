@@ -5,8 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench experiments photograph soak kernels-ahead kernels-sanitize proto clean
-.PHONY: help demo test lint bench experiments properties soak chaos fuzz proto clean
+.PHONY: help demo test lint bench experiments photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -47,9 +46,6 @@ experiments: $(VENV)/.installed   ## Hit rate by block size, memory and policy: 
 photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
 	$(BIN)/python -m prefixcache_bench.photograph
 
-soak: $(VENV)/.installed   ## The property tests, 100 times as long.
-	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
-
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
 	$(BIN)/python -m prefixcache_kernels.ahead
 
@@ -61,6 +57,13 @@ properties: $(VENV)/.installed   ## The property tests, 100 times as long.
 
 chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks and broken connections: 15 minutes.
 	PYTHONPATH=tests $(BIN)/python -m chaos.storm --rounds $(or $(ROUNDS),100)
+
+fuzz: $(VENV)/.installed   ## Messages, manifests, traces, wire and sockets; FUZZ_SECONDS=600.
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	PYTHONPATH=tests $(BIN)/python -m fuzz.run
+
+soak: $(VENV)/.installed   ## Half of the benchmark's rate for SOAK_MINUTES=30: latency, memory, leaks.
+	$(BIN)/python -m prefixcache_bench.soak
 
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto

@@ -274,4 +274,7 @@ def read_result(result: pb.OpResult) -> Any:
         return CacheError("the service answered in a way that this client does not know")
     if verb == "error":
         return codec.read_error(result.error)
-    return codec.READ[verb](getattr(result, verb))
+    try:
+        return codec.READ[verb](getattr(result, verb))
+    except (ValueError, KeyError, OverflowError) as error:
+        return CacheError(f"the service's answer to {verb} cannot be read: {error}")

@@ -35,7 +35,7 @@ class ServiceProcess:
     """`prefixcache serve` in a subprocess."""
 
     def __init__(self, target: str, *flags: str) -> None:
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
+        self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - lives as long as the process
         self.process = subprocess.Popen(
             command("serve", "--listen", target, *flags),
             stdout=subprocess.PIPE,

@@ -41,6 +41,7 @@ SYSTEM = (1, 23)
 CHATS = [prompt(SYSTEM, (seed, 20 + seed)) for seed in range(2, 12)]
 TOKENS = sum(len(chat) // 4 for chat in CHATS)
 MODEL = "model"
+MINE = Namespace(MODEL)
 
 
 @pytest.fixture
@@ -346,9 +347,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "state"
 
 
-def local_hits(state: Path) -> int:
+def local_hits(state: Path, namespace: Namespace = MINE) -> int:
     """Revive a state in this process; verify all that it offers, and count it."""
-    namespace, me = Namespace(MODEL), WorkerId("reader")
+    me = WorkerId("reader")
     holdings = Holdings(
         load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     )
@@ -387,6 +388,11 @@ def test_what_is_torn_or_foreign_is_a_miss(
     found = local_hits(copied)
     assert found < 0.95 * TOKENS
     assert (found > 0) == (left == "partly")
+
+
+def test_a_namespace_that_was_renamed_is_not_offered_to_another(copied: Path) -> None:
+    rename_namespace(copied)
+    assert local_hits(copied, Namespace(MODEL, tenant="somebody else")) == 0
 
 
 def test_what_is_not_damaged_is_all_there(copied: Path) -> None:

@@ -94,6 +94,8 @@ class Sums:
 
     def of_many(self, facts: Words, tokens: Words) -> Hashes:
         """Compute like `of`, on all cores, in the order of memory."""
+        if len(facts) * self.block_bytes < _CHUNK_BYTES:
+            return self.of(facts, tokens)
         order = np.argsort(facts[:, 0], kind="stable")
         sums = np.empty(len(order), np.uint64)
         cuts = max(1, min(len(order), 8 * (os.cpu_count() or 1)))

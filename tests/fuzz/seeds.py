@@ -1,0 +1,70 @@
+"""Inputs to begin from: what each target takes for good."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from prefixcache.service.state.manifest import Manifest
+from prefixcache.types import Namespace, pack
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+def _batch() -> bytes:
+    batch = pb.OpBatch()
+    acquire = batch.ops.add(id=1).acquire
+    acquire.tokens, acquire.reserve, acquire.request_id = pack(range(9)), 4, "r"
+    for number, lease in enumerate((1, 2, 3), 2):
+        commit = batch.ops.add(id=number).commit
+        commit.lease, commit.num_tokens, commit.new_tokens = lease, 9 + lease, pack([7] * lease)
+    batch.ops.add(id=6).extend.lease = 1
+    batch.ops[-1].extend.num_tokens = 20
+    batch.ops.add(id=7).fork.lease = 1
+    batch.ops[-1].fork.count = 2
+    batch.ops.add(id=8).truncate.lease = 1
+    batch.ops[-1].truncate.num_tokens = 3
+    batch.ops.add(id=9).lookup.tokens = pack(range(6))
+    batch.ops.add(id=10).explain.tokens = pack(range(6))
+    batch.ops.add(id=11).release.lease = 1
+    batch.ops.add(id=12).snapshot.SetInParent()
+    batch.ops.add(id=13).renew.SetInParent()
+    return batch.SerializeToString()
+
+
+def _results() -> bytes:
+    results = pb.OpResults()
+    grant = results.results.add(id=1).acquire.grant
+    grant.lease, grant.block_table, grant.num_cached = 1, pack([0, 1]), 3
+    grant.copies.add(src=1, dst=2, num_tokens=3)
+    results.results.add(id=2).error.kind = "PoolExhausted"
+    results.results.add(id=3).explain.spans.add(start=0, end=3, fate=pb.FATE_HIT)
+    results.results.add(id=4).snapshot.num_blocks = 3
+    return results.SerializeToString()
+
+
+def _manifest() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest"
+        manifest = Manifest(path)
+        manifest.begin({"format": 1, "layout": "1x1x2:float32"})
+        manifest.write([(0, Namespace("m"))], [], [], [], [])
+        manifest.close()
+        return path.read_bytes()
+
+
+def seeds(target: str) -> list[bytes]:
+    """Give some good inputs of a target."""
+    lines = [
+        json.dumps({"t": 0.5, "namespace": "m", "tokens": [1, 2, 3], "prompt": 2}),
+        json.dumps({"timestamp": 1, "input_length": 900, "output_length": 3, "hash_ids": [1, 2]}),
+    ]
+    jsonl = "\n".join(lines).encode()
+    return {
+        "messages": [_batch()],
+        "answers": [_results()],
+        "rows": [bytes(range(1, 120)), bytes([3, 4, 0] + [5] * 90)],
+        "manifest": [_manifest()],
+        "traces": [b"\x03" + jsonl, b"\x01" + lines[1].encode(), b"\x00" + jsonl],
+        "settings": [b"2GiB", b"30x3x64:bfloat16"],
+    }[target]

@@ -1,0 +1,206 @@
+"""What is fuzzed: functions that take any bytes, and raise nothing but what they promise.
+
+Each is called with bytes that mean nothing, or nearly something; whatever it raises is a finding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from prefixcache.client.ops import read_result
+from prefixcache.config import load, parse_layout, parse_size
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.malformed import Malformed, reader
+from prefixcache.service.sessions import SessionStream
+from prefixcache.service.state.keeper import describe
+from prefixcache.service.state.manifest import Manifest, key_of
+from prefixcache.service.state.revival import revive
+from prefixcache.service.state.stamps import Stamps
+from prefixcache.service.state.sums import Sums
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.workers import Workers
+from prefixcache.types import Layout, Namespace, PoolHandle, WorkerId
+from prefixcache.v1 import prefixcache_pb2 as pb
+from prefixcache_bench.readers.load import Form
+from prefixcache_bench.readers.load import load as load_trace
+
+LAYOUT = Layout(1, 1, 2, "float32")
+BLOCKS, SIZE = 32, 4
+
+structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+
+_INTERNAL = 13
+
+
+class Messages:
+    """A whole service without a socket: bytes go in as its stream would get them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._count = 0
+        self._renew()
+
+    def _renew(self) -> None:
+        settings = load({"memory": BLOCKS * SIZE * LAYOUT.token_bytes, "block_size": SIZE})
+        settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT, "max_forks": 8})
+        holdings = Holdings(settings)
+        line = WaitingLine(holdings)
+        self._handlers = Handlers(settings, holdings, line, Workers(holdings, line, settings))
+        self._read = reader(pb.OpBatch)
+
+    def __call__(self, data: bytes) -> None:
+        self._loop.run_until_complete(self._take(data))
+
+    def close(self) -> None:
+        self._loop.close()
+
+    async def _take(self, data: bytes) -> None:
+        batch = self._read(data)
+        if isinstance(batch, Malformed):
+            return
+        hello = pb.OpBatch()
+        hello.ops.add().attach.namespace.model = "m"
+        hello.ops[0].attach.layout.num_layers = 1
+        hello.ops[0].attach.layout.num_kv_heads = 1
+        hello.ops[0].attach.layout.head_dim = 2
+        hello.ops[0].attach.layout.dtype = pb.ELEMENT_TYPE_FLOAT32
+        stream: Any = SessionStream(self._handlers, None)
+        task = asyncio.current_task()
+        stream.answer(hello, task)
+        results = stream.answer(batch, task)
+        for result in results.results:
+            assert result.error.code != _INTERNAL, result.error.message
+        stream.answer(batch, task)  # once more: now there are leases, and things to find
+        cache = self._handlers.holdings.cache
+        assert cache is not None
+        cache.check()
+        if stream._worker is not None:
+            self._handlers.workers.leave(stream._worker, gone=True)
+        self._handlers.line.close()
+        self._count += 1
+        if self._count % 500 == 0:
+            self._renew()
+
+
+def answers(data: bytes) -> None:
+    """What a client does with whatever a service sends."""
+    results = reader(pb.OpResults)(data)
+    if isinstance(results, Malformed):
+        return
+    for result in results.results:
+        with contextlib.suppress(CacheError):
+            read_result(result)
+
+
+class Rows:
+    """A manifest whose rows are cut from the input: all that it offers must be whole."""
+
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+        handle = PoolHandle("shm", "", BLOCKS, SIZE, LAYOUT, 1, 0)
+        self._stamps = Stamps(folder / "stamps", BLOCKS)
+        self._sums = Sums(bytes(handle.num_bytes), handle, 5)
+
+    def __call__(self, data: bytes) -> None:
+        manifest = Manifest(Path(":memory:"))
+        rows = []
+        take = iter(np.frombuffer(data.ljust(64, b"\0"), np.uint8).tolist())
+        with contextlib.suppress(StopIteration):
+            for number in range(1, 1 + next(take) % 6):
+                rows += [self._row(number, take)]
+        manifest._base.executemany("INSERT OR REPLACE INTO runs VALUES (?,?,?,?,?,?,?,?,?)", rows)
+        manifest._base.execute("INSERT INTO namespaces VALUES (0, x'00', 'm', '', '', '')")
+        key = key_of(Namespace("m"))
+        manifest._base.execute("UPDATE namespaces SET key = ?", (key,))
+        found = revive(manifest, self._stamps, self._sums, SIZE, tails=True)
+        cache = PrefixCache(BLOCKS, SIZE)
+        cache.restore(found.runs, array("i"), WorkerId("before"))
+        cache.check()
+        manifest.close()
+
+    def _row(self, number: int, take: Iterator[int]) -> tuple[Any, ...]:
+        kind, count = next(take), 1 + next(take) % 3
+        blocks = np.array([next(take) % (BLOCKS + 2) for _ in range(count)], np.int32)
+        tokens = np.array([next(take) for _ in range(count * SIZE)], np.uint32).tobytes()
+        parent = next(take) % (BLOCKS + 2) - 1
+        stamps = np.array([next(take) % 4 * (kind & 1) for _ in range(count)], np.uint32)
+        if kind & 2:
+            tokens = tokens[: len(tokens) - next(take) % 17]
+        sums = np.zeros(count, np.uint64).tobytes()
+        if kind & 4:  # a row that says of itself what is right
+            sums = self._right(blocks, stamps, tokens, parent)
+        row: list[Any] = [number, next(take) % 3 - 1, 0, parent, 0, tokens, blocks.tobytes()]
+        row += [stamps.tobytes(), sums]
+        if kind & 8:
+            row[next(take) % 9] = (None, "text", -1, 2**62, b"", 1.5)[next(take) % 6]
+            row[0] = number
+        return tuple(row)
+
+    def _right(self, blocks: Any, stamps: Any, tokens: bytes, parent: int) -> bytes:
+        if len(tokens) != len(blocks) * SIZE * 4 or (blocks >= BLOCKS).any():
+            return bytes(8 * len(blocks))
+        heads = np.array([[0, 0, parent, 0]], np.int64)
+        counts = np.array([len(blocks)], np.int64)
+        facts, words = describe(heads, counts, blocks.view(np.uint32), stamps, tokens, SIZE)
+        return self._sums.of(facts, words).tobytes()
+
+
+def manifest_file(data: bytes) -> None:
+    """Bytes as a manifest's file: opened and read, or refused by SQLite."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "manifest"
+        path.write_bytes(data)
+        with contextlib.suppress(sqlite3.Error, OverflowError):
+            manifest = Manifest(path)
+            try:
+                manifest.facts()
+                manifest.namespaces()
+                manifest.runs()
+            finally:
+                manifest.close()
+
+
+def traces(data: bytes) -> None:
+    """Bytes as a trace of each form."""
+    fd, name = tempfile.mkstemp(dir="/dev/shm")
+    try:
+        os.write(fd, data[1:])
+        os.close(fd)
+        forms = (None, Form.MOONCAKE, Form.AGENTIC, Form.JSONL)
+        with contextlib.suppress(InvalidRequest):
+            load_trace(name, form=forms[data[0] % 4] if data else None)
+    finally:
+        Path(name).unlink()
+
+
+def settings(data: bytes) -> None:
+    """Bytes as what a user may write behind a flag."""
+    text = data.decode("utf-8", "replace")
+    for parse in (parse_size, parse_layout):
+        with contextlib.suppress(ValueError):
+            parse(text)
+
+
+TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
+    "messages": Messages,
+    "answers": lambda: answers,
+    "rows": Rows,
+    "manifest": lambda: manifest_file,
+    "traces": lambda: traces,
+    "settings": lambda: settings,
+}
+"""Makers of targets by name."""

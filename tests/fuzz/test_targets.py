@@ -1,0 +1,73 @@
+"""A few seconds of what `make fuzz` does for ten minutes: small changes to good inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from fuzz.run import LEAST, into_sockets, over_the_wire
+from fuzz.seeds import seeds
+from fuzz.targets import TARGETS
+from wire.service_process import ServiceProcess, running, sizes
+
+CORPUS = Path(__file__).parent / "corpus"
+INPUTS = 40
+
+
+def mutated(seed: bytes, random: Random) -> bytes:
+    """Change a good input a little."""
+    data = bytearray(seed)
+    for _ in range(random.randrange(1, 6)):
+        at = random.randrange(len(data) + 1)
+        match random.randrange(4):
+            case 0:
+                data[at:at] = random.randbytes(random.randrange(1, 9))
+            case 1:
+                del data[at : at + random.randrange(1, 9)]
+            case 2 if at < len(data):
+                data[at] ^= 1 << random.randrange(8)
+            case _:
+                data[at : at + 4] = random.choice([b"\0" * 4, b"\xff" * 4, b"\x7f" * 4])
+    return bytes(data)
+
+
+@pytest.fixture(params=list(TARGETS))
+def target(request: pytest.FixtureRequest) -> Iterator[tuple[str, Callable[[bytes], None]]]:
+    run = TARGETS[request.param]()
+    yield request.param, run
+    if hasattr(run, "close"):
+        run.close()
+
+
+def test_nothing_but_what_is_promised_is_raised(
+    target: tuple[str, Callable[[bytes], None]],
+) -> None:
+    name, run = target
+    random = Random(name)
+    run(b"")
+    for path in sorted((CORPUS / name).glob("*")):  # what once was found
+        run(path.read_bytes())
+    for seed in seeds(name):
+        run(seed)
+        for _ in range(INPUTS):
+            run(mutated(seed, random))
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[ServiceProcess]:
+    with running(f"unix:{tmp_path}/s", *sizes(64, 4), "--log-level", "error") as service:
+        yield service
+
+
+def test_a_real_service_takes_anything(service: ServiceProcess) -> None:
+    count, finding = over_the_wire(0.5, service.target)
+    assert not finding
+    more, finding = into_sockets(0.5, service.target)
+    assert not finding
+    assert count >= LEAST
+    assert more >= LEAST
+    assert service.process.poll() is None
+    assert "Traceback" not in service.log()
