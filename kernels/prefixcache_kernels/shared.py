@@ -227,6 +227,7 @@ def shared_prefix_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     lse: Tensor | None = None,
+    levels: int | None = None,
 ) -> Tensor:
     """Decode: one query per sequence, each shared run of keys read once.  Changes nothing.
 
@@ -234,7 +235,9 @@ def shared_prefix_attention(
     plan does wherever its cost model says that sharing does not pay).
 
     Arguments are those of `reference.paged_attention`, for `query [S, heads, head_dim]`, and
-    `groups`: `GroupPlan.build` of these tables, on the same device.
+    `groups`: `GroupPlan.build` of these tables, on the same device.  `levels` is how many runs a
+    path may have; None: as many as this plan's have.  Whoever captures the call in a graph, to be
+    replayed with other plans, pads the plan (`GroupPlan.padded`) and says `groups.MAX_LEVELS`.
 
     Returns:
         `[S, heads, value_dim]`, within rounding what `paged_attention` gives.
@@ -292,7 +295,10 @@ def shared_prefix_attention(
     )
     if query.stride(2) != 1:
         query = query.contiguous()
-    slots = groups.num_levels * runs.splits + own.splits
+    levels = groups.num_levels if levels is None else levels
+    if levels < groups.num_levels:
+        raise InvalidRequest(f"a plan of {groups.num_levels} levels in room for {levels}")
+    slots = levels * runs.splits + own.splits
     out = query.new_empty((num_seqs, heads, value_dim))
     part = query.new_empty((num_seqs, heads, slots, value_dim), dtype=torch.float32)
     # A sequence that no run of some level covers has no answer there.
@@ -309,7 +315,7 @@ def shared_prefix_attention(
         *cache_arguments(key_cache, value_cache),
         block_tables.stride(0),
     )
-    shared_kernel[runs.tiles(num_seqs * groups.num_levels, groups.num_runs), kv_heads, runs.splits](
+    shared_kernel[runs.tiles(num_seqs * levels, groups.num_runs), kv_heads, runs.splits](
         query,
         keys,
         values,

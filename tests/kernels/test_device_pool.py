@@ -13,11 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from select import select
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ from prefixcache.errors import (
     Unsupported,
 )
 from prefixcache.service.pool_owner import PoolOwner, own
-from prefixcache.types import Layout, PoolHandle
+from prefixcache.types import Layout, Ledger, PoolHandle
 from prefixcache_kernels.fence import Fence
 from prefixcache_kernels.imported import open_device
 from prefixcache_kernels.pool import SharedPool
@@ -270,9 +273,36 @@ def test_messages_wait_for_the_device_and_keep_their_order() -> None:
     assert fence.drain() == fence.pop() == []
 
 
+def test_a_workers_commits_and_releases_leave_after_the_device_is_done() -> None:
+    from prefixcache_worker.store import Commit, PrivateClaim, SharedStore
+
+    stream = Stream()
+
+    class Session:
+        alive = True
+        sent: ClassVar[list[int]] = []
+
+        @contextmanager
+        def batch(self) -> Iterator[Session]:
+            yield self
+
+        def commit(self, *_: object) -> SimpleNamespace:
+            self.sent.append(stream.done)
+            return SimpleNamespace(error=None)
+
+        release = commit
+
+    store = SharedStore(Session(), SharedPool.private(LAYOUT, 2, 16))  # type: ignore[arg-type]
+    store._fence = Fence(stream.record)
+    claim = PrivateClaim(array("i", [0]), Ledger())
+    store.settle([Commit(claim, 3, [7])], [claim])
+    store.settle([Commit(claim, 4, [8])], [])
+    assert Session.sent == [1, 1, 2]
+
+
 WORKER = """
 import json, sys, time, torch
-from prefixcache.types import Layout, PoolHandle
+from prefixcache.types import Layout, Ledger, PoolHandle
 from prefixcache_kernels.pool import SharedPool
 handle = json.loads(sys.argv[1]); handle["layout"] = Layout(**handle["layout"])
 pool, mine = SharedPool.map(PoolHandle(**handle)), int(sys.argv[2])

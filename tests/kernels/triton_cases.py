@@ -24,7 +24,7 @@ from prefixcache_kernels import attention, launch, reference, rotary, shape, tra
 from prefixcache_kernels import rotate as rotation
 from prefixcache_kernels import shared as sharing
 from prefixcache_kernels.checks import FP8
-from prefixcache_kernels.groups import GroupPlan
+from prefixcache_kernels.groups import MAX_LEVELS, GroupPlan
 from prefixcache_kernels.keys import FP8_BITS, NATIVE_FP8
 from prefixcache_kernels.launch import INTERPRETED
 from prefixcache_kernels.oracle import oracle_attention, oracle_store
@@ -62,7 +62,12 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 
 def attend(
-    b: Any, groups: GroupPlan | None = None, *, again: bool = False, **options: Any
+    b: Any,
+    groups: GroupPlan | None = None,
+    *,
+    again: bool = False,
+    levels: int | None = None,
+    **options: Any,
 ) -> Tensor:
     """Run the kernel and compare answer and log-sum-exp with the oracle; give the answer."""
     if options.get("sinks"):
@@ -78,6 +83,8 @@ def attend(
     else:
         moved.append(groups.to(DEVICE))
         run = sharing.shared_prefix_attention
+    if levels is not None:
+        options["levels"] = levels
     got = run(*moved, scale=scale, lse=lse, **options)
     if again or not INTERPRETED:
         assert torch.equal(got, run(*moved, scale=scale, **options)), "the order of merging varies"
@@ -254,16 +261,40 @@ def test_drawn_forests(
     attend(b, forest(b, size), window=window)
 
 
-def test_a_plan_padded_with_runs_of_nothing_gives_the_same(batch: Make) -> None:
+def test_a_plan_padded_for_a_captured_graph_gives_the_same(batch: Make) -> None:
     b = batch(LONG, size=4, shared=FOREST, kv_heads=1)
     plan = forest(b, 4)
-    padding = plan.runs[0]._replace(blocks=0, start=0, end=0)
-    runs = (*plan.runs, padding, padding)
-    flat = [*plan.positions, *plan.own]
-    for column in zip(*runs, strict=True):
-        flat += column
-    padded = GroupPlan(torch.tensor(flat, dtype=torch.int32), runs, plan.positions, plan.own)
-    attend(b, padded)
+    attend(b, plan.padded(len(LONG), plan.num_runs + 2), levels=MAX_LEVELS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter captures no graph")
+def test_a_captured_decode_step_is_replayed_with_other_tables_lengths_and_plans(
+    batch: Make,
+) -> None:
+    b = batch(LONG, size=4, shared=FOREST, kv_heads=1)
+    plan = forest(b, 4).padded(len(LONG), 8).to(DEVICE)
+    moved = [tensor.to(DEVICE) for tensor in b.args]
+
+    def step() -> tuple[Tensor, Tensor]:
+        plain = attention.paged_attention(*moved, scale=0.25)
+        shared = sharing.shared_prefix_attention(*moved, plan, scale=0.25, levels=MAX_LEVELS)
+        return plain, shared
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answers = step()
+    for lens, shared in ((LONG, FOREST), ([(1, 30)] * 6, ((3, 0, 7), (5, 3, 7)))):
+        other = batch(lens, size=4, shared=shared, kv_heads=1, seed=7)
+        want = oracle_attention(*other.args, scale=0.25)
+        for mine, new in zip(moved, other.args, strict=True):
+            mine[tuple(slice(n) for n in new.shape)].copy_(new)
+        plan.packed.copy_(forest(other, 4).padded(len(LONG), 8).packed)
+        graph.replay()
+        for answer in answers:
+            assert relative(answer, want) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

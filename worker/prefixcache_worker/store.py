@@ -26,6 +26,7 @@ from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
 from prefixcache.types import Copy, Layout, Ledger, PoolHandle, pack
 from prefixcache_kernels import TORCH_DTYPES, SharedPool
+from prefixcache_kernels.fence import Fence
 
 RETRY_S: Final = 0.05
 """When to ask again for blocks that were not there."""
@@ -195,6 +196,7 @@ class SharedStore:
     def __init__(self, session: Session, pool: SharedPool) -> None:
         self.session = session
         self.pool = pool
+        self._fence: Fence[None] = Fence.of(pool.blocks)
 
     def claim(
         self, tokens: Sequence[int], *, reserve: int, wait_s: float, request_id: str
@@ -212,6 +214,9 @@ class SharedStore:
         """
         if not (commits or releases) or not self.session.alive:
             return []
+        # What the step wrote is there, and what it read is read, before anybody hears of it.
+        self._fence.push(None)
+        self._fence.drain()
         with self.session.batch() as batch:
             replies = [
                 (
@@ -239,8 +244,11 @@ class SharedStore:
 def memory_is_abandoned(handle: PoolHandle) -> bool:
     """Tell whether a pool's owner is dead, so that nobody will ever give its blocks to others.
 
-    The owner locks the pool's file as long as it lives, and removes it when it ends.
+    The owner locks the file as long as it lives, and removes it when it ends.  A GPU's memory
+    goes with its owner, so nobody may go on in it.
     """
+    if handle.kind == "cuda-ipc":
+        return False
     try:
         fd = os.open(Path(handle.name), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
