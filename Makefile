@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench experiments photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
+.PHONY: help demo test lint bench crowd experiments photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,11 @@ experiments: $(VENV)/.installed   ## Hit rate by block size, memory and policy: 
 
 photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
 	$(BIN)/python -m prefixcache_bench.photograph
+
+crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 2,000 timing probes of a stranger.
+	PREFIXCACHE_CROWD=10 $(BIN)/python -m pytest tests/trust/test_limits.py --timeout=0
+	$(BIN)/python -m prefixcache_bench.crowd
+	$(BIN)/python -m prefixcache_bench.timing
 
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
 	$(BIN)/python -m prefixcache_kernels.ahead

@@ -168,6 +168,10 @@ class ServeSettings(BaseSettings):
     """Seconds that one pin may last."""
     max_workers: Annotated[int, Field(ge=1)] = 1024
     """Workers at the same time."""
+    max_leases: Annotated[int, Field(ge=1)] = 65_536
+    """Leases at the same time."""
+    max_namespaces: Annotated[int, Field(ge=1)] = 16_384
+    """Namespaces that may ever be attached."""
     max_calls: Annotated[int, Field(ge=1)] = 8192
     """Calls and sessions at the same time; more are refused at once."""
     record: Path | None = None

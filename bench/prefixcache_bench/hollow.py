@@ -32,6 +32,13 @@ class HollowCache:
     def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
         """Accept everybody."""
 
+    num_leases = 0
+    """Nothing is held."""
+
+    def namespaces(self) -> list[Namespace]:
+        """Nothing is known."""
+        return []
+
     def renew(self, worker: WorkerId, *, now: float) -> None:
         """Accept everything."""
 

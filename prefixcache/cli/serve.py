@@ -191,6 +191,12 @@ def serve(
     max_watchers: Annotated[
         int | None, _option(_LIMITS, "Watchers of events at the same time. Default: 64.", "N")
     ] = None,
+    max_leases: Annotated[
+        int | None, _option(_LIMITS, "Leases at the same time. Default: 65536.", "N")
+    ] = None,
+    max_namespaces: Annotated[
+        int | None, _option(_LIMITS, "Namespaces ever attached. Default: 16384.", "N")
+    ] = None,
     max_calls: Annotated[
         int | None, _option(_LIMITS, "Calls and sessions at the same time. Default: 8192.", "N")
     ] = None,

@@ -114,6 +114,11 @@ class PrefixCache(Membership, Leasing, Steering):
         """Blocks that the tree holds.  O(1)."""
         return self._desk.tree.num_blocks
 
+    @property
+    def num_leases(self) -> int:
+        """Leases that are out.  O(1)."""
+        return self._desk.leases.count
+
     def namespaces(self) -> list[Namespace]:
         """Give the namespaces that anybody has attached, or that store something."""
         return list(self._desk.roots)

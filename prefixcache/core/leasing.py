@@ -229,6 +229,8 @@ class Leasing:
         """
         desk = self._desk
         own = desk.leases.get(worker, lease, now)
+        if num_tokens < 0:
+            raise InvalidRequest(f"cannot make room for {num_tokens} tokens; give 0 or more")
         if desk.room.line:
             desk.room.line.refuse_second(lease)
         try:

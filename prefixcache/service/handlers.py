@@ -19,7 +19,7 @@ from prefixcache import __version__
 from prefixcache.client import codec, outlines, unary
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
-from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
+from prefixcache.errors import InvalidRequest, NotFound, PoolExhausted, ServiceUnavailable
 from prefixcache.outline import Outline
 from prefixcache.service.events import EventLog
 from prefixcache.service.holdings import Holdings
@@ -134,10 +134,15 @@ class Handlers:
         """
         self._refuse_if_draining()
         namespace = codec.read_namespace(request.namespace)
-        _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+        check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)
+        known = [] if self.holdings.cache is None else self.holdings.cache.namespaces()
+        if len(known) >= self.settings.max_namespaces and namespace not in known:
+            raise PoolExhausted(
+                f"{len(known):,} namespaces are known, --max-namespaces allows no more"
+            )
         fresh = self.holdings.cache is None
         cache = self.holdings.settle_layout(codec.read_layout(request.layout))
         if fresh:
@@ -189,7 +194,8 @@ class Handlers:
         if wait_s:
             self._check_wait(worker, wait_s)
         if len(request_id) > MAX_TEXT:
-            _check_texts((request_id,))
+            check_texts((request_id,))
+        self._refuse_lease_beyond_limit(1)
         namespace = self._attached_namespace(worker, request.namespace_index)
         tokens = request.tokens
         answer = self._cache().acquire(
@@ -256,6 +262,7 @@ class Handlers:
                 f"{request.count} children in one fork, --max-forks allows "
                 f"{self.settings.max_forks}"
             )
+        self._refuse_lease_beyond_limit(request.count)
         return self._cache().fork(worker.id, LeaseId(request.lease), request.count, now=monotonic())
 
     def truncate(self, worker: Worker, request: pb.TruncateRequest) -> TableUpdate:
@@ -286,7 +293,7 @@ class Handlers:
 
     def _recount(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
         """Explain a recent request, where the caller names its namespace, or that has no salt."""
-        _check_texts((request.request_id,))
+        check_texts((request.request_id,))
         if isinstance(asker, Worker) or request.HasField("namespace"):
             may_see: Callable[[Namespace], bool] = self._named(asker, request).__eq__
         else:
@@ -334,10 +341,10 @@ class Handlers:
         match request.WhichOneof("scope"):
             case "namespace":
                 scope = codec.read_namespace(request.namespace)
-                _check_texts((scope.model, scope.adapter, scope.tenant, scope.salt))
+                check_texts((scope.model, scope.adapter, scope.tenant, scope.salt))
             case "tenant":
                 scope = request.tenant
-                _check_texts((scope,))
+                check_texts((scope,))
             case _:
                 raise InvalidRequest("name a namespace or a tenant")
         identity = asker.identity
@@ -501,6 +508,15 @@ class Handlers:
         if self.draining:
             raise ServiceUnavailable("the service is draining: it gives no new leases")
 
+    def _refuse_lease_beyond_limit(self, count: int) -> None:
+        out = self._cache().num_leases
+        if out + count > self.settings.max_leases:
+            raise PoolExhausted(
+                f"{out:,} leases are out and {count:,} more are asked for; --max-leases allows "
+                f"{self.settings.max_leases:,}",
+                retry_after_s=self.settings.ttl,
+            )
+
     def _check_wait(self, worker: Worker, wait_s: float) -> None:
         if not 0 <= wait_s <= self.settings.max_wait:
             limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
@@ -514,7 +530,7 @@ class Handlers:
     def _named(self, asker: Asker, request: Any) -> Namespace:
         if request.HasField("namespace"):
             namespace = codec.read_namespace(request.namespace)
-            _check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+            check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
             return asker.identity.own(namespace)
         if not isinstance(asker, Worker):
             raise InvalidRequest("name a namespace, or the worker that has attached it")
@@ -531,7 +547,12 @@ class Handlers:
             ) from None
 
 
-def _check_texts(texts: Iterable[str]) -> None:
+def check_texts(texts: Iterable[str]) -> None:
+    """Refuse texts that are too long to keep.
+
+    Raises:
+        InvalidRequest: one is; the message has the limit.
+    """
     for text in texts:
         if len(text) > MAX_TEXT:
             raise InvalidRequest(f"a text of {len(text):,} characters; the limit is {MAX_TEXT:,}")

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.gate import Gate
-from prefixcache.service.handlers import Handlers
+from prefixcache.service.handlers import Handlers, check_texts
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
@@ -35,6 +35,10 @@ _LOOKS = frozenset(
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
+
+_REPEATABLE = frozenset(("commit", "extend", "fork", "truncate"))
+"""Verbs whose second run would do something else: their last answers are kept by request id."""
+_KEPT_ANSWERS = 64
 
 _calls = itertools.count(1)
 
@@ -135,6 +139,9 @@ def _serve(
                 asker = Visitor(identity)
             else:
                 asker = find(request.worker_key, identity)
+            earlier = _earlier(asker, verb, request) if verb in _REPEATABLE else None
+            if earlier is not None:
+                return earlier
             answer = handler(asker, request)
             settle()
             meter.took(row, clock() - began)
@@ -148,9 +155,21 @@ def _serve(
             await refuse(context, error)
         response = response_class()
         write(answer, response)
+        if verb in _REPEATABLE and request.request_id and isinstance(asker, Worker):
+            asker.answers[verb, request.request_id] = response
+            if len(asker.answers) > _KEPT_ANSWERS:
+                asker.answers.popitem(last=False)
         return response
 
     return serve
+
+
+def _earlier(asker: Asker, verb: str, request: Any) -> Any:
+    """Give the answer that this very call got before; None if it is new, or has no id."""
+    if not request.request_id or not isinstance(asker, Worker):
+        return None
+    check_texts((request.request_id,))
+    return asker.answers.get((verb, request.request_id))
 
 
 def _check(request: Any) -> None:

@@ -233,16 +233,18 @@ class CancelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class CommitRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "num_tokens", "new_tokens")
+    __slots__ = ("worker_key", "lease", "num_tokens", "new_tokens", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     num_tokens: int
     new_tokens: bytes
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., new_tokens: _Optional[bytes] = ...) -> None: ...
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., new_tokens: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class CommitResponse(_message.Message):
     __slots__ = ("num_tokens", "num_indexed")
@@ -253,16 +255,18 @@ class CommitResponse(_message.Message):
     def __init__(self, num_tokens: _Optional[int] = ..., num_indexed: _Optional[int] = ...) -> None: ...
 
 class ExtendRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "num_tokens", "wait_s")
+    __slots__ = ("worker_key", "lease", "num_tokens", "wait_s", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     num_tokens: int
     wait_s: float
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ExtendResponse(_message.Message):
     __slots__ = ("keep", "blocks", "copies")
@@ -275,14 +279,16 @@ class ExtendResponse(_message.Message):
     def __init__(self, keep: _Optional[int] = ..., blocks: _Optional[bytes] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class ForkRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "count")
+    __slots__ = ("worker_key", "lease", "count", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     count: int
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., count: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ForkResponse(_message.Message):
     __slots__ = ("children",)
@@ -291,14 +297,16 @@ class ForkResponse(_message.Message):
     def __init__(self, children: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ...) -> None: ...
 
 class TruncateRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "num_tokens")
+    __slots__ = ("worker_key", "lease", "num_tokens", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     num_tokens: int
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., num_tokens: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class TruncateResponse(_message.Message):
     __slots__ = ("keep", "blocks", "copies")
