@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -107,6 +107,64 @@ def _needs_certificate(value: Path | None, info: ValidationInfo) -> Path | None:
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
+MAX_SHADOWS = 4
+
+
+class ShadowSpec(NamedTuple):
+    """What a shadow cache has that the service has not; None: the same."""
+
+    name: str
+    policy: str | None = None
+    block_size: int | None = None
+    memory: int | None = None
+    partial: Partial | None = None
+
+
+def parse_shadow(text: str | ShadowSpec) -> ShadowSpec:
+    """Read `policy=slru,block_size=32,memory=4GiB,partial=off`, or some of it.
+
+    Raises:
+        ValueError: it is no such list.
+
+    >>> parse_shadow("block_size=32, policy=slru")
+    ShadowSpec(name='policy=slru,block_size=32', policy='slru', block_size=32, memory=None, partial=None)
+    """  # noqa: E501 - one line of output
+    if isinstance(text, ShadowSpec):
+        return text
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        key, _, value = (piece.strip() for piece in part.partition("="))
+        if key not in ShadowSpec._fields[1:] or not value or key in found:
+            raise ValueError(
+                f"cannot read {part.strip()!r}; write for example policy=slru,block_size=32, with "
+                "any of policy, block_size, memory, partial, each once"
+            )
+        found[key] = value
+    try:
+        if "block_size" in found:
+            size = found["block_size"] = int(found["block_size"])
+            if not 1 <= size <= 1024:
+                raise ValueError(f"{size} is not from 1 to 1024")
+            _power_of_two(size)
+        if "memory" in found:
+            found["memory"] = parse_size(found["memory"])
+        if "partial" in found:
+            found["partial"] = Partial(found["partial"])
+    except ValueError as error:
+        raise ValueError(f"cannot read {text!r}: {error}") from None
+    shown = {key: found[key] for key in ShadowSpec._fields[1:] if key in found}
+    if "memory" in shown:
+        shown["memory"] = format_size(shown["memory"]).replace(" ", "")
+    return ShadowSpec(",".join(f"{key}={value}" for key, value in shown.items()), **found)
+
+
+def _parse_shadows(texts: str | list[str]) -> list[ShadowSpec]:
+    given = texts.split(";") if isinstance(texts, str) else texts
+    if len(given) > MAX_SHADOWS:
+        raise ValueError(f"{len(given)} shadow caches; at most {MAX_SHADOWS}")
+    return [parse_shadow(text) for text in given]
+
+
 class ServeSettings(BaseSettings):
     """Settings of the service."""
 
@@ -192,6 +250,10 @@ class ServeSettings(BaseSettings):
     """ZeroMQ endpoint that gives published events again."""
     max_watchers: Annotated[int, Field(ge=1)] = 64
     """Watchers of events at the same time."""
+    shadow: Annotated[list[ShadowSpec], NoDecode, BeforeValidator(_parse_shadows)] = []
+    """Other configurations that are tried on the live requests, in a process of their own."""
+    max_shadow_lag: Size = 64 * 2**20
+    """Bytes of requests that may wait for the shadow caches; with more, requests are left out."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -27,6 +27,7 @@ from prefixcache.cli import (
     top,
     tree,
     watch,
+    whatif,
 )
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
@@ -50,6 +51,7 @@ app.command("explain")(explain.explain)
 app.command("tree")(tree.tree)
 app.command("doctor")(doctor.doctor)
 app.command("watch")(watch.watch)
+app.command("what-if")(whatif.what_if)
 app.command("reset")(reset.reset)
 app.command("pin")(pin.pin)
 app.command("unpin")(pin.unpin)

@@ -158,6 +158,15 @@ def serve(
         str | None,
         _option(_SERVICE, "Give published events again at this ZeroMQ endpoint.", "ENDPOINT"),
     ] = None,
+    shadow: Annotated[
+        list[str] | None,
+        _option(
+            _SERVICE,
+            "Also try another configuration on the live requests, in a process of its own, e.g. "
+            "policy=slru,block_size=32 or memory=4GiB; up to 4. See prefixcache what-if.",
+            "SPEC",
+        ),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,
@@ -187,6 +196,10 @@ def serve(
     ] = None,
     max_workers: Annotated[
         int | None, _option(_LIMITS, "Workers at the same time. Default: 1024.", "N")
+    ] = None,
+    max_shadow_lag: Annotated[
+        str | None,
+        _option(_LIMITS, "Bytes that may wait for the shadow caches. Default: 64MiB.", "SIZE"),
     ] = None,
     max_watchers: Annotated[
         int | None, _option(_LIMITS, "Watchers of events at the same time. Default: 64.", "N")

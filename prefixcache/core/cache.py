@@ -29,6 +29,7 @@ from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
 from prefixcache.core.recital import recite
 from prefixcache.core.steering import Steering
+from prefixcache.core.tape import Put
 from prefixcache.core.tenure import Wipe
 from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
 from prefixcache.errors import InvalidRequest, NotFound
@@ -142,6 +143,14 @@ class PrefixCache(Membership, Leasing, Steering):
     def recite(self, journal: Journal) -> None:
         """Tell `journal` what is indexed now, as if it was stored just now.  O(runs)."""
         recite(self._desk, journal)
+
+    def record(self, put: Put | None) -> None:
+        """Put on a tape what happens from now on, so that another cache can play it again.
+
+        Args:
+            put: Takes an entry of `core.tape`; None ends it.
+        """
+        self._desk.tape = put
 
     def restore(self, runs: Sequence[Run], aside: BlockTable, worker: WorkerId) -> int:
         """Take over what an earlier life of the pool left.  Only while the cache is empty.

@@ -18,6 +18,7 @@ from prefixcache.core.node import Match, Root
 from prefixcache.core.pins import Pins
 from prefixcache.core.quotas import Account
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.tape import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.waiting import WaitingRoom
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
@@ -46,6 +47,7 @@ class Desk:
         "roots",
         "settled",
         "tallies",
+        "tape",
         "tick",
         "tree",
     )
@@ -62,6 +64,7 @@ class Desk:
     ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
+        self.tape: Put | None = None
         self.partial = partial
         self.holdings = Holdings(tree, pool, partial)
         self.leases = Leases(ttl_s)
@@ -154,6 +157,8 @@ class Desk:
         self.history.note(
             seen, node, member.id, request.namespace, tokens, request.request_id, grant, now
         )
+        if self.tape is not None:
+            self.tape((GRANTED, lease.id, ledger.reused, tokens, request.namespace))
         return grant
 
     def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
@@ -190,6 +195,8 @@ class Desk:
         self.tree.lock_node(own.node)
         child = self.leases.open(member, own.namespace, own.node, now)
         self.holdings.fork(own, child)
+        if self.tape is not None:
+            self.tape((FORKED, child.id, own.id, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
         return Grant(child.id, child.table[:], child.committed, 0, (), ledger, self.leases.ttl_s)
 
@@ -204,6 +211,8 @@ class Desk:
         lease.account.private -= lease.num_private
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.ages.note(self.tree.clock, now)
+        if self.tape is not None:
+            self.tape((ENDED, lease.id, 0, b"", None))
         self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from prefixcache.core.desk import Desk
 from prefixcache.core.flights import Extension, Request
+from prefixcache.core.tape import COMMITTED, TRUNCATED
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     TOKEN_BYTES,
@@ -186,6 +187,8 @@ class Leasing:
         if num_tokens > own.committed:
             indexed = desk.holdings.publish(own, num_tokens)
             desk.holdings.recount(own)
+        if desk.tape is not None:
+            desk.tape((COMMITTED, lease, num_tokens, new_tokens, None))
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             desk.flights.land(own)
         desk.call(own, now)
@@ -286,6 +289,8 @@ class Leasing:
         except PoolExhausted as short:
             raise self._desk.refusal(short, own.namespace.tenant, now) from None
         self._desk.holdings.recount(own)
+        if self._desk.tape is not None:
+            self._desk.tape((TRUNCATED, lease, num_tokens, b"", None))
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)
             self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])

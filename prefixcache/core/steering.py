@@ -6,6 +6,7 @@ from math import inf
 
 from prefixcache.core.desk import Desk
 from prefixcache.core.shelter import Shelter
+from prefixcache.core.tape import RESET
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import TOKEN_BYTES, Namespace, Pinned, QuotaInfo, Reset, Unpinned
 
@@ -30,6 +31,8 @@ class Steering:
         desk.tree.retire(root)
         del desk.roots[namespace]
         desk.root(namespace)
+        if desk.tape is not None:
+            desk.tape((RESET, 0, 0, b"", namespace))
         return Reset(
             num_blocks=root.num_blocks,
             num_leased=root.num_blocks - root.evictable,

@@ -44,6 +44,8 @@ class Domain:
     def close(self) -> None:
         """Let go of everything."""
         self.handlers.events.close()
+        if self.handlers.shadows is not None:
+            self.handlers.shadows.close()
         self.handlers.pulse.close()
         self.workers.close()
         self.line.close()
@@ -66,7 +68,7 @@ def make_domains(
     try:
         for name, num_bytes in memory.items():
             state = None if settings.state is None else settings.state / f"domain-{name}"
-            own = settings.model_copy(update={"memory": num_bytes, "state": state})
+            own = settings.model_copy(update={"memory": num_bytes, "state": state, "shadow": []})
             domains[name] = Domain.make(own, make_holdings)
     except BaseException:
         for domain in domains.values():

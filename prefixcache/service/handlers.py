@@ -27,6 +27,7 @@ from prefixcache.service.identities import Identity
 from prefixcache.service.meter import Meter
 from prefixcache.service.pulse import Pulse
 from prefixcache.service.recorder import Recorder
+from prefixcache.service.shadows import Shadows, write_shadows
 from prefixcache.service.sight import narrow
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker, Workers
@@ -103,6 +104,7 @@ class Handlers:
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
         self.events = EventLog(holdings, settings.max_watchers)
+        self.shadows = Shadows(settings, holdings) if settings.shadow else None
         self._started_at = monotonic()
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
@@ -147,6 +149,8 @@ class Handlers:
         cache = self.holdings.settle_layout(codec.read_layout(request.layout))
         if fresh:
             log.info("pool created", sizes=str(self.holdings.sizes))
+        if fresh and self.shadows is not None:
+            self.shadows.begin()
         worker = (
             asker
             if isinstance(asker, Worker)
@@ -476,6 +480,8 @@ class Handlers:
                 leases=held[worker.id] if worker.state == "attached" else 0,
                 has_session=worker.hang_up is not None,
             )
+        if self.shadows is not None:
+            write_shadows(self.shadows, message)
         if self.holdings.cache is None:
             return
         vitals = self.holdings.cache.vitals(now=now)

@@ -58,6 +58,7 @@ class Scrape(Collector):
         yield from self._service()
         yield from self._verbs()
         yield from self._events()
+        yield from self._shadows()
         cache = self._handlers.holdings.cache
         if cache is not None:
             vitals = cache.vitals(now=monotonic())
@@ -89,6 +90,27 @@ class Scrape(Collector):
             "prefixcache_event_gaps",
             "Times that a watcher had fallen too far behind, and got the whole state again.",
             events.num_gaps,
+        )
+
+    def _shadows(self) -> Iterator[Metric]:
+        shadows = self._handlers.shadows
+        if shadows is None:
+            return
+        for name, part, text in (
+            ("prompt", "tokens", "Prompt tokens that a shadow cache has seen."),
+            ("reused", "reused", "Of these, tokens that it would have reused."),
+            ("actual_reused", "actual", "Of these, tokens that the service did reuse."),
+        ):
+            yield _counter(
+                f"prefixcache_shadow_{name}_tokens",
+                text,
+                {(told["name"],): told["whole"][part] for told in shadows.results},
+                ("shadow",),
+            )
+        yield _counter(
+            "prefixcache_shadow_dropped_requests",
+            "Requests that the shadow caches have not seen, because they could not keep up.",
+            shadows.num_dropped,
         )
 
     def _verbs(self) -> Iterator[Metric]:

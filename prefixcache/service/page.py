@@ -163,6 +163,11 @@ class Page:
                 for worker in reversed(handlers.workers.roll())
             ][:_ROWS],
         }
+        if handlers.shadows is not None:
+            fields["shadows"] = [
+                {"name": told["name"], "dropped": handlers.shadows.num_dropped, **told["hour"]}
+                for told in handlers.shadows.results
+            ]
         if cache is None:
             return fields
         vitals = cache.vitals(now=now)

@@ -126,10 +126,13 @@ async def _serve(
             announce(f"recording to {settings.record}: {hidden}")
         if http is not None:
             announce(f"page at {await http.start()}/ · metrics at /metrics")
-        announce(f"listening at {', '.join(handlers.listening)}")
         if publisher is not None:
             publisher.start()
             announce(f"events at {settings.events}")
+        if handlers.shadows is not None:
+            handlers.shadows.begin()
+            announce(f"shadow caches: {' · '.join(spec.name for spec in settings.shadow)}")
+        announce(f"listening at {', '.join(handlers.listening)}")
         for one in domains.values():
             one.handlers.pulse.start()
         # What exists now lives as long as the process: the collector need never look at it again.

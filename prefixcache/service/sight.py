@@ -53,5 +53,6 @@ def _keep(field: Any, wanted: Any) -> None:
 _OTHERS = (
     *("requests", "evicted", "ghosts", "nodes", "waiting", "verbs", "requests_per_s"),
     *("flights_saved", "overshot", "eviction_age_s", "pinned", "shortage"),
+    *("shadows", "shadow_dropped"),
 )
 """Counts of all tenants together that tell what others do."""
