@@ -53,6 +53,12 @@ BENCHMARKS = (
         "The service against a stub with the same messages and no cache behind it.",
     ),
     Benchmark(
+        "prefixcache_bench.recording",
+        "Observing",
+        "What shadow caches and watchers cost the service's event loop, per acquire, commit and "
+        "release.",
+    ),
+    Benchmark(
         "prefixcache_bench.decode",
         "Attention of one decode step on a CPU",
         "The paged path against transformers' DynamicCache and scaled_dot_product_attention on the "

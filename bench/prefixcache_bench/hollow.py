@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import fields
 
 import numpy as np
 
+from prefixcache.core.vitals import Vitals
 from prefixcache.types import (
     Committed,
     Ended,
@@ -53,6 +55,11 @@ class HollowCache:
     def snapshot(self, *, now: float) -> Snapshot:
         """Tell that nothing is held."""
         return Snapshot(0, self._block_size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger())
+
+    def vitals(self, *, now: float) -> Vitals:
+        """Tell that there is nothing."""
+        nothing = dict.fromkeys((field.name for field in fields(Vitals)), 0)
+        return Vitals(**nothing | {"block_size": self._block_size, "accounts": {}})  # type: ignore[arg-type]
 
     def settled(self) -> list[object]:
         """Nobody waits."""

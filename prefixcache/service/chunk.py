@@ -45,27 +45,27 @@ class Writer:
     def __init__(self) -> None:
         self._spaces: dict[Namespace | None, int] = {None: -1}
 
-    def write(self, now: float, entries: list[Entry]) -> bytes:
-        """Make a chunk.  O(entries), a few hundred nanoseconds each."""
+    def write(self, now: float, entries: list[Entry]) -> list[bytes]:
+        """Make a chunk, as pieces that follow each other: prompts are not copied.  O(entries)."""
         spaces, names = self._spaces, []
         for space in {entry[4] for entry in entries}:
             if space is not None and space not in spaces:
                 spaces[space] = len(spaces) - 1
                 names.append([space.model, space.adapter, space.tenant, space.salt])
         named = json.dumps(names).encode()
-        payload = b"".join([entry[3] for entry in entries])
-        return b"".join(
+        payload = [entry[3] for entry in entries if entry[3]]
+        head = b"".join(
             (
-                _HEADER.pack(now, len(entries), len(payload), len(named)),
+                _HEADER.pack(now, len(entries), sum(map(len, payload)), len(named)),
                 named,
                 bytes([entry[0] for entry in entries]),
                 array("q", [entry[1] for entry in entries]).tobytes(),
                 array("q", [entry[2] for entry in entries]).tobytes(),
                 array("I", [len(entry[3]) for entry in entries]).tobytes(),
                 array("i", [spaces[entry[4]] for entry in entries]).tobytes(),
-                payload,
             )
         )
+        return [head, *payload]
 
 
 def read_chunk(stream: IO[bytes]) -> Chunk | None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
-import select
 import subprocess
 import sys
 import threading
 from collections import deque
-from time import monotonic
+from itertools import islice
+from time import monotonic, thread_time
 from typing import Any
 
 import structlog
@@ -36,7 +37,11 @@ from prefixcache.service.holdings import Holdings
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 _EVERY_S = 0.05
+_SOON_S = 0.005
+"""Pause after the pipe was full."""
 _LAST_WORDS_S = 5.0
+_PIPE_BYTES = 2**20
+_MAX_PIECES = 64
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +71,8 @@ class Shadows:
         self._answers = b""
         self.results: list[dict[str, Any]] = []
         """What the process told last; see `Shadow.told`."""
+        self.writing_s = 0.0
+        """CPU time of the thread that writes the tape."""
         self.num_dropped = 0
         """Requests that the shadows have not seen."""
 
@@ -156,22 +163,23 @@ class Shadows:
         writer, tape = Writer(), self._tape
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
-        poll = select.poll()
-        poll.register(pipe, select.POLLOUT)
-        behind: deque[memoryview] = deque()
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        behind: deque[bytes] = deque()
         waiting = 0
         is_off = False
         last_words = False
         while not last_words:
-            last_words = self._stop.wait(_EVERY_S)
+            self.writing_s = thread_time()
+            last_words = self._stop.wait(_SOON_S if behind else _EVERY_S)
             entries = [tape.popleft() for _ in range(len(tape))]
             # Also without entries: the time goes on, and the process answers.
             chunk = writer.write(monotonic(), entries)
             if entries or not behind:
-                behind.append(memoryview(chunk))
-                waiting += len(chunk)
+                behind.extend(chunk)
+                waiting += sum(map(len, chunk))
             try:
-                waiting -= _write(pipe, behind, poll)
+                waiting -= _write(pipe, behind)
             except OSError:
                 return  # the process has died: who reads its answers sees it
             if not is_off and waiting > self._max_behind:
@@ -197,17 +205,22 @@ def write_shadows(shadows: Shadows, message: pb.SnapshotResponse) -> None:
         )
 
 
-def _write(pipe: int, behind: deque[memoryview], poll: select.poll) -> int:
-    """Write what the pipe takes now; give how many bytes that were."""
+def _write(pipe: int, behind: deque[bytes]) -> int:
+    """Write as long as the pipe takes more; give how many bytes that were."""
     written = 0
-    while behind and poll.poll(0):
+    while behind:
+        pieces = list(islice(behind, _MAX_PIECES))
         try:
-            count = os.write(pipe, behind[0])
+            count = os.writev(pipe, pieces)
         except BlockingIOError:
             break
         written += count
-        if count == len(behind[0]):
+        whole = 0
+        while whole < len(pieces) and count >= len(pieces[whole]):
+            count -= len(pieces[whole])
+            whole += 1
             behind.popleft()
-        else:
-            behind[0] = behind[0][count:]
+        if whole < len(pieces):
+            behind[0] = pieces[whole][count:]
+            break
     return written

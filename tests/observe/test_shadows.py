@@ -50,7 +50,7 @@ ENTRIES = st.tuples(
 @given(st.lists(st.lists(ENTRIES, max_size=6), max_size=5))
 def test_what_is_read_is_what_was_written(chunks: list[list[Entry]]) -> None:
     writer = Writer()
-    stream = io.BytesIO(b"".join(writer.write(1.5, entries) for entries in chunks))
+    stream = io.BytesIO(b"".join(part for entries in chunks for part in writer.write(1.5, entries)))
     spaces: list[Namespace] = []
     for entries in chunks:
         chunk = read_chunk(stream)
@@ -64,7 +64,10 @@ def test_what_is_read_is_what_was_written(chunks: list[list[Entry]]) -> None:
             read.append((kind, lease, number, data, spaces[space] if space >= 0 else None))
         assert read == entries
     assert read_chunk(stream) is None
-    assert read_chunk(io.BytesIO(Writer().write(0.0, [(0, 1, 2, b"abc", None)])[:-1])) is None
+    assert (
+        read_chunk(io.BytesIO(b"".join(Writer().write(0.0, [(0, 1, 2, b"abc", None)]))[:-1]))
+        is None
+    )
 
 
 def live(cache: PrefixCache, draw: random.Random, steps: int) -> None:
