@@ -29,6 +29,7 @@ from prefixcache.client import codec
 from prefixcache.config import ServeSettings, load
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import LOCAL
 from prefixcache.service.meter import SUM, clock, empty_row
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.waiting import WaitingLine
@@ -62,7 +63,7 @@ def subject(name: str, **given: Any) -> Subject:
     holdings = Holdings(settings)
     line = WaitingLine(holdings)
     handlers = Handlers(settings, holdings, line, Workers(holdings, line, settings))
-    stream = SessionStream(handlers, None)
+    stream = SessionStream(handlers, None, LOCAL)
     batch = pb.OpBatch()
     request = batch.ops.add(id=1).attach
     codec.write_namespace(Namespace("model"), request.namespace)

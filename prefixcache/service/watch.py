@@ -41,7 +41,9 @@ async def watch(
 
         with log.watching():
             async for batch in log.batches(request.from_sequence):
-                await context.write(message_of(batch, handlers, wanted, tokens=request.tokens))
+                message = message_of(batch, handlers, wanted, tokens=request.tokens)
+                if message.events or message.is_snapshot:
+                    await context.write(message)
     except CacheError as error:
         handlers.meter.refuse("watch", error)
         await refuse(context, error)
