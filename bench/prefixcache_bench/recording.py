@@ -55,7 +55,7 @@ class Subject:
     """Of another thread, per pair."""
 
 
-def subject(name: str, **given: Any) -> Subject:
+async def subject(name: str, **given: Any) -> Subject:
     """Make a service that holds nothing yet, and attach a worker."""
     settings: ServeSettings = load(
         {"memory": 32 * 2**20, "layout": LAYOUT, "pool": "none", "log_level": "error"} | given
@@ -68,12 +68,12 @@ def subject(name: str, **given: Any) -> Subject:
     request = batch.ops.add(id=1).attach
     codec.write_namespace(Namespace("model"), request.namespace)
     codec.write_layout(LAYOUT, request.layout)
-    answer = stream.answer(batch, None).results[0]
+    answer = (await stream.answer(batch, _task())).results[0]
     assert answer.HasField("attach"), answer
     return Subject(name, stream, handlers)
 
 
-def run_batch(one: Subject, prompts: list[bytes], draw: random.Random) -> float:
+async def run_batch(one: Subject, prompts: list[bytes], draw: random.Random) -> float:
     """Run 16 pairs; give CPU seconds of this thread."""
     asks = pb.OpBatch()
     for number in range(PAIRS):
@@ -81,7 +81,7 @@ def run_batch(one: Subject, prompts: list[bytes], draw: random.Random) -> float:
         op.acquire.tokens = draw.choice(prompts) + draw.randbytes(4 * NEW_TOKENS)
     asked = asks.SerializeToString()
     began = time.thread_time()
-    granted = one.stream.answer(pb.OpBatch.FromString(asked), None)
+    granted = await one.stream.answer(pb.OpBatch.FromString(asked), _task())
     answered = pb.OpResults.FromString(granted.SerializeToString())
     spent = time.thread_time() - began
     ends = pb.OpBatch()
@@ -93,16 +93,16 @@ def run_batch(one: Subject, prompts: list[bytes], draw: random.Random) -> float:
         ends.ops.add(id=lease).release.lease = lease
     ended = ends.SerializeToString()
     began = time.thread_time()
-    one.stream.answer(pb.OpBatch.FromString(ended), None).SerializeToString()
+    (await one.stream.answer(pb.OpBatch.FromString(ended), _task())).SerializeToString()
     return spent + time.thread_time() - began
 
 
 async def measure(rounds: int) -> list[Subject]:
     """Let all subjects take turns."""
     plain, shadowed, watched = (
-        subject("plain"),
-        subject("shadows", shadow=SHADOWS),
-        subject("watched"),
+        await subject("plain"),
+        await subject("shadows", shadow=SHADOWS),
+        await subject("watched"),
     )
     assert shadowed.handlers.shadows is not None
     shadowed.handlers.shadows.begin()
@@ -115,7 +115,7 @@ async def measure(rounds: int) -> list[Subject]:
     for round_ in range(-rounds // 10, rounds):
         shift = round_ % len(subjects)
         for one in subjects[shift:] + subjects[:shift]:
-            spent = run_batch(one, prompts, random.Random(round_))
+            spent = await run_batch(one, prompts, random.Random(round_))
             began = time.thread_time()  # what the loop does afterwards is its part too
             await asyncio.sleep(0.012 if one is watched else 0)
             spent += time.thread_time() - began
@@ -132,6 +132,12 @@ async def measure(rounds: int) -> list[Subject]:
         one.handlers.workers.close()
         one.handlers.line.close()
     return subjects
+
+
+def _task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 async def _watch(handlers: Handlers) -> None:

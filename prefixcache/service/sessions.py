@@ -66,7 +66,7 @@ class SessionStream:
                         f"{self._handlers.settings.max_ops:,} (--max-ops)",
                     )
                 async with self._writing:
-                    results = await self._answer(batch, task)
+                    results = await self.answer(batch, task)
                     if results.results:
                         await self._context.write(results)
         finally:
@@ -75,7 +75,7 @@ class SessionStream:
             if self._worker is not None:
                 self._handlers.workers.leave(self._worker, gone=False)
 
-    async def _answer(self, batch: pb.OpBatch, task: asyncio.Task[None]) -> pb.OpResults:
+    async def answer(self, batch: pb.OpBatch, task: asyncio.Task[None]) -> pb.OpResults:
         """Run a batch, in slices: others are served between them.  Ops fail independently."""
         # What settled before a slice comes before it: tables change in the order of the answers.
         results, self._late = self._late, pb.OpResults()
