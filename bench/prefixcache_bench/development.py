@@ -82,24 +82,6 @@ DEVELOPMENT_SET = (
     ),
     *(
         Workload(
-            "ShareGPT" + suffix,
-            _SHAREGPT,
-            size,
-            _blocks(size, 32_768, 65_536, 131_072, 262_144, 524_288),
-            kvtrace="sharegpt",
-            system=system,
-            every_policy=(size, system) in {(16, System.NONE), (64, System.FOUR)},
-            timed_at=(2048, 16_384) if (size, system) == (16, System.NONE) else (),
-        )
-        for size in (16, 64, 256)
-        for suffix, system in (
-            ("", System.NONE),
-            (", one system prompt", System.ONE),
-            (", four system prompts", System.FOUR),
-        )
-    ),
-    *(
-        Workload(
             "tau-airline",
             _TAU,
             size,
@@ -117,5 +99,23 @@ DEVELOPMENT_SET = (
         kvtrace="gsm8k-8shot",
         every_policy=True,
         timed_at=(1024,),
+    ),
+    *(
+        Workload(
+            "ShareGPT" + suffix,
+            _SHAREGPT,
+            size,
+            _blocks(size, 32_768, 65_536, 131_072, 262_144, 524_288),
+            kvtrace="sharegpt",
+            system=system,
+            every_policy=(size, system) in {(16, System.NONE), (64, System.FOUR)},
+            timed_at=(2048, 16_384) if (size, system) == (16, System.NONE) else (),
+        )
+        for size in (16, 64, 256)
+        for suffix, system in (
+            ("", System.NONE),
+            (", one system prompt", System.ONE),
+            (", four system prompts", System.FOUR),
+        )
     ),
 )

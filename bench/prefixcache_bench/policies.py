@@ -1,9 +1,9 @@
 """`python -m prefixcache_bench.policies [FOLDER]`: every policy on the development set.
 
 Replays each workload at several capacities, beside Belady's bounds, and writes the tables between
-the markers of docs/policies.md.  The folder is that of PREFIXCACHE_TRACES if not given; without
-one, the document is left as it is.  About 4 minutes on two idle cores; `--quick` takes the first
-workload alone and writes nothing.
+the markers of docs/policies.md, after each workload anew.  The folder is that of
+PREFIXCACHE_TRACES if not given; without one, the document is left as it is.  About 5 minutes on two
+idle cores; `--quick` takes the first workload alone and writes nothing.
 """
 
 from __future__ import annotations
@@ -251,13 +251,15 @@ def _ablations(results: list[Result]) -> Iterator[str]:
     yield ""
 
 
-def write(document: Path, lines: Iterator[str]) -> None:
-    """Put the tables between the markers of the document."""
+def write(document: Path, results: list[Result], costs: list[Cost], total: int) -> None:
+    """Put the tables between the markers of the document; say if workloads are missing."""
     made = provenance()
     head = f"Made by `make experiments` from commit {made['commit']}, on {made['machine']}."
+    if len(results) < total:
+        head += f" **Not finished: {len(results)} of {total} workloads.**"
     before, _, rest = document.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    inside = "\n".join(["", head, "", *lines])
+    inside = "\n".join(["", head, "", *tables(results, costs)])
     document.write_text(f"{before}{BEGIN}\n{inside}{END}{after}")
 
 
@@ -279,10 +281,11 @@ def main(argv: list[str] | None = None) -> int:
             trace = workload.load(Path(asked.folder))
             results.append(measure(workload, trace, asked.jobs, progress))
             costs += [measure_cost(workload, trace, at) for at in workload.timed_at]
+            if not asked.quick:  # now, so that nothing is lost if the rest is not waited for
+                write(asked.output, results, costs, len(workloads))
     if asked.quick:
         print("\n".join(tables(results, costs)))
         return 0
-    write(asked.output, tables(results, costs))
     print(f"wrote {asked.output}")
     return 0
 

@@ -17,7 +17,7 @@ from prefixcache_bench.development import Workload
 from prefixcache_bench.flat import FLAT_LFU, flat_lfu
 from prefixcache_bench.paths import Path as Blocks
 from prefixcache_bench.paths import paths
-from prefixcache_bench.policies import measure, measure_cost, tables, write
+from prefixcache_bench.policies import measure, measure_cost, write
 from prefixcache_bench.progress import Progress
 from prefixcache_bench.replay import Configuration, replay
 from prefixcache_bench.traces import Request, Trace
@@ -80,12 +80,13 @@ def test_the_tables_have_every_policy_and_both_bounds(small: Trace, tmp_path: Pa
         result = measure(workload, small, 1, progress)
     document = tmp_path / "policies.md"
     document.write_text("before <!-- tables: begin -->old<!-- tables: end --> after\n")
-    write(document, tables([result], [measure_cost(workload, small, 50)]))
+    write(document, [result], [measure_cost(workload, small, 50)], total=2)
     text = document.read_text()
     assert all(f"| {policy} |" in text for policy in [*POLICIES, "Belady", "Belady, with bypass"])
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
+    assert "1 of 2 workloads" in text
 
 
 def leaf_safe_lfu(requests: list[Blocks], num_blocks: int) -> int:

@@ -73,7 +73,7 @@ def sweep(
     from prefixcache.types import Partial
     from prefixcache_bench.capacity import parse_capacities
     from prefixcache_bench.progress import Progress
-    from prefixcache_bench.rows import RowFile
+    from prefixcache_bench.rows import RowFile, key_of
     from prefixcache_bench.sweep import Grid, ceilings
     from prefixcache_bench.sweep import sweep as run
 
@@ -92,7 +92,8 @@ def sweep(
     file = RowFile(out.with_suffix(".csv"), _head(trace), resume=resume)
     wanted = set(grid.combinations())
     stopped = False
-    with Progress("sweep", len(wanted), quiet=as_json) as progress:
+    missing = len(wanted - {key_of(row) for row in file.rows})
+    with Progress("sweep", missing, quiet=as_json) as progress:
 
         def add(row: Row) -> None:
             file.add(row)
