@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import prefixcache
 from chaos.pattern import prompt
-from wire.service_process import environment, eventually, running, sizes
-from wire.test_restart import BLOCKS, SIZE, Reader
+from wire.service_process import eventually, running, sizes
+from wire.test_restart import BLOCKS, SIZE, Reader, scribbler
 
 
 def test_late_writes_land_in_nobodys_block_and_a_late_commit_is_refused(tmp_path: Path) -> None:
     with (
         running(f"unix:{tmp_path}/s", *sizes(BLOCKS, SIZE), "--ttl", "1") as service,
         prefixcache.connect(service.target) as client,
-        subprocess.Popen(
-            [sys.executable, "-m", "wire.scribbler", service.target],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        ) as late,
+        scribbler(service.target) as late,
     ):
         assert late.stdout is not None
         assert late.stdin is not None

@@ -123,6 +123,22 @@ def filled(target: str, state: Path, *, wait: bool = True) -> Iterator[ServicePr
         service.close()
 
 
+@contextmanager
+def scribbler(target: str) -> Iterator[subprocess.Popen[str]]:
+    """A worker that goes on writing; see `scribbler.py`."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "wire.scribbler", target],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def kill(service: ServiceProcess) -> None:
     service.signal(signal.SIGKILL)
     service.wait()
@@ -216,13 +232,7 @@ def test_blocks_that_a_survivor_may_still_write_to_are_lent_to_nobody_until_it_l
 ) -> None:
     with (
         filled(target, state) as first,
-        subprocess.Popen(
-            [sys.executable, "-m", "wire.scribbler", target],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        ) as survivor,
+        scribbler(target) as survivor,
     ):
         assert survivor.stdout is not None
         assert survivor.stdin is not None
