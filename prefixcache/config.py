@@ -254,6 +254,8 @@ class ServeSettings(BaseSettings):
     """Other configurations that are tried on the live requests, in a process of their own."""
     max_shadow_lag: Size = 64 * 2**20
     """Bytes of requests that may wait for the shadow caches; with more, requests are left out."""
+    trace: str | None = None
+    """Where spans are sent by OpenTelemetry's protocol, as http://127.0.0.1:4317."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -167,6 +167,15 @@ def serve(
             "SPEC",
         ),
     ] = None,
+    trace: Annotated[
+        str | None,
+        _option(
+            _SERVICE,
+            "Send OpenTelemetry spans to this collector (OTLP over gRPC), e.g. "
+            "http://127.0.0.1:4317. Default: off.",
+            "URL",
+        ),
+    ] = None,
     reflection: Annotated[
         bool | None, _option(_SERVICE, "Let gRPC clients ask what there is. Default: on.")
     ] = None,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import structlog
 
@@ -59,6 +59,9 @@ _CHECK_S = 30e-6
 _MOST_FAILURE = 100_000
 """Characters of a failed check, the tree included."""
 
+if TYPE_CHECKING:
+    from prefixcache.service.tracing import Tracer
+
 MAX_TEXT = 1024
 """Characters of a namespace's field or of a request id."""
 
@@ -101,6 +104,7 @@ class Handlers:
         self.draining = False
         self.listening: list[str] = []
         self.recorder: Recorder | None = None
+        self.tracer: Tracer | None = None
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
         self.events = EventLog(holdings, settings.max_watchers)

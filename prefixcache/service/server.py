@@ -39,6 +39,7 @@ from prefixcache.service.waiting import WaitingLine
 if TYPE_CHECKING:
     from prefixcache.service.http import HttpServer
     from prefixcache.service.publisher import Publisher
+    from prefixcache.service.tracing import Tracer
 
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
@@ -91,6 +92,9 @@ async def _serve(
     formers = [
         asyncio.ensure_future(_await_former(one.holdings, one.line)) for one in domains.values()
     ]
+    tracer = _make_tracer(settings)
+    for one in domains.values():
+        one.handlers.tracer = tracer
     http = _make_http(settings, handlers)
     publisher = _make_publisher(settings, handlers)
     alive = health.aio.HealthServicer()
@@ -164,6 +168,8 @@ async def _serve(
             await http.close()
         if publisher is not None:
             await publisher.close()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
         for former in formers:
             former.cancel()
         for door in doors:
@@ -235,6 +241,19 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
             "Install it with: pip install 'prefixcache[events]'"
         ) from None
     return Publisher(handlers, handlers.events, settings.events, settings.events_replay)
+
+
+def _make_tracer(settings: ServeSettings) -> Tracer | None:
+    if settings.trace is None:
+        return None
+    try:
+        from prefixcache.service.tracing import Tracer
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(
+            f"--trace needs {error.name}, which is not installed. "
+            "Install it with: pip install 'prefixcache[tracing]'"
+        ) from None
+    return Tracer(settings.trace)
 
 
 def _start_recorder(settings: ServeSettings) -> Recorder | None:

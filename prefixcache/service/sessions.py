@@ -9,6 +9,7 @@ OpBatch ─► run each op in order ─► OpResults            64 in one go, th
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -80,6 +81,8 @@ class SessionStream:
         # What settled before a slice comes before it: tables change in the order of the answers.
         results, self._late = self._late, pb.OpResults()
         ops, settle = batch.ops, self._handlers.line.settle
+        tracer = self._handlers.tracer
+        spent = {} if tracer is None else {v: r[SUM] for v, r in self._handlers.meter.rows.items()}
         self._slice(ops[:_SLICE] if len(ops) > _SLICE else ops, results, task)
         settle()
         for start in range(_SLICE, len(ops), _SLICE):
@@ -88,6 +91,13 @@ class SessionStream:
             self._late.Clear()
             self._slice(ops[start : start + _SLICE], results, task)
             settle()
+        if tracer is not None:
+            rows = self._handlers.meter.rows
+            counts = Counter([op.WhichOneof("op") for op in ops])
+            tracer.message(
+                {verb: (n, rows[verb][SUM] - spent[verb]) for verb, n in counts.items() if verb},
+                self._worker.id if self._worker is not None else "",
+            )
         return results
 
     def _slice(self, ops: Iterable[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> None:

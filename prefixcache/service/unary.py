@@ -68,7 +68,8 @@ def service(domains: Mapping[str, Handlers], gate: Gate) -> grpc.GenericRpcHandl
             identity, _ = await admit(context, verb)
             return await inner[identity.domain](request, context, identity)
 
-        return call
+        tracer = domains[""].tracer
+        return call if tracer is None else tracer.traced(verb, call)
 
     methods: dict[str, Any] = {}
     for verb, rpc in unary.RPCS.items():
