@@ -1,4 +1,4 @@
-"""The pool's operations in plain PyTorch: the oracle of the kernels, and the fast path on a CPU.
+"""The pool's operations in plain PyTorch: the fast path on a CPU.
 
 `oracle` has the slow obvious version: one sequence after the other, in double precision.
 `paged_attention` gives the same within rounding, as fast as a CPU allows.  A decode step does few

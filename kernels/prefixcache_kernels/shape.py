@@ -111,6 +111,7 @@ class Shape:
         num_seqs: int,
         num_runs: int,
         max_context: int,
+        bits: bool = False,
         amd: bool = torch.version.hip is not None,
     ) -> Shape:
         """Cut the pass over shared runs: as many rows as a group has, up to what registers hold.
@@ -122,6 +123,7 @@ class Shape:
             value_dim: As `choose`.
             element_bytes: As `choose`.
             amd: As `choose`.
+            bits: Whether an eight-bit cache is widened bit by bit, which takes registers.
             num_seqs: Of the batch: a group has at most as many.
             num_runs: Shared runs.
             max_context: Keys of the longest run there could be.
@@ -131,7 +133,7 @@ class Shape:
         exact = element_bytes == 4
         most = 16 if exact else 32 if dims > 128 else 64 if amd else 128
         rows = max(16, min(most, next_power_of_2(num_seqs * groups)), next_power_of_2(groups))
-        tile = 16 if exact else 32 if amd or dims > 64 else 64
+        tile = 16 if exact or bits or dims > 128 else 32 if amd or dims > 64 else 64
         tiles = num_seqs // (rows // groups) + num_runs
         return cls(
             groups,
@@ -142,7 +144,7 @@ class Shape:
             tile,
             _splits(tiles * kv_heads, tile, max_context),
             8 if rows >= 128 else 4,
-            1 if amd else 2,
+            1 if amd else 3 if exact else 2,
         )
 
     def tiles(self, num_queries: int, num_seqs: int) -> int:

@@ -46,7 +46,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.attention import attend_kernel, merge, paged_attention
 from prefixcache_kernels.checks import check_attention
 from prefixcache_kernels.groups import GroupPlan
-from prefixcache_kernels.keys import attend_keys
+from prefixcache_kernels.keys import FP8_BITS, attend_keys
 from prefixcache_kernels.launch import (
     OPTIONS,
     cache_arguments,
@@ -290,8 +290,13 @@ def shared_prefix_attention(
     max_context = block_tables.shape[1] * block_size
     sizes = (heads, kv_heads, head_dim, value_dim, query.element_size())
     own = Shape.choose(*sizes, num_queries=num_seqs, num_seqs=num_seqs, max_context=max_context)
+    keys, values, fp8 = readable(key_cache, value_cache)
     runs = Shape.choose_shared(
-        *sizes, num_seqs=num_seqs, num_runs=groups.num_runs, max_context=max_context
+        *sizes,
+        num_seqs=num_seqs,
+        num_runs=groups.num_runs,
+        max_context=max_context,
+        bits=fp8 == FP8_BITS,
     )
     if query.stride(2) != 1:
         query = query.contiguous()
@@ -303,7 +308,6 @@ def shared_prefix_attention(
     part = query.new_empty((num_seqs, heads, slots, value_dim), dtype=torch.float32)
     # A sequence that no run of some level covers has no answer there.
     part_lse = query.new_full((num_seqs, heads, slots), float("-inf"), dtype=torch.float32)
-    keys, values, fp8 = readable(key_cache, value_cache)
     scales = (
         query if key_scale is None else key_scale,
         query if value_scale is None else value_scale,

@@ -88,6 +88,11 @@ def test_the_committed_table_has_every_variant_without_a_spill_and_with_wide_loa
         assert one.shared_bytes <= (64 if one.target == "gfx942" else 160) * 1024, one
 
 
+def test_the_document_has_the_committed_table() -> None:
+    path = ROOT / ahead.DOCUMENT
+    assert ahead.document(path) == path.read_text()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
