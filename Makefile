@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench crowd experiments photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
+.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
 experiments: $(VENV)/.installed   ## Hit rate by block size, memory and policy: docs/experiments.md, docs/policies.md.  RESUME=1 keeps rows.
 	$(BIN)/python -m prefixcache_bench.experiments $(if $(RESUME),--resume,)
 	$(BIN)/python -m prefixcache_bench.policies
+
+operations: $(VENV)/.model   ## The walk-through of docs/operations.md, with the demo's model and chats.
+	$(BIN)/python -m prefixcache_bench.walkthrough
 
 photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
 	$(BIN)/python -m prefixcache_bench.photograph

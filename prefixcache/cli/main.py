@@ -105,7 +105,7 @@ def _options(
 def main() -> None:
     """Run the command line; what a user can cause ends in one line, not in a traceback."""
     try:
-        app()
+        app(prog_name="prefixcache")
     except CacheError as error:
         typer.echo(f"prefixcache: {error}", err=True)
         sys.exit(_exit_code(error))

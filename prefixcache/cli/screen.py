@@ -164,17 +164,18 @@ class Screen:
         """Write the screen, at most `height` lines of it."""
         if self._now is None:
             return Group(_cut(Text(self.trouble or "…"), width))
-        head = list(self._head(self._now, width))
+        small = height is not None and height < 30
+        head = list(self._head(self._now, width, most_verbs=1 if small else 4))[:height]
         lists = [
             list(self._prefixes(width)),
             list(self._leases(self._now, width)),
             list(self._flights(self._now, width)),
             list(self._workers(self._now, width)),
         ]
-        room = None if height is None else max(0, height - len(head) - 1)
+        room = None if height is None else max(0, height - len(head))
         return Group(*(_cut(line, width) for line in (*head, *_fit(lists, room))))
 
-    def _head(self, now: Status, width: int) -> Iterator[Text]:
+    def _head(self, now: Status, width: int, *, most_verbs: int) -> Iterator[Text]:
         snapshot, info = now.snapshot, now.info
         state = "draining" if info.draining else "serving"
         title = Text(f"prefixcache · {state} {view.show_idle(info.uptime_s)}", style="bold")
@@ -215,11 +216,11 @@ class Screen:
                 f"blocks evicted/s, {snapshot.waiting:,} waiting",
             )
         )
-        yield from self._verbs(now, width)
+        yield from list(self._verbs(now, width))[: most_verbs + 1]
 
     def _verbs(self, now: Status, width: int) -> Iterator[Text]:
         parts = []
-        for verb in now.message.verbs:
+        for verb in sorted(now.message.verbs, key=lambda one: -one.count):
             if not verb.HasField("p50_s"):
                 continue
             times = f"{_ms(verb.p50_s)} / {_ms(verb.p99_s)}"

@@ -227,6 +227,8 @@ def serve(
 
     Every option is also an environment variable, PREFIXCACHE_MEMORY and so on; options win.  The
     first Ctrl-C (or SIGTERM) lets leases come back before it ends, the second ends it at once.
+
+    Example: prefixcache serve --memory 8GiB --model /models/my-model
     """
     flags = dict(locals())
     # Imported here: other commands start without the service and its libraries.

@@ -28,7 +28,7 @@ def stored(at: At) -> At:
 
 
 def test_the_tree_is_drawn_with_sums_shares_and_what_is_left_out(stored: At) -> None:
-    told = stored.run("tree", "--limit", "4", "--namespace", "tiny")
+    told = stored.call("tree", "--limit", "4", "--namespace", "tiny")
     assert told.code == 0
     head, columns, *rows, legend = told.out.splitlines()
     assert head.startswith("tiny: ")
@@ -42,13 +42,13 @@ def test_the_tree_is_drawn_with_sums_shares_and_what_is_left_out(stored: At) -> 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 200])
 def test_no_line_is_wider_than_the_terminal(stored: At, width: int) -> None:
-    told = stored.run("tree", COLUMNS=str(width))
+    told = stored.call("tree", COLUMNS=str(width))
     assert told.code == 0
     assert max(map(cell_len, told.out.splitlines()[:-1])) <= width
 
 
 def test_json_has_the_same_numbers(stored: At) -> None:
-    fields = stored.run("tree", "--depth", "1", "--sort", "heat", "--json").fields
+    fields = stored.call("tree", "--depth", "1", "--sort", "heat", "--json").fields
     (tree,) = [one for one in fields["namespaces"] if one["model"] == "tiny"]
     root, shared = tree["branches"]
     assert root["below"]["tokens"] == shared["below"]["tokens"]
@@ -66,7 +66,7 @@ def test_the_picture_has_a_bar_per_run_a_tooltip_for_each_and_hatched_leases(
         session = client.attach("tiny", LAYOUT)
         lease = session.acquire([7] * 8 + [300] * 40)
         lease.commit(48)
-        told = stored.run("tree", "--svg", str(tmp_path / "tree.svg"))
+        told = stored.call("tree", "--svg", str(tmp_path / "tree.svg"))
         session.close()
     assert told.code == 0
     picture = ET.parse(tmp_path / "tree.svg").getroot()  # noqa: S314 - our own
@@ -80,8 +80,8 @@ def test_the_picture_has_a_bar_per_run_a_tooltip_for_each_and_hatched_leases(
 
 
 def test_nothing_stored_has_exit_code_1(at: At) -> None:
-    assert at.run("tree").code == 1
-    assert at.run("tree", "--json").code == 1
+    assert at.call("tree").code == 1
+    assert at.call("tree", "--json").code == 1
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,6 @@ def test_nothing_stored_has_exit_code_1(at: At) -> None:
     ],
 )
 def test_wrong_usage_has_exit_code_2(stored: At, arguments: list[str], text: str) -> None:
-    told = stored.run("tree", *arguments)
+    told = stored.call("tree", *arguments)
     assert told.code == 2
     assert text in told.err
