@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import prefixcache
+from prefixcache.cli.decoder import Decoder
 from prefixcache.client import Client
+from prefixcache.service.model_layout import read_layout
 from prefixcache.types import Explanation
 from prefixcache_bench.provenance import provenance
 from prefixcache_worker import smollm2
@@ -38,7 +41,9 @@ from prefixcache_worker.demo import chats
 BEGIN = "<!-- walk-through: begin; written by `make operations` -->"
 END = "<!-- walk-through: end -->"
 
-_SMALL = "80MiB"
+_SMALL = "128MiB"
+_GHOSTS = "2000"
+"""Enough to remember all that is evicted: a ghost takes little more than its tokens."""
 _COMMAND = (sys.executable, "-m", "prefixcache.cli")
 _COLUMNS = "100"
 _DATE = "Today is {day} November 2026, {hour:02}:{minute:02}."
@@ -51,6 +56,7 @@ class Stage:
     folder: Path
     model: Path
     pictures: Path
+    hollow: bool
     said: list[str] = field(default_factory=list)
 
     @property
@@ -60,7 +66,7 @@ class Stage:
 
     def say(self, text: str) -> None:
         """Write a paragraph."""
-        self.said.append(text)
+        self.said.append(text if text.startswith("```") else textwrap.fill(text, 105))
 
     def show(self, *arguments: str, most: int = 60, quiet: bool = False) -> str:
         """Run a command as a user would; write it and what it says.  Gives its output."""
@@ -100,7 +106,8 @@ class Stage:
     @contextmanager
     def serving(self, memory: str) -> Iterator[Client]:
         """Run a service with so much memory, and end it."""
-        arguments = ("serve", "--memory", memory, "--model")
+        options = ("--ghosts", _GHOSTS) if memory == _SMALL else ()
+        arguments = ("serve", "--memory", memory, *options, "--model")
         process = subprocess.Popen(
             [*_COMMAND, *arguments, str(self.model), "--listen", self.target],
             stdout=subprocess.PIPE,
@@ -115,7 +122,8 @@ class Stage:
             if line.startswith("listening at "):
                 break
         said = self.tidy("\n".join(lines))
-        self.say(f"```console\n$ prefixcache serve --memory {memory} --model smollm2\n{said}\n```")
+        shown = self.tidy(" ".join((*arguments, "smollm2")))
+        self.say(f"```console\n$ prefixcache {shown}\n{said}\n```")
         try:
             with prefixcache.connect(self.target, timeout_s=60) as client:
                 yield client
@@ -125,6 +133,9 @@ class Stage:
 
     def play(self, requests: Sequence[dict[str, Any]]) -> None:
         """Let one real worker answer requests, one after the other."""
+        if self.hollow:
+            self._play_hollow(requests)
+            return
         worker = subprocess.Popen(
             [*_COMMAND, "worker", "--connect", self.target, "--model", str(self.model)],
             stdin=subprocess.PIPE,
@@ -150,21 +161,35 @@ class Stage:
         worker.stdin.close()
         worker.wait()
 
+    def _play_hollow(self, requests: Sequence[dict[str, Any]]) -> None:
+        """Lease and commit what a worker would, but compute nothing."""
+        decoder = Decoder(self.model)
+        with prefixcache.connect(self.target, timeout_s=60) as client:
+            session = client.attach(self.model.name, read_layout(self.model), name="w1")
+            for request in requests:
+                tokens = decoder.chat(request["messages"])
+                name = f"{request['id']}/0"
+                with session.acquire(tokens, reserve=8, request_id=name) as lease:
+                    lease.commit(len(tokens))
+            session.close()
+
 
 def requests(count: int, *, date_last: bool) -> list[dict[str, Any]]:
-    """Give the first turns of the demo's chats, each with the date in its system prompt."""
-    made = []
+    """Give two rounds of the demo's chats, each with the date of its first question.
+
+    In the second round every chat comes back with its second question.
+    """
+    first, second = [], []
     for number, chat in enumerate(chats.load().chats[:count]):
         date = _DATE.format(day=23 + number // 8, hour=9 + number % 8, minute=(7 * number) % 60)
         lines = chat.assistant.system.splitlines()
         at = len(lines) if date_last else len(lines) // 2
         system = "\n".join([*lines[:at], date, *lines[at:]])
-        messages = [
-            {"role": "system", "content": system},
-            {"role": "user", "content": chat.turns[0]},
-        ]
-        made.append({"id": chat.id, "messages": messages, "max_new_tokens": 4})
-    return made
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": chat.turns[0]}]
+        again = [*asked, {"role": "user", "content": chat.turns[1]}]
+        first.append({"id": chat.id, "messages": asked, "max_new_tokens": 4})
+        second.append({"id": f"{chat.id}-again", "messages": again, "max_new_tokens": 4})
+    return first + second
 
 
 def main() -> None:
@@ -172,12 +197,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--chats", type=int, default=24)
+    parser.add_argument(
+        "--hollow", action="store_true", help="a worker that computes nothing; the page says so"
+    )
     asked = parser.parse_args()
     pictures = asked.out / "operations"
     pictures.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="walk-"))
     try:
-        stage = Stage(folder, smollm2.folder(), pictures)
+        stage = Stage(folder, smollm2.folder(), pictures, asked.hollow)
         _perform(stage, asked.chats)
     finally:
         shutil.rmtree(folder)
@@ -185,6 +213,12 @@ def main() -> None:
     stage.say(
         f"*Made by `make operations` at {head['time']} from commit {head['commit']}, "
         f"on {head['machine']}.*"
+        + (
+            " *The worker leased and committed every prompt, but computed nothing (`--hollow`): "
+            "tokens and blocks are real, times of answers are not those of a model.*"
+            if asked.hollow
+            else ""
+        )
     )
     page = asked.out / "operations.md"
     text = page.read_text()
@@ -196,8 +230,8 @@ def main() -> None:
 
 def _perform(stage: Stage, count: int) -> None:
     stage.say(
-        "A service with little memory, one worker, and the demo's chats: every assistant's system "
-        "prompt has today's date and time in the middle, as many have."
+        "A service with little memory, one worker, and the demo's chats: each asks once, and later "
+        "once more. Every system prompt has the date and time in the middle, as many have."
     )
     played = requests(count, date_last=False)
     with stage.serving(_SMALL) as client:

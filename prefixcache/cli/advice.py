@@ -54,17 +54,24 @@ def advise(told: Explanation, tokens: bytes, status: Status, decoder: Decoder | 
 
 
 def _memory(told: Explanation, status: Status) -> str:
-    evicted = f"{told.ledger.evicted:,} tokens were stored, and were evicted before they came back."
+    count = told.ledger.evicted
+    evicted = (
+        "One token was stored, and was evicted before it came back."
+        if count == 1
+        else f"{count:,} tokens were stored, and were evicted before they came back."
+    )
     if told.extra_blocks is None:
         return f"{evicted} How much memory would have kept them is not remembered any more."
-    total = status.snapshot.num_blocks + told.extra_blocks
-    size = ""
-    if status.block_bytes:
-        more = format_size(told.extra_blocks * status.block_bytes)
-        size = f" ({more}): serve with --memory {round_up(total * status.block_bytes)}"
     policy = status.info.policy
     sure = "" if policy == "lru" else f" (an estimate: it is LRU's order, not that of {policy})"
-    return f"{evicted} {told.extra_blocks:,} blocks more{size} would have kept them{sure}."
+    if not status.block_bytes:
+        return f"{evicted} {told.extra_blocks:,} blocks more would have kept them{sure}."
+    more = format_size(told.extra_blocks * status.block_bytes)
+    total = status.snapshot.num_blocks + told.extra_blocks
+    return (
+        f"{evicted} {told.extra_blocks:,} blocks more ({more}) would have kept them{sure}: "
+        f"serve with --memory {round_up(total * status.block_bytes)}."
+    )
 
 
 def _move(told: Explanation, tokens: bytes, decoder: Decoder | None) -> str:

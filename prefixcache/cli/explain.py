@@ -241,4 +241,5 @@ def _print_parting(
             f"  the same again from token {told.resumes_at:,} on, for {told.num_same:,} tokens"
         )
     if told.num_parted:
-        typer.echo(f"  {told.num_parted:,} requests of the last hour have parted there")
+        who = "One request" if told.num_parted == 1 else f"{told.num_parted:,} requests"
+        typer.echo(f"  {who} of the last hour parted there")

@@ -50,4 +50,9 @@ def lines(steps: Sequence[Step], evicted: int, now: Status) -> list[str]:
             more = format_size(blocks * now.block_bytes)
             size = f" (+{more}: --memory {round_up(total * now.block_bytes)})"
         told.append(f"  {kept / known:.0%} would still be there with {blocks:,} blocks more{size}")
+    if 0.95 < now.snapshot.ghosts / max(1, now.snapshot.num_blocks) <= 1:
+        told.append(
+            "  what was evicted longer ago is not remembered and counts as cold: serve with more "
+            "--ghosts to know"
+        )
     return told

@@ -84,7 +84,7 @@ def test_requests_that_part_at_a_date_are_told_to_move_it(
     assert "parts from the closest stored prompt at token 15" in lines
     assert any(line.startswith("  yours   1 : 27 - 2026") for line in lines)
     assert any(line.startswith("  stored  ") and " : 27 - 2026 " in line for line in lines)
-    assert "  5 requests of the last hour have parted there" in lines
+    assert "  5 requests of the last hour parted there" in lines
     advice = " ".join(told.out.partition("advice: ")[2].split())
     assert advice.startswith("5 requests part at token 15: a ")
     assert "Move that token behind the" in advice
