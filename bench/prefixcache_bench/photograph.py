@@ -27,8 +27,8 @@ from prefixcache_bench.generators import Kind, Shape, generate
 LAYOUT = Layout(30, 3, 64, "bfloat16")
 PLACE = Path(__file__).resolve().parents[2] / "docs" / "operations"
 SHOTS = (
-    ("page-light", 1440, 1350, "light"),
-    ("page-dark", 1440, 1350, "dark"),
+    ("page-light", 1440, 1500, "light"),
+    ("page-dark", 1440, 1500, "dark"),
     ("page-phone", 412, 1900, "dark"),
 )
 BROWSER = (
@@ -110,6 +110,7 @@ def photograph(place: Path, seconds: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         target = f"unix:{folder}/service.sock"
         flags = ["--memory", "2GiB", "--layout", str(LAYOUT), "--pool", "none"]
+        flags += ["--shadow", "policy=slru,block_size=32", "--shadow", "memory=4GiB"]
         command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target]
         service = subprocess.Popen(
             [*command, *flags, "--http", "127.0.0.1:0", "--log-level", "error"],
