@@ -31,7 +31,7 @@ from torch import Tensor
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.checks import check_attention
 from prefixcache_kernels.groups import GroupPlan, Run
-from prefixcache_kernels.plan import Plan, Work, scratch
+from prefixcache_kernels.plan import Plan, Work, gather, scratch, side_by_side
 from prefixcache_kernels.reference import paged_attention
 
 _flash: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -156,9 +156,7 @@ class GroupedPlan:
     def _shared(self, groups: GroupPlan, run: Run) -> Shared:
         rows = groups.positions[run.start : run.end]
         index = self._args[0][run.row, run.first : run.first + run.blocks].long()
-        begin = int(index[0])
-        consecutive = torch.equal(index, torch.arange(begin, begin + run.blocks))
-        return Shared(*self._queries(rows), index, begin if consecutive else None)
+        return Shared(*self._queries(rows), index, side_by_side(index))
 
     def _queries(self, rows: Sequence[int]) -> tuple[slice | Tensor, int]:
         """Find the packed queries of some batch rows, and how many they are."""
@@ -236,8 +234,8 @@ def shared_prefix_attention(
         if not run.num_queries:
             continue
         if run.begin is None:
-            _gather(key_cache, run.index, keys)
-            _gather(value_cache, run.index, values)
+            gather(key_cache, run.index, keys)
+            gather(value_cache, run.index, values)
         else:
             keys = key_cache[run.begin : run.begin + run.index.numel()]
             values = value_cache[run.begin : run.begin + run.index.numel()]
@@ -262,10 +260,7 @@ def _own(
     split = (kv_heads, heads // kv_heads)
     out = total = None
     for piece, place, mask in work:
-        _gather(key_cache, piece.index, place.key_blocks)
-        _gather(value_cache, piece.index, place.value_blocks)
-        if place.hidden:
-            torch._foreach_zero_(place.hidden)
+        keys, values = piece.dense(place, key_cache, value_cache)
         num, each = piece.num_seqs, piece.num_queries
         packed = query if piece.rows is None else query[piece.rows]
         if each == 1:
@@ -273,7 +268,7 @@ def _own(
         else:
             packed = packed.view(num, each, *split, dim).permute(0, 2, 3, 1, 4)
             packed = packed.reshape(num, kv_heads, -1, dim)
-        part, lse = _attend(packed, place.keys, place.values, mask, scale, softcap)
+        part, lse = _attend(packed, keys, values, mask, scale, softcap)
         if each > 1:
             part = part.reshape(num, *split, each, dim).permute(0, 3, 1, 2, 4)
             lse = lse.reshape(num, *split, each).permute(0, 3, 1, 2)
@@ -338,13 +333,3 @@ def _attend(
         scores += mask
     out = torch.matmul(torch.softmax(scores, -1), values.float())
     return out, torch.logsumexp(scores, -1)
-
-
-def _gather(cache: Tensor, index: Tensor, place: Tensor) -> None:
-    try:
-        torch.index_select(cache, 0, index, out=place)
-    except (IndexError, RuntimeError):
-        raise InvalidRequest(
-            f"block tables name blocks {int(index.min())} to {int(index.max())}; the pool has "
-            f"{cache.shape[0]}"
-        ) from None

@@ -56,12 +56,36 @@ class Piece:
     """Gathered blocks per sequence."""
     index: Tensor
     """`[num_seqs * width]` int64: the blocks to gather."""
+    begin: int | None
+    """Of one long sequence whose blocks lie side by side in the pool: the first; else None."""
     keys: slice
     """Which of a sequence's gathered slots are read."""
     hidden: list[slice]
     """Gathered slots that are read but hold no key of their sequence: they are zeroed."""
     visible: Tensor | None
     """`[num_seqs or 1, num_queries, keys]` bool: what may be attended; None: all of it."""
+
+    def dense(
+        self, place: Scratch, key_cache: Tensor, value_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Give keys and values, `[num_seqs, kv_heads, keys, head_dim]`.
+
+        One sequence's blocks that lie side by side are read where they are, others are gathered.
+
+        Raises:
+            InvalidRequest: A block is outside the pool.
+        """
+        if self.begin is not None and 0 <= self.begin <= key_cache.shape[0] - self.width:
+            end = self.begin + self.width
+            return tuple(  # type: ignore[return-value]
+                cache[self.begin : end].flatten(0, 1)[self.keys].transpose(0, 1).unsqueeze(0)
+                for cache in (key_cache, value_cache)
+            )
+        gather(key_cache, self.index, place.key_blocks)
+        gather(value_cache, self.index, place.value_blocks)
+        if place.hidden:
+            torch._foreach_zero_(place.hidden)
+        return place.keys, place.values
 
     def mask(self, groups: int, dtype: torch.dtype) -> Tensor | None:
         """`visible` as an additive mask for queries packed `[seqs, kv_heads, groups * queries]`."""
@@ -247,9 +271,18 @@ class Plan:
                 group.append(s)
             else:
                 groups.append([s])
-        return [self._piece(group, begins, blocks[group[-1]], window) for group in groups]
+        return [
+            self._piece(group, begins, blocks[group[-1]], window, token_bytes) for group in groups
+        ]
 
-    def _piece(self, group: list[int], begins: list[int], width: int, window: int | None) -> Piece:
+    def _piece(
+        self,
+        group: list[int],
+        begins: list[int],
+        width: int,
+        window: int | None,
+        token_bytes: int,
+    ) -> Piece:
         size = self.block_size
         num = self._query_lens[group[0]]
         context = self._context_lens[group[0]]
@@ -288,6 +321,8 @@ class Plan:
             cached=context - num if whole else None,
             width=width,
             index=index,
+            # What would not stay in the cache between gathering and reading is better left there.
+            begin=side_by_side(index) if width * size * token_bytes > SCRATCH_BYTES else None,
             keys=keys,
             hidden=hidden,
             visible=visible,
@@ -299,6 +334,28 @@ class Plan:
             whole = len(group) * num == self.num_queries
             return None if whole else slice(rows[0], rows[0] + num * len(group))
         return (torch.tensor(rows)[:, None] + torch.arange(num)).view(-1)
+
+
+def side_by_side(index: Tensor) -> int | None:
+    """Give the first of some blocks if they lie side by side in the pool, in order; else None."""
+    begin = int(index[0])
+    consecutive = torch.equal(index, torch.arange(begin, begin + index.shape[0]))
+    return begin if consecutive else None
+
+
+def gather(cache: Tensor, index: Tensor, place: Tensor) -> None:
+    """Copy blocks to their place.
+
+    Raises:
+        InvalidRequest: One is outside the pool.
+    """
+    try:
+        torch.index_select(cache, 0, index, out=place)
+    except (IndexError, RuntimeError):
+        raise InvalidRequest(
+            f"block tables name blocks {int(index.min())} to {int(index.max())}; the pool has "
+            f"{cache.shape[0]}"
+        ) from None
 
 
 _LOCAL = threading.local()

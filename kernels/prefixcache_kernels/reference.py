@@ -202,16 +202,7 @@ def paged_attention(
     groups = heads // kv_heads
     out = None
     for piece, scratch, mask in work:
-        try:
-            torch.index_select(key_cache, 0, piece.index, out=scratch.key_blocks)
-            torch.index_select(value_cache, 0, piece.index, out=scratch.value_blocks)
-        except (IndexError, RuntimeError):
-            raise InvalidRequest(
-                f"block tables name blocks {int(piece.index.min())} to {int(piece.index.max())}; "
-                f"the pool has {key_cache.shape[0]}"
-            ) from None
-        if scratch.hidden:
-            torch._foreach_zero_(scratch.hidden)
+        keys, values = piece.dense(scratch, key_cache, value_cache)
         num, each = piece.num_seqs, piece.num_queries
         packed = query if piece.rows is None else query[piece.rows]
         if each == 1:
@@ -220,15 +211,15 @@ def paged_attention(
             packed = packed.view(num, each, kv_heads, groups, dim).permute(0, 2, 3, 1, 4)
             packed = packed.reshape(num, kv_heads, groups * each, dim)
         if softcap is not None or sinks is not None:
-            attended = _plain(packed, scratch.keys, scratch.values, mask, scale, softcap, sinks)
+            attended = _plain(packed, keys, values, mask, scale, softcap, sinks)
         elif each >= TILED_QUERIES and piece.cached is not None and query.dtype == torch.bfloat16:
-            attended = _tiled(packed, scratch.keys, scratch.values, piece.cached, scale)
+            attended = _tiled(packed, keys, values, piece.cached, scale)
         elif each >= SPLIT_QUERIES and piece.cached is not None:
-            attended = _split(packed, scratch.keys, scratch.values, piece.cached, scale)
+            attended = _split(packed, keys, values, piece.cached, scale)
         elif each == num == 1 and query.dtype == torch.float32:
-            attended = _lone(packed, scratch.keys, scratch.values, scale)
+            attended = _lone(packed, keys, values, scale)
         else:
-            attended = _flash(packed, scratch.keys, scratch.values, attn_mask=mask, scale=scale)[0]
+            attended = _flash(packed, keys, values, attn_mask=mask, scale=scale)[0]
         if each > 1:
             attended = attended.reshape(num, kv_heads, groups, each, dim).permute(0, 3, 1, 2, 4)
         attended = attended.reshape(num * each, heads, dim)

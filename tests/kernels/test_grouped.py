@@ -279,7 +279,7 @@ def forests(draw: st.DrawFn) -> tuple[Forest, dict[str, Any], SharingCost]:
 
 
 @given(forests())
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_any_forest_equals_the_oracle(
     drawn: tuple[Forest, dict[str, Any], SharingCost],
 ) -> None:
@@ -306,3 +306,33 @@ def test_a_plan_serves_many_layers() -> None:
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
     assert len(plan._work) == 1
+
+
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_long_sequences_that_lie_in_order_are_read_in_place(
+    monkeypatch: pytest.MonkeyPatch, *, consecutive: bool
+) -> None:
+    """Longer than the scratch stays in a cache: not gathered, and the same answer."""
+    monkeypatch.setattr(plan_module, "SCRATCH_BYTES", 0)
+    seqs = [(None, 0, 37, 1), (None, 0, 50, 3), (None, 0, 150, 140), (0, 9, 21, 1)]
+    for dtype in TOLERANCE:
+        f = forest(seqs, consecutive=consecutive, dtype=dtype)
+        alone = GroupPlan.alone(len(seqs))
+        for options in ({}, {"window": 45}, {"softcap": 3.0, "sinks": True}):
+            check(f, alone, **options)
+            check(f, **options)
+    gathered = mock.Mock(side_effect=torch.index_select)
+    monkeypatch.setattr(torch, "index_select", gathered)
+    apart = forest(seqs[:3], consecutive=consecutive)
+    paged_attention(*apart.args, scale=0.25)  # type: ignore[arg-type]
+    assert gathered.called is not consecutive
+
+
+def test_a_table_that_leaves_the_pool_in_order_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place or gathered, no block outside the pool is read."""
+    monkeypatch.setattr(plan_module, "SCRATCH_BYTES", 0)
+    f = forest([(None, 0, 12, 1)])
+    for first in (-2, f.key_cache.shape[0] - 1):
+        f.block_tables[0] = torch.arange(first, first + f.block_tables.shape[1])
+        with pytest.raises(InvalidRequest, match="the pool has"):
+            shared_prefix_attention(*f.args, f.groups(), scale=1.0)  # type: ignore[arg-type]
