@@ -154,9 +154,10 @@ def main() -> None:
         print(question.title, file=sys.stderr, flush=True)
         parts.append(_ask(question, places, pictures, resume=asked.resume))
     parts.append(_REFERENCE.strip())
+    kept = " Rows of sweeps that were there already were kept." if asked.resume else ""
     parts.append(
         f"---\n\nMade by `make experiments` at {head['time']} from commit {head['commit']}, "
-        f"on {head['machine']}."
+        f"on {head['machine']}.{kept}"
     )
     (asked.out / "experiments.md").write_text("\n\n".join(parts) + "\n")
 
