@@ -27,7 +27,7 @@ from prefixcache.types import Namespace
 from wire.service_process import LAYOUT
 
 PAUSE_S = 0.02
-PIECE = 8
+PIECE = 4
 """Tokens that are written at once."""
 BACKOFF_S = (0.02, 0.3)
 
@@ -131,7 +131,7 @@ class Actor:
         table = lease.block_table
         for at in range(start, end, PIECE):
             pool.write(model, whole, table, at, min(at + PIECE, end))
-            time.sleep(0.001)
+            time.sleep(0.003)
 
     def commit(self, lease: Lease, fields: dict[str, Any], count: int, new: bytes) -> None:
         op = f"{self.name}.{next(self.ops)}"

@@ -207,11 +207,13 @@ class Storm:
         self.actors[number].wait()
         self.actors[number] = self.act(number)
 
-    def stop_worker(self) -> None:
-        actor = self.random.choice(self.actors)
-        actor.send_signal(signal.SIGSTOP)
-        time.sleep(self.random.choice((0.2, TTL_S * 0.95, TTL_S + 0.4)))
-        actor.send_signal(signal.SIGCONT)
+    def stop_workers(self) -> None:
+        stopped = self.random.sample(self.actors, 3)
+        for actor in stopped:
+            actor.send_signal(signal.SIGSTOP)
+        time.sleep(self.random.choice((0.2, TTL_S * 0.95, TTL_S + 0.4, TTL_S + 0.8)))
+        for actor in stopped:
+            actor.send_signal(signal.SIGCONT)
 
     def drop_connections(self) -> None:
         self.proxy.drop()
@@ -230,7 +232,7 @@ class Storm:
 
     def run(self, rounds: int, seconds_per_round: float, say: Any) -> Report:
         others = (
-            *(self.kill_worker, self.stop_worker, self.stop_worker, self.stop_service),
+            *(self.kill_worker, self.stop_workers, self.stop_workers, self.stop_service),
             *(self.drop_connections, self.half_open_connections, self.fill_disk),
         )
         started = time.monotonic()
