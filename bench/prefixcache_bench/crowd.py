@@ -85,7 +85,7 @@ async def measure(streams: int, leases: int, slow: int, rounds: int) -> Figures:
     """Run everything."""
     layout = parse_layout(LAYOUT)
     memory = str((leases + 4096) * 16 * layout.token_bytes)
-    flags = ("--memory", memory, "--max-workers", str(streams + slow + 64), "--ttl", "120")
+    flags = ("--memory", memory, "--max-workers", str(streams + slow + 64), "--ttl", "3600")
     with served(*flags, layout=LAYOUT) as (target, pid):
         process = psutil.Process(pid)
 

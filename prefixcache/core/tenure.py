@@ -19,7 +19,8 @@ from prefixcache.types import BlockTable
 Wipe = Callable[[BlockTable], None]
 """Overwrites blocks, in every layer, with zeros.  Returns when it is done."""
 
-_CLEAN, _UNKNOWN = -1, -2
+_CLEAN, _UNKNOWN = 0, -1
+"""Tenants are numbered from 1."""
 _SHORT_RUN = 24
 """Up to this many blocks a Python loop beats the fixed cost of numpy calls."""
 
@@ -31,14 +32,15 @@ class Tenure:
         num_blocks: Of the pool, which holds nothing but zeros yet.
     """
 
-    __slots__ = ("_numbers", "_of", "_only", "num_wiped", "wipe")
+    __slots__ = ("_num_blocks", "_numbers", "_of", "_only", "num_wiped", "wipe")
 
     def __init__(self, num_blocks: int) -> None:
         self.wipe: Wipe | None = None
         """None where there is no memory to wipe."""
         self.num_wiped = 0
         """Blocks since the start."""
-        self._of = np.full(num_blocks, _CLEAN, np.int32)
+        self._num_blocks = num_blocks
+        self._of = np.zeros(0, np.int32)
         self._numbers: dict[str, int] = {}
         self._only: str | None = None
         """The one tenant so far: all that is not clean may be its."""
@@ -60,9 +62,10 @@ class Tenure:
                 self._only = tenant
             if self._only == tenant:
                 return
-            self._numbers[self._only] = 0
-            self._of[:num_used] = 0
-        mine = self._numbers.setdefault(tenant, len(self._numbers))
+            self._numbers[self._only] = 1
+            self._of = np.zeros(self._num_blocks, np.int32)
+            self._of[:num_used] = 1
+        mine = self._numbers.setdefault(tenant, len(self._numbers) + 1)
         of = self._of
         if len(blocks) <= _SHORT_RUN:
             foreign = array("i", [one for one in blocks if of[one] not in (mine, _CLEAN)])
@@ -80,9 +83,9 @@ class Tenure:
 
     def restore(self, runs: Iterable[tuple[str, BlockTable]]) -> None:
         """Take over a pool of an earlier life: what is not in a run may hold anybody's data."""
-        self._of[:] = _UNKNOWN
+        self._of = np.full(self._num_blocks, _UNKNOWN, np.int32)
         for tenant, blocks in runs:
-            number = self._numbers.setdefault(tenant, len(self._numbers))
+            number = self._numbers.setdefault(tenant, len(self._numbers) + 1)
             self._of[np.frombuffer(blocks, np.int32)] = number
         if not self._numbers:
-            self._numbers[""] = 0
+            self._numbers[""] = 1

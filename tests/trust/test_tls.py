@@ -214,6 +214,7 @@ def test_no_address_that_others_can_reach_without_tls_and_identities(
         env=environment(),
         capture_output=True,
         text=True,
+        timeout=60,
     )
     assert told.returncode == 2
     assert lacking in told.stderr
