@@ -49,7 +49,7 @@ def flat_lfu(requests: list[Path], num_blocks: int | None) -> FlatHits:
         num_blocks: Capacity; None for infinite memory.
 
     >>> flat_lfu([Path([0, 1], 2, 2), Path([2], 1, 1), Path([0, 1], 2, 2)], 2)
-    FlatHits(anywhere=[0, 0, 1], leading=[0, 0, 0], evictions=2, peak=2)
+    FlatHits(anywhere=[0, 0, 1], leading=[0, 0, 0], evictions=3, peak=2)
     """
     uses: dict[int, tuple[int, int]] = {}
     heap: list[tuple[int, int, int]] = []
