@@ -107,6 +107,7 @@ def over_the_wire(seconds: float, target: str) -> tuple[int, str]:
                 return count, f"{finding!r}\n{notes}"
         with client.attach("m", LAYOUT) as session:
             session.acquire(pack([1, 2, 3])).release()
+        time.sleep(1.0)
         left = client.snapshot()
         if left.leases or left.private or left.quarantined:
             return count, f"left behind: {left}"
@@ -140,6 +141,7 @@ def fuzz(seconds: float, only: str = "", *, progress: bool = True) -> dict[str, 
                 sys.stderr.write(f"{name}: {span:.0f} s\n")
             if name in ("wire", "sockets"):
                 flags = [*sizes(64, 4), "--log-level", "error", "--ttl", "5"]
+                flags += ["--quarantine", "0.1"]  # these workers have no process to be watched
                 with running(f"unix:{folder}/{name}.sock", *flags) as service:
                     way = over_the_wire if name == "wire" else into_sockets
                     count, finding = way(span, service.target)

@@ -24,6 +24,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import LOCAL
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.sessions import SessionStream
 from prefixcache.service.state.keeper import describe
@@ -78,13 +79,13 @@ class Messages:
         hello.ops[0].attach.layout.num_kv_heads = 1
         hello.ops[0].attach.layout.head_dim = 2
         hello.ops[0].attach.layout.dtype = pb.ELEMENT_TYPE_FLOAT32
-        stream: Any = SessionStream(self._handlers, None)
+        stream: Any = SessionStream(self._handlers, None, LOCAL)
         task = asyncio.current_task()
-        stream.answer(hello, task)
-        results = stream.answer(batch, task)
+        await stream.answer(hello, task)
+        results = await stream.answer(batch, task)
         for result in results.results:
             assert result.error.code != _INTERNAL, result.error.message
-        stream.answer(batch, task)  # once more: now there are leases, and things to find
+        await stream.answer(batch, task)  # once more: now there are leases, and things to find
         cache = self._handlers.holdings.cache
         assert cache is not None
         cache.check()
