@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import atheris
-
 
 def main() -> None:
+    import atheris  # of the extra `fuzz`; collecting the tests must do without it
+
     name, seconds, corpus = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     with atheris.instrument_imports(include=["prefixcache", "prefixcache_bench"]):
         from fuzz.seeds import seeds
