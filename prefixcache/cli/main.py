@@ -13,22 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import (
-    doctor,
-    explain,
-    lookup,
-    pin,
-    plugins,
-    quota,
-    reset,
-    serve,
-    stat,
-    token,
-    top,
-    tree,
-    watch,
-    whatif,
-)
+from prefixcache.cli import plugins
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 
 EXIT_NEGATIVE = 1
@@ -43,20 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("serve")(serve.serve)
-app.command("stat")(stat.stat)
-app.command("top")(top.top)
-app.command("lookup")(lookup.lookup)
-app.command("explain")(explain.explain)
-app.command("tree")(tree.tree)
-app.command("doctor")(doctor.doctor)
-app.command("watch")(watch.watch)
-app.command("what-if")(whatif.what_if)
-app.command("reset")(reset.reset)
-app.command("pin")(pin.pin)
-app.command("unpin")(pin.unpin)
-app.command("quota")(quota.quota)
-app.command("token")(token.token)
 
 
 def _print_version(wanted: bool) -> None:

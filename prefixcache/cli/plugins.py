@@ -1,22 +1,43 @@
-"""Commands of other packages: found by entry point, imported when they are called, not before.
+"""All commands, imported when they are called, not before: ours, and those of other packages.
 
 A package adds `NAME = "module:command"` to the group `prefixcache.commands`; the command is a
-function with typer's annotations, or a `typer.Typer`.
+function with typer's annotations, or a `typer.Typer`.  Ours are named in `OWN` in the same way.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
+import re
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 GROUP = "prefixcache.commands"
+
+OWN: Final = {
+    name: EntryPoint(name, f"prefixcache.cli.{place}", GROUP)
+    for name, place in {
+        "serve": "serve:serve",
+        "stat": "stat:stat",
+        "top": "top:top",
+        "lookup": "lookup:lookup",
+        "explain": "explain:explain",
+        "tree": "tree:tree",
+        "doctor": "doctor:doctor",
+        "watch": "watch:watch",
+        "what-if": "whatif:what_if",
+        "reset": "reset:reset",
+        "pin": "pin:pin",
+        "unpin": "pin:unpin",
+        "quota": "quota:quota",
+        "token": "token:token",
+    }.items()
+}
+"""This package's commands, in the order in which help shows them."""
 
 _called: list[EntryPoint] = []
 """The plug-in that this process runs, for the message when a module of its extra is missing."""
@@ -44,7 +65,10 @@ def missing(error: ModuleNotFoundError) -> str:
 
 
 def summary(entry: EntryPoint) -> str:
-    """Read the first line of a command's docstring from its source, without importing it."""
+    """Read the first line of a command's docstring from its source, without importing it.
+
+    By its shape, since parsing two dozen files takes longer than all the rest of `--help`.
+    """
     top, *rest = entry.module.split(".")
     spec = importlib.util.find_spec(top)
     fallback = f"(from {top})"
@@ -54,22 +78,24 @@ def summary(entry: EntryPoint) -> str:
     for source in (path.with_suffix(".py"), path / "__init__.py"):
         if not source.is_file():
             continue
-        for node in ast.parse(source.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and node.name == entry.attr:
-                return (ast.get_docstring(node) or fallback).partition("\n")[0]
+        shape = rf'^def {entry.attr}\(.*?\) -> \w+:\n    """(.+?)(?:"""|\n)'
+        if line := re.search(shape, source.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            return line[1]
     return fallback
 
 
 class Placeholder(TyperCommand):
-    """Stands for a plug-in in the list of commands; becomes the real one when it is called."""
+    """Stands for a command in the list of all; becomes the real one when it is called."""
 
     def __init__(self, entry: EntryPoint) -> None:
-        super().__init__(name=entry.name, help=summary(entry), rich_help_panel="Plug-ins")
+        panel = None if entry.name in OWN else "Plug-ins"
+        super().__init__(name=entry.name, help=summary(entry), rich_help_panel=panel)
         self._entry = entry
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        """Import the plug-in and hand over to it."""
-        _called.append(self._entry)
+        """Import the command and hand over to it."""
+        if self._entry.name not in OWN:
+            _called.append(self._entry)
         command = self._entry.load()
         if not hasattr(command, "make_context"):
             if not isinstance(command, typer.Typer):
@@ -89,20 +115,24 @@ class PluginGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Parse the options of `prefixcache` itself."""
         for param in self.get_params(ctx):
-            # An absent flag is False, not None: for None, typer loads pydantic to convert it,
-            # which takes longer than everything else that `--help` needs.
-            if getattr(param, "is_flag", False) and param.default is None:
-                param.default = False
+            # To convert what is not a flag that was given, typer loads pydantic, which takes longer
+            # than everything else that `--help` needs.  Ours are flags, and text, which stays.
+            if getattr(param, "is_flag", False):
+                if param.default is None:
+                    param.default = False
+            else:
+                param.process_value = _as_it_is  # type: ignore[method-assign]
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Give the names of all commands, in the order in which help shows them."""
-        own = super().list_commands(ctx)
-        return [*own, *sorted(set(found()) - set(own))]
+        return [*OWN, *sorted(set(found()) - set(OWN))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Give a command; a plug-in only as a placeholder."""
-        command = super().get_command(ctx, cmd_name)
-        if command is None and (entry := found().get(cmd_name)):
-            return Placeholder(entry)
-        return command
+        """Give a command, as a placeholder."""
+        entry = OWN.get(cmd_name) or found().get(cmd_name)
+        return Placeholder(entry) if entry else None
+
+
+def _as_it_is(ctx: Any, value: Any) -> Any:
+    return value

@@ -15,7 +15,7 @@ from rich.cells import cell_len
 import prefixcache
 from cli.running import At, call, run
 from prefixcache.cli import findings
-from prefixcache.cli.main import app
+from prefixcache.cli.plugins import OWN, summary
 from prefixcache.cli.screen import Screen
 from prefixcache.cli.status import read
 from prefixcache.client import Session
@@ -23,8 +23,8 @@ from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
 from wire.service_process import LAYOUT, command, environment
 
-HEAVY = ("grpc", "google", "numpy", "torch", "transformers", "tokenizers", "jinja2")
-COMMANDS = sorted(one.name or "" for one in app.registered_commands)
+HEAVY = ("grpc", "google", "jinja2", "numpy", "pydantic", "tokenizers", "torch", "transformers")
+COMMANDS = sorted(OWN)
 
 
 @pytest.fixture
@@ -181,6 +181,12 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
     assert told.code == 0
     said = " ".join(told.out.split()).partition(f"Usage: prefixcache {name}")[2]
     assert "prefixcache " in said, f"no example in the help of {name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_docstrings_say(name: str) -> None:
+    said = OWN[name].load().__doc__
+    assert summary(OWN[name]) == said.partition("\n")[0]
 
 
 def test_help_loads_nothing_heavy() -> None:
