@@ -60,6 +60,7 @@ kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are no
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py -k "splits or forest or store"
+
 properties: $(VENV)/.installed   ## The property tests, 100 times as long.
 	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
 

@@ -182,12 +182,12 @@ def test_the_command_line_takes_credentials_from_flags_and_from_the_environment(
     at = ["--connect", f"{HOST}:{plain.port}"]
     flags = ["--tls-ca", str(plain.ca), "--token-file", str(tmp_path / "token")]
     told = subprocess.run(
-        command(*flags, "stat", *at), env=environment(), capture_output=True, text=True
+        command(*flags, "stat", "--once", *at), env=environment(), capture_output=True, text=True
     )
     assert (told.returncode, "64 blocks" in told.stdout) == (0, True), told.stderr
     here = {"PREFIXCACHE_TLS_CA": str(plain.ca), "PREFIXCACHE_TOKEN": "wrong"}
     told = subprocess.run(
-        command("stat", *at), env=environment() | here, capture_output=True, text=True
+        command("stat", "--once", *at), env=environment() | here, capture_output=True, text=True
     )
     assert (told.returncode, told.stderr) == (1, "prefixcache: nobody has this token\n")
 
