@@ -29,6 +29,7 @@ from prefixcache_worker.request import (
     Token,
 )
 from prefixcache_worker.sampling import Sampling
+from wire.service_process import eventually
 from worker.zoo import Service, answers, build, engine_at, finished, random_tokens
 
 PREFIX = random_tokens(70)
@@ -432,6 +433,11 @@ def _never(*args: object) -> None:
     raise AssertionError("nothing may be copied")
 
 
+def holds_nothing(client: Client) -> bool:
+    left = client.snapshot()
+    return (left.private, left.quarantined, left.leases) == (0, 0, ())
+
+
 def test_a_closed_engine_holds_nothing(tiny: Model, client: Client) -> None:
     engine = engine_at(client, tiny)
     for request in requests():
@@ -439,8 +445,22 @@ def test_a_closed_engine_holds_nothing(tiny: Model, client: Client) -> None:
     step_until_tokens(engine, 3)
     engine.close()
     engine.close()
-    left = client.snapshot()
-    assert (left.private, left.quarantined, left.leases) == (0, 0, ())
+    eventually(lambda: holds_nothing(client))  # an answer may cross its cancellation
+
+
+def test_a_request_that_is_cancelled_when_its_blocks_have_just_been_granted_gives_them_back(
+    tiny: Model, client: Client
+) -> None:
+    engine = engine_at(client, tiny)
+    request = requests()[0]
+    engine.submit(request)
+    engine.step()  # asks, and takes nothing yet
+    eventually(lambda: client.snapshot().leases)
+    engine.wait(1.0)  # until the answer is here
+    engine.cancel(request.id)
+    assert [type(event).__name__ for event in engine.step()] == ["Finished"]
+    eventually(lambda: holds_nothing(client))
+    engine.close()
 
 
 def test_requests_may_come_from_any_thread(

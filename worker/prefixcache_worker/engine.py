@@ -151,10 +151,7 @@ class Engine:
     def close(self) -> None:
         """Give all blocks back.  Requests in hand are dropped.  Idempotent."""
         self.membership.close()
-        for job in self._asked:
-            if job.future is not None:
-                job.future.cancel()
-        for job in self._running:
+        for job in [*self._asked, *self._running]:
             self._drop(job)
         self._asked, self._running = [], []
         self._queue.clear()
@@ -194,13 +191,15 @@ class Engine:
             self._queue.remove(job)
         self._asked = [other for other in self._asked if other is not job]
         self._running = [other for other in self._running if other is not job]
-        if job.future is not None:
-            job.future.cancel()
         self._drop(job)
 
     def _drop(self, job: Job) -> None:
-        if job.store is not None and job.claim is not None:
-            self._releases.append((job.store, job.claim))
+        """Give its blocks back, those included that were granted and not taken yet."""
+        claim = job.claim
+        if job.future is not None and not job.future.cancel() and not job.future.exception():
+            claim = job.future.result()
+        if job.store is not None and claim is not None:
+            self._releases.append((job.store, claim))
         job.begin_again()
 
     @property
