@@ -89,6 +89,7 @@ def replay(
         partial=asked.partial,
         num_ghosts=ghosts,
         ttl_s=1e9,
+        remember=False,
     )
     tails = asked.partial is Partial.TAILS
     requests = trace.requests if tails else trace.grouped(words)

@@ -60,6 +60,8 @@ class PrefixCache(Membership, Leasing, Steering):
         ttl_s: How long a lease lives without a sign of life.
         max_pinned: Blocks that may be pinned at the same time; by default a quarter.
         max_line: Requests that may wait for room at the same time.
+        remember: Whether requests that are over are remembered for people, for `explain` and the
+            views.  It decides nothing: experiments, which only count, do without.
 
     Raises:
         InvalidRequest: an argument is out of range.
@@ -87,6 +89,7 @@ class PrefixCache(Membership, Leasing, Steering):
         ttl_s: float = 30.0,
         max_pinned: int | None = None,
         max_line: int = 4096,
+        remember: bool = True,
     ) -> None:
         if num_blocks < 1:
             raise InvalidRequest(f"a pool of {num_blocks} blocks holds nothing; give at least 1")
@@ -108,6 +111,7 @@ class PrefixCache(Membership, Leasing, Steering):
             ttl_s=ttl_s,
             max_pinned=num_blocks // 4 if max_pinned is None else min(max_pinned, num_blocks),
             max_line=max_line,
+            remember=remember,
         )
 
     @property

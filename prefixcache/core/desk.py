@@ -43,6 +43,7 @@ class Desk:
         "leases",
         "partial",
         "pins",
+        "remember",
         "room",
         "roots",
         "settled",
@@ -61,6 +62,7 @@ class Desk:
         ttl_s: float,
         max_pinned: int,
         max_line: int,
+        remember: bool,
     ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
@@ -75,6 +77,7 @@ class Desk:
         self.tallies: dict[Namespace, Tally] = {}
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.history = History(pool.num_blocks)
+        self.remember = remember
 
     def root(self, namespace: Namespace) -> Root:
         """Give a namespace's root; make it if it is new."""
@@ -129,7 +132,7 @@ class Desk:
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
         # The ledger first: the lock may split the run that it looks at.
         ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
-        seen = self.history.look(self.tree, match, tokens, ledger)
+        seen = self.history.look(self.tree, match, tokens, ledger) if self.remember else None
         if self.tree.asked is not None:
             self.tree.asked(match, tokens)
         node = self.tree.lock(match)
@@ -154,9 +157,10 @@ class Desk:
         if tally is None:
             tally = self.tallies[request.namespace] = Tally()
         tally.add(ledger)
-        self.history.note(
-            seen, node, member.id, request.namespace, tokens, request.request_id, grant, now
-        )
+        if seen is not None:
+            self.history.note(
+                seen, node, member.id, request.namespace, tokens, request.request_id, grant, now
+            )
         if self.tape is not None:
             self.tape((GRANTED, lease.id, ledger.reused, tokens, request.namespace))
         return grant
