@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from prefixcache.errors import Unsupported
 from prefixcache_bench.kernel_batch import Batch
 
 Call = Callable[[], Tensor]
@@ -85,7 +86,7 @@ def torch_varlen(batch: Batch) -> Call:
     from torch.nn.attention.varlen import varlen_attn
 
     if "block_table" not in inspect.signature(varlen_attn).parameters:
-        raise NotImplementedError("this torch's varlen_attn takes no block_table")
+        raise Unsupported("this torch's varlen_attn takes no block_table")
     starts = torch.zeros_like(batch.query_start)
     starts[1:] = batch.context_lens.cumsum(0)
     given: dict[str, Any] = {
