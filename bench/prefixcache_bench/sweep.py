@@ -2,7 +2,8 @@
 
 Infinite memory comes first.  It gives both ceilings, and it answers for every capacity that holds
 all that the trace ever stores: nothing is evicted there, so the replay would be the same one, step
-by step.  Those rows are marked (`same_as_infinite`); all others are replayed.
+by step.  Those rows are marked (`same_as_infinite`).  In blocks of one word there is no part of a
+block, so all modes of partial reuse are one there, and replayed once.  All others are replayed.
 """
 
 from __future__ import annotations
@@ -106,49 +107,66 @@ def sweep(
     todo = [key for key in grid.combinations() if key not in done]
     capacities = {one.text: one for one in grid.capacities}
     bounded = {key: capacities[key.capacity].blocks(key.block_size, working_set) for key in todo}
-    infinite: dict[tuple[int, str], Row] = {
-        (row["block_size"], row["partial"]): row for row in finished if row["capacity"] == "inf"
-    }
-    first = sorted({(key.block_size, key.partial) for key in todo} - infinite.keys())
+    one_word = {size for size in grid.block_sizes if trace.words(size) == 1}
+
+    def mode(of: Key) -> str:
+        """Give the mode that is replayed for this one."""
+        return Partial.OFF.value if of.block_size in one_word else of.partial
+
+    def give_equal(infinite: Row) -> None:
+        """Give, and strike out, the rows that are equal to one with infinite memory."""
+        for key, blocks in list(bounded.items()):
+            if (key.block_size, mode(key)) != (infinite["block_size"], infinite["partial"]):
+                continue
+            if blocks is None or blocks >= _enough(infinite, key.partial):
+                del bounded[key]
+                add(infinite | _asked(key, blocks) | {"same_as_infinite": int(blocks is not None)})
+
+    known = [
+        row | {"partial": mode(key_of(row))}
+        for row in finished
+        if row["capacity"] == "inf" and row["block_size"] in grid.block_sizes
+    ]
+    for row in known:
+        give_equal(row)
+    first = {(key.block_size, mode(key)) for key in todo}
+    first -= {(row["block_size"], row["partial"]) for row in known}
     with forked(trace, processes) as pool:
-        for row in pool.imap_unordered(
-            _replay, [(size, "inf", None, "lru", partial) for size, partial in first]
-        ):
-            infinite[row["block_size"], row["partial"]] = row
-            _give_equal(row, bounded, add)
-        for found in infinite.values():
-            _give_equal(found, bounded, add)
-        rest = [
-            (key.block_size, key.capacity, blocks, key.policy, key.partial)
-            for key, blocks in bounded.items()
-        ]
+        unbounded: list[Task] = [(size, "inf", None, "lru", partial) for size, partial in first]
+        for _, row in pool.imap_unordered(_replay, sorted(unbounded)):
+            give_equal(row)
+        alike: dict[Task, list[Key]] = {}
+        for key, blocks in bounded.items():
+            task = (key.block_size, key.capacity, blocks, key.policy, mode(key))
+            alike.setdefault(task, []).append(key)
         # Long ones first, so that no core idles at the end.
-        rest.sort(key=lambda task: task[2] or 0)
-        for row in pool.imap_unordered(_replay, rest):
-            add(row)
+        for task, row in pool.imap_unordered(_replay, sorted(alike, key=lambda task: task[2] or 0)):
+            for key in alike[task]:
+                add(row | {"partial": key.partial})
 
 
-def _give_equal(infinite: Row, bounded: dict[Key, int | None], add: Callable[[Row], None]) -> None:
-    """Give, and strike out, the rows that are equal to one with infinite memory."""
-    enough = infinite["peak_blocks"] + (_MARGIN if infinite["partial"] == Partial.TAILS else 0)
-    for key, blocks in list(bounded.items()):
-        if (key.block_size, key.partial) != (infinite["block_size"], infinite["partial"]):
-            continue
-        if blocks is not None and blocks < enough:
-            continue
-        del bounded[key]
-        add(
-            infinite
-            | {
-                "capacity": key.capacity,
-                "capacity_blocks": blocks,
-                "capacity_tokens": None if blocks is None else blocks * key.block_size,
-                "policy": key.policy,
-                "same_as_infinite": int(blocks is not None),
-            }
-        )
+Task = tuple[int, str, int | None, str, str]
+"""Block size, capacity as asked and in blocks, policy, partial reuse."""
 
 
-def _replay(task: tuple[int, str, int | None, str, str]) -> Row:
+def _enough(infinite: Row, partial: str) -> int:
+    """Give from how many blocks on a replay is the one with infinite memory."""
+    blocks: int = infinite["peak_blocks"]
+    return blocks + (_MARGIN if partial == Partial.TAILS else 0)
+
+
+def _asked(key: Key, blocks: int | None) -> Row:
+    """Give the fields that say what was asked for."""
+    return {
+        "capacity": key.capacity,
+        "capacity_blocks": blocks,
+        "capacity_tokens": None if blocks is None else blocks * key.block_size,
+        "policy": key.policy,
+        "partial": key.partial,
+    }
+
+
+def _replay(task: Task) -> tuple[Task, Row]:
     size, text, blocks, policy, partial = task
-    return row_of(replay(inherited(), Configuration(size, blocks, policy, Partial(partial))), text)
+    asked = Configuration(size, blocks, policy, Partial(partial))
+    return task, row_of(replay(inherited(), asked), text)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.cells import cell_len, set_cell_size
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Namespace, unpack
@@ -158,6 +157,8 @@ def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:
     >>> preview(None, bytes([7, 0, 0, 0, 9, 0, 0, 0]), 20)
     '7 9'
     """
+    from rich.cells import cell_len, set_cell_size  # here, so that help does not wait for it
+
     ids = unpack(tokens).tolist()
     if decoder is None:
         text = " ".join(map(str, ids))
@@ -171,5 +172,7 @@ def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:
 
 def preview_end(decoder: Decoder | None, tokens: bytes, width: int) -> str:
     """Show what tokens end with on one line of up to `width` characters."""
+    from rich.cells import cell_len
+
     text = preview(decoder, tokens, 1 << 20)
     return text if cell_len(text) <= width else "…" + text[len(text) - max(0, width - 1) :]

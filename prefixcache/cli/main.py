@@ -26,6 +26,7 @@ app = typer.Typer(
     help="One KV cache for all LLM serving processes of a machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

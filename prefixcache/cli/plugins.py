@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
+
+from prefixcache.cli.help import PlainCommand, parameters, write_sections
 
 GROUP = "prefixcache.commands"
 
@@ -90,7 +92,7 @@ def summary(entry: EntryPoint) -> str:
     return fallback
 
 
-class Placeholder(TyperCommand):
+class Placeholder(PlainCommand):
     """Stands for a command in the list of all; becomes the real one when it is called."""
 
     def __init__(self, entry: EntryPoint) -> None:
@@ -108,9 +110,11 @@ class Placeholder(TyperCommand):
                 # Completion is an option of `prefixcache`, not of each of its commands.
                 function, command = (
                     command,
-                    typer.Typer(add_completion=False, pretty_exceptions_enable=False),
+                    typer.Typer(
+                        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+                    ),
                 )
-                command.command(self._entry.name)(function)
+                command.command(self._entry.name, cls=PlainCommand)(function)
             command = typer.main.get_command(command)
         return command.make_context(*args, **kwargs)
 
@@ -130,9 +134,26 @@ class PluginGroup(TyperGroup):
                 param.process_value = _as_it_is  # type: ignore[method-assign]
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of `prefixcache` itself, and then the commands."""
+        write_sections(formatter, parameters(self, ctx))
+        self.format_commands(ctx, formatter)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write what each command is for, ours before those that plug in."""
+        commands = [self.get_command(ctx, name) for name in self.list_commands(ctx)]
+        rows = [(one.rich_help_panel or "Commands", (one.name, one.help)) for one in commands]
+        write_sections(formatter, rows)
+
     def list_commands(self, ctx: Any) -> list[str]:
         """Give the names of all commands, in the order in which help shows them."""
         return [*OWN, *sorted(set(found()) - set(OWN))]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that is called; if there is none, name those that it may have been."""
+        if self.get_command(ctx, args[0]) is None:  # then typer looks for near misses in these
+            self.commands = {one: self.get_command(ctx, one) for one in self.list_commands(ctx)}
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Give a command, as a placeholder."""

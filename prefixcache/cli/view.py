@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.cells import cell_len, set_cell_size
-from rich.text import Text
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger, Namespace, Snapshot
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from prefixcache.client import Client
 
 Connect = Annotated[
@@ -54,7 +54,7 @@ FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity")
 
 def open_client(target: str | None) -> Client:
     """Connect, for one question."""
-    from prefixcache.client import connect  # here, so that help needs no gRPC
+    from prefixcache.client import connect  # here, as rich below, so that help needs neither
 
     return connect(target, timeout_s=10.0)
 
@@ -149,6 +149,8 @@ def width() -> int:
 
 def cut(line: str, columns: int) -> str:
     """Cut a line to the width of the terminal; what is cut off shows as an ellipsis."""
+    from rich.cells import cell_len, set_cell_size
+
     line = line.rstrip()
     return line if cell_len(line) <= columns else set_cell_size(line, columns - 1).rstrip() + "…"
 
@@ -179,6 +181,8 @@ def print_table(rows: Iterable[Sequence[str]], *, indent: str = "", align: str =
         indent: before each row.
         align: `<` or `>` for each column; all to the left, if empty.
     """
+    from rich.cells import cell_len, set_cell_size
+
     table = [tuple(row) for row in rows]
     if not table:
         return
@@ -215,6 +219,8 @@ _STYLES = {
 
 def bar(parts: Sequence[tuple[str, int]], columns: int) -> Text:
     """Draw fates as a bar; a part that is not empty has at least one column."""
+    from rich.text import Text
+
     total = sum(count for _, count in parts) or 1
     text, drawn, seen = Text(), 0, 0
     left = sum(1 for _, count in parts if count)
@@ -231,6 +237,7 @@ def bar(parts: Sequence[tuple[str, int]], columns: int) -> Text:
 
 def show(text: Text) -> None:
     """Print text, in colour where that is wanted: in a terminal, without NO_COLOR."""
+    from rich.cells import cell_len
     from rich.console import Console
 
     Console(width=max(width(), cell_len(text.plain)), highlight=False).print(text)

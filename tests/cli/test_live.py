@@ -23,7 +23,10 @@ from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
 from wire.service_process import LAYOUT, command, environment
 
-HEAVY = ("grpc", "google", "jinja2", "numpy", "pydantic", "tokenizers", "torch", "transformers")
+HEAVY = (
+    *("google", "grpc", "jinja2", "numpy", "pydantic", "rich", "tokenizers", "torch"),
+    "transformers",
+)
 COMMANDS = sorted(OWN)
 
 

@@ -51,8 +51,6 @@ def demo(
     mid-prefill, then plays the same chats without any cache and compares every token.
     Exit code 0 only if all answers are identical.
     """
-    # Imported now, so that a missing extra is told before the demo and not after it.
-
     console = Console(stderr=as_json)
     if not console.is_terminal:
         console = Console(stderr=as_json, width=PIPE_WIDTH)
