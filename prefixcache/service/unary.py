@@ -17,11 +17,12 @@ from grpc_status import rpc_status
 from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.gate import Gate
-from prefixcache.service.handlers import Handlers, check_texts
+from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
+from prefixcache.service.verbs.base import check_texts
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.watch import watch
 from prefixcache.service.workers import Asker, Visitor, Worker

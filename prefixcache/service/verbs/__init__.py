@@ -1,0 +1,1 @@
+"""What the service does when it is asked, by kind of verb."""

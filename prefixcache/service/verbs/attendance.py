@@ -1,0 +1,93 @@
+"""Coming and going: attach, detach, renew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import structlog
+
+from prefixcache.client import codec
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.service.verbs.base import Verbs, check_texts
+from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker
+from prefixcache.types import Ended
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Answer of `attach`, with what the wire says beside the core's part."""
+
+    worker: Worker
+    namespace_index: int
+
+
+class Attendance(Verbs):
+    """The verbs of a worker."""
+
+    def attach(
+        self,
+        asker: Asker,
+        request: pb.AttachRequest,
+        hang_up: Callable[[], object] | None,
+    ) -> Attached:
+        """Let a worker, new or known, join a namespace.
+
+        Raises:
+            LayoutMismatch: the pool holds another layout.
+            InvalidRequest: a text is too long, or the layout is none.
+            NotFound: it names another tenant, or a model that it may not use.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        namespace = codec.read_namespace(request.namespace)
+        check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+        if not namespace.model:
+            raise InvalidRequest("a namespace needs the name of a model")
+        namespace = asker.identity.own(namespace)
+        known = [] if self.holdings.cache is None else self.holdings.cache.namespaces()
+        if len(known) >= self.settings.max_namespaces and namespace not in known:
+            raise PoolExhausted(
+                f"{len(known):,} namespaces are known, --max-namespaces allows no more"
+            )
+        fresh = self.holdings.cache is None
+        cache = self.holdings.settle_layout(codec.read_layout(request.layout))
+        if fresh:
+            log.info("pool created", sizes=str(self.holdings.sizes))
+        if fresh and self.shadows is not None:
+            self.shadows.begin()
+        worker = (
+            asker
+            if isinstance(asker, Worker)
+            else self.workers.join(asker.identity, request.name, request.pid, request.host, hang_up)
+        )
+        if namespace not in worker.namespaces:
+            if len(worker.namespaces) >= MAX_NAMESPACES:
+                raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
+            worker.namespaces.append(namespace)
+        cache.attach(worker.id, namespace, now=monotonic())
+        self.workers.finished(request.finished)
+        return Attached(worker, worker.namespaces.index(namespace))
+
+    def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
+        """Fill `message`."""
+        message.worker = answer.worker.id
+        message.worker_key = answer.worker.key
+        if self.holdings.handle is not None:
+            codec.write_pool(self.holdings.handle, message.pool)
+        message.ttl_s = self.settings.ttl
+        message.namespace_index = answer.namespace_index
+        message.max_message_bytes = self.settings.max_message
+        message.max_ops = self.settings.max_ops
+
+    def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
+        """End a worker that says it writes to nothing any more."""
+        return self.workers.leave(worker, gone=True)
+
+    def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
+        """Take a sign of life."""
+        self._cache().renew(worker.id, now=monotonic())

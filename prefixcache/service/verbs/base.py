@@ -1,0 +1,96 @@
+"""What all verbs stand on: the state of the service, and what every one of them checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from prefixcache.client import codec, unary
+from prefixcache.config import ServeSettings
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
+from prefixcache.service.events import EventLog
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.meter import Meter
+from prefixcache.service.pulse import Pulse
+from prefixcache.service.recorder import Recorder
+from prefixcache.service.shadows import Shadows
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.workers import Asker, Worker, Workers
+from prefixcache.types import Namespace
+
+if TYPE_CHECKING:
+    from prefixcache.service.tracing import Tracer
+
+MAX_TEXT = 1024
+"""Characters of a namespace's field or of a request id."""
+
+
+class Verbs:
+    """The state of the service that its verbs share."""
+
+    def __init__(
+        self, settings: ServeSettings, holdings: Holdings, line: WaitingLine, workers: Workers
+    ) -> None:
+        self.settings = settings
+        self.holdings = holdings
+        self.line = line
+        self.workers = workers
+        self.draining = False
+        self.listening: list[str] = []
+        self.recorder: Recorder | None = None
+        self.tracer: Tracer | None = None
+        self.meter = Meter((*unary.RPCS, "cancel"))
+        self.pulse = Pulse(holdings, self.meter)
+        self.events = EventLog(holdings, settings.max_watchers)
+        self.shadows = Shadows(settings, holdings) if settings.shadow else None
+        self._started_at = monotonic()
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return monotonic() - self._started_at
+
+    def _cache(self) -> PrefixCache:
+        cache = self.holdings.cache
+        if cache is None:
+            raise NotFound(
+                "nothing is stored: no worker has attached, and the service was started without "
+                "--layout or --model"
+            )
+        return cache
+
+    def _refuse_if_draining(self) -> None:
+        if self.draining:
+            raise ServiceUnavailable("the service is draining: it gives no new leases")
+
+    def _named(self, asker: Asker, request: Any) -> Namespace:
+        if request.HasField("namespace"):
+            namespace = codec.read_namespace(request.namespace)
+            check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
+            return asker.identity.own(namespace)
+        if not isinstance(asker, Worker):
+            raise InvalidRequest("name a namespace, or the worker that has attached it")
+        return self._attached_namespace(asker, request.namespace_index)
+
+    @staticmethod
+    def _attached_namespace(worker: Worker, index: int) -> Namespace:
+        try:
+            return worker.namespaces[index]
+        except IndexError:
+            raise NotFound(
+                f"{worker.id} has attached {len(worker.namespaces)} namespaces, there is none at "
+                f"index {index}"
+            ) from None
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Refuse texts that are too long to keep.
+
+    Raises:
+        InvalidRequest: one is; the message has the limit.
+    """
+    for text in texts:
+        if len(text) > MAX_TEXT:
+            raise InvalidRequest(f"a text of {len(text):,} characters; the limit is {MAX_TEXT:,}")

@@ -1,0 +1,128 @@
+"""The verbs of a lease, within the limits of the service."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.service.verbs.base import MAX_TEXT, Verbs, check_texts
+from prefixcache.service.workers import Worker
+from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+class Leasing(Verbs):
+    """Everything that a lease goes through."""
+
+    def acquire(self, worker: Worker, request: pb.AcquireRequest) -> Grant | Waiting:
+        """Lease blocks for a prompt.
+
+        Raises:
+            InvalidRequest, NotFound, PoolExhausted: as the core says.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        wait_s = request.wait_s
+        request_id = request.request_id
+        if wait_s:
+            self._check_wait(worker, wait_s)
+        if len(request_id) > MAX_TEXT:
+            check_texts((request_id,))
+        self._refuse_lease_beyond_limit(1)
+        namespace = self._attached_namespace(worker, request.namespace_index)
+        tokens = request.tokens
+        answer = self._cache().acquire(
+            worker.id,
+            namespace,
+            tokens,
+            reserve=request.reserve,
+            wait_s=wait_s,
+            request_id=request_id,
+            now=monotonic(),
+        )
+        if self.recorder is not None:
+            self.recorder.record(namespace, tokens)
+        return answer
+
+    def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
+        """Give up waiting.  Idempotent: the outcome may have crossed it on the way."""
+        self.cancel_ticket(worker, request.op)
+
+    def cancel_ticket(self, worker: Worker, op_id: int) -> None:
+        """Give up the waiting request that came as `op_id`.  Idempotent.
+
+        The outcome of an `extend` that has its room already comes all the same.
+        """
+        ticket = worker.tickets.pop(op_id, None)
+        if ticket is not None and self._cache().cancel(worker.id, ticket, now=monotonic()):
+            self.line.leave(ticket)
+
+    def commit(self, worker: Worker, request: pb.CommitRequest) -> Committed:
+        """Make computed KV visible to all."""
+        return self._cache().commit(
+            worker.id,
+            LeaseId(request.lease),
+            request.num_tokens,
+            request.new_tokens,
+            now=monotonic(),
+        )
+
+    def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate | Waiting:
+        """Make room."""
+        if not request.wait_s:
+            return self._cache().extend(
+                worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+            )
+        self._check_wait(worker, request.wait_s)
+        return self._cache().extend(
+            worker.id,
+            LeaseId(request.lease),
+            request.num_tokens,
+            wait_s=request.wait_s,
+            now=monotonic(),
+        )
+
+    def fork(self, worker: Worker, request: pb.ForkRequest) -> tuple[Grant, ...]:
+        """Make children that share every block.
+
+        Raises:
+            InvalidRequest: too many at once.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        if request.count > self.settings.max_forks:
+            raise InvalidRequest(
+                f"{request.count} children in one fork, --max-forks allows "
+                f"{self.settings.max_forks}"
+            )
+        self._refuse_lease_beyond_limit(request.count)
+        return self._cache().fork(worker.id, LeaseId(request.lease), request.count, now=monotonic())
+
+    def truncate(self, worker: Worker, request: pb.TruncateRequest) -> TableUpdate:
+        """Roll back."""
+        return self._cache().truncate(
+            worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+        )
+
+    def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
+        """End a lease."""
+        return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
+
+    def _refuse_lease_beyond_limit(self, count: int) -> None:
+        out = self._cache().num_leases
+        if out + count > self.settings.max_leases:
+            raise PoolExhausted(
+                f"{out:,} leases are out and {count:,} more are asked for; --max-leases allows "
+                f"{self.settings.max_leases:,}",
+                retry_after_s=self.settings.ttl,
+            )
+
+    def _check_wait(self, worker: Worker, wait_s: float) -> None:
+        if not 0 <= wait_s <= self.settings.max_wait:
+            limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
+            raise InvalidRequest(f"a request may wait {limit}, not {wait_s:g}")
+        if len(worker.tickets) >= self.settings.max_waiting:
+            raise InvalidRequest(
+                f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
+                "no more"
+            )

@@ -1,0 +1,202 @@
+"""Looking: lookup, explain, tree, check, and the state of the whole.  Nothing changes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from time import monotonic
+
+import structlog
+
+from prefixcache import __version__
+from prefixcache.client import codec, outlines
+from prefixcache.errors import InvalidRequest
+from prefixcache.outline import Outline
+from prefixcache.service.identities import Identity
+from prefixcache.service.shadows import write_shadows
+from prefixcache.service.sight import narrow
+from prefixcache.service.verbs.base import Verbs, check_texts
+from prefixcache.service.workers import Asker, Worker
+from prefixcache.types import Explanation, Ledger, Lookup, Namespace, Snapshot
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+MAX_BRANCHES = 20_000
+"""Branches of one outline."""
+
+_CHECK_S = 30e-6
+"""Seconds that a check takes per run, about."""
+_MOST_FAILURE = 100_000
+"""Characters of a failed check, the tree included."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Answer of `snapshot`, and who asked: not everybody sees all of it."""
+
+    snapshot: Snapshot
+    identity: Identity
+
+
+class Looking(Verbs):
+    """The verbs that only look."""
+
+    def lookup(self, asker: Asker, request: pb.LookupRequest) -> Lookup:
+        """Say what `acquire` would find."""
+        return self._cache().lookup(self._named(asker, request), request.tokens)
+
+    def explain(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
+        """Say why."""
+        if request.request_id:
+            answer = self._recount(asker, request)
+        else:
+            namespace = self._named(asker, request)
+            answer = self._cache().explain(namespace, request.tokens, now=monotonic())
+        shown = tuple(one for one in answer.elsewhere if asker.identity.sees(one[0]))
+        return replace(answer, elsewhere=shown)
+
+    def _recount(self, asker: Asker, request: pb.ExplainRequest) -> Explanation:
+        """Explain a recent request, where the caller names its namespace, or that has no salt."""
+        check_texts((request.request_id,))
+        if isinstance(asker, Worker) or request.HasField("namespace"):
+            may_see: Callable[[Namespace], bool] = self._named(asker, request).__eq__
+        else:
+
+            def may_see(namespace: Namespace) -> bool:
+                return not namespace.salt and asker.identity.sees(namespace)
+
+        return self._cache().recount(request.request_id, may_see, now=monotonic())
+
+    def tree(self, asker: Asker, request: pb.TreeRequest) -> Generator[None, None, Outline]:
+        """Draw an outline of the trees, in steps.
+
+        Raises:
+            InvalidRequest: more branches than one message should carry.
+        """
+        if request.max_branches > MAX_BRANCHES:
+            raise InvalidRequest(
+                f"{request.max_branches:,} branches in one outline; the limit is {MAX_BRANCHES:,}"
+            )
+        chosen = None
+        if request.HasField("namespace"):
+            chosen = [self._named(asker, request)]
+        elif not asker.identity.admin:
+            chosen = [one for one in self._cache().namespaces() if asker.identity.sees(one)]
+        return self._cache().outline(
+            chosen,
+            order=outlines.read_order(request.order),
+            max_branches=request.max_branches or 1000,
+            max_depth=request.max_depth or None,
+            ghosts=not request.without_ghosts,
+            now=monotonic(),
+        )
+
+    def check(self, asker: Asker, request: pb.CheckRequest) -> pb.CheckResponse:
+        """Check every invariant.
+
+        Raises:
+            InvalidRequest: the trees have more runs than the caller wants to wait for.
+            PermissionDenied: only an admin may hold everybody up.
+        """
+        asker.identity.refuse_unless_admin("check the index")
+        if self.holdings.cache is None:
+            return pb.CheckResponse()
+        started, runs = monotonic(), self.holdings.cache.snapshot(now=monotonic()).nodes
+        if runs > (most := request.max_runs or 20_000):
+            raise InvalidRequest(
+                f"a check of {runs:,} runs would hold everybody up for about "
+                f"{runs * _CHECK_S:.1f} s; allow more than {most:,} if that is fine now"
+            )
+        failure = ""
+        try:
+            self.holdings.cache.check()
+        except AssertionError as error:
+            failure = str(error)
+            log.error("an invariant does not hold", failure=failure.partition("\n")[0])
+        return pb.CheckResponse(
+            failure=failure[:_MOST_FAILURE], runs=runs, seconds=monotonic() - started
+        )
+
+    def snapshot(self, asker: Asker, request: pb.SnapshotRequest) -> Seen:
+        """Tell the state of the cache; all zeros before the layout is known."""
+        if self.holdings.cache is None:
+            size = self.settings.block_size
+            nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
+            return Seen(nothing, asker.identity)
+        return Seen(self.holdings.cache.snapshot(now=monotonic()), asker.identity)
+
+    def write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
+        """Fill `message` with what its caller may see."""
+        self._write_whole(answer.snapshot, message)
+        if not answer.identity.admin:
+            tenant = answer.identity.tenant
+            roll = self.workers.roll()
+            narrow(
+                message, answer.identity, {one.id for one in roll if one.identity.tenant == tenant}
+            )
+
+    def _write_whole(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
+        codec.write_snapshot(answer, message)
+        self._write_watched(message)
+        info = message.service
+        info.version = __version__
+        info.pid = os.getpid()
+        info.uptime_s = self.uptime_s
+        info.listening.extend(self.listening)
+        if self.holdings.handle is not None:
+            codec.write_pool(self.holdings.handle, info.pool)
+        info.memory_bytes = self.settings.memory
+        info.policy = self.settings.policy
+        info.partial = codec.PARTIALS[self.settings.partial]
+        info.ttl_s = self.settings.ttl
+        info.workers = len(self.workers)
+        info.sessions = self.workers.num_streams
+        info.draining = self.draining
+        if self.holdings.state is not None:
+            for name, value in self.holdings.state.condition._asdict().items():
+                setattr(info.state, name, value)
+
+    def _write_watched(self, message: pb.SnapshotResponse) -> None:
+        """Fill in what the service observes beside the cache."""
+        for rate in self.pulse.rates():
+            message.verbs.add(
+                verb=rate.verb,
+                count=rate.count,
+                refused=rate.refused,
+                per_s=rate.per_s,
+                p50_s=rate.p50_s,
+                p99_s=rate.p99_s,
+            )
+        message.requests_per_s = self.pulse.requests_per_s()
+        now = monotonic()
+        held = Counter(lease.worker for lease in message.leases)
+        for worker in self.workers.roll():
+            message.workers.add(
+                worker=worker.id,
+                pid=worker.pid,
+                state=worker.state,
+                since_s=now - worker.since,
+                leases=held[worker.id] if worker.state == "attached" else 0,
+                has_session=worker.hang_up is not None,
+            )
+        if self.shadows is not None:
+            write_shadows(self.shadows, message)
+        if self.holdings.cache is None:
+            return
+        vitals = self.holdings.cache.vitals(now=now)
+        message.flights_saved = sum(account.joins for account in vitals.accounts.values())
+        message.overshot = vitals.overshot
+        for flight in self.holdings.cache.flights():
+            info = message.flights.add(
+                lease=flight.lease,
+                worker=flight.worker,
+                num_tokens=flight.num_tokens,
+                num_committed=flight.num_committed,
+                num_waiting=flight.num_waiting,
+            )
+            codec.write_namespace(flight.namespace, info.namespace)
+        if vitals.eviction_age_s is not None:
+            message.eviction_age_s = vitals.eviction_age_s
