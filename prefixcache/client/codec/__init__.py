@@ -1,0 +1,127 @@
+"""Words to messages and back: the one place that knows the dataclasses and the protobuf fields.
+
+`write_*` fill a message in place (a sub-message is never copied), `read_*` give the word back.  The
+service writes answers, the clients read them.  Token and block ids are moved as one buffer: nothing
+here loops over tokens or blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from prefixcache.client.codec.failures import STATUS_CODES, make_error, read_error, write_error
+from prefixcache.client.codec.leasing import (
+    read_acquire,
+    read_attach,
+    read_commit,
+    read_detach,
+    read_fork,
+    read_nothing,
+    read_release,
+    read_update,
+    write_acquire,
+    write_commit,
+    write_detach,
+    write_fork,
+    write_nothing,
+    write_release,
+    write_update,
+)
+from prefixcache.client.codec.looking import (
+    read_explain,
+    read_lookup,
+    read_snapshot,
+    write_explain,
+    write_lookup,
+    write_snapshot,
+)
+from prefixcache.client.codec.steering import (
+    read_pin,
+    read_quota,
+    read_reset,
+    read_unpin,
+    write_fields,
+    write_quota,
+    write_reset,
+)
+from prefixcache.client.codec.words import (
+    PARTIALS,
+    POOL_KINDS,
+    read_layout,
+    read_ledger,
+    read_namespace,
+    read_pool,
+    write_layout,
+    write_ledger,
+    write_namespace,
+    write_pool,
+)
+
+__all__ = [
+    "PARTIALS",
+    "POOL_KINDS",
+    "READ",
+    "STATUS_CODES",
+    "WRITE",
+    "make_error",
+    "read_attach",
+    "read_error",
+    "read_explain",
+    "read_layout",
+    "read_ledger",
+    "read_lookup",
+    "read_namespace",
+    "read_pin",
+    "read_pool",
+    "read_quota",
+    "read_reset",
+    "read_snapshot",
+    "read_unpin",
+    "write_error",
+    "write_layout",
+    "write_ledger",
+    "write_namespace",
+    "write_pool",
+    "write_snapshot",
+]
+
+WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
+    "acquire": write_acquire,
+    "cancel": write_nothing,
+    "commit": write_commit,
+    "extend": write_update,
+    "fork": write_fork,
+    "truncate": write_update,
+    "release": write_release,
+    "renew": write_nothing,
+    "detach": write_detach,
+    "lookup": write_lookup,
+    "explain": write_explain,
+    "reset": write_reset,
+    "pin": write_fields,
+    "unpin": write_fields,
+    "quota": write_quota,
+}
+"""How the service writes the answer of each verb (attach and snapshot carry more)."""
+
+READ: Final[dict[str, Callable[[Any], Any]]] = {
+    "attach": lambda message: message,
+    "acquire": read_acquire,
+    "cancel": read_nothing,
+    "commit": read_commit,
+    "extend": read_update,
+    "fork": read_fork,
+    "truncate": read_update,
+    "release": read_release,
+    "renew": read_nothing,
+    "detach": read_detach,
+    "lookup": read_lookup,
+    "explain": read_explain,
+    "reset": read_reset,
+    "pin": read_pin,
+    "unpin": read_unpin,
+    "quota": read_quota,
+    "snapshot": read_snapshot,
+}
+"""How a client reads the answer of each verb."""

@@ -1,0 +1,51 @@
+"""Errors as messages, and as status codes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prefixcache import errors
+from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+STATUS_CODES: Final = {
+    "UNKNOWN": 2,
+    "INVALID_ARGUMENT": 3,
+    "NOT_FOUND": 5,
+    "PERMISSION_DENIED": 7,
+    "RESOURCE_EXHAUSTED": 8,
+    "FAILED_PRECONDITION": 9,
+    "UNIMPLEMENTED": 12,
+    "INTERNAL": 13,
+    "UNAVAILABLE": 14,
+    "UNAUTHENTICATED": 16,
+}
+"""Numbers of the gRPC status codes that the errors use."""
+_CODE_NAMES = {number: name for name, number in STATUS_CODES.items()}
+_KINDS: Final[dict[str, type[CacheError]]] = {
+    cls.__name__: cls
+    for cls in vars(errors).values()
+    if isinstance(cls, type) and issubclass(cls, CacheError)
+}
+
+
+def write_error(error: CacheError, message: pb.Status) -> None:
+    """Fill `message`."""
+    message.code = STATUS_CODES[error.code]
+    message.message = str(error)
+    message.kind = type(error).__name__
+    message.retry_after_s = getattr(error, "retry_after_s", 0.0)
+
+
+def make_error(kind: str, code: str, message: str, retry_after_s: float = 0.0) -> CacheError:
+    """Give the exception of class `kind`; if that is unknown here, the one of the status `code`."""
+    cls = _KINDS.get(kind) or errors.BY_CODE.get(code, CacheError)
+    if issubclass(cls, PoolExhausted):
+        return cls(message, retry_after_s)
+    return cls(message)
+
+
+def read_error(message: pb.Status) -> CacheError:
+    """Read what `write_error` wrote."""
+    code = _CODE_NAMES.get(message.code, "UNKNOWN")
+    return make_error(message.kind, code, message.message, message.retry_after_s)

@@ -1,0 +1,186 @@
+"""Answers of the verbs that look: lookup, explain, snapshot."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from prefixcache.client.codec.steering import read_quota_info, write_quota_info
+from prefixcache.client.codec.words import (
+    read_ledger,
+    read_namespace,
+    write_ledger,
+    write_namespace,
+)
+from prefixcache.types import (
+    Explanation,
+    LeaseId,
+    LeaseInfo,
+    Lookup,
+    PastRequest,
+    PinInfo,
+    Snapshot,
+    Span,
+    WorkerId,
+)
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+FATES: Final = {
+    "hit": pb.FATE_HIT,
+    "partial": pb.FATE_PARTIAL,
+    "joined": pb.FATE_JOINED,
+    "cold": pb.FATE_COLD,
+    "evicted": pb.FATE_EVICTED,
+    "granularity": pb.FATE_GRANULARITY,
+}
+_FATE_NAMES = {number: name for name, number in FATES.items()}
+
+_SNAPSHOT_NUMBERS: Final = (
+    "num_blocks",
+    "block_size",
+    "free",
+    "private",
+    "indexed",
+    "quarantined",
+    "evictable",
+    "ghosts",
+    "nodes",
+    "waiting",
+    "evicted",
+    "requests",
+    "pinned",
+    "max_pinned",
+)
+
+
+def write_lookup(answer: Lookup, message: pb.LookupResponse) -> None:
+    """Fill `message`."""
+    message.num_tokens = answer.num_tokens
+    message.num_hit = answer.num_hit
+    message.num_partial = answer.num_partial
+    message.num_pending = answer.num_pending
+
+
+def read_lookup(message: pb.LookupResponse) -> Lookup:
+    """Read what `write_lookup` wrote."""
+    return Lookup(message.num_tokens, message.num_hit, message.num_partial, message.num_pending)
+
+
+def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
+    """Fill `message`."""
+    for span in answer.spans:
+        message.spans.add(start=span.start, end=span.end, fate=FATES[span.fate])
+    write_ledger(answer.ledger, message.ledger)
+    if answer.parted_at is not None:
+        message.parted_at = answer.parted_at
+    message.stored_next = answer.stored_next
+    message.num_parted = answer.num_parted
+    if answer.resumes_at is not None:
+        message.resumes_at = answer.resumes_at
+        message.num_same = answer.num_same
+    if answer.extra_blocks is not None:
+        message.extra_blocks = answer.extra_blocks
+    message.num_pending = answer.num_pending
+    for namespace, num_tokens in answer.elsewhere:
+        write_namespace(namespace, message.elsewhere.add(num_tokens=num_tokens).namespace)
+    if answer.past is not None:
+        _write_past(answer.past, message.past)
+
+
+def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
+    message.request_id = word.request_id
+    message.worker = word.worker
+    message.lease = word.lease
+    write_namespace(word.namespace, message.namespace)
+    message.age_s = word.age_s
+    message.num_tokens = word.num_tokens
+    message.tokens = word.tokens
+
+
+def read_explain(message: pb.ExplainResponse) -> Explanation:
+    """Read what `write_explain` wrote."""
+    return Explanation(
+        tuple([Span(m.start, m.end, _FATE_NAMES.get(m.fate, "unknown")) for m in message.spans]),
+        read_ledger(message.ledger),
+        message.parted_at if message.HasField("parted_at") else None,
+        message.stored_next,
+        message.num_parted,
+        message.resumes_at if message.HasField("resumes_at") else None,
+        message.num_same,
+        message.extra_blocks if message.HasField("extra_blocks") else None,
+        message.num_pending,
+        tuple([(read_namespace(m.namespace), m.num_tokens) for m in message.elsewhere]),
+        _read_past(message.past) if message.HasField("past") else None,
+    )
+
+
+def _read_past(message: pb.PastRequest) -> PastRequest:
+    return PastRequest(
+        message.request_id,
+        WorkerId(message.worker),
+        LeaseId(message.lease),
+        read_namespace(message.namespace),
+        message.age_s,
+        message.num_tokens,
+        message.tokens,
+    )
+
+
+def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
+    """Fill `message`, all but `service`.  O(leases + namespaces)."""
+    for name in _SNAPSHOT_NUMBERS:
+        setattr(message, name, getattr(answer, name))
+    for info in answer.leases:
+        lease = message.leases.add(
+            lease=info.lease,
+            worker=info.worker,
+            num_tokens=info.num_tokens,
+            num_committed=info.num_committed,
+            num_blocks=info.num_blocks,
+            expires_in_s=info.expires_in_s,
+        )
+        write_namespace(info.namespace, lease.namespace)
+    write_ledger(answer.ledger, message.ledger)
+    for namespace, ledger in answer.namespaces.items():
+        entry = message.namespaces.add()
+        write_namespace(namespace, entry.namespace)
+        write_ledger(ledger, entry.ledger)
+    for pin in answer.pins:
+        told = message.pins.add(
+            num_tokens=pin.num_tokens, num_blocks=pin.num_blocks, expires_in_s=pin.expires_in_s
+        )
+        write_namespace(pin.namespace, told.namespace)
+    for quota in answer.quotas:
+        write_quota_info(quota, message.quotas.add())
+    for extra_blocks, tokens in answer.shortage:
+        message.shortage.add(extra_blocks=extra_blocks, tokens=tokens)
+
+
+def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
+    """Read what `write_snapshot` wrote."""
+    numbers: dict[str, Any] = {name: getattr(message, name) for name in _SNAPSHOT_NUMBERS}
+    return Snapshot(
+        leases=tuple([_read_lease(info) for info in message.leases]),
+        ledger=read_ledger(message.ledger),
+        namespaces={read_namespace(m.namespace): read_ledger(m.ledger) for m in message.namespaces},
+        pins=tuple(
+            [
+                PinInfo(read_namespace(m.namespace), m.num_tokens, m.num_blocks, m.expires_in_s)
+                for m in message.pins
+            ]
+        ),
+        quotas=tuple([read_quota_info(quota) for quota in message.quotas]),
+        shortage=tuple([(m.extra_blocks, m.tokens) for m in message.shortage]),
+        **numbers,
+    )
+
+
+def _read_lease(message: pb.LeaseInfo) -> LeaseInfo:
+    return LeaseInfo(
+        LeaseId(message.lease),
+        WorkerId(message.worker),
+        read_namespace(message.namespace),
+        message.num_tokens,
+        message.num_committed,
+        message.num_blocks,
+        message.expires_in_s,
+    )

@@ -1,0 +1,72 @@
+"""Answers of the verbs that say what is kept, and who may hold how much."""
+
+from __future__ import annotations
+
+from prefixcache.client.codec.words import read_namespace, write_namespace
+from prefixcache.types import Pinned, QuotaInfo, Reset, Unpinned
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+def write_reset(answer: Reset, message: pb.ResetResponse) -> None:
+    """Fill `message`."""
+    message.num_blocks = answer.num_blocks
+    message.num_leased = answer.num_leased
+    message.num_leases = answer.num_leases
+    message.num_pins = answer.num_pins
+
+
+def read_reset(message: pb.ResetResponse) -> Reset:
+    """Read what `write_reset` wrote."""
+    return Reset(message.num_blocks, message.num_leased, message.num_leases, message.num_pins)
+
+
+def write_fields(answer: Pinned | Unpinned, message: pb.PinResponse | pb.UnpinResponse) -> None:
+    """Fill `message`, whose fields have the names of the answer's."""
+    message.SetInParent()
+    for name in answer.__dataclass_fields__:
+        setattr(message, name, getattr(answer, name))
+
+
+def read_pin(message: pb.PinResponse) -> Pinned:
+    """Read what `write_fields` wrote."""
+    return Pinned(**{name: getattr(message, name) for name in Pinned.__dataclass_fields__})
+
+
+def read_unpin(message: pb.UnpinResponse) -> Unpinned:
+    """Read what `write_fields` wrote."""
+    return Unpinned(**{name: getattr(message, name) for name in Unpinned.__dataclass_fields__})
+
+
+def write_quota(answer: QuotaInfo, message: pb.QuotaResponse) -> None:
+    """Fill `message`."""
+    write_quota_info(answer, message.quota)
+
+
+def read_quota(message: pb.QuotaResponse) -> QuotaInfo:
+    """Read what `write_quota` wrote."""
+    return read_quota_info(message.quota)
+
+
+def write_quota_info(word: QuotaInfo, message: pb.QuotaInfo) -> None:
+    """Fill `message`."""
+    message.tenant = word.tenant
+    if word.namespace is not None:
+        message.namespace.SetInParent()
+        write_namespace(word.namespace, message.namespace)
+    if word.max_held is not None:
+        message.max_held = word.max_held
+    message.guaranteed = word.guaranteed
+    message.num_held = word.num_held
+    message.num_stored = word.num_stored
+
+
+def read_quota_info(message: pb.QuotaInfo) -> QuotaInfo:
+    """Read what `write_quota_info` wrote."""
+    return QuotaInfo(
+        tenant=message.tenant,
+        namespace=read_namespace(message.namespace) if message.HasField("namespace") else None,
+        max_held=message.max_held if message.HasField("max_held") else None,
+        guaranteed=message.guaranteed,
+        num_held=message.num_held,
+        num_stored=message.num_stored,
+    )

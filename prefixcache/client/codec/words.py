@@ -1,0 +1,130 @@
+"""The words that answers are made of: namespaces, layouts, pools, ledgers, copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from prefixcache import errors
+from prefixcache.types import BlockId, Copy, Layout, Ledger, Namespace, Partial, PoolHandle
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+DTYPES: Final = {
+    "bfloat16": pb.ELEMENT_TYPE_BFLOAT16,
+    "float16": pb.ELEMENT_TYPE_FLOAT16,
+    "float32": pb.ELEMENT_TYPE_FLOAT32,
+}
+POOL_KINDS: Final = {
+    "shm": pb.POOL_KIND_SHM,
+    "cuda-ipc": pb.POOL_KIND_CUDA_IPC,
+    "none": pb.POOL_KIND_NONE,
+}
+PARTIALS: Final = {
+    Partial.OFF: pb.PARTIAL_REUSE_OFF,
+    Partial.BLOCKS: pb.PARTIAL_REUSE_BLOCKS,
+    Partial.TAILS: pb.PARTIAL_REUSE_TAILS,
+}
+_DTYPE_NAMES = {number: name for name, number in DTYPES.items()}
+_POOL_KIND_NAMES = {number: name for name, number in POOL_KINDS.items()}
+
+
+def write_namespace(word: Namespace, message: pb.Namespace) -> None:
+    """Fill `message`."""
+    message.model = word.model
+    message.adapter = word.adapter
+    message.tenant = word.tenant
+    message.salt = word.salt
+
+
+def read_namespace(message: pb.Namespace) -> Namespace:
+    """Read what `write_namespace` wrote."""
+    return Namespace(message.model, message.adapter, message.tenant, message.salt)
+
+
+def write_layout(word: Layout, message: pb.Layout) -> None:
+    """Fill `message`.
+
+    Raises:
+        InvalidRequest: the element type cannot be held by a pool, or a number is out of range.
+    """
+    if word.dtype not in DTYPES:
+        raise errors.InvalidRequest(
+            f"a pool cannot hold {word.dtype!r}; it can hold {', '.join(DTYPES)}"
+        )
+    message.num_layers = word.num_layers
+    message.num_kv_heads = word.num_kv_heads
+    message.head_dim = word.head_dim
+    message.dtype = DTYPES[word.dtype]
+
+
+def read_layout(message: pb.Layout) -> Layout:
+    """Read what `write_layout` wrote; a type that this version does not know reads as `""`."""
+    return Layout(
+        message.num_layers,
+        message.num_kv_heads,
+        message.head_dim,
+        _DTYPE_NAMES.get(message.dtype, ""),
+    )
+
+
+def write_pool(word: PoolHandle, message: pb.PoolHandle) -> None:
+    """Fill `message`."""
+    message.kind = POOL_KINDS[word.kind]
+    message.name = word.name
+    message.num_blocks = word.num_blocks
+    message.block_size = word.block_size
+    write_layout(word.layout, message.layout)
+    message.epoch = word.epoch
+    message.offset = word.offset
+
+
+def read_pool(message: pb.PoolHandle) -> PoolHandle:
+    """Read what `write_pool` wrote; a kind that this version does not know reads as `"unknown"`."""
+    return PoolHandle(
+        _POOL_KIND_NAMES.get(message.kind, "unknown"),
+        message.name,
+        message.num_blocks,
+        message.block_size,
+        read_layout(message.layout),
+        message.epoch,
+        message.offset,
+    )
+
+
+def write_ledger(word: Ledger, message: pb.Ledger) -> None:
+    """Fill `message`.  Zeros are not written: most ledgers have two or three fields."""
+    if word.hit:
+        message.hit = word.hit
+    if word.partial:
+        message.partial = word.partial
+    if word.joined:
+        message.joined = word.joined
+    if word.cold:
+        message.cold = word.cold
+    if word.evicted:
+        message.evicted = word.evicted
+    if word.granularity:
+        message.granularity = word.granularity
+
+
+def read_ledger(message: pb.Ledger) -> Ledger:
+    """Read what `write_ledger` wrote."""
+    return Ledger(
+        message.hit,
+        message.partial,
+        message.joined,
+        message.cold,
+        message.evicted,
+        message.granularity,
+    )
+
+
+def write_copies(copies: tuple[Copy, ...], messages: Any) -> None:
+    """Add to `messages`."""
+    for copy in copies:
+        messages.add(src=copy.src, dst=copy.dst, num_tokens=copy.num_tokens)
+
+
+def read_copies(messages: Iterable[pb.Copy]) -> tuple[Copy, ...]:
+    """Read what `write_copies` wrote."""
+    return tuple([Copy(BlockId(m.src), BlockId(m.dst), m.num_tokens) for m in messages])
