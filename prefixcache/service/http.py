@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import uvicorn
@@ -57,21 +57,20 @@ class HttpServer:
 
     Args:
         target: 127.0.0.1:PORT; port 0 takes a free one.
-        handlers: whose state is shown.
+        domains: the state of each trust domain; the page shows the one without a name.
 
     Raises:
         InvalidRequest: the address is none, or not on the loopback device.
     """
 
-    def __init__(self, target: str, handlers: Handlers) -> None:
+    def __init__(self, target: str, domains: Mapping[str, Handlers]) -> None:
         address = Address.parse(target)
         if address.path:
             raise InvalidRequest(f"--http takes 127.0.0.1:PORT, not {target}")
         check_loopback(address)
         self._address = address
-        self._handlers = handlers
-        self._scrape = Scrape(handlers)
-        self._page = Page(handlers)
+        self._scrape = Scrape(domains)
+        self._page = Page(domains[""])
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -3,6 +3,9 @@
 Nothing is counted for them on the way of a request but what the meter counts anyhow; a scrape reads
 one moment and writes it out family by family, giving the event loop back in between.
 
+A service with several trust domains gives every series the label `domain`, empty for the one
+without a name.
+
 Labels are bounded: the first `MAX_NAMESPACES` namespaces have series of their own, all later ones
 are summed under `model="(other)"`; a salt is a secret, so namespaces that differ in nothing else
 share their series.  Verbs, fates, states and errors are fixed lists.
@@ -47,14 +50,48 @@ _FOLD = f"Namespaces after the first {MAX_NAMESPACES} are summed as model={OTHER
 
 
 class Scrape(Collector):
-    """All families of one moment."""
+    """All families of one moment.
 
-    def __init__(self, handlers: Handlers) -> None:
-        self._handlers = handlers
+    Args:
+        domains: The state of each trust domain, by its name.
+    """
+
+    def __init__(self, domains: Mapping[str, Handlers]) -> None:
+        self._domains = {name: _Domain(handlers) for name, handlers in domains.items()}
         self._process = ProcessCollector(registry=None)
 
     def collect(self) -> Iterator[Metric]:
         """Give the families.  What they show is read when this is first asked for one."""
+        if len(self._domains) == 1:
+            for domain in self._domains.values():
+                yield from domain.collect()
+        else:
+            yield from _joined(self._domains)
+        yield from self._process.collect()
+
+
+def _joined(domains: Mapping[str, _Domain]) -> Iterable[Metric]:
+    """Give the families of several domains, every sample labelled with its domain's name."""
+    joined: dict[str, Metric] = {}
+    for name, domain in domains.items():
+        for family in domain.collect():
+            samples = [
+                sample._replace(labels={"domain": name, **sample.labels})
+                for sample in family.samples
+            ]
+            family.samples = []
+            joined.setdefault(family.name, family).samples += samples
+    return joined.values()
+
+
+class _Domain:
+    """The families of one trust domain."""
+
+    def __init__(self, handlers: Handlers) -> None:
+        self._handlers = handlers
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the families."""
         yield from self._service()
         yield from self._verbs()
         yield from self._events()
@@ -65,7 +102,6 @@ class Scrape(Collector):
             yield from self._ledger(vitals)
             yield from self._pool(vitals)
             yield from self._eviction(vitals)
-        yield from self._process.collect()
 
     def _service(self) -> Iterator[Metric]:
         handlers, settings = self._handlers, self._handlers.settings

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -95,7 +95,8 @@ async def _serve(
     tracer = _make_tracer(settings)
     for one in domains.values():
         one.handlers.tracer = tracer
-    http = _make_http(settings, handlers)
+    verbs = {name: one.handlers for name, one in domains.items()}
+    http = _make_http(settings, verbs)
     publisher = _make_publisher(settings, handlers)
     alive = health.aio.HealthServicer()
     for door in doors:
@@ -104,7 +105,6 @@ async def _serve(
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, door.server)
     try:
-        verbs = {name: one.handlers for name, one in domains.items()}
         listening = open_doors(doors, lambda gate: unary.service(verbs, gate))
         for one in domains.values():
             one.handlers.listening = listening
@@ -183,12 +183,12 @@ async def _serve(
     log.info("ended")
 
 
-def _make_http(settings: ServeSettings, handlers: Handlers) -> HttpServer | None:
+def _make_http(settings: ServeSettings, domains: Mapping[str, Handlers]) -> HttpServer | None:
     if settings.http is None:
         return None
     from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
 
-    return HttpServer(settings.http, handlers)
+    return HttpServer(settings.http, domains)
 
 
 async def _await_former(holdings: Holdings, line: WaitingLine) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import prefixcache
+from observe.scraped import free_port, get, url_of
 from prefixcache.pool import map_pool
 from prefixcache.types import Namespace
 from trust.keys import TOKENS, digest, identities
@@ -33,7 +35,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     head, _, _ = path.read_text().rpartition("[[identity]]")  # without the operator
     path.write_text(head + MORE)
     target = f"unix:{folder}/d.sock"
-    with running(target, *sizes(64, 4), "--identities", str(path)) as service:
+    flags = ("--identities", str(path), "--http", f"127.0.0.1:{free_port()}")
+    with running(target, *sizes(64, 4), *flags) as service:
         yield service
 
 
@@ -71,3 +74,15 @@ def test_a_service_with_one_pool_says_so_too(tmp_path: Path) -> None:
     with running(f"unix:{tmp_path}/one.sock", *sizes(8, 4)) as service:
         told = "\n".join(service.lines)
     assert "one pool, one trust domain: whoever may map it can read every prompt's keys" in told
+
+
+def test_metrics_tell_the_domains_apart(service: ServiceProcess) -> None:
+    _, text, _ = get(url_of(service) + "/metrics")
+    for domain, num_blocks in (("", 64), ("vault", 32)):
+        states = re.findall(
+            rf'^prefixcache_pool_blocks{{domain="{domain}",state="\w+"}} ([0-9.]+)$', text, re.M
+        )
+        assert sum(map(float, states)) == num_blocks
+    assert text.count("# TYPE prefixcache_pool_blocks gauge") == 1
+    assert 'prefixcache_verb_duration_seconds_count{domain="vault",verb="acquire"} 1.0' in text
+    assert "\nprocess_resident_memory_bytes " in text
