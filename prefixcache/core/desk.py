@@ -125,7 +125,7 @@ class Desk:
         need = (
             holdings.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
         )
-        account = self.holdings.quotas.account(request.namespace)
+        account = match.node.root.account or holdings.quotas.account(request.namespace)
         self.admit(need, account, now, match)
         source = holdings.source_of(match, need)
         partial = 0 if source is None else match.partial_tokens

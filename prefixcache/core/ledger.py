@@ -44,14 +44,8 @@ def settle(
         ghosts = tree.remembered(match, tokens) // TOKEN_BYTES - match.partial_tokens
     granularity = min(stored, left)
     evicted = min(max(ghosts, 0), left - granularity)
-    return Ledger(
-        hit=whole - joined,
-        partial=partial,
-        joined=joined,
-        cold=left - granularity - evicted,
-        evicted=evicted,
-        granularity=granularity,
-    )
+    cold = left - granularity - evicted
+    return Ledger(whole - joined, partial, joined, cold, evicted, granularity)
 
 
 def spans(ledger: Ledger) -> tuple[Span, ...]:
