@@ -29,7 +29,7 @@ demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers,
 	$(BIN)/prefixcache demo $(if $(QUICK),--quick,) --report out/demo.json
 
 test: $(VENV)/.model   ## All tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed   ## Format, lint, types.
 	$(BIN)/ruff format --check .

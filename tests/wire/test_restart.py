@@ -193,12 +193,17 @@ def test_what_was_evicted_and_overwritten_is_a_miss(target: str, state: Path) ->
         with Reader(client, "other") as reader:
             for seed in range(100, 130):  # more than the whole pool
                 reader.store(prompt((seed, 60)))
+            before = info(client).written_blocks
+            reader.store(prompt((130, 60)))
+            eventually(lambda: info(client).written_blocks > before)
+            for seed in range(131, 135):
+                reader.store(prompt((seed, 60)))
         kill(first)  # the manifest may be behind
     with serve_again(target, state), prefixcache.connect(target) as client:
         reader, other = Reader(client), Reader(client, "other")
         for chat in CHATS:
             reader.read(chat)
-        assert sum(other.read(prompt((seed, 60))) for seed in range(100, 130))
+        assert sum(other.read(prompt((seed, 60))) for seed in range(100, 135))
 
 
 def test_a_reset_holds_at_once_whatever_dies(target: str, state: Path) -> None:
