@@ -11,6 +11,7 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, Generic, TypeVar
 
 from prefixcache.client import codec
@@ -83,7 +84,10 @@ class Reply(Generic[T]):
         if not self.done:
             raise InvalidRequest("this op is not answered yet: leave the `with` block, then ask")
         if self._error is not None:
-            raise self._error
+            # A copy: whoever raises an exception hangs the frames that it passes on it, the one
+            # that holds this reply too.  In such a circle they, and the pool that one of them has
+            # mapped, would stay until the garbage collector comes by.
+            raise copy(self._error)
         answer: T = self._answer
         return answer
 

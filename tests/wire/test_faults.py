@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +23,7 @@ import numpy as np
 import pytest
 
 import prefixcache
-from prefixcache.client import Client
+from prefixcache.client import AsyncClient, Client
 from prefixcache.client.lease import SignsOfLife
 from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, ServiceUnavailable
 from prefixcache.pool import map_pool
@@ -542,3 +546,45 @@ def test_the_pool_is_mapped_by_both_sides(client: Client) -> None:
         assert theirs[two.offset : two.offset + 4] == pack([77])
     assert oct(Path(one.name).stat().st_mode)[-3:] == "600"
     assert oct(Path(client.address.path).stat().st_mode)[-3:] == "600"
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["refused", "service killed"])
+def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
+    service: ServiceProcess, client: Client, *, dies: bool
+) -> None:
+    # A worker that joins the next service still maps the former pool until it lets go of it, and so
+    # long nobody is lent what it could write to.  The garbage collector comes too late for that.
+    def work() -> None:
+        session = client.attach("tiny", LAYOUT)
+        memory = map_pool(session.pool)
+        maps.append(weakref.ref(memory))
+        session.acquire([1, 2, 3]).commit(3)
+        if dies:
+            service.signal(signal.SIGKILL)
+            service.wait()
+        session.acquire([1] * 10_000)
+
+    async def work_async(client: AsyncClient) -> None:
+        session = await client.attach("tiny", LAYOUT)
+        memory = map_pool(session.pool)
+        maps.append(weakref.ref(memory))
+        await session.acquire([1] * 10_000)
+
+    async def try_async() -> None:
+        async with await prefixcache.connect_async(service.target) as client:
+            with contextlib.suppress(InvalidRequest):
+                await work_async(client)
+                pytest.fail("it was served")
+            assert [known() for known in maps] == [None]
+
+    maps: list[weakref.ref[Any]] = []
+    gc.disable()
+    try:
+        if not dies:
+            asyncio.run(try_async())
+        with contextlib.suppress(InvalidRequest, ServiceUnavailable):
+            work()
+            pytest.fail("it was served")
+        assert [known() for known in maps] == [None] * len(maps)
+    finally:
+        gc.enable()
