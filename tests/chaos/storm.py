@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,6 +52,8 @@ LEAK_SHARE = 1.15
 """How much larger than after warming up a process may be at the end: chance, and no trend."""
 
 LEAST_OPS_PER_S = 100
+MOST_LULL_S = 15.0
+"""Longer than any fault lasts, with the start of a service after it on a crowded machine."""
 
 MNT_DETACH = 2
 DOCUMENT = Path("docs/reliability.md")
@@ -76,6 +79,10 @@ class Report:
     leaks: list[str] = field(default_factory=list)
     final_tokens: int = 0
     rss_growth: float = 1.0
+    longest_lull_s: float = 0.0
+    """No operation of any worker was answered for so long."""
+    least_per_s: int = 0
+    """Operations below which it was no storm."""
 
     @property
     def failures(self) -> list[str]:
@@ -87,6 +94,10 @@ class Report:
         failed += [f"a commit that was not found: {one}" for one in self.forgotten]
         if self.settle_s > TTL_S + 1:
             failed.append(f"leases and quarantine took {self.settle_s:.1f} s to go back to 0")
+        if self.longest_lull_s > MOST_LULL_S:
+            failed.append(f"nothing was answered for {self.longest_lull_s:.0f} s")
+        if self.ops < self.least_per_s * self.seconds:
+            failed.append(f"fewer than {self.least_per_s} operations a second: no storm")
         return failed
 
     def lines(self) -> list[str]:
@@ -95,7 +106,7 @@ class Report:
         return [
             f"rounds     {self.rounds} in {self.seconds:.0f} s: {faults}",
             f"load       {self.ops:,} operations, {self.ops / self.seconds:.0f} a second, by "
-            f"{ACTORS} processes",
+            f"{ACTORS} processes; at most {self.longest_lull_s:.1f} s without an answer",
             f"reads      {self.read_tokens + self.final_tokens:,} tokens verified byte by byte, "
             f"{self.wrong} wrong",
             f"history    {self.hits:,} hits, {self.commits:,} commits, {self.resets} resets: "
@@ -161,6 +172,7 @@ class Storm:
         self.serial = 0
         self.actors = [self.act(number) for number in range(ACTORS)]
         self.first_rss = 0
+        self.ended_at = 0.0
 
     def serve(self) -> ServiceProcess:
         return ServiceProcess(
@@ -251,7 +263,8 @@ class Storm:
             time.sleep(max(0.0, due - time.monotonic()))
             say(f"round {number + 1} of {rounds}")
         self.report.rounds = rounds
-        self.report.seconds = time.monotonic() - started
+        self.ended_at = time.monotonic()
+        self.report.seconds = self.ended_at - started
         self.settle()
         return self.report
 
@@ -303,6 +316,9 @@ class Storm:
         report.ops = kinds["answer"] + 2 * kinds["hit"] + kinds["found"] + kinds["seen"]
         report.wrong = kinds["wrong"]
         report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
+        answers = sorted(float(str(e["t"])) for e in events if e["kind"] == "answer")
+        lulls = pairwise([*answers, self.ended_at])
+        report.longest_lull_s = max((end - start for start, end in lulls), default=report.seconds)
         verdict = check(events)
         report.commits, report.hits, report.resets = verdict.commits, verdict.hits, verdict.resets
         report.phantoms, report.forgotten = verdict.phantoms, verdict.forgotten
@@ -369,6 +385,7 @@ def main() -> int:
     options = parser.parse_args()
     say = (lambda text: sys.stderr.write(f"\r{text} ")) if sys.stderr.isatty() else (lambda _: None)
     with storm(options.seed) as made:
+        made.report.least_per_s = LEAST_OPS_PER_S
         report = made.run(options.rounds, options.seconds_per_round, say)
     text = "\n".join(report.lines())
     if options.json:
@@ -378,10 +395,7 @@ def main() -> int:
         sys.stdout.write(f"{text}\n")
     if options.publish:
         publish(DOCUMENT, "chaos", f"$ make chaos\n{text}")
-    slow = report.ops < LEAST_OPS_PER_S * report.seconds
-    if slow:
-        sys.stderr.write(f"fewer than {LEAST_OPS_PER_S} operations a second: no storm\n")
-    return 1 if report.failures or slow else 0
+    return 1 if report.failures else 0
 
 
 if __name__ == "__main__":
