@@ -60,7 +60,7 @@ class Reply(Generic[T]):
         if self.done:
             return
         if isinstance(answer, BaseException):
-            self._error = answer
+            self._error = answer.with_traceback(None)  # no frames, as in `result`
         elif self.finish is not None:
             self._answer = self.finish(answer)
         else:

@@ -548,9 +548,9 @@ def test_the_pool_is_mapped_by_both_sides(client: Client) -> None:
     assert oct(Path(client.address.path).stat().st_mode)[-3:] == "600"
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["refused", "service killed"])
+@pytest.mark.parametrize("why", ["refused", "service killed", "lease lost"])
 def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
-    service: ServiceProcess, client: Client, *, dies: bool
+    service: ServiceProcess, client: Client, why: str
 ) -> None:
     # A worker that joins the next service still maps the former pool until it lets go of it, and so
     # long nobody is lent what it could write to.  The garbage collector comes too late for that.
@@ -558,10 +558,14 @@ def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
         session = client.attach("tiny", LAYOUT)
         memory = map_pool(session.pool)
         maps.append(weakref.ref(memory))
-        session.acquire([1, 2, 3]).commit(3)
-        if dies:
+        lease = session.acquire([1, 2, 3])
+        lease.commit(3)
+        if why == "service killed":
             service.signal(signal.SIGKILL)
             service.wait()
+        if why == "lease lost":
+            lease.mark_released()
+            lease.commit(3)
         session.acquire([1] * 10_000)
 
     async def work_async(client: AsyncClient) -> None:
@@ -580,9 +584,9 @@ def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
     maps: list[weakref.ref[Any]] = []
     gc.disable()
     try:
-        if not dies:
+        if why == "refused":
             asyncio.run(try_async())
-        with contextlib.suppress(InvalidRequest, ServiceUnavailable):
+        with contextlib.suppress(InvalidRequest, LeaseExpired, ServiceUnavailable):
             work()
             pytest.fail("it was served")
         assert [known() for known in maps] == [None] * len(maps)
