@@ -1,7 +1,7 @@
 """Sessions: one stream per worker, a batch of ops in, their results out.
 
 ```
-OpBatch ─► run each op in order ─► OpResults            64 in one go, then others have a turn
+OpBatch ─► run each op in order ─► OpResults            a slice in one go, then others' turn
                    └ waits ─► line ─► outcome ─► OpResults   later, one message for all that settled
 ```
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,9 @@ log = structlog.get_logger(__name__)
 _INTERNAL = 13
 
 _SLICE = 64
-"""Ops that run in one go; then others have their turn, however many are in a message."""
+"""Ops that run in one go at most; then others have their turn, however many are in a message."""
+_SLICE_NS = 500_000
+"""Time after which they have it anyhow: twenty floods then hold an op up for ten milliseconds."""
 _MOST_SNAPSHOTS = 1
 """Of one slice: each walks all leases."""
 
@@ -83,14 +85,15 @@ class SessionStream:
         ops, settle = batch.ops, self._handlers.line.settle
         tracer = self._handlers.tracer
         spent = {} if tracer is None else {v: r[SUM] for v, r in self._handlers.meter.rows.items()}
-        self._slice(ops[:_SLICE] if len(ops) > _SLICE else ops, results, task)
-        settle()
-        for start in range(_SLICE, len(ops), _SLICE):
+        left, pending = len(ops), iter(ops)
+        while True:
+            left -= self._slice(pending, results, task)
+            settle()
+            if left <= 0:
+                break
             await asyncio.sleep(0)
             results.MergeFrom(self._late)
             self._late.Clear()
-            self._slice(ops[start : start + _SLICE], results, task)
-            settle()
         if tracer is not None:
             rows = self._handlers.meter.rows
             counts = Counter([op.WhichOneof("op") for op in ops])
@@ -100,11 +103,14 @@ class SessionStream:
             )
         return results
 
-    def _slice(self, ops: Iterable[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> None:
+    def _slice(self, ops: Iterator[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> int:
+        """Run the next ops; give how many."""
         add = results.results.add
         rows, unknown = self._handlers.meter.rows, empty_row()
-        began, snapshots = clock(), 0
+        start = began = clock()
+        count = snapshots = 0
         for op in ops:
+            count += 1
             verb = op.WhichOneof("op")
             if verb == "snapshot" and (snapshots := snapshots + 1) > _MOST_SNAPSHOTS:
                 refused = InvalidRequest(
@@ -120,6 +126,9 @@ class SessionStream:
             row[(now - began).bit_length()] += 1
             row[SUM] += now - began
             began = now
+            if count == _SLICE or now - start > _SLICE_NS:
+                break
+        return count
 
     def _run(self, op: pb.Op, verb: Any, add: Any, task: asyncio.Task[None] | None) -> None:
         """Run one op and add its result, unless it has to wait."""
