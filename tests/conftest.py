@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
@@ -19,3 +21,9 @@ settings.register_profile(
 )
 settings.register_profile("soak", settings.get_profile("normal"), derandomize=False)
 settings.load_profile("soak" if SOAK > 1 else "normal")
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with a short name: the path of a socket in it may have 107 bytes."""
+    return tmp_path_factory.mktemp("t")
