@@ -38,7 +38,7 @@ _SLICE = 64
 _SLICE_NS = 500_000
 """Time after which they have it anyhow: twenty floods then hold an op up for ten milliseconds."""
 _MOST_SNAPSHOTS = 1
-"""Of one slice: each walks all leases."""
+"""Of so many ops: each walks all leases."""
 
 
 class SessionStream:
@@ -52,6 +52,7 @@ class SessionStream:
         self._writing = asyncio.Lock()
         self._late = pb.OpResults()
         self._flushing: asyncio.Task[None] | None = None
+        self._num_ops = self._num_snapshots = 0  # of the message that is answered now
 
     async def serve(self) -> None:
         """Answer batches until the client hangs up or dies."""
@@ -85,11 +86,12 @@ class SessionStream:
         ops, settle = batch.ops, self._handlers.line.settle
         tracer = self._handlers.tracer
         spent = {} if tracer is None else {v: r[SUM] for v, r in self._handlers.meter.rows.items()}
-        left, pending = len(ops), iter(ops)
+        self._num_ops = self._num_snapshots = 0
+        pending = iter(ops)
         while True:
-            left -= self._slice(pending, results, task)
+            self._slice(pending, results, task)
             settle()
-            if left <= 0:
+            if self._num_ops >= len(ops):
                 break
             await asyncio.sleep(0)
             results.MergeFrom(self._late)
@@ -103,24 +105,24 @@ class SessionStream:
             )
         return results
 
-    def _slice(self, ops: Iterator[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> int:
-        """Run the next ops; give how many."""
+    def _slice(self, ops: Iterator[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> None:
+        """Run the next ops."""
         add = results.results.add
         rows, unknown = self._handlers.meter.rows, empty_row()
         start = began = clock()
-        count = snapshots = 0
+        count = 0
         for op in ops:
             count += 1
             verb = op.WhichOneof("op")
-            if verb == "snapshot" and (snapshots := snapshots + 1) > _MOST_SNAPSHOTS:
+            if verb == "snapshot" and self._is_one_too_many(self._num_ops + count):
                 refused = InvalidRequest(
                     f"more than {_MOST_SNAPSHOTS} snapshot in {_SLICE} ops: each walks all leases"
                 )
                 result = add()
                 result.id = op.id
                 write_error(refused, result.error)
-                continue
-            self._run(op, verb, add, task)
+            else:
+                self._run(op, verb, add, task)
             now = clock()
             row = rows.get(verb, unknown)
             row[(now - began).bit_length()] += 1
@@ -128,7 +130,12 @@ class SessionStream:
             began = now
             if count == _SLICE or now - start > _SLICE_NS:
                 break
-        return count
+        self._num_ops += count
+
+    def _is_one_too_many(self, num_ops: int) -> bool:
+        """Count a snapshot, the `num_ops`th op of its message; say whether it is refused."""
+        self._num_snapshots += 1
+        return self._num_snapshots > _MOST_SNAPSHOTS * -(-num_ops // _SLICE)
 
     def _run(self, op: pb.Op, verb: Any, add: Any, task: asyncio.Task[None] | None) -> None:
         """Run one op and add its result, unless it has to wait."""
