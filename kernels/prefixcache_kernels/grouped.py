@@ -272,16 +272,13 @@ def _own(
         if each > 1:
             part = part.reshape(num, *split, each, dim).permute(0, 3, 1, 2, 4)
             lse = lse.reshape(num, *split, each).permute(0, 3, 1, 2)
-        # Put in order and widened in one copy.
-        wide = torch.empty(num * each, heads, dim, dtype=torch.float32)
-        wide.view(part.shape).copy_(part)
-        lse = lse.reshape(num * each, heads)
+        part, lse = part.reshape(num * each, heads, dim), lse.reshape(num * each, heads)
         if piece.rows is None:
-            return wide, lse
+            return part.float(), lse
         if out is None or total is None:
             out = torch.empty(query.shape, dtype=torch.float32)
             total = torch.empty(query.shape[:2], dtype=torch.float32)
-        out[piece.rows] = wide
+        out[piece.rows] = part.float()
         total[piece.rows] = lse
     assert out is not None  # what is shared is shared by sequences with queries
     assert total is not None
@@ -291,32 +288,31 @@ def _own(
 def _run(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Attend all queries of a group to a run.
-
-    Gives views, `[n, kv_heads, heads // kv_heads, dim]` and `[n, kv_heads, heads // kv_heads]`.
-    """
+    """Attend all queries of a group to a run; `[n, heads, dim]` and `[n, heads]`."""
     num, heads, dim = query.shape
     kv_heads = keys.shape[2]
     split = (num, kv_heads, heads // kv_heads)
     packed = query.view(*split, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
     keys, values = (blocks.view(1, -1, kv_heads, dim).transpose(1, 2) for blocks in (keys, values))
     part, lse = _attend(packed, keys, values, None, scale, softcap)
-    part = part.view(kv_heads, num, -1, dim).transpose(0, 1)
-    return part, lse.view(kv_heads, num, -1).transpose(0, 1)
+    part = part.view(kv_heads, num, -1, dim).transpose(0, 1).reshape(num, heads, dim)
+    return part, lse.view(kv_heads, num, -1).transpose(0, 1).reshape(num, heads)
 
 
 def _merge(
     out: Tensor, total: Tensor, rows: slice | Tensor, part: Tensor, lse: Tensor, *, again: bool
 ) -> None:
     """Add a run's answer to the answers of its rows, in place; to be merged `again`, or done."""
-    before, sofar = out[rows].view(part.shape), total[rows].view(lse.shape)
+    before, sofar = out[rows], total[rows]
     share = torch.sigmoid(lse - sofar).unsqueeze(-1)
-    before.lerp_(part.float(), share)
-    if again:
-        torch.logaddexp(sofar, lse, out=sofar)
-    if not isinstance(rows, slice):  # then these are copies
-        out[rows] = before.view(-1, *out.shape[1:])
-        total[rows] = sofar.view(-1, *total.shape[1:])
+    if isinstance(rows, slice):
+        before.lerp_(part.float(), share)
+        if again:
+            torch.logaddexp(sofar, lse, out=sofar)
+    else:
+        out[rows] = torch.lerp(before, part.float(), share)
+        if again:
+            total[rows] = torch.logaddexp(sofar, lse)
 
 
 def _attend(
