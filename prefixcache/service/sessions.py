@@ -36,7 +36,7 @@ _INTERNAL = 13
 _SLICE = 64
 """Ops that run in one go at most; then others have their turn, however many are in a message."""
 _SLICE_NS = 500_000
-"""Time after which they have it anyhow: twenty floods then hold an op up for ten milliseconds."""
+"""Time after which they have it anyhow: some ops take many times as long as others."""
 _MOST_SNAPSHOTS = 1
 """Of so many ops: each walks all leases."""
 
