@@ -1,15 +1,19 @@
 """Reading and writing the pool: the same operations on a CPU and on a GPU.
 
 Each looks at where the tensors are: on a GPU it launches Triton kernels (`attention`, `shared`,
-`transfer`, `rotate`), elsewhere it runs plain PyTorch (`reference`, `grouped`, `rotary`).
-Arguments and errors are the same, and described there.  Triton is imported when a GPU asks for it.
+`transfer`, `rotate`), elsewhere attention is done in C (`cpu`), and all else, or without a compiler
+everything, by plain PyTorch (`reference`, `grouped`, `rotary`).  Arguments and errors are the same,
+and described there.  Triton is imported when a GPU asks for it.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from prefixcache_kernels import grouped, reference, rotary
+from prefixcache_kernels.cpu import attend as native
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
 from prefixcache_kernels.plan import Plan
@@ -67,26 +71,25 @@ def paged_attention(
     plan: Plan | None = None,
 ) -> Tensor:
     """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
+    args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "key_scale": key_scale,
+        "value_scale": value_scale,
+        "lse": lse,
+    }
     if key_cache.is_cuda:
-        from prefixcache_kernels.attention import paged_attention as attend
-    else:
-        attend = reference.paged_attention
-    return attend(
-        query,
-        key_cache,
-        value_cache,
-        block_tables,
-        query_start,
-        context_lens,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        lse=lse,
-        plan=plan,
-    )
+        from prefixcache_kernels.attention import paged_attention as launch
+
+        return launch(*args, **options, plan=plan)
+    if plan is None:
+        plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
+    if native.takes(query, key_cache, value_cache, len(context_lens)):
+        return native.attend(plan, query, key_cache, value_cache, **options)
+    return reference.paged_attention(*args, **options, plan=plan)
 
 
 def shared_prefix_attention(
@@ -110,43 +113,23 @@ def shared_prefix_attention(
     """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`.
 
     On a GPU for decoding only: one query per sequence; see `shared.shared_prefix_attention`.  On a
-    CPU eight-bit caches and `lse` are attended without sharing.
+    CPU without a C compiler eight-bit caches and `lse` are attended without sharing.
     """
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    rare: dict[str, Any] = {"key_scale": key_scale, "value_scale": value_scale, "lse": lse}
     if key_cache.is_cuda:
         from prefixcache_kernels.shared import shared_prefix_attention as launch
 
-        return launch(
-            *args,
-            groups,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            lse=lse,
-        )
-    if key_scale is not None or value_scale is not None or lse is not None:
-        return reference.paged_attention(
-            *args,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            lse=lse,
-        )
-    return grouped.shared_prefix_attention(
-        *args,
-        groups,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        plan=plan,
-    )
+        return launch(*args, groups, **(options | rare))
+    if native.takes(query, key_cache, value_cache, len(context_lens)):
+        if plan is None:
+            size = key_cache.shape[1]
+            plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
+        return native.attend(plan, query, key_cache, value_cache, **(options | rare))
+    if any(option is not None for option in rare.values()):
+        return reference.paged_attention(*args, **(options | rare))
+    return grouped.shared_prefix_attention(*args, groups, **options, plan=plan)
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:

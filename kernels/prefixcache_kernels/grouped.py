@@ -23,13 +23,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.checks import check_attention
+from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import GroupPlan, Run
 from prefixcache_kernels.plan import Plan, Work, gather, scratch, side_by_side
 from prefixcache_kernels.reference import paged_attention
@@ -74,6 +75,8 @@ class GroupedPlan:
         self._contexts: list[int] = context_lens.tolist()
         self._parts: dict[int | None, tuple[list[Shared], Plan]] = {}
         self._work: dict[tuple[object, ...], tuple[Gathered, Work]] = {}
+        self.calls: dict[tuple[object, ...], Any] = {}
+        """As of `Plan`."""
 
     @classmethod
     def build(
@@ -106,6 +109,23 @@ class GroupedPlan:
     def whole(self) -> Plan:
         """The batch without any sharing; made when a layer cannot share."""
         return Plan.build(*self._args)
+
+    def check(self, query: Tensor, cache: Tensor) -> None:
+        """Refuse a layer of another batch.
+
+        Raises:
+            InvalidRequest: As `Plan.check`.
+        """
+        self.whole.check(query, cache)
+
+    def tasks(self, window: int | None, group: int) -> Tasks:
+        """The batch as the C library takes it; as of `Plan`, with what it shares.
+
+        Raises:
+            InvalidRequest: The groups share what is not before all queries.
+        """
+        groups = self._restricted(window)
+        return self._own(groups).tasks(window, group, groups.runs, groups.positions)
 
     def prepare(
         self, layer: tuple[object, ...], query: Tensor, cache: Tensor, window: int | None
@@ -141,17 +161,27 @@ class GroupedPlan:
         """Give the runs that a layer with this window can use, and the plan of the own parts."""
         window = None if window is None or window >= max(self._contexts, default=0) else window
         if window not in self._parts:
-            groups = self.groups
-            if window is not None:
-                fits = [self._contexts[row] <= window for row in groups.positions]
-                groups = groups.restrict(fits)
+            groups = self._restricted(window)
             shared = [self._shared(groups, run) for run in groups.runs if run.blocks]
-            own_from = [0] * groups.num_seqs
-            for row, first in zip(groups.positions, groups.own, strict=True):
-                own_from[row] = first
-            own = Plan.build(*self._args, own_from) if shared else self.whole
-            self._parts[window] = shared, own
+            self._parts[window] = shared, self._own(groups)
         return self._parts[window]
+
+    def _restricted(self, window: int | None) -> GroupPlan:
+        """Give what sequences share that lie wholly within a window."""
+        if window is None or window >= max(self._contexts, default=0):
+            return self.groups
+        return self.groups.restrict(
+            [self._contexts[row] <= window for row in self.groups.positions]
+        )
+
+    def _own(self, groups: GroupPlan) -> Plan:
+        """Give the plan of what sequences do not share."""
+        if not groups.runs:
+            return self.whole
+        own_from = [0] * groups.num_seqs
+        for row, first in zip(groups.positions, groups.own, strict=True):
+            own_from[row] = first
+        return Plan.build(*self._args, own_from)
 
     def _shared(self, groups: GroupPlan, run: Run) -> Shared:
         rows = groups.positions[run.start : run.end]

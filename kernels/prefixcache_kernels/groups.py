@@ -83,17 +83,29 @@ class SharingCost:
 
     @classmethod
     def cpu(
-        cls, *, block_size: int, heads: int, kv_heads: int, head_dim: int, itemsize: int
+        cls,
+        *,
+        block_size: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        itemsize: int,
+        native: bool = True,
     ) -> SharingCost:
-        """Give the cost on a processor: two dozen operators per run, most of them on few bytes.
+        """Give the cost on a processor, in C (`native`) or in PyTorch.
 
-        Measured (one thread, SmolLM2's shapes): even at 0.8 MB saved with 2 sequences, at 1.2 MB
-        with 4 and at 1.4 MB with 8, in float32 and bfloat16 alike.
+        In C, partial answers are written and read once; but what many rows share is bound by
+        arithmetic, so that a byte that is saved is worth less than one that is read.  Measured (one
+        thread, SmolLM2's shapes): even at 0.8 MB saved in float32, at 0.2 MB in bfloat16.
+
+        In PyTorch, a run takes two dozen operators, most of them on few bytes.  Measured: even at
+        0.8 MB saved with 2 sequences, at 1.2 MB with 4 and at 1.4 MB with 8, in either type.
         """
+        answer = 4 * heads * (head_dim + 1)
         return cls(
             block_bytes=2 * block_size * kv_heads * head_dim * itemsize,
-            partial_bytes=16 * 4 * heads * (head_dim + 1),
-            run_bytes=1 << 20,
+            partial_bytes=(2 if native else 16) * answer,
+            run_bytes=(192 << 10) * itemsize if native else 1 << 20,
         )
 
     @classmethod

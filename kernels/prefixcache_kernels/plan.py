@@ -22,14 +22,20 @@ scratch are zeroed: a masked slot would still carry a NaN through `0 * NaN`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.cpu.tasks import Tasks
+from prefixcache_kernels.groups import Run
 
 SCRATCH_BYTES: Final = 4 << 20
 """Gathered keys and values of a piece of several sequences; about what stays in a core's cache."""
@@ -135,7 +141,9 @@ class Plan:
         self.block_size = block_size
         self.num_queries = starts[-1]
         self.num_seqs = len(query_lens)
-        self._tables = block_tables
+        self.calls: dict[tuple[object, ...], Any] = {}
+        """What the C library's calls have prepared for kinds of layers: `cpu.attend`."""
+        self._block_tables = block_tables
         self._query_lens = query_lens
         self._context_lens = context_lens
         self._starts = starts
@@ -192,8 +200,50 @@ class Plan:
                     f"{own} blocks of {block_size} tokens are shared by sequence {s}, whose "
                     f"queries begin at token {context - num}"
                 )
-        tables = block_tables.to(device="cpu", dtype=torch.int64)
-        return cls(tables, lens, contexts, starts, block_size, own_from)
+        return cls(block_tables, lens, contexts, starts, block_size, own_from)
+
+    @cached_property
+    def _tables(self) -> Tensor:
+        return self._block_tables.to(device="cpu", dtype=torch.int64)
+
+    def check(self, query: Tensor, cache: Tensor) -> None:
+        """Refuse a layer of another batch.
+
+        Raises:
+            InvalidRequest: The plan is of another number of queries, or block size.
+        """
+        if self.num_queries != query.shape[0] or self.block_size != cache.shape[1]:
+            raise InvalidRequest(
+                f"the plan is of {self.num_queries} queries over blocks of {self.block_size} "
+                f"tokens, the call has {query.shape[0]} and {cache.shape[1]}"
+            )
+
+    def tasks(
+        self,
+        window: int | None,
+        group: int,
+        runs: Sequence[Run] = (),
+        positions: Sequence[int] = (),
+    ) -> Tasks:
+        """The batch as the C library takes it.
+
+        Args:
+            window: Keys that a query attends at most, itself included; None: all before it.
+            group: Query heads that share a key head.
+            runs: What attends the blocks that were left out.
+            positions: Rows of the batch in the order of the runs.
+        """
+        return Tasks.cut(
+            narrow(self._block_tables),
+            np.array(self._starts),
+            np.array(self._context_lens),
+            self.block_size,
+            group,
+            window,
+            np.array(self._own_from),
+            runs,
+            positions,
+        )
 
     def pieces(self, window: int | None, token_bytes: int) -> list[Piece]:
         """The batch in pieces; made at the first call for a window, remembered for other layers.
@@ -225,12 +275,8 @@ class Plan:
         Raises:
             InvalidRequest: The plan is of another batch or block size.
         """
+        self.check(query, cache)
         tail = cache.shape[1:]
-        if self.num_queries != query.shape[0] or self.block_size != tail[0]:
-            raise InvalidRequest(
-                f"the plan is of {self.num_queries} queries over blocks of {self.block_size} "
-                f"tokens, the call has {query.shape[0]} and {tail[0]}"
-            )
         pieces = self.pieces(window, 2 * tail[1:].numel() * cache.element_size())
         size = max((piece.index.numel() for piece in pieces), default=0) * tail.numel()
         keys, values = scratch(2 * size, cache.dtype).view(2, size)
@@ -334,6 +380,13 @@ class Plan:
             whole = len(group) * num == self.num_queries
             return None if whole else slice(rows[0], rows[0] + num * len(group))
         return (torch.tensor(rows)[:, None] + torch.arange(num)).view(-1)
+
+
+def narrow(tables: Tensor) -> npt.NDArray[np.int32]:
+    """Give block tables as 32-bit numbers; too large ones stay too large."""
+    if tables.dtype != torch.int32:
+        tables = tables.clamp(-1, 2**31 - 1).int()
+    return np.ascontiguousarray(tables.cpu().numpy())
 
 
 def side_by_side(index: Tensor) -> int | None:

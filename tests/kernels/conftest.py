@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from prefixcache_kernels.cpu import attend
+from prefixcache_kernels.cpu.library import describe, library
+
 
 @dataclass
 class Batch:
@@ -69,6 +72,16 @@ def _batch(
     query = torch.randn(int(starts[-1]), heads, dim, generator=rng).to(dtype)
     contexts = torch.tensor([keys for _, keys in lens], dtype=torch.int32)
     return Batch(query, *caches, tables, starts, contexts)
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways that a CPU attends: the C library, and plain PyTorch where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(attend, "library", lambda: None)
+    elif library() is None:
+        pytest.skip(describe())
+    return str(request.param)
 
 
 @pytest.fixture

@@ -14,10 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels import GroupedPlan, GroupPlan, SharingCost, shared_prefix_attention
+from prefixcache_kernels import (
+    GroupedPlan,
+    GroupPlan,
+    SharingCost,
+    paged_attention,
+    reference,
+    shared_prefix_attention,
+)
+from prefixcache_kernels import grouped as in_torch
 from prefixcache_kernels import plan as plan_module
 from prefixcache_kernels.groups import FREE
-from prefixcache_kernels.reference import oracle_attention, paged_attention
+from prefixcache_kernels.reference import oracle_attention
+
+pytestmark = pytest.mark.usefixtures("path")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -195,7 +205,7 @@ def count_blocks(f: Forest, groups: GroupPlan) -> int:
         return real(cache, dim, index, **options)
 
     with mock.patch.object(torch, "index_select", spy):
-        shared_prefix_attention(*f.args, groups, scale=0.25, plan=plan)
+        in_torch.shared_prefix_attention(*f.args, groups, scale=0.25, plan=plan)
     in_place = [run for run, *_ in (next(iter(plan._work.values()))[0] if plan._work else [])]
     return sum(seen) + sum(run.index.numel() for run in in_place if run.begin is not None)
 
@@ -212,11 +222,15 @@ def test_each_shared_block_is_read_once() -> None:
     ("num", "shared", "own", "pays"),
     [(8, 768, 256, True), (32, 4096, 128, True), (8, 32, 256, False), (2, 64, 64, False)],
 )
+@pytest.mark.parametrize(
+    ("native", "start", "passes"), [(True, 768 << 10, 2), (False, 1 << 20, 16)]
+)
 def test_the_cost_model_chooses_what_moves_fewer_bytes(
-    num: int, shared: int, own: int, *, pays: bool
+    num: int, shared: int, own: int, *, pays: bool, native: bool, start: int, passes: int
 ) -> None:
     """Counted in bytes: keys and values read, and partial answers written, read and merged."""
-    cost = SharingCost.cpu(block_size=16, heads=9, kv_heads=3, head_dim=64, itemsize=4)
+    shape: dict[str, Any] = {"block_size": 16, "heads": 9, "kv_heads": 3, "head_dim": 64}
+    cost = SharingCost.cpu(**shape, itemsize=4, native=native)
     blocks = shared // 16
     rows = [
         list(range(blocks)) + [10_000 * (i + 1) + j for j in range(own // 16)] for i in range(num)
@@ -227,7 +241,7 @@ def test_the_cost_model_chooses_what_moves_fewer_bytes(
     token = 2 * 3 * 64 * 4
     answer = 9 * 65 * 4
     alone = num * (shared + own) * token
-    together = (shared + num * own) * token + num * 16 * answer + (1 << 20)
+    together = (shared + num * own) * token + num * passes * answer + start
     assert (together < alone) is pays
 
 
@@ -305,7 +319,7 @@ def test_a_plan_serves_many_layers() -> None:
     again = shared_prefix_attention(*f.args, f.groups(), scale=0.25, plan=plan)
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
-    assert len(plan._work) == 1
+    assert len(plan._work) + len(plan.calls) == 1
 
 
 @pytest.mark.parametrize("consecutive", [True, False])
@@ -324,7 +338,7 @@ def test_long_sequences_that_lie_in_order_are_read_in_place(
     gathered = mock.Mock(side_effect=torch.index_select)
     monkeypatch.setattr(torch, "index_select", gathered)
     apart = forest(seqs[:3], consecutive=consecutive)
-    paged_attention(*apart.args, scale=0.25)  # type: ignore[arg-type]
+    reference.paged_attention(*apart.args, scale=0.25)  # type: ignore[arg-type]
     assert gathered.called is not consecutive
 
 

@@ -1,4 +1,4 @@
-"""The plain PyTorch operations against the slow obvious oracle."""
+"""The operations on a CPU, both ways, against the slow obvious oracle."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 
 import prefixcache_kernels
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels import paged_attention, reference
 from prefixcache_kernels import plan as plan_module
-from prefixcache_kernels import reference
 from prefixcache_kernels.plan import Plan
-from prefixcache_kernels.reference import copy_blocks, oracle_attention, paged_attention, store_kv
+from prefixcache_kernels.reference import copy_blocks, oracle_attention, store_kv
+
+pytestmark = pytest.mark.usefixtures("path")
 
 Make = Callable[..., Any]
 

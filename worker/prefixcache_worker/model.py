@@ -23,6 +23,7 @@ from torch import Tensor
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
 from prefixcache.types import DTYPE_BYTES, Layout
 from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
+from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
 from prefixcache_worker.hf import HuggingFaceNetwork, max_context, windows
@@ -187,6 +188,7 @@ class Model:
             kv_heads=self.layout.num_kv_heads,
             head_dim=self.layout.head_dim,
             itemsize=DTYPE_BYTES[self.layout.dtype],
+            native=library() is not None,
         )
 
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:

@@ -32,6 +32,7 @@ import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache_kernels import SharedPool
+from prefixcache_kernels.cpu.library import describe
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.membership import Join
 from prefixcache_worker.model import Model
@@ -187,6 +188,7 @@ class WorkerProcess:
             "model": self.model.name,
             "network": self.model.kind,
             "probe_gap": self.model.gap,
+            "attention": describe(),
             "layout": dataclasses.asdict(self.model.layout),
             "block_size": self.pool.block_size if self.pool else 0,
             "num_blocks": self.pool.num_blocks if self.pool else 0,

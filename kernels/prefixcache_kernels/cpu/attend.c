@@ -1,0 +1,283 @@
+/* Attention over paged keys and values on a CPU, read where they lie, in float32.
+ *
+ * The caller cuts a batch into tasks.  A task is some packed queries and one stretch of keys that
+ * they attend: a sequence's own part, or a run that a group of sequences shares.  Every task gives
+ * a partial answer per query and head; then a query's partial answers are merged by their sums.
+ * Queries times the heads that share a key head are the rows of a task.
+ *
+ *     task 0   queries 0 1 2   keys of the run          partial answers   0 1 2
+ *     task 1   query 0         its own keys                               3
+ *     task 2   query 1         its own keys                               4
+ *     merged   query 0 = (0, 3), query 1 = (1, 4), ...
+ *
+ * The softmax runs along the keys (Milakov and Gimelshein, 2018).  What is computed depends on the
+ * tasks alone, not on the number of threads.
+ */
+#include "few.h"
+#include "many.h"
+
+struct task {
+    int64_t first;       /* of its places: in `queries`, `low`, `high` and the partial answers */
+    int64_t num_queries; /* its places are consecutive */
+    int64_t blocks;      /* where the ids of its blocks begin */
+    int64_t skip;        /* slots before its first key in the first block */
+    int64_t num_keys;    /* at least 1 */
+};
+
+struct call {
+    /* The step. */
+    const struct task *tasks;
+    const int32_t *queries, *low, *high; /* of each place: packed query; its first, last + 1 key */
+    const int32_t *blocks;
+    const int32_t *merge_start, *merge; /* [T + 1] into places: the partial answers of a query */
+    int64_t num_tasks, num_queries;
+    /* The kind of layer. */
+    int64_t heads, kv_heads, dim, value_dim, block_size, pool_blocks;
+    int64_t query_type, cache_type;
+    int64_t query_strides[2];                  /* in bytes, of a query and a head; then 1 number */
+    int64_t key_strides[3], value_strides[3];  /* in bytes, of a block, a slot and a head */
+    float scale, softcap;                      /* 0: no cap */
+    const float *eights;                       /* [256]: what the codes of FLOAT8 mean */
+    float *partial; /* [places, heads, value_dim + 2]: an answer, its maximum, its sum */
+    int64_t num_threads;
+    /* The layer. */
+    const char *query, *keys, *values; /* [T, heads, dim]; [blocks, block_size, kv_heads, dim] */
+    const float *sinks, *key_scale, *value_scale; /* [heads], [kv_heads], [kv_heads]; or null */
+    char *out;  /* [T, heads, value_dim] of the type of `query`, contiguous */
+    float *lse; /* [T, heads], natural; or null */
+};
+
+static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+
+INLINE int64_t whole(int64_t dim) { return (dim + UNIT - 1) / UNIT * UNIT; }
+
+INLINE int copied(const struct call *c, int64_t dim) {
+    return c->cache_type != FLOAT32 || dim % UNIT;
+}
+
+INLINE float *partial(const struct call *c, int64_t place, int64_t head) {
+    return c->partial + (place * c->heads + head) * (c->value_dim + 2);
+}
+
+/* Where the TILE keys from `from` on lie, in bytes from the cache's first; the last is repeated. */
+INLINE void locate(const struct call *c, const struct task *t, int64_t from, int64_t *keys,
+                   int64_t *values) {
+    int64_t at = t->skip + from, block = at / c->block_size, slot = at % c->block_size;
+    for (int i = 0; i < TILE; i++) {
+        int64_t id = c->blocks[t->blocks + block];
+        keys[i] = id * c->key_strides[0] + slot * c->key_strides[1];
+        values[i] = id * c->value_strides[0] + slot * c->value_strides[1];
+        if (from + i + 1 < t->num_keys && ++slot == c->block_size) slot = 0, block++;
+    }
+}
+
+/* A query's numbers, scaled so that its products with keys are scores in powers of two. */
+INLINE void read_query(const struct call *c, int64_t place, int64_t head, float *to) {
+    int64_t kv_head = head / (c->heads / c->kv_heads);
+    const char *from =
+        c->query + c->queries[place] * c->query_strides[0] + head * c->query_strides[1];
+    float scale = c->scale * LOG2_E;
+    if (c->softcap != 0) scale *= 2 / c->softcap;
+    if (c->key_scale) scale *= c->key_scale[kv_head];
+    read_row(to, from, c->dim, c->query_type, c->eights);
+    for (int64_t d = 0; d < c->dim; d++) to[d] *= scale;
+}
+
+/* ---- few rows ---- */
+
+/* `after`, or null: a task that is likely to be next in this thread; its first tile is fetched. */
+static void attend_few(const struct call *c, const struct task *t, const struct task *after,
+                       int64_t begin, int64_t end) {
+    const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
+    const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim), num_heads = end - begin;
+    float query[num_heads * num * dim], answer[num_heads * num * value_dim];
+    float top[num_heads * num], total[num_heads * num], scores[FEW * TILE];
+    float key_copy[TILE * dim], value_copy[TILE * value_dim];
+    struct rows keys = {.copy = copied(c, c->dim) ? key_copy : 0, .width = dim};
+    struct rows values = {.copy = copied(c, c->value_dim) ? value_copy : 0, .width = value_dim};
+    int64_t key_places[2][TILE], value_places[2][TILE];
+    memset(query, 0, sizeof query);
+    memset(answer, 0, sizeof answer);
+    memset(key_copy, 0, sizeof key_copy);
+    memset(value_copy, 0, sizeof value_copy);
+    for (int64_t i = 0; i < num_heads * num; i++) {
+        int64_t row = i % num, head = (begin + i / num) * group + row % group;
+        read_query(c, t->first + row / group, head, query + i * dim);
+        top[i] = NOTHING, total[i] = 0;
+    }
+    const float cap = c->softcap * LOG2_E;
+    const int64_t key_bytes = c->dim * size_of(c->cache_type);
+    const int64_t value_bytes = c->value_dim * size_of(c->cache_type);
+    int now = 0;
+    locate(c, t, 0, key_places[0], value_places[0]);
+    for (int64_t h = begin; h < end; h++) {
+        fetch(c->keys + h * c->key_strides[2], key_places[0], TILE, key_bytes);
+        fetch(c->values + h * c->value_strides[2], value_places[0], TILE, value_bytes);
+    }
+    for (int64_t tile = 0; tile < t->num_keys; tile += TILE, now = !now) {
+        int64_t left = t->num_keys - tile, num_keys = left < TILE ? left : TILE;
+        const struct task *next = left > TILE ? t : after;
+        if (next)
+            locate(c, next, left > TILE ? tile + TILE : 0, key_places[!now], value_places[!now]);
+        for (int64_t h = begin; h < end; h++) {
+            const char *k = c->keys + h * c->key_strides[2];
+            const char *v = c->values + h * c->value_strides[2];
+            if (next) {
+                fetch(k, key_places[!now], TILE, key_bytes);
+                fetch(v, value_places[!now], TILE, value_bytes);
+            }
+            find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
+            find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
+            float *q = query + (h - begin) * num * dim;
+            float *a = answer + (h - begin) * num * value_dim;
+            few_scores(num, q, dim, &keys, num_keys, scores);
+            for (int64_t r = 0; r < num; r++) {
+                int64_t place = t->first + r / group, i = (h - begin) * num + r;
+                few_softmax(scores + r * TILE, a + r * value_dim, value_dim, top + i, total + i,
+                            c->low[place] - tile, c->high[place] - tile, cap);
+            }
+            few_values(num, scores, &values, num_keys, a, value_dim);
+        }
+    }
+    for (int64_t i = 0; i < num_heads * num; i++) {
+        int64_t row = i % num, head = (begin + i / num) * group + row % group;
+        float *to = partial(c, t->first + row / group, head);
+        memcpy(to, answer + i * value_dim, 4 * c->value_dim);
+        to[c->value_dim] = top[i], to[c->value_dim + 1] = total[i];
+    }
+}
+
+/* ---- many rows ---- */
+
+static void attend_many(const struct call *c, const struct task *t, int64_t kv_head) {
+    const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
+    const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim);
+    const int64_t num_panels = (num + PANEL - 1) / PANEL;
+    float query[num_panels * dim * PANEL] __attribute__((aligned(64)));
+    float answer[num_panels * value_dim * PANEL] __attribute__((aligned(64)));
+    float top[num_panels * PANEL], total[num_panels * PANEL], row[dim];
+    int32_t low[num_panels * PANEL], high[num_panels * PANEL];
+    float key_copy[TILE * dim], value_copy[TILE * value_dim];
+    struct panel panels[num_panels];
+    struct rows keys = {.copy = copied(c, c->dim) ? key_copy : 0, .width = dim};
+    struct rows values = {.copy = copied(c, c->value_dim) ? value_copy : 0, .width = value_dim};
+    int64_t key_places[2][TILE], value_places[2][TILE];
+    memset(query, 0, sizeof query);
+    memset(answer, 0, sizeof answer);
+    memset(key_copy, 0, sizeof key_copy);
+    memset(value_copy, 0, sizeof value_copy);
+    for (int64_t p = 0; p < num_panels; p++) {
+        int64_t first = p * PANEL, left = num - first;
+        struct panel *panel = panels + p;
+        *panel = (struct panel){.query = query + first * dim,
+                                .answer = answer + first * value_dim,
+                                .top = top + first,
+                                .total = total + first,
+                                .low = low + first,
+                                .high = high + first,
+                                .begin = t->num_keys,
+                                .all_end = t->num_keys,
+                                .num_vectors = left < PANEL ? (left + WIDTH - 1) / WIDTH : WIDE};
+        for (int64_t r = first; r < first + PANEL; r++) {
+            top[r] = NOTHING, total[r] = 0, low[r] = 0, high[r] = 0;
+            if (r >= num) continue;
+            int64_t place = t->first + r / group;
+            read_query(c, place, kv_head * group + r % group, row);
+            for (int64_t d = 0; d < c->dim; d++) panel->query[d * PANEL + r - first] = row[d];
+            low[r] = c->low[place], high[r] = c->high[place];
+            if (low[r] < panel->begin) panel->begin = low[r];
+            if (low[r] > panel->all_begin) panel->all_begin = low[r];
+            if (high[r] > panel->end) panel->end = high[r];
+            if (high[r] < panel->all_end) panel->all_end = high[r];
+        }
+    }
+    const char *k = c->keys + kv_head * c->key_strides[2];
+    const char *v = c->values + kv_head * c->value_strides[2];
+    const int64_t key_bytes = c->dim * size_of(c->cache_type);
+    const int64_t value_bytes = c->value_dim * size_of(c->cache_type);
+    int now = 0;
+    locate(c, t, 0, key_places[0], value_places[0]);
+    fetch(k, key_places[0], TILE, key_bytes);
+    fetch(v, value_places[0], TILE, value_bytes);
+    for (int64_t from = 0; from < t->num_keys; from += TILE, now = !now) {
+        int64_t left = t->num_keys - from, num_keys = left < TILE ? left : TILE;
+        if (left > TILE) locate(c, t, from + TILE, key_places[!now], value_places[!now]);
+        struct ahead ahead = {k, v, key_places[!now], value_places[!now], key_bytes, value_bytes};
+        find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
+        find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
+        for (int64_t p = 0; p < num_panels; p++)
+            if (panels[p].begin < from + num_keys && panels[p].end > from)
+                many_rows(panels + p, &keys, &values, from, num_keys, c->dim, value_dim,
+                          c->softcap * LOG2_E, p == 0 && left > TILE ? &ahead : 0);
+    }
+    for (int64_t r = 0; r < num; r++) {
+        const struct panel *panel = panels + r / PANEL;
+        float *to = partial(c, t->first + r / group, kv_head * group + r % group);
+        for (int64_t d = 0; d < c->value_dim; d++) to[d] = panel->answer[d * PANEL + r % PANEL];
+        to[c->value_dim] = top[r], to[c->value_dim + 1] = total[r];
+    }
+}
+
+/* Merge a query's partial answers, in the order of its list. */
+static void merge(const struct call *c, int64_t query) {
+    const int64_t begin = c->merge_start[query], end = c->merge_start[query + 1];
+    const int64_t group = c->heads / c->kv_heads;
+    float answer[c->value_dim];
+    for (int64_t head = 0; head < c->heads; head++) {
+        float sink = c->sinks ? c->sinks[head] * LOG2_E : NOTHING, top = sink;
+        for (int64_t i = begin; i < end; i++) {
+            float *part = partial(c, c->merge[i], head);
+            if (part[c->value_dim] > top) top = part[c->value_dim];
+        }
+        float total = c->sinks ? exp2f(sink - top) : 0;
+        memset(answer, 0, sizeof answer);
+        for (int64_t i = begin; i < end; i++) {
+            const float *part = partial(c, c->merge[i], head);
+            float weight = exp2f(part[c->value_dim] - top);
+            total += weight * part[c->value_dim + 1];
+            for (int64_t d = 0; d < c->value_dim; d++) answer[d] += weight * part[d];
+        }
+        float share = (c->value_scale ? c->value_scale[head / group] : 1) / total;
+        for (int64_t d = 0; d < c->value_dim; d++) answer[d] *= share;
+        int64_t at = query * c->heads + head;
+        write_row(c->out + at * c->value_dim * size_of(c->query_type), answer, c->value_dim,
+                  c->query_type);
+        if (c->lse) c->lse[at] = (top + log2f(total)) * LN_2;
+    }
+}
+
+/* Floats of a vector: what the library was compiled for. */
+int64_t prefixcache_width(void) { return WIDTH; }
+
+/* Attend all queries of a layer.  Gives 0; or 1, with nothing computed, if a task names a block
+ * that the pool does not have. */
+int64_t prefixcache_attend(const struct call *c) {
+    uint32_t largest_id = 0;
+    for (int64_t i = 0; i < c->num_tasks; i++) {
+        const struct task *t = c->tasks + i;
+        int64_t last = (t->skip + t->num_keys - 1) / c->block_size;
+        for (int64_t block = 0; block <= last; block++) {
+            uint32_t id = (uint32_t)c->blocks[t->blocks + block]; /* negative ones are large */
+            largest_id = id > largest_id ? id : largest_id;
+        }
+    }
+    if (c->num_tasks && largest_id >= c->pool_blocks) return 1;
+    const int64_t group = c->heads / c->kv_heads, num_units = c->num_tasks * c->kv_heads;
+    /* With enough tasks, few rows do all heads at once, for they lie side by side in memory. */
+    const int enough = c->num_tasks >= 4 * c->num_threads;
+    const struct task *end = c->tasks + c->num_tasks;
+#pragma omp parallel for schedule(dynamic) num_threads(c->num_threads) if (c->num_threads > 1)
+    for (int64_t unit = 0; unit < num_units; unit++) {
+        const struct task *t = c->tasks + unit / c->kv_heads;
+        int64_t head = unit % c->kv_heads;
+        if (t->num_queries * group > FEW)
+            attend_many(c, t, head);
+        else if (!enough)
+            attend_few(c, t, 0, head, head + 1);
+        else if (head == 0)
+            attend_few(c, t, t + c->num_threads < end ? t + c->num_threads : 0, 0, c->kv_heads);
+    }
+#pragma omp parallel for schedule(static) num_threads(c->num_threads) if (c->num_threads > 1)
+    for (int64_t query = 0; query < c->num_queries; query++) merge(c, query);
+    return 0;
+}

@@ -1,0 +1,180 @@
+"""Paged attention by the C library, with the signatures of `reference` and `grouped`.
+
+A step is cut into tasks once; a layer's call fills in its addresses.  All of it is read in place:
+no key or value is gathered, converted or repeated in memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import FP8, check_attention
+from prefixcache_kernels.cpu.library import library, multiplies_matrices
+from prefixcache_kernels.cpu.tasks import Tasks
+from prefixcache_kernels.grouped import GroupedPlan
+from prefixcache_kernels.plan import Plan, scratch
+
+MAX_DIM: Final = 512
+MAX_GROUP: Final = 192
+"""Larger heads and groups of heads go to plain PyTorch: the library keeps a task on its stack."""
+
+MANY_QUERIES: Final = 16
+"""From so many queries per sequence on, PyTorch's products use a processor's matrix units, where it
+has them; the library computes in float32."""
+
+_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
+"""`enum type` of `vectors.h`."""
+
+_EIGHTS: Final = torch.arange(256, dtype=torch.uint8).view(FP8).float()
+
+
+class _Call(ctypes.Structure):
+    """`struct call` of `attend.c`, whose comments say what is what."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("tasks", "queries", "low", "high", "blocks")),
+        *((name, c_void_p) for name in ("merge_start", "merge")),
+        *((name, c_int64) for name in ("num_tasks", "num_queries")),
+        *((name, c_int64) for name in ("heads", "kv_heads", "dim", "value_dim")),
+        *((name, c_int64) for name in ("block_size", "pool_blocks", "query_type", "cache_type")),
+        ("query_strides", c_int64 * 2),
+        ("key_strides", c_int64 * 3),
+        ("value_strides", c_int64 * 3),
+        *((name, c_float) for name in ("scale", "softcap")),
+        *((name, c_void_p) for name in ("eights", "partial")),
+        ("num_threads", c_int64),
+        *((name, c_void_p) for name in ("query", "keys", "values", "sinks")),
+        *((name, c_void_p) for name in ("key_scale", "value_scale", "out", "lse")),
+    )
+
+
+@dataclass(slots=True)
+class _Prepared:
+    """A call for layers of one kind: all but its addresses, and what must outlive it."""
+
+    call: _Call
+    tasks: Tasks
+    partial: Tensor
+
+
+def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) -> bool:
+    """Tell whether the library is there, made for such tensors, and the faster way."""
+    if (
+        query.dim() != 3
+        or not value_cache.dim() == key_cache.dim() == 4
+        or query.dtype not in _TYPES
+        or max(query.shape[2], value_cache.shape[3]) > MAX_DIM
+        or query.shape[1] > MAX_GROUP * key_cache.shape[2]
+        or not key_cache.stride(3) == value_cache.stride(3) == 1
+    ):
+        return False
+    if query.dtype == torch.bfloat16 and query.shape[0] >= MANY_QUERIES * num_seqs:
+        return library() is not None and not multiplies_matrices()
+    return library() is not None
+
+
+def attend(
+    plan: Plan | GroupedPlan,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """Attend as `reference.paged_attention`, reading once what the plan says is shared.
+
+    Arguments, errors and effect are those of `reference.paged_attention`; the tensors are ones that
+    the library `takes`.
+
+    Bytes read: of each run and each own part the keys and values, once; per answer of a query and a
+    head in a task `4 * (value_dim + 2)` are written and read.
+    """
+    loaded = library()
+    assert loaded is not None  # `takes` said so
+    check_attention(
+        query,
+        key_cache,
+        value_cache,
+        window,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        lse=lse,
+    )
+    plan.check(query, key_cache)
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    threads = torch.get_num_threads() if loaded.threaded else 1
+    kind = (threading.get_ident(), threads, window, scale, softcap, query.dtype, key_cache.dtype)
+    shapes = (query.shape, query.stride(), key_cache.shape, key_cache.stride())
+    key = (*kind, *shapes, value_cache.shape, value_cache.stride())
+    prepared = plan.calls.get(key)
+    if prepared is None:
+        prepared = _prepare(plan, query, key_cache, value_cache, window)
+        prepared.call.scale, prepared.call.softcap = scale, softcap or 0
+        prepared.call.num_threads = threads
+        plan.calls[key] = prepared
+    out = torch.empty((*query.shape[:2], value_cache.shape[3]), dtype=query.dtype)
+    call = prepared.call
+    call.query, call.keys, call.values = (t.data_ptr() for t in (query, key_cache, value_cache))
+    call.out = out.data_ptr()
+    call.sinks, call.key_scale, call.value_scale, call.lse = (
+        None if t is None else t.data_ptr() for t in (sinks, key_scale, value_scale, lse)
+    )
+    if loaded.handle.prefixcache_attend(ctypes.byref(call)):
+        ids = prepared.tasks.ids(call.block_size)
+        raise InvalidRequest(
+            f"block tables name blocks {ids.min()} to {ids.max()}; the pool has {call.pool_blocks}"
+        )
+    return out
+
+
+def _prepare(
+    plan: Plan | GroupedPlan, query: Tensor, keys: Tensor, values: Tensor, window: int | None
+) -> _Prepared:
+    """Cut the batch, and describe layers like this one."""
+    heads, dim = query.shape[1:]
+    num_blocks, block_size, kv_heads, value_dim = values.shape
+    tasks = plan.tasks(window, heads // kv_heads)
+    places = len(tasks.queries)
+    partial = scratch(places * heads * (value_dim + 2), torch.float32)
+    call = _Call(
+        num_tasks=len(tasks.tasks),
+        num_queries=query.shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        pool_blocks=num_blocks,
+        query_type=_TYPES[query.dtype],
+        cache_type=_TYPES[keys.dtype],
+        query_strides=_in_bytes(query),
+        key_strides=_in_bytes(keys),
+        value_strides=_in_bytes(values),
+        eights=_EIGHTS.data_ptr(),
+        partial=partial.data_ptr(),
+    )
+    for name in ("tasks", "queries", "low", "high", "blocks", "merge_start", "merge"):
+        setattr(call, name, getattr(tasks, name).ctypes.data)
+    return _Prepared(call, tasks, partial)
+
+
+def _in_bytes(tensor: Tensor) -> tuple[int, ...]:
+    """All strides but the last."""
+    return tuple(stride * tensor.element_size() for stride in tensor.stride()[:-1])

@@ -1,0 +1,197 @@
+"""The C library: compiled for this machine's processor at first use, then kept.
+
+Triton does the same with its launcher: a C compiler is on every machine that serves, and code for
+exactly this processor has vectors of the right width.  Compiling takes two seconds.
+
+```
+~/.cache/prefixcache/native/<hash of sources, compiler, flags and processor>.so
+```
+
+A folder that others may write is not used.  Without a compiler, and with `PREFIXCACHE_NATIVE=0`,
+there is no library; `python -m prefixcache_kernels.cpu` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess  # the compiler is the user's own, with fixed arguments
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch  # loads the OpenMP runtime that the library shares with it
+
+from prefixcache.errors import Unsupported
+
+_SOURCES: Final = Path(__file__).parent
+_FLAGS: Final = (
+    *("-std=gnu11", "-O3", "-fPIC"),
+    *("-fno-math-errno", "-fno-strict-aliasing", "-Wno-psabi"),
+)
+_TIMEOUT_S: Final = 120
+
+
+@dataclass(frozen=True)
+class Library:
+    """What was loaded.  `attend` takes the address of a `struct call` of `attend.c`."""
+
+    path: Path
+    width: int
+    """Floats of a vector."""
+    threaded: bool
+    """Whether it shares PyTorch's threads; else it runs in the calling one."""
+    handle: ctypes.CDLL
+
+    @property
+    def vectors(self) -> str:
+        """The vectors' name."""
+        names = {16: "AVX-512", 8: "AVX", 4: "128-bit vectors"}
+        return names.get(self.width, f"vectors of {self.width}")
+
+
+@cache
+def library() -> Library | None:
+    """Give the library, compiled and loaded at the first call of a process; None: there is none."""
+    try:
+        return load()
+    except Unsupported:
+        return None
+
+
+def describe() -> str:
+    """Say how attention is done on this CPU, in a line.  Loads the library as `load` does."""
+    try:
+        made = load()
+    except Unsupported as fault:
+        return f"plain PyTorch: {fault}"
+    threads = "PyTorch's threads" if made.threaded else "one thread: PyTorch has no OpenMP"
+    return f"C, {made.vectors}, {threads}"
+
+
+def load() -> Library:
+    """Compile the library unless that was done before, and load it.
+
+    Effect: a file in the cache folder.  Cost: two seconds the first time, then a millisecond.
+
+    Raises:
+        Unsupported: There is no compiler, it failed, or it was told not to; with its own words.
+    """
+    if os.environ.get("PREFIXCACHE_NATIVE", "1") == "0":
+        raise Unsupported("PREFIXCACHE_NATIVE=0 turns it off")
+    compiler = next(filter(None, map(shutil.which, _compilers())), None)
+    if compiler is None:
+        raise Unsupported(f"no C compiler: none of {', '.join(_compilers())} is in PATH")
+    runtime = _openmp()
+    target = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+    flags = (*_FLAGS, target, *(("-fopenmp",) if runtime else ("-Wno-unknown-pragmas",)))
+    path = _folder() / f"{_fingerprint(compiler, flags, runtime)}.so"
+    if not path.exists():
+        with _lock(path.parent):
+            if not path.exists():  # others wait for the one that compiles
+                _compile(compiler, flags, runtime, path)
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as fault:
+        raise Unsupported(f"{path} does not load: {fault}") from None
+    handle.prefixcache_attend.argtypes = [ctypes.c_void_p]
+    handle.prefixcache_attend.restype = ctypes.c_int64
+    handle.prefixcache_width.restype = ctypes.c_int64
+    return Library(path, handle.prefixcache_width(), runtime is not None, handle)
+
+
+@cache
+def multiplies_matrices() -> bool:
+    """Tell whether the processor multiplies bfloat16 matrices in hardware (AMX)."""
+    return any(" amx_bf16" in line for line in _processor())
+
+
+def _compilers() -> list[str]:
+    return [*filter(None, [os.environ.get("CC")]), "cc", "gcc", "clang"]
+
+
+def _openmp() -> Path | None:
+    """Find the OpenMP runtime that PyTorch has loaded.
+
+    A second one would have threads of its own, which compete with the first one's for the cores.
+    """
+    torch.get_num_threads()
+    with Path("/proc/self/maps").open() as maps:
+        paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
+    names = ("libgomp", "libomp", "libiomp5")
+    found = [Path(path) for path in sorted(paths) if Path(path).name.startswith(names)]
+    return found[0] if found else None
+
+
+def _folder() -> Path:
+    """Give the folder of compiled libraries, made if need be.
+
+    Raises:
+        Unsupported: It cannot be made, or others may write there.
+    """
+    if own := os.environ.get("PREFIXCACHE_CACHE"):
+        base = Path(own)
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefixcache"
+    folder = base / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = folder.stat()
+    except OSError as fault:
+        raise Unsupported(f"no place for the compiled library: {fault}") from None
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise Unsupported(f"{folder} belongs to another user, or others may write there")
+    return folder
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...], runtime: Path | None) -> str:
+    """Name what the library depends on: a home may be shared by machines that differ."""
+    digest = hashlib.sha256()
+    for source in sorted((*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h"))):
+        digest.update(source.read_bytes())
+    facts = Path(compiler).resolve().stat()
+    known = (compiler, facts.st_size, facts.st_mtime_ns, flags, str(runtime), *_processor())
+    digest.update(repr(known).encode())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> list[str]:
+    """What the processor's cores say of themselves; all the same, on most machines."""
+    with Path("/proc/cpuinfo").open() as lines:
+        said = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    return sorted(said)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, flags: tuple[str, ...], runtime: Path | None, path: Path) -> None:
+    """Compile to a file of its own and move it to its place, so that no half of it is ever seen."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made, part = Path(folder) / "attend.so", Path(folder) / "attend.o"
+        compiling = [*flags, "-c", str(_SOURCES / "attend.c"), "-o", str(part)]
+        # The runtime by its path, not by -fopenmp, which would bring the compiler's own.
+        linking = ["-shared", str(part), *([str(runtime)] if runtime else []), "-lm", "-o"]
+        for arguments in (compiling, [*linking, str(made)]):
+            try:
+                done = subprocess.run(  # noqa: S603 - the compiler, with our own arguments
+                    [compiler, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S
+                )
+            except (OSError, subprocess.TimeoutExpired) as fault:
+                raise Unsupported(f"{compiler} failed: {fault}") from None
+            if done.returncode:
+                said = done.stderr.strip()[-2000:] or "nothing said"
+                raise Unsupported(f"{compiler} failed with exit code {done.returncode}: {said}")
+        made.replace(path)

@@ -1,0 +1,361 @@
+"""The C library: every type, width of vectors and number of threads; and where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prefixcache.errors import Unsupported
+from prefixcache_kernels import GroupedPlan, GroupPlan, paged_attention, shared_prefix_attention
+from prefixcache_kernels.checks import FP8
+from prefixcache_kernels.cpu import attend, library
+from prefixcache_kernels.oracle import oracle_attention
+
+Make = Callable[..., Any]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+needs_library = pytest.mark.skipif(library.library() is None, reason=library.describe())
+
+
+def gap(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The norm of the difference, relative."""
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-9))
+
+
+def groups_of(b: Any) -> GroupPlan:
+    """What the sequences of a batch share."""
+    size = b.key_cache.shape[1]
+    lens = b.query_start.diff()
+    limits = ((b.context_lens - lens) // size).tolist()
+    return GroupPlan.build(b.block_tables, limits)
+
+
+SHARED = {"lens": [(1, 90), (1, 100), (5, 77), (1, 20)], "shared": ((1, 0, 4), (2, 0, 3))}
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (64, 128), (40, 24), (256, 512), (20, 7)])
+def test_keys_and_values_of_any_size(
+    batch: Make, dtype: torch.dtype, dim: int, value_dim: int
+) -> None:
+    """Also such that do not fill a vector, with log-sum-exps."""
+    b = batch(**SHARED, dim=dim, value_dim=value_dim, dtype=dtype)
+    lse, want_lse = torch.full((2, *b.query.shape[:2]), float("nan"))
+    options: dict[str, Any] = {"scale": dim**-0.5, "sinks": torch.linspace(-1, 2, 4)}
+    got = shared_prefix_attention(*b.args, groups_of(b), **options, lse=lse)
+    want = oracle_attention(*b.args, **options, lse=want_lse)
+    assert got.shape == (8, 4, value_dim)
+    assert gap(got, want) <= TOLERANCE[dtype]
+    assert gap(lse, want_lse.double()) <= 1e-5
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_eight_bit_caches_with_a_scale_per_head(batch: Make, dtype: torch.dtype) -> None:
+    """Every code of e4m3 is read as PyTorch reads it; the scales are per key head."""
+    b = batch(**SHARED, dtype=dtype, poison=0.0)
+    b.key_cache, b.value_cache = b.key_cache.to(FP8), b.value_cache.to(FP8)
+    scales = {"key_scale": torch.tensor([0.5, 2.0]), "value_scale": torch.tensor([3.0, 0.25])}
+    got = shared_prefix_attention(*b.args, groups_of(b), scale=0.25, **scales)
+    assert gap(got, oracle_attention(*b.args, scale=0.25, **scales)) <= TOLERANCE[dtype]
+
+
+@needs_library
+def test_every_eight_bit_code(batch: Make) -> None:
+    """One key: its values are the answer."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).reshape(1, 1, 1, 256)
+    query = torch.zeros(1, 1, 256)
+    one = torch.ones(1)
+    step = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]), torch.tensor([1])
+    caches = torch.zeros(1, 1, 1, 256).to(FP8), codes
+    got = paged_attention(query, *caches, *step, scale=1.0, key_scale=one, value_scale=one)
+    torch.testing.assert_close(got.view(-1), codes.float().view(-1), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_read_and_rounded_as_pytorch_does(dtype: torch.dtype) -> None:
+    """All 65,536 codes come through one key unchanged; two keys' mean is rounded to the nearest."""
+    codes = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).reshape(-1, 1, 1, 16)
+    num = codes.shape[0]
+    step = torch.arange(num, dtype=torch.int32)[:, None], torch.arange(num + 1), torch.ones(num)
+    query = torch.zeros(num, 1, 16, dtype=dtype)
+    got = paged_attention(
+        query, torch.zeros_like(codes), codes, step[0], step[1], step[2].int(), scale=1.0
+    )
+    same = (got == codes.view(num, 1, 16)) | (got.isnan() & codes.view(num, 1, 16).isnan())
+    assert same.all()
+    pairs = torch.stack([codes, codes.roll(1, 0)], 1).view(num, 2, 1, 16)
+    two = torch.full((num,), 2, dtype=torch.int32)
+    got = paged_attention(query, torch.zeros_like(pairs), pairs, step[0], step[1], two, scale=1.0)
+    want = ((pairs[:, 0].float() + pairs[:, 1].float()) / 2).to(dtype)
+    finite = want.isfinite() & pairs.isfinite().all(1)
+    assert torch.equal(got[finite], want[finite])
+
+
+@needs_library
+def test_long_and_wide_batches_are_cut_into_many_tasks(batch: Make) -> None:
+    """More keys and more rows than one task has: 3,000 keys, 300 queries, 80 sequences in a run."""
+    b = batch([(1, 3000), (300, 900), (1, 2500)], heads=6, kv_heads=2)
+    assert gap(paged_attention(*b.args, scale=0.25), oracle_attention(*b.args, scale=0.25)) <= 1e-5
+    lens = [(1, 2200), *[(1, 2150 + i) for i in range(79)]]
+    wide = batch(lens, heads=9, kv_heads=3, shared=tuple((s, 0, 130) for s in range(1, 80)))
+    groups = groups_of(wide)
+    assert groups.num_runs >= 1
+    got = shared_prefix_attention(*wide.args, groups, scale=0.25)
+    assert gap(got, oracle_attention(*wide.args, scale=0.25)) <= 1e-5
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit(batch: Make) -> None:
+    """Tasks and the order of merging are of the batch alone."""
+    b = batch(**SHARED)
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers.append(shared_prefix_attention(*b.args, groups_of(b), scale=0.25))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+@needs_library
+def test_queries_and_caches_may_be_views(batch: Make) -> None:
+    """Of a fused projection, and of a pool with heads before slots."""
+    b = batch(**SHARED)
+    want = paged_attention(*b.args, scale=0.25)
+    fused = torch.cat([b.query, b.query, b.query], 1)[:, 4:8]
+    caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in (b.key_cache, b.value_cache)]
+    got = paged_attention(fused, *caches, *b.args[3:], scale=0.25)
+    assert not caches[0].is_contiguous()
+    assert torch.equal(got, want)
+    last = b.query.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(paged_attention(last, *b.args[1:], scale=0.25), want)
+
+
+@needs_library
+def test_a_number_that_is_none_is_not_hidden(batch: Make) -> None:
+    """A NaN that must be read shows, in a key as in a value."""
+    for which in ("key_cache", "value_cache"):
+        b = batch(**SHARED)
+        getattr(b, which)[b.block_tables[0, 0], 3] = float("nan")
+        got = shared_prefix_attention(*b.args, groups_of(b), scale=0.25)
+        rows = [0, 1, *range(2, 7)]  # those that share this block
+        assert got[rows].isnan().any(-1).all()
+        assert not got[7].isnan().any()
+
+
+@needs_library
+def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
+    """Scores of hundreds, rising and falling along the keys."""
+    generator = torch.Generator().manual_seed(1)
+    num = 300
+    ramp = torch.linspace(-400, 400, num)
+    for order in (ramp, ramp.flip(0), ramp[torch.randperm(num, generator=generator)]):
+        keys = torch.zeros(num, 1, 1, 16)
+        keys[:, 0, 0, 0] = order
+        values = torch.randn(num, 1, 1, 16, generator=generator)
+        query = torch.zeros(40, 1, 16)
+        query[:, 0, 0] = torch.linspace(-1, 1, 40)
+        table = torch.arange(num, dtype=torch.int32).repeat(40, 1)
+        step = table, torch.arange(41), torch.full((40,), num)
+        plan = GroupPlan.build(table, [num - 1] * 40)
+        want = oracle_attention(query, keys, values, *step, scale=1.0)
+        for groups in (plan, GroupPlan.alone(40)):
+            got = shared_prefix_attention(query, keys, values, *step, groups, scale=1.0)
+            assert gap(got, want) <= 1e-5
+
+
+@needs_library
+def test_what_the_library_does_not_take_is_answered_by_pytorch(batch: Make) -> None:
+    """Double precision, dimensions that are no memory order, and prefills for matrix units."""
+    b = batch([(1, 20)])
+    assert attend.takes(b.query, b.key_cache, b.value_cache, 1)
+    assert not attend.takes(b.query.double(), b.key_cache, b.value_cache, 1)
+    turned = b.key_cache.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not attend.takes(b.query, turned, b.value_cache, 1)
+    want = oracle_attention(*b.args, scale=0.25)
+    got = paged_attention(b.query, turned, *b.args[2:], scale=0.25)
+    assert gap(got, want) <= 1e-5
+
+
+@needs_library
+@pytest.mark.parametrize("units", [True, False])
+def test_long_prefills_in_bfloat16_go_to_matrix_units(
+    batch: Make, monkeypatch: pytest.MonkeyPatch, *, units: bool
+) -> None:
+    """Where there are any; few queries are the library's in any case."""
+    monkeypatch.setattr(attend, "multiplies_matrices", lambda: units)
+    many = batch([(40, 60), (1, 20)], dtype=torch.bfloat16)
+    few = batch([(4, 60), (1, 20)], dtype=torch.bfloat16)
+    assert attend.takes(*many.args[:3], 2) is not units
+    assert attend.takes(*few.args[:3], 2)
+    assert attend.takes(many.query.float(), *(c.float() for c in many.args[1:3]), 2)
+
+
+# ---- compiling and loading ----
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from prefixcache_kernels.cpu import library
+print(library.describe())
+"""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache folder that is empty, and a process that has loaded nothing."""
+    monkeypatch.setenv("PREFIXCACHE_CACHE", str(tmp_path))
+    monkeypatch.delenv("PREFIXCACHE_NATIVE", raising=False)
+    library.library.cache_clear()
+    yield tmp_path
+    library.library.cache_clear()
+
+
+def compiler(folder: Path, architecture: str) -> Path:
+    """A compiler for another processor than this one."""
+    real = next(filter(None, (library.shutil.which(name) for name in ("cc", "gcc", "clang"))))
+    script = folder / f"cc-{architecture}"
+    lines = (
+        "#!/bin/sh",
+        "for a; do",
+        f'  shift; [ "$a" = -march=native ] && a=-march={architecture}; set -- "$@" "$a"',
+        "done",
+        f'exec {real} "$@"',
+    )
+    script.write_text("\n".join(lines))
+    script.chmod(0o755)
+    return script
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("architecture", "width", "flag"),
+    [("x86-64", 4, ""), ("x86-64-v3", 8, "avx2"), ("x86-64-v4", 16, "avx512vl")],
+)
+def test_every_width_of_vectors_gives_the_same(
+    batch: Make,
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    width: int,
+    flag: str,
+) -> None:
+    """Compiled for processors without AVX, with AVX2 and with AVX-512, if this one can run it."""
+    if f" {flag}" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {flag}")
+    monkeypatch.setenv("CC", str(compiler(fresh, architecture)))
+    loaded = library.load()
+    assert loaded.width == width
+    monkeypatch.setattr(attend, "library", lambda: loaded)
+    for dtype in TYPES:
+        for dim in (16, 40, 64):
+            b = batch([*SHARED["lens"], (60, 70)], shared=SHARED["shared"], dtype=dtype, dim=dim)
+            for options in ({}, {"softcap": 3.0, "sinks": torch.zeros(4)}, {"window": 30}):
+                got = shared_prefix_attention(*b.args, groups_of(b), scale=dim**-0.5, **options)
+                want = oracle_attention(*b.args, scale=dim**-0.5, **options)
+                assert gap(got, want) <= TOLERANCE[dtype]
+    test_halves_are_read_and_rounded_as_pytorch_does(torch.float16)
+    test_halves_are_read_and_rounded_as_pytorch_does(torch.bfloat16)
+
+
+@needs_library
+def test_it_is_compiled_once_by_processes_that_start_together(fresh: Path) -> None:
+    """Four processes, one compilation: the others wait for it."""
+    real = compiler(fresh, "native")
+    counted = fresh / "cc"
+    counted.write_text(f'#!/bin/sh\necho x >> {fresh}/calls\nexec {real} "$@"\n')
+    counted.chmod(0o755)
+    environment = os.environ | {"CC": str(counted)}
+    command = [sys.executable, "-c", SCRIPT, str(Path(attend.__file__).parents[2])]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in started:
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert said.startswith("C, ")
+    assert (fresh / "calls").read_text().count("x") == 2  # compiled, linked
+    assert len(list((fresh / "native").glob("*.so"))) == 1
+
+
+def test_without_a_compiler_pytorch_answers_and_says_why(
+    batch: Make, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No compiler, one that fails, and one that was not to be used."""
+    b = batch(**SHARED)
+    want = oracle_attention(*b.args, scale=0.25)
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CC", raising=False)
+    assert library.describe() == "plain PyTorch: no C compiler: none of cc, gcc, clang is in PATH"
+    assert gap(paged_attention(*b.args, scale=0.25), want) <= 1e-5
+    (fresh / "cc").write_text("#!/bin/sh\necho no such target >&2\nexit 3\n")
+    (fresh / "cc").chmod(0o755)
+    with pytest.raises(Unsupported, match="cc failed with exit code 3: no such target"):
+        library.load()
+    assert list((fresh / "native").glob("*.so")) == []
+    monkeypatch.setenv("PREFIXCACHE_NATIVE", "0")
+    assert library.describe() == "plain PyTorch: PREFIXCACHE_NATIVE=0 turns it off"
+
+
+def test_a_folder_that_others_may_write_is_not_used(fresh: Path) -> None:
+    """Whoever can write a library there could run code as this user."""
+    (fresh / "native").mkdir(mode=0o777)
+    (fresh / "native").chmod(0o777)
+    with pytest.raises(Unsupported, match="others may write there"):
+        library.load()
+
+
+@needs_library
+def test_a_library_that_does_not_load_is_not_used(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file, or one of another machine."""
+    name = library.load().path.name
+    monkeypatch.setenv("PREFIXCACHE_CACHE", str(fresh / "other"))
+    (fresh / "other" / "native").mkdir(parents=True, mode=0o700)
+    (fresh / "other" / "native" / name).write_bytes(b"no library")
+    with pytest.raises(Unsupported, match="does not load"):
+        library.load()
+
+
+@needs_library
+def test_the_command_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a line, or as JSON."""
+    from prefixcache_kernels.cpu.__main__ import main
+
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("C, ")
+    assert main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["width"] in (4, 8, 16)
+
+
+@needs_library
+def test_a_block_outside_the_pool_is_refused_before_anything_is_read(batch: Make) -> None:
+    """Too large, negative, or only in 64 bits; entries that nobody reads may be anything."""
+    from prefixcache.errors import InvalidRequest
+
+    b = batch(**SHARED)
+    for wrong in (b.key_cache.shape[0], -1, 2**32):
+        tables = b.block_tables.long()
+        tables[1, 2] = wrong
+        plan = GroupedPlan.build(tables, *b.args[4:], 16, GroupPlan.alone(4))
+        with pytest.raises(InvalidRequest, match=f"the pool has {b.key_cache.shape[0]}"):
+            shared_prefix_attention(
+                *b.args[:3], tables, *b.args[4:], plan.groups, scale=1.0, plan=plan
+            )
