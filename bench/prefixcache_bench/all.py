@@ -71,6 +71,12 @@ BENCHMARKS = (
         "each run of shared blocks read once for all who share it.",
     ),
     Benchmark(
+        "prefixcache_bench.grouped",
+        "Shared prefixes, with two threads",
+        "The same on two cores.",
+        options=("--threads", "2"),
+    ),
+    Benchmark(
         "prefixcache_bench.serving",
         "Serving",
         "The worker on SmolLM2-135M-Instruct, beside transformers' `generate`.",

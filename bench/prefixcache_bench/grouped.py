@@ -2,8 +2,8 @@
 
     python -m prefixcache_bench.grouped [--quick] [--dtype float32] [--json]
 
-All sides attend to the same pool, of SmolLM2-135M's shape (9 heads, 3 key heads of 64), and take
-turns in one process, layer after layer; more layers than a processor's cache can hold.
+All sides attend to the same pool, of SmolLM2-135M's shape (30 layers, 9 heads, 3 key heads of 64),
+and take turns in one process, layer after layer; plans are made once per step, for all layers.
 
 ```
 flash          once: Plan.build;         per layer: gather, PyTorch's flash attention
@@ -63,7 +63,7 @@ from prefixcache_worker.device_batch import DeviceBatch
 HEADS: Final = 9
 KV_HEADS: Final = 3
 HEAD_DIM: Final = 64
-LAYERS: Final = 8
+LAYERS: Final = 30
 BLOCK_SIZE: Final = 16
 SCALE: Final = HEAD_DIM**-0.5
 TOLERANCE: Final = {"float32": 1e-5, "bfloat16": 1e-2}
