@@ -112,8 +112,7 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`.
 
-    On a GPU for decoding only: one query per sequence; see `shared.shared_prefix_attention`.  On a
-    CPU without a C compiler eight-bit caches and `lse` are attended without sharing.
+    On a CPU without a C compiler eight-bit caches and `lse` are attended without sharing.
     """
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}

@@ -118,13 +118,14 @@ def attend_kernel(
     the last SPLITS of the SLOTS of a line: `out [T, HEADS, SLOTS, VALUE_DIM]` and
     `lse [T, HEADS, SLOTS]` in float32, in units of log2 (of the natural logarithm if it is final).
 
-    OWN: part of attention over shared prefixes.  Tile t is then the only query of the sequence at
-    position t of `order_ptr`, and keys before block `own_ptr[t]` are left to others.
+    OWN: part of attention over shared prefixes, whose keys before block `own_ptr[.]` are left to
+    others.  1, for decoding: tile t is the only query of the sequence at position t of `order_ptr`,
+    and `own_ptr` is by position; 2: tiles are as ever, and `own_ptr` is by sequence.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
-    if OWN:
+    if OWN == 1:
         seq = tl.load(order_ptr + tile)
         begin, num_queries, first = seq, 1, 0
         shared = tl.load(own_ptr + tile) * BLOCK_SIZE
@@ -141,7 +142,7 @@ def attend_kernel(
         begin = tl.load(start_ptr + seq)
         num_queries = tl.load(start_ptr + seq + 1) - begin
         first = (tile - begin // BLOCK_Q - seq) * BLOCK_Q  # query of this tile, in its sequence
-        shared = 0
+        shared = tl.load(own_ptr + seq) * BLOCK_SIZE if OWN == 2 else 0
     if first < num_queries:
         context = tl.load(context_ptr + seq)
         row = tl.arange(0, ROWS)
@@ -357,7 +358,7 @@ def paged_attention(
         BLOCK_Q=shape.block_q,
         SPLITS=shape.splits,
         SLOTS=shape.splits,
-        OWN=False,
+        OWN=0,
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         SINKS=sinks is not None,

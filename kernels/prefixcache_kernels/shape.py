@@ -108,7 +108,7 @@ class Shape:
         value_dim: int,
         element_bytes: int,
         *,
-        num_seqs: int,
+        num_queries: int,
         num_runs: int,
         max_context: int,
         bits: bool = False,
@@ -124,7 +124,7 @@ class Shape:
             element_bytes: As `choose`.
             amd: As `choose`.
             bits: Whether an eight-bit cache is widened bit by bit, which takes registers.
-            num_seqs: Of the batch: a group has at most as many.
+            num_queries: Of the batch: a group has at most as many.
             num_runs: Shared runs.
             max_context: Keys of the longest run there could be.
         """
@@ -132,9 +132,9 @@ class Shape:
         dims = max(16, next_power_of_2(max(head_dim, value_dim)))
         exact = element_bytes == 4
         most = 16 if exact else 32 if dims > 128 else 64 if amd else 128
-        rows = max(16, min(most, next_power_of_2(num_seqs * groups)), next_power_of_2(groups))
+        rows = max(16, min(most, next_power_of_2(num_queries * groups)), next_power_of_2(groups))
         tile = 16 if exact or bits or dims > 128 else 32 if amd or dims > 64 else 64
-        tiles = num_seqs // (rows // groups) + num_runs
+        tiles = num_queries // (rows // groups) + num_runs
         return cls(
             groups,
             rows,

@@ -1,4 +1,4 @@
-"""Triton: decode a batch whose sequences share prefixes, reading each shared prefix once.
+"""Triton: attend to prefixes that sequences of a batch share, reading each of them once.
 
 Why.  With 256 sequences behind one system prompt of 32k tokens, `paged_attention` reads the same
 128 MiB of a layer 256 times.  The plan (`groups`) names the blocks that neighbours share, as runs
@@ -20,6 +20,9 @@ a line of partial answers      │ level 0 ........ │ level 1 ........ │ own
 2. `attend_kernel` reads what is left to each sequence alone.
 3. `merge_kernel` weighs the parts of each line by their log-sum-exp.
 
+Sequences that prefill share as those that decode do: a run then has all queries of its sequences as
+rows, in the plan's order (`_Queries`).  They lie behind all shared keys, so no run needs a mask.
+
 The idea is that of Hydragen (Juravsky et al. 2024) and cascade attention (Ye et al. 2024), here on
 a forest of any depth that the cache's own tree gives.
 
@@ -35,7 +38,7 @@ Nothing here waits for the device, and the grid depends on the plan's shapes alo
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import triton
@@ -76,6 +79,7 @@ def shared_kernel(
     value_ptr,
     table_ptr,
     context_ptr,
+    first_ptr,
     order_ptr,
     run_row_ptr,
     run_first_ptr,
@@ -113,6 +117,7 @@ def shared_kernel(
     SPLITS: tl.constexpr,
     SLOTS: tl.constexpr,
     RUNS: tl.constexpr,
+    DECODE: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
     FP8: tl.constexpr,
@@ -123,26 +128,37 @@ def shared_kernel(
 
     Grid: (tiles, kv_heads, SPLITS).  RUNS is the power of two from `num_runs` on.  A run without
     blocks or positions is none: plans may be padded to a fixed number of runs.
+
+    DECODE: each sequence has one query, at the end of its context; `order_ptr` and `context_ptr`
+    are the plan's order and the batch's lengths.  If not, `first_ptr` says where a position's
+    queries begin in the plan's order, and in that order `order_ptr` names each query's token,
+    `context_ptr` its position plus 1.
     """
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
     # Which run: tiles are dealt out run after run; count the runs that end before this tile.
     run = tl.arange(0, RUNS)
     real = run < num_runs
-    sizes = tl.load(run_end_ptr + run, real, 0) - tl.load(run_start_ptr + run, real, 0)
+    starts, ends = tl.load(run_start_ptr + run, real, 0), tl.load(run_end_ptr + run, real, 0)
+    if not DECODE:
+        starts, ends = tl.load(first_ptr + starts), tl.load(first_ptr + ends)
+    sizes = ends - starts
     needs = (sizes + BLOCK_Q - 1) // BLOCK_Q
     before = tl.cumsum(needs, 0) <= tile
     first = (tile - tl.sum(tl.where(before, needs, 0))) * BLOCK_Q
     mine = tl.sum(tl.where(before, 1, 0))
     if mine < num_runs:
         start, end = tl.load(run_start_ptr + mine), tl.load(run_end_ptr + mine)
+        if not DECODE:
+            start, end = tl.load(first_ptr + start), tl.load(first_ptr + end)
         row = tl.arange(0, ROWS)
         dim, value_dim = tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
-        position = start + first + row // GROUPS
+        query = start + first + row // GROUPS  # in the plan's order
         head = kv_head * GROUPS + row % GROUPS
-        live = (row < BLOCK_Q * GROUPS) & (position < end)
-        token = tl.load(order_ptr + position, live, 0)
-        spot = tl.load(context_ptr + token, live, 0) - 1  # a padding row sees nothing
+        live = (row < BLOCK_Q * GROUPS) & (query < end)
+        token = tl.load(order_ptr + query, live, 0)
+        # Its position; a padding row sees nothing.
+        spot = tl.load(context_ptr + (token if DECODE else query), live, 0) - 1
         token = token.to(tl.int64)
         where = token[:, None] * stride_query_token + head[:, None] * stride_query_head
         q = tl.load(
@@ -211,6 +227,34 @@ def shared_kernel(
         tl.store(lse_ptr + line, peak + tl.log2(floor), live)
 
 
+class _Queries(NamedTuple):
+    """The packed queries of a batch in the plan's order, on its device."""
+
+    first: Tensor
+    """`[S + 1]` int32: where the queries of each position begin."""
+    tokens: Tensor
+    """`[T]` int32: which packed query."""
+    behind: Tensor
+    """`[T]` int32: keys up to its own, that one included."""
+    own_from: Tensor
+    """`[S]` int32: as `GroupPlan.own_from`, but by sequence."""
+
+    @classmethod
+    def of(cls, groups: GroupPlan, query_start: Tensor, context_lens: Tensor, num: int) -> _Queries:
+        """Put them in order: a dozen small launches, and no waiting for any of them."""
+        order = groups.order.long()
+        starts = query_start[:-1][order]
+        lens = query_start[1:][order] - starts
+        ends = lens.cumsum(0)
+        position = torch.repeat_interleave(lens, output_size=num)
+        tokens = (starts - ends + lens)[position] + torch.arange(num, device=order.device)
+        behind = tokens + 1 + (context_lens - query_start[1:])[order][position]
+        own_from = torch.empty_like(groups.own_from)
+        own_from[order] = groups.own_from
+        first = torch.nn.functional.pad(ends, (1, 0))
+        return cls(first.int(), tokens.int(), behind.int(), own_from)
+
+
 def shared_prefix_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -229,18 +273,20 @@ def shared_prefix_attention(
     lse: Tensor | None = None,
     levels: int | None = None,
 ) -> Tensor:
-    """Decode: one query per sequence, each shared run of keys read once.  Changes nothing.
+    """Attend as `paged_attention` does, reading each shared run of keys once.  Changes nothing.
 
     Three launches and one fill, or those of `paged_attention` if the plan shares nothing (which a
-    plan does wherever its cost model says that sharing does not pay).
+    plan does wherever its cost model says that sharing does not pay).  A batch of as many queries
+    as sequences decodes: one each.  For any other the queries are first put in the plan's order,
+    which takes a dozen small launches more.
 
-    Arguments are those of `reference.paged_attention`, for `query [S, heads, head_dim]`, and
-    `groups`: `GroupPlan.build` of these tables, on the same device.  `levels` is how many runs a
-    path may have; None: as many as this plan's have.  Whoever captures the call in a graph, to be
-    replayed with other plans, pads the plan (`GroupPlan.padded`) and says `groups.MAX_LEVELS`.
+    Arguments are those of `reference.paged_attention`, and `groups`: `GroupPlan.build` of these
+    tables, on the same device.  `levels` is how many runs a path may have; None: as many as this
+    plan's have.  Whoever captures the call in a graph, to be replayed with other plans, pads the
+    plan (`GroupPlan.padded`) and says `groups.MAX_LEVELS`.
 
     Returns:
-        `[S, heads, value_dim]`, within rounding what `paged_attention` gives.
+        `[T, heads, value_dim]`, within rounding what `paged_attention` gives.
 
     Raises:
         InvalidRequest: The shapes do not fit together, or the plan is of another batch.
@@ -275,12 +321,10 @@ def shared_prefix_attention(
     )
     check_strides(key_cache, value_cache)
     check_tables(block_tables, query_start, context_lens)
-    num_seqs, heads, head_dim = query.shape
-    if not num_seqs == block_tables.shape[0] == groups.num_seqs:
-        raise InvalidRequest(
-            f"{num_seqs} queries of {block_tables.shape[0]} sequences with a plan of "
-            f"{groups.num_seqs}: shared prefixes are for decoding, one query each"
-        )
+    num_queries, heads, head_dim = query.shape
+    num_seqs = block_tables.shape[0]
+    if groups.num_seqs != num_seqs:
+        raise InvalidRequest(f"groups of {groups.num_seqs} sequences for {num_seqs} tables")
     check_device(
         key_cache,
         *(query, value_cache, block_tables, query_start, context_lens, groups.packed),
@@ -289,11 +333,11 @@ def shared_prefix_attention(
     _, block_size, kv_heads, value_dim = value_cache.shape
     max_context = block_tables.shape[1] * block_size
     sizes = (heads, kv_heads, head_dim, value_dim, query.element_size())
-    own = Shape.choose(*sizes, num_queries=num_seqs, num_seqs=num_seqs, max_context=max_context)
+    own = Shape.choose(*sizes, num_queries=num_queries, num_seqs=num_seqs, max_context=max_context)
     keys, values, fp8 = readable(key_cache, value_cache)
     runs = Shape.choose_shared(
         *sizes,
-        num_seqs=num_seqs,
+        num_queries=num_queries,
         num_runs=groups.num_runs,
         max_context=max_context,
         bits=fp8 == FP8_BITS,
@@ -304,10 +348,14 @@ def shared_prefix_attention(
     if levels < groups.num_levels:
         raise InvalidRequest(f"a plan of {groups.num_levels} levels in room for {levels}")
     slots = levels * runs.splits + own.splits
-    out = query.new_empty((num_seqs, heads, value_dim))
-    part = query.new_empty((num_seqs, heads, slots, value_dim), dtype=torch.float32)
+    decode = num_queries == num_seqs
+    own_from, order, ends, first = groups.own_from, groups.order, context_lens, groups.order
+    if not decode:
+        first, order, ends, own_from = _Queries.of(groups, query_start, context_lens, num_queries)
+    out = query.new_empty((num_queries, heads, value_dim))
+    part = query.new_empty((num_queries, heads, slots, value_dim), dtype=torch.float32)
     # A sequence that no run of some level covers has no answer there.
-    part_lse = query.new_full((num_seqs, heads, slots), float("-inf"), dtype=torch.float32)
+    part_lse = query.new_full((num_queries, heads, slots), float("-inf"), dtype=torch.float32)
     scales = (
         query if key_scale is None else key_scale,
         query if value_scale is None else value_scale,
@@ -319,13 +367,14 @@ def shared_prefix_attention(
         *cache_arguments(key_cache, value_cache),
         block_tables.stride(0),
     )
-    shared_kernel[runs.tiles(num_seqs * levels, groups.num_runs), kv_heads, runs.splits](
+    shared_kernel[runs.tiles(num_queries * levels, groups.num_runs), kv_heads, runs.splits](
         query,
         keys,
         values,
         block_tables,
-        context_lens,
-        groups.order,
+        ends,
+        first,
+        order,
         groups.run_row,
         groups.run_first,
         groups.run_blocks,
@@ -343,6 +392,7 @@ def shared_prefix_attention(
         SPLITS=runs.splits,
         SLOTS=slots,
         RUNS=next_power_of_2(groups.num_runs),
+        DECODE=decode,
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         FP8=fp8,
@@ -350,7 +400,8 @@ def shared_prefix_attention(
         num_stages=runs.num_stages,
         **OPTIONS,
     )
-    attend_kernel[num_seqs, kv_heads, own.splits](
+    tiles = num_seqs if decode else own.tiles(num_queries, num_seqs)
+    attend_kernel[tiles, kv_heads, own.splits](
         query,
         keys,
         values,
@@ -358,7 +409,7 @@ def shared_prefix_attention(
         query_start,
         context_lens,
         groups.order,
-        groups.own_from,
+        own_from,
         query if sinks is None else sinks,
         *scales,
         part,
@@ -370,7 +421,7 @@ def shared_prefix_attention(
         BLOCK_Q=own.block_q,
         SPLITS=own.splits,
         SLOTS=slots,
-        OWN=True,
+        OWN=1 if decode else 2,
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         SINKS=sinks is not None,

@@ -62,9 +62,11 @@ def variants(target: str) -> Iterator[Variant]:
         yield cut.attend(16, 16, 192, torch.bfloat16, decode, value_dim=128)
         yield cut.attend(64, 8, 64, torch.bfloat16, decode, windowed=True, sinks=True)
         yield cut.attend(8, 4, 256, torch.bfloat16, decode, windowed=True, capped=True)
-    yield cut.attend(32, 8, 128, torch.bfloat16, decode=True, own=True)
-    for heads, kv_heads, dim, num_seqs in ((9, 3, 64, 8), (32, 8, 128, 4), (32, 8, 128, 256)):
-        yield cut.shared(heads, kv_heads, dim, torch.bfloat16, num_seqs)
+    for decode in (True, False):
+        yield cut.attend(32, 8, 128, torch.bfloat16, decode, own=True)
+    for heads, kv_heads, dim, num_queries in ((9, 3, 64, 8), (32, 8, 128, 4), (32, 8, 128, 256)):
+        yield cut.shared(heads, kv_heads, dim, torch.bfloat16, num_queries)
+    yield cut.shared(32, 8, 128, torch.bfloat16, 256, prefill=True)
     yield cut.shared(64, 8, 128, torch.bfloat16, 64, eight_bit=True)
     yield cut.shared(8, 1, 256, torch.bfloat16, 64)
     yield cut.shared(9, 3, 64, torch.float32, 8)
@@ -88,7 +90,7 @@ def _pointers(dtype: torch.dtype, *names: str) -> dict[str, str]:
 def _words(kernel: Any, given: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
     """The given types, and 32-bit integers for all other arguments that are no constants."""
     rest = (name for name in kernel.arg_names if name not in constants)
-    tables = ("table_ptr", "start_ptr", "context_ptr", "own_ptr", "order_ptr")
+    tables = ("table_ptr", "start_ptr", "context_ptr", "own_ptr", "order_ptr", "first_ptr")
     types = {"scale": "fp32", "softcap": "fp32", "lse_ptr": "*fp32"}
     types |= dict.fromkeys(("key_scale_ptr", "value_scale_ptr"), "*fp32")
     types |= dict.fromkeys((*tables, *shared.PLAN), "*i32")
@@ -185,7 +187,8 @@ class _Cut:
         )
         slots = 2 * shape.splits if own else shape.splits
         constants = shape.constants(heads, dim, values, block_size, dtype)
-        constants |= {"BLOCK_Q": shape.block_q, "SPLITS": shape.splits, "SLOTS": slots, "OWN": own}
+        constants |= {"BLOCK_Q": shape.block_q, "SPLITS": shape.splits, "SLOTS": slots}
+        constants["OWN"] = 0 if not own else 1 if decode else 2
         constants |= {"WINDOWED": windowed, "CAPPED": capped, "SINKS": sinks, "LSE": slots > 1}
         constants["FP8"] = self.fp8 if eight_bit else keys.WIDE
         kernel = attention.attend_kernel
@@ -211,9 +214,10 @@ class _Cut:
         kv_heads: int,
         dim: int,
         dtype: torch.dtype,
-        num_seqs: int,
+        num_queries: int,
         *,
         eight_bit: bool = False,
+        prefill: bool = False,
     ) -> Variant:
         shape = Shape.choose_shared(
             heads,
@@ -221,7 +225,7 @@ class _Cut:
             dim,
             dim,
             dtype.itemsize,
-            num_seqs=num_seqs,
+            num_queries=num_queries,
             num_runs=8,
             max_context=8192,
             bits=eight_bit and self.fp8 == keys.FP8_BITS,
@@ -229,12 +233,13 @@ class _Cut:
         )
         constants = shape.constants(heads, dim, dim, 16, dtype)
         constants |= {"BLOCK_Q": shape.block_q, "SPLITS": shape.splits, "SLOTS": 2 * shape.splits}
-        constants |= {"RUNS": 8, "WINDOWED": False, "CAPPED": False}
+        constants |= {"RUNS": 8, "DECODE": not prefill, "WINDOWED": False, "CAPPED": False}
         constants["FP8"] = self.fp8 if eight_bit else keys.WIDE
         kernel = shared.shared_kernel
         types = self._types(dtype, eight_bit) | {"out_ptr": "*fp32"}
         element = f"{_NAMES[dtype]} on fp8" if eight_bit else _NAMES[dtype]
-        name = f"shared {element} {heads}/{kv_heads}x{dim} for {num_seqs}"
+        name = f"shared {element} {heads}/{kv_heads}x{dim} for {num_queries}"
+        name += " prefilling" if prefill else ""
         signature = _words(kernel, types, constants)
         return Variant(name, kernel, signature, constants, shape.num_warps, shape.num_stages)
 

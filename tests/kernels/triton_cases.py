@@ -216,9 +216,13 @@ FOREST = ((1, 0, 3), (2, 0, 6), (4, 0, 9), (5, 3, 2))
 LONG = [(1, 41), (1, 33), (1, 50), (1, 9), (1, 44), (1, 14)]
 
 
+PREFILLING = [(3, 41), (1, 33), (9, 50), (1, 9), (2, 44), (6, 14)]
+"""The same, where some have several queries."""
+
+
 def forest(b: Any, size: int) -> GroupPlan:
-    limits = [(keys - 1) // size for keys in b.context_lens.tolist()]
-    return GroupPlan.build(b.block_tables, limits)
+    limits = (b.context_lens - b.query_start.diff()) // size
+    return GroupPlan.build(b.block_tables, limits.tolist())
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=str)
@@ -229,6 +233,22 @@ def test_a_forest_of_shared_prefixes_is_read_once_per_run(
     plan = forest(b, 4)
     assert (plan.num_runs, plan.num_levels) == (4, 3)
     attend(b, plan, again=True, **options)
+
+
+@pytest.mark.parametrize("options", [{}, ALL, {"window": 30}], ids=str)
+def test_prefills_share_as_decoding_sequences_do(batch: Make, options: dict[str, Any]) -> None:
+    b = batch(PREFILLING, size=4, shared=FOREST, kv_heads=1)
+    plan = forest(b, 4)
+    assert plan.num_levels > 1
+    attend(b, plan, again=True, **options)
+    attend(b, plan.padded(len(LONG), plan.num_runs + 2), levels=MAX_LEVELS, **options)
+
+
+def test_a_run_of_more_queries_than_a_tile_has_room_for(batch: Make) -> None:
+    b = batch([(1, 30), (90, 118), (40, 68)], size=4, shared=((1, 0, 7), (2, 0, 7)))
+    plan = forest(b, 4)
+    assert plan.num_runs == 1
+    attend(b, plan)
 
 
 def test_shared_prefixes_in_eight_bits_and_in_half_precision(batch: Make) -> None:
@@ -247,17 +267,24 @@ def test_a_plan_that_shares_nothing_is_paged_attention(batch: Make) -> None:
 @given(
     keys=st.lists(st.integers(9, 40), min_size=2, max_size=5),
     blocks=st.lists(st.integers(0, 8), min_size=5, max_size=5),
+    queries=st.sampled_from([[1] * 5, [1, 1, 1, 4, 1], [7, 1, 3, 1, 2]]),
     size=st.sampled_from([1, 4]),
     window=st.sampled_from([None, 7]),
 )
 @drawn
 def test_drawn_forests(
-    batch: Make, keys: list[int], blocks: list[int], size: int, window: int | None
+    batch: Make,
+    keys: list[int],
+    blocks: list[int],
+    queries: list[int],
+    size: int,
+    window: int | None,
 ) -> None:
-    # Each sequence shares with the one before as many blocks as both have before their last key.
-    most = [(n - 1) // size for n in keys]
+    # Each sequence shares with the one before as many blocks as both have before their queries.
+    lens = list(zip(queries, keys, strict=False))
+    most = [(n - num) // size for num, n in lens]
     shared = tuple((s, s - 1, min(blocks[s], most[s], most[s - 1])) for s in range(1, len(keys)))
-    b = batch([(1, n) for n in keys], size=size, shared=shared, kv_heads=1)
+    b = batch(lens, size=size, shared=shared, kv_heads=1)
     attend(b, forest(b, size), window=window)
 
 
@@ -408,7 +435,7 @@ def test_wrong_arguments_are_refused_with_their_shapes(batch: Make) -> None:
     with pytest.raises(InvalidRequest, match=r"lse \[1, 4\] of torch.float64"):
         call(q, k, v, tables, starts, contexts, lse=torch.zeros(1, 4, dtype=torch.float64))
     two = batch([(1, 20), (1, 20)], size=4, shared=((1, 0, 4),))
-    with pytest.raises(InvalidRequest, match="with a plan of 2"):
+    with pytest.raises(InvalidRequest, match="groups of 2 sequences for 1 tables"):
         sharing.shared_prefix_attention(
             q, k, v, tables, starts, contexts, forest(two, 4).to(DEVICE), scale=1.0
         )
