@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead kernels-sanitize proto clean
+.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -56,6 +56,9 @@ crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 
 
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
 	$(BIN)/python -m prefixcache_kernels.ahead
+
+sanitize: $(VENV)/.installed   ## The C library's tests under the address and undefined-behaviour sanitizers.
+	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PREFIXCACHE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize=alignment" $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_grouped.py tests/kernels/test_reference.py -k "not compiled_once and not without_a_compiler"
 
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py

@@ -264,7 +264,7 @@ int64_t prefixcache_attend(const struct call *c) {
     if (c->num_tasks && largest_id >= c->pool_blocks) return 1;
     const int64_t group = c->heads / c->kv_heads, num_units = c->num_tasks * c->kv_heads;
     /* With enough tasks, few rows do all heads at once, for they lie side by side in memory. */
-    const int enough = c->num_tasks >= 4 * c->num_threads;
+    const int enough = c->num_threads == 1 || c->num_tasks >= 4 * c->num_threads;
     const struct task *end = c->tasks + c->num_tasks;
 #pragma omp parallel for schedule(dynamic) num_threads(c->num_threads) if (c->num_threads > 1)
     for (int64_t unit = 0; unit < num_units; unit++) {

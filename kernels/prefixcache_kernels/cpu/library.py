@@ -8,7 +8,8 @@ exactly this processor has vectors of the right width.  Compiling takes two seco
 ```
 
 A folder that others may write is not used.  Without a compiler, and with `PREFIXCACHE_NATIVE=0`,
-there is no library; `python -m prefixcache_kernels.cpu` says why.
+there is no library; `python -m prefixcache_kernels.cpu` says why.  `CC` is the compiler if it is
+set; `PREFIXCACHE_CFLAGS` comes after our own flags: for another processor, or with a sanitizer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess  # the compiler is the user's own, with fixed arguments
 import tempfile
@@ -92,7 +94,8 @@ def load() -> Library:
         raise Unsupported(f"no C compiler: none of {', '.join(_compilers())} is in PATH")
     runtime = _openmp()
     target = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    flags = (*_FLAGS, target, *(("-fopenmp",) if runtime else ("-Wno-unknown-pragmas",)))
+    own = shlex.split(os.environ.get("PREFIXCACHE_CFLAGS", ""))
+    flags = (*_FLAGS, target, *(("-fopenmp",) if runtime else ("-Wno-unknown-pragmas",)), *own)
     path = _folder() / f"{_fingerprint(compiler, flags, runtime)}.so"
     if not path.exists():
         with _lock(path.parent):
@@ -183,7 +186,9 @@ def _compile(compiler: str, flags: tuple[str, ...], runtime: Path | None, path: 
         made, part = Path(folder) / "attend.so", Path(folder) / "attend.o"
         compiling = [*flags, "-c", str(_SOURCES / "attend.c"), "-o", str(part)]
         # The runtime by its path, not by -fopenmp, which would bring the compiler's own.
-        linking = ["-shared", str(part), *([str(runtime)] if runtime else []), "-lm", "-o"]
+        libraries = [*([str(runtime)] if runtime else []), "-lm"]
+        plain = [flag for flag in flags if flag != "-fopenmp"]
+        linking = [*plain, "-shared", str(part), *libraries, "-o"]
         for arguments in (compiling, [*linking, str(made)]):
             try:
                 done = subprocess.run(  # noqa: S603 - the compiler, with our own arguments

@@ -82,7 +82,7 @@ INLINE float largest(vec x) {
 
 INLINE int any(ivec where) {
 #if defined(__AVX512F__)
-    return _mm512_movepi32_mask((__m512i)where) != 0;
+    return _mm512_test_epi32_mask((__m512i)where, (__m512i)where) != 0;
 #elif defined(__AVX__)
     return _mm256_movemask_ps((__m256)where) != 0;
 #else
