@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -72,6 +72,19 @@ def _batch(
     query = torch.randn(int(starts[-1]), heads, dim, generator=rng).to(dtype)
     contexts = torch.tensor([keys for _, keys in lens], dtype=torch.int32)
     return Batch(query, *caches, tables, starts, contexts)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """New tensors begin as NaN: an answer, or a partial one, that nobody writes shows."""
+    if torch.cuda.is_available():  # where other calls would be refused in this mode
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["native", "torch"])
