@@ -105,30 +105,26 @@ def attend(
     """
     loaded = library()
     assert loaded is not None  # `takes` said so
-    check_attention(
-        query,
-        key_cache,
-        value_cache,
-        window,
-        sinks=sinks,
-        key_scale=key_scale,
-        value_scale=value_scale,
-        lse=lse,
-    )
-    plan.check(query, key_cache)
     if query.stride(2) != 1:
         query = query.contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
     threads = torch.get_num_threads() if loaded.threaded else 1
-    kind = (threading.get_ident(), threads, window, scale, softcap, query.dtype, key_cache.dtype)
+    dtypes = (query.dtype, key_cache.dtype, value_cache.dtype)
+    kind = (threading.get_ident(), threads, window, scale, softcap, *dtypes)
     shapes = (query.shape, query.stride(), key_cache.shape, key_cache.stride())
     key = (*kind, *shapes, value_cache.shape, value_cache.stride())
     prepared = plan.calls.get(key)
+    options = {"sinks": sinks, "key_scale": key_scale, "value_scale": value_scale, "lse": lse}
+    given = any(option is not None for option in options.values()) or key_cache.dtype == FP8
+    if prepared is None or given:  # what the kind does not name is looked at in every layer
+        check_attention(query, key_cache, value_cache, window, **options)
     if prepared is None:
+        plan.check(query, key_cache)
         prepared = _prepare(plan, query, key_cache, value_cache, window)
         prepared.call.scale, prepared.call.softcap = scale, softcap or 0
         prepared.call.num_threads = threads
         plan.calls[key] = prepared
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
     out = torch.empty((*query.shape[:2], value_cache.shape[3]), dtype=query.dtype)
     call = prepared.call
     call.query, call.keys, call.values = (t.data_ptr() for t in (query, key_cache, value_cache))
