@@ -1,4 +1,4 @@
-"""Shared prefixes on a CPU: each run of shared blocks is gathered and attended once for its group.
+"""Shared prefixes in PyTorch: each run of shared blocks is attended once for its group.
 
 ```
 per sequence      │ P P P P a │ P P P P b │ P P P P c │      12 + 3 blocks gathered and read

@@ -1,9 +1,9 @@
 """What a step of the model needs to know of its batch, worked out once instead of once per layer.
 
-A packed batch mixes sequences: some decode one token, some prefill hundreds.  The CPU path handles
-it in *pieces*.  A piece is a few sequences with the same number of queries and nearly the same
-number of keys: their blocks are gathered into one scratch buffer, side by side, and one call of
-dense attention reads it while it is still in the processor's cache.
+A packed batch mixes sequences: some decode one token, some prefill hundreds.  The C library takes
+it in *tasks* (`cpu.tasks`), PyTorch in *pieces*.  A piece is a few sequences with the same number
+of queries and nearly the same number of keys: their blocks are gathered into one scratch buffer,
+side by side, and one call of dense attention reads it while it is still in the processor's cache.
 
 ```
 packed queries      s0 s1 s1 s1 s1 s2 s3          s0, s2, s3 decode; s1 prefills 4 tokens

@@ -1,7 +1,7 @@
-"""The pool's operations in plain PyTorch: the fast path on a CPU.
+"""The pool's operations in plain PyTorch; attention, where the C library (`cpu`) cannot.
 
 `oracle` has the slow obvious version: one sequence after the other, in double precision.
-`paged_attention` gives the same within rounding, as fast as a CPU allows.  A decode step does few
+`paged_attention` gives the same within rounding, as fast as PyTorch allows.  A decode step does few
 operations on many bytes, so the bytes decide:
 
 ```

@@ -43,7 +43,7 @@ INLINE void find_rows(struct rows *rows, const char *cache, const int64_t *place
 struct ahead {
     const char *keys, *values; /* of the head */
     const int64_t *key_places, *value_places;
-    int64_t key_bytes, value_bytes; /* of a row; 0: there is no next tile */
+    int64_t key_bytes, value_bytes; /* of a row */
 };
 
 INLINE void fetch(const char *cache, const int64_t *places, int64_t num_rows, int64_t num_bytes) {
