@@ -307,6 +307,18 @@ def test_a_folder_that_others_may_write_is_not_used(fresh: Path) -> None:
 
 
 @needs_library
+def test_a_folder_that_cannot_be_written_is_no_fault(batch: Make, fresh: Path) -> None:
+    """A full disk, or one that is read only: PyTorch answers."""
+    (fresh / "native").mkdir(mode=0o700)
+    (fresh / "native" / ".lock").mkdir()  # root may write anywhere, but not into a folder
+    with pytest.raises(Unsupported, match="cannot be written"):
+        library.load()
+    b = batch(**SHARED)
+    got = paged_attention(*b.args, scale=0.25)
+    assert gap(got, oracle_attention(*b.args, scale=0.25)) <= 1e-5
+
+
+@needs_library
 def test_a_library_that_does_not_load_is_not_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

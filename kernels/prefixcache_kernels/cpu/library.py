@@ -97,10 +97,13 @@ def load() -> Library:
     own = shlex.split(os.environ.get("PREFIXCACHE_CFLAGS", ""))
     flags = (*_FLAGS, target, *(("-fopenmp",) if runtime else ("-Wno-unknown-pragmas",)), *own)
     path = _folder() / f"{_fingerprint(compiler, flags, runtime)}.so"
-    if not path.exists():
-        with _lock(path.parent):
-            if not path.exists():  # others wait for the one that compiles
-                _compile(compiler, flags, runtime, path)
+    try:
+        if not path.exists():
+            with _lock(path.parent):
+                if not path.exists():  # others wait for the one that compiles
+                    _compile(compiler, flags, runtime, path)
+    except OSError as fault:  # a full disk, or one that is read only
+        raise Unsupported(f"{path} cannot be written: {fault}") from None
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as fault:
