@@ -60,6 +60,27 @@ def test_requests_go_to_the_least_busy_worker_and_a_chat_moves():
     asyncio.run(play())
 
 
+def test_who_looks_between_an_answer_and_its_end_is_woken_by_the_end():
+    """The worker has told, but the request's own task has not run yet: it is still in hand."""
+
+    async def play():
+        desk, _ = desk_of("w1")
+        ended = []
+
+        async def ask():
+            await desk.ask(request("a/1"))
+            ended.append("a/1")
+
+        task = asyncio.create_task(ask())
+        await settle()
+        answer(desk, "w1", "a/1")
+        assert desk.load("w1") == 1
+        await asyncio.wait_for(desk.until(lambda: desk.load("w1") == 0 and bool(ended)), 5)
+        await task
+
+    asyncio.run(play())
+
+
 def test_times_and_ledger_are_those_of_the_events():
     async def play():
         desk, _ = desk_of("w1")

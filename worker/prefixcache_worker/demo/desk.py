@@ -98,6 +98,7 @@ class Desk:
                 continue
             finally:
                 self._slips.pop(request.id, None)
+                self._changed.set()  # only now: who looked since the worker told saw it in hand
             self._last[request.chat] = chosen
             self.on_finished(request)
             return request
@@ -154,7 +155,7 @@ class Desk:
                 slip.done.set_exception(WorkerDied(worker))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something that the workers tell makes `condition` true."""
+        """Wait until what the workers tell, or the end of a request, makes `condition` true."""
         while not condition():
             self._changed.clear()
             await self._changed.wait()
