@@ -75,7 +75,8 @@ def test_who_looks_between_an_answer_and_its_end_is_woken_by_the_end():
         await settle()
         answer(desk, "w1", "a/1")
         assert desk.load("w1") == 1
-        await asyncio.wait_for(desk.until(lambda: desk.load("w1") == 0 and bool(ended)), 5)
+        async with asyncio.timeout(5):  # `until` looks at once, before the request's task runs
+            await desk.until(lambda: desk.load("w1") == 0 and bool(ended))
         await task
 
     asyncio.run(play())
