@@ -112,7 +112,9 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`.
 
-    On a CPU without a C compiler eight-bit caches and `lse` are attended without sharing.
+    On a GPU a batch of as many queries as sequences is taken to decode, one query each: a sequence
+    without queries does not belong in it.  On a CPU without a C compiler eight-bit caches, values
+    of another size than keys, and `lse` are attended without sharing.
     """
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
@@ -126,7 +128,7 @@ def shared_prefix_attention(
             size = key_cache.shape[1]
             plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
         return native.attend(plan, query, key_cache, value_cache, **(options | rare))
-    if any(option is not None for option in rare.values()):
+    if any(option is not None for option in rare.values()) or key_cache.shape != value_cache.shape:
         return reference.paged_attention(*args, **(options | rare))
     return grouped.shared_prefix_attention(*args, groups, **options, plan=plan)
 

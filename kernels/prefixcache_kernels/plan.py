@@ -126,7 +126,8 @@ class Plan:
     """A packed batch, prepared for attention on a CPU.  Make one per step with `build`.
 
     Use a plan from one thread at a time.  Plans share one scratch buffer per thread, which grows to
-    the largest piece seen and is kept, for fresh memory costs a page fault every 4 KiB.
+    the largest piece, or partial answers of a step, and is kept: fresh memory costs a page fault
+    every 4 KiB.
     """
 
     def __init__(
@@ -385,7 +386,7 @@ class Plan:
 def narrow(tables: Tensor) -> npt.NDArray[np.int32]:
     """Give block tables as 32-bit numbers; too large ones stay too large."""
     if tables.dtype != torch.int32:
-        tables = tables.clamp(-1, 2**31 - 1).int()
+        tables = tables.long().clamp(-1, 2**31 - 1).int()
     return np.ascontiguousarray(tables.cpu().numpy())
 
 

@@ -151,7 +151,8 @@ def paged_attention(
             the sink included.
         plan: `Plan.build` of the same tables; made here if None.  Pass one for all layers.
 
-    Eight-bit caches, values of another size than keys, and `lse` take the slow path on a CPU.
+    Eight-bit caches, values of another size than keys, and `lse` take a slow path here; the C
+    library has none.
 
     Returns:
         `[T, heads, value_dim]`.

@@ -277,8 +277,9 @@ def shared_prefix_attention(
 
     Three launches and one fill, or those of `paged_attention` if the plan shares nothing (which a
     plan does wherever its cost model says that sharing does not pay).  A batch of as many queries
-    as sequences decodes: one each.  For any other the queries are first put in the plan's order,
-    which takes a dozen small launches more.
+    as sequences is taken to decode, one each: lengths on the device are not looked at, so that a
+    sequence without queries does not belong in it.  For any other batch the queries are first put
+    in the plan's order, which takes a dozen small launches more.
 
     Arguments are those of `reference.paged_attention`, and `groups`: `GroupPlan.build` of these
     tables, on the same device.  `levels` is how many runs a path may have; None: as many as this

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefixcache.errors import Unsupported
+from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels import GroupedPlan, GroupPlan, paged_attention, shared_prefix_attention
 from prefixcache_kernels.checks import FP8
 from prefixcache_kernels.cpu import attend, library
@@ -181,6 +183,56 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
 
 
 @needs_library
+def test_many_heads_of_few_rows_do_not_crowd_the_stack(batch: Make) -> None:
+    """300 key heads of 512: attended one at a time, in a thread with a stack of 2 MiB."""
+    lens = [(8, 40), *[(1, 9 + i) for i in range(4 * torch.get_num_threads())]]
+    b = batch(lens, heads=300, kv_heads=300, dim=512, size=4)
+    want = oracle_attention(*b.args, scale=0.05)
+    got: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: got.append(paged_attention(*b.args, scale=0.05)))
+    before = threading.stack_size(2 << 20)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    assert gap(got[0], want) <= 1e-5
+
+
+@needs_library
+def test_tensors_of_another_place_or_type_never_reach_the_library(batch: Make) -> None:
+    """C gets addresses: only those of a CPU's memory, and of numbers that it can write."""
+    b = batch([(1, 20)])
+    for moved in (0, 1, 2):
+        tensors = [t.to("meta") if i == moved else t for i, t in enumerate(b.args[:3])]
+        assert not attend.takes(*tensors, 1)
+    with pytest.raises(InvalidRequest, match="lse on meta"):
+        paged_attention(*b.args, scale=1.0, lse=torch.zeros(1, 4, device="meta"))
+    eight = [t.to(FP8) for t in b.args[:3]]
+    assert not attend.takes(*eight, 1)
+    assert attend.takes(b.query, *eight[1:], 1)
+
+
+def test_block_tables_of_any_integers(batch: Make) -> None:
+    """Narrow ones, and such as fit only 64 bits."""
+    b = batch([(1, 20), (3, 40)])
+    want = oracle_attention(*b.args, scale=0.25)
+    for dtype in (torch.int16, torch.int8, torch.int64):
+        args = (*b.args[:3], b.block_tables.to(dtype), *b.args[4:])
+        assert gap(paged_attention(*args, scale=0.25), want) <= 1e-5
+
+
+def test_values_of_another_size_than_keys_without_the_library(
+    batch: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's grouped path cannot share them: it attends them apart."""
+    monkeypatch.setattr(attend, "library", lambda: None)
+    b = batch(**SHARED, dim=64, value_dim=128)
+    got = shared_prefix_attention(*b.args, groups_of(b), scale=0.125)
+    assert gap(got, oracle_attention(*b.args, scale=0.125)) <= 1e-5
+
+
+@needs_library
 def test_what_the_library_does_not_take_is_answered_by_pytorch(batch: Make) -> None:
     """Double precision, dimensions that are no memory order, and prefills for matrix units."""
     b = batch([(1, 20)])
@@ -241,10 +293,14 @@ def test_every_width_of_vectors_gives_the_same(
     flag: str,
 ) -> None:
     """Compiled for processors without AVX, with AVX2 and with AVX-512, if this one can run it."""
-    if f" {flag}" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {flag}")
-    monkeypatch.setenv("PREFIXCACHE_CFLAGS", f"-march={architecture}")
-    loaded = library.load()
+    if platform.machine() != "x86_64" or f" {flag}" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {flag or architecture}")
+    given = os.environ.get("PREFIXCACHE_CFLAGS", "")  # `make sanitize` has some
+    monkeypatch.setenv("PREFIXCACHE_CFLAGS", f"{given} -march={architecture}")
+    try:
+        loaded = library.load()
+    except Unsupported as fault:
+        pytest.skip(f"the compiler does not know it: {fault}")
     assert loaded.width == width
     monkeypatch.setattr(attend, "library", lambda: loaded)
     for dtype in TYPES:
@@ -298,6 +354,55 @@ def test_without_a_compiler_pytorch_answers_and_says_why(
     assert library.describe() == "plain PyTorch: PREFIXCACHE_NATIVE=0 turns it off"
 
 
+@needs_library
+def test_without_a_common_openmp_it_runs_in_one_thread(
+    batch: Make, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler whose code asks for another runtime than PyTorch has loaded."""
+    (fresh / "libomp.so").write_bytes(b"another one")
+    monkeypatch.setattr(library, "_openmp", lambda: fresh / "libomp.so")
+    loaded = library.load()
+    assert not loaded.threaded
+    assert library.describe().endswith("one thread: no OpenMP in common with PyTorch")
+    monkeypatch.setattr(attend, "library", lambda: loaded)
+    b = batch(**SHARED)
+    got = shared_prefix_attention(*b.args, groups_of(b), scale=0.25)
+    assert gap(got, oracle_attention(*b.args, scale=0.25)) <= 1e-5
+
+
+@needs_library
+def test_a_compiler_may_have_options_of_its_own(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of `CC="ccache gcc"`."""
+    real = next(filter(None, (shutil.which(name) for name in ("cc", "gcc", "clang"))))
+    monkeypatch.setenv("CC", f"{shutil.which('env')} {real}")
+    assert library._compiler() == [shutil.which("env"), real]
+    assert library.load().path.parent == fresh / "native"
+
+
+@pytest.mark.parametrize("broken", ["home", "flags", "proc"])
+def test_whatever_is_amiss_it_is_no_fault_but_no_library(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """No home folder, flags with a quote left open, no /proc."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    if broken == "home":
+        monkeypatch.delenv("PREFIXCACHE_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "home", fail)
+    elif broken == "flags":
+        monkeypatch.setenv("PREFIXCACHE_CFLAGS", "'")
+    else:
+        monkeypatch.setattr(library, "_openmp", Path("/nowhere/maps").read_text)
+    with pytest.raises(Unsupported, match="cannot be made"):
+        library.load()
+    assert library.library() is None
+
+
 def test_a_folder_that_others_may_write_is_not_used(fresh: Path) -> None:
     """Whoever can write a library there could run code as this user."""
     (fresh / "native").mkdir(mode=0o777)
@@ -311,7 +416,7 @@ def test_a_folder_that_cannot_be_written_is_no_fault(batch: Make, fresh: Path) -
     """A full disk, or one that is read only: PyTorch answers."""
     (fresh / "native").mkdir(mode=0o700)
     (fresh / "native" / ".lock").mkdir()  # root may write anywhere, but not into a folder
-    with pytest.raises(Unsupported, match="cannot be written"):
+    with pytest.raises(Unsupported, match="cannot be made"):
         library.load()
     b = batch(**SHARED)
     got = paged_attention(*b.args, scale=0.25)
@@ -323,6 +428,7 @@ def test_a_library_that_does_not_load_is_not_used(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a file, or one of another machine."""
+    monkeypatch.setattr(library, "_openmp", lambda: None)
     name = library.load().path.name
     monkeypatch.setenv("PREFIXCACHE_CACHE", str(fresh / "other"))
     (fresh / "other" / "native").mkdir(parents=True, mode=0o700)
@@ -345,8 +451,6 @@ def test_the_command_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> No
 @needs_library
 def test_a_block_outside_the_pool_is_refused_before_anything_is_read(batch: Make) -> None:
     """Too large, negative, or only in 64 bits; entries that nobody reads may be anything."""
-    from prefixcache.errors import InvalidRequest
-
     b = batch(**SHARED)
     for wrong in (b.key_cache.shape[0], -1, 2**32):
         tables = b.block_tables.long()

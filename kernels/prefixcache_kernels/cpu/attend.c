@@ -47,6 +47,8 @@ struct call {
     float *lse; /* [T, heads], natural; or null */
 };
 
+enum { MOST = 1 << 17 /* numbers of queries and answers that few rows keep on the stack */ };
+
 static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 INLINE int64_t whole(int64_t dim) { return (dim + UNIT - 1) / UNIT * UNIT; }
@@ -269,10 +271,11 @@ int64_t prefixcache_attend(const struct call *c) {
 #pragma omp parallel for schedule(dynamic) num_threads(c->num_threads) if (c->num_threads > 1)
     for (int64_t unit = 0; unit < num_units; unit++) {
         const struct task *t = c->tasks + unit / c->kv_heads;
-        int64_t head = unit % c->kv_heads;
-        if (t->num_queries * group > FEW)
+        int64_t head = unit % c->kv_heads, rows = t->num_queries * group;
+        int64_t numbers = c->kv_heads * rows * (c->dim + c->value_dim);
+        if (rows > FEW)
             attend_many(c, t, head);
-        else if (!enough)
+        else if (!enough || numbers > MOST)
             attend_few(c, t, 0, head, head + 1);
         else if (head == 0)
             attend_few(c, t, t + c->num_threads < end ? t + c->num_threads : 0, 0, c->kv_heads);

@@ -68,9 +68,11 @@ class _Prepared:
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) -> bool:
     """Tell whether the library is there, made for such tensors, and the faster way."""
     if (
-        query.dim() != 3
+        not (query.is_cpu and key_cache.is_cpu and value_cache.is_cpu)  # C gets their addresses
+        or query.dim() != 3
         or not value_cache.dim() == key_cache.dim() == 4
         or query.dtype not in _TYPES
+        or query.dtype == FP8
         or max(query.shape[2], value_cache.shape[3]) > MAX_DIM
         or query.shape[1] > MAX_GROUP * key_cache.shape[2]
         or not key_cache.stride(3) == value_cache.stride(3) == 1
@@ -117,6 +119,9 @@ def attend(
     given = any(option is not None for option in options.values()) or key_cache.dtype == FP8
     if prepared is None or given:  # what the kind does not name is looked at in every layer
         check_attention(query, key_cache, value_cache, window, **options)
+        for name, option in options.items():
+            if option is not None and not option.is_cpu:
+                raise InvalidRequest(f"{name} on {option.device}, the caches on a CPU")
     if prepared is None:
         plan.check(query, key_cache)
         prepared = _prepare(plan, query, key_cache, value_cache, window)

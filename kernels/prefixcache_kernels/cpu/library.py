@@ -75,7 +75,9 @@ def describe() -> str:
         made = load()
     except Unsupported as fault:
         return f"plain PyTorch: {fault}"
-    threads = "PyTorch's threads" if made.threaded else "one thread: PyTorch has no OpenMP"
+    threads = (
+        "PyTorch's threads" if made.threaded else "one thread: no OpenMP in common with PyTorch"
+    )
     return f"C, {made.vectors}, {threads}"
 
 
@@ -89,21 +91,28 @@ def load() -> Library:
     """
     if os.environ.get("PREFIXCACHE_NATIVE", "1") == "0":
         raise Unsupported("PREFIXCACHE_NATIVE=0 turns it off")
-    compiler = next(filter(None, map(shutil.which, _compilers())), None)
-    if compiler is None:
-        raise Unsupported(f"no C compiler: none of {', '.join(_compilers())} is in PATH")
-    runtime = _openmp()
+    try:
+        compiler, runtime = _compiler(), _openmp()
+        try:
+            return _load(compiler, runtime)
+        except Unsupported:
+            if runtime is None:
+                raise
+            # A compiler may speak to another runtime than PyTorch has: then without threads.
+            return _load(compiler, None)
+    except (OSError, RuntimeError, ValueError) as fault:  # no home, a full disk, flags in half
+        raise Unsupported(f"the library cannot be made: {fault}") from None
+
+
+def _load(compiler: list[str], runtime: Path | None) -> Library:
     target = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
     own = shlex.split(os.environ.get("PREFIXCACHE_CFLAGS", ""))
     flags = (*_FLAGS, target, *(("-fopenmp",) if runtime else ("-Wno-unknown-pragmas",)), *own)
     path = _folder() / f"{_fingerprint(compiler, flags, runtime)}.so"
-    try:
-        if not path.exists():
-            with _lock(path.parent):
-                if not path.exists():  # others wait for the one that compiles
-                    _compile(compiler, flags, runtime, path)
-    except OSError as fault:  # a full disk, or one that is read only
-        raise Unsupported(f"{path} cannot be written: {fault}") from None
+    if not path.exists():
+        with _lock(path.parent):
+            if not path.exists():  # others wait for the one that compiles
+                _compile(compiler, flags, runtime, path)
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as fault:
@@ -120,8 +129,18 @@ def multiplies_matrices() -> bool:
     return any(" amx_bf16" in line for line in _processor())
 
 
-def _compilers() -> list[str]:
-    return [*filter(None, [os.environ.get("CC")]), "cc", "gcc", "clang"]
+def _compiler() -> list[str]:
+    """Give the command of the first compiler that is there, its own options behind it.
+
+    Raises:
+        Unsupported: None is.
+    """
+    names = [*filter(None, [os.environ.get("CC")]), "cc", "gcc", "clang"]
+    for name in names:
+        program, *options = shlex.split(name)
+        if found := shutil.which(program):
+            return [found, *options]
+    raise Unsupported(f"no C compiler: none of {', '.join(names)} is in PATH")
 
 
 def _openmp() -> Path | None:
@@ -134,7 +153,9 @@ def _openmp() -> Path | None:
         paths = {line.split(maxsplit=5)[-1].strip() for line in maps if "omp" in line}
     names = ("libgomp", "libomp", "libiomp5")
     found = [Path(path) for path in sorted(paths) if Path(path).name.startswith(names)]
-    return found[0] if found else None
+    # Other packages bring theirs as well: PyTorch's is the one beside it.
+    beside = [path for path in found if {"torch", "torch.libs"} & set(path.parts)]
+    return next(iter([*beside, *found]), None)
 
 
 def _folder() -> Path:
@@ -158,12 +179,12 @@ def _folder() -> Path:
     return folder
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...], runtime: Path | None) -> str:
+def _fingerprint(compiler: list[str], flags: tuple[str, ...], runtime: Path | None) -> str:
     """Name what the library depends on: a home may be shared by machines that differ."""
     digest = hashlib.sha256()
     for source in sorted((*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h"))):
         digest.update(source.read_bytes())
-    facts = Path(compiler).resolve().stat()
+    facts = Path(compiler[0]).resolve().stat()
     known = (compiler, facts.st_size, facts.st_mtime_ns, flags, str(runtime), *_processor())
     digest.update(repr(known).encode())
     return digest.hexdigest()[:16]
@@ -183,7 +204,7 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: tuple[str, ...], runtime: Path | None, path: Path) -> None:
+def _compile(compiler: list[str], flags: tuple[str, ...], runtime: Path | None, path: Path) -> None:
     """Compile to a file of its own and move it to its place, so that no half of it is ever seen."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, part = Path(folder) / "attend.so", Path(folder) / "attend.o"
@@ -195,11 +216,15 @@ def _compile(compiler: str, flags: tuple[str, ...], runtime: Path | None, path: 
         for arguments in (compiling, [*linking, str(made)]):
             try:
                 done = subprocess.run(  # noqa: S603 - the compiler, with our own arguments
-                    [compiler, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S
+                    [*compiler, *arguments],
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    timeout=_TIMEOUT_S,
                 )
             except (OSError, subprocess.TimeoutExpired) as fault:
-                raise Unsupported(f"{compiler} failed: {fault}") from None
+                raise Unsupported(f"{compiler[0]} failed: {fault}") from None
             if done.returncode:
                 said = done.stderr.strip()[-2000:] or "nothing said"
-                raise Unsupported(f"{compiler} failed with exit code {done.returncode}: {said}")
+                raise Unsupported(f"{compiler[0]} failed with exit code {done.returncode}: {said}")
         made.replace(path)
