@@ -3,9 +3,8 @@
  *     scores   [TILE keys, rows]  = keys [TILE, dim] x queries [dim, rows]
  *     answers  [value_dim, rows] += values [TILE, value_dim]' x weights [TILE, rows]
  *
- * Products stay in registers; keys and values are factors, one number at a time, used as they lie,
- * neither transposed nor copied; and no sum goes across a vector, for a row's maximum and sum are
- * lanes as well.
+ * Products stay in registers; keys and values are factors, one number at a time, in the order in
+ * which they lie; and no sum goes across a vector, for a row's maximum and sum are lanes as well.
  */
 #ifndef PREFIXCACHE_MANY_H
 #define PREFIXCACHE_MANY_H
