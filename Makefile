@@ -58,7 +58,7 @@ kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are no
 	$(BIN)/python -m prefixcache_kernels.ahead
 
 sanitize: $(VENV)/.installed   ## The C library's tests under the address and undefined-behaviour sanitizers.
-	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PREFIXCACHE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize=alignment" $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_grouped.py tests/kernels/test_reference.py -k "not compiled_once and not without_a_compiler"
+	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PREFIXCACHE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize=alignment" $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_library.py tests/kernels/test_grouped.py tests/kernels/test_reference.py -k "not compiled_once and not without_a_compiler"
 
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py
