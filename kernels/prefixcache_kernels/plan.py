@@ -165,6 +165,7 @@ class Plan:
 
         Args:
             block_tables: `[S, max_blocks]` ints; each row's blocks in order, the rest is not read.
+                Kept, not copied: they stay as they are while the plan is used.
             query_start: `[S + 1]` ints; sequence s has the packed queries `query_start[s]` up to
                 `query_start[s + 1]`.
             context_lens: `[S]` ints; keys of each sequence, its new tokens included.
