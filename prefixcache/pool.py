@@ -45,6 +45,7 @@ from prefixcache.errors import (
     PoolExhausted,
     Unsupported,
 )
+from prefixcache.private_files import open_private
 from prefixcache.types import DTYPE_BYTES, Layout, PoolHandle
 
 HEADER_BYTES: Final = 4096
@@ -218,7 +219,7 @@ class PoolFile:
         shape = _shape(layout, num_blocks, block_size)
         epoch = secrets.randbits(63) | 1
         handle = PoolHandle("shm", str(path), num_blocks, block_size, layout, epoch, HEADER_BYTES)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = open_private(path, os.O_RDWR | os.O_CREAT)
         try:
             _own(fd, path)
             head = os.pread(fd, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
@@ -230,7 +231,7 @@ class PoolFile:
             if os.fstat(fd).st_size:
                 path.unlink()
                 os.close(fd)
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                fd = open_private(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
                 _own(fd, path)
             os.posix_fallocate(fd, 0, num_bytes)
             os.pwrite(fd, _HEAD.pack(_MAGIC, epoch, shape), 0)
@@ -247,6 +248,21 @@ class PoolFile:
             os.close(fd)
             raise
         return cls(handle, fd, kept=True), False
+
+    @staticmethod
+    def is_of(path: Path, layout: Layout, num_blocks: int, block_size: int) -> bool:
+        """Whether the file there says of itself that it is a pool of this shape."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                magic, _, shape = _HEAD.unpack(os.read(fd, _HEAD.size))
+            finally:
+                os.close(fd)
+        except (OSError, struct.error):
+            return False
+        return bool(
+            magic == _MAGIC and shape.rstrip(b"\0") == _shape(layout, num_blocks, block_size)
+        )
 
     def has_former_workers(self) -> bool:
         """Whether any process still maps this pool under an earlier epoch.  One or two syscalls."""

@@ -28,6 +28,7 @@ WORDS = (
     "prefixcache.types",
     "prefixcache.outline",
     "prefixcache.errors",
+    "prefixcache.private_files",
     "prefixcache.pool",
     "prefixcache.device",
     "prefixcache.config",

@@ -18,6 +18,7 @@ import grpc.aio
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.private_files import make_private_folder, open_private
 from prefixcache.service.certificates import Certificates
 
 
@@ -103,9 +104,10 @@ class Listener:
     def _prepare(self, address: Address) -> None:
         path = Path(address.path)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not path.parent.exists():
+                make_private_folder(path.parent, "--listen in")
             address.refuse_strangers()
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = open_private(Path(f"{path}.lock"), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise ServiceUnavailable(f"cannot listen at {address}: {error.strerror}") from None
         self._locks.append(lock)

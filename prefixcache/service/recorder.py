@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import structlog
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.private_files import open_private
 from prefixcache.service.anonymiser import Anonymiser
 from prefixcache.types import Namespace
 
@@ -180,9 +181,10 @@ def _create(path: Path) -> int:
     Raises:
         InvalidRequest: it exists or cannot be created.
     """
-    create = 0 if path.is_char_device() else os.O_CREAT | os.O_EXCL
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | create, 0o600)
+        if path.is_char_device():
+            return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        return open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError:
         raise InvalidRequest(
             f"{path} exists: a recording does not overwrite. Remove it or name another file."

@@ -31,7 +31,8 @@ from wire.service_process import LAYOUT, environment, running, sizes
 SHARES = {
     "messages": 0.22,
     "answers": 0.1,
-    "rows": 0.15,
+    "rows": 0.1,
+    "states": 0.05,
     "manifest": 0.1,
     "traces": 0.15,
     "settings": 0.03,

@@ -65,6 +65,7 @@ def seeds(target: str) -> list[bytes]:
         "answers": [_results()],
         "rows": [bytes(range(1, 120)), bytes([3, 4, 0] + [5] * 90)],
         "manifest": [_manifest()],
+        "states": [bytes([1, 4, 0, 0, 0, 3]), bytes([1, 7, 11, 65, 9, 8, 1, 12, 23])],
         "traces": [b"\x03" + jsonl, b"\x01" + lines[1].encode(), b"\x00" + jsonl],
         "settings": [b"2GiB", b"30x3x64:bfloat16"],
     }[target]

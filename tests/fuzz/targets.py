@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
 import tempfile
 from array import array
@@ -27,14 +28,15 @@ from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.sessions import SessionStream
+from prefixcache.service.state.folder import StateFolder
 from prefixcache.service.state.keeper import describe
-from prefixcache.service.state.manifest import Manifest, key_of
+from prefixcache.service.state.manifest import Manifest, Run, key_of
 from prefixcache.service.state.revival import revive
 from prefixcache.service.state.stamps import Stamps
 from prefixcache.service.state.sums import Sums
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Workers
-from prefixcache.types import Layout, Namespace, PoolHandle, WorkerId
+from prefixcache.types import Layout, Namespace, Partial, PoolHandle, WorkerId
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.readers.load import Form
 from prefixcache_bench.readers.load import load as load_trace
@@ -165,7 +167,7 @@ def manifest_file(data: bytes) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = Path(folder) / "manifest"
         path.write_bytes(data)
-        with contextlib.suppress(sqlite3.Error, OverflowError):
+        with contextlib.suppress(sqlite3.Error):
             manifest = Manifest(path)
             try:
                 manifest.facts()
@@ -173,6 +175,116 @@ def manifest_file(data: bytes) -> None:
                 manifest.runs()
             finally:
                 manifest.close()
+
+
+class States:
+    """A state whose manifest was changed by SQL: the service starts, and what it offers holds.
+
+    The input names changes: a column of some row gets another value, or the tables others.
+    """
+
+    VALUES = (
+        *(None, 0, -1, 1, 7, 70_000, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63)),
+        *(1e999, -1e999, 0.5, "", "text", "1", "9" * 5000, "30x3x64:float32", "\x00", "1e999"),
+        *(b"", b"\0", b"\xff" * 3, b"\xff" * 4, b"\0" * 16, b"\xff" * 64),
+    )
+    COLUMNS = (
+        *(("meta", name) for name in ("format", "layout", "num_blocks", "block_size", "seed")),
+        *(("namespaces", name) for name in ("number", "key", "model", "tenant", "salt")),
+        *(("runs", name) for name in Run._fields),
+    )
+    TABLES = (
+        "DROP TABLE runs",
+        "DROP TABLE meta",
+        "ALTER TABLE runs ADD COLUMN more",
+        "ALTER TABLE namespaces ADD COLUMN more",
+        "ALTER TABLE runs DROP COLUMN sums",
+        "ALTER TABLE runs RENAME COLUMN tokens TO text",
+        "CREATE TABLE other (x)",
+        "CREATE TRIGGER t AFTER INSERT ON runs BEGIN DELETE FROM runs; END",
+        "CREATE VIEW v AS SELECT * FROM runs",
+        "CREATE INDEX i ON runs (namespace)",
+        "DELETE FROM meta WHERE name = 'seed'",
+        "INSERT INTO meta VALUES ('more', NULL)",
+        "UPDATE runs SET parent = id",
+        "UPDATE runs SET parent = (SELECT max(id) FROM runs)",
+        "UPDATE runs SET blocks = (SELECT blocks FROM runs LIMIT 1)",
+        "INSERT INTO runs SELECT id + 99, namespace, resets, parent, parent_stamp, tokens, blocks,"
+        " stamps, sums FROM runs",
+        "UPDATE namespaces SET number = number + 1",
+        "UPDATE namespaces SET model = CAST(x'ff' AS TEXT)",
+        "PRAGMA user_version = 9",
+        "PRAGMA application_id = 9",
+    )
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(dir="/dev/shm")
+        self._good = Path(self._folder.name) / "good"
+        cache = self._open(self._good)
+        for start in range(4):
+            self._store(cache, start)
+        self._close()
+        assert self._restored(self._good) == 8
+
+    def __call__(self, data: bytes) -> None:
+        copy = Path(self._folder.name) / "copy"
+        shutil.copytree(self._good, copy)
+        try:
+            base = sqlite3.connect(copy / "manifest", isolation_level=None)
+            for at in range(0, min(len(data), 12) - 2, 3):
+                with contextlib.suppress(sqlite3.Error, OverflowError):
+                    base.execute(*self._change(*data[at : at + 3]))
+            base.close()
+            self._restored(copy)
+            self._restored(copy)  # and what the first start made of it is whole
+        finally:
+            shutil.rmtree(copy)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def _change(self, kind: int, place: int, value: int) -> tuple[str, tuple[Any, ...]]:
+        if kind % 4 == 0:
+            return self.TABLES[value % len(self.TABLES)], ()
+        table, column = self.COLUMNS[place % len(self.COLUMNS)]
+        new = self.VALUES[value % len(self.VALUES)]
+        if table == "meta":
+            return "UPDATE meta SET value = ? WHERE name = ?", (new, column)
+        rows = f"rowid % 3 = {kind % 3}" if kind & 64 else "1"
+        return f"UPDATE {table} SET {column} = ? WHERE {rows}", (new,)  # noqa: S608 - from above
+
+    def _restored(self, folder: Path) -> int:
+        """Start with a state, store more, and end; give how many blocks were restored."""
+        cache = self._open(folder)
+        cache.check()
+        restored = self._state.condition.restored_blocks
+        self._store(cache, 50)
+        self._close()
+        assert not self._state.condition.failure
+        return restored
+
+    def _open(self, folder: Path) -> PrefixCache:
+        self._state = StateFolder(folder)
+        layout = self._state.layout
+        assert layout in (None, LAYOUT)
+        file = self._state.open_pool(LAYOUT, BLOCKS, SIZE)
+        assert file is not None
+        self._file = file
+        cache = PrefixCache(BLOCKS, SIZE)
+        self._state.restore(cache, Partial.TAILS)
+        return cache
+
+    def _store(self, cache: PrefixCache, start: int) -> None:
+        worker, namespace = WorkerId("w"), Namespace("m")
+        cache.attach(worker, namespace, now=1.0)
+        tokens = np.arange(start * 100, start * 100 + 2 * SIZE, dtype=np.uint32).tobytes()
+        grant = cache.acquire(worker, namespace, tokens, now=1.0)
+        cache.commit(worker, grant.lease, 2 * SIZE, now=1.0)
+        cache.release(worker, grant.lease, now=1.0)
+
+    def _close(self) -> None:
+        self._state.close()
+        self._file.close()
 
 
 def traces(data: bytes) -> None:
@@ -201,6 +313,7 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "answers": lambda: answers,
     "rows": Rows,
     "manifest": lambda: manifest_file,
+    "states": States,
     "traces": lambda: traces,
     "settings": lambda: settings,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -10,7 +11,7 @@ import pytest
 
 from fuzz.run import LEAST, into_sockets, over_the_wire
 from fuzz.seeds import seeds
-from fuzz.targets import TARGETS
+from fuzz.targets import TARGETS, States
 from wire.service_process import ServiceProcess, running, sizes
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -54,6 +55,21 @@ def test_nothing_but_what_is_promised_is_raised(
         run(seed)
         for _ in range(INPUTS):
             run(mutated(seed, random))
+
+
+def test_every_single_change_of_a_manifest_is_survived() -> None:
+    run = States()
+    try:
+        changes = [bytes([0, 0, number]) for number in range(len(States.TABLES))]
+        for column, value in product(range(len(States.COLUMNS)), range(len(States.VALUES))):
+            changes.append(bytes([1, column, value]))
+        for change in changes:
+            try:
+                run(change)
+            except Exception as error:
+                raise AssertionError(run._change(*change)) from error
+    finally:
+        run.close()
 
 
 @pytest.fixture

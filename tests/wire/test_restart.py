@@ -6,6 +6,7 @@ import mmap
 import os
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from chaos.pattern import Pool, prompt
 from chaos.storm import Disk
 from prefixcache.client import Client, Session
 from prefixcache.config import load
-from prefixcache.errors import EpochMismatch, ServiceUnavailable
-from prefixcache.pool import HEADER_BYTES, epoch_of, map_pool
+from prefixcache.errors import EpochMismatch, InvalidRequest, ServiceUnavailable
+from prefixcache.pool import HEADER_BYTES, PoolFile, epoch_of, map_pool
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.recorder import Recorder
 from prefixcache.service.state.folder import StateFolder
+from prefixcache.service.state.manifest import Manifest
 from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId
 from prefixcache.v1 import prefixcache_pb2 as pb
 from wire.service_process import (
@@ -444,13 +447,136 @@ def test_a_folder_that_cannot_be_used_costs_the_state_and_nothing_else(
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
-    with serve_again(target, blocked / "state") as service:
+    with serve_again(target, blocked) as service:
         assert any("nothing is kept" in line for line in service.lines)
         with prefixcache.connect(target) as client, Reader(client) as reader:
             reader.store(CHATS[0])
             assert reader.read(CHATS[0]) == len(CHATS[0]) // 4
             assert "directory" in info(client).failure.lower()
         assert service.stop() == 0
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o777], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {path.name: stat.S_IMODE(path.lstat().st_mode) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_what_is_kept_is_private_whatever_the_umask(
+    state: Path, umask: int, made_before: bool
+) -> None:
+    if made_before:
+        state.mkdir()
+        state.chmod(0o755)
+    holdings = Holdings(
+        load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
+    )
+    try:
+        found = modes(state)  # while it is open, with the files that SQLite makes beside its own
+    finally:
+        holdings.close()
+    assert set(found) == {"lock", "manifest", "manifest-wal", "manifest-shm", "pool", "stamps"}
+    assert set(found.values()) == {0o600}
+    assert stat.S_IMODE(state.stat().st_mode) == (0o755 if made_before else 0o700)
+
+
+def test_a_recording_and_its_pool_are_private_whatever_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
+    Recorder(tmp_path / "requests.jsonl").close()
+    with PoolFile.create(LAYOUT, BLOCKS, SIZE) as pool:
+        assert stat.S_IMODE(Path(pool.handle.name).stat().st_mode) == 0o600
+    assert modes(tmp_path) == {"requests.jsonl": 0o600}
+
+
+def test_what_an_earlier_version_left_open_to_others_is_closed(copied: Path) -> None:
+    for path in copied.iterdir():
+        path.chmod(0o644)
+    assert local_hits(copied) >= 0.99 * TOKENS
+    assert set(modes(copied).values()) == {0o600}
+
+
+@pytest.mark.parametrize("name", ["manifest", "manifest-wal", "pool", "stamps", "lock"])
+@pytest.mark.parametrize("way", ["symlink", "second name", "pipe"])
+def test_a_file_that_may_be_somebody_elses_is_neither_followed_nor_kept(
+    copied: Path, tmp_path: Path, name: str, way: str
+) -> None:
+    place, elsewhere = copied / name, tmp_path / "precious"
+    elsewhere.write_bytes(place.read_bytes() if place.exists() else b"")
+    before = elsewhere.read_bytes()
+    place.unlink(missing_ok=True)
+    if way == "symlink":
+        place.symlink_to(elsewhere)
+    elif way == "second name":
+        place.hardlink_to(elsewhere)
+    else:
+        os.mkfifo(place)
+    local_hits(copied)
+    assert elsewhere.read_bytes() == before
+    assert place not in copied.iterdir() or stat.S_ISREG(place.lstat().st_mode)
+
+
+def test_a_folder_that_others_may_write_to_is_refused(state: Path) -> None:
+    state.mkdir()
+    for mode in (0o777, 0o770, 0o702):
+        state.chmod(mode)
+        with pytest.raises(InvalidRequest, match="chmod 700"):
+            StateFolder(state)
+        assert not list(state.iterdir())
+
+
+def test_a_folder_of_somebody_else_is_refused(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(state)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    for path in (state, link):
+        with pytest.raises(InvalidRequest, match="belongs to user"):
+            StateFolder(path)
+    assert not list(state.iterdir())
+
+
+def test_a_path_with_an_error_in_it_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="there is no folder"):
+        StateFolder(tmp_path / "typo" / "state")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_ends_unforeseen_is_told_and_keeps_nothing_back(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OverflowError("nobody thought of this")
+
+    holdings = Holdings(
+        load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
+    )
+    kept, cache = holdings.state, holdings.cache
+    assert kept is not None
+    assert cache is not None
+    try:
+        monkeypatch.setattr(Manifest, "write", fail)
+        cache.attach(WorkerId("w"), MINE, now=0.0)
+        for count, chat in enumerate(CHATS):
+            grant = cache.acquire(WorkerId("w"), MINE, chat, now=0.0)
+            assert isinstance(grant, Grant)
+            cache.commit(WorkerId("w"), grant.lease, len(chat) // 4, now=0.0)
+            cache.release(WorkerId("w"), grant.lease, now=0.0)
+            if not count:
+                eventually(lambda: kept.condition.failure)
+        assert "nobody thought of this" in kept.condition.failure
+        assert kept.condition.pending_bytes == 0
+        assert kept.condition.dropped_runs >= len(CHATS) - 1
+    finally:
+        holdings.close()
 
 
 def test_a_full_disk_costs_what_it_could_not_take_until_there_is_room(

@@ -23,6 +23,7 @@ from prefixcache.config import parse_layout
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.pool import PoolFile
+from prefixcache.private_files import make_private_folder, open_private, remove_foreign
 from prefixcache.service.state.keeper import Keeper
 from prefixcache.service.state.manifest import FORMAT, Manifest
 from prefixcache.service.state.revival import Revival, revive
@@ -32,6 +33,18 @@ from prefixcache.types import BlockTable, Layout, Partial, WorkerId
 
 FORMER = WorkerId("workers of an earlier life")
 """Under this name, blocks that they may still write to are quarantined."""
+
+_MANIFEST = ("manifest", "manifest-wal", "manifest-shm", "manifest-journal")
+"""The files of the database."""
+
+_NOT_ITS_FAULT = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_NOMEM,
+}
+"""What may befall a manifest that is in order, which therefore stays for the next start."""
 
 log = structlog.get_logger(__name__)
 
@@ -56,10 +69,11 @@ class StateFolder:
     """A folder that one service has taken.
 
     Args:
-        path: the folder; made, for this user alone, if it is not there.
+        path: the folder; made, for this user alone, if it is not there and the one above it is.
 
     Raises:
         ServiceUnavailable: another service has it.
+        InvalidRequest: it is somebody else's, others may write to it, or there is none above it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,9 +87,11 @@ class StateFolder:
         self._file: PoolFile | None = None
         self._restored = (0, 0, 0, 0.0)
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            make_private_folder(self.path, "--state")
+            self._remove_foreign("lock")
+            self._lock = open_private(self.path / "lock", os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove_foreign(*_MANIFEST, "pool", "stamps")
             self._manifest = self._open_manifest()
         except BlockingIOError:
             self.close()
@@ -89,9 +105,12 @@ class StateFolder:
     def layout(self) -> Layout | None:
         """The layout of the pool that is there; None if there is none, or it cannot be known."""
         try:
-            return parse_layout(str(self._manifest.facts()["layout"])) if self._manifest else None
+            facts = {} if self._manifest is None else self._manifest.facts()
+            layout = parse_layout(str(facts["layout"]))
+            sizes = int(facts["num_blocks"]), int(facts["block_size"])
         except (sqlite3.Error, KeyError, ValueError):
             return None
+        return layout if PoolFile.is_of(self.path / "pool", layout, *sizes) else None
 
     @property
     def condition(self) -> Condition:
@@ -169,8 +188,8 @@ class StateFolder:
         size = cache.block_size
         try:
             revival = revive(manifest, stamps, sums, size, tails=partial is Partial.TAILS)
-        except (sqlite3.Error, OverflowError, MemoryError) as error:
-            log.warning("the state cannot be read: starting cold", cause=str(error))
+        except Exception as error:  # noqa: BLE001 - foreign data: it costs what is in it, no more
+            log.warning("the state cannot be read: starting cold", cause=repr(error))
             try:
                 facts = self._facts()
                 stamps.resets[:] += 1  # whatever else there is, it counts no more
@@ -213,6 +232,9 @@ class StateFolder:
         if ended and self._stamps is not None:
             self._stamps.close()
             self._stamps = None
+        if ended and self._sums is not None:
+            self._sums.close()
+            self._sums = None
         self._keeper = None
         if self._lock is not None:
             os.close(self._lock)
@@ -221,8 +243,8 @@ class StateFolder:
     def _open_manifest(self) -> Manifest:
         try:
             return Manifest(self.path / "manifest")
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
+        except (sqlite3.Error, UnicodeError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_ITS_FAULT:
                 raise
             log.warning("the manifest is broken: starting cold", cause=str(error))
             return self._new_manifest()
@@ -230,9 +252,15 @@ class StateFolder:
     def _new_manifest(self) -> Manifest:
         if self._manifest is not None:
             self._manifest.close()
-        for name in ("manifest", "manifest-wal", "manifest-shm"):
+        for name in _MANIFEST:
             (self.path / name).unlink(missing_ok=True)
         return Manifest(self.path / "manifest")
+
+    def _remove_foreign(self, *names: str) -> None:
+        """Remove what is no file of this user alone: a symlink, say, leads who knows where."""
+        for name in names:
+            if remove_foreign(self.path / name):
+                log.warning("removed what was no file of this user", path=str(self.path / name))
 
     def _restart_manifest(self, facts: dict[str, str | int]) -> Manifest:
         manifest = self._new_manifest()

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from prefixcache.service.state.manifest import Manifest, Run
+from prefixcache.service.state.manifest import MAX_RUN, Manifest, Run
 from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps
 from prefixcache.service.state.sums import NUM_FACTS, Sums
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
@@ -127,6 +127,8 @@ class Keeper:
         """Blocks that are in the manifest, counted since the start."""
         self.failure = ""
         """Why the last batch could not be written; empty if it could."""
+        self._has_ended = False
+        """Whether the thread has come to an end that nobody foresaw: what comes is left out."""
         # The thread's: which run a block is in; how many of a run's blocks still are; and, by the
         # last block of a run that may grow, the run and its length.
         self._run_of = np.zeros(len(stamps.blocks), np.int64)
@@ -142,7 +144,7 @@ class Keeper:
             runs: those that the manifest has, by id, with the blocks in them that still hold.
             lost: ids of runs of which nothing holds, to be removed.
         """
-        self._next = max(lost, default=0) + 1
+        self._next = 1 + max((number for number in lost if number < MAX_RUN), default=0)
         self._unwritten = Batch([], [], lost, [])
         for number, blocks in runs:
             self._run_of[blocks] = number
@@ -221,6 +223,8 @@ class Keeper:
     def _name(self, namespace: Namespace) -> int:
         number = next(self._free, -1)
         self._numbers[namespace] = number
+        if self._has_ended:
+            return number
         if number < 0:
             log.warning("this namespace is not kept: there are too many", limit=MAX_NAMESPACES)
         else:
@@ -229,8 +233,8 @@ class Keeper:
 
     def _put(self, event: Event) -> None:
         size = _size(event)
-        if self.num_pending + size > _MAX_PENDING:
-            if not self.num_dropped:
+        if self._has_ended or self.num_pending + size > _MAX_PENDING:
+            if not self.num_dropped and not self._has_ended:
                 log.warning("the state cannot keep up: some of it will be missing after a restart")
             self.num_dropped += 1
             return
@@ -251,6 +255,19 @@ class Keeper:
     # ------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        try:
+            self._write_all()
+        except Exception as error:
+            # Whatever it is, requests go on and nobody waits for this thread: so it must be told.
+            self.failure = f"the thread that writes it down has ended: {error!r}"
+            self._has_ended = True
+            log.exception("the state is kept no more, the service goes on", cause=repr(error))
+            self._queue.clear()
+            self._named.clear()
+            self._unwritten = Batch([], [], [], [])
+            self._bytes_out = self._bytes_in
+
+    def _write_all(self) -> None:
         while True:
             stopping = self._stop.is_set()
             while self._queue or any(self._unwritten):

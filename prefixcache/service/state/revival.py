@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from prefixcache.core.graft import Run as Graft
 from prefixcache.service.state.keeper import describe
-from prefixcache.service.state.manifest import Manifest
+from prefixcache.service.state.manifest import MAX_RUN, Manifest
 from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps
 from prefixcache.service.state.sums import Sums
 from prefixcache.types import TOKEN_BYTES, Namespace
@@ -122,7 +122,10 @@ def _is_sound(row: tuple[Any, ...], width: int) -> bool:
         and len(sums) == 2 * size
         and size == 4 * -(-filled // width)
         and (filled % width == 0 or (size == 4 and filled % TOKEN_BYTES == 0))
+        and 0 < number < MAX_RUN
         and 0 <= namespace < MAX_NAMESPACES
+        and 0 <= resets < 2**32
+        and 0 <= parent_stamp < 2**32
         and -1 <= parent < 2**31
     )
 

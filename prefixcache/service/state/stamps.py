@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from prefixcache.private_files import open_private
 from prefixcache.types import BlockTable
 
 MAX_NAMESPACES: Final = 65_536
@@ -44,7 +45,7 @@ class Stamps:
 
     def __init__(self, path: Path, num_blocks: int) -> None:
         size = _size(num_blocks)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = open_private(path, os.O_RDWR | os.O_CREAT)
         try:
             if os.fstat(fd).st_size != size:
                 os.ftruncate(fd, 0)
@@ -61,7 +62,7 @@ class Stamps:
     def fit(path: Path, num_blocks: int) -> bool:
         """Whether there are stamps of a pool of that size."""
         try:
-            return path.stat().st_size == _size(num_blocks)
+            return path.lstat().st_size == _size(num_blocks)
         except OSError:
             return False
 

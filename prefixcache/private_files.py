@@ -1,0 +1,103 @@
+"""Files that hold prompts, or what was computed from them: this user's alone, whatever the umask.
+
+A mode that is passed to `open` or `mkdir` loses the bits of the umask and is not looked at where
+the file is there already; so here it is set, and what is there must be ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from prefixcache.errors import InvalidRequest
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Open a file that only this user may read, and make it so; give its descriptor.
+
+    Args:
+        path: the file.  A symlink is not followed.
+        flags: as for `os.open`; `O_CLOEXEC` and `O_NOFOLLOW` are added.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or belongs to somebody else.
+    """
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # of a pipe nobody waits for the reader
+    fd = os.open(path, flags, FILE_MODE)
+    try:
+        if not _is_ours(os.fstat(fd)):
+            raise OSError(errno.EPERM, "not a file of this user alone", str(path))
+        os.fchmod(fd, FILE_MODE)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def make_private_folder(path: Path, option: str) -> None:
+    """Make a folder that only this user can enter, or check that the one that is there is ours.
+
+    One that others may read stays as it is: the files in it are private themselves.  Who may write
+    to it could put files of their own in the place of ours.
+
+    Args:
+        path: the folder.  The one above it must be there: a path with an error in it is not made.
+        option: what named it, for the message.
+
+    Raises:
+        InvalidRequest: it is not there and neither is the folder above it; it is a symlink of
+            somebody else, belongs to somebody else, or others may write to it.
+        OSError: it cannot be made or looked at.
+    """
+    try:
+        path.mkdir(FOLDER_MODE)
+        path.chmod(FOLDER_MODE)  # whatever the umask took away
+    except FileNotFoundError:
+        raise InvalidRequest(
+            f"{option} {path}: there is no folder {path.parent}. Make it first, if that is no typo."
+        ) from None
+    except FileExistsError:
+        pass
+    user = os.geteuid()
+    link, status = path.lstat(), path.stat()
+    for owner in (link.st_uid, status.st_uid):
+        if owner != user:
+            raise InvalidRequest(
+                f"{option} {path} belongs to user {owner}, you are {user}: whoever owns it can "
+                "change what is in it. Name a folder of your own."
+            )
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022:
+        raise InvalidRequest(
+            f"{option} {path} can be written by other users (mode {status.st_mode & 0o777:o}), who "
+            f"could put files of their own there. Run: chmod 700 {path}"
+        )
+
+
+def remove_foreign(path: Path) -> bool:
+    """Remove what is there unless it is a regular file of this user alone.
+
+    Returns:
+        Whether something was removed.
+
+    Raises:
+        OSError: it cannot be removed: it is a folder, say.
+    """
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    if _is_ours(status):
+        path.chmod(FILE_MODE)  # one of an earlier version, or restored from a backup
+        return False
+    path.unlink()
+    return True
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    """Whether it is a regular file of this user that has no second name elsewhere."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
