@@ -73,6 +73,7 @@ def _look(client: Client, *, deep: bool) -> Iterator[Finding]:
         findings.clocks(times),
         findings.shared_memory(now),
         findings.state(now),
+        findings.failures(now),
     )
 
 

@@ -326,6 +326,17 @@ def shared_memory(now: Status) -> Iterator[Finding]:
         )
 
 
+def failures(now: Status) -> Iterator[Finding]:
+    """Look for parts that have ended while the service goes on."""
+    for part, cause in sorted(now.info.failures.items()):
+        yield Finding(
+            "service",
+            WRONG,
+            f"{part.capitalize()} failed, the service goes on without: {cause}.",
+            "See the service's log; a restart begins it again.",
+        )
+
+
 def state(now: Status) -> Iterator[Finding]:
     """Look at what outlives the service."""
     if not now.info.HasField("state"):

@@ -114,6 +114,15 @@ class _Domain:
         yield _gauge(
             "prefixcache_uptime_seconds", "Time since the service started.", handlers.uptime_s
         )
+        failed = dict.fromkeys(((part,) for part in handlers.failures.causes()), 1)
+        if handlers.holdings.state is not None:
+            failed[("state",)] = int(bool(handlers.holdings.state.condition.failure))
+        yield _gauge(
+            "prefixcache_part_failed",
+            "1 for each part that has ended though the service goes on: see its log.",
+            failed,
+            ("part",),
+        )
         yield _gauge("prefixcache_draining", "1 while no new leases are given.", handlers.draining)
         yield _gauge("prefixcache_workers", "Attached workers.", len(handlers.workers))
         yield _gauge("prefixcache_sessions", "Open sessions.", handlers.workers.num_streams)

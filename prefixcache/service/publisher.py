@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import deque
-from collections.abc import Iterable
-from time import time
+from collections.abc import Coroutine, Iterable
+from time import monotonic, time
 from typing import Any
 
 import msgspec
@@ -40,6 +41,20 @@ _KEPT = 10_000
 _KEPT_BYTES = 64 * 2**20
 _HIGH_WATER = 100_000
 """Messages that may wait for one subscriber before it misses some, which the sequence shows."""
+
+_MAX_ASKED = 4096
+"""Bytes of one frame that is sent to us."""
+_MAX_ASKING = 128
+"""Requests for events that may wait, and connections that may wait to be accepted."""
+_MAX_ANSWERING = 16
+"""Requests for events that are answered at the same time."""
+_MAX_ANSWERS = 16
+"""Messages that may wait for one who has asked for them again."""
+_PATIENCE_S = 5.0
+"""How long one who has asked may take nothing."""
+_RETRY_S = 0.01
+_HANDSHAKE_MS = 5000
+_TELL_EVERY_S = 10.0
 
 log = structlog.get_logger(__name__)
 
@@ -110,28 +125,46 @@ class Publisher:
         """
         endpoint, replay = self._endpoints
         publishing = self._bind(zmq.PUB, endpoint)
-        self._tasks.append(asyncio.create_task(self._publish(publishing)))
+        self._begin(self._publish(publishing), "the publisher of events")
         if replay is not None:
-            self._tasks.append(asyncio.create_task(self._replay(self._bind(zmq.ROUTER, replay))))
+            replaying = self._bind(zmq.ROUTER, replay)
+            self._begin(self._replay(replaying), "the replay of events")
+
+    def _begin(self, work: Coroutine[Any, Any, None], part: str) -> None:
+        task = asyncio.create_task(work)
+        self._handlers.failures.watch(task, part)
+        self._tasks.append(task)
 
     async def close(self) -> None:
         """Stop.  Idempotent."""
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
         self._context.destroy(linger=200)
 
     def _bind(self, kind: int, endpoint: str | None) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
         socket.sndhwm = _HIGH_WATER
+        # What others send: nothing to the first socket but subscriptions, three short frames to the
+        # second.  Who sends more is cut off before it is read.
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_ASKED)
+        socket.setsockopt(zmq.RCVHWM, _MAX_ASKING)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        socket.setsockopt(zmq.BACKLOG, _MAX_ASKING)
+        if kind == zmq.ROUTER:
+            socket.sndhwm = _MAX_ANSWERS
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who is slow is waited for, not left out
+        mask = os.umask(0o177)  # an ipc socket is this user's alone
         try:
             socket.bind(str(endpoint))
         except zmq.ZMQError as error:
             raise ServiceUnavailable(
                 f"cannot publish events at {endpoint}: {error.strerror}"
             ) from None
+        finally:
+            os.umask(mask)
         return socket
 
     async def _publish(self, socket: zmq.asyncio.Socket) -> None:
@@ -150,17 +183,38 @@ class Publisher:
                 await socket.send_multipart((TOPIC, number, payload))
 
     async def _replay(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            asked = await socket.recv_multipart()
-            if len(asked) != 3 or len(asked[2]) != 8:
-                log.warning("a request for events that is none", parts=len(asked))
-                continue
-            start = int.from_bytes(asked[2], "big")
-            for number, payload in list(self._kept):
-                if number >= start:
-                    place = number.to_bytes(8, "big")
-                    await socket.send_multipart((asked[0], b"", place, payload))
-            await socket.send_multipart((asked[0], b"", END, b""))
+        told_at = 0.0
+        answering: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                asked = await socket.recv_multipart()
+                if len(asked) == 3 and len(asked[2]) == 8 and len(answering) < _MAX_ANSWERING:
+                    start = int.from_bytes(asked[2], "big")
+                    task = asyncio.create_task(self._answer(socket, asked[0], start))
+                    self._handlers.failures.watch(task, "the replay of events")
+                    answering.add(task)
+                    task.add_done_callback(answering.discard)
+                elif monotonic() - told_at > _TELL_EVERY_S:
+                    told_at = monotonic()
+                    log.warning(
+                        "a request for events that is none, or one too many",
+                        parts=len(asked),
+                        answering=len(answering),
+                    )
+        finally:
+            for task in answering:
+                task.cancel()
+
+    async def _answer(self, socket: zmq.asyncio.Socket, asker: bytes, start: int) -> None:
+        """Send what is kept from `start` on, as fast as the asker takes it."""
+        while self._kept and start < self._sequence:
+            first = self._kept[0][0]  # which may have gone on meanwhile
+            start = max(start, first)
+            number = start.to_bytes(8, "big")
+            if not await _send(socket, (asker, b"", number, self._kept[start - first][1])):
+                return
+            start += 1
+        await _send(socket, (asker, b"", END, b""))
 
     def _keep(self, payload: bytes) -> None:
         self._kept.append((self._sequence, payload))
@@ -187,6 +241,25 @@ class Publisher:
             yield BlockRemoved([number_of(one) for one in event.hashes], where)
 
 
+async def _send(socket: zmq.asyncio.Socket, parts: tuple[bytes, ...]) -> bool:
+    """Send to an asker, or find that it has gone, or takes nothing any more."""
+    patience = _PATIENCE_S
+    while True:
+        try:
+            await socket.send_multipart(parts, zmq.NOBLOCK)
+        except zmq.Again:
+            # Asked for by the clock: of such a socket the poll always says that it can be written.
+            if patience <= 0:
+                return False
+            patience -= _RETRY_S
+            await asyncio.sleep(_RETRY_S)
+        except zmq.ZMQError:
+            return False
+        else:
+            await asyncio.sleep(0)
+            return True
+
+
 def number_of(block_hash: bytes) -> int:
     """Give the last 64 bits of a hash."""
     return int.from_bytes(block_hash[-8:], "big")
@@ -198,7 +271,9 @@ def _time_of(batch: Batch) -> float:
 
 def _check(endpoint: str) -> None:
     local = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:", "ipc://")
-    if not endpoint.startswith(local):
+    # What has no place in the file system has no mode: every user of the machine could read it.
+    nowhere = endpoint in ("ipc://", "ipc://*") or endpoint.startswith("ipc://@")
+    if nowhere or not endpoint.startswith(local):
         raise InvalidRequest(
             f"refused to publish at {endpoint}: whoever reaches it can read what is stored. "
             "Publish at tcp://127.0.0.1:PORT or ipc://PATH."

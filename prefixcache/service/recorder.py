@@ -27,6 +27,7 @@ import structlog
 from prefixcache.errors import InvalidRequest
 from prefixcache.private_files import open_private
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.failures import Failures
 from prefixcache.types import Namespace
 
 _MAX_PENDING = 64 * 2**20
@@ -56,19 +57,26 @@ class Recorder:
         path: the file.  What exists is not overwritten (a device such as /dev/null can be named).
         anonymiser: replaces tokens and names, if given.
         max_pending: bytes that may wait to be written.
+        failures: is told when recording ends by an error.
 
     Raises:
         InvalidRequest: the file exists or cannot be created.
     """
 
     def __init__(
-        self, path: Path, anonymiser: Anonymiser | None = None, *, max_pending: int = _MAX_PENDING
+        self,
+        path: Path,
+        anonymiser: Anonymiser | None = None,
+        *,
+        max_pending: int = _MAX_PENDING,
+        failures: Failures | None = None,
     ) -> None:
         self._path = path
         self._file = os.fdopen(_create(path), "wb")
         self._packer = zlib.compressobj(_FASTEST, wbits=_GZIP) if path.suffix == ".gz" else None
         self._anonymiser = anonymiser
         self._max_pending = max_pending
+        self._failures = Failures() if failures is None else failures
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._started_at = monotonic()
         self._offered = 0
@@ -125,15 +133,13 @@ class Recorder:
         try:
             self._write_all()
             self._flush(zlib.Z_FINISH)
-        except OSError as error:
-            log.error(
-                "recording failed, the service goes on", file=str(self._path), cause=str(error)
-            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for this thread
+            self._failures.tell("recording", error)
             while (request := self._queue.get()) is not None:
                 self._bytes_out += len(request[2]) + _REQUEST_BYTES
         finally:
             # The last flush has succeeded, or what is left cannot be written anyhow.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 self._file.close()
 
     def _write_all(self) -> None:

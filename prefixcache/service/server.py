@@ -29,6 +29,7 @@ from prefixcache.service import unary
 from prefixcache.service.anonymiser import Anonymiser
 from prefixcache.service.domains import make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
+from prefixcache.service.failures import Failures
 from prefixcache.service.gate import Register
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
@@ -92,6 +93,8 @@ async def _serve(
     formers = [
         asyncio.ensure_future(_await_former(one.holdings, one.line)) for one in domains.values()
     ]
+    for former, one in zip(formers, domains.values(), strict=True):
+        one.handlers.failures.watch(former, "the wait for an earlier life's workers")
     tracer = _make_tracer(settings)
     for one in domains.values():
         one.handlers.tracer = tracer
@@ -108,7 +111,7 @@ async def _serve(
         listening = open_doors(doors, lambda gate: unary.service(verbs, gate))
         for one in domains.values():
             one.handlers.listening = listening
-        handlers.recorder = _start_recorder(settings)
+        handlers.recorder = _start_recorder(settings, handlers.failures)
         stop = _stop_on_signals()
         lost = _stop_without_owner(holdings, stop)
         for door in doors:
@@ -256,10 +259,11 @@ def _make_tracer(settings: ServeSettings) -> Tracer | None:
     return Tracer(settings.trace)
 
 
-def _start_recorder(settings: ServeSettings) -> Recorder | None:
+def _start_recorder(settings: ServeSettings, failures: Failures) -> Recorder | None:
     if settings.record is None:
         return None
-    return Recorder(settings.record, Anonymiser() if settings.anonymise else None)
+    anonymiser = Anonymiser() if settings.anonymise else None
+    return Recorder(settings.record, anonymiser, failures=failures)
 
 
 def _stop_on_signals() -> asyncio.Event:

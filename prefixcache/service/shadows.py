@@ -33,6 +33,7 @@ from prefixcache.core.eviction import policy_named
 from prefixcache.core.tape import GRANTED, Entry
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.chunk import CUT, Writer
+from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -52,22 +53,28 @@ class Shadows:
     Args:
         settings: those of the service; `shadow` lists what is tried.
         holdings: its cache.
+        failures: is told when they end by an error.
 
     Raises:
         InvalidRequest: a policy that there is not.
     """
 
-    def __init__(self, settings: ServeSettings, holdings: Holdings) -> None:
+    def __init__(
+        self, settings: ServeSettings, holdings: Holdings, failures: Failures | None = None
+    ) -> None:
         for spec in settings.shadow:
             policy_named(spec.policy or settings.policy)
         self._settings = settings
         self._holdings = holdings
+        self._failures = Failures() if failures is None else failures
         self._max_behind = settings.max_shadow_lag
         self._cache: PrefixCache | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
         self._tape: deque[Entry] = deque()
         self._stop = threading.Event()
+        self._has_failed = False
+        """Whether the thread has come to an end that nobody foresaw."""
         self._answers = b""
         self.results: list[dict[str, Any]] = []
         """What the process told last; see `Shadow.told`."""
@@ -139,10 +146,12 @@ class Shadows:
             return
         told = process.stdout.read()
         if told == b"":
-            log.error("the process of the shadow caches has ended, the service goes on")
+            if not self._has_failed:
+                self._failures.tell("shadow caches", OSError("their process has ended"))
             asyncio.get_running_loop().remove_reader(process.stdout.fileno())
             if self._cache is not None:
                 self._cache.record(None)
+            self._tape.clear()
             self._stop.set()
             return
         *lines, self._answers = (self._answers + (told or b"")).split(b"\n")
@@ -157,6 +166,15 @@ class Shadows:
     # ------------------------------------------------------------------------ the thread
 
     def _run(self) -> None:
+        try:
+            self._write_all()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for this thread
+            self._has_failed = True
+            self._failures.tell("shadow caches", error)
+            if self._process is not None:
+                self._process.kill()  # the event loop hears of it, and ends the rest in order
+
+    def _write_all(self) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._cache is not None

@@ -647,7 +647,14 @@ class Shortage(_message.Message):
     def __init__(self, extra_blocks: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ServiceInfo(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "state")
+    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "state", "failures")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -661,6 +668,7 @@ class ServiceInfo(_message.Message):
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: float
@@ -674,7 +682,8 @@ class ServiceInfo(_message.Message):
     sessions: int
     draining: bool
     state: StateInfo
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., state: _Optional[_Union[StateInfo, _Mapping]] = ...) -> None: ...
+    failures: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., state: _Optional[_Union[StateInfo, _Mapping]] = ..., failures: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class VerbInfo(_message.Message):
     __slots__ = ("verb", "count", "refused", "per_s", "p50_s", "p99_s")

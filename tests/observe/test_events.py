@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
+import stat
 import subprocess
 import threading
 import time
@@ -29,6 +31,7 @@ from prefixcache.service.events import (
     block_hash,
     namespace_hash,
 )
+from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
 from prefixcache.types import Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -380,16 +383,92 @@ def test_a_router_reads_the_same_over_zeromq(sockets: Path) -> None:
         heard.close()
 
 
-def test_events_are_published_on_this_machine_only(sockets: Path) -> None:
+def resident_mib(pid: int) -> int:
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) // 1024
+
+
+def test_what_is_sent_to_the_sockets_of_events_is_bounded(sockets: Path) -> None:
+    zmq = pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    endpoint, replay = f"ipc://{sockets}/events", f"ipc://{sockets}/replay"
+    flags = [*sizes(64, 4), "--events", endpoint, "--events-replay", replay]
+    with running(f"unix:{sockets}/zmq.sock", *flags) as service:
+        before = resident_mib(service.process.pid)
+        assert stat.S_IMODE((sockets / "replay").stat().st_mode) == 0o600
+        assert stat.S_IMODE((sockets / "events").stat().st_mode) == 0o600
+        with zmq.Context() as context:
+            context.linger = 0
+            for place in (endpoint, replay):
+                for _ in range(4):
+                    with context.socket(zmq.DEALER) as huge:
+                        huge.connect(place)
+                        huge.send_multipart((b"", bytes(64 * 2**20)))
+                        with context.socket(zmq.DEALER) as asking:  # it is still answered
+                            asking.rcvtimeo = 10_000
+                            asking.connect(replay)
+                            asking.send_multipart((b"", bytes(8)))
+                            while asking.recv_multipart()[1] != b"\xff" * 8:
+                                pass
+        assert resident_mib(service.process.pid) < before + 32
+
+
+def test_one_who_asks_and_does_not_read_holds_nobody_up(sockets: Path) -> None:
+    zmq = pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    endpoint, replay = f"ipc://{sockets}/events", f"ipc://{sockets}/replay"
+    flags = [*sizes(64, 4), "--events", endpoint, "--events-replay", replay]
+    with running(f"unix:{sockets}/zmq.sock", *flags) as service, zmq.Context() as context:
+        store(service.target, *([number] * 24 for number in range(200)))
+        idle = [context.socket(zmq.DEALER) for _ in range(8)]
+        for one in idle:
+            one.linger, one.rcvhwm = 0, 1
+            one.connect(replay)
+            one.send_multipart((b"", bytes(8)))
+        with context.socket(zmq.DEALER) as asking:
+            asking.linger, asking.rcvtimeo = 0, 20_000
+            asking.connect(replay)
+            asking.send_multipart((b"", bytes(8)))
+            count = 0
+            while asking.recv_multipart()[1] != b"\xff" * 8:
+                count += 1
+        assert count
+        for one in idle:
+            one.close()
+
+
+def test_a_publisher_that_ends_is_told() -> None:
+    pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    from prefixcache.service.publisher import Publisher
+
+    class Broken:
+        def watching(self) -> object:
+            raise ValueError("nobody thought of this")
+
+    class Some:
+        failures = Failures()
+
+    async def story() -> dict[str, str]:
+        publisher = Publisher(Some, Broken(), f"tcp://127.0.0.1:{free_port()}", None)  # type: ignore[arg-type]
+        publisher.start()
+        await asyncio.sleep(0.05)
+        await publisher.close()
+        return Some.failures.causes()
+
+    causes = asyncio.run(story())
+    assert "nobody thought of this" in causes["the publisher of events"]
+
+
+@pytest.mark.parametrize("place", ["tcp://0.0.0.0:5557", "ipc://@abstract", "ipc://*"])
+def test_events_are_published_on_this_machine_only(sockets: Path, place: str) -> None:
     told = subprocess.run(
-        command("serve", "--listen", f"unix:{sockets}/x.sock", "--events", "tcp://0.0.0.0:5557"),
+        command("serve", "--listen", f"unix:{sockets}/x.sock", "--events", place),
         env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
     )
     assert told.returncode == 2
-    assert "refused to publish at tcp://0.0.0.0:5557" in told.stderr
+    assert f"refused to publish at {place}" in told.stderr
 
 
 def test_watchers_that_do_not_read_hold_nobody_up(sockets: Path) -> None:

@@ -261,7 +261,19 @@ def test_the_service_goes_on_when_the_shadows_process_is_killed(sockets: Path) -
         told(service, 4)
         (shadow,) = children(service.process.pid)
         os.kill(shadow, signal.SIGKILL)
-        eventually(lambda: "process of the shadow caches has ended" in service.log())
+        eventually(lambda: "shadow caches failed" in service.log())
+        with prefixcache.connect(service.target) as client:
+            told_of = client.call("snapshot", pb.SnapshotRequest()).service.failures
+        assert told_of["shadow caches"] == "their process has ended"
+        doctor = subprocess.run(
+            command("doctor", "-c", service.target),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert doctor.returncode == 1
+        assert "Shadow caches failed" in " ".join(doctor.stdout.split())
         send(service.target, rounds=3)
         assert service.stop() == 0
 

@@ -21,6 +21,7 @@ import prefixcache
 from prefixcache.config import load
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.failures import Failures
 from prefixcache.service.recorder import Recorder
 from prefixcache.types import Namespace, pack, unpack
 from prefixcache_bench.commands.replay import replay
@@ -186,6 +187,23 @@ def test_a_full_disk_ends_the_recording_and_every_request_counts_as_dropped(
         recorder.record(SPACE, os.urandom(4000))
     recorder.close()
     assert (recorder.num_kept, recorder.num_dropped) == (0, 100)
+
+
+class Broken(Anonymiser):
+    def tokens(self, tokens: bytes) -> bytes:
+        raise ValueError("nobody thought of this")
+
+
+def test_a_recording_that_ends_unforeseen_is_told_and_keeps_nothing_back(tmp_path: Path) -> None:
+    failures = Failures()
+    recorder = Recorder(tmp_path / "t", Broken(), max_pending=20_000, failures=failures)
+    recorder.record(SPACE, bytes(4))
+    eventually(failures.causes)
+    assert "nobody thought of this" in failures.causes()["recording"]
+    for _ in range(100):
+        recorder.record(SPACE, bytes(4000))
+    recorder.close()
+    assert (recorder.num_kept, recorder.num_dropped) == (0, 101)
 
 
 def test_anonymising_without_recording_is_refused() -> None:

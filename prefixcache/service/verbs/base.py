@@ -11,6 +11,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.service.events import EventLog
+from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.meter import Meter
 from prefixcache.service.pulse import Pulse
@@ -44,7 +45,8 @@ class Verbs:
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
         self.events = EventLog(holdings, settings.max_watchers)
-        self.shadows = Shadows(settings, holdings) if settings.shadow else None
+        self.failures = Failures()
+        self.shadows = Shadows(settings, holdings, self.failures) if settings.shadow else None
         self._started_at = monotonic()
 
     @property

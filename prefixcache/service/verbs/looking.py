@@ -155,6 +155,7 @@ class Looking(Verbs):
         info.workers = len(self.workers)
         info.sessions = self.workers.num_streams
         info.draining = self.draining
+        info.failures.update(self.failures.causes())
         if self.holdings.state is not None:
             for name, value in self.holdings.state.condition._asdict().items():
                 setattr(info.state, name, value)
