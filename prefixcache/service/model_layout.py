@@ -1,17 +1,91 @@
-"""The layout of a model, read from its config.json.  No torch, no model code."""
+"""The layout of a model, read from its config.json.  No torch, no model code.
+
+A pool has one layout: every layer keeps, for every token, keys and values of the same shape.
+
+```
+read       heads of each kind of grouping (multi-head, grouped, multi-query), sliding windows (their
+           tokens stay in the pool), the text model inside a multimodal one, layers that share the
+           keys and values of earlier ones (not counted)
+refused    by the name of the field: recurrent layers (a prefix of theirs is a state, not tokens),
+           latent attention (one plane of another width), layers that differ, encoders, and every
+           field about heads that says something else than what was derived
+```
+A field that is absent and one that is null are the same.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import DTYPE_BYTES, Layout
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-_HEADS = ("num_attention_heads", "n_head", "num_heads")
-_WIDTH = ("hidden_size", "n_embd", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
+_KV_HEADS = (
+    "num_key_value_heads",
+    "num_kv_heads",
+    "n_head_kv",
+    "n_kv_heads",
+    "kv_n_heads",
+    "multi_query_group_num",
+    "num_key_value_heads_per_layer",
+)
+_HEAD_DIM = ("head_dim", "kv_channels", "attention_head_dim", "d_head", "d_kv")
+_WIDTH = ("hidden_size", "n_embd", "d_model", "model_dim", "n_embed")
+_TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config", "text_model")
+_MULTI_QUERY = ("multi_query", "multi_query_attention")
+_MULTI_QUERY_BY_DEFAULT = frozenset(("falcon", "RefinedWeb", "RefinedWebModel", "gpt_bigcode"))
+
+_LAYER_KINDS = (
+    "layer_types",
+    "layers_block_type",
+    "block_types",
+    "_block_types",
+    "hybrid_override_pattern",
+    "attn_type_list",
+    "layer_group_types",
+)
+"""Fields that say what each layer is."""
+_ATTENTION = (
+    *("attention", "full_attention", "sliding_attention", "chunked_attention", "self_attention"),
+    *("global_attention", "local_attention", "global", "local", "full", "sliding", "*", "1"),
+)
+"""What these call a layer that keeps keys and values for each token."""
+
+_RECURRENT = re.compile(
+    r"mamba|(^|_)(ssm|rwkv|lru|rnn|lstm|gla)_|rwkv|^state_size$|^conv_(kernel|L_cache)|^time_(mix|step)"
+    r"|^linear_(attn|num|key|value|conv)|^full_attention_(interval|idxs)|^attn_layer_"
+    r"|^hybrid_(layer|attention)|^recurrent|^retention|^shortconv"
+)
+"""Fields that only models with recurrent, convolutional or linear-attention layers have."""
+_RECURRENT_MODELS = re.compile(r"mamba|rwkv|xlstm|retnet|recurrent_gemma|griffin|jamba|zamba|lfm2")
+
+_LATENT = ("kv_lora_rank", "use_mla", "kv_lora_dim")
+_DIFFERING = (
+    "block_configs",
+    "cross_attention_layers",
+    "use_cla",
+    "global_head_dim",
+    "attention_k_eq_v",
+)
+"""Fields of models whose layers do not all keep keys and values of one shape, of their own."""
+_ABOUT_HEADS = re.compile(r"head_(dim|size)$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$")
+
+_ENCODER_MODELS = re.compile(
+    r"^(albert|bart|bert|big_bird|bigbird_pegasus|blenderbot.*|camembert|canine|clip.*|convbert|"
+    r"data2vec.*|deberta.*|distilbert|electra|ernie|esm|flaubert|fnet|funnel|ibert|layoutlm.*|led|"
+    r"longformer|longt5|luke|m2m_100|marian|mbart|megatron-bert|mobilebert|modernbert|mpnet|mt5|"
+    r"mvp|nezha|nllb.*|nystromformer|pegasus.*|prophetnet|reformer|rembert|roberta.*|roformer|"
+    r"siglip.*|splinter|squeezebert|switch_transformers|t5.*|udop|umt5|vit.*|wav2vec2.*|whisper|"
+    r"xlm|xlm-roberta.*|xmod|yoso)$"
+)
+
+_MOST_BYTES = 16 * 2**20
 
 
 def read_layout(folder: Path, dtype: str | None = None) -> Layout:
@@ -22,39 +96,229 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
         dtype: Element type of the pool, if it is not the one that config.json names.
 
     Raises:
-        InvalidRequest: there is no such file, or it does not tell; the message names the field.
+        InvalidRequest: there is no such file, it does not tell, or the model's keys and values have
+            no uniform layout; the message names the field.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise InvalidRequest(
-            f"cannot read {path}: {error.strerror}; give --layout instead"
-        ) from None
-    except ValueError as error:
-        raise InvalidRequest(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InvalidRequest(f"{path} is not the configuration of a model")
-    outer = config
-    config = config.get("text_config", config)
-    layers = _number(config, _LAYERS, path)
-    heads = _number(config, _HEADS, path)
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or _number(config, _WIDTH, path) // heads
-    named = dtype or _dtype(config) or _dtype(outer) or "float32"
+    outer = _load(path)
+    config = _Config(path, _text_model(path, outer))
+    config.refuse_what_has_no_layout(outer)
+    layers = config.layers()
+    heads, kv_heads = config.heads(layers)
+    head_dim = config.head_dim(heads)
+    config.refuse_other_heads(kv_heads, head_dim, layers)
+    named = dtype or _dtype(path, config.fields) or _dtype(path, outer) or "float32"
     if named not in DTYPE_BYTES:
         raise InvalidRequest(
             f"{path} names the type {named!r}; a pool holds {', '.join(DTYPE_BYTES)}: give --dtype"
         )
-    return Layout(layers, int(kv_heads), int(head_dim), named)
+    return Layout(layers, kv_heads, head_dim, named)
 
 
-def _dtype(config: dict[str, Any]) -> str:
-    return str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+class _Config:
+    """The fields of one text model."""
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]) -> None:
+        self.path = path
+        self.fields = fields
+
+    def refuse_what_has_no_layout(self, outer: Mapping[str, Any]) -> None:
+        """Refuse, by the field that tells, models that keep something else than keys and values."""
+        for fields in (outer, self.fields):
+            if fields.get("is_encoder_decoder"):
+                self._refuse(fields, "is_encoder_decoder", "an encoder's part is no prefix")
+            kind = fields.get("model_type")
+            if isinstance(kind, str) and _RECURRENT_MODELS.search(kind):
+                self._refuse(fields, "model_type", "its layers keep a state, not tokens")
+        kind = self.fields.get("model_type")
+        if isinstance(kind, str) and _ENCODER_MODELS.match(kind) and not self._is_decoder(outer):
+            self._refuse(
+                self.fields, "model_type", "an encoder reads both ways: no prefix is final"
+            )
+        for name in ("use_bidirectional_attention", "prefix_lm"):
+            if self.fields.get(name) is True:
+                self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
+        if self.fields.get("is_causal") is False:
+            self._refuse(self.fields, "is_causal", "tokens look ahead: no prefix is final")
+        for name in _LATENT:
+            if self.fields.get(name):
+                self._refuse(
+                    self.fields, name, "latent attention keeps one plane, not keys and values"
+                )
+        for name in _DIFFERING:
+            if self.fields.get(name):
+                self._refuse(self.fields, name, "its layers keep different shapes")
+        self._refuse_recurrent_layers()
+
+    def layers(self) -> int:
+        """Count the layers that keep keys and values of their own."""
+        layers = self._number(_LAYERS)
+        if layers is None:
+            self._missing(_LAYERS)
+        shared = self._number(("num_kv_shared_layers",), least=0) or 0
+        if shared >= layers:
+            self._refuse(self.fields, "num_kv_shared_layers", f"there are {layers} layers in all")
+        return layers - shared
+
+    def heads(self, layers: int) -> tuple[int, int]:
+        """Give how many heads queries have, and how many keys and values."""
+        heads = self._number(_HEADS, layers=layers)
+        kv_heads = self._number(_KV_HEADS, layers=layers)
+        if self.fields.get("model_type") in ("falcon", "RefinedWeb", "RefinedWebModel") and (
+            not self.fields.get("new_decoder_architecture")
+        ):
+            kv_heads = None  # Falcon's older models look at `multi_query` alone
+        if kv_heads is None:
+            kv_heads = 1 if self._is_multi_query() else heads
+        elif self.fields.get("multi_query_attention") is False:
+            kv_heads = heads  # ChatGLM: the number of groups counts only if there are groups
+        if kv_heads is None:
+            self._missing((*_KV_HEADS[:1], *_HEADS))
+        if heads is not None and heads % kv_heads:
+            raise InvalidRequest(
+                f"{self.path}: {heads} heads cannot share {kv_heads} heads of keys and values "
+                f"evenly; give --layout instead"
+            )
+        return heads or kv_heads, kv_heads
+
+    def head_dim(self, heads: int) -> int:
+        """Give the width of a head."""
+        stated = self._number(_HEAD_DIM)
+        if stated is not None:
+            return stated
+        width = self._number(_WIDTH)
+        if width is None:
+            self._missing((*_HEAD_DIM[:1], *_WIDTH))
+        if width % heads:
+            raise InvalidRequest(
+                f"{self.path}: a width of {width} does not divide among {heads} heads, and "
+                f"there is no head_dim; give --layout instead"
+            )
+        return width // heads
+
+    def refuse_other_heads(self, kv_heads: int, head_dim: int, layers: int) -> None:
+        """Refuse a field about heads that was not read, and says something else."""
+        for name, value in self.fields.items():
+            if not _ABOUT_HEADS.search(name) or value is None:
+                continue
+            derived = head_dim if name.endswith(("dim", "size")) else kv_heads
+            read = name in _HEAD_DIM or name in _KV_HEADS
+            if not read and value not in (derived, [derived] * layers):
+                self._refuse(self.fields, name, f"{derived} for all layers was derived")
+
+    def _is_decoder(self, outer: Mapping[str, Any]) -> bool:
+        classes = outer.get("architectures") or self.fields.get("architectures") or ()
+        return bool(self.fields.get("is_decoder")) or any(
+            isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
+        )
+
+    def _is_multi_query(self) -> bool:
+        for name in _MULTI_QUERY:
+            value = self.fields.get(name)
+            if value is not None:
+                if not isinstance(value, bool):
+                    self._refuse(self.fields, name, "true or false is expected")
+                return value
+        if self.fields.get("attn_type") == "multiquery_attention":
+            return True
+        return self.fields.get("model_type") in _MULTI_QUERY_BY_DEFAULT
+
+    def _refuse_recurrent_layers(self) -> None:
+        for name in _LAYER_KINDS:
+            kinds = self.fields.get(name)
+            if not kinds or not isinstance(kinds, str | list):
+                continue
+            odd = [str(kind) for kind in kinds if str(kind) not in _ATTENTION]
+            if odd:
+                self._refuse(
+                    self.fields,
+                    name,
+                    f"{len(odd)} layers are {odd[0]!r}: they keep no keys and values of each "
+                    "token, so that a prefix of theirs is not in the pool",
+                )
+        for name, value in self.fields.items():
+            if value and _RECURRENT.search(name) and not isinstance(value, str):
+                self._refuse(
+                    self.fields, name, "recurrent layers keep a state, not tokens, of a prefix"
+                )
+
+    def _number(
+        self, names: Iterable[str], *, least: int = 1, layers: int | None = None
+    ) -> int | None:
+        """Give the number that stands under one of `names`; None where none of them is there.
+
+        Args:
+            names: Synonyms: those that are there must agree.
+            least: The least number that makes sense.
+            layers: Where given, a list with one number for each layer will do, if all are equal.
+        """
+        found: dict[str, int] = {}
+        for name in names:
+            value = self.fields.get(name)
+            if value is None:
+                continue
+            if layers is not None and isinstance(value, list):
+                if not value or any(one != value[0] for one in value):
+                    self._refuse(self.fields, name, "its layers keep different shapes")
+                value = value[0]
+            if not isinstance(value, int) or isinstance(value, bool):
+                self._refuse(self.fields, name, "a whole number is expected")
+            if not least <= value < 2**20:
+                self._refuse(self.fields, name, f"{least} or more is expected, below 2^20")
+            found[name] = value
+        if len(set(found.values())) > 1:
+            said = " and ".join(f"{name}={value}" for name, value in found.items())
+            raise InvalidRequest(f"{self.path} contradicts itself: {said}; give --layout instead")
+        return next(iter(found.values()), None)
+
+    def _missing(self, names: Iterable[str]) -> Never:
+        raise InvalidRequest(f"{self.path} has none of {', '.join(names)}; give --layout instead")
+
+    def _refuse(self, fields: Mapping[str, Any], name: str, why: str) -> Never:
+        shown = json.dumps(fields[name])
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise InvalidRequest(f"{self.path}: {name} is {shown}: {why}; give --layout instead")
 
 
-def _number(config: dict[str, Any], names: tuple[str, ...], path: Path) -> int:
-    for name in names:
-        if isinstance(value := config.get(name), int) and value > 0:
-            return value
-    raise InvalidRequest(f"{path} has none of {', '.join(names)}; give --layout instead")
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"cannot read {path}: {why}; give --layout instead") from None
+    if len(data) > _MOST_BYTES:
+        raise InvalidRequest(f"{path} has more than {_MOST_BYTES:,} bytes: no configuration")
+    try:
+        config = json.loads(data.decode("utf-8-sig"))
+    except RecursionError:
+        raise InvalidRequest(f"{path} is nested too deeply for a configuration") from None
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InvalidRequest(
+            f"{path} is not the configuration of a model, but {type(config).__name__}"
+        )
+    return config
+
+
+def _text_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Give the fields of the text model, which may stand inside those of a multimodal one."""
+    for name in _TEXT_MODELS:
+        inner = config.get(name)
+        if inner is None:
+            continue
+        if not isinstance(inner, dict) or not inner:
+            raise InvalidRequest(
+                f"{path}: {name} tells nothing of the text model; give --layout instead"
+            )
+        return _text_model(path, inner)
+    attention = config.get("attn_config")  # MPT, DBRX: what is about attention stands apart
+    return {**attention, **config} if isinstance(attention, dict) else config
+
+
+def _dtype(path: Path, config: Mapping[str, Any]) -> str:
+    named = config.get("dtype") or config.get("torch_dtype") or ""
+    if not isinstance(named, str):
+        raise InvalidRequest(f"{path}: dtype is no name of a type; give --dtype")
+    return named.removeprefix("torch.")

@@ -1,0 +1,156 @@
+"""config.json as models have them: one uniform layout is read, all else refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.service.model_layout import read_layout
+from prefixcache.types import Layout
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+}
+FALCON = {"model_type": "falcon", "num_attention_heads": 71, "hidden_size": 4544}
+
+
+def read(folder: Path, config: object) -> Layout:
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_layout(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "heads", "width"),
+    [
+        ({}, 8, 128),
+        ({"num_key_value_heads": None}, 32, 128),
+        ({"head_dim": 256}, 8, 256),
+        ({"head_dim": None}, 8, 128),
+        ({"num_key_value_heads": [8] * 32}, 8, 128),
+        ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}, 8, 128),
+        ({"v_head_dim": 128}, 8, 128),
+        (
+            {
+                "multi_query_attention": True,
+                "multi_query_group_num": 2,
+                "num_key_value_heads": None,
+            },
+            2,
+            128,
+        ),
+        ({"multi_query": True, "num_key_value_heads": None}, 1, 128),
+        ({**FALCON, "multi_query": True, "num_key_value_heads": None}, 1, 64),
+        ({**FALCON, "num_kv_heads": 71, "num_key_value_heads": None}, 1, 64),
+        ({**FALCON, "multi_query": False, "num_key_value_heads": None}, 71, 64),
+        ({"kv_channels": 64}, 8, 64),
+        ({"num_key_value_heads": None, "attn_config": {"kv_n_heads": 4}}, 4, 128),
+    ],
+)
+def test_heads_of_every_grouping(
+    tmp_path: Path, change: dict[str, Any], heads: int, width: int
+) -> None:
+    layout = read(tmp_path, {**LLAMA, **change})
+    assert layout == Layout(32, heads, width, "bfloat16")
+
+
+def test_layers_that_share_the_keys_of_earlier_ones_are_not_counted(tmp_path: Path) -> None:
+    assert read(tmp_path, {**LLAMA, "num_kv_shared_layers": 15}).num_layers == 17
+
+
+@pytest.mark.parametrize("name", ["text_config", "llm_config", "language_config"])
+def test_the_text_model_of_a_multimodal_one(tmp_path: Path, name: str) -> None:
+    vision = {"num_hidden_layers": 5, "num_attention_heads": 3, "hidden_size": 9}
+    outer = {name: LLAMA, "vision_config": vision, "model_type": "internvl_chat"}
+    assert read(tmp_path, outer) == Layout(32, 8, 128, "bfloat16")
+    assert read(tmp_path, {"thinker_config": outer}).num_kv_heads == 8
+
+
+def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(LLAMA))
+    assert read_layout(tmp_path).num_layers == 32
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("is_encoder_decoder", True),
+        ("model_type", "bert"),
+        ("model_type", "xlm-roberta-xl"),
+        ("model_type", "mamba2"),
+        ("model_type", "rwkv"),
+        ("kv_lora_rank", 512),
+        ("use_mla", True),
+        ("layer_types", ["linear_attention", "full_attention"]),
+        ("layers_block_type", ["mamba", "attention"]),
+        ("hybrid_override_pattern", "M-M*"),
+        ("attn_type_list", [0, 1]),
+        ("full_attention_interval", 4),
+        ("attn_layer_period", 8),
+        ("mamba_d_state", 16),
+        ("ssm_state_size", 16),
+        ("conv_L_cache", 3),
+        ("linear_attn_config", {"kda_layers": [1]}),
+        ("block_configs", [{"attention": {"n_heads_in_group": 8}}]),
+        ("cross_attention_layers", [3, 8]),
+        ("use_bidirectional_attention", True),
+        ("is_causal", False),
+        ("v_head_dim", 64),
+        ("global_head_dim", 512),
+        ("swa_head_dim", 192),
+        ("swa_num_key_value_heads", 4),
+        ("index_head_dim", 64),
+        ("num_key_value_heads", [8, 4] * 16),
+        ("num_key_value_heads_per_layer", [8, 4] * 16),
+        ("num_key_value_heads", 0),
+        ("num_key_value_heads", True),
+        ("num_key_value_heads", "8"),
+        ("num_key_value_heads", 8.0),
+        ("num_key_value_heads", -8),
+        ("num_key_value_heads", 7),
+        ("num_key_value_heads", []),
+        ("num_hidden_layers", "32"),
+        ("num_hidden_layers", 2**40),
+        ("num_hidden_layers", None),
+        ("n_layer", 31),
+        ("head_dim", 0),
+        ("hidden_size", 4097),
+        ("multi_query", "yes"),
+        ("num_kv_shared_layers", 32),
+        ("dtype", 16),
+        ("dtype", "float8_e4m3fn"),
+        ("text_config", {}),
+        ("text_config", [1]),
+    ],
+)
+def test_what_is_no_uniform_layout_is_refused_by_the_field_that_says_so(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    config = {**LLAMA, field: value}
+    if field in ("multi_query", "num_key_value_heads_per_layer"):
+        del config["num_key_value_heads"]
+    what = {"num_key_value_heads": "heads", "hidden_size": "width", "dtype": "type"}
+    with pytest.raises(InvalidRequest, match=f"config.json.*{what.get(field, field)}") as refused:
+        read(tmp_path, config)
+    assert "give --" in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"[1]", b"null", b"{", b"\xff\xfe{}", b"[" * 100_000])
+def test_what_is_no_configuration_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(InvalidRequest, match=r"config\.json"):
+        read_layout(tmp_path)
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InvalidRequest, match="cannot read"):
+        read_layout(tmp_path)
