@@ -215,7 +215,7 @@ class Client:
         method: Any = self.channel.unary_stream(
             unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
         )
-        stream = method(request)
+        stream = method(request, metadata=self.metadata)
         try:
             yield from stream
         except grpc.RpcError as error:

@@ -188,6 +188,7 @@ class SessionStream:
         self._handlers.write_attach(answer, result.attach)
 
     def _settled(self, op_id: int, verb: str, outcome: Outcome) -> None:
+        """Answer an op that waited.  Runs inside somebody else's step, so it must not raise."""
         if self._worker is not None:
             self._worker.tickets.pop(op_id, None)
         result = self._late.results.add()
@@ -207,8 +208,9 @@ class SessionStream:
                     await self._context.write(late)
         except asyncio.CancelledError:
             raise
-        except grpc.aio.UsageError:
-            # The stream ended while its last outcomes were being written: its worker is gone.
-            log.debug("late results for a stream that has ended")
+        except grpc.aio.BaseError as error:
+            # The stream ended while its last outcomes were being written: its worker is gone, or
+            # is about to be, when its own reading ends.
+            log.debug("late results for a stream that has ended", cause=str(error))
         finally:
             self._flushing = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
 
@@ -145,11 +147,13 @@ def _serve(
             if earlier is not None:
                 return earlier
             answer = handler(asker, request)
-            settle()
-            meter.took(row, clock() - began)
             if answer.__class__ is Waiting:
                 assert isinstance(asker, Worker)
-                answer = await _outcome(handlers, asker, answer)
+                answer = _Call(handlers, asker, answer)  # before what has settled is delivered
+            settle()
+            meter.took(row, clock() - began)
+            if answer.__class__ is _Call:
+                answer = await answer.outcome()
             elif answer.__class__ is GeneratorType:
                 answer = await _in_steps(answer)
         except CacheError as error:
@@ -179,22 +183,62 @@ def _check(request: Any) -> None:
         raise InvalidRequest(request)
 
 
-async def _outcome(handlers: Handlers, worker: Worker, waiting: Waiting) -> Grant | TableUpdate:
-    """Wait for a ticket; a caller that hangs up meanwhile gives it up."""
-    outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-    call = -next(_calls)  # below zero: never the id of a session's op
-    worker.tickets[call] = waiting.ticket
-    handlers.line.enter(waiting.ticket, outcome.set_result)
-    try:
-        settled = await outcome
-    except asyncio.CancelledError:
-        handlers.cancel_ticket(worker, call)
-        handlers.line.settle()
-        raise
-    worker.tickets.pop(call, None)
-    if isinstance(settled, CacheError):
-        raise settled
-    return settled
+class _Call:
+    """A call that waits for the outcome of a ticket.
+
+    Its caller may hang up at any moment: while the ticket waits, when its outcome has been
+    delivered and nobody has looked yet, or between the two.  Whoever sees first that nobody will
+    collect a grant releases it.
+    """
+
+    __slots__ = ("_future", "_handlers", "_id", "_worker")
+
+    def __init__(self, handlers: Handlers, worker: Worker, waiting: Waiting) -> None:
+        self._handlers = handlers
+        self._worker = worker
+        self._id = -next(_calls)  # below zero: never the id of a session's op
+        self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        worker.tickets[self._id] = waiting.ticket
+        handlers.line.enter(waiting.ticket, self._deliver)
+
+    async def outcome(self) -> Grant | TableUpdate:
+        """Wait for it.
+
+        Raises:
+            CacheError: the outcome is one.
+        """
+        try:
+            settled = await self._future
+        except asyncio.CancelledError:
+            if self._future.cancelled():
+                self._handlers.cancel_ticket(self._worker, self._id)
+            else:
+                self._give_back(self._future.result())
+            self._handlers.line.settle()
+            raise
+        if isinstance(settled, CacheError):
+            raise settled
+        return settled
+
+    def _deliver(self, outcome: Outcome) -> None:
+        self._worker.tickets.pop(self._id, None)
+        if self._future.done():
+            self._give_back(outcome)
+        else:
+            self._future.set_result(outcome)
+
+    def _give_back(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Grant):
+            give_back(self._handlers, self._worker, (outcome,))
+
+
+def give_back(handlers: Handlers, worker: Worker, grants: Iterable[Grant]) -> None:
+    """Release leases whose grants nobody collects.  What has ended meanwhile is left alone."""
+    cache = handlers.holdings.cache
+    assert cache is not None
+    for grant in grants:
+        with contextlib.suppress(CacheError):
+            cache.release(worker.id, grant.lease, now=monotonic())
 
 
 async def _in_steps(steps: Generator[None, None, Any]) -> Any:

@@ -38,7 +38,12 @@ class WaitingLine:
         self._due = 0.0
 
     def enter(self, ticket: TicketId, deliver: Deliver) -> None:
-        """Have `deliver` called with the outcome of `ticket`, once."""
+        """Have `deliver` called with the outcome of `ticket`, once.
+
+        It runs inside the step that settled the ticket, which is somebody else's.  So it must not
+        raise; if it does all the same, that is logged, and neither that step nor the outcomes
+        behind this one notice.
+        """
         self._waiting[ticket] = (deliver, clock())
 
     def leave(self, ticket: TicketId) -> None:
@@ -48,7 +53,7 @@ class WaitingLine:
     def refuse(self, ticket: TicketId, error: CacheError) -> None:
         """Answer a ticket with an error, if it still waits.  The core is not told."""
         if waiting := self._waiting.pop(ticket, None):
-            waiting[0](error)
+            _deliver(ticket, waiting[0], error)
 
     def settle(self) -> None:
         """Deliver what has settled and set the timer.  After every op that may change something.
@@ -58,13 +63,14 @@ class WaitingLine:
         cache = self._holdings.cache
         if cache is None:
             return
-        if self._waiting:
-            for ticket, outcome in cache.settled():
+        # Who wants an outcome no more gives its lease back, which may settle others.
+        while self._waiting and (settled := cache.settled()):
+            for ticket, outcome in settled:
                 waiting = self._waiting.pop(ticket, None)
                 if waiting is not None:
                     deliver, since = waiting
                     Meter.took(self.waits, clock() - since)
-                    deliver(outcome)
+                    _deliver(ticket, deliver, outcome)
         due = cache.next_deadline()
         if due is None or (self._timer is not None and self._due <= due):
             return  # a timer that fires too early finds nothing to do, and sets itself anew
@@ -94,3 +100,10 @@ class WaitingLine:
                 quarantined=ended.num_quarantined,
             )
         self.settle()
+
+
+def _deliver(ticket: TicketId, deliver: Deliver, outcome: Outcome) -> None:
+    try:
+        deliver(outcome)
+    except Exception:
+        log.exception("an outcome could not be delivered", ticket=ticket)

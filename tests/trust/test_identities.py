@@ -293,3 +293,8 @@ def test_garbage_in_the_authorization_is_unauthenticated(service: ServiceProcess
             with pytest.raises(grpc.RpcError) as no:
                 call(b"", metadata=(("authorization", value),), timeout=5)
             assert no.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_watcher_proves_who_it_is(acme: Client) -> None:
+    store(acme)
+    assert next(iter(acme.watch())).is_snapshot
