@@ -173,11 +173,11 @@ class Workers:
         worker.since = now
         self._past.append(worker)
         gone = gone or dead
-        for ticket in worker.tickets.values():
+        tickets, worker.tickets = worker.tickets, {}
+        for ticket in tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls
                 self._line.refuse(ticket, NotFound(f"{worker.id} left while this call waited"))
             self._line.leave(ticket)
-        worker.tickets.clear()
         if cache is not None:
             ended = cache.detach(worker.id, now=now, gone=gone)
             if gone:
