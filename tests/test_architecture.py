@@ -29,6 +29,7 @@ WORDS = (
     "prefixcache.outline",
     "prefixcache.errors",
     "prefixcache.private_files",
+    "prefixcache.plain_json",
     "prefixcache.pool",
     "prefixcache.device",
     "prefixcache.config",
@@ -130,6 +131,12 @@ def test_a_module_imports_only_from_its_own_floor_and_below(name: str) -> None:
         if name.startswith("prefixcache_bench"):
             continue
         assert below(module, allowed), f"{name} must not import {module}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_json_is_written_by_one_function_which_writes_no_nan(name: str) -> None:
+    if name != "prefixcache.plain_json":
+        assert not re.search(r"\bjson\.dumps?\(", MODULES[name].read_text())
 
 
 def _names_from_root(path: Path) -> set[str]:

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 import prefixcache
 from prefixcache.errors import ServiceUnavailable
+from prefixcache.plain_json import json_text
 
 IN_FLIGHT: Final = 8
 NEW_TOKENS: Final = 24
@@ -138,7 +139,7 @@ class Worker:
             "stop_ids": [],
         }
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.write(json_text(request).encode() + b"\n")
         self._process.stdin.flush()
         return answer
 

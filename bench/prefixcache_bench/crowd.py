@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import quantiles
@@ -27,6 +26,7 @@ import psutil
 from prefixcache.client import AsyncClient, AsyncSession, codec, connect_async
 from prefixcache.client.unary import CHANNEL_OPTIONS, SESSION_PATH
 from prefixcache.config import parse_layout
+from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.served import served
@@ -162,7 +162,7 @@ def main() -> None:
         f"  left behind            {seen.leases_left} leases, {seen.blocks_lost} blocks"
     )
     if options.json:
-        options.json.write_text(json.dumps(asdict(seen), indent=2))
+        options.json.write_text(json_text(asdict(seen), indent=2))
 
 
 if __name__ == "__main__":

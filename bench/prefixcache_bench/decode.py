@@ -23,7 +23,6 @@ the answers differ.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from prefixcache.plain_json import json_text
 from prefixcache.types import Layout
 from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool, paged_attention, store_kv
 
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     differ = [row for row in rows if row.difference > (1e-4 if row.dtype == "float32" else 5e-2)]
     ratios = [row.ratio for row in rows]
     if options.json:
-        print(json.dumps(head | {"rows": [asdict(row) for row in rows]}, indent=2))
+        print(json_text(head | {"rows": [asdict(row) for row in rows]}, indent=2))
     else:
         print(
             f"ratio: lowest {min(ratios):.2f}, geometric mean "

@@ -29,7 +29,6 @@ With one thread, times are processor time.  A ratio above 1 says that grouped is
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -42,6 +41,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from prefixcache.plain_json import json_text
 from prefixcache.types import Layout
 from prefixcache_bench.provenance import provenance
 from prefixcache_kernels import (
@@ -367,7 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
         plans = list(plan_rows(quick=options.quick))
     if options.json:
         print(
-            json.dumps(
+            json_text(
                 head
                 | {"rows": [asdict(row) for row in rows], "plans": [asdict(row) for row in plans]},
                 indent=2,

@@ -25,7 +25,6 @@ peers.  Its times mean nothing.  Results go to `bench/results/`, with device, ve
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -36,6 +35,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixcache.plain_json import json_text
 from prefixcache_bench.provenance import provenance
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "skipped_for_time": bench.skipped,
         "rows": [asdict(row) for row in rows],
     }
-    text = json.dumps(result, indent=1)
+    text = json_text(result, indent=1)
     if options.json:
         print(text)
     else:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Grant
 from prefixcache_bench import radix_peers, radix_scaling
 from prefixcache_bench.radix_subjects import SPACE, WORKER, Baseline, Call, Core, Subject
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             "scaling": [asdict(row) for row in scaling],
             "peers": [asdict(peer) for peer in peers],
         }
-        options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        options.json.write_text(json_text(report, indent=1), encoding="utf-8")
     return 0
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from prefixcache.config import ServeSettings, load
+from prefixcache.plain_json import json_text
 from prefixcache.types import Grant, Layout, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.figures import publish
@@ -95,7 +96,7 @@ def build(state: Path, num_blocks: int) -> None:
     while kept.condition.pending_bytes or kept.condition.written_blocks < cache.num_indexed:
         time.sleep(0.05)
     told = {"requests": requests, "tokens": tokens, "blocks": cache.num_indexed}
-    print(json.dumps(told), flush=True)
+    print(json_text(told), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -200,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
             shutil.rmtree(folder)
     print(table(row))
     if options.json:
-        options.json.write_text(json.dumps(provenance() | row, indent=2) + "\n")
+        options.json.write_text(json_text(provenance() | row, indent=2) + "\n")
     if options.publish:
         publish(DOCUMENT, "restart", f"$ python -m prefixcache_bench.restart\n{table(row)}")
     return 0 if row["restore_s"] <= GOAL_S and row["hit_share"] >= 0.99 else 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache_bench.outcome import FATES, Outcome, percentages
 
 Row = dict[str, Any]
@@ -101,7 +101,7 @@ class RowFile:
 
 def write_json(path: Path, head: dict[str, Any], rows: list[Row]) -> None:
     """Write all rows and what they belong to as one JSON object."""
-    path.write_text(json.dumps(head | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json_text(head | {"rows": rows}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> tuple[dict[str, str], list[Row]]:

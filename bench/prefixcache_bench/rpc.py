@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import os
 import platform
 import statistics
@@ -38,6 +37,7 @@ import psutil
 
 from prefixcache.client import codec, unary
 from prefixcache.client.address import this_host
+from prefixcache.plain_json import json_text
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -479,7 +479,7 @@ def main() -> None:
             "seconds": options.seconds,
             "rounds": options.rounds,
         }
-        options.json.write_text(json.dumps(head | {"rows": rows}, indent=2) + "\n")
+        options.json.write_text(json_text(head | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

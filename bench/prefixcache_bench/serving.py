@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import platform
 import random
@@ -43,6 +42,7 @@ import torch
 import transformers
 
 import prefixcache
+from prefixcache.plain_json import json_text
 from prefixcache_bench.chatload import Load, play, service, workers
 from prefixcache_worker import smollm2
 from prefixcache_worker.engine import Engine
@@ -400,7 +400,7 @@ def report(result: dict[str, Any]) -> None:
             ],
         )
     peer = result.get("vllm")
-    print(f"vllm: {json.dumps(peer) if peer else 'not installed'}\n")
+    print(f"vllm: {json_text(peer) if peer else 'not installed'}\n")
     for goal in result["goals"]:
         verdict = "met" if goal["met"] else "MISSED"
         print(f"{goal['name']}: {goal['ratio']:.2f}, goal at least {goal['goal']:g}: {verdict}")
@@ -495,7 +495,7 @@ def main(argv: list[str] | None = None) -> int:
     result["goals"] = goals(result)
     report(result)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        options.json.write_text(json_text(result, indent=1), encoding="utf-8")
     missed = [goal for goal in result["goals"] if not goal["met"]]
     return 1 if options.strict and missed else 0
 

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import json
 import os
 import shutil
 import statistics
@@ -35,6 +34,7 @@ import numpy as np
 
 from prefixcache.client import codec, unary
 from prefixcache.client.address import this_host
+from prefixcache.plain_json import json_text
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.figures import publish
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     text = table(verdict)
     print(text)
     if options.json:
-        options.json.write_text(json.dumps(provenance() | vars(verdict), indent=2) + "\n")
+        options.json.write_text(json_text(provenance() | vars(verdict), indent=2) + "\n")
     if options.publish:
         publish(DOCUMENT, "soak", f"$ make soak   # {options.minutes:g} minutes\n{text}")
     return 0 if all(good for *_, good in verdict.rows()) else 1

@@ -14,7 +14,6 @@ anything, for the same namespace.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from random import Random
 from time import perf_counter_ns
@@ -24,6 +23,7 @@ import numpy as np
 import prefixcache
 from prefixcache.client import Session
 from prefixcache.config import parse_layout
+from prefixcache.plain_json import json_text
 from prefixcache.types import pack
 from prefixcache_bench.served import served
 
@@ -104,7 +104,7 @@ def main() -> None:
         promise = "" if name == "the same namespace" else f"   promised {LOWEST} to {HIGHEST}"
         print(f"  asked from {name:<20} {value:.3f}{promise}")
     if options.json:
-        options.json.write_text(json.dumps({"probes": options.probes, "auc": found}, indent=2))
+        options.json.write_text(json_text({"probes": options.probes, "auc": found}, indent=2))
     worst = [value for name, value in found.items() if name != "the same namespace"]
     raise SystemExit(0 if all(LOWEST <= value <= HIGHEST for value in worst) else 1)
 

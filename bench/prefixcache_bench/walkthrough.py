@@ -32,6 +32,7 @@ from typing import Any
 import prefixcache
 from prefixcache.cli.decoder import Decoder
 from prefixcache.client import Client
+from prefixcache.plain_json import json_text
 from prefixcache.service.model_layout import read_layout
 from prefixcache.types import Explanation
 from prefixcache_bench.provenance import provenance
@@ -155,7 +156,7 @@ class Stage:
             print(f"\r{done} of {len(requests)} requests", end="", file=sys.stderr, flush=True)
             if done == len(requests):
                 break
-            worker.stdin.write(json.dumps(requests[done]) + "\n")
+            worker.stdin.write(json_text(requests[done]) + "\n")
             worker.stdin.flush()
         print(file=sys.stderr)
         worker.stdin.close()

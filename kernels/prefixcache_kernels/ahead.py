@@ -35,6 +35,7 @@ import triton
 from triton.compiler import ASTSource
 
 from prefixcache.errors import Unsupported
+from prefixcache.plain_json import json_text
 from prefixcache_kernels import assembly, launch
 from prefixcache_kernels.variants import TARGETS, UNALIGNED, Variant, variants
 
@@ -213,11 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no variant's name begins with {' or '.join(options.only)}")
     rows = {"triton": triton.__version__, "kernels": [asdict(report) for report in reports]}
     if options.write:
-        lines = ",\n".join(json.dumps(row) for row in rows["kernels"])
+        lines = ",\n".join(json_text(row) for row in rows["kernels"])
         TABLE.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n')
     complaints = compare(reports)
     if options.json:
-        json.dump(rows | {"complaints": complaints}, sys.stdout)
+        sys.stdout.write(json_text(rows | {"complaints": complaints}))
         sys.stdout.write("\n")
     else:
         for complaint in complaints:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixcache.errors import InvalidRequest, NotFound
+from prefixcache.plain_json import json_text
 
 if TYPE_CHECKING:
     from prefixcache.cli.status import Status
@@ -29,7 +30,7 @@ def keep(name: str, now: Status) -> None:
     from prefixcache.cli.stat import counters
 
     path = _path(name)
-    text = json.dumps(counters(now) | _service(now) | {"at": time.time()})
+    text = json_text(counters(now) | _service(now) | {"at": time.time()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixcache.cli import view
+from prefixcache.plain_json import json_text
 from prefixcache.types import Ledger, Snapshot
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def rows(
                 row = difference(earlier, now.snapshot, seen_at - before_at)
             earlier = now.snapshot
             if as_json:
-                typer.echo(json.dumps(row_fields(row)))
+                typer.echo(json_text(row_fields(row)))
             else:
                 if printed % HEAD_EVERY == 0:
                     typer.echo(_line([head for head, _, _ in COLUMNS]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from prefixcache.cli import decoder as decoding
 from prefixcache.cli import stat, view
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Order
+from prefixcache.plain_json import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,7 +95,7 @@ def _tell(client: Client, shown: Screen, interval_s: float) -> None:
     try:
         while True:
             _look(client, shown)
-            typer.echo(json.dumps(shown.fields(), ensure_ascii=False))
+            typer.echo(json_text(shown.fields(), ensure_ascii=False))
             time.sleep(interval_s)
     except KeyboardInterrupt:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache.types import Ledger, Namespace, Snapshot
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def show_idle(seconds: float | None) -> str:
 
 def print_json(fields: Mapping[str, Any]) -> None:
     """Print one JSON object."""
-    typer.echo(json.dumps(fields, indent=2, ensure_ascii=False))
+    typer.echo(json_text(fields, indent=2, ensure_ascii=False))
 
 
 def print_table(rows: Iterable[Sequence[str]], *, indent: str = "", align: str = "") -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
 from prefixcache.cli import view
+from prefixcache.plain_json import json_text
 
 
 def watch(
@@ -44,7 +44,7 @@ def watch(
         try:
             for message in client.watch(start, namespace=only, tokens=tokens):
                 for fields in lines(message):
-                    typer.echo(json.dumps(fields) if as_json else show(fields))
+                    typer.echo(json_text(fields) if as_json else show(fields))
         except KeyboardInterrupt:
             return
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import IO, Final, NamedTuple
 
 from prefixcache.core.tape import Entry
+from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace
 
 CUT: Final = 255
@@ -52,7 +53,7 @@ class Writer:
             if space is not None and space not in spaces:
                 spaces[space] = len(spaces) - 1
                 names.append([space.model, space.adapter, space.tenant, space.salt])
-        named = json.dumps(names).encode()
+        named = json_text(names).encode()
         payload = [entry[3] for entry in entries if entry[3]]
         head = b"".join(
             (

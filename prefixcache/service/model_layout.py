@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache.types import DTYPE_BYTES, Layout
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
@@ -275,7 +276,7 @@ class _Config:
         raise InvalidRequest(f"{self.path} has none of {', '.join(names)}; give --layout instead")
 
     def _refuse(self, fields: Mapping[str, Any], name: str, why: str) -> Never:
-        shown = json.dumps(fields[name])
+        shown = json_text(fields[name])
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         raise InvalidRequest(f"{self.path}: {name} is {shown}: {why}; give --layout instead")
 

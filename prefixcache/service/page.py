@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 from collections.abc import AsyncIterator, Generator
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from prefixcache import __version__
 from prefixcache.core.blockmap import STATES
 from prefixcache.core.ledger import FATES
 from prefixcache.outline import Branch, Order, Outline
+from prefixcache.plain_json import json_text
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.metrics import fold
 from prefixcache.types import Ledger, Namespace, unpack
@@ -69,7 +69,7 @@ class Page:
         for fate in FATES:
             columns[fate] = [getattr(beat.ledger, fate) for beat in kept]
         columns["requests"] = [beat.requests for beat in kept]
-        return json.dumps(columns, separators=(",", ":")).encode()
+        return json_text(columns, separators=(",", ":")).encode()
 
     async def live(self) -> AsyncIterator[str]:
         """Give events for one viewer, for as long as it reads."""
@@ -127,7 +127,7 @@ class Page:
 
     def _publish(self, name: str, fields: dict[str, Any]) -> None:
         self._number += 1
-        data = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+        data = json_text(fields, separators=(",", ":"), ensure_ascii=False)
         self._latest[name] = (self._number, data)
         fresh, self._fresh = self._fresh, asyncio.Event()
         fresh.set()

@@ -30,6 +30,7 @@ from typing import IO, Final
 from prefixcache.config import parse_layout
 from prefixcache.device import CudaDriver, Driver
 from prefixcache.errors import BY_CODE, CacheError, InvalidRequest, Unsupported
+from prefixcache.plain_json import json_text
 from prefixcache.pool import HEADER_BYTES, check_sizes, pack_header
 from prefixcache.types import Layout, PoolHandle
 
@@ -66,7 +67,7 @@ def own(driver: Driver, orders: IO[str], answers: IO[str]) -> int:
         answer = {"error": str(error), "code": error.code}
     except (KeyError, TypeError, ValueError) as error:
         answer = {"error": f"an order that cannot be read: {error!r}", "code": InvalidRequest.code}
-    answers.write(json.dumps(answer) + "\n")
+    answers.write(json_text(answer) + "\n")
     answers.flush()
     if "error" in answer:
         return 1
@@ -124,7 +125,7 @@ class PoolOwner:
         order = {"epoch": epoch, "layout": str(layout)}
         order |= {"num_blocks": num_blocks, "block_size": block_size}
         try:
-            answer = json.loads(_ask(process, json.dumps(order), timeout_s))
+            answer = json.loads(_ask(process, json_text(order), timeout_s))
             if "error" in answer:
                 raise BY_CODE.get(answer["code"], Unsupported)(answer["error"])
             name = str(answer["name"])
@@ -198,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         driver = CudaDriver(options.device)
     except CacheError as error:
-        sys.stdout.write(json.dumps({"error": str(error), "code": error.code}) + "\n")
+        sys.stdout.write(json_text({"error": str(error), "code": error.code}) + "\n")
         return 1
     return own(driver, sys.stdin, sys.stdout)
 

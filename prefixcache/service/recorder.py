@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import os
 import queue
 import threading
@@ -25,6 +24,7 @@ from typing import Any, TypeAlias
 import structlog
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache.private_files import open_private
 from prefixcache.service.anonymiser import Anonymiser
 from prefixcache.service.failures import Failures
@@ -170,7 +170,7 @@ class Recorder:
             "namespace": named,
             "tokens": base64.b64encode(tokens).decode(),
         }
-        line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+        line = json_text(fields, separators=(",", ":")).encode() + b"\n"
         self._file.write(line if self._packer is None else self._packer.compress(line))
         self._lines += 1
 

@@ -19,6 +19,7 @@ from typing import IO, Any
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.tape import COMMITTED, ENDED, FORKED, GRANTED, RESET, TRUNCATED
 from prefixcache.errors import CacheError, NotFound
+from prefixcache.plain_json import json_text
 from prefixcache.service.chunk import CUT, read_chunk
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId
 
@@ -179,7 +180,7 @@ def run(shadows: list[Shadow], tape: IO[bytes], told: IO[bytes]) -> None:
         if monotonic() >= due:
             due = monotonic() + _EVERY_S
             fields = {"now": chunk.now, "shadows": [shadow.told(chunk.now) for shadow in shadows]}
-            told.write(json.dumps(fields).encode() + b"\n")
+            told.write(json_text(fields).encode() + b"\n")
             told.flush()
 
 

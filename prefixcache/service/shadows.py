@@ -32,6 +32,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import policy_named
 from prefixcache.core.tape import GRANTED, Entry
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache.service.chunk import CUT, Writer
 from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
@@ -92,7 +93,7 @@ class Shadows:
             self._configuration(spec, sizes.layout.token_bytes) for spec in self._settings.shadow
         ]
         self._process = subprocess.Popen(  # noqa: S603 - our own module, our own settings
-            [sys.executable, "-m", "prefixcache.service.shadow", json.dumps(made)],
+            [sys.executable, "-m", "prefixcache.service.shadow", json_text(made)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C in the terminal is for the service

@@ -31,6 +31,7 @@ import torch
 import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.plain_json import json_text
 from prefixcache_kernels import SharedPool
 from prefixcache_kernels.cpu.library import describe
 from prefixcache_worker.engine import Engine
@@ -225,5 +226,5 @@ class WorkerProcess:
 
     def _write(self, event: dict[str, Any]) -> None:
         with self._writing:
-            self._out.write(json.dumps(event).encode() + b"\n")
+            self._out.write(json_text(event).encode() + b"\n")
             self._out.flush()

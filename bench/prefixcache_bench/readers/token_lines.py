@@ -8,10 +8,10 @@ others were generated, and are stored after the request.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace, pack, unpack
 from prefixcache_bench.readers.lines import Source
 from prefixcache_bench.traces import Request, Trace
@@ -31,7 +31,7 @@ def read(source: Source) -> Trace:
         if rest or not 0 < prompt <= total:
             raise ValueError(f"a prompt of {prompt} of {total} tokens")
         named = fields.get("namespace", "")
-        space = spaces.setdefault(json.dumps(named), _namespace(named))
+        space = spaces.setdefault(json_text(named), _namespace(named))
         return Request(float(fields.get("t", 0.0)), space, tokens, prompt, prompt)
 
     found = sorted(source.parse(make), key=lambda request: request.t)
@@ -59,7 +59,7 @@ def write(requests: Iterable[Request], file: TextIO, *, packed: bool = False) ->
             base64.b64encode(request.tokens).decode() if packed else unpack(request.tokens).tolist()
         )
         fields = {"t": round(request.t, 6), "namespace": named, "prompt": request.prompt}
-        file.write(json.dumps(fields | {"tokens": tokens}, separators=(",", ":")) + "\n")
+        file.write(json_text(fields | {"tokens": tokens}, separators=(",", ":")) + "\n")
         count += 1
     return count
 

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace
 from prefixcache_bench.readers.lines import Source
 from prefixcache_bench.readers.tokenizers import ChatLayout, named
@@ -104,7 +105,7 @@ def _message(fields: dict[str, Any]) -> Message:
     text = content or ""
     for extra in ("tool_calls", "function_call"):
         if fields.get(extra):
-            text += json.dumps(fields[extra], ensure_ascii=False)
+            text += json_text(fields[extra], ensure_ascii=False)
     return Message(str(role), str(text))
 
 

@@ -6,10 +6,10 @@ Exit code 1 if there is no library.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
+from prefixcache.plain_json import json_text
 from prefixcache_kernels.cpu.library import describe, library
 
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts: dict[str, object] = {"attention": describe(), "library": None}
     if made is not None:
         facts |= {"library": str(made.path), "width": made.width, "threaded": made.threaded}
-    print(json.dumps(facts) if asked.json else facts["attention"])  # noqa: T201
+    print(json_text(facts) if asked.json else facts["attention"])  # noqa: T201
     return 0 if made else 1
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prefixcache.errors import CacheError
+from prefixcache.plain_json import json_text
 from prefixcache_worker.demo import chats, picture, report, stage, summary
 from prefixcache_worker.demo.failure import DemoError
 from prefixcache_worker.demo.live import LiveView
@@ -61,7 +61,7 @@ def demo(
         raise typer.Exit(USAGE) from None
     result = perform(console, cast, to)
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        typer.echo(json_text(result, indent=1))
     if not result["identical"] or result["pool_blocks_leaked"]:
         raise typer.Exit(WRONG)
 

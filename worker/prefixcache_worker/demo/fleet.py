@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from prefixcache.errors import ServiceUnavailable
+from prefixcache.plain_json import json_text
 from prefixcache_worker.demo.failure import ProcessFailed
 
 LINE_BYTES: Final = 1 << 24
@@ -214,7 +215,7 @@ class Worker(Child):
         """Hand over one request; returns at once."""
         if self.process is None or self.process.stdin is None or self.gone.is_set():
             raise ProcessFailed(f"{self.name} takes no requests: it is gone")
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.write(json_text(request).encode() + b"\n")
 
     async def stop(self) -> None:
         """Close its input, end it, and stop listening.  Idempotent."""

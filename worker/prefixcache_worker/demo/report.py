@@ -5,7 +5,6 @@ A result begins with what is needed to see it again: command, seed, commit, mach
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -20,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
+from prefixcache.plain_json import json_text
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.ideal import ideal_tokens, num_blocks
 from prefixcache_worker.demo.record import Death, Fate, Request, Run, prompt_tokens
@@ -130,7 +130,7 @@ def write(path: Path, report: dict[str, Any]) -> None:
     """Write the report; makes the folder, replaces an old file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
