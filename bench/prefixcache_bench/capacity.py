@@ -1,13 +1,16 @@
-"""How much memory: `65536`, `64k`, `25%` of the working set, `10000b` blocks, or `inf`."""
+"""How much memory: `65536`, `64k`, `2GiB`, `25%` of the working set, `10000b` blocks, or `inf`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
+from prefixcache.config import parse_size
 from prefixcache.errors import InvalidRequest
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+_MOST = 2.0**60
+_BYTES = re.compile(r"\d+(?:\.\d+)?\s*[kmgt]i?b", re.IGNORECASE)
 _FORM = re.compile(r"(\d+(?:\.\d+)?)\s*([kmg]?)\s*([b%]?)", re.IGNORECASE)
 
 
@@ -25,8 +28,25 @@ class Capacity:
 
     text: str
     kind: str
-    """`"tokens"`, `"blocks"`, `"percent"` or `"inf"`."""
+    """`"tokens"`, `"blocks"`, `"bytes"`, `"percent"` or `"inf"`."""
     amount: float = 0.0
+
+    def measured(self, token_bytes: int | None) -> Capacity:
+        """Give it in tokens, if it is in bytes.
+
+        >>> parse_capacity("2GiB").measured(131072).amount
+        16384.0
+
+        Raises:
+            InvalidRequest: it is in bytes, and nobody says how many a token has.
+        """
+        if self.kind != "bytes":
+            return self
+        if token_bytes is None:
+            raise InvalidRequest(
+                f"the capacity {self.text} is in bytes; say with --layout of which model"
+            )
+        return Capacity(self.text, "tokens", self.amount // token_bytes)
 
     def blocks(self, block_size: int, working_set: int) -> int | None:
         """Give whole blocks; None if there is no limit.
@@ -65,24 +85,39 @@ def parse_capacity(text: str) -> Capacity:
         InvalidRequest: it is not one.
     """
     clean = text.strip().lower()
-    if clean in {"inf", "0", "infinite"}:
+    if clean in {"inf", "infinite"}:
         return Capacity("inf", "inf")
+    if _BYTES.fullmatch(clean):
+        return _some(text, Capacity(text.strip(), "bytes", parse_size(clean)))
     found = _FORM.fullmatch(clean)
-    if found is None or (found[3] == "%" and found[2]):
+    if found is None or (found[3] and found[2]):
         raise InvalidRequest(
-            f"cannot read the capacity {text!r}; write tokens (65536, 64k, 1m), a share of the "
-            "working set (25%), blocks (10000b), or inf"
+            f"cannot read the capacity {text!r}; write tokens (65536, 64k, 1m), bytes (2GiB), "
+            "a share of the working set (25%), blocks (10000b), or inf"
         )
     kind = {"": "tokens", "b": "blocks", "%": "percent"}[found[3]]
     amount = float(found[1]) * _UNITS[found[2]]
-    if not amount:
-        raise InvalidRequest(f"a capacity of {text!r} holds nothing")
-    return Capacity(clean, kind, amount)
+    return _some(text, Capacity(clean, kind, amount))
+
+
+def _some(text: str, found: Capacity) -> Capacity:
+    if not found.amount:
+        raise InvalidRequest(f"a capacity of {text!r} holds nothing; inf is infinite memory")
+    if found.amount > _MOST:
+        raise InvalidRequest(f"a capacity of {text!r} is no memory; inf is infinite memory")
+    return found
 
 
 def parse_capacities(text: str) -> list[Capacity]:
-    """Read capacities separated by commas."""
-    return [parse_capacity(part) for part in text.split(",") if part.strip()]
+    """Read capacities separated by commas.
+
+    Raises:
+        InvalidRequest: one is none, or there is none.
+    """
+    found = [parse_capacity(part) for part in text.split(",") if part.strip()]
+    if not found:
+        raise InvalidRequest(f"{text!r} names no capacity; write for example 64k,25%,inf")
+    return found
 
 
 def format_tokens(tokens: int | None) -> str:

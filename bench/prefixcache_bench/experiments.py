@@ -174,7 +174,11 @@ def _places(folder: str, pictures: Path) -> Iterator[tuple[str, tuple[str, str]]
         yield _HASHED, (shlex.quote(str(Path(folder) / name)), f"traces/{name}")
         return
     made = pictures / "chats.jsonl"
-    _run("generate", ["chats", "--count", "400", "--packed", "-o", str(made)], "generate chats")
+    _run(
+        "generate",
+        ["chats", "--count", "400", "--packed", "--force", "-o", str(made)],
+        "generate chats",
+    )
     yield _CHATS, (str(made), "chats.jsonl")
     yield _HASHED, (str(made), "chats.jsonl")
 
@@ -194,7 +198,7 @@ def _ask(
     name, *arguments = shlex.split(run)
     if resume and name == "sweep":
         arguments.append("--resume")
-    output = _run(name, arguments, shown)
+    output = _run(name, [*arguments, "--force"], shown)
     picture = f"![{question.title}](experiments/{question.picture}.png)"
     block = f"```console\n$ prefixcache {shown}\n{output}\n```"
     before, after = (textwrap.fill(text, 100) for text in (question.before, question.after))

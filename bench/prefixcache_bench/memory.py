@@ -24,7 +24,7 @@ from typing import Protocol
 
 from prefixcache.core.blocks import BlockPool
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import BlockTable
+from prefixcache.types import TOKEN_BYTES, BlockTable
 from prefixcache_bench.traces import Trace
 
 
@@ -62,35 +62,49 @@ class Shares:
     external: float
     running: float
     """Requests that run at the same time."""
+    steps: int
+    """During which the memory was full: somebody waited.  0: it never was, and nothing is said."""
 
 
 def jobs_of(trace: Trace, *, longest: int, history: bool, limit: int) -> list[Job]:
     """Take the lengths of a trace's requests.
 
     Args:
-        trace: A token trace with generated tokens.
+        trace: A trace that tells the lengths of answers.
         longest: Longer ones are left out.
         history: The whole prompt; else each turn alone: the prompt without what was known already.
         limit: How many at most.
 
     Raises:
-        InvalidRequest: the trace has no generated tokens.
+        InvalidRequest: the trace does not tell them, or has no request as short as that.
     """
     from prefixcache_bench.curve import LruStack
 
     stack = LruStack(1, len(trace))
-    jobs = []
-    for request in trace:
-        answer = len(request.tokens) // 4 - request.prompt
-        prompt = request.prompt
+    jobs, shortest = [], 0
+    for number, request in enumerate(trace):
+        if trace.answers is not None:
+            answer = trace.answers[number]
+        else:
+            answer = 0 if trace.is_hashed else len(request.tokens) // TOKEN_BYTES - request.prompt
+        prompt = request.length
         if not history:
             known = sum(length for _, length in stack.touch(request.namespace, request.tokens))
-            prompt -= min(known, prompt - 1)
-        if answer > 0 and prompt + answer <= longest:
+            prompt -= min(known * trace.unit, prompt - 1)
+        if answer <= 0:
+            continue
+        total = prompt + answer
+        shortest = min(shortest or total, total)
+        if total <= longest:
             jobs.append(Job(prompt, answer))
             if len(jobs) == limit:
                 break
-    if trace.is_hashed or not jobs:
+    if not jobs and shortest:
+        raise InvalidRequest(
+            f"{trace.name} has no request of at most {longest} tokens; the shortest has "
+            f"{shortest} (--longest)"
+        )
+    if not jobs:
         raise InvalidRequest(f"{trace.name} does not tell the lengths of answers")
     return jobs
 
@@ -145,7 +159,7 @@ def _serve(jobs: Sequence[Job], slots: int, memory: _Memory) -> Shares:
         running = _step(running, line, memory)
     useful, reserved, internal = (total / max(1, steps) / slots for total in sums[:3])
     external = 1 - useful - reserved - internal
-    return Shares(useful, reserved, internal, external, sums[3] / max(1, steps))
+    return Shares(useful, reserved, internal, external, sums[3] / max(1, steps), steps)
 
 
 def _step(running: list[_Running], line: deque[_Running], memory: _Memory) -> list[_Running]:

@@ -15,6 +15,11 @@ from prefixcache_bench.outcome import FATES
 from prefixcache_bench.rows import Row
 from prefixcache_bench.sweep import Ceilings
 
+
+class PictureMissing(InvalidRequest):
+    """What draws is not installed."""
+
+
 _INK = "#333333"
 _FATE_COLOURS = {
     "hit": "#1b7837",
@@ -307,7 +312,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
-        raise InvalidRequest(
+        raise PictureMissing(
             "drawing a picture needs matplotlib: pip install 'prefixcache[experiments]' "
             "(or leave the picture out with --no-picture)"
         ) from None

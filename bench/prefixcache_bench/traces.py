@@ -21,7 +21,7 @@ from typing import NamedTuple
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import TOKEN_BYTES, Namespace
 
-_FILL = b"\xfe\xff\xff\xff"
+FILL = b"\xfe\xff\xff\xff"
 """No id of a block: fills up an incomplete group."""
 
 
@@ -63,11 +63,23 @@ class Trace:
     broken: list[BrokenLine] = field(default_factory=list)
     counts_last: bool = False
     """A block-hash trace whose last, partly filled block has an identity of its own."""
+    num_lines: int = 0
+    """Lines or records of the file; 0 if it was no file."""
+    notes: list[str] = field(default_factory=list)
+    """What was made up or may surprise: to be said beside every figure."""
+    answers: list[int] | None = None
+    """Tokens of each request's answer where the tokens themselves are not known, as in a
+    block-hash trace; None if nobody tells."""
 
     @property
     def is_hashed(self) -> bool:
         """Whether words are blocks, not tokens."""
         return self.unit > 1
+
+    @property
+    def left_out(self) -> float:
+        """Share of the file's lines that could not be read."""
+        return len(self.broken) / max(1, self.num_lines, len(self.broken))
 
     @cached_property
     def prompt_tokens(self) -> int:
@@ -107,7 +119,7 @@ class Trace:
         for request in self.requests:
             lacking = -(len(request.tokens) // TOKEN_BYTES) % words
             prompt = -(-request.prompt // words) * words
-            filled.append(request._replace(tokens=request.tokens + _FILL * lacking, prompt=prompt))
+            filled.append(request._replace(tokens=request.tokens + FILL * lacking, prompt=prompt))
         return filled
 
     def most_blocks(self, block_size: int) -> int:

@@ -69,7 +69,7 @@ def test_replay_of_hashes_takes_blocks_and_prints_prefix_rates(tmp_path: Path) -
     assert found["token_prefix"] == found["hit_rate"] == round(1024 / 3000, 6)
     assert found["broken_lines"] == 1
     assert "moon, line 4: " in result.stderr
-    assert "1 broken lines left out" in result.stderr
+    assert "1 of 4 lines left out (25.0%)" in result.stderr
 
 
 def test_block_sizes_that_are_not_named_suit_the_trace(tmp_path: Path) -> None:
@@ -178,7 +178,14 @@ def test_a_generated_trace_can_be_replayed(tmp_path: Path) -> None:
         (curve, [SMALL, "--layout", "gpt-99"], "no layout 'gpt-99'; .*llama-3.1-8b"),
         (generate, ["novels"], "no workload 'novels'; there are: chats"),
         (generate, ["chats", "--arrival", "late"], "poisson, uniform, bursts"),
-        (memory, [SMALL, "--longest", "1"], "does not tell the lengths"),
+        (memory, [SMALL, "--longest", "1"], "no request of at most 1 tokens; the shortest has 9"),
+        (replay, [SMALL, "--capacity", "0"], "capacity of '0' holds nothing; inf is infinite"),
+        (sweep, [SMALL, "--capacity", "25%,0"], "capacity of '0' holds nothing"),
+        (sweep, [SMALL, "--capacity", ","], "names no capacity"),
+        (replay, [SMALL, "--capacity", "2GiB"], "2GiB is in bytes; say with --layout"),
+        (replay, [SMALL, "--hash-block", "64"], "--hash-block is for traces of block hashes"),
+        (replay, [SMALL, "--rate", "2"], "--rate and --think are for chats"),
+        (memory, [SMALL, "--slots", "1048576"], "never fill 1,048,576 slots .*; use --slots "),
     ],
 )
 def test_what_a_user_can_get_wrong_is_said_in_one_line(
@@ -186,6 +193,91 @@ def test_what_a_user_can_get_wrong_is_said_in_one_line(
 ) -> None:
     with pytest.raises(CacheError, match=message):
         run(command, *arguments)
+
+
+def moon(path: Path, *lines: dict[str, object]) -> Path:
+    full = [{"timestamp": n, "input_length": 1000} | line for n, line in enumerate(lines)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in full))
+    return path
+
+
+def test_what_is_left_out_stands_beside_the_figure_and_most_of_a_file_decides_the_exit_code(
+    tmp_path: Path,
+) -> None:
+    good, bad = {"hash_ids": [1, 2]}, {"hash_ids": None}
+    half = run(replay, moon(tmp_path / "half.jsonl", good, bad))
+    assert half.stdout.startswith(
+        "half: 1 request, 1,000 prompt tokens; 1 of 2 lines left out (50.0%)"
+    )
+    assert half.exit_code == 0
+    most = moon(tmp_path / "most.jsonl", good, bad, bad)
+    swept = (sweep, "--capacity", "inf", "--no-picture", "-o", tmp_path / "s")
+    for command, *more in ((replay,), (curve,), swept):
+        result = run(command, most, *more)
+        assert result.exit_code == 1
+        assert "2 of 3 lines left out (66.7%)" in result.stdout
+        assert "more than 50% of the file is left out" in result.stderr
+    assert json.loads(run(replay, most, "--json").stdout)["left_out"] == round(2 / 3, 6)
+
+
+def test_capacities_in_bytes_are_those_of_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "s"
+    asked = (SMALL, "--layout", "2x1x8:float32", "--capacity", "16KiB,inf", "--block-size", "8,16")
+    result = run(sweep, *asked, "--partial", "tails", "-o", out, "--no-picture")
+    assert "memory, for 2x1x8:float32: 16KiB = 16 KiB" in result.stdout
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert {row["capacity_tokens"] for row in rows} == {16 * 1024 // 128, None}
+    one = json.loads(run(replay, *asked[:3], "--capacity", "16KiB", "--json").stdout)
+    assert (one["capacity_tokens"], one["capacity_bytes"]) == (128, 16384)
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
+    commands = {
+        "s.csv": (sweep, SMALL, "--capacity", "inf", "--no-picture", "-o", tmp_path / "s"),
+        "c.csv": (curve, SMALL, "-o", tmp_path / "c"),
+        "g.jsonl": (generate, "tree", "--count", 1, "-o", tmp_path / "g.jsonl"),
+    }
+    for name, (command, *arguments) in commands.items():
+        (tmp_path / name).write_text("precious")
+        with pytest.raises(CacheError, match=f"{name}: there already; --force overwrites"):
+            run(command, *arguments)
+        assert (tmp_path / name).read_text() == "precious"
+        run(command, *arguments, "--force")
+        assert (tmp_path / name).read_text() != "precious"
+
+
+def test_without_matplotlib_the_figures_are_there_and_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for command, name in ((sweep, "s"), (curve, "c")):
+        result = run(command, SMALL, "--capacity", "inf", "-o", tmp_path / name)
+        assert result.exit_code == 0
+        assert "no picture: drawing a picture needs matplotlib" in result.stderr
+        assert "chats: " in result.stdout
+        assert (tmp_path / f"{name}.csv").exists()
+
+
+def test_made_up_times_are_said_and_can_be_set(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path.write_text("".join(json.dumps({"messages": turn * 2}) + "\n" for _ in range(3)))
+    assert (
+        "6 of 6 requests have no time of their own: 1 chats begin a second"
+        in run(replay, path).stderr
+    )
+    slow = json.loads(run(replay, path, "--rate", 0.01, "--think", 0, "--json").stdout)
+    assert slow["notes"][0].startswith("6 of 6 requests have no time of their own: 0.01 chats")
+    assert slow["windows"][-1]["start_s"] > 180
+
+
+def test_memory_reads_the_lengths_of_answers_of_block_hashes(tmp_path: Path) -> None:
+    lines = [{"hash_ids": [2 * n, 2 * n + 1], "output_length": 24} for n in range(40)]
+    path = moon(tmp_path / "moon.jsonl", *lines)
+    found = json.loads(run(memory, path, "--slots", 4096, "--json").stdout)
+    assert (found["mean_prompt_tokens"], found["mean_answer_tokens"]) == (1000.0, 24.0)
+    with pytest.raises(CacheError, match="does not tell the lengths of answers"):
+        run(memory, moon(tmp_path / "none.jsonl", {"hash_ids": [1, 2]}))
 
 
 @pytest.mark.parametrize("name", ["sweep", "replay", "curve", "generate", "memory"])

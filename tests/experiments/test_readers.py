@@ -214,8 +214,8 @@ def test_long_files_are_read_in_pieces(tmp_path: Path) -> None:
     ("path", "form", "message"),
     [
         ("nowhere", None, "there is no file or folder nowhere"),
-        ("empty.jsonl", None, "cannot tell the form"),
-        ("empty.jsonl", Form.MOONCAKE, "no request could be read"),
+        ("empty.jsonl", None, "empty.jsonl is empty"),
+        ("empty.jsonl", Form.MOONCAKE, "empty.jsonl is empty"),
         ("bad.jsonl", None, "no request could be read from .*; line 1: "),
         (".", Form.JSONL, "is a folder; only kvtrace"),
         (".", None, "name a workload with --name; . has: none"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixcache.cli import view
+from prefixcache.errors import InvalidRequest
 from prefixcache_bench.commands import options
 from prefixcache_bench.commands.table import print_numbers
 
@@ -25,6 +26,9 @@ def curve(
     name: options.Name = None,
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
+    hash_block: options.HashBlock = None,
+    rate: options.Rate = None,
+    think: options.Think = None,
     block_size: Annotated[
         str | None,
         typer.Option(
@@ -37,18 +41,11 @@ def curve(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Also show these capacities: 64k, 10000b, 25%, inf.",
+            help="Also show these capacities: 64k, 2GiB, 10000b, 25%, inf.",
             show_default=False,
         ),
     ] = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Show bytes too: a model's name (llama-3.1-8b), its folder, or 32x8x128:bfloat16.",
-            show_default=False,
-        ),
-    ] = None,
+    layout: options.Layout_ = None,
     points: Annotated[int, typer.Option(metavar="N", help="Points of the CSV and JSON.")] = 200,
     out: Annotated[
         Path | None,
@@ -60,6 +57,7 @@ def curve(
             show_default=False,
         ),
     ] = None,
+    force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Show the LRU hit rate at every capacity, found in one pass, with the knee.
@@ -74,8 +72,12 @@ def curve(
     from prefixcache_bench.provenance import provenance
 
     shape = None if layout is None else layout_named(layout)
+    measure = None if shape is None else shape.token_bytes
     asked = [] if capacity is None else parse_capacities(capacity)
-    trace = options.load_trace(path, form, name, system, tokenizer)
+    asked = [one.measured(measure) for one in asked]
+    if out is not None:
+        options.refuse_overwriting([out.with_suffix(".csv"), *options.pictures(out)], force)
+    trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     sizes = (max(16, trace.unit),) if block_size is None else options.numbers(block_size, "size")
     curves = [run(trace, size) for size in sizes]
     working_set = curves[0].working_set * curves[0].block_size
@@ -86,7 +88,7 @@ def curve(
         "fingerprint": trace.fingerprint,
         "requests": len(trace),
         "prompt_tokens": trace.prompt_tokens,
-        "broken_lines": len(trace.broken),
+        **options.account(trace),
         "layout": None if shape is None else str(shape),
         "token_bytes": None if shape is None else shape.token_bytes,
         "curves": [],
@@ -99,20 +101,18 @@ def curve(
         report["curves"].append(_fields(one, explicit, points, shape))
     report["run"] = provenance()
     if out is not None:
-        from prefixcache_bench.pictures import draw_curve
-
         _write_csv(out.with_suffix(".csv"), report)
+        typer.echo(f"wrote {out.with_suffix('.csv')}", err=True)
         title = f"{trace.name}: LRU, whole blocks, every capacity"
-        for file in [
-            out.with_suffix(".csv"),
-            *draw_curve(out, title, curves, trace.unit, shape, layout or ""),
-        ]:
-            typer.echo(f"wrote {file}", err=True)
+        options.draw("draw_curve", out, title, curves, trace.unit, shape, layout or "")
     if as_json:
         view.print_json(report)
     else:
         for fields in report["curves"]:
             _show(trace.name, fields, shape)
+        if trace.broken:
+            typer.echo(f"of {options.summary(trace)}")
+    options.finish(trace)
 
 
 def _fields(
@@ -148,8 +148,12 @@ def _point(one: Curve, blocks: int, layout: Layout | None) -> dict[str, Any]:
 
 
 def _write_csv(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w", newline="")
+    except OSError as error:
+        raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
+    with opened as file:
         for name, value in report["run"].items():
             file.write(f"# {name}: {value}\n")
         rows = [

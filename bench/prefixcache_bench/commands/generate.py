@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_bench.commands import options
 
 
 def _size(text: str) -> Any:
@@ -43,6 +44,7 @@ def generate(
     fan_out: Annotated[int, _size("Agents of a task; branches of a tree's node.")] = 4,
     popularity: Annotated[float, typer.Option(metavar="ZIPF", help="0: all alike.")] = 1.0,
     spread: Annotated[float, typer.Option(metavar="SIGMA", help="0: all as long.")] = 0.6,
+    force: options.Force = False,
     packed: Annotated[
         bool, typer.Option("--packed", help="Tokens as base64: smaller, faster to read.")
     ] = False,
@@ -80,6 +82,7 @@ def generate(
     if out == "-":
         token_lines.write(trace, sys.stdout, packed=packed)
         return
+    options.refuse_overwriting([Path(out)], force)
     try:
         with Path(out).open("w") as file:
             token_lines.write(trace, file, packed=packed)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixcache.cli import view
+from prefixcache.errors import InvalidRequest
 from prefixcache_bench.commands import options
-from prefixcache_bench.commands.table import print_numbers
+from prefixcache_bench.commands.table import plural, print_numbers
 from prefixcache_bench.progress import Progress
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def memory(
     name: options.Name = None,
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
+    hash_block: options.HashBlock = None,
+    rate: options.Rate = None,
+    think: options.Think = None,
     slots: Annotated[
         int, typer.Option(metavar="TOKENS", help="KV memory, in tokens: a power of two.")
     ] = 16384,
@@ -57,6 +61,7 @@ def memory(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the shares, as PNG and SVG.", show_default=False),
     ] = None,
+    force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Account for KV memory: contiguous against paged, and what forks save.
@@ -70,18 +75,19 @@ def memory(
     from prefixcache_bench.provenance import provenance
 
     sizes = options.numbers(block_size, "block size")
-    trace = options.load_trace(path, form, name, system, tokenizer)
+    if picture is not None:
+        options.refuse_overwriting(options.pictures(picture), force)
+    trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     jobs = jobs_of(trace, longest=longest, history=history, limit=requests)
     steps = len(Reservation) + len(sizes) + 2 * len(_WIDTHS)
     with Progress("memory", steps, quiet=as_json) as progress:
         shares = account(jobs, slots, longest, sizes, progress)
+        if not all(row["full_steps"] for row in shares):
+            refuse_emptiness(jobs, slots, longest, sizes, shares)
         savings = save(jobs[:branched], progress)
     if picture is not None:
-        from prefixcache_bench.pictures import draw_memory
-
         title = f"{trace.name}: {slots:,} slots, {len(jobs):,} requests"
-        for file in draw_memory(picture, title, shares):
-            typer.echo(f"wrote {file}", err=True)
+        options.draw("draw_memory", picture, title, shares)
     mean_prompt = sum(job.prompt for job in jobs) / len(jobs)
     mean_answer = sum(job.answer for job in jobs) / len(jobs)
     if as_json:
@@ -94,9 +100,11 @@ def memory(
                 "mean_answer_tokens": round(mean_answer, 1),
                 "shares": shares,
                 "savings": savings,
+                **options.account(trace),
                 "run": provenance(),
             }
         )
+        options.finish(trace)
         return
     typer.echo(
         f"{trace.name}: {len(jobs):,} requests of {mean_prompt:.0f} + {mean_answer:.0f} tokens on "
@@ -105,6 +113,40 @@ def memory(
     print_numbers(share_table(shares), indent="  ")
     typer.echo(f"\nblocks of 16 saved by forks, %, {min(branched, len(jobs))} requests")
     print_numbers(saving_table(savings), indent="  ")
+    if trace.broken:
+        typer.echo(f"of {options.summary(trace)}")
+    options.finish(trace)
+
+
+def refuse_emptiness(
+    jobs: list[Job],
+    slots: int,
+    longest: int,
+    block_sizes: tuple[int, ...],
+    shares: list[dict[str, Any]],
+) -> None:
+    """Refuse to account for a memory that is never full, and name one that is.
+
+    Raises:
+        InvalidRequest: always; the message says what to do.
+    """
+    idle = ", ".join(row["allocation"] for row in shares if not row["full_steps"])
+    least = max(longest, *(job.total for job in jobs), *block_sizes)
+    fewer = slots // 2
+    while fewer >= least:
+        with Progress("memory", len(shares), quiet=True) as progress:
+            if all(
+                row["full_steps"] for row in account(jobs, fewer, longest, block_sizes, progress)
+            ):
+                break
+        fewer //= 2
+    advice = f"use --slots {fewer}" if fewer >= least else "give more requests"
+    if fewer < least and (short := max(job.total for job in jobs)) < longest:
+        advice += f", or say --longest {short}, which is the longest there is"
+    raise InvalidRequest(
+        f"{plural(len(jobs), 'request')} never fill {slots:,} slots with {idle}, so there is no "
+        f"full memory to account for; {advice}"
+    )
 
 
 def account(
@@ -132,6 +174,7 @@ def account(
             "internal_percent": round(100 * shares.internal, 2),
             "external_percent": round(100 * shares.external, 2),
             "running": round(shares.running, 1),
+            "full_steps": shares.steps,
             "published_useful_percent": PUBLISHED.get(name),
         }
         for name, shares in found

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_bench.commands.table import plural
 
 if TYPE_CHECKING:
     from prefixcache_bench.traces import Trace
 
 _SHOWN_BROKEN = 10
+MOST_LEFT_OUT = 0.5
+"""Share of a file's lines that may be left out before a command says so with its exit code."""
 
 Path_ = Annotated[
     str,
@@ -50,13 +55,58 @@ Tokenizer = Annotated[
         show_default=False,
     ),
 ]
+HashBlock = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="For block hashes: tokens that one stands for. Default: by the form (mooncake 512, "
+        "with chat_id 16, agentic 64); it must fit the lines.",
+        show_default=False,
+    ),
+]
+Layout_ = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        metavar="MODEL",
+        help="Show and take bytes too: a model's name (llama-3.1-8b), its folder, or "
+        "32x8x128:bfloat16.",
+        show_default=False,
+    ),
+]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        metavar="PER_S",
+        help="For chats without times: how many begin a second. Default: 1.",
+        show_default=False,
+    ),
+]
+Think = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="For chats without times: mean pause before the next turn. Default: 62.5.",
+        show_default=False,
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Overwrite files that are there.", show_default=False)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 
 
 def load_trace(
-    path: str, form: str | None, name: str | None, system: str, tokenizer: str | None
+    path: str,
+    form: str | None,
+    name: str | None,
+    system: str,
+    tokenizer: str | None,
+    hash_block: int | None = None,
+    rate: float | None = None,
+    think: float | None = None,
 ) -> Trace:
-    """Read a trace; say on stderr which of its lines are broken.
+    """Read a trace; say on stderr which of its lines are left out, and what was made up.
 
     Raises:
         InvalidRequest: an option has no such value, or nothing can be read.
@@ -73,17 +123,99 @@ def load_trace(
         name=name,
         system=System(system),
         tokenizer=tokenizer,
+        hash_block=hash_block,
+        rate=rate,
+        think_s=think,
     )
     for broken in trace.broken[:_SHOWN_BROKEN]:
         typer.echo(f"{trace.name}, {broken}", err=True)
-    if trace.broken:
+    if left_out(trace):
         more = len(trace.broken) - _SHOWN_BROKEN
+        shown = f" ({more:,} more not shown)" if more > 0 else ""
+        typer.echo(f"{trace.name}: {left_out(trace)}{shown}", err=True)
+    for note in trace.notes:
+        typer.echo(f"{trace.name}: {note}", err=True)
+    return trace
+
+
+def left_out(trace: Trace) -> str:
+    """Say how much of a trace's file its figures leave out; empty if nothing."""
+    if not trace.broken:
+        return ""
+    unit = trace.broken[0].unit
+    every = max(trace.num_lines, len(trace.broken))
+    return f"{len(trace.broken):,} of {plural(every, unit)} left out ({trace.left_out:.1%})"
+
+
+def summary(trace: Trace) -> str:
+    """Say what a trace is, and how much of its file it leaves out: beside every figure."""
+    text = (
+        f"{trace.name}: {plural(len(trace), 'request')}, "
+        f"{plural(trace.prompt_tokens, 'prompt token')}"
+    )
+    return f"{text}; {left_out(trace)}" if trace.broken else text
+
+
+def account(trace: Trace) -> dict[str, Any]:
+    """Give the same by name, as `--json` prints it."""
+    return {
+        "broken_lines": len(trace.broken),
+        "left_out": round(trace.left_out, 6),
+        "notes": trace.notes,
+    }
+
+
+def finish(trace: Trace) -> None:
+    """End a command: with 1 if its figures leave most of the file out.
+
+    Raises:
+        typer.Exit: they do.
+    """
+    if trace.left_out > MOST_LEFT_OUT:
         typer.echo(
-            f"{trace.name}: {len(trace.broken)} broken lines left out"
-            + (f" ({more} more not shown)" if more > 0 else ""),
+            f"{trace.name}: more than {MOST_LEFT_OUT:.0%} of the file is left out; its figures "
+            "say little about it",
             err=True,
         )
-    return trace
+        raise typer.Exit(1)
+
+
+def refuse_overwriting(paths: Iterable[Path], force: bool) -> None:
+    """Refuse to write over files that are there.
+
+    Raises:
+        InvalidRequest: one is, and `force` is not given.
+    """
+    there = [str(path) for path in paths if path.exists()]
+    if there and not force:
+        raise InvalidRequest(f"{', '.join(there)}: there already; --force overwrites")
+
+
+def pictures(path: Path) -> list[Path]:
+    """Give the files of a picture."""
+    return [path.with_suffix(".png"), path.with_suffix(".svg")]
+
+
+def draw(name: str, path: Path, *what: Any) -> list[Path]:
+    """Draw a picture; say on stderr which files it has, or why there is none.
+
+    What is not installed here costs the picture, never the figures.
+
+    Args:
+        name: The function of `pictures`.
+        path: Where to, without ending.
+        what: What the function draws.
+    """
+    from prefixcache_bench import pictures
+
+    try:
+        files: list[Path] = getattr(pictures, name)(path, *what)
+    except pictures.PictureMissing as error:
+        typer.echo(f"no picture: {error}", err=True)
+        return []
+    for file in files:
+        typer.echo(f"wrote {file}", err=True)
+    return files
 
 
 def split(text: str, what: str) -> list[str]:

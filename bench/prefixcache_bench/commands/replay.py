@@ -22,6 +22,10 @@ def replay(
     name: options.Name = None,
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
+    hash_block: options.HashBlock = None,
+    rate: options.Rate = None,
+    think: options.Think = None,
+    layout: options.Layout_ = None,
     block_size: Annotated[
         int | None,
         typer.Option(
@@ -34,8 +38,8 @@ def replay(
         str,
         typer.Option(
             metavar="SIZE",
-            help="Memory: tokens (65536, 64k), blocks (10000b), a share of the working set "
-            "(25%), or inf.",
+            help="Memory: tokens (65536, 64k), bytes (2GiB, with --layout), blocks (10000b), a "
+            "share of the working set (25%), or inf.",
         ),
     ] = "inf",
     policy: Annotated[str, typer.Option(metavar="NAME", help="Order of eviction.")] = "lru",
@@ -60,6 +64,7 @@ def replay(
             metavar="FILE", help="Draw the ledger over time, as PNG and SVG.", show_default=False
         ),
     ] = None,
+    force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Replay a trace through the cache: hit rate and the fate of every prompt token, over time.
@@ -69,14 +74,18 @@ def replay(
     from prefixcache.types import Partial
     from prefixcache_bench.capacity import parse_capacity
     from prefixcache_bench.curve import curve
+    from prefixcache_bench.layouts import layout_named
     from prefixcache_bench.progress import Progress
     from prefixcache_bench.provenance import provenance
     from prefixcache_bench.replay import Configuration
     from prefixcache_bench.replay import replay as run
 
-    asked = parse_capacity(capacity)
+    shape = None if layout is None else layout_named(layout)
+    asked = parse_capacity(capacity).measured(None if shape is None else shape.token_bytes)
+    if picture is not None:
+        options.refuse_overwriting(options.pictures(picture), force)
     mode = Partial(options.partials(partial)[0])
-    trace = options.load_trace(path, form, name, system, tokenizer)
+    trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     block_size = block_size or max(16, trace.unit)
     working_set = 0
     if asked.kind == "percent":
@@ -86,23 +95,25 @@ def replay(
     with Progress("replay", len(trace), quiet=as_json) as progress:
         outcome = run(trace, configuration, num_windows=max(1, windows), advance=progress.advance)
     fields = {"trace": trace.name, "fingerprint": trace.fingerprint} | outcome.fields()
+    fields |= options.account(trace)
+    if shape is not None:
+        held = None if blocks is None else blocks * block_size * shape.token_bytes
+        fields |= {"layout": str(shape), "capacity_bytes": held}
     fields |= {"windows": outcome.window_fields(), "run": provenance()}
     if picture is not None:
-        from prefixcache_bench.pictures import draw_ledger
-
         how = f"capacity {asked.text}, {policy}, partial {mode}"
         title = f"{trace.name}: blocks of {block_size}, {how}"
-        for file in draw_ledger(picture, title, fields["windows"]):
-            typer.echo(f"wrote {file}", err=True)
+        options.draw("draw_ledger", picture, title, fields["windows"])
     if as_json:
         view.print_json(fields)
     else:
         _show(trace, outcome, fields, asked.text)
+    options.finish(trace)
 
 
 def _show(trace: Trace, outcome: Outcome, fields: dict[str, Any], capacity: str) -> None:
     typer.echo(
-        f"{trace.name}: {outcome.requests:,} requests, {outcome.prompt_tokens:,} prompt tokens; "
+        f"{options.summary(trace)}; "
         f"blocks of {outcome.block_size}, capacity {capacity}, {outcome.policy}, "
         f"partial {outcome.partial}"
     )

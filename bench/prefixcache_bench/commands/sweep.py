@@ -12,6 +12,7 @@ from prefixcache_bench.commands import options
 from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
+    from prefixcache.types import Layout
     from prefixcache_bench.rows import Row
     from prefixcache_bench.sweep import Ceilings, Grid
     from prefixcache_bench.traces import Trace
@@ -27,6 +28,10 @@ def sweep(
     name: options.Name = None,
     system: options.SystemPrompts = "none",
     tokenizer: options.Tokenizer = None,
+    hash_block: options.HashBlock = None,
+    rate: options.Rate = None,
+    think: options.Think = None,
+    layout: options.Layout_ = None,
     block_size: Annotated[
         str | None,
         typer.Option(
@@ -40,8 +45,8 @@ def sweep(
         str,
         typer.Option(
             metavar="LIST",
-            help="Memory, with commas: tokens (65536, 64k), blocks (10000b), a share of the "
-            "working set (25%), inf.",
+            help="Memory, with commas: tokens (65536, 64k), bytes (2GiB, with --layout), blocks "
+            "(10000b), a share of the working set (25%), inf.",
         ),
     ] = "5%,10%,25%,50%,inf",
     policy: Annotated[str, typer.Option(metavar="LIST", help="Orders of eviction.")] = "lru",
@@ -62,6 +67,7 @@ def sweep(
         ),
     ] = None,
     no_picture: Annotated[bool, typer.Option("--no-picture", help="Draw nothing.")] = False,
+    force: options.Force = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Sweep block size, capacity, policy and partial reuse over a trace: table, CSV, picture.
@@ -69,19 +75,28 @@ def sweep(
     Ctrl-C keeps the rows that are finished; --resume goes on from there.
 
     Example: prefixcache sweep chats.jsonl --block-size 16,64 --capacity 64k,25%,inf
+
+    In bytes: prefixcache sweep chats.jsonl --layout llama-3.1-8b --capacity 2GiB,8GiB
     """
+    from prefixcache.config import format_size
     from prefixcache.types import Partial
     from prefixcache_bench.capacity import parse_capacities
+    from prefixcache_bench.layouts import layout_named
     from prefixcache_bench.progress import Progress
     from prefixcache_bench.rows import RowFile, key_of
     from prefixcache_bench.sweep import Grid, ceilings
     from prefixcache_bench.sweep import sweep as run
 
     sizes = None if block_size is None else options.numbers(block_size, "block size")
-    capacities = tuple(parse_capacities(capacity))
+    shape = None if layout is None else layout_named(layout)
+    measure = None if shape is None else shape.token_bytes
+    capacities = tuple(one.measured(measure) for one in parse_capacities(capacity))
+    if not resume:
+        saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
+        options.refuse_overwriting(saved + ([] if no_picture else options.pictures(out)), force)
     policies = tuple(dict.fromkeys(options.split(policy, "policy")))
     modes = tuple(Partial(one) for one in options.partials(partial))
-    trace = options.load_trace(path, form, name, system, tokenizer)
+    trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     multiples = (1, 2, 4, 8) if trace.is_hashed else (1, 4, 16, 64, 256)
     sizes = sizes or tuple(trace.unit * multiple for multiple in multiples)
     grid = Grid(sizes, capacities, policies, modes)
@@ -105,25 +120,40 @@ def sweep(
             stopped = True
     file.close()
     rows = _ordered(file.rows, grid)
-    report = _report(trace, limits)
+    report = _report(trace, limits) | options.account(trace)
+    memory = _bytes(grid, limits, shape)
+    if shape is not None:
+        report |= {"layout": str(shape), "token_bytes": shape.token_bytes, "bytes": memory}
     from prefixcache_bench.rows import write_json
 
     write_json(out.with_suffix(".json"), report, rows)
     saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
     if rows and not no_picture:
-        from prefixcache_bench.pictures import draw_sweep
-
-        saved += draw_sweep(out, _title(trace), rows, limits)
+        saved += options.draw("draw_sweep", out, options.summary(trace), rows, limits)
     if as_json:
         view.print_json(report | {"rows": rows})
     else:
         _show(trace, rows, grid, limits)
+        if memory:
+            shown = (f"{text} = {format_size(held)}" for text, held in memory.items())
+            typer.echo(f"memory, for {layout}: {', '.join(shown)}")
         typer.echo("wrote " + ", ".join(str(one) for one in saved))
     if stopped:
         typer.echo(
             f"stopped: {len(rows)} of {len(wanted)} rows are finished; --resume goes on", err=True
         )
         raise typer.Exit(_EXIT_INTERRUPTED)
+    options.finish(trace)
+
+
+def _bytes(grid: Grid, limits: Ceilings, shape: Layout | None) -> dict[str, int]:
+    """Give the capacities of a grid in bytes, as far as they have an end."""
+    found = {}
+    for one in grid.capacities:
+        tokens = one.tokens(min(grid.block_sizes), limits.working_set)
+        if shape is not None and tokens is not None and one.kind != "blocks":
+            found[one.text] = tokens * shape.token_bytes
+    return found
 
 
 def _head(trace: Trace) -> dict[str, str]:
@@ -137,7 +167,6 @@ def _report(trace: Trace, limits: Ceilings) -> dict[str, Any]:
         "run": _head(trace),
         "requests": len(trace),
         "prompt_tokens": trace.prompt_tokens,
-        "broken_lines": len(trace.broken),
         "working_set_tokens": limits.working_set,
         "ceilings": {
             "infinite_memory": {
@@ -146,10 +175,6 @@ def _report(trace: Trace, limits: Ceilings) -> dict[str, Any]:
             "infinite_memory_finest": round(limits.finest, 6),
         },
     }
-
-
-def _title(trace: Trace) -> str:
-    return f"{trace.name}: {len(trace):,} requests, {trace.prompt_tokens:,} prompt tokens"
 
 
 def _ordered(rows: list[Row], grid: Grid) -> list[Row]:
@@ -163,7 +188,7 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
     from prefixcache_bench.rows import Key, key_of
 
     typer.echo(
-        f"{_title(trace)}; working set {limits.working_set:,} tokens; "
+        f"{options.summary(trace)}; working set {limits.working_set:,} tokens; "
         f"ceiling {limits.finest:.2%} (infinite memory, block size {trace.unit})"
     )
     found = {key_of(row): row for row in rows}

@@ -17,12 +17,22 @@ import numpy as np
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import TOKEN_BYTES, Namespace, pack
-from prefixcache_bench.readers.lines import Source
+from prefixcache_bench.readers.lines import (
+    MOST_LINES,
+    UNREADABLE,
+    Source,
+    count,
+    given,
+    reason_of,
+    seconds,
+)
 from prefixcache_bench.traces import Request, Trace
 
 CONVERSATIONS = ".convs.jsonl.gz"
 REQUESTS = ".requests.jsonl.gz"
 SYSTEM_PROMPTS = "system_prompts.cl100k.json"
+LONGEST = 2**24
+"""Tokens of a conversation of which only the length is told."""
 _FIRST_FRESH = 1_000_000
 _FRESH_IDS = 50_000
 
@@ -69,19 +79,24 @@ def read(path: Path, name: str | None = None, system: str = "none") -> Trace:
     def make(fields: dict[str, Any]) -> Request | None:
         if "format" in fields:
             return None
-        conv, prompt, cached = fields["conv"], fields["prompt_len"], fields["cached_len"]
+        conv = count(fields, "conv")
+        prompt, cached = count(fields, "prompt_len"), count(fields, "cached_len")
+        t = seconds(fields, "t_ms", scale=1e-3)
+        if t is None:
+            raise KeyError("t_ms")
         whole = tokens[conv]
         if whole is None or not 0 < prompt <= cached <= len(whole) // TOKEN_BYTES:
             raise ValueError(f"conversation {conv} has no {prompt} and {cached} tokens")
         head = heads[conv]
         before = len(head) // TOKEN_BYTES
         kept = head + whole[: cached * TOKEN_BYTES]
-        return Request(fields["t_ms"] / 1000, space, kept, before + prompt, before + prompt)
+        return Request(t, space, kept, before + prompt, before + prompt)
 
     with Source(str(requests_file)) as requests:
         found = [request for request in requests.parse(make) if request is not None]
     label = name if system == "none" else f"{name}+{system}"
-    return Trace(label, found, broken=convs.broken + requests.broken)
+    num_lines = convs.num_lines + requests.num_lines
+    return Trace(label, found, broken=convs.broken + requests.broken, num_lines=num_lines)
 
 
 def conversations(source: Source) -> list[bytes | None]:
@@ -91,11 +106,13 @@ def conversations(source: Source) -> list[bytes | None]:
     def make(fields: dict[str, Any]) -> None:
         if "format" in fields:
             return
-        number = int(fields.get("conv", len(out)))
-        if number > len(out) + 1_000_000:
+        number = len(out) if given(fields, "conv") is None else count(fields, "conv")
+        if not len(out) <= number < MOST_LINES:
             raise ValueError(f"conversation {number} is out of order")
         out.extend([None] * (number - len(out)))
-        out.append(_tokens(fields, out))
+        tokens = _tokens(fields, out)
+        source.spend(len(tokens) // TOKEN_BYTES)
+        out.append(tokens)
 
     for _ in source.parse(make):
         pass
@@ -103,11 +120,13 @@ def conversations(source: Source) -> list[bytes | None]:
 
 
 def _tokens(fields: dict[str, Any], before: list[bytes | None]) -> bytes:
-    if "tokens" in fields:
+    if given(fields, "tokens") is not None:
         return pack(fields["tokens"])
-    common, length = int(fields["lcp"]), int(fields["len"])
+    common, length = count(fields, "lcp"), count(fields, "len")
+    if length > LONGEST:
+        raise ValueError(f"a conversation of {length} tokens; at most {LONGEST} are read")
     number = len(before)
-    kept = (before[fields["parent"]] or b"")[: common * TOKEN_BYTES] if common else b""
+    kept = (before[count(fields, "parent")] or b"")[: common * TOKEN_BYTES] if common else b""
     if len(kept) != common * TOKEN_BYTES:
         raise ValueError(f"conversation {fields['parent']} has no {common} tokens")
     if length <= common:
@@ -118,14 +137,15 @@ def _tokens(fields: dict[str, Any], before: list[bytes | None]) -> bytes:
     return kept + fresh.astype(np.uint32).tobytes()
 
 
-def _heads(folder: Path, system: str, count: int) -> list[bytes]:
+def _heads(folder: Path, system: str, number: int) -> list[bytes]:
     if system == "none":
-        return [b""] * count
+        return [b""] * number
     path = folder / SYSTEM_PROMPTS
     try:
         prompts = [pack(prompt) for prompt in json.loads(path.read_text())]
-    except (OSError, ValueError) as error:
-        raise InvalidRequest(f"cannot read the system prompts {path}: {error}") from None
+        first_four = prompts[0], prompts[1], prompts[2], prompts[3]
+    except (OSError, *UNREADABLE) as error:
+        raise InvalidRequest(f"cannot read the system prompts {path}: {reason_of(error)}") from None
     if system == "one":
-        return [prompts[0]] * count
-    return [prompts[zlib.crc32(f"g{number}".encode()) % 4] for number in range(count)]
+        return [first_four[0]] * number
+    return [first_four[zlib.crc32(f"g{conv}".encode()) % 4] for conv in range(number)]

@@ -37,6 +37,9 @@ def load(
     name: str | None = None,
     system: System = System.NONE,
     tokenizer: str | None = None,
+    hash_block: int | None = None,
+    rate: float | None = None,
+    think_s: float | None = None,
 ) -> Trace:
     """Read a trace.
 
@@ -46,18 +49,21 @@ def load(
         name: Which workload of a folder.
         system: System prompts before a kvtrace's conversations.
         tokenizer: For chats: see `tokenizers.named`.
+        hash_block: For block hashes: tokens that one stands for; by the form if not given.
+        rate: For chats without times: how many begin a second; 1 if not given.
+        think_s: For the same: mean pause before the next turn; 62.5 if not given.
 
     Raises:
         InvalidRequest: it cannot be read, or no line of it can.
     """
-    if path != "-" and not Path(path).exists():
+    if path != "-" and not _exists(path):
         raise InvalidRequest(f"there is no file or folder {path}")
     if path != "-" and (Path(path).is_dir() or form is Form.KVTRACE):
         if form not in {None, Form.KVTRACE}:
             raise InvalidRequest(f"{path} is a folder; only kvtrace files are read by the folder")
         trace = kvtrace.read(Path(path), name, system.value)
     else:
-        trace = _from_source(path, form, name, system, tokenizer)
+        trace = _from_source(path, form, name, system, tokenizer, hash_block, rate, think_s)
     if not trace.requests:
         first = f"; {trace.broken[0]}" if trace.broken else ""
         raise InvalidRequest(f"no request could be read from {path}{first}")
@@ -65,36 +71,82 @@ def load(
 
 
 def _from_source(
-    path: str, form: Form | None, name: str | None, system: System, tokenizer: str | None
+    path: str,
+    form: Form | None,
+    name: str | None,
+    system: System,
+    tokenizer: str | None,
+    hash_block: int | None,
+    rate: float | None,
+    think_s: float | None,
 ) -> Trace:
     with Source(path) as source:
-        form = form or see(source.head())
+        head = source.head()
+        if not head.strip():
+            breaks = f"; {source.broken[0]}" if source.broken else ""
+            blank = f" but {len(head)} bytes of blank lines" if head else ""
+            raise InvalidRequest(f"{path} is empty: there is no request in it{blank}{breaks}")
+        form = form or see(head)
+        if hash_block is not None and form not in {Form.MOONCAKE, Form.AGENTIC}:
+            told = "of no form that is known" if form is None else f"of the form {form}"
+            raise InvalidRequest(
+                f"--hash-block is for traces of block hashes (mooncake, agentic); {path} is {told}"
+            )
+        if (rate, think_s) != (None, None) and form is not Form.CHAT:
+            raise InvalidRequest(f"--rate and --think are for chats; {path} is no file of chats")
         match form:
             case Form.MOONCAKE:
-                return hashed.read_mooncake(source)
+                return hashed.read_mooncake(source, hash_block)
             case Form.AGENTIC:
-                return hashed.read_agentic(source)
+                return hashed.read_agentic(source, hash_block)
             case Form.JSONL:
                 return token_lines.read(source)
             case Form.CHAT:
                 from prefixcache_bench.readers import transcripts  # here: it may load a tokenizer
 
-                return transcripts.read(source, tokenizer)
+                return transcripts.read(source, tokenizer, rate=rate, think_s=think_s)
     if form is Form.KVTRACE and path == "-":
         raise InvalidRequest("a kvtrace is two files; name their folder instead of -")
     if form is Form.KVTRACE:
         return kvtrace.read(Path(path), name, system.value)
-    raise InvalidRequest(
-        f"cannot tell the form of {path} from its beginning; say --format "
-        + "|".join(known.value for known in Form)
-    )
+    raise InvalidRequest(f"cannot tell the form of {path}: {_what_is(head)}. Known are {_KNOWN}")
+
+
+_KNOWN = (
+    'token lines ({"tokens": [1, 2]}), chats ({"messages": ...}, {"prompt": ...}, ShareGPT), '
+    'block hashes ({"hash_ids": ...}; delta-hash-v1) and folders of kvtrace files; '
+    "name one with --format " + "|".join(known.value for known in Form)
+)
+
+
+def _what_is(head: bytes) -> str:
+    """Say what a file of no known form begins with."""
+    line = head.lstrip().split(b"\n", 1)[0].strip()
+    shown = ascii(line[:60].decode("utf-8", "replace"))[1:-1]
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        if line.count(b",") > 1 and not line.startswith((b"{", b"[")):
+            return f"it looks like CSV, which names no prefix ({shown})"
+        return f"its first line is no JSON object ({shown})"
+    if isinstance(value, dict):
+        names = ", ".join(ascii(name) for name in list(value)[:8]) or "none"
+        return f"the fields of its first line are {names}"
+    return f"its first line is a JSON {type(value).__name__}, not an object ({shown})"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise InvalidRequest(f"cannot read {path[:60]}: {error}") from None
 
 
 def see(head: bytes) -> Form | None:
     """Tell the form from a file's first bytes; None if none fits."""
     text = head.lstrip()
     if text.startswith(b"["):
-        return Form.CHAT
+        return Form.CHAT if text[1:].lstrip()[:1] in {b"{", b"]", b""} else None
     for line in text.split(b"\n", 3)[:3]:
         form = _see_line(line)
         if form is not None:
@@ -112,6 +164,10 @@ _MARKS = {
     b'"hash_ids"': Form.MOONCAKE,
     b'"messages"': Form.CHAT,
     b'"conversations"': Form.CHAT,
+    b'"conversation"': Form.CHAT,
+    b'"prompt_token_ids"': Form.JSONL,
+    b'"input_ids"': Form.JSONL,
+    b'"token_ids"': Form.JSONL,
     b'"tokens"': Form.JSONL,
 }
 
@@ -119,7 +175,7 @@ _MARKS = {
 def _see_line(line: bytes) -> Form | None:
     try:
         fields = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(fields, dict):
         return None
@@ -127,6 +183,9 @@ def _see_line(line: bytes) -> Form | None:
         return Form.KVTRACE if str(fields["format"]).startswith("kvtrace") else Form.AGENTIC
     if "hash_ids" in fields:
         return Form.MOONCAKE
-    if {"messages", "conversations", "body", "request"} & fields.keys():
-        return Form.CHAT
-    return Form.JSONL if "tokens" in fields else None
+    if fields.keys() & set(token_lines.IDS):
+        return Form.JSONL
+    return Form.CHAT if fields.keys() & _CHATS else None
+
+
+_CHATS = {"messages", "conversations", "conversation", "body", "request", "prompt", "input"}

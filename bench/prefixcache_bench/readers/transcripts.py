@@ -10,20 +10,21 @@ its first human message and ends where speakers stop taking turns.
 
 **Order.**  Where a file has no times, chat i begins at i seconds; its turns follow after 5 to 120
 seconds, drawn from a checksum, so that every run serves them in the same order.
+The caller may set both paces; the trace notes how many times were made up.
 """
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace
-from prefixcache_bench.readers.lines import Source
+from prefixcache_bench.readers.lines import Source, given, seconds
 from prefixcache_bench.readers.tokenizers import ChatLayout, named
-from prefixcache_bench.traces import BrokenLine, Request, Trace
+from prefixcache_bench.traces import Request, Trace
 
 _SPEAKERS = {
     "human": "user",
@@ -33,6 +34,7 @@ _SPEAKERS = {
     "bing": "assistant",
     "bard": "assistant",
 }
+MEAN_PAUSE_S = 62.5
 _TIMES = ("t", "timestamp", "created")
 
 
@@ -43,26 +45,50 @@ class Message(NamedTuple):
     content: str
 
 
-def read(source: Source, tokenizer: str | None) -> Trace:
+def read(
+    source: Source,
+    tokenizer: str | None,
+    *,
+    rate: float | None = None,
+    think_s: float | None = None,
+) -> Trace:
     """Read a transcript.
 
+    Args:
+        source: The lines.
+        tokenizer: See `tokenizers.named`.
+        rate: How many chats without a time begin a second; 1 if not given.
+        think_s: Mean pause before a chat's next turn; 62.5 if not given.
+
     Raises:
-        InvalidRequest: there is no such tokenizer.
+        InvalidRequest: there is no such tokenizer, or no such pace.
     """
+    rate, think_s = rate or 1.0, MEAN_PAUSE_S if think_s is None else think_s
+    if not 1e-9 <= rate <= 1e9 or not 0 <= think_s <= 1e9:
+        raise InvalidRequest(f"--rate {rate} and --think {think_s} are more than 0, up to 1e9")
     layout = ChatLayout(named(tokenizer))
     space = Namespace(source.name)
     requests: list[tuple[float, int, int, Request]] = []
-    chats = _sharegpt(source) if source.head().lstrip().startswith(b"[") else _openai(source)
+    chats = _chats(source)
+    made_up = 0
     for number, (began, messages) in enumerate(chats):
-        t = float(number) if began is None else began
+        t = number / rate if began is None else began
         for turn, (kept, prompt) in enumerate(_requests(messages, layout)):
             if turn:
-                t += 5 + zlib.crc32(f"{number}:{turn}".encode()) % 115_001 / 1000
+                pause = 5 + zlib.crc32(f"{number}:{turn}".encode()) % 115_001 / 1000
+                t += pause if think_s == MEAN_PAUSE_S else pause * think_s / MEAN_PAUSE_S
+            made_up += bool(turn) or began is None
             requests.append((t, number, turn, Request(t, space, kept, prompt, prompt)))
     requests.sort(key=lambda entry: entry[:3])
     first = requests[0][0] if requests else 0.0
     found = [request._replace(t=request.t - first) for *_, request in requests]
-    return Trace(source.name, found, broken=source.broken)
+    notes = []
+    if made_up:
+        notes.append(
+            f"{made_up} of {len(found)} requests have no time of their own: {rate:g} chats begin a "
+            f"second, and a turn follows after {think_s:g} s on average (--rate, --think)"
+        )
+    return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines, notes=notes)
 
 
 def _requests(messages: list[Message], layout: ChatLayout) -> Iterator[tuple[bytes, int]]:
@@ -81,21 +107,33 @@ def _requests(messages: list[Message], layout: ChatLayout) -> Iterator[tuple[byt
         yield so_far, len(so_far) // TOKEN_BYTES
 
 
-def _openai(source: Source) -> Iterator[tuple[float | None, list[Message]]]:
+def _chats(source: Source) -> Iterator[tuple[float | None, list[Message]]]:
+    """Give when each chat begins, if it tells, and its messages."""
+    seen: set[str] = set()
+
     def make(fields: dict[str, Any]) -> tuple[float | None, list[Message]]:
-        if "conversations" in fields:
-            return None, _turns(fields["conversations"])
+        turns = given(fields, "conversations", "conversation")
+        if turns is not None:
+            name = given(fields, "id")
+            if name is not None and str(name) in seen:
+                raise ValueError(f"record {str(name)!r} was there before")
+            messages = _turns(turns)
+            if name is not None:
+                seen.add(str(name))
+            return seconds(fields, *_TIMES), messages
         body = fields
         for wrapper in ("body", "request"):
             if isinstance(fields.get(wrapper), dict):
                 body = fields[wrapper]
-        given = body["messages"]
-        if not isinstance(given, list) or not given:
+        logged = body["messages"]
+        if not isinstance(logged, list) or not logged:
             raise ValueError("messages is not a list of messages")
-        times = [fields[name] for name in _TIMES if isinstance(fields.get(name), int | float)]
-        return (float(times[0]) if times else None), [_message(one) for one in given]
+        return seconds(fields, *_TIMES), [_message(one) for one in logged]
 
-    yield from source.parse(make)
+    if source.head().lstrip().startswith(b"["):
+        yield from source.parse_array(make)
+    else:
+        yield from source.parse(make)
 
 
 def _message(fields: dict[str, Any]) -> Message:
@@ -109,45 +147,17 @@ def _message(fields: dict[str, Any]) -> Message:
     return Message(str(role), str(text))
 
 
-def _sharegpt(source: Source) -> Iterator[tuple[None, list[Message]]]:
-    """Decode one record after the other, so that a file that breaks off gives all whole ones."""
-    text = source.text()
-    decoder = json.JSONDecoder()
-    at, number, size = text.index("[") + 1, 0, len(text)
-    seen: set[str] = set()
-    while True:
-        while at < size and text[at] in " \n\r\t,":
-            at += 1
-        if at < size and text[at] == "]":
-            return
-        number += 1
-        try:
-            record, at = decoder.raw_decode(text, at)
-        except ValueError as error:
-            reason = f"the file breaks off in it: {error}"
-            source.broken.append(BrokenLine(number, reason, "record"))
-            return
-        try:
-            name = str(record.get("id", number))
-            if name in seen:
-                raise ValueError(f"record {name!r} was there before")
-            messages = _turns(record["conversations"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = str(error) or type(error).__name__
-            source.broken.append(BrokenLine(number, reason, "record"))
-            continue
-        seen.add(name)
-        yield None, messages
-
-
-def _turns(given: list[dict[str, Any]]) -> list[Message]:
+def _turns(turns_given: list[dict[str, Any]]) -> list[Message]:
     """Keep what takes turns: from the first human message on, questions with their answers.
 
     Raises:
         ValueError: somebody else speaks, or nothing is left.
     """
     messages: list[Message] = []
-    for one in given:
+    for one in turns_given:
+        if "from" not in one and "role" in one:
+            messages.append(_message(one))
+            continue
         if one["from"] == "system" and not messages:
             continue
         if one["from"] not in _SPEAKERS:

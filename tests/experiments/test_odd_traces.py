@@ -1,0 +1,285 @@
+"""Odd files: a form is never guessed in silence, and no line takes more than itself with it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import unpack
+from prefixcache_bench.readers import lines
+from prefixcache_bench.readers.load import Form, load
+
+DEEP = b'{"tokens": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def put(path: Path, *objects: Any, head: bytes = b"", encoding: str = "utf-8") -> str:
+    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects)
+    path.write_bytes(head + text.encode(encoding))
+    return str(path)
+
+
+def moon(number: int, ids: list[Any], length: int = 1400, **more: Any) -> dict[str, Any]:
+    return {"timestamp": number * 100, "input_length": length, "hash_ids": ids} | more
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def test_a_byte_order_mark_changes_nothing(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    chats = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    for name, objects in {
+        "tokens": [{"tokens": [1, 2]}],
+        "hashes": [moon(0, [1, 2, 3])],
+        "lines": chats,
+        "array": [chats],
+    }.items():
+        plain = load(put(tmp_path / f"{name}.json", *objects))
+        marked = load(put(tmp_path / f"{name}.json", *objects, head=mark))
+        assert marked.requests == plain.requests
+        assert not marked.broken
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_other_encodings_are_named_with_what_to_do(tmp_path: Path, encoding: str) -> None:
+    path = put(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, encoding=encoding)
+    with pytest.raises(InvalidRequest, match=f"is {encoding[:6].upper()}; .* iconv -f UTF-"):
+        load(path)
+
+
+@pytest.mark.parametrize("form", [None, *Form])
+def test_what_is_nested_too_deeply_is_one_broken_line(tmp_path: Path, form: Form | None) -> None:
+    (tmp_path / "deep.jsonl").write_bytes(DEEP)
+    with pytest.raises(InvalidRequest):
+        load(str(tmp_path / "deep.jsonl"), form=form)
+    (tmp_path / "one.jsonl").write_bytes(b'{"tokens": [1]}\n' + DEEP)
+    trace = load(str(tmp_path / "one.jsonl"))
+    assert [str(one) for one in trace.broken] == ["line 2: it is nested too deeply"]
+
+
+def test_a_line_that_is_too_long_is_left_out_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "LONGEST_LINE", 2**20)
+    long = b'{"tokens": [' + b"1," * 2**20 + b"1]}\n"
+    path = tmp_path / "long.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"tokens": [1]}\n' + long + b'{"tokens": [2]}\n'))
+    trace = load(str(path))
+    assert [unpack(one.tokens).tolist() for one in trace] == [[1], [2]]
+    assert [str(one) for one in trace.broken] == [
+        "line 2: it has 2,097,167 bytes; a line has at most 1,048,576"
+    ]
+    held = 0
+    with lines.Source(str(path)) as source:
+        for _, line in source.lines():
+            held = max(held, len(line))
+    assert held < 100
+
+
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ("MOST_UNZIPPED", "line .*: the file breaks off: it unpacks to more than 1,000,000 bytes"),
+        ("ENDLESS", "line 1: it does not end within 1,000,000 bytes; the rest is not read"),
+    ],
+)
+def test_a_small_file_cannot_become_a_large_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, message: str
+) -> None:
+    monkeypatch.setattr(lines, bound, 1_000_000)
+    monkeypatch.setattr(lines, "LONGEST_LINE", 300_000)
+    path = tmp_path / "bomb.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"tokens": [' + b"1," * 2**22))
+    with pytest.raises(InvalidRequest, match=message):
+        load(str(path), form=Form.JSONL)
+
+
+@pytest.mark.parametrize(("bound", "noun"), [("MOST_LINES", "lines"), ("MOST_TOKENS", "tokens")])
+def test_requests_in_memory_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str, noun: str
+) -> None:
+    monkeypatch.setattr(lines, bound, 10)
+    path = put(tmp_path / "many.jsonl", *({"tokens": [1]} for _ in range(11)))
+    with pytest.raises(InvalidRequest, match=f"many has more than 10 {noun}"):
+        load(path)
+
+
+def test_a_skeleton_cannot_name_conversations_that_fill_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "s.convs.jsonl.gz").write_bytes(
+        gzip.compress(b'{"conv": 0, "parent": -1, "lcp": 0, "len": 1000000000000}\n')
+    )
+    (tmp_path / "s.requests.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(InvalidRequest, match=r"at most 16777216 are read"):
+        load(str(tmp_path))
+
+
+# ---------------------------------------------------------------------- what is no trace
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty: there is no request in it$"),
+        ("\n \n", "is empty: .* but 3 bytes of blank lines"),
+        ("\ufeff", "is empty"),
+        ("[1,2,3]\n[4]\n", r"its first line is a JSON list, not an object .*\{\"tokens\""),
+        ("5\n", "its first line is a JSON int"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n1,2,3\n", "looks like CSV.*Known are"),
+        ('{"text": "a"}\n', "the fields of its first line are 'text'.*Known are"),
+        ("hello\n", "no JSON object .hello.*--format kvtrace"),
+        ("\x1b]0;x\x07\n", r"\\x1b\]0;x\\x07"),
+    ],
+)
+def test_what_is_no_trace_is_told_what_would_be(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_text(text)
+    with pytest.raises(InvalidRequest, match=message):
+        load(str(path))
+
+
+# ---------------------------------------------------------------------- units, ids, times
+
+
+def bailian(number: int, ids: list[int], length: int) -> dict[str, Any]:
+    return {"chat_id": number, "timestamp": number, "input_length": length, "hash_ids": ids}
+
+
+def test_the_unit_comes_from_the_form_and_must_fit_the_lines(tmp_path: Path) -> None:
+    blocks = [bailian(n, [*range(12), 100 + n], 204) for n in range(3)]
+    trace = load(put(tmp_path / "b.jsonl", *blocks, bailian(3, [7], 12)))
+    assert (trace.unit, len(trace), trace.broken) == (16, 4, [])
+    assert [request.t for request in trace] == [0, 1, 2, 3]
+    unnamed = [{k: v for k, v in one.items() if k != "chat_id"} for one in blocks]
+    path = put(tmp_path / "m.jsonl", *unnamed, moon(3, [7], 12))
+    with pytest.raises(
+        InvalidRequest,
+        match=r"3 of 4 lines do not fit blocks of 512 tokens, which is assumed; 4 fit .*-block 16",
+    ):
+        load(path)
+    assert load(path, hash_block=16).unit == 16
+    with pytest.raises(InvalidRequest, match=r"of 32 tokens, as --hash-block says; 4 fit .* 16"):
+        load(path, hash_block=32)
+    with pytest.raises(InvalidRequest, match="--hash-block 48 is not a power of two"):
+        load(path, hash_block=48)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[(n << 32) + 7, (n << 32) + 8, 9] for n in range(3)],
+        [[-5, -6, -7 - n] for n in range(3)],
+        [[2**64 - 1, 2**70, n] for n in range(3)],
+        [["a", "b", f"c{n}"] for n in range(3)],
+        [[0xFFFFFFFE, 1, n] for n in range(3)],
+    ],
+)
+def test_ids_of_any_size_stay_apart_and_equal_ones_equal(
+    tmp_path: Path, ids: list[list[Any]]
+) -> None:
+    path = put(tmp_path / "m.jsonl", *(moon(n, one) for n, one in enumerate(ids)))
+    trace = load(path)
+    assert not trace.broken
+    names: dict[Any, int] = {}
+    for given, request in zip(ids, trace, strict=True):
+        for one, word in zip(given, unpack(request.tokens), strict=True):
+            assert names.setdefault(one, word) == word
+    assert len(set(names.values())) == len(names)
+
+
+def test_what_is_no_id_is_a_broken_line(tmp_path: Path) -> None:
+    odd = [[1, 2, None], [1, 2, 1.5], [1, 2, True], [1, 2, ""], None, "abc", [[1], 2, 3], []]
+    path = put(tmp_path / "m.jsonl", moon(0, [1, 2, 3]), *(moon(1, one) for one in odd))  # type: ignore[arg-type]
+    assert [one.number for one in load(path).broken] == list(range(2, 10))
+
+
+def test_sessions_without_times_follow_their_delays(tmp_path: Path) -> None:
+    turns = [
+        {"session_id": name, "input_length": 512 * size, "hash_ids": list(range(size))}
+        | ({"delay": 1500} if size > 1 else {})
+        for name in ("x", "y")
+        for size in (1, 2)
+    ]
+    trace = load(put(tmp_path / "s.jsonl", *turns))
+    assert [(one.t, one.prompt) for one in trace] == [(0, 1), (0, 1), (1.5, 2), (1.5, 2)]
+    assert "4 of 4 requests have no timestamp" in trace.notes[0]
+    assert "2 begin at 0 s" in trace.notes[0]
+    with pytest.raises(InvalidRequest, match="no field 'timestamp'"):
+        load(put(tmp_path / "n.jsonl", {"input_length": 1, "hash_ids": [1], "session_id": None}))
+
+
+def test_lines_out_of_order_are_noted(tmp_path: Path) -> None:
+    trace = load(put(tmp_path / "m.jsonl", *(moon(n, [1, 2, 3]) for n in (0, 5, 2, 3, 9))))
+    assert [one.t for one in trace] == [0, 0.5, 0.2, 0.3, 0.9]
+    assert trace.notes == [
+        "2 of 5 lines are older than one before them; they are served in the order of the file"
+    ]
+
+
+@pytest.mark.parametrize(
+    "time", ["NaN", "Infinity", "-Infinity", "1e999", '"soon"', "true", "1e30"]
+)
+def test_a_time_that_is_none_is_a_broken_line(tmp_path: Path, time: str) -> None:
+    good = {
+        "t": '{"tokens": [1], "t": %s}',
+        "timestamp": '{"hash_ids": [1], "input_length": 5, "timestamp": %s}',
+        "created": '{"messages": [{"role": "user", "content": "a"}], "created": %s}',
+        "t_ms": '{"trace": 1, "input_length": 64, "keep": 0, "tail": [1], "t_ms": %s}',
+    }
+    for name, line in good.items():
+        path = tmp_path / f"{name}.jsonl"
+        form = Form.AGENTIC if name == "t_ms" else None
+        path.write_text(line % "3" + "\n" + line % time + "\n")
+        trace = load(str(path), form=form)
+        assert [one.number for one in trace.broken] == [2]
+
+
+def test_null_and_empty_are_as_good_as_absent(tmp_path: Path) -> None:
+    line = {"tokens": [1, 2], "t": None, "namespace": None, "prompt": ""}
+    assert (
+        load(put(tmp_path / "t.jsonl", line)).requests
+        == load(put(tmp_path / "t.jsonl", {"tokens": [1, 2]})).requests
+    )
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for name in (None, ""):
+        path = put(tmp_path / "s.json", [{"id": name, "conversations": turns}] * 3)
+        trace = load(path)
+        assert (len(trace), trace.broken) == (3, [])
+
+
+# ---------------------------------------------------------------------- forms
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"conversation": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {
+            "conversations": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"prompt_token_ids": [1, 2, 3]},
+        {"input_ids": [1, 2, 3]},
+    ],
+)
+def test_the_forms_of_public_sets_are_read(tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert len(load(put(tmp_path / "a.jsonl", fields, fields))) == 2
+
+
+def test_dates_are_times(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    path = put(
+        tmp_path / "a.jsonl",
+        chat | {"timestamp": "2023-04-09T00:02:53Z"},
+        chat | {"timestamp": "2023-04-09T00:03:00"},
+    )
+    assert [one.t for one in load(path)] == [0.0, 7.0]
