@@ -83,7 +83,9 @@ class Namespace:
     salt: str = ""
 
     def __str__(self) -> str:
-        return "/".join(part for part in (self.tenant, self.model, self.adapter, self.salt) if part)
+        """Name it for people, without its salt: that is a secret."""
+        named = "/".join(part for part in (self.tenant, self.model, self.adapter) if part)
+        return f"{named} (salted)" if self.salt else named
 
 
 @dataclass(frozen=True, slots=True)

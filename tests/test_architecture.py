@@ -28,6 +28,7 @@ WORDS = (
     "prefixcache.types",
     "prefixcache.outline",
     "prefixcache.errors",
+    "prefixcache.texts",
     "prefixcache.private_files",
     "prefixcache.plain_json",
     "prefixcache.pool",

@@ -24,6 +24,7 @@ import structlog
 
 from prefixcache.errors import InvalidRequest, Unauthenticated
 from prefixcache.service.identities import LOCAL, Identities, Identity
+from prefixcache.texts import escape
 
 _LOOK_EVERY_S = 1.0
 _BEARER = "bearer "
@@ -94,7 +95,9 @@ class Gate:
         if names:
             found = identities.of_certificate(names)
             if found is None:
-                raise Unauthenticated(f"no identity has a certificate for {', '.join(names)[:200]}")
+                raise Unauthenticated(
+                    f"no identity has a certificate for {escape(', '.join(names)[:200])}"
+                )
             return found
         token = _token(context)
         if not token:

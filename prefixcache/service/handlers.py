@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from prefixcache.client import codec, outlines
 from prefixcache.config import ServeSettings
+from prefixcache.service.fields import check_texts
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.verbs.attendance import Attendance
 from prefixcache.service.verbs.leasing import Leasing
@@ -40,3 +41,15 @@ class Handlers(Attendance, Leasing, Looking, Steering):
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
         self.verbs["tree"] = (self.tree, outlines.write_outline)
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
+        for name, (handler, write) in self.verbs.items():
+            self.verbs[name] = (_checked(handler), write)
+
+
+def _checked(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let a handler see requests only whose texts can be kept and shown."""
+
+    def run(asker: Any, request: Any) -> Any:
+        check_texts(request)
+        return handler(asker, request)
+
+    return run

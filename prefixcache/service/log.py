@@ -1,12 +1,18 @@
-"""Logging: one line per event on stderr, key=value; JSON lines where stderr is no terminal."""
+"""Logging: one line per event on stderr, key=value; JSON lines where stderr is no terminal.
+
+What others chose (names, addresses, texts of errors) is escaped here, whatever the line is.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
+
+from prefixcache.texts import escape, escape_all
 
 
 def set_up(level: str) -> None:
@@ -20,6 +26,7 @@ def set_up(level: str) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _escaped,
             render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(
@@ -28,3 +35,26 @@ def set_up(level: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    others = logging.StreamHandler()
+    others.setFormatter(_Plain())
+    logging.basicConfig(handlers=[others], level=logging.WARNING)
+
+
+class _Plain(logging.Formatter):
+    """What libraries log, escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Give the lines of a record."""
+        return _lines(super().format(record))
+
+
+def _escaped(logger: Any, method: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _lines(value) if key == "exception" else escape_all(value)
+        for key, value in event.items()
+    }
+
+
+def _lines(text: str) -> str:
+    """Escape all but the ends of lines, and set in those after the first: they are no events."""
+    return "\n  ".join(escape(line) for line in text.split("\n"))

@@ -33,6 +33,7 @@ from prefixcache.core.ledger import FATES
 from prefixcache.core.vitals import Account, Vitals
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.meter import NUM_BUCKETS, SUM
+from prefixcache.texts import escape
 from prefixcache.types import Ledger, Namespace
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -283,7 +284,7 @@ def _sum(one: Account, other: Account) -> Account:
 
 
 def _labels(space: Namespace) -> tuple[str, str, str]:
-    return space.tenant, space.model, space.adapter
+    return escape(space.tenant), escape(space.model), escape(space.adapter)
 
 
 def _buckets(row: list[int]) -> tuple[list[tuple[str, float]], float]:

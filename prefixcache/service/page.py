@@ -29,6 +29,7 @@ from prefixcache.outline import Branch, Order, Outline
 from prefixcache.plain_json import json_text
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.metrics import fold
+from prefixcache.texts import escape
 from prefixcache.types import Ledger, Namespace, unpack
 
 _EVERY_S = 1.0
@@ -244,9 +245,8 @@ class Page:
 
 
 def shown(namespace: Namespace) -> str:
-    """Name a namespace for people; a salt is a secret."""
-    named = Namespace(namespace.model, namespace.adapter, namespace.tenant)
-    return f"{named} (salted)" if namespace.salt else str(named)
+    """Name a namespace for people, in characters that show themselves."""
+    return escape(str(namespace))
 
 
 def _sum(ledgers: Any) -> dict[str, int]:

@@ -24,7 +24,6 @@ from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
-from prefixcache.service.verbs.base import check_texts
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.watch import watch
 from prefixcache.service.workers import Asker, Visitor, Worker
@@ -174,7 +173,6 @@ def _earlier(asker: Asker, verb: str, request: Any) -> Any:
     """Give the answer that this very call got before; None if it is new, or has no id."""
     if not request.request_id or not isinstance(asker, Worker):
         return None
-    check_texts((request.request_id,))
     return asker.answers.get((verb, request.request_id))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from prefixcache.client import codec
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.events import Batch, Event, EventLog, Removed, Stored
+from prefixcache.service.fields import check_texts
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
@@ -28,6 +29,7 @@ async def watch(
     try:
         if request.__class__ is Malformed:
             raise InvalidRequest(request)
+        check_texts(request)
         if request.tokens and not handlers.settings.watch_tokens:
             raise InvalidRequest(
                 "this service sends no token ids: start it with --watch-tokens, or ask for hashes"

@@ -134,9 +134,9 @@ class Workers:
             InvalidRequest: the name cannot be shown.
             PoolExhausted: there are too many workers.
         """
-        if len(name) > MAX_NAME or not (name.isprintable()):
+        if len(name) > MAX_NAME:
             raise InvalidRequest(
-                f"a worker's name has up to {MAX_NAME} printable characters, this has {len(name)}"
+                f"a worker's name has up to {MAX_NAME} characters, this has {len(name)}"
             )
         if len(self._attached) >= self._settings.max_workers:
             raise PoolExhausted(

@@ -10,7 +10,8 @@ import structlog
 
 from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest, PoolExhausted
-from prefixcache.service.verbs.base import Verbs, check_texts
+from prefixcache.service.fields import check_texts
+from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker
 from prefixcache.types import Ended
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -39,13 +40,13 @@ class Attendance(Verbs):
 
         Raises:
             LayoutMismatch: the pool holds another layout.
-            InvalidRequest: a text is too long, or the layout is none.
+            InvalidRequest: a text cannot be kept or shown, or the layout is none.
             NotFound: it names another tenant, or a model that it may not use.
             ServiceUnavailable: the service is about to end.
         """
         self._refuse_if_draining()
+        check_texts(request)
         namespace = codec.read_namespace(request.namespace)
-        check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +22,6 @@ from prefixcache.types import Namespace
 
 if TYPE_CHECKING:
     from prefixcache.service.tracing import Tracer
-
-MAX_TEXT = 1024
-"""Characters of a namespace's field or of a request id."""
 
 
 class Verbs:
@@ -70,7 +66,6 @@ class Verbs:
     def _named(self, asker: Asker, request: Any) -> Namespace:
         if request.HasField("namespace"):
             namespace = codec.read_namespace(request.namespace)
-            check_texts((namespace.model, namespace.adapter, namespace.tenant, namespace.salt))
             return asker.identity.own(namespace)
         if not isinstance(asker, Worker):
             raise InvalidRequest("name a namespace, or the worker that has attached it")
@@ -85,14 +80,3 @@ class Verbs:
                 f"{worker.id} has attached {len(worker.namespaces)} namespaces, there is none at "
                 f"index {index}"
             ) from None
-
-
-def check_texts(texts: Iterable[str]) -> None:
-    """Refuse texts that are too long to keep.
-
-    Raises:
-        InvalidRequest: one is; the message has the limit.
-    """
-    for text in texts:
-        if len(text) > MAX_TEXT:
-            raise InvalidRequest(f"a text of {len(text):,} characters; the limit is {MAX_TEXT:,}")

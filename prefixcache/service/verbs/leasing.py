@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import monotonic
 
 from prefixcache.errors import InvalidRequest, PoolExhausted
-from prefixcache.service.verbs.base import MAX_TEXT, Verbs, check_texts
+from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Worker
 from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -26,8 +26,6 @@ class Leasing(Verbs):
         request_id = request.request_id
         if wait_s:
             self._check_wait(worker, wait_s)
-        if len(request_id) > MAX_TEXT:
-            check_texts((request_id,))
         self._refuse_lease_beyond_limit(1)
         namespace = self._attached_namespace(worker, request.namespace_index)
         tokens = request.tokens

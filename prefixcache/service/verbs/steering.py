@@ -8,7 +8,7 @@ import structlog
 
 from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest, NotFound
-from prefixcache.service.verbs.base import Verbs, check_texts
+from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Asker
 from prefixcache.types import Namespace, Pinned, QuotaInfo, Reset, Unpinned
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -57,10 +57,8 @@ class Steering(Verbs):
         match request.WhichOneof("scope"):
             case "namespace":
                 scope = codec.read_namespace(request.namespace)
-                check_texts((scope.model, scope.adapter, scope.tenant, scope.salt))
             case "tenant":
                 scope = request.tenant
-                check_texts((scope,))
             case _:
                 raise InvalidRequest("name a namespace or a tenant")
         identity = asker.identity
