@@ -21,7 +21,9 @@ if sys.byteorder != "little":  # pragma: no cover - no such machine runs the wor
 BlockId = NewType("BlockId", int)
 LeaseId = NewType("LeaseId", int)
 TicketId = NewType("TicketId", int)
-WorkerId = NewType("WorkerId", str)
+WorkerId = NewType("WorkerId", int)
+"""Handed out by whoever runs a cache, and the key of all that a worker holds.  No client chooses or
+sends one: what it calls itself is a name, to be shown and nothing else."""
 
 BlockTable: TypeAlias = "array[int]"
 """A sequence's blocks in order: `array('i')`, so that it is also a buffer of int32."""
@@ -184,7 +186,7 @@ class Ledger:
 class Attachment:
     """Answer of `attach`."""
 
-    worker: WorkerId
+    worker: str
     pool: PoolHandle
     ttl_s: float
 
@@ -301,7 +303,7 @@ class PastRequest:
     """A request that was granted lately."""
 
     request_id: str
-    worker: WorkerId
+    worker: str
     lease: LeaseId
     namespace: Namespace
     """Without its salt."""
@@ -405,7 +407,7 @@ class LeaseInfo:
     """One lease in a `Snapshot`."""
 
     lease: LeaseId
-    worker: WorkerId
+    worker: str
     namespace: Namespace
     num_tokens: int
     num_committed: int

@@ -23,7 +23,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId
 from prefixcache_bench.memory import Job
 
-_WORKER, _SPACE = WorkerId("decoder"), Namespace("decoder")
+_WORKER, _SPACE = WorkerId(1), Namespace("decoder")
 
 
 @dataclass(slots=True)

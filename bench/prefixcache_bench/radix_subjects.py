@@ -23,7 +23,7 @@ from prefixcache_bench.baseline_radix import BaselineTree
 BLOCK_SIZE = 16
 WIDTH = BLOCK_SIZE * TOKEN_BYTES
 SPACE = Namespace("benchmark")
-WORKER = WorkerId("benchmark")
+WORKER = WorkerId(1)
 
 Call = Callable[[], object]
 

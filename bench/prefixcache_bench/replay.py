@@ -34,7 +34,7 @@ from prefixcache_bench.traces import Trace
 from prefixcache_bench.windows import Windows
 
 BEYOND = b"\xff" * TOKEN_BYTES
-_WORKER = WorkerId("replay")
+_WORKER = WorkerId(1)
 _HOUSEKEEPING = 64
 
 

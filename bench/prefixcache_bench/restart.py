@@ -76,7 +76,7 @@ def build(state: Path, num_blocks: int) -> None:
         raise SystemExit("no pool was made")
     memory = np.frombuffer(map_pool(handle), np.uint64, offset=handle.offset)
     memory[:] = np.random.default_rng(1).integers(0, 2**63, len(memory), np.uint64)
-    me, requests, tokens = WorkerId("builder"), 0, 0
+    me, requests, tokens = WorkerId(1), 0, 0
     cache.attach(me, SPACE, now=0.0)
     for prompt, answer in prompts(num_blocks):
         grant = cache.acquire(me, SPACE, prompt, reserve=len(answer) // 4, now=0.0)

@@ -67,7 +67,7 @@ class PrefixCache(Membership, Leasing, Steering):
         InvalidRequest: an argument is out of range.
 
     >>> from prefixcache.types import Namespace, WorkerId, pack
-    >>> cache, me, space = PrefixCache(64, 4), WorkerId("w1"), Namespace("tiny-model")
+    >>> cache, me, space = PrefixCache(64, 4), WorkerId(1), Namespace("tiny-model")
     >>> cache.attach(me, space, now=0.0)
     >>> first = cache.acquire(me, space, pack(range(10)), now=0.0)
     >>> cache.commit(me, first.lease, 10, now=0.1).num_indexed
@@ -124,6 +124,11 @@ class PrefixCache(Membership, Leasing, Steering):
         """Leases that are out.  O(1)."""
         return self._desk.leases.count
 
+    def count_leases(self, worker: WorkerId) -> int:
+        """Give how many leases a worker has out; 0 if it is not attached.  O(1)."""
+        member = self._desk.leases.workers.get(worker)
+        return 0 if member is None else len(member.leases)
+
     def namespaces(self) -> list[Namespace]:
         """Give the namespaces that anybody has attached, or that store something."""
         return list(self._desk.roots)
@@ -164,7 +169,7 @@ class PrefixCache(Membership, Leasing, Steering):
         Args:
             runs: What is indexed, parents first; each block in one run only.
             aside: Blocks that processes of that life may still write to: quarantined.
-            worker: The name under which they are; `worker_gone` frees them.
+            worker: Under whose number they are, which nobody else has; `worker_gone` frees them.
 
         Returns:
             How many blocks are indexed now.

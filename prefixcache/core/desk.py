@@ -159,7 +159,7 @@ class Desk:
         tally.add(ledger)
         if seen is not None:
             self.history.note(
-                seen, node, member.id, request.namespace, tokens, request.request_id, grant, now
+                seen, node, member.name, request.namespace, tokens, request.request_id, grant, now
             )
         if self.tape is not None:
             self.tape((GRANTED, lease.id, ledger.reused, tokens, request.namespace))
@@ -186,7 +186,8 @@ class Desk:
         message = f"{short}; {held} table entries held by {len(leases)} leases"
         oldest = next((one for one in leases if one.namespace.tenant == tenant), None)
         if oldest is not None:
-            message += f" (oldest {oldest.worker}#{oldest.id}, {now - oldest.since:.0f} s)"
+            worker = self.leases.workers[oldest.worker].name
+            message += f" (oldest {worker}#{oldest.id}, {now - oldest.since:.0f} s)"
         next_end = self.leases.next_deadline()
         advice = "or have the quota raised" if over_quota else "or serve with more --memory"
         return type(short)(

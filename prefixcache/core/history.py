@@ -18,7 +18,7 @@ from prefixcache.core.partings import Partings
 from prefixcache.core.radix import RadixTree
 from prefixcache.core.recent import Recent, Recents
 from prefixcache.core.shortage import Shortage
-from prefixcache.types import TOKEN_BYTES, Grant, Ledger, Namespace, WorkerId
+from prefixcache.types import TOKEN_BYTES, Grant, Ledger, Namespace
 
 SHOWN_TOKENS: Final = 64
 """How much of a stored continuation is told."""
@@ -65,7 +65,7 @@ class History:
         self,
         seen: Seen,
         node: Node,
-        worker: WorkerId,
+        worker: str,
         namespace: Namespace,
         tokens: bytes,
         request_id: str,

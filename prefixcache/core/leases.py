@@ -127,6 +127,8 @@ class Worker:
     """One attached worker."""
 
     id: WorkerId
+    name: str
+    """What people are shown; it decides nothing."""
     namespaces: set[Namespace] = field(default_factory=set)
     leases: dict[LeaseId, Lease] = field(default_factory=dict)
     requests: dict[str, Lease] = field(default_factory=dict)
@@ -160,9 +162,11 @@ class Leases:
         """
         member = self.workers.get(worker)
         if member is None:
-            raise NotFound(f"worker {worker!r} is not attached; attach first")
+            raise NotFound("this worker is not attached; attach first")
         if namespace is not None and namespace not in member.namespaces:
-            raise NotFound(f"worker {worker!r} is not attached to {namespace}; attach to it first")
+            raise NotFound(
+                f"worker {member.name!r} is not attached to {namespace}; attach to it first"
+            )
         return member
 
     def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
@@ -199,7 +203,7 @@ class Leases:
             return found
         owner, expired_at, quarantined = self._ended.get(lease, (None, None, 0))
         if owner != worker:
-            raise NotFound(f"no lease {lease} of worker {worker!r}")
+            raise NotFound(f"no lease {lease} of worker {member.name!r}")
         if expired_at is None:
             raise LeaseExpired(f"lease {lease} was released; acquire again")
         raise LeaseExpired(

@@ -309,7 +309,7 @@ class Leasing:
         if own is None:
             if self._desk.leases.was_ended(worker, lease):
                 return Released(0)
-            raise NotFound(f"no lease {lease} of worker {worker!r}")
+            raise NotFound(f"no lease {lease} of worker {member.name!r}")
         freed = self._desk.end(own, now, writes_on=False).num_freed
         self._desk.serve_line(now)
         return Released(freed)

@@ -12,12 +12,19 @@ class Membership:
 
     _desk: Desk
 
-    def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
-        """Let a worker use a namespace.  Idempotent."""
+    def attach(self, worker: WorkerId, namespace: Namespace, *, name: str = "", now: float) -> None:
+        """Let a worker use a namespace.  Idempotent.
+
+        Args:
+            worker: Who.
+            namespace: What.
+            name: How a new worker is called where people look; by default by its number.
+            now: The time.
+        """
         self._desk.root(namespace)
         members = self._desk.leases.workers
         if worker not in members:
-            members[worker] = Worker(worker)
+            members[worker] = Worker(worker, name or str(worker))
         members[worker].namespaces.add(namespace)
         self.renew(worker, now=now)
 

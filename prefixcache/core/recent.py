@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prefixcache.types import LeaseId, Ledger, Namespace, WorkerId
+from prefixcache.types import LeaseId, Ledger, Namespace
 
 _MOST_REQUESTS = 2048
 _MOST_BYTES = 16 << 20
@@ -21,7 +21,8 @@ class Recent:
     """One request, as it was when it was granted."""
 
     request_id: str
-    worker: WorkerId
+    worker: str
+    """Its name."""
     lease: LeaseId
     namespace: Namespace
     tokens: bytes
@@ -35,9 +36,13 @@ class Recent:
     """How many more would have kept what was evicted of it."""
 
     def is_called(self, name: str) -> bool:
-        """Whether that names this request: its id, without its last part, or worker#lease."""
+        """Whether that names this request: its id, without its last part, or worker#lease.
+
+        A tenant may stand before the worker, for who sees several.
+        """
         own = self.request_id
-        return name in (own, f"{self.worker}#{self.lease}") or (
+        lease = f"{self.worker}#{self.lease}"
+        return name in (own, lease, f"{self.namespace.tenant}/{lease}") or (
             own.startswith(name) and own[len(name) : len(name) + 1] == "/"
         )
 

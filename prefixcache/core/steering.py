@@ -55,7 +55,7 @@ class Steering:
 
         >>> from prefixcache.core.cache import PrefixCache
         >>> from prefixcache.types import WorkerId, pack
-        >>> cache, me, space = PrefixCache(64, 4), WorkerId("w1"), Namespace("tiny-model")
+        >>> cache, me, space = PrefixCache(64, 4), WorkerId(1), Namespace("tiny-model")
         >>> cache.attach(me, space, now=0.0)
         >>> lease = cache.acquire(me, space, pack(range(10)), now=0.0).lease
         >>> _ = cache.commit(me, lease, 10, now=0.0)

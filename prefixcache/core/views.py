@@ -46,7 +46,7 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
     leases = tuple(
         LeaseInfo(
             lease=lease.id,
-            worker=lease.worker,
+            worker=desk.leases.workers[lease.worker].name,
             namespace=lease.namespace,
             num_tokens=lease.num_tokens,
             num_committed=lease.committed,

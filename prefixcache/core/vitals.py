@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from prefixcache.core.desk import Desk
-from prefixcache.types import TOKEN_BYTES, LeaseId, Ledger, Namespace, Partial, WorkerId
+from prefixcache.types import TOKEN_BYTES, LeaseId, Ledger, Namespace, Partial
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class FlightInfo:
     """A prompt that a lease is computing."""
 
     lease: LeaseId
-    worker: WorkerId
+    worker: str
+    """Its name."""
     namespace: Namespace
     num_tokens: int
     num_committed: int
@@ -67,7 +68,7 @@ def flights(desk: Desk, most: int) -> list[FlightInfo]:
     return [
         FlightInfo(
             lease.id,
-            lease.worker,
+            desk.leases.workers[lease.worker].name,
             lease.namespace,
             len(lease.flight or b"") // TOKEN_BYTES,
             lease.committed,

@@ -28,6 +28,7 @@ from prefixcache.core.ledger import FATES
 from prefixcache.outline import Branch, Order, Outline
 from prefixcache.plain_json import json_text
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.identities import LOCAL
 from prefixcache.service.metrics import fold
 from prefixcache.texts import escape
 from prefixcache.types import Ledger, Namespace, unpack
@@ -154,7 +155,7 @@ class Page:
             "verbs": [asdict(rate) for rate in handlers.pulse.rates()],
             "workers": [
                 {
-                    "worker": worker.id,
+                    "worker": worker.name_for(LOCAL),
                     "pid": worker.pid,
                     "state": worker.state,
                     "since_s": round(now - worker.since, 1),

@@ -101,7 +101,7 @@ class SessionStream:
             counts = Counter([op.WhichOneof("op") for op in ops])
             tracer.message(
                 {verb: (n, rows[verb][SUM] - spent[verb]) for verb, n in counts.items() if verb},
-                self._worker.id if self._worker is not None else "",
+                self._worker.name if self._worker is not None else "",
             )
         return results
 

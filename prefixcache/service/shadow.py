@@ -23,7 +23,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.service.chunk import CUT, read_chunk
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId
 
-_ME = WorkerId("shadow")
+_ME = WorkerId(1)
 _FOREVER_S = 1e12
 _MINUTES = 60
 _EVERY_S = 1.0

@@ -6,7 +6,6 @@ totals, which he needs to understand a refusal, and otherwise only his own tenan
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 from prefixcache.client import codec
@@ -15,13 +14,12 @@ from prefixcache.service.identities import Identity
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
-def narrow(message: pb.SnapshotResponse, identity: Identity, workers: Container[str]) -> None:
+def narrow(message: pb.SnapshotResponse, identity: Identity) -> None:
     """Take out of `message` what `identity` may not see.  O(what is in it).
 
     Args:
-        message: A whole snapshot.
+        message: A snapshot, of everybody's leases and of its own tenant's workers.
         identity: Who asks.
-        workers: The names of its own tenant's workers.
     """
 
     def is_own(entry: Any) -> bool:
@@ -30,7 +28,6 @@ def narrow(message: pb.SnapshotResponse, identity: Identity, workers: Container[
     for field in (message.leases, message.namespaces, message.pins, message.flights):
         _keep(field, is_own)
     _keep(message.quotas, lambda quota: quota.tenant == identity.tenant)
-    _keep(message.workers, lambda worker: worker.worker in workers)
     total = Tally()
     for entry in message.namespaces:
         total.add(codec.read_ledger(entry.ledger))

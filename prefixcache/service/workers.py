@@ -12,6 +12,7 @@ The blocks that a lost worker could write to are quarantined: its process may st
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import secrets
 import select
@@ -37,6 +38,9 @@ MAX_NAME = 128
 MAX_NAMESPACES = 256
 """Namespaces that one worker may attach."""
 
+_STEMS = 4096
+"""Names that several workers wished for, whose next number is remembered."""
+
 _REMEMBERED = 64
 """Workers that are shown after they have gone."""
 
@@ -48,6 +52,9 @@ class Worker:
     """One attached worker."""
 
     id: WorkerId
+    """Its number, which the service handed out: the key of all that it holds."""
+    name: str
+    """What people are shown; it decides nothing."""
     key: str
     """The right to act for it."""
     hang_up: Callable[[], object] | None
@@ -70,6 +77,17 @@ class Worker:
     since: float = 0.0
     """When it came into that state."""
 
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.identity.tenant or ""
+
+    def name_for(self, identity: Identity) -> str:
+        """Give its name as somebody is shown it: with the tenant, if he sees several."""
+        if not self.tenant or identity.tenant == self.tenant:
+            return self.name
+        return f"{self.tenant}/{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class Visitor:
@@ -79,6 +97,37 @@ class Visitor:
 
 
 Asker: TypeAlias = "Worker | Visitor"
+
+
+class Names:
+    """What workers are called where people look: no two of a tenant are called the same at a time.
+
+    Each tenant has names of its own, so that nobody learns from his what workers others have; who
+    sees several tenants sees the tenant beside the name.  O(1) each, amortised.
+    """
+
+    def __init__(self) -> None:
+        self._taken: set[tuple[str, str]] = set()
+        self._counts: dict[tuple[str, str], int] = {}
+        """Where to look for the next number of workers that wished for the same."""
+
+    def take(self, tenant: str, wish: str) -> str:
+        """Give a name that no worker of the tenant has; the one that is wished for, if it can."""
+        found = wish
+        if not wish or (tenant, wish) in self._taken:
+            stem = f"{wish}~" if wish else "w"
+            number = self._counts.pop((tenant, stem), 0) + 1
+            while (tenant, found := f"{stem}{number}") in self._taken:
+                number += 1
+            self._counts[tenant, stem] = number
+            if len(self._counts) > _STEMS:
+                del self._counts[next(iter(self._counts))]
+        self._taken.add((tenant, found))
+        return found
+
+    def free(self, tenant: str, name: str) -> None:
+        """Let others have a name.  Idempotent."""
+        self._taken.discard((tenant, name))
 
 
 class Workers:
@@ -91,8 +140,8 @@ class Workers:
         self._host = this_host()
         self._attached: dict[str, Worker] = {}
         self._lost: dict[str, Worker] = {}
-        self._names: set[str] = set()
-        self._count = 0
+        self._names = Names()
+        self._next = itertools.count(1)  # 0 is `FORMER`
         self._past: deque[Worker] = deque(maxlen=_REMEMBERED)
         self._patrol: asyncio.TimerHandle | None = None
 
@@ -142,19 +191,16 @@ class Workers:
             raise PoolExhausted(
                 f"{len(self._attached)} workers are attached, --max-workers allows no more"
             )
-        self._count += 1
-        public = name or f"w{self._count}"
-        if public in self._names:
-            public = f"{public}#{self._count}"
-        worker = Worker(WorkerId(public), secrets.token_hex(16), hang_up, identity, pid)
+        shown = self._names.take(identity.tenant or "", name)
+        key = secrets.token_hex(16)
+        worker = Worker(WorkerId(next(self._next)), shown, key, hang_up, identity, pid)
         worker.seen_at = worker.since = time.monotonic()
         if pid and host and host == self._host:
             self._watch(worker)
-        self._names.add(public)
         self._attached[worker.key] = worker
         if hang_up is None and self._patrol is None:
             self._set_patrol()
-        log.info("worker attached", worker=public, pid=pid, watched=worker.pidfd is not None)
+        log.info("worker attached", worker=shown, pid=pid, watched=worker.pidfd is not None)
         return worker
 
     def leave(self, worker: Worker, *, gone: bool) -> Ended:
@@ -176,7 +222,7 @@ class Workers:
         tickets, worker.tickets = worker.tickets, {}
         for ticket in tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls
-                self._line.refuse(ticket, NotFound(f"{worker.id} left while this call waited"))
+                self._line.refuse(ticket, NotFound(f"{worker.name} left while this call waited"))
             self._line.leave(ticket)
         if cache is not None:
             ended = cache.detach(worker.id, now=now, gone=gone)
@@ -184,7 +230,7 @@ class Workers:
                 cache.worker_gone(worker.id, now=now)
         log.info(
             "worker left",
-            worker=worker.id,
+            worker=worker.name,
             known_to_be_gone=gone,
             leases=len(ended.leases),
             freed=ended.num_freed,
@@ -228,7 +274,7 @@ class Workers:
         try:
             worker.pidfd = os.pidfd_open(worker.pid)
         except (OSError, OverflowError) as error:
-            log.warning("cannot watch a worker's process", worker=worker.id, cause=str(error))
+            log.warning("cannot watch a worker's process", worker=worker.name, cause=str(error))
             return
         asyncio.get_running_loop().add_reader(worker.pidfd, self._died, worker)
 
@@ -245,14 +291,14 @@ class Workers:
         if self._holdings.cache is not None:
             freed = self._holdings.cache.worker_gone(worker.id, now=time.monotonic())
         if freed:
-            log.info("quarantine ended", worker=worker.id, freed=freed, why=why)
+            log.info("quarantine ended", worker=worker.name, freed=freed, why=why)
         if self._lost.pop(worker.key, None) is not None:
             worker.state, worker.since = "died", time.monotonic()
         self._forget(worker)
         self._line.settle()
 
     def _forget(self, worker: Worker) -> None:
-        self._names.discard(worker.id)
+        self._names.free(worker.tenant, worker.name)
         if worker.forget is not None:
             worker.forget.cancel()
             worker.forget = None

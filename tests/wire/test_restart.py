@@ -247,6 +247,8 @@ def test_blocks_that_a_survivor_may_still_write_to_are_lent_to_nobody_until_it_l
         private = int(survivor.stdout.readline())
         kill(first)
         with serve_again(target, state), prefixcache.connect(target) as client:
+            for name in ("workers of an earlier life", "0", "w0"):  # no name is theirs
+                client.attach(MODEL, LAYOUT, name=name).close()
             assert client.snapshot().quarantined == private
             with Reader(client, "other") as reader:
                 for seed in range(100, 140):  # use the whole pool, while it writes on
@@ -367,7 +369,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def local_hits(state: Path, namespace: Namespace = MINE) -> int:
     """Revive a state in this process; verify all that it offers, and count it."""
-    me = WorkerId("reader")
+    me = WorkerId(1)
     holdings = Holdings(
         load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     )

@@ -19,14 +19,13 @@ from prefixcache.types import (
     LeaseId,
     Released,
     TableUpdate,
-    WorkerId,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
 def read_attach(message: pb.AttachResponse) -> Attachment:
     """Read an answer of attach.  The key and the limits stay with the message."""
-    return Attachment(WorkerId(message.worker), read_pool(message.pool), message.ttl_s)
+    return Attachment(message.worker, read_pool(message.pool), message.ttl_s)
 
 
 def write_grant(answer: Grant, message: pb.Grant) -> None:

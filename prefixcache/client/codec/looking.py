@@ -20,7 +20,6 @@ from prefixcache.types import (
     PinInfo,
     Snapshot,
     Span,
-    WorkerId,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -116,7 +115,7 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
 def _read_past(message: pb.PastRequest) -> PastRequest:
     return PastRequest(
         message.request_id,
-        WorkerId(message.worker),
+        message.worker,
         LeaseId(message.lease),
         read_namespace(message.namespace),
         message.age_s,
@@ -177,7 +176,7 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
 def _read_lease(message: pb.LeaseInfo) -> LeaseInfo:
     return LeaseInfo(
         LeaseId(message.lease),
-        WorkerId(message.worker),
+        message.worker,
         read_namespace(message.namespace),
         message.num_tokens,
         message.num_committed,

@@ -31,7 +31,8 @@ from prefixcache.service.state.stamps import Stamps
 from prefixcache.service.state.sums import Sums
 from prefixcache.types import BlockTable, Layout, Partial, WorkerId
 
-FORMER = WorkerId("workers of an earlier life")
+FORMER = WorkerId(0)
+"""All workers of an earlier life of the pool: a number that nobody who attaches is given."""
 """Under this name, blocks that they may still write to are quarantined."""
 
 _MANIFEST = ("manifest", "manifest-wal", "manifest-shm", "manifest-journal")

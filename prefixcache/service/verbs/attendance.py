@@ -70,13 +70,13 @@ class Attendance(Verbs):
             if len(worker.namespaces) >= MAX_NAMESPACES:
                 raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
             worker.namespaces.append(namespace)
-        cache.attach(worker.id, namespace, now=monotonic())
+        cache.attach(worker.id, namespace, name=worker.name, now=monotonic())
         self.workers.finished(request.finished)
         return Attached(worker, worker.namespaces.index(namespace))
 
     def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
         """Fill `message`."""
-        message.worker = answer.worker.id
+        message.worker = answer.worker.name
         message.worker_key = answer.worker.key
         if self.holdings.handle is not None:
             codec.write_pool(self.holdings.handle, message.pool)

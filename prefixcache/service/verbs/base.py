@@ -77,6 +77,6 @@ class Verbs:
             return worker.namespaces[index]
         except IndexError:
             raise NotFound(
-                f"{worker.id} has attached {len(worker.namespaces)} namespaces, there is none at "
+                f"{worker.name} has attached {len(worker.namespaces)} namespaces, there is none at "
                 f"index {index}"
             ) from None

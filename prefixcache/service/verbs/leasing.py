@@ -121,6 +121,6 @@ class Leasing(Verbs):
             raise InvalidRequest(f"a request may wait {limit}, not {wait_s:g}")
         if len(worker.tickets) >= self.settings.max_waiting:
             raise InvalidRequest(
-                f"{len(worker.tickets)} requests of {worker.id} are waiting, --max-waiting allows "
-                "no more"
+                f"{len(worker.tickets)} requests of {worker.name} are waiting, --max-waiting "
+                "allows no more"
             )

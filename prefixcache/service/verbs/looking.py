@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from time import monotonic
@@ -129,17 +128,13 @@ class Looking(Verbs):
 
     def write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
         """Fill `message` with what its caller may see."""
-        self._write_whole(answer.snapshot, message)
+        self._write_whole(answer, message)
         if not answer.identity.admin:
-            tenant = answer.identity.tenant
-            roll = self.workers.roll()
-            narrow(
-                message, answer.identity, {one.id for one in roll if one.identity.tenant == tenant}
-            )
+            narrow(message, answer.identity)
 
-    def _write_whole(self, answer: Snapshot, message: pb.SnapshotResponse) -> None:
-        codec.write_snapshot(answer, message)
-        self._write_watched(message)
+    def _write_whole(self, answer: Seen, message: pb.SnapshotResponse) -> None:
+        codec.write_snapshot(answer.snapshot, message)
+        self._write_watched(answer.identity, message)
         info = message.service
         info.version = __version__
         info.pid = os.getpid()
@@ -159,7 +154,7 @@ class Looking(Verbs):
             for name, value in self.holdings.state.condition._asdict().items():
                 setattr(info.state, name, value)
 
-    def _write_watched(self, message: pb.SnapshotResponse) -> None:
+    def _write_watched(self, identity: Identity, message: pb.SnapshotResponse) -> None:
         """Fill in what the service observes beside the cache."""
         for rate in self.pulse.rates():
             message.verbs.add(
@@ -172,14 +167,16 @@ class Looking(Verbs):
             )
         message.requests_per_s = self.pulse.requests_per_s()
         now = monotonic()
-        held = Counter(lease.worker for lease in message.leases)
+        cache = self.holdings.cache
         for worker in self.workers.roll():
+            if not (identity.admin or worker.identity.tenant == identity.tenant):
+                continue
             message.workers.add(
-                worker=worker.id,
+                worker=worker.name_for(identity),
                 pid=worker.pid,
                 state=worker.state,
                 since_s=now - worker.since,
-                leases=held[worker.id] if worker.state == "attached" else 0,
+                leases=0 if cache is None else cache.count_leases(worker.id),
                 has_session=worker.hang_up is not None,
             )
         if self.shadows is not None:
