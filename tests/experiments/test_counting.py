@@ -1,0 +1,70 @@
+"""The replay counts what docs/experiments.md says, to the last token.
+
+`PREFIXCACHE_CONFIGURATIONS=100000` draws more than the thousand of every run.
+"""
+
+from __future__ import annotations
+
+import os
+from random import Random
+
+import pytest
+
+from experiments.naive_pool import NaivePool
+from prefixcache.types import Namespace, Partial, pack
+from prefixcache_bench.replay import Configuration, replay
+from prefixcache_bench.traces import Request, Trace
+
+COUNT = int(os.environ.get("PREFIXCACHE_CONFIGURATIONS", "1000"))
+
+
+def drawn(random: Random) -> tuple[list[tuple[list[int], int]], int, int | None]:
+    """Draw sequences with their prompts, a block size and a capacity in blocks."""
+    size = random.choice([1, 2, 4, 8, 16, 32])
+    words = random.choice([2, 3, 50])
+    sequences: list[list[int]] = []
+    for _ in range(random.randint(2, 25)):
+        old = random.choice(sequences) if sequences and random.random() < 0.7 else []
+        kept = old[: random.randint(0, len(old))]
+        fresh = [
+            random.randrange(words) for _ in range(random.randint(0 if kept else 1, 2 * size + 9))
+        ]
+        sequences.append(kept + fresh)
+    capacity = random.choice([1, 2, 3, 4, 5, 8, 13, 40, None])
+    return [(one, random.randint(1, len(one))) for one in sequences], size, capacity
+
+
+def counted(
+    sequences: list[tuple[list[int], int]], size: int, capacity: int | None, mode: Partial
+) -> tuple[int, int]:
+    space = Namespace("m")
+    trace = Trace("t", [Request(0.0, space, pack(one), n, n) for one, n in sequences])
+    found = replay(trace, Configuration(size, capacity, partial=mode))
+    return found.hit_tokens, found.partial_tokens
+
+
+def expected(
+    sequences: list[tuple[list[int], int]], size: int, capacity: int | None, mode: Partial
+) -> tuple[int, int]:
+    pool = NaivePool(size, capacity, mode.value)
+    each = [pool.serve(one, prompt) for one, prompt in sequences]
+    return sum(hit for hit, _ in each), sum(part for _, part in each)
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_hits_and_parts_are_those_of_the_written_rule(part: int) -> None:
+    for seed in range(part, COUNT, 10):
+        random = Random(seed)
+        sequences, size, capacity = drawn(random)
+        mode = list(Partial)[seed // 10 % 3]
+        asked = (sequences, size, capacity, mode)
+        assert counted(*asked) == expected(*asked), f"seed {seed}: {size}, {capacity}, {mode}"
+
+
+def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
+    first = [2, 33, 38, 27, 7, 5, 39, 1, 35, 25, 27, 36, 37, 18, 26, 45, 21, 49, 44, 48, 4, 15]
+    second = [*first[:9], 8, 15, 46, 34, 16, 14, 23, 15, 28, 15, 20, 37, 27, 28, 1, 49, 31, 23, 37]
+    second += [48, 2, 47, 16]
+    asked = [(first, len(first)), (second, len(second))]
+    assert counted(asked, 16, 2, Partial.BLOCKS) == (0, 0)
+    assert counted(asked, 16, 3, Partial.BLOCKS) == (0, 9)
