@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 
 MAX_UNIX_PATH = 107
 """Bytes of a socket's path that the kernel accepts."""
@@ -81,6 +81,16 @@ class Address:
                 socket.create_connection((self.host, self.port), timeout_s).close()
         except OSError as error:
             raise self.unavailable(error.strerror or str(error)) from None
+        except ValueError as error:  # a NUL in a path, a host that is no name
+            raise InvalidRequest(f"cannot read the address {str(self)!r}: {error}") from None
+
+    def answers(self) -> bool:
+        """Whether somebody listens there at this moment."""
+        try:
+            self.probe(1.0)
+        except CacheError:
+            return False
+        return True
 
     def refuse_strangers(self) -> None:
         """Keep away from a socket that another user may have put there to read prompts.

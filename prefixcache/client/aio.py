@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from types import TracebackType
 from typing import Any
 
@@ -11,9 +10,11 @@ import grpc
 import grpc.aio
 
 from prefixcache.client import codec, outlines, unary
-from prefixcache.client.address import Address, default_target, this_host
-from prefixcache.client.aio_session import AsyncSession
+from prefixcache.client.address import Address, default_target
+from prefixcache.client.aio_session import AsyncSession, refuse_other_loop
+from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
+from prefixcache.errors import ServiceUnavailable
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     Explanation,
@@ -49,17 +50,23 @@ async def connect_async(
     return AsyncClient(address, timeout_s, access)
 
 
-class AsyncClient:
+class AsyncClient(Connection):
     """A connection to one service.  Async context manager; closing it closes its sessions."""
 
     def __init__(self, address: Address, timeout_s: float, access: Access) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self.finished: list[str] = []
-        """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
-        self.metadata = access.metadata
+        super().__init__(address, timeout_s, access)
+        self._loop = asyncio.get_running_loop()
         self.channel = access.channel(grpc.aio, unary.CHANNEL_OPTIONS)
-        self._sessions: list[AsyncSession] = []
+        self._closing: asyncio.Task[None] | None = None
+
+    def guard(self) -> None:
+        """Refuse a call that cannot be made; see `Connection.guard`.
+
+        Raises:
+            InvalidRequest: it comes from another event loop.
+        """
+        super().guard()
+        refuse_other_loop(self._loop, "client")
 
     async def attach(
         self,
@@ -78,16 +85,13 @@ class AsyncClient:
             LayoutMismatch: the pool holds another layout; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
+        self.guard()
         await asyncio.to_thread(self.address.probe, self.timeout_s)
-        request = pb.AttachRequest(
-            name=name, pid=os.getpid(), host=this_host(), finished=self.finished
-        )
-        codec.write_namespace(Namespace(model, adapter, tenant, salt), request.namespace)
-        codec.write_layout(layout, request.layout)
+        namespace = Namespace(model, adapter, tenant, salt)
+        request = self.attach_request(namespace, layout, name)
         session = AsyncSession(self)
         await session._open(request, keep_alive=keep_alive)
-        self.finished.clear()
-        self._sessions.append(session)
+        self.attached(session, request)
         return session
 
     async def lookup(self, namespace: Namespace, tokens: TokensLike) -> Lookup:
@@ -182,21 +186,41 @@ class AsyncClient:
         Raises:
             CacheError: of the class that the service names.
         """
+        self.guard()
         rpc = unary.RPCS[verb]
         method: Any = self.channel.unary_unary(
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
         try:
             return await method(request, timeout=self.timeout_s, metadata=self.metadata)
+        except grpc.aio.UsageError:  # closed meanwhile
+            raise ServiceUnavailable("this client is closed: connect again") from None
         except grpc.aio.AioRpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
 
     async def close(self) -> None:
         """Close all sessions, then the connection.  Idempotent."""
-        for session in self._sessions:
-            await session.close()
-        self._sessions.clear()
-        await self.channel.close()
+        if self.is_inherited:
+            return
+        if self._loop.is_closed():
+            for session in list(self._sessions):
+                await session.close()
+            self._closed = True
+            return
+        refuse_other_loop(self._loop, "client")
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._end())
+        # Whoever is cancelled here only stops waiting: the connection ends all the same.
+        await asyncio.shield(self._closing)
+
+    async def _end(self) -> None:
+        try:
+            for session in list(self._sessions):
+                await session.close()
+        finally:
+            self._closed = True
+            self._sessions.clear()
+            await self.channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self

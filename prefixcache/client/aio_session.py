@@ -1,32 +1,46 @@
-"""The asynchronous session: one worker's life, for one event loop."""
+"""The asynchronous session: one worker's life, for one event loop.
+
+```
+caller's task        writer task            the wire        reader task          heartbeat task
+batch ─ bytes ──►    outbox ──────────────► OpBatch
+  awaits a future    ◄──────────────────────OpResults ────► settles replies
+                                            renew    ◄──────────────────────────  every ttl / 3
+```
+The writer alone awaits the stream: gRPC ends a stream whose write is cancelled.  A caller puts its
+message into the outbox and awaits a future, so that cancelling it ends its own call and no other.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import time
-from collections.abc import Iterator
-from functools import partial
+import threading
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 import grpc.aio
 
-from prefixcache.client import codec, unary
+from prefixcache.client import unary
 from prefixcache.client.batch import BatchOps
-from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
-from prefixcache.client.ops import Reply, Step, read_result
-from prefixcache.errors import CacheError, LeaseExpired, NotFound, ServiceUnavailable
+from prefixcache.client.connection import Connection
+from prefixcache.client.lease import LeaseState
+from prefixcache.client.ops import Reply, Step
+from prefixcache.client.session_core import SessionCore
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    LeaseExpired,
+    NotFound,
+    ServiceUnavailable,
+)
 from prefixcache.types import (
-    Attachment,
     Committed,
     Explanation,
     Grant,
-    LeaseId,
     Lookup,
     Pinned,
-    PoolHandle,
     Released,
     Reset,
     Snapshot,
@@ -36,31 +50,24 @@ from prefixcache.types import (
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-if TYPE_CHECKING:
-    from prefixcache.client.aio import AsyncClient
 
+class AsyncSession(SessionCore["AsyncLease"]):
+    """One worker's life at the service; see `Session`.  For one event loop of one process.
 
-class AsyncSession:
-    """One worker's life at the service; see `Session`.  For one event loop.
+    Cancelling a call ends that call alone: what it is granted nevertheless is given back.
 
     Attributes:
         attachment: what attach answered: worker, pool, ttl.
         signs: the signs of life that the service has answered.
     """
 
-    attachment: Attachment
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self._pending: dict[int, Reply[Any]] = {}
-        self._lost: CacheError | None = None
-        self._closed = False
-        self._writing = asyncio.Lock()
-        self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
-        self._key = ""
+    def __init__(self, client: Connection) -> None:
+        super().__init__(client)
+        self._loop = asyncio.get_running_loop()
+        self._outbox: deque[bytes] = deque()
+        self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.ids: Iterator[int] = itertools.count(1)
-        self.signs = SignsOfLife()
+        self._closing: asyncio.Task[None] | None = None
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
@@ -68,30 +75,27 @@ class AsyncSession:
 
     async def _open(self, request: pb.AttachRequest, *, keep_alive: bool) -> None:
         self._spawn(self._read())
+        self._spawn(self._write())
         step = Step(self.ids)
         reply = step.attach(request)
         try:
             await self._run(step)
-            answer = reply.result()
+            self.attached(reply.result())
         except BaseException:
-            self._lose(ServiceUnavailable("the session was never attached"))
-            await self._hang_up()
+            self.lose(ServiceUnavailable("the session was never attached"))
+            self._hang_up()
             raise
-        self._key = answer.worker_key
-        self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
-        self.attachment = codec.read_attach(answer)
         if keep_alive:
             self._spawn(self._beat())
 
-    @property
-    def pool(self) -> PoolHandle:
-        """Where the pool's memory is."""
-        return self.attachment.pool
+    def guard(self) -> None:
+        """Refuse a call from another event loop, or from another process.
 
-    @property
-    def alive(self) -> bool:
-        """Whether the session still stands: False after `close` and once the service is lost."""
-        return self._lost is None and not self._closed
+        Raises:
+            InvalidRequest: it is one.
+        """
+        self.refuse_inherited()
+        refuse_other_loop(self._loop, "session")
 
     def batch(self) -> AsyncBatch:
         """Open a step: `async with session.batch() as batch: ...` sends its ops in one message."""
@@ -114,8 +118,7 @@ class AsyncSession:
         """
         batch = self.batch()
         reply = batch.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
-        await self._run(batch.step)
-        await self._await(reply)
+        await self._run(batch.step, patiently=True)
         return reply.result()
 
     def acquire_later(
@@ -169,26 +172,32 @@ class AsyncSession:
 
     async def renew(self) -> None:
         """Send a sign of life now.  The heartbeats do this by themselves."""
-        sent_at = time.monotonic()
-        step = Step(self.ids)
-        reply = step.renew()
-        reply.finish = lambda _: self._renewed(sent_at)
+        step, reply = self.renewal()
         await self._run(step)
         reply.result()
 
     async def close(self) -> None:
         """End the session; see `Session.close`.  Idempotent."""
-        if self._closed:
+        if self.is_inherited:
             return
-        self._closed = True
-        if self._lost is None:
-            step = Step(self.ids)
-            step.detach()
-            await self._run(step)
-        if self._lost is not None and self._key:
-            self._client.finished.append(self._key)
-        self._lose(ServiceUnavailable("the session is closed"))
-        await self._hang_up()
+        if self._loop.is_closed():
+            self.forget(None)  # its tasks, and with them the stream, ended with the loop
+            return
+        refuse_other_loop(self._loop, "session")
+        if self._closing is None:
+            self._closing = self._loop.create_task(self._end())
+        # Whoever is cancelled here only stops waiting: the session ends all the same.
+        await asyncio.shield(self._closing)
+
+    async def _end(self) -> None:
+        farewell = self.farewell()
+        try:
+            if farewell is not None:
+                await self._await([farewell])
+        finally:
+            self.forget(farewell)
+            self._hang_up()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def __aenter__(self) -> AsyncSession:
         return self
@@ -205,133 +214,124 @@ class AsyncSession:
 
     def make_lease(self, grant: Grant, sent_at: float) -> AsyncLease:
         """Wrap a grant; for batches."""
-        return AsyncLease(grant, self, sent_at)
+        return self.enlist(AsyncLease(grant, self, sent_at))
 
-    async def _send(self, step: Step) -> None:
-        parts = step.cut(self._max_bytes, self._max_ops)
-        replies = [reply for reply in step.replies if not reply.done]
-        if self._lost is None:
-            for reply in replies:
-                self._pending[reply.op_id] = reply
-            try:
-                for part in parts:
-                    async with self._writing:
-                        await self._call.write(part)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                # The reader learns why from the stream itself; without it, this is all we know.
-                self._lose(self._client.address.unavailable("connection lost"))
-        if self._lost is not None:
-            for reply in replies:
-                reply.settle(type(self._lost)(*self._lost.args))
+    def emit(self, message: bytes | None) -> None:
+        """Put a message into the outbox, which the writer empties.  Never waits."""
+        if message is not None:
+            self._outbox.append(message)
+        if not self._loop.is_closed():
+            self._wake.set()
 
-    async def _run(self, step: Step) -> None:
-        """Send a step and wait until every op that does not choose to wait is answered."""
-        await self._send(step)
-        await self._await(*(reply for reply in step.replies if not reply.wait_s))
+    async def _run(self, step: Step, *, patiently: bool = False) -> None:
+        """Send a step and wait for its answers; for those that choose to wait only `patiently`.
 
-    async def _run_waiting(self, step: Step, reply: Reply[TableUpdate]) -> None:
-        """Send a step whose only op changes a table, perhaps later, and wait for it."""
-        await self._run(step)
-        await self._await(reply)
+        Sent before the first await.  Cancelled, it leaves nothing behind: what is granted
+        nevertheless is given back.
+        """
+        self.guard()
+        self.post(step)
+        await self._outcome(step, patiently=patiently)
 
-    async def _await(self, *replies: Reply[Any]) -> None:
+    async def _outcome(self, step: Step, *, patiently: bool = False) -> None:
+        try:
+            await self._await([r for r in step.replies if patiently or not r.wait_s])
+        except BaseException:
+            self.abandon(step.replies)
+            raise
+
+    async def _await(self, replies: Sequence[Reply[Any]]) -> None:
         waiting = [reply for reply in replies if not reply.done]
         if not waiting:
             return
         limit_s = self._client.timeout_s + max(reply.wait_s for reply in waiting)
-        answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        limit_s = min(limit_s, threading.TIMEOUT_MAX)
+        answered: asyncio.Future[bool] = self._loop.create_future()
         missing = len(waiting)
 
         def arrived(_: Reply[Any]) -> None:
             nonlocal missing
             missing -= 1
-            if not missing and not answered.done():
-                answered.set_result(None)
+            if not missing:
+                settle(True)
+
+        def settle(outcome: bool) -> None:
+            if not answered.done():
+                answered.set_result(outcome)
 
         for reply in waiting:
             reply.listener = arrived
+        # No `wait_for`: it may give an answer to who was cancelled at that moment.
+        timer = self._loop.call_later(limit_s, settle, False)
         try:
-            await asyncio.wait_for(answered, limit_s)
-        except TimeoutError:
+            in_time = await answered
+        finally:
+            timer.cancel()
+        if not in_time:
             # Whatever the service still does with these ops is undone when it sees the stream end.
-            self._lose(self._client.address.unavailable(f"no answer within {limit_s:g} s"))
+            self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
             self._call.cancel()
-        except asyncio.CancelledError:
-            self._abandon(waiting)
-            raise
 
-    def _abandon(self, replies: list[Reply[Any]]) -> None:
-        step = Step(self.ids)
-        for reply in replies:
-            if reply.done:
-                if isinstance(lease := reply.result(), AsyncLease):
-                    step.release(lease.id)
-            elif reply.changes_table:
-                # The table may still change, and that must not be missed.
-                if reply.wait_s:
-                    forget = step.cancel(reply.op_id)
-                    forget.finish = partial(self._forget, reply.op_id)
-            elif self._pending.pop(reply.op_id, None) is not None and reply.wait_s:
-                step.cancel(reply.op_id)
-        if step.replies:
-            self._spawn(self._send(step))
-
-    def _forget(self, op_id: int, _: None) -> None:
-        self._pending.pop(op_id, None)
+    async def _write(self) -> None:
+        try:
+            while self._outbox or self._lost is None:
+                while self._outbox:
+                    await self._call.write(self._outbox.popleft())
+                self._wake.clear()
+                if self._lost is None:
+                    await self._wake.wait()
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+            return  # the stream has ended; the reader learns why
 
     async def _read(self) -> None:
         try:
             async for results in self._call:
-                orphans: list[LeaseId] = []
-                for result in results.results:
-                    reply = self._pending.pop(result.id, None)
-                    if reply is not None:
-                        reply.settle(read_result(result))
-                    elif result.WhichOneof("result") == "acquire":
-                        orphans.append(LeaseId(result.acquire.grant.lease))
-                if orphans:
-                    step = Step(self.ids)
-                    for lease in orphans:
-                        step.release(lease)
-                    self._spawn(self._send(step))
-            self._lose(self._client.address.unavailable("it ended the session"))
+                self.receive(results)
+            cause: CacheError | str = "the service ended it"
         except grpc.aio.AioRpcError as error:
-            self._lose(unary.read_stream_error(error, self._client.address))
+            cause = unary.read_stream_error(error)
         except asyncio.CancelledError:
-            self._lose(ServiceUnavailable("the session is closed"))
+            self.lose(ServiceUnavailable("the session is closed"))
             raise
+        except BaseException:
+            self.lose(ServiceUnavailable("this session can no longer read its answers"))
+            raise
+        if isinstance(cause, str) and self._lost is None:
+            try:
+                answers = await asyncio.to_thread(self._client.address.answers)
+            except BaseException:
+                self.lose(ServiceUnavailable(f"the session ended: {cause}"))
+                raise
+            cause = self.ended(cause, answers=answers)
+        if isinstance(cause, CacheError):
+            self.lose(cause)
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _lose(self, error: CacheError) -> None:
-        if self._lost is None:
-            self._lost = error
-        replies = list(self._pending.values())
-        self._pending.clear()
-        for reply in replies:
-            reply.settle(type(error)(*error.args))
-
-    async def _hang_up(self) -> None:
+    def _hang_up(self) -> None:
         self._call.cancel()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _renewed(self, sent_at: float) -> None:
-        self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
 
     async def _beat(self) -> None:
         while self._lost is None:
             await asyncio.sleep(self.attachment.ttl_s / 3)
-            step = Step(self.ids)
-            reply = step.renew()
-            sent_at = time.monotonic()
-            reply.finish = lambda _, sent_at=sent_at: self._renewed(sent_at)
-            await self._send(step)
+            self.post(self.renewal()[0])
+
+
+def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
+    """Refuse a call from an event loop that is not the one of a client or session.
+
+    Raises:
+        InvalidRequest: it comes from another one.
+    """
+    if asyncio.get_running_loop() is not loop:
+        raise InvalidRequest(
+            f"this {what} belongs to another event loop: call connect_async in this one"
+        )
 
 
 class AsyncBatch(BatchOps["AsyncLease"]):
@@ -347,7 +347,12 @@ class AsyncBatch(BatchOps["AsyncLease"]):
 
     async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
         """Wait until an op that chose to wait is answered, and give its answer."""
-        await self._session._await(reply)
+        self._session.guard()
+        try:
+            await self._session._await([reply])
+        except BaseException:
+            self._session.abandon([reply])
+            raise
         return reply.result()
 
     async def __aenter__(self) -> AsyncBatch:
@@ -386,7 +391,7 @@ class AsyncLease(LeaseState):
         """
         batch = self._session.batch()
         reply = batch.extend(self, num_tokens, wait_s=wait_s)
-        await self._session._run_waiting(batch.step, reply)
+        await self._session._run(batch.step, patiently=True)
         return reply.result()
 
     async def truncate(self, num_tokens: int) -> TableUpdate:
@@ -401,10 +406,19 @@ class AsyncLease(LeaseState):
             reply = batch.fork(self, n)
         return reply.result()
 
-    async def release(self) -> Released:
-        """End the lease.  Idempotent.  What was committed stays cached until it is evicted."""
-        async with self._session.batch() as batch:
-            reply = batch.release(self)
+    def release(self) -> Coroutine[Any, Any, Released]:
+        """End the lease.  Idempotent.  What was committed stays cached until it is evicted.
+
+        Sent by this call itself: a task that is cancelled before it runs has released as well.
+        """
+        self._session.guard()
+        batch = self._session.batch()
+        reply = batch.release(self)
+        self._session.post(batch.step)
+        return self._released_by(batch.step, reply)
+
+    async def _released_by(self, step: Step, reply: Reply[Released]) -> Released:
+        await self._session._outcome(step)
         return reply.result()
 
     async def __aenter__(self) -> AsyncLease:
@@ -416,7 +430,7 @@ class AsyncLease(LeaseState):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.released:
+        if self.released or self._session.is_inherited:
             return
         try:
             await self.release()

@@ -18,6 +18,7 @@ import time
 from array import array
 from typing import Protocol
 
+from prefixcache.client.connection import refuse_pickle
 from prefixcache.errors import LeaseExpired
 from prefixcache.types import BlockTable, Grant, TableUpdate
 
@@ -134,7 +135,10 @@ class LeaseState:
         return update
 
     def __repr__(self) -> str:
+        state = ", released" if self._released else ""
         return (
             f"<{type(self).__name__} {self.id}: {len(self._table)} blocks, "
-            f"{self.num_cached} tokens cached>"
+            f"{self.num_cached} tokens cached{state}>"
         )
+
+    __reduce_ex__ = refuse_pickle

@@ -10,8 +10,10 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import copy
+from numbers import Real
 from typing import Any, Generic, TypeVar
 
 from prefixcache.client import codec
@@ -36,9 +38,9 @@ class Reply(Generic[T]):
     __slots__ = (
         "_answer",
         "_error",
-        "changes_table",
         "done",
         "finish",
+        "is_abandoned",
         "listener",
         "op_id",
         "wait_s",
@@ -47,8 +49,8 @@ class Reply(Generic[T]):
     def __init__(self, op_id: int, wait_s: float = 0.0) -> None:
         self.op_id = op_id
         self.wait_s = wait_s
-        self.changes_table = False
-        """Whether the answer must not be missed, even by who gave up waiting for it."""
+        self.is_abandoned = False
+        """Whether nobody waits any more: leases that it brings are given back."""
         self.done = False
         self.finish: Callable[[Any], T] | None = None
         self.listener: Callable[[Reply[T]], None] | None = None
@@ -107,13 +109,18 @@ class Step:
         self.replies.append(reply)
         return op, reply
 
-    def _fill(self, reply: Reply[Any], message: Any, **numbers: float) -> Reply[Any]:
+    def _fill(self, reply: Reply[Any], message: Any, **fields: float | str) -> Reply[Any]:
+        verb = type(message).DESCRIPTOR.name.removesuffix("Request").lower()
         try:
-            for name, number in numbers.items():
-                setattr(message, name, number)
-        except (ValueError, TypeError) as error:
+            for name, value in fields.items():
+                if name.endswith("_s"):
+                    check_seconds(name, value)
+                with codec.no_foreign_errors(name):
+                    setattr(message, name, value)
+        except InvalidRequest as error:
             del self.message.ops[-1]
-            reply.settle(InvalidRequest(f"{type(message).DESCRIPTOR.name}: {error}"))
+            reply.wait_s = 0.0
+            reply.settle(InvalidRequest(f"{verb}: {error}"))
         return reply
 
     def attach(self, request: pb.AttachRequest) -> Reply[pb.AttachResponse]:
@@ -131,7 +138,7 @@ class Step:
         message = op.acquire
         message.tokens = packed
         if request_id:
-            message.request_id = request_id
+            return self._fill(reply, message, reserve=reserve, wait_s=wait_s, request_id=request_id)
         return self._fill(reply, message, reserve=reserve, wait_s=wait_s)
 
     def cancel(self, op_id: int) -> Reply[None]:
@@ -153,7 +160,6 @@ class Step:
     def extend(self, lease: LeaseId, num_tokens: int, wait_s: float = 0.0) -> Reply[Any]:
         """Add an extend."""
         op, reply = self._add(wait_s)
-        reply.changes_table = True
         message = op.extend
         message.lease = lease
         if wait_s:
@@ -269,6 +275,16 @@ class Step:
         if part.ops:
             parts.append(part.SerializeToString())
         return parts
+
+
+def check_seconds(name: str, seconds: Any) -> None:
+    """Refuse a time that nobody can wait.
+
+    Raises:
+        InvalidRequest: it is no finite number, or negative.
+    """
+    if not isinstance(seconds, Real) or not 0 <= float(seconds) < math.inf:
+        raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number of seconds from 0")
 
 
 def read_result(result: pb.OpResult) -> Any:

@@ -10,31 +10,34 @@ batch ─ bytes ──►  queue ─────────────► OpBa
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc
 
-from prefixcache.client import codec, unary
+from prefixcache.client import unary
 from prefixcache.client.batch import BatchOps
-from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
-from prefixcache.client.ops import Reply, Step, read_result
-from prefixcache.errors import CacheError, LeaseExpired, NotFound, ServiceUnavailable
+from prefixcache.client.connection import Connection
+from prefixcache.client.lease import LeaseState
+from prefixcache.client.ops import Reply, Step
+from prefixcache.client.session_core import SessionCore
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    LeaseExpired,
+    NotFound,
+    ServiceUnavailable,
+)
 from prefixcache.types import (
-    Attachment,
     Committed,
     Explanation,
     Grant,
-    LeaseId,
     Lookup,
     Pinned,
-    PoolHandle,
     Released,
     Reset,
     Snapshot,
@@ -44,29 +47,20 @@ from prefixcache.types import (
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-if TYPE_CHECKING:
-    from prefixcache.client.sync import Client
 
-
-class Session:
-    """One worker's life at the service.  Safe to use from several threads.
+class Session(SessionCore["Lease"]):
+    """One worker's life at the service.  Safe to use from several threads, in one process.
 
     Attributes:
         attachment: what attach answered: worker, pool, ttl.
         signs: the signs of life that the service has answered.
     """
 
-    def __init__(self, client: Client, request: pb.AttachRequest, *, keep_alive: bool) -> None:
-        self._client = client
+    def __init__(self, client: Connection, request: pb.AttachRequest, *, keep_alive: bool) -> None:
+        super().__init__(client)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._arrived = threading.Condition()
-        self._pending: dict[int, Reply[Any]] = {}
-        self._lost: CacheError | None = None
-        self._closed = threading.Event()
-        self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
-        self._key = ""
-        self.ids: Iterator[int] = itertools.count(1)
-        self.signs = SignsOfLife()
+        self._over = threading.Event()
         stream: Any = client.channel.stream_stream(
             unary.SESSION_PATH, None, pb.OpResults.FromString
         )
@@ -79,29 +73,13 @@ class Session:
         reply = step.attach(request)
         try:
             self._run(step)
-            answer = reply.result()
+            self.attached(reply.result())
         except BaseException:
-            self._lose(ServiceUnavailable("the session was never attached"))
+            self.lose(ServiceUnavailable("the session was never attached"))
             self._hang_up()
             raise
-        self._key = answer.worker_key
-        self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
-        self.attachment: Attachment = codec.read_attach(answer)
-        self._heartbeat = threading.Thread(
-            target=self._beat, name="prefixcache-heartbeat", daemon=True
-        )
         if keep_alive:
-            self._heartbeat.start()
-
-    @property
-    def pool(self) -> PoolHandle:
-        """Where the pool's memory is."""
-        return self.attachment.pool
-
-    @property
-    def alive(self) -> bool:
-        """Whether the session still stands: False after `close` and once the service is lost."""
-        return self._lost is None and not self._closed.is_set()
+            threading.Thread(target=self._beat, name="prefixcache-heartbeat", daemon=True).start()
 
     def batch(self) -> Batch:
         """Open a step: `with session.batch() as batch: ...` sends all its ops in one message."""
@@ -130,12 +108,7 @@ class Session:
         """
         batch = self.batch()
         reply = batch.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
-        try:
-            self._run(batch.step)
-            self._await(reply)
-        except BaseException:  # Ctrl-C while waiting: nobody would release what is granted now
-            self._abandon(reply)
-            raise
+        self._run(batch.step, patiently=True)
         return reply.result()
 
     def acquire_later(
@@ -157,20 +130,19 @@ class Session:
 
         def arrived(reply: Reply[Lease]) -> None:
             if not future.set_running_or_notify_cancel():
-                if reply.error is None:
-                    self._give_back([reply.result().id])
+                self.abandon([reply])
             elif reply.error is not None:
                 future.set_exception(reply.error)
             else:
                 future.set_result(reply.result())
 
         def cancelled(future: Future[Lease]) -> None:
-            if future.cancelled() and not reply.done:
-                self._abandon(reply)
+            if future.cancelled():
+                self.abandon([reply])
 
         reply.listener = arrived
         future.add_done_callback(cancelled)
-        self._send(batch.step)
+        self.post(batch.step)
         return future
 
     def lookup(self, tokens: TokensLike) -> Lookup:
@@ -211,10 +183,7 @@ class Session:
 
     def renew(self) -> None:
         """Send a sign of life now.  The heartbeats do this by themselves."""
-        sent_at = time.monotonic()
-        step = Step(self.ids)
-        reply = step.renew()
-        reply.finish = lambda _: self._renewed(sent_at)
+        step, reply = self.renewal()
         self._run(step)
         reply.result()
 
@@ -224,17 +193,15 @@ class Session:
         States that this process writes to none of their blocks any more, also when the service was
         lost before: attaching again passes that on.
         """
-        if self._closed.is_set():
+        if self._closed or self.is_inherited:
             return
-        self._closed.set()
-        if self._lost is None:
-            step = Step(self.ids)
-            step.detach()
-            self._run(step)
-        if self._lost is not None and self._key:
-            self._client.finished.append(self._key)
-        self._lose(ServiceUnavailable("the session is closed"))
-        self._hang_up()
+        farewell = self.farewell()
+        try:
+            if farewell is not None:
+                self._await([farewell])
+        finally:
+            self.forget(farewell)
+            self._hang_up()
 
     def __enter__(self) -> Session:
         return self
@@ -251,117 +218,72 @@ class Session:
 
     def make_lease(self, grant: Grant, sent_at: float) -> Lease:
         """Wrap a grant; for batches."""
-        return Lease(grant, self, sent_at)
+        return self.enlist(Lease(grant, self, sent_at))
 
-    def _send(self, step: Step) -> None:
-        parts = step.cut(self._max_bytes, self._max_ops)
-        replies = [reply for reply in step.replies if not reply.done]
-        with self._arrived:
-            lost = self._lost
-            if lost is None:
-                for reply in replies:
-                    self._pending[reply.op_id] = reply
-                for part in parts:
-                    self._outbox.put(part)
-        if lost is not None:
-            for reply in replies:
-                reply.settle(type(lost)(*lost.args))
+    def emit(self, message: bytes | None) -> None:
+        """Put a message into the queue that gRPC's thread empties.  Never waits."""
+        self._outbox.put(message)
+        if message is None:
+            self._over.set()
+            with self._arrived:
+                self._arrived.notify_all()
 
-    def _run(self, step: Step) -> None:
-        """Send a step and wait until every op that does not choose to wait is answered."""
-        self._send(step)
-        prompt = [reply for reply in step.replies if not reply.wait_s]
-        self._await(*prompt)
+    def _run(self, step: Step, *, patiently: bool = False) -> None:
+        """Send a step and wait for its answers; for those that choose to wait only `patiently`.
 
-    def _await(self, *replies: Reply[Any]) -> None:
+        Interrupted, it leaves nothing behind: what is granted nevertheless is given back.
+        """
+        if threading.current_thread() is self._reader:
+            raise InvalidRequest(
+                "a callback of acquire_later runs in the thread that reads the answers and cannot "
+                "wait for one: make this call in another thread"
+            )
+        replies = step.replies
+        try:
+            self.post(step)
+            self._await([reply for reply in replies if patiently or not reply.wait_s])
+        except BaseException:  # Ctrl-C too, wherever it comes
+            self.abandon(replies)
+            raise
+
+    def _await(self, replies: Sequence[Reply[Any]]) -> None:
         limit_s = self._client.timeout_s + max((reply.wait_s for reply in replies), default=0.0)
+        limit_s = min(limit_s, threading.TIMEOUT_MAX)
         with self._arrived:
             answered = self._arrived.wait_for(lambda: all(r.done for r in replies), limit_s)
         if not answered:
             # Whatever the service still does with these ops is undone when it sees the stream end.
-            self._lose(self._client.address.unavailable(f"no answer within {limit_s:g} s"))
+            self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
             self._call.cancel()
 
     def _read(self) -> None:
-        error: CacheError = ServiceUnavailable("this session can no longer read its answers")
+        error: CacheError | str = "this client can no longer read its answers"
         try:
             for results in self._call:
-                orphans: list[LeaseId] = []
-                with self._arrived:
-                    replies = [(self._pending.pop(r.id, None), r) for r in results.results]
-                for reply, result in replies:
-                    if reply is not None:
-                        reply.settle(read_result(result))
-                    elif result.WhichOneof("result") == "acquire":
-                        orphans.append(LeaseId(result.acquire.grant.lease))
-                if orphans:
-                    self._give_back(orphans)
+                self.receive(results)
                 with self._arrived:
                     self._arrived.notify_all()
-            error = self._client.address.unavailable("it ended the session")
+            error = "the service ended it"
         except grpc.RpcError as rpc_error:
-            error = unary.read_stream_error(rpc_error, self._client.address)
+            error = unary.read_stream_error(rpc_error)
         finally:
-            self._lose(error)
-
-    def _run_waiting(self, step: Step, reply: Reply[TableUpdate]) -> None:
-        """Send a step whose only op changes a table, perhaps later, and wait for it."""
-        try:
-            self._run(step)
-            self._await(reply)
-        except BaseException:  # Ctrl-C: the table may still change, and that must not be missed
-            step = Step(self.ids)
-            step.cancel(reply.op_id).finish = lambda _: self._forget(reply.op_id)
-            self._send(step)
-            raise
-
-    def _forget(self, op_id: int) -> None:
-        with self._arrived:
-            self._pending.pop(op_id, None)
-
-    def _abandon(self, reply: Reply[Lease]) -> None:
-        with self._arrived:
-            pending = self._pending.pop(reply.op_id, None) is not None
-        if pending:
-            step = Step(self.ids)
-            step.cancel(reply.op_id)
-            self._send(step)
-        elif reply.done and reply.error is None:
-            self._give_back([reply.result().id])
-
-    def _give_back(self, leases: list[LeaseId]) -> None:
-        step = Step(self.ids)
-        for lease in leases:
-            step.release(lease)
-        self._send(step)
-
-    def _lose(self, error: CacheError) -> None:
-        with self._arrived:
-            if self._lost is None:
-                self._lost = error
-                self._outbox.put(None)  # ends gRPC's thread that waits for more to send
-            replies = list(self._pending.values())
-            self._pending.clear()
-        for reply in replies:
-            reply.settle(type(error)(*error.args))
-        with self._arrived:
-            self._arrived.notify_all()
+            if isinstance(error, str) and self._lost is None:
+                error = self.ended(error, answers=self._client.address.answers())
+            elif isinstance(error, str):
+                error = ServiceUnavailable(error)
+            self.lose(error)
+            with self._arrived:
+                self._arrived.notify_all()
 
     def _hang_up(self) -> None:
+        self._over.set()
         self._call.cancel()
         if threading.current_thread() is not self._reader:
             self._reader.join(self._client.timeout_s)
 
-    def _renewed(self, sent_at: float) -> None:
-        self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
-
     def _beat(self) -> None:
-        while not self._closed.wait(self.attachment.ttl_s / 3) and self._lost is None:
-            step = Step(self.ids)
-            reply = step.renew()
-            sent_at = time.monotonic()
-            reply.finish = lambda _, sent_at=sent_at: self._renewed(sent_at)
-            self._send(step)
+        while not self._over.wait(self.attachment.ttl_s / 3):
+            self.post(self.renewal()[0])
 
 
 class Batch(BatchOps["Lease"]):
@@ -377,7 +299,11 @@ class Batch(BatchOps["Lease"]):
 
     def wait(self, reply: Reply[Lease]) -> Lease:
         """Block until an op that chose to wait is answered, and give its answer."""
-        self._session._await(reply)
+        try:
+            self._session._await([reply])
+        except BaseException:
+            self._session.abandon([reply])
+            raise
         return reply.result()
 
     def __enter__(self) -> Batch:
@@ -424,7 +350,7 @@ class Lease(LeaseState):
         """
         batch = self._session.batch()
         reply = batch.extend(self, num_tokens, wait_s=wait_s)
-        self._session._run_waiting(batch.step, reply)
+        self._session._run(batch.step, patiently=True)
         return reply.result()
 
     def truncate(self, num_tokens: int) -> TableUpdate:
@@ -441,8 +367,12 @@ class Lease(LeaseState):
 
     def release(self) -> Released:
         """End the lease.  Idempotent.  What was committed stays cached until it is evicted."""
-        with self._session.batch() as batch:
-            reply = batch.release(self)
+        try:
+            with self._session.batch() as batch:
+                reply = batch.release(self)
+        except BaseException:  # Ctrl-C before it was sent; a second release does no harm
+            self._session.give_back([self.id])
+            raise
         return reply.result()
 
     def __enter__(self) -> Lease:
@@ -454,7 +384,7 @@ class Lease(LeaseState):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.released:
+        if self.released or self._session.is_inherited:
             return
         try:
             self.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import grpc
 
 from prefixcache.client import codec, outlines, unary
-from prefixcache.client.address import Address, default_target, this_host
+from prefixcache.client.address import Address, default_target
+from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
 from prefixcache.client.session import Session
 from prefixcache.outline import Order, Outline
@@ -52,18 +52,13 @@ def connect(
     return Client(address, timeout_s, Access(address, tls, token))
 
 
-class Client:
+class Client(Connection):
     """A connection to one service.  Context manager; closing it closes its sessions."""
 
     def __init__(self, address: Address, timeout_s: float, access: Access) -> None:
-        self.address = address
-        self.timeout_s = timeout_s
-        self.finished: list[str] = []
-        """Keys of lost sessions that were closed since: nothing writes to their blocks any more."""
-        address.probe(timeout_s)
-        self.metadata = access.metadata
+        super().__init__(address, timeout_s, access)
+        address.probe(self.timeout_s)
         self.channel = access.channel(grpc, unary.CHANNEL_OPTIONS)
-        self._sessions: list[Session] = []
 
     def attach(
         self,
@@ -91,15 +86,12 @@ class Client:
             LayoutMismatch: the pool holds another layout; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
+        self.guard()
         self.address.probe(self.timeout_s)
-        request = pb.AttachRequest(
-            name=name, pid=os.getpid(), host=this_host(), finished=self.finished
-        )
-        codec.write_namespace(Namespace(model, adapter, tenant, salt), request.namespace)
-        codec.write_layout(layout, request.layout)
+        namespace = Namespace(model, adapter, tenant, salt)
+        request = self.attach_request(namespace, layout, name)
         session = Session(self, request, keep_alive=keep_alive)
-        self.finished.clear()
-        self._sessions.append(session)
+        self.attached(session, request)
         return session
 
     def lookup(self, namespace: Namespace, tokens: TokensLike) -> Lookup:
@@ -209,9 +201,11 @@ class Client:
             InvalidRequest: the service sends no token ids.
             ServiceUnavailable: the connection is lost.
         """
-        request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
-        if namespace is not None:
-            codec.write_namespace(namespace, request.namespace)
+        self.guard()
+        with codec.no_foreign_errors("watch"):
+            request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
+            if namespace is not None:
+                codec.write_namespace(namespace, request.namespace)
         method: Any = self.channel.unary_stream(
             unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
         )
@@ -229,6 +223,7 @@ class Client:
         Raises:
             CacheError: of the class that the service names.
         """
+        self.guard()
         rpc = unary.RPCS[verb]
         method: Any = self.channel.unary_unary(
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
@@ -237,13 +232,21 @@ class Client:
             return method(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
+        except ValueError:  # another thread closed the channel
+            self.guard()
+            raise
 
     def close(self) -> None:
         """Close all sessions, then the connection.  Idempotent."""
-        for session in self._sessions:
-            session.close()
-        self._sessions.clear()
-        self.channel.close()
+        if self._closed or self.is_inherited:
+            return
+        try:
+            for session in list(self._sessions):
+                session.close()
+        finally:
+            self._closed = True
+            self._sessions.clear()
+            self.channel.close()
 
     def __enter__(self) -> Client:
         return self

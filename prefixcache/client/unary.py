@@ -10,7 +10,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from prefixcache.client import codec
 from prefixcache.client.address import Address
-from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unauthenticated
+from prefixcache.errors import CacheError, InvalidRequest, Unauthenticated
 from prefixcache.types import Namespace, TokensLike, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -160,9 +160,9 @@ def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError
     return codec.make_error("", code.name, f"{code.name}: {text}")
 
 
-def read_stream_error(error: Any, address: Address) -> CacheError:
-    """Give the exception for a session whose stream ended: to it the service is lost."""
-    cause = read_rpc_error(error, address, 0.0)
-    if isinstance(cause, ServiceUnavailable | Unauthenticated):
-        return cause
-    return ServiceUnavailable(f"the service ended this session: {cause}")
+def read_stream_error(error: Any) -> CacheError | str:
+    """Give why a session's stream ended: in words, or as the error if nobody may attach again."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return (error.details() or "").partition("\n")[0] or "connection lost"
+    cause = read_rpc_error(error, Address(), 0.0)
+    return cause if isinstance(cause, Unauthenticated) else str(cause)

@@ -146,7 +146,7 @@ def test_quarantine_ends_by_itself_only_where_a_death_cannot_be_seen(
     target: str, monkeypatch: pytest.MonkeyPatch, watched: bool
 ) -> None:
     if not watched:
-        monkeypatch.setattr("prefixcache.client.sync.this_host", lambda: "another host")
+        monkeypatch.setattr("prefixcache.client.connection.this_host", lambda: "another host")
     with (
         running(target, *sizes(64, 4), "--quarantine", "0.3") as service,
         prefixcache.connect(service.target) as client,

@@ -10,7 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from prefixcache.client.codec.failures import STATUS_CODES, make_error, read_error, write_error
+from prefixcache.client.codec.failures import (
+    STATUS_CODES,
+    make_error,
+    no_foreign_errors,
+    read_error,
+    write_error,
+)
 from prefixcache.client.codec.leasing import (
     read_acquire,
     read_attach,
@@ -65,6 +71,7 @@ __all__ = [
     "STATUS_CODES",
     "WRITE",
     "make_error",
+    "no_foreign_errors",
     "read_attach",
     "read_error",
     "read_explain",

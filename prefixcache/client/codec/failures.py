@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from prefixcache import errors
-from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 STATUS_CODES: Final = {
@@ -49,3 +51,16 @@ def read_error(message: pb.Status) -> CacheError:
     """Read what `write_error` wrote."""
     code = _CODE_NAMES.get(message.code, "UNKNOWN")
     return make_error(message.kind, code, message.message, message.retry_after_s)
+
+
+@contextmanager
+def no_foreign_errors(what: str) -> Iterator[None]:
+    """Turn what protobuf says of a value that no message can hold into an error of ours.
+
+    Raises:
+        InvalidRequest: it says so: a surrogate in a text, a number out of range, another type.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+        raise InvalidRequest(f"{what}: {error}") from None

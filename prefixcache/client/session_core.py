@@ -1,0 +1,275 @@
+"""What a session has asked, and what becomes of it: all of a session but the sending and waiting.
+
+```
+        post(step) ──► pending ──► emit(bytes)      in the order of the calls, never waits
+                          │
+ receive(results) ──► reply.settle ──► finish       a grant becomes a lease, a table changes
+                          │
+ abandon(replies) ──► cancel, and give back what comes nevertheless
+        lose(error) ──► every reply gets the error
+```
+No answer is ever missed: whoever stops waiting, cancelled or interrupted, leaves its reply pending.
+A table changes when the service says so, and leases that nobody waits for are given back.
+
+Without a lock: `post` and `lose` may meet in two threads, and a dictionary hands each reply to
+exactly one of them.  So nothing here can be left locked by who was interrupted in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
+
+from prefixcache.client import codec, unary
+from prefixcache.client.connection import Connection, refuse_pickle
+from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
+from prefixcache.client.ops import Reply, Step, read_result
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.types import Attachment, LeaseId, PoolHandle
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+L = TypeVar("L", bound=LeaseState)
+
+
+class SessionCore(Generic[L]):
+    """One worker's life, without I/O; `Session` and `AsyncSession` send its bytes and wait.
+
+    Attributes:
+        attachment: what attach answered: worker, pool, ttl.
+        signs: the signs of life that the service has answered.
+        key: the right to act for this worker, until it was passed on or is over.
+        leases: those that somebody still has in hand.
+    """
+
+    attachment: Attachment
+
+    def __init__(self, connection: Connection) -> None:
+        self.ids: Iterator[int] = itertools.count(1)
+        self.signs = SignsOfLife()
+        self.key = ""
+        self.leases: WeakSet[LeaseState] = WeakSet()
+        self._client = connection
+        self._pending: dict[int, Reply[Any]] = {}
+        self._lost: CacheError | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
+
+    @property
+    def pool(self) -> PoolHandle:
+        """Where the pool's memory is."""
+        return self.attachment.pool
+
+    @property
+    def alive(self) -> bool:
+        """Whether the session still stands, in this process."""
+        return self._lost is None and not self._closed and not self.is_inherited
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether this object came through a fork: the session is the parent's."""
+        return os.getpid() != self._pid
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it is lost, and none of its leases may be in use: released, over or dropped."""
+        now = time.monotonic()
+        return self._lost is not None and not any(
+            lease.deadline > now for lease in self._held_leases()
+        )
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        if not hasattr(self, "attachment"):
+            return f"<{name}: not attached>"
+        if self.is_inherited:
+            state = "came through fork"
+        elif self._closed:
+            state = "closed"
+        else:
+            state = "lost" if self._lost is not None else "alive"
+        worker, address = self.attachment.worker, self._client.address
+        return f"<{name} {worker} at {address}: {state}, {self._count_leases()}>"
+
+    __reduce_ex__ = refuse_pickle
+
+    def refuse_inherited(self) -> None:
+        """Refuse to go on in a process that has the session by a fork.
+
+        Raises:
+            InvalidRequest: this is such a process.
+        """
+        if self.is_inherited:
+            raise InvalidRequest(
+                f"this session belongs to process {self._pid} and came through fork: connect and "
+                "attach in this process"
+            )
+
+    # ------------------------------------------------------------------------------- what is asked
+
+    def emit(self, message: bytes | None) -> None:
+        """Put a message behind those that are to be sent; None ends the stream.  Never waits."""
+        raise NotImplementedError
+
+    def post(self, step: Step) -> None:
+        """Send a step.  Its replies are settled when the answers come, or at once if it is lost.
+
+        Raises:
+            InvalidRequest: this process has the session by a fork.
+        """
+        self.refuse_inherited()
+        if self._closed and self._lost is None:
+            self._refuse(step.replies, ServiceUnavailable("the session is closed"))
+        else:
+            self._post(step)
+
+    def _post(self, step: Step) -> None:
+        parts = step.cut(self._max_bytes, self._max_ops)
+        if self._lost is None:
+            for reply in step.replies:
+                if not reply.done:
+                    self._pending[reply.op_id] = reply
+            for part in parts:
+                self.emit(part)
+            if self._lost is None:
+                return
+            # Lost meanwhile: of each reply either this pop or that of `lose` takes hold.
+            left = [r for r in step.replies if self._pending.pop(r.op_id, None) is not None]
+            self._refuse(left, self._lost)
+        else:
+            self._refuse(step.replies, self._lost)
+
+    @staticmethod
+    def _refuse(replies: Iterable[Reply[Any]], error: CacheError) -> None:
+        for reply in replies:
+            reply.settle(type(error)(*error.args))
+
+    def renewal(self) -> tuple[Step, Reply[None]]:
+        """Make a sign of life."""
+        step = Step(self.ids)
+        reply = step.renew()
+        reply.finish = partial(self._renewed, time.monotonic())
+        return step, reply
+
+    def _renewed(self, sent_at: float, _: None) -> None:
+        self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
+
+    def farewell(self) -> Reply[Any] | None:
+        """Send a detach, the last op; nothing can be asked from now on.  None if it was lost."""
+        self._closed = True
+        if self._lost is not None:
+            return None
+        step = Step(self.ids)
+        reply = step.detach()
+        self._post(step)
+        return reply
+
+    def forget(self, farewell: Reply[Any] | None) -> None:
+        """Close the books.  Attaching again passes the key on if nobody confirmed the farewell."""
+        if farewell is None or not farewell.done or farewell.error is not None:
+            self._client.pass_on(self)
+        self._client.drop(self)
+        self.lose(ServiceUnavailable("the session is closed"))
+
+    # --------------------------------------------------------------------------- what is answered
+
+    def attached(self, answer: pb.AttachResponse) -> None:
+        """Take over what attach answered."""
+        self.key = answer.worker_key
+        self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
+        self.attachment = codec.read_attach(answer)
+
+    def enlist(self, lease: L) -> L:
+        """Remember that somebody has a lease in hand, and give it back."""
+        self.leases.add(lease)
+        return lease
+
+    def receive(self, results: pb.OpResults) -> None:
+        """Settle what is answered; give back leases that nobody waits for any more."""
+        orphans: list[LeaseId] = []
+        for result in results.results:
+            reply = self._pending.pop(result.id, None)
+            if reply is not None:
+                reply.settle(read_result(result))
+                if reply.is_abandoned:
+                    orphans += _surrendered(reply)
+            elif result.HasField("acquire"):
+                orphans.append(LeaseId(result.acquire.grant.lease))
+            elif result.HasField("fork"):
+                orphans += [LeaseId(child.lease) for child in result.fork.children]
+        if orphans:
+            self.give_back(orphans)
+
+    def abandon(self, replies: Iterable[Reply[Any]]) -> None:
+        """Stop waiting: what has been granted is given back, now or when its answer comes.
+
+        The service is told to give up what still waits.  Nothing is waited for.
+        """
+        step = Step(self.ids)
+        for reply in replies:
+            reply.is_abandoned = True
+            if reply.done:
+                for lease in _surrendered(reply):
+                    step.release(lease)
+            elif reply.op_id in self._pending:
+                step.cancel(reply.op_id).finish = partial(self._settled, reply.op_id)
+        if step.replies and not self.is_inherited:
+            self._post(step)
+
+    def _settled(self, op_id: int, _: None) -> None:
+        # Answers come in order: what is not answered before its cancel never will be.
+        self._pending.pop(op_id, None)
+
+    def give_back(self, leases: Iterable[LeaseId]) -> None:
+        """Release leases without waiting.  Idempotent, as `release` is."""
+        if self.is_inherited:
+            return
+        step = Step(self.ids)
+        for lease in leases:
+            step.release(lease)
+        self._post(step)
+
+    def lose(self, error: CacheError) -> None:
+        """Give every reply, now and from now on, an error.  The first one stays.  Idempotent."""
+        if self._lost is None:
+            self._lost = error
+            self.emit(None)
+        while self._pending:
+            try:
+                _, reply = self._pending.popitem()
+            except KeyError:  # another thread has taken the last one
+                break
+            self._refuse((reply,), self._lost)
+
+    def ended(self, cause: str, *, answers: bool) -> CacheError:
+        """Give the error of a stream that ended: what was lost, and what to do."""
+        if not answers:
+            return self._client.address.unavailable(cause)
+        return ServiceUnavailable(
+            f"the session ended: {cause}; {self._count_leases()} ended with it. The service at "
+            f"{self._client.address} answers: attach again"
+        )
+
+    def _count_leases(self) -> str:
+        count = len(self._held_leases())
+        return "1 lease" if count == 1 else f"{count:,} leases"
+
+    def _held_leases(self) -> list[LeaseState]:
+        return [lease for lease in list(self.leases) if not lease.released]
+
+
+def _surrendered(reply: Reply[Any]) -> list[LeaseId]:
+    """Take the leases of an answer from whoever might still look at it."""
+    if reply.error is not None:
+        return []
+    answer = reply.result()
+    leases = answer if isinstance(answer, list) else [answer]
+    held = [lease for lease in leases if isinstance(lease, LeaseState) and not lease.released]
+    for lease in held:
+        lease.mark_released()
+    return [lease.id for lease in held]
