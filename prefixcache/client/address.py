@@ -73,24 +73,39 @@ class Address:
         """
         self.refuse_strangers()
         try:
-            if self.path:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                    probe.settimeout(timeout_s)
-                    probe.connect(self.path)
-            else:
-                socket.create_connection((self.host, self.port), timeout_s).close()
+            self._connect(timeout_s).close()
         except OSError as error:
             raise self.unavailable(error.strerror or str(error)) from None
         except ValueError as error:  # a NUL in a path, a host that is no name
             raise InvalidRequest(f"cannot read the address {str(self)!r}: {error}") from None
 
     def answers(self) -> bool:
-        """Whether somebody listens there at this moment."""
+        """Whether a service lives there at this moment.  Takes up to a fifth of a second.
+
+        A socket whose process is just being killed may still take a connection, and drops it at
+        once; a living service says something, or at least stays on the line.
+        """
         try:
-            self.probe(1.0)
-        except CacheError:
+            self.refuse_strangers()
+            with self._connect(1.0) as probe:
+                probe.settimeout(0.2)
+                return bool(probe.recv(1))
+        except TimeoutError:
+            return True
+        except (OSError, ValueError, CacheError):
             return False
-        return True
+
+    def _connect(self, timeout_s: float) -> socket.socket:
+        if not self.path:
+            return socket.create_connection((self.host, self.port), timeout_s)
+        probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            probe.settimeout(timeout_s)
+            probe.connect(self.path)
+        except BaseException:
+            probe.close()
+            raise
+        return probe
 
     def refuse_strangers(self) -> None:
         """Keep away from a socket that another user may have put there to read prompts.
