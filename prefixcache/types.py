@@ -250,7 +250,8 @@ class Released:
     """Answer of `release`."""
 
     num_freed: int
-    """Private blocks that went back to the free list; the others stay cached until evicted."""
+    """Private blocks that are free again, and what the lease was the last to hold of a namespace
+    that was reset; the others stay cached until evicted."""
 
 
 @dataclass(frozen=True, slots=True)

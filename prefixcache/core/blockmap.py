@@ -41,7 +41,10 @@ def block_map(desk: Desk, num_cells: int) -> Generator[None, None, tuple[int, ..
     while stack:
         node = stack.pop()
         if node.blocks:
-            code = _LEASED if node.ref else _CACHED
+            if node.root.retired:  # nobody finds it: a lease's own, or as good as free
+                code = _PRIVATE if node.ref else _FREE
+            else:
+                code = _LEASED if node.ref else _CACHED
             painted[np.frombuffer(node.blocks, np.int32)] = code
         if node.children:
             stack.extend(node.children.values())

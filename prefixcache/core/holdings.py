@@ -29,7 +29,6 @@ class Holdings:
         "_partial",
         "_width",
         "block_size",
-        "num_evicted",
         "num_overshot",
         "pool",
         "quotas",
@@ -42,7 +41,6 @@ class Holdings:
         self.pool = pool
         self.quotas = Quotas(pool.num_blocks)
         self.tenure = Tenure(pool.num_blocks)
-        self.num_evicted = 0
         self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
@@ -72,6 +70,11 @@ class Holdings:
         return self.tree.evictable - kept - len(self.pool.shares)
 
     @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing: those on the free list, and what was reset and nobody holds."""
+        return self.pool.num_free + self.tree.forgotten_evictable
+
+    @property
     def is_full(self) -> bool:
         """Whether not one block can be had now.  O(1)."""
         return self.pool.num_free <= 0 and self.room() <= 0
@@ -88,9 +91,10 @@ class Holdings:
             self.quotas.admit(account, need + kept)
         short = need - self.pool.num_free
         if short > 0 and short > (room := self.room(match)):
-            raise PoolExhausted(
-                f"needs {need} blocks; {self.pool.num_free} free, {max(0, room)} evictable"
-            )
+            forgotten = self.tree.forgotten_evictable
+            free = self.pool.num_free + min(forgotten, max(0, room))
+            evictable = max(0, room - forgotten)
+            raise PoolExhausted(f"needs {need} blocks; {free} free, {evictable} evictable")
 
     def allocate(self, need: int, tenant: str = "") -> BlockTable:
         """Take blocks that were admitted, evicting as many as are lacking.
@@ -100,7 +104,6 @@ class Holdings:
         pool = self.pool
         while (short := need - pool.num_free) > 0:
             evicted = self.tree.evict(short)
-            self.num_evicted += len(evicted)
             self.num_overshot += max(0, len(evicted) - short)
             if not evicted:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
@@ -153,7 +156,7 @@ class Holdings:
         """Index a lease's blocks up to `num_tokens`.  O(new tokens + nodes passed).
 
         Returns:
-            Blocks that became visible, the tail included.
+            Blocks that became visible, the tail included: none, if the namespace was reset.
         """
         if lease.tail is not None:
             self.tree.unhang(lease.tail)
@@ -183,7 +186,7 @@ class Holdings:
                 lease.private_from += 1
                 indexed += 1
         lease.committed = num_tokens
-        return indexed
+        return 0 if lease.node.root.retired else indexed
 
     def lacks(self, lease: Lease, num_tokens: int) -> int:
         """Count the blocks that room for `num_tokens` tokens takes.  Changes nothing.
@@ -298,7 +301,7 @@ class Holdings:
         Returns:
             How many blocks became free, and how many are quarantined.
         """
-        free_before = self.pool.num_free
+        free_before = self.num_free
         self.drop_source(lease)
         if lease.tail_is_shared:
             self._let_go_of_shared_tail(lease)
@@ -319,7 +322,7 @@ class Holdings:
         else:
             quarantined = 0
             self.pool.release(private)
-        return self.pool.num_free - free_before, quarantined
+        return self.num_free - free_before, quarantined
 
     def _settle_tail(self, lease: Lease) -> None:
         """Note that a lease will not write to its indexed tail any more."""

@@ -156,8 +156,8 @@ def blocks_below(root: Root) -> BlockTable:
 def evictable_leaves(root: Root) -> Iterator[Node]:
     """Give the unprotected leaves below a retired root, children before parents.
 
-    Lazily, while the tree changes: a node that is gone is skipped, a protected one is left to the
-    queue, which gets it when it is unlocked.
+    Lazily, while the tree changes: a node that is gone is skipped, and so is a protected one, which
+    is offered again when it is unlocked.
     """
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:

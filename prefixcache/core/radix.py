@@ -63,6 +63,8 @@ class RadixTree(Descent):
         self.clock = 0
         self.last_evicted: int | None = None
         """Stamp of the last use of what was evicted last; None before the first eviction."""
+        self.num_evicted = 0
+        """Blocks evicted since the start; what was reset before does not count."""
         self.queue: Queue = self.policy.queue()
         self._used: Callable[[Node, int], None] | None = self.policy.used
         self._marks_ends = self.policy.marks_ends
@@ -72,6 +74,9 @@ class RadixTree(Descent):
         self.pins: Pins | None = None
         """Who is told when pinned blocks are lost."""
         self._sweeps: list[Iterator[Node]] = []
+        """Leaves of what was reset; they are evicted before all others."""
+        self._tidy_at = 16
+        """Length of `retired` at which the empty ones are dropped."""
 
     # ------------------------------------------------------------------ locking
 
@@ -110,7 +115,10 @@ class RadixTree(Descent):
                 return
             size = len(node.blocks)
             self.evictable -= size
-            node.root.evictable -= size
+            root = node.root
+            root.evictable -= size
+            if root.retired:
+                self.forgotten_evictable -= size
             above = node.parent
             if above is None:
                 return
@@ -151,11 +159,14 @@ class RadixTree(Descent):
                 return
             size = len(node.blocks)
             self.evictable += size
-            node.root.evictable += size
+            root = node.root
+            root.evictable += size
+            if root.retired:
+                self.forgotten_evictable += size
             if below is not None and self._merge(below):
                 node = below
             elif not node.children:
-                self.queue.push(node)
+                self._offer(node)
             above = node.parent
             if above is None:
                 return
@@ -264,7 +275,8 @@ class RadixTree(Descent):
     def evict(self, num_blocks: int) -> BlockTable:
         """Take blocks out of the tree, the coldest leaf's last ones first.
 
-        Asked for n, gives n, or all that is unprotected.  O(leaves touched · log leaves).
+        Asked for n, gives n, or all that is unprotected.  What was reset goes first, and is not
+        counted as evicted: nobody could find it.  O(leaves touched · log leaves).
         """
         out = array("i")
         while (need := num_blocks - len(out)) > 0:
@@ -273,13 +285,15 @@ class RadixTree(Descent):
                 node = self.queue.pop()
                 if node is None:
                     break
-            self.last_evicted = node.last
             size = len(node.blocks)
             keep = size - need
+            if not node.root.retired:
+                self.last_evicted = node.last
+                self.num_evicted += min(size, need)
             if keep > 0:
                 out.extend(node.blocks[keep:])
                 self._trim(node, keep)
-                self.queue.push(node)
+                self._offer(node)
             else:
                 out.extend(node.blocks)
                 self._bury(node)
@@ -293,17 +307,30 @@ class RadixTree(Descent):
         if self.journal is not None:
             self.journal.cleared(root.namespace)
         root.retired = True
-        self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
-        self.retired.append(root)
+        self.num_forgotten += root.num_blocks
+        self.forgotten_evictable += root.evictable
+        if root.num_blocks or root.ref > 1:
+            if len(self.retired) >= self._tidy_at:
+                self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
+                self._tidy_at = 2 * len(self.retired) + 16
+            self.retired.append(root)
         self._sweeps.append(evictable_leaves(root))
 
     def _next_retired(self) -> Node | None:
         while self._sweeps:
             node = next(self._sweeps[-1], None)
-            if node is not None:
+            if node is None:
+                self._sweeps.pop()
+            elif node.is_evictable:
                 return node
-            self._sweeps.pop()
         return None
+
+    def _offer(self, node: Node) -> None:
+        """Let a leaf that has just become evictable be evicted: in its turn, or first of all."""
+        if node.root.retired:
+            self._sweeps.append(iter((node,)))
+        else:
+            self.queue.push(node)
 
     def _trim(self, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
@@ -314,10 +341,7 @@ class RadixTree(Descent):
         if node.pinned and self.pins is not None:
             self.pins.trimmed(size)
         mark = None if self._lost is None else self._lost(node, size)
-        self.num_blocks -= size
-        self.evictable -= size
-        node.root.num_blocks -= size
-        node.root.evictable -= size
+        self._count_blocks(node.root, -size)
         if self.ghosts.limit and not node.root.retired:
             ghost = Node(node.key[cut:], array("i"), node, node.born)
             ghost.ghosts, node.ghosts = node.ghosts, None
@@ -367,6 +391,6 @@ class RadixTree(Descent):
         if not children:
             above.children = None
             if above.is_evictable:
-                self.queue.push(above)
+                self._offer(above)
         elif len(children) == 1:
             self._merge(next(iter(children.values())))

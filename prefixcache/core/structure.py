@@ -31,6 +31,10 @@ class Structure:
         """Blocks in unprotected nodes: what eviction can give at most."""
         self.num_blocks = 0
         self.num_nodes = 0
+        self.num_forgotten = 0
+        """Of the blocks, those of namespaces that were reset: nobody finds them any more."""
+        self.forgotten_evictable = 0
+        """Of these, the unprotected ones: as good as free."""
         self.retired: list[Root] = []
         """Roots of namespaces that were reset, while blocks or leases are below them."""
         self.policy = policy
@@ -58,11 +62,7 @@ class Structure:
                 self._detach(tail)
         children.put(first, child)
         self.num_nodes += 1
-        size = len(child.blocks)
-        self.num_blocks += size
-        self.evictable += size
-        child.root.num_blocks += size
-        child.root.evictable += size
+        self._count(child, 1)
         if self.journal is not None and not child.root.retired:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
             self.journal.stored(child.root.namespace, parent, child.key, child.blocks)
@@ -75,11 +75,17 @@ class Structure:
 
     def _count(self, node: Node, sign: int) -> None:
         """Add or subtract an unprotected node's blocks."""
-        size = sign * len(node.blocks)
+        self._count_blocks(node.root, sign * len(node.blocks))
+
+    def _count_blocks(self, root: Root, size: int) -> None:
+        """Add unprotected blocks, or subtract them."""
         self.num_blocks += size
         self.evictable += size
-        node.root.num_blocks += size
-        node.root.evictable += size
+        root.num_blocks += size
+        root.evictable += size
+        if root.retired:
+            self.num_forgotten += size
+            self.forgotten_evictable += size
 
     def _leave(self, node: Node) -> None:
         """Tell the policy that a node leaves the tree and is not remembered."""
@@ -99,6 +105,8 @@ class Structure:
             size = len(node.blocks)
             self.num_blocks -= size
             node.root.num_blocks -= size
+            if node.root.retired:
+                self.num_forgotten -= size
         return above
 
     def _is_covered(self, tail: Node) -> bool:
@@ -180,7 +188,7 @@ class Structure:
             The indexed blocks, counted.
         """
         indexed: Counter[int] = Counter()
-        evictable = nodes = 0
+        evictable = nodes = forgotten = as_free = 0
         for root in [*roots, *self.retired]:
             in_root = Counter[int]()
             free = 0
@@ -196,8 +204,13 @@ class Structure:
             assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
             indexed += in_root
             evictable += free
+            if root.retired:
+                forgotten += root.num_blocks
+                as_free += free
         assert self.num_blocks == sum(indexed.values()), "blocks of all trees"
         assert self.evictable == evictable, f"{evictable} evictable, not {self.evictable}"
+        assert self.num_forgotten == forgotten, f"{forgotten} forgotten, not {self.num_forgotten}"
+        assert self.forgotten_evictable == as_free, f"{as_free}, not {self.forgotten_evictable}"
         assert self.num_nodes == nodes, f"{nodes} nodes, not {self.num_nodes}"
         return indexed
 

@@ -55,20 +55,20 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
         )
         for lease in desk.leases.all()
     )
-    used = pool.num_blocks - pool.num_free
+    indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
     return Snapshot(
         num_blocks=pool.num_blocks,
         block_size=holdings.block_size,
-        free=pool.num_free,
-        private=used - tree.num_blocks - pool.num_quarantined,
-        indexed=tree.num_blocks,
+        free=free,
+        private=pool.num_blocks - free - indexed - pool.num_quarantined,
+        indexed=indexed,
         quarantined=pool.num_quarantined,
-        evictable=tree.evictable,
+        evictable=tree.evictable - tree.forgotten_evictable,
         ghosts=tree.ghosts.num_blocks,
         nodes=tree.num_nodes,
         leases=leases,
         waiting=len(desk.room.tickets),
-        evicted=holdings.num_evicted,
+        evicted=tree.num_evicted,
         requests=total.requests,
         ledger=total.total(),
         namespaces={space: tally.total() for space, tally in desk.tallies.items()},

@@ -83,20 +83,21 @@ def vitals(desk: Desk, now: float) -> Vitals:
     holdings = desk.holdings
     pool, tree = holdings.pool, holdings.tree
     quarantined, stamp = pool.num_quarantined, tree.last_evicted
+    indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
     return Vitals(
         num_blocks=pool.num_blocks,
         block_size=holdings.block_size,
-        free=pool.num_free,
-        private=pool.num_blocks - pool.num_free - tree.num_blocks - quarantined,
-        indexed=tree.num_blocks,
+        free=free,
+        private=pool.num_blocks - free - indexed - quarantined,
+        indexed=indexed,
         quarantined=quarantined,
-        evictable=tree.evictable,
+        evictable=tree.evictable - tree.forgotten_evictable,
         ghosts=tree.ghosts.num_blocks,
         nodes=tree.num_nodes,
         leases=desk.leases.count,
         flights=len(desk.flights),
         waiting=len(desk.room.tickets),
-        evicted=holdings.num_evicted,
+        evicted=tree.num_evicted,
         overshot=holdings.num_overshot,
         eviction_age_s=None if stamp is None else desk.history.ages.idle_s(stamp, now),
         smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,

@@ -24,6 +24,8 @@ class Indexed(NamedTuple):
     """All tokens from position 0 to the last one that the block holds."""
     num_tokens: int
     """Of these, how many are in this block."""
+    is_locked: bool
+    """Whether a lease protects it."""
 
 
 def root_of(cache: PrefixCache, namespace: Namespace) -> Root | None:
@@ -39,7 +41,8 @@ def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
         run = tuple(unpack(node.key))
         for index, block in enumerate(node.blocks):
             end = min((index + 1) * block_size, len(run))
-            yield Indexed(block, before + run[:end], end - index * block_size)
+            num_tokens = end - index * block_size
+            yield Indexed(block, before + run[:end], num_tokens, node.ref > 0)
         stack.extend((child, before + run) for child in (node.children or {}).values())
 
 

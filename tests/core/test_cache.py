@@ -348,3 +348,48 @@ def test_who_waits_for_tokens_that_are_rolled_back_is_tried_again():
     cache.truncate(ALICE, second.lease, 1, now=0.0)
     [(ticket, _)] = cache.settled()
     assert ticket == waiting.ticket
+
+
+def test_after_a_reset_every_number_says_that_nothing_is_stored(cache: PrefixCache):
+    serve(cache, ALICE, [1] * 16)
+    held = acquire(cache, ALICE, [2] * 8)
+    cache.commit(ALICE, held.lease, 8, now=0.0)
+    before = cache.snapshot(now=0.0)
+    assert (before.indexed, before.free) == (6, 26)
+    cache.reset(CHAT)
+    after = cache.snapshot(now=0.0)
+    assert (after.indexed, after.evictable) == (0, 0)
+    assert (after.free, after.private) == (30, 2)  # what a lease holds is its own, and no more
+    vitals = cache.vitals(now=0.0)
+    assert (vitals.indexed, vitals.evictable, vitals.free, vitals.private) == (0, 0, 30, 2)
+    assert cache.release(ALICE, held.lease, now=0.0).num_freed == 2
+    assert cache.snapshot(now=0.0).free == 32
+    cache.check()
+
+
+def test_taking_the_blocks_of_what_was_reset_evicts_nothing():
+    cache, kept = PrefixCache(32, 4), Namespace("another-model")
+    cache.attach(ALICE, CHAT, now=0.0)
+    cache.attach(BOB, kept, now=0.0)
+    grant = cache.acquire(BOB, kept, pack([1] * 64), now=0.0)
+    assert isinstance(grant, Grant)
+    cache.commit(BOB, grant.lease, 64, now=0.0)
+    cache.release(BOB, grant.lease, now=0.0)
+    held = acquire(cache, ALICE, [2] * 60)
+    cache.commit(ALICE, held.lease, 60, now=0.0)
+    cache.reset(CHAT)  # while a lease holds its blocks: they come back younger than what is stored
+    cache.release(ALICE, held.lease, now=0.0)
+    for token in range(3, 6):
+        acquire(cache, ALICE, [token] * 20)
+    assert cache.snapshot(now=0.0).evicted == 0
+    assert cache.vitals(now=0.0).eviction_age_s is None
+    assert cache.lookup(kept, pack([1] * 64)).num_hit == 60
+    cache.check()
+
+
+def test_what_is_committed_after_a_reset_is_visible_to_nobody(cache: PrefixCache):
+    held = acquire(cache, ALICE, [2] * 8)
+    assert cache.commit(ALICE, held.lease, 4, now=0.0).num_indexed == 1
+    cache.reset(CHAT)
+    assert cache.commit(ALICE, held.lease, 8, now=0.0).num_indexed == 0
+    assert cache.lookup(CHAT, pack([2] * 8)).num_hit == 0

@@ -141,6 +141,8 @@ class World:
         self.memory = Memory(shape.block_size)
         self.library = Library()
         self.retired: list[Root] = []
+        self.forgotten: dict[int, bool] = {}
+        """Blocks of what was reset, and whether a lease still protects them."""
         self.tails_withdrawn = False
         """Whether a tail has left the index for another reason than eviction or a fuller one."""
         self.prompts: list[Tokens] = []
@@ -345,7 +347,9 @@ class World:
             namespace: For which.
             error: What was raised.
         """
-        sure = before.free + max(0, before.evictable - hit_blocks - self.shared_blocks())
+        as_free = sum(not is_locked for is_locked in self.forgotten.values())
+        obtainable = as_free + before.evictable - hit_blocks - self.shared_blocks()
+        sure = before.free - as_free + max(0, obtainable)
         short = needed > sure
         over = any(
             most is not None and self.held(scope)[1] + needed + hit_blocks > most
@@ -462,13 +466,19 @@ class World:
         fill: dict[int, int] = {}
         roots = [(one, self.root(one)) for one in self.namespaces]
         roots += [(root.namespace, root) for root in self.retired]
+        num_found = 0
+        self.forgotten = {}
         for namespace, root in roots:
             if root is not None:
                 for entry in indexed_below(root, self.shape.block_size):
                     self.verify_entry(namespace, entry)
                     assert entry.block not in fill, f"block {entry.block} is indexed twice"
                     fill[entry.block] = entry.num_tokens
-        assert len(fill) == snapshot.indexed
+                    if root.retired:
+                        self.forgotten[entry.block] = entry.is_locked
+                    else:
+                        num_found += 1
+        assert num_found == snapshot.indexed, "what was reset is not indexed any more"
         return fill
 
     def verify_journal(self) -> None:
@@ -535,6 +545,7 @@ class World:
         for view in self.leases.values():
             held |= set(view.table) | view.sources
         held -= aside | fill.keys()
+        held |= {block for block, is_locked in self.forgotten.items() if is_locked}
         assert snapshot.private == len(held), f"{snapshot.private} private; held are {sorted(held)}"
         if not self.zombies:
             assert not snapshot.quarantined
