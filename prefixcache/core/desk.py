@@ -23,6 +23,7 @@ from prefixcache.core.waiting import WaitingRoom
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     TOKEN_BYTES,
+    BlockTable,
     Ended,
     Grant,
     Ledger,
@@ -175,17 +176,20 @@ class Desk:
             self.tick(now)
 
     def refusal(self, short: PoolExhausted, tenant: str, now: float) -> PoolExhausted:
-        """Say with numbers who holds the blocks that are lacking, and when to come again.
+        """Say with numbers who holds the blocks that are lacking, and when to come again.  O(1).
 
         Of other tenants' leases only their number is told.
         """
-        leases = self.leases.all()
+        own = self.holdings.quotas.tenant(tenant)
         if over_quota := isinstance(short, QuotaExceeded):  # others are none of its business
-            leases = [lease for lease in leases if lease.namespace.tenant == tenant]
-        held = sum(len(lease.table) for lease in leases)
-        message = f"{short}; {held} table entries held by {len(leases)} leases"
-        oldest = next((one for one in leases if one.namespace.tenant == tenant), None)
-        if oldest is not None:
+            held, count = own.num_held, len(own.leases)
+        else:
+            pool, tree = self.holdings.pool, self.holdings.tree
+            kept = pool.num_free + tree.evictable + pool.num_quarantined
+            held, count = pool.num_blocks - kept, self.leases.count
+        message = f"{short}; {held} blocks held by {count} leases"
+        if own.leases:
+            oldest = next(iter(own.leases.values()))
             worker = self.leases.workers[oldest.worker].name
             message += f" (oldest {worker}#{oldest.id}, {now - oldest.since:.0f} s)"
         next_end = self.leases.next_deadline()
@@ -195,15 +199,15 @@ class Desk:
             retry_after_s=0.0 if next_end is None else max(0.0, next_end - now),
         )
 
-    def fork(self, member: Worker, own: Lease, now: float) -> Grant:
-        """Make a lease that shares the committed blocks of `own`.  Allocates nothing."""
+    def fork(self, member: Worker, own: Lease, table: BlockTable, now: float) -> Grant:
+        """Make a lease that shares the committed blocks of `own`.  Allocates nothing.  O(1)."""
         self.tree.lock_node(own.node)
         child = self.leases.open(member, own.namespace, own.node, now)
-        self.holdings.fork(own, child)
+        self.holdings.fork(own, child, table)
         if self.tape is not None:
             self.tape((FORKED, child.id, own.id, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
-        return Grant(child.id, child.table[:], child.committed, 0, (), ledger, self.leases.ttl_s)
+        return Grant(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s)
 
     def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
         """End a lease for whatever reason, and try again what waited for it."""
@@ -213,7 +217,7 @@ class Desk:
             self.settled.append((growing.id, gone))
         self.flights.land(lease)
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
-        lease.account.private -= lease.num_private
+        lease.account.count_private(-lease.num_private)
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.ages.note(self.tree.clock, now)
         if self.tape is not None:
@@ -253,6 +257,7 @@ class Desk:
             outcome = self._serve(ticket, now, wait=wait)
         except PoolExhausted as short:
             ticket.over_quota = isinstance(short, QuotaExceeded)
+            self._note_shortage(ticket)
             if wait and ticket.in_line:
                 return False
             if wait and len(self.room.line) < self.room.line.limit:
@@ -269,6 +274,36 @@ class Desk:
         self.room.line.end_turn(ticket)
         self._settle(ticket, outcome)
         return True
+
+    def _note_shortage(self, ticket: Ticket) -> None:
+        """Remember what a request lacked, so that it is not tried again while nothing changed."""
+        request = ticket.request
+        if isinstance(request, Extension) or (root := self.roots.get(request.namespace)) is None:
+            return
+        if ticket.root is not root or ticket.num_changes != root.num_changes:
+            match = self.tree.match(root, request.tokens, len(request.tokens) - TOKEN_BYTES)
+            total = self.holdings.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
+            ticket.need = total - match.end // self.tree.block_bytes
+            ticket.root, ticket.num_changes = root, root.num_changes
+
+    def _is_hopeless(self, ticket: Ticket, now: float) -> bool:
+        """Whether a request in line would be refused as before.  Never wrong if it says so.  O(1).
+
+        Nothing that it could reuse, or wait for, has come or gone since it was tried: it needs as
+        much as then.
+        """
+        root = ticket.root
+        if root is None or root.retired or root.num_changes != ticket.num_changes:
+            return False
+        if now >= ticket.deadline or ticket.over_quota or self.holdings.quotas.any_limit:
+            return False
+        request = ticket.request
+        assert isinstance(request, Request)
+        member = self.leases.workers.get(request.worker)
+        if member is None or self.is_repeated(member, request):
+            return False
+        short = ticket.need - self.holdings.pool.num_free
+        return short > 0 and short > self.holdings.room()
 
     def _serve(self, ticket: Ticket, now: float, *, wait: bool) -> Grant | TableUpdate | Gain:
         request = ticket.request
@@ -303,6 +338,9 @@ class Desk:
             before: list[Ticket] = []
             for ticket in line.candidates():
                 if line.is_closed_for(ticket):
+                    continue
+                if self._is_hopeless(ticket, now):
+                    before.append(ticket)
                     continue
                 if self.retry(ticket, now, wait=now < ticket.deadline):
                     line.pass_by(before)

@@ -64,6 +64,12 @@ class Ticket:
     """How often somebody behind it in the line was served."""
     over_quota: bool = False
     """Whether its own quota is what it waits for: then it is in nobody's way."""
+    root: Root | None = None
+    """Below which it was tried last, when there was no room."""
+    num_changes: int = 0
+    """Of that root at that time."""
+    need: int = 0
+    """Blocks that it needed at that time: until the root changes, not fewer."""
 
 
 class Flights:
@@ -96,6 +102,7 @@ class Flights:
             return
         lease.flight = prompt
         insort(self._below.setdefault(lease.node.root, []), (prompt, lease.id, lease))
+        lease.node.root.num_changes += 1
 
     def land(self, lease: Lease) -> None:
         """Take a lease out again, if it is in.  O(log flights)."""

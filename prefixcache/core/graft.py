@@ -136,7 +136,9 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
         size = len(node.blocks)
         total += size
         node.root.num_blocks += size
+        node.root.sums.num_blocks += size
         node.root.evictable += size
+        node.root.sums.evictable += size
         above = node.parent
         if above is not None and above.last < node.last:
             above.last = node.last

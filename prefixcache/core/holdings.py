@@ -117,8 +117,9 @@ class Holdings:
     def recount(lease: Lease) -> None:
         """Tell a lease's account how many blocks it owns now.  O(1)."""
         private = lease.count_private()
-        lease.account.private += private - lease.num_private
-        lease.num_private = private
+        if private != lease.num_private:
+            lease.account.count_private(private - lease.num_private)
+            lease.num_private = private
 
     # ------------------------------------------------------------------ a lease's blocks
 
@@ -199,11 +200,11 @@ class Holdings:
 
     def extend(self, lease: Lease, num_tokens: int) -> TableUpdate:
         """Give a lease room for `num_tokens` tokens, as admitted; unshare its last block."""
-        table = lease.table
         unshare = lease.tail_is_shared and num_tokens > lease.committed
         fresh = self.allocate(self.lacks(lease, num_tokens), lease.namespace.tenant)
-        keep = len(table) - unshare
+        keep = len(lease.table) - unshare
         copies: tuple[Copy, ...] = ()
+        table = lease.own_table() if fresh else lease.table
         if unshare:
             lease.source = BlockId(table.pop())  # held since the fork
             lease.tail_is_shared = False
@@ -213,18 +214,28 @@ class Holdings:
         table.extend(fresh)
         return TableUpdate(keep, fresh, copies)
 
-    def fork(self, lease: Lease, child: Lease) -> None:
-        """Let a new lease share every committed block of `lease`.  Allocates nothing."""
+    def shared_table(self, lease: Lease) -> BlockTable:
+        """Give the table of every fork of `lease`: the blocks of its committed tokens."""
+        table = lease.node.table()
+        if lease.committed > lease.start:
+            table.append(lease.table[len(table)])
+        return table
+
+    def fork(self, lease: Lease, child: Lease, table: BlockTable) -> None:
+        """Let a new lease share every committed block of `lease`.  Allocates nothing.
+
+        Args:
+            lease: Whose.
+            child: The new one.
+            table: The table of all that are forked with it, kept, not copied.
+        """
         tail_bytes = (lease.committed - lease.start) * TOKEN_BYTES
         child.start, child.committed = lease.start, lease.committed
         child.rest = lease.rest[:tail_bytes]
-        child.table = lease.node.table()
-        child.private_from = len(child.table)
+        child.table, child.shares_table = table, True
+        child.private_from = len(table)
         if tail_bytes:
-            block = lease.table[len(child.table)]
-            self.pool.share(BlockId(block))
-            child.table.append(block)
-            child.private_from += 1
+            self.pool.share(BlockId(table[-1]))
             child.tail_is_shared = True
 
     def truncate(self, lease: Lease, num_tokens: int) -> TableUpdate:
@@ -268,8 +279,9 @@ class Holdings:
         if not copies and keep * self.block_size < lease.start:
             self.drop_source(lease)  # the block it was copied to is given up
         self._step_back(lease, keep, left)
-        del lease.table[keep:]
-        lease.table.extend(owned)
+        table = lease.own_table()
+        del table[keep:]
+        table.extend(owned)
         lease.private_from = keep
         lease.duplicates = [i for i in lease.duplicates if i < keep]
         lease.committed = num_tokens
@@ -303,9 +315,9 @@ class Holdings:
         """
         free_before = self.num_free
         self.drop_source(lease)
-        if lease.tail_is_shared:
-            self._let_go_of_shared_tail(lease)
         private = lease.private_blocks()
+        if lease.tail_is_shared:
+            self.pool.release(lease.table[-1:])  # nothing of its own comes after it
         if writes_on and lease.tail is not None:
             self.tree.unhang(lease.tail)
             private.append(lease.table[lease.private_from - 1])
@@ -332,7 +344,7 @@ class Holdings:
     def _let_go_of_shared_tail(self, lease: Lease) -> None:
         lease.tail_is_shared = False
         lease.private_from -= 1
-        self.pool.release(array("i", [lease.table.pop()]))
+        self.pool.release(array("i", [lease.own_table().pop()]))
 
     def _unlock(self, node: Node) -> None:
         absorbed = self.tree.unlock(node)

@@ -54,6 +54,7 @@ class Lease:
         "private_from",
         "request_id",
         "rest",
+        "shares_table",
         "since",
         "source",
         "start",
@@ -91,6 +92,8 @@ class Lease:
         self.committed = 0
         """Tokens from position 0 that hold valid KV."""
         self.table: BlockTable = array("i")
+        self.shares_table = False
+        """Whether that very array is others' too: those of one fork share it until they differ."""
         self.private_from = 0
         """Index in the table from which all blocks are the lease's own."""
         self.duplicates: list[int] = []
@@ -113,6 +116,13 @@ class Lease:
     def count_private(self) -> int:
         """Count the blocks that the lease owns.  O(1)."""
         return len(self.table) - self.private_from + len(self.duplicates)
+
+    def own_table(self) -> BlockTable:
+        """Give the table to be changed: a copy of what was shared until now.  O(blocks) once."""
+        if self.shares_table:
+            self.table = self.table[:]
+            self.shares_table = False
+        return self.table
 
     def private_blocks(self) -> BlockTable:
         """Give the blocks that the lease owns."""
@@ -181,6 +191,9 @@ class Leases:
             deadline=now + self.ttl_s,
         )
         member.leases[lease.id] = lease
+        root = node.root
+        root.num_leases += 1
+        root.leases[lease.id] = lease
         self.count += 1
         heappush(self._deadlines, (lease.deadline, lease.id, lease))
         if len(self._deadlines) > 2 * self.count + _REMEMBERED_ENDS:
@@ -219,6 +232,9 @@ class Leases:
         """Forget a lease, but for how it ended."""
         member = self.workers[lease.worker]
         del member.leases[lease.id]
+        root = lease.node.root
+        root.num_leases -= 1
+        del root.leases[lease.id]
         self.count -= 1
         if lease.request_id:
             member.requests.pop(lease.request_id, None)

@@ -250,6 +250,8 @@ class Leasing:
     def fork(self, worker: WorkerId, lease: LeaseId, n: int, *, now: float) -> tuple[Grant, ...]:
         """Make `n` leases that share every committed block of this one.  Allocates nothing.
 
+        O(n + blocks): the children share one table, in the answer too, until they differ.
+
         For parallel sampling and beam search.  Each child knows the committed tokens; it calls
         `extend` before it writes, and gets a copy of the last, partly filled block then.
 
@@ -263,7 +265,8 @@ class Leasing:
         if not own.committed:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
         member = self._desk.leases.worker(worker)
-        return tuple(self._desk.fork(member, own, now) for _ in range(n))
+        table = self._desk.holdings.shared_table(own)
+        return tuple(self._desk.fork(member, own, table, now) for _ in range(n))
 
     def truncate(
         self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
@@ -314,16 +317,21 @@ class Leasing:
         self._desk.serve_line(now)
         return Released(freed)
 
-    def expire(self, *, now: float) -> Ended:
+    def expire(self, *, now: float, most: int | None = None) -> Ended:
         """End the leases and the pins whose deadline has passed, and the waits.
 
         Shared blocks come back at once; those the owner could still write to are quarantined.
+
+        Args:
+            now: The time.
+            most: How many leases are ended in this step; `next_deadline` says that others are due.
         """
         desk = self._desk
-        ended = Ended()
+        over: list[Ended] = []
         desk.pins.expire(now)
-        while (lease := desk.leases.due(now)) is not None:
-            ended += desk.end(lease, now, writes_on=True)
+        while (most is None or len(over) < most) and (lease := desk.leases.due(now)) is not None:
+            over.append(desk.end(lease, now, writes_on=True))
+        ended = Ended.total(over)
         desk.serve_line(now)
         overdue = desk.room.overdue(now)
         for ticket in overdue:

@@ -52,9 +52,8 @@ class Membership:
         member = self._desk.leases.worker(worker)
         for ticket in [t for t in self._desk.room.tickets.values() if t.request.worker == worker]:
             self._desk.room.leave(ticket)
-        ended = Ended()
-        for lease in list(member.leases.values()):
-            ended += self._desk.end(lease, now, writes_on=not gone)
+        leases = list(member.leases.values())
+        ended = Ended.total([self._desk.end(lease, now, writes_on=not gone) for lease in leases])
         del self._desk.leases.workers[worker]
         if gone:
             ended += Ended(num_freed=self._desk.holdings.pool.absolve(worker))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixcache.core.children import Children
-from prefixcache.types import BlockId, BlockTable, Namespace
+from prefixcache.types import BlockId, BlockTable, LeaseId, Namespace
 
 if TYPE_CHECKING:
+    from prefixcache.core.leases import Lease
     from prefixcache.core.partings import Place
     from prefixcache.core.quotas import Account
 
@@ -86,10 +88,30 @@ class Node:
         return table
 
 
+class Sums:
+    """Blocks of many roots, counted as they come and go, so that nobody adds them up."""
+
+    __slots__ = ("evictable", "num_blocks")
+
+    def __init__(self) -> None:
+        self.num_blocks = 0
+        self.evictable = 0
+
+
 class Root(Node):
     """The empty prefix of one namespace.  Always protected, never evicted."""
 
-    __slots__ = ("account", "evictable", "namespace", "num_blocks", "retired")
+    __slots__ = (
+        "account",
+        "evictable",
+        "leases",
+        "namespace",
+        "num_blocks",
+        "num_changes",
+        "num_leases",
+        "retired",
+        "sums",
+    )
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(b"", array("i"), None, 0)
@@ -98,6 +120,13 @@ class Root(Node):
         self.namespace = namespace
         self.num_blocks = 0
         self.evictable = 0
+        self.sums = Sums()
+        """Those of its tenant, which are kept with its own."""
+        self.leases: OrderedDict[LeaseId, Lease] = OrderedDict()
+        """Those of its tenant, oldest first, which are kept where its own are counted."""
+        self.num_leases = 0
+        self.num_changes = 0
+        """How often something came or went: a match, or what waiting brings, may differ since."""
         self.account: Account | None = None
         """Who answers for what is stored here."""
         self.retired = False

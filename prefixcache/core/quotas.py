@@ -13,12 +13,15 @@ A namespace answers to two accounts, its own and its tenant's; both limits count
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from prefixcache.core.leases import Lease
-from prefixcache.core.node import Root
+from prefixcache.core.node import Root, Sums
 from prefixcache.errors import InvalidRequest, QuotaExceeded
-from prefixcache.types import Namespace, QuotaInfo
+from prefixcache.types import LeaseId, Namespace, QuotaInfo
+
+_FEW_ROOTS = 8
 
 MAX_QUOTAS = 1024
 """Accounts with a quota, in all: each one with a share is looked at when something is evicted."""
@@ -27,18 +30,38 @@ MAX_QUOTAS = 1024
 class Account:
     """What one namespace, or one tenant with all its namespaces, holds; and what it may."""
 
-    __slots__ = ("above", "below", "guaranteed", "max_held", "private", "roots", "scope")
+    __slots__ = (
+        "_many_roots",
+        "above",
+        "forgotten",
+        "found",
+        "guaranteed",
+        "leases",
+        "max_held",
+        "namespaces",
+        "private",
+        "roots",
+        "scope",
+    )
 
     def __init__(self, scope: Namespace | str, above: Account | None) -> None:
         self.scope = scope
         """A namespace, or the name of a tenant."""
         self.above = above
         """The tenant's account; None for that itself."""
-        self.below: list[Account] = []
+        self.namespaces: dict[Namespace, Account] = {}
+        """Of a tenant: those of its namespaces."""
+        self.found = Sums()
+        """Of a tenant: blocks of the present roots of its namespaces."""
+        self.forgotten = Sums()
+        """Of a tenant: blocks of the roots that were reset."""
+        self.leases: OrderedDict[LeaseId, Lease] = OrderedDict()
+        """Of a tenant: its living leases, oldest first."""
         self.roots: list[Root] = []
         """Of a namespace: the present one, and those that were reset while leases were out."""
+        self._many_roots = _FEW_ROOTS
         self.private = 0
-        """Of a namespace: blocks that its leases own."""
+        """Blocks that its leases own."""
         self.max_held: int | None = None
         self.guaranteed = 0
 
@@ -49,22 +72,48 @@ class Account:
 
     @property
     def num_held(self) -> int:
-        """Blocks that leases own or protect.  O(namespaces of the account).
+        """Blocks that leases own or protect.  O(1), for a namespace O(its resets).
 
         The last block that forks share counts once they have copies of their own.
         """
-        protected = sum(root.num_blocks - root.evictable for root in self.roots)
-        return self.private + protected + sum(one.num_held for one in self.below)
+        return self.private + sum(one.num_blocks - one.evictable for one in self._counted())
 
     @property
     def num_stored(self) -> int:
-        """All blocks, cached ones included.  O(namespaces of the account).
+        """All blocks, cached ones included.  O(1), for a namespace O(its resets).
 
         What was reset and is held by nobody does not count: it goes before all else.
         """
-        cached = sum(root.evictable for root in self.roots if not root.retired)
-        protected = sum(root.num_blocks - root.evictable for root in self.roots)
-        return self.private + protected + cached + sum(one.num_stored for one in self.below)
+        if isinstance(self.scope, str):
+            return self.num_held + self.found.evictable
+        return self.num_held + sum(root.evictable for root in self.roots if not root.retired)
+
+    def _counted(self) -> tuple[Sums, Sums] | list[Root]:
+        return (self.found, self.forgotten) if isinstance(self.scope, str) else self.roots
+
+    def count_private(self, more: int) -> None:
+        """Count that leases of a namespace own `more` blocks than before.  O(1)."""
+        self.private += more
+        if self.above is not None:
+            self.above.private += more
+
+    def adopt(self, root: Root) -> None:
+        """Answer for a new root of a namespace.  Amortised O(1)."""
+        if len(self.roots) >= self._many_roots:
+            self.roots = [old for old in self.roots if old.num_blocks or old.ref > 1]
+            self._many_roots = 2 * len(self.roots) + _FEW_ROOTS
+        self.roots.append(root)
+        root.account = self
+        if self.above is not None:
+            root.sums, root.leases = self.above.found, self.above.leases
+
+    def retire(self, root: Root) -> None:
+        """Count a root of a namespace among those that were reset.  O(1)."""
+        if self.above is not None:
+            for sums, sign in ((self.above.found, -1), (self.above.forgotten, 1)):
+                sums.num_blocks += sign * root.num_blocks
+                sums.evictable += sign * root.evictable
+            root.sums = self.above.forgotten
 
     @property
     def has_quota(self) -> bool:
@@ -102,26 +151,23 @@ class Quotas:
         """Give a namespace's account; make it if it is new.  O(1)."""
         found = self._namespaces.get(namespace)
         if found is None:
-            tenant = self._tenant(namespace.tenant)
+            tenant = self.tenant(namespace.tenant)
             found = self._namespaces[namespace] = Account(namespace, tenant)
-            tenant.below.append(found)
+            tenant.namespaces[namespace] = found
         return found
 
     def open(self, root: Root) -> None:
         """Let a new root belong to its namespace's account."""
-        account = self.account(root.namespace)
-        account.roots = [old for old in account.roots if old.num_blocks or old.ref > 1]
-        account.roots.append(root)
-        root.account = account
+        self.account(root.namespace).adopt(root)
 
     def close(self, namespace: Namespace) -> None:
-        """Forget a namespace without blocks, leases and quota.  O(namespaces of its tenant)."""
+        """Forget a namespace without blocks, leases and quota.  O(1), or O(its resets)."""
         account = self._namespaces.get(namespace)
         if account is not None and not account.has_quota and not account.num_stored:
             del self._namespaces[namespace]
             tenant = self._tenants[namespace.tenant]
-            tenant.below.remove(account)
-            if not tenant.below and not tenant.has_quota:
+            del tenant.namespaces[namespace]
+            if not tenant.namespaces and not tenant.has_quota:
                 del self._tenants[namespace.tenant]
 
     def admit(self, account: Account, extra: int) -> None:
@@ -173,7 +219,7 @@ class Quotas:
         limited = [one for one in self._all() if one.has_quota and one is not account]
         if len(limited) >= MAX_QUOTAS and (max_held is not None or share):
             raise InvalidRequest(f"{len(limited)} accounts have a quota; the limit is {MAX_QUOTAS}")
-        account = self.account(scope) if isinstance(scope, Namespace) else self._tenant(scope)
+        account = self.account(scope) if isinstance(scope, Namespace) else self.tenant(scope)
         account.max_held, account.guaranteed = max_held, share
         self.any_limit = any(one.max_held is not None for one in self._all())
         self.shares = [one for one in self._all() if one.guaranteed]
@@ -191,6 +237,17 @@ class Quotas:
     def check(self, leases: list[Lease]) -> None:
         """Assert that the counts are those of the leases.  O(leases + namespaces)."""
         private: dict[Account, int] = {}
+        in_root = Counter(lease.node.root for lease in leases)
+        for tenant in self._tenants.values():
+            own = [lease.id for lease in leases if lease.namespace.tenant == tenant.scope]
+            assert list(tenant.leases) == own, f"{tenant}: leases"
+            below = list(tenant.namespaces.values())
+            for what in ("private", "num_held", "num_stored"):
+                there, summed = getattr(tenant, what), sum(getattr(one, what) for one in below)
+                assert there == summed, f"{tenant}: {what} {there}, not {summed}"
+            for root in (root for one in below for root in one.roots):
+                counted = in_root[root]
+                assert root.num_leases == counted, f"{root.namespace}: {root.num_leases} leases"
         for lease in leases:
             assert lease.num_private == lease.count_private(), f"lease {lease.id}: private blocks"
             private[lease.account] = private.get(lease.account, 0) + lease.num_private
@@ -204,7 +261,8 @@ class Quotas:
             return self._namespaces.get(scope)
         return self._tenants.get(scope)
 
-    def _tenant(self, name: str) -> Account:
+    def tenant(self, name: str) -> Account:
+        """Give a tenant's account; make it if it is new.  O(1)."""
         found = self._tenants.get(name)
         if found is None:
             found = self._tenants[name] = Account(name, None)

@@ -117,6 +117,7 @@ class RadixTree(Descent):
             self.evictable -= size
             root = node.root
             root.evictable -= size
+            root.sums.evictable -= size
             if root.retired:
                 self.forgotten_evictable -= size
             above = node.parent
@@ -161,6 +162,7 @@ class RadixTree(Descent):
             self.evictable += size
             root = node.root
             root.evictable += size
+            root.sums.evictable += size
             if root.retired:
                 self.forgotten_evictable += size
             if below is not None and self._merge(below):
@@ -300,13 +302,15 @@ class RadixTree(Descent):
         return out
 
     def retire(self, root: Root) -> None:
-        """Let nothing below `root` be found any more.  O(1).
+        """Let nothing below `root` be found any more.  Amortised O(1).
 
         Its unprotected blocks are the first to be evicted; the others follow once unlocked.
         """
         if self.journal is not None:
             self.journal.cleared(root.namespace)
         root.retired = True
+        if root.account is not None:
+            root.account.retire(root)
         self.num_forgotten += root.num_blocks
         self.forgotten_evictable += root.evictable
         if root.num_blocks or root.ref > 1:
@@ -338,6 +342,7 @@ class RadixTree(Descent):
             self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
+        node.root.num_changes += 1
         if node.pinned and self.pins is not None:
             self.pins.trimmed(size)
         mark = None if self._lost is None else self._lost(node, size)

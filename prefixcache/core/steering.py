@@ -17,7 +17,7 @@ class Steering:
     _desk: Desk
 
     def reset(self, namespace: Namespace) -> Reset:
-        """Forget a namespace's prefixes.  O(1), also while leases are out.
+        """Forget a namespace's prefixes.  Amortised O(1), also while leases are out.
 
         Leases keep their blocks until they end; all other blocks of the namespace are the first to
         be reused.
@@ -36,7 +36,7 @@ class Steering:
         return Reset(
             num_blocks=root.num_blocks,
             num_leased=root.num_blocks - root.evictable,
-            num_leases=sum(lease.node.root is root for lease in desk.leases.all()),
+            num_leases=root.num_leases,
             num_pins=unpinned.num_pins,
         )
 

@@ -63,6 +63,7 @@ class Structure:
         children.put(first, child)
         self.num_nodes += 1
         self._count(child, 1)
+        child.root.num_changes += 1
         if self.journal is not None and not child.root.retired:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
             self.journal.stored(child.root.namespace, parent, child.key, child.blocks)
@@ -82,7 +83,9 @@ class Structure:
         self.num_blocks += size
         self.evictable += size
         root.num_blocks += size
+        root.sums.num_blocks += size
         root.evictable += size
+        root.sums.evictable += size
         if root.retired:
             self.num_forgotten += size
             self.forgotten_evictable += size
@@ -99,12 +102,14 @@ class Structure:
         if above is None or above.children is None:
             raise AssertionError("only a child can be detached")
         above.children.drop(node.key[: self.block_bytes])
+        node.root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
         if node.ref:
             size = len(node.blocks)
             self.num_blocks -= size
             node.root.num_blocks -= size
+            node.root.sums.num_blocks -= size
             if node.root.retired:
                 self.num_forgotten -= size
         return above

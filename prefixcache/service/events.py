@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from time import time, time_ns
 from typing import TypeAlias
 
@@ -77,7 +77,7 @@ class Cleared:
     at: float
     namespace: Namespace
     hashes: tuple[bytes, ...]
-    """What it held."""
+    """What was left of it: of a large one, most is removed just before, in parts."""
 
 
 Event: TypeAlias = "Stored | Removed | Cleared"
@@ -125,7 +125,7 @@ class EventLog:
         self._active = False
         self._raw: deque[_Entry] = deque()
         self._digest: asyncio.Task[None] | None = None
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[Namespace, dict[int, _Block]] = {}
         self._roots: dict[Namespace, bytes] = {}
         self._ring: deque[Event] = deque(maxlen=ring)
         self._next = time_ns() // 1000
@@ -248,12 +248,13 @@ class EventLog:
 
     def _snapshot(self, lost: tuple[int, int] | None) -> Iterator[Batch]:
         place, now = self._next, time()
-        blocks = list(self._blocks.values())
+        chosen = [list(own.values()) for own in self._blocks.values()]
+        blocks = chain.from_iterable(chosen)
         yield Batch(place, [], place, lost, is_snapshot=True)
-        for start in range(0, len(blocks), _CHUNK):
+        while part := list(islice(blocks, _CHUNK)):
             events: list[Event] = []
             run: list[_Block] = []
-            for block in blocks[start : start + _CHUNK]:
+            for block in part:
                 if run and (
                     block.parent != run[-1].hash or block.namespace is not run[-1].namespace
                 ):
@@ -285,33 +286,48 @@ class EventLog:
                 blocks = 0
                 while self._raw and blocks < _CHUNK:
                     entry = self._raw.popleft()
-                    blocks += 1 + len(entry[4])
-                    self._take(entry)
+                    blocks += 1 + len(entry[4]) + self._take(entry)
                 fresh, self._fresh = self._fresh, asyncio.Event()
                 fresh.set()
                 await asyncio.sleep(0)
         finally:
             self._digest = None
 
-    def _take(self, entry: _Entry) -> None:
+    def _take(self, entry: _Entry) -> int:
+        """Make an event of an entry; of a large reset, of its next part.
+
+        Returns:
+            Blocks that it took beyond those in the entry.
+        """
+        more = 0
         kind, namespace, parent, tokens, blocks = entry
         event: Event | None
         if kind == "stored":
             event = self._hash(namespace, parent, tokens, blocks)
         elif kind == "removed":
-            gone = [found for block in blocks if (found := self._blocks.pop(block, None))]
-            hashes = tuple(block.hash for block in gone)
+            own = self._blocks.get(namespace, {})
+            gone = [found for block in blocks if (found := own.pop(block, None))]
+            if not own:
+                self._blocks.pop(namespace, None)
+            hashes = tuple([block.hash for block in gone])
             event = Removed(time(), namespace, hashes) if hashes else None
         else:
-            held = [block for block, one in self._blocks.items() if one.namespace == namespace]
-            hashes = tuple(self._blocks.pop(block).hash for block in held)
-            event = Cleared(time(), namespace, hashes)
+            own = self._blocks.get(namespace, {})
+            more = min(_CHUNK, len(own))
+            hashes = tuple([own.popitem()[1].hash for _ in range(more)][::-1])
+            if own:
+                self._raw.appendleft(entry)
+                event = Removed(time(), namespace, hashes)
+            else:
+                self._blocks.pop(namespace, None)
+                event = Cleared(time(), namespace, hashes)
         if self._reciting:
             self._reciting -= 1
         elif event is not None:
             self._ring.append(event)
             self._next += 1
             self.num_events += 1
+        return more
 
     def _hash(
         self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
@@ -320,21 +336,24 @@ class EventLog:
         assert cache is not None
         width = cache.block_size * TOKEN_BYTES
         before: bytes | None = None
+        own = self._blocks.get(namespace, {})
         if parent is not None:
-            above = self._blocks.get(parent)
+            above = own.get(parent)
             if above is None:
                 return None
             before = above.hash
-        chain = self._root(namespace) if before is None else before
+        link = self._root(namespace) if before is None else before
         whole = len(tokens) // width
+        if whole:
+            self._blocks[namespace] = own
         run: list[_Block] = []
         for at in range(whole):
             part = tokens[at * width : (at + 1) * width]
-            chain = block_hash(chain, part)
-            block = _Block(namespace, chain, before, part)
-            self._blocks[blocks[at]] = block
+            link = block_hash(link, part)
+            block = _Block(namespace, link, before, part)
+            own[blocks[at]] = block
             run.append(block)
-            before = chain
+            before = link
         return _stored(run, time()) if run else None
 
     def _root(self, namespace: Namespace) -> bytes:

@@ -31,7 +31,9 @@ class Beat:
     """One second's reading."""
 
     at: float
-    """Seconds since the epoch."""
+    """Seconds since the epoch, to be shown."""
+    clock: float
+    """Seconds by a clock that nobody sets, for rates."""
     requests: int
     ledger: Ledger
     free: int
@@ -90,7 +92,7 @@ class Pulse:
         cache = self._holdings.cache
         if cache is None:
             return
-        self.beats.append(beat_of(cache.vitals(now=now), time()))
+        self.beats.append(beat_of(cache.vitals(now=now), time(), now))
 
     def requests_per_s(self) -> float:
         """Say how many requests were granted a second in the last minute."""
@@ -98,7 +100,7 @@ class Pulse:
         if len(beats) < 2:
             return 0.0
         first, last = beats[max(0, len(beats) - WINDOW_S - 1)], beats[-1]
-        return (last.requests - first.requests) / max(1e-9, last.at - first.at)
+        return (last.requests - first.requests) / max(1e-9, last.clock - first.clock)
 
     def rates(self) -> list[VerbRate]:
         """Say what each verb that was ever used did in the last minute.  O(verbs)."""
@@ -133,7 +135,7 @@ class Pulse:
         self.start()
 
 
-def beat_of(vitals: Vitals, at: float) -> Beat:
+def beat_of(vitals: Vitals, at: float, clock: float) -> Beat:
     """Pick from the vitals what is kept."""
     sums: Any = [0] * 6
     requests = 0
@@ -151,6 +153,7 @@ def beat_of(vitals: Vitals, at: float) -> Beat:
         sums = [one + other for one, other in zip(sums, parts, strict=True)]
     return Beat(
         at,
+        clock,
         requests,
         Ledger(*sums),
         vitals.free,

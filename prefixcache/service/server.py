@@ -314,4 +314,4 @@ async def _drain(handlers: Handlers, grace_s: float) -> None:
 
 def _leases_out(handlers: Handlers) -> int:
     cache = handlers.holdings.cache
-    return 0 if cache is None else len(cache.snapshot(now=time.monotonic()).leases)
+    return 0 if cache is None else cache.num_leases

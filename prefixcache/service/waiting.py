@@ -23,6 +23,9 @@ Deliver: TypeAlias = "Callable[[Outcome], None]"
 _SLACK_S = 0.001
 """The event loop rounds to milliseconds; waking up early would only mean waking up twice."""
 
+_MOST_ENDS = 256
+"""Leases that end in one go; others are served before the next ones."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -91,7 +94,7 @@ class WaitingLine:
         cache = self._holdings.cache
         if cache is None:
             return
-        ended = cache.expire(now=time.monotonic())
+        ended = cache.expire(now=time.monotonic(), most=_MOST_ENDS)
         if ended.leases:
             log.warning(
                 "leases expired without a sign of life",

@@ -155,7 +155,9 @@ def test_reserve_keeps_room_for_the_answer_or_refuses_with_the_arithmetic(cache:
     grant = acquire(cache, ALICE, [1] * 4, reserve=120)
     assert len(grant.block_table) == 31
     before = cache.snapshot(now=0.0)
-    with pytest.raises(PoolExhausted, match=r"needs 2 blocks; 1 free, 0 evictable; 31 table") as no:
+    with pytest.raises(
+        PoolExhausted, match=r"needs 2 blocks; 1 free, 0 evictable; 31 blocks"
+    ) as no:
         acquire(cache, BOB, [2] * 4, reserve=4)
     assert no.value.retry_after_s == 10.0
     assert cache.snapshot(now=0.0) == before

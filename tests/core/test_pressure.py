@@ -109,7 +109,7 @@ def test_a_wait_for_room_ends_at_its_deadline_with_the_arithmetic() -> None:
     [(settled, error)] = cache.settled()
     assert settled == ticket
     assert isinstance(error, PoolExhausted)
-    assert "needs 3 blocks; 1 free, 0 evictable; 3 table entries held by 1 leases" in str(error)
+    assert "needs 3 blocks; 1 free, 0 evictable; 3 blocks held by 1 leases" in str(error)
 
 
 def test_who_takes_from_the_line_may_wait_for_a_flight_next() -> None:

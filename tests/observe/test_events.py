@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,41 @@ def test_events_replayed_are_the_index_for_early_late_and_slow_watchers(seed: in
     assert truth
     assert set(early.stored) == set(late.stored) == set(slow.stored) == truth
     assert log.num_gaps
+
+
+def test_a_reset_is_told_in_parts_and_costs_what_was_stored_there() -> None:
+    """What others store is not looked at: neither by one large reset, nor by many empty ones."""
+    cache, empty = PrefixCache(4096, 4), Namespace("empty")
+    for space in (SPACE, Namespace("another"), empty):
+        cache.attach(ME, space, now=0.0)
+    for space in (SPACE, Namespace("another")):
+        lease = cache.acquire(ME, space, pack(range(4 * 2000)), now=0.0).lease  # type: ignore[union-attr]
+        cache.commit(ME, lease, 4 * 2000, now=0.0)
+    log = EventLog(OneCache(cache))
+    heard: list[Any] = []
+
+    async def follow() -> None:
+        with log.watching():
+            async for batch in log.batches(0):
+                heard.extend([] if batch.is_snapshot else batch.events)
+
+    async def story() -> None:
+        task = asyncio.create_task(follow())
+        await asyncio.sleep(0.3)
+        cache.reset(SPACE)
+        for _ in range(100):
+            cache.reset(empty)
+        while len(heard) < 104:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        log.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60.0))
+    parts = [(type(event), len(event.hashes)) for event in heard]
+    assert parts[:4] == [(Removed, 512), (Removed, 512), (Removed, 512), (Cleared, 464)]
+    assert parts[4:] == [(Cleared, 0)] * 100
+    assert log._take(("cleared", empty, None, b"", array("i"))) == 0  # blocks looked at
 
 
 def test_nothing_is_hashed_while_nobody_watches() -> None:

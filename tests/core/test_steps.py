@@ -1,0 +1,162 @@
+"""No step costs what everybody has: the work is counted in calls, not timed.
+
+Each case is done once beside few and once beside many leases, namespaces or blocks of others.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from prefixcache.core.cache import PrefixCache
+from prefixcache.errors import PoolExhausted
+from prefixcache.types import LeaseId, Namespace, Waiting, WorkerId, pack
+
+ME = WorkerId("me")
+HERE = Namespace("m")
+
+
+def calls(step: Callable[[], Any]) -> int:
+    """Count the calls, of Python and of C, that a step makes."""
+    count = 0
+
+    def profile(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def crowded(num_leases: int, num_blocks: int = 8192, *, full: bool = True) -> PrefixCache:
+    cache = PrefixCache(num_blocks, 4)
+    cache.attach(ME, HERE, now=0.0)
+    for number in range(num_leases):
+        cache.acquire(ME, HERE, pack([number, 1, 2]), now=0.0)
+    if full:
+        cache.acquire(ME, HERE, pack(range(4 * (num_blocks - num_leases))), now=0.0)
+    return cache
+
+
+@pytest.mark.parametrize("quota", [False, True], ids=["pool", "quota"])
+def test_a_refusal_costs_the_same_however_many_leases_are_out(quota: bool):
+    def refused(num_leases: int) -> int:
+        cache = crowded(num_leases, full=not quota)
+        if quota:
+            cache.set_quota("", max_held=num_leases + 5, guaranteed=0, now=0.0)
+
+        def step() -> None:
+            with pytest.raises(PoolExhausted, match=r"held by \d+ leases \(oldest me#1"):
+                cache.acquire(ME, HERE, pack(range(24)), now=1.0)
+
+        step()
+        return calls(step)
+
+    assert refused(2000) <= refused(20) + 20
+
+
+def test_a_release_tries_none_of_those_in_line_for_whom_nothing_has_changed():
+    def released(num_namespaces: int) -> int:
+        cache = crowded(4)
+        for number in range(num_namespaces):
+            space = Namespace("m", salt=str(number))
+            cache.attach(ME, space, now=0.0)
+            waiting = cache.acquire(ME, space, pack(range(4000)), wait_s=9.0, now=0.0)
+            assert isinstance(waiting, Waiting)
+        cache.release(ME, LeaseId(1), now=0.1)
+        return calls(lambda: cache.release(ME, LeaseId(2), now=0.2))
+
+    few, many = released(10), released(1010)
+    assert (many - few) / 1000 < 25  # a look; a try takes three times as many
+
+
+def test_who_waits_in_line_is_tried_again_once_its_prefix_is_stored():
+    cache = crowded(4, 16)
+    cache.release(ME, LeaseId(5), now=0.0)  # 12 blocks are free
+    other = cache.acquire(ME, HERE, pack(range(40)), now=0.0)  # 2 are
+    waiting = cache.acquire(ME, HERE, pack([*range(39), 7, 8, 9, 10, 11]), wait_s=9.0, now=0.0)
+    assert isinstance(waiting, Waiting)
+    cache.commit(ME, other.lease, 40, now=0.1)
+    assert [type(one[1]).__name__ for one in cache.settled()] == ["Grant"]
+    cache.check()
+
+
+def test_an_acquire_under_a_tenants_quota_costs_the_same_beside_many_namespaces():
+    def acquired(num_namespaces: int) -> int:
+        cache = crowded(4, full=False)
+        for number in range(num_namespaces):
+            cache.attach(ME, Namespace(f"m{number}"), now=0.0)
+        cache.set_quota("", max_held=8000, guaranteed=0, now=0.0)
+        return calls(lambda: cache.acquire(ME, HERE, pack([9, 9, 9]), now=0.1))
+
+    assert acquired(3000) <= acquired(30) + 5
+
+
+def test_a_tenants_numbers_follow_resets_with_and_without_leases():
+    cache = crowded(3, full=False)
+    kept = cache.acquire(ME, HERE, pack(range(16)), now=0.0).lease
+    cache.commit(ME, kept, 16, now=0.0)
+    gone = cache.acquire(ME, HERE, pack(range(50, 66)), now=0.0).lease
+    cache.commit(ME, gone, 16, now=0.0)
+    cache.release(ME, gone, now=0.0)
+    assert (cache.quota("").num_held, cache.quota("").num_stored) == (7, 11)
+    assert cache.reset(HERE).num_leases == 4
+    assert (cache.quota("").num_held, cache.quota("").num_stored) == (7, 7)
+    cache.release(ME, kept, now=0.0)
+    assert (cache.quota("").num_held, cache.quota("").num_stored) == (3, 3)
+    cache.check()
+
+
+def test_a_reset_costs_the_same_beside_many_leases_and_after_many_resets():
+    few, many = crowded(2100), crowded(6000)  # the last 2,048 requests are remembered
+    most = calls(lambda: few.reset(HERE))
+    assert calls(lambda: many.reset(HERE)) <= most + 5
+    assert max(calls(lambda: many.reset(HERE)) for _ in range(300)) < 150
+
+
+def test_forks_share_one_table_until_they_differ():
+    cache = PrefixCache(64, 4)
+    cache.attach(ME, HERE, now=0.0)
+    lease = cache.acquire(ME, HERE, pack(range(30)), now=0.0).lease
+    cache.commit(ME, lease, 30, now=0.0)
+    first, second, third = cache.fork(ME, lease, 3, now=0.0)
+    assert first.block_table is second.block_table is third.block_table
+    table = first.block_table[:]
+    grown = cache.extend(ME, first.lease, 40, now=0.0)
+    cache.truncate(ME, second.lease, 10, now=0.0)
+    assert third.block_table == table  # an answer that was given does not change
+    assert grown.keep == 7
+    assert len(grown.blocks) == 3
+    cache.check()
+    assert cache.truncate(ME, third.lease, 30, now=0.0).keep == 8
+    for one in (first, second, third):
+        cache.release(ME, one.lease, now=0.0)
+    cache.check()
+
+
+def test_a_fork_costs_the_same_however_long_the_lease():
+    def forked(num_tokens: int) -> int:
+        cache = PrefixCache(8192, 4)
+        cache.attach(ME, HERE, now=0.0)
+        lease = cache.acquire(ME, HERE, pack(range(num_tokens)), now=0.0).lease
+        cache.commit(ME, lease, num_tokens, now=0.0)
+        grants: list[Any] = []
+        count = calls(lambda: grants.extend(cache.fork(ME, lease, 100, now=0.0)))
+        assert len({id(grant.block_table) for grant in grants}) == 1
+        return count
+
+    assert forked(30_000) == forked(32)
+
+
+def test_many_leases_expire_in_parts():
+    cache = crowded(500)
+    sizes = []
+    while (due := cache.next_deadline()) is not None and due < 1000.0:
+        sizes.append(len(cache.expire(now=1000.0, most=200).leases))
+    assert sizes == [200, 200, 101]
+    cache.check()
