@@ -251,25 +251,48 @@ _REFERENCE = """
 ## What is counted, exactly
 
 * Requests are replayed one at a time, in order: look up the prompt, then store what exists after
-  the request (prompt and answer). No concurrency, no time-outs.
-* At least one token of a prompt is computed, for its logits. Whole blocks hit; `partial blocks`
-  adds the first tokens of the best partly matching full block, `tails` also of partly filled ones.
+  the request (prompt and answer: the *sequence*). No concurrency, no time-outs.
+* **Stored** are the sequence's whole blocks, each below the one before it, so that a block is known
+  by all tokens up to its end; with `tails` also its last, partly filled block, which occupies a
+  whole one. A sequence of more blocks than the capacity is cut to the first that fit.
+* **Hits** are the leading whole blocks of the sequence that are stored. Of the tokens after them,
+  as many as a block has, the **part** is what the best block stored at that place begins with
+  (`blocks`: full blocks only, since there are no others; `tails`: tails too). The best shares most
+  leading tokens. If several do, it is the last of those that come before in the order of their
+  packed bytes (token ids as little-endian uint32), else the first of those that do not.
+* A part is copied before anything is written, and the block it comes from keeps its memory until
+  the request ends. So a sequence that stores as many blocks as the capacity copies nothing: its
+  part is 0. Otherwise, if that block is the oldest and is evicted to make room, it is no longer
+  stored, and its memory is not room: another block goes too.
+* **Room** is made first: while stored blocks, an evicted block that is copied from, and the
+  sequence's new blocks exceed the capacity, the least recently used block goes that has none below
+  it and is not among the hits. Then the new blocks are stored. A new block that begins with a
+  stored tail of the same place replaces it; a new tail that a stored block of the same place begins
+  with is not stored, nor is one that was copied whole, even if the block it came from is gone. All
+  this happens after the room was made. At the end the sequence's blocks count as used, the last one
+  least recently. A block that was only copied from, or that covers a tail, does not.
+* The figures are of the prompt: the first tokens of what the sequence reused, at most all but the
+  prompt's last token, which is computed for its logits. Whole blocks of it are hits, the rest part.
 * `hit_rate` = tokens in whole blocks that hit / prompt tokens, over all requests, cold start
-  included. `hit_rate_partial` adds parts of blocks; with `--partial off` it is what they would
-  have given.
+  included. `hit_rate_partial` adds parts of blocks; with `--partial off` it is what they would have
+  given.
 * Capacity is what may stay stored, in tokens (rounded down to blocks), in blocks (`10000b`), or as
-  a share of the distinct tokens of the trace (`25%`). A sequence longer than that keeps its head.
+  bytes of a model (`2GiB` with `--layout`), or as a share of the distinct tokens of the trace
+  (`25%`).
 * In a block-hash trace a word is a block; nothing has to be computed, since only what was looked up
   is known. `block_prefix` and `token_prefix` count leading hit blocks and their tokens.
-* The ledger's percentages add up to 100.000. *Cold* is what was never seen; but under a policy
-  that learns from what it evicted (`2q`, `arc`, `hazard`, `s3fifo`, `w-tinylfu`), which must not
+* The ledger's percentages add up to 100.000. *Cold* is what was never seen; but under a policy that
+  learns from what it evicted (`2q`, `arc`, `hazard`, `s3fifo`, `w-tinylfu`), which must not
   remember more here than when it serves, it is also what has been forgotten.
 
 With `--partial off`, LRU equals independent simulators to every printed digit, on token traces and
 on block-hash traces, at 1 to 512 tokens per block; so does LFU where it is simulated without a tree
 (`--policy lfu-flat`; [why the tree's own differs](policies.md)); `prefixcache curve` equals replays
 at every capacity; `tails` with infinite memory gives, at every block size, exactly what blocks of
-one token give. Tests say so: against brute force always, and against the references where
+one token give. With every mode of partial reuse and any capacity, hits and parts under LRU are
+those of the rule above, to the last token: a thousand drawn configurations in every run of the
+tests (`tests/experiments/naive_pool.py` is the rule in 80 lines; `PREFIXCACHE_CONFIGURATIONS` draws
+more). Tests say so: against brute force always, and against the references where
 `PREFIXCACHE_TRACES` names a folder that has them (with `PREFIXCACHE_SOAK` set, row by row).
 
 A sweep runs on all cores. Ctrl-C keeps the rows that are finished, and `--resume` goes on. Where
@@ -280,16 +303,34 @@ infinite memory; such rows are not replayed again and are marked `same_as_infini
 
 * `jsonl`: `{"t": 0.5, "namespace": "m", "tokens": [1, 2, 3], "prompt": 2}`. `tokens` may be base64
   of packed uint32; `prompt` (default: all) says how many of them were sent, the others were
-  generated; `namespace` is a name or `[model, adapter, tenant, salt]`.
-* `chat`: JSON lines with `messages` (`role`, `content`), or ShareGPT JSON, also one that breaks
+  generated; `namespace` is a name or `[model, adapter, tenant, salt]`. `prompt_token_ids`,
+  `input_ids` and `token_ids` are other names of `tokens`.
+* `chat`: JSON lines with `messages` (`role`, `content`), or with `conversation` or `conversations`
+  (`role`, `content` or `from`, `value`); or one JSON array of such objects, also one that breaks
   off. `--tokenizer` is `tiktoken`, `tiktoken:ENCODING` or the folder of a Hugging Face tokenizer.
+  Times are seconds or ISO dates in `t`, `timestamp` or `created`. What has none gets one, is
+  counted and said: `--rate` chats a second, `--think` seconds before each next turn.
 * `kvtrace`: `NAME.convs.jsonl.gz` (tokens, or a skeleton of common prefixes) and
   `NAME.requests.jsonl.gz` in one folder; `--system one|four` puts system prompts before them.
-* `mooncake`: `{"timestamp": 27482, "input_length": 700, "hash_ids": [46, 47]}`, 512 tokens a hash.
+* `mooncake`: `{"timestamp": 27482, "input_length": 700, "output_length": 52, "hash_ids": [46,
+  47]}`, 512 tokens a hash, times in ms; with `chat_id` (Bailian) 16 tokens, times in seconds.
+  Without `timestamp` a line needs a `session_id`, and follows the line before of its session after
+  `delay` ms. Ids are whole numbers of any size, or texts. `--hash-block TOKENS` says what a hash
+  stands for where the form does not.
 * `agentic`: `delta-hash-v1`, a header, then `t_ms, trace, i, input_length, keep, tail`.
 
-All may be compressed with gzip, and all but `kvtrace` may come from stdin (`-`). A line that cannot
-be read is reported with its number, counted (`broken_lines`) and left out.
+All may be compressed with gzip, and all but `kvtrace` may come from stdin (`-`). Text is UTF-8,
+with or without a byte order mark. Nothing is guessed in silence:
+
+* A line that cannot be read is reported with its number, left out, and counted; the share left out
+  stands beside every figure (`left_out` in JSON), and **the exit code is 1 if it is more than
+  half** of the file. A null or empty field is as good as absent; a time that is not finite is no
+  time.
+* Whether block hashes are of so many tokens is tried against all lines (`ceil(input_length /
+  tokens)` hashes each): if another power of two fits more lines, the file is refused, and the
+  message names it.
+* A line has at most 32 MiB, a trace 10 million lines and 2^30 tokens in all its requests; a gzip
+  file may unpack to 16 GiB, a JSON array to 1 GiB; what does not end within 1 GiB is not read on.
 
 ## Workloads to generate
 

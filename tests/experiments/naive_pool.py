@@ -59,6 +59,8 @@ class NaivePool:
         if self.mode == "off":
             source = None
         self._make_room(blocks - len(path), path, source)
+        if source is not None and len(path) * size + part == len(tokens):
+            blocks = len(path)  # all of it was there: nothing is stored
         for number in range(len(path), blocks):
             one = tuple(tokens[number * size : (number + 1) * size])
             if len(one) < size and any(common(one, other.tokens) == len(one) for other in at.below):

@@ -68,3 +68,9 @@ def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
     asked = [(first, len(first)), (second, len(second))]
     assert counted(asked, 16, 2, Partial.BLOCKS) == (0, 0)
     assert counted(asked, 16, 3, Partial.BLOCKS) == (0, 9)
+
+
+def test_a_tail_that_was_copied_whole_is_not_stored_again() -> None:
+    first, second = [2, 2, 0, 0, 0, 2], [1, 1, 2, 1, 2, 1, 1, 2, 2, 2, 2, 2, 1, 1]
+    asked = [(one, len(one)) for one in (first, second, [2], [2, 0, 2, 0])]
+    assert counted(asked, 2, 8, Partial.TAILS) == expected(asked, 2, 8, Partial.TAILS) == (0, 0)
