@@ -10,7 +10,8 @@ things are different servers, with the same handlers behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import grpc.aio
@@ -18,9 +19,16 @@ import grpc.aio
 from prefixcache.client.address import default_target
 from prefixcache.config import ServeSettings
 from prefixcache.errors import InvalidRequest
+from prefixcache.service.admission import Admission, Places
 from prefixcache.service.certificates import Certificates
 from prefixcache.service.gate import Gate, Register
+from prefixcache.service.identities import Identity
 from prefixcache.service.listen import Listener
+from prefixcache.service.unary import refuse
+
+_HANDSHAKE_MS = 10_000
+_IDLE_MS = 60_000
+"""After this long without a call a connection is closed; clients open another when they need it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +57,47 @@ def make_doors(settings: ServeSettings, register: Register) -> list[Door]:
         certificates=certificates,
         is_guarded=identities is not None,
     )
-    doors = [Door(front, Gate(register), _server(settings))]
+    places = Places(register, settings.max_calls)
+
+    def door(listener: Listener, own: Identity | None = None) -> Door:
+        gate = Gate(register, own)
+        guards = () if identities is None else (Admission(gate, places, refuse),)
+        return Door(listener, gate, _server(settings, guards))
+
+    doors = [door(front)]
     for socket in identities.sockets if identities is not None else ():
         listener = Listener([f"unix:{socket.path}"], owner=socket.uid)
-        doors.append(Door(listener, Gate(register, socket.identity), _server(settings)))
+        doors.append(door(listener, socket.identity))
     return doors
 
 
-def _server(settings: ServeSettings) -> grpc.aio.Server:
+def _server(
+    settings: ServeSettings, guards: Sequence[grpc.aio.ServerInterceptor]
+) -> grpc.aio.Server:
     return grpc.aio.server(
-        maximum_concurrent_rpcs=settings.max_calls,
+        # Where callers prove who they are, their calls are counted once that is known: gRPC's own
+        # count would let those who prove nothing take the last place.
+        maximum_concurrent_rpcs=None if guards else settings.max_calls,
+        interceptors=guards,
         options=(
             ("grpc.max_receive_message_length", settings.max_message),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.max_concurrent_streams", settings.max_workers * 2),
+            ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+            ("grpc.http2.settings_timeout", _HANDSHAKE_MS),
+            # A session is a call: only connections without any are idle.
+            ("grpc.max_connection_idle_ms", _IDLE_MS),
+            ("grpc.max_allowed_incoming_connections", _max_connections()),
             # Two services must not share one TCP port without knowing of each other.
             ("grpc.so_reuseport", 0),
         ),
     )
+
+
+def _max_connections() -> int:
+    """Give how many callers one door lets in: half the descriptors, so that others are left."""
+    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def open_doors(

@@ -137,6 +137,11 @@ class Identities:
         for number, entry in enumerate(entries, start=1):
             self._add(f"{path}: identity {number}", entry)
 
+    @property
+    def tenants(self) -> set[str]:
+        """Whose prompts these identities serve; "" stands for admins of no tenant.  O(all)."""
+        return {identity.tenant or "" for identity in self._by_name.values()}
+
     def of_token(self, token: str) -> Identity | None:
         """Give whom a bearer token proves; None if nobody.
 

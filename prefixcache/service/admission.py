@@ -1,0 +1,148 @@
+"""Admission: who may occupy the service with a call, before a byte of it is read.
+
+```
+headers ─► who is it? ─┬─ proven ──► a place among --max-calls, of its tenant's share ─► the call
+                       ├─ unproven, Health/Check ──► one of a few places, for a few seconds
+                       └─ unproven, all else ──────► UNAUTHENTICATED, at once
+```
+It stands before every service of a server, so nothing is answered without proof because somebody
+forgot to ask.  gRPC reads a unary call's message before it calls the handler, and would wait for it
+as long as the caller likes: so here every call is a stream to gRPC (on the wire there is no
+difference), and the message is read with a time limit once its caller is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from inspect import isasyncgen
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from prefixcache.core.shares import Shares
+from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.service.gate import Gate, Register
+from prefixcache.service.identities import Identities
+
+CHECK = "/grpc.health.v1.Health/Check"
+"""All that is answered without proof: load balancers have none."""
+
+_UNPROVEN = 16
+"""Health checks at the same time."""
+_UNPROVEN_S = 5.0
+_MESSAGE_S = 10.0
+"""How long a caller may take to send the one message of a call."""
+
+Refuse = Callable[[Any, CacheError], Awaitable[Any]]
+
+
+class Places:
+    """How many calls there are, all doors of a service together.
+
+    Args:
+        register: Whose tenants have a share each.
+        max_calls: How many there may be.
+    """
+
+    def __init__(self, register: Register, max_calls: int) -> None:
+        self._register = register
+        self._known: Identities | None = None
+        self.calls = Shares(max_calls, "--max-calls", "calls")
+        self.num_unproven = 0
+
+    def take(self, tenant: str) -> None:
+        """Take a place for a call of a proven caller.  O(1), but when the file has changed.
+
+        Raises:
+            PoolExhausted: its tenant has as many as it may.
+        """
+        current = self._register.current
+        if current is not self._known and current is not None:
+            self._known = current
+            self.calls.set_tenants(current.tenants)
+        self.calls.take(tenant)
+
+
+class Admission(grpc.aio.ServerInterceptor):
+    """Stands before all services of one server.
+
+    Args:
+        gate: Tells who calls.
+        places: What is counted for all doors.
+        refuse: Ends a call with an error.
+    """
+
+    def __init__(self, gate: Gate, places: Places, refuse: Refuse) -> None:
+        self._gate = gate
+        self._places = places
+        self._refuse = refuse
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Give the handler of a call, with the admission before it."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        admitted = self._check if details.method == CHECK else self._proven
+
+        async def run(_: Any, context: Any) -> None:
+            await admitted(handler, context)
+
+        return grpc.stream_stream_rpc_method_handler(
+            run, handler.request_deserializer, handler.response_serializer
+        )
+
+    async def _proven(self, handler: Any, context: Any) -> None:
+        try:
+            tenant = self._gate.identify(context).tenant or ""
+            self._places.take(tenant)
+        except CacheError as error:
+            await self._refuse(context, error)
+        try:
+            await _serve(handler, context, _MESSAGE_S)
+        finally:
+            self._places.calls.give(tenant)
+
+    async def _check(self, handler: Any, context: Any) -> None:
+        places = self._places
+        if places.num_unproven >= _UNPROVEN:
+            error = PoolExhausted(f"{_UNPROVEN} health checks at the same time", retry_after_s=1.0)
+            await self._refuse(context, error)
+        places.num_unproven += 1
+        try:
+            await _serve(handler, context, _UNPROVEN_S)
+        finally:
+            places.num_unproven -= 1
+
+
+async def _serve(handler: Any, context: Any, message_s: float) -> None:
+    """Run the handler of a call of any kind."""
+    if handler.request_streaming:
+        asked: Any = _messages(context)
+    else:
+        try:
+            asked = await asyncio.wait_for(context.read(), message_s)
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, f"no message within {message_s:g} s"
+            )
+        if asked is grpc.aio.EOF:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a call without its message")
+    if handler.request_streaming:
+        call = handler.stream_stream if handler.response_streaming else handler.stream_unary
+    else:
+        call = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    answer = call(asked, context)
+    if isasyncgen(answer):
+        async for one in answer:
+            await context.write(one)
+        return
+    answer = await answer
+    if not handler.response_streaming:
+        await context.write(answer)
+
+
+async def _messages(context: Any) -> Any:
+    while (message := await context.read()) is not grpc.aio.EOF:
+        yield message
