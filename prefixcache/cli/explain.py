@@ -133,10 +133,11 @@ def _recount(client: Client, request: str, spaces: view.Chosen) -> Explanation:
 
 
 def _again(client: Client, told: Explanation, spaces: view.Chosen) -> Explanation | None:
-    """Explain a past request once more, as if it came now, if its prompt is remembered."""
-    if told.past is None or not told.past.tokens:
+    """Explain a past request once more, as if it came now, if all of its prompt is told."""
+    past = told.past
+    if past is None or not past.tokens or len(past.tokens) < 4 * past.num_tokens:
         return None
-    return client.explain(spaces.named() or told.past.namespace, told.past.tokens)
+    return client.explain(spaces.named() or past.namespace, past.tokens)
 
 
 def fields(

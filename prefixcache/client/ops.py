@@ -171,6 +171,7 @@ class Step:
         op, reply = self._add()
         message = op.fork
         message.lease = lease
+        message.shared_table = True
         return self._fill(reply, message, count=count)
 
     def truncate(self, lease: LeaseId, num_tokens: int) -> Reply[Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from prefixcache.client import codec, outlines
 from prefixcache.config import ServeSettings
+from prefixcache.service.answers import KeptAnswers
 from prefixcache.service.fields import check_texts
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.verbs.attendance import Attendance
@@ -38,6 +39,8 @@ class Handlers(Attendance, Leasing, Looking, Steering):
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
         }
+        self.verbs["fork"] = (self.fork, self.write_fork)
+        self.answers = KeptAnswers()
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
         self.verbs["tree"] = (self.tree, outlines.write_outline)
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))

@@ -37,6 +37,9 @@ _SLICE = 64
 """Ops that run in one go at most; then others have their turn, however many are in a message."""
 _SLICE_NS = 500_000
 """Time after which they have it anyhow: some ops take many times as long as others."""
+ANSWER_BYTES = 1 << 20
+"""Of results in one message, about: more are written first, so that an answer as large as the ops
+can make it is never in memory as a whole.  A single result may be larger."""
 _MOST_SNAPSHOTS = 1
 """Of so many ops: each walks all leases."""
 
@@ -52,7 +55,8 @@ class SessionStream:
         self._writing = asyncio.Lock()
         self._late = pb.OpResults()
         self._flushing: asyncio.Task[None] | None = None
-        self._num_ops = self._num_snapshots = 0  # of the message that is answered now
+        # Of the message that is answered now; bytes of results that are not yet written.
+        self._num_ops = self._num_snapshots = self._num_bytes = 0
 
     async def serve(self) -> None:
         """Answer batches until the client hangs up or dies."""
@@ -71,8 +75,7 @@ class SessionStream:
                     )
                 async with self._writing:
                     results = await self.answer(batch, task)
-                    if results.results:
-                        await self._context.write(results)
+                    await self._write(results)
         finally:
             if self._flushing is not None:
                 self._flushing.cancel()
@@ -89,10 +92,14 @@ class SessionStream:
         self._num_ops = self._num_snapshots = 0
         pending = iter(ops)
         while True:
+            self._num_bytes = results.ByteSize()
             self._slice(pending, results, task)
             settle()
             if self._num_ops >= len(ops):
                 break
+            if self._num_bytes > ANSWER_BYTES:
+                await self._write(results)
+                results = pb.OpResults()
             await asyncio.sleep(0)
             results.MergeFrom(self._late)
             self._late.Clear()
@@ -128,7 +135,7 @@ class SessionStream:
             row[(now - began).bit_length()] += 1
             row[SUM] += now - began
             began = now
-            if count == _SLICE or now - start > _SLICE_NS:
+            if count == _SLICE or now - start > _SLICE_NS or self._num_bytes > ANSWER_BYTES:
                 break
         self._num_ops += count
 
@@ -167,6 +174,7 @@ class SessionStream:
         result = add()
         result.id = op.id
         write(answer, getattr(result, verb))
+        self._num_bytes += result.ByteSize()
         if verb == "detach":
             self._worker = None
 
@@ -200,12 +208,28 @@ class SessionStream:
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 
+    async def _write(self, results: pb.OpResults) -> None:
+        """Write results in messages of about `ANSWER_BYTES`, each once there is room for it."""
+        if results.ByteSize() <= ANSWER_BYTES:
+            if results.results:
+                await self._context.write(results)
+            return
+        part, size = pb.OpResults(), 0
+        for result in results.results:
+            more = result.ByteSize()
+            if part.results and size + more > ANSWER_BYTES:
+                await self._context.write(part)
+                part, size = pb.OpResults(), 0
+            part.results.append(result)
+            size += more
+        await self._context.write(part)
+
     async def _flush(self) -> None:
         try:
             async with self._writing:
                 while self._late.results:
                     late, self._late = self._late, pb.OpResults()
-                    await self._context.write(late)
+                    await self._write(late)
         except asyncio.CancelledError:
             raise
         except grpc.aio.BaseError as error:

@@ -40,7 +40,6 @@ _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 
 _REPEATABLE = frozenset(("commit", "extend", "fork", "truncate"))
 """Verbs whose second run would do something else: their last answers are kept by request id."""
-_KEPT_ANSWERS = 64
 
 _calls = itertools.count(1)
 
@@ -142,7 +141,7 @@ def _serve(
                 asker = Visitor(identity)
             else:
                 asker = find(request.worker_key, identity)
-            earlier = _earlier(asker, verb, request) if verb in _REPEATABLE else None
+            earlier = _earlier(handlers, asker, verb, request) if verb in _REPEATABLE else None
             if earlier is not None:
                 return earlier
             answer = handler(asker, request)
@@ -161,19 +160,17 @@ def _serve(
         response = response_class()
         write(answer, response)
         if verb in _REPEATABLE and request.request_id and isinstance(asker, Worker):
-            asker.answers[verb, request.request_id] = response
-            if len(asker.answers) > _KEPT_ANSWERS:
-                asker.answers.popitem(last=False)
+            handlers.answers.keep(asker.key, (verb, request.request_id), response)
         return response
 
     return serve
 
 
-def _earlier(asker: Asker, verb: str, request: Any) -> Any:
+def _earlier(handlers: Handlers, asker: Asker, verb: str, request: Any) -> Any:
     """Give the answer that this very call got before; None if it is new, or has no id."""
     if not request.request_id or not isinstance(asker, Worker):
         return None
-    return asker.answers.get((verb, request.request_id))
+    return handlers.answers.get(asker.key, (verb, request.request_id))
 
 
 def _check(request: Any) -> None:

@@ -17,10 +17,10 @@ import os
 import secrets
 import select
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import structlog
 
@@ -68,8 +68,6 @@ class Worker:
     namespaces: list[Namespace] = field(default_factory=list)
     tickets: dict[int, TicketId] = field(default_factory=dict)
     """Its acquires that wait, by op id."""
-    answers: OrderedDict[tuple[str, str], Any] = field(default_factory=OrderedDict)
-    """Its last answers to unary calls that had a request id, by verb and id."""
     forget: asyncio.TimerHandle | None = None
     """Once lost, if its process cannot be watched: ends the quarantine at last."""
     state: str = "attached"

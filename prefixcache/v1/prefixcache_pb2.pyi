@@ -279,22 +279,26 @@ class ExtendResponse(_message.Message):
     def __init__(self, keep: _Optional[int] = ..., blocks: _Optional[bytes] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class ForkRequest(_message.Message):
-    __slots__ = ("worker_key", "lease", "count", "request_id")
+    __slots__ = ("worker_key", "lease", "count", "shared_table", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TABLE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
     count: int
+    shared_table: bool
     request_id: str
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., count: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., count: _Optional[int] = ..., shared_table: _Optional[bool] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ForkResponse(_message.Message):
-    __slots__ = ("children",)
+    __slots__ = ("children", "shared_table")
     CHILDREN_FIELD_NUMBER: _ClassVar[int]
+    SHARED_TABLE_FIELD_NUMBER: _ClassVar[int]
     children: _containers.RepeatedCompositeFieldContainer[Grant]
-    def __init__(self, children: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ...) -> None: ...
+    shared_table: bytes
+    def __init__(self, children: _Optional[_Iterable[_Union[Grant, _Mapping]]] = ..., shared_table: _Optional[bytes] = ...) -> None: ...
 
 class TruncateRequest(_message.Message):
     __slots__ = ("worker_key", "lease", "num_tokens", "request_id")

@@ -30,8 +30,12 @@ def read_attach(message: pb.AttachResponse) -> Attachment:
 
 def write_grant(answer: Grant, message: pb.Grant) -> None:
     """Fill `message`: one lease."""
-    message.lease = answer.lease
     message.block_table = answer.block_table.tobytes()
+    _write_rest(answer, message)
+
+
+def _write_rest(answer: Grant, message: pb.Grant) -> None:
+    message.lease = answer.lease
     message.num_cached = answer.num_cached
     message.num_pending = answer.num_pending
     if answer.copies:
@@ -40,11 +44,11 @@ def write_grant(answer: Grant, message: pb.Grant) -> None:
     message.ttl_s = answer.ttl_s
 
 
-def read_grant(message: pb.Grant) -> Grant:
+def read_grant(message: pb.Grant, shared_table: bytes = b"") -> Grant:
     """Read what `write_grant` wrote."""
     return Grant(
         LeaseId(message.lease),
-        array("i", message.block_table),
+        array("i", message.block_table or shared_table),
         message.num_cached,
         message.num_pending,
         read_copies(message.copies),
@@ -63,16 +67,22 @@ def read_acquire(message: pb.AcquireResponse) -> Grant:
     return read_grant(message.grant)
 
 
-def write_fork(answer: tuple[Grant, ...], message: pb.ForkResponse) -> None:
-    """Fill `message`: the children."""
+def write_fork(
+    answer: tuple[Grant, ...], message: pb.ForkResponse, *, shared: bool = False
+) -> None:
+    """Fill `message`: the children, and once for all, if `shared`, their table."""
     message.SetInParent()
+    if shared:
+        message.shared_table = answer[0].block_table.tobytes()
+    write = _write_rest if shared else write_grant
     for grant in answer:
-        write_grant(grant, message.children.add())
+        write(grant, message.children.add())
 
 
 def read_fork(message: pb.ForkResponse) -> tuple[Grant, ...]:
-    """Read what `write_fork` wrote."""
-    return tuple([read_grant(child) for child in message.children])
+    """Read what `write_fork` wrote, in either form."""
+    table = message.shared_table
+    return tuple([read_grant(child, table) for child in message.children])
 
 
 def write_commit(answer: Committed, message: pb.CommitResponse) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 
+from prefixcache.client.codec.leasing import write_fork
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Worker
 from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """Answer of `fork`, and in which form the caller reads it."""
+
+    children: tuple[Grant, ...]
+    has_shared_table: bool
 
 
 class Leasing(Verbs):
@@ -80,11 +90,11 @@ class Leasing(Verbs):
             now=monotonic(),
         )
 
-    def fork(self, worker: Worker, request: pb.ForkRequest) -> tuple[Grant, ...]:
+    def fork(self, worker: Worker, request: pb.ForkRequest) -> Forked:
         """Make children that share every block.
 
         Raises:
-            InvalidRequest: too many at once.
+            InvalidRequest: too many at once, or more tables than an answer should carry.
             ServiceUnavailable: the service is about to end.
         """
         self._refuse_if_draining()
@@ -94,7 +104,21 @@ class Leasing(Verbs):
                 f"{self.settings.max_forks}"
             )
         self._refuse_lease_beyond_limit(request.count)
-        return self._cache().fork(worker.id, LeaseId(request.lease), request.count, now=monotonic())
+        cache, lease, now = self._cache(), LeaseId(request.lease), monotonic()
+        if not request.shared_table:
+            table = 4 * cache.num_committed_blocks(worker.id, lease, now=now)
+            if (total := table * request.count) > self.settings.max_message:
+                raise InvalidRequest(
+                    f"{request.count} block tables of {table:,} bytes are {total:,} bytes; an "
+                    f"answer may have {self.settings.max_message:,} (--max-message). Set "
+                    "`shared_table`, which tells the table once, or fork fewer at a time."
+                )
+        grants = cache.fork(worker.id, lease, request.count, now=now)
+        return Forked(grants, request.shared_table)
+
+    def write_fork(self, answer: Forked, message: pb.ForkResponse) -> None:
+        """Fill `message` with the children."""
+        write_fork(answer.children, message, shared=answer.has_shared_table)
 
     def truncate(self, worker: Worker, request: pb.TruncateRequest) -> TableUpdate:
         """Roll back."""

@@ -24,6 +24,9 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 MAX_BRANCHES = 20_000
 """Branches of one outline."""
 
+MOST_TOLD_BYTES = 1 << 20
+"""Of a recent request's prompt: its first 262,144 tokens."""
+
 _CHECK_S = 30e-6
 """Seconds that a check takes per run, about."""
 _MOST_FAILURE = 100_000
@@ -66,7 +69,10 @@ class Looking(Verbs):
             def may_see(namespace: Namespace) -> bool:
                 return not namespace.salt and asker.identity.sees(namespace)
 
-        return self._cache().recount(request.request_id, may_see, now=monotonic())
+        told = self._cache().recount(request.request_id, may_see, now=monotonic())
+        if told.past is None or len(told.past.tokens) <= MOST_TOLD_BYTES:
+            return told
+        return replace(told, past=replace(told.past, tokens=told.past.tokens[:MOST_TOLD_BYTES]))
 
     def tree(self, asker: Asker, request: pb.TreeRequest) -> Generator[None, None, Outline]:
         """Draw an outline of the trees, in steps.

@@ -1,0 +1,183 @@
+"""Small messages with large answers: each answer has a byte budget, written as it is made."""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from typing import Any
+
+import pytest
+
+from prefixcache.client import codec
+from prefixcache.config import load
+from prefixcache.errors import InvalidRequest
+from prefixcache.service import answers, pulse, sessions
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import LOCAL
+from prefixcache.service.verbs import looking
+from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.workers import Visitor, Workers
+from prefixcache.types import Grant, Layout, LeaseId, Ledger, Namespace, pack
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+LAYOUT = Layout(1, 1, 2, "float32")
+PROMPT = pack(range(1000))
+
+
+@pytest.fixture
+def handlers() -> Handlers:
+    """A whole service without a socket: 2,048 blocks of one token."""
+    settings = load({"memory": 2048 * LAYOUT.token_bytes, "block_size": 1})
+    settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT})
+    holdings = Holdings(settings)
+    line = WaitingLine(holdings)
+    return Handlers(settings, holdings, line, Workers(holdings, line, settings))
+
+
+class Wire:
+    """A stream's other end."""
+
+    def __init__(self) -> None:
+        self.written: list[pb.OpResults] = []
+
+    async def write(self, results: pb.OpResults) -> None:
+        self.written.append(results)
+
+
+async def opened(handlers: Handlers) -> tuple[Any, Wire]:
+    """Attach, and store one prompt under the request id `big`: lease 1."""
+    wire = Wire()
+    stream: Any = sessions.SessionStream(handlers, wire, LOCAL)
+    batch = pb.OpBatch()
+    attach = batch.ops.add(id=1).attach
+    codec.write_namespace(Namespace("m"), attach.namespace)
+    codec.write_layout(LAYOUT, attach.layout)
+    acquire = batch.ops.add(id=2).acquire
+    acquire.tokens, acquire.request_id = PROMPT, "big"
+    results = await stream.answer(batch, asyncio.current_task())
+    commit = pb.OpBatch()
+    one = commit.ops.add(id=3).commit
+    one.lease, one.num_tokens = results.results[1].acquire.grant.lease, 1000
+    await stream.answer(commit, asyncio.current_task())
+    return stream, wire
+
+
+def test_an_answer_of_many_large_results_leaves_in_parts_in_order(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ANSWER_BYTES", 20_000)
+
+    async def ask() -> list[pb.OpResults]:
+        stream, wire = await opened(handlers)
+        batch = pb.OpBatch()
+        for number in range(150):
+            batch.ops.add(id=number + 10).explain.request_id = "big"
+        await stream._write(await stream.answer(batch, asyncio.current_task()))
+        return wire.written
+
+    written = asyncio.run(ask())
+    assert max(part.ByteSize() for part in written) < 20_000 + 4 * 1000 + 500
+    assert [one.id for part in written for one in part.results] == list(range(10, 160))
+    assert sum(part.ByteSize() for part in written) > 150 * 4000
+
+
+def test_what_settles_at_once_leaves_in_parts(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "ANSWER_BYTES", 20_000)
+
+    async def ask() -> list[pb.OpResults]:
+        stream, wire = await opened(handlers)
+        grant = Grant(LeaseId(7), array("i", range(1000)), 0, 0, (), Ledger(), 1.0)
+        for number in range(50):
+            stream._settled(number, "acquire", grant)
+        await stream._flushing
+        return wire.written
+
+    written = asyncio.run(ask())
+    assert max(part.ByteSize() for part in written) <= 20_000
+    assert [one.id for part in written for one in part.results] == list(range(50))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_fork_is_read_the_same_in_either_form(handlers: Handlers, shared: bool) -> None:
+    asyncio.run(opened(handlers))
+    worker = next(iter(handlers.workers._attached.values()))
+    request = pb.ForkRequest(lease=1, count=3, shared_table=shared)
+    message = pb.ForkResponse()
+    handlers.write_fork(handlers.fork(worker, request), message)
+    children = codec.READ["fork"](message)
+    assert [len(child.block_table) for child in children] == [1000] * 3
+    assert len({bytes(child.block_table) for child in children}) == 1
+    assert (message.ByteSize() < 2 * 4000) == shared
+
+
+def test_a_fork_with_too_many_tables_is_refused_with_what_to_do(handlers: Handlers) -> None:
+    asyncio.run(opened(handlers))
+    handlers.settings = handlers.settings.model_copy(update={"max_message": 100_000})
+    worker = next(iter(handlers.workers._attached.values()))
+    with pytest.raises(InvalidRequest, match=r"30 block tables of 4,000 bytes.*`shared_table`"):
+        handlers.fork(worker, pb.ForkRequest(lease=1, count=30))
+    assert handlers.holdings.cache is not None
+    assert handlers.holdings.cache.num_leases == 1
+    told = pb.ForkResponse()
+    handlers.write_fork(
+        handlers.fork(worker, pb.ForkRequest(lease=1, count=30, shared_table=True)), told
+    )
+    assert told.ByteSize() < 6000
+
+
+def test_a_long_prompt_is_explained_with_its_beginning(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(opened(handlers))
+    monkeypatch.setattr(looking, "MOST_TOLD_BYTES", 400)
+    told = handlers.explain(Visitor(LOCAL), pb.ExplainRequest(request_id="big"))
+    assert told.past is not None
+    assert (told.past.tokens, told.past.num_tokens) == (PROMPT[:400], 1000)
+
+
+def test_kept_answers_are_bounded_for_each_worker_and_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers, "WORKER_BYTES", 1000)
+    monkeypatch.setattr(answers, "ALL_BYTES", 3000)
+    kept = answers.KeptAnswers()
+    answer = pb.ExtendResponse(blocks=bytes(300))
+    for number in range(10):
+        kept.keep("one", ("extend", str(number)), answer)
+    assert [kept.get("one", ("extend", str(number))) is answer for number in range(5, 10)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+    ]
+    for worker in range(20):
+        kept.keep(f"w{worker}", ("extend", "x"), answer)
+    assert kept.num_bytes <= 3000
+    assert kept.get("w19", ("extend", "x")) is answer
+    assert kept.get("one", ("extend", "9")) is None
+    large = pb.ExtendResponse(blocks=bytes(2000))
+    kept.keep("w19", ("extend", "y"), large)
+    assert kept.get("w19", ("extend", "y")) is large  # the newest, however large
+    assert kept.get("w19", ("extend", "x")) is None
+
+
+def test_a_clock_that_is_set_back_changes_no_rate(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour back between two readings, ten seconds and twenty requests apart."""
+    wall, clock = iter((9_000.0, 5_410.0)), iter((100.0, 110.0))
+    monkeypatch.setattr(pulse, "time", lambda: next(wall))
+    asyncio.run(opened(handlers))
+    monkeypatch.setattr(pulse, "monotonic", lambda: next(clock))
+    handlers.pulse.read()
+    cache = handlers.holdings.cache
+    assert cache is not None
+    for number in range(20):
+        worker = next(iter(handlers.workers._attached.values()))
+        cache.acquire(worker.id, Namespace("m"), pack([number]), now=1.0)
+    handlers.pulse.read()
+    assert handlers.pulse.requests_per_s() == pytest.approx(2.0)
