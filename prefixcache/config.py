@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import DTYPE_BYTES, Layout, Partial
+from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout, Partial
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
@@ -76,7 +76,7 @@ def parse_layout(text: str | Layout) -> Layout:
             f"cannot read the layout {text!r}; write LAYERSxKV_HEADSxHEAD_DIM:DTYPE, "
             "for example 30x3x64:bfloat16"
         )
-    dtype = found[4] or "bfloat16"
+    dtype = DTYPE_ALIASES.get(found[4] or "bfloat16", found[4] or "bfloat16")
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"a pool cannot hold {dtype!r}; it can hold {', '.join(DTYPE_BYTES)}")
     return Layout(int(found[1]), int(found[2]), int(found[3]), dtype)

@@ -33,6 +33,7 @@ import re
 import secrets
 import stat
 import struct
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -377,6 +378,9 @@ def check_header(head: bytes, handle: PoolHandle) -> None:
 def map_pool(handle: PoolHandle) -> mmap.mmap:
     """Map a pool that another process owns, shared and writable; block 0 is at `handle.offset`.
 
+    Only this process has the memory: a forked child that touches it dies of SIGSEGV; it must
+    connect, attach and map for itself.
+
     O(1).  Every check is made before a byte is mapped, for a shorter file would kill the process
     at its first access instead of raising.
 
@@ -413,9 +417,27 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
         # Before the header is read; `mmap` keeps this very file open, and with it the lock.
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, handle.epoch, 1, 0))
         check_header(os.pread(fd, _HEAD.size, 0), handle)
-        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.close(fd)
+    # The service takes the death of a process for the end of its writes, so no child may have the
+    # memory by a fork: it would go on writing into blocks that are another's by then.
+    memory.madvise(mmap.MADV_DONTFORK)
+    _mapped.add(memory)
+    return memory
+
+
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+_inherited: list[mmap.mmap] = []
+
+
+def _keep_inherited() -> None:
+    # In a forked child nothing is mapped there any more, or something else is: an object that is
+    # freed would unmap that.
+    _inherited.extend(_mapped)
+
+
+os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def epoch_of(memory: mmap.mmap) -> int:

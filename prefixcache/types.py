@@ -1,6 +1,6 @@
 """The words of the project: ids, packed tokens, and the frozen answers that the verbs give.
 
-Floor 0: imports nothing of the project, and only the standard library.
+Floor 0: imports nothing of the project but its errors, and only the standard library.
 
 Token ids travel and are stored as packed little-endian uint32 `bytes`, from the client through the
 wire to the tree; block ids as int32.  `pack` and `unpack` are the only places that convert.
@@ -13,7 +13,9 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NewType, TypeAlias
+from typing import Any, Final, NewType, SupportsIndex, TypeAlias
+
+from prefixcache.errors import InvalidRequest
 
 if sys.byteorder != "little":  # pragma: no cover - no such machine runs the workers
     raise ImportError("prefixcache stores tokens as native little-endian words; this host is not")
@@ -37,15 +39,29 @@ TokensLike: TypeAlias = "bytes | bytearray | memoryview | Sequence[int] | Iterab
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The element types a pool can hold, and their size in bytes."""
 
+DTYPE_ALIASES: Final = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+}
+"""Other names that people give them."""
+
+
+MAX_TOKEN: Final = 2**32 - 1
+"""The largest token id."""
+
 
 def pack(tokens: TokensLike) -> bytes:
     """Pack token ids as little-endian uint32.  Changes nothing.  O(n).
 
-    Fast for what supports the buffer protocol with 4-byte integers (numpy int32/uint32,
-    `array('I')`): one copy.  Other integers are converted one by one, in C.
+    Bytes (`bytes`, `bytearray`, a `memoryview` of one) are taken as packed already; everything
+    else as ids.  Fast for contiguous 4-byte integers (numpy int32/uint32, `array('I')`): one copy,
+    and for signed ones a look at the signs.  Other integers are converted one by one, in C.
 
     Raises:
-        OverflowError: an id is negative or does not fit into 32 bits.
+        InvalidRequest: something is not an id from 0 to `MAX_TOKEN` (the message says which, and
+            what it is), or there is more than one row of them.
 
     >>> pack([1, 2]).hex()
     '0100000002000000'
@@ -54,13 +70,80 @@ def pack(tokens: TokensLike) -> bytes:
         return tokens
     if isinstance(tokens, bytearray):
         return bytes(tokens)
+    if isinstance(tokens, str):
+        raise InvalidRequest(f"token ids are numbers, not the text {_shown(tokens)}: encode it")
     try:
         view = memoryview(tokens)  # type: ignore[arg-type]
-    except TypeError:
-        return array("I", tokens).tobytes()
-    if view.format == "B" or (view.itemsize == TOKEN_BYTES and view.format in "iIlL"):
+    except (TypeError, ValueError, BufferError):
+        return _pack_each(tokens)  # no buffer, or one of objects, or of another byte order
+    if isinstance(tokens, memoryview) and isinstance(view.obj, bytes | bytearray):
+        if view.format != "B" or view.ndim != 1:
+            raise InvalidRequest(
+                f"a memoryview of bytes as {view.format!r}: give packed token ids as bytes"
+            )
         return view.tobytes()
-    return array("I", view.tolist()).tobytes()
+    if view.ndim != 1:
+        _check_one_row(tuple(view.shape or ()))
+    if view.itemsize == TOKEN_BYTES and view.format in _UNSIGNED_WORDS:
+        return view.tobytes()
+    if view.itemsize == TOKEN_BYTES and view.format in _SIGNED_WORDS:
+        packed = view.tobytes()
+        # The sign of a little-endian word is the top bit of its last byte.
+        if packed[TOKEN_BYTES - 1 :: TOKEN_BYTES].isascii():
+            return packed
+        return _pack_each(array("i", packed), are_integers=True)
+    if view.format not in _INTEGERS:
+        dtype = getattr(tokens, "dtype", None)
+        raise InvalidRequest(
+            f"token ids are integers in native byte order, not {dtype or view.format}"
+        )
+    ids: Any = view.tolist()
+    for _ in range(view.ndim - 1):
+        (ids,) = ids
+    return _pack_each(ids, are_integers=True)
+
+
+_UNSIGNED_WORDS: Final = ("I", "L", "@I", "=I", "<I", "@L", "=L", "<L")
+_SIGNED_WORDS: Final = ("i", "l", "@i", "=i", "<i", "@l", "=l", "<l")
+_INTEGERS: Final = frozenset("bBhHiIlLqQnN")
+
+
+def _pack_each(tokens: Iterable[int], *, are_integers: bool = False) -> bytes:
+    dtype = getattr(tokens, "dtype", None)
+    if dtype is not None:  # a tensor
+        _check_one_row(tuple(getattr(tokens, "shape", ())))
+        if "int" not in str(dtype):
+            raise InvalidRequest(f"token ids are integers, not {dtype}")
+        tokens = tokens.reshape(-1).tolist()  # type: ignore[attr-defined]
+    try:
+        ids = tokens if isinstance(tokens, list | tuple | range | array) else list(tokens)
+    except TypeError as error:
+        raise InvalidRequest(f"token ids are a sequence of integers: {error}") from None
+    try:
+        packed = array("I", ids)
+        # True and False are integers to Python, but no ids.
+        if are_integers or dtype is not None or bool not in set(map(type, ids)):
+            return packed.tobytes()
+    except (OverflowError, TypeError, ValueError):
+        pass
+    for index, token in enumerate(ids):
+        if not isinstance(token, SupportsIndex) or isinstance(token, bool):
+            raise InvalidRequest(f"token {index} is {_shown(token)}: token ids are integers")
+        if not 0 <= int(token) <= MAX_TOKEN:
+            raise InvalidRequest(
+                f"token {index} is {int(token):,}: token ids are from 0 to {MAX_TOKEN:,}"
+            )
+    raise InvalidRequest("these token ids cannot be packed")
+
+
+def _check_one_row(shape: tuple[int, ...]) -> None:
+    if not shape or any(size != 1 for size in shape[:-1]):
+        raise InvalidRequest(f"token ids of one prompt are one row; these have the shape {shape}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def unpack(tokens: bytes) -> array[int]:
@@ -102,6 +185,17 @@ class Layout:
     num_kv_heads: int
     head_dim: int
     dtype: str = "bfloat16"
+    """`bfloat16`, `float16` or `float32`; also `bf16`, `fp16`, `half`, `fp32`.  Empty if a newer
+    service named one that this version does not know."""
+
+    def __post_init__(self) -> None:
+        dtype = DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else None
+        if dtype is None or (dtype and dtype not in DTYPE_BYTES):
+            raise InvalidRequest(
+                f"a pool cannot hold {self.dtype!r}; it can hold {', '.join(DTYPE_BYTES)}"
+            )
+        if dtype != self.dtype:
+            object.__setattr__(self, "dtype", dtype)
 
     @property
     def token_bytes(self) -> int:

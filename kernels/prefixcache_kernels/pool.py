@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import mmap
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -141,6 +141,12 @@ class SharedPool:
 
     def __enter__(self) -> Self:
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise InvalidRequest(
+            "a SharedPool cannot be pickled or copied: it is the mapping of one process. Connect, "
+            "attach and map in the other process"
+        )
 
     def __exit__(
         self,

@@ -122,7 +122,7 @@ class AsyncClient(Connection):
         Raises:
             InvalidRequest: the trees have more than `max_runs` runs.
         """
-        answer = await self.call("check", pb.CheckRequest(max_runs=max_runs))
+        answer = await self.call("check", unary.check(max_runs))
         return str(answer.failure)
 
     async def reset(self, namespace: Namespace) -> Reset:

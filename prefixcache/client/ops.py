@@ -10,10 +10,8 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from copy import copy
-from numbers import Real
 from typing import Any, Generic, TypeVar
 
 from prefixcache.client import codec
@@ -114,7 +112,7 @@ class Step:
         try:
             for name, value in fields.items():
                 if name.endswith("_s"):
-                    check_seconds(name, value)
+                    codec.check_seconds(name, value)
                 with codec.no_foreign_errors(name):
                     setattr(message, name, value)
         except InvalidRequest as error:
@@ -162,7 +160,7 @@ class Step:
         op, reply = self._add(wait_s)
         message = op.extend
         message.lease = lease
-        if wait_s:
+        if wait_s != 0:
             return self._fill(reply, message, num_tokens=num_tokens, wait_s=wait_s)
         return self._fill(reply, message, num_tokens=num_tokens)
 
@@ -276,16 +274,6 @@ class Step:
         if part.ops:
             parts.append(part.SerializeToString())
         return parts
-
-
-def check_seconds(name: str, seconds: Any) -> None:
-    """Refuse a time that nobody can wait.
-
-    Raises:
-        InvalidRequest: it is no finite number, or negative.
-    """
-    if not isinstance(seconds, Real) or not 0 <= float(seconds) < math.inf:
-        raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number of seconds from 0")
 
 
 def read_result(result: pb.OpResult) -> Any:

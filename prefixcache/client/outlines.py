@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from prefixcache.client.codec import read_namespace, write_namespace
+from prefixcache.client.codec import no_foreign_errors, read_namespace, write_namespace
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -16,6 +16,7 @@ ORDERS: Final = {
 _ORDERS: Final[dict[int, Order]] = {int(number): order for order, number in ORDERS.items()}
 
 
+@no_foreign_errors("outline")
 def request(
     namespace: Namespace | None,
     order: Order,

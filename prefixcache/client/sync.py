@@ -122,7 +122,7 @@ class Client(Connection):
         Raises:
             InvalidRequest: the trees have more than `max_runs` runs.
         """
-        answer = self.call("check", pb.CheckRequest(max_runs=max_runs))
+        answer = self.call("check", unary.check(max_runs))
         return str(answer.failure)
 
     def reset(self, namespace: Namespace) -> Reset:

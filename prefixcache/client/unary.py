@@ -59,6 +59,7 @@ RPCS: Final[dict[str, Rpc]] = {
 """Unary RPCs by verb, read from the generated descriptor."""
 
 
+@codec.no_foreign_errors("lookup")
 def lookup(namespace: Namespace, tokens: TokensLike) -> pb.LookupRequest:
     """Build a request that needs no worker."""
     request = pb.LookupRequest(tokens=pack(tokens))
@@ -66,6 +67,7 @@ def lookup(namespace: Namespace, tokens: TokensLike) -> pb.LookupRequest:
     return request
 
 
+@codec.no_foreign_errors("explain")
 def explain(namespace: Namespace, tokens: TokensLike) -> pb.ExplainRequest:
     """Build a request that needs no worker."""
     request = pb.ExplainRequest(tokens=pack(tokens))
@@ -73,6 +75,13 @@ def explain(namespace: Namespace, tokens: TokensLike) -> pb.ExplainRequest:
     return request
 
 
+@codec.no_foreign_errors("check")
+def check(max_runs: int) -> pb.CheckRequest:
+    """Build a request that needs no worker."""
+    return pb.CheckRequest(max_runs=max_runs)
+
+
+@codec.no_foreign_errors("recount")
 def recount(name: str, namespace: Namespace | None) -> pb.ExplainRequest:
     """Build a request that needs no worker."""
     request = pb.ExplainRequest(request_id=name)
@@ -81,6 +90,7 @@ def recount(name: str, namespace: Namespace | None) -> pb.ExplainRequest:
     return request
 
 
+@codec.no_foreign_errors("reset")
 def reset(namespace: Namespace) -> pb.ResetRequest:
     """Build a request that needs no worker."""
     request = pb.ResetRequest()
@@ -88,13 +98,16 @@ def reset(namespace: Namespace) -> pb.ResetRequest:
     return request
 
 
+@codec.no_foreign_errors("pin")
 def pin(namespace: Namespace, tokens: TokensLike, ttl_s: float) -> pb.PinRequest:
     """Build a request that needs no worker."""
+    codec.check_seconds("ttl_s", ttl_s)
     request = pb.PinRequest(tokens=pack(tokens), ttl_s=ttl_s)
     codec.write_namespace(namespace, request.namespace)
     return request
 
 
+@codec.no_foreign_errors("unpin")
 def unpin(namespace: Namespace, tokens: TokensLike) -> pb.UnpinRequest:
     """Build a request that needs no worker."""
     request = pb.UnpinRequest(tokens=pack(tokens))
@@ -102,6 +115,7 @@ def unpin(namespace: Namespace, tokens: TokensLike) -> pb.UnpinRequest:
     return request
 
 
+@codec.no_foreign_errors("quota")
 def quota(
     scope: Namespace | str,
     *,
@@ -120,12 +134,9 @@ def quota(
     else:
         request.namespace.SetInParent()
         codec.write_namespace(scope, request.namespace)
-    try:
-        if max_held is not None:
-            request.max_held = max_held
-        request.guaranteed = guaranteed
-    except (ValueError, TypeError) as error:
-        raise InvalidRequest(f"quota: {error}") from None
+    if max_held is not None:
+        request.max_held = max_held
+    request.guaranteed = guaranteed
     return request
 
 

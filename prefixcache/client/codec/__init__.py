@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from prefixcache.client.codec.failures import (
     STATUS_CODES,
+    check_seconds,
     make_error,
     no_foreign_errors,
     read_error,
@@ -70,6 +71,7 @@ __all__ = [
     "READ",
     "STATUS_CODES",
     "WRITE",
+    "check_seconds",
     "make_error",
     "no_foreign_errors",
     "read_attach",

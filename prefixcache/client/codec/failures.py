@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from numbers import Real
+from typing import Any, Final
 
 from prefixcache import errors
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
@@ -64,3 +66,13 @@ def no_foreign_errors(what: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
         raise InvalidRequest(f"{what}: {error}") from None
+
+
+def check_seconds(name: str, seconds: Any) -> None:
+    """Refuse a time that nobody can wait.
+
+    Raises:
+        InvalidRequest: it is no finite number, or negative.
+    """
+    if not isinstance(seconds, Real) or not 0 <= float(seconds) < math.inf:
+        raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number of seconds from 0")
