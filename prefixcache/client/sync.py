@@ -73,6 +73,10 @@ class Client(Connection):
     ) -> Session:
         """Join a namespace as a new worker.  Opens a session and starts its heartbeats.
 
+        It also says of this client's lost sessions that nothing writes to their blocks any more,
+        but of none that has a lease which is not released, not past its deadline and not dropped:
+        keep the lease for as long as you write to its blocks.
+
         Args:
             model: model and revision.
             layout: shape of its keys and values; must be the pool's.
