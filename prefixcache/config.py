@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -104,7 +105,25 @@ def _needs_certificate(value: Path | None, info: ValidationInfo) -> Path | None:
     return value
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+def _endpoint(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one or parts.path.strip("/") or parts.query or parts.username:
+        raise ValueError(f"cannot read {url!r}; write for example http://127.0.0.1:4317")
+    return url
+
+
+_MOST = 2**31 - 1
+"""Of what the wire and the system count in 32 bits."""
+
+_LONGEST_S = 1e9
+
+Seconds = Annotated[float, Field(ge=0, le=_LONGEST_S)]
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=2**62)]
 
 
 MAX_SHADOWS = 4
@@ -169,7 +188,11 @@ class ServeSettings(BaseSettings):
     """Settings of the service."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PREFIXCACHE_", arbitrary_types_allowed=True, extra="forbid", frozen=True
+        env_prefix="PREFIXCACHE_",
+        arbitrary_types_allowed=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
     )
 
     memory: Size = 2**31
@@ -180,7 +203,7 @@ class ServeSettings(BaseSettings):
     """Order of eviction."""
     partial: Partial = Partial.TAILS
     """How much of a partly matching block is reused."""
-    ghosts: Annotated[int, Field(ge=0)] | None = None
+    ghosts: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     """Evicted blocks that are remembered, to explain misses; by default as many as blocks."""
     layout: Annotated[Layout, BeforeValidator(parse_layout)] | None = None
     """Shape of a token's keys and values; without it and `model`, the first worker decides."""
@@ -190,7 +213,7 @@ class ServeSettings(BaseSettings):
     """Element type for `model`, where it is not the one that config.json names."""
     pool: Literal["shm", "cuda", "none"] = "shm"
     """Shared memory, a GPU's memory, or accounts only: `none` has no memory behind the blocks."""
-    device: Annotated[int, Field(ge=0)] = 0
+    device: Annotated[int, Field(ge=0, le=_MOST)] = 0
     """The GPU of a `cuda` pool."""
     listen: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
     """Addresses; by default the default socket."""
@@ -204,33 +227,33 @@ class ServeSettings(BaseSettings):
     """Who may have signed clients' certificates, PEM; then each client must show one."""
     ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that leases live without a sign of life."""
-    quarantine: Annotated[float, Field(ge=0)] = 300.0
+    quarantine: Seconds = 300.0
     """Seconds after which the blocks of a lost worker that cannot be watched come back."""
-    grace: Annotated[float, Field(ge=0)] = 30.0
+    grace: Seconds = 30.0
     """Seconds that a draining service gives to the leases that are out."""
-    max_message: Size = 16 * 2**20
+    max_message: Annotated[Size, Field(le=_MOST)] = 16 * 2**20
     """Bytes of one message."""
-    max_ops: Annotated[int, Field(ge=1)] = 4096
+    max_ops: Annotated[int, Field(ge=1, le=_MOST)] = 4096
     """Ops of one message of a session."""
-    max_forks: Annotated[int, Field(ge=1)] = 1024
+    max_forks: Annotated[int, Field(ge=1, le=_MOST)] = 1024
     """Children of one fork."""
-    max_wait: Annotated[float, Field(ge=0)] = 600.0
+    max_wait: Seconds = 600.0
     """Seconds that one acquire or extend may wait."""
-    max_waiting: Annotated[int, Field(ge=1)] = 1024
+    max_waiting: Annotated[int, Field(ge=1, le=_MOST)] = 1024
     """Requests of one worker that may wait at the same time."""
-    max_line: Annotated[int, Field(ge=0)] = 4096
+    max_line: Annotated[int, Field(ge=0, le=_MOST)] = 4096
     """Requests of all workers that may wait for room at the same time."""
     pin_cap: Annotated[float, Field(ge=0, le=1)] = 0.25
     """Share of the pool that may be pinned."""
-    max_pin: Annotated[float, Field(gt=0)] = 7 * 86400.0
+    max_pin: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 7 * 86400.0
     """Seconds that one pin may last."""
-    max_workers: Annotated[int, Field(ge=1)] = 1024
+    max_workers: Annotated[int, Field(ge=1, le=_MOST)] = 1024
     """Workers at the same time."""
-    max_leases: Annotated[int, Field(ge=1)] = 65_536
+    max_leases: Annotated[int, Field(ge=1, le=_MOST)] = 65_536
     """Leases at the same time."""
-    max_namespaces: Annotated[int, Field(ge=1)] = 16_384
+    max_namespaces: Annotated[int, Field(ge=1, le=_MOST)] = 16_384
     """Namespaces that may ever be attached."""
-    max_calls: Annotated[int, Field(ge=1)] = 8192
+    max_calls: Annotated[int, Field(ge=1, le=_MOST)] = 8192
     """Calls and sessions at the same time; more are refused at once."""
     record: Path | None = None
     """New file for the live requests, as a trace; gzip if it ends in .gz."""
@@ -248,13 +271,13 @@ class ServeSettings(BaseSettings):
     """ZeroMQ endpoint at which events are published, as tcp://127.0.0.1:PORT or ipc://PATH."""
     events_replay: str | None = None
     """ZeroMQ endpoint that gives published events again."""
-    max_watchers: Annotated[int, Field(ge=1)] = 64
+    max_watchers: Annotated[int, Field(ge=1, le=_MOST)] = 64
     """Watchers of events at the same time."""
     shadow: Annotated[list[ShadowSpec], NoDecode, BeforeValidator(_parse_shadows)] = []
     """Other configurations that are tried on the live requests, in a process of their own."""
     max_shadow_lag: Size = 64 * 2**20
     """Bytes of requests that may wait for the shadow caches; with more, requests are left out."""
-    trace: str | None = None
+    trace: Annotated[str, AfterValidator(_endpoint)] | None = None
     """Where spans are sent by OpenTelemetry's protocol, as http://127.0.0.1:4317."""
     reflection: bool = True
     """Whether gRPC clients may ask for the service's description."""

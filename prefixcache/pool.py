@@ -118,6 +118,28 @@ def _promised(directory: Path) -> int:
     return promised
 
 
+def check_room(num_bytes: int, what: str, directory: Path = SHARED_MEMORY) -> None:
+    """Refuse what shared memory has no room for, beside what is promised to living pools.
+
+    Raises:
+        PoolExhausted: As said.
+        NotFound: There is no such directory.
+    """
+    try:
+        room = os.statvfs(directory)
+        free = room.f_bavail * room.f_frsize - _promised(directory)
+    except FileNotFoundError:
+        raise NotFound(
+            f"no directory {directory} to hold the pool; on Linux it is /dev/shm"
+        ) from None
+    if num_bytes > free:
+        raise PoolExhausted(
+            f"{what} needs {_gib(num_bytes)} in {directory}; {_gib(max(0, free))} of "
+            f"{_gib(room.f_blocks * room.f_frsize)} are free and not promised to other pools. "
+            f"Lower --memory, or enlarge {directory}."
+        )
+
+
 class PoolFile:
     """The owner's side of a pool in shared memory: a 0600 file that lives as long as its owner.
 
@@ -159,14 +181,7 @@ class PoolFile:
             raise NotFound(f"no directory {directory} to hold the pool; on Linux it is /dev/shm")
         cls.sweep(directory)
         num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
-        room = os.statvfs(directory)
-        free = room.f_bavail * room.f_frsize - _promised(directory)
-        if num_bytes > free:
-            raise PoolExhausted(
-                f"a pool of {num_blocks} blocks needs {_gib(num_bytes)} in {directory}; "
-                f"{_gib(max(0, free))} of {_gib(room.f_blocks * room.f_frsize)} are free and not "
-                f"promised to other pools. Lower --memory, or enlarge {directory}."
-            )
+        check_room(num_bytes, f"a pool of {num_blocks} blocks", directory)
         while True:
             epoch = secrets.randbits(63) | 1  # never 0, and fits a signed word on every wire
             path = directory / f"prefixcache-{os.getuid()}-{epoch:016x}"

@@ -1,7 +1,13 @@
 """`prefixcache`: the commands of this package, and those of others that plug in.
 
-Exit codes: 0 ok, 1 a negative answer, 2 usage, 3 no server (the message has the command that starts
-one).
+Exit codes, the same for every command, those of plug-ins, too (`codes.py`):
+
+```
+0  ok, also where the reader of a pipe has seen enough    3    no service (the message starts one)
+1  a negative answer                                      4    `serve` cannot have what it needs
+2  wrong usage                                            5    a fault of ours, or of the output
+                                                          130  Ctrl-C
+```
 """
 
 from __future__ import annotations
@@ -13,12 +19,15 @@ from typing import Annotated, Any
 import typer
 
 from prefixcache import __version__
-from prefixcache.cli import plugins
+from prefixcache.cli import plugins, streams, variables
+from prefixcache.cli.codes import (
+    EXIT_INTERRUPTED,
+    EXIT_NEGATIVE,
+    EXIT_NO_SERVER,
+    EXIT_OK,
+    EXIT_USAGE,
+)
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
-
-EXIT_NEGATIVE = 1
-EXIT_USAGE = 2
-EXIT_NO_SERVER = 3
 
 app = typer.Typer(
     name="prefixcache",
@@ -51,7 +60,14 @@ def _credential(flag: str, variable: str, text: str) -> Any:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version",
+            "-V",
+            "-v",
+            help="Show the version.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
     token_file: Annotated[
         str | None, _credential("--token-file", "TOKEN_FILE", "File with the bearer token.")
@@ -75,21 +91,38 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; what a user can cause ends in one line, not in a traceback."""
+    """Run the command line; what ends it is told in one line, and by the exit code."""
+    sys.exit(streams.guarded(_run))
+
+
+def _run() -> int:
+    for warning in variables.unknown(os.environ):
+        streams.say(warning)
+    command = typer.main.get_command(app)
     try:
-        app(prog_name="prefixcache")
+        command._main_shell_completion({}, "prefixcache")
+        # Not `main`: to that, a reader of a pipe who has seen enough is a failure.
+        with command.make_context("prefixcache", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
     except CacheError as error:
-        typer.echo(f"prefixcache: {error}", err=True)
-        sys.exit(_exit_code(error))
+        streams.say(str(error))
+        return _exit_code(error)
+    except typer.Abort:
+        streams.say("given up")
+        return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if not (hint := plugins.missing(error)):
             raise
-        typer.echo(f"prefixcache: {hint}", err=True)
-        sys.exit(EXIT_USAGE)
-    except BrokenPipeError:
-        # The reader of a pipe has seen enough (`| head`): nothing is left to say, also not at exit.
-        sys.stderr.close()
-        sys.exit(0)
+        streams.say(hint)
+        return EXIT_USAGE
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "show"):
+            raise
+        error.show()  # wrong usage: typer writes it
+        return int(error.exit_code)
+    return EXIT_OK
 
 
 def _exit_code(error: CacheError) -> int:

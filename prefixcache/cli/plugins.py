@@ -17,6 +17,7 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
+from prefixcache import __version__
 from prefixcache.cli.help import PlainCommand, parameters, write_sections
 
 GROUP = "prefixcache.commands"
@@ -41,6 +42,9 @@ OWN: Final = {
     }.items()
 }
 """This package's commands, in the order in which help shows them."""
+
+_JSON: Final = "prefixcache.json"
+"""Whether `--json` was given before the command."""
 
 _called: list[EntryPoint] = []
 """The plug-in that this process runs, for the message when a module of its extra is missing."""
@@ -123,7 +127,10 @@ class PluginGroup(TyperGroup):
     """A group of commands that plug-ins can join; its own commands win."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the options of `prefixcache` itself."""
+        """Parse the options of `prefixcache` itself; `--json` goes on to the command."""
+        count = next((at for at, one in enumerate(args) if one != "--json"), len(args))
+        if count:
+            ctx.meta[_JSON], args = True, args[count:]
         for param in self.get_params(ctx):
             # To convert what is not a flag that was given, typer loads pydantic, which takes longer
             # than everything else that `--help` needs.  Ours are flags, and text, which stays.
@@ -150,7 +157,17 @@ class PluginGroup(TyperGroup):
         return [*OWN, *sorted(set(found()) - set(OWN))]
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command that is called; if there is none, name those that it may have been."""
+        """Find the command that is called; if there is none, name those that it may have been.
+
+        `help COMMAND` and `version` are as good as the options of these names.
+        """
+        if args[0] == "help" and args[1:]:
+            args = [args[1], "--help"]
+        elif args[0] in ("help", "version"):
+            typer.echo(ctx.get_help() if args[0] == "help" else f"prefixcache {__version__}")
+            raise typer.Exit
+        if ctx.meta.get(_JSON):
+            args = [args[0], "--json", *args[1:]]
         if self.get_command(ctx, args[0]) is None:  # then typer looks for near misses in these
             self.commands = {one: self.get_command(ctx, one) for one in self.list_commands(ctx)}
         return super().resolve_command(ctx, args)

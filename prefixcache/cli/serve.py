@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from prefixcache.cli import streams
+from prefixcache.cli.codes import EXIT_REFUSED
+from prefixcache.errors import NotFound, PoolExhausted, ServiceUnavailable
 
 _POOL = "Pool"
 _SERVICE = "Service"
@@ -235,4 +240,13 @@ def serve(
     from prefixcache.config import load
     from prefixcache.service.server import run
 
-    raise typer.Exit(run(load(flags), typer.echo))
+    try:
+        raise typer.Exit(run(load(flags), _announce))
+    except (ServiceUnavailable, PoolExhausted, NotFound) as error:
+        streams.say(str(error))
+        raise typer.Exit(EXIT_REFUSED) from None
+
+
+def _announce(line: str) -> None:
+    with contextlib.suppress(OSError):  # who reads it may go, and the service stays
+        typer.echo(line)

@@ -25,7 +25,7 @@ from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service import log as logging
-from prefixcache.service import unary
+from prefixcache.service import preflight, unary
 from prefixcache.service.anonymiser import Anonymiser
 from prefixcache.service.domains import make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
@@ -84,10 +84,11 @@ async def _serve(
     make_holdings: Callable[[ServeSettings], Holdings],
 ) -> None:
     register = Register(settings.identities)
+    memory = {} if register.current is None else register.current.domains
+    preflight.check(settings, memory)
     doors = make_doors(settings, register)
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
-    memory = {} if register.current is None else register.current.domains
     domains = make_domains(settings, memory, make_holdings)
     holdings, handlers = domains[""].holdings, domains[""].handlers
     formers = [

@@ -1,0 +1,42 @@
+"""The variables PREFIXCACHE_…: all that mean something, and what to say of any other."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+_PREFIX: Final = "PREFIXCACHE_"
+
+CLIENT: Final = (
+    *("TARGET", "TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_NAME"),
+    *("TOKENIZER", "TRACES", "TRACEBACK", "SOAK"),
+)
+"""Of the commands that ask a service, and of experiments."""
+
+KERNELS: Final = ("CACHE", "CFLAGS", "NATIVE")
+"""Of the library in C."""
+
+
+def known() -> set[str]:
+    """Give all names, without what they begin with."""
+    from prefixcache.cli.serve import serve
+
+    settings = (name.upper() for name in inspect.signature(serve).parameters)
+    return {*settings, *CLIENT, *KERNELS}
+
+
+def unknown(environment: Iterable[str]) -> Iterator[str]:
+    """Say of each variable that begins like ours that nothing reads it."""
+    found = [name for name in environment if name.upper().startswith(_PREFIX)]
+    if not found:
+        return
+    names = known()
+    for name in sorted(found):
+        own = name.upper().removeprefix(_PREFIX)
+        if own in names:
+            continue
+        near = difflib.get_close_matches(own, names, 1)
+        hint = f"; did you mean {_PREFIX}{near[0]}?" if near else ""
+        yield f"nothing reads the variable {name}{hint}"

@@ -1,0 +1,68 @@
+"""What can be known to fail is refused before the service listens, not when a worker attaches.
+
+Without a layout the pool is made when the first worker comes; but a policy that there is not, or
+memory that the machine has not, are then as wrong as they are at the start.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefixcache.config import ServeSettings, format_size
+from prefixcache.core.eviction import policy_named
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.pool import HEADER_BYTES, check_room
+
+_LEAST = 64 * 2**10
+"""Bytes of a pool whose layout is not known yet: real ones have more in a block."""
+
+
+def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
+    """Refuse settings with which no worker could ever be served.
+
+    Args:
+        settings: all of them.
+        domains: bytes of the pools of further trust domains, by name.
+
+    Raises:
+        InvalidRequest: a name that there is not, or a size that cannot be meant.
+        PoolExhausted: the machine has not so much memory.
+    """
+    policy_named(settings.policy)
+    is_open = settings.layout is None and settings.model is None and settings.state is None
+    for name, num_bytes in {"": settings.memory, **domains}.items():
+        if is_open and num_bytes < _LEAST and settings.pool != "none":
+            where = f"domain {name}: memory" if name else "--memory"
+            raise InvalidRequest(
+                f"{where}: {num_bytes:,} bytes hold not one block of any model; sizes have a unit, "
+                "for example 2GiB"
+            )
+    if settings.pool != "shm":
+        return
+    total = sum((settings.memory, *domains.values()))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if settings.state is None:
+        count = 1 + len(domains)
+        what = "the pool" if count == 1 else f"the {count} pools together"
+        check_room(total + count * HEADER_BYTES, what)
+    elif total > (room := _room(settings.state)):
+        raise PoolExhausted(
+            f"a pool of {format_size(total)} does not fit in {settings.state}, where "
+            f"{format_size(room)} are free or its own. Lower --memory, or choose another --state."
+        )
+    if total > machine and settings.state is None:
+        raise PoolExhausted(
+            f"{format_size(total)} of shared memory are more than this machine's "
+            f"{format_size(machine)}. Lower --memory."
+        )
+
+
+def _room(state: Path) -> int:
+    """Bytes that pools in this folder may take: what is free, and what those there have."""
+    folder = state.expanduser().absolute()
+    place = next(one for one in (folder, *folder.parents) if one.is_dir())
+    own = sum(one.stat().st_blocks * 512 for one in folder.glob("**/pool") if one.is_file())
+    return shutil.disk_usage(place).free + own

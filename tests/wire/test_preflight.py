@@ -1,0 +1,69 @@
+"""What can never work is refused by `serve` before it listens, with a layout and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cli.running import Told, run
+from prefixcache.cli.codes import EXIT_REFUSED, EXIT_USAGE
+from prefixcache.config import ServeSettings, load
+from prefixcache.errors import InvalidRequest
+
+LAYOUT = ("--layout", "1x1x4:float32")
+
+
+def serve(tmp_path: Path, *flags: str) -> Told:
+    return run("serve", "--listen", f"unix:{tmp_path}/s", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "why"),
+    [
+        (("--policy", "bogus"), EXIT_USAGE, "no eviction policy 'bogus'"),
+        (("--memory", "2"), EXIT_USAGE, "have a unit"),
+        (("--policy", "bogus", *LAYOUT), EXIT_USAGE, "no eviction policy 'bogus'"),
+        (("--memory", "2", *LAYOUT), EXIT_USAGE, "Raise --memory"),
+        (("--memory", "500TiB", *LAYOUT), EXIT_REFUSED, "Lower --memory"),
+        (("--memory", "0"), EXIT_USAGE, "--memory"),
+        (("--memory", "500TiB"), EXIT_REFUSED, "Lower --memory"),
+        (("--memory", "2 gigs"), EXIT_USAGE, "cannot read the size"),
+        (("--block-size", "17"), EXIT_USAGE, "power of two"),
+        (("--block-size", "0"), EXIT_USAGE, "--block-size"),
+        (("--ghosts", "99999999999999"), EXIT_USAGE, "--ghosts"),
+        (("--ghosts", "-1"), EXIT_USAGE, "--ghosts"),
+        (("--ttl", "nan"), EXIT_USAGE, "--ttl"),
+        (("--quarantine", "inf"), EXIT_USAGE, "--quarantine"),
+        (("--grace", "1e300"), EXIT_USAGE, "--grace"),
+        (("--max-message", "3GiB"), EXIT_USAGE, "--max-message"),
+        (("--trace", "foo"), EXIT_USAGE, "http://127.0.0.1:4317"),
+        (("--trace", "http://127.0.0.1:99999"), EXIT_USAGE, "--trace"),
+        (("--state", "{tmp}/typo/state"), EXIT_USAGE, "there is no folder"),
+        (("--record", "{tmp}/typo/requests"), EXIT_USAGE, "cannot record"),
+        (("--shadow", "policy=bogus"), EXIT_USAGE, "no eviction policy 'bogus'"),
+        (("--identities", "{tmp}/none"), EXIT_USAGE, "none"),
+    ],
+    ids=lambda value: value[0] + "=" + value[1] if isinstance(value, tuple) else "",
+)
+def test_it_is_refused_in_one_line(
+    tmp_path: Path, flags: tuple[str, ...], code: int, why: str
+) -> None:
+    told = serve(tmp_path, *(one.format(tmp=tmp_path) for one in flags))
+    assert told.code == code, told
+    assert why in told.err, told.err
+    assert len(told.err.splitlines()) == 1
+    assert "listening" not in told.out
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("typo")]
+
+
+NUMBERS = [
+    name for name, field in ServeSettings.model_fields.items() if field.annotation in (int, float)
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "9" * 30, "", "x"])
+def test_a_number_that_cannot_be_is_refused_whichever_it_is(name: str, value: str) -> None:
+    with pytest.raises(InvalidRequest, match=name.replace("_", "-")):
+        load({name: value})
