@@ -264,16 +264,28 @@ class Ledger:
     """Were stored once; a ghost remembers them."""
     granularity: int = 0
     """Stored, but shorter than what can be shared (always at least one token is computed)."""
+    resumed: int = 0
+    """Computed by this very request, under an earlier lease with the same request id."""
 
     @property
     def total(self) -> int:
         """The prompt's length in tokens."""
-        return self.hit + self.partial + self.joined + self.cold + self.evicted + self.granularity
+        return self.reused + self.cold + self.evicted + self.granularity
 
     @property
     def reused(self) -> int:
-        """Tokens that need not be computed: hit + partial + joined."""
-        return self.hit + self.partial + self.joined
+        """Tokens that need not be computed (again): hit + partial + joined + resumed."""
+        return self.hit + self.partial + self.joined + self.resumed
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the tokens that others had computed; what was resumed is left out of both.
+
+        >>> Ledger(hit=30, cold=30, resumed=40).hit_rate
+        0.5
+        """
+        fresh = self.total - self.resumed
+        return (self.reused - self.resumed) / fresh if fresh else 0.0
 
 
 @dataclass(frozen=True, slots=True)

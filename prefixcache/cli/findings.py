@@ -162,7 +162,7 @@ def ledger(now: Status) -> Iterator[Finding]:
             f"{snapshot.requests:,} requests so far: too few to say anything about reuse.",
         )
         return
-    reused = f"{told.reused / told.total:.1%} of {told.total:,} prompt tokens were reused"
+    reused = f"{told.hit_rate:.1%} of {told.total - told.resumed:,} prompt tokens were reused"
     if not told.reused:
         salted = sum(bool(one.salt) for one in snapshot.namespaces)
         why, advice = "no prompt began like an earlier one", "prefixcache explain says of one why."

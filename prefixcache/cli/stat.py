@@ -224,7 +224,7 @@ def _print_since(name: str, told: dict[str, Any], now: Status, *, as_json: bool)
     from prefixcache.cli import memory
 
     ledger = Ledger(**{fate: told["ledger"][fate] for fate in view.FATES})
-    told["reused"] = ledger.reused / ledger.total if ledger.total else None
+    told["reused"] = ledger.hit_rate if ledger.total else None
     steps = [(blocks, tokens) for blocks, tokens in told["shortage"]]
     if as_json:
         view.print_json({"since": name} | told)
@@ -237,6 +237,6 @@ def _print_since(name: str, told: dict[str, Any], now: Status, *, as_json: bool)
         view.show(
             view.bar([(fate, getattr(ledger, fate)) for fate in view.FATES], min(view.width(), 100))
         )
-        typer.echo(f"{ledger.reused / ledger.total:.2%} reused: {view.show_ledger(ledger)}")
+        typer.echo(f"{ledger.hit_rate:.2%} reused: {view.show_ledger(ledger)}")
     for line in memory.lines(steps, ledger.evicted, now):
         typer.echo(line)

@@ -49,7 +49,7 @@ PIPE_WIDTH = 160
 """Columns of a line where there is no terminal to ask."""
 MIN_WIDTH = 20
 
-FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed")
 
 
 def open_client(target: str | None) -> Client:
@@ -205,6 +205,7 @@ GLYPHS = {
     "granularity": "▫",
     "evicted": "░",
     "cold": "·",
+    "resumed": "◦",
 }
 """Fates in bars; colour only repeats what they say."""
 _STYLES = {
@@ -214,6 +215,7 @@ _STYLES = {
     "granularity": "magenta",
     "evicted": "red",
     "cold": "blue",
+    "resumed": "cyan",
 }
 
 

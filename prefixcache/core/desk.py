@@ -13,7 +13,7 @@ from prefixcache.core.flights import Extension, Flights, Gain, Request, Ticket
 from prefixcache.core.history import History
 from prefixcache.core.holdings import Holdings
 from prefixcache.core.leases import Lease, Leases, Worker
-from prefixcache.core.ledger import Tally, settle
+from prefixcache.core.ledger import Tally, resume, settle
 from prefixcache.core.node import Match, Root
 from prefixcache.core.pins import Pins
 from prefixcache.core.quotas import Account
@@ -133,6 +133,9 @@ class Desk:
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
         # The ledger first: the lock may split the run that it looks at.
         ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        begun = member.begun.pop(request.request_id, None) if member.begun else None
+        if begun is not None and begun.is_of(request.namespace, tokens):
+            ledger = resume(ledger, begun)
         seen = self.history.look(self.tree, match, tokens, ledger) if self.remember else None
         if self.tree.asked is not None:
             self.tree.asked(match, tokens)
@@ -141,6 +144,7 @@ class Desk:
         copies = holdings.take(lease, match, node, need, source)
         holdings.recount(lease)
         lease.rest = tokens[match.end :]
+        lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
         self.flights.start(lease, tokens)
         grant = Grant(
             lease.id,
@@ -215,6 +219,8 @@ class Desk:
             self.room.leave(growing)
             gone = LeaseExpired(f"lease {lease.id} ended while it waited for room; acquire again")
             self.settled.append((growing.id, gone))
+        if lease.request_id and (begun := lease.begun()) is not None:
+            self.leases.workers[lease.worker].remember(lease.request_id, begun)
         self.flights.land(lease)
         freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
         lease.account.count_private(-lease.num_private)

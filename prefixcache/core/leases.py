@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+from prefixcache.core.ledger import Begun
 from prefixcache.core.node import Node
 from prefixcache.errors import LeaseExpired, NotFound
 from prefixcache.types import (
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from prefixcache.core.quotas import Account
 
 _REMEMBERED_ENDS = 4096
+_REMEMBERED_REQUESTS = 256
+"""Of each worker: those that may be interrupted at the same time, and come again."""
+_SHOWN_BYTES = 16 * TOKEN_BYTES
 
 
 class Lease:
@@ -43,6 +47,7 @@ class Lease:
     __slots__ = (
         "account",
         "committed",
+        "computed_from",
         "deadline",
         "duplicates",
         "flight",
@@ -91,6 +96,8 @@ class Lease:
         """Packed tokens from `start` on."""
         self.committed = 0
         """Tokens from position 0 that hold valid KV."""
+        self.computed_from = 0
+        """Tokens that were there already when its request first came; the others are its own."""
         self.table: BlockTable = array("i")
         self.shares_table = False
         """Whether that very array is others' too: those of one fork share it until they differ."""
@@ -107,6 +114,14 @@ class Lease:
         """The prompt, while others may wait for it."""
         self.grant: Grant | None = None
         self.request_id = ""
+
+    def begun(self) -> Begun | None:
+        """Say what its request has computed itself so far; None if nothing.  O(1)."""
+        if self.committed <= self.computed_from:
+            return None
+        at = (self.committed - self.start) * TOKEN_BYTES
+        last = (self.node.key[-_SHOWN_BYTES:] + self.rest[:at])[-_SHOWN_BYTES:]
+        return Begun(self.namespace, self.computed_from, self.committed, last)
 
     @property
     def num_tokens(self) -> int:
@@ -143,6 +158,15 @@ class Worker:
     leases: dict[LeaseId, Lease] = field(default_factory=dict)
     requests: dict[str, Lease] = field(default_factory=dict)
     """Living leases by request id, so that an acquire can be repeated safely."""
+    begun: OrderedDict[str, Begun] = field(default_factory=OrderedDict)
+    """What requests had computed whose leases ended lately, by request id."""
+
+    def remember(self, request_id: str, begun: Begun) -> None:
+        """Let a request that comes again be told apart.  O(1)."""
+        self.begun[request_id] = begun
+        if len(self.begun) > _REMEMBERED_REQUESTS:
+            self.begun.popitem(last=False)
+
     renewed_until: float = 0.0
 
 

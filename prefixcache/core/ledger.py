@@ -2,17 +2,21 @@
 
 ```
 prompt   0 ───────── hit ───── joined ───── partial ── stored, not shareable ── ghosts ────── end
-                                                       granularity             evicted  cold
+                └──── resumed: its own ────┘           granularity             evicted  cold
 ```
+A request that comes again under its id finds what it had computed itself before: that is no hit.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from prefixcache.core.node import Match
 from prefixcache.core.radix import RadixTree
-from prefixcache.types import TOKEN_BYTES, Ledger, Span
+from prefixcache.types import TOKEN_BYTES, Ledger, Namespace, Span
 
-FATES = ("hit", "joined", "partial", "granularity", "evicted", "cold")
+FATES = ("hit", "joined", "partial", "resumed", "granularity", "evicted", "cold")
 """In the order in which they follow one another in a prompt."""
 
 
@@ -48,6 +52,38 @@ def settle(
     return Ledger(whole - joined, partial, joined, cold, evicted, granularity)
 
 
+class Begun(NamedTuple):
+    """What a request had computed itself when its lease ended: it may come again."""
+
+    namespace: Namespace
+    start: int
+    """Tokens that it had found; what follows it computed."""
+    end: int
+    """Tokens that held valid KV in the end."""
+    last: bytes
+    """The last of these tokens, packed: another prompt under the same id is told apart by them."""
+
+    def is_of(self, namespace: Namespace, tokens: bytes) -> bool:
+        """Whether a prompt goes on where that one ended."""
+        end = self.end * TOKEN_BYTES
+        return namespace == self.namespace and tokens[:end].endswith(self.last)
+
+
+def resume(ledger: Ledger, begun: Begun) -> Ledger:
+    """Tell what a request had computed itself from what others had.  The sum stays the same.
+
+    >>> resume(Ledger(hit=96, partial=3, cold=61), Begun(Namespace("m"), 32, 99, b""))
+    Ledger(hit=32, partial=0, joined=0, cold=61, evicted=0, granularity=0, resumed=67)
+    """
+    kept, at = [], 0
+    for count in (ledger.hit, ledger.joined, ledger.partial):
+        own = max(0, min(at + count, begun.end) - max(at, begun.start))
+        kept.append(count - own)
+        at += count
+    hit, joined, partial = kept
+    return replace(ledger, hit=hit, joined=joined, partial=partial, resumed=at - sum(kept))
+
+
 def spans(ledger: Ledger) -> tuple[Span, ...]:
     """Lay a ledger out along the prompt.
 
@@ -66,17 +102,30 @@ def spans(ledger: Ledger) -> tuple[Span, ...]:
 class Tally:
     """Sums of ledgers."""
 
-    __slots__ = ("cold", "evicted", "granularity", "hit", "joined", "joins", "partial", "requests")
+    __slots__ = (
+        "cold",
+        "evicted",
+        "granularity",
+        "hit",
+        "joined",
+        "joins",
+        "partial",
+        "requests",
+        "resumed",
+    )
 
     def __init__(self) -> None:
         self.requests = 0
         self.joins = 0
         self.hit = self.partial = self.joined = 0
-        self.cold = self.evicted = self.granularity = 0
+        self.cold = self.evicted = self.granularity = self.resumed = 0
 
     def add(self, ledger: Ledger) -> None:
-        """Count one request."""
-        self.requests += 1
+        """Count one request; one that goes on where it was interrupted was counted before."""
+        if ledger.resumed:
+            self.resumed += ledger.resumed
+        else:
+            self.requests += 1
         self.hit += ledger.hit
         self.partial += ledger.partial
         if ledger.joined:
@@ -88,9 +137,8 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add the sums of another tally."""
-        self.add(other.total())
-        self.requests += other.requests - 1
-        self.joins += other.joins - (other.joined > 0)
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def total(self) -> Ledger:
         """Give the sums so far."""
@@ -101,4 +149,5 @@ class Tally:
             cold=self.cold,
             evicted=self.evicted,
             granularity=self.granularity,
+            resumed=self.resumed,
         )

@@ -137,7 +137,7 @@ class Pulse:
 
 def beat_of(vitals: Vitals, at: float, clock: float) -> Beat:
     """Pick from the vitals what is kept."""
-    sums: Any = [0] * 6
+    sums: Any = [0] * 7
     requests = 0
     for account in vitals.accounts.values():
         ledger = account.ledger
@@ -149,6 +149,7 @@ def beat_of(vitals: Vitals, at: float, clock: float) -> Beat:
             ledger.cold,
             ledger.evicted,
             ledger.granularity,
+            ledger.resumed,
         )
         sums = [one + other for one, other in zip(sums, parts, strict=True)]
     return Beat(

@@ -37,6 +37,7 @@ class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FATE_COLD: _ClassVar[Fate]
     FATE_EVICTED: _ClassVar[Fate]
     FATE_GRANULARITY: _ClassVar[Fate]
+    FATE_RESUMED: _ClassVar[Fate]
 
 class TreeOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -62,6 +63,7 @@ FATE_JOINED: Fate
 FATE_COLD: Fate
 FATE_EVICTED: Fate
 FATE_GRANULARITY: Fate
+FATE_RESUMED: Fate
 TREE_ORDER_UNSPECIFIED: TreeOrder
 TREE_ORDER_TOKENS: TreeOrder
 TREE_ORDER_HEAT: TreeOrder
@@ -119,20 +121,22 @@ class Copy(_message.Message):
     def __init__(self, src: _Optional[int] = ..., dst: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
-    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed")
     HIT_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
     COLD_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
     hit: int
     partial: int
     joined: int
     cold: int
     evicted: int
     granularity: int
-    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ...) -> None: ...
+    resumed: int
+    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ..., resumed: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message", "kind", "retry_after_s")

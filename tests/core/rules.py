@@ -185,6 +185,7 @@ class Rules:
         for ticket in [one for one in world.tickets.values() if one.worker == worker]:
             del world.tickets[ticket.id]
         del world.workers[worker]
+        world.begun = {key: view for key, view in world.begun.items() if key[0] != worker}
         self.fails(
             f"cache.renew({worker!r}, now={world.now})",
             lambda: world.cache.renew(worker, now=world.now),
@@ -213,7 +214,8 @@ class Rules:
             world.end(view, writes_on=False)
         for ticket in [one for one in world.tickets.values() if one.worker == worker]:
             del world.tickets[ticket.id]
-        world.workers.pop(worker, None)
+        if world.workers.pop(worker, None) is not None:
+            world.begun = {key: view for key, view in world.begun.items() if key[0] != worker}
         world.zombies.pop(worker, None)
         after = world.snapshot()
         if not world.tickets:  # else a waiting request may have taken what came back
@@ -660,7 +662,7 @@ class Rules:
         if world.remembers_everything():
             seen = world.library.longest(namespace, tokens, multiple_of=size)
             assert stored + ledger.evicted == seen, f"{told}: {seen} were stored since the reset"
-        assert 0 <= told.num_parted <= world.snapshot().requests
+        assert 0 <= told.num_parted <= sum(map(len, world.ledgers.values()))
         if told.parted_at is None:
             assert not told.stored_next
         else:

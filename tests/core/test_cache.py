@@ -395,3 +395,29 @@ def test_what_is_committed_after_a_reset_is_visible_to_nobody(cache: PrefixCache
     cache.reset(CHAT)
     assert cache.commit(ALICE, held.lease, 8, now=0.0).num_indexed == 0
     assert cache.lookup(CHAT, pack([2] * 8)).num_hit == 0
+
+
+def test_a_request_that_comes_again_under_its_id_is_no_hit_of_its_own(cache: PrefixCache):
+    serve(cache, ALICE, [*SYSTEM, 1])
+    prompt = [*SYSTEM, *range(40)]
+    first = acquire(cache, BOB, prompt, request_id="q")
+    assert first.ledger == Ledger(hit=8, partial=2, cold=40)
+    cache.commit(BOB, first.lease, 30, now=0.0)
+    cache.release(BOB, first.lease, now=0.0)  # interrupted in mid-prefill
+    again = acquire(cache, BOB, prompt, request_id="q")
+    assert again.num_cached == 30
+    assert again.ledger == Ledger(hit=10, cold=20, resumed=20)
+    cache.commit(BOB, again.lease, 50, now=0.0)
+    cache.release(BOB, again.lease, now=0.0)
+    assert cache.snapshot(now=0.0).requests == 2
+    thrice = acquire(cache, BOB, prompt, request_id="q")  # what it had found at first stays a hit
+    assert thrice.ledger == Ledger(hit=10, granularity=1, resumed=39)
+    other = acquire(cache, ALICE, prompt, request_id="q")  # another worker's id, another request
+    assert other.ledger == Ledger(hit=48, partial=1, granularity=1)
+
+
+def test_another_prompt_under_a_known_id_resumes_nothing(cache: PrefixCache):
+    first = acquire(cache, BOB, [7] * 20, request_id="q")
+    cache.commit(BOB, first.lease, 12, now=0.0)
+    cache.release(BOB, first.lease, now=0.0)
+    assert acquire(cache, BOB, [7] * 10, request_id="q").ledger.resumed == 0

@@ -76,6 +76,8 @@ class LeaseView:
     """Forked: may write only after `extend`."""
     request_id: str = ""
     grant: Grant | None = None
+    computed_from: int = 0
+    """Tokens that its request found when it came first; the others are its own."""
 
     @property
     def label(self) -> str:
@@ -141,6 +143,8 @@ class World:
         self.memory = Memory(shape.block_size)
         self.library = Library()
         self.retired: list[Root] = []
+        self.begun: dict[tuple[WorkerId, str], LeaseView] = {}
+        """Requests whose leases have ended: they may come again."""
         self.forgotten: dict[int, bool] = {}
         """Blocks of what was reset, and whether a lease still protects them."""
         self.tails_withdrawn = False
@@ -232,10 +236,13 @@ class World:
         assert min(ledger.hit, ledger.partial, ledger.joined, ledger.cold) >= 0
         assert min(ledger.evicted, ledger.granularity) >= 0
         assert ledger.reused == grant.num_cached, f"{ledger}, {grant.num_cached} cached"
-        assert (ledger.hit + ledger.joined) % size == 0, "hits are whole blocks"
-        assert ledger.partial < size
-        assert [copy.num_tokens for copy in grant.copies] == [ledger.partial] * bool(ledger.partial)
-        whole = (ledger.hit + ledger.joined) // size
+        computed_from = self.verify_resumed(grant, worker, namespace, tokens, request_id)
+        part = grant.copies[0].num_tokens if grant.copies else 0
+        assert (ledger.reused - part) % size == 0, "hits are whole blocks"
+        assert ledger.partial <= part < size
+        if not ledger.resumed:
+            assert ledger.partial == part
+        whole = (ledger.reused - part) // size
         for copy in grant.copies:
             assert copy.dst == grant.block_table[whole], "copied to another block than the next"
         self.ledgers.setdefault(namespace, []).append(ledger)
@@ -254,6 +261,7 @@ class World:
             sources={copy.src for copy in grant.copies},
             request_id=request_id,
             grant=grant,
+            computed_from=computed_from,
         )
         self.leases[grant.lease] = view
         self.count("grants")
@@ -439,11 +447,35 @@ class World:
     def end(self, view: LeaseView, *, writes_on: bool) -> None:
         """Take in that a lease has ended."""
         del self.leases[view.id]
+        if view.request_id and view.valid > view.computed_from:
+            self.begun[view.worker, view.request_id] = view
         self.ended = [*self.ended[-5:], view]
         if writes_on:
             self.zombies.setdefault(view.worker, []).append(view)
             if view.valid % self.shape.block_size:
                 self.tails_withdrawn = True
+
+    def verify_resumed(
+        self,
+        grant: Grant,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: Tokens,
+        request_id: str,
+    ) -> int:
+        """See that what a request had computed itself is no hit.  Gives where its own begins."""
+        ledger, begun = grant.ledger, self.begun.pop((worker, request_id), None)
+        own = 0
+        if begun is not None and begun.namespace == namespace:
+            own = max(0, min(ledger.reused, begun.valid) - begun.computed_from)
+            same = begun.tokens[: begun.valid] == tokens[: begun.valid]
+            # Another prompt under the same id is told apart by some of its tokens only.
+            assert ledger.resumed in ((own,) if same else (0, own)), f"{ledger}: {own} are its own"
+        else:
+            assert not ledger.resumed
+        if ledger.resumed:
+            self.count("resumed")
+        return begun.computed_from if begun and ledger.resumed else grant.num_cached
 
     def verify(self) -> None:
         """Compare the cache, the workers' views and the pool's memory."""
@@ -459,7 +491,8 @@ class World:
         for namespace, ledgers in self.ledgers.items():
             assert snapshot.namespaces[namespace] == _sum(ledgers), f"the sums of {namespace}"
         everything = [ledger for ledgers in self.ledgers.values() for ledger in ledgers]
-        assert (snapshot.requests, snapshot.ledger) == (len(everything), _sum(everything))
+        fresh = sum(not ledger.resumed for ledger in everything)
+        assert (snapshot.requests, snapshot.ledger) == (fresh, _sum(everything))
 
     def verify_index(self, snapshot: Snapshot) -> dict[int, int]:
         """Every indexed slot holds what its place in the tree says.  Gives fill by block."""
@@ -614,6 +647,7 @@ def _sum(ledgers: list[Ledger]) -> Ledger:
         cold=sum(one.cold for one in ledgers),
         evicted=sum(one.evicted for one in ledgers),
         granularity=sum(one.granularity for one in ledgers),
+        resumed=sum(one.resumed for one in ledgers),
     )
 
 

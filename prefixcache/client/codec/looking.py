@@ -30,6 +30,7 @@ FATES: Final = {
     "cold": pb.FATE_COLD,
     "evicted": pb.FATE_EVICTED,
     "granularity": pb.FATE_GRANULARITY,
+    "resumed": pb.FATE_RESUMED,
 }
 _FATE_NAMES = {number: name for name, number in FATES.items()}
 

@@ -105,6 +105,8 @@ def write_ledger(word: Ledger, message: pb.Ledger) -> None:
         message.evicted = word.evicted
     if word.granularity:
         message.granularity = word.granularity
+    if word.resumed:
+        message.resumed = word.resumed
 
 
 def read_ledger(message: pb.Ledger) -> Ledger:
@@ -116,6 +118,7 @@ def read_ledger(message: pb.Ledger) -> Ledger:
         message.cold,
         message.evicted,
         message.granularity,
+        message.resumed,
     )
 
 

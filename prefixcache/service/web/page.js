@@ -18,9 +18,12 @@ function fill(table, columns, rows, none) {
   table.replaceChildren(head, element("tbody", {}, ...lines));
 }
 
+// What was resumed is left out of both sides: a request is no hit of its own.
+const hitRate = tokens => share(tokens("hit") + tokens("partial") + tokens("joined"), FATES.reduce((sum, f) => sum + (f === "resumed" ? 0 : tokens(f)), 0));
+
 const TILES = [
-  ["reused", "reused, last minute", () => { const all = FATES.reduce((s, f) => s + LedgerChart.recent(f), 0); return share(LedgerChart.recent("hit") + LedgerChart.recent("partial") + LedgerChart.recent("joined"), all); }],
-  ["all", "reused since the start", s => (s.ledger ? share(s.ledger.hit + s.ledger.partial + s.ledger.joined, FATES.reduce((a, f) => a + s.ledger[f], 0)) : "–")],
+  ["reused", "reused, last minute", () => hitRate(LedgerChart.recent)],
+  ["all", "reused since the start", s => (s.ledger ? hitRate(f => s.ledger[f]) : "–")],
   ["rate", "requests a second", s => s.requests_per_s.toFixed(s.requests_per_s < 10 ? 1 : 0)],
   ["p99", "acquire, p99", s => time((s.verbs.find(v => v.verb === "acquire") || {}).p99_s)],
   ["use", "of the pool held", s => (s.pool ? share(s.pool.num_blocks - s.pool.free - s.pool.evictable, s.pool.num_blocks) : "–")],
@@ -73,7 +76,7 @@ function showState(state) {
   ], (state.leases || []).map(l => ({ ...l, worker: l.worker })), "No lease is out.");
   fill($("namespaces"), [
     ["namespace", n => n.namespace], ["requests", n => count(n.requests), true],
-    ["reused", n => share(n.hit + n.partial + n.joined, FATES.reduce((a, f) => a + n[f], 0)), true],
+    ["reused", n => hitRate(f => n[f]), true],
     ["evicted", n => share(n.evicted, FATES.reduce((a, f) => a + n[f], 0)), true], ["cold", n => share(n.cold, FATES.reduce((a, f) => a + n[f], 0)), true],
   ], state.namespaces || [], "No request yet.");
   fill($("verbs"), [
