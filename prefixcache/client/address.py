@@ -38,6 +38,12 @@ class Address:
         >>> str(Address.parse("/run/cache.sock")), str(Address.parse("localhost:7070"))
         ('unix:/run/cache.sock', 'localhost:7070')
         """
+        scheme, colon, _ = target.partition("://")
+        if colon and scheme != "unix":
+            raise InvalidRequest(
+                f"address {target!r} has the scheme {scheme!r}; write unix:/path/to/socket or "
+                "host:port"
+            )
         if target.startswith("unix:") or "/" in target:
             path = target.removeprefix("unix:")
             if path.startswith("//"):

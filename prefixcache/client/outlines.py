@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from prefixcache.client.codec import no_foreign_errors, read_namespace, write_namespace
+from prefixcache.client.codec import (
+    no_foreign_errors,
+    read_namespace,
+    show_namespace,
+    write_namespace,
+)
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -47,7 +52,7 @@ def write_outline(answer: Outline, message: pb.TreeResponse) -> None:
     message.num_moved = answer.num_moved
     for outline in answer.namespaces:
         tree = message.namespaces.add()
-        write_namespace(outline.namespace, tree.namespace)
+        show_namespace(outline.namespace, tree.namespace)
         for branch in outline.branches:
             _write_branch(branch, tree.branches.add())
 

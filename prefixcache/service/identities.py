@@ -79,13 +79,20 @@ class Identity:
             if asked.tenant not in ("", self.tenant):
                 raise NotFound(f"no namespace {asked}")
             space = Namespace(asked.model, asked.adapter, self.tenant, asked.salt)
-        if not any(fnmatchcase(space.model, pattern) for pattern in self.models):
+        if not self.sees(space):
             raise NotFound(f"no namespace {asked}")
         return space
 
     def sees(self, namespace: Namespace) -> bool:
-        """Whether what goes on in a namespace is shown to it."""
-        return self.admin or self.tenant is None or namespace.tenant == self.tenant
+        """Whether it may use a namespace, and so see what goes on there: all views ask this."""
+        if not (self.admin or self.tenant is None or namespace.tenant == self.tenant):
+            return False
+        return any(fnmatchcase(namespace.model, pattern) for pattern in self.models)
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether there is no namespace that it may not see."""
+        return self.admin and "*" in self.models
 
     def refuse_unless_admin(self, what: str) -> None:
         """Check that it may steer what others use.

@@ -210,13 +210,15 @@ class Page:
             "namespaces": [
                 {
                     "namespace": shown(one.namespace),
-                    "branches": [self._branch(branch) for branch in one.branches],
+                    "branches": [
+                        self._branch(branch, bool(one.namespace.salt)) for branch in one.branches
+                    ],
                 }
                 for one in outline.namespaces
             ],
         }
 
-    def _branch(self, branch: Branch) -> dict[str, Any]:
+    def _branch(self, branch: Branch, salted: bool) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "depth": branch.depth,
             "start": branch.start,
@@ -240,7 +242,7 @@ class Page:
             fields["uses"] = branch.num_uses
         if branch.num_parted:
             fields["parted"] = [branch.parted_at, branch.num_parted]
-        if self._handlers.settings.http_tokens:
+        if self._handlers.settings.http_tokens and not salted:
             fields["ids"] = unpack(branch.tokens).tolist()
         return fields
 

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import structlog
 
+from prefixcache.client.codec import seal
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
 from prefixcache.private_files import open_private
@@ -161,10 +162,13 @@ class Recorder:
         self._bytes_out += len(tokens) + _REQUEST_BYTES
         if self._anonymiser is not None:
             namespace = self._anonymiser.namespace(namespace)
+            salt = namespace.salt
             tokens = self._anonymiser.tokens(tokens)
+        else:
+            salt = seal(namespace.salt)
         named: Any = namespace.model
         if namespace.adapter or namespace.tenant or namespace.salt:
-            named = [namespace.model, namespace.adapter, namespace.tenant, namespace.salt]
+            named = [namespace.model, namespace.adapter, namespace.tenant, salt]
         fields = {
             "t": round(t, 6),
             "namespace": named,

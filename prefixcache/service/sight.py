@@ -27,7 +27,14 @@ def narrow(message: pb.SnapshotResponse, identity: Identity) -> None:
 
     for field in (message.leases, message.namespaces, message.pins, message.flights):
         _keep(field, is_own)
-    _keep(message.quotas, lambda quota: quota.tenant == identity.tenant)
+    _keep(
+        message.quotas,
+        lambda quota: (
+            is_own(quota)
+            if quota.HasField("namespace")
+            else identity.admin or quota.tenant == identity.tenant
+        ),
+    )
     total = Tally()
     for entry in message.namespaces:
         total.add(codec.read_ledger(entry.ledger))

@@ -298,3 +298,58 @@ def test_garbage_in_the_authorization_is_unauthenticated(service: ServiceProcess
 def test_a_watcher_proves_who_it_is(acme: Client) -> None:
     store(acme)
     assert next(iter(acme.watch())).is_snapshot
+
+
+def test_every_view_is_of_the_models_that_an_identity_may_use(tmp_path: Path) -> None:
+    more = (
+        f'\n[[identity]]\nname = "other"\ntenant = "acme"\nmodels = ["secret*"]\n'
+        f'socket = "{tmp_path}/own.sock"\n'
+    )
+    flags = ("--identities", str(identities(tmp_path, more)), "--watch-tokens")
+    with (
+        running(f"unix:{tmp_path}/s.sock", *sizes(64, 4), *flags) as service,
+        prefixcache.connect(f"{tmp_path}/own.sock") as other,
+        prefixcache.connect(front(service), token=TOKENS["acme"]) as acme,
+        other.attach("secret-model", LAYOUT, name="hidden") as session,
+    ):
+        with session.acquire(PROMPT, request_id="rq") as lease:
+            lease.commit(len(PROMPT))
+        assert other.recount("rq").past is not None
+        seen = str(acme.call("snapshot", pb.SnapshotRequest()))
+        assert "secret" not in seen
+        assert "hidden" not in seen
+        assert acme.outline().namespaces == ()
+        with pytest.raises(NotFound):
+            acme.recount("rq")
+        store(acme)
+        heard = next(batch for batch in acme.watch(tokens=True) if batch.events)
+        assert {event.namespace.model for event in heard.events} == {"tiny"}
+
+
+def test_a_salt_is_shown_to_nobody_nor_are_the_tokens_behind_it(
+    acme: Client, boss: Client, service: ServiceProcess
+) -> None:
+    salt = "pepper-of-user-17"
+    with acme.attach("tiny", LAYOUT, salt=salt) as session:
+        with session.acquire(PROMPT) as lease:
+            lease.commit(len(PROMPT))
+        acme.pin(Namespace("tiny", salt=salt), PROMPT, ttl_s=60.0)
+        held = session.acquire([7] * 12)
+        for client in (acme, boss):
+            answers = [
+                client.call("snapshot", pb.SnapshotRequest()),
+                client.call("tree", pb.TreeRequest()),
+            ]
+            assert all(salt not in str(answer) for answer in answers)
+            assert not any(
+                branch.tokens
+                for tree in answers[1].namespaces
+                if tree.namespace.salt
+                for branch in tree.branches
+            )
+        named = Namespace("tiny", tenant="acme", salt=salt)
+        assert any(branch.tokens for branch in acme.outline(named).namespaces[0].branches)
+        held.release()
+    [shown] = [one for one in boss.snapshot().namespaces if one.salt]
+    assert boss.reset(shown).num_blocks == 3  # an operator can steer what it cannot read
+    assert salt not in service.log()

@@ -36,11 +36,13 @@ from prefixcache.types import (
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 SPACE = Namespace("model", "adapter", "tenant", "salt")
+SHOWN = Namespace("model", "adapter", "tenant")
+"""Answers never have a salt."""
 LEDGER = Ledger(1, 2, 3, 4, 5, 6)
 COPIES = (Copy(BlockId(0), BlockId(9), 3), Copy(BlockId(7), BlockId(0), 1))
 GRANT = Grant(LeaseId(2**40), array("i", [0, 5, 2**30]), 7, 2, COPIES, LEDGER, 30.0)
 BARE = Grant(LeaseId(1), array("i"), 0, 0, (), Ledger(), 0.5)
-LEASE = LeaseInfo(LeaseId(3), WorkerId("w1"), SPACE, 10, 8, 3, 12.5)
+LEASE = LeaseInfo(LeaseId(3), WorkerId("w1"), SHOWN, 10, 8, 3, 12.5)
 ANSWERS: list[tuple[str, Any]] = [
     ("acquire", GRANT),
     ("acquire", BARE),
@@ -64,7 +66,7 @@ ANSWERS: list[tuple[str, Any]] = [
     ("reset", Reset(0, 0)),
     ("reset", Reset(5, 2)),
     ("snapshot", Snapshot(0, 16, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})),
-    ("snapshot", Snapshot(*range(1, 10), (LEASE,), 10, 11, 12, LEDGER, {SPACE: LEDGER})),
+    ("snapshot", Snapshot(*range(1, 10), (LEASE,), 10, 11, 12, LEDGER, {SHOWN: LEDGER})),
 ]
 
 
@@ -84,7 +86,7 @@ def test_an_outline_survives_the_wire() -> None:
     full = Branch(1, 8, 9, 3, pack([7]), *extents[::-1], 5, 6, True, True, 1.5, 0.5, 7, 0, 8)
     for outline in (
         Outline(16, (), 0),
-        Outline(4, (NamespaceOutline(SPACE, (zeros, full)), NamespaceOutline(SPACE, ())), 3),
+        Outline(4, (NamespaceOutline(SHOWN, (zeros, full)), NamespaceOutline(SHOWN, ())), 3),
     ):
         message = pb.TreeResponse()
         outlines.write_outline(outline, message)

@@ -8,8 +8,8 @@ from prefixcache.client.codec.steering import read_quota_info, write_quota_info
 from prefixcache.client.codec.words import (
     read_ledger,
     read_namespace,
+    show_namespace,
     write_ledger,
-    write_namespace,
 )
 from prefixcache.types import (
     Explanation,
@@ -81,7 +81,7 @@ def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
         message.extra_blocks = answer.extra_blocks
     message.num_pending = answer.num_pending
     for namespace, num_tokens in answer.elsewhere:
-        write_namespace(namespace, message.elsewhere.add(num_tokens=num_tokens).namespace)
+        show_namespace(namespace, message.elsewhere.add(num_tokens=num_tokens).namespace)
     if answer.past is not None:
         _write_past(answer.past, message.past)
 
@@ -90,7 +90,7 @@ def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
     message.request_id = word.request_id
     message.worker = word.worker
     message.lease = word.lease
-    write_namespace(word.namespace, message.namespace)
+    show_namespace(word.namespace, message.namespace)
     message.age_s = word.age_s
     message.num_tokens = word.num_tokens
     message.tokens = word.tokens
@@ -138,17 +138,17 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
             num_blocks=info.num_blocks,
             expires_in_s=info.expires_in_s,
         )
-        write_namespace(info.namespace, lease.namespace)
+        show_namespace(info.namespace, lease.namespace)
     write_ledger(answer.ledger, message.ledger)
     for namespace, ledger in answer.namespaces.items():
         entry = message.namespaces.add()
-        write_namespace(namespace, entry.namespace)
+        show_namespace(namespace, entry.namespace)
         write_ledger(ledger, entry.ledger)
     for pin in answer.pins:
         told = message.pins.add(
             num_tokens=pin.num_tokens, num_blocks=pin.num_blocks, expires_in_s=pin.expires_in_s
         )
-        write_namespace(pin.namespace, told.namespace)
+        show_namespace(pin.namespace, told.namespace)
     for quota in answer.quotas:
         write_quota_info(quota, message.quotas.add())
     for extra_blocks, tokens in answer.shortage:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefixcache.client.codec.words import read_namespace, write_namespace
+from prefixcache.client.codec.words import read_namespace, show_namespace
 from prefixcache.types import Pinned, QuotaInfo, Reset, Unpinned
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -52,7 +52,7 @@ def write_quota_info(word: QuotaInfo, message: pb.QuotaInfo) -> None:
     message.tenant = word.tenant
     if word.namespace is not None:
         message.namespace.SetInParent()
-        write_namespace(word.namespace, message.namespace)
+        show_namespace(word.namespace, message.namespace)
     if word.max_held is not None:
         message.max_held = word.max_held
     message.guaranteed = word.guaranteed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import Any, Final
 
 from prefixcache import errors
@@ -28,12 +30,31 @@ _DTYPE_NAMES = {number: name for name, number in DTYPES.items()}
 _POOL_KIND_NAMES = {number: name for name, number in POOL_KINDS.items()}
 
 
+_SEAL_KEY: Final = secrets.token_bytes(32)
+
+
 def write_namespace(word: Namespace, message: pb.Namespace) -> None:
     """Fill `message`."""
     message.model = word.model
     message.adapter = word.adapter
     message.tenant = word.tenant
     message.salt = word.salt
+
+
+def show_namespace(word: Namespace, message: pb.Namespace) -> None:
+    """Fill `message` of an answer: a salt is a secret, so another text stands in its place."""
+    write_namespace(word, message)
+    message.salt = seal(word.salt)
+
+
+def seal(salt: str) -> str:
+    """Give what is shown in place of a salt: the same for the same one while this process lives.
+
+    It tells two namespaces apart, and nothing about either salt.
+    """
+    if not salt:
+        return ""
+    return f"sealed-{blake2b(salt.encode(), key=_SEAL_KEY, digest_size=8).hexdigest()}"
 
 
 def read_namespace(message: pb.Namespace) -> Namespace:

@@ -87,9 +87,9 @@ class Looking(Verbs):
         chosen = None
         if request.HasField("namespace"):
             chosen = [self._named(asker, request)]
-        elif not asker.identity.admin:
+        elif not asker.identity.sees_all:
             chosen = [one for one in self._cache().namespaces() if asker.identity.sees(one)]
-        return self._cache().outline(
+        outline = self._cache().outline(
             chosen,
             order=outlines.read_order(request.order),
             max_branches=request.max_branches or 1000,
@@ -97,6 +97,7 @@ class Looking(Verbs):
             ghosts=not request.without_ghosts,
             now=monotonic(),
         )
+        return outline if request.HasField("namespace") else _without_salted_tokens(outline)
 
     def check(self, asker: Asker, request: pb.CheckRequest) -> pb.CheckResponse:
         """Check every invariant.
@@ -135,7 +136,7 @@ class Looking(Verbs):
     def write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
         """Fill `message` with what its caller may see."""
         self._write_whole(answer, message)
-        if not answer.identity.admin:
+        if not answer.identity.sees_all:
             narrow(message, answer.identity)
 
     def _write_whole(self, answer: Seen, message: pb.SnapshotResponse) -> None:
@@ -177,6 +178,8 @@ class Looking(Verbs):
         for worker in self.workers.roll():
             if not (identity.admin or worker.identity.tenant == identity.tenant):
                 continue
+            if not all(map(identity.sees, worker.namespaces)):
+                continue
             message.workers.add(
                 worker=worker.name_for(identity),
                 pid=worker.pid,
@@ -200,6 +203,20 @@ class Looking(Verbs):
                 num_committed=flight.num_committed,
                 num_waiting=flight.num_waiting,
             )
-            codec.write_namespace(flight.namespace, info.namespace)
+            codec.show_namespace(flight.namespace, info.namespace)
         if vitals.eviction_age_s is not None:
             message.eviction_age_s = vitals.eviction_age_s
+
+
+def _without_salted_tokens(
+    steps: Generator[None, None, Outline],
+) -> Generator[None, None, Outline]:
+    """Draw an outline without the tokens behind a salt: only who names it may read them."""
+    outline = yield from steps
+    trees = tuple(
+        replace(tree, branches=tuple(replace(branch, tokens=b"") for branch in tree.branches))
+        if tree.namespace.salt
+        else tree
+        for tree in outline.namespaces
+    )
+    return replace(outline, namespaces=trees)
