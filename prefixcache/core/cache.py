@@ -37,6 +37,7 @@ from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     BlockTable,
     Explanation,
+    LeaseInfo,
     Lookup,
     Namespace,
     Partial,
@@ -267,6 +268,10 @@ class PrefixCache(Membership, Leasing, Steering):
     def snapshot(self, *, now: float) -> Snapshot:
         """Give the numbers of this moment.  O(leases)."""
         return views.snapshot(self._desk, now)
+
+    def oldest_leases(self, most: int, *, now: float) -> list[LeaseInfo]:
+        """Tell up to `most` leases, oldest first.  O(tenants + most)."""
+        return views.oldest_leases(self._desk, most, now)
 
     def vitals(self, *, now: float) -> Vitals:
         """Give the numbers that are cheap enough for every second.  O(namespaces)."""

@@ -225,6 +225,10 @@ class Quotas:
         self.shares = [one for one in self._all() if one.guaranteed]
         return account.info()
 
+    def tenants(self) -> Iterator[Account]:
+        """Give the accounts of all tenants."""
+        return iter(self._tenants.values())
+
     def get(self, scope: Namespace | str) -> QuotaInfo:
         """Give the numbers of an account, all zero if it is unknown.  Changes nothing."""
         account = self._known(scope)

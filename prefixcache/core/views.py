@@ -6,6 +6,8 @@ Nothing here changes the cache.
 from __future__ import annotations
 
 from collections import Counter
+from heapq import merge
+from itertools import islice
 
 from prefixcache.core.desk import Desk
 from prefixcache.core.drawing import draw
@@ -43,18 +45,7 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
     total = Tally()
     for tally in desk.tallies.values():
         total.merge(tally)
-    leases = tuple(
-        LeaseInfo(
-            lease=lease.id,
-            worker=desk.leases.workers[lease.worker].name,
-            namespace=lease.namespace,
-            num_tokens=lease.num_tokens,
-            num_committed=lease.committed,
-            num_blocks=len(lease.table),
-            expires_in_s=desk.leases.ends_at(lease) - now,
-        )
-        for lease in desk.leases.all()
-    )
+    leases = tuple([lease_info(desk, lease, now) for lease in desk.leases.all()])
     indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
     return Snapshot(
         num_blocks=pool.num_blocks,
@@ -78,6 +69,26 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
         quotas=holdings.quotas.infos(),
         shortage=desk.history.shortage.steps(),
     )
+
+
+def lease_info(desk: Desk, lease: Lease, now: float) -> LeaseInfo:
+    """Tell one lease."""
+    return LeaseInfo(
+        lease=lease.id,
+        worker=desk.leases.workers[lease.worker].name,
+        namespace=lease.namespace,
+        num_tokens=lease.num_tokens,
+        num_committed=lease.committed,
+        num_blocks=len(lease.table),
+        expires_in_s=desk.leases.ends_at(lease) - now,
+    )
+
+
+def oldest_leases(desk: Desk, most: int, now: float) -> list[LeaseInfo]:
+    """Tell the oldest leases.  O(tenants + most), however many are out."""
+    lines = [islice(one.leases.values(), most) for one in desk.holdings.quotas.tenants()]
+    first = islice(merge(*lines, key=lambda lease: lease.id), most)
+    return [lease_info(desk, lease, now) for lease in first]
 
 
 def check(desk: Desk) -> None:

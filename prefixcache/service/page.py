@@ -196,7 +196,7 @@ class Page:
                 "blocks": lease.num_blocks,
                 "expires_in_s": round(lease.expires_in_s, 1),
             }
-            for lease in cache.snapshot(now=now).leases[:_ROWS]
+            for lease in cache.oldest_leases(_ROWS, now=now)
         ]
         fields["flights"] = [
             {**asdict(flight), "namespace": shown(flight.namespace)}

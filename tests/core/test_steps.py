@@ -153,6 +153,13 @@ def test_a_fork_costs_the_same_however_long_the_lease():
     assert forked(30_000) == forked(32)
 
 
+def test_the_oldest_leases_are_told_however_many_are_out():
+    few, many = crowded(100), crowded(4000)
+    assert many.oldest_leases(20, now=1.0) == list(many.snapshot(now=1.0).leases[:20])
+    cost = calls(lambda: few.oldest_leases(20, now=1.0))
+    assert calls(lambda: many.oldest_leases(20, now=1.0)) <= cost
+
+
 def test_many_leases_expire_in_parts():
     cache = crowded(500)
     sizes = []
