@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import grouped, reference, rotary
+from prefixcache_kernels.checks import check_attention, check_scalars, check_tensors
 from prefixcache_kernels.cpu import attend as native
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
@@ -46,6 +48,7 @@ def store_kv(
     value_scale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their slots; see `reference.store_kv`."""
+    check_tensors(key_cache=key_cache)
     if key_cache.is_cuda:
         from prefixcache_kernels.transfer import store_kv as store
     else:
@@ -71,6 +74,8 @@ def paged_attention(
     plan: Plan | None = None,
 ) -> Tensor:
     """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
+    check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+    scale, window, softcap = check_scalars(scale, window, softcap)
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {
         "scale": scale,
@@ -86,8 +91,13 @@ def paged_attention(
 
         return launch(*args, **options, plan=plan)
     if plan is None:
+        check_attention(query, key_cache, value_cache, key_scale=key_scale, value_scale=value_scale)
         plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
-    if native.takes(query, key_cache, value_cache, len(context_lens)):
+    elif not isinstance(plan, Plan):
+        raise InvalidRequest(f"plan is a {type(plan).__name__}, not a Plan")
+    else:
+        plan.verify(block_tables, query_start, context_lens)
+    if native.takes(query, key_cache, value_cache, plan.num_seqs):
         return native.attend(plan, query, key_cache, value_cache, **options)
     return reference.paged_attention(*args, **options, plan=plan)
 
@@ -112,10 +122,13 @@ def shared_prefix_attention(
 ) -> Tensor:
     """Attend, reading what sequences share once; see `grouped.shared_prefix_attention`.
 
-    On a GPU a batch of as many queries as sequences is taken to decode, one query each: a sequence
-    without queries does not belong in it.  On a CPU without a C compiler eight-bit caches, values
-    of another size than keys, and `lse` are attended without sharing.
+    On a GPU a batch of as many queries as sequences is taken to decode, one query each: where a
+    sequence has another number of them the answers are NaN, for lengths are not looked at.  On a
+    CPU without a C compiler eight-bit caches, values of another size than keys, and `lse` are
+    attended without sharing.
     """
+    check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+    scale, window, softcap = check_scalars(scale, window, softcap)
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     rare: dict[str, Any] = {"key_scale": key_scale, "value_scale": value_scale, "lse": lse}
@@ -123,18 +136,24 @@ def shared_prefix_attention(
         from prefixcache_kernels.shared import shared_prefix_attention as launch
 
         return launch(*args, groups, **(options | rare))
-    if native.takes(query, key_cache, value_cache, len(context_lens)):
-        if plan is None:
-            size = key_cache.shape[1]
-            plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
+    if plan is None:
+        check_attention(query, key_cache, value_cache, key_scale=key_scale, value_scale=value_scale)
+        size = key_cache.shape[1]
+        plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
+    elif not isinstance(plan, GroupedPlan):
+        raise InvalidRequest(f"plan is a {type(plan).__name__}, not a GroupedPlan")
+    else:
+        plan.verify(block_tables, query_start, context_lens, groups)
+    if native.takes(query, key_cache, value_cache, plan.groups.num_seqs):
         return native.attend(plan, query, key_cache, value_cache, **(options | rare))
     if any(option is not None for option in rare.values()) or key_cache.shape != value_cache.shape:
-        return reference.paged_attention(*args, **(options | rare))
+        return reference.paged_attention(*args, **(options | rare), plan=plan.whole)
     return grouped.shared_prefix_attention(*args, groups, **options, plan=plan)
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
     """Copy the first tokens of some blocks to others; see `reference.copy_blocks`."""
+    check_tensors(blocks=blocks)
     if blocks.is_cuda:
         from prefixcache_kernels.transfer import copy_blocks as launch
 
@@ -145,6 +164,7 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
 
 def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> None:
     """Move cached keys to positions `delta` later; see `rotary.rotate_keys`."""
+    check_tensors(blocks=blocks)
     if blocks.is_cuda:
         from prefixcache_kernels.rotate import rotate_keys as launch
 

@@ -104,7 +104,8 @@ def compile_variant(variant: Variant, target: str) -> Report:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if (signature[name].startswith("*") and name not in UNALIGNED) or name.startswith("stride")
+        if (signature[name].startswith("*") and name not in UNALIGNED)
+        or (name.startswith("stride") and name != "stride_table")
     }
     source = ASTSource(variant.kernel, signature, constants, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}

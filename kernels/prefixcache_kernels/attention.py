@@ -44,14 +44,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixcache_kernels.checks import check_attention
+from prefixcache_kernels.checks import check_attention, check_scalars
 from prefixcache_kernels.keys import attend_keys
 from prefixcache_kernels.launch import (
     OPTIONS,
     cache_arguments,
-    check_device,
     check_strides,
     check_tables,
+    in_reach,
     readable,
     warps,
 )
@@ -60,7 +60,7 @@ from prefixcache_kernels.shape import Shape, next_power_of_2
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "window"],
+    do_not_specialize=["num_seqs", "window", "stride_table"],
     # Parts of one packed tensor: where they begin must not decide what is compiled.
     do_not_specialize_on_alignment=["order_ptr", "own_ptr"],
 )
@@ -129,6 +129,8 @@ def attend_kernel(
         seq = tl.load(order_ptr + tile)
         begin, num_queries, first = seq, 1, 0
         shared = tl.load(own_ptr + tile) * BLOCK_SIZE
+        # Every sequence has one query: its own.  Nobody has looked; a batch that lies gets NaN.
+        decodes = (tl.load(start_ptr + seq) == seq) & (tl.load(start_ptr + seq + 1) == seq + 1)
     else:
         # Which sequence: the last one whose first tile is not after this one.
         low, high = 0, num_seqs
@@ -187,8 +189,8 @@ def attend_kernel(
             peak,
             total,
             sums,
-            key_ptr + kv_head * stride_key_head,
-            value_ptr + kv_head * stride_value_head,
+            key_ptr + tl.cast(kv_head, tl.int64) * stride_key_head,
+            value_ptr + tl.cast(kv_head, tl.int64) * stride_value_head,
             table_ptr + tl.cast(seq, tl.int64) * stride_table,
             left,
             right,
@@ -217,6 +219,8 @@ def attend_kernel(
         answer = sums / floor[:, None]
         if FP8:
             answer *= tl.load(value_scale_ptr + kv_head)
+        if OWN == 1:
+            answer = tl.where(decodes, answer, float("nan"))
         line = (token * HEADS + head) * SLOTS + (SLOTS - SPLITS) + split
         tl.store(
             out_ptr + line[:, None] * VALUE_DIM + value_dim[None, :],
@@ -225,6 +229,8 @@ def attend_kernel(
         )
         if LSE:
             lse = peak + tl.log2(floor)  # -inf if no key was seen
+            if OWN == 1:
+                lse = tl.where(decodes, lse, float("inf"))  # NaN, once it is merged
             if SLOTS == 1:
                 lse = lse / LOG2E
             tl.store(lse_ptr + line, lse, live)
@@ -240,11 +246,13 @@ def merge_kernel(
     VALUE_DIMS: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     LSE: tl.constexpr,
 ):
     """Merge the partial answers of one head of one query, weighted by their sums.
 
-    Grid: (tokens * heads,).  WIDTH is the power of two from SLOTS on.  A part whose log-sum-exp is
+    Grid: (tokens * heads,).  WIDTH is the power of two from SLOTS on; PARTS parts are in registers
+    at a time, however many there are.  A part whose log-sum-exp is
     -inf saw no key; it may hold anything and is not read.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -253,12 +261,18 @@ def merge_kernel(
     in_dim = dim < VALUE_DIM
     lse = tl.load(lse_ptr + line * SLOTS + slot, slot < SLOTS, float("-inf"))
     peak = tl.max(lse, 0)
-    level = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(lse - level)
-    total = tl.sum(weights, 0)
-    where = (line * SLOTS + slot)[:, None] * VALUE_DIM + dim[None, :]
-    parts = tl.load(part_ptr + where, in_dim[None, :] & (weights > 0.0)[:, None], 0.0)
-    answer = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    # Infinite: there is no part, or one that is no number and must show.
+    level = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+    total = tl.sum(tl.exp2(lse - level), 0)
+    sums = tl.zeros([VALUE_DIMS], tl.float32)
+    for at in range(0, SLOTS, PARTS):
+        part = at + tl.arange(0, PARTS)
+        weights = tl.load(lse_ptr + line * SLOTS + part, part < SLOTS, float("-inf"))
+        weights = tl.exp2(weights - level)
+        where = (line * SLOTS + part)[:, None] * VALUE_DIM + dim[None, :]
+        parts = tl.load(part_ptr + where, in_dim[None, :] & (weights > 0.0)[:, None], 0.0)
+        sums += tl.sum(parts * weights[:, None], 0)
+    answer = sums / tl.where(total > 0.0, total, 1.0)
     tl.store(out_ptr + line * VALUE_DIM + dim, answer.to(out_ptr.dtype.element_ty), in_dim)
     if LSE:
         tl.store(whole_ptr + line, (level + tl.log2(total)) / LOG2E)
@@ -284,30 +298,30 @@ def paged_attention(
     """Attend packed queries to paged keys and values; arguments as `reference.paged_attention`.
 
     Strides: any, but the last dimension of queries and caches is contiguous (queries are copied
-    otherwise).  One launch, or two when keys are split; no synchronisation, so tables and lengths
-    are trusted.  `plan` is for the CPU path and not looked at.
+    otherwise).  One launch, or two when keys are split; no synchronisation, so what tables and
+    lengths say is trusted, unless `PREFIXCACHE_CHECK=1`.  `plan` is for the CPU path and not looked
+    at.
 
     Raises:
         InvalidRequest: The shapes do not fit together.
         Unsupported: The tensors are not on a GPU.
     """
+    scale, window, softcap = check_scalars(scale, window, softcap)
     check_attention(
         query,
         key_cache,
         value_cache,
-        window,
         sinks=sinks,
         key_scale=key_scale,
         value_scale=value_scale,
         lse=lse,
     )
     check_strides(key_cache, value_cache)
-    check_tables(block_tables, query_start, context_lens)
-    check_device(
-        key_cache,
-        *(query, value_cache, block_tables, query_start, context_lens),
-        *(each for each in (sinks, key_scale, value_scale, lse) if each is not None),
+    block_tables, query_start, context_lens = check_tables(
+        block_tables, query_start, context_lens, query.shape[0], key_cache
     )
+    if sinks is not None:
+        sinks = sinks.contiguous()
     num_queries, heads, head_dim = query.shape
     num_seqs = block_tables.shape[0]
     _, block_size, kv_heads, value_dim = value_cache.shape
@@ -324,8 +338,7 @@ def paged_attention(
         num_seqs=num_seqs,
         max_context=block_tables.shape[1] * block_size,
     )
-    if query.stride(2) != 1:
-        query = query.contiguous()
+    query = in_reach(query)
     part, part_lse = out, lse
     if shape.splits > 1:
         size = (num_queries, heads, shape.splits, value_dim)
@@ -389,7 +402,17 @@ def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> No
         VALUE_DIMS=dims,
         SLOTS=slots,
         WIDTH=width,
+        PARTS=parts_at_once(dims, width),
         LSE=lse is not None,
-        num_warps=warps(4 * dims * width),
+        num_warps=warps(4 * dims * parts_at_once(dims, width)),
         **OPTIONS,
     )
+
+
+def parts_at_once(dims: int, width: int) -> int:
+    """Give how many partial answers of `dims` numbers are merged at a time: 16 KiB of them.
+
+    >>> parts_at_once(128, 8), parts_at_once(512, 256), parts_at_once(8192, 4)
+    (8, 8, 1)
+    """
+    return max(1, min(width, 4096 // dims))

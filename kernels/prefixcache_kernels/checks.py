@@ -1,12 +1,19 @@
-"""What the operations refuse, on a CPU and on a GPU alike.  Nothing here looks at a value.
+"""What the operations refuse, on a CPU and on a GPU alike: one gate in front of C, Triton, PyTorch.
 
-The one exception are copies, which come from the host: they are checked in full.
+Behind it an address is that of memory that the kernels can read, of the type that they take it for.
+What lies in small tensors, lengths and ids of blocks and slots, is looked at on a CPU always (in
+Triton's interpreter too).  On a GPU that would wait for the device: there it is trusted, unless
+`PREFIXCACHE_CHECK=1` asks for it, and a kernel skips slots outside the pool.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import math
+import os
+from numbers import Integral, Real
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +21,147 @@ from prefixcache.errors import InvalidRequest
 
 FP8: Final = torch.float8_e4m3fn
 """The one eight-bit type that caches may have: 4 bits of exponent, 3 of mantissa, at most 448."""
+
+NUMBERS: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What queries, keys and values may be, beside eight-bit caches."""
+
+INTEGERS: Final = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+"""What tables and lengths may be on a CPU; on a GPU they are int32."""
+
+LARGEST: Final = 1e30
+"""Bound of `scale` and `softcap`: with it, sums and quotients stay numbers in float32."""
+
+LONGEST: Final = 2**31 - 1
+"""Tokens that a window or a distance has at most: what an int32 holds."""
+
+VALUES_CHECKED: Final = os.environ.get("PREFIXCACHE_CHECK", "0") not in ("", "0")
+"""Whether tables, lengths and slots on a GPU are looked at, which waits for the device."""
+
+
+def check_tensors(**tensors: Any) -> None:
+    """Refuse what is no plain tensor: a list, an array, a sparse tensor, a lazily negated one.
+
+    Raises:
+        InvalidRequest: As said, naming the argument.
+    """
+    for name, given in tensors.items():
+        if not isinstance(given, Tensor):
+            raise InvalidRequest(f"{name} is a {type(given).__name__}, not a torch.Tensor")
+        if given.layout is not torch.strided or given.is_neg():
+            raise InvalidRequest(f"{name} is {given.layout} or a lazy negation: not plain memory")
+
+
+def check_scalars(scale: Any, window: Any, softcap: Any) -> tuple[float, int | None, float | None]:
+    """Give them as plain numbers.
+
+    Raises:
+        InvalidRequest: One is no number, not finite, or out of bounds.
+
+    >>> check_scalars(1, None, 30)
+    (1.0, None, 30.0)
+    """
+    if type(scale) is not float:
+        if not isinstance(scale, Real) or isinstance(scale, bool):
+            raise InvalidRequest(f"scale is {scale!r}, not a number")
+        scale = _real(scale)
+    if not -LARGEST <= scale <= LARGEST:  # also not NaN
+        raise InvalidRequest(f"scale is {scale:g}, not between -{LARGEST:g} and {LARGEST:g}")
+    if window is not None:
+        if not isinstance(window, Integral) or isinstance(window, bool):
+            raise InvalidRequest(f"window is {window!r}, not an integer or None")
+        window = int(window)
+        if not 1 <= window <= LONGEST:
+            raise InvalidRequest(f"a window of {window} tokens: not between 1 and {LONGEST}")
+    if softcap is not None:
+        if not isinstance(softcap, Real) or isinstance(softcap, bool):
+            raise InvalidRequest(f"softcap is {softcap!r}, not a number or None")
+        softcap = _real(softcap)
+        if not 1 / LARGEST <= softcap <= LARGEST:
+            raise InvalidRequest(
+                f"softcap is {softcap:g}, not between {1 / LARGEST:g} and {LARGEST:g}; "
+                "None is without a cap"
+            )
+    return scale, window, softcap
+
+
+def _real(number: Real) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def check_step(block_tables: Tensor, query_start: Tensor, context_lens: Tensor) -> None:
+    """Refuse tables and lengths of other shapes or types than a batch has.  Looks at no value.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if not (
+        block_tables.dim() == 2
+        and query_start.dim() == context_lens.dim() == 1
+        and block_tables.shape[0] == query_start.shape[0] - 1 == context_lens.shape[0]
+    ):
+        raise InvalidRequest(
+            f"block_tables {list(block_tables.shape)}, query_start {list(query_start.shape)} and "
+            f"context_lens {list(context_lens.shape)} are not [S, max_blocks], [S + 1] and [S]"
+        )
+    for name, given in (
+        ("block_tables", block_tables),
+        ("query_start", query_start),
+        ("context_lens", context_lens),
+    ):
+        if given.dtype not in INTEGERS:
+            raise InvalidRequest(f"{name} is {given.dtype}, not one of int32 or int64")
+
+
+def check_values(
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    *,
+    num_queries: int,
+    num_blocks: int,
+    block_size: int,
+) -> None:
+    """Refuse lengths that do not fit the queries, and blocks outside the pool.  O(table entries).
+
+    On a GPU this waits for the device.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    tables, starts, contexts = (
+        given.cpu().numpy().astype(np.int64) for given in (block_tables, query_start, context_lens)
+    )
+    lens, room = np.diff(starts), tables.shape[1] * block_size
+    if starts[0] != 0 or starts[-1] != num_queries or (lens < 0).any():
+        raise InvalidRequest(
+            f"query_start does not rise from 0 to {num_queries}, the queries that are there: "
+            f"{starts[:8].tolist()}"
+        )
+    wrong = np.flatnonzero((contexts < lens) | (contexts > room))
+    if len(wrong):
+        s = int(wrong[0])
+        raise InvalidRequest(
+            f"sequence {s} has {lens[s]} queries and {contexts[s]} keys (its own queries included) "
+            f"in a table of {room} slots"
+        )
+    contexts = np.where(lens > 0, contexts, 0)  # of a sequence without queries nothing is read
+    check_ids(tables[np.arange(tables.shape[1]) * block_size < contexts[:, None]], num_blocks)
+
+
+def check_ids(ids: Any, num_blocks: int) -> None:
+    """Refuse blocks outside the pool: a tensor or an array of ids.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < num_blocks:
+        raise InvalidRequest(
+            f"block tables name blocks {int(ids.min())} to {int(ids.max())}; the pool has "
+            f"{num_blocks}"
+        )
 
 
 def check_store(
@@ -25,11 +173,18 @@ def check_store(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
 ) -> None:
-    """Refuse what `store_kv` cannot write.
+    """Refuse what `store_kv` cannot write.  Looks at no value.
 
     Raises:
-        InvalidRequest: The shapes or types do not fit together.
+        InvalidRequest: The tensors, their shapes, types or places do not fit together.
     """
+    check_tensors(
+        key=key,
+        value=value,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+    )
     if (
         key.dim() != 3
         or value.dim() != 3
@@ -40,15 +195,17 @@ def check_store(
         or key.shape[1:] != key_cache.shape[2:]
         or value.shape[1:] != value_cache.shape[2:]
         or slot_mapping.shape != key.shape[:1]
+        or not all(key_cache.shape[1:])
+        or not value_cache.shape[3]
     ):
         raise InvalidRequest(
             f"key {list(key.shape)}, value {list(value.shape)} and slot_mapping "
             f"{list(slot_mapping.shape)} do not fit caches {list(key_cache.shape)} and "
             f"{list(value_cache.shape)}: [T, kv_heads, head_dim], [T] and "
-            "[num_blocks, block_size, kv_heads, head_dim]"
+            "[num_blocks, block_size, kv_heads, head_dim], none of 0"
         )
     same = key.dtype == value.dtype and key_cache.dtype == value_cache.dtype
-    if not same or key_cache.dtype not in (key.dtype, FP8) or key.dtype == FP8:
+    if not same or key_cache.dtype not in (key.dtype, FP8) or key.dtype not in NUMBERS:
         raise InvalidRequest(
             f"keys of {key.dtype} and values of {value.dtype} do not fit caches of "
             f"{key_cache.dtype} and {value_cache.dtype}"
@@ -56,54 +213,84 @@ def check_store(
     check_scales(key_cache, key_scale, value_scale)
     if slot_mapping.dtype != torch.int64:
         raise InvalidRequest(f"slot_mapping is {slot_mapping.dtype}, not torch.int64")
+    for cache in (key_cache, value_cache):
+        _check_written("caches", cache)
+    _check_together(
+        key_cache,
+        key=key,
+        value=value,
+        value_cache=value_cache,
+        slot_mapping=slot_mapping,
+        key_scale=key_scale,
+        value_scale=value_scale,
+    )
 
 
 def check_attention(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    window: int | None,
     *,
     sinks: Tensor | None = None,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> None:
-    """Refuse what `paged_attention` cannot compute.
+    """Refuse what `paged_attention` cannot compute.  Looks at no value.
 
     Raises:
-        InvalidRequest: The shapes or types do not fit together.
+        InvalidRequest: The tensors, their shapes, types or places do not fit together.
     """
+    check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
     if (
         query.dim() != 3
         or key_cache.dim() != 4
         or value_cache.dim() != 4
         or key_cache.shape[:3] != value_cache.shape[:3]
         or query.shape[2] != key_cache.shape[3]
+        or not all(key_cache.shape[1:])
+        or not value_cache.shape[3]
+        or not query.shape[1]
         or query.shape[1] % key_cache.shape[2]
     ):
         raise InvalidRequest(
             f"query {list(query.shape)} does not fit caches {list(key_cache.shape)} and "
             f"{list(value_cache.shape)}: [T, heads, head_dim] and "
-            "[num_blocks, block_size, kv_heads, head_dim], heads a multiple of kv_heads"
+            "[num_blocks, block_size, kv_heads, head_dim], heads a multiple of kv_heads, none of 0"
         )
-    if key_cache.dtype != value_cache.dtype or key_cache.dtype not in (query.dtype, FP8):
+    if (
+        key_cache.dtype != value_cache.dtype
+        or key_cache.dtype not in (query.dtype, FP8)
+        or query.dtype not in NUMBERS
+    ):
         raise InvalidRequest(
             f"queries of {query.dtype} do not fit caches of {key_cache.dtype} and "
             f"{value_cache.dtype}"
         )
-    if window is not None and window < 1:
-        raise InvalidRequest(f"a window of {window} tokens attends nothing; at least 1")
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
+    if sinks is not None:
+        check_tensors(sinks=sinks)
+        if sinks.shape != query.shape[1:2] or sinks.dtype not in NUMBERS:
+            raise InvalidRequest(
+                f"sinks {list(sinks.shape)} of {sinks.dtype} for {query.shape[1]} heads"
+            )
     check_scales(key_cache, key_scale, value_scale)
-    if lse is not None and (
-        lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous()
-    ):
-        raise InvalidRequest(
-            f"lse {list(lse.shape)} of {lse.dtype}: not {list(query.shape[:2])} of torch.float32, "
-            "contiguous"
-        )
+    if lse is not None:
+        check_tensors(lse=lse)
+        if lse.shape != query.shape[:2] or lse.dtype != torch.float32 or not lse.is_contiguous():
+            raise InvalidRequest(
+                f"lse {list(lse.shape)} of {lse.dtype}: not {list(query.shape[:2])} of "
+                "torch.float32, contiguous"
+            )
+        _check_written("lse", lse)
+    _check_together(
+        key_cache,
+        query=query,
+        value_cache=value_cache,
+        sinks=sinks,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        lse=lse,
+    )
 
 
 def check_scales(cache: Tensor, key_scale: Tensor | None, value_scale: Tensor | None) -> None:
@@ -120,11 +307,69 @@ def check_scales(cache: Tensor, key_scale: Tensor | None, value_scale: Tensor | 
         )
     heads = cache.shape[2]
     for scale in given:
+        check_tensors(scale=scale)
         if scale.shape != (heads,) or scale.dtype != torch.float32 or not scale.is_contiguous():
             raise InvalidRequest(
                 f"a scale {list(scale.shape)} of {scale.dtype}: not [{heads}] of torch.float32, "
                 "contiguous, one factor per key head"
             )
+
+
+def _check_together(where: Tensor, **others: Tensor | None) -> None:
+    """Refuse tensors on several devices, and such as lie nowhere."""
+    if where.is_meta:
+        raise InvalidRequest("tensors on meta: there is nothing in them")
+    device = where.device
+    if where.is_cpu and all(other is None or other.is_cpu for other in others.values()):
+        return
+    for name, other in others.items():
+        if other is not None and other.device != device:
+            raise InvalidRequest(f"{name} on {other.device}, the caches on {device}")
+
+
+def _check_written(name: str, tensor: Tensor) -> None:
+    """Refuse to write where one number is several."""
+    if 0 in tensor.stride() and any(
+        not step and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise InvalidRequest(
+            f"{name} {list(tensor.shape)} with strides {tensor.stride()}: an expanded tensor "
+            "cannot be written"
+        )
+
+
+def check_slots(slots: Tensor, num_slots: int) -> None:
+    """Refuse slots outside the pool; -1 is none.  O(slots); on a GPU it waits for the device.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if not slots.numel():
+        return
+    if slots.is_cpu and slots.numel() <= 256:  # a step that decodes: two operators take longer
+        numbers = slots.tolist()
+        low, high = min(numbers), max(numbers)
+    else:
+        low, high = (int(end) for end in torch.aminmax(slots))
+    if low < -1 or high >= num_slots:
+        raise InvalidRequest(f"slots {low} to {high} are outside the pool's {num_slots} slots")
+
+
+def check_blocks(blocks: Tensor) -> None:
+    """Refuse what is no pool of keys and values.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    check_tensors(blocks=blocks)
+    if blocks.dim() != 6 or blocks.shape[1] != 2 or not all(blocks.shape[3:]) or blocks.is_meta:
+        raise InvalidRequest(
+            f"blocks {list(blocks.shape)} on {blocks.device} are not "
+            "[num_layers, 2, num_blocks, block_size, kv_heads, head_dim] in memory"
+        )
+    if blocks.dtype not in (*NUMBERS, FP8, torch.uint8):
+        raise InvalidRequest(f"blocks of {blocks.dtype} are no keys and values")
+    _check_written("blocks", blocks)
 
 
 def check_copies(blocks: Tensor, copies: Tensor) -> None:
@@ -133,10 +378,12 @@ def check_copies(blocks: Tensor, copies: Tensor) -> None:
     Raises:
         InvalidRequest: As said.
     """
-    if blocks.dim() != 6 or copies.dim() != 2 or copies.shape[1] != 3:
+    check_blocks(blocks)
+    check_tensors(copies=copies)
+    if copies.dim() != 2 or copies.shape[1] != 3 or copies.dtype != torch.int64 or copies.is_meta:
         raise InvalidRequest(
-            f"copies {list(copies.shape)} of blocks {list(blocks.shape)}: not [n, 3] and "
-            "[num_layers, 2, num_blocks, block_size, kv_heads, head_dim]"
+            f"copies {list(copies.shape)} of {copies.dtype} on {copies.device}: not [n, 3] of "
+            "torch.int64 rows (src, dst, num_tokens)"
         )
     if not copies.shape[0]:
         return

@@ -13,7 +13,7 @@ host       queue step 7, record, push(messages)        queue step 8 ...  pop(): 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -48,8 +48,12 @@ class Fence(Generic[T]):
         self._held: deque[tuple[Mark, T]] = deque()
 
     @classmethod
-    def of(cls, blocks: Tensor) -> Fence[T]:
-        """Make one for a pool: its device's stream, or nothing to wait for on a CPU.
+    def of(cls, blocks: Tensor, streams: Sequence[torch.cuda.Stream] = ()) -> Fence[T]:
+        """Make one for a pool: its device's present stream, or nothing to wait for on a CPU.
+
+        Args:
+            blocks: The pool's tensor.
+            streams: Others on which work with the pool is queued; each is waited for too.
 
         >>> fence = Fence.of(torch.zeros(1))
         >>> fence.push("committed 16 tokens")
@@ -60,8 +64,8 @@ class Fence(Generic[T]):
             return cls(_Passed)
 
         def record() -> Mark:
-            mark: Mark = torch.cuda.current_stream(blocks.device).record_event()
-            return mark
+            present = torch.cuda.current_stream(blocks.device)
+            return _All([stream.record_event() for stream in (present, *streams)])
 
         return cls(record)
 
@@ -87,6 +91,20 @@ class Fence(Generic[T]):
     def __len__(self) -> int:
         """Messages held back."""
         return len(self._held)
+
+
+class _All:
+    """Marks in several streams."""
+
+    def __init__(self, marks: Sequence[Mark]) -> None:
+        self._marks = marks
+
+    def query(self) -> bool:
+        return all(mark.query() for mark in self._marks)
+
+    def synchronize(self) -> None:
+        for mark in self._marks:
+            mark.synchronize()
 
 
 class _Passed:

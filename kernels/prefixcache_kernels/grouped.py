@@ -29,11 +29,17 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import check_attention
+from prefixcache_kernels.checks import (
+    check_attention,
+    check_ids,
+    check_scalars,
+    check_step,
+    check_tensors,
+)
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import GroupPlan, Run
-from prefixcache_kernels.plan import Plan, Work, gather, scratch, side_by_side
-from prefixcache_kernels.reference import paged_attention
+from prefixcache_kernels.plan import Plan, Work, gather, narrow, scratch, side_by_side
+from prefixcache_kernels.reference import detached, paged_attention
 
 _flash: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -99,16 +105,35 @@ class GroupedPlan:
         Raises:
             InvalidRequest: As `Plan.build`; or `groups` is of another batch.
         """
-        if groups.num_seqs != block_tables.shape[0]:
-            raise InvalidRequest(
-                f"groups of {groups.num_seqs} sequences for {block_tables.shape[0]} tables"
-            )
-        return cls(block_tables, query_start, context_lens, block_size, groups)
+        check_tensors(block_tables=block_tables, query_start=query_start, context_lens=context_lens)
+        check_step(block_tables, query_start, context_lens)
+        if not isinstance(groups, GroupPlan):
+            raise InvalidRequest(f"groups is a {type(groups).__name__}, not a GroupPlan")
+        if not block_tables.is_cpu:
+            raise InvalidRequest(f"a plan for a CPU of tables on {block_tables.device}")
+        groups.check(narrow(block_tables))
+        made = cls(block_tables, query_start, context_lens, block_size, groups)
+        made.whole  # noqa: B018 - refuses what is no batch
+        return made
 
     @cached_property
     def whole(self) -> Plan:
         """The batch without any sharing; made when a layer cannot share."""
         return Plan.build(*self._args)
+
+    def verify(
+        self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor, groups: GroupPlan
+    ) -> None:
+        """Refuse a call with another batch, or other groups.  O(1) for the same objects.
+
+        Raises:
+            InvalidRequest: As said.
+        """
+        self.whole.verify(block_tables, query_start, context_lens)
+        if groups is not self.groups:
+            known = (self.groups.positions, self.groups.runs)
+            if not isinstance(groups, GroupPlan) or (groups.positions, groups.runs) != known:
+                raise InvalidRequest("the plan is of other groups: build one for each step")
 
     def check(self, query: Tensor, cache: Tensor) -> None:
         """Refuse a layer of another batch.
@@ -148,11 +173,13 @@ class GroupedPlan:
         size = max(run.index.numel() for run in shared) * tail.numel()
         keys, values = scratch(2 * size, cache.dtype).view(2, size)
         gathered: Gathered = []
+        check_attention(query, cache, cache)
         for run in shared:
+            if run.begin is not None:  # read in place, where nothing else would look
+                check_ids(run.index, cache.shape[0])
             used = run.index.numel()
             places = (flat[: used * tail.numel()].view(used, *tail) for flat in (keys, values))
             gathered.append((run, *places))
-        check_attention(query, cache, cache, window)
         made = gathered, own.prepare(layer, query, cache, window)
         self._work[threading.get_ident(), *layer] = made
         return made
@@ -235,6 +262,9 @@ def shared_prefix_attention(
     Raises:
         InvalidRequest: As `paged_attention`; or the groups share what is not before all queries.
     """
+    scale, window, softcap = check_scalars(scale, window, softcap)
+    if plan is None or sinks is not None:
+        check_attention(query, key_cache, value_cache, sinks=sinks)
     if plan is None:
         size = key_cache.shape[1]
         plan = GroupedPlan.build(block_tables, query_start, context_lens, size, groups)
@@ -255,8 +285,7 @@ def shared_prefix_attention(
             sinks=sinks,
             plan=plan.whole,
         )
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
+    query, key_cache, value_cache = detached(query, key_cache, value_cache)
     gathered, own = work
     out, total = _own(query, key_cache, value_cache, own, scale, softcap)
     again = plan.groups.num_levels > 1 or sinks is not None

@@ -59,6 +59,10 @@ class Run(NamedTuple):
     """Runs above it on the path."""
 
 
+_NO_RUN: Final = Run(0, 0, 0, 0, 0, 0)
+"""Padding of a plan: reads nothing, for nobody."""
+
+
 @dataclass(frozen=True, slots=True)
 class SharingCost:
     """When to read a run once for all, counted in bytes that one layer moves.
@@ -199,6 +203,56 @@ class GroupPlan:
         order, own = tuple(range(num_seqs)), (0,) * num_seqs
         return cls(_packed(order, own, ()), (), order, own)
 
+    def check(self, tables: Tables | None = None) -> None:
+        """Refuse runs that are no forest, or that these tables do not share.  Changes nothing.
+
+        O(sequences + runs), and one comparison of the runs' blocks in each of their tables.
+
+        Args:
+            tables: Of the batch, `[S, max_blocks]` int32 on the host; None: not looked at.
+
+        Raises:
+            InvalidRequest: As said; `build` makes only plans that pass.
+        """
+        num = self.num_seqs
+        if tables is not None and len(tables) != num:
+            raise InvalidRequest(f"groups of {num} sequences for {len(tables)} tables")
+        sizes = len(self.own) == num and self.packed.numel() == 2 * num + 6 * self.num_runs
+        if not sizes or self.packed.dtype != torch.int32 or not self.packed.is_contiguous():
+            raise InvalidRequest(f"groups of {num} sequences whose parts are of other sizes")
+        if sorted(self.positions) != list(range(num)):
+            raise InvalidRequest(f"groups whose positions are not the rows 0 to {num - 1}, once")
+        own = [0] * num
+        path: list[Run] = []
+        for run in self.runs:
+            row, first, blocks, start, end, level = run
+            if run == _NO_RUN:
+                continue
+            while path and path[-1].end <= start:
+                path.pop()
+            above = path[-1] if path else None
+            if not (
+                0 <= row < num
+                and (above.start if above else 0) <= start < end <= (above.end if above else num)
+                and first == (above.first + above.blocks if above else 0)
+                and blocks > 0
+                and level == len(path)
+            ):
+                raise InvalidRequest(f"groups whose {run} is no part of a forest of runs")
+            if tables is not None:
+                stretch = slice(first, first + blocks)
+                if (
+                    first + blocks > tables.shape[1]
+                    or (
+                        tables[list(self.positions[start:end]), stretch] != tables[row, stretch]
+                    ).any()
+                ):
+                    raise InvalidRequest(f"groups whose {run} these tables do not share")
+            own[start:end] = [first + blocks] * (end - start)
+            path.append(run)
+        if own != list(self.own):
+            raise InvalidRequest("groups whose own parts do not begin where their runs end")
+
     def straight(self) -> GroupPlan:
         """Give the plan for the same batch with its rows put into the plan's order."""
         order = tuple(range(self.num_seqs))
@@ -223,7 +277,7 @@ class GroupPlan:
             )
         order = (*self.positions, *range(self.num_seqs, num_seqs))
         own = (*self.own, *[0] * more)
-        runs = (*self.runs, *[Run(0, 0, 0, 0, 0, 0)] * room)
+        runs = (*self.runs, *[_NO_RUN] * room)
         return GroupPlan(_packed(order, own, runs), runs, order, own, self.limited)
 
     def restrict(self, may_share: Sequence[bool]) -> GroupPlan:

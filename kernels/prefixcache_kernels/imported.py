@@ -92,5 +92,12 @@ def open_device(handle: PoolHandle, driver: Driver | None = None) -> DeviceMemor
         raise
     memory = DeviceMemory(driver, address, handle.offset + handle.num_bytes)
     # At the end of the process the driver closes it, and may be gone before Python is.
-    weakref.finalize(memory, driver.close, address).atexit = False
+    weakref.finalize(memory, _close, driver, address).atexit = False
     return memory
+
+
+def _close(driver: Driver, address: int) -> None:
+    """Close memory when all that was queued on the device is done: kernels may still read it."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize(getattr(driver, "ordinal", 0))
+    driver.close(address)

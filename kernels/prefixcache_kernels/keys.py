@@ -54,6 +54,23 @@ def widen(cells, TYPE: tl.constexpr, FP8: tl.constexpr):
 
 
 @triton.jit
+def capped(scores, softcap):
+    """Give `softcap * tanh(scores / softcap)`, as exact near 0 as anywhere.
+
+    Small quotients go through a polynomial (Cephes' tanhf), others through an exponential.
+    """
+    quotient = scores / softcap
+    square = quotient * quotient
+    y = -5.70498872745e-3 * square + 2.06390887954e-2
+    y = y * square - 5.37397155531e-2
+    y = y * square + 1.33314422036e-1
+    y = y * square - 3.33332819422e-1
+    power = tl.exp2(tl.minimum(quotient, 20.0) * 2.8853900817779268)  # 2 log2(e)
+    large = softcap - 2 * softcap / (power + 1)
+    return tl.where(square < 0.390625, scores + scores * (y * square), large)  # 0.625 squared
+
+
+@triton.jit
 def attend_keys(
     q,
     spot,
@@ -120,8 +137,8 @@ def attend_keys(
         k = widen(k, q.dtype, FP8)
         v = widen(v, q.dtype, FP8)
         scores = tl.dot(q, k, input_precision=PRECISION) * scale
-        if CAPPED:  # softcap * tanh(scores / softcap), by exponentials
-            scores = softcap - 2 * softcap / (tl.exp2(scores * (2 * LOG2E / softcap)) + 1)
+        if CAPPED:
+            scores = capped(scores, softcap)
         visible = known[None, :] & (spot[:, None] >= 0)
         if CAUSAL:
             visible &= position[None, :] <= spot[:, None]

@@ -9,7 +9,14 @@ import triton
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
-from prefixcache_kernels.checks import FP8
+from prefixcache_kernels.checks import (
+    FP8,
+    LONGEST,
+    VALUES_CHECKED,
+    check_step,
+    check_tensors,
+    check_values,
+)
 from prefixcache_kernels.keys import FP8_BITS, NATIVE_FP8, WIDE
 
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
@@ -59,28 +66,71 @@ def check_strides(key_cache: Tensor, value_cache: Tensor) -> None:
             f"caches with strides {key_cache.stride()} and {value_cache.stride()}: the elements of "
             "a slot's head lie side by side"
         )
+    for cache in (key_cache, value_cache):
+        if cache.shape[1] * cache.stride(1) > LONGEST:  # one register less per key than 64 bits
+            raise InvalidRequest(
+                f"caches with strides {cache.stride()}: the {cache.shape[1]} slots of a block lie "
+                f"more than {LONGEST} elements apart"
+            )
 
 
-def check_tables(block_tables: Tensor, query_start: Tensor, context_lens: Tensor) -> None:
-    """Refuse tables and lengths of other shapes or types than the kernels read.
+def in_reach(query: Tensor) -> Tensor:
+    """Give queries whose heads have their elements side by side, and a token's lie near each other.
+
+    Copied if they do not: a kernel counts the elements of one token in 32 bits.
+    """
+    if query.stride(2) != 1 or query.shape[1] * query.stride(1) > LONGEST:
+        return query.contiguous()
+    return query
+
+
+def check_tables(
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    num_queries: int,
+    key_cache: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Refuse tables and lengths of other shapes or types than the kernels read; give them in rows.
+
+    Values are looked at in the interpreter, and on a GPU if `PREFIXCACHE_CHECK` says so (but not
+    while a graph is captured).
 
     Raises:
         InvalidRequest: As said.
     """
-    num = block_tables.shape[0]
-    if (
-        block_tables.dim() != 2
-        or query_start.shape != (num + 1,)
-        or context_lens.shape != (num,)
-        or block_tables.stride(1) != 1
-    ):
-        raise InvalidRequest(
-            f"block_tables {list(block_tables.shape)}, query_start {list(query_start.shape)} and "
-            f"context_lens {list(context_lens.shape)} are not [S, max_blocks], [S + 1] and [S]"
-        )
+    check_tensors(block_tables=block_tables, query_start=query_start, context_lens=context_lens)
+    check_step(block_tables, query_start, context_lens)
     for tensor in (block_tables, query_start, context_lens):
         if tensor.dtype != torch.int32:
             raise InvalidRequest(f"tables and lengths are int32 on a GPU, not {tensor.dtype}")
+    check_device(key_cache, block_tables, query_start, context_lens)
+    if looks(key_cache):
+        check_values(
+            block_tables,
+            query_start,
+            context_lens,
+            num_queries=num_queries,
+            num_blocks=key_cache.shape[0],
+            block_size=key_cache.shape[1],
+        )
+    if block_tables.stride(1) != 1:
+        block_tables = block_tables.contiguous()
+    return block_tables, query_start.contiguous(), context_lens.contiguous()
+
+
+def looks(tensor: Tensor) -> bool:
+    """Tell whether values are looked at before a launch, which waits for the device."""
+    if not tensor.is_cuda:
+        return True
+    return VALUES_CHECKED and not torch.cuda.is_current_stream_capturing()
+
+
+def carry(tensor: Tensor, device: torch.device) -> Tensor:
+    """Bring a few numbers of the host to a device, without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def cache_arguments(key_cache: Tensor, value_cache: Tensor) -> tuple[int, ...]:

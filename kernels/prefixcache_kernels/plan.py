@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import check_step, check_tensors
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import Run
 
@@ -122,6 +123,10 @@ Work: TypeAlias = "list[tuple[Piece, Scratch, Tensor | None]]"
 """What one layer does: for each piece, where to gather it and the mask of its scores."""
 
 
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Block tables, where queries begin, lengths."""
+
+
 class Plan:
     """A packed batch, prepared for attention on a CPU.  Make one per step with `build`.
 
@@ -132,7 +137,7 @@ class Plan:
 
     def __init__(
         self,
-        block_tables: Tensor,
+        batch: Batch,
         query_lens: list[int],
         context_lens: list[int],
         starts: list[int],
@@ -144,7 +149,9 @@ class Plan:
         self.num_seqs = len(query_lens)
         self.calls: dict[tuple[object, ...], Any] = {}
         """What the C library's calls have prepared for kinds of layers: `cpu.attend`."""
-        self._block_tables = block_tables
+        self.batch = batch
+        """Block tables, where queries begin, and lengths, as they were given."""
+        self._block_tables = batch[0]
         self._query_lens = query_lens
         self._context_lens = context_lens
         self._starts = starts
@@ -177,16 +184,14 @@ class Plan:
             InvalidRequest: The shapes do not fit together, a table is too short for its context, or
                 blocks are left out that are not before the queries.
         """
+        check_tensors(block_tables=block_tables, query_start=query_start, context_lens=context_lens)
+        check_step(block_tables, query_start, context_lens)
+        if not isinstance(block_size, int) or block_size < 1:
+            raise InvalidRequest(f"block_size is {block_size!r}, not a number of tokens")
+        for given in (block_tables, query_start, context_lens):
+            if not given.is_cpu:
+                raise InvalidRequest(f"a plan for a CPU of tables or lengths on {given.device}")
         starts, contexts = query_start.tolist(), context_lens.tolist()
-        if block_size < 1 or block_tables.dim() != 2 or len(starts) != len(contexts) + 1:
-            raise InvalidRequest(
-                f"block_tables {list(block_tables.shape)}, query_start "
-                f"{list(query_start.shape)} and context_lens {list(context_lens.shape)} are not "
-                "[S, max_blocks], [S + 1] and [S] with blocks of at least 1 token "
-                f"(block_size {block_size})"
-            )
-        if block_tables.shape[0] != len(contexts):
-            raise InvalidRequest(f"{block_tables.shape[0]} tables for {len(contexts)} sequences")
         lens = [b - a for a, b in pairwise(starts)]
         room = block_tables.shape[1] * block_size
         for s, (num, context) in enumerate(zip(lens, contexts, strict=True)):
@@ -202,7 +207,22 @@ class Plan:
                     f"{own} blocks of {block_size} tokens are shared by sequence {s}, whose "
                     f"queries begin at token {context - num}"
                 )
-        return cls(block_tables, lens, contexts, starts, block_size, own_from)
+        return cls(
+            (block_tables, query_start, context_lens), lens, contexts, starts, block_size, own_from
+        )
+
+    def verify(self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor) -> None:
+        """Refuse a call with another batch than the plan's.  O(1) for the same tensors.
+
+        Raises:
+            InvalidRequest: As said.
+        """
+        if not same_batch(self.batch, (block_tables, query_start, context_lens)):
+            raise InvalidRequest(
+                f"the plan is of another batch than block_tables {list(block_tables.shape)}, "
+                f"query_start {list(query_start.shape)} and context_lens "
+                f"{list(context_lens.shape)}: build one for each step"
+            )
 
     @cached_property
     def _tables(self) -> Tensor:
@@ -384,6 +404,17 @@ class Plan:
         return (torch.tensor(rows)[:, None] + torch.arange(num)).view(-1)
 
 
+def same_batch(known: Batch, given: Batch) -> bool:
+    """Tell whether two batches are the same: the same tensors, or equal ones."""
+    if known[0] is given[0] and known[1] is given[1] and known[2] is given[2]:
+        return True
+    return all(
+        a is b
+        or (isinstance(b, Tensor) and b.is_cpu and a.shape == b.shape and bool((a == b).all()))
+        for a, b in zip(known, given, strict=True)
+    )
+
+
 def narrow(tables: Tensor) -> npt.NDArray[np.int32]:
     """Give block tables as 32-bit numbers; too large ones stay too large."""
     if tables.dtype != torch.int32:
@@ -421,7 +452,7 @@ def scratch(numel: int, dtype: torch.dtype) -> Tensor:
     num_bytes = numel * dtype.itemsize
     buffer: Tensor | None = getattr(_LOCAL, "buffer", None)
     if buffer is None or buffer.numel() < num_bytes:
-        buffer = _LOCAL.buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        buffer = _LOCAL.buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
     return buffer[:num_bytes].view(dtype)
 
 

@@ -22,8 +22,15 @@ from typing import Final, cast
 import torch
 from torch import Tensor
 
-from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import FP8, check_attention, check_copies, check_store
+from prefixcache_kernels.checks import (
+    FP8,
+    check_attention,
+    check_copies,
+    check_scalars,
+    check_slots,
+    check_store,
+    check_values,
+)
 from prefixcache_kernels.oracle import oracle_attention, quantise
 from prefixcache_kernels.plan import Plan
 
@@ -58,7 +65,7 @@ def store_kv(
     Args:
         key: `[T, kv_heads, head_dim]`, any strides.
         value: `[T, kv_heads, value_dim]`, any strides.
-        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, contiguous, of the same dtype,
+        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`, any strides, of the same dtype,
             or float8_e4m3fn: then `key / key_scale` is stored, rounded to the nearest.
         value_cache: `[num_blocks, block_size, kv_heads, value_dim]`, of the type of `key_cache`.
         slot_mapping: `[T]` int64, `block * block_size + offset`; -1 skips the token.
@@ -66,29 +73,34 @@ def store_kv(
         value_scale: Like `key_scale`.
 
     Raises:
-        InvalidRequest: The shapes do not fit together, or a slot lies outside the pool (the
-            tokens before it may have been written).
+        InvalidRequest: The shapes or types do not fit together, or a slot lies outside the pool;
+            nothing has been written.
     """
     check_store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
+    num_slots = key_cache.shape[0] * key_cache.shape[1]
+    check_slots(slot_mapping, num_slots)
+    # A pool has no part in anybody's gradients.
+    key, value, key_cache, value_cache = detached(key, value, key_cache, value_cache)
     if key_cache.dtype == FP8:  # copying by index is not written for eight-bit types
         key = quantise(key, key_scale, FP8).view(torch.uint8)
         value = quantise(value, value_scale, FP8).view(torch.uint8)
         key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
-    key_slots = key_cache.view(-1, *key.shape[1:])
-    value_slots = value_cache.view(-1, *value.shape[1:])
     try:
-        key_slots.index_copy_(0, slot_mapping, key)
-        value_slots.index_copy_(0, slot_mapping, value)
-    except (IndexError, RuntimeError):  # some slot is -1, or wrong: look, which costs time
-        num_slots = key_slots.shape[0]
-        low, high = (int(end) for end in torch.aminmax(slot_mapping))
-        if low < -1 or high >= num_slots:
-            raise InvalidRequest(
-                f"slots {low} to {high} are outside the pool's {num_slots} slots"
-            ) from None
+        slots = (key_cache.view(-1, *key.shape[1:]), value_cache.view(-1, *value.shape[1:]))
+    except RuntimeError:  # slots of one block are not those of a row: by block and offset
         kept = (slot_mapping >= 0).nonzero().view(-1)
-        key_slots.index_copy_(0, slot_mapping[kept], key[kept])
-        value_slots.index_copy_(0, slot_mapping[kept], value[kept])
+        chosen = slot_mapping[kept]
+        where = (chosen // key_cache.shape[1], chosen % key_cache.shape[1])
+        key_cache.index_put_(where, key[kept])
+        value_cache.index_put_(where, value[kept])
+        return
+    try:
+        slots[0].index_copy_(0, slot_mapping, key)
+    except (IndexError, RuntimeError):  # some slot is -1
+        kept = (slot_mapping >= 0).nonzero().view(-1)
+        slot_mapping, key, value = slot_mapping[kept], key[kept], value[kept]
+        slots[0].index_copy_(0, slot_mapping, key)
+    slots[1].index_copy_(0, slot_mapping, value)
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
@@ -102,6 +114,7 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
         InvalidRequest: A block is outside the pool, too many tokens, or copies that interfere.
     """
     check_copies(blocks, copies)
+    blocks, copies = blocks.detach(), copies.cpu()
     for num in sorted(set(copies[:, 2].tolist())):  # as a rule one copy, or many of whole blocks
         src, dst, _ = copies[copies[:, 2] == num].unbind(1)
         if len(src) == 1:
@@ -160,19 +173,32 @@ def paged_attention(
     Raises:
         InvalidRequest: The shapes do not fit together, or a table names a block outside the pool.
     """
-    if plan is None:
-        plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
-    rare = lse is not None or key_scale is not None or value_scale is not None
-    if rare or key_cache.dtype == FP8 or key_cache.shape != value_cache.shape:
+    scale, window, softcap = check_scalars(scale, window, softcap)
+    options = (sinks, key_scale, value_scale, lse)
+    if plan is None or any(option is not None for option in options) or key_cache.dtype == FP8:
         check_attention(
             query,
             key_cache,
             value_cache,
-            window,
             sinks=sinks,
             key_scale=key_scale,
             value_scale=value_scale,
             lse=lse,
+        )
+    if plan is None:
+        plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
+    query, key_cache, value_cache = detached(query, key_cache, value_cache)
+    rare = lse is not None or key_scale is not None or value_scale is not None
+    if rare or key_cache.shape != value_cache.shape or query.dtype == torch.float64:
+        plan.check(query, key_cache)
+        num_blocks, block_size = key_cache.shape[:2]
+        check_values(
+            block_tables,
+            query_start,
+            context_lens,
+            num_queries=query.shape[0],
+            num_blocks=num_blocks,
+            block_size=block_size,
         )
         return oracle_attention(
             query,
@@ -188,16 +214,14 @@ def paged_attention(
             key_scale=key_scale,
             value_scale=value_scale,
             lse=lse,
-            dtype=torch.float32,
+            dtype=torch.float64 if query.dtype == torch.float64 else torch.float32,
         ).to(query.dtype)
     shapes = (query.shape, key_cache.shape, value_cache.shape)
     layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
     work = plan.work(layer)
     if work is None:  # the first layer of its kind in this step; the others are like it
-        check_attention(query, key_cache, value_cache, window)
+        check_attention(query, key_cache, value_cache)
         work = plan.prepare(layer, query, key_cache, window)
-    if sinks is not None and sinks.shape != query.shape[1:2]:
-        raise InvalidRequest(f"sinks {list(sinks.shape)} for {query.shape[1]} heads")
     heads, dim = query.shape[1:]
     kv_heads = key_cache.shape[2]
     groups = heads // kv_heads
@@ -215,7 +239,7 @@ def paged_attention(
             attended = _plain(packed, keys, values, mask, scale, softcap, sinks)
         elif each >= TILED_QUERIES and piece.cached is not None and query.dtype == torch.bfloat16:
             attended = _tiled(packed, keys, values, piece.cached, scale)
-        elif each >= SPLIT_QUERIES and piece.cached is not None:
+        elif each >= SPLIT_QUERIES and piece.cached is not None and scale > 0:
             attended = _split(packed, keys, values, piece.cached, scale)
         elif each == num == 1 and query.dtype == torch.float32:
             attended = _lone(packed, keys, values, scale)
@@ -227,9 +251,14 @@ def paged_attention(
         if piece.rows is None:
             return attended
         if out is None:
-            out = torch.empty(query.shape, dtype=query.dtype)
+            out = query.new_empty(query.shape)
         out[piece.rows] = attended
-    return torch.empty(query.shape, dtype=query.dtype) if out is None else out
+    return query.new_empty(query.shape) if out is None else out
+
+
+def detached(*tensors: Tensor) -> list[Tensor]:
+    """Leave gradients aside: a cache keeps no graph of what was written into it."""
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
 
 
 def _lone(packed: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -263,12 +292,14 @@ def _tiled(packed: Tensor, keys: Tensor, values: Tensor, cached: int, scale: flo
     groups = rows // each
     queries = packed.view(kv_heads, groups, each, dim)
     out = torch.empty_like(queries)
+    wide = keys[0].float()
     later = torch.full((min(_TILE, each),) * 2, float("-inf")).triu_(1)
     for begin in range(0, each, _TILE):
         end = min(each, begin + _TILE)
         num, context = end - begin, cached + end
         tile = queries[:, :, begin:end].reshape(kv_heads, groups * num, dim)
-        scores = torch.bmm(tile, keys[0, :, :context].transpose(1, 2)).float().mul_(scale)
+        # In float32: rounded to bfloat16, scores of tens would be off by tenths.
+        scores = torch.bmm(tile.float(), wide[:, :context].transpose(1, 2)).mul_(scale)
         own = scores.view(kv_heads, groups, num, context)[..., cached + begin :]
         own += later[:num, :num]
         shares = torch.softmax(scores, -1).to(packed.dtype)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache_kernels.checks import LONGEST, NUMBERS, check_blocks, check_slots, check_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,14 @@ class Rotary:
 
     frequencies: tuple[float, ...]
     """Radians per position of each pair; at most `head_dim / 2` of them."""
+
+    def __post_init__(self) -> None:
+        """Refuse angles that are no numbers."""
+        for each in self.frequencies:
+            if isinstance(each, bool) or not isinstance(each, int | float):
+                raise InvalidRequest(f"a frequency is {each!r}, not a number of radians")
+            if not -1e6 <= each <= 1e6:
+                raise InvalidRequest(f"a frequency is {each:g} radians per position")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int) -> Rotary:
@@ -56,25 +65,24 @@ class Rotary:
         (0.25,)
         """
         kind = config.get("rope_type") or config.get("type") or "default"
-        if kind not in ("default", "linear", "llama3"):
+        if not isinstance(kind, str) or kind not in ("default", "linear", "llama3"):
             raise Unsupported(
                 f"cached keys of a model with rope_type {kind!r} cannot be moved; "
                 "default, linear and llama3 can"
             )
-        try:
-            theta = float(config.get("rope_theta", 10000.0))
-            pairs = int(head_dim * float(config.get("partial_rotary_factor", 1.0))) // 2
-            if pairs < 1 or theta <= 0:
-                raise InvalidRequest(
-                    f"heads of {head_dim} and theta {theta:g} make no pair to turn"
-                )
-            plain = [theta ** (-i / pairs) for i in range(pairs)]
-            if kind == "linear":
-                plain = [f / float(config["factor"]) for f in plain]
-            elif kind == "llama3":
-                plain = [_llama3(f, config) for f in plain]
-        except KeyError as missing:
-            raise InvalidRequest(f"rope_type {kind!r} needs the field {missing}") from None
+        theta = _positive(config, "rope_theta", 10000.0)
+        share = _positive(config, "partial_rotary_factor", 1.0)
+        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 0 < share <= 1:
+            raise InvalidRequest(f"heads of {head_dim!r}, of which {share:g} is turned")
+        pairs = int(head_dim * share) // 2
+        if pairs < 1:
+            raise InvalidRequest(f"heads of {head_dim} and theta {theta:g} make no pair to turn")
+        plain = [theta ** (-i / pairs) for i in range(pairs)]
+        if kind == "linear":
+            factor = _positive(config, "factor")
+            plain = [f / factor for f in plain]
+        elif kind == "llama3":
+            plain = _llama3(plain, config)
         return cls(tuple(plain))
 
     def turn(self, delta: int) -> Tensor:
@@ -83,17 +91,36 @@ class Rotary:
         return torch.tensor([[math.cos(a) for a in angles], [math.sin(a) for a in angles]])
 
 
-def _llama3(frequency: float, config: Mapping[str, Any]) -> float:
+def _positive(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Read a field that is a number above 0.
+
+    Raises:
+        InvalidRequest: It is another thing, or missing.
+    """
+    given = config.get(name, default)
+    if given is None and name not in config:
+        raise InvalidRequest(f"the rotary embedding needs the field {name!r}")
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise InvalidRequest(f"the rotary embedding's {name} is {given!r}, not a number")
+    if not 1e-9 <= given <= 1e30:
+        raise InvalidRequest(f"the rotary embedding's {name} is {given!r}, not above 0 and finite")
+    return float(given)
+
+
+def _llama3(frequencies: list[float], config: Mapping[str, Any]) -> list[float]:
     """Slow down long waves by `factor`, leave short ones, and blend in between."""
-    factor, low = float(config["factor"]), float(config["low_freq_factor"])
-    high = float(config["high_freq_factor"])
-    turns = float(config["original_max_position_embeddings"]) * frequency / (2 * math.pi)
-    if turns < low:
-        return frequency / factor
-    if turns > high:
-        return frequency
-    share = (turns - low) / (high - low)
-    return (1 - share) * frequency / factor + share * frequency
+    factor, low = _positive(config, "factor"), _positive(config, "low_freq_factor")
+    high = _positive(config, "high_freq_factor")
+    length = _positive(config, "original_max_position_embeddings")
+    if low >= high:
+        raise InvalidRequest(f"low_freq_factor {low:g} is not below high_freq_factor {high:g}")
+
+    def slow(frequency: float) -> float:
+        turns = length * frequency / (2 * math.pi)
+        share = min(1.0, max(0.0, (turns - low) / (high - low)))
+        return (1 - share) * frequency / factor + share * frequency
+
+    return [slow(frequency) for frequency in frequencies]
 
 
 def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
@@ -111,12 +138,9 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
     Raises:
         InvalidRequest: The shapes do not fit together, or a slot lies outside the pool.
     """
-    check_rotation(blocks, slots, rotary)
-    num_slots = blocks.shape[2] * blocks.shape[3]
-    if slots.numel() and not -1 <= int(slots.min()) <= int(slots.max()) < num_slots:
-        raise InvalidRequest(
-            f"slots {int(slots.min())} to {int(slots.max())} are outside the pool's {num_slots}"
-        )
+    check_rotation(blocks, slots, delta, rotary)
+    check_slots(slots, blocks.shape[2] * blocks.shape[3])
+    blocks = blocks.detach()
     slots = slots[slots >= 0]
     half = len(rotary.frequencies)
     cosine, sine = rotary.turn(delta)
@@ -143,21 +167,29 @@ def oracle_rotate(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> 
     return out
 
 
-def check_rotation(blocks: Tensor, slots: Tensor, rotary: Rotary) -> None:
+def check_rotation(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
     """Refuse what `rotate_keys` cannot turn, without looking at values.
 
     Raises:
         InvalidRequest: The shapes or types do not fit together.
     """
-    if blocks.dim() != 6 or blocks.shape[1] != 2 or slots.dim() != 1 or not blocks.is_contiguous():
+    check_blocks(blocks)
+    check_tensors(slots=slots)
+    if not isinstance(rotary, Rotary):
+        raise InvalidRequest(f"angles are a {type(rotary).__name__}, not a Rotary")
+    if isinstance(delta, bool) or not isinstance(delta, int) or abs(delta) > LONGEST:
+        raise InvalidRequest(f"delta is {delta!r}, not an integer of at most {LONGEST}")
+    if slots.dim() != 1 or not blocks.is_contiguous():
         raise InvalidRequest(
             f"slots {list(slots.shape)} of blocks {list(blocks.shape)}: not [n] and contiguous "
             "[num_layers, 2, num_blocks, block_size, kv_heads, head_dim]"
         )
-    if slots.dtype != torch.int64 or blocks.element_size() < 2:
+    if slots.device != blocks.device:
+        raise InvalidRequest(f"slots on {slots.device}, the blocks on {blocks.device}")
+    if slots.dtype != torch.int64 or blocks.dtype not in NUMBERS:
         raise InvalidRequest(
-            f"slots of {slots.dtype} and blocks of {blocks.dtype}: not torch.int64 and at least "
-            "16-bit keys (a turned eight-bit key would be rounded twice)"
+            f"slots of {slots.dtype} and blocks of {blocks.dtype}: not torch.int64 and keys of at "
+            "least 16 bit (a turned eight-bit key would be rounded twice)"
         )
     if 2 * len(rotary.frequencies) > blocks.shape[5]:
         raise InvalidRequest(

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefixcache_kernels.launch import OPTIONS, check_device, warps
+from prefixcache_kernels.checks import VALUES_CHECKED, check_slots
+from prefixcache_kernels.launch import OPTIONS, carry, check_device, looks, warps
 from prefixcache_kernels.rotary import Rotary, check_rotation
 
 
@@ -60,8 +61,11 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
         InvalidRequest: The shapes do not fit together.
         Unsupported: The tensors are not on a GPU.
     """
-    check_rotation(blocks, slots, rotary)
+    check_rotation(blocks, slots, delta, rotary)
     check_device(blocks, slots)
+    slots = slots.contiguous()
+    if VALUES_CHECKED and looks(blocks):
+        check_slots(slots, blocks.shape[2] * blocks.shape[3])
     if not slots.numel():
         return
     layers, _, num_blocks, block_size, heads, head_dim = blocks.shape
@@ -70,7 +74,7 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
     rotate_kernel[slots.numel(), layers](
         blocks,
         slots,
-        rotary.turn(delta).to(blocks.device),
+        carry(rotary.turn(delta), blocks.device),
         num_blocks * block_size,
         blocks.stride(0),
         HEADS=heads,

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.attention import attend_kernel, merge, paged_attention
-from prefixcache_kernels.checks import check_attention
+from prefixcache_kernels.checks import check_attention, check_scalars
 from prefixcache_kernels.groups import GroupPlan
 from prefixcache_kernels.keys import FP8_BITS, attend_keys
 from prefixcache_kernels.launch import (
@@ -56,6 +56,8 @@ from prefixcache_kernels.launch import (
     check_device,
     check_strides,
     check_tables,
+    in_reach,
+    looks,
     readable,
 )
 from prefixcache_kernels.shape import Shape, next_power_of_2
@@ -72,7 +74,10 @@ PLAN: Final = (
 """Parts of one packed tensor: where they begin must not decide what is compiled."""
 
 
-@triton.jit(do_not_specialize=["num_runs", "window"], do_not_specialize_on_alignment=list(PLAN))
+@triton.jit(
+    do_not_specialize=["num_runs", "window", "stride_table"],
+    do_not_specialize_on_alignment=list(PLAN),
+)
 def shared_kernel(
     query_ptr,
     key_ptr,
@@ -187,8 +192,8 @@ def shared_kernel(
             tl.full([ROWS], float("-inf"), tl.float32),
             tl.zeros([ROWS], tl.float32),
             tl.zeros([ROWS, VALUE_DIMS], tl.float32),
-            key_ptr + kv_head * stride_key_head,
-            value_ptr + kv_head * stride_value_head,
+            key_ptr + tl.cast(kv_head, tl.int64) * stride_key_head,
+            value_ptr + tl.cast(kv_head, tl.int64) * stride_value_head,
             table,
             left,
             right,
@@ -246,8 +251,10 @@ class _Queries(NamedTuple):
         starts = query_start[:-1][order]
         lens = query_start[1:][order] - starts
         ends = lens.cumsum(0)
-        position = torch.repeat_interleave(lens, output_size=num)
-        tokens = (starts - ends + lens)[position] + torch.arange(num, device=order.device)
+        # Where the batch is padded, the queries behind the last sequence's count as its own.
+        every = torch.arange(num, device=order.device, dtype=ends.dtype)
+        position = torch.searchsorted(ends, every, right=True).clamp_(max=len(order) - 1)
+        tokens = (starts - ends + lens)[position] + every
         behind = tokens + 1 + (context_lens - query_start[1:])[order][position]
         own_from = torch.empty_like(groups.own_from)
         own_from[order] = groups.own_from
@@ -277,9 +284,9 @@ def shared_prefix_attention(
 
     Three launches and one fill, or those of `paged_attention` if the plan shares nothing (which a
     plan does wherever its cost model says that sharing does not pay).  A batch of as many queries
-    as sequences is taken to decode, one each: lengths on the device are not looked at, so that a
-    sequence without queries does not belong in it.  For any other batch the queries are first put
-    in the plan's order, which takes a dozen small launches more.
+    as sequences is taken to decode, one each: lengths on the device are not looked at, and where
+    one has another number of them, the answers are NaN.  For any other batch the queries are first
+    put in the plan's order, which takes a dozen small launches more.
 
     Arguments are those of `reference.paged_attention`, and `groups`: `GroupPlan.build` of these
     tables, on the same device.  `levels` is how many runs a path may have; None: as many as this
@@ -293,7 +300,9 @@ def shared_prefix_attention(
         InvalidRequest: The shapes do not fit together, or the plan is of another batch.
         Unsupported: The tensors are not on a GPU.
     """
-    options = (sinks, key_scale, value_scale, lse)
+    scale, window, softcap = check_scalars(scale, window, softcap)
+    if not isinstance(groups, GroupPlan):
+        raise InvalidRequest(f"groups is a {type(groups).__name__}, not a GroupPlan")
     if not groups.num_runs:
         return paged_attention(
             query,
@@ -314,23 +323,27 @@ def shared_prefix_attention(
         query,
         key_cache,
         value_cache,
-        window,
         sinks=sinks,
         key_scale=key_scale,
         value_scale=value_scale,
         lse=lse,
     )
     check_strides(key_cache, value_cache)
-    check_tables(block_tables, query_start, context_lens)
+    block_tables, query_start, context_lens = check_tables(
+        block_tables, query_start, context_lens, query.shape[0], key_cache
+    )
+    if sinks is not None:
+        sinks = sinks.contiguous()
     num_queries, heads, head_dim = query.shape
     num_seqs = block_tables.shape[0]
     if groups.num_seqs != num_seqs:
         raise InvalidRequest(f"groups of {groups.num_seqs} sequences for {num_seqs} tables")
     check_device(
         key_cache,
-        *(query, value_cache, block_tables, query_start, context_lens, groups.packed),
-        *(each for each in options if each is not None),
+        groups.packed,
     )
+    looked = looks(key_cache)
+    groups.check(block_tables.cpu().numpy() if looked else None)
     _, block_size, kv_heads, value_dim = value_cache.shape
     max_context = block_tables.shape[1] * block_size
     sizes = (heads, kv_heads, head_dim, value_dim, query.element_size())
@@ -343,13 +356,14 @@ def shared_prefix_attention(
         max_context=max_context,
         bits=fp8 == FP8_BITS,
     )
-    if query.stride(2) != 1:
-        query = query.contiguous()
+    query = in_reach(query)
     levels = groups.num_levels if levels is None else levels
     if levels < groups.num_levels:
         raise InvalidRequest(f"a plan of {groups.num_levels} levels in room for {levels}")
     slots = levels * runs.splits + own.splits
     decode = num_queries == num_seqs
+    if decode and looked and bool((query_start.diff() != 1).any()):
+        decode = False  # some have several queries, others none
     own_from, order, ends, first = groups.own_from, groups.order, context_lens, groups.order
     if not decode:
         first, order, ends, own_from = _Queries.of(groups, query_start, context_lens, num_queries)

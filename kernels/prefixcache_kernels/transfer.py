@@ -44,8 +44,16 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import FP8, check_copies, check_store
-from prefixcache_kernels.launch import OPTIONS, cache_arguments, check_device, check_strides, warps
+from prefixcache_kernels.checks import FP8, VALUES_CHECKED, check_copies, check_slots, check_store
+from prefixcache_kernels.launch import (
+    OPTIONS,
+    cache_arguments,
+    carry,
+    check_device,
+    check_strides,
+    looks,
+    warps,
+)
 
 CHUNK: Final = 2048
 """Elements that one program moves at most: 16 bytes for each of 128 threads, twice at 16 bit."""
@@ -89,7 +97,7 @@ def store_rows(
 ):
     """Write the elements `at` of one token to its slot."""
     inside = at < HEADS * DIM
-    head, dim = at // DIM, at % DIM
+    head, dim = (at // DIM).to(tl.int64), at % DIM
     new = tl.load(new_ptr + token * stride_token + head * stride_head + dim, inside)
     if FP8:
         new = narrow(tl.div_rn(new.to(tl.float32), tl.load(scale_ptr + head, inside, 1.0)))
@@ -211,6 +219,9 @@ def store_kv(
     check_strides(key_cache, value_cache)
     scales = [scale for scale in (key_scale, value_scale) if scale is not None]
     check_device(key_cache, key, value, value_cache, slot_mapping, *scales)
+    slot_mapping = slot_mapping.contiguous()
+    if VALUES_CHECKED and looks(key_cache):
+        check_slots(slot_mapping, key_cache.shape[0] * key_cache.shape[1])
     if key.stride(2) != 1 or value.stride(2) != 1:
         key, value = key.contiguous(), value.contiguous()
     fp8 = key_cache.dtype == FP8
@@ -256,8 +267,8 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
         InvalidRequest: As `reference.copy_blocks`, or blocks that are not contiguous.
         Unsupported: The blocks are not on a GPU.
     """
-    copies = copies.cpu()
     check_copies(blocks, copies)
+    copies = copies.cpu()
     check_device(blocks)
     if not blocks.is_contiguous():
         raise InvalidRequest(f"blocks with strides {blocks.stride()} are not contiguous")
@@ -271,7 +282,7 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
     if chunks:
         copy_kernel[copies.shape[0], planes, chunks](
             blocks,
-            copies.contiguous().to(blocks.device),
+            carry(copies.contiguous(), blocks.device),
             blocks.stride(1),
             blocks.stride(2),
             SLOT=slot,

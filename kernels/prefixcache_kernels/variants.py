@@ -14,7 +14,11 @@ from triton.backends.compiler import GPUTarget
 
 from prefixcache_kernels import attention, keys, launch, rotate, shared, transfer
 from prefixcache_kernels.checks import FP8
-from prefixcache_kernels.shape import Shape, next_power_of_2
+from prefixcache_kernels.groups import MAX_LEVELS
+from prefixcache_kernels.shape import MAX_SPLITS, Shape, next_power_of_2
+
+MOST_SLOTS: Final = (MAX_LEVELS + 1) * MAX_SPLITS
+"""Partial answers of a query and a head, at most."""
 
 TARGETS: Final = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -73,6 +77,9 @@ def variants(target: str) -> Iterator[Variant]:
     yield _merge(64, torch.bfloat16, cut.amd)
     yield _merge(128, torch.bfloat16, cut.amd, slots=12)
     yield _merge(256, torch.float32, cut.amd)
+    for slots in (MAX_SPLITS, MOST_SLOTS):  # few queries and long tables: all levels, all splits
+        for dim in (64, 128, 256, 512):
+            yield _merge(dim, torch.bfloat16, cut.amd, slots=slots)
     yield _rotate(8, 128, torch.bfloat16, cut.amd)
     yield _rotate(8, 64, torch.float32, cut.amd)
 
@@ -141,12 +148,13 @@ def _merge(dim: int, dtype: torch.dtype, amd: bool, slots: int = 8) -> Variant:
         "VALUE_DIMS": dim,
         "SLOTS": slots,
         "WIDTH": next_power_of_2(slots),
+        "PARTS": attention.parts_at_once(dim, next_power_of_2(slots)),
         "LSE": False,
     }
     kernel = attention.merge_kernel
     types = {"part_ptr": "*fp32", "whole_ptr": "*fp32", "out_ptr": f"*{_NAMES[dtype]}"}
     name = f"merge {_NAMES[dtype]} {dim} of {slots}"
-    warps = launch.warps(4 * dim * constants["WIDTH"], amd=amd)
+    warps = launch.warps(4 * dim * constants["PARTS"], amd=amd)
     return Variant(name, kernel, _words(kernel, types, constants), constants, warps)
 
 

@@ -39,6 +39,7 @@ from prefixcache.errors import (
 )
 from prefixcache.service.pool_owner import PoolOwner, own
 from prefixcache.types import Layout, Ledger, PoolHandle
+from prefixcache_kernels import imported
 from prefixcache_kernels.fence import Fence
 from prefixcache_kernels.imported import open_device
 from prefixcache_kernels.pool import SharedPool
@@ -103,6 +104,35 @@ def test_memory_is_closed_with_its_last_user(shared: tuple[PoolOwner, Path]) -> 
     assert len(driver.maps) == 1
     del memory
     assert not driver.maps
+
+
+def test_memory_is_closed_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that were queued may read it after the last tensor is gone."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda ordinal: done.append(f"wait {ordinal}"))
+    driver = SimpleNamespace(ordinal=3, close=lambda address: done.append(f"close {address}"))
+    imported._close(driver, 7)  # type: ignore[arg-type]
+    assert done == ["wait 3", "close 7"]
+
+
+def test_a_fence_waits_for_all_streams_that_it_was_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A mark in each; the message comes when the last has been passed."""
+    passed = {"present": True, "copies": False}
+
+    def stream(name: str) -> SimpleNamespace:
+        mark = SimpleNamespace(query=lambda: passed[name])
+        return SimpleNamespace(record_event=lambda: mark)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream("present"))
+    blocks = SimpleNamespace(is_cuda=True, device="cuda:0")
+    fence: Fence[str] = Fence.of(blocks, [stream("copies")])  # type: ignore[arg-type, list-item]
+    fence.push("committed")
+    assert fence.pop() == []
+    passed["copies"] = True
+    assert fence.pop() == ["committed"]
 
 
 def test_the_owner_ends_with_the_service_and_is_seen_to_die(tmp_path: Path) -> None:

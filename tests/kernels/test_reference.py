@@ -292,7 +292,7 @@ def test_wrong_arguments_are_refused_with_their_shapes(batch: Make) -> None:
         call(q, k, v, tables, starts, contexts * 0)
     with pytest.raises(InvalidRequest, match=r"are not \[S, max_blocks\]"):
         call(q, k, v, tables[0], starts, contexts)
-    with pytest.raises(InvalidRequest, match="2 tables for 1"):
+    with pytest.raises(InvalidRequest, match=r"block_tables \[2, "):
         call(q, k, v, tables.repeat(2, 1), starts, contexts)
     with pytest.raises(InvalidRequest, match="the pool has 7"):
         call(q, k, v, tables * 0 + 7, starts, contexts)
@@ -304,7 +304,7 @@ def test_wrong_arguments_are_refused_with_their_shapes(batch: Make) -> None:
         store_kv(q[:, :2].half(), q[:, :2].half(), k, v, torch.tensor([0]))
     with pytest.raises(InvalidRequest, match="int32"):
         store_kv(q[:, :2], q[:, :2], k, v, torch.tensor([0], dtype=torch.int32))
-    with pytest.raises(InvalidRequest, match=r"not \[n, 3\]"):
+    with pytest.raises(InvalidRequest, match=r"blocks .* are not"):
         copy_blocks(k, torch.zeros(1, 3, dtype=torch.int64))
 
 

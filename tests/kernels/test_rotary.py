@@ -74,7 +74,7 @@ def test_other_kinds_of_angles_are_refused_by_name(kind: str) -> None:
 def test_missing_fields_and_wrong_shapes_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="needs the field 'factor'"):
         Rotary.from_config({"type": "linear"}, 64)
-    with pytest.raises(InvalidRequest, match="make no pair"):
+    with pytest.raises(InvalidRequest, match="not above 0"):
         Rotary.from_config({"rope_theta": 0.0}, 64)
     angles = Rotary.from_config({}, 8)
     blocks, one = torch.zeros(1, 2, 2, 4, 1, 8), torch.tensor([0])
@@ -84,6 +84,6 @@ def test_missing_fields_and_wrong_shapes_are_refused() -> None:
         rotate_keys(blocks, one.int(), 1, angles)
     with pytest.raises(InvalidRequest, match="rounded twice"):
         rotate_keys(blocks.to(torch.float8_e4m3fn), one, 1, angles)
-    with pytest.raises(InvalidRequest, match=r"not \[n\]"):
+    with pytest.raises(InvalidRequest, match="in memory"):
         rotate_keys(blocks[0], one, 1, angles)
     assert not torch.count_nonzero(blocks)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -36,23 +37,31 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_cases(*, interpret: bool) -> None:
-    cases = str(Path(__file__).with_name("triton_cases.py"))
-    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", cases, interpret=interpret)
+CASES = Path(__file__).with_name("triton_cases.py")
+NAMES = re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE)
+PARTS = [NAMES[i : i + 4] for i in range(0, len(NAMES), 4)]
+"""A process takes seconds to start, and no limit is for all cases together."""
+
+
+def run_cases(names: list[str], *, interpret: bool) -> None:
+    chosen = [f"{CASES}::{name}" for name in names]
+    ran = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, interpret=interpret)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.skipif(
     OLD_TRITON and NEW_NUMPY, reason="the interpreter of triton < 3.7 fails under numpy >= 2.4"
 )
-def test_the_kernels_equal_the_oracle_in_the_interpreter() -> None:
-    run_cases(interpret=True)
+@pytest.mark.parametrize("names", PARTS, ids=lambda names: names[0][5:])
+def test_the_kernels_equal_the_oracle_in_the_interpreter(names: list[str]) -> None:
+    run_cases(names, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_kernels_equal_the_oracle_on_a_gpu() -> None:
-    run_cases(interpret=False)
+@pytest.mark.parametrize("names", PARTS, ids=lambda names: names[0][5:])
+def test_the_kernels_equal_the_oracle_on_a_gpu(names: list[str]) -> None:
+    run_cases(names, interpret=False)
 
 
 REPRESENTATIVE = (

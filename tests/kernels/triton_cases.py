@@ -9,6 +9,7 @@ read exactly (the same bounds against the numbers they hold); holding numbers in
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -410,6 +411,108 @@ def test_rotated_keys_equal_the_oracle(
     assert torch.equal(got.cpu().isnan(), blocks.isnan())
     assert torch.equal(got[:, 1].cpu().nan_to_num(), blocks[:, 1].nan_to_num())
     rotation.rotate_keys(got, slots[:0].to(DEVICE), delta, angles)
+
+
+def test_small_tensors_may_lie_in_any_stride(batch: Make) -> None:
+    """Lengths, sinks, slots and turns as columns: read as rows they named other tenants' slots."""
+
+    def column(row: Tensor) -> Tensor:
+        return torch.stack([row, row + 13, row - 7], 1)[:, 0]
+
+    b = batch([(1, 17), (3, 20)])
+    sinks = torch.linspace(-1, 2, 4)
+    want = oracle_attention(*b.args, scale=0.25, sinks=sinks)
+    for name in ("query_start", "context_lens"):
+        setattr(b, name, column(getattr(b, name)))
+    b.block_tables = b.block_tables.repeat_interleave(2, 1)[:, ::2]
+    moved = [tensor.to(DEVICE) for tensor in b.args]
+    got = attention.paged_attention(*moved, scale=0.25, sinks=column(sinks).to(DEVICE))
+    assert relative(got, want) <= 1e-5
+    slots = torch.tensor([[1, 20], [5, 21], [9, 22]], device=DEVICE)[:, 0]
+    caches = torch.zeros(2, 8, 4, 2, 16, device=DEVICE)
+    new = torch.ones(3, 2, 16, device=DEVICE)
+    transfer.store_kv(new, new, caches[0], caches[1], slots)
+    named = caches.view(2, 32, -1)[0].any(1).nonzero().flatten().tolist()
+    assert named == [1, 5, 9]
+    blocks = torch.ones(1, 2, 8, 4, 2, 16, device=DEVICE)
+    rotation.rotate_keys(blocks, slots, 3, rotary.Rotary((1.0,)))
+    turned = (blocks[0, 0].view(32, -1) != 1).any(1).nonzero().flatten().tolist()
+    assert turned == [1, 5, 9]
+
+
+@pytest.mark.parametrize("cap", [1e-3, 30.0, 1e5, 1e30])
+def test_a_cap_is_as_exact_far_above_the_scores_as_near_them(batch: Make, cap: float) -> None:
+    attend(batch([(1, 17), (3, 20)]), softcap=cap)
+
+
+def test_as_many_queries_as_sequences_but_not_one_each(batch: Make) -> None:
+    """Where lengths are looked at it is answered; where not, it shows as NaN."""
+    b = batch([(2, 41), (0, 33), (1, 44)], size=4, shared=((1, 0, 3), (2, 0, 6)))
+    plan = forest(b, 4)
+    assert plan.num_runs
+    if INTERPRETED:
+        attend(b, plan)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(sharing, "looks", lambda tensor: False)
+        moved = [tensor.to(DEVICE) for tensor in b.args]
+        got = sharing.shared_prefix_attention(*moved, plan.to(DEVICE), scale=0.25)
+        assert got[:2].isnan().all()
+
+
+def test_values_are_looked_at_where_that_costs_nothing(batch: Make) -> None:
+    if not INTERPRETED:
+        pytest.skip("on a GPU only if PREFIXCACHE_CHECK says so")
+    b = batch([(1, 20), (1, 9)])
+    for name, index, wrong in (
+        ("block_tables", (0, 0), 10**6),
+        ("block_tables", (0, 0), -1),
+        ("context_lens", 0, 10**6),
+        ("context_lens", 0, 0),
+        ("query_start", 1, 7),
+    ):
+        held = getattr(b, name).clone()
+        getattr(b, name)[index] = wrong
+        with pytest.raises(InvalidRequest):
+            attention.paged_attention(*b.args, scale=0.25)
+        setattr(b, name, held)
+
+
+def test_heads_may_lie_further_apart_than_32_bits_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool with heads first: address arithmetic alone, the memory in between is never touched."""
+    if not INTERPRETED:
+        pytest.skip("takes 4 GiB of addresses")
+    stride = 2**31 + 64
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    flat = torch.empty(stride + 4096, dtype=torch.uint8).view(FP8)
+    keys = flat.as_strided((2, 4, 2, 16), (64, 16, stride, 1))
+    one, step = torch.ones(2), torch.zeros(1, 1, dtype=torch.int32)
+    slot = torch.tensor([1])
+    new = torch.arange(32.0).view(1, 2, 16) % 16
+    for head in range(2):  # what the tile reads
+        flat[head * stride : head * stride + 128].view(torch.uint8).zero_()
+    transfer.store_kv(new, new, keys, keys, slot, one, one)
+    wide = keys.view(torch.uint8)[0].view(FP8).float()
+    assert torch.equal(wide[1], new[0])
+    starts, two = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    args = (torch.zeros(1, 2, 16), keys, keys, step, starts, two)
+    got = attention.paged_attention(*args, scale=1.0, key_scale=one, value_scale=one)
+    assert torch.equal(got[0], new[0] / 2)
+
+
+def test_many_levels_of_many_splits_are_merged(batch: Make) -> None:
+    """160 partial answers of a head: more than registers hold at a time."""
+    torch.manual_seed(0)
+    part = torch.randn(2, 3, 160, 48, device=DEVICE)
+    sums = torch.randn(2, 3, 160, device=DEVICE) * 4
+    sums[0, 0, 5:] = float("-inf")
+    part[0, 0, 5:] = float("nan")
+    out, lse = torch.empty(2, 3, 48, device=DEVICE), torch.empty(2, 3, device=DEVICE)
+    attention.merge(part, sums, out, lse)
+    shares = torch.softmax(sums.double() * math.log(2), -1)[..., None]
+    want = torch.where(shares > 0, part.double() * shares, 0.0).sum(2)
+    assert relative(out, want) <= 1e-5
+    assert relative(lse, torch.logsumexp(sums.double() * math.log(2), -1)) <= 1e-5
 
 
 def test_wrong_arguments_are_refused_with_their_shapes(batch: Make) -> None:

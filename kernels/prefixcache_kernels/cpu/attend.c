@@ -16,6 +16,10 @@
 #include "few.h"
 #include "many.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 struct task {
     int64_t first;       /* of its places: in `queries`, `low`, `high` and the partial answers */
     int64_t num_queries; /* its places are consecutive */
@@ -39,7 +43,8 @@ struct call {
     float scale, softcap;                      /* 0: no cap */
     const float *eights;                       /* [256]: what the codes of FLOAT8 mean */
     float *partial; /* [places, heads, value_dim + 2]: an answer, its maximum, its sum */
-    int64_t num_threads;
+    float *room;    /* [num_threads, prefixcache_room]: what a task keeps; stacks may be small */
+    int64_t num_threads, room_size;
     /* The layer. */
     const char *query, *keys, *values; /* [T, heads, dim]; [blocks, block_size, kv_heads, dim] */
     const float *sinks, *key_scale, *value_scale; /* [heads], [kv_heads], [kv_heads]; or null */
@@ -47,7 +52,7 @@ struct call {
     float *lse; /* [T, heads], natural; or null */
 };
 
-enum { MOST = 1 << 17 /* numbers of queries and answers that few rows keep on the stack */ };
+enum { MOST = 1 << 17 /* numbers of queries and answers of few rows, if all heads are at once */ };
 
 static const float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
@@ -79,29 +84,56 @@ INLINE void read_query(const struct call *c, int64_t place, int64_t head, float 
     const char *from =
         c->query + c->queries[place] * c->query_strides[0] + head * c->query_strides[1];
     float scale = c->scale * LOG2_E;
-    if (c->softcap != 0) scale *= 2 / c->softcap;
     if (c->key_scale) scale *= c->key_scale[kv_head];
     read_row(to, from, c->dim, c->query_type, c->eights);
     for (int64_t d = 0; d < c->dim; d++) to[d] *= scale;
+}
+
+/* ---- a task's room: on the heap, for a caller's stack may be small and heads many ---- */
+
+INLINE float *take(float **room, int64_t numbers) {
+    float *taken = *room;
+    *room += whole(numbers);
+    return taken;
+}
+
+INLINE void clear(float *numbers, int64_t num) { memset(numbers, 0, 4 * num); }
+
+/* Numbers that tasks of `rows` rows keep if `num_heads` are attended at once; at least. */
+static int64_t room_of(const struct call *c, int64_t rows, int64_t num_heads) {
+    const int64_t sizes = whole(c->dim) + whole(c->value_dim);
+    if (rows <= FEW) return whole(num_heads * rows * (sizes + 2)) + TILE * sizes + 8 * UNIT;
+    const int64_t padded = (rows + PANEL - 1) / PANEL * PANEL;
+    return whole(padded * (sizes + 4)) + TILE * sizes + whole(c->dim) + 8 * UNIT;
+}
+
+/* Whether a task of few rows attends all heads at once, for they lie side by side in memory: if
+ * there are tasks enough, and as long as queries and answers stay in the cache. */
+static int all_heads(const struct call *c, int64_t rows) {
+    const int enough = c->num_threads == 1 || c->num_tasks >= 4 * c->num_threads;
+    return rows <= FEW && enough &&
+           c->kv_heads * rows * (whole(c->dim) + whole(c->value_dim)) <= MOST;
 }
 
 /* ---- few rows ---- */
 
 /* `after`, or null: a task that is likely to be next in this thread; its first tile is fetched. */
 static void attend_few(const struct call *c, const struct task *t, const struct task *after,
-                       int64_t begin, int64_t end) {
+                       int64_t begin, int64_t end, float *room) {
     const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
     const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim), num_heads = end - begin;
-    float query[num_heads * num * dim], answer[num_heads * num * value_dim];
-    float top[num_heads * num], total[num_heads * num], scores[FEW * TILE];
-    float key_copy[TILE * dim], value_copy[TILE * value_dim];
+    float scores[FEW * TILE];
+    float *query = take(&room, num_heads * num * dim);
+    float *answer = take(&room, num_heads * num * value_dim);
+    float *top = take(&room, num_heads * num), *total = take(&room, num_heads * num);
+    float *key_copy = take(&room, TILE * dim), *value_copy = take(&room, TILE * value_dim);
     struct rows keys = {.copy = copied(c, c->dim) ? key_copy : 0, .width = dim};
     struct rows values = {.copy = copied(c, c->value_dim) ? value_copy : 0, .width = value_dim};
     int64_t key_places[2][TILE], value_places[2][TILE];
-    memset(query, 0, sizeof query);
-    memset(answer, 0, sizeof answer);
-    memset(key_copy, 0, sizeof key_copy);
-    memset(value_copy, 0, sizeof value_copy);
+    clear(query, num_heads * num * dim);
+    clear(answer, num_heads * num * value_dim);
+    clear(key_copy, TILE * dim);
+    clear(value_copy, TILE * value_dim);
     for (int64_t i = 0; i < num_heads * num; i++) {
         int64_t row = i % num, head = (begin + i / num) * group + row % group;
         read_query(c, t->first + row / group, head, query + i * dim);
@@ -151,23 +183,25 @@ static void attend_few(const struct call *c, const struct task *t, const struct 
 
 /* ---- many rows ---- */
 
-static void attend_many(const struct call *c, const struct task *t, int64_t kv_head) {
+static void attend_many(const struct call *c, const struct task *t, int64_t kv_head, float *room) {
     const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
     const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim);
     const int64_t num_panels = (num + PANEL - 1) / PANEL;
-    float query[num_panels * dim * PANEL] __attribute__((aligned(64)));
-    float answer[num_panels * value_dim * PANEL] __attribute__((aligned(64)));
-    float top[num_panels * PANEL], total[num_panels * PANEL], row[dim];
-    int32_t low[num_panels * PANEL], high[num_panels * PANEL];
-    float key_copy[TILE * dim], value_copy[TILE * value_dim];
-    struct panel panels[num_panels];
+    float *query = take(&room, num_panels * dim * PANEL);
+    float *answer = take(&room, num_panels * value_dim * PANEL);
+    float *top = take(&room, num_panels * PANEL), *total = take(&room, num_panels * PANEL);
+    int32_t *low = (int32_t *)take(&room, num_panels * PANEL);
+    int32_t *high = (int32_t *)take(&room, num_panels * PANEL);
+    float *key_copy = take(&room, TILE * dim), *value_copy = take(&room, TILE * value_dim);
+    float *row = take(&room, dim);
+    struct panel panels[num_panels]; /* some hundred bytes: a task has few rows */
     struct rows keys = {.copy = copied(c, c->dim) ? key_copy : 0, .width = dim};
     struct rows values = {.copy = copied(c, c->value_dim) ? value_copy : 0, .width = value_dim};
     int64_t key_places[2][TILE], value_places[2][TILE];
-    memset(query, 0, sizeof query);
-    memset(answer, 0, sizeof answer);
-    memset(key_copy, 0, sizeof key_copy);
-    memset(value_copy, 0, sizeof value_copy);
+    clear(query, num_panels * dim * PANEL);
+    clear(answer, num_panels * value_dim * PANEL);
+    clear(key_copy, TILE * dim);
+    clear(value_copy, TILE * value_dim);
     for (int64_t p = 0; p < num_panels; p++) {
         int64_t first = p * PANEL, left = num - first;
         struct panel *panel = panels + p;
@@ -226,7 +260,13 @@ static void merge(const struct call *c, int64_t query) {
     const int64_t group = c->heads / c->kv_heads;
     float answer[c->value_dim];
     for (int64_t head = 0; head < c->heads; head++) {
-        float sink = c->sinks ? c->sinks[head] * LOG2_E : NOTHING, top = sink;
+        float sink = NOTHING, top;
+        if (c->sinks) {
+            sink = c->sinks[head] * LOG2_E;
+            /* A finite one stays finite. */
+            if (isinf(sink) && !isinf(c->sinks[head])) sink = sink < 0 ? NOTHING : -NOTHING;
+        }
+        top = sink;
         for (int64_t i = begin; i < end; i++) {
             float *part = partial(c, c->merge[i], head);
             if (part[c->value_dim] > top) top = part[c->value_dim];
@@ -244,12 +284,24 @@ static void merge(const struct call *c, int64_t query) {
         int64_t at = query * c->heads + head;
         write_row(c->out + at * c->value_dim * size_of(c->query_type), answer, c->value_dim,
                   c->query_type);
-        if (c->lse) c->lse[at] = (top + log2f(total)) * LN_2;
+        if (c->lse) c->lse[at] = top == -NOTHING ? c->sinks[head] : (top + log2f(total)) * LN_2;
     }
 }
 
 /* Floats of a vector: what the library was compiled for. */
 int64_t prefixcache_width(void) { return WIDTH; }
+
+/* Numbers of a thread's room: what the largest of its tasks keeps. */
+int64_t prefixcache_room(const struct call *c) {
+    const int64_t group = c->heads / c->kv_heads;
+    int64_t most = 0;
+    for (int64_t i = 0; i < c->num_tasks; i++) {
+        int64_t rows = c->tasks[i].num_queries * group;
+        int64_t room = room_of(c, rows, all_heads(c, rows) ? c->kv_heads : 1);
+        most = room > most ? room : most;
+    }
+    return whole(most);
+}
 
 /* Attend all queries of a layer.  Gives 0; or 1, with nothing computed, if a task names a block
  * that the pool does not have. */
@@ -265,20 +317,22 @@ int64_t prefixcache_attend(const struct call *c) {
     }
     if (c->num_tasks && largest_id >= c->pool_blocks) return 1;
     const int64_t group = c->heads / c->kv_heads, num_units = c->num_tasks * c->kv_heads;
-    /* With enough tasks, few rows do all heads at once, for they lie side by side in memory. */
-    const int enough = c->num_threads == 1 || c->num_tasks >= 4 * c->num_threads;
     const struct task *end = c->tasks + c->num_tasks;
 #pragma omp parallel for schedule(dynamic) num_threads(c->num_threads) if (c->num_threads > 1)
     for (int64_t unit = 0; unit < num_units; unit++) {
         const struct task *t = c->tasks + unit / c->kv_heads;
         int64_t head = unit % c->kv_heads, rows = t->num_queries * group;
-        int64_t numbers = c->kv_heads * rows * (c->dim + c->value_dim);
+        float *room = c->room;
+#ifdef _OPENMP
+        room += omp_get_thread_num() * c->room_size;
+#endif
         if (rows > FEW)
-            attend_many(c, t, head);
-        else if (!enough || numbers > MOST)
-            attend_few(c, t, 0, head, head + 1);
+            attend_many(c, t, head, room);
+        else if (!all_heads(c, rows))
+            attend_few(c, t, 0, head, head + 1, room);
         else if (head == 0)
-            attend_few(c, t, t + c->num_threads < end ? t + c->num_threads : 0, 0, c->kv_heads);
+            attend_few(c, t, t + c->num_threads < end ? t + c->num_threads : 0, 0, c->kv_heads,
+                       room);
     }
 #pragma omp parallel for schedule(static) num_threads(c->num_threads) if (c->num_threads > 1)
     for (int64_t query = 0; query < c->num_queries; query++) merge(c, query);

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.checks import FP8, check_attention
-from prefixcache_kernels.cpu.library import library, multiplies_matrices
+from prefixcache_kernels.cpu.library import Library, library, multiplies_matrices
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.plan import Plan, scratch
 
 MAX_DIM: Final = 512
 MAX_GROUP: Final = 192
-"""Larger heads and groups of heads go to plain PyTorch: the library keeps a task on its stack."""
+"""Larger heads and groups of heads go to plain PyTorch: a task of theirs outgrows the cache."""
 
 MANY_QUERIES: Final = 16
 """From so many queries per sequence on, PyTorch's products use a processor's matrix units, where it
@@ -49,8 +49,8 @@ class _Call(ctypes.Structure):
         ("key_strides", c_int64 * 3),
         ("value_strides", c_int64 * 3),
         *((name, c_float) for name in ("scale", "softcap")),
-        *((name, c_void_p) for name in ("eights", "partial")),
-        ("num_threads", c_int64),
+        *((name, c_void_p) for name in ("eights", "partial", "room")),
+        *((name, c_int64) for name in ("num_threads", "room_size")),
         *((name, c_void_p) for name in ("query", "keys", "values", "sinks")),
         *((name, c_void_p) for name in ("key_scale", "value_scale", "out", "lse")),
     )
@@ -62,13 +62,18 @@ class _Prepared:
 
     call: _Call
     tasks: Tasks
-    partial: Tensor
+    held: Tensor
+    """Partial answers, then a room for each thread; the thread's scratch."""
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) -> bool:
     """Tell whether the library is there, made for such tensors, and the faster way."""
     if (
         not (query.is_cpu and key_cache.is_cpu and value_cache.is_cpu)  # C gets their addresses
+        or not query.layout == key_cache.layout == value_cache.layout == torch.strided
+        or query.is_neg()
+        or key_cache.is_neg()
+        or value_cache.is_neg()  # not what is in memory
         or query.dim() != 3
         or not value_cache.dim() == key_cache.dim() == 4
         or query.dtype not in _TYPES
@@ -115,22 +120,26 @@ def attend(
     shapes = (query.shape, query.stride(), key_cache.shape, key_cache.stride())
     key = (*kind, *shapes, value_cache.shape, value_cache.stride())
     prepared = plan.calls.get(key)
-    options = {"sinks": sinks, "key_scale": key_scale, "value_scale": value_scale, "lse": lse}
-    given = any(option is not None for option in options.values()) or key_cache.dtype == FP8
+    options = (sinks, key_scale, value_scale, lse)
+    given = any(option is not None for option in options) or key_cache.dtype == FP8
     if prepared is None or given:  # what the kind does not name is looked at in every layer
-        check_attention(query, key_cache, value_cache, window, **options)
-        for name, option in options.items():
-            if option is not None and not option.is_cpu:
-                raise InvalidRequest(f"{name} on {option.device}, the caches on a CPU")
+        check_attention(
+            query,
+            key_cache,
+            value_cache,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
     if prepared is None:
         plan.check(query, key_cache)
-        prepared = _prepare(plan, query, key_cache, value_cache, window)
+        prepared = _prepare(plan, query, key_cache, value_cache, window, threads, loaded)
         prepared.call.scale, prepared.call.softcap = scale, softcap or 0
-        prepared.call.num_threads = threads
         plan.calls[key] = prepared
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    out = torch.empty((*query.shape[:2], value_cache.shape[3]), dtype=query.dtype)
+    out = query.new_empty((*query.shape[:2], value_cache.shape[3]))
     call = prepared.call
     call.query, call.keys, call.values = (t.data_ptr() for t in (query, key_cache, value_cache))
     call.out = out.data_ptr()
@@ -146,14 +155,18 @@ def attend(
 
 
 def _prepare(
-    plan: Plan | GroupedPlan, query: Tensor, keys: Tensor, values: Tensor, window: int | None
+    plan: Plan | GroupedPlan,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int | None,
+    threads: int,
+    loaded: Library,
 ) -> _Prepared:
     """Cut the batch, and describe layers like this one."""
     heads, dim = query.shape[1:]
     num_blocks, block_size, kv_heads, value_dim = values.shape
     tasks = plan.tasks(window, heads // kv_heads)
-    places = len(tasks.queries)
-    partial = scratch(places * heads * (value_dim + 2), torch.float32)
     call = _Call(
         num_tasks=len(tasks.tasks),
         num_queries=query.shape[0],
@@ -169,11 +182,15 @@ def _prepare(
         key_strides=_in_bytes(keys),
         value_strides=_in_bytes(values),
         eights=_EIGHTS.data_ptr(),
-        partial=partial.data_ptr(),
+        num_threads=threads,
     )
     for name in ("tasks", "queries", "low", "high", "blocks", "merge_start", "merge"):
         setattr(call, name, getattr(tasks, name).ctypes.data)
-    return _Prepared(call, tasks, partial)
+    call.room_size = loaded.handle.prefixcache_room(ctypes.byref(call))
+    answers = len(tasks.queries) * heads * (value_dim + 2)
+    held = scratch(answers + threads * call.room_size, torch.float32)
+    call.partial, call.room = held.data_ptr(), held[answers:].data_ptr()
+    return _Prepared(call, tasks, held)
 
 
 def _in_bytes(tensor: Tensor) -> tuple[int, ...]:

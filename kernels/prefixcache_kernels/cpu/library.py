@@ -44,7 +44,7 @@ _TIMEOUT_S: Final = 120
 
 @dataclass(frozen=True)
 class Library:
-    """What was loaded.  `attend` takes the address of a `struct call` of `attend.c`."""
+    """What was loaded.  `attend` and `room` take the address of a `struct call` of `attend.c`."""
 
     path: Path
     width: int
@@ -120,6 +120,8 @@ def _load(compiler: list[str], runtime: Path | None) -> Library:
     handle.prefixcache_attend.argtypes = [ctypes.c_void_p]
     handle.prefixcache_attend.restype = ctypes.c_int64
     handle.prefixcache_width.restype = ctypes.c_int64
+    handle.prefixcache_room.argtypes = [ctypes.c_void_p]
+    handle.prefixcache_room.restype = ctypes.c_int64
     return Library(path, handle.prefixcache_width(), runtime is not None, handle)
 
 

@@ -15,7 +15,7 @@ enum {
  * seldom scaled anew; the quotient at the end is the same.  Scores are powers of two. */
 static const float SLACK = 8;
 
-static const float NOTHING = -1e30f; /* the maximum of no scores: finite, for differences */
+static const float NOTHING = -3.4e38f; /* the maximum of no scores: finite, for differences */
 
 /* Where each row is.  Rows that are no floats, or no whole vectors, are copied first. */
 struct rows {

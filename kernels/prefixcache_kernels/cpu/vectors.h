@@ -116,11 +116,21 @@ INLINE vec power_of_two(vec x) {
     return y * (vec)exponent;
 }
 
-/* `bound * tanh(x)` for an `x` that is given times 2 log2(e). */
+/* `bound * tanh(x / bound)`, as exact near 0 as anywhere: a cap far above the scores leaves them as
+ * they are.  Small quotients go through a polynomial (Cephes' tanhf), others through 2^x. */
 INLINE vec capped(vec x, float bound) {
-    x = larger(splat(-60.0f), x);
-    x = -larger(splat(-60.0f), -x);
-    return splat(bound) - splat(2 * bound) / (power_of_two(x) + splat(1.0f));
+    vec u = x * splat(1 / bound), z = u * u;
+    vec y = splat(-5.70498872745e-3f);
+    y = y * z + splat(2.06390887954e-2f);
+    y = y * z + splat(-5.37397155531e-2f);
+    y = y * z + splat(1.33314422036e-1f);
+    y = y * z + splat(-3.33332819422e-1f);
+    vec small = x + x * (y * z);
+    u = larger(splat(-20.0f), u);
+    u = -larger(splat(-20.0f), -u);
+    vec power = power_of_two(u * splat(2.88539008f)); /* 2 log2(e) */
+    vec large = splat(bound) - splat(2 * bound) / (power + splat(1.0f));
+    return pick(z < splat(0.390625f), small, large); /* 0.625 squared */
 }
 
 /* Types of numbers in memory, as the caller names them. */

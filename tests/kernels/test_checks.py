@@ -1,0 +1,282 @@
+"""Whatever is passed: our error or the right answer, never a signal, on both ways that a CPU has.
+
+Each ill-formed call is made in a process of its own, so that a crash is seen for what it is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.native_cases import gap
+from prefixcache.errors import InvalidRequest
+from prefixcache_kernels import (
+    GroupedPlan,
+    GroupPlan,
+    Plan,
+    Rotary,
+    copy_blocks,
+    paged_attention,
+    rotate_keys,
+    shared_prefix_attention,
+    store_kv,
+)
+from prefixcache_kernels.oracle import oracle_attention
+
+PATHS = pytest.mark.usefixtures("path")
+NAN, INF = float("nan"), float("inf")
+
+
+def step(num: int = 2) -> dict[str, Any]:
+    """Some sequences that decode behind 8 keys each, in blocks of 4."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "query": torch.randn(num, 4, 16, generator=generator),
+        "key_cache": torch.randn(8, 4, 2, 16, generator=generator),
+        "value_cache": torch.randn(8, 4, 2, 16, generator=generator),
+        "block_tables": torch.arange(2 * num, dtype=torch.int32).view(num, 2),
+        "query_start": torch.arange(num + 1, dtype=torch.int32),
+        "context_lens": torch.full((num,), 8, dtype=torch.int32),
+        "scale": 0.25,
+    }
+
+
+LARGE = torch.tensor([8.0, 8.0])
+ILL_FORMED: list[dict[str, Any]] = [
+    *({"window": w} for w in (8.0, INF, NAN, True, "8", 0, -1, 2**31, 2**70)),
+    *({"scale": s} for s in (None, "1", NAN, INF, -INF, 1e38, True, 10**400)),
+    *({"softcap": c} for c in (0, 0.0, -1.0, NAN, INF, 1e31, 1e-31, "30", True)),
+    *({name: LARGE} for name in ("context_lens", "query_start")),
+    {"query_start": torch.tensor([0.0, 1.0, 2.0])},
+    *({"block_tables": torch.zeros(2, 2).to(t)} for t in (torch.float32, torch.bool)),
+    {"block_tables": [[0, 1], [2, 3]]},
+    {"context_lens": torch.full((2, 1), 8)},
+    {"context_lens": torch.tensor([8, 9])},
+    {"context_lens": torch.tensor([8, 2**62])},
+    {"query_start": torch.tensor([0, 2, 1])},
+    {"query_start": torch.tensor([1, 1, 2])},
+    {"block_tables": torch.tensor([[0, 1], [2, 8]])},
+    {"block_tables": torch.tensor([[0, -1], [2, 3]])},
+    {"block_tables": torch.tensor([[0, 2**40], [2, 3]])},
+    {"query": torch.zeros(2, 0, 16)},
+    {"query": torch.zeros(2, 4, 16).to_sparse()},
+    {"query": torch.zeros(2, 4, 16, device="meta")},
+    {"query": torch.zeros(2, 4, 16, dtype=torch.int32)},
+    {"query": None},
+    {"key_cache": torch.zeros(8, 4, 0, 16), "value_cache": torch.zeros(8, 4, 0, 16)},
+    {"key_cache": torch.zeros(8, 0, 2, 16), "value_cache": torch.zeros(8, 0, 2, 16)},
+    {"sinks": torch.zeros(4, dtype=torch.int64)},
+    {"sinks": torch.zeros(4, device="meta")},
+    {"lse": torch.zeros(1).expand(2, 4)},
+    {"plan": 3},
+]
+
+
+def refused(name: str, call: str) -> None:
+    """Make one call in a process of its own; it must end by itself, with our error."""
+    code = (
+        "import sys; from kernels import test_checks as t; from prefixcache.errors import *\n"
+        f"try: {call}\nexcept InvalidRequest as e: sys.exit(0 if str(e) else 3)\nsys.exit(4)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}:{root / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=False, capture_output=True)
+    assert done.returncode == 0, (name, done.returncode, done.stderr.decode()[-1500:])
+
+
+def call_all() -> None:
+    """Every ill-formed call, plain and grouped; the first that is not refused is raised."""
+    for i, changes in enumerate(ILL_FORMED):
+        arguments = step() | changes
+        for run in (paged_attention, shared_prefix_attention):
+            extra = {} if run is paged_attention else {"groups": GroupPlan.alone(2)}
+            try:
+                run(**arguments, **extra)
+            except InvalidRequest:
+                continue
+            raise AssertionError(f"taken: {i} {changes} by {run.__name__}")
+    raise InvalidRequest("all were refused")
+
+
+@pytest.mark.parametrize("native", ["0", "1"], ids=["torch", "native"])
+def test_what_cannot_be_attended_is_refused(native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats as lengths once reached C as bits."""
+    monkeypatch.setenv("PREFIXCACHE_NATIVE", native)
+    refused("attention", "t.call_all()")
+
+
+@PATHS
+def test_a_well_formed_call_beside_them_is_answered() -> None:
+    """Integers of any width, in any stride; numbers as NumPy has them."""
+    arguments = step()
+    want = oracle_attention(**arguments)
+    wide = torch.stack([arguments["context_lens"]] * 3, 1)
+    arguments["context_lens"] = wide[:, 1]
+    arguments["scale"] = torch.tensor(0.25).numpy()[()]
+    assert gap(paged_attention(**arguments), want) <= 1e-5
+
+
+@PATHS
+@pytest.mark.parametrize("cap", [1e-6, 0.5, 30.0, 1e3, 1e5, 1e7, 1e30])
+def test_a_cap_is_as_exact_far_above_the_scores_as_near_them(cap: float) -> None:
+    """What a cap leaves of scores of about 10."""
+    arguments = step() | {"scale": 2.5}
+    want = oracle_attention(**arguments, softcap=cap)
+    assert gap(paged_attention(**arguments, softcap=cap), want) <= 1e-5
+
+
+@PATHS
+@pytest.mark.parametrize("scale", [-0.25, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_scale_that_is_not_positive(batch: Any, scale: float, dtype: torch.dtype) -> None:
+    """Also where PyTorch's own causal mask would be multiplied by it."""
+    b = batch([(150, 200)], dtype=dtype)
+    got = paged_attention(*b.args, scale=scale)
+    assert gap(got, oracle_attention(*b.args, scale=scale)) <= 1e-2
+
+
+@pytest.mark.parametrize("sink", [None, 3e38, -3e38])
+def test_scores_and_sinks_at_the_ends_of_float32(sink: float | None) -> None:
+    """Scores below -1e30 were taken for none."""
+    arguments = step(1)
+    arguments["query"] = torch.full((1, 4, 16), -1e18)
+    arguments["key_cache"] = torch.full((8, 4, 2, 16), 1e18)
+    options = {} if sink is None else {"sinks": torch.full((4,), sink)}
+    got = paged_attention(**arguments, **options)
+    want = oracle_attention(**arguments, **options)
+    assert got.isfinite().all()
+    assert gap(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("heads", [(65_536, 65_536, 1), (192, 1, 256)], ids=str)
+def test_a_small_stack_is_enough(heads: tuple[int, int, int]) -> None:
+    """Many heads of one number, and the widest group, in a thread with 256 KiB."""
+    call = f"t.on_a_small_stack(*{heads})"
+    refused("stack", call)
+
+
+def on_a_small_stack(heads: int, kv_heads: int, dim: int) -> None:
+    """Attend in such a thread; says so by our error."""
+    import threading
+
+    arguments = step(1)
+    arguments["query"] = torch.randn(1, heads, dim)
+    for name in ("key_cache", "value_cache"):
+        arguments[name] = torch.randn(8, 4, kv_heads, dim)
+    want = oracle_attention(**arguments) if heads < 1000 else None
+    paged_attention(**step())  # compiles
+    answers: list[torch.Tensor] = []
+    torch.set_num_threads(1)
+    threading.stack_size(256 << 10)
+    thread = threading.Thread(target=lambda: answers.append(paged_attention(**arguments)))
+    thread.start()
+    thread.join()
+    assert answers
+    assert answers[0].isfinite().all()
+    assert want is None or gap(answers[0], want) <= 1e-5
+    raise InvalidRequest("answered")
+
+
+def test_only_the_slots_that_are_named_are_written_or_none() -> None:
+    """Slots in a column, heads before slots, and a wrong slot behind good ones."""
+    key = torch.randn(3, 2, 16)
+    slots = torch.tensor([[1, 20], [5, 21], [9, 22]])[:, 0]
+    for turned in (False, True):
+        caches = [torch.zeros(8, 4, 2, 16) for _ in range(2)]
+        if turned:
+            caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in caches]
+        with pytest.raises(InvalidRequest, match="outside the pool"):
+            store_kv(key, key, *caches, torch.tensor([1, 5, 32]))
+        assert not any(cache.any() for cache in caches)
+        store_kv(key.requires_grad_(), key, *caches, slots)
+        for cache in caches:
+            assert not cache.requires_grad
+            assert cache.reshape(32, -1).any(1).nonzero().flatten().tolist() == [1, 5, 9]
+    with pytest.raises(InvalidRequest, match="expanded"):
+        store_kv(key, key, *[torch.zeros(1, 4, 2, 16).expand(8, 4, 2, 16)] * 2, slots)
+
+
+def test_copies_and_turns_take_their_own_types_only() -> None:
+    """Copies of 32 bits overflowed; of 8 bits they were a mask; integers were turned."""
+    blocks = torch.zeros(1, 2, 4, 4, 2, 16)
+    for dtype in (torch.int32, torch.uint8, torch.float32, torch.bool):
+        with pytest.raises(InvalidRequest, match=r"torch\.int64 rows"):
+            copy_blocks(blocks, torch.tensor([[0, 1, 1]]).to(dtype))
+    angles = Rotary((1.0,))
+    slot = torch.tensor([0])
+    for wrong in (blocks.int(), blocks.bool()):
+        with pytest.raises(InvalidRequest):
+            rotate_keys(wrong, slot, 1, angles)
+    for delta in (1.5, 2**31, None):
+        with pytest.raises(InvalidRequest, match="delta"):
+            rotate_keys(blocks, slot, delta, angles)  # type: ignore[arg-type]
+    for config in (
+        {"rope_theta": None},
+        {"rope_theta": NAN},
+        {"type": "linear", "factor": 0},
+        {"type": "linear", "factor": "x"},
+    ):
+        with pytest.raises(InvalidRequest):
+            Rotary.from_config(config, 16)
+    with pytest.raises(InvalidRequest):
+        Rotary((NAN,))
+
+
+@PATHS
+def test_a_plan_serves_its_own_batch_alone() -> None:
+    """Equal tables are the same batch; other lengths are not."""
+    arguments = step()
+    batch = [arguments[name] for name in ("block_tables", "query_start", "context_lens")]
+    plan = Plan.build(*batch, 4)
+    other = arguments | {"context_lens": torch.tensor([8, 7], dtype=torch.int32)}
+    same = arguments | {"context_lens": arguments["context_lens"].clone()}
+    assert torch.equal(paged_attention(**same, plan=plan), paged_attention(**arguments))
+    with pytest.raises(InvalidRequest, match="another batch"):
+        paged_attention(**other, plan=plan)
+
+
+def test_groups_that_are_no_forest_of_these_tables_are_refused() -> None:
+    """Rows, stretches and levels by hand: C would follow them anywhere."""
+    arguments = step()
+    arguments["block_tables"] = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+    batch = [arguments[name] for name in ("block_tables", "query_start", "context_lens")]
+    good = GroupPlan.build(arguments["block_tables"], [1, 1])
+    (run,) = good.runs
+    GroupedPlan.build(*batch, 4, good)
+    for change in ("row", "first", "blocks", "start", "end", "level"):
+        for value in (-1_000_000, -1, 2, 3, 10**9):
+            bad = replace(good, runs=(run._replace(**{change: value}),))
+            if bad.runs == good.runs:
+                continue
+            with pytest.raises(InvalidRequest, match="groups whose"):
+                GroupedPlan.build(*batch, 4, bad)
+    for bad in (
+        replace(good, own=(0, 0)),
+        replace(good, own=(1, 2)),
+        replace(good, positions=(0, 0)),
+        replace(good, positions=(0, -1)),
+    ):
+        with pytest.raises(InvalidRequest, match="groups whose"):
+            GroupedPlan.build(*batch, 4, bad)
+    batch[0] = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
+    with pytest.raises(InvalidRequest, match="do not share"):
+        GroupedPlan.build(*batch, 4, good)
+
+
+def test_scores_of_many_queries_in_bfloat16_are_not_rounded_before_they_are_weighed(
+    batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of about 16: PyTorch's way is within the bound that all ways have."""
+    from prefixcache_kernels.cpu import attend
+
+    monkeypatch.setattr(attend, "library", lambda: None)
+    b = batch([(40, 90)], dtype=torch.bfloat16)
+    got = paged_attention(*b.args, scale=4.0)
+    assert gap(got, oracle_attention(*b.args, scale=4.0)) <= 5e-3
