@@ -1,6 +1,7 @@
 """The words of the project: ids, packed tokens, and the frozen answers that the verbs give.
 
-Floor 0: imports nothing of the project but its errors, and only the standard library.
+Floor 0: imports nothing of the project but its errors, and only the standard library; numpy when
+the first array of token ids comes.
 
 Token ids travel and are stored as packed little-endian uint32 `bytes`, from the client through the
 wire to the tree; block ids as int32.  `pack` and `unpack` are the only places that convert.
@@ -56,8 +57,8 @@ def pack(tokens: TokensLike) -> bytes:
     """Pack token ids as little-endian uint32.  Changes nothing.  O(n).
 
     Bytes (`bytes`, `bytearray`, a `memoryview` of one) are taken as packed already; everything
-    else as ids.  Fast for contiguous 4-byte integers (numpy int32/uint32, `array('I')`): one copy,
-    and for signed ones a look at the signs.  Other integers are converted one by one, in C.
+    else as ids.  Fast for numpy arrays, tensors and `array`: one copy and one comparison.  A list
+    is converted by C, one by one; what is looked at in Python is only its zeros and ones.
 
     Raises:
         InvalidRequest: something is not an id from 0 to `MAX_TOKEN` (the message says which, and
@@ -70,70 +71,94 @@ def pack(tokens: TokensLike) -> bytes:
         return tokens
     if isinstance(tokens, bytearray):
         return bytes(tokens)
+    if isinstance(tokens, list | tuple | range):
+        return _pack_each(tokens)
     if isinstance(tokens, str):
         raise InvalidRequest(f"token ids are numbers, not the text {_shown(tokens)}: encode it")
-    try:
-        view = memoryview(tokens)  # type: ignore[arg-type]
-    except (TypeError, ValueError, BufferError):
-        return _pack_each(tokens)  # no buffer, or one of objects, or of another byte order
-    if isinstance(tokens, memoryview) and isinstance(view.obj, bytes | bytearray):
-        if view.format != "B" or view.ndim != 1:
+    if isinstance(tokens, memoryview) and isinstance(tokens.obj, bytes | bytearray):
+        if tokens.format != "B" or tokens.ndim != 1:
             raise InvalidRequest(
-                f"a memoryview of bytes as {view.format!r}: give packed token ids as bytes"
+                f"a memoryview of bytes as {tokens.format!r}: give packed token ids as bytes"
             )
-        return view.tobytes()
-    if view.ndim != 1:
-        _check_one_row(tuple(view.shape or ()))
-    if view.itemsize == TOKEN_BYTES and view.format in _UNSIGNED_WORDS:
-        return view.tobytes()
-    if view.itemsize == TOKEN_BYTES and view.format in _SIGNED_WORDS:
-        packed = view.tobytes()
-        # The sign of a little-endian word is the top bit of its last byte.
-        if packed[TOKEN_BYTES - 1 :: TOKEN_BYTES].isascii():
-            return packed
-        return _pack_each(array("i", packed), are_integers=True)
-    if view.format not in _INTEGERS:
-        dtype = getattr(tokens, "dtype", None)
-        raise InvalidRequest(
-            f"token ids are integers in native byte order, not {dtype or view.format}"
-        )
-    ids: Any = view.tolist()
-    for _ in range(view.ndim - 1):
-        (ids,) = ids
-    return _pack_each(ids, are_integers=True)
-
-
-_UNSIGNED_WORDS: Final = ("I", "L", "@I", "=I", "<I", "@L", "=L", "<L")
-_SIGNED_WORDS: Final = ("i", "l", "@i", "=i", "<i", "@l", "=l", "<l")
-_INTEGERS: Final = frozenset("bBhHiIlLqQnN")
-
-
-def _pack_each(tokens: Iterable[int], *, are_integers: bool = False) -> bytes:
+        return tokens.tobytes()
     dtype = getattr(tokens, "dtype", None)
-    if dtype is not None:  # a tensor
-        _check_one_row(tuple(getattr(tokens, "shape", ())))
-        if "int" not in str(dtype):
-            raise InvalidRequest(f"token ids are integers, not {dtype}")
-        tokens = tokens.reshape(-1).tolist()  # type: ignore[attr-defined]
+    if dtype is None:
+        try:
+            return _pack_array(memoryview(tokens))  # type: ignore[arg-type]
+        except TypeError:  # no buffer
+            pass
+        try:
+            return _pack_each(list(tokens))
+        except TypeError as error:
+            raise InvalidRequest(f"token ids are a sequence of integers: {error}") from None
+    if hasattr(tokens, "cpu") and "int" in str(dtype):
+        tokens = tokens.cpu()  # a tensor, which may be on a device
     try:
-        ids = tokens if isinstance(tokens, list | tuple | range | array) else list(tokens)
-    except TypeError as error:
-        raise InvalidRequest(f"token ids are a sequence of integers: {error}") from None
+        return _pack_array(tokens)
+    except TypeError:  # an element type that numpy does not know
+        raise InvalidRequest(f"token ids are integers, not {dtype}") from None
+
+
+def _pack_array(tokens: Any) -> bytes:
+    # Loaded when the first array comes, for whoever brings one has it already.
+    import numpy as np
+
+    ids = np.asarray(tokens)
+    _check_one_row(ids.shape)
+    kind, width = ids.dtype.kind, ids.dtype.itemsize
+    if kind not in "iu" or not ids.dtype.isnative:
+        raise InvalidRequest(f"token ids are integers in native byte order, not {ids.dtype}")
+    # Read without a sign, a negative number is larger than every id of its width.
+    largest = min(MAX_TOKEN, 2 ** (8 * width - (kind == "i")) - 1)
+    unsigned = ids.reshape(-1).view(f"u{width}")
+    if (kind == "i" or width > TOKEN_BYTES) and unsigned.size and unsigned.max() > largest:
+        index = int(np.argmax(unsigned > largest))
+        raise _out_of_range(index, int(ids.reshape(-1)[index]))
+    packed: bytes = unsigned.astype(np.uint32, copy=False).tobytes()
+    return packed
+
+
+def _pack_each(ids: Sequence[int]) -> bytes:
     try:
-        packed = array("I", ids)
-        # True and False are integers to Python, but no ids.
-        if are_integers or dtype is not None or bool not in set(map(type, ids)):
-            return packed.tobytes()
+        packed = array("I", ids).tobytes()
     except (OverflowError, TypeError, ValueError):
-        pass
-    for index, token in enumerate(ids):
-        if not isinstance(token, SupportsIndex) or isinstance(token, bool):
-            raise InvalidRequest(f"token {index} is {_shown(token)}: token ids are integers")
-        if not 0 <= int(token) <= MAX_TOKEN:
-            raise InvalidRequest(
-                f"token {index} is {int(token):,}: token ids are from 0 to {MAX_TOKEN:,}"
-            )
-    raise InvalidRequest("these token ids cannot be packed")
+        for index, token in enumerate(ids):
+            _check_integer(index, token)
+            if not 0 <= int(token) <= MAX_TOKEN:
+                raise _out_of_range(index, int(token)) from None
+        raise InvalidRequest("these token ids cannot be packed") from None
+    if isinstance(ids, range):
+        return packed
+    # True and False are integers to Python, but no ids: they are among the zeros and ones.
+    for index in _small(packed):
+        if type(ids[index]) is not int:
+            _check_integer(index, ids[index])
+    return packed
+
+
+_FEW: Final = 64
+
+
+def _small(packed: bytes) -> Iterable[int]:
+    """Give the places of all zeros and ones (of short prompts, all places).  Two passes in C."""
+    if len(packed) <= _FEW * TOKEN_BYTES:
+        return range(len(packed) // TOKEN_BYTES)
+    import numpy as np
+
+    return np.flatnonzero(np.frombuffer(packed, np.uint32) <= 1).tolist()
+
+
+def _check_integer(index: int, token: object) -> None:
+    if (
+        not isinstance(token, SupportsIndex)
+        or isinstance(token, bool)
+        or "int" not in str(getattr(token, "dtype", "int"))
+    ):
+        raise InvalidRequest(f"token {index} is {_shown(token)}: token ids are integers")
+
+
+def _out_of_range(index: int, token: int) -> InvalidRequest:
+    return InvalidRequest(f"token {index} is {token:,}: token ids are from 0 to {MAX_TOKEN:,}")
 
 
 def _check_one_row(shape: tuple[int, ...]) -> None:

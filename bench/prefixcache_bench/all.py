@@ -53,6 +53,12 @@ BENCHMARKS = (
         "The service against a stub with the same messages and no cache behind it.",
     ),
     Benchmark(
+        "prefixcache_bench.packing",
+        "Packing",
+        "What the client does to a prompt of 32k tokens before it is sent, every id looked at, "
+        "beside a conversion that looks at none.",
+    ),
+    Benchmark(
         "prefixcache_bench.recording",
         "Observing",
         "What shadow caches and watchers cost the service's event loop, per acquire, commit and "

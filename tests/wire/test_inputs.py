@@ -46,6 +46,38 @@ def test_sequences_and_generators_are_ids_and_bytes_are_packed_already() -> None
     assert unpack(pack([np.int64(7), np.uint8(8)])).tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("size", [3, 65, 1000])
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (True, "token {} is True"),
+        (False, "token {} is False"),
+        (np.True_, "token {} is .*True"),
+        (torch.tensor(True), "token {} is .*True"),
+        (1.0, "token {} is 1.0"),
+        (np.float32(1), "token {} is .*1.0"),
+        ("1", "token {} is '1'"),
+        (-1, "token {} is -1"),
+        (2**32, "token {} is 4,294,967,296"),
+        (2**70, "token {} is 1,180,"),
+        ([1], r"token {} is \[1\]"),
+    ],
+    ids=str,
+)
+def test_one_odd_thing_among_many_ids_is_refused_by_its_place(
+    size: int, odd: Any, told: str
+) -> None:
+    for at in (0, 1, size - 1):
+        ids: list[Any] = [0, 1, *range(100, 98 + size)]
+        ids[at] = odd
+        for tokens in (ids, tuple(ids), iter(ids)):
+            with pytest.raises(InvalidRequest, match=told.format(at)):
+                pack(tokens)
+        if type(odd) is int and odd < 2**63:
+            with pytest.raises(InvalidRequest, match=told.format(at)):
+                pack(np.array(ids))
+
+
 @pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64"])
 def test_a_negative_id_is_refused_by_its_place_whatever_its_width(kind: str) -> None:
     for tokens in (
