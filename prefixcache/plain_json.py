@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
+
+from prefixcache.texts import is_plain
 
 
 def json_text(value: object, **options: Any) -> str:
-    """Write a value as JSON; a number that is not finite, which JSON has no word for, as null.
+    r"""Write a value as JSON; a number that is not finite, which JSON has no word for, as null.
+
+    What does not show itself on a terminal is escaped also where other letters are not.
 
     Args:
         value: what `json.dumps` takes.
@@ -16,11 +21,23 @@ def json_text(value: object, **options: Any) -> str:
 
     >>> json_text({"share": float("nan"), "left_s": [1.5, float("inf")]})
     '{"share": null, "left_s": [1.5, null]}'
+    >>> print(json_text({"name": "müller\u202e"}, ensure_ascii=False))
+    {"name": "müller\u202e"}
     """
     try:
-        return json.dumps(value, allow_nan=False, **options)
+        text = json.dumps(value, allow_nan=False, **options)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False, **options)
+        text = json.dumps(_finite(value), allow_nan=False, **options)
+    if options.get("ensure_ascii", True) or is_plain(text.replace("\n", "")):
+        return text
+    return _NOT_ASCII.sub(_escaped, text)  # they stand in strings only
+
+
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] if is_plain(found[0]) else json.dumps(found[0])[1:-1]
 
 
 def _finite(value: object) -> object:

@@ -67,6 +67,18 @@ def escape(text: str) -> str:
     )
 
 
+def many(number: int, noun: str, verb: str = "") -> str:
+    """Write how many there are, and what they do: the plural of the verb is given.
+
+    >>> many(1, "block"), many(2048, "block", "are"), many(1, "run", "take")
+    ('1 block', '2,048 blocks are', '1 run takes')
+    """
+    if number != 1:
+        return f"{number:,} {noun}s {verb}".rstrip()
+    one = {"": "", "are": "is", "were": "was", "have": "has"}.get(verb, f"{verb}s")
+    return f"1 {noun} {one}".rstrip()
+
+
 def escape_all(value: Any) -> Any:
     """Escape every text in something that is about to be shown; numbers stay what they are."""
     if isinstance(value, str):

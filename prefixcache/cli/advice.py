@@ -13,6 +13,7 @@ from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.status import Status
 from prefixcache.cli.view import show_namespace
 from prefixcache.config import format_size
+from prefixcache.texts import many
 from prefixcache.types import Explanation, unpack
 
 _AROUND: Final = 12
@@ -58,18 +59,18 @@ def _memory(told: Explanation, status: Status) -> str:
     evicted = (
         "One token was stored, and was evicted before it came back."
         if count == 1
-        else f"{count:,} tokens were stored, and were evicted before they came back."
+        else f"{many(count, 'token', 'were')} stored, and were evicted before they came back."
     )
     if told.extra_blocks is None:
         return f"{evicted} How much memory would have kept them is not remembered any more."
     policy = status.info.policy
     sure = "" if policy == "lru" else f" (an estimate: it is LRU's order, not that of {policy})"
     if not status.block_bytes:
-        return f"{evicted} {told.extra_blocks:,} blocks more would have kept them{sure}."
+        return f"{evicted} {many(told.extra_blocks, 'block')} more would have kept them{sure}."
     more = format_size(told.extra_blocks * status.block_bytes)
     total = status.snapshot.num_blocks + told.extra_blocks
     return (
-        f"{evicted} {told.extra_blocks:,} blocks more ({more}) would have kept them{sure}: "
+        f"{evicted} {many(told.extra_blocks, 'block')} more ({more}) would have kept them{sure}: "
         f"serve with --memory {round_up(total * status.block_bytes)}."
     )
 
@@ -77,12 +78,16 @@ def _memory(told: Explanation, status: Status) -> str:
 def _move(told: Explanation, tokens: bytes, decoder: Decoder | None) -> str:
     what = _kind(told, tokens, decoder)
     several = told.num_parted > 1
-    who = f"{told.num_parted:,} requests part" if several else "It parts from the stored prompts"
+    who = (
+        f"{many(told.num_parted, 'request', 'part')}"
+        if several
+        else "It parts from the stored prompts"
+    )
     text = f"{who} at token {told.parted_at:,}" + (f": {what}" if what else "") + "."
     if told.resumes_at is None or told.parted_at is None:
         return f"{text} Move it after what can be shared."
     differ = told.resumes_at - told.parted_at
-    words = f"these {differ:,} tokens" if differ > 1 else "that token"
+    words = f"these {many(differ, 'token')}" if differ > 1 else "that token"
     if not differ:
         words = "what is missing there"
     return f"{text} Move {words} behind the {told.num_same:,} after it, which are the same again."
@@ -113,11 +118,12 @@ def _share(lost: int, total: int, status: Status) -> str:
     size = status.snapshot.block_size
     if total < size and status.partial == "off":
         return (
-            f"The prompt's {total:,} tokens are less than one block of {size:,}, and only whole "
+            f"The prompt's {many(total, 'token', 'are')} less than one block of {size:,}, and "
+            f"only whole "
             "blocks are shared: serve with --partial tails, or a smaller --block-size."
         )
     return (
-        f"{lost:,} tokens are stored, but only "
+        f"{many(lost, 'token', 'are')} stored, but only "
         + ("whole blocks are" if status.partial == "off" else "parts of full blocks are")
         + " shared: serve with --partial tails, and they are reused."
     )
@@ -132,7 +138,8 @@ def _wait(pending: int) -> str:
 
 def _attach(name: str, there: int) -> str:
     return (
-        f"{name} has {there:,} tokens of it: if the keys and values are the same, attach to that "
+        f"{name} has {many(there, 'token')} of it: if the keys and values are the same, attach to "
+        f"that "
         "namespace (same model, adapter and salt)."
     )
 

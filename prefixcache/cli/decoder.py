@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
 
 TokenizerPath = Annotated[
@@ -125,28 +127,37 @@ def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decod
         return Decoder(path)
     if namespace is None:
         return None
-    for folder in _places(namespace.model):
-        if (folder / _FILE).is_file():
-            try:
+    try:
+        for folder in _places(namespace.model):
+            if (folder / _FILE).is_file():
                 return Decoder(folder)
-            except InvalidRequest:
-                return None
+    except (InvalidRequest, OSError, RuntimeError, ValueError):
+        return None  # whatever is wrong with a cache: then token ids are shown
     return None
 
 
+_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
+"""What a part of a model's name is made of, where it names a folder."""
+
+
 def _places(model: str) -> Iterator[Path]:
-    """Give the folders in which the tokenizer of a model of that name may be."""
+    """Give the folders in which the tokenizer of a model of that name may be.
+
+    The name is what a worker has sent: it finds folders below the caches of this machine, and is
+    itself no path.
+    """
     name, _, revision = model.partition("@")
-    if model.startswith(("/", "~")):
-        yield Path(name).expanduser()
+    parts = name.split("/")
+    if len(parts) > 2 or not all(_PART.fullmatch(part) for part in parts):
+        return
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     own = os.environ.get("PREFIXCACHE_CACHE")
-    if name and "/" not in name:
+    if len(parts) == 1:
         yield (Path(own) if own else caches / "prefixcache") / name
     home = os.environ.get("HF_HOME")
     hub = (Path(home) if home else caches / "huggingface") / "hub"
-    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
-    if name and snapshots.is_dir():
+    snapshots = hub / f"models--{'--'.join(parts)}" / "snapshots"
+    if snapshots.is_dir():
         found = sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime)
         yield from (one for one in reversed(found) if one.name.startswith(revision))
 
@@ -164,8 +175,7 @@ def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:
         text = " ".join(map(str, ids))
     else:
         text = "".join(
-            char if char.isprintable() else "⏎" if char == "\n" else "·"
-            for char in decoder.decode(ids)
+            char if is_plain(char) else "⏎" if char == "\n" else "·" for char in decoder.decode(ids)
         )
     return text if cell_len(text) <= width else set_cell_size(text, max(0, width - 1)) + "…"
 

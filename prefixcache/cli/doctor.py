@@ -53,7 +53,7 @@ def doctor(
         for one in found:
             _print(one)
         notes = sum(one.level == "note" for one in found)
-        typer.echo(f"{wrong:,} wrong, {notes:,} to note." if wrong or notes else "All is well.")
+        view.tell(f"{wrong:,} wrong, {notes:,} to note." if wrong or notes else "All is well.")
     if wrong:
         raise typer.Exit(1)
 
@@ -114,7 +114,7 @@ def _check(client: Client, now: Status, *, deep: bool) -> tuple[str | None, str,
 
 def _print(one: Finding) -> None:
     for line in view.wrap(f"{_HEADS[one.level]} {one.text}", indent=" " * 6):
-        typer.echo(line)
+        view.tell(line)
     for paragraph in one.advice.splitlines():
         for line in view.wrap(f"      → {paragraph.strip()}", indent=" " * 8):
-            typer.echo(line)
+            view.tell(line)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from prefixcache.cli import decoder as decoding
-from prefixcache.cli import prompt, view
-from prefixcache.errors import InvalidRequest
+from prefixcache.cli import source, view
+from prefixcache.texts import many
 from prefixcache.types import Explanation, Namespace, unpack
 
 if TYPE_CHECKING:
@@ -20,27 +19,11 @@ if TYPE_CHECKING:
 _CONTEXT_TOKENS = 12
 """Tokens before a parting that are shown with it."""
 
-What = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[FILE|REQUEST_ID|-|TOKEN...]",
-        help="A file or stdin (-) with text, token ids or a chat in JSON; the id of a request of "
-        "a moment ago, or worker#lease; or token ids. Default: stdin.",
-        show_default=False,
-    ),
-]
-
 
 def explain(
-    what: What = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--file", "-f", metavar="PATH", help="The same as FILE.", show_default=False),
-    ] = None,
-    as_text: Annotated[
-        bool,
-        typer.Option("--text", help="Take it as text, whatever it looks like.", show_default=False),
-    ] = False,
+    what: source.What = None,
+    file: source.File = None,
+    as_text: source.AsText = False,
     tokenizer: decoding.TokenizerPath = None,
     model: view.Model = None,
     adapter: view.Adapter = "",
@@ -57,33 +40,14 @@ def explain(
     """
     from prefixcache.cli import advice, status
 
-    source, ids = _source(what, file)
+    spaces = view.Chosen(model, adapter, tenant, salt)
+    asked = source.ask(what, file, as_text, tokenizer, spaces)
     with view.open_client(connect) as client:
         now = status.read(client)
-        folder = Path(model) if model and Path(model).is_dir() else None
-        if folder is not None:
-            model = _model_of(folder, now.snapshot.namespaces)
-        spaces = view.Chosen(model, adapter, tenant, salt)
-        told: Explanation
-        if source is None:
-            namespace = spaces.choose(now.snapshot)
-            tokens = ids
-            told = client.explain(namespace, tokens)
-        elif source == "-" or Path(source).is_file():
-            namespace = spaces.choose(now.snapshot)
-            data, name = prompt.read_source(source)
-            tokens = prompt.read_prompt(
-                data,
-                name,
-                lambda: decoding.open_decoder(tokenizer or folder, namespace),
-                as_text=as_text,
-            )
-            told = client.explain(namespace, tokens)
-        else:
-            told = _recount(client, source, spaces)
-            assert told.past is not None
-            tokens, namespace = told.past.tokens, told.past.namespace
-        reader = decoding.open_decoder(tokenizer or folder, namespace)
+        found = source.find(client, asked)
+        tokens, namespace = found.tokens, found.namespace
+        told = found.told or client.explain(namespace, tokens)
+        reader = decoding.open_decoder(tokenizer, namespace)
         sentence = advice.advise(told, tokens, now, reader)
         again = _again(client, told, spaces)
     if as_json:
@@ -91,45 +55,15 @@ def explain(
     else:
         _print(told, namespace, tokens, reader, now)
         if again is not None:
-            typer.echo(
-                f"now {again.ledger.reused:,} of its {again.ledger.total:,} tokens would be reused"
+            view.tell(
+                f"now {again.ledger.reused:,} of its {many(again.ledger.total, 'token')} would be "
+                f"reused"
             )
         if sentence:
             for line in view.wrap(f"advice: {sentence}"):
-                typer.echo(line)
+                view.tell(line)
     if not told.ledger.reused:
         raise typer.Exit(1)
-
-
-def _source(what: list[str] | None, file: Path | None) -> tuple[str | None, bytes]:
-    """Say where the prompt is: a source, or None and the token ids that the arguments are."""
-    if file is not None:
-        if what:
-            raise InvalidRequest("give a prompt as an argument or with --file, not both")
-        if str(file) != "-" and not file.is_file():
-            raise InvalidRequest(f"there is no file {file}")
-        return str(file), b""
-    if not what:
-        return "-", b""
-    if len(what) == 1 and not (what[0].isdecimal() and not Path(what[0]).exists()):
-        return what[0], b""
-    return None, prompt.read_ids(" ".join(what), "the arguments")
-
-
-def _model_of(folder: Path, namespaces: dict[Namespace, Any]) -> str | None:
-    """Give the model of the namespace that a model's folder is attached as."""
-    name = folder.resolve().name
-    found = {one.model for one in namespaces if one.model.partition("@")[0] == name}
-    return found.pop() if len(found) == 1 else None
-
-
-def _recount(client: Client, request: str, spaces: view.Chosen) -> Explanation:
-    from prefixcache.errors import NotFound
-
-    try:
-        return client.recount(request, spaces.named())
-    except NotFound as error:
-        raise NotFound(f"{request!r} is no file, and {error}") from None
 
 
 def _again(client: Client, told: Explanation, spaces: view.Chosen) -> Explanation | None:
@@ -194,16 +128,16 @@ def _print(
     if told.past is not None:
         past = told.past
         name = past.request_id or "a request"
-        typer.echo(
+        view.tell(
             f"{name} of {past.worker}#{past.lease}, {view.show_idle(past.age_s)} ago, in "
-            f"{view.show_namespace(past.namespace)}: {past.num_tokens:,} tokens"
+            f"{view.show_namespace(past.namespace)}: {many(past.num_tokens, 'token')}"
         )
     else:
-        typer.echo(f"{told.ledger.total:,} tokens, in {view.show_namespace(namespace)}")
+        view.tell(f"{many(told.ledger.total, 'token')}, in {view.show_namespace(namespace)}")
     width = view.width()
     view.show(view.bar([(s.fate, s.end - s.start) for s in told.spans], min(width, 100)))
     for line in view.wrap(view.show_ledger(told.ledger)):
-        typer.echo(line)
+        view.tell(line)
     rows: list[tuple[str, ...]] = []
     for span in told.spans:
         glyph = view.GLYPHS[span.fate]
@@ -217,7 +151,7 @@ def _print(
         ]
     view.print_table(rows, indent="  ", align="<><<")
     if told.num_pending:
-        typer.echo(f"{told.num_pending:,} more are being computed now")
+        view.tell(f"{told.num_pending:,} more are being computed now")
     if told.parted_at is not None:
         _print_parting(told, told.parted_at, tokens, reader)
 
@@ -226,7 +160,7 @@ def _print_parting(
     told: Explanation, at: int, tokens: bytes, reader: decoding.Decoder | None
 ) -> None:
     """Show where a prompt leaves the stored ones, and how both go on."""
-    typer.echo(f"parts from the closest stored prompt at token {at:,}")
+    view.tell(f"parts from the closest stored prompt at token {at:,}")
     room = view.width() - 12
     shown = len(told.stored_next)
     before = tokens[4 * max(0, at - _CONTEXT_TOKENS) : 4 * at]
@@ -238,9 +172,10 @@ def _print_parting(
         rows.insert(0, ("shared", decoding.preview_end(reader, before, room)))
     view.print_table(rows, indent="  ")
     if told.resumes_at is not None:
-        typer.echo(
-            f"  the same again from token {told.resumes_at:,} on, for {told.num_same:,} tokens"
+        view.tell(
+            f"  the same again from token {told.resumes_at:,} on, for "
+            f"{many(told.num_same, 'token')}"
         )
     if told.num_parted:
-        who = "One request" if told.num_parted == 1 else f"{told.num_parted:,} requests"
-        typer.echo(f"  {who} of the last hour parted there")
+        who = "One request" if told.num_parted == 1 else f"{many(told.num_parted, 'request')}"
+        view.tell(f"  {who} of the last hour parted there")

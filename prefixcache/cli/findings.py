@@ -27,6 +27,7 @@ from prefixcache.cli.status import Status
 from prefixcache.config import format_size
 from prefixcache.outline import Outline
 from prefixcache.pool import SHARED_MEMORY, PoolFile
+from prefixcache.texts import many
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 
@@ -94,7 +95,9 @@ def invariants(failure: str | None, refusal: str, runs: int) -> Iterator[Finding
         )
     else:
         yield Finding(
-            "invariants", OK, f"Every invariant of the index holds ({runs:,} runs were walked)."
+            "invariants",
+            OK,
+            f"Every invariant of the index holds ({many(runs, 'run', 'were')} walked).",
         )
 
 
@@ -111,15 +114,18 @@ def sizes(now: Status) -> Iterator[Finding]:
         return
     total, tokens = snapshot.num_blocks, snapshot.num_blocks * snapshot.block_size
     size = format_size(total * now.block_bytes)
-    text = f"The pool has {total:,} blocks of {snapshot.block_size} ({tokens:,} tokens, {size})"
+    text = f"The pool has {many(total, 'block')} of {snapshot.block_size} "
+    text += f"({many(tokens, 'token')}, {size})"
     held = snapshot.num_blocks - snapshot.free - snapshot.evictable
     longest = max((lease.num_tokens for lease in snapshot.leases), default=0)
     if held > 0.9 * total:
         yield Finding(
             "sizes",
             WRONG,
-            f"{text}, and {held / total:.0%} of it is held by {len(snapshot.leases):,} leases: "
-            f"hardly anything stays for what could be reused, and {snapshot.waiting:,} requests "
+            f"{text}, and {held / total:.0%} of it is held by "
+            f"{many(len(snapshot.leases), 'lease')}: "
+            f"hardly anything stays for what could be reused, and "
+            f"{many(snapshot.waiting, 'request')} "
             "wait.",
             "Serve with more --memory, or let workers hold fewer requests at a time.",
         )
@@ -127,7 +133,7 @@ def sizes(now: Status) -> Iterator[Finding]:
         yield Finding(
             "sizes",
             NOTE,
-            f"{text}, and one lease holds {longest:,} tokens, more than a quarter of it.",
+            f"{text}, and one lease holds {many(longest, 'token')}, more than a quarter of it.",
             "Serve with more --memory if there are several of such length at a time.",
         )
     elif snapshot.free > 0.5 * total and snapshot.requests >= FEW_REQUESTS:
@@ -147,7 +153,7 @@ def sizes(now: Status) -> Iterator[Finding]:
         yield Finding(
             "sizes",
             NOTE,
-            f"{snapshot.pinned:,} blocks are pinned, which is the cap: no more can be.",
+            f"{many(snapshot.pinned, 'block', 'are')} pinned, which is the cap: no more can be.",
             "Unpin what is not needed any more: prefixcache unpin.",
         )
 
@@ -159,7 +165,7 @@ def ledger(now: Status) -> Iterator[Finding]:
         yield Finding(
             "ledger",
             OK,
-            f"{snapshot.requests:,} requests so far: too few to say anything about reuse.",
+            f"{many(snapshot.requests, 'request')} so far: too few to say anything about reuse.",
         )
         return
     reused = f"{told.hit_rate:.1%} of {told.total - told.resumed:,} prompt tokens were reused"
@@ -167,13 +173,15 @@ def ledger(now: Status) -> Iterator[Finding]:
         salted = sum(bool(one.salt) for one in snapshot.namespaces)
         why, advice = "no prompt began like an earlier one", "prefixcache explain says of one why."
         if len(snapshot.namespaces) * 2 > snapshot.requests:
-            why = f"there are {len(snapshot.namespaces):,} namespaces, which share nothing"
+            why = f"there are {many(len(snapshot.namespaces), 'namespace')}, which share nothing"
             advice = "Attach to one model, adapter, tenant and salt for all that may share"
             advice += " (every request has its own salt now?)." if salted else "."
         yield Finding(
-            "ledger", WRONG, f"Nothing is ever reused in {snapshot.requests:,} requests: {why}.",
+            "ledger",
+            WRONG,
+            f"Nothing is ever reused in {many(snapshot.requests, 'request')}: {why}.",
             advice,
-        )  # fmt: skip
+        )
         return
     missed = told.total - told.reused
     if told.evicted > _MUCH_EVICTED * told.total:
@@ -215,7 +223,7 @@ def partings(now: Status, outline: Outline | None) -> Iterator[Finding]:
     yield Finding(
         "partings",
         NOTE,
-        f"{count:,} requests of the last hour leave what is stored at token {at:,}, in "
+        f"{many(count, 'request')} of the last hour leave what is stored at token {at:,}, in "
         f"{view.show_namespace(namespace)}. That is fine where the system prompt ends; if "
         "something that always differs (a date, a name) stands there, it costs all that follows.",
         "Look at one of them: prefixcache explain REQUEST_ID.",
@@ -232,12 +240,13 @@ def workers(now: Status) -> Iterator[Finding]:
         yield Finding(
             "workers",
             WRONG,
-            f"{snapshot.quarantined:,} blocks are in quarantine because of {names}: it went silent "
+            f"{many(snapshot.quarantined, 'block', 'are')} in quarantine because of {names}: it "
+            f"went silent "
             "and may still be writing to them.",
             "End its process: the blocks come back at once. Else they do after --quarantine.",
         )
     died = [one for one in now.workers if one.state == "died" and one.since_s < 600]
-    text = f"{len(attached):,} workers are attached"
+    text = f"{many(len(attached), 'worker', 'are')} attached"
     if died:
         names = ", ".join(one.worker for one in died[:5])
         more = f" and {len(died) - 5:,} more" if len(died) > 5 else ""
@@ -282,7 +291,8 @@ def shared_memory(now: Status) -> Iterator[Finding]:
         yield Finding(
             "memory",
             NOTE,
-            f"{len(stale):,} pool files of services that are gone take {format_size(size)} of "
+            f"{many(len(stale), 'pool file')} of services that are gone take {format_size(size)} "
+            f"of "
             f"{SHARED_MEMORY}: {', '.join(path.name for path in stale[:3])}.",
             "The next prefixcache serve removes them.",
         )
@@ -353,8 +363,9 @@ def state(now: Status) -> Iterator[Finding]:
         yield Finding(
             "state",
             NOTE,
-            f"{kept.dropped_runs:,} runs were not kept because the disk was too slow, and "
-            f"{kept.damaged_blocks:,} blocks were damaged at the last start (they are not used).",
+            f"{many(kept.dropped_runs, 'run', 'were')} not kept because the disk was too slow, and "
+            f"{many(kept.damaged_blocks, 'block', 'were')} damaged at the last start (they are "
+            f"not used).",
             "Use a faster disk for --state.",
         )
     else:
@@ -362,5 +373,5 @@ def state(now: Status) -> Iterator[Finding]:
             "state",
             OK,
             f"{kept.folder} holds what a restart needs; the last start took "
-            f"{kept.restored_tokens:,} tokens over.",
+            f"{many(kept.restored_tokens, 'token')} over.",
         )

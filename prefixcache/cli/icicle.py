@@ -11,11 +11,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from xml.sax.saxutils import escape
+from xml.sax import saxutils
 
 from prefixcache.cli import decoder as decoding
 from prefixcache.cli import view
 from prefixcache.outline import Branch, Extent, NamespaceOutline
+from prefixcache.texts import escape, many
 
 _WIDTH = 1200.0
 _MARGIN = 16.0
@@ -89,6 +90,11 @@ def _draw_namespace(
     return y + (deepest + 1) * _ROW
 
 
+def _xml(text: str) -> str:
+    """Write a text such that a reader of XML takes it: which no control character is."""
+    return saxutils.escape(escape(text))
+
+
 def _size(extent: Extent) -> int:
     return extent.tokens + extent.ghost_tokens
 
@@ -97,7 +103,7 @@ def _draw_bar(
     branch: Branch, label: str, x: float, y: float, width: float, root: Branch, body: list[str]
 ) -> None:
     box = f'x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{_ROW - 1:g}"'
-    body.append(f"<g><title>{escape(_tooltip(branch, label, root))}</title>")
+    body.append(f"<g><title>{_xml(_tooltip(branch, label, root))}</title>")
     dark = False
     if branch.is_ghost:
         body.append(f'<rect class="ghost" {box}/>')
@@ -112,14 +118,15 @@ def _draw_bar(
     if fits >= 3:
         text = label if len(label) <= fits else label[: fits - 1] + "…"
         shade = ' class="on-dark"' if dark else ""
-        body.append(f'<text{shade} x="{x + 4:.1f}" y="{y + 16:.1f}">{escape(text)}</text>')
+        body.append(f'<text{shade} x="{x + 4:.1f}" y="{y + 16:.1f}">{_xml(text)}</text>')
     body.append("</g>")
 
 
 def _draw_more(branch: Branch, x: float, y: float, width: float, body: list[str]) -> None:
     text = f"… {branch.num_more:,} more"
     body.append(
-        f"<g><title>{text}: {branch.more.tokens:,} tokens in {branch.more.blocks:,} blocks, "
+        f"<g><title>{text}: {many(branch.more.tokens, 'token')} in "
+        f"{many(branch.more.blocks, 'block')}, "
         f"{branch.more.ghost_tokens:,} evicted</title>"
         f'<rect class="more" x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{_ROW - 1:g}"/>'
     )
@@ -137,12 +144,13 @@ def _colour(heat: float) -> tuple[str, bool]:
 def _tooltip(branch: Branch, label: str, root: Branch) -> str:
     below = branch.below
     if branch.is_ghost:
-        return f"{label}\n{below.ghost_tokens:,} tokens: evicted, still remembered"
+        return f"{label}\n{many(below.ghost_tokens, 'token')}: evicted, still remembered"
     share = below.tokens / max(1, root.below.tokens)
     lines = [
         label,
         f"tokens {branch.start:,} to {branch.start + branch.num_tokens:,}",
-        f"{below.tokens:,} tokens ({share:.1%}) in {below.blocks:,} blocks, {below.runs:,} runs",
+        f"{many(below.tokens, 'token')} ({share:.1%}) in {many(below.blocks, 'block')}, "
+        f"{many(below.runs, 'run')}",
     ]
     if branch.num_locks:
         lines.append(f"leased ({branch.num_locks} locks)")
@@ -153,7 +161,7 @@ def _tooltip(branch: Branch, label: str, root: Branch) -> str:
     if branch.is_pinned:
         lines.append("pinned")
     if branch.num_parted:
-        lines.append(f"{branch.num_parted:,} requests part at token {branch.parted_at:,}")
+        lines.append(f"{many(branch.num_parted, 'request', 'part')} at token {branch.parted_at:,}")
     return "\n".join(lines)
 
 

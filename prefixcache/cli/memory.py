@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from prefixcache.cli.advice import round_up
 from prefixcache.config import format_size
+from prefixcache.texts import many
 
 if TYPE_CHECKING:
     from prefixcache.cli.status import Status
@@ -36,7 +37,7 @@ def lines(steps: Sequence[Step], evicted: int, now: Status) -> list[str]:
         return []
     policy = now.info.policy
     sure = "by LRU's order" if policy == "lru" else f"an estimate: by LRU's order, not {policy}'s"
-    told = [f"{evicted:,} tokens were evicted before they were asked for again ({sure}):"]
+    told = [f"{many(evicted, 'token', 'were')} evicted before they were asked for again ({sure}):"]
     shown: set[int] = set()
     for share in (0.5, 0.9, 1.0):
         blocks = enough(steps, share)
@@ -49,7 +50,9 @@ def lines(steps: Sequence[Step], evicted: int, now: Status) -> list[str]:
         if now.block_bytes:
             more = format_size(blocks * now.block_bytes)
             size = f" (+{more}: --memory {round_up(total * now.block_bytes)})"
-        told.append(f"  {kept / known:.0%} would still be there with {blocks:,} blocks more{size}")
+        told.append(
+            f"  {kept / known:.0%} would still be there with {many(blocks, 'block')} more{size}"
+        )
     if 0.95 < now.snapshot.ghosts / max(1, now.snapshot.num_blocks) <= 1:
         told.append(
             "  what was evicted longer ago is not remembered and counts as cold: serve with more "

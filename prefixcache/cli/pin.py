@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from prefixcache.cli import view
-from prefixcache.cli.lookup import File, Tokens, read_tokens
+from prefixcache.cli import decoder as decoding
+from prefixcache.cli import source, view
 from prefixcache.errors import InvalidRequest
+from prefixcache.texts import many
 from prefixcache.types import Snapshot
 
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -45,8 +46,10 @@ def format_time(seconds: float) -> str:
 
 
 def pin(
-    tokens: Tokens = None,
-    file: File = None,
+    what: source.What = None,
+    file: source.File = None,
+    as_text: source.AsText = False,
+    tokenizer: decoding.TokenizerPath = None,
     ttl: Annotated[
         str, typer.Option("--ttl", metavar="TIME", help="How long: 90 (seconds), 30m, 1h, 7d.")
     ] = "1h",
@@ -69,32 +72,36 @@ def pin(
     if show:
         _list(connect, as_json)
         return
-    ttl_s, packed = parse_time(ttl), read_tokens(tokens, file)
+    ttl_s, spaces = parse_time(ttl), view.Chosen(model, adapter, tenant, salt)
+    asked = source.ask(what, file, as_text, tokenizer, spaces)
     with view.open_client(connect) as client:
-        namespace = view.choose_namespace(client, model, adapter, tenant, salt)
+        found = source.find(client, asked)
+        namespace, packed = found.namespace, source.whole(found)
         answer = client.pin(namespace, packed, ttl_s=ttl_s)
     if as_json:
         view.print_json(asdict(answer) | {"namespace": view.namespace_fields(namespace)})
     elif not answer.num_blocks:
-        typer.echo(
+        view.tell(
             f"{view.show_namespace(namespace)}: not one whole block of these {len(packed) // 4:,} "
             "tokens is stored; nothing was pinned"
         )
     else:
-        typer.echo(
-            f"{view.show_namespace(namespace)}: {answer.num_blocks:,} blocks "
-            f"({answer.num_tokens:,} of {len(packed) // 4:,} tokens) pinned for "
+        view.tell(
+            f"{view.show_namespace(namespace)}: {many(answer.num_blocks, 'block')} "
+            f"({answer.num_tokens:,} of {many(len(packed) // 4, 'token')}) pinned for "
             f"{format_time(answer.ttl_s)}, {answer.num_new:,} of them new, "
             f"{answer.num_leased:,} leased now"
         )
-        typer.echo(_cap(answer.pinned, answer.max_pinned))
+        view.tell(_cap(answer.pinned, answer.max_pinned))
     if not answer.num_blocks:
         raise typer.Exit(1)
 
 
 def unpin(
-    tokens: Tokens = None,
-    file: File = None,
+    what: source.What = None,
+    file: source.File = None,
+    as_text: source.AsText = False,
+    tokenizer: decoding.TokenizerPath = None,
     everything: Annotated[
         bool, typer.Option("--all", help="End all pins of the namespace.", show_default=False)
     ] = False,
@@ -111,27 +118,33 @@ def unpin(
 
     Example: prefixcache unpin --all --model tiny
     """
-    packed = b"" if everything else read_tokens(tokens, file)
+    spaces = view.Chosen(model, adapter, tenant, salt)
+    asked = None if everything else source.ask(what, file, as_text, tokenizer, spaces)
     with view.open_client(connect) as client:
-        namespace = view.choose_namespace(client, model, adapter, tenant, salt)
+        if asked is None:
+            namespace, packed = spaces.named() or spaces.choose(client.snapshot()), b""
+        else:
+            found = source.find(client, asked)
+            namespace, packed = found.namespace, source.whole(found)
         answer = client.unpin(namespace, packed)
         block_size = client.snapshot().block_size
     if as_json:
         fields = {"num_tokens": answer.num_blocks * block_size}
         view.print_json(asdict(answer) | fields | {"namespace": view.namespace_fields(namespace)})
     else:
-        typer.echo(
-            f"{view.show_namespace(namespace)}: {answer.num_pins:,} pins ended; "
-            f"{answer.num_blocks:,} blocks ({answer.num_blocks * block_size:,} tokens) are pinned "
+        view.tell(
+            f"{view.show_namespace(namespace)}: {many(answer.num_pins, 'pin')} ended; "
+            f"{many(answer.num_blocks, 'block')} "
+            f"({many(answer.num_blocks * block_size, 'token')}) are pinned "
             f"no more, {answer.num_leased:,} of them leased now"
         )
-        typer.echo(_cap(answer.pinned, answer.max_pinned))
+        view.tell(_cap(answer.pinned, answer.max_pinned))
     if not answer.num_pins:
         raise typer.Exit(1)
 
 
 def _cap(pinned: int, max_pinned: int) -> str:
-    return f"pinned in all: {pinned:,} of at most {max_pinned:,} blocks"
+    return f"pinned in all: {pinned:,} of at most {many(max_pinned, 'block')}"
 
 
 def _list(connect: str | None, as_json: bool) -> None:
@@ -150,7 +163,7 @@ def _list(connect: str | None, as_json: bool) -> None:
         )
     else:
         view.print_table(_rows(snapshot))
-        typer.echo(_cap(snapshot.pinned, snapshot.max_pinned))
+        view.tell(_cap(snapshot.pinned, snapshot.max_pinned))
     if not snapshot.pins:
         raise typer.Exit(1)
 

@@ -30,6 +30,7 @@ OWN: Final = {
         "top": "top:top",
         "lookup": "lookup:lookup",
         "explain": "explain:explain",
+        "encode": "encode:encode",
         "tree": "tree:tree",
         "doctor": "doctor:doctor",
         "watch": "watch:watch",

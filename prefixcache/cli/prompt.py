@@ -63,6 +63,12 @@ def read_ids(text: str, source: str) -> bytes:
         raise InvalidRequest(f"a token id in {source} is not a number of 32 bits") from None
 
 
+def looks_like_ids(text: str) -> bool:
+    """Whether there is nothing in it but numbers and what may stand between them."""
+    words = _SEPARATORS.sub(" ", text).split()
+    return bool(words) and all(word.isdecimal() for word in words)
+
+
 def read_prompt(data: bytes, source: str, decoder: OpenDecoder, *, as_text: bool) -> bytes:
     """Read a prompt in any of its forms.
 
@@ -84,21 +90,22 @@ def read_prompt(data: bytes, source: str, decoder: OpenDecoder, *, as_text: bool
     text = _text(data, source)
     if not text.strip():
         raise InvalidRequest(f"{source} is empty: there is no prompt in it")
-    if all(word.isdecimal() for word in _SEPARATORS.sub(" ", text).split()):
+    if looks_like_ids(text):
         return read_ids(text, source)
     if text.lstrip()[0] in "[{":
         try:
             value = json.loads(text)
-        except ValueError:
-            value = None
-        if value is not None:
-            return _from_json(value, source, decoder)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"{source} begins like JSON and is none ({error}); to take it as text, add --text"
+            ) from None
+        return _from_json(value, source, decoder)
     return _from_text(text, source, decoder)
 
 
 def _text(data: bytes, source: str) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError:
         raise InvalidRequest(
             f"{source} is neither text nor JSON; packed token ids need a name that ends in .bin"

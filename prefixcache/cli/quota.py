@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from prefixcache.cli import view
+from prefixcache.cli import status, streams, view
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import Namespace, QuotaInfo
+from prefixcache.types import Namespace, QuotaInfo, Snapshot
+
+if TYPE_CHECKING:
+    from prefixcache.cli.status import Status
 
 
 def quota(
@@ -17,18 +20,17 @@ def quota(
         str | None,
         typer.Option(
             "--max",
-            metavar="BLOCKS",
-            help="Most blocks that its leases may hold, or 'none' for no limit.",
+            metavar="BLOCKS|SIZE",
+            help="Most that its leases may hold, in blocks or as 2GiB, or 'none' for no limit.",
             show_default=False,
         ),
     ] = None,
     share: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--share",
-            metavar="BLOCKS",
-            min=0,
-            help="Stored blocks that are evicted only when nobody else's are left.",
+            metavar="BLOCKS|SIZE",
+            help="What is evicted only when nobody else's blocks are left.",
             show_default=False,
         ),
     ] = None,
@@ -59,23 +61,36 @@ def quota(
     changes = max_held is not None or share is not None
     if scope is None and changes:
         raise InvalidRequest("name whose quota it is, with --tenant or --model")
+    most, kept = _read_limit("--max", max_held), _read_limit("--share", share)
+    if kept is _NO_LIMIT:
+        raise InvalidRequest("--share takes blocks or a size: 0 for none")
     with view.open_client(connect) as client:
-        snapshot = client.snapshot()
+        now = status.read(client)
+        snapshot = now.snapshot
         if scope is None:
             infos = list(snapshot.quotas)
         else:
             before = client.quota(scope)
             infos = [before]
             if changes:
-                most = before.max_held if max_held is None else _read_limit(max_held)
-                kept = before.guaranteed if share is None else share
-                infos = [client.set_quota(scope, max_held=most, guaranteed=kept)]
+                infos = [
+                    client.set_quota(
+                        scope,
+                        max_held=before.max_held if most is None else _blocks(most, now),
+                        guaranteed=before.guaranteed if kept is None else _blocks(kept, now) or 0,
+                    )
+                ]
+                if not _is_known(scope, snapshot):
+                    streams.say(
+                        f"the service knows no {_name(infos[0])} yet: the quota is kept for when a "
+                        "worker attaches to it"
+                    )
     if as_json:
         view.print_json({"quotas": [quota_fields(info, snapshot.block_size) for info in infos]})
     elif infos:
         view.print_table([_HEAD, *(_row(info, snapshot.block_size) for info in infos)])
     else:
-        typer.echo("no quotas: every namespace may hold the whole pool")
+        view.tell("no quotas: every namespace may hold the whole pool")
     if not infos:
         raise typer.Exit(1)
 
@@ -83,12 +98,51 @@ def quota(
 _HEAD = ("whose", "holds", "tokens", "at most", "stores", "guaranteed")
 
 
-def _read_limit(text: str) -> int | None:
-    if text == "none":
+_NO_LIMIT: Final = "none"
+
+
+def _read_limit(option: str, text: str | None) -> int | str | None:
+    """Read blocks as a number, a size as text that can be read, or `none`."""
+    if text is None or text == _NO_LIMIT:
+        return text
+    if text.isdecimal():
+        return int(text)
+    from prefixcache.config import parse_size
+
+    try:
+        parse_size(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{option} takes a number of blocks, a size such as 2GiB, or 'none', not {text!r}"
+        ) from None
+    return text
+
+
+def _blocks(limit: int | str, now: Status) -> int | None:
+    if limit == _NO_LIMIT:
         return None
-    if not text.isdecimal():
-        raise InvalidRequest(f"--max takes a number of blocks, or 'none', not {text!r}")
-    return int(text)
+    if isinstance(limit, int):
+        return limit
+    if not now.block_bytes:
+        raise InvalidRequest(
+            f"how many blocks {limit} are is not known before a worker has attached: give blocks"
+        )
+    from prefixcache.config import parse_size
+
+    return parse_size(limit) // now.block_bytes
+
+
+def _is_known(scope: Namespace | str, snapshot: Snapshot) -> bool:
+    if isinstance(scope, str):
+        return any(one.tenant == scope for one in snapshot.namespaces)
+    plain = replace(scope, salt="")  # salts are told to nobody
+    return any(replace(one, salt="") == plain for one in snapshot.namespaces)
+
+
+def _name(info: QuotaInfo) -> str:
+    if info.namespace is not None:
+        return f"namespace {view.show_namespace(info.namespace)}"
+    return f"tenant {info.tenant!r}"
 
 
 def _row(info: QuotaInfo, block_size: int) -> tuple[str, ...]:

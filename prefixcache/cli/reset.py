@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prefixcache.cli import view
+from prefixcache.texts import many
 
 
 def reset(
@@ -47,10 +48,12 @@ def reset(
         )
     else:
         for namespace, answer in answers:
-            typer.echo(
-                f"{view.show_namespace(namespace)}: {answer.num_blocks:,} blocks (up to "
-                f"{answer.num_blocks * block_size:,} tokens) forgotten, {answer.num_pins:,} pins "
-                f"ended; {answer.num_leased:,} blocks still held by {answer.num_leases:,} leases"
+            view.tell(
+                f"{view.show_namespace(namespace)}: {many(answer.num_blocks, 'block')} (up to "
+                f"{many(answer.num_blocks * block_size, 'token')}) forgotten, "
+                f"{many(answer.num_pins, 'pin')} ended; "
+                f"{many(answer.num_leased, 'block')} still held by "
+                f"{many(answer.num_leases, 'lease')}"
             )
     if not any(answer.num_blocks for _, answer in answers):
         raise typer.Exit(1)

@@ -25,6 +25,7 @@ from prefixcache.cli import decoder as decoding
 from prefixcache.cli import stat, state, tree, view
 from prefixcache.cli.status import Status
 from prefixcache.outline import Branch, Order, Outline
+from prefixcache.texts import is_plain, many
 from prefixcache.types import Ledger, Namespace
 
 WINDOW_S = 60.0
@@ -180,7 +181,7 @@ class Screen:
         state = "draining" if info.draining else "serving"
         title = Text(f"prefixcache · {state} {view.show_idle(info.uptime_s)}", style="bold")
         title.append(
-            f" · {snapshot.num_blocks:,} blocks of {snapshot.block_size} · {info.policy}",
+            f" · {many(snapshot.num_blocks, 'block')} of {snapshot.block_size} · {info.policy}",
             style="not bold",
         )
         yield title
@@ -210,7 +211,7 @@ class Screen:
         yield from _legend(_fates(recent.ledger), width)
         yield (
             _label("")
-            .append(f"{_span(recent.seconds)}: {recent.requests:,} requests, ")
+            .append(f"{_span(recent.seconds)}: {many(recent.requests, 'request')}, ")
             .append(
                 f"{recent.per_s(recent.ledger.total)} tokens/s, {recent.per_s(recent.evicted)} "
                 f"blocks evicted/s, {snapshot.waiting:,} waiting",
@@ -275,7 +276,7 @@ class Screen:
             style = {"lost": "bold red", "died": "red", "left": "dim"}.get(one.state, "")
             text = f"  {one.worker:<14} {one.state:<8} {view.show_idle(one.since_s):>5}"
             text += f"  pid {one.pid}" if one.pid else ""
-            text += f"  {one.leases:,} leases" if one.leases else ""
+            text += f"  {many(one.leases, 'lease')}" if one.leases else ""
             yield Text(text, style=style)
 
 
@@ -350,6 +351,10 @@ def _gauge(share: float) -> str:
 
 
 def _cut(line: Text, width: int) -> Text:
+    if not is_plain(line.plain):  # one sign for one, so that the colours stay where they are
+        line.plain = "".join(
+            char if is_plain(char) else "\N{REPLACEMENT CHARACTER}" for char in line.plain
+        )
     line.truncate(width, overflow="ellipsis")
     line.no_wrap = True
     return line

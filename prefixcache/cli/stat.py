@@ -11,6 +11,7 @@ import typer
 
 from prefixcache.cli import view
 from prefixcache.plain_json import json_text
+from prefixcache.texts import many
 from prefixcache.types import Ledger, Snapshot
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _tell(told: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     if as_json:
         view.print_json(told)
     else:
-        typer.echo(text)
+        view.tell(text)
 
 
 # ------------------------------------------------------------------------------------ one a second
@@ -153,11 +154,11 @@ def rows(
                 row = difference(earlier, now.snapshot, seen_at - before_at)
             earlier = now.snapshot
             if as_json:
-                typer.echo(json_text(row_fields(row)))
+                view.tell(json_text(row_fields(row)))
             else:
                 if printed % HEAD_EVERY == 0:
-                    typer.echo(_line([head for head, _, _ in COLUMNS]))
-                typer.echo(_line([write(row) for _, _, write in COLUMNS]))
+                    view.tell(_line([head for head, _, _ in COLUMNS]))
+                view.tell(_line([write(row) for _, _, write in COLUMNS]))
             printed += 1
     except KeyboardInterrupt:
         return
@@ -229,14 +230,15 @@ def _print_since(name: str, told: dict[str, Any], now: Status, *, as_json: bool)
     if as_json:
         view.print_json({"since": name} | told)
         return
-    typer.echo(
-        f"since {name}, {view.show_idle(told['seconds'])} ago: {told['requests']:,} requests, "
-        f"{ledger.total:,} tokens, {told['evicted_blocks']:,} blocks evicted"
+    view.tell(
+        f"since {name}, {view.show_idle(told['seconds'])} ago: "
+        f"{many(told['requests'], 'request')}, "
+        f"{many(ledger.total, 'token')}, {many(told['evicted_blocks'], 'block')} evicted"
     )
     if ledger.total:
         view.show(
             view.bar([(fate, getattr(ledger, fate)) for fate in view.FATES], min(view.width(), 100))
         )
-        typer.echo(f"{ledger.hit_rate:.2%} reused: {view.show_ledger(ledger)}")
+        view.tell(f"{ledger.hit_rate:.2%} reused: {view.show_ledger(ledger)}")
     for line in memory.lines(steps, ledger.evicted, now):
-        typer.echo(line)
+        view.tell(line)

@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import asdict
 from typing import Any
 
-import typer
-
 from prefixcache.cli import view
 from prefixcache.cli.quota import quota_fields
 from prefixcache.cli.status import Status
+from prefixcache.texts import many
 from prefixcache.types import Snapshot
 
 
@@ -79,7 +78,7 @@ def show(now: Status) -> None:
     view.print_table(
         [
             ("service", f"{state} for {info.uptime_s:,.0f} s at {', '.join(info.listening)}"),
-            ("pool", f"{snapshot.num_blocks:,} blocks of {snapshot.block_size} · {where}"),
+            ("pool", f"{many(snapshot.num_blocks, 'block')} of {snapshot.block_size} · {where}"),
             ("blocks", _blocks(snapshot)),
             (
                 "workers",
@@ -91,7 +90,7 @@ def show(now: Status) -> None:
         ]
     )
     if len(snapshot.namespaces) > 1:
-        typer.echo("namespaces")
+        view.tell("namespaces")
         view.print_table(
             (
                 (view.show_namespace(namespace), view.show_ledger(ledger))
@@ -100,7 +99,7 @@ def show(now: Status) -> None:
             indent="  ",
         )
     if snapshot.leases:
-        typer.echo("leases")
+        view.tell("leases")
         view.print_table((_LEASE_HEAD, *_lease_rows(snapshot)), indent="  ")
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prefixcache.cli.codes import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from prefixcache.texts import escape
 
 _OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG, errno.EPERM}
 """How writing to a file, a terminal or a device may fail."""
@@ -25,7 +26,7 @@ _OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG, errn
 def say(line: str) -> None:
     """Write a line on stderr, if there is one to write to."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"prefixcache: {line}\n")
+        sys.stderr.write(f"prefixcache: {escape(line)}\n")
         sys.stderr.flush()
 
 

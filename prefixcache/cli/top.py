@@ -95,7 +95,7 @@ def _tell(client: Client, shown: Screen, interval_s: float) -> None:
     try:
         while True:
             _look(client, shown)
-            typer.echo(json_text(shown.fields(), ensure_ascii=False))
+            view.tell(json_text(shown.fields(), ensure_ascii=False))
             time.sleep(interval_s)
     except KeyboardInterrupt:
         return
@@ -111,7 +111,7 @@ def _draw(shown: Screen, path: Path) -> None:
         path.write_text(console.export_svg(title="prefixcache top"))
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
-    typer.echo(f"{path}: one screen")
+    view.tell(f"{path}: one screen")
 
 
 def _watch(client: Client, shown: Screen, interval_s: float) -> None:

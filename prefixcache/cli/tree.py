@@ -13,6 +13,7 @@ from prefixcache.cli import decoder as decoding
 from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, NamespaceOutline, Order, Outline
+from prefixcache.texts import many
 from prefixcache.types import unpack
 
 _HEAT = "▁▂▃▄▅▆▇█"
@@ -113,21 +114,21 @@ def _draw(path: Path, outline: Outline, tokenizer: Path | None) -> None:
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
     runs = sum(part.branches[0].below.runs for part in outline.namespaces)
-    typer.echo(f"{path}: {runs:,} runs of {len(parts):,} namespaces")
+    view.tell(f"{path}: {many(runs, 'run')} of {many(len(parts), 'namespace')}")
 
 
 def _print(outline: Outline, tokenizer: Path | None) -> None:
     width = view.width()
     if not outline.namespaces:
-        typer.echo("nothing is stored")
+        view.tell("nothing is stored")
         return
     for part in outline.namespaces:
         reader = decoding.open_decoder(tokenizer, part.namespace)
         for line in lines(part, reader, width):
-            typer.echo(line)
-    typer.echo(_LEGEND if width >= len(_LEGEND) else "● leased ◆ pinned ░ ghost ⑂ parting")
+            view.tell(line)
+    view.tell(_LEGEND if width >= len(_LEGEND) else "● leased ◆ pinned ░ ghost ⑂ parting")
     if outline.num_moved:
-        typer.echo(f"({outline.num_moved:,} runs changed during the walk and are not counted)")
+        view.tell(f"({many(outline.num_moved, 'run')} changed during the walk and are not counted)")
 
 
 def lines(part: NamespaceOutline, reader: decoding.Decoder | None, width: int) -> Iterator[str]:
@@ -135,8 +136,8 @@ def lines(part: NamespaceOutline, reader: decoding.Decoder | None, width: int) -
     root = part.branches[0]
     below = root.below
     yield view.cut(
-        f"{view.show_namespace(part.namespace)}: {below.tokens:,} tokens in "
-        f"{below.blocks:,} blocks, {below.runs:,} runs"
+        f"{view.show_namespace(part.namespace)}: {many(below.tokens, 'token')} in "
+        f"{many(below.blocks, 'block')}, {many(below.runs, 'run')}"
         + (f"; {below.ghost_tokens:,} evicted tokens remembered" if below.ghost_tokens else ""),
         width,
     )

@@ -7,13 +7,15 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
+from prefixcache.texts import escape
 from prefixcache.types import Ledger, Namespace, Snapshot
 
 if TYPE_CHECKING:
@@ -97,6 +99,12 @@ class Chosen:
         names = ", ".join(sorted(show_namespace(one) for one in known)) or "none yet"
         raise InvalidRequest(f"name a namespace with --model; the service knows: {names}")
 
+    def of_folder(self, folder: Path, snapshot: Snapshot) -> Chosen:
+        """Give what is meant if the model is named by its folder: that which is attached as it."""
+        name = folder.resolve().name
+        found = {one.model for one in snapshot.namespaces if one.model.partition("@")[0] == name}
+        return replace(self, model=found.pop() if len(found) == 1 else None)
+
 
 def choose_namespace(
     client: Client, model: str | None, adapter: str, tenant: str, salt: str
@@ -151,7 +159,7 @@ def cut(line: str, columns: int) -> str:
     """Cut a line to the width of the terminal; what is cut off shows as an ellipsis."""
     from rich.cells import cell_len, set_cell_size
 
-    line = line.rstrip()
+    line = escape(line.rstrip())
     return line if cell_len(line) <= columns else set_cell_size(line, columns - 1).rstrip() + "…"
 
 
@@ -166,6 +174,11 @@ def show_idle(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} m" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def tell(text: str = "") -> None:
+    """Print lines.  Whatever names in them say, they stay these lines."""
+    typer.echo("\n".join(map(escape, text.split("\n"))))
 
 
 def print_json(fields: Mapping[str, Any]) -> None:
@@ -183,7 +196,7 @@ def print_table(rows: Iterable[Sequence[str]], *, indent: str = "", align: str =
     """
     from rich.cells import cell_len, set_cell_size
 
-    table = [tuple(row) for row in rows]
+    table = [tuple(map(escape, row)) for row in rows]
     if not table:
         return
     widths = [max(cell_len(cell) for cell in column) for column in zip(*table, strict=True)]

@@ -44,7 +44,7 @@ def watch(
         try:
             for message in client.watch(start, namespace=only, tokens=tokens):
                 for fields in lines(message):
-                    typer.echo(json_text(fields) if as_json else show(fields))
+                    view.tell(json_text(fields) if as_json else show(fields))
         except KeyboardInterrupt:
             return
 

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from prefixcache.cli import view
+from prefixcache.texts import many
 
 
 def what_if(connect: view.Connect = None, as_json: view.AsJson = False) -> None:
@@ -39,16 +40,17 @@ def what_if(connect: view.Connect = None, as_json: view.AsJson = False) -> None:
             }
         )
     elif not told.shadows:
-        typer.echo(
+        view.tell(
             "no shadow caches (yet): start the service with, for example, "
             "--shadow policy=slru,block_size=32, and attach a worker"
         )
     else:
         for shadow in told.shadows:
-            typer.echo(sentence(shadow, span_s))
+            view.tell(sentence(shadow, span_s))
         if told.shadow_dropped:
-            typer.echo(
-                f"{told.shadow_dropped:,} requests were left out: the shadow caches could not "
+            view.tell(
+                f"{many(told.shadow_dropped, 'request', 'were')} left out: the shadow caches "
+                f"could not "
                 "keep up"
             )
     if not told.shadows:
@@ -86,5 +88,5 @@ def sentence(shadow: Any, span_s: float) -> str:
         f"with {shadow.name} the last {when} would have been {hour.reused / hour.tokens:.1%} "
         f"instead of {hour.actual / hour.tokens:.1%}"
     ).replace("%", " %")
-    text += f" ({hour.requests:,} requests, {hour.tokens:,} tokens"
+    text += f" ({many(hour.requests, 'request')}, {many(hour.tokens, 'token')}"
     return text + (f"; no room for {hour.refused:,})" if hour.refused else ")")

@@ -78,7 +78,7 @@ def test_since_a_mark_only_this_run_counts(session: Session, at: At, tmp_path: P
     assert fields["ledger"]["total"] == 12
     assert fields["reused"] == 10 / 12
     told = at.call("stat", "--since", "before", **home)
-    assert "1 requests, 12 tokens" in told.out
+    assert "1 request, 12 tokens" in told.out
     assert "83.33% reused" in told.out
     told = at.call("stat", "--since", "nosuch", **home)
     assert (told.code, "--mark nosuch" in told.err) == (1, True)

@@ -143,8 +143,7 @@ def test_reset_says_what_it_did(session: Session, at: list[str]) -> None:
     told = run("reset", "--model", "tiny", *at)
     assert (told.code, told.out) == (
         0,
-        "tiny: 3 blocks (up to 12 tokens) forgotten, 1 pins ended; "
-        "2 blocks still held by 1 leases\n",
+        "tiny: 3 blocks (up to 12 tokens) forgotten, 1 pin ended; 2 blocks still held by 1 lease\n",
     )
     lease.release()
     assert session.lookup(list(range(10))).num_hit == 0
@@ -201,10 +200,11 @@ def test_quota_shows_and_sets_what_a_namespace_or_a_tenant_may_hold(
     [
         (["pin", "1", "--ttl", "soon"], "'soon'"),
         (["quota", "--max", "7"], "--tenant or --model"),
-        (["quota", "--tenant", "a", "--max", "many", "--connect", "x"], "host:port"),
-        (["lookup", "one", "--model", "tiny"], "'one'"),
+        (["quota", "--tenant", "a", "--max", "many"], "'many'"),
+        (["quota", "--tenant", "a", "--max", "5", "--connect", "x"], "host:port"),
+        (["lookup", "1", "one", "--model", "tiny"], "'one'"),
         (["lookup", "-f", "/nonexistent"], "/nonexistent"),
-        (["lookup", str(2**32), "--model", "tiny"], "32 bits"),
+        (["lookup", str(2**32), "--model", "tiny"], "4,294,967,295"),
         (["lookup", "1", "--model", "tiny", "--connect", "nowhere"], "host:port"),
         (["nosuch"], "nosuch"),
         (["stat", "--nosuch"], "nosuch"),
