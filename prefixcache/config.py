@@ -42,8 +42,12 @@ def parse_size(text: str | int) -> int:
         return text
     found = _SIZE.fullmatch(text)
     if found is None or found[2].upper() == "I":
-        raise ValueError(f"cannot read the size {text!r}; write for example 2GiB, 512MiB or 1.5GB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise ValueError(f"cannot read the size {shown!a}; write for example 2GiB, 512MiB or 1.5GB")
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size >= 2**63:
+        raise ValueError(f"the size {text[:40]} is beyond what memory can be addressed")
+    return int(size)
 
 
 def format_size(num_bytes: int) -> str:

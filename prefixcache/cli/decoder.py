@@ -60,7 +60,7 @@ class Decoder:
 
     def encode(self, text: str) -> list[int]:
         """Cut a prompt's text into token ids, with the special tokens the model begins with."""
-        return list(self._tokenizer.encode(text).ids)
+        return self._ids(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Give the text of token ids, special ones included."""
@@ -92,7 +92,16 @@ class Decoder:
             )
         except TemplateError as error:
             raise InvalidRequest(f"the chat template of {self.folder} says: {error}") from None
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # noqa: BLE001 - a template is a program, and somebody else's
+            raise InvalidRequest(
+                f"the chat template of {self.folder} cannot write these messages: {error}"
+            ) from None
+        return self._ids(text, add_special_tokens=False)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can escape such a half
+            raise InvalidRequest("the prompt holds half a character (U+D800 to U+DFFF): no text")
+        return list(self._tokenizer.encode(text, **options).ids)
 
     def _template(self) -> tuple[str, dict[str, str]]:
         path = self.folder / "tokenizer_config.json"

@@ -57,8 +57,8 @@ def read_ids(text: str, source: str) -> bytes:
     try:
         return pack([int(word) for word in words])
     except ValueError:
-        bad = next(word for word in words if not word.isdecimal())
-        raise InvalidRequest(f"{bad!r} in {source} is not a token id") from None
+        bad = next((word for word in words if not word.isdecimal()), max(words, key=len))
+        raise InvalidRequest(f"{bad[:40]!a} in {source} is not a token id") from None
     except OverflowError:
         raise InvalidRequest(f"a token id in {source} is not a number of 32 bits") from None
 

@@ -42,6 +42,7 @@ from typing import Any, Final
 
 from prefixcache.config import parse_size
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
+from prefixcache.texts import check_text, escape
 from prefixcache.types import Namespace
 
 MAX_IDENTITIES: Final = 4096
@@ -130,9 +131,12 @@ class Identities:
         fields = _read(path)
         if unknown := set(fields) - {"identity", "domain"}:
             raise InvalidRequest(
-                f"{path}: unknown table {sorted(unknown)[0]!r}; write [[identity]] or [[domain]]"
+                f"{path}: unknown table {min(unknown)[:60]!a}; write [[identity]] or [[domain]]"
             )
-        for entry in fields.get("domain", []):
+        domains = fields.get("domain", [])
+        if not isinstance(domains, list):
+            raise InvalidRequest(f"{path}: domain is no list of tables; write [[domain]]")
+        for entry in domains:
             self._add_domain(f"{path}: domain", entry)
         entries = fields.get("identity", [])
         if not isinstance(entries, list) or not entries:
@@ -155,7 +159,7 @@ class Identities:
         Its digest is compared with every known one, each time in constant time, so that how long it
         takes tells nothing about any of them.
         """
-        digest = sha256(token.encode()).hexdigest().encode()
+        digest = sha256(token.encode("utf-8", "surrogatepass")).hexdigest().encode()
         found = None
         for known, identity in self._digests:
             if hmac.compare_digest(known, digest):
@@ -176,16 +180,19 @@ class Identities:
         if not _NAME.fullmatch(name) or name in self.domains:
             raise InvalidRequest(f"{where} needs a name of its own: letters, digits, - and _")
         try:
-            self.domains[name] = parse_size(entry["memory"])
+            memory = parse_size(entry["memory"])
         except (ValueError, TypeError) as error:
             raise InvalidRequest(f"{where} {name}: {error}") from None
+        if isinstance(entry["memory"], bool) or not 0 < memory < 2**63:
+            raise InvalidRequest(f"{where} {name}: memory is a size, and not {memory} bytes")
+        self.domains[name] = memory
 
     def _add(self, where: str, entry: Any) -> None:
         if not isinstance(entry, dict):
             raise InvalidRequest(f"{where} is no table; write [[identity]]")
         if unknown := set(entry) - _KEYS:
             known = ", ".join(sorted(_KEYS))
-            raise InvalidRequest(f"{where} has {sorted(unknown)[0]!r}; there are: {known}")
+            raise InvalidRequest(f"{where} has {min(unknown)[:60]!a}; there are: {known}")
         name = _text(where, entry, "name")
         if not name or name in self._by_name:
             raise InvalidRequest(f"{where} needs a name of its own")
@@ -203,7 +210,7 @@ class Identities:
             domain=_text(where, entry, "domain"),
         )
         if identity.domain and identity.domain not in self.domains:
-            raise InvalidRequest(f"{where}: there is no [[domain]] named {identity.domain!r}")
+            raise InvalidRequest(f"{where}: there is no [[domain]] named {identity.domain}")
         self._by_name[name] = identity
         proofs = 0
         for digest in _texts(where, entry, "token_sha256"):
@@ -213,7 +220,7 @@ class Identities:
             proofs += 1
         for certificate in _texts(where, entry, "certificates"):
             if certificate in self._by_certificate:
-                raise InvalidRequest(f"{where}: certificate {certificate!r} is another's, too")
+                raise InvalidRequest(f"{where}: certificate {certificate} is another's, too")
             self._by_certificate[certificate] = identity
             proofs += 1
         if socket := _text(where, entry, "socket"):
@@ -243,14 +250,17 @@ def _read(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} is no TOML: {error}") from None
+    except RecursionError:
+        raise InvalidRequest(f"{path} is nested too deeply") from None
+    except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
+        raise InvalidRequest(f"{path} is no TOML: {escape(str(error))}") from None
 
 
 def _text(where: str, entry: dict[str, Any], key: str) -> str:
     value = entry.get(key, "")
     if not isinstance(value, str):
         raise InvalidRequest(f"{where}: {key} is a text")
+    check_text(value, f"{where}: {key}")
     return value
 
 
@@ -259,4 +269,6 @@ def _texts(where: str, entry: dict[str, Any], key: str) -> list[str]:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
         raise InvalidRequest(f"{where}: {key} is a list of texts")
+    for one in value:
+        check_text(one, f"{where}: one of {key}")
     return value

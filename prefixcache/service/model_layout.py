@@ -23,6 +23,7 @@ from typing import Any, Never
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
+from prefixcache.texts import escape
 from prefixcache.types import DTYPE_BYTES, Layout
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
@@ -111,7 +112,8 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
     named = dtype or _dtype(path, config.fields) or _dtype(path, outer) or "float32"
     if named not in DTYPE_BYTES:
         raise InvalidRequest(
-            f"{path} names the type {named!r}; a pool holds {', '.join(DTYPE_BYTES)}: give --dtype"
+            f"{path} names the type {_shown(named)}; a pool holds {', '.join(DTYPE_BYTES)}: "
+            "give --dtype"
         )
     return Layout(layers, kv_heads, head_dim, named)
 
@@ -208,7 +210,8 @@ class _Config:
                 self._refuse(self.fields, name, f"{derived} for all layers was derived")
 
     def _is_decoder(self, outer: Mapping[str, Any]) -> bool:
-        classes = outer.get("architectures") or self.fields.get("architectures") or ()
+        classes = outer.get("architectures") or self.fields.get("architectures")
+        classes = classes if isinstance(classes, list) else [classes]
         return bool(self.fields.get("is_decoder")) or any(
             isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
         )
@@ -222,7 +225,8 @@ class _Config:
                 return value
         if self.fields.get("attn_type") == "multiquery_attention":
             return True
-        return self.fields.get("model_type") in _MULTI_QUERY_BY_DEFAULT
+        kind = self.fields.get("model_type")
+        return isinstance(kind, str) and kind in _MULTI_QUERY_BY_DEFAULT
 
     def _refuse_recurrent_layers(self) -> None:
         for name in _LAYER_KINDS:
@@ -234,7 +238,7 @@ class _Config:
                 self._refuse(
                     self.fields,
                     name,
-                    f"{len(odd)} layers are {odd[0]!r}: they keep no keys and values of each "
+                    f"{len(odd)} layers are {_shown(odd[0])}: they keep no keys and values of each "
                     "token, so that a prefix of theirs is not in the pool",
                 )
         for name, value in self.fields.items():
@@ -276,9 +280,16 @@ class _Config:
         raise InvalidRequest(f"{self.path} has none of {', '.join(names)}; give --layout instead")
 
     def _refuse(self, fields: Mapping[str, Any], name: str, why: str) -> Never:
-        shown = json_text(fields[name])
-        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-        raise InvalidRequest(f"{self.path}: {name} is {shown}: {why}; give --layout instead")
+        shown = _shown(fields[name])
+        raise InvalidRequest(
+            f"{self.path}: {escape(name[:60])} is {shown}: {why}; give --layout instead"
+        )
+
+
+def _shown(value: Any) -> str:
+    """Write what a field holds, in ASCII and in few characters."""
+    shown = json_text(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -305,15 +316,13 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _text_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of the text model, which may stand inside those of a multimodal one."""
-    for name in _TEXT_MODELS:
-        inner = config.get(name)
-        if inner is None:
-            continue
+    while (name := next((one for one in _TEXT_MODELS if config.get(one) is not None), "")) != "":
+        inner = config[name]
         if not isinstance(inner, dict) or not inner:
             raise InvalidRequest(
                 f"{path}: {name} tells nothing of the text model; give --layout instead"
             )
-        return _text_model(path, inner)
+        config = inner
     attention = config.get("attn_config")  # MPT, DBRX: what is about attention stands apart
     return {**attention, **config} if isinstance(attention, dict) else config
 

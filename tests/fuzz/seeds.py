@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 
+from fuzz import strangers
+from fuzz.odd import toml
 from prefixcache.service.state.manifest import Manifest
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -53,19 +54,29 @@ def _manifest() -> bytes:
         return path.read_bytes()
 
 
+def _lines(form: int) -> bytes:
+    return b"\n".join(map(strangers.json_line, strangers.LINES[form][1]))
+
+
 def seeds(target: str) -> list[bytes]:
     """Give some good inputs of a target."""
-    lines = [
-        json.dumps({"t": 0.5, "namespace": "m", "tokens": [1, 2, 3], "prompt": 2}),
-        json.dumps({"timestamp": 1, "input_length": 900, "output_length": 3, "hash_ids": [1, 2]}),
-    ]
-    jsonl = "\n".join(lines).encode()
+    jsonl = b"\n".join(_lines(form) for form in range(len(strangers.LINES)))
+    changes = [bytes([1, where, 3 * where % 256]) for where in range(4)]
     return {
         "messages": [_batch()],
         "answers": [_results()],
         "rows": [bytes(range(1, 120)), bytes([3, 4, 0] + [5] * 90)],
         "manifest": [_manifest()],
         "states": [bytes([1, 4, 0, 0, 0, 3]), bytes([1, 7, 11, 65, 9, 8, 1, 12, 23])],
-        "traces": [b"\x03" + jsonl, b"\x01" + lines[1].encode(), b"\x00" + jsonl],
-        "settings": [b"2GiB", b"30x3x64:bfloat16"],
+        "traces": [
+            *(bytes([32, form]) + _lines(form) for form in range(len(strangers.LINES))),
+            *(bytes([33 + 2 * form % 32, form, *changes[form % 4]]) for form in range(12)),
+            bytes([8, 0]) + jsonl,
+        ],
+        "conversations": [bytes([1 + 2 * file]) + change for file in (0, 1) for change in changes],
+        "prompts": [bytes([2 * at + 1]) + changes[at % 4] for at in range(6)],
+        "identities": [b"\0" + toml(strangers.IDENTITIES).encode(), *changes],
+        "configs": [bytes([2 * at + 1]) + changes[at % 4] for at in range(5)],
+        "texts": ["mistral-7b@ü".encode(), b"s\xff", "a\x1b[2J\u202e".encode()],
+        "settings": [b"9" * 400 + b"GiB", b"2GiB", b"30x3x64:bfloat16"],
     }[target]

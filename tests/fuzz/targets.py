@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import sqlite3
 import tempfile
@@ -19,10 +18,11 @@ from typing import Any
 import numpy as np
 import structlog
 
+from fuzz import strangers
 from prefixcache.client.ops import read_result
 from prefixcache.config import load, parse_layout, parse_size
 from prefixcache.core.cache import PrefixCache
-from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.errors import CacheError
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL
@@ -38,8 +38,6 @@ from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Namespace, Partial, PoolHandle, WorkerId
 from prefixcache.v1 import prefixcache_pb2 as pb
-from prefixcache_bench.readers.load import Form
-from prefixcache_bench.readers.load import load as load_trace
 
 LAYOUT = Layout(1, 1, 2, "float32")
 BLOCKS, SIZE = 32, 4
@@ -287,19 +285,6 @@ class States:
         self._file.close()
 
 
-def traces(data: bytes) -> None:
-    """Bytes as a trace of each form."""
-    fd, name = tempfile.mkstemp(dir="/dev/shm")
-    try:
-        os.write(fd, data[1:])
-        os.close(fd)
-        forms = (None, Form.MOONCAKE, Form.AGENTIC, Form.JSONL)
-        with contextlib.suppress(InvalidRequest):
-            load_trace(name, form=forms[data[0] % 4] if data else None)
-    finally:
-        Path(name).unlink()
-
-
 def settings(data: bytes) -> None:
     """Bytes as what a user may write behind a flag."""
     text = data.decode("utf-8", "replace")
@@ -314,7 +299,12 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "rows": Rows,
     "manifest": lambda: manifest_file,
     "states": States,
-    "traces": lambda: traces,
+    "traces": strangers.Traces,
+    "conversations": strangers.Conversations,
+    "prompts": strangers.Prompts,
+    "identities": strangers.IdentityFiles,
+    "configs": strangers.Configs,
+    "texts": lambda: strangers.texts,
     "settings": lambda: settings,
 }
 """Makers of targets by name."""

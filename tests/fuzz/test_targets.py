@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
+from fuzz.odd import ODD
 from fuzz.run import LEAST, into_sockets, over_the_wire
 from fuzz.seeds import seeds
+from fuzz.strangers import CONFIGS, LINES
 from fuzz.targets import TARGETS, States
 from wire.service_process import ServiceProcess, running, sizes
 
@@ -68,6 +71,29 @@ def test_every_single_change_of_a_manifest_is_survived() -> None:
                 run(change)
             except Exception as error:
                 raise AssertionError(run._change(*change)) from error
+    finally:
+        run.close()
+
+
+STRANGE = {
+    "traces": [bytes([how, form]) for form in range(len(LINES)) for how in (1, 35)],
+    "conversations": [bytes([1]), bytes([3])],
+    "prompts": [bytes([2 * at + 1]) for at in range(6)],
+    "identities": [b""],
+    "configs": [bytes([2 * at + 1]) for at in range(len(CONFIGS))],
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_whatever_stands_in_place_of_any_one_value_is_refused_or_sound(name: str) -> None:
+    run: Any = TARGETS[name]()
+    try:
+        for form, where in product(STRANGE[name], range(16)):
+            for by in range(where % 3, len(ODD), 3):  # `make fuzz` does the rest
+                try:
+                    run(form + bytes([0, where, by]))
+                except Exception as error:
+                    raise AssertionError(f"{form!r}: {ODD[by]!r:.60} at place {where}") from error
     finally:
         run.close()
 

@@ -144,7 +144,17 @@ def _message(fields: dict[str, Any]) -> Message:
     for extra in ("tool_calls", "function_call"):
         if fields.get(extra):
             text += json_text(fields[extra], ensure_ascii=False)
-    return Message(str(role), str(text))
+    return _whole(str(role), str(text))
+
+
+def _whole(role: str, content: str) -> Message:
+    """Make a message; half a character, which JSON can escape, is in no text.
+
+    Raises:
+        ValueError: there is one.
+    """
+    (role + content).encode()
+    return Message(role, content)
 
 
 def _turns(turns_given: list[dict[str, Any]]) -> list[Message]:
@@ -162,7 +172,7 @@ def _turns(turns_given: list[dict[str, Any]]) -> list[Message]:
             continue
         if one["from"] not in _SPEAKERS:
             raise ValueError(f"{one['from']!r} speaks, who is neither human nor gpt")
-        messages.append(Message(_SPEAKERS[one["from"]], str(one["value"])))
+        messages.append(_whole(_SPEAKERS[one["from"]], str(one["value"])))
     while messages and messages[0].role != "user":
         messages.pop(0)
     turns: list[Message] = []
