@@ -28,7 +28,7 @@ from prefixcache.types import BlockId, BlockTable, WorkerId
 
 _FREE, _LIVE, _SHARED, _QUARANTINED = 0, 1, 2, 3
 
-_SHORT_RUN = 16
+_SHORT_RUN = 64
 """Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
 
 
@@ -105,7 +105,6 @@ class BlockPool:
             del stack[:]
             ids.extend(range(self._bump, self._bump + fresh))
             self._bump += fresh
-        self._expect(ids, _FREE)
         self._mark(ids, _LIVE)
         if self.rights is not None:
             self.rights.given(ids)
@@ -127,6 +126,13 @@ class BlockPool:
             self.rights.ended(ids)
         self._stack.extend(ids)
         return len(ids)
+
+    def release_one(self, block: BlockId) -> None:
+        """Let one owner of a block go; free it if that was the last.  O(1)."""
+        if self._state[block] == _SHARED:
+            self._unshare(block)
+        else:
+            self.release(array("i", [block]))
 
     def restore(self, indexed: BlockTable, aside: BlockTable, worker: WorkerId) -> None:
         """Begin anew, with some blocks owned by the tree and some quarantined.  O(num_blocks).

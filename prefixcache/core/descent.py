@@ -72,7 +72,7 @@ class Descent(Structure):
         partial = same // TOKEN_BYTES
         if not partial or near is None:
             return Match(node, len(node.blocks), off, None, 0)
-        return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial)
+        return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial, near)
 
     def place(self, node: Node, end: int, at: int) -> tuple[Match, bytes]:
         """Find byte `at`, a block's start, on the path that ends with `node` at byte `end`.
@@ -121,7 +121,9 @@ class Descent(Structure):
         if match.used == len(node.blocks):
             if not node.children:
                 return None
-            near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
+            near = match.near
+            if near is None:
+                near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
             node, at = near or next(iter(node.children.values())), 0
         run = node.key[at : at + into + limit]
         return run if len(run) > into else None

@@ -333,7 +333,8 @@ class Holdings:
             quarantined = self.pool.quarantine(lease.worker, private)
         else:
             quarantined = 0
-            self.pool.release(private)
+            if private:
+                self.pool.release(private)
         return self.num_free - free_before, quarantined
 
     def _settle_tail(self, lease: Lease) -> None:
@@ -354,5 +355,5 @@ class Holdings:
     def drop_source(self, lease: Lease) -> None:
         """Let go of the block that a lease's copy read."""
         if lease.source is not None:
-            self.pool.release(array("i", [lease.source]))
+            self.pool.release_one(lease.source)
             lease.source = None

@@ -144,6 +144,8 @@ class Match(NamedTuple):
     partial_block: BlockId | None
     """The block whose first tokens match best what follows."""
     partial_tokens: int
+    near: Node | None = None
+    """The child that holds that block, where the node's whole run matched."""
 
     def num_unprotected(self) -> int:
         """Count the matched blocks that no lease protects now.  Changes nothing.  O(nodes)."""

@@ -3,6 +3,7 @@
 Each case is done once beside few and once beside many leases, namespaces or blocks of others.
 """
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +26,13 @@ def calls(step: Callable[[], Any]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # what others left to be collected is none of this step's
     sys.setprofile(profile)
     try:
         step()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
