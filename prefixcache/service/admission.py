@@ -22,9 +22,10 @@ import grpc
 import grpc.aio
 
 from prefixcache.core.shares import Shares
-from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.errors import CacheError, PoolExhausted, Unauthenticated
 from prefixcache.service.gate import Gate, Register
 from prefixcache.service.identities import Identities
+from prefixcache.service.standing import STANDING, OpenCalls, Standing
 
 CHECK = "/grpc.health.v1.Health/Check"
 """All that is answered without proof: load balancers have none."""
@@ -71,12 +72,14 @@ class Admission(grpc.aio.ServerInterceptor):
     Args:
         gate: Tells who calls.
         places: What is counted for all doors.
+        calls: What is open at all doors.
         refuse: Ends a call with an error.
     """
 
-    def __init__(self, gate: Gate, places: Places, refuse: Refuse) -> None:
+    def __init__(self, gate: Gate, places: Places, calls: OpenCalls, refuse: Refuse) -> None:
         self._gate = gate
         self._places = places
+        self._calls = calls
         self._refuse = refuse
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
@@ -95,13 +98,27 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _proven(self, handler: Any, context: Any) -> None:
         try:
-            tenant = self._gate.identify(context).tenant or ""
+            standing = Standing(self._gate, context)
+            tenant = standing.identity.tenant or ""
             self._places.take(tenant)
         except CacheError as error:
             await self._refuse(context, error)
+        task = asyncio.current_task()
+        assert task is not None
+        standing.begin(task)
+        STANDING.set(standing)
+        self._calls.add(standing)
         try:
             await _serve(handler, context, _MESSAGE_S)
+        except Unauthenticated as error:
+            await self._refuse(context, error)
+        except asyncio.CancelledError:
+            if standing.error is None:
+                raise  # its caller hung up
+            task.uncancel()
+            await self._refuse(context, standing.error)
         finally:
+            self._calls.remove(standing)
             self._places.calls.give(tenant)
 
     async def _check(self, handler: Any, context: Any) -> None:

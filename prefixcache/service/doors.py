@@ -22,8 +22,9 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.service.admission import Admission, Places
 from prefixcache.service.certificates import Certificates
 from prefixcache.service.gate import Gate, Register
-from prefixcache.service.identities import Identity
+from prefixcache.service.identities import Socket
 from prefixcache.service.listen import Listener
+from prefixcache.service.standing import OpenCalls
 from prefixcache.service.unary import refuse
 
 _HANDSHAKE_MS = 10_000
@@ -40,8 +41,13 @@ class Door:
     server: grpc.aio.Server
 
 
-def make_doors(settings: ServeSettings, register: Register) -> list[Door]:
+def make_doors(settings: ServeSettings, register: Register, calls: OpenCalls) -> list[Door]:
     """Make all doors; nothing listens yet.
+
+    Args:
+        settings: The service's.
+        register: Who may come in.
+        calls: Gets what is open at all of them, where callers have to prove who they are.
 
     Raises:
         InvalidRequest: an address must not be listened at, or a certificate cannot be read.
@@ -59,15 +65,15 @@ def make_doors(settings: ServeSettings, register: Register) -> list[Door]:
     )
     places = Places(register, settings.max_calls)
 
-    def door(listener: Listener, own: Identity | None = None) -> Door:
+    def door(listener: Listener, own: Socket | None = None) -> Door:
         gate = Gate(register, own)
-        guards = () if identities is None else (Admission(gate, places, refuse),)
+        guards = () if identities is None else (Admission(gate, places, calls, refuse),)
         return Door(listener, gate, _server(settings, guards))
 
     doors = [door(front)]
     for socket in identities.sockets if identities is not None else ():
         listener = Listener([f"unix:{socket.path}"], owner=socket.uid)
-        doors.append(door(listener, socket.identity))
+        doors.append(door(listener, socket))
     return doors
 
 

@@ -23,10 +23,11 @@ from typing import Any
 import structlog
 
 from prefixcache.errors import InvalidRequest, Unauthenticated
-from prefixcache.service.identities import LOCAL, Identities, Identity
+from prefixcache.service.identities import LOCAL, Identities, Identity, Socket
 from prefixcache.texts import escape
 
-_LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0
+"""How often the file of identities is looked at."""
 _BEARER = "bearer "
 _NAMES = ("x509_common_name", "x509_subject_alternative_name")
 MAX_TOKEN = 1024
@@ -43,12 +44,14 @@ class Register:
         self._looked_at = time.monotonic()
         self._version = _version(path)
         self._identities = None if path is None else Identities(path)
+        self.edition = 0
+        """Which reading of the file counts by now; greater with each change that is taken over."""
 
     @property
     def current(self) -> Identities | None:
         """The identities by now; None where there is no file."""
         now = time.monotonic()
-        if self._path is not None and now - self._looked_at > _LOOK_EVERY_S:
+        if self._path is not None and now - self._looked_at >= LOOK_EVERY_S:
             self._looked_at = now
             version = _version(self._path)
             if version != self._version:
@@ -62,6 +65,7 @@ class Register:
         except InvalidRequest as error:
             log.error("identities are as before: the new file is wrong", cause=str(error))
         else:
+            self.edition += 1
             log.info("identities read again", path=str(path))
 
 
@@ -70,11 +74,11 @@ class Gate:
 
     Args:
         register: All identities.
-        own: Whose socket it is, if it is one identity's own.
+        own: The socket, if it is one identity's own.
     """
 
-    def __init__(self, register: Register, own: Identity | None = None) -> None:
-        self._register = register
+    def __init__(self, register: Register, own: Socket | None = None) -> None:
+        self.register = register
         self._own = own
 
     def identify(self, context: Any) -> Identity:
@@ -83,14 +87,16 @@ class Gate:
         Raises:
             Unauthenticated: nobody known, or a proof that proves nothing.
         """
-        identities = self._register.current
+        identities = self.register.current
         if identities is None:
             return LOCAL
         if self._own is not None:
             for socket in identities.sockets:  # as the file says by now
-                if socket.identity.name == self._own.name:
+                if (socket.path, socket.uid) == (self._own.path, self._own.uid):
                     return socket.identity
-            raise Unauthenticated("this socket's identity is no longer in the file of identities")
+            raise Unauthenticated(
+                "the file of identities no longer names this socket, or gives it to another user"
+            )
         names = list(_certificate_names(context))
         if names:
             found = identities.of_certificate(names)
@@ -129,11 +135,11 @@ def _token(context: Any) -> str:
     return ""
 
 
-def _version(path: Path | None) -> tuple[int, int, int]:
+def _version(path: Path | None) -> tuple[int, ...]:
     if path is None:
-        return (0, 0, 0)
+        return ()
     try:
         status = path.stat()
     except OSError:
-        return (0, 0, 0)
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
+        return ()
+    return (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)

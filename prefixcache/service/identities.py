@@ -153,6 +153,10 @@ class Identities:
         """Whose prompts these identities serve; "" stands for admins of no tenant.  O(all)."""
         return {identity.tenant or "" for identity in self._by_name.values()}
 
+    def has(self, identity: Identity) -> bool:
+        """Whether an identity is in the file just as it is.  O(1)."""
+        return self._by_name.get(identity.name) == identity
+
     def of_token(self, token: str) -> Identity | None:
         """Give whom a bearer token proves; None if nobody.
 

@@ -27,13 +27,15 @@ from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service import log as logging
 from prefixcache.service import preflight, unary
 from prefixcache.service.anonymiser import Anonymiser
-from prefixcache.service.domains import make_domains
+from prefixcache.service.domains import Domain, make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
 from prefixcache.service.failures import Failures
 from prefixcache.service.gate import Register
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.identities import Identities
 from prefixcache.service.recorder import Recorder
+from prefixcache.service.standing import OpenCalls
 from prefixcache.service.state.folder import FORMER, Condition
 from prefixcache.service.waiting import WaitingLine
 
@@ -86,7 +88,8 @@ async def _serve(
     register = Register(settings.identities)
     memory = {} if register.current is None else register.current.domains
     preflight.check(settings, memory)
-    doors = make_doors(settings, register)
+    calls = OpenCalls(register)
+    doors = make_doors(settings, register, calls)
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
     domains = make_domains(settings, memory, make_holdings)
@@ -96,6 +99,8 @@ async def _serve(
     ]
     for former, one in zip(formers, domains.values(), strict=True):
         one.handlers.failures.watch(former, "the wait for an earlier life's workers")
+    patrol = asyncio.ensure_future(_patrol(calls, domains))
+    handlers.failures.watch(patrol, "the patrol that ends the calls of changed identities")
     tracer = _make_tracer(settings)
     for one in domains.values():
         one.handlers.tracer = tracer
@@ -174,6 +179,7 @@ async def _serve(
             await publisher.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
+        patrol.cancel()
         for former in formers:
             former.cancel()
         for door in doors:
@@ -193,6 +199,16 @@ def _make_http(settings: ServeSettings, domains: Mapping[str, Handlers]) -> Http
     from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
 
     return HttpServer(settings.http, domains)
+
+
+async def _patrol(calls: OpenCalls, domains: Mapping[str, Domain]) -> None:
+    """End what belongs to identities that are no longer in the file as they were."""
+
+    def changed(identities: Identities) -> None:
+        for one in domains.values():
+            one.workers.end_strangers(identities)
+
+    await calls.patrol(changed)
 
 
 async def _await_former(holdings: Holdings, line: WaitingLine) -> None:

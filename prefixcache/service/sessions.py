@@ -24,6 +24,7 @@ from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
 from prefixcache.service.meter import SUM, clock, empty_row
+from prefixcache.service.standing import STANDING
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Visitor, Worker
 from prefixcache.types import Waiting
@@ -59,12 +60,19 @@ class SessionStream:
         self._num_ops = self._num_snapshots = self._num_bytes = 0
 
     async def serve(self) -> None:
-        """Answer batches until the client hangs up or dies."""
+        """Answer batches until the client hangs up or dies.
+
+        Raises:
+            Unauthenticated: its identity is no longer in the file as it was.
+        """
         task = asyncio.current_task()
         assert task is not None
         read = self._context.read
+        standing = STANDING.get()
         try:
             while (batch := await read()) is not grpc.aio.EOF:
+                if standing is not None:
+                    standing.check()
                 if batch.__class__ is Malformed:
                     await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(batch))
                 if len(batch.ops) > self._handlers.settings.max_ops:

@@ -24,6 +24,7 @@ from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed, reader
 from prefixcache.service.meter import clock
 from prefixcache.service.sessions import SessionStream
+from prefixcache.service.standing import STANDING
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.watch import watch
 from prefixcache.service.workers import Asker, Visitor, Worker
@@ -53,8 +54,9 @@ def service(domains: Mapping[str, Handlers], gate: Gate) -> grpc.GenericRpcHandl
     """
 
     async def admit(context: Any, verb: str) -> tuple[Identity, Handlers]:
+        standing = STANDING.get()
         try:
-            identity = gate.identify(context)
+            identity = gate.identify(context) if standing is None else standing.identity
             if identity.domain not in domains:
                 raise NotFound(f"domain {identity.domain!r} begins with the service's next start")
         except CacheError as error:

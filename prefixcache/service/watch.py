@@ -12,6 +12,7 @@ from prefixcache.service.fields import check_texts
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
+from prefixcache.service.standing import STANDING
 from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -41,8 +42,11 @@ async def watch(
         def wanted(namespace: Namespace) -> bool:
             return identity.sees(namespace) and only in (None, namespace)
 
+        standing = STANDING.get()
         with log.watching():
             async for batch in log.batches(request.from_sequence):
+                if standing is not None:
+                    standing.check()
                 message = message_of(batch, handlers, wanted, tokens=request.tokens)
                 if message.events or message.is_snapshot:
                     await context.write(message)

@@ -28,7 +28,7 @@ from prefixcache.client.address import this_host
 from prefixcache.config import ServeSettings
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL, Identity
+from prefixcache.service.identities import LOCAL, Identities, Identity
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.types import Ended, Namespace, TicketId, WorkerId
 
@@ -162,7 +162,7 @@ class Workers:
             NotFound: no worker of this identity has that key.
         """
         worker = self._attached.get(key)
-        if worker is None or worker.identity.name != identity.name:
+        if worker is None or worker.identity != identity:
             raise NotFound("no worker has this key: attach first, or again after a longer silence")
         worker.seen_at = time.monotonic()
         return worker
@@ -244,6 +244,12 @@ class Workers:
                 )
         self._line.settle()
         return ended
+
+    def end_strangers(self, identities: Identities) -> None:
+        """End workers without a stream who are no longer in the file as they were.  O(workers)."""
+        for worker in tuple(self._attached.values()):
+            if worker.hang_up is None and not identities.has(worker.identity):
+                self.leave(worker, gone=False)
 
     def refuse_waiting(self, error: CacheError) -> None:
         """Answer every request that waits with an error, and give it up.  O(waiting)."""

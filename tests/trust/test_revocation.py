@@ -1,0 +1,200 @@
+"""Who is taken out of the file of identities, or changed in it, is out of what he has open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import prefixcache
+from prefixcache.client import unary
+from prefixcache.client.codec import write_layout
+from prefixcache.errors import CacheError, Unauthenticated
+from prefixcache.service import gate as module
+from prefixcache.service.gate import Gate, Register
+from prefixcache.service.standing import OpenCalls, Standing
+from prefixcache.types import pack
+from prefixcache.v1 import prefixcache_pb2 as pb
+from trust.keys import TOKENS, digest, identities
+from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+
+PROMPT = list(range(12))
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[ServiceProcess]:
+    own = f'\n[[identity]]\nname = "door"\ntenant = "acme"\nsocket = "{tmp_path}/own.sock"\n'
+    flags = ("--identities", str(identities(tmp_path, own)), "--ttl", "60")
+    with running(f"unix:{tmp_path}/s.sock", *sizes(64, 4), *flags) as service:
+        yield service
+
+
+def edit(folder: Path, change: Callable[[str], str]) -> None:
+    """Write another file of identities, as a careful operator does: whole, then in its place."""
+    path, new = folder / "identities.toml", folder / "new.toml"
+    before = path.read_text()
+    after = change(before)
+    assert after != before
+    new.write_text(after)
+    new.chmod(0o600)
+    new.replace(path)
+
+
+def without(name: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        tables = text.split("[[identity]]")
+        return "[[identity]]".join(one for one in tables if f'name = "{name}"' not in one)
+
+    return change
+
+
+CHANGES: dict[str, Callable[[str], str]] = {
+    "taken out": without("acme-serving"),
+    "token replaced": lambda text: text.replace(digest("acme"), digest("acme")[::-1]),
+    "models narrowed": lambda text: text.replace('["tiny*"]', '["other"]', 1),
+    "tenant changed": lambda text: text.replace('tenant = "acme"', 'tenant = "elsewhere"', 1),
+}
+
+
+class Caller:
+    """Somebody with a session, a watch, a unary worker and a call that waits."""
+
+    def __init__(self, target: str, token: str | None) -> None:
+        self.client = prefixcache.connect(target, token=token)
+        self.session = self.client.attach("tiny", LAYOUT)
+        self.lease = self.session.acquire(PROMPT)
+        self.metadata = None if token is None else (("authorization", f"Bearer {token}"),)
+        stream: Any = self.client.channel.unary_stream(
+            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+        )
+        self.watch = stream(pb.WatchRequest(), metadata=self.metadata)
+        next(self.watch)
+        request = pb.AttachRequest(namespace=pb.Namespace(model="tiny"), name="unary")
+        write_layout(LAYOUT, request.layout)
+        self.key = self.client.call("attach", request).worker_key
+        self.client.call("acquire", pb.AcquireRequest(worker_key=self.key, tokens=pack(PROMPT)))
+        rpc = unary.RPCS["acquire"]
+        method: Any = self.client.channel.unary_unary(
+            rpc.path, rpc.request.SerializeToString, rpc.response.FromString
+        )
+        large = pb.AcquireRequest(worker_key=self.key, tokens=pack(range(240)), wait_s=50.0)
+        self.waiting = method.future(large, metadata=self.metadata, timeout=60.0)
+
+    def is_out(self) -> bool:
+        """Whether nothing of it is open any more."""
+        return not self.session.alive and not self.watch.is_active() and self.waiting.done()
+
+    def close(self) -> None:
+        self.watch.cancel()
+        self.waiting.cancel()
+        self.session.close()
+        self.client.close()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_who_is_changed_is_out_of_all_that_he_has_open(
+    service: ServiceProcess, tmp_path: Path, change: str
+) -> None:
+    target = service.target.partition(",")[0]
+    red, blue = Caller(target, TOKENS["acme"]), Caller(target, TOKENS["bolt"])
+    boss = prefixcache.connect(target, token=TOKENS["boss"])
+    eventually(lambda: boss.snapshot().waiting == 2)
+    edit(tmp_path, CHANGES[change])
+    eventually(red.is_out)
+    for call in (red.watch, red.waiting):
+        assert call.code() is grpc.StatusCode.UNAUTHENTICATED
+    with pytest.raises(CacheError):
+        red.lease.commit(len(PROMPT))
+    left = boss.snapshot()
+    held = [one.namespace.tenant for one in left.leases]
+    # With another token it is the same identity: whoever has that may go on with the unary worker.
+    assert held.count("acme") == (change == "token replaced")
+    assert held.count("bolt") == 2
+    # As of a lost worker: its process lives, and may still be writing.
+    assert left.quarantined > 0
+    blue.lease.commit(len(PROMPT))
+    assert not blue.is_out()
+    assert blue.watch.is_active()
+    assert not blue.waiting.done()
+    for one in (red, blue, boss):
+        one.close()
+
+
+def test_who_has_a_socket_of_his_own_is_out_with_it(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    red = Caller(f"unix:{tmp_path}/own.sock", None)
+    edit(tmp_path, without("door"))
+    eventually(red.is_out)
+    assert red.watch.code() is grpc.StatusCode.UNAUTHENTICATED
+    red.close()
+
+
+def test_a_file_that_is_wrong_ends_nobody(service: ServiceProcess, tmp_path: Path) -> None:
+    red = Caller(service.target.partition(",")[0], TOKENS["acme"])
+    edit(tmp_path, lambda text: text + "[[identity]]\n")
+    eventually(lambda: "identities are as before" in service.log())
+    red.lease.commit(len(PROMPT))
+    assert red.session.alive
+    assert red.watch.is_active()
+    red.close()
+
+
+class Proof:
+    """What a call brings: a client certificate with a name in it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_common_name": [self._name.encode()]}
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+
+def test_certificates_stand_no_longer_than_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a message is refused as soon as the file is read, before the patrol comes round."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
+    more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
+    register = Register(identities(tmp_path, more))
+    standing = Standing(Gate(register), Proof("c.acme"))
+    standing.check()
+    edit(tmp_path, lambda text: text.replace("c.acme", "d.acme"))
+    assert register.current is not None
+    with pytest.raises(Unauthenticated, match=r"c\.acme"):
+        standing.check()
+
+
+def test_a_proof_is_looked_at_again_only_if_the_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
+    more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
+    register = Register(identities(tmp_path, more))
+    gate = Gate(register)
+    standing = Standing(gate, Proof("c.acme"))
+    looked = []
+    monkeypatch.setattr(gate, "identify", lambda context: looked.append(1) or standing.identity)
+    for _ in range(5):
+        standing.check()
+    assert not looked
+    edit(tmp_path, lambda text: text.replace(digest("bolt"), digest("bolt")[::-1]))
+    assert register.current is not None
+    for _ in range(5):
+        standing.check()
+    assert looked == [1]
+
+
+def test_calls_that_have_ended_are_forgotten() -> None:
+    calls = OpenCalls(Register(None))
+    standing = Standing(Gate(Register(None)), Proof("nobody"))
+    calls.add(standing)
+    calls.remove(standing)
+    calls.remove(standing)
+    assert len(calls) == 0
