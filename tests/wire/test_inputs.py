@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_negative_id_is_refused_by_its_place_whatever_its_width(kind: str) -> 
         memoryview(bytes(16)).cast("f"),
         {"a": 1},
     ],
-    ids=lambda tokens: f"{type(tokens).__name__}-{str(tokens)[:20]}",
+    ids=lambda tokens: re.sub(r" at 0x\w+", "", f"{type(tokens).__name__}-{tokens}")[:40],
 )
 def test_what_is_no_row_of_ids_is_refused(tokens: Any) -> None:
     with pytest.raises(InvalidRequest, match="token"):
