@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout, Partial
+from prefixcache.types import Layout, Partial, dtype_named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
@@ -81,10 +81,14 @@ def parse_layout(text: str | Layout) -> Layout:
             f"cannot read the layout {text!r}; write LAYERSxKV_HEADSxHEAD_DIM:DTYPE, "
             "for example 30x3x64:bfloat16"
         )
-    dtype = DTYPE_ALIASES.get(found[4] or "bfloat16", found[4] or "bfloat16")
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"a pool cannot hold {dtype!r}; it can hold {', '.join(DTYPE_BYTES)}")
-    return Layout(int(found[1]), int(found[2]), int(found[3]), dtype)
+    return Layout(int(found[1]), int(found[2]), int(found[3]), _dtype(found[4] or "bfloat16"))
+
+
+def _dtype(name: str) -> str:
+    try:
+        return dtype_named(name)
+    except InvalidRequest as error:  # pydantic asks for a ValueError
+        raise ValueError(str(error)) from None
 
 
 def _power_of_two(value: int) -> int:
@@ -213,7 +217,7 @@ class ServeSettings(BaseSettings):
     """Shape of a token's keys and values; without it and `model`, the first worker decides."""
     model: Path | None = None
     """Folder whose config.json tells the layout."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    dtype: Annotated[str, AfterValidator(_dtype)] | None = None
     """Element type for `model`, where it is not the one that config.json names."""
     pool: Literal["shm", "cuda", "none"] = "shm"
     """Shared memory, a GPU's memory, or accounts only: `none` has no memory behind the blocks."""

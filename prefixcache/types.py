@@ -49,6 +49,21 @@ DTYPE_ALIASES: Final = {
 """Other names that people give them."""
 
 
+def dtype_named(name: str) -> str:
+    """Give the whole name of an element type that a pool can hold, by any of its names.
+
+    Raises:
+        InvalidRequest: a pool holds no such type.
+
+    >>> dtype_named("bf16"), dtype_named("float32")
+    ('bfloat16', 'float32')
+    """
+    dtype = DTYPE_ALIASES.get(name, name) if isinstance(name, str) else None
+    if dtype not in DTYPE_BYTES:
+        raise InvalidRequest(f"a pool cannot hold {name!r}; it can hold {', '.join(DTYPE_BYTES)}")
+    return str(dtype)
+
+
 MAX_TOKEN: Final = 2**32 - 1
 """The largest token id."""
 
@@ -214,13 +229,8 @@ class Layout:
     service named one that this version does not know."""
 
     def __post_init__(self) -> None:
-        dtype = DTYPE_ALIASES.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else None
-        if dtype is None or (dtype and dtype not in DTYPE_BYTES):
-            raise InvalidRequest(
-                f"a pool cannot hold {self.dtype!r}; it can hold {', '.join(DTYPE_BYTES)}"
-            )
-        if dtype != self.dtype:
-            object.__setattr__(self, "dtype", dtype)
+        if self.dtype != "":
+            object.__setattr__(self, "dtype", dtype_named(self.dtype))
 
     @property
     def token_bytes(self) -> int:
@@ -320,6 +330,14 @@ class Attachment:
     worker: str
     pool: PoolHandle
     ttl_s: float
+
+    def __repr__(self) -> str:
+        """Say it in one short line: the name of a pool on a GPU is a long row of bytes."""
+        pool = self.pool
+        return (
+            f"<Attachment {self.worker}: {pool.kind} pool of {pool.num_blocks:,} blocks of "
+            f"{pool.block_size} tokens, {pool.layout}, ttl {self.ttl_s:g} s>"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ WORDS = (
     "prefixcache.pool",
     "prefixcache.device",
     "prefixcache.config",
+    "prefixcache.extras",
 )
 WIRE = "prefixcache.v1"
 FLOORS = {
@@ -284,3 +285,10 @@ def test_every_command_in_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"^(?:\$ )?make ([a-z]+)", blocks, re.M):
         assert target in targets, target
+
+
+def test_nobody_is_sent_to_an_index_for_a_name_that_is_not_ours_there() -> None:
+    texts = [path for _, path in modules()] + [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for path in texts:
+        found = re.findall(r"pip install\s+[\"']?prefixcache\b(?!-[\d.]+-py3)", path.read_text())
+        assert not found, f"{path}: how_to_install names what is missing"

@@ -40,7 +40,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prefixcache.plain_json import json_text
-from prefixcache.types import Layout
+from prefixcache.types import DTYPE_ALIASES, Layout
 from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool, paged_attention, store_kv
 
 HEADS: Final = 9
@@ -254,7 +254,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and say by the exit code whether both sides gave the same answers."""
     parser = argparse.ArgumentParser(prog="prefixcache_bench.decode", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer batches and steps")
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        type=lambda name: DTYPE_ALIASES.get(name, name),
+        choices=["float32", "bfloat16"],
+    )
     parser.add_argument("--tables", action="append", choices=["runs", "scattered"])
     parser.add_argument("--steps", type=int, default=0, help="steps counted (9 to 31, by size)")
     parser.add_argument("--threads", type=int, default=1)

@@ -236,7 +236,7 @@ serves (`prefixcache.core`, not a model of it), on a virtual clock.
 is enough:
 
 ```console
-$ pip install 'prefixcache[experiments]'
+$ pip install '.[experiments]'    # in a checkout
 $ prefixcache sweep chats.jsonl
 ```
 

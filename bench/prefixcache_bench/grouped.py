@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.plain_json import json_text
-from prefixcache.types import Layout
+from prefixcache.types import DTYPE_ALIASES, Layout
 from prefixcache_bench.provenance import provenance
 from prefixcache_kernels import (
     TORCH_DTYPES,
@@ -329,7 +329,12 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="the goals' cases, fewer rounds")
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtype",
+        action="append",
+        type=lambda name: DTYPE_ALIASES.get(name, name),
+        choices=["float32", "bfloat16"],
+    )
     parser.add_argument("--rounds", type=int, default=0, help="rounds counted (5 quick, else 15)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)

@@ -313,7 +313,7 @@ def _pyplot() -> Any:
         import matplotlib as mpl
     except ModuleNotFoundError:
         raise PictureMissing(
-            "drawing a picture needs matplotlib: pip install 'prefixcache[experiments]' "
+            "drawing a picture needs matplotlib: pip install matplotlib "
             "(or leave the picture out with --no-picture)"
         ) from None
     mpl.use("Agg")

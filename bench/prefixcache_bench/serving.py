@@ -43,6 +43,7 @@ import transformers
 
 import prefixcache
 from prefixcache.plain_json import json_text
+from prefixcache.types import DTYPE_ALIASES
 from prefixcache_bench.chatload import Load, play, service, workers
 from prefixcache_worker import smollm2
 from prefixcache_worker.engine import Engine
@@ -458,7 +459,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
     parser.add_argument("--only", choices=("ttft", "decode", "shared", "chats"))
     parser.add_argument("--model", default=smollm2.NAME)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument(
+        "--dtype", type=lambda name: DTYPE_ALIASES.get(name, name), choices=("float32", "bfloat16")
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")

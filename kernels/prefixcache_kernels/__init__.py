@@ -10,9 +10,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from prefixcache.errors import InvalidRequest
+from prefixcache.extras import how_to_install
+
+try:
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        f"prefixcache_kernels needs torch, which is not installed: {how_to_install('worker')}",
+        name="torch",
+    ) from None
+
 from prefixcache_kernels import grouped, reference, rotary
 from prefixcache_kernels.checks import check_attention, check_scalars, check_tensors
 from prefixcache_kernels.cpu import attend as native

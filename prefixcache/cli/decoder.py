@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.extras import how_to_install
 from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
 
@@ -31,7 +32,10 @@ TokenizerPath = Annotated[
 ]
 
 _FILE = "tokenizer.json"
-_INSTALL = "which is not installed. Install it with: pip install 'prefixcache[text]'"
+
+
+def _absent() -> str:
+    return f"which is not installed: {how_to_install('text')}"
 
 
 class Decoder:
@@ -50,7 +54,7 @@ class Decoder:
         try:
             import tokenizers
         except ModuleNotFoundError:
-            raise InvalidRequest(f"reading a tokenizer needs tokenizers, {_INSTALL}") from None
+            raise InvalidRequest(f"reading a tokenizer needs tokenizers, {_absent()}") from None
         if not path.is_file():
             raise InvalidRequest(f"there is no {_FILE} in {self.folder}; give the model's folder")
         try:
@@ -77,7 +81,7 @@ class Decoder:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ModuleNotFoundError:
-            raise InvalidRequest(f"a chat's template needs jinja2, {_INSTALL}") from None
+            raise InvalidRequest(f"a chat's template needs jinja2, {_absent()}") from None
 
         def refuse(message: str) -> None:
             raise TemplateError(message)

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from prefixcache import __version__
 from prefixcache.cli.help import PlainCommand, parameters, write_sections
+from prefixcache.extras import how_to_install
 
 GROUP = "prefixcache.commands"
 
@@ -64,12 +65,8 @@ def missing(error: ModuleNotFoundError) -> str:
         return ""
     entry = _called[0]
     package = entry.dist.name if entry.dist else "prefixcache"
-    extras = (entry.dist.metadata.get_all("Provides-Extra") if entry.dist else None) or []
-    extra = f"[{entry.name}]" if entry.name in extras else ""
-    return (
-        f"{entry.name} needs {module}, which is not installed. "
-        f"Install it with: pip install '{package}{extra}'"
-    )
+    how = how_to_install(entry.name, package, module=module)
+    return f"{entry.name} needs {module}, which is not installed: {how}"
 
 
 def summary(entry: EntryPoint) -> str:

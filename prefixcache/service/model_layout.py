@@ -24,7 +24,7 @@ from typing import Any, Never
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
 from prefixcache.texts import escape
-from prefixcache.types import DTYPE_BYTES, Layout
+from prefixcache.types import DTYPE_BYTES, Layout, dtype_named
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
@@ -110,11 +110,13 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
     head_dim = config.head_dim(heads)
     config.refuse_other_heads(kv_heads, head_dim, layers)
     named = dtype or _dtype(path, config.fields) or _dtype(path, outer) or "float32"
-    if named not in DTYPE_BYTES:
+    try:
+        named = dtype_named(named)
+    except InvalidRequest:
         raise InvalidRequest(
             f"{path} names the type {_shown(named)}; a pool holds {', '.join(DTYPE_BYTES)}: "
             "give --dtype"
-        )
+        ) from None
     return Layout(layers, kv_heads, head_dim, named)
 
 

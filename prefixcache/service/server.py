@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.extras import how_to_install
 from prefixcache.service import log as logging
 from prefixcache.service import preflight, unary
 from prefixcache.service.anonymiser import Anonymiser
@@ -257,8 +258,7 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
         from prefixcache.service.publisher import Publisher
     except ModuleNotFoundError as error:
         raise InvalidRequest(
-            f"--events needs {error.name}, which is not installed. "
-            "Install it with: pip install 'prefixcache[events]'"
+            f"--events needs {error.name}, which is not installed: {how_to_install('events')}"
         ) from None
     return Publisher(handlers, handlers.events, settings.events, settings.events_replay)
 
@@ -270,8 +270,7 @@ def _make_tracer(settings: ServeSettings) -> Tracer | None:
         from prefixcache.service.tracing import Tracer
     except ModuleNotFoundError as error:
         raise InvalidRequest(
-            f"--trace needs {error.name}, which is not installed. "
-            "Install it with: pip install 'prefixcache[tracing]'"
+            f"--trace needs {error.name}, which is not installed: {how_to_install('tracing')}"
         ) from None
     return Tracer(settings.trace)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import prefixcache
 from prefixcache.client import Session
 from prefixcache.errors import InvalidRequest
+from prefixcache.extras import how_to_install
 from prefixcache.service.model_layout import read_layout
 from prefixcache.types import Layout
 from wire.service_process import (
@@ -204,7 +206,7 @@ def test_quota_shows_and_sets_what_a_namespace_or_a_tenant_may_hold(
         (["quota", "--tenant", "a", "--max", "5", "--connect", "x"], "host:port"),
         (["lookup", "1", "one", "--model", "tiny"], "'one'"),
         (["lookup", "-f", "/nonexistent"], "/nonexistent"),
-        (["lookup", str(2**32), "--model", "tiny"], "4,294,967,295"),
+        (["lookup", str(2**32), "--model", "tiny"], "from 0 to 4,294,967,295"),
         (["lookup", "1", "--model", "tiny", "--connect", "nowhere"], "host:port"),
         (["nosuch"], "nosuch"),
         (["stat", "--nosuch"], "nosuch"),
@@ -254,6 +256,7 @@ def plug_in(folder: Path, code: str) -> dict[str, str]:
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: fancy\nVersion: 1.0\nProvides-Extra: shine\n"
+        "Requires-Dist: glitter-wax>=2; extra == 'shine'\n"
     )
     (info / "entry_points.txt").write_text("[prefixcache.commands]\nshine = fancy.cli:shine\n")
     (folder / "fancy").mkdir()
@@ -285,7 +288,27 @@ def test_a_plug_in_without_its_extra_says_what_to_install(tmp_path: Path, where:
     told = run("shine", **environment)
     assert told.code == 2
     assert "glitter" in told.err
-    assert "pip install 'fancy[shine]'" in told.err
+    assert "pip install 'glitter-wax>=2'" in told.err
+
+
+def test_what_is_to_be_installed_is_named_and_never_an_extra_of_ours() -> None:
+    assert how_to_install("tracing").startswith("pip install 'opentelemetry-api>=")
+    assert "'torch>=" in how_to_install("demo"), "what an extra takes from another is resolved"
+    assert how_to_install("none", module="zmq") == "install the package that provides zmq"
+    for told in map(how_to_install, ("text", "worker", "demo", "events", "experiments")):
+        assert "prefixcache" not in told
+
+
+def test_the_kernels_without_torch_say_so_in_one_line() -> None:
+    code = "import sys; sys.modules['torch'] = None; import prefixcache_kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ModuleNotFoundError: prefixcache_kernels needs torch, which is not installed: "
+        "pip install 'torch>="
+    )
 
 
 def test_a_worker_that_dies_leaves_the_list(service: ServiceProcess, at: list[str]) -> None:

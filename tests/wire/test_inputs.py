@@ -16,8 +16,10 @@ import torch
 
 import prefixcache
 from prefixcache.client import connect_async
+from prefixcache.config import load, parse_layout
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Layout, Namespace, pack, unpack
+from prefixcache_bench.layouts import layout_named
 from wire.service_process import LAYOUT, ServiceProcess, running, sizes
 
 IDS = [1, 2, 3, 4, 100]
@@ -135,6 +137,11 @@ def test_what_is_no_row_of_ids_is_refused(tokens: Any) -> None:
 def test_a_layout_knows_its_element_types() -> None:
     for name, whole in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
         assert Layout(1, 1, 4, name) == Layout(1, 1, 4, whole)
+        assert parse_layout(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
+        assert layout_named(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
+        assert load({"dtype": name}).dtype == whole
+    with pytest.raises(InvalidRequest, match=r"--dtype.*cannot hold 'fp8'"):
+        load({"dtype": "fp8"})
     for name in ("fp8", "BF16", None, 2):
         with pytest.raises(InvalidRequest, match="a pool cannot hold"):
             Layout(1, 1, 4, name)  # type: ignore[arg-type]
@@ -203,6 +210,17 @@ def test_no_odd_word_of_a_client_raises_an_error_of_others(service: ServiceProce
                 with pytest.raises(CacheError):
                     call()
         assert client.snapshot().num_blocks == 64
+
+
+def test_an_attachment_is_shown_in_one_short_line(service: ServiceProcess) -> None:
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT, name="w") as session,
+    ):
+        assert repr(session.attachment) == (
+            f"<Attachment {session.attachment.worker}: shm pool of 64 blocks of 4 tokens, "
+            "1x1x4:float32, ttl 60 s>"
+        )
 
 
 def test_a_closed_client_says_so(service: ServiceProcess) -> None:

@@ -102,3 +102,9 @@ def test_a_folder_is_loaded_and_named_by_its_weights(folder: Path, demo_folder: 
     assert all(name.startswith("mine@") for name in names)
     assert names[0] != names[1]
     assert Model.load(folder / "1.0" / "mine").name == names[0]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_an_element_type_goes_by_any_of_its_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NotFound, match="no model could be loaded"):
+        Model.load(tmp_path, dtype=name)

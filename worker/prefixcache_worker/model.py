@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
-from prefixcache.types import DTYPE_BYTES, Layout
+from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout
 from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
 from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
@@ -83,7 +83,7 @@ class Model:
 
         Args:
             path_or_id: folder, hub id or `smollm2`.
-            dtype: `float32` or `bfloat16`.
+            dtype: `float32` or `bfloat16`, or another name of these.
             threads: torch's threads; workers x threads should not exceed the machine's cores.
             lean: use the lean network where it applies.
 
@@ -92,6 +92,7 @@ class Model:
             Unsupported: the architecture cannot run on paged memory; the message names it.
             InvalidRequest: no such dtype, or threads below 1.
         """
+        dtype = DTYPE_ALIASES.get(dtype, dtype)
         if dtype not in DTYPES or threads < 1:
             raise InvalidRequest(f"dtype {dtype!r} (of {', '.join(DTYPES)}), {threads} threads")
         torch.set_num_threads(threads)
@@ -128,6 +129,7 @@ class Model:
         Raises:
             Unsupported: as `load`.
         """
+        dtype = DTYPE_ALIASES.get(dtype, dtype)
         module.eval()
         config = module.config.get_text_config()
         architecture = config.model_type
