@@ -260,7 +260,7 @@ class ServeSettings(BaseSettings):
     max_leases: Annotated[int, Field(ge=1, le=_MOST)] = 65_536
     """Leases at the same time."""
     max_namespaces: Annotated[int, Field(ge=1, le=_MOST)] = 16_384
-    """Namespaces that may ever be attached."""
+    """Namespaces at the same time; where there are more, one that is only cached makes way."""
     max_calls: Annotated[int, Field(ge=1, le=_MOST)] = 8192
     """Calls and sessions at the same time; more are refused at once."""
     record: Path | None = None

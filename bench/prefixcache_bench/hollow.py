@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from dataclasses import fields
 
 import numpy as np
@@ -31,8 +32,22 @@ class HollowCache:
         self._block_size = block_size
         self._count = 0
 
-    def attach(self, worker: WorkerId, namespace: Namespace, *, now: float) -> None:
+    def attach(self, worker: WorkerId, namespace: Namespace, *, name: str = "", now: float) -> None:
         """Accept everybody."""
+
+    def make_way(self, namespace: Namespace) -> None:
+        """Have room for everything."""
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Keep nothing for anybody."""
+
+    def count_leases(self, worker: WorkerId) -> int:
+        """Nothing is held."""
+        return 0
+
+    def count_quarantined(self, worker: WorkerId) -> int:
+        """Nothing is set aside."""
+        return 0
 
     num_leases = 0
     """Nothing is held."""

@@ -222,7 +222,7 @@ def serve(
         int | None, _option(_LIMITS, "Leases at the same time. Default: 65536.", "N")
     ] = None,
     max_namespaces: Annotated[
-        int | None, _option(_LIMITS, "Namespaces ever attached. Default: 16384.", "N")
+        int | None, _option(_LIMITS, "Namespaces at the same time. Default: 16384.", "N")
     ] = None,
     max_calls: Annotated[
         int | None, _option(_LIMITS, "Calls and sessions at the same time. Default: 8192.", "N")

@@ -86,6 +86,10 @@ class BlockPool:
         """Blocks that nobody may use until their last writer is known to be gone."""
         return sum(map(len, self._quarantine.values()))
 
+    def count_quarantined(self, worker: WorkerId) -> int:
+        """Give how many of them wait for that writer.  O(1)."""
+        return len(self._quarantine.get(worker, ()))
+
     def allocate(self, count: int) -> BlockTable:
         """Take `count` free blocks.  O(count), in C for long runs.
 

@@ -13,7 +13,7 @@ The service, the client's contract tests and the experiments all run this very c
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 
 from prefixcache.core import explanations, views
 from prefixcache.core.blockmap import block_map
@@ -61,6 +61,9 @@ class PrefixCache(Membership, Leasing, Steering):
         ttl_s: How long a lease lives without a sign of life.
         max_pinned: Blocks that may be pinned at the same time; by default a quarter.
         max_line: Requests that may wait for room at the same time.
+        max_leases: Leases that may be out at the same time.
+        max_namespaces: Namespaces that there may be at the same time: where there are more, the
+            next one takes the place of one that is only cached.
         remember: Whether requests that are over are remembered for people, for `explain` and the
             views.  It decides nothing: experiments, which only count, do without.
 
@@ -90,6 +93,8 @@ class PrefixCache(Membership, Leasing, Steering):
         ttl_s: float = 30.0,
         max_pinned: int | None = None,
         max_line: int = 4096,
+        max_leases: int = 1 << 40,
+        max_namespaces: int = 1 << 40,
         remember: bool = True,
     ) -> None:
         if num_blocks < 1:
@@ -112,6 +117,8 @@ class PrefixCache(Membership, Leasing, Steering):
             ttl_s=ttl_s,
             max_pinned=num_blocks // 4 if max_pinned is None else min(max_pinned, num_blocks),
             max_line=max_line,
+            max_leases=max_leases,
+            max_namespaces=max_namespaces,
             remember=remember,
         )
 
@@ -125,10 +132,34 @@ class PrefixCache(Membership, Leasing, Steering):
         """Leases that are out.  O(1)."""
         return self._desk.leases.count
 
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of each limit is kept; by default for nobody.  O(tenants)."""
+        desk = self._desk
+        for shares in (
+            desk.leases.shares,
+            desk.spaces.shares,
+            desk.room.line.shares,
+            *desk.pins.shares,
+            desk.holdings.aside,
+        ):
+            shares.set_tenants(tenants)
+
+    def make_way(self, namespace: Namespace) -> None:
+        """Let a namespace be attached next; see `attach`.
+
+        Raises:
+            PoolExhausted: there are too many namespaces, and none that only caches.
+        """
+        self._desk.make_way(namespace)
+
     def count_leases(self, worker: WorkerId) -> int:
         """Give how many leases a worker has out; 0 if it is not attached.  O(1)."""
         member = self._desk.leases.workers.get(worker)
         return 0 if member is None else len(member.leases)
+
+    def count_quarantined(self, worker: WorkerId) -> int:
+        """Give how many blocks are set aside since a worker may still write to them.  O(1)."""
+        return self._desk.holdings.pool.count_quarantined(worker)
 
     def namespaces(self) -> list[Namespace]:
         """Give the namespaces that anybody has attached, or that store something."""

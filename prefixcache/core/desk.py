@@ -18,6 +18,7 @@ from prefixcache.core.node import Match, Root
 from prefixcache.core.pins import Pins
 from prefixcache.core.quotas import Account
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.spaces import Spaces
 from prefixcache.core.tape import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.waiting import WaitingRoom
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
@@ -32,6 +33,10 @@ from prefixcache.types import (
     TableUpdate,
     TicketId,
 )
+
+_LOOKED_AT = 4
+"""Namespaces that are looked at, whether they still hold anything, when another one comes."""
+_LOOKED_AT_IN_NEED = 256
 
 
 class Desk:
@@ -48,6 +53,7 @@ class Desk:
         "room",
         "roots",
         "settled",
+        "spaces",
         "tallies",
         "tape",
         "tick",
@@ -63,6 +69,8 @@ class Desk:
         ttl_s: float,
         max_pinned: int,
         max_line: int,
+        max_leases: int,
+        max_namespaces: int,
         remember: bool,
     ) -> None:
         self.tree = tree
@@ -70,11 +78,12 @@ class Desk:
         self.tape: Put | None = None
         self.partial = partial
         self.holdings = Holdings(tree, pool, partial)
-        self.leases = Leases(ttl_s)
+        self.leases = Leases(ttl_s, max_leases)
         self.flights = Flights(tree.block_bytes // TOKEN_BYTES, partial)
         self.room = WaitingRoom(max_line)
         self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
+        self.spaces = Spaces(max_namespaces)
         self.tallies: dict[Namespace, Tally] = {}
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.history = History(pool.num_blocks)
@@ -86,7 +95,56 @@ class Desk:
         if root is None:
             root = self.roots[namespace] = Root(namespace)
             self.holdings.quotas.open(root)
+            self.spaces.open(namespace)
         return root
+
+    def make_way(self, namespace: Namespace) -> None:
+        """Let a namespace be attached: let others go that hold nothing, or only what is cached.
+
+        O(1): a few are looked at each time.
+
+        Raises:
+            PoolExhausted: there are too many; the message has the arithmetic.
+        """
+        if namespace in self.roots:
+            return
+        for one in self.spaces.next(_LOOKED_AT):
+            if not self.roots[one].num_blocks:
+                self._let_go(one)
+        shares = self.spaces.shares
+        try:
+            shares.check(namespace.tenant)
+        except PoolExhausted as full:
+            for one in self.spaces.next(_LOOKED_AT_IN_NEED):
+                if one.tenant == namespace.tenant and self._let_go(one):
+                    return
+            if shares.total < shares.limit:
+                raise QuotaExceeded(str(full), self.leases.ttl_s) from None
+            raise PoolExhausted(
+                f"{shares.total:,} namespaces are known, --max-namespaces allows no more: workers "
+                "are attached to them, or pins, quotas and leases speak for them",
+                self.leases.ttl_s,
+            ) from None
+
+    def _let_go(self, namespace: Namespace) -> bool:
+        """Forget a namespace, and what is cached in it, unless somebody uses it or speaks for it.
+
+        O(1).  What it counted is added to that of its name without a salt.
+
+        Returns:
+            Whether it is gone.
+        """
+        root, quotas = self.roots[namespace], self.holdings.quotas
+        if self.spaces.is_used(namespace) or root in self.pins or not quotas.close(namespace):
+            return False
+        del self.roots[namespace]
+        if root.num_blocks:
+            self.tree.retire(root)
+        self.spaces.close(namespace)
+        if (tally := self.tallies.pop(namespace, None)) is not None:
+            name = self.spaces.depart(namespace)
+            self.tallies.setdefault(name, Tally()).merge(tally)
+        return True
 
     def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
         """Grant a request, or say which flight to wait for.
@@ -127,6 +185,7 @@ class Desk:
             holdings.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
         )
         account = match.node.root.account or holdings.quotas.account(request.namespace)
+        self.admit_leases(request.namespace.tenant, 1)
         self.admit(need, account, now, match)
         source = holdings.source_of(match, need)
         partial = 0 if source is None else match.partial_tokens
@@ -169,6 +228,25 @@ class Desk:
         if self.tape is not None:
             self.tape((GRANTED, lease.id, ledger.reused, tokens, request.namespace))
         return grant
+
+    def admit_leases(self, tenant: str, count: int) -> None:
+        """Check that a tenant may have `count` more leases.  Changes nothing.
+
+        Raises:
+            PoolExhausted: there are too many.
+            QuotaExceeded: it has too many of them.
+        """
+        shares = self.leases.shares
+        try:
+            shares.check(tenant, count)
+        except PoolExhausted as full:
+            if shares.total + count <= shares.limit:  # it is the part of others that is free
+                raise QuotaExceeded(str(full), self.leases.ttl_s) from None
+            raise PoolExhausted(
+                f"{shares.total:,} leases are out and {count:,} more are asked for; --max-leases "
+                f"allows {shares.limit:,}",
+                self.leases.ttl_s,
+            ) from None
 
     def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
@@ -266,10 +344,14 @@ class Desk:
             self._note_shortage(ticket)
             if wait and ticket.in_line:
                 return False
-            if wait and len(self.room.line) < self.room.line.limit:
+            try:
+                if not wait:
+                    raise short
+                self.room.line.refuse_if_full(short, ticket.tenant)
+            except PoolExhausted as refused:
+                self._settle(ticket, refused)
+            else:
                 self.room.wait_for_room(ticket)
-                return False
-            self._settle(ticket, short)
             return False
         except CacheError as error:
             self._settle(ticket, error)

@@ -54,6 +54,7 @@ class Ticket:
 
     id: TicketId
     request: Request | Extension
+    tenant: str
     deadline: float
     owner: LeaseId | None = None
     """Whose flight it waits for."""

@@ -11,23 +11,27 @@ lets through cannot fail later.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 
 from prefixcache.core.blocks import BlockPool
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quotas import Account, Quotas
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.shares import Shares
 from prefixcache.core.tenure import Tenure
-from prefixcache.errors import InvalidRequest, PoolExhausted
-from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate
+from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate, WorkerId
 
 
 class Holdings:
     """The tree and the pool, and the steps that move blocks between them and the leases."""
 
     __slots__ = (
+        "_aside",
         "_partial",
         "_width",
+        "aside",
         "block_size",
         "num_overshot",
         "pool",
@@ -41,6 +45,9 @@ class Holdings:
         self.pool = pool
         self.quotas = Quotas(pool.num_blocks)
         self.tenure = Tenure(pool.num_blocks)
+        self.aside = Shares(pool.num_blocks, "the pool", "quarantined blocks")
+        """Whose leases they were of, but for those of an earlier life."""
+        self._aside: dict[WorkerId, Counter[Account]] = {}
         self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
@@ -95,6 +102,18 @@ class Holdings:
             free = self.pool.num_free + min(forgotten, max(0, room))
             evictable = max(0, room - forgotten)
             raise PoolExhausted(f"needs {need} blocks; {free} free, {evictable} evictable")
+        if need and self.aside.used(account.tenant):
+            self._refuse_beyond_share(account.tenant, need)
+
+    def _refuse_beyond_share(self, tenant: str, need: int) -> None:
+        """Lend nothing to a tenant whose quarantined blocks are its part of the pool already."""
+        try:
+            self.aside.check(tenant, need)
+        except PoolExhausted as full:
+            raise QuotaExceeded(
+                f"needs {need} blocks; {full} They come back when the processes that may still "
+                "write to them have ended"
+            ) from None
 
     def allocate(self, need: int, tenant: str = "") -> BlockTable:
         """Take blocks that were admitted, evicting as many as are lacking.
@@ -331,11 +350,30 @@ class Holdings:
             self._unlock(lease.node)
         if writes_on:
             quarantined = self.pool.quarantine(lease.worker, private)
+            self._set_aside(lease, quarantined)
         else:
             quarantined = 0
             if private:
                 self.pool.release(private)
         return self.num_free - free_before, quarantined
+
+    def _set_aside(self, lease: Lease, count: int) -> None:
+        """Count quarantined blocks as held by who held them."""
+        if count:
+            self._aside.setdefault(lease.worker, Counter())[lease.account] += count
+            lease.account.count_quarantined(count)
+            self.aside.force(lease.account.tenant, count)
+
+    def absolve(self, worker: WorkerId) -> int:
+        """Free the blocks that were set aside for a worker that can no longer write.
+
+        Returns:
+            How many became free.
+        """
+        for account, count in self._aside.pop(worker, Counter[Account]()).items():
+            account.count_quarantined(-count)
+            self.aside.give(account.tenant, count)
+        return self.pool.absolve(worker)
 
     def _settle_tail(self, lease: Lease) -> None:
         """Note that a lease will not write to its indexed tail any more."""

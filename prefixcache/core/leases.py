@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from prefixcache.core.ledger import Begun
 from prefixcache.core.node import Node
+from prefixcache.core.shares import Shares
 from prefixcache.errors import LeaseExpired, NotFound
 from prefixcache.types import (
     TOKEN_BYTES,
@@ -177,10 +178,12 @@ class Leases:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_ended", "_next", "count", "ttl_s", "workers")
+    __slots__ = ("_deadlines", "_ended", "_next", "count", "shares", "ttl_s", "workers")
 
-    def __init__(self, ttl_s: float) -> None:
+    def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
+        self.shares = Shares(max_leases, "--max-leases", "leases")
+        """Whose they are."""
         self.count = 0
         """Living leases."""
         self.workers: dict[WorkerId, Worker] = {}
@@ -219,6 +222,7 @@ class Leases:
         root.num_leases += 1
         root.leases[lease.id] = lease
         self.count += 1
+        self.shares.force(namespace.tenant)
         heappush(self._deadlines, (lease.deadline, lease.id, lease))
         if len(self._deadlines) > 2 * self.count + _REMEMBERED_ENDS:
             self._deadlines = [entry for entry in self._deadlines if self._lives(entry[2])]
@@ -260,6 +264,7 @@ class Leases:
         root.num_leases -= 1
         del root.leases[lease.id]
         self.count -= 1
+        self.shares.give(lease.namespace.tenant)
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
         self._ended[lease.id] = (lease.worker, expired_at, quarantined)

@@ -95,8 +95,8 @@ class Leasing:
         except PoolExhausted as short:
             if wait_s <= 0:
                 raise
-            line.refuse_if_full(short)
-            ticket = desk.room.enter(request, now + wait_s)
+            line.refuse_if_full(short, namespace.tenant)
+            ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
             ticket.over_quota = isinstance(short, QuotaExceeded)
             desk.room.wait_for_room(ticket)
             return Waiting(ticket.id, None, 0)
@@ -104,7 +104,7 @@ class Leasing:
             if line:
                 line.pass_by(line.heads())
             return outcome
-        ticket = desk.room.enter(request, now + wait_s)
+        ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
         desk.room.wait_for(ticket, outcome.owner.id, outcome.target)
         return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
 
@@ -241,8 +241,9 @@ class Leasing:
         except PoolExhausted as short:
             if wait_s <= 0:
                 raise
-            desk.room.line.refuse_if_full(short)
-            ticket = desk.room.enter(Extension(worker, lease, num_tokens), now + wait_s)
+            tenant = own.namespace.tenant
+            desk.room.line.refuse_if_full(short, tenant)
+            ticket = desk.room.enter(Extension(worker, lease, num_tokens), tenant, now + wait_s)
             ticket.over_quota = isinstance(short, QuotaExceeded)
             desk.room.wait_for_room(ticket)
             return Waiting(ticket.id, None, 0)
@@ -257,6 +258,7 @@ class Leasing:
 
         Raises:
             InvalidRequest: `n` is less than 1, or nothing is committed.
+            PoolExhausted: there are too many leases.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
         own = self._desk.leases.get(worker, lease, now)
@@ -265,6 +267,7 @@ class Leasing:
         if not own.committed:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
         member = self._desk.leases.worker(worker)
+        self._desk.admit_leases(own.namespace.tenant, n)
         table = self._desk.holdings.shared_table(own)
         return tuple(self._desk.fork(member, own, table, now) for _ in range(n))
 

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from prefixcache.core.flights import Extension, Ticket
+from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.types import LeaseId, Namespace, TicketId
 
@@ -31,30 +32,31 @@ class Line:
         limit: How many may wait at the same time.
     """
 
-    __slots__ = ("_growing", "_passed_enough", "_turns", "limit", "num_waiting")
+    __slots__ = ("_growing", "_passed_enough", "_turns", "shares")
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.num_waiting = 0
+        self.shares = Shares(limit, "--max-line", "requests that wait for room")
+        """Whose they are that wait."""
         self._passed_enough: Ticket | None = None
         self._growing: OrderedDict[LeaseId, Ticket] = OrderedDict()
         self._turns: OrderedDict[Namespace, OrderedDict[TicketId, Ticket]] = OrderedDict()
 
     def __len__(self) -> int:
-        return self.num_waiting
+        return self.shares.total
 
-    def refuse_if_full(self, short: PoolExhausted) -> None:
-        """Check that one more may wait.
+    def refuse_if_full(self, short: PoolExhausted, tenant: str) -> None:
+        """Check that one more request of a tenant may wait.
 
         Raises:
-            PoolExhausted: none may; the message adds that to `short`.
+            PoolExhausted: it may not; the message adds that to `short`.
         """
-        if self.num_waiting >= self.limit:
-            raise type(short)(
-                f"{short} {self.num_waiting:,} requests wait for room already, --max-line allows "
-                "no more.",
-                short.retry_after_s,
-            )
+        try:
+            self.shares.check(tenant)
+        except PoolExhausted as full:
+            why = str(full)
+            if len(self) >= self.shares.limit:
+                why = f"{len(self):,} requests wait for room already, --max-line allows no more."
+            raise type(short)(f"{short} {why}", short.retry_after_s) from None
 
     def refuse_second(self, lease: LeaseId) -> None:
         """Check that a lease does not wait already.
@@ -72,7 +74,7 @@ class Line:
             self._growing[request.lease] = ticket
         else:
             self._turns.setdefault(request.namespace, OrderedDict())[ticket.id] = ticket
-        self.num_waiting += 1
+        self.shares.force(ticket.tenant)
         ticket.in_line = True
 
     def leave(self, ticket: Ticket) -> None:
@@ -80,7 +82,7 @@ class Line:
         if not ticket.in_line:
             return
         ticket.in_line = False
-        self.num_waiting -= 1
+        self.shares.give(ticket.tenant)
         if self._passed_enough is ticket:
             self._passed_enough = None
         request = ticket.request
@@ -137,5 +139,6 @@ class Line:
                 assert not isinstance(ticket.request, Extension), "growth in a turn"
                 assert ticket.request.namespace == namespace, "in another namespace's turn"
             tickets.extend(mine.values())
-        assert len(tickets) == self.num_waiting, f"{self.num_waiting} in line, not {len(tickets)}"
+        assert len(tickets) == len(self), f"{len(self)} in line, not {len(tickets)}"
+        self.shares.check_counts()
         assert all(ticket.in_line for ticket in tickets), "a ticket that does not know its place"

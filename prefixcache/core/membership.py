@@ -20,12 +20,19 @@ class Membership:
             namespace: What.
             name: How a new worker is called where people look; by default by its number.
             now: The time.
+
+        Raises:
+            PoolExhausted: there are too many namespaces, and none that only caches.
         """
-        self._desk.root(namespace)
-        members = self._desk.leases.workers
+        desk = self._desk
+        desk.make_way(namespace)
+        desk.root(namespace)
+        members = desk.leases.workers
         if worker not in members:
             members[worker] = Worker(worker, name or str(worker))
-        members[worker].namespaces.add(namespace)
+        if namespace not in members[worker].namespaces:
+            members[worker].namespaces.add(namespace)
+            desk.spaces.join(namespace)
         self.renew(worker, now=now)
 
     def renew(self, worker: WorkerId, *, now: float) -> None:
@@ -55,8 +62,10 @@ class Membership:
         leases = list(member.leases.values())
         ended = Ended.total([self._desk.end(lease, now, writes_on=not gone) for lease in leases])
         del self._desk.leases.workers[worker]
+        for namespace in member.namespaces:
+            self._desk.spaces.leave(namespace)
         if gone:
-            ended += Ended(num_freed=self._desk.holdings.pool.absolve(worker))
+            ended += Ended(num_freed=self._desk.holdings.absolve(worker))
         self._desk.serve_line(now)
         return ended
 
@@ -68,6 +77,6 @@ class Membership:
         """
         if worker in self._desk.leases.workers:
             return self.detach(worker, now=now, gone=True).num_freed
-        freed = self._desk.holdings.pool.absolve(worker)
+        freed = self._desk.holdings.absolve(worker)
         self._desk.serve_line(now)
         return freed

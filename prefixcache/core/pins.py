@@ -13,11 +13,13 @@ when it comes back.  A run that a pin ends in is split there.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from prefixcache.core.node import Match, Node, Root
 from prefixcache.core.radix import RadixTree
+from prefixcache.core.shares import Shares
 from prefixcache.core.shelter import Shelter
 from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
@@ -43,19 +45,48 @@ class Pins:
         max_pinned: Blocks that may be pinned at the same time.
     """
 
-    __slots__ = ("_deadlines", "_ends", "_serial", "_tree", "max_pinned", "num_pinned")
+    __slots__ = (
+        "_blocks",
+        "_deadlines",
+        "_ends",
+        "_prefixes",
+        "_roots",
+        "_serial",
+        "_tree",
+        "shares",
+    )
 
     def __init__(self, tree: RadixTree, max_pinned: int) -> None:
         self._tree = tree
         self._ends: dict[Node, Pin] = {}
         self._deadlines: list[tuple[float, int, Pin]] = []
         self._serial = 0
-        self.max_pinned = max_pinned
-        self.num_pinned = 0
-        """Distinct blocks that are pinned."""
+        self._roots: Counter[Root] = Counter()
+        """How many pins there are below each root; only roots that have any."""
+        self._blocks = Shares(max_pinned, "--pin-cap", "pinned blocks")
+        self._prefixes = Shares(MAX_PINS, "the longest list of pins", "pinned prefixes")
+        self.shares = (self._blocks, self._prefixes)
+        """Whose the distinct blocks are that are pinned, and whose the pins."""
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def __contains__(self, root: Root) -> bool:
+        return root in self._roots
+
+    @property
+    def num_pinned(self) -> int:
+        """Distinct blocks that are pinned."""
+        return self._blocks.total
+
+    @property
+    def max_pinned(self) -> int:
+        """How many may be."""
+        return self._blocks.limit
+
+    def num_pinned_of(self, tenant: str) -> int:
+        """Of these, a tenant's."""
+        return self._blocks.used(tenant)
 
     def pin(self, match: Match, ttl_s: float, now: float) -> Pinned:
         """Pin the matched whole blocks until `now + ttl_s`; prolong the pin if there is one.
@@ -73,14 +104,17 @@ class Pins:
             leased += len(above.blocks) if above.ref else 0
             above = above.parent
         num_blocks = match.end // self._tree.block_bytes
-        if self.num_pinned + fresh > self.max_pinned or len(self._ends) >= MAX_PINS:
-            raise self._refusal(num_blocks, fresh, now)
+        tenant = match.node.root.namespace.tenant
+        try:
+            self._blocks.check(tenant, fresh)
+            self._prefixes.check(tenant)
+        except PoolExhausted as full:
+            raise self._refusal(full, tenant, num_blocks, fresh, now) from None
         if num_blocks:
             node = self._tree.cut(match)
             found = self._ends.get(node)
             if found is None:
-                found = self._ends[node] = Pin(node, now + ttl_s)
-                self._cover(node)
+                found = self._begin(node, now + ttl_s)
             found.until = max(found.until, now + ttl_s)
             self._set_deadline(found)
             ttl_s = found.until - now
@@ -90,14 +124,14 @@ class Pins:
             num_new=fresh,
             num_leased=leased,
             ttl_s=ttl_s,
-            pinned=self.num_pinned,
+            pinned=self.num_pinned_of(tenant),
             max_pinned=self.max_pinned,
         )
 
-    def unpin(self, root: Root | None, match: Match | None) -> Unpinned:
+    def unpin(self, tenant: str, root: Root | None, match: Match | None) -> Unpinned:
         """End the pin that ends where `match` does; without a match, all below `root`.
 
-        O(nodes on the path), or O(pins).
+        O(nodes on the path), or O(pins).  `tenant`: whose pinned blocks are counted in the answer.
         """
         if root is None:
             ending = []
@@ -114,7 +148,7 @@ class Pins:
             num_pins=len(ending),
             num_blocks=before - self.num_pinned,
             num_leased=leased,
-            pinned=self.num_pinned,
+            pinned=self.num_pinned_of(tenant),
             max_pinned=self.max_pinned,
         )
 
@@ -149,16 +183,17 @@ class Pins:
 
     # ------------------------------------------------------------------ what the tree tells
 
-    def trimmed(self, num_blocks: int) -> None:
+    def trimmed(self, node: Node, num_blocks: int) -> None:
         """Take note that a pinned leaf is losing its last blocks, since nothing else was left."""
-        self.num_pinned -= num_blocks
+        self._blocks.give(node.root.namespace.tenant, num_blocks)
 
     def buried(self, node: Node, above: Node) -> None:
         """Take note that a whole pinned leaf leaves the tree: its pin ends further up now."""
-        self.num_pinned -= len(node.blocks)
+        self._blocks.give(node.root.namespace.tenant, len(node.blocks))
         node.pinned = 0
         pin = self._ends.pop(node)
         if above.parent is None:
+            self._leave(node.root)
             return
         other = self._ends.get(above)
         if other is None:
@@ -168,6 +203,7 @@ class Pins:
         if pin.until > other.until:
             other.until = pin.until
             self._set_deadline(other)
+        self._leave(node.root)
         self._uncover(above)
 
     def check(self) -> None:
@@ -186,6 +222,10 @@ class Pins:
         pinned = sum(len(node.blocks) for node in counts)
         assert self.num_pinned == pinned, f"{self.num_pinned} blocks pinned, not {pinned}"
         assert pinned <= self.max_pinned, f"{pinned} blocks pinned; the cap is {self.max_pinned}"
+        assert self._roots == Counter(node.root for node in self._ends), "pins of a root"
+        assert self._prefixes.total == len(self._ends), "pins counted"
+        for shares in self.shares:
+            shares.check_counts()
 
     # ------------------------------------------------------------------ covering
 
@@ -203,7 +243,7 @@ class Pins:
         at = node
         while at.parent is not None:
             if not at.pinned:
-                self.num_pinned += len(at.blocks)
+                self._blocks.force(at.root.namespace.tenant, len(at.blocks))
             at.pinned += 1
             at = at.parent
 
@@ -216,28 +256,42 @@ class Pins:
             above = at.parent
             at.pinned -= 1
             if not at.pinned:
-                self.num_pinned -= len(at.blocks)
+                self._blocks.give(at.root.namespace.tenant, len(at.blocks))
                 leased += len(at.blocks) if at.ref else 0
                 if isinstance(shelter, Shelter):
                     shelter.let_go(at)
             at = above
         return leased
 
+    def _begin(self, node: Node, until: float) -> Pin:
+        pin = self._ends[node] = Pin(node, until)
+        self._roots[node.root] += 1
+        self._prefixes.force(node.root.namespace.tenant)
+        self._cover(node)
+        return pin
+
+    def _leave(self, root: Root) -> None:
+        """Count one pin fewer below a root."""
+        self._roots[root] -= 1
+        if not self._roots[root]:
+            del self._roots[root]
+        self._prefixes.give(root.namespace.tenant)
+
     def _end(self, pin: Pin) -> int:
         del self._ends[pin.node]
+        self._leave(pin.node.root)
         leased = self._uncover(pin.node)
         self._tree.rejoin(pin.node)
         return leased
 
-    def _refusal(self, num_blocks: int, fresh: int, now: float) -> PoolExhausted:
-        if len(self._ends) >= MAX_PINS:
-            return PoolExhausted(
-                f"{len(self._ends):,} prefixes are pinned; the limit is {MAX_PINS:,}"
-            )
+    def _refusal(
+        self, full: PoolExhausted, tenant: str, num_blocks: int, fresh: int, now: float
+    ) -> PoolExhausted:
         due = self.next_deadline()
+        why = str(full).rstrip(".")
         return PoolExhausted(
             f"pinning {num_blocks} blocks, {fresh} of them new, would make "
-            f"{self.num_pinned + fresh}; the cap is {self.max_pinned} (--pin-cap), and "
-            f"{self.num_pinned} are pinned. Unpin something, or pin less.",
+            f"{self.num_pinned_of(tenant) + fresh}; the cap is {self.max_pinned}: {why}. "
+            "Unpin something, or pin less.",
             retry_after_s=0.0 if due is None else max(0.0, due - now),
         )

@@ -1,9 +1,9 @@
 """Quotas: what a tenant or a namespace may hold at most, and the share that others leave to it.
 
 ```
-blocks of a namespace    private ──────── indexed, protected ──────── indexed, evictable
-                         └────────────── held ─────────────┘
-                         └─────────────────────── stored ───────────────────────────────┘
+blocks of a namespace    quarantined ─ private ──── indexed, protected ──── indexed, evictable
+                         └───────────────── held ─────────────────┘
+                         └─────────────────────────── stored ─────────────────────────────┘
 max_held                 held may not grow beyond it: the request is refused, or waits
 guaranteed               stored blocks up to it are evicted only when no others are left
 ```
@@ -40,6 +40,7 @@ class Account:
         "max_held",
         "namespaces",
         "private",
+        "quarantined",
         "roots",
         "scope",
     )
@@ -62,6 +63,8 @@ class Account:
         self._many_roots = _FEW_ROOTS
         self.private = 0
         """Blocks that its leases own."""
+        self.quarantined = 0
+        """Blocks that its leases owned, and their workers may still write to."""
         self.max_held: int | None = None
         self.guaranteed = 0
 
@@ -72,11 +75,14 @@ class Account:
 
     @property
     def num_held(self) -> int:
-        """Blocks that leases own or protect.  O(1), for a namespace O(its resets).
+        """Blocks that leases own or protect, or workers may write to after their leases' end.
+
+        O(1), for a namespace O(its resets).
 
         The last block that forks share counts once they have copies of their own.
         """
-        return self.private + sum(one.num_blocks - one.evictable for one in self._counted())
+        own = self.private + self.quarantined
+        return own + sum(one.num_blocks - one.evictable for one in self._counted())
 
     @property
     def num_stored(self) -> int:
@@ -96,6 +102,12 @@ class Account:
         self.private += more
         if self.above is not None:
             self.above.private += more
+
+    def count_quarantined(self, more: int) -> None:
+        """Count that workers may write to `more` blocks after the end of leases.  O(1)."""
+        self.quarantined += more
+        if self.above is not None:
+            self.above.quarantined += more
 
     def adopt(self, root: Root) -> None:
         """Answer for a new root of a namespace.  Amortised O(1)."""
@@ -160,15 +172,23 @@ class Quotas:
         """Let a new root belong to its namespace's account."""
         self.account(root.namespace).adopt(root)
 
-    def close(self, namespace: Namespace) -> None:
-        """Forget a namespace without blocks, leases and quota.  O(1), or O(its resets)."""
-        account = self._namespaces.get(namespace)
-        if account is not None and not account.has_quota and not account.num_stored:
-            del self._namespaces[namespace]
-            tenant = self._tenants[namespace.tenant]
-            del tenant.namespaces[namespace]
-            if not tenant.namespaces and not tenant.has_quota:
-                del self._tenants[namespace.tenant]
+    def close(self, namespace: Namespace) -> bool:
+        """Forget a namespace, unless leases hold blocks of it or it has a quota.  O(its resets).
+
+        What is cached in it, if anything, must be about to be forgotten, too.
+
+        Returns:
+            Whether it is forgotten.
+        """
+        account = self._namespaces[namespace]
+        if account.has_quota or account.num_held:
+            return False
+        del self._namespaces[namespace]
+        tenant = self._tenants[namespace.tenant]
+        del tenant.namespaces[namespace]
+        if not (tenant.namespaces or tenant.has_quota or tenant.num_held):
+            del self._tenants[namespace.tenant]
+        return True
 
     def admit(self, account: Account, extra: int) -> None:
         """Check that `extra` more blocks may be held.  Changes nothing.
@@ -246,7 +266,7 @@ class Quotas:
             own = [lease.id for lease in leases if lease.namespace.tenant == tenant.scope]
             assert list(tenant.leases) == own, f"{tenant}: leases"
             below = list(tenant.namespaces.values())
-            for what in ("private", "num_held", "num_stored"):
+            for what in ("private", "quarantined", "num_held", "num_stored"):
                 there, summed = getattr(tenant, what), sum(getattr(one, what) for one in below)
                 assert there == summed, f"{tenant}: {what} {there}, not {summed}"
             for root in (root for one in below for root in one.roots):

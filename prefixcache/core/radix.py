@@ -318,7 +318,8 @@ class RadixTree(Descent):
                 self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
                 self._tidy_at = 2 * len(self.retired) + 16
             self.retired.append(root)
-        self._sweeps.append(evictable_leaves(root))
+        if root.evictable:
+            self._sweeps.append(evictable_leaves(root))
 
     def _next_retired(self) -> Node | None:
         while self._sweeps:
@@ -344,7 +345,7 @@ class RadixTree(Descent):
         size = len(node.blocks) - keep
         node.root.num_changes += 1
         if node.pinned and self.pins is not None:
-            self.pins.trimmed(size)
+            self.pins.trimmed(node, size)
         mark = None if self._lost is None else self._lost(node, size)
         self._count_blocks(node.root, -size)
         if self.ghosts.limit and not node.root.retired:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from prefixcache.core.desk import Desk
+from prefixcache.core.node import Root
 from prefixcache.core.shelter import Shelter
 from prefixcache.core.tape import RESET
 from prefixcache.errors import InvalidRequest
@@ -27,10 +28,10 @@ class Steering:
         if root is None:
             return Reset(0, 0)
         desk.history.recents.forget(namespace)
-        unpinned = desk.pins.unpin(root, None)
+        unpinned = desk.pins.unpin(namespace.tenant, root, None)
         desk.tree.retire(root)
-        del desk.roots[namespace]
-        desk.root(namespace)
+        desk.roots[namespace] = fresh = Root(namespace)
+        desk.holdings.quotas.open(fresh)
         if desk.tape is not None:
             desk.tape((RESET, 0, 0, b"", namespace))
         return Reset(
@@ -69,7 +70,9 @@ class Steering:
             raise InvalidRequest(f"cannot pin for {ttl_s:g} s; give a time above 0")
         root = desk.roots.get(namespace)
         if root is None:
-            return Pinned(0, 0, 0, 0, 0.0, desk.pins.num_pinned, desk.pins.max_pinned)
+            pins = desk.pins
+            pinned = pins.num_pinned_of(namespace.tenant)
+            return Pinned(0, 0, 0, 0, 0.0, pinned, pins.max_pinned)
         answer = desk.pins.pin(desk.tree.match(root, tokens), ttl_s, now)
         if answer.num_blocks:
             self._shelter()
@@ -86,9 +89,11 @@ class Steering:
         desk = self._desk
         root = desk.roots.get(namespace)
         if not tokens:
-            return desk.pins.unpin(root, None)
+            return desk.pins.unpin(namespace.tenant, root, None)
         _check_tokens(tokens)
-        return desk.pins.unpin(root, None if root is None else desk.tree.match(root, tokens))
+        return desk.pins.unpin(
+            namespace.tenant, root, None if root is None else desk.tree.match(root, tokens)
+        )
 
     def set_quota(
         self, scope: Namespace | str, *, max_held: int | None, guaranteed: int, now: float

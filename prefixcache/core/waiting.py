@@ -30,10 +30,10 @@ class WaitingRoom:
         self._deadlines: list[tuple[float, TicketId]] = []
         self._next = 0
 
-    def enter(self, request: Request | Extension, deadline: float) -> Ticket:
+    def enter(self, request: Request | Extension, tenant: str, deadline: float) -> Ticket:
         """Give a new ticket, which waits for nobody yet."""
         self._next += 1
-        ticket = Ticket(TicketId(self._next), request, deadline)
+        ticket = Ticket(TicketId(self._next), request, tenant, deadline)
         self.tickets[ticket.id] = ticket
         heappush(self._deadlines, (deadline, ticket.id))
         return ticket

@@ -12,7 +12,7 @@ that pool alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from prefixcache.config import ServeSettings
@@ -40,6 +40,11 @@ class Domain:
         line = WaitingLine(holdings)
         workers = Workers(holdings, line, settings)
         return cls(holdings, line, workers, Handlers(settings, holdings, line, workers))
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of each limit is kept."""
+        self.workers.shares.set_tenants(tenants)
+        self.holdings.set_tenants(tenants)
 
     def close(self) -> None:
         """Let go of everything."""

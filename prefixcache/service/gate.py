@@ -16,7 +16,7 @@ nobody else may change.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Register:
         self._identities = None if path is None else Identities(path)
         self.edition = 0
         """Which reading of the file counts by now; greater with each change that is taken over."""
+        self._listeners: list[Callable[[Identities], None]] = []
 
     @property
     def current(self) -> Identities | None:
@@ -59,6 +60,12 @@ class Register:
                 self._reload(self._path)
         return self._identities
 
+    def tell(self, listener: Callable[[Identities], None]) -> None:
+        """Tell `listener` the identities, now and whenever they change, if there are any."""
+        self._listeners.append(listener)
+        if self._identities is not None:
+            listener(self._identities)
+
     def _reload(self, path: Path) -> None:
         try:
             self._identities = Identities(path)
@@ -67,6 +74,8 @@ class Register:
         else:
             self.edition += 1
             log.info("identities read again", path=str(path))
+            for listener in self._listeners:
+                listener(self._identities)
 
 
 class Gate:

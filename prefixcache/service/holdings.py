@@ -5,6 +5,7 @@ Both need the layout.  Where nobody gave one at the start, the first worker that
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from prefixcache.config import ServeSettings, format_size
@@ -66,6 +67,7 @@ class Holdings:
         self.state: StateFolder | None = None
         self.owner: PoolOwner | None = None
         """The process that has the pool, if that is on a GPU."""
+        self._tenants: tuple[str, ...] = ()
         self._file: PoolFile | None = None
         self._wiper: Wiper | None = None
         if settings.pool == "shm":
@@ -115,7 +117,10 @@ class Holdings:
             ttl_s=settings.ttl,
             max_pinned=int(sizes.num_blocks * settings.pin_cap),
             max_line=settings.max_line,
+            max_leases=settings.max_leases,
+            max_namespaces=settings.max_namespaces,
         )
+        cache.set_tenants(self._tenants)
         if settings.pool == "shm":
             self._file = self._make_pool(sizes)
             self.handle = self._file.handle
@@ -135,6 +140,12 @@ class Holdings:
             cache.wipe_with(self._wiper)
         self.cache, self.sizes = cache, sizes
         return cache
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of each limit of the cache is kept, once there is one."""
+        self._tenants = tuple(tenants)
+        if self.cache is not None:
+            self.cache.set_tenants(self._tenants)
 
     def _make_pool(self, sizes: Sizes) -> PoolFile:
         file = None

@@ -68,6 +68,8 @@ class Identity:
     """Whether it sees and steers every tenant."""
     domain: str = ""
     """In whose pool it works."""
+    uid: int | None = None
+    """Whose processes its workers are; None: those of the service's own user."""
 
     def own(self, asked: Namespace) -> Namespace:
         """Give the namespace that a request means: the tenant comes from here, not from it.
@@ -157,6 +159,10 @@ class Identities:
         """Whether an identity is in the file just as it is.  O(1)."""
         return self._by_name.get(identity.name) == identity
 
+    def tenants_of(self, domain: str) -> set[str]:
+        """Give whose prompts a domain serves; "" stands for admins of no tenant.  O(all)."""
+        return {one.tenant or "" for one in self._by_name.values() if one.domain == domain}
+
     def of_token(self, token: str) -> Identity | None:
         """Give whom a bearer token proves; None if nobody.
 
@@ -212,6 +218,7 @@ class Identities:
             models=tuple(_texts(where, entry, "models")) or ("*",),
             admin=admin,
             domain=_text(where, entry, "domain"),
+            uid=_uid(where, entry),
         )
         if identity.domain and identity.domain not in self.domains:
             raise InvalidRequest(f"{where}: there is no [[domain]] named {identity.domain}")
@@ -228,10 +235,7 @@ class Identities:
             self._by_certificate[certificate] = identity
             proofs += 1
         if socket := _text(where, entry, "socket"):
-            uid = entry.get("uid")
-            if uid is not None and (not isinstance(uid, int) or isinstance(uid, bool) or uid < 0):
-                raise InvalidRequest(f"{where}: uid is the number of a user")
-            self.sockets.append(Socket(socket, uid, identity))
+            self.sockets.append(Socket(socket, identity.uid, identity))
             proofs += 1
         elif "uid" in entry:
             raise InvalidRequest(f"{where}: uid says whose the socket is; name a socket")
@@ -258,6 +262,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidRequest(f"{path} is nested too deeply") from None
     except ValueError as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise InvalidRequest(f"{path} is no TOML: {escape(str(error))}") from None
+
+
+def _uid(where: str, entry: dict[str, Any]) -> int | None:
+    uid = entry.get("uid")
+    if uid is not None and (not isinstance(uid, int) or isinstance(uid, bool) or uid < 0):
+        raise InvalidRequest(f"{where}: uid is the number of a user")
+    return uid
 
 
 def _text(where: str, entry: dict[str, Any], key: str) -> str:

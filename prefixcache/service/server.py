@@ -94,6 +94,8 @@ async def _serve(
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
     domains = make_domains(settings, memory, make_holdings)
+    for name, one in domains.items():
+        register.tell(lambda all_, name=name, one=one: one.set_tenants(all_.tenants_of(name)))  # type: ignore[misc]
     holdings, handlers = domains[""].holdings, domains[""].handlers
     formers = [
         asyncio.ensure_future(_await_former(one.holdings, one.line)) for one in domains.values()

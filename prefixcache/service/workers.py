@@ -15,20 +15,22 @@ import asyncio
 import itertools
 import os
 import secrets
-import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import structlog
 
 from prefixcache.client.address import this_host
 from prefixcache.config import ServeSettings
-from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.core.shares import Shares
+from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL, Identities, Identity
+from prefixcache.service.processes import Process, Processes, User
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.types import Ended, Namespace, TicketId, WorkerId
 
@@ -41,6 +43,8 @@ MAX_NAMESPACES = 256
 _STEMS = 4096
 """Names that several workers wished for, whose next number is remembered."""
 
+_SHOWN_NAMESPACES = 4
+"""Of a worker that has gone."""
 _REMEMBERED = 64
 """Workers that are shown after they have gone."""
 
@@ -62,7 +66,8 @@ class Worker:
     identity: Identity = LOCAL
     """Who it is: what it may see and use."""
     pid: int = 0
-    pidfd: int | None = None
+    process: Process | None = None
+    """Where it lives, if that is watched."""
     seen_at: float = 0.0
     """When a worker without a stream gave its last sign of life."""
     namespaces: list[Namespace] = field(default_factory=list)
@@ -136,6 +141,9 @@ class Workers:
         self._line = line
         self._settings = settings
         self._host = this_host()
+        self._processes = Processes()
+        self.shares = Shares(settings.max_workers, "--max-workers", "workers, lost ones included,")
+        """Whose the workers are that are attached, or lost with blocks that they may write to."""
         self._attached: dict[str, Worker] = {}
         self._lost: dict[str, Worker] = {}
         self._names = Names()
@@ -185,10 +193,7 @@ class Workers:
             raise InvalidRequest(
                 f"a worker's name has up to {MAX_NAME} characters, this has {len(name)}"
             )
-        if len(self._attached) >= self._settings.max_workers:
-            raise PoolExhausted(
-                f"{len(self._attached)} workers are attached, --max-workers allows no more"
-            )
+        self.shares.take(identity.tenant or "")
         shown = self._names.take(identity.tenant or "", name)
         key = secrets.token_hex(16)
         worker = Worker(WorkerId(next(self._next)), shown, key, hang_up, identity, pid)
@@ -198,7 +203,7 @@ class Workers:
         self._attached[worker.key] = worker
         if hang_up is None and self._patrol is None:
             self._set_patrol()
-        log.info("worker attached", worker=shown, pid=pid, watched=worker.pidfd is not None)
+        log.info("worker attached", worker=shown, pid=pid, watched=worker.process is not None)
         return worker
 
     def leave(self, worker: Worker, *, gone: bool) -> Ended:
@@ -208,15 +213,17 @@ class Workers:
             worker: who.
             gone: whether it can no longer write: it said so, or its process is known to be dead.
         """
+        process = worker.process
+        dead = process is not None and process.is_dead
+        if dead and not gone and process is not None and not process.is_survived:
+            return Ended()  # who watches it is looking for what it forked, and says at once
         if self._attached.pop(worker.key, None) is None:
             return Ended()
         cache, now = self._holdings.cache, time.monotonic()
         ended = Ended()
-        dead = _is_dead(worker.pidfd)
         worker.state = "died" if dead else "left" if gone else "lost"
         worker.since = now
         self._past.append(worker)
-        gone = gone or dead
         tickets, worker.tickets = worker.tickets, {}
         for ticket in tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls
@@ -234,11 +241,12 @@ class Workers:
             freed=ended.num_freed,
             quarantined=ended.num_quarantined,
         )
-        if gone:
+        del worker.namespaces[_SHOWN_NAMESPACES:]
+        if gone or cache is None or not cache.count_quarantined(worker.id):
             self._forget(worker)
         else:
             self._lost[worker.key] = worker
-            if worker.pidfd is None:  # a watched process is waited for, however long it hangs
+            if worker.process is None:  # a watched process is waited for, however long it hangs
                 worker.forget = asyncio.get_running_loop().call_later(
                     self._settings.quarantine, self._absolve, worker, "quarantine time is over"
                 )
@@ -271,24 +279,46 @@ class Workers:
         """Stop watching; nobody's blocks change."""
         for worker in (*self._attached.values(), *self._lost.values()):
             self._forget(worker)
+        self._processes.close()
         if self._patrol is not None:
             self._patrol.cancel()
 
     def _watch(self, worker: Worker) -> None:
-        try:
-            worker.pidfd = os.pidfd_open(worker.pid)
-        except (OSError, OverflowError) as error:
-            log.warning("cannot watch a worker's process", worker=worker.name, cause=str(error))
-            return
-        asyncio.get_running_loop().add_reader(worker.pidfd, self._died, worker)
+        uid = worker.identity.uid
+        user = User(partial(self._died, worker), partial(self._left_heirs, worker))
+        found = self._processes.watch(
+            worker.pid, os.getuid() if uid is None else uid, worker.key, user, self._pool_path
+        )
+        if isinstance(found, Process):
+            worker.process = found
+        else:
+            log.warning("cannot watch a worker's process", worker=worker.name, cause=found)
+
+    def _pool_path(self) -> str:
+        """Give the file that a process must map to write to a block; "" if there is none."""
+        handle = self._holdings.handle
+        return handle.name if handle is not None and handle.kind == "shm" else ""
 
     def _died(self, worker: Worker) -> None:
+        """Free all that a worker held: its process has ended, and nothing goes on."""
         if worker.key in self._attached:
             self.leave(worker, gone=True)
             if worker.hang_up is not None:
                 worker.hang_up()
-        else:
+        elif worker.key in self._lost:
             self._absolve(worker, "its process ended")
+
+    def _left_heirs(self, worker: Worker) -> None:
+        """End a worker whose process has ended; its blocks wait for what that has forked."""
+        if worker.key in self._attached:
+            self.leave(worker, gone=False)
+            if worker.hang_up is not None:
+                worker.hang_up()
+
+    def _unwatch(self, worker: Worker) -> None:
+        if worker.process is not None:
+            self._processes.leave(worker.process, worker.key)
+            worker.process = None
 
     def _absolve(self, worker: Worker, why: str) -> None:
         freed = 0
@@ -298,18 +328,17 @@ class Workers:
             log.info("quarantine ended", worker=worker.name, freed=freed, why=why)
         if self._lost.pop(worker.key, None) is not None:
             worker.state, worker.since = "died", time.monotonic()
-        self._forget(worker)
+            self._forget(worker)
         self._line.settle()
 
     def _forget(self, worker: Worker) -> None:
+        """Let go of all that was kept for a worker.  Once."""
         self._names.free(worker.tenant, worker.name)
+        self.shares.give(worker.tenant)
         if worker.forget is not None:
             worker.forget.cancel()
             worker.forget = None
-        if worker.pidfd is not None:
-            asyncio.get_running_loop().remove_reader(worker.pidfd)
-            os.close(worker.pidfd)
-            worker.pidfd = None
+        self._unwatch(worker)
 
     def _set_patrol(self) -> None:
         loop = asyncio.get_running_loop()
@@ -325,12 +354,3 @@ class Workers:
                 self.leave(worker, gone=False)
         if unary:
             self._set_patrol()
-
-
-def _is_dead(pidfd: int | None) -> bool:
-    """Whether the watched process has ended; a pidfd is readable from then on."""
-    if pidfd is None:
-        return False
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

@@ -34,6 +34,7 @@ Answer = TypeVar("Answer")
 
 MAX_WORKERS = 3
 MAX_LEASES = 6
+NEVER_SENT = 99
 
 
 class Draw(Protocol):
@@ -711,7 +712,8 @@ class Rules:
         assert 0 <= answer.num_leased <= whole
         assert 0 <= answer.num_new <= whole
         after = world.snapshot()
-        assert after.pinned == before.pinned + answer.num_new == answer.pinned
+        assert after.pinned == before.pinned + answer.num_new
+        assert answer.pinned == after.pinned - self.pinned_by_others(namespace)
         assert (after.free, after.indexed, after.evictable) == (
             before.free,
             before.indexed,
@@ -733,11 +735,21 @@ class Rules:
         line = f"cache.unpin({namespace!r}, pack({list(tokens)}))"
         answer = self.call(line, lambda: world.cache.unpin(namespace, pack(tokens)))
         assert not isinstance(answer, CacheError)
-        assert world.snapshot().pinned == before.pinned - answer.num_blocks == answer.pinned
+        after = world.snapshot()
+        assert after.pinned == before.pinned - answer.num_blocks
+        assert answer.pinned == after.pinned - self.pinned_by_others(namespace)
         assert 0 <= answer.num_leased <= answer.num_blocks
         if not tokens:
             assert not any(pin.namespace == namespace for pin in world.snapshot().pins)
         self.forget_pins(lambda one: one.namespace == namespace and tokens in ((), one.tokens))
+
+    def pinned_by_others(self, namespace: Namespace) -> int:
+        """Ask for what other tenants have pinned: by ending a pin of theirs that is none."""
+        return sum(
+            self.world.cache.unpin(one, pack([NEVER_SENT])).pinned
+            for one in self.world.namespaces
+            if one.tenant != namespace.tenant
+        )
 
     def forget_pins(self, gone: Callable[[PinView], bool]) -> None:
         self.world.pins = [one for one in self.world.pins if not gone(one)]

@@ -229,8 +229,7 @@ def test_no_number_of_pins_wedges_the_pool() -> None:
 
 
 def test_a_pin_that_loses_blocks_keeps_the_rest_of_its_prefix() -> None:
-    cache = pool(4)
-    cache._desk.pins.max_pinned = 4
+    cache = pool(4, max_pinned=4)
     store(cache, [1, 2, 3])
     cache.pin(A, pack([1, 2, 3]), ttl_s=50.0, now=0.0)
     lease = take(cache, [7, 8], B)

@@ -371,7 +371,12 @@ class World:
     def held(self, scope: Namespace | str) -> tuple[int, int]:
         """Give the fewest and the most blocks that leases of a tenant or namespace may hold."""
         blocks: set[int] = set()
-        twice = 0
+        twice = sum(
+            len(view.table)
+            for gone in self.zombies.values()
+            for view in gone
+            if scope in (view.namespace, view.namespace.tenant)
+        )  # what was its own of these is quarantined, and counts
         for view in self.leases.values():
             if scope in (view.namespace, view.namespace.tenant):
                 # The last block that forks share is counted once they have a copy of their own.

@@ -9,7 +9,7 @@ from time import monotonic
 import structlog
 
 from prefixcache.client import codec
-from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.errors import InvalidRequest
 from prefixcache.service.fields import check_texts
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker
@@ -50,17 +50,13 @@ class Attendance(Verbs):
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)
-        known = [] if self.holdings.cache is None else self.holdings.cache.namespaces()
-        if len(known) >= self.settings.max_namespaces and namespace not in known:
-            raise PoolExhausted(
-                f"{len(known):,} namespaces are known, --max-namespaces allows no more"
-            )
         fresh = self.holdings.cache is None
         cache = self.holdings.settle_layout(codec.read_layout(request.layout))
         if fresh:
             log.info("pool created", sizes=str(self.holdings.sizes))
         if fresh and self.shadows is not None:
             self.shadows.begin()
+        cache.make_way(namespace)
         worker = (
             asker
             if isinstance(asker, Worker)

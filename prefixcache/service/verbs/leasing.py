@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 
 from prefixcache.client.codec.leasing import write_fork
-from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Worker
 from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
@@ -36,7 +36,6 @@ class Leasing(Verbs):
         request_id = request.request_id
         if wait_s:
             self._check_wait(worker, wait_s)
-        self._refuse_lease_beyond_limit(1)
         namespace = self._attached_namespace(worker, request.namespace_index)
         tokens = request.tokens
         answer = self._cache().acquire(
@@ -103,7 +102,6 @@ class Leasing(Verbs):
                 f"{request.count} children in one fork, --max-forks allows "
                 f"{self.settings.max_forks}"
             )
-        self._refuse_lease_beyond_limit(request.count)
         cache, lease, now = self._cache(), LeaseId(request.lease), monotonic()
         if not request.shared_table:
             table = 4 * cache.num_committed_blocks(worker.id, lease, now=now)
@@ -129,15 +127,6 @@ class Leasing(Verbs):
     def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
         """End a lease."""
         return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
-
-    def _refuse_lease_beyond_limit(self, count: int) -> None:
-        out = self._cache().num_leases
-        if out + count > self.settings.max_leases:
-            raise PoolExhausted(
-                f"{out:,} leases are out and {count:,} more are asked for; --max-leases allows "
-                f"{self.settings.max_leases:,}",
-                retry_after_s=self.settings.ttl,
-            )
 
     def _check_wait(self, worker: Worker, wait_s: float) -> None:
         if not 0 <= wait_s <= self.settings.max_wait:
