@@ -31,6 +31,7 @@ WORDS = (
     "prefixcache.texts",
     "prefixcache.private_files",
     "prefixcache.plain_json",
+    "prefixcache.model_folders",
     "prefixcache.pool",
     "prefixcache.device",
     "prefixcache.config",

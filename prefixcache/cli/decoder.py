@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.extras import how_to_install
+from prefixcache.model_folders import places
 from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
 
@@ -141,38 +141,12 @@ def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decod
     if namespace is None:
         return None
     try:
-        for folder in _places(namespace.model):
+        for folder in places(namespace.model):
             if (folder / _FILE).is_file():
                 return Decoder(folder)
     except (InvalidRequest, OSError, RuntimeError, ValueError):
         return None  # whatever is wrong with a cache: then token ids are shown
     return None
-
-
-_PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
-"""What a part of a model's name is made of, where it names a folder."""
-
-
-def _places(model: str) -> Iterator[Path]:
-    """Give the folders in which the tokenizer of a model of that name may be.
-
-    The name is what a worker has sent: it finds folders below the caches of this machine, and is
-    itself no path.
-    """
-    name, _, revision = model.partition("@")
-    parts = name.split("/")
-    if len(parts) > 2 or not all(_PART.fullmatch(part) for part in parts):
-        return
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    own = os.environ.get("PREFIXCACHE_CACHE")
-    if len(parts) == 1:
-        yield (Path(own) if own else caches / "prefixcache") / name
-    home = os.environ.get("HF_HOME")
-    hub = (Path(home) if home else caches / "huggingface") / "hub"
-    snapshots = hub / f"models--{'--'.join(parts)}" / "snapshots"
-    if snapshots.is_dir():
-        found = sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime)
-        yield from (one for one in reversed(found) if one.name.startswith(revision))
 
 
 def preview(decoder: Decoder | None, tokens: bytes, width: int) -> str:

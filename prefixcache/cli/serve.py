@@ -39,7 +39,13 @@ def serve(
         ),
     ] = None,
     model: Annotated[
-        Path | None, _option(_POOL, "Folder whose config.json tells the layout.", "DIR")
+        Path | None,
+        _option(
+            _POOL,
+            "Folder whose config.json tells the layout, or the name of a model in a cache of this "
+            "machine.",
+            "MODEL",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, _option(_POOL, "Element type, if not the one in config.json.", "TYPE")

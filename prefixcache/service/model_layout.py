@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.model_folders import places
 from prefixcache.plain_json import json_text
 from prefixcache.texts import escape
 from prefixcache.types import DTYPE_BYTES, Layout, dtype_named
@@ -94,14 +95,14 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
     """Read the layout of the model in `folder`.
 
     Args:
-        folder: Holds config.json.
+        folder: Holds config.json; or the name of a model that is in a cache of this machine.
         dtype: Element type of the pool, if it is not the one that config.json names.
 
     Raises:
         InvalidRequest: there is no such file, it does not tell, or the model's keys and values have
             no uniform layout; the message names the field.
     """
-    path = folder / "config.json"
+    path = _find(folder) / "config.json"
     outer = _load(path)
     config = _Config(path, _text_model(path, outer))
     config.refuse_what_has_no_layout(outer)
@@ -118,6 +119,23 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
             "give --dtype"
         ) from None
     return Layout(layers, kv_heads, head_dim, named)
+
+
+def _find(folder: Path) -> Path:
+    if (folder / "config.json").exists():
+        return folder
+    try:
+        known = [one for one in places(str(folder)) if (one / "config.json").is_file()]
+    except (OSError, RuntimeError):
+        known = []
+    if known:
+        return known[0]
+    if not folder.exists() and not folder.is_absolute():
+        raise InvalidRequest(
+            f"there is no folder {escape(str(folder))}, and no model of that name in a cache of "
+            "this machine; give its folder, or --layout instead"
+        )
+    return folder
 
 
 class _Config:

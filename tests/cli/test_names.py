@@ -70,7 +70,7 @@ def test_a_cache_that_cannot_be_read_means_token_ids(
         def fail(model: str, error: type[Exception] = error) -> Any:
             raise error("no home")
 
-        monkeypatch.setattr(decoder, "_places", fail)
+        monkeypatch.setattr(decoder, "places", fail)
         assert open_decoder(None, Namespace("m")) is None
 
 

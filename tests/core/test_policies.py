@@ -135,7 +135,7 @@ def test_retired_namespaces_tails_and_forgotten_ghosts_leave_no_trace_in_the_cou
 
 def test_an_unknown_policy_is_refused_with_the_list_of_those_there_are() -> None:
     with pytest.raises(InvalidRequest, match="s3fifo, sieve, slru"):
-        policy_named("mru")
+        policy_named("no such policy")
 
 
 # ---------------------------------------------------------------------- block by block

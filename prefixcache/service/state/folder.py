@@ -210,7 +210,8 @@ class StateFolder:
         self._keeper = Keeper(manifest, stamps, sums, size, revival.namespaces)
         cache.observe(self._keeper, self._keeper)
         self._keeper.start(revival.kept, revival.lost)
-        tell = log.warning if revival.num_doubtful else log.info
+        # The service says it, too, where it says what it derived: one of both is enough for people.
+        tell = log.warning if revival.num_doubtful or len(aside) else log.debug
         tell(
             "state restored",
             blocks=count,
