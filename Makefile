@@ -67,7 +67,7 @@ kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under com
 properties: $(VENV)/.installed   ## The property tests, 100 times as long.
 	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
 
-chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks and broken connections: 15 minutes.
+chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks, broken connections and a hostile tenant: 15 minutes.  ROUNDS=5 for a short one.
 	PYTHONPATH=tests $(BIN)/python -m chaos.storm --rounds $(or $(ROUNDS),100)
 
 fuzz: $(VENV)/.installed   ## Messages, manifests, traces, prompts, identities, configs, texts, wire, sockets; FUZZ_SECONDS=600.

@@ -1,6 +1,7 @@
 """A worker in a storm: leases, verifies all it reads, writes, commits, extends, forks, rolls back.
 
-Arguments: target, seed, log.  Runs until SIGTERM; a line of the log per event (see `history.py`).
+Arguments: target, seed, log, tenant, patience.  Runs until SIGTERM; a line of the log per
+event (see `history.py`).
 
 A read counts when it is certain that the lease stood all the while: its own deadline has not
 passed, the pool has not been taken over, and a sign of life sent *after* the read is answered.
@@ -19,7 +20,16 @@ from typing import Any
 
 import prefixcache
 from chaos.pattern import Pool
-from chaos.universe import CHAT_TOKENS, MODELS, NUM_CHATS, NUM_SYSTEMS, SYSTEM_TOKENS, tokens_of
+from chaos.universe import (
+    CHAT_TOKENS,
+    MODELS,
+    NUM_CHATS,
+    NUM_SYSTEMS,
+    SYSTEM_TOKENS,
+    TOKENS,
+    space,
+    tokens_of,
+)
 from prefixcache.client import Client, Lease, Session
 from prefixcache.errors import CacheError, ServiceUnavailable
 from prefixcache.pool import epoch_of, map_pool
@@ -35,14 +45,16 @@ BACKOFF_S = (0.02, 0.3)
 class Actor:
     """One life of one worker process."""
 
-    def __init__(self, target: str, seed: int, log: str) -> None:
+    def __init__(self, target: str, seed: int, log: str, tenant: str, patience_s: float) -> None:
         self.target = target
+        self.tenant = tenant
+        self.patience_s = patience_s
         self.random = Random(seed)
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.ops = itertools.count(1)
         self.name = f"{os.getpid()}.{seed}"
         self.ending = False
-        self.counts = dict.fromkeys(("unsure", "lost", "refused"), 0)
+        self.counts = dict.fromkeys(("unsure", "lost", "refused", "cancelled"), 0)
 
     def tell(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "t": time.monotonic()} | fields)
@@ -53,11 +65,14 @@ class Actor:
         delay_s = BACKOFF_S[0]
         while not self.ending:
             try:
-                with prefixcache.connect(self.target, timeout_s=2.0) as client:
+                with prefixcache.connect(
+                    self.target, timeout_s=self.patience_s, token=TOKENS[self.tenant]
+                ) as client:
                     self.live(client)
                 delay_s = BACKOFF_S[0]
-            except CacheError:
+            except CacheError as error:
                 self.counts["lost"] += 1
+                self.tell("lost", patience=self.patience_s, why=str(error)[:200])
                 time.sleep(delay_s * (0.5 + self.random.random()))
                 delay_s = min(2 * delay_s, BACKOFF_S[1])
         self.tell("counts", **self.counts)
@@ -71,11 +86,14 @@ class Actor:
         session = client.attach(model, LAYOUT, name=f"actor{self.random.randrange(100)}")
         memory = map_pool(session.pool)
         pool = Pool(memory, session.pool)
+        named = space(self.tenant, model)
         while not self.ending:
             if self.random.random() < 0.004:
                 self.reset(client, model)
             try:
-                self.serve(session, pool, model)
+                if self.random.random() < 0.2:
+                    self.think_better_of_it(session)
+                self.serve(session, pool, named)
             except ServiceUnavailable:
                 raise
             except CacheError:
@@ -86,9 +104,18 @@ class Actor:
 
     def reset(self, client: Client, model: str) -> None:
         op = f"{self.name}.{next(self.ops)}"
-        self.tell("reset", op=op, model=model)
+        self.tell("reset", op=op, model=space(self.tenant, model))
         client.reset(Namespace(model))
         self.tell("answer", op=op)
+
+    def think_better_of_it(self, session: Session) -> None:
+        """Ask for a lease, and hang up at any moment."""
+        whole = tokens_of(self.random.randrange(NUM_SYSTEMS), self.random.randrange(NUM_CHATS))
+        asked = session.acquire_later(whole, reserve=30, wait_s=1.0)
+        time.sleep(self.random.choice((0.0, 0.0005, 0.003)))
+        if not asked.cancel():
+            asked.result(self.patience_s).release()
+        self.counts["cancelled"] += 1
 
     def serve(self, session: Session, pool: Pool, model: str) -> None:
         """One request from its prompt to its release."""
@@ -191,4 +218,4 @@ class Actor:
 
 
 if __name__ == "__main__":
-    Actor(sys.argv[1], int(sys.argv[2]), sys.argv[3]).run()
+    Actor(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4], float(sys.argv[5])).run()

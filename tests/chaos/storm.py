@@ -2,10 +2,13 @@
 
 ```
 4 actors ── directly ──────────► prefixcache serve --state DIR ── a disk of its own, at times full
-4 actors ── proxy ─┘ drops, half-opens
+4 actors ── proxy ─┘ drops,      --identities: two tenants that are honest, one that is not
+2 adversaries ──── half-opens    quotas, HTTP
 every round: the service is killed and started again; workers are killed and stopped
+every fourth: nothing but the adversaries
 ```
-Ends with a verdict: no wrong byte was read, the history is that of a cache, and nothing is left.
+Ends with a verdict: no wrong byte was read, the history is that of a cache, nobody's session was
+ended by another, nobody waited for long, and nothing is left.
 
     PYTHONPATH=tests python -m chaos.storm [--rounds 100] [--seconds-per-round 8] [--seed N]
 """
@@ -20,6 +23,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +42,20 @@ import prefixcache
 from chaos.history import check, read
 from chaos.pattern import Pool
 from chaos.proxy import Proxy
-from chaos.universe import BLOCK_SIZE, MODELS, NUM_CHATS, NUM_SYSTEMS, tokens_of
+from chaos.universe import (
+    BLOCK_SIZE,
+    BOSS,
+    HONEST,
+    MODELS,
+    NUM_CHATS,
+    NUM_SYSTEMS,
+    RED,
+    TOKENS,
+    identities,
+    space,
+    tokens_of,
+)
+from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from prefixcache_bench.figures import publish
@@ -47,13 +64,35 @@ from wire.service_process import LAYOUT, ServiceProcess, environment, sizes
 NUM_BLOCKS = 1024
 TTL_S = 1.0
 ACTORS = 8
+ADVERSARIES = 2
+RED_BLOCKS = NUM_BLOCKS // 4
+"""What the adversaries' tenant may hold."""
 DISK_BYTES = 24 * 2**20
-LEAK_SHARE = 1.15
-"""How much larger than after warming up a process may be at the end: chance, and no trend."""
+LEAK_SHARE = 1.6
+"""How much larger than after warming up the service may be at the end: what the adversaries did to
+the last one and to the first is chance."""
+
+LEAK_FILES = 16
+"""Descriptors more than a service has that nobody has spoken to yet."""
+
+LONGEST_PROBE_S = 10.0
+"""A look-up that takes longer, with no fault but the adversaries, was starved."""
+
+CALM_AFTER_S = 3.0
+"""Into a round without other faults, by when everybody is back."""
+
+PATIENCE_S = (10.0, 2.0)
+"""How long an actor waits for an answer, directly and through the proxy."""
 
 LEAST_OPS_PER_S = 100
 MOST_LULL_S = 15.0
 """Longer than any fault lasts, with the start of a service after it on a crowded machine."""
+
+SETTLE_S = 2 * TTL_S + 1
+"""Until leases and quarantine are gone: for workers that cannot be watched, after a ttl each."""
+
+MOST_RED_SPACES = 8
+"""Namespaces of the adversaries in which something may be stored in the end."""
 
 MNT_DETACH = 2
 DOCUMENT = Path("docs/reliability.md")
@@ -79,6 +118,19 @@ class Report:
     leaks: list[str] = field(default_factory=list)
     final_tokens: int = 0
     rss_growth: float = 1.0
+    more_files: int = 0
+    red_spaces: int = 0
+    attempts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the adversaries did, by kind: how often, and how it was answered."""
+    broken: list[str] = field(default_factory=list)
+    """Answers to them that no request may get."""
+    cancelled: int = 0
+    calm_s: float = 0.0
+    ended_sessions: list[str] = field(default_factory=list)
+    """Sessions of the honest that ended while nothing went wrong but the adversaries."""
+    idle_s: list[float] = field(default_factory=list)
+    """How long look-ups took with nobody else there, and then beside the adversaries."""
+    beside_s: list[float] = field(default_factory=list)
     longest_lull_s: float = 0.0
     """No operation of any worker was answered for so long."""
     least_per_s: int = 0
@@ -92,7 +144,11 @@ class Report:
             failed.append(f"{self.wrong} tokens read wrong")
         failed += [f"a hit that nobody committed: {one}" for one in self.phantoms]
         failed += [f"a commit that was not found: {one}" for one in self.forgotten]
-        if self.settle_s > TTL_S + 1:
+        failed += [f"an answer to an adversary: {one}" for one in self.broken]
+        failed += [f"a session ended: {one}" for one in self.ended_sessions]
+        if max(self.beside_s, default=0.0) > LONGEST_PROBE_S:
+            failed.append(f"a look-up took {max(self.beside_s):.1f} s")
+        if self.settle_s > SETTLE_S:
             failed.append(f"leases and quarantine took {self.settle_s:.1f} s to go back to 0")
         if self.longest_lull_s > MOST_LULL_S:
             failed.append(f"nothing was answered for {self.longest_lull_s:.0f} s")
@@ -105,6 +161,7 @@ class Report:
         faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.faults.items()))
         return [
             f"rounds     {self.rounds} in {self.seconds:.0f} s: {faults}",
+            *self._red(),
             f"load       {self.ops:,} operations, {self.ops / self.seconds:.0f} a second, by "
             f"{ACTORS} processes; at most {self.longest_lull_s:.1f} s without an answer",
             f"reads      {self.read_tokens + self.final_tokens:,} tokens verified byte by byte, "
@@ -113,10 +170,38 @@ class Report:
             f"{len(self.phantoms)} hits unexplained, {len(self.forgotten)} commits not found",
             f"restarts   {self.restored_blocks:,} blocks restored in all",
             f"settled    leases and quarantine back at 0 after {self.settle_s:.2f} s "
-            f"(limit {TTL_S + 1:g} s)",
-            f"leaks      {len(self.leaks)}; service's memory {self.rss_growth:.2f} of its first",
+            f"(limit {SETTLE_S:g} s)",
+            f"leaks      {len(self.leaks)}; service's memory {self.rss_growth:.2f} of its first, "
+            f"{self.more_files:+d} descriptors, {self.red_spaces} namespaces of the adversaries",
             "PASSED" if not self.failures else "FAILED: " + "; ".join(self.failures[:5]),
         ]
+
+    def _red(self) -> list[str]:
+        total: Counter[str] = Counter()
+        for answers in self.attempts.values():
+            total.update(answers)
+        lines = [
+            f"adversary  {total['done']:,} attempts of {len(self.attempts)} kinds: {total['ok']:,} "
+            f"requests granted, {total['refused']:,} refused, {total['unanswered']:,} unanswered, "
+            f"{total['broken']} answered as no request may be"
+        ]
+        for kind, answers in sorted(self.attempts.items()):
+            told = ", ".join(f"{count:,} {name}" for name, count in sorted(answers.items()))
+            lines.append(f"           {kind}: {told}")
+        lines += [
+            f"honest     {self.cancelled:,} calls cancelled; in {self.calm_s:.0f} s with nothing "
+            f"but the adversaries {len(self.ended_sessions)} sessions ended",
+            f"look-ups   {_quantiles(self.idle_s)} idle; {_quantiles(self.beside_s)} beside them",
+        ]
+        return lines
+
+
+def _quantiles(times: list[float]) -> str:
+    if not times:
+        return "none"
+    ordered = sorted(times)
+    shown = (ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100], ordered[-1])
+    return "p50 {:.1f}, p99 {:.1f}, max {:.0f} ms".format(*(1e3 * one for one in shown))
 
 
 class Disk:
@@ -167,28 +252,50 @@ class Storm:
         self.report = Report()
         self.disk = Disk(folder / "disk")
         self.target = f"unix:{folder}/service.sock"
-        self.service = self.serve()
-        self.proxy = Proxy(folder / "proxy.sock", folder / "service.sock")
+        self.http = f"127.0.0.1:{free_port()}"
+        self.identities = identities(folder / "identities.toml")
         self.serial = 0
-        self.actors = [self.act(number) for number in range(ACTORS)]
+        self.service = self.serve()
+        self.first_files = psutil.Process(self.service.process.pid).num_fds()
+        self.proxy = Proxy(folder / "proxy.sock", folder / "service.sock")
+        self.actors: list[subprocess.Popen[bytes]] = []
+        self.adversaries: list[subprocess.Popen[bytes]] = []
+        self.cancellers = [self.start("canceller", self.target, tenant) for tenant in HONEST]
+        self.calm: list[tuple[float, float]] = []
         self.first_rss = 0
+        self.alone_until = 0.0
         self.ended_at = 0.0
 
     def serve(self) -> ServiceProcess:
-        return ServiceProcess(
+        service = ServiceProcess(
             self.target,
             *sizes(NUM_BLOCKS, BLOCK_SIZE),
             *("--ttl", str(TTL_S), "--log-level", "warning", "--grace", "2"),
-            *("--state", str(self.disk.folder / "state")),
+            *("--state", str(self.disk.folder / "state"), "--quarantine", str(TTL_S)),
+            *("--identities", str(self.identities), "--http", self.http),
         )
+        try:
+            with self.connect() as client:
+                client.set_quota(RED, max_held=RED_BLOCKS)
+        except CacheError:
+            service.close()
+            raise
+        return service
+
+    def connect(self, tenant: str = BOSS) -> Client:
+        return prefixcache.connect(self.target, token=TOKENS[tenant], timeout_s=30.0)
 
     def act(self, number: int) -> subprocess.Popen[bytes]:
-        self.serial += 1
         target = self.target if number % 2 else f"unix:{self.folder}/proxy.sock"
-        log = self.folder / f"actor-{self.serial}.log"
+        patience_s = PATIENCE_S[0] if number % 2 else PATIENCE_S[1]
+        return self.start("actor", target, HONEST[number // 2 % 2], str(patience_s))
+
+    def start(self, kind: str, target: str, *more: str) -> subprocess.Popen[bytes]:
+        self.serial += 1
+        log = self.folder / f"{kind}-{self.serial}.log"
+        arguments = [target, str(self.serial), str(log), *more]
         return subprocess.Popen(
-            [sys.executable, "-m", "chaos.actor", target, str(self.serial), str(log)],
-            env=environment(),
+            [sys.executable, "-m", f"chaos.{kind}", *arguments], env=environment()
         )
 
     # ------------------------------------------------------------------ what goes wrong
@@ -198,7 +305,7 @@ class Storm:
         self.service.close()
         time.sleep(self.random.choice((0.0, 0.0, 0.2)))
         self.service = self.serve()
-        with prefixcache.connect(self.target) as client:
+        with self.connect() as client:
             state = client.call("snapshot", _snapshot()).service.state
             self.report.restored_blocks += state.restored_blocks
 
@@ -247,9 +354,18 @@ class Storm:
             *(self.kill_worker, self.stop_workers, self.stop_workers, self.stop_service),
             *(self.drop_connections, self.half_open_connections, self.fill_disk),
         )
-        started = time.monotonic()
+        time.sleep(3.0)  # while the probes are alone
+        self.alone_until = time.monotonic()
+        self.actors = [self.act(number) for number in range(ACTORS)]
         time.sleep(2.5)  # until the actors are at work
+        self.adversaries = [
+            self.start("adversary", self.target, self.http) for _ in range(ADVERSARIES)
+        ]
+        started = time.monotonic()
         for number in range(rounds):
+            if number % 4 == 1:
+                self.calm_round(seconds_per_round)
+                continue
             due = time.monotonic() + seconds_per_round
             deck = list(others)
             self.random.shuffle(deck)
@@ -268,6 +384,13 @@ class Storm:
         self.settle()
         return self.report
 
+    def calm_round(self, seconds: float) -> None:
+        """Let nothing go wrong but for what the adversaries do."""
+        begun = time.monotonic()
+        time.sleep(seconds)
+        self.report.faults["calm rounds"] += 1
+        self.calm.append((begun + min(CALM_AFTER_S, seconds / 2), begun + seconds))
+
     def fault(self, fault: Any) -> None:
         self.report.faults[fault.__name__.replace("_", " ")] += 1
         fault()
@@ -278,9 +401,19 @@ class Storm:
         time.sleep(TTL_S)
         grown = psutil.Process(self.service.process.pid).memory_info().rss / self.first_rss
         report.rss_growth = grown
-        died = [actor.returncode for actor in self.actors if actor.poll() is not None]
+        everybody = (*self.actors, *self.cancellers, *self.adversaries)
+        died = [process.args[2] for process in everybody if process.poll() is not None]  # type: ignore[index]
         if died:
-            report.leaks.append(f"actors ended by themselves: {died}")
+            report.leaks.append(f"ended by themselves: {died}")
+        for process in self.adversaries:
+            process.terminate()
+        for process in self.adversaries:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+        for process in self.cancellers:
+            process.terminate()
+            process.wait(30)
         for actor in self.actors[: ACTORS // 2]:
             actor.terminate()
         for actor in self.actors[: ACTORS // 2]:
@@ -288,7 +421,7 @@ class Storm:
         for actor in self.actors[ACTORS // 2 :]:
             actor.kill()  # these leave leases behind
         ended_at = time.monotonic()
-        with prefixcache.connect(self.target) as client:
+        with self.connect() as client:
             while (now := client.snapshot()).leases or now.quarantined:
                 time.sleep(0.02)
                 if time.monotonic() - ended_at > 20:
@@ -299,8 +432,18 @@ class Storm:
                     f"{len(now.leases)} leases, {now.quarantined} quarantined, "
                     f"{now.private} private blocks are left"
                 )
+            spaces = [one for one in now.namespaces if one.tenant == RED]
+            report.red_spaces = len(spaces)
+            if len(spaces) > MOST_RED_SPACES:
+                report.leaks.append(f"{len(spaces)} namespaces of the adversaries are left")
             if now.free + now.evictable != NUM_BLOCKS:
                 report.leaks.append(f"{now.free} free + {now.evictable} evictable != {NUM_BLOCKS}")
+        process, due = psutil.Process(self.service.process.pid), time.monotonic() + 10
+        while process.num_fds() > self.first_files + LEAK_FILES and time.monotonic() < due:
+            time.sleep(0.1)
+        report.more_files = process.num_fds() - self.first_files
+        if report.more_files > LEAK_FILES:
+            report.leaks.append(f"{report.more_files} descriptors more than at first")
         if grown > LEAK_SHARE:
             report.leaks.append(f"the service has grown to {grown:.2f} of its first size")
         self.count()
@@ -319,14 +462,50 @@ class Storm:
         answers = sorted(float(str(e["t"])) for e in events if e["kind"] == "answer")
         lulls = pairwise([*answers, self.ended_at])
         report.longest_lull_s = max((end - start for start, end in lulls), default=report.seconds)
+        report.cancelled = sum(int(str(e.get("cancelled", 0))) for e in events)
+        self.count_calm(events, read(sorted(self.folder.glob("canceller-*.log"))))
+        self.count_red()
         verdict = check(events)
         report.commits, report.hits, report.resets = verdict.commits, verdict.hits, verdict.resets
         report.phantoms, report.forgotten = verdict.phantoms, verdict.forgotten
 
+    def count_calm(self, events: list[dict[str, object]], others: list[dict[str, object]]) -> None:
+        """See what the honest met while nothing went wrong but the adversaries."""
+        report = self.report
+        report.cancelled += sum(int(str(e.get("cancelled", 0))) for e in others)
+        report.calm_s = sum(end - start for start, end in self.calm)
+        for e in (*events, *others):
+            t, kind = float(str(e["t"])), e["kind"]
+            calm = any(start <= t <= end for start, end in self.calm)
+            if kind == "probe" and t < self.alone_until:
+                report.idle_s.append(float(str(e["took"])))
+            elif kind == "probe" and calm:
+                report.beside_s.append(float(str(e["took"])))
+            elif kind == "lost" and calm and float(str(e["patience"])) >= PATIENCE_S[0]:
+                report.ended_sessions.append(str(e["why"]))
+
+    def count_red(self) -> None:
+        """Add up what the adversaries told last."""
+        report = self.report
+        for log in sorted(self.folder.glob("adversary-*.log")):
+            told = read([log])
+            if not told:
+                continue
+            last: Any = told[-1]
+            report.broken += last["broken"]
+            for name, count in last["counts"].items():
+                kind, _, answer = name.partition(":")
+                answers = report.attempts.setdefault(kind, {})
+                answers[answer] = answers.get(answer, 0) + count
+
     def read_all(self) -> int:
         """Read everything that is stored; give how many tokens."""
+        return sum(self.read_tenant(tenant) for tenant in HONEST)
+
+    def read_tenant(self, tenant: str) -> int:
+        """Read what is stored of a tenant; give how many tokens."""
         total = 0
-        with prefixcache.connect(self.target) as client:
+        with self.connect(tenant) as client:
             for model in MODELS:
                 session = client.attach(model, LAYOUT)
                 pool = Pool(map_pool(session.pool), session.pool)
@@ -338,7 +517,7 @@ class Storm:
                                 pool.copy(lease.copies)
                                 count = lease.num_cached
                                 self.report.wrong += pool.wrong(
-                                    model, whole, lease.block_table, count
+                                    space(tenant, model), whole, lease.block_table, count
                                 )
                                 total += count
                         except CacheError:
@@ -346,7 +525,7 @@ class Storm:
         return total
 
     def close(self) -> None:
-        for actor in self.actors:
+        for actor in (*self.actors, *self.cancellers, *self.adversaries):
             with contextlib.suppress(ProcessLookupError):
                 actor.send_signal(signal.SIGCONT)
             actor.kill()
@@ -354,6 +533,13 @@ class Storm:
         self.proxy.close()
         self.service.close()
         self.disk.close()
+
+
+def free_port() -> int:
+    """Give a port of loopback that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _snapshot() -> Any:

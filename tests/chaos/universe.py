@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 from chaos.pattern import prompt
 
 BLOCK_SIZE = 4
 MODELS = ("a", "b")
+HONEST = ("blue", "green")
+"""Tenants that use the same models with the same prompts, and must find nothing of each other."""
+RED, BOSS = "red", "boss"
+TOKENS = {name: f"secret-of-{name}" for name in (*HONEST, RED, BOSS)}
 NUM_SYSTEMS, NUM_CHATS = 4, 48
 SYSTEM_TOKENS, CHAT_TOKENS = 37, 90
 
@@ -25,3 +31,20 @@ def common(one: tuple[int, int], other: tuple[int, int]) -> int:
     while count < len(a) and a[count : count + 4] == b[count : count + 4]:
         count += 4
     return count // 4
+
+
+def space(tenant: str, model: str) -> str:
+    """Name what a tenant's prompts share, in histories and patterns: bytes differ by tenant."""
+    return f"{tenant}/{model}"
+
+
+def identities(path: Path) -> Path:
+    """Write who may use the service in a storm: each by a token."""
+    tables = []
+    for name, token in TOKENS.items():
+        means = "admin = true" if name == BOSS else f'tenant = "{name}"'
+        digest = sha256(token.encode()).hexdigest()
+        tables.append(f'[[identity]]\nname = "{name}"\n{means}\ntoken_sha256 = "{digest}"\n')
+    path.write_text("\n".join(tables))
+    path.chmod(0o600)
+    return path
