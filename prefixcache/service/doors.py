@@ -10,7 +10,6 @@ things are different servers, with the same handlers behind them.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.admission import Admission, Places
 from prefixcache.service.certificates import Certificates
+from prefixcache.service.descriptors import Descriptors
 from prefixcache.service.gate import Gate, Register
 from prefixcache.service.identities import Socket
 from prefixcache.service.listen import Listener
@@ -41,13 +41,16 @@ class Door:
     server: grpc.aio.Server
 
 
-def make_doors(settings: ServeSettings, register: Register, calls: OpenCalls) -> list[Door]:
+def make_doors(
+    settings: ServeSettings, register: Register, calls: OpenCalls, descriptors: Descriptors
+) -> list[Door]:
     """Make all doors; nothing listens yet.
 
     Args:
         settings: The service's.
         register: Who may come in.
         calls: Gets what is open at all of them, where callers have to prove who they are.
+        descriptors: How many connections there may be.
 
     Raises:
         InvalidRequest: an address must not be listened at, or a certificate cannot be read.
@@ -68,7 +71,8 @@ def make_doors(settings: ServeSettings, register: Register, calls: OpenCalls) ->
     def door(listener: Listener, own: Socket | None = None) -> Door:
         gate = Gate(register, own)
         guards = () if identities is None else (Admission(gate, places, calls, refuse),)
-        return Door(listener, gate, _server(settings, guards))
+        most = descriptors.front if own is None else descriptors.own
+        return Door(listener, gate, _server(settings, guards, most))
 
     doors = [door(front)]
     for socket in identities.sockets if identities is not None else ():
@@ -78,7 +82,7 @@ def make_doors(settings: ServeSettings, register: Register, calls: OpenCalls) ->
 
 
 def _server(
-    settings: ServeSettings, guards: Sequence[grpc.aio.ServerInterceptor]
+    settings: ServeSettings, guards: Sequence[grpc.aio.ServerInterceptor], most: int
 ) -> grpc.aio.Server:
     return grpc.aio.server(
         # Where callers prove who they are, their calls are counted once that is known: gRPC's own
@@ -94,16 +98,11 @@ def _server(
             ("grpc.http2.settings_timeout", _HANDSHAKE_MS),
             # A session is a call: only connections without any are idle.
             ("grpc.max_connection_idle_ms", _IDLE_MS),
-            ("grpc.max_allowed_incoming_connections", _max_connections()),
+            ("grpc.max_allowed_incoming_connections", most),
             # Two services must not share one TCP port without knowing of each other.
             ("grpc.so_reuseport", 0),
         ),
     )
-
-
-def _max_connections() -> int:
-    """Give how many callers one door lets in: half the descriptors, so that others are left."""
-    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def open_doors(

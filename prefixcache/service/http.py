@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.http_connections import Bound, within
 from prefixcache.service.listen import check_loopback
 from prefixcache.service.metrics import CONTENT_TYPE, Scrape, exposition
 from prefixcache.service.page import Page
@@ -35,7 +36,7 @@ from prefixcache.service.page import Page
 ASSETS = Path(__file__).parent / "web"
 """The page: all that a browser needs, in the package."""
 
-_MAX_CONNECTIONS = 64
+_BACKLOG = 32
 _LAST_WORDS_S = 1
 
 SECURITY = (
@@ -58,19 +59,25 @@ class HttpServer:
     Args:
         target: 127.0.0.1:PORT; port 0 takes a free one.
         domains: the state of each trust domain; the page shows the one without a name.
+        max_connections: how many there may be; half of them may be open pages, the rest are for
+            whoever reads the metrics.
 
     Raises:
         InvalidRequest: the address is none, or not on the loopback device.
     """
 
-    def __init__(self, target: str, domains: Mapping[str, Handlers]) -> None:
+    def __init__(
+        self, target: str, domains: Mapping[str, Handlers], max_connections: int = 64
+    ) -> None:
         address = Address.parse(target)
         if address.path:
             raise InvalidRequest(f"--http takes 127.0.0.1:PORT, not {target}")
         check_loopback(address)
         self._address = address
         self._scrape = Scrape(domains)
+        self._handlers = domains[""]
         self._page = Page(domains[""])
+        self._bound = Bound(max_connections)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -83,7 +90,9 @@ class HttpServer:
         address = self._address
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         try:
-            listening = socket.create_server((address.host, address.port), family=family)
+            listening = socket.create_server(
+                (address.host, address.port), family=family, backlog=_BACKLOG
+            )
         except OSError as error:
             raise ServiceUnavailable(
                 f"cannot listen for HTTP at {address}: {error.strerror}"
@@ -95,10 +104,10 @@ class HttpServer:
             log_config=None,
             access_log=False,
             lifespan="off",
-            http="h11",
+            http=within(self._bound),
             ws="none",
             server_header=False,
-            limit_concurrency=_MAX_CONNECTIONS,
+            backlog=_BACKLOG,
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
         self._server = _Server(config)
@@ -123,15 +132,41 @@ class HttpServer:
         async def history(request: Request) -> Response:
             return Response(page.history(), media_type="application/json")
 
-        async def live(request: Request) -> Response:
-            return StreamingResponse(page.live(), media_type="text/event-stream")
+        async def healthz(request: Request) -> Response:
+            if self._handlers.draining:
+                return PlainTextResponse("draining\n", 503)
+            return PlainTextResponse("serving\n")
 
         return [
+            Route("/healthz", healthz),
             Route("/metrics", metrics),
             Route("/history", history),
-            Route("/live", live),
+            Route("/live", _Live(page, self._bound.limit // 2)),
             Mount("/", StaticFiles(directory=ASSETS, html=True)),
         ]
+
+
+class _Live:
+    """The stream of one page that is open: so many and no more, so that others are answered too."""
+
+    def __init__(self, page: Page, max_viewers: int) -> None:
+        self._page = page
+        self._max_viewers = max_viewers
+        self._viewers = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve it until the viewer goes, or refuse it."""
+        if self._viewers >= self._max_viewers:
+            told = f"{self._viewers} pages are open, and no more can be: close one\n"
+            refusal = PlainTextResponse(told, 503, {"retry-after": "10"})
+            await refusal(scope, receive, send)
+            return
+        self._viewers += 1
+        try:
+            stream = StreamingResponse(self._page.live(), media_type="text/event-stream")
+            await stream(scope, receive, send)
+        finally:
+            self._viewers -= 1
 
 
 class _Server(uvicorn.Server):

@@ -28,6 +28,7 @@ from prefixcache.extras import how_to_install
 from prefixcache.service import log as logging
 from prefixcache.service import preflight, unary
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.descriptors import Descriptors, raise_limit
 from prefixcache.service.domains import Domain, make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
 from prefixcache.service.failures import Failures
@@ -90,7 +91,9 @@ async def _serve(
     memory = {} if register.current is None else register.current.domains
     preflight.check(settings, memory)
     calls = OpenCalls(register)
-    doors = make_doors(settings, register, calls)
+    num_sockets = 0 if register.current is None else len(register.current.sockets)
+    descriptors = Descriptors.split(raise_limit(), num_sockets)
+    doors = make_doors(settings, register, calls, descriptors)
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
     domains = make_domains(settings, memory, make_holdings)
@@ -108,7 +111,7 @@ async def _serve(
     for one in domains.values():
         one.handlers.tracer = tracer
     verbs = {name: one.handlers for name, one in domains.items()}
-    http = _make_http(settings, verbs)
+    http = _make_http(settings, verbs, descriptors.http)
     publisher = _make_publisher(settings, handlers)
     alive = health.aio.HealthServicer()
     for door in doors:
@@ -132,6 +135,14 @@ async def _serve(
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
         announce(_trust(settings, doors, list(domains)))
+        if descriptors.front < settings.max_workers:
+            announce(f"{descriptors}, fewer than --max-workers: raise the limit (ulimit -Hn)")
+        log.info(
+            "open files",
+            limit=descriptors.total,
+            connections=descriptors.front,
+            page=descriptors.http,
+        )
         for name, one in domains.items():
             if name:
                 announce(f"domain {name}: {one.holdings.sizes or format_size(memory[name])}")
@@ -196,12 +207,14 @@ async def _serve(
     log.info("ended")
 
 
-def _make_http(settings: ServeSettings, domains: Mapping[str, Handlers]) -> HttpServer | None:
+def _make_http(
+    settings: ServeSettings, domains: Mapping[str, Handlers], max_connections: int
+) -> HttpServer | None:
     if settings.http is None:
         return None
     from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
 
-    return HttpServer(settings.http, domains)
+    return HttpServer(settings.http, domains, max_connections)
 
 
 async def _patrol(calls: OpenCalls, domains: Mapping[str, Domain]) -> None:

@@ -34,10 +34,11 @@ def command(*arguments: str) -> list[str]:
 class ServiceProcess:
     """`prefixcache serve` in a subprocess."""
 
-    def __init__(self, target: str, *flags: str) -> None:
+    def __init__(self, target: str, *flags: str, num_files: int | None = None) -> None:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - lives as long as the process
+        limited = ["sh", "-c", 'ulimit -n "$0"; exec "$@"', str(num_files)] if num_files else []
         self.process = subprocess.Popen(
-            command("serve", "--listen", target, *flags),
+            limited + command("serve", "--listen", target, *flags),
             stdout=subprocess.PIPE,
             stderr=self.errors,
             env=environment(),
@@ -91,8 +92,8 @@ def sizes(num_blocks: int, block_size: int, layout: Layout = LAYOUT) -> list[str
 
 
 @contextmanager
-def running(target: str, *flags: str) -> Iterator[ServiceProcess]:
-    service = ServiceProcess(target, *flags)
+def running(target: str, *flags: str, num_files: int | None = None) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(target, *flags, num_files=num_files)
     try:
         yield service
     finally:

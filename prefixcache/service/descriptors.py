@@ -1,0 +1,74 @@
+"""Descriptors: how many files and connections the service may have open, and who gets how many.
+
+```
+the hard limit ─┬─ 64        its own: pool, state, recording, events …
+                ├─ an eighth (64 at most)    connections to the page and the metrics
+                ├─ half of the rest          callers' connections: half for the front door, the
+                │                            other half for all sockets of identities together
+                └─ the other half            workers' processes, which are watched by one each
+```
+So whoever opens connections, at whichever door, takes none that others need.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+from prefixcache.errors import InvalidRequest
+
+_OWN = 64
+_HTTP = 64
+_LEAST = 128
+"""Descriptors without which a service is of no use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptors:
+    """Who gets how many."""
+
+    total: int
+    http: int
+    """Connections to the page and the metrics."""
+    front: int
+    """Connections to the addresses of `--listen`."""
+    own: int
+    """Connections to each socket of an identity's own."""
+
+    @classmethod
+    def split(cls, total: int, num_sockets: int) -> Descriptors:
+        """Split `total` among a front door and the sockets of identities.
+
+        >>> Descriptors.split(1024, num_sockets=0)
+        Descriptors(total=1024, http=64, front=448, own=0)
+        >>> Descriptors.split(256, num_sockets=4)
+        Descriptors(total=256, http=32, front=40, own=10)
+        """
+        http = min(_HTTP, total // 8)
+        callers = (total - _OWN - http) // 2
+        if not num_sockets:
+            return cls(total, http, callers, 0)
+        return cls(total, http, callers // 2, max(1, callers // 2 // num_sockets))
+
+    def __str__(self) -> str:
+        own = f", {self.own} at each socket of an identity" if self.own else ""
+        return f"{self.total:,} open files: up to {self.front:,} connections{own}"
+
+
+def raise_limit() -> int:
+    """Raise the limit of open files as far as this process may; give it.
+
+    Raises:
+        InvalidRequest: so few are not enough.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard == resource.RLIM_INFINITY:
+        return 1 << 20
+    if hard < _LEAST:
+        raise InvalidRequest(
+            f"this process may open {hard} files, and needs {_LEAST}: raise the limit (ulimit -n, "
+            "or LimitNOFILE= of its unit)"
+        )
+    return hard
