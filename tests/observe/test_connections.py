@@ -82,10 +82,12 @@ def test_who_opens_more_pages_than_there_may_be_is_told(service: ServiceProcess)
 
 @pytest.mark.parametrize("said", ["nothing", "half a head", "a head and half a body"])
 def test_who_says_no_more_is_hung_up_on(service: ServiceProcess, said: str) -> None:
-    with connections(service, 1, SAID[said]) as (one,):
-        with contextlib.suppress(ConnectionResetError):
-            while one.recv(4096):
-                pass
+    with (
+        connections(service, 1, SAID[said]) as (one,),
+        contextlib.suppress(ConnectionResetError),
+    ):
+        while one.recv(4096):
+            pass
 
 
 def test_who_reads_no_more_is_hung_up_on(service: ServiceProcess) -> None:
