@@ -126,6 +126,10 @@ async def _serve(
         handlers.recorder = _start_recorder(settings, handlers.failures)
         stop = _stop_on_signals()
         lost = _stop_without_owner(holdings, stop)
+        # First what may be refused: then nobody has found the service who would lose it again.
+        page = "" if http is None else await http.start()
+        if publisher is not None:
+            publisher.start()
         for door in doors:
             await door.server.start()
         for name in ("", SERVICE):
@@ -151,10 +155,9 @@ async def _serve(
         if handlers.recorder is not None:
             hidden = "anonymised" if settings.anonymise else "every prompt as it is"
             announce(f"recording to {settings.record}: {hidden}")
-        if http is not None:
-            announce(f"page at {await http.start()}/ · metrics at /metrics")
+        if page:
+            announce(f"page at {page}/ · metrics at /metrics")
         if publisher is not None:
-            publisher.start()
             announce(f"events at {settings.events}")
         if handlers.shadows is not None:
             handlers.shadows.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,24 @@ def test_it_is_refused_in_one_line(
     assert len(told.err.splitlines()) == 1
     assert "listening" not in told.out
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("typo")]
+
+
+@pytest.mark.parametrize("flag", ["--http", "--events"])
+def test_an_address_in_use_is_one_line_and_nobody_has_found_the_service(
+    tmp_path: Path, flag: str
+) -> None:
+    if flag == "--events":
+        pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = f"127.0.0.1:{port}" if flag == "--http" else f"tcp://127.0.0.1:{port}"
+        told = serve(tmp_path, flag, place)
+    assert told.code == EXIT_REFUSED, told
+    assert len(told.err.splitlines()) == 1
+    assert str(port) in told.err
+    assert "listening" not in told.out
 
 
 NUMBERS = [

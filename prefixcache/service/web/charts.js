@@ -32,7 +32,7 @@ const LedgerChart = (() => {
     plot = new uPlot({
       width: host.clientWidth, height: 220, cursor: { y: false, points: { show: false } }, legend: { show: false },
       scales: { x: { range: () => [Date.now() / 1000 - shown(), Date.now() / 1000] }, y: { range: (_, __, max) => [0, Math.max(10, max * 1.08)] } },
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(t => new Date(t * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", ...(span < 600 && t % 60 ? { second: "2-digit" } : {}) })) }, { ...axis, size: 56, values: (_, ticks) => ticks.map(v => (v >= 1e6 ? `${v / 1e6}M` : v >= 1e3 ? `${v / 1e3}k` : v)) }],
+      axes: [{ ...axis, values: (_, ticks) => ticks.map(t => new Date(t * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", ...(span < 600 && t % 60 ? { second: "2-digit" } : {}) })) }, { ...axis, size: 56, label: "tokens a second", labelSize: 18, labelFont: "11px system-ui, sans-serif", values: (_, ticks) => ticks.map(v => (v >= 1e6 ? `${v / 1e6}M` : v >= 1e3 ? `${v / 1e3}k` : v)) }],
       series: [{}, ...[...FATES].reverse().map(f => ({ label: f, stroke: color(f), fill: color(f), width: 1, points: { show: false } }))],
     }, columns(), host);
   }

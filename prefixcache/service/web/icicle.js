@@ -114,11 +114,11 @@ const Icicle = (() => {
     const d = n.data;
     if (d.name !== undefined) return d.name;
     if (d.rest) return `${count(d.branches)} smaller branches`;
-    return d.ids ? `${d.ids.slice(0, 12).join(" ")}${d.tokens > 12 ? " …" : ""}` : `${count(d.tokens)} tokens`;
+    return d.ids ? `${d.ids.slice(0, 12).join(" ")}${d.tokens > 12 ? " …" : ""}` : `${many(d.tokens, "token")}`;
   }
 
   function label(n, w) {
-    const text = n.data.name !== undefined ? `${n.data.name} · ${count(n.value)} tokens` : n.data.rest ? `… ${count(n.data.branches)} more` : title(n);
+    const text = n.data.name !== undefined ? `${n.data.name} · ${many(n.value, "token")}` : n.data.rest ? `… ${count(n.data.branches)} more` : title(n);
     const room = Math.floor((w - 10) / 6.4);
     if (room < 3) return "";
     if (text.length <= room) return text;
@@ -131,15 +131,15 @@ const Icicle = (() => {
 
   function lines(n) {
     const d = n.data, out = [title(n)];
-    if (d.rest) { out.push(`${count(d.tokens)} tokens in ${count(d.runs)} runs, too small to be drawn`); return out; }
-    if (n.depth > 0 || d.depth > 0) out.push(`tokens ${count(d.start)} to ${count(d.start + d.tokens)} of the prompt · ${count(d.blocks || 0)} blocks`);
-    if (d.below) out.push(`branch: ${count(d.below[1])} tokens in ${count(d.below[0])} runs${d.below[2] ? `, ${count(d.below[2])} evicted and remembered` : ""}`);
+    if (d.rest) { out.push(`${many(d.tokens, "token")} in ${many(d.runs, "run")}, too small to be drawn`); return out; }
+    if (n.depth > 0 || d.depth > 0) out.push(`tokens ${count(d.start)} to ${count(d.start + d.tokens)} of the prompt · ${many(d.blocks || 0, "block")}`);
+    if (d.below) out.push(`branch: ${many(d.below[1], "token")} in ${many(d.below[0], "run")}${d.below[2] ? `, ${count(d.below[2])} evicted and remembered` : ""}`);
     if (d.ghost) out.push("evicted: only its tokens are remembered");
     else if (d.locks && d.depth > 0) out.push("leased now: cannot be evicted");
     else if (d.idle_s !== undefined && d.depth > 0) out.push(`last used ${seconds(d.idle_s)} ago`);
     if (d.pinned) out.push("pinned");
-    if (d.uses !== undefined) out.push(`used by ${count(d.uses)} leases`);
-    if (d.parted) out.push(`${count(d.parted[1])} requests parted at token ${count(d.parted[0])}`);
+    if (d.uses !== undefined) out.push(`used by ${many(d.uses, "lease")}`);
+    if (d.parted) out.push(`${many(d.parted[1], "request")} parted at token ${count(d.parted[0])}`);
     return out;
   }
 

@@ -3,6 +3,7 @@
 
 const $ = id => document.getElementById(id);
 const count = n => Math.round(n).toLocaleString("en");
+const many = (n, noun) => `${count(n)} ${noun}${Math.round(n) === 1 ? "" : "s"}`;
 const share = (a, b) => (b ? `${((100 * a) / b).toFixed(1)} %` : "–");
 const time = s => (s === null || s === undefined ? "–" : s < 1e-3 ? `${(s * 1e6).toFixed(0)} µs` : s < 1 ? `${(s * 1e3).toFixed(1)} ms` : s < 100 ? `${s.toFixed(0)} s` : s < 6000 ? `${(s / 60).toFixed(0)} min` : `${(s / 3600).toFixed(1)} h`);
 const element = (tag, fields, ...children) => { const e = Object.assign(document.createElement(tag), fields); e.append(...children); return e; };
@@ -10,7 +11,7 @@ const element = (tag, fields, ...children) => { const e = Object.assign(document
 function fill(table, columns, rows, none) {
   const head = element("thead", {}, element("tr", {}, ...columns.map(([name, , numeric]) => element("th", { textContent: name, className: numeric ? "n" : "", scope: "col" }))));
   const lines = rows.map(row => {
-    const tr = element("tr", { className: row.state || "" }, ...columns.map(([, show, numeric]) => { const cell = show(row); return element("td", { className: numeric ? "n" : "" }, cell); }));
+    const tr = element("tr", { className: row.state || "" }, ...columns.map(([, show, numeric]) => { const cell = element("td", { className: numeric ? "n" : "" }, show(row)); cell.title = cell.textContent; return cell; }));
     if (row.worker) tr.dataset.worker = row.worker;
     return tr;
   });
@@ -50,7 +51,7 @@ function showState(state) {
   }
   if (state.pool) {
     const parts = PoolChart.bar($("pool-bar"), state.pool);
-    $("pool-size").textContent = `${count(state.pool.num_blocks)} blocks of ${state.pool.block_size} tokens`;
+    $("pool-size").textContent = `${many(state.pool.num_blocks, "block")} of ${state.pool.block_size} tokens`;
     $("pool-legend").replaceChildren(...Object.entries(parts).map(([k, n]) => { const s = element("span", { className: "swatch" }); s.style.background = `var(--${k})`; return element("li", {}, s, `${k} `, element("b", { textContent: count(n) })); }));
   }
   const held = {};
