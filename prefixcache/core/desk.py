@@ -226,7 +226,7 @@ class Desk:
                 seen, node, member.name, request.namespace, tokens, request.request_id, grant, now
             )
         if self.tape is not None:
-            self.tape((GRANTED, lease.id, ledger.reused, tokens, request.namespace))
+            self.tape((GRANTED, lease.serial, ledger.reused, tokens, request.namespace))
         return grant
 
     def admit_leases(self, tenant: str, count: int) -> None:
@@ -287,13 +287,13 @@ class Desk:
         child = self.leases.open(member, own.namespace, own.node, now)
         self.holdings.fork(own, child, table)
         if self.tape is not None:
-            self.tape((FORKED, child.id, own.id, b"", None))
+            self.tape((FORKED, child.serial, own.serial, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
         return Grant(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s)
 
     def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
         """End a lease for whatever reason, and try again what waited for it."""
-        if (growing := self.room.line.growing(lease.id)) is not None:
+        if (growing := self.room.line.growing(lease.serial)) is not None:
             self.room.leave(growing)
             gone = LeaseExpired(f"lease {lease.id} ended while it waited for room; acquire again")
             self.settled.append((growing.id, gone))
@@ -305,7 +305,7 @@ class Desk:
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.ages.note(self.tree.clock, now)
         if self.tape is not None:
-            self.tape((ENDED, lease.id, 0, b"", None))
+            self.tape((ENDED, lease.serial, 0, b"", None))
         self.call(lease, now)
         return Ended((lease.id,), freed, quarantined)
 
@@ -314,7 +314,7 @@ class Desk:
         indexed = None
         if owner.flight is not None and not everyone:
             indexed = owner.committed if self.partial is Partial.TAILS else owner.start
-        for ticket in self.room.called(owner.id, indexed):
+        for ticket in self.room.called(owner.serial, indexed):
             self.retry(ticket, now, wait=now < ticket.deadline)
 
     def landed(self, lease: Lease, at: int, token: bytes, now: float) -> None:
@@ -326,7 +326,7 @@ class Desk:
             token: That token, packed.
             now: The time.
         """
-        for ticket in self.room.sharing(lease.namespace, at * TOKEN_BYTES, token, lease.id):
+        for ticket in self.room.sharing(lease.namespace, at * TOKEN_BYTES, token, lease.serial):
             if ticket.id in self.room.tickets:
                 self.room.stop_waiting(ticket)
                 self.retry(ticket, now, wait=now < ticket.deadline)
@@ -357,7 +357,7 @@ class Desk:
             self._settle(ticket, error)
             return False
         if isinstance(outcome, Gain):
-            self.room.wait_for(ticket, outcome.owner.id, outcome.target)
+            self.room.wait_for(ticket, outcome.owner.serial, outcome.target)
             return False
         self.room.line.end_turn(ticket)
         self._settle(ticket, outcome)
@@ -396,8 +396,7 @@ class Desk:
     def _serve(self, ticket: Ticket, now: float, *, wait: bool) -> Grant | TableUpdate | Gain:
         request = ticket.request
         if isinstance(request, Extension):
-            own = self.leases.workers[request.worker].leases[request.lease]
-            return self.extend(own, request.num_tokens, now)
+            return self.extend(request.lease, request.num_tokens, now)
         member = self.leases.worker(request.worker, request.namespace)
         return self.attempt(member, request, now, wait=wait)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from prefixcache.core.children import common_prefix
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Match, Root
-from prefixcache.types import TOKEN_BYTES, LeaseId, Namespace, Partial, TicketId, WorkerId
+from prefixcache.types import TOKEN_BYTES, Namespace, Partial, TicketId, WorkerId
 
 
 @dataclass(slots=True)
@@ -34,7 +34,7 @@ class Extension:
     """An `extend`, kept while it waits for room."""
 
     worker: WorkerId
-    lease: LeaseId
+    lease: Lease
     num_tokens: int
 
 
@@ -56,8 +56,8 @@ class Ticket:
     request: Request | Extension
     tenant: str
     deadline: float
-    owner: LeaseId | None = None
-    """Whose flight it waits for."""
+    owner: int | None = None
+    """Whose flight it waits for: the serial of a lease."""
     target: int = 0
     """Tokens that the owner must have indexed."""
     in_line: bool = False
@@ -88,7 +88,7 @@ class Flights:
     def __init__(self, block_size: int, partial: Partial) -> None:
         self._block_size = block_size
         self._partial = partial
-        self._below: dict[Root, list[tuple[bytes, LeaseId, Lease]]] = {}
+        self._below: dict[Root, list[tuple[bytes, int, Lease]]] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._below.values()))
@@ -102,7 +102,7 @@ class Flights:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
-        insort(self._below.setdefault(lease.node.root, []), (prompt, lease.id, lease))
+        insort(self._below.setdefault(lease.node.root, []), (prompt, lease.serial, lease))
         lease.node.root.num_changes += 1
 
     def land(self, lease: Lease) -> None:
@@ -111,7 +111,7 @@ class Flights:
             return
         root = lease.node.root
         below = self._below[root]
-        del below[bisect_left(below, (lease.flight, lease.id))]
+        del below[bisect_left(below, (lease.flight, lease.serial))]
         lease.flight = None
         if not below:
             del self._below[root]
@@ -154,8 +154,8 @@ class Flights:
         for root, below in self._below.items():
             assert below, "an empty list of flights"
             assert below == sorted(below), "flights out of order"
-            for prompt, lease_id, lease in below:
-                assert lease.id == lease_id, f"lease {lease.id} flies as {lease_id}"
+            for prompt, serial, lease in below:
+                assert lease.serial == serial, f"lease {lease.serial} flies as {serial}"
                 assert lease.node.root is root, f"lease {lease.id} flies below another root"
                 assert lease.flight is prompt, f"lease {lease.id}: another prompt"
                 assert lease.committed < len(prompt) // TOKEN_BYTES, f"lease {lease.id} has landed"

@@ -36,7 +36,9 @@ from prefixcache.types import (
 if TYPE_CHECKING:
     from prefixcache.core.quotas import Account
 
-_REMEMBERED_ENDS = 4096
+_REMEMBERED_ENDS = 256
+"""Of one worker's leases."""
+_SPARE_DEADLINES = 4096
 _REMEMBERED_REQUESTS = 256
 """Of each worker: those that may be interrupted at the same time, and come again."""
 _SHOWN_BYTES = 16 * TOKEN_BYTES
@@ -60,6 +62,7 @@ class Lease:
         "private_from",
         "request_id",
         "rest",
+        "serial",
         "shares_table",
         "since",
         "source",
@@ -77,10 +80,14 @@ class Lease:
         namespace: Namespace,
         node: Node,
         *,
+        serial: int,
         since: float,
         deadline: float,
     ) -> None:
         self.id = lease
+        """What its worker calls it; only with the worker is it a name."""
+        self.serial = serial
+        """What it is called in here: greater than those of all that were granted before."""
         self.worker = worker
         self.namespace = namespace
         self.since = since
@@ -157,6 +164,10 @@ class Worker:
     """What people are shown; it decides nothing."""
     namespaces: set[Namespace] = field(default_factory=set)
     leases: dict[LeaseId, Lease] = field(default_factory=dict)
+    num_granted: int = 0
+    """Leases that it was ever granted, which are numbered in turn: they tell nothing of others."""
+    expired: OrderedDict[LeaseId, tuple[float, int]] = field(default_factory=OrderedDict)
+    """When its last leases ended that it did not end itself, and with how many blocks."""
     requests: dict[str, Lease] = field(default_factory=dict)
     """Living leases by request id, so that an acquire can be repeated safely."""
     begun: OrderedDict[str, Begun] = field(default_factory=OrderedDict)
@@ -178,7 +189,7 @@ class Leases:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_ended", "_next", "count", "shares", "ttl_s", "workers")
+    __slots__ = ("_deadlines", "_next", "count", "shares", "ttl_s", "workers")
 
     def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
@@ -187,8 +198,7 @@ class Leases:
         self.count = 0
         """Living leases."""
         self.workers: dict[WorkerId, Worker] = {}
-        self._deadlines: list[tuple[float, LeaseId, Lease]] = []
-        self._ended: OrderedDict[LeaseId, tuple[WorkerId, float | None, int]] = OrderedDict()
+        self._deadlines: list[tuple[float, int, Lease]] = []
         self._next = 0
 
     def worker(self, worker: WorkerId, namespace: Namespace | None = None) -> Worker:
@@ -209,22 +219,24 @@ class Leases:
     def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
         """Make a lease.  O(log leases)."""
         self._next += 1
+        member.num_granted += 1
         lease = Lease(
-            LeaseId(self._next),
+            LeaseId(member.num_granted),
             member.id,
             namespace,
             node,
+            serial=self._next,
             since=now,
             deadline=now + self.ttl_s,
         )
         member.leases[lease.id] = lease
         root = node.root
         root.num_leases += 1
-        root.leases[lease.id] = lease
+        root.leases[lease.serial] = lease
         self.count += 1
         self.shares.force(namespace.tenant)
-        heappush(self._deadlines, (lease.deadline, lease.id, lease))
-        if len(self._deadlines) > 2 * self.count + _REMEMBERED_ENDS:
+        heappush(self._deadlines, (lease.deadline, lease.serial, lease))
+        if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if self._lives(entry[2])]
             heapify(self._deadlines)
         return lease
@@ -242,19 +254,16 @@ class Leases:
             if found.deadline < now + self.ttl_s:
                 found.deadline = now + self.ttl_s
             return found
-        owner, expired_at, quarantined = self._ended.get(lease, (None, None, 0))
-        if owner != worker:
+        if not 0 < lease <= member.num_granted:
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
-        if expired_at is None:
-            raise LeaseExpired(f"lease {lease} was released; acquire again")
+        end = member.expired.get(lease)
+        if end is None:
+            raise LeaseExpired(f"lease {lease} was released, or ended long ago; acquire again")
+        expired_at, quarantined = end
         raise LeaseExpired(
             f"lease {lease} expired {now - expired_at:.1f} s ago; "
             f"its {quarantined} unpublished blocks are quarantined. Acquire again."
         )
-
-    def was_ended(self, worker: WorkerId, lease: LeaseId) -> bool:
-        """Whether that was a lease of this worker and has ended not too long ago."""
-        return self._ended.get(lease, (None,))[0] == worker
 
     def close(self, lease: Lease, expired_at: float | None, quarantined: int) -> None:
         """Forget a lease, but for how it ended."""
@@ -262,27 +271,27 @@ class Leases:
         del member.leases[lease.id]
         root = lease.node.root
         root.num_leases -= 1
-        del root.leases[lease.id]
+        del root.leases[lease.serial]
         self.count -= 1
         self.shares.give(lease.namespace.tenant)
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
-        self._ended[lease.id] = (lease.worker, expired_at, quarantined)
-        if len(self._ended) > _REMEMBERED_ENDS:
-            self._ended.popitem(last=False)
+        if expired_at is not None:
+            member.expired[lease.id] = (expired_at, quarantined)
+            if len(member.expired) > _REMEMBERED_ENDS:
+                member.expired.popitem(last=False)
 
     def due(self, now: float) -> Lease | None:
         """Give a lease whose deadline has passed; None if none has.  Amortised O(log leases)."""
         heap = self._deadlines
         while heap and heap[0][0] < now:
-            _, lease_id, lease = heappop(heap)
-            member = self.workers.get(lease.worker)
-            if member is None or lease_id not in member.leases:
+            _, serial, lease = heappop(heap)
+            if not self._lives(lease):
                 continue
-            deadline = max(lease.deadline, member.renewed_until)
+            deadline = self.ends_at(lease)
             if deadline < now:
                 return lease
-            heappush(heap, (deadline, lease_id, lease))
+            heappush(heap, (deadline, serial, lease))
         return None
 
     def next_deadline(self) -> float | None:
@@ -295,7 +304,7 @@ class Leases:
     def all(self) -> list[Lease]:
         """Give all living leases, oldest first."""
         found = [lease for member in self.workers.values() for lease in member.leases.values()]
-        return sorted(found, key=lambda lease: lease.id)
+        return sorted(found, key=lambda lease: lease.serial)
 
     def ends_at(self, lease: Lease) -> float:
         """Give the deadline, renewals of its worker included."""
@@ -303,4 +312,4 @@ class Leases:
 
     def _lives(self, lease: Lease) -> bool:
         member = self.workers.get(lease.worker)
-        return member is not None and lease.id in member.leases
+        return member is not None and member.leases.get(lease.id) is lease

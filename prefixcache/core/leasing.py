@@ -105,7 +105,7 @@ class Leasing:
                 line.pass_by(line.heads())
             return outcome
         ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
-        desk.room.wait_for(ticket, outcome.owner.id, outcome.target)
+        desk.room.wait_for(ticket, outcome.owner.serial, outcome.target)
         return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
 
     def settled(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
@@ -188,7 +188,7 @@ class Leasing:
             indexed = desk.holdings.publish(own, num_tokens)
             desk.holdings.recount(own)
         if desk.tape is not None:
-            desk.tape((COMMITTED, lease, num_tokens, new_tokens, None))
+            desk.tape((COMMITTED, own.serial, num_tokens, new_tokens, None))
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             desk.flights.land(own)
         desk.call(own, now)
@@ -235,7 +235,7 @@ class Leasing:
         if num_tokens < 0:
             raise InvalidRequest(f"cannot make room for {num_tokens} tokens; give 0 or more")
         if desk.room.line:
-            desk.room.line.refuse_second(lease)
+            desk.room.line.refuse_second(own)
         try:
             return desk.extend(own, num_tokens, now)
         except PoolExhausted as short:
@@ -243,7 +243,7 @@ class Leasing:
                 raise
             tenant = own.namespace.tenant
             desk.room.line.refuse_if_full(short, tenant)
-            ticket = desk.room.enter(Extension(worker, lease, num_tokens), tenant, now + wait_s)
+            ticket = desk.room.enter(Extension(worker, own, num_tokens), tenant, now + wait_s)
             ticket.over_quota = isinstance(short, QuotaExceeded)
             desk.room.wait_for_room(ticket)
             return Waiting(ticket.id, None, 0)
@@ -304,7 +304,7 @@ class Leasing:
             raise self._desk.refusal(short, own.namespace.tenant, now) from None
         self._desk.holdings.recount(own)
         if self._desk.tape is not None:
-            self._desk.tape((TRUNCATED, lease, num_tokens, b"", None))
+            self._desk.tape((TRUNCATED, own.serial, num_tokens, b"", None))
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)
             self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
@@ -321,7 +321,7 @@ class Leasing:
         member = self._desk.leases.worker(worker)
         own = member.leases.get(lease)
         if own is None:
-            if self._desk.leases.was_ended(worker, lease):
+            if 0 < lease <= member.num_granted:
                 return Released(0)
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
         freed = self._desk.end(own, now, writes_on=False).num_freed

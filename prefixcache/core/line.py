@@ -18,9 +18,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 from prefixcache.core.flights import Extension, Ticket
+from prefixcache.core.leases import Lease
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
-from prefixcache.types import LeaseId, Namespace, TicketId
+from prefixcache.types import Namespace, TicketId
 
 MOST_PASSES = 16
 
@@ -38,7 +39,7 @@ class Line:
         self.shares = Shares(limit, "--max-line", "requests that wait for room")
         """Whose they are that wait."""
         self._passed_enough: Ticket | None = None
-        self._growing: OrderedDict[LeaseId, Ticket] = OrderedDict()
+        self._growing: OrderedDict[int, Ticket] = OrderedDict()
         self._turns: OrderedDict[Namespace, OrderedDict[TicketId, Ticket]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -58,20 +59,20 @@ class Line:
                 why = f"{len(self):,} requests wait for room already, --max-line allows no more."
             raise type(short)(f"{short} {why}", short.retry_after_s) from None
 
-    def refuse_second(self, lease: LeaseId) -> None:
+    def refuse_second(self, lease: Lease) -> None:
         """Check that a lease does not wait already.
 
         Raises:
             InvalidRequest: it does.
         """
-        if lease in self._growing:
-            raise InvalidRequest(f"lease {lease} waits for room already; cancel that first")
+        if lease.serial in self._growing:
+            raise InvalidRequest(f"lease {lease.id} waits for room already; cancel that first")
 
     def join(self, ticket: Ticket) -> None:
         """Let a ticket wait behind those of its kind."""
         request = ticket.request
         if isinstance(request, Extension):
-            self._growing[request.lease] = ticket
+            self._growing[request.lease.serial] = ticket
         else:
             self._turns.setdefault(request.namespace, OrderedDict())[ticket.id] = ticket
         self.shares.force(ticket.tenant)
@@ -87,7 +88,7 @@ class Line:
             self._passed_enough = None
         request = ticket.request
         if isinstance(request, Extension):
-            del self._growing[request.lease]
+            del self._growing[request.lease.serial]
             return
         mine = self._turns[request.namespace]
         del mine[ticket.id]
@@ -100,9 +101,9 @@ class Line:
         if not isinstance(request, Extension) and request.namespace in self._turns:
             self._turns.move_to_end(request.namespace)
 
-    def growing(self, lease: LeaseId) -> Ticket | None:
+    def growing(self, serial: int) -> Ticket | None:
         """Give the ticket of a lease that waits for room; None if it does not."""
-        return self._growing.get(lease)
+        return self._growing.get(serial)
 
     def candidates(self) -> Iterator[Ticket]:
         """Give who may be next, in order: O(leases that grow + namespaces)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefixcache.core.children import Children
-from prefixcache.types import BlockId, BlockTable, LeaseId, Namespace
+from prefixcache.types import BlockId, BlockTable, Namespace
 
 if TYPE_CHECKING:
     from prefixcache.core.leases import Lease
@@ -122,7 +122,7 @@ class Root(Node):
         self.evictable = 0
         self.sums = Sums()
         """Those of its tenant, which are kept with its own."""
-        self.leases: OrderedDict[LeaseId, Lease] = OrderedDict()
+        self.leases: OrderedDict[int, Lease] = OrderedDict()
         """Those of its tenant, oldest first, which are kept where its own are counted."""
         self.num_leases = 0
         self.num_changes = 0

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Root, Sums
 from prefixcache.errors import InvalidRequest, QuotaExceeded
-from prefixcache.types import LeaseId, Namespace, QuotaInfo
+from prefixcache.types import Namespace, QuotaInfo
 
 _FEW_ROOTS = 8
 
@@ -56,7 +56,7 @@ class Account:
         """Of a tenant: blocks of the present roots of its namespaces."""
         self.forgotten = Sums()
         """Of a tenant: blocks of the roots that were reset."""
-        self.leases: OrderedDict[LeaseId, Lease] = OrderedDict()
+        self.leases: OrderedDict[int, Lease] = OrderedDict()
         """Of a tenant: its living leases, oldest first."""
         self.roots: list[Root] = []
         """Of a namespace: the present one, and those that were reset while leases were out."""
@@ -263,7 +263,7 @@ class Quotas:
         private: dict[Account, int] = {}
         in_root = Counter(lease.node.root for lease in leases)
         for tenant in self._tenants.values():
-            own = [lease.id for lease in leases if lease.namespace.tenant == tenant.scope]
+            own = [lease.serial for lease in leases if lease.namespace.tenant == tenant.scope]
             assert list(tenant.leases) == own, f"{tenant}: leases"
             below = list(tenant.namespaces.values())
             for what in ("private", "quarantined", "num_held", "num_stored"):

@@ -87,7 +87,7 @@ def lease_info(desk: Desk, lease: Lease, now: float) -> LeaseInfo:
 def oldest_leases(desk: Desk, most: int, now: float) -> list[LeaseInfo]:
     """Tell the oldest leases.  O(tenants + most), however many are out."""
     lines = [islice(one.leases.values(), most) for one in desk.holdings.quotas.tenants()]
-    first = islice(merge(*lines, key=lambda lease: lease.id), most)
+    first = islice(merge(*lines, key=lambda lease: lease.serial), most)
     return [lease_info(desk, lease, now) for lease in first]
 
 

@@ -72,7 +72,7 @@ def flights(desk: Desk, most: int) -> list[FlightInfo]:
             lease.namespace,
             len(lease.flight or b"") // TOKEN_BYTES,
             lease.committed,
-            desk.room.waiting_for(lease.id),
+            desk.room.waiting_for(lease.serial),
         )
         for lease in islice(desk.flights.all(), most)
     ]

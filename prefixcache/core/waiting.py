@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 from prefixcache.core.flights import Extension, Request, Ticket
 from prefixcache.core.line import Line
-from prefixcache.types import LeaseId, Namespace, TicketId
+from prefixcache.types import Namespace, TicketId
 
 
 class WaitingRoom:
@@ -26,7 +26,7 @@ class WaitingRoom:
     def __init__(self, max_line: int) -> None:
         self.line = Line(max_line)
         self.tickets: dict[TicketId, Ticket] = {}
-        self._by_owner: dict[LeaseId, list[Ticket]] = {}
+        self._by_owner: dict[int, list[Ticket]] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
         self._next = 0
 
@@ -38,7 +38,7 @@ class WaitingRoom:
         heappush(self._deadlines, (deadline, ticket.id))
         return ticket
 
-    def wait_for(self, ticket: Ticket, owner: LeaseId, target: int) -> None:
+    def wait_for(self, ticket: Ticket, owner: int, target: int) -> None:
         """Let a ticket wait until `owner` has indexed `target` tokens, or has ended."""
         self.line.leave(ticket)
         ticket.owner, ticket.target = owner, target
@@ -65,11 +65,11 @@ class WaitingRoom:
             if not waiting:
                 del self._by_owner[owner]
 
-    def waiting_for(self, owner: LeaseId) -> int:
+    def waiting_for(self, owner: int) -> int:
         """Count the requests that wait for a lease.  O(1)."""
         return len(self._by_owner.get(owner, ()))
 
-    def called(self, owner: LeaseId, indexed: int | None) -> list[Ticket]:
+    def called(self, owner: int, indexed: int | None) -> list[Ticket]:
         """Take out the tickets whose wait for `owner` is over, in order of arrival.
 
         Args:
@@ -86,7 +86,7 @@ class WaitingRoom:
             self._by_owner[owner] = staying
         return [ticket for ticket in waiting if ticket.target <= indexed]
 
-    def sharing(self, namespace: Namespace, at: int, token: bytes, owner: LeaseId) -> list[Ticket]:
+    def sharing(self, namespace: Namespace, at: int, token: bytes, owner: int) -> list[Ticket]:
         """Give the tickets that wait for a flight other than `owner`'s for a token it committed.
 
         O(waiting).  Needed where several leases computed the same tokens: who waits for the slowest

@@ -157,6 +157,7 @@ class Page:
                 {
                     "worker": worker.name_for(LOCAL),
                     "pid": worker.pid,
+                    "leases": 0 if cache is None else cache.count_leases(worker.id),
                     "state": worker.state,
                     "since_s": round(now - worker.since, 1),
                     "session": worker.hang_up is not None,

@@ -156,16 +156,19 @@ class Rules:
 
     def expire(self) -> None:
         world = self.world
-        must = {one.id for one in world.leases.values() if one.due_at_latest < world.now}
-        may = {one.id for one in world.leases.values() if one.due <= world.now}
+        must = {one.key for one in world.leases.values() if one.due_at_latest < world.now}
+        may = {one.key for one in world.leases.values() if one.due <= world.now}
         late = [one.id for one in world.tickets.values() if one.deadline < world.now]
         world.log.append(f"cache.expire(now={world.now})")
         ended = world.cache.expire(now=world.now)
         self.forget_pins(lambda one: one.until < world.now)
-        for lease in ended.leases:
-            world.end(world.leases[lease], writes_on=True)
+        alive = {(info.worker, info.lease) for info in world.snapshot().leases}
+        over = world.leases.keys() - alive
+        assert sorted(ended.leases) == sorted(lease for _, lease in over)
+        for key in sorted(over):
+            world.end(world.leases[key], writes_on=True)
             world.count("expired")
-        assert must <= set(ended.leases) <= may, f"expired {ended.leases}; due {must} to {may}"
+        assert must <= over <= may, f"expired {over}; due {must} to {may}"
         assert ended.num_freed + ended.num_quarantined >= 0
         world.settle()
         assert not set(late) & set(world.tickets), "an overdue ticket was not settled"
@@ -318,7 +321,8 @@ class Rules:
                 world.count("waiting for room")
             else:
                 assert 0 < answer.num_pending <= pending, f"{answer}, but {pending} in flight"
-                assert world.leases[answer.owner].namespace == namespace
+                owners = [one for one in world.leases.values() if one.id == answer.owner]
+                assert namespace in {one.namespace for one in owners}
             world.tickets[answer.ticket] = TicketView(
                 answer.ticket,
                 worker,
@@ -426,7 +430,7 @@ class Rules:
         upto = min(upto, world.shape.num_blocks * size)
         wait_s = 1.0 + self.draw.below(10) if self.chance(40) else 0.0
         before = world.snapshot()
-        mine = [one for one in world.tickets.values() if one.lease == view.id]
+        mine = [one for one in world.tickets.values() if (one.worker, one.lease) == view.key]
         answer = self.call(
             self.about(view, "extend", f"{upto}, wait_s={wait_s}"),
             lambda: world.cache.extend(view.worker, view.id, upto, wait_s=wait_s, now=world.now),
@@ -494,8 +498,8 @@ class Rules:
             assert grant.num_cached == grant.ledger.total == grant.ledger.reused == view.valid
             assert not grant.copies
             assert len(grant.block_table) == world.blocks_for(view.valid)
-            assert grant.lease not in world.leases
-            world.leases[grant.lease] = LeaseView(
+            assert (view.worker, grant.lease) not in world.leases
+            world.leases[view.worker, grant.lease] = LeaseView(
                 id=grant.lease,
                 worker=view.worker,
                 namespace=view.namespace,
@@ -586,7 +590,9 @@ class Rules:
                 case 4:
                     upto = known + 1
                     verb = lambda: cache.truncate(worker, lease, upto, now=now)  # noqa: E731
-                case _ if any(one.lease == lease for one in world.tickets.values()):
+                case _ if any(
+                    (one.worker, one.lease) == view.key for one in world.tickets.values()
+                ):
                     return
                 case _:
                     most = world.shape.num_blocks * world.shape.block_size
@@ -603,7 +609,9 @@ class Rules:
         if view is not None and others and kind < 8:
             other = self.choose(others)
             lease = view.id
-            errors: tuple[type[CacheError], ...] = (NotFound,)
+            if (other, lease) in world.leases:
+                return  # a number means a lease of who says it, never another's
+            errors: tuple[type[CacheError], ...] = (NotFound, LeaseExpired)
         elif world.ended and kind < 8:
             ended = self.choose(world.ended)
             if ended.worker not in world.workers:
@@ -619,7 +627,7 @@ class Rules:
             ("fork", lambda: cache.fork(other, lease, 1, now=now)),
             ("truncate", lambda: cache.truncate(other, lease, 0, now=now)),
         ]
-        if NotFound in errors:
+        if errors == (NotFound,):
             verbs.append(("release", lambda: cache.release(other, lease, now=now)))
         for name, verb in verbs:
             self.fails(f"cache.{name}({other!r}, {lease}, ..., now={now})", verb, *errors)

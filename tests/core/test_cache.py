@@ -148,7 +148,7 @@ def test_a_wait_ends_at_its_deadline_with_a_grant_to_compute_oneself(cache: Pref
 def test_a_repeated_request_gets_the_same_grant(cache: PrefixCache):
     first = acquire(cache, ALICE, SYSTEM, request_id="r1")
     assert acquire(cache, ALICE, SYSTEM, request_id="r1") == first
-    assert acquire(cache, BOB, SYSTEM, request_id="r1").lease != first.lease
+    assert acquire(cache, BOB, SYSTEM, request_id="r1").block_table != first.block_table
 
 
 def test_reserve_keeps_room_for_the_answer_or_refuses_with_the_arithmetic(cache: PrefixCache):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from core.innards import Indexed, indexed_below, root_of, state
 from core.oracle import Library, Memory, Tokens, common_prefix
@@ -50,6 +51,10 @@ class Shape:
     max_line: int = 3
 
 
+Key: TypeAlias = tuple[WorkerId, LeaseId]
+"""A lease: its number says which only beside its worker's."""
+
+
 @dataclass
 class LeaseView:
     """A worker's own view of its lease."""
@@ -78,6 +83,10 @@ class LeaseView:
     grant: Grant | None = None
     computed_from: int = 0
     """Tokens that its request found when it came first; the others are its own."""
+
+    @property
+    def key(self) -> Key:
+        return self.worker, self.id
 
     @property
     def label(self) -> str:
@@ -132,7 +141,7 @@ class World:
         self.namespaces = [Namespace("m"), Namespace("m", tenant="t")]
         self.workers: dict[WorkerId, set[Namespace]] = {}
         self.num_workers = 0
-        self.leases: dict[LeaseId, LeaseView] = {}
+        self.leases: dict[Key, LeaseView] = {}
         self.ended: list[LeaseView] = []
         """Some leases that have ended, to be used once more by mistake."""
         self.zombies: dict[WorkerId, list[LeaseView]] = {}
@@ -226,7 +235,7 @@ class World:
     ) -> LeaseView:
         """Take in a grant, and check all that one answer can be checked for."""
         size, num_tokens = self.shape.block_size, len(tokens)
-        assert grant.lease not in self.leases, "a lease id was given twice"
+        assert (worker, grant.lease) not in self.leases, "a lease id was given twice"
         assert len(grant.block_table) == self.blocks_for(num_tokens + reserve), "the table's length"
         assert 0 <= grant.num_cached < num_tokens, "one token is always left to compute"
         assert 0 <= grant.num_pending <= num_tokens - grant.num_cached
@@ -263,7 +272,7 @@ class World:
             grant=grant,
             computed_from=computed_from,
         )
-        self.leases[grant.lease] = view
+        self.leases[view.key] = view
         self.count("grants")
         if ledger.partial:
             self.count("partial")
@@ -397,7 +406,7 @@ class World:
                 self.count("grown")
                 assert ticket.lease is not None
                 self.log.append(f"#   ticket {ticket_id} -> room for lease {ticket.lease}")
-                self.grow(self.leases[ticket.lease], ticket.num_tokens, outcome)
+                self.grow(self.leases[ticket.worker, ticket.lease], ticket.num_tokens, outcome)
             elif isinstance(outcome, Grant):
                 self.count("settled")
                 assert ticket.lease is None
@@ -423,7 +432,7 @@ class World:
                 )
             else:
                 self.count("settled by an error")
-                if ticket.lease is not None and ticket.lease not in self.leases:
+                if ticket.lease and (ticket.worker, ticket.lease) not in self.leases:
                     assert isinstance(outcome, LeaseExpired), f"settled by {outcome!r}"
                 else:
                     assert isinstance(outcome, PoolExhausted), f"settled by {outcome!r}"
@@ -451,7 +460,7 @@ class World:
 
     def end(self, view: LeaseView, *, writes_on: bool) -> None:
         """Take in that a lease has ended."""
-        del self.leases[view.id]
+        del self.leases[view.key]
         if view.request_id and view.valid > view.computed_from:
             self.begun[view.worker, view.request_id] = view
         self.ended = [*self.ended[-5:], view]
@@ -589,7 +598,7 @@ class World:
             assert not snapshot.quarantined
         assert len(snapshot.leases) == len(self.leases)
         for info in snapshot.leases:
-            view = self.leases[info.lease]
+            view = self.leases[WorkerId(info.worker), info.lease]  # type: ignore[arg-type]
             assert (info.worker, info.namespace) == (view.worker, view.namespace)
             assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.valid)
             assert info.num_blocks == len(view.table)
@@ -623,7 +632,7 @@ class World:
     def is_short(self, ticket: TicketView, snapshot: Snapshot) -> bool:
         """Whether a request that waits for room cannot be served now."""
         if ticket.lease is not None:
-            view = self.leases[ticket.lease]
+            view = self.leases[ticket.worker, ticket.lease]
             unshare = view.must_extend and view.valid % self.shape.block_size > 0
             unshare = unshare and ticket.num_tokens > view.valid
             needed = max(0, self.blocks_for(ticket.num_tokens) - len(view.table)) + unshare

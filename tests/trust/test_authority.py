@@ -104,6 +104,28 @@ def test_leases_and_quarantine_belong_to_a_number_whatever_the_names() -> None:
         cache.release(other, LeaseId(1), now=0.0)
 
 
+def test_lease_ids_tell_nothing_of_what_others_ask_for() -> None:
+    """A worker's leases are numbered in turn, whatever happens between them."""
+    cache = PrefixCache(64, 4)
+    mine, others = WorkerId(1), WorkerId(2)
+    for worker in (mine, others):
+        cache.attach(worker, SPACE, now=0.0)
+    seen = []
+    for n in range(5):
+        for k in range(n):
+            grant = cache.acquire(others, SPACE, pack([n, k]), now=0.0)
+            assert isinstance(grant, Grant)
+            cache.release(others, grant.lease, now=0.0)
+        grant = cache.acquire(mine, SPACE, pack(PROMPT), now=0.0)
+        assert isinstance(grant, Grant)
+        seen.append(grant.lease)
+        cache.release(mine, grant.lease, now=0.0)
+    assert seen == [1, 2, 3, 4, 5]
+    assert cache.release(mine, LeaseId(1), now=0.0).num_freed == 0, "again, long after"
+    with pytest.raises(NotFound):
+        cache.release(mine, LeaseId(6), now=0.0)
+
+
 def test_names_that_are_taken_cost_no_search() -> None:
     """Ten thousand workers that wish for one name: each number is looked at once."""
     names = Names()

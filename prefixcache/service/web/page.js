@@ -54,14 +54,12 @@ function showState(state) {
     $("pool-size").textContent = `${many(state.pool.num_blocks, "block")} of ${state.pool.block_size} tokens`;
     $("pool-legend").replaceChildren(...Object.entries(parts).map(([k, n]) => { const s = element("span", { className: "swatch" }); s.style.background = `var(--${k})`; return element("li", {}, s, `${k} `, element("b", { textContent: count(n) })); }));
   }
-  const held = {};
-  for (const lease of state.leases || []) held[lease.worker] = (held[lease.worker] || 0) + 1;
   fill($("workers"), [
     ["worker", w => w.worker],
     ["state", w => { const pill = element("span", { className: "pill", textContent: w.state }); pill.dataset.state = w.state; return pill; }],
     ["for", w => time(w.since_s)],
     ["pid", w => (w.pid ? String(w.pid) : "–"), true],
-    ["leases", w => count((w.state === "attached" && held[w.worker]) || 0), true],
+    ["leases", w => count(w.leases), true],
     ["namespaces", w => w.namespaces.join(", ")],
   ], state.workers, "No worker has attached yet.");
   fill($("flights"), [
