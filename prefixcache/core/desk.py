@@ -21,7 +21,13 @@ from prefixcache.core.radix import RadixTree
 from prefixcache.core.spaces import Spaces
 from prefixcache.core.tape import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.waiting import WaitingRoom
-from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    LeaseExpired,
+    PoolExhausted,
+    QuotaExceeded,
+)
 from prefixcache.types import (
     TOKEN_BYTES,
     BlockTable,
@@ -169,12 +175,19 @@ class Desk:
 
     def is_repeated(self, member: Worker, request: Request) -> bool:
         """Whether a request with this id has a lease already."""
-        return self._earlier(member, request) is not None
+        return bool(request.request_id) and request.request_id in member.requests
 
     @staticmethod
     def _earlier(member: Worker, request: Request) -> Grant | None:
         lease = member.requests.get(request.request_id) if request.request_id else None
-        return None if lease is None else lease.grant
+        if lease is None:
+            return None
+        if lease.asked != request.asks:
+            raise InvalidRequest(
+                f"request id {request.request_id!r} is that of lease {lease.id}, which was asked "
+                "for with another prompt, namespace or reserve: give each request an id of its own"
+            )
+        return lease.grant
 
     def _grant(
         self, member: Worker, request: Request, match: Match, pending: int, now: float
@@ -216,6 +229,7 @@ class Desk:
         )
         if request.request_id:
             lease.grant, lease.request_id = grant, request.request_id
+            lease.asked = request.asks
             member.requests[request.request_id] = lease
         tally = self.tallies.get(request.namespace)
         if tally is None:

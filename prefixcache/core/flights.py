@@ -28,6 +28,11 @@ class Request:
     first_end: int = -1
     """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
 
+    @property
+    def asks(self) -> int:
+        """A digest of what it asks for: what is repeated has the same.  O(tokens), once."""
+        return hash((self.namespace, self.tokens, self.reserve))
+
 
 @dataclass(slots=True)
 class Extension:

@@ -49,6 +49,7 @@ class Lease:
 
     __slots__ = (
         "account",
+        "asked",
         "committed",
         "computed_from",
         "deadline",
@@ -122,6 +123,8 @@ class Lease:
         """The prompt, while others may wait for it."""
         self.grant: Grant | None = None
         self.request_id = ""
+        self.asked = 0
+        """Digest of what that request asked for."""
 
     def begun(self) -> Begun | None:
         """Say what its request has computed itself so far; None if nothing.  O(1)."""

@@ -67,7 +67,8 @@ class Leasing:
             The grant; or `Waiting`, and the outcome comes from `settled`.
 
         Raises:
-            InvalidRequest: no tokens, a torn token, or more than the pool can ever hold.
+            InvalidRequest: no tokens, a torn token, more than the pool can ever hold, or the
+                request id of a lease that was asked for with something else.
             NotFound: the worker is not attached to the namespace.
             PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
                 too many wait for room.

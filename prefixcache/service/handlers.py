@@ -7,11 +7,13 @@ Everything it does is synchronous and short.
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, TypeAlias
 
 from prefixcache.client import codec, outlines
 from prefixcache.config import ServeSettings
-from prefixcache.service.answers import KeptAnswers
+from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.service.answers import KeptAnswers, Question
 from prefixcache.service.fields import check_texts
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.verbs.attendance import Attendance
@@ -19,7 +21,8 @@ from prefixcache.service.verbs.leasing import Leasing
 from prefixcache.service.verbs.looking import Looking
 from prefixcache.service.verbs.steering import Steering
 from prefixcache.service.waiting import WaitingLine
-from prefixcache.service.workers import Workers
+from prefixcache.service.workers import Worker, Workers
+from prefixcache.types import LeaseId
 
 Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], None]]"
 
@@ -46,6 +49,31 @@ class Handlers(Attendance, Leasing, Looking, Steering):
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
         for name, (handler, write) in self.verbs.items():
             self.verbs[name] = (_checked(handler), write)
+
+    def earlier(self, worker: Worker, asked: Question) -> Any:
+        """Give the answer that this very request got before; None if it is new.  O(1).
+
+        An answer dies with its lease: then the verb itself says how that ended.
+
+        Raises:
+            InvalidRequest: another request got an answer under this id.
+        """
+        kept = self.answers.get(worker.key, asked.request_id)
+        if kept is None:
+            return None
+        before = kept.question
+        try:
+            self._cache().num_committed_blocks(worker.id, LeaseId(before.lease), now=monotonic())
+        except CacheError:
+            self.answers.forget(before)
+            return None
+        if before != asked:
+            raise InvalidRequest(
+                f"request id {asked.request_id!r} is that of an earlier {before.verb} of lease "
+                f"{before.lease}, which asked for something else: give each request an id of its "
+                "own"
+            )
+        return kept.answer
 
 
 def _checked(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -20,6 +20,7 @@ import structlog
 
 from prefixcache.client.codec import WRITE, write_error
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
+from prefixcache.service.answers import REPEATABLE, Question, question
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
 from prefixcache.service.malformed import Malformed
@@ -160,7 +161,17 @@ class SessionStream:
                 self._first(op, verb, add, task)
                 return
             handler, write = verbs[verb]
-            answer = handler(worker, getattr(op, verb))
+            request = getattr(op, verb)
+            asked = question(worker.key, verb, request) if verb in REPEATABLE else None
+            if asked is not None:
+                earlier = self._handlers.earlier(worker, asked)
+                if earlier is not None:
+                    result = add()
+                    result.id = op.id
+                    getattr(result, verb).CopyFrom(earlier)
+                    self._num_bytes += result.ByteSize()
+                    return
+            answer = handler(worker, request)
         except CacheError as error:
             result = add()
             result.id = op.id
@@ -177,12 +188,16 @@ class SessionStream:
             return
         if answer.__class__ is Waiting:
             worker.tickets[op.id] = answer.ticket
-            self._handlers.line.enter(answer.ticket, partial(self._settled, op.id, verb))
+            self._handlers.line.enter(answer.ticket, partial(self._settled, op.id, verb, asked))
             return
         result = add()
         result.id = op.id
         write(answer, getattr(result, verb))
         self._num_bytes += result.ByteSize()
+        if asked is not None:
+            kept = type(getattr(result, verb))()
+            kept.CopyFrom(getattr(result, verb))
+            self._handlers.answers.keep(asked, kept)
         if verb == "detach":
             self._worker = None
 
@@ -203,7 +218,7 @@ class SessionStream:
         result.id = op.id
         self._handlers.write_attach(answer, result.attach)
 
-    def _settled(self, op_id: int, verb: str, outcome: Outcome) -> None:
+    def _settled(self, op_id: int, verb: str, asked: Question | None, outcome: Outcome) -> None:
         """Answer an op that waited.  Runs inside somebody else's step, so it must not raise."""
         if self._worker is not None:
             self._worker.tickets.pop(op_id, None)
@@ -212,7 +227,12 @@ class SessionStream:
         if isinstance(outcome, CacheError):
             write_error(outcome, result.error)
         else:
-            WRITE[verb](outcome, getattr(result, verb))
+            message = getattr(result, verb)
+            WRITE[verb](outcome, message)
+            if asked is not None:
+                kept = type(message)()
+                kept.CopyFrom(message)
+                self._handlers.answers.keep(asked, kept)
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 

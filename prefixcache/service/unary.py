@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.service.answers import question
 from prefixcache.service.gate import Gate
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import Identity
@@ -38,9 +39,6 @@ _LOOKS = frozenset(
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
-
-_REPEATABLE = frozenset(("commit", "extend", "fork", "truncate"))
-"""Verbs whose second run would do something else: their last answers are kept by request id."""
 
 _calls = itertools.count(1)
 
@@ -143,9 +141,11 @@ def _serve(
                 asker = Visitor(identity)
             else:
                 asker = find(request.worker_key, identity)
-            earlier = _earlier(handlers, asker, verb, request) if verb in _REPEATABLE else None
-            if earlier is not None:
-                return earlier
+            asked = question(asker.key, verb, request) if isinstance(asker, Worker) else None
+            if asked is not None:
+                assert isinstance(asker, Worker)
+                if (earlier := handlers.earlier(asker, asked)) is not None:
+                    return earlier
             answer = handler(asker, request)
             if answer.__class__ is Waiting:
                 assert isinstance(asker, Worker)
@@ -161,18 +161,11 @@ def _serve(
             await refuse(context, error)
         response = response_class()
         write(answer, response)
-        if verb in _REPEATABLE and request.request_id and isinstance(asker, Worker):
-            handlers.answers.keep(asker.key, (verb, request.request_id), response)
+        if asked is not None:
+            handlers.answers.keep(asked, response)
         return response
 
     return serve
-
-
-def _earlier(handlers: Handlers, asker: Asker, verb: str, request: Any) -> Any:
-    """Give the answer that this very call got before; None if it is new, or has no id."""
-    if not request.request_id or not isinstance(asker, Worker):
-        return None
-    return handlers.answers.get(asker.key, (verb, request.request_id))
 
 
 def _check(request: Any) -> None:

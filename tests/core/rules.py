@@ -264,8 +264,8 @@ class Rules:
         ]
         if waiting:
             return  # a request that waits is cancelled or settled before it is repeated
-        if earlier:
-            tokens, reserve = tokens[:1], 0
+        if earlier and self.chance(70):
+            _, tokens, reserve = earlier[0].asked
         line = (
             f"cache.acquire({worker!r}, {namespace!r}, pack({list(tokens)}), reserve={reserve}, "
             f"wait_s={wait_s}, request_id={request_id!r}, now={world.now})"
@@ -286,6 +286,12 @@ class Rules:
                 now=world.now,
             ),
         )
+        if earlier and earlier[0].asked != (namespace, tokens, reserve):
+            if world.blocks_for(len(tokens) + reserve) <= world.shape.num_blocks:
+                assert isinstance(answer, CacheError), "another request was answered as the first"
+            assert world.snapshot() == before, "a refused request changed something"
+            world.count("refused for its id")
+            return
         if earlier:
             assert answer == earlier[0].grant, "a repeated acquire gave another grant"
             world.count("repeated")

@@ -80,6 +80,7 @@ class LeaseView:
     must_extend: bool = False
     """Forked: may write only after `extend`."""
     request_id: str = ""
+    asked: tuple[object, ...] = ()
     grant: Grant | None = None
     computed_from: int = 0
     """Tokens that its request found when it came first; the others are its own."""
@@ -269,6 +270,7 @@ class World:
             copies=list(grant.copies),
             sources={copy.src for copy in grant.copies},
             request_id=request_id,
+            asked=(namespace, tokens, reserve),
             grant=grant,
             computed_from=computed_from,
         )

@@ -99,7 +99,7 @@ def test_what_settles_at_once_leaves_in_parts(
         stream, wire = await opened(handlers)
         grant = Grant(LeaseId(7), array("i", range(1000)), 0, 0, (), Ledger(), 1.0)
         for number in range(50):
-            stream._settled(number, "acquire", grant)
+            stream._settled(number, "acquire", None, grant)
         await stream._flushing
         return wire.written
 
@@ -153,9 +153,16 @@ def test_kept_answers_are_bounded_for_each_worker_and_in_all(
     monkeypatch.setattr(answers, "ALL_BYTES", 3000)
     kept = answers.KeptAnswers()
     answer = pb.ExtendResponse(blocks=bytes(300))
+
+    def keep(worker: str, request_id: str, answer: pb.ExtendResponse = answer) -> None:
+        request = pb.ExtendRequest(lease=1, num_tokens=9, request_id=request_id)
+        asked = answers.question(worker, "extend", request)
+        assert asked is not None
+        kept.keep(asked, answer)
+
     for number in range(10):
-        kept.keep("one", ("extend", str(number)), answer)
-    assert [kept.get("one", ("extend", str(number))) is answer for number in range(5, 10)] == [
+        keep("one", str(number))
+    assert [kept.get("one", str(number)) is not None for number in range(5, 10)] == [
         False,
         False,
         True,
@@ -163,14 +170,13 @@ def test_kept_answers_are_bounded_for_each_worker_and_in_all(
         True,
     ]
     for worker in range(20):
-        kept.keep(f"w{worker}", ("extend", "x"), answer)
+        keep(f"w{worker}", "x")
     assert kept.num_bytes <= 3000
-    assert kept.get("w19", ("extend", "x")) is answer
-    assert kept.get("one", ("extend", "9")) is None
-    large = pb.ExtendResponse(blocks=bytes(2000))
-    kept.keep("w19", ("extend", "y"), large)
-    assert kept.get("w19", ("extend", "y")) is large  # the newest, however large
-    assert kept.get("w19", ("extend", "x")) is None
+    assert kept.get("w19", "x") is not None
+    assert kept.get("one", "9") is None
+    keep("w19", "y", pb.ExtendResponse(blocks=bytes(2000)))
+    assert kept.get("w19", "y") is not None  # the newest, however large
+    assert kept.get("w19", "x") is None
 
 
 def test_a_clock_that_is_set_back_changes_no_rate(
