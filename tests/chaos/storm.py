@@ -75,6 +75,9 @@ the last one and to the first is chance."""
 LEAK_FILES = 16
 """Descriptors more than a service has that nobody has spoken to yet."""
 
+PROBES = 50
+"""Look-ups of each honest tenant that tell how long they take when nobody else is there."""
+
 LONGEST_PROBE_S = 10.0
 """A look-up that takes longer, with no fault but the adversaries, was starved."""
 
@@ -85,11 +88,20 @@ PATIENCE_S = (10.0, 2.0)
 """How long an actor waits for an answer, directly and through the proxy."""
 
 LEAST_OPS_PER_S = 100
-MOST_LULL_S = 15.0
+MOST_LULL_S = 30.0
 """Longer than any fault lasts, with the start of a service after it on a crowded machine."""
 
-SETTLE_S = 2 * TTL_S + 1
-"""Until leases and quarantine are gone: for workers that cannot be watched, after a ttl each."""
+SETTLE_S = 2 * TTL_S + 8
+"""Until leases and quarantine are gone: after a ttl each, on a crowded machine."""
+
+LIMITS = (
+    *("--max-workers", "128", "--max-namespaces", "128", "--max-leases", "8192"),
+    *("--max-line", "128", "--max-watchers", "16", "--max-calls", "512"),
+)
+"""So low that the adversaries reach each of them; a part of each is kept for every tenant."""
+
+GOING_S = 15.0
+"""For what the service puts away a little at a time: descriptors, namespaces."""
 
 MOST_RED_SPACES = 8
 """Namespaces of the adversaries in which something may be stored in the end."""
@@ -272,7 +284,7 @@ class Storm:
             *sizes(NUM_BLOCKS, BLOCK_SIZE),
             *("--ttl", str(TTL_S), "--log-level", "warning", "--grace", "2"),
             *("--state", str(self.disk.folder / "state"), "--quarantine", str(TTL_S)),
-            *("--identities", str(self.identities), "--http", self.http),
+            *("--identities", str(self.identities), "--http", self.http, *LIMITS),
         )
         try:
             with self.connect() as client:
@@ -283,7 +295,21 @@ class Storm:
         return service
 
     def connect(self, tenant: str = BOSS) -> Client:
-        return prefixcache.connect(self.target, token=TOKENS[tenant], timeout_s=30.0)
+        """Connect as a tenant; a service that the adversaries keep busy may need several tries."""
+        due = time.monotonic() + 30
+        while True:
+            client = prefixcache.connect(self.target, token=TOKENS[tenant], timeout_s=30.0)
+            try:
+                client.snapshot()
+            except CacheError:
+                client.close()
+                if time.monotonic() > due:
+                    raise
+            except BaseException:
+                client.close()
+                raise
+            else:
+                return client
 
     def act(self, number: int) -> subprocess.Popen[bytes]:
         target = self.target if number % 2 else f"unix:{self.folder}/proxy.sock"
@@ -354,7 +380,7 @@ class Storm:
             *(self.kill_worker, self.stop_workers, self.stop_workers, self.stop_service),
             *(self.drop_connections, self.half_open_connections, self.fill_disk),
         )
-        time.sleep(3.0)  # while the probes are alone
+        self.hear_probes()
         self.alone_until = time.monotonic()
         self.actors = [self.act(number) for number in range(ACTORS)]
         time.sleep(2.5)  # until the actors are at work
@@ -383,6 +409,15 @@ class Storm:
         self.report.seconds = self.ended_at - started
         self.settle()
         return self.report
+
+    def hear_probes(self) -> None:
+        """Wait until there were probes with nobody else in the service."""
+        due = time.monotonic() + 30
+        for number in range(1, 1 + len(self.cancellers)):
+            log = self.folder / f"canceller-{number}.log"
+            while not (log.exists() and log.read_text().count("probe") > PROBES):
+                assert time.monotonic() < due, "nothing is heard of the probes"
+                time.sleep(0.1)
 
     def calm_round(self, seconds: float) -> None:
         """Let nothing go wrong but for what the adversaries do."""
@@ -432,13 +467,17 @@ class Storm:
                     f"{len(now.leases)} leases, {now.quarantined} quarantined, "
                     f"{now.private} private blocks are left"
                 )
-            spaces = [one for one in now.namespaces if one.tenant == RED]
-            report.red_spaces = len(spaces)
-            if len(spaces) > MOST_RED_SPACES:
-                report.leaks.append(f"{len(spaces)} namespaces of the adversaries are left")
+            due = time.monotonic() + GOING_S
+            while (left := self.red_spaces(client)) > MOST_RED_SPACES and time.monotonic() < due:
+                time.sleep(0.1)
+            report.red_spaces = left
+            if not self.has_room_for_namespaces():
+                report.leaks.append("the adversaries' namespaces never go")
+            if left > MOST_RED_SPACES:
+                report.leaks.append(f"{left} namespaces of the adversaries are left")
             if now.free + now.evictable != NUM_BLOCKS:
                 report.leaks.append(f"{now.free} free + {now.evictable} evictable != {NUM_BLOCKS}")
-        process, due = psutil.Process(self.service.process.pid), time.monotonic() + 10
+        process, due = psutil.Process(self.service.process.pid), time.monotonic() + GOING_S
         while process.num_fds() > self.first_files + LEAK_FILES and time.monotonic() < due:
             time.sleep(0.1)
         report.more_files = process.num_fds() - self.first_files
@@ -450,6 +489,23 @@ class Storm:
         report.final_tokens = self.read_all()
         if self.service.process.poll() is not None:
             report.leaks.append(f"the service has ended: {self.service.log()}")
+
+    def red_spaces(self, client: Client) -> int:
+        return sum(one.tenant == RED for one in client.snapshot().namespaces)
+
+    def has_room_for_namespaces(self) -> bool:
+        """Whether a tenant that was at the limit may attach others again."""
+        with self.connect(RED) as client:
+            due = time.monotonic() + GOING_S
+            while time.monotonic() < due:
+                try:
+                    for number in range(8):
+                        client.attach(MODELS[0], LAYOUT, salt=f"after {number}").close()
+                except CacheError:
+                    time.sleep(0.2)
+                else:
+                    return True
+        return False
 
     def count(self) -> None:
         """Add up what the actors told."""
