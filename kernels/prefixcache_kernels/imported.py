@@ -11,6 +11,7 @@ The memory stays open as long as any tensor looks into it; with the last it is c
 
 from __future__ import annotations
 
+import os
 import struct
 import weakref
 from typing import Any, Final
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.device import CudaDriver, Driver
-from prefixcache.errors import Unsupported
+from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.pool import HEAD_BYTES, check_header
 from prefixcache.types import PoolHandle
 
@@ -39,6 +40,7 @@ class DeviceMemory:
         self._driver = driver
         self.address = address
         self.num_bytes = num_bytes
+        self._pid = os.getpid()
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -58,7 +60,16 @@ class DeviceMemory:
         )
 
     def read(self, num_bytes: int) -> bytes:
-        """Copy the first bytes to the host."""
+        """Copy the first bytes to the host.
+
+        Raises:
+            InvalidRequest: This process has the memory by a fork, and no GPU works in it.
+        """
+        if os.getpid() != self._pid:
+            raise InvalidRequest(
+                f"this pool belongs to process {self._pid} and came through fork: connect, attach "
+                "and map in this process"
+            )
         return self._driver.read(self.address, num_bytes)
 
     def epoch(self) -> int:
@@ -92,12 +103,17 @@ def open_device(handle: PoolHandle, driver: Driver | None = None) -> DeviceMemor
         raise
     memory = DeviceMemory(driver, address, handle.offset + handle.num_bytes)
     # At the end of the process the driver closes it, and may be gone before Python is.
-    weakref.finalize(memory, _close, driver, address).atexit = False
+    weakref.finalize(memory, _close, driver, address, os.getpid()).atexit = False
     return memory
 
 
-def _close(driver: Driver, address: int) -> None:
-    """Close memory when all that was queued on the device is done: kernels may still read it."""
+def _close(driver: Driver, address: int, pid: int) -> None:
+    """Close memory when all that was queued on the device is done: kernels may still read it.
+
+    A forked child has neither the memory nor a driver that works: nothing is called there.
+    """
+    if os.getpid() != pid:
+        return
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(getattr(driver, "ordinal", 0))
     driver.close(address)

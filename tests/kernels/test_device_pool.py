@@ -112,8 +112,23 @@ def test_memory_is_closed_when_the_device_is_done(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda ordinal: done.append(f"wait {ordinal}"))
     driver = SimpleNamespace(ordinal=3, close=lambda address: done.append(f"close {address}"))
-    imported._close(driver, 7)  # type: ignore[arg-type]
+    imported._close(driver, 7, os.getpid() + 1)  # type: ignore[arg-type]
+    assert not done, "a forked child has neither the memory nor a driver that works"
+    imported._close(driver, 7, os.getpid())  # type: ignore[arg-type]
     assert done == ["wait 3", "close 7"]
+
+
+def test_a_forked_child_is_told_that_it_has_not_the_memory(
+    shared: tuple[PoolOwner, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, folder = shared
+    memory = open_device(made.handle, SharedMemoryDriver(str(folder)))
+    with monkeypatch.context() as child:
+        parent = os.getpid()
+        child.setattr(os, "getpid", lambda: parent + 1)
+        with pytest.raises(InvalidRequest, match=f"process {parent} and came through fork"):
+            memory.epoch()
+    assert memory.epoch() == made.handle.epoch
 
 
 def test_a_fence_waits_for_all_streams_that_it_was_told_of(

@@ -6,7 +6,6 @@ import asyncio
 import random
 import signal
 import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ import pytest
 
 import prefixcache
 from prefixcache.client import AsyncLease, AsyncSession, connect_async
+from prefixcache.client.ops import Reply, Step
+from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
@@ -256,40 +257,27 @@ def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess) -> Non
         signal.signal(signal.SIGALRM, before)
 
 
-def test_threads_share_a_session_while_it_is_closed(service: ServiceProcess) -> None:
-    with prefixcache.connect(service.target) as client:
-        before = client.snapshot().quarantined
-        session = client.attach("model", LAYOUT)
-        errors: list[BaseException] = []
-        began = threading.Event()
+def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
+    """Another thread loses it after this one has looked, and before its reply is in the books."""
 
-        def work(number: int) -> None:
-            try:
-                while True:
-                    with session.acquire([number, *PROMPT]) as lease:
-                        lease.commit(5)
-                        began.set()
-            except ServiceUnavailable:
-                return
-            except BaseException as error:  # noqa: BLE001 - looked at below
-                errors.append(error)
+    class Core(SessionCore[Any]):
+        def emit(self, message: bytes | None) -> None:
+            pass
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-        for thread in threads:
-            thread.start()
-        assert began.wait(30)
-        time.sleep(0.1)
-        closers = [threading.Thread(target=session.close) for _ in range(3)]
-        for thread in closers:
-            thread.start()
-        for thread in (*threads, *closers):
-            thread.join(30)
-            assert not thread.is_alive()
-        assert not errors
-        assert not client.snapshot().leases
-        assert client.snapshot().quarantined <= before
-        with pytest.raises(ServiceUnavailable, match="closed"):
-            session.acquire(PROMPT)
+    class Books(dict[int, Reply[Any]]):
+        def __setitem__(self, op_id: int, reply: Reply[Any]) -> None:
+            core.lose(ServiceUnavailable("gone"))
+            super().__setitem__(op_id, reply)
+
+    core = Core(None)  # type: ignore[arg-type]  # it has no use for its connection here
+    core._pending = Books()
+    step = Step(core.ids)
+    replies = [step.renew(), step.lookup([1])]
+    core.post(step)
+    for reply in replies:
+        with pytest.raises(ServiceUnavailable, match="gone"):
+            reply.result()
+    assert not core._pending
 
 
 def test_a_callback_that_would_wait_for_its_own_thread_is_told(service: ServiceProcess) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import re
+import threading
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from prefixcache.config import load, parse_layout
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Layout, Namespace, pack, unpack
 from prefixcache_bench.layouts import layout_named
-from wire.service_process import LAYOUT, ServiceProcess, running, sizes
+from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
 IDS = [1, 2, 3, 4, 100]
 SPACE = Namespace("model")
@@ -252,13 +254,20 @@ def test_a_time_limit_is_a_positive_number(service: ServiceProcess, odd: Any) ->
         prefixcache.connect(service.target, timeout_s=odd)
 
 
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
 def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
     service: ServiceProcess,
 ) -> None:
     """Keys are passed on without a close(), but never while a lease may be written to."""
     with prefixcache.connect(service.target) as client:
         kept = None
-        for number in range(60):
+        before: list[int] = []
+        for number in range(1000):
+            if number == 10:
+                before = [descriptors(os.getpid()), descriptors(service.process.pid)]
             session = client.attach("model", LAYOUT)
             lease = session.acquire([number] * 8)
             if number == 0:
@@ -266,6 +275,10 @@ def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
             session._call.cancel()
             session._reader.join(10)
             assert not session.alive
+        # What the last breaks have left is on its way: on neither side it is more than a few.
+        eventually(lambda: descriptors(os.getpid()) <= before[0] + 8)
+        eventually(lambda: descriptors(service.process.pid) <= before[1] + 8)
+        assert sum(thread.name.startswith("prefixcache") for thread in threading.enumerate()) < 10
         del lease
         with client.attach("model", LAYOUT):
             # Those of the lease that is still in hand: its blocks may be being written to.
