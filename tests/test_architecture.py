@@ -36,6 +36,9 @@ WORDS = (
     "prefixcache.device",
     "prefixcache.config",
     "prefixcache.extras",
+    "prefixcache.logged_request",
+    "prefixcache.template_sandbox",
+    "prefixcache.chat_template",
 )
 WIRE = "prefixcache.v1"
 FLOORS = {

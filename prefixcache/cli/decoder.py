@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from prefixcache.chat_template import ChatTemplate, Prompt, prompt_of
 from prefixcache.errors import InvalidRequest
 from prefixcache.extras import how_to_install
+from prefixcache.logged_request import LoggedRequest, read_logged
 from prefixcache.model_folders import places
 from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
@@ -70,62 +73,44 @@ class Decoder:
         """Give the text of token ids, special ones included."""
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
+    def prompt(self, request: LoggedRequest) -> Prompt:
+        """Turn a logged request into tokens; a chat through the model's own template.
+
+        Raises:
+            InvalidRequest: the model has no template, or it refuses this request.
+        """
+        return prompt_of(request, lambda: self._template, self._ids)
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Cut a chat into token ids, through the model's own template, up to the answer.
 
         Raises:
             InvalidRequest: the model has no template, or it refuses these messages.
         """
-        template, special = self._template()
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ModuleNotFoundError:
-            raise InvalidRequest(f"a chat's template needs jinja2, {_absent()}") from None
+        (request,) = read_logged({"messages": list(messages)})
+        return unpack(self.prompt(request).tokens).tolist()
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        try:
-            text = environment.from_string(template).render(
-                messages=list(messages), add_generation_prompt=True, **special
-            )
-        except TemplateError as error:
-            raise InvalidRequest(f"the chat template of {self.folder} says: {error}") from None
-        except Exception as error:  # noqa: BLE001 - a template is a program, and somebody else's
-            raise InvalidRequest(
-                f"the chat template of {self.folder} cannot write these messages: {error}"
-            ) from None
-        return self._ids(text, add_special_tokens=False)
-
-    def _ids(self, text: str, **options: bool) -> list[int]:
+    def _ids(self, text: str, special: bool = True) -> list[int]:
         if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can escape such a half
             raise InvalidRequest("the prompt holds half a character (U+D800 to U+DFFF): no text")
-        return list(self._tokenizer.encode(text, **options).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
 
-    def _template(self) -> tuple[str, dict[str, str]]:
-        path = self.folder / "tokenizer_config.json"
+    @cached_property
+    def _template(self) -> ChatTemplate:
         try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError):
+            config = json.loads((self.folder / "tokenizer_config.json").read_text())
+        except (OSError, ValueError, RecursionError):
             config = {}
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in config.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
-        }
         apart = self.folder / "chat_template.jinja"
-        template = apart.read_text() if apart.is_file() else config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in template}
-            template = named.get("default")
-        if not isinstance(template, str):
-            raise InvalidRequest(f"{self.folder} has no chat template; give text or token ids")
-        return template, special
+        try:
+            return ChatTemplate.of_config(
+                config if isinstance(config, dict) else {},
+                apart.read_text() if apart.is_file() else None,
+            )
+        except ModuleNotFoundError:
+            raise InvalidRequest(f"a chat's template needs jinja2, {_absent()}") from None
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{self.folder}: {error}") from None
 
 
 def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decoder | None:

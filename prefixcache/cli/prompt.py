@@ -2,11 +2,11 @@
 
 ```
 1 2 3 · [1, 2, 3] · 1,2,3        token ids, with anything but digits between
-{"tokens": [1, 2, 3]}            the same in JSON; also "input_ids", "prompt_token_ids"
 FILE.bin                         packed little-endian uint32
-[{"role": "user", …}]            a chat, through the model's template; also {"messages": […]}
-{"prompt": "text"} · any text    through the model's tokenizer
+{"messages": […], "tools": […]}  a request in any form that is logged, through the model's template
+any text                         through the model's tokenizer
 ```
+The forms of requests: see `prefixcache.logged_request`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import typer
+
+from prefixcache.chat_template import tell
 from prefixcache.cli.decoder import Decoder
 from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import read_logged
 from prefixcache.types import TOKEN_BYTES, pack
 
 OpenDecoder = Callable[[], "Decoder | None"]
 
 _SEPARATORS = re.compile(r"[\[\],;\s]+")
-_IDS = ("tokens", "input_ids", "prompt_token_ids")
 
 
 def read_source(source: str) -> tuple[bytes, str]:
@@ -113,26 +116,26 @@ def _text(data: bytes, source: str) -> str:
 
 
 def _from_json(value: Any, source: str, decoder: OpenDecoder) -> bytes:
-    if isinstance(value, dict):
-        for name in _IDS:
-            if name in value:
-                return _from_json(value[name], source, decoder)
-        if "messages" in value:
-            return _from_json(value["messages"], source, decoder)
-        if "prompt" in value:
-            inner = value["prompt"]
-            if isinstance(inner, str):
-                return _from_text(inner, source, decoder)
-            return _from_json(inner, source, decoder)
-    if isinstance(value, list) and value:
-        if all(isinstance(one, int) and not isinstance(one, bool) for one in value):
-            return read_ids(" ".join(map(str, value)), source)
-        if all(isinstance(one, dict) and "role" in one for one in value):
-            return pack(_opened(decoder, f"{source} is a chat").chat(value))
-    raise InvalidRequest(
-        f"{source} is JSON, but neither token ids nor a chat: give a list of numbers, a list of "
-        '{"role": …, "content": …}, or an object with "tokens", "messages" or "prompt"'
-    )
+    try:
+        requests = read_logged(value)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{source}: {error}") from None
+    if len(requests) != 1:
+        raise InvalidRequest(f"{source} holds {len(requests):,} prompts; give one of them")
+    request = requests[0]
+    if request.tokens is not None:
+        return request.tokens
+    kind = "text" if request.text is not None else "a chat"
+    try:
+        made = _opened(decoder, f"{source} is {kind}").prompt(request)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{source}: {error}") from None
+    left_out = dict(made.left_out)
+    if request.salt:
+        left_out["a cache_salt, which is not looked at: give it with --salt"] = 1
+    for line in tell(left_out, 1):
+        typer.echo(f"{source}: {line}", err=True)
+    return made.tokens
 
 
 def _from_text(text: str, source: str, decoder: OpenDecoder) -> bytes:

@@ -37,7 +37,13 @@ def worker(
         bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
     ] = False,
 ) -> None:
-    """Serve a model on the shared pool: JSON-lines requests in, JSON-lines events out."""
+    """Serve a model on the shared pool: JSON-lines requests in, JSON-lines events out.
+
+    A request has messages, prompt (a text) or tokens, and may have id, tools, max_new_tokens,
+    temperature, top_p, seed, stop, stop_ids, wait_s; {"cancel": ID} ends one.
+
+    Example: echo '{"prompt": "Once upon a time", "max_new_tokens": 32}' | prefixcache worker
+    """
     import os
 
     # Before torch is imported: its thread pools read this once.

@@ -112,6 +112,8 @@ def started(job: Job, claim: Claim) -> Started:
         num_to_compute=len(job.tokens) - claim.num_cached,
         shared=job.store.shared,
         waited_s=time.monotonic() - job.submitted_s,
+        max_new_tokens=job.max_new_tokens,
+        left_out=job.request.left_out or None,
     )
 
 

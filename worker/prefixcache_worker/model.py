@@ -11,8 +11,9 @@ path or id ──► AutoModelForCausalLM ──► layout ──► probe again
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +21,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from prefixcache.chat_template import ChatTemplate, Prompt, prompt_of
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
-from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout
+from prefixcache.logged_request import LoggedRequest, read_logged
+from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout, unpack
 from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
 from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
@@ -193,18 +196,40 @@ class Model:
             native=library() is not None,
         )
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def prompt(self, request: LoggedRequest) -> Prompt:
+        """Turn a request into prompt tokens, a chat by the model's template, as `explain` does.
+
+        Raises:
+            InvalidRequest: the template refuses it, or it holds an image, a recording or a file.
+            Unsupported: the model has no tokenizer or no chat template.
+        """
+        if any(part["type"] != "text" for part in _parts(request)):
+            raise InvalidRequest(f"model {self.name!r} takes text; the messages hold a medium")
+        return prompt_of(
+            request,
+            lambda: self._template,
+            lambda text, special: self.encode(text, special=special),
+        )
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        source = getattr(self.tokenizer, "chat_template", None)
+        if not source:
+            raise Unsupported(f"model {self.name!r} has no chat template; send `tokens` instead")
+        if isinstance(source, dict):
+            source = source.get("default")
+        special = getattr(self.tokenizer, "special_tokens_map", {})
+        return ChatTemplate.of_config({**special, "chat_template": source})
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Turn messages into prompt tokens by the model's chat template, ready for an answer.
 
         Raises:
+            InvalidRequest: they are no messages, or the template refuses them.
             Unsupported: the model has no tokenizer or no chat template.
         """
-        if self.tokenizer is None or not getattr(self.tokenizer, "chat_template", None):
-            raise Unsupported(f"model {self.name!r} has no chat template; send `tokens` instead")
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        return self.encode(text, special=False)
+        (request,) = read_logged({"messages": list(messages)})
+        return unpack(self.prompt(request).tokens).tolist()
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Turn text into tokens; `special` adds what the tokenizer puts around every text.
@@ -216,6 +241,12 @@ class Model:
             raise Unsupported(f"model {self.name!r} has no tokenizer; send `tokens` instead")
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
         return ids
+
+
+def _parts(request: LoggedRequest) -> Iterator[dict[str, Any]]:
+    for message in request.messages:
+        if isinstance(message["content"], list):
+            yield from message["content"]
 
 
 def _twin_agrees(module: Any) -> bool:

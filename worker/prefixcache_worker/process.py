@@ -10,6 +10,7 @@ stdout  {"event": "ready", "worker": "w1", "layout": {...}, ...}
         {"event": "finished", "id": "a", "text": "Hello!", "tokens": [...], "ttft_ms": 31.2, ...}
         {"event": "alone", ...}  {"event": "joined", ...}   when the service goes and comes back
 ```
+The fields of a request: see `request_line`.
 At the end of its input it finishes what it has in hand; SIGTERM and Ctrl-C end it at once.  In both
 cases it gives its blocks back.
 """
@@ -17,7 +18,6 @@ cases it gives its blocks back.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -30,21 +30,23 @@ import torch
 
 import prefixcache
 from prefixcache.client import Client, Session
-from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
 from prefixcache_kernels import SharedPool
 from prefixcache_kernels.cpu.library import describe
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.membership import Join
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Failed, Request, to_json
-from prefixcache_worker.sampling import Sampling
+from prefixcache_worker.request import Failed, to_json
+from prefixcache_worker.request_line import (
+    LONGEST_LINE,
+    name_of,
+    read_id,
+    read_object,
+    read_request,
+)
 
 _IDLE_S: Final = 1.0
-_FIELDS: Final = {
-    *("id", "messages", "prompt", "tokens", "max_new_tokens", "temperature", "top_p", "seed"),
-    *("stop", "stop_ids", "wait_s", "log_logits"),
-}
 
 
 def joiner(client: Client, model: Model, name: str) -> Join:
@@ -61,58 +63,25 @@ def joiner(client: Client, model: Model, name: str) -> Join:
     return join
 
 
-def read_request(fields: dict[str, Any], model: Model) -> Request:
-    """Turn the object of one line into a request.
-
-    Raises:
-        InvalidRequest: a field is missing, unknown or of the wrong type.
-        Unsupported: text for a model without a tokenizer.
-    """
-    if unknown := fields.keys() - _FIELDS:
-        raise InvalidRequest(f"unknown fields {sorted(unknown)}; known are {sorted(_FIELDS)}")
-    sources = [key for key in ("messages", "prompt", "tokens") if key in fields]
-    if len(sources) != 1:
-        raise InvalidRequest(f"one of messages, prompt and tokens is needed, not {sources}")
-    try:
-        if "messages" in fields:
-            tokens = model.chat(fields["messages"])
-        elif "prompt" in fields:
-            tokens = model.encode(str(fields["prompt"]))
-        else:
-            tokens = [int(token) for token in fields["tokens"]]
-        stop = fields.get("stop", ())
-        stop_ids = fields.get("stop_ids")
-        seed = fields.get("seed")
-        return Request(
-            id=str(fields["id"]),
-            tokens=tokens,
-            max_new_tokens=int(fields.get("max_new_tokens", 128)),
-            sampling=Sampling(
-                temperature=float(fields.get("temperature", 0.0)),
-                top_p=float(fields.get("top_p", 1.0)),
-                seed=None if seed is None else int(seed),
-            ),
-            stop_ids=None if stop_ids is None else tuple(int(i) for i in stop_ids),
-            stop_strings=(stop,) if isinstance(stop, str) else tuple(str(s) for s in stop),
-            wait_s=float(fields.get("wait_s", 30.0)),
-            log_logits=bool(fields.get("log_logits", False)),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidRequest(f"{type(error).__name__}: {error}") from error
-
-
 def read_lines(fd: int) -> Iterator[bytes]:
     """Give the lines of a file descriptor, the last one also if it does not end in a newline.
 
     Not `sys.stdin`: its lock would be held by the thread that waits for a line, and Python aborts
     at exit if it is.
     """
-    rest = b""
+    parts: list[bytes] = []
+    size = 0
     while data := os.read(fd, 1 << 16):
-        *whole, rest = (rest + data).split(b"\n")
-        yield from whole
-    if rest:
-        yield rest
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            yield b"".join([*parts, end])
+            parts.clear()
+            size = 0
+        if size <= LONGEST_LINE:  # of a longer one, its beginning is enough to refuse it
+            parts.append(rest)
+        size += len(rest)
+    if parts:
+        yield b"".join(parts)
 
 
 class WorkerProcess:
@@ -149,6 +118,8 @@ class WorkerProcess:
         self._writing = threading.Lock()
         self._ended = threading.Event()
         self._stopped = False
+        self._failure: BaseException | None = None
+        """What ended the thread that reads requests, if not the end of the input."""
         self._client: Client | None = None
         session, pool, join = None, None, None
         if not solo:
@@ -167,7 +138,9 @@ class WorkerProcess:
         threading.Thread(target=self._read, name="requests", daemon=True).start()
         engine = self.engine
         try:
-            while not self._stopped and not (self._ended.is_set() and engine.idle):
+            while not (self._stopped or self._failure) and not (
+                self._ended.is_set() and engine.idle
+            ):
                 for event in engine.step():
                     self._write(to_json(event))
                 if engine.stalled:
@@ -179,6 +152,11 @@ class WorkerProcess:
             engine.close()
             if self._client is not None:
                 self._client.close()
+        if self._failure is not None and not isinstance(self._failure, BrokenPipeError):
+            raise RuntimeError(
+                "the worker cannot read requests any more and ends: "
+                f"{type(self._failure).__name__}: {self._failure}"
+            ) from self._failure
 
     def _ready(self) -> dict[str, Any]:
         return {
@@ -204,25 +182,34 @@ class WorkerProcess:
         self.engine.wake()
 
     def _read(self) -> None:
-        """Read requests until the input ends; runs in a thread of its own."""
-        for line in self._lines:
-            if not line.strip():
-                continue
-            request_id = ""
-            try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise InvalidRequest("a request is a JSON object")
-                request_id = str(fields.get("id", ""))
-                if "cancel" in fields:
-                    self.engine.cancel(str(fields["cancel"]))
-                else:
-                    self.engine.submit(read_request(fields, self.model))
-            except (CacheError, ValueError, RecursionError) as error:
-                failed = Failed(request_id, type(error).__name__, str(error))
-                self._write(to_json(failed))
-        self._ended.set()
-        self.engine.wake()
+        """Read requests until the input ends; runs in a thread of its own.
+
+        Whatever a line does wrong is told as that line's failure.  If the thread itself breaks, so
+        does the process: one that lives on and takes nothing would keep what it holds.
+        """
+        try:
+            for line in self._lines:
+                if line.strip():
+                    self._take(line)
+        except BaseException as error:  # noqa: BLE001 - told by `run`, in the other thread
+            self._failure = error
+        finally:
+            self._ended.set()
+            self.engine.wake()
+
+    def _take(self, line: bytes) -> None:
+        request_id = ""
+        try:
+            request_id = name_of(line)
+            fields = read_object(line)
+            if "cancel" in fields:
+                self.engine.cancel(read_id(fields, "cancel"))
+                return
+            request_id = fields["id"] = read_id(fields)
+            self.engine.submit(read_request(fields, self.model))
+        except Exception as error:  # noqa: BLE001 - a stranger's line ends nothing but itself
+            message = str(error) if isinstance(error, CacheError) else f"not foreseen: {error}"
+            self._write(to_json(Failed(request_id, type(error).__name__, message)))
 
     def _write(self, event: dict[str, Any]) -> None:
         with self._writing:

@@ -35,6 +35,9 @@ class Request:
     """How long to wait for a prefix that another worker is computing; 0: compute it as well."""
     log_logits: bool = False
     """Tell the two best logits of every step."""
+    left_out: tuple[str, ...] = ()
+    """What of the request is not in the prompt, for example tools that the template does not
+    show."""
 
     def __post_init__(self) -> None:
         if not self.tokens or self.max_new_tokens < 1 or self.wait_s < 0:
@@ -57,6 +60,10 @@ class Started:
     """Whether its blocks are in the shared pool."""
     waited_s: float
     """From submission until now."""
+    max_new_tokens: int | None = None
+    """Tokens that the answer may have; blocks are reserved for as many."""
+    left_out: tuple[str, ...] | None = None
+    """What of the request is not in the prompt; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)

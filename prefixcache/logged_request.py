@@ -1,0 +1,486 @@
+"""A request as servers log it, in whatever form it came: one reading of it for every command.
+
+```
+OpenAI chat     messages with text, parts, null or no content, tool_calls; tools, functions,
+                documents, chat_template_kwargs, add_generation_prompt, continue_final_message
+Responses       input (a text, or items), instructions, tools
+Anthropic       system beside messages; blocks text, image, tool_use, tool_result
+completions     prompt: a text, token ids, or a list of either
+token ids       tokens, prompt_token_ids, input_ids, token_ids
+data sets       conversations, conversation: from and value, or role and content
+a batch's line  any of these below body or request
+a list          messages, token ids, texts
+```
+A key that is null is as good as absent.  `model`, the adapter and `cache_salt` say what may be
+shared at all.  An image, a recording or a file becomes a stand-in that its content alone decides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b, shake_256
+from typing import Any, Final
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import json_text
+from prefixcache.types import pack
+
+IDS: Final = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
+CHATS: Final = ("messages", "conversations", "conversation")
+KEYS: Final = frozenset({*IDS, *CHATS, "prompt", "input", "body", "request"})
+"""An object with none of these is no request."""
+
+MEDIA_TOKENS: Final = 256
+"""Stand-in tokens of an image, a recording or a file; how many a model takes, it alone knows."""
+_MEDIA_IDS: Final = 1 << 30
+"""Ids from here on are in no vocabulary."""
+
+SPEAKERS: Final = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "tool": "tool",
+    "tool_response": "tool",
+    "developer": "developer",
+}
+_TEXTS: Final = {"text", "input_text", "output_text", "refusal"}
+_MEDIA: Final = {
+    "image_url": "image",
+    "image": "image",
+    "input_image": "image",
+    "image_pil": "image",
+    "image_embeds": "image",
+    "input_audio": "recording",
+    "audio_url": "recording",
+    "audio": "recording",
+    "video_url": "video",
+    "video": "video",
+    "file": "file",
+    "input_file": "file",
+    "document": "file",
+}
+_THOUGHTS: Final = {"thinking", "redacted_thinking", "reasoning"}
+_SOURCES: Final = ("url", "data", "file_data", "file_id", "image_url", "file_url", "text", "source")
+_WRAPPERS: Final = ("body", "request", "params")
+_DEEPEST: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedRequest:
+    """One prompt, and what was asked with it.  One of `messages`, `text` and `tokens` is there."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+    """Of a chat: `role`; `content`: a text, a list of parts, or None beside `tool_calls`.  A part
+    is `{"type": "text", "text": …}` or `{"type": kind, "digest": …}`."""
+    text: str | None = None
+    tokens: bytes | None = None
+    """Packed."""
+    tools: tuple[dict[str, Any], ...] = ()
+    documents: tuple[dict[str, Any], ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    """`chat_template_kwargs`."""
+    generation_prompt: bool = True
+    """Whether the prompt ends with what begins an answer."""
+    continues: bool = False
+    """Whether the answer goes on where the last message ends."""
+    is_logged_chat: bool = False
+    """A conversation of a data set, of which each answer was a request."""
+    model: str = ""
+    adapter: str = ""
+    salt: str = ""
+    left_out: tuple[str, ...] = ()
+    """What is not in the prompt, as plural nouns: `("thoughts",)`."""
+
+
+def read_logged(value: Any) -> list[LoggedRequest]:
+    """Read all prompts of a record: one, but for a completion of several.
+
+    Args:
+        value: Parsed JSON.
+
+    Raises:
+        InvalidRequest: it is no request; the message names the field, what it is and what it takes.
+
+    >>> read_logged({"messages": [{"role": "user", "content": "Hi"}]})[0].messages
+    ({'role': 'user', 'content': 'Hi'},)
+    """
+    try:
+        return _read(value, _DEEPEST)
+    except RecursionError:
+        raise InvalidRequest("the request is nested too deeply") from None
+
+
+def stand_in(digest: str) -> bytes:
+    """Give the packed tokens that stand for a medium: equal for equal content, in no vocabulary."""
+    size = 4 * MEDIA_TOKENS
+    drawn = int.from_bytes(shake_256(digest.encode()).digest(size), "little")
+    low = int.from_bytes((_MEDIA_IDS - 1).to_bytes(4, "little") * MEDIA_TOKENS, "little")
+    high = int.from_bytes(_MEDIA_IDS.to_bytes(4, "little") * MEDIA_TOKENS, "little")
+    return (drawn & low | high).to_bytes(size, "little")
+
+
+def _read(value: Any, deepest: int) -> list[LoggedRequest]:
+    if isinstance(value, list):
+        return _list(value, "the request")
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"a request is a JSON object or list, not {_show(value)}")
+    fields = {key: one for key, one in value.items() if one is not None}
+    for wrapper in _WRAPPERS:
+        inner = fields.get(wrapper)
+        if isinstance(inner, str) and inner.lstrip().startswith("{"):
+            try:
+                inner = json.loads(inner)
+            except ValueError as error:
+                raise InvalidRequest(f"{wrapper} is no JSON: {error}") from None
+        if isinstance(inner, dict) and deepest:
+            return _read({"model": fields.get("model")} | inner, deepest - 1)
+    model, adapter, salt = _place(fields)
+    return [replace(one, model=model, adapter=adapter, salt=salt) for one in _unplaced(fields)]
+
+
+def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
+    for name in IDS:
+        if name in fields:
+            return _ids(fields[name], name)
+    for name in CHATS:
+        if name in fields:
+            return [_chat(fields, name)]
+    if isinstance(fields.get("input"), str) or _is_items(fields.get("input")):
+        return [_responses(fields)]
+    for name in ("prompt", "input", "text"):
+        if name in fields:
+            return _prompts(fields[name], name)
+    names = ", ".join(ascii(name)[1:-1] for name in list(fields)[:8]) or "nothing"
+    raise InvalidRequest(
+        f"it has {names}, but neither token ids nor a chat: give messages, prompt, input, "
+        "conversations or tokens"
+    )
+
+
+def _list(value: list[Any], name: str) -> list[LoggedRequest]:
+    if value and all(isinstance(one, dict) for one in value):
+        if all("role" in one or "from" in one for one in value):
+            return [LoggedRequest(messages=tuple(_messages(value)))]
+        raise InvalidRequest(f"{name} is a list of objects that are no messages; give one of them")
+    return _prompts(value, name)
+
+
+def _prompts(value: Any, name: str) -> list[LoggedRequest]:
+    """Read a completion's prompt: a text, ids, or a list of either."""
+    if isinstance(value, str):
+        return [LoggedRequest(text=_whole(value, name))]
+    if isinstance(value, list) and value:
+        if all(isinstance(one, str) for one in value):
+            return [LoggedRequest(text=_whole(one, name)) for one in value]
+        if all(isinstance(one, list) for one in value):
+            return [LoggedRequest(tokens=_packed(one, name)) for one in value]
+        if not isinstance(value[0], dict):
+            return [LoggedRequest(tokens=_packed(value, name))]
+        return _list(value, name)
+    raise InvalidRequest(f"{name} is {_show(value)}; it takes a text, token ids, or a list of them")
+
+
+def _ids(value: Any, name: str) -> list[LoggedRequest]:
+    if isinstance(value, list) and value and all(isinstance(one, list) for one in value):
+        return [LoggedRequest(tokens=_packed(one, name)) for one in value]
+    return [LoggedRequest(tokens=_packed(value, name))]
+
+
+def _packed(value: Any, name: str) -> bytes:
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest(f"{name} is {_show(value)}; it takes a list of token ids")
+    if set(map(type, value)) != {int}:
+        bad = next(one for one in value if type(one) is not int)
+        raise InvalidRequest(f"{name} holds {_show(bad)}; a token id is a whole number")
+    if min(value) < 0 or max(value) > 2**32 - 1:
+        bad = min(value) if min(value) < 0 else max(value)
+        raise InvalidRequest(f"{name} holds {_show(bad)}; a token id is from 0 to 4294967295")
+    return pack(value)
+
+
+def _place(fields: dict[str, Any]) -> Iterable[str]:
+    """Say within what a request may share: model, adapter, salt."""
+    lora = fields.get("lora_request")
+    adapter = [fields.get(name) for name in ("adapter", "lora_name", "lora_path")]
+    adapter.append(lora.get("lora_name") if isinstance(lora, dict) else None)
+    found = {
+        "model": fields.get("model"),
+        "adapter": next((one for one in adapter if one is not None), None),
+        "salt": fields.get("cache_salt"),
+    }
+    for name, one in found.items():
+        if one is not None and not isinstance(one, str):
+            raise InvalidRequest(f"{name} is {_show(one)}; it takes a text")
+    return [_whole(one or "", name) for name, one in found.items()]
+
+
+def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
+    left_out: list[str] = []
+    messages = list(_messages(fields[name], left_out))
+    system = fields.get("system")
+    if system is not None and name == "messages":
+        messages.insert(0, {"role": "system", "content": _content(system, "system", left_out)})
+    continues = _flag(fields, "continue_final_message", default=False)
+    asked = fields.get("add_generation_prompt")
+    generation = _flag(fields, "add_generation_prompt", default=not continues)
+    if continues and generation and asked:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other: an answer goes "
+            "on or begins"
+        )
+    options = fields.get("chat_template_kwargs", {})
+    if not isinstance(options, dict):
+        raise InvalidRequest(f"chat_template_kwargs is {_show(options)}; it takes an object")
+    if fields.get("chat_template"):
+        left_out.append("chat templates of their own")
+    return LoggedRequest(
+        messages=tuple(messages),
+        tools=tuple(_tools(fields)),
+        documents=tuple(_objects(fields, "documents")),
+        options=options,
+        generation_prompt=generation,
+        continues=continues,
+        is_logged_chat=name != "messages",
+        left_out=tuple(left_out),
+    )
+
+
+def _responses(fields: dict[str, Any]) -> LoggedRequest:
+    left_out: list[str] = []
+    if fields.get("previous_response_id"):
+        left_out.append("earlier responses that are named by id")
+    given = fields["input"]
+    messages: list[dict[str, Any]] = []
+    if "instructions" in fields:
+        content = _content(fields["instructions"], "instructions", left_out)
+        messages.append({"role": "system", "content": content})
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    messages += _messages([_item(one) for one in items], left_out)
+    return LoggedRequest(
+        messages=tuple(messages), tools=tuple(_tools(fields)), left_out=tuple(left_out)
+    )
+
+
+def _is_items(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _item(item: dict[str, Any]) -> dict[str, Any]:
+    """Turn an item of the Responses form into a message."""
+    kind = item.get("type")
+    if kind in {"function_call", "custom_tool_call"}:
+        call = {"name": item.get("name"), "arguments": item.get("arguments", item.get("input"))}
+        calls = [{"id": item.get("call_id"), "type": "function", "function": call}]
+        return {"role": "assistant", "tool_calls": calls}
+    if kind in {"function_call_output", "custom_tool_call_output"}:
+        name = item.get("call_id")
+        return {"role": "tool", "tool_call_id": name, "content": item.get("output")}
+    if kind == "reasoning":
+        return {"role": "assistant", "content": [{"type": "reasoning"}]}
+    if "role" not in item:
+        raise InvalidRequest(f"an item of input is of type {_show(kind)}, which is not known")
+    return item
+
+
+def _tools(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Give the tools as templates expect them, from any of their forms."""
+    for one in (*_objects(fields, "tools"), *_objects(fields, "functions")):
+        if isinstance(one.get("function"), dict) or "name" not in one:
+            yield one
+            continue
+        inner = {key: value for key, value in one.items() if key != "type"}
+        if "input_schema" in inner:
+            inner["parameters"] = inner.pop("input_schema")
+        yield {"type": "function", "function": inner}
+
+
+def _objects(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    value = fields.get(name, [])
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise InvalidRequest(f"{name} is {_show(value)}; it takes a list of objects")
+    return value
+
+
+def _messages(given: Any, left_out: list[str] | None = None) -> Iterable[dict[str, Any]]:
+    if not isinstance(given, list) or not given:
+        raise InvalidRequest(f"messages is {_show(given)}; it takes a list of messages")
+    for number, one in enumerate(given, 1):
+        where = f"message {number}"
+        if not isinstance(one, dict):
+            raise InvalidRequest(f"{where} is {_show(one)}; it takes an object")
+        yield from _message(one, where, [] if left_out is None else left_out)
+
+
+def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterable[dict[str, Any]]:
+    """Give a message as templates take it; several if it holds results of tools."""
+    made = {key: one for key, one in fields.items() if one is not None}
+    if "role" not in made and "from" in made:
+        speaker = made.pop("from")
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+            raise InvalidRequest(f"{speaker!r} speaks, who is neither human nor gpt")
+        made["role"] = SPEAKERS[speaker]
+        if "value" in made:
+            made["content"] = made.pop("value")
+    role = made.get("role")
+    if not isinstance(role, str) or not role:
+        raise InvalidRequest(f"{where}: role is {_show(role)}; it takes a text such as user")
+    _whole(role, f"{where}: role")
+    parts = made.get("content")
+    results: list[dict[str, Any]] = []
+    if isinstance(parts, list):
+        calls = [one for one in parts if isinstance(one, dict) and one.get("type") == "tool_use"]
+        if calls:
+            made["tool_calls"] = [
+                {
+                    "id": one.get("id"),
+                    "type": "function",
+                    "function": {"name": one.get("name"), "arguments": one.get("input") or {}},
+                }
+                for one in calls
+            ]
+        results = [
+            one for one in parts if isinstance(one, dict) and one.get("type") == "tool_result"
+        ]
+        taken = [id(one) for one in (*calls, *results)]
+        parts = [one for one in parts if id(one) not in taken]
+        if taken and not parts:
+            parts = None
+    if isinstance(made.get("function_call"), dict):
+        made["tool_calls"] = [{"type": "function", "function": made.pop("function_call")}]
+    calls_given = made.pop("tool_calls", None)
+    if calls_given is not None and not isinstance(calls_given, list):
+        raise InvalidRequest(f"{where}: tool_calls is {_show(calls_given)}; it takes a list")
+    if calls_given:
+        made["tool_calls"] = [_call(one, where) for one in calls_given]
+    if parts is None and isinstance(made.get("refusal"), str):
+        parts = made["refusal"]
+    made.pop("content", None)
+    content = _content(parts, f"{where}: content", left_out)
+    if content is None and not made.get("tool_calls"):
+        content = ""
+    for one in results:
+        told = _content(one.get("content"), f"{where}: content", left_out)
+        name = one.get("tool_use_id")
+        yield {"role": "tool", "content": told or "", "tool_call_id": name}
+    if not results or content or made.get("tool_calls"):
+        yield {"role": role, "content": content} | {k: v for k, v in made.items() if k != "role"}
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Give a call with its arguments as an object, which is what templates expect."""
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(inner, dict):
+        raise InvalidRequest(f"{where}: a tool call is {_show(call)}; it takes an object")
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError):  # what a model wrote need not be JSON
+            arguments = json.loads(arguments) if arguments.strip() else {}
+    known = {key: value for key, value in call.items() if key != "function" and value is not None}
+    if inner is call:
+        known = {"type": "function"}
+    function = {**inner, "arguments": {} if arguments is None else arguments}
+    return {**known, "function": function}
+
+
+def _content(value: Any, name: str, left_out: list[str]) -> str | list[dict[str, Any]] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _whole(value, name)
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{name} is {_show(value)}; it takes a text, a list of parts, or null")
+    parts: list[dict[str, Any]] = []
+    for part in value:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": _whole(part, name)})
+            continue
+        if not isinstance(part, dict):
+            raise InvalidRequest(f"{name} holds {_show(part)}; a part is an object")
+        kind = part.get("type") or next((one for one in ("text", *_MEDIA) if one in part), None)
+        if not isinstance(kind, str):
+            raise InvalidRequest(f"{name} holds a part of type {_show(kind)}; it takes a text")
+        if kind in _TEXTS:
+            text = part.get("refusal" if kind == "refusal" else "text")
+            if text is not None and not isinstance(text, str):
+                raise InvalidRequest(f"{name}: a part's text is {_show(text)}; it takes a text")
+            parts.append({"type": "text", "text": _whole(text or "", name)})
+        elif kind in _MEDIA:
+            medium = _MEDIA[kind]
+            parts.append({"type": medium, "digest": _digest(medium, part, kind)})
+        elif kind in _THOUGHTS:
+            left_out.append("thoughts")
+        else:
+            raise InvalidRequest(
+                f"{name} holds a part of type {_show(kind)}, which is not known; known are "
+                f"{', '.join(sorted({*_TEXTS, *_MEDIA, *_THOUGHTS}))}, tool_use and tool_result"
+            )
+    return parts
+
+
+def _digest(medium: str, part: dict[str, Any], kind: str) -> str:
+    """Name a medium by its content: the same in every form that it may be logged in."""
+    found: Any = part.get(kind, part)
+    for _ in range(_DEEPEST):
+        if not isinstance(found, dict):
+            break
+        inner = next((found[name] for name in _SOURCES if found.get(name) is not None), None)
+        if inner is None:
+            break
+        found = inner
+    if not isinstance(found, str):
+        found = json_text(found, sort_keys=True)
+    if found.startswith("data:"):
+        found = found.partition(",")[2]
+    seen = blake2b(found.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{medium}:{seen}"
+
+
+def _flag(fields: dict[str, Any], name: str, *, default: bool) -> bool:
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {_show(value)}; it takes true or false")
+    return value
+
+
+def _whole(text: str, name: str) -> str:
+    """Pass a text on.
+
+    Raises:
+        InvalidRequest: it holds half a character, which JSON can escape and no text has.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest(
+            f"{name} holds half a character (U+D800 to U+DFFF): that is no text"
+        ) from None
+    return text
+
+
+def _show(value: Any) -> str:
+    """Name a value in a message: what it is, and of what type."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"a list of {len(value):,}" if value else "an empty list"
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**18:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return ascii(value if len(value) <= 40 else value[:40] + "...")
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)

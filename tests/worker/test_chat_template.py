@@ -1,0 +1,271 @@
+"""From a logged request to a prompt: as transformers writes it, in every form, within bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from prefixcache.chat_template import ChatTemplate, prompt_of
+from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import MEDIA_TOKENS, read_logged
+
+PLAIN = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = """
+{%- if tools %}{% for tool in tools %}{{ tool | tojson(indent=2) }}
+{% endfor %}{% endif %}
+{%- if thinking is defined and thinking %}(think){% endif %}
+{%- for d in documents or [] %}[{{ d.title }}: {{ d.text }}]{% endfor %}
+{%- for m in messages %}
+{%- if m.tool_calls %}
+{%- for call in m.tool_calls %}
+<call>{{ call.function.name }} {% for k, v in call.function.arguments | items %}{{ k }}={{ v }}
+{%- endfor %}</call>
+{%- endfor %}
+{%- elif m.content is none %}{{ raise_exception('no content') }}
+{%- else %}{% generation %}<{{ m.role }}>{{ m.content | trim }}{% endgeneration %}
+{%- endif %}
+{%- if loop.last %}{% break %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}
+"""
+SYSTEMLESS = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}({{ part.text }}){% endif %}"
+    "{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"q": "Grüße"}}}
+WRITTEN = CALL | {"function": {"name": "f", "arguments": '{"q": "Grüße"}'}}
+TOOL = {"type": "function", "function": {"name": "f", "description": "<b>ä</b>"}}
+ASKED = {"role": "user", "content": " Wie geht's? 你好 "}
+SAID = {"role": "assistant", "content": "Gut, danke. "}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(demo_folder)
+
+
+def written(template: str, **request: Any) -> str:
+    (logged,) = read_logged(request)
+    return ChatTemplate(template, SPECIAL).render(logged)[0]
+
+
+def by_transformers(tokenizer: Any, template: str, messages: Any, **options: Any) -> str:
+    tokenizer.bos_token = "<s>"
+    text: str = tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        tokenize=False,
+        **({"add_generation_prompt": True} | options),
+    )
+    return text
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "options"),
+    [
+        (None, [ASKED], {}),
+        (None, [ASKED, SAID, ASKED], {}),
+        (None, [{"role": "system", "content": "S"}, ASKED], {}),
+        (None, [ASKED, SAID], {"continue_final_message": True, "add_generation_prompt": False}),
+        (PLAIN, [ASKED, SAID], {"add_generation_prompt": False}),
+        (TOOLS, [ASKED], {"tools": [TOOL, TOOL]}),
+        (TOOLS, [ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}], {}),
+        (TOOLS, [ASKED], {"documents": [{"title": "a", "text": "b"}]}),
+        (TOOLS, [ASKED], {"chat_template_kwargs": {"thinking": True}}),
+        (TOOLS, [ASKED, SAID], {"continue_final_message": True, "add_generation_prompt": False}),
+        (SYSTEMLESS, [ASKED, SAID, ASKED], {}),
+        (PARTS, [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}, SAID], {}),
+    ],
+)
+def test_it_writes_what_transformers_writes(
+    tokenizer: Any, template: str | None, messages: list[Any], options: dict[str, Any]
+) -> None:
+    template = template or tokenizer.chat_template
+    assert template is not None
+    given = {key: one for key, one in options.items() if key != "chat_template_kwargs"}
+    wanted = by_transformers(
+        tokenizer, template, messages, **given, **options.get("chat_template_kwargs", {})
+    )
+    assert written(template, messages=messages, **options) == wanted
+
+
+EQUAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"messages": [ASKED], "system": "S"},
+     {"messages": [{"role": "system", "content": "S"}, ASKED]}),
+    (
+        {"messages": [ASKED], "system": [{"type": "text", "text": "S"}]},
+        {"messages": [{"role": "system", "content": "S"}, ASKED]},
+    ),
+    (
+        {"instructions": "S", "input": "q"},
+        {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}]},
+    ),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}]},
+        {"messages": [{"role": "user", "content": "q"}]},
+    ),
+    (
+        {"input": [
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"q": "Grüße"}'},
+            {"type": "function_call_output", "call_id": "1", "output": "42"}]},
+        {"messages": [{"role": "assistant", "tool_calls": [WRITTEN]},
+                      {"role": "tool", "tool_call_id": "1", "content": "42"}]},
+    ),
+    (
+        {"messages": [
+            {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "1", "name": "f", "input": {"q": "Grüße"}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "1", "content": "42"}]}]},
+        {"messages": [{"role": "assistant", "content": None, "tool_calls": [WRITTEN]},
+                      {"role": "tool", "content": "42"}]},
+    ),
+    ({"messages": [ASKED], "functions": [TOOL["function"]]},
+     {"messages": [ASKED], "tools": [TOOL]}),
+    ({"messages": [ASKED], "tools": [{"name": "f", "description": "<b>ä</b>"}]},
+     {"messages": [ASKED], "tools": [TOOL]}),
+    ({"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "q"}]},
+     {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}]}),
+    ({"conversation": [ASKED], "turn": 1}, {"messages": [ASKED]}),
+    ({"custom_id": "r", "body": {"messages": [ASKED], "tools": None}}, {"messages": [ASKED]}),
+    ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]},
+     {"messages": [{"role": "assistant", "content": "no"}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("one", "other"), EQUAL)
+def test_the_same_request_in_two_forms_is_the_same_prompt(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert written(TOOLS, **one) == written(TOOLS, **other)
+
+
+def tokens_of(template: str, **request: Any) -> bytes:
+    (logged,) = read_logged(request)
+    made = ChatTemplate(template, SPECIAL)
+    return prompt_of(logged, lambda: made, lambda text, special: list(text.encode())).tokens
+
+
+def picture(url: Any, form: str = "image_url") -> list[Any]:
+    part = {"type": form, form: url}
+    if form == "image":
+        part = {"type": form, "source": {"type": "base64", "data": url}}
+    return [{"role": "user", "content": [part, {"type": "text", "text": "What is it?"}]}]
+
+
+@pytest.mark.parametrize("template", [PLAIN, PARTS])
+def test_a_picture_stands_for_itself_and_for_no_other(template: str) -> None:
+    one = tokens_of(template, messages=picture({"url": "data:image/png;base64,AAAA"}))
+    same = tokens_of(template, messages=picture("AAAA", "image"))
+    other = tokens_of(template, messages=picture({"url": "data:image/png;base64,AAAB"}))
+    assert one == same
+    assert len(one) == len(other) > 4 * MEDIA_TOKENS
+    shared = next(at for at, pair in enumerate(zip(one, other, strict=True)) if len({*pair}) > 1)
+    assert shared < 100
+
+
+def test_what_may_be_shared_is_named_by_model_adapter_and_salt() -> None:
+    (told,) = read_logged(
+        {
+            "body": {
+                "model": "m",
+                "lora_request": {"lora_name": "a"},
+                "cache_salt": "s",
+                "prompt": "x",
+            }
+        }
+    )
+    assert (told.model, told.adapter, told.salt, told.text) == ("m", "a", "s", "x")
+    assert read_logged({"model": "m", "body": {"prompt": "x"}})[0].model == "m"
+
+
+def test_a_completion_may_have_several_prompts() -> None:
+    assert [one.text for one in read_logged({"prompt": ["a", "b"]})] == ["a", "b"]
+    assert len(read_logged({"prompt": [[1, 2], [3]]})) == 2
+    assert read_logged({"prompt": [1, 2, 3]})[0].tokens == read_logged([1, 2, 3])[0].tokens
+
+
+@pytest.mark.parametrize(
+    ("request_", "kinds"),
+    [
+        ({"messages": [ASKED], "tools": [TOOL]}, ["tools that the template does not show"]),
+        ({"messages": [ASKED], "documents": [{"text": "x"}]},
+         ["documents that the template does not show"]),
+        ({"messages": [ASKED], "chat_template_kwargs": {"thinking": True}},
+         ["options that the template does not know"]),
+        ({"messages": [ASKED], "chat_template": "{{ 1 }}"}, ["chat templates of their own"]),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+         ["tool calls that the template does not show"]),
+        ({"messages": [{"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]}]},
+         ["thoughts"]),
+    ],
+)  # fmt: skip
+def test_what_is_left_out_is_told(request_: dict[str, Any], kinds: list[str]) -> None:
+    (logged,) = read_logged(request_)
+    assert sorted(ChatTemplate(PLAIN, SPECIAL).render(logged)[2]) == kinds
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
+        "{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+        "{% endfor %}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set n.x = n.x | replace('a', 'aaaa') %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a' * 10**10 }}",
+        "{{ [1] * 10**10 }}",
+        "{{ 10**10**2 ** 9 }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ 'a' | indent(10**9) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ '{:10000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 10**10) }}",
+        "{{ range(99999) | map('string') | join('a' * 999999) }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception('not so') }}",
+        "{{ nothing.at.all }}",
+        "{% if %}",
+        "{{ " + "(" * 5000,
+    ],
+)
+def test_a_template_stays_within_its_bounds(template: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"the chat template (says|is none)"):
+        written(template, messages=[ASKED])
+
+
+def test_a_record_nested_without_end_is_refused() -> None:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(InvalidRequest):
+        read_logged(value)
+    with pytest.raises(InvalidRequest):
+        read_logged({"messages": [{"role": "user", "content": value}]})
+
+
+@pytest.mark.parametrize("value", [5, None, "x", {}, [], [{}], {"messages": []}, {"input": {}}])
+def test_what_is_no_request_is_refused(value: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        read_logged(value)

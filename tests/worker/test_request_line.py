@@ -1,0 +1,175 @@
+"""Lines of a worker's input: each odd one is that line's failure, and nothing else's."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache_worker import process
+from prefixcache_worker.model import Model
+from prefixcache_worker.process import WorkerProcess, read_lines
+from prefixcache_worker.request_line import LONGEST_LINE, read_object, read_request
+from worker.zoo import build
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.fixture(scope="module")
+def model(demo_folder: Path) -> Model:
+    """A tiny network behind the demo model's tokenizer and template."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_folder)
+    return Model.of(build("llama", vocab_size=49152), name="tiny", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt": 5}, "prompt is 5; it takes a text"),
+        ({"prompt": None}, "one of messages, prompt and tokens is needed"),
+        ({"prompt": ["a"]}, "prompt is ['a']; it takes a text"),
+        ({"max_new_tokens": "5"}, "max_new_tokens is '5'; it takes a whole number"),
+        ({"max_new_tokens": 1e999}, "max_new_tokens is inf; it takes a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens is true; it takes a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it takes one from 1"),
+        ({"max_new_tokens": 10**12}, "the model takes"),
+        ({"max_new_tokens": 10**400}, "max_new_tokens is a number of 1329 bits"),
+        ({"stop": 5}, "stop is 5; it takes a text or up to 1,024 of them"),
+        ({"stop": [5]}, "stop holds 5; it takes texts"),
+        ({"stop_ids": 7}, "stop_ids is 7; it takes up to 1,024 token ids"),
+        ({"stop_ids": [1e999]}, "an id of stop_ids is inf"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424; it takes one from"),
+        ({"seed": 1.0}, "seed is 1.0; it takes a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it takes a number"),
+        ({"temperature": float("nan")}, "temperature is nan; it takes a number from 0 on"),
+        ({"wait_s": float("inf")}, "wait_s is inf; it takes a number from 0 to 86400"),
+        ({"log_logits": "no"}, "log_logits is 'no'; it takes true or false"),
+        ({"tokens": [1.7, 2.2]}, "tokens holds 1.7; a token id is a whole number"),
+        ({"tokens": [True]}, "tokens holds true; a token id is a whole number"),
+        ({"tokens": [2**80]}, "tokens holds a number of 81 bits"),
+        ({"messages": "hi"}, "messages is 'hi'; it takes a list of messages"),
+        ({"messages": [5]}, "message 1 is 5; it takes an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message 1: content is 5"),
+        ({"messages": [{"role": 1, "content": "x"}]}, "message 1: role is 1"),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half a character"),
+        ({"prompt": "a\ud83d"}, "half a character"),
+        ({"prompt": "a", "tools": []}, "tools go with messages"),
+        ({"prompt": "a", "id": ["x"]}, "id is ['x']; it takes a text or a whole number"),
+        ({"prompt": "a", "id": "x" * 5000}, "id has 5,000 characters; at most 200"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "takes text; the messages hold a medium",
+        ),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_it_is_and_what_it_takes(
+    model: Model, fields: dict[str, Any], said: str
+) -> None:
+    base: dict[str, Any] = {} if {"messages", "tokens", "prompt"} & set(fields) else {"prompt": "a"}
+    with pytest.raises(InvalidRequest) as told:
+        read_request(base | fields, model)
+    assert said in str(told.value)
+
+
+def test_a_history_with_a_tool_call_is_read_as_servers_do(model: Model) -> None:
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+        {"role": "assistant", "tool_calls": []},
+    ]
+    request = read_request({"messages": messages, "tools": [{"name": "f"}]}, model)
+    texts = ("q", "", "42", "")
+    plain = [
+        {"role": one["role"], "content": text} for one, text in zip(messages, texts, strict=True)
+    ]
+    assert request.tokens == model.tokenizer.apply_chat_template(
+        plain, add_generation_prompt=True, return_dict=False
+    )
+    assert request.left_out == (
+        "tool calls that the template does not show",
+        "tools that the template does not show",
+    )
+
+
+ODD = [
+    b'{"id":"null","messages":[{"role":"user","content":null},{"role":"assistant"}],'
+    b'"max_new_tokens":1e999}',
+    b'{"id":"text","messages":"hi"}',
+    b'{"id":"deep","messages":' + b"[" * 100_000,
+    b"[" * 100_000,
+    b"5",
+    b"\xff\xfe",
+    b'{"id":"half","prompt":"a\\ud83d"}',
+    b'{"id":"h\\ud83d","prompt":"a"}',
+    b'{"cancel":["a"]}',
+    b'{"id":"seed","prompt":"a","temperature":1,"seed":' + b"9" * 400 + b"}",
+    b'{"id":"digits","prompt":"a","seed":' + b"9" * 5000 + b"}",
+]
+
+
+def served(model: Model, lines: Iterator[bytes] | list[bytes]) -> list[dict[str, Any]]:
+    out = io.BytesIO()
+    WorkerProcess(model, None, solo=True, lines=lines, out=out).run()
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_no_odd_line_keeps_the_next_one_from_being_served(model: Model) -> None:
+    good = b'{"prompt":"Hello","max_new_tokens":2}'
+    lines = [one for odd in ODD for one in (odd, b"\xef\xbb\xbf" + good + b"\r")]
+    events = served(model, lines)
+    failed = [one["id"] for one in events if one["event"] == "failed"]
+    assert failed == ["null", "text", "deep", "", "", "", "half", "h\ud83d", "", "seed", "digits"]
+    done = [one for one in events if one["event"] == "finished"]
+    assert len(done) == len(ODD)
+    assert len({one["id"] for one in done}) == len(ODD)  # made up, each another one
+
+
+def test_an_error_that_nobody_foresaw_fails_its_line(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(fields: dict[str, Any], model: Model) -> Any:
+        if "tokens" in fields:
+            raise ZeroDivisionError("by zero")
+        return read_request(fields, model)
+
+    monkeypatch.setattr(process, "read_request", broken)
+    events = served(model, [b'{"id":"a","tokens":[1]}', b'{"prompt":"b","max_new_tokens":1}'])
+    failed = next(one for one in events if one["event"] == "failed")
+    assert (failed["id"], failed["error"]) == ("a", "ZeroDivisionError")
+    assert events[-1]["event"] == "finished"
+
+
+def test_a_reader_that_breaks_ends_the_worker(model: Model) -> None:
+    def lines() -> Iterator[bytes]:
+        yield b'{"prompt":"Hello","max_new_tokens":100000000}'
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(RuntimeError, match="cannot read requests any more and ends: OSError"):
+        served(model, lines())
+
+
+def test_a_line_without_end_costs_a_bounded_amount_and_itself_alone() -> None:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            os.close(read)
+            for _ in range((LONGEST_LINE >> 20) + 16):
+                os.write(write, b"x" * (1 << 20))
+            os.write(write, b'\n{"id": "next"}\nlast')
+        finally:
+            os._exit(0)
+    os.close(write)
+    first, second, last = read_lines(read)
+    os.close(read)
+    assert LONGEST_LINE < len(first) <= LONGEST_LINE + (1 << 17)
+    with pytest.raises(CacheError, match=r"more than 33,554,432 bytes"):
+        read_object(first)
+    assert (read_object(second), last) == ({"id": "next"}, b"last")
