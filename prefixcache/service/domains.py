@@ -44,6 +44,7 @@ class Domain:
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of each limit is kept."""
         self.workers.shares.set_tenants(tenants)
+        self.handlers.events.shares.set_tenants(tenants)
         self.holdings.set_tenants(tenants)
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ from time import time, time_ns
 from typing import TypeAlias
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.errors import PoolExhausted
+from prefixcache.core.shares import Shares
 from prefixcache.service.holdings import Holdings
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
@@ -120,7 +120,8 @@ class EventLog:
 
     def __init__(self, holdings: Holdings, max_watchers: int = 64, ring: int = _RING) -> None:
         self._holdings = holdings
-        self._max_watchers = max_watchers
+        self.shares = Shares(max_watchers, "--max-watchers", "watchers")
+        """Who has how many of them."""
         self._observed: PrefixCache | None = None
         self._active = False
         self._raw: deque[_Entry] = deque()
@@ -165,16 +166,16 @@ class EventLog:
     # ------------------------------------------------------------------------ watching
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, tenant: str = "") -> Iterator[None]:
         """Be a watcher: events are made for as long as there is one.
 
+        Args:
+            tenant: Of whose share it is.
+
         Raises:
-            PoolExhausted: there are too many.
+            PoolExhausted: there are too many, or its tenant has as many as it may.
         """
-        if self.watchers >= self._max_watchers:
-            raise PoolExhausted(
-                f"{self.watchers} watch already, --max-watchers allows no more", retry_after_s=1.0
-            )
+        self.shares.take(tenant)
         self.watchers += 1
         if self._linger is not None:
             self._linger.cancel()
@@ -184,6 +185,7 @@ class EventLog:
             yield
         finally:
             self.watchers -= 1
+            self.shares.give(tenant)
             if not self.watchers:
                 self._linger = asyncio.get_running_loop().call_later(_LINGER_S, self._stop)
 

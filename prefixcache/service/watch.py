@@ -43,7 +43,7 @@ async def watch(
             return identity.sees(namespace) and only in (None, namespace)
 
         standing = STANDING.get()
-        with log.watching():
+        with log.watching(identity.tenant or ""):
             async for batch in log.batches(request.from_sequence):
                 if standing is not None:
                     standing.check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -34,6 +35,35 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     flags = ("--identities", str(identities(folder)), "--max-calls", str(MAX_CALLS))
     with running(f"unix:{folder}/s.sock", *sizes(64, 4), *flags) as service:
         yield service
+
+
+def watch(channel: grpc.Channel, who: str) -> Any:
+    method: Any = channel.unary_stream(
+        unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+    )
+    return method(pb.WatchRequest(), metadata=(("authorization", f"Bearer {TOKENS[who]}"),))
+
+
+def test_a_tenant_watches_with_no_more_than_its_share(tmp_path: Path) -> None:
+    flags = ("--identities", str(identities(tmp_path)), "--max-watchers", "6")
+    with (
+        running(f"unix:{tmp_path}/s.sock", *sizes(64, 4), *flags) as service,
+        grpc.insecure_channel(service.target) as channel,
+    ):
+        held = [watch(channel, "acme") for _ in range(5)]
+        refused = []
+        for call in held:
+            try:
+                next(call)
+            except grpc.RpcError as error:
+                refused.append(str(error.details()))
+        assert len(refused) == 1
+        assert "2 are kept for the 2 other tenants" in refused[0]
+        for who in ("bolt", "boss"):
+            held.append(watch(channel, who))
+            next(held[-1])
+        for call in held:
+            call.cancel()
 
 
 @pytest.fixture
