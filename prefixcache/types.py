@@ -586,6 +586,7 @@ class Snapshot:
     """Evicted blocks that are still remembered."""
     nodes: int
     leases: tuple[LeaseInfo, ...]
+    """The oldest, up to a thousand."""
     waiting: int
     evicted: int
     """Blocks evicted since the start."""
@@ -602,3 +603,5 @@ class Snapshot:
     shortage: tuple[tuple[int, int], ...] = ()
     """Evicted tokens that were asked for again: (blocks, tokens that so many more blocks would have
     kept, and fewer would not).  Exact for LRU, else an estimate."""
+    num_leases: int = 0
+    """Leases that are out, listed or not."""

@@ -106,7 +106,7 @@ async def measure(streams: int, leases: int, slow: int, rounds: int) -> Figures:
         floods = [flood(target) for _ in range(slow)]
         await asyncio.sleep(0.5)
         beside = await busy(worker, rounds, 2)
-        held = len((await front.snapshot()).leases)
+        held = (await front.snapshot()).num_leases
         peak = mib()
         for channel, call in floods:
             call.cancel()
@@ -127,7 +127,7 @@ async def measure(streams: int, leases: int, slow: int, rounds: int) -> Figures:
         before,
         peak,
         after,
-        len(left.leases),
+        left.num_leases,
         left.num_blocks - left.free - left.evictable,
     )
 

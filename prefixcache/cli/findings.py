@@ -123,7 +123,7 @@ def sizes(now: Status) -> Iterator[Finding]:
             "sizes",
             WRONG,
             f"{text}, and {held / total:.0%} of it is held by "
-            f"{many(len(snapshot.leases), 'lease')}: "
+            f"{many(snapshot.num_leases, 'lease')}: "
             f"hardly anything stays for what could be reused, and "
             f"{many(snapshot.waiting, 'request')} "
             "wait.",

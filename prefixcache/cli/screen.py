@@ -248,7 +248,7 @@ class Screen:
 
     def _leases(self, now: Status, width: int) -> Iterator[Text]:
         leases = now.snapshot.leases
-        yield Text(f"leases: {len(leases):,}", style="bold")
+        yield Text(f"leases: {now.snapshot.num_leases:,}", style="bold")
         for lease in sorted(leases, key=lambda one: one.expires_in_s):
             name = f"{lease.worker}#{lease.lease}"
             yield Text(

@@ -131,7 +131,7 @@ COLUMNS: tuple[Column, ...] = (
     ("priv", 4, lambda row: row.of_pool(row.now.private)),
     ("cach", 4, lambda row: row.of_pool(row.now.indexed)),
     ("quar", 4, lambda row: row.of_pool(row.now.quarantined)),
-    ("lease", 6, lambda row: f"{len(row.now.leases):,}"),
+    ("lease", 6, lambda row: f"{row.now.num_leases:,}"),
     ("wait", 5, lambda row: f"{row.now.waiting:,}"),
     ("evict/s", 8, lambda row: row.per_s(row.evicted)),
 )
@@ -192,7 +192,7 @@ def row_fields(row: Row) -> dict[str, Any]:
         "evicted_blocks": row.evicted,
         "ledger": view.ledger_fields(row.ledger),
         **{name: getattr(now, name) for name in states},
-        "leases": len(now.leases),
+        "leases": now.num_leases,
     }
 
 

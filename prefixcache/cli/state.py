@@ -18,6 +18,7 @@ def fields(now: Status) -> dict[str, Any]:
     snapshot, info, pool = now.snapshot, now.info, now.pool
     shown: dict[str, Any] = {
         "ledger": view.ledger_fields(snapshot.ledger),
+        "num_leases": snapshot.num_leases,
         "leases": [
             asdict(lease) | {"namespace": view.namespace_fields(lease.namespace)}
             for lease in snapshot.leases
@@ -82,8 +83,7 @@ def show(now: Status) -> None:
             ("blocks", _blocks(snapshot)),
             (
                 "workers",
-                f"{info.workers:,} · leases {len(snapshot.leases):,} · "
-                f"waiting {snapshot.waiting:,}",
+                f"{info.workers:,} · leases {snapshot.num_leases:,} · waiting {snapshot.waiting:,}",
             ),
             ("requests", sums(snapshot)),
             ("tokens", view.show_ledger(snapshot.ledger)),
@@ -99,7 +99,9 @@ def show(now: Status) -> None:
             indent="  ",
         )
     if snapshot.leases:
-        view.tell("leases")
+        shown = len(snapshot.leases)
+        more = snapshot.num_leases > shown
+        view.tell(f"leases: the oldest {shown:,} of {snapshot.num_leases:,}" if more else "leases")
         view.print_table((_LEASE_HEAD, *_lease_rows(snapshot)), indent="  ")
 
 

@@ -296,9 +296,21 @@ class PrefixCache(Membership, Leasing, Steering):
         stored = [roots[one] for one in chosen if one in roots]
         return walk.run([root for root in stored if root.children or root.ghosts], now)
 
-    def snapshot(self, *, now: float) -> Snapshot:
-        """Give the numbers of this moment.  O(leases)."""
-        return views.snapshot(self._desk, now)
+    def snapshot(
+        self,
+        *,
+        now: float,
+        tenant: str | None = None,
+        sees: Callable[[Namespace], bool] | None = None,
+    ) -> Snapshot:
+        """Give the numbers of this moment.  O(namespaces + pins), however many leases are out.
+
+        Args:
+            now: The time.
+            tenant: Whose leases are listed and counted; None: everybody's.
+            sees: Whether those of a namespace are; None: all.
+        """
+        return views.snapshot(self._desk, now, tenant, sees)
 
     def oldest_leases(self, most: int, *, now: float) -> list[LeaseInfo]:
         """Tell up to `most` leases, oldest first.  O(tenants + most)."""

@@ -6,8 +6,10 @@ Nothing here changes the cache.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from heapq import merge
-from itertools import islice
+from itertools import chain, islice
+from typing import Final
 
 from prefixcache.core.desk import Desk
 from prefixcache.core.drawing import draw
@@ -18,9 +20,15 @@ from prefixcache.types import (
     TOKEN_BYTES,
     LeaseInfo,
     Lookup,
+    Namespace,
     Partial,
     Snapshot,
 )
+
+MOST_LEASES: Final = 1000
+"""Listed in one snapshot."""
+_MOST_LOOKED_AT: Final = 8 * MOST_LEASES
+"""For who may see some of a tenant's namespaces only."""
 
 
 def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
@@ -38,14 +46,20 @@ def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
     )
 
 
-def snapshot(desk: Desk, now: float) -> Snapshot:
-    """Give the numbers of this moment."""
+def snapshot(
+    desk: Desk,
+    now: float,
+    tenant: str | None = None,
+    sees: Callable[[Namespace], bool] | None = None,
+) -> Snapshot:
+    """Give the numbers of this moment, and the oldest leases of who asks."""
     holdings = desk.holdings
     pool, tree = holdings.pool, holdings.tree
     total = Tally()
     for tally in desk.tallies.values():
         total.merge(tally)
-    leases = tuple([lease_info(desk, lease, now) for lease in desk.leases.all()])
+    oldest = _oldest(desk, MOST_LEASES, tenant, sees)
+    leases = tuple([lease_info(desk, lease, now) for lease in oldest])
     indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
     return Snapshot(
         num_blocks=pool.num_blocks,
@@ -68,6 +82,7 @@ def snapshot(desk: Desk, now: float) -> Snapshot:
         pins=desk.pins.infos(now),
         quotas=holdings.quotas.infos(),
         shortage=desk.history.shortage.steps(),
+        num_leases=_count_leases(desk, sees),
     )
 
 
@@ -86,9 +101,27 @@ def lease_info(desk: Desk, lease: Lease, now: float) -> LeaseInfo:
 
 def oldest_leases(desk: Desk, most: int, now: float) -> list[LeaseInfo]:
     """Tell the oldest leases.  O(tenants + most), however many are out."""
-    lines = [islice(one.leases.values(), most) for one in desk.holdings.quotas.tenants()]
-    first = islice(merge(*lines, key=lambda lease: lease.serial), most)
-    return [lease_info(desk, lease, now) for lease in first]
+    return [lease_info(desk, lease, now) for lease in _oldest(desk, most, None, None)]
+
+
+def _oldest(
+    desk: Desk, most: int, tenant: str | None, sees: Callable[[Namespace], bool] | None
+) -> list[Lease]:
+    most_looked_at = most if sees is None else _MOST_LOOKED_AT
+    lines = [
+        islice(one.leases.values(), most_looked_at)
+        for one in desk.holdings.quotas.tenants()
+        if tenant is None or one.scope == tenant
+    ]
+    first = islice(merge(*lines, key=lambda lease: lease.serial), most_looked_at)
+    return list(islice((one for one in first if sees is None or sees(one.namespace)), most))
+
+
+def _count_leases(desk: Desk, sees: Callable[[Namespace], bool] | None) -> int:
+    if sees is None:
+        return desk.leases.count
+    roots = chain(desk.roots.values(), desk.holdings.tree.retired)
+    return sum(root.num_leases for root in roots if root.num_leases and sees(root.namespace))
 
 
 def check(desk: Desk) -> None:

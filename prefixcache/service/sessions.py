@@ -43,7 +43,7 @@ ANSWER_BYTES = 1 << 20
 """Of results in one message, about: more are written first, so that an answer as large as the ops
 can make it is never in memory as a whole.  A single result may be larger."""
 _MOST_SNAPSHOTS = 1
-"""Of so many ops: each walks all leases."""
+"""Of so many ops: each walks all namespaces."""
 
 
 class SessionStream:
@@ -132,7 +132,8 @@ class SessionStream:
             verb = op.WhichOneof("op")
             if verb == "snapshot" and self._is_one_too_many(self._num_ops + count):
                 refused = InvalidRequest(
-                    f"more than {_MOST_SNAPSHOTS} snapshot in {_SLICE} ops: each walks all leases"
+                    f"more than {_MOST_SNAPSHOTS} snapshot in {_SLICE} ops: "
+                    "each walks all namespaces"
                 )
                 result = add()
                 result.id = op.id

@@ -156,6 +156,29 @@ def test_a_fork_costs_the_same_however_long_the_lease():
     assert forked(30_000) == forked(32)
 
 
+def test_a_snapshot_lists_the_oldest_thousand_leases_and_counts_all():
+    few, many = crowded(1100), crowded(0, full=False)
+    granted = [many.acquire(ME, HERE, pack([n, 1, 2]), now=0.0).lease for n in range(6000)]
+    seen = many.snapshot(now=1.0)
+    assert [one.lease for one in seen.leases] == granted[:1000]
+    assert seen.num_leases == 6000
+    assert calls(lambda: many.snapshot(now=1.0)) <= calls(lambda: few.snapshot(now=1.0)) + 20
+
+
+def test_a_snapshot_counts_and_lists_what_its_caller_may_see():
+    cache = crowded(2000, full=False)
+    mine, hidden = Namespace("m", tenant="b"), Namespace("secret", tenant="b")
+    for space in (mine, hidden):
+        cache.attach(ME, space, now=0.0)
+        for number in range(3):
+            cache.acquire(ME, space, pack([number, 5]), now=0.0)
+    seen = cache.snapshot(now=1.0, tenant="b", sees=lambda space: space == mine)
+    assert [one.namespace for one in seen.leases] == [mine] * 3  # though others' are older
+    assert seen.num_leases == 3
+    cache.reset(mine)
+    assert cache.snapshot(now=1.0, tenant="b", sees=lambda space: space == mine).num_leases == 3
+
+
 def test_the_oldest_leases_are_told_however_many_are_out():
     few, many = crowded(100), crowded(4000)
     assert many.oldest_leases(20, now=1.0) == list(many.snapshot(now=1.0).leases[:20])

@@ -66,7 +66,10 @@ ANSWERS: list[tuple[str, Any]] = [
     ("reset", Reset(0, 0)),
     ("reset", Reset(5, 2)),
     ("snapshot", Snapshot(0, 16, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})),
-    ("snapshot", Snapshot(*range(1, 10), (LEASE,), 10, 11, 12, LEDGER, {SHOWN: LEDGER})),
+    (
+        "snapshot",
+        Snapshot(*range(1, 10), (LEASE,), 10, 11, 12, LEDGER, {SHOWN: LEDGER}, num_leases=1),
+    ),
 ]
 
 

@@ -126,7 +126,8 @@ def _read_past(message: pb.PastRequest) -> PastRequest:
 
 
 def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
-    """Fill `message`, all but `service`.  O(leases + namespaces)."""
+    """Fill `message`, all but `service`.  O(listed leases + namespaces)."""
+    message.num_leases = answer.num_leases
     for name in _SNAPSHOT_NUMBERS:
         setattr(message, name, getattr(answer, name))
     for info in answer.leases:
@@ -170,6 +171,7 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
         ),
         quotas=tuple([read_quota_info(quota) for quota in message.quotas]),
         shortage=tuple([(m.extra_blocks, m.tokens) for m in message.shortage]),
+        num_leases=message.num_leases or len(message.leases),
         **numbers,
     )
 

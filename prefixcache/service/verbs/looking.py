@@ -131,7 +131,12 @@ class Looking(Verbs):
             size = self.settings.block_size
             nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
             return Seen(nothing, asker.identity)
-        return Seen(self.holdings.cache.snapshot(now=monotonic()), asker.identity)
+        identity, cache = asker.identity, self.holdings.cache
+        if identity.sees_all:
+            return Seen(cache.snapshot(now=monotonic()), identity)
+        tenant = None if identity.admin else identity.tenant
+        seen = cache.snapshot(now=monotonic(), tenant=tenant, sees=identity.sees)
+        return Seen(seen, identity)
 
     def write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
         """Fill `message` with what its caller may see."""
