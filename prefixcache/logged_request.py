@@ -282,6 +282,8 @@ def _is_items(value: Any) -> bool:
 def _item(item: dict[str, Any]) -> dict[str, Any]:
     """Turn an item of the Responses form into a message."""
     kind = item.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise InvalidRequest(f"the type of an item of input is {_show(kind)}; it takes a text")
     if kind in {"function_call", "custom_tool_call"}:
         call = {"name": item.get("name"), "arguments": item.get("arguments", item.get("input"))}
         calls = [{"id": item.get("call_id"), "type": "function", "function": call}]
@@ -331,7 +333,7 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
     if "role" not in made and "from" in made:
         speaker = made.pop("from")
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
-            raise InvalidRequest(f"{speaker!r} speaks, who is neither human nor gpt")
+            raise InvalidRequest(f"{_show(speaker)} speaks, who is neither human nor gpt")
         made["role"] = SPEAKERS[speaker]
         if "value" in made:
             made["content"] = made.pop("value")

@@ -29,14 +29,16 @@ from prefixcache_bench.figures import publish
 from wire.service_process import LAYOUT, environment, running, sizes
 
 SHARES = {
-    "messages": 0.18,
+    "messages": 0.14,
     "answers": 0.06,
     "rows": 0.08,
     "states": 0.05,
     "manifest": 0.05,
-    "traces": 0.14,
+    "traces": 0.12,
     "conversations": 0.05,
     "prompts": 0.06,
+    "logged": 0.04,
+    "workers": 0.02,
     "identities": 0.06,
     "configs": 0.05,
     "texts": 0.02,

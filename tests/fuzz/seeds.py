@@ -75,6 +75,8 @@ def seeds(target: str) -> list[bytes]:
         ],
         "conversations": [bytes([1 + 2 * file]) + change for file in (0, 1) for change in changes],
         "prompts": [bytes([2 * at + 1]) + changes[at % 4] for at in range(6)],
+        "logged": [bytes([128 + 7 * at]) + changes[at % 4] for at in range(7)],
+        "workers": [bytes([129 + at]) + changes[at] for at in range(3)],
         "identities": [b"\0" + toml(strangers.IDENTITIES).encode(), *changes],
         "configs": [bytes([2 * at + 1]) + changes[at % 4] for at in range(5)],
         "texts": ["mistral-7b@ü".encode(), b"s\xff", "a\x1b[2J\u202e".encode()],

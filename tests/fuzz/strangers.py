@@ -14,18 +14,21 @@ import resource
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from fuzz.odd import changed, json_line, toml
 from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.prompt import read_prompt
 from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import read_logged
 from prefixcache.service.identities import Identities
 from prefixcache.service.model_layout import read_layout
 from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain
-from prefixcache.types import TOKEN_BYTES, Namespace
+from prefixcache.types import TOKEN_BYTES, Namespace, pack
 from prefixcache_bench.readers.load import Form, load
 from prefixcache_bench.traces import Trace
+from prefixcache_worker.request_line import name_of, read_object, read_request
 
 MOST_GROWTH = 2**30
 """Bytes by which this process may grow at most, whatever it reads."""
@@ -111,6 +114,37 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"num_hidden_layers": 2, "num_attention_heads": [8, 8], "hidden_size": 64}
     | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 9},
 )
+LOGGED: tuple[Any, ...] = (
+    {"messages": CHAT, "tools": TOOLS, "model": "m", "chat_template_kwargs": {"a": 1}}
+    | {"cache_salt": "s", "lora_request": {"lora_name": "x"}, "documents": [{"title": "a"}]},
+    {
+        "instructions": "be brief",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "hello"}]},
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "5"},
+        ],
+    },
+    {
+        "system": [{"type": "text", "text": "be"}],
+        "messages": [
+            {"role": "user", "content": [{"type": "image", "source": {"data": "AAAA"}}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "content": "5"}]},
+        ],
+    },
+    {"prompt": ["hello", "you"]},
+    {"body": {"messages": CHAT}},
+    {"conversations": SHAREGPT},
+    CHAT,
+)
+"""Requests as servers log them, in every form."""
+WORKER_LINES: tuple[dict[str, Any], ...] = (
+    {"id": "a", "messages": CHAT, "tools": TOOLS, "max_new_tokens": 3, "stop": ["x"]},
+    {"id": 7, "tokens": [1, 2], "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop_ids": [3]},
+    {"id": "c", "prompt": "hello", "wait_s": 1, "log_logits": True, "stop": "x"},
+)
+"""Lines as a worker reads them."""
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{% if message['content'] is string %}"
     "{{ message['content'] }}{% else %}{% for part in message['content'] %}{{ part['text'] }}"
@@ -244,6 +278,46 @@ class Prompts(_Folder):
             tokens = read_prompt(data, source, self._open, as_text=how == 4)
             assert tokens
             assert len(tokens) % TOKEN_BYTES == 0
+
+
+def logged(data: bytes) -> None:
+    """A record of a log: requests, or a refusal."""
+    how, data = (data[0], data[1:]) if data else (0, b"")
+    value = _parsed(json_line(changed(LOGGED[how % len(LOGGED)], data)) if how & 128 else data)
+    found = _or_refusal(read_logged, value)
+    for request in found or ():
+        assert sum((bool(request.messages), request.text is not None, request.tokens is not None))
+
+
+class _Model:
+    """What the reader of a worker's lines asks of a model."""
+
+    max_tokens = 4096
+
+    def prompt(self, request: Any) -> Any:
+        return SimpleNamespace(tokens=pack([1, 2]), left_out=set(request.left_out))
+
+
+def worker_lines(data: bytes) -> None:
+    """A line of a worker's input: a request that can be served, or a refusal."""
+    how, data = (data[0], data[1:]) if data else (0, b"")
+    good = WORKER_LINES[how % len(WORKER_LINES)]
+    line = json_line(changed(good, data)) if how & 128 else data
+    assert len(name_of(line)) <= 300
+    fields = _or_refusal(read_object, line)
+    model: Any = _Model()
+    request = None if fields is None else _or_refusal(read_request, fields, model)
+    if request is not None:
+        assert request.max_new_tokens >= 1
+        assert math.isfinite(request.wait_s)
+        assert math.isfinite(request.sampling.temperature)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return None
 
 
 class IdentityFiles(_Folder):

@@ -302,6 +302,8 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "traces": strangers.Traces,
     "conversations": strangers.Conversations,
     "prompts": strangers.Prompts,
+    "logged": lambda: strangers.logged,
+    "workers": lambda: strangers.worker_lines,
     "identities": strangers.IdentityFiles,
     "configs": strangers.Configs,
     "texts": lambda: strangers.texts,

@@ -13,7 +13,7 @@ import pytest
 from fuzz.odd import ODD
 from fuzz.run import LEAST, into_sockets, over_the_wire
 from fuzz.seeds import seeds
-from fuzz.strangers import CONFIGS, LINES
+from fuzz.strangers import CONFIGS, LINES, LOGGED, WORKER_LINES
 from fuzz.targets import TARGETS, States
 from wire.service_process import ServiceProcess, running, sizes
 
@@ -79,6 +79,8 @@ STRANGE = {
     "traces": [bytes([how, form]) for form in range(len(LINES)) for how in (1, 35)],
     "conversations": [bytes([1]), bytes([3])],
     "prompts": [bytes([2 * at + 1]) for at in range(6)],
+    "logged": [bytes([128 + at]) for at in range(len(LOGGED))],
+    "workers": [bytes([128 + at]) for at in range(len(WORKER_LINES))],
     "identities": [b""],
     "configs": [bytes([2 * at + 1]) for at in range(len(CONFIGS))],
 }
@@ -95,7 +97,8 @@ def test_whatever_stands_in_place_of_any_one_value_is_refused_or_sound(name: str
                 except Exception as error:
                     raise AssertionError(f"{form!r}: {ODD[by]!r:.60} at place {where}") from error
     finally:
-        run.close()
+        if hasattr(run, "close"):
+            run.close()
 
 
 @pytest.fixture
