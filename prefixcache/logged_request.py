@@ -164,7 +164,7 @@ def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
     for name in ("prompt", "input", "text"):
         if name in fields:
             return _prompts(fields[name], name)
-    names = ", ".join(ascii(name)[1:-1] for name in list(fields)[:8]) or "nothing"
+    names = ", ".join(ascii(name[:40])[1:-1] for name in list(fields)[:8]) or "nothing"
     raise InvalidRequest(
         f"it has {names}, but neither token ids nor a chat: give messages, prompt, input, "
         "conversations or tokens"

@@ -111,7 +111,8 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
     fields = {name: value for name, value in fields.items() if value is not None}
     if unknown := fields.keys() - _FIELDS:
         raise InvalidRequest(
-            f"unknown fields {sorted(map(str, unknown))[:8]}; known are {sorted(_FIELDS)}"
+            f"unknown fields {sorted(one[:40] for one in unknown)[:8]!a}; "
+            f"known are {sorted(_FIELDS)}"
         )
     sources = [key for key in _PROMPTS if key in fields]
     if len(sources) != 1:
@@ -147,8 +148,10 @@ def _prompt(fields: dict[str, Any], source: str, model: Model) -> tuple[list[int
         )
     if source == "tokens" and fields["tokens"] == []:
         return [], ()
-    (request,) = read_logged({key: one for key, one in fields.items() if key in {source, *_CHAT}})
-    made = model.prompt(request)
+    found = read_logged({key: one for key, one in fields.items() if key in {source, *_CHAT}})
+    if len(found) != 1:
+        raise InvalidRequest(f"{source} holds {len(found)} prompts; a line asks for one")
+    made = model.prompt(found[0])
     return unpack(made.tokens).tolist(), tuple(sorted(made.left_out))
 
 
