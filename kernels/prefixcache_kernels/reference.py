@@ -174,8 +174,9 @@ def paged_attention(
         InvalidRequest: The shapes do not fit together, or a table names a block outside the pool.
     """
     scale, window, softcap = check_scalars(scale, window, softcap)
-    options = (sinks, key_scale, value_scale, lse)
-    if plan is None or any(option is not None for option in options) or key_cache.dtype == FP8:
+    rare = lse is not None or key_scale is not None or value_scale is not None
+    rare = rare or key_cache.shape != value_cache.shape or query.dtype == torch.float64
+    if plan is None or rare or sinks is not None or key_cache.dtype == FP8:
         check_attention(
             query,
             key_cache,
@@ -188,8 +189,7 @@ def paged_attention(
     if plan is None:
         plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
     query, key_cache, value_cache = detached(query, key_cache, value_cache)
-    rare = lse is not None or key_scale is not None or value_scale is not None
-    if rare or key_cache.shape != value_cache.shape or query.dtype == torch.float64:
+    if rare:
         plan.check(query, key_cache)
         num_blocks, block_size = key_cache.shape[:2]
         check_values(

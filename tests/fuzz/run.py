@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import prefixcache
+from fuzz import plane
 from fuzz.wire import BATCHES, throw
 from prefixcache.client import unary
 from prefixcache.types import pack
@@ -29,12 +30,12 @@ from prefixcache_bench.figures import publish
 from wire.service_process import LAYOUT, environment, running, sizes
 
 SHARES = {
-    "messages": 0.14,
+    "messages": 0.08,
     "answers": 0.06,
     "rows": 0.08,
     "states": 0.05,
     "manifest": 0.05,
-    "traces": 0.12,
+    "traces": 0.10,
     "conversations": 0.05,
     "prompts": 0.06,
     "logged": 0.04,
@@ -43,8 +44,9 @@ SHARES = {
     "configs": 0.05,
     "texts": 0.02,
     "settings": 0.02,
-    "wire": 0.14,
+    "wire": 0.12,
     "sockets": 0.04,
+    "plane": 0.10,
 }
 DOCUMENT = Path("docs/reliability.md")
 LEAST = 20
@@ -156,6 +158,8 @@ def fuzz(seconds: float, only: str = "", *, progress: bool = True) -> dict[str, 
                     if service.process.poll() is not None or "Traceback" in service.log():
                         finding += f"\nthe service: {service.log()[-3000:]}"
                 found[name] = (count, finding)
+            elif name == "plane":
+                found[name] = plane.campaign(span)
             else:
                 found[name] = coverage_guided(name, max(1, round(span)), folder)
     return found

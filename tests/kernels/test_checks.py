@@ -113,6 +113,19 @@ def test_what_cannot_be_attended_is_refused(native: str, monkeypatch: pytest.Mon
 
 
 @PATHS
+@pytest.mark.parametrize("name", ["key_cache", "value_cache"])
+def test_a_plan_does_not_stand_for_the_layer_that_is_passed_with_it(name: str) -> None:
+    """Each layer's caches are its own: other heads than the queries', a plan or none."""
+    arguments = step()
+    batch = [arguments[part] for part in ("block_tables", "query_start", "context_lens")]
+    plan = Plan.build(*batch, 4)
+    paged_attention(**arguments, plan=plan)
+    arguments[name] = arguments[name].transpose(2, 3)
+    with pytest.raises(InvalidRequest, match="does not fit caches"):
+        paged_attention(**arguments, plan=plan)
+
+
+@PATHS
 def test_a_well_formed_call_beside_them_is_answered() -> None:
     """Integers of any width, in any stride; numbers as NumPy has them."""
     arguments = step()
