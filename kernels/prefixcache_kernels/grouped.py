@@ -39,7 +39,7 @@ from prefixcache_kernels.checks import (
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import GroupPlan, Run
 from prefixcache_kernels.plan import Plan, Work, gather, narrow, scratch, side_by_side
-from prefixcache_kernels.reference import detached, paged_attention
+from prefixcache_kernels.reference import detached, paged_attention, whole_heads
 
 _flash: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -109,8 +109,9 @@ class GroupedPlan:
         check_step(block_tables, query_start, context_lens)
         if not isinstance(groups, GroupPlan):
             raise InvalidRequest(f"groups is a {type(groups).__name__}, not a GroupPlan")
-        if not block_tables.is_cpu:
-            raise InvalidRequest(f"a plan for a CPU of tables on {block_tables.device}")
+        for given in (block_tables, query_start, context_lens):
+            if not given.is_cpu:
+                raise InvalidRequest(f"a plan for a CPU of tables or lengths on {given.device}")
         groups.check(narrow(block_tables))
         made = cls(block_tables, query_start, context_lens, block_size, groups)
         made.whole  # noqa: B018 - refuses what is no batch
@@ -286,13 +287,15 @@ def shared_prefix_attention(
             plan=plan.whole,
         )
     query, key_cache, value_cache = detached(query, key_cache, value_cache)
+    query = whole_heads(query)
+    in_place = key_cache.stride(3) == value_cache.stride(3) == 1
     gathered, own = work
     out, total = _own(query, key_cache, value_cache, own, scale, softcap)
     again = plan.groups.num_levels > 1 or sinks is not None
     for run, keys, values in gathered:
         if not run.num_queries:
             continue
-        if run.begin is None:
+        if run.begin is None or not in_place:
             gather(key_cache, run.index, keys)
             gather(value_cache, run.index, values)
         else:
@@ -352,7 +355,9 @@ def _run(
     kv_heads = keys.shape[2]
     split = (num, kv_heads, heads // kv_heads)
     packed = query.view(*split, dim).transpose(0, 1).reshape(1, kv_heads, -1, dim)
-    keys, values = (blocks.view(1, -1, kv_heads, dim).transpose(1, 2) for blocks in (keys, values))
+    keys, values = (
+        blocks.reshape(1, -1, kv_heads, dim).transpose(1, 2) for blocks in (keys, values)
+    )
     part, lse = _attend(packed, keys, values, None, scale, softcap)
     part = part.view(kv_heads, num, -1, dim).transpose(0, 1).reshape(num, heads, dim)
     return part, lse.view(kv_heads, num, -1).transpose(0, 1).reshape(num, heads)

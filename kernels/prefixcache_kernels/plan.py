@@ -82,7 +82,12 @@ class Piece:
         Raises:
             InvalidRequest: A block is outside the pool.
         """
-        if self.begin is not None and 0 <= self.begin <= key_cache.shape[0] - self.width:
+        in_place = key_cache.stride(3) == value_cache.stride(3) == 1
+        if (
+            in_place
+            and self.begin is not None
+            and self.begin in range(key_cache.shape[0] - self.width + 1)
+        ):
             end = self.begin + self.width
             return tuple(  # type: ignore[return-value]
                 cache[self.begin : end].flatten(0, 1)[self.keys].transpose(0, 1).unsqueeze(0)

@@ -86,10 +86,16 @@ class SharedPool:
         Raises:
             InvalidRequest: A size below 1, or an element type that no pool holds.
         """
+        if not isinstance(layout, Layout):
+            raise InvalidRequest(f"layout is a {type(layout).__name__}, not a Layout")
         if layout.dtype not in TORCH_DTYPES:
             raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(TORCH_DTYPES)}")
-        if min(num_blocks, block_size) < 1:
-            raise InvalidRequest(f"no pool has {num_blocks} blocks of {block_size} tokens")
+        sizes = (num_blocks, block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim)
+        if not all(type(size) is int and size >= 1 for size in sizes):
+            raise InvalidRequest(
+                f"no pool has {num_blocks!r} blocks of {block_size!r} tokens of {layout}: "
+                "sizes are integers, at least 1"
+            )
         handle = PoolHandle("none", "", num_blocks, block_size, layout, 0, 0)
         return cls(handle, torch.zeros(_shape(handle), dtype=TORCH_DTYPES[layout.dtype]))
 
@@ -109,12 +115,27 @@ class SharedPool:
         return self.handle.block_size
 
     def keys(self, layer: int) -> Tensor:
-        """Keys of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.  A view; O(1)."""
-        return self._keys[layer]
+        """Keys of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.  A view; O(1).
+
+        Raises:
+            InvalidRequest: There is no such layer, or the pool is closed.
+        """
+        return self._keys[self._known(layer)]
 
     def values(self, layer: int) -> Tensor:
-        """Values of a layer, shaped like its keys.  A view; O(1)."""
-        return self._values[layer]
+        """Values of a layer, shaped like its keys.  A view; O(1).
+
+        Raises:
+            InvalidRequest: As `keys`.
+        """
+        return self._values[self._known(layer)]
+
+    def _known(self, layer: int) -> int:
+        if type(layer) is int and 0 <= layer < len(self._keys):
+            return layer
+        if not self._keys:
+            raise InvalidRequest("the pool is closed: its memory was let go of")
+        raise InvalidRequest(f"layer {layer!r} is none of 0 to {len(self._keys) - 1}")
 
     @property
     def current(self) -> bool:

@@ -216,6 +216,7 @@ def paged_attention(
             lse=lse,
             dtype=torch.float64 if query.dtype == torch.float64 else torch.float32,
         ).to(query.dtype)
+    query = whole_heads(query)
     shapes = (query.shape, key_cache.shape, value_cache.shape)
     layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
     work = plan.work(layer)
@@ -254,6 +255,14 @@ def paged_attention(
             out = query.new_empty(query.shape)
         out[piece.rows] = attended
     return query.new_empty(query.shape) if out is None else out
+
+
+def whole_heads(query: Tensor) -> Tensor:
+    """Give queries whose heads have their elements side by side, copied if they do not.
+
+    PyTorch's products of other operands round scores to 16 bits before they are scaled.
+    """
+    return query if query.stride(2) == 1 else query.contiguous()
 
 
 def detached(*tensors: Tensor) -> list[Tensor]:

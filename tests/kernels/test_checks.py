@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.native_cases import gap
+from kernels.native_cases import TOLERANCE, gap, groups_of
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import (
     GroupedPlan,
@@ -123,6 +123,50 @@ def test_a_plan_does_not_stand_for_the_layer_that_is_passed_with_it(name: str) -
     arguments[name] = arguments[name].transpose(2, 3)
     with pytest.raises(InvalidRequest, match="does not fit caches"):
         paged_attention(**arguments, plan=plan)
+
+
+@PATHS
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (2, 0, 1, 3)], ids=["within blocks", "outermost"])
+def test_what_is_shared_lies_side_by_side_in_a_pool_with_heads_first(
+    order: tuple[int, ...],
+) -> None:
+    """Such blocks are read in place, but not as one run of slots."""
+    arguments = step()
+    arguments["block_tables"] = torch.tensor([[0, 1, 4], [0, 1, 5]], dtype=torch.int32)
+    arguments["context_lens"] = torch.tensor([9, 10], dtype=torch.int32)
+    back = [order.index(dim) for dim in range(4)]
+    for name in ("key_cache", "value_cache"):
+        arguments[name] = arguments[name].permute(order).contiguous().permute(back)
+    groups = GroupPlan.build(arguments["block_tables"], [2, 2])
+    got = shared_prefix_attention(**arguments, groups=groups)
+    assert gap(got, oracle_attention(**arguments)) <= 1e-5
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["plain", "grouped"])
+def test_queries_and_caches_whose_elements_lie_apart(
+    batch: Any, dtype: torch.dtype, shared: bool
+) -> None:
+    """PyTorch multiplies such operands with scores rounded to 16 bits."""
+    b = batch([(1, 94), (1, 150), (3, 90)], dim=80, dtype=dtype, shared=((1, 0, 3),), poison=0.0)
+    arguments = dict(zip(step(), b.args, strict=False)) | {"scale": 1.0}
+    want = oracle_attention(**arguments)
+    for name in ("query", "key_cache", "value_cache"):
+        arguments[name] = torch.stack([arguments[name]] * 2, -1)[..., 0]
+    if shared:
+        got = shared_prefix_attention(**arguments, groups=groups_of(b))
+    else:
+        got = paged_attention(**arguments)
+    assert gap(got, want) <= TOLERANCE[dtype]
+
+
+def test_groups_of_lengths_that_lie_nowhere_are_refused() -> None:
+    for name in ("query_start", "context_lens"):
+        arguments = step()
+        arguments[name] = arguments[name].to("meta")
+        with pytest.raises(InvalidRequest, match="lengths on meta"):
+            shared_prefix_attention(**arguments, groups=GroupPlan.alone(2))
 
 
 @PATHS

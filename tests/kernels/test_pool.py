@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -327,6 +328,25 @@ def test_a_tensor_that_outlives_the_pool_object_does_not_dangle(pool: PoolFile) 
     assert pool.handle.name in maps.read_text()
     del keys
     assert pool.handle.name not in maps.read_text()
+
+
+@pytest.mark.parametrize("layer", [2, -1, True, 1.0, None, "0"])
+def test_a_layer_that_is_none_is_refused(layer: Any) -> None:
+    with SharedPool.private(LAYOUT, 4, 16) as pool:
+        for view in (pool.keys, pool.values):
+            with pytest.raises(InvalidRequest, match="is none of 0 to 1"):
+                view(layer)
+    with pytest.raises(InvalidRequest, match="closed"):
+        pool.keys(0)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "4"])
+def test_a_private_pool_of_no_size_is_refused(size: Any) -> None:
+    for sizes in ((size, 16), (4, size)):
+        with pytest.raises(InvalidRequest, match="no pool has"):
+            SharedPool.private(LAYOUT, *sizes)
+    with pytest.raises(InvalidRequest, match="not a Layout"):
+        SharedPool.private(size, 4, 16)
 
 
 def test_a_private_pool_has_the_same_face_and_no_file() -> None:

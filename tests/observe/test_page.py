@@ -188,7 +188,7 @@ def test_a_worker_is_killed_and_the_page_shows_it(service: ServiceProcess, drive
 
 
 def shows(driver: Any, check: Callable[[], bool]) -> None:
-    eventually(check, 20)
+    eventually(check)
     severe = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
 
@@ -261,4 +261,4 @@ def test_the_page_says_when_the_service_is_gone(driver: Any, tmp_path: Path) -> 
         driver.get(url_of(service))
         shows(driver, lambda: texts(driver, "#status") == ["live"])
         assert service.stop() == 0
-        eventually(lambda: texts(driver, "#status") == ["connection lost, trying again"], 20)
+        eventually(lambda: texts(driver, "#status") == ["connection lost, trying again"])

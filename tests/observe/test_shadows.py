@@ -200,7 +200,7 @@ def told(service: ServiceProcess, requests: int) -> pb.SnapshotResponse:
         def ask() -> pb.SnapshotResponse:
             return client.call("snapshot", pb.SnapshotRequest())
 
-        eventually(lambda: any(s.whole.requests >= requests for s in ask().shadows), 20)
+        eventually(lambda: any(s.whole.requests >= requests for s in ask().shadows))
         return ask()
 
 
@@ -329,7 +329,7 @@ def test_requests_that_a_stopped_process_cannot_take_are_left_out_and_counted(
             seen = info.whole.requests + message.shadow_dropped
             return info.whole.requests > 100 and seen >= before and message.shadow_dropped > 0
 
-        eventually(caught_up, 30)
+        eventually(caught_up)
         assert service.stop() == 0
 
 

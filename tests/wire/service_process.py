@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from patience import PATIENCE_S
 from prefixcache.types import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +64,7 @@ class ServiceProcess:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout_s: float = 20.0) -> int:
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
         return self.process.wait(timeout_s)
 
     def close(self) -> None:
@@ -100,10 +101,10 @@ def running(target: str, *flags: str, num_files: int | None = None) -> Iterator[
         service.close()
 
 
-def eventually(check: object, timeout_s: float = 10.0) -> None:
+def eventually(check: object) -> None:
     """Wait until `check()` holds."""
     assert callable(check)
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not check():
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.01)

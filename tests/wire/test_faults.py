@@ -160,7 +160,7 @@ def test_quarantine_ends_by_itself_only_where_a_death_cannot_be_seen(
             time.sleep(0.6)
             assert client.snapshot().quarantined == 10
         else:
-            eventually(lambda: client.snapshot().free == 64, 2.0)
+            eventually(lambda: client.snapshot().free == 64)
 
 
 def test_a_drain_lets_leases_finish_and_gives_no_new_ones(

@@ -131,7 +131,7 @@ def test_a_worker_that_leaves_ends_its_waiting_calls(stub: Any, key: str) -> Non
 def test_a_silent_unary_worker_is_detached_after_its_ttl(stub: Any) -> None:
     silent = stub.Attach(attach_request()).worker_key
     stub.Acquire(pb.AcquireRequest(worker_key=silent, tokens=pack(range(700, 712))))
-    eventually(lambda: stub.Snapshot(pb.SnapshotRequest()).service.workers == 0, 5.0)
+    eventually(lambda: stub.Snapshot(pb.SnapshotRequest()).service.workers == 0)
     code, _, _ = refused(lambda: stub.Renew(pb.RenewRequest(worker_key=silent)))
     assert code is grpc.StatusCode.NOT_FOUND
     assert stub.Snapshot(pb.SnapshotRequest()).quarantined == 3
