@@ -216,13 +216,13 @@ def paged_attention(
             lse=lse,
             dtype=torch.float64 if query.dtype == torch.float64 else torch.float32,
         ).to(query.dtype)
-    query = whole_heads(query)
     shapes = (query.shape, key_cache.shape, value_cache.shape)
     layer = (*shapes, query.dtype, key_cache.dtype, value_cache.dtype, window)
     work = plan.work(layer)
     if work is None:  # the first layer of its kind in this step; the others are like it
         check_attention(query, key_cache, value_cache)
         work = plan.prepare(layer, query, key_cache, window)
+    query = whole_heads(query)
     heads, dim = query.shape[1:]
     kv_heads = key_cache.shape[2]
     groups = heads // kv_heads

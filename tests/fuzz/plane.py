@@ -812,11 +812,11 @@ PARTS: dict[str, Callable[[Random], None]] = {
 # ── running ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def work(part: str, seconds: float, seed: int) -> int:
+def work(part: str, seconds: float, seed: int, most: int) -> int:
     """Try seeds until the time is over; each is told before it is tried.  The child's side."""
     torch.set_num_threads(1)
     count, due = 0, time.monotonic() + seconds
-    while not count or time.monotonic() < due:
+    while count < most and (not count or time.monotonic() < due):
         os.write(1, f"{seed + count}\n".encode())
         try:
             PARTS[part](Random(f"{part} {seed + count}"))
@@ -841,7 +841,9 @@ def ways(only: str = "") -> Iterator[tuple[str, str, float]]:
                 yield way, part, share / len(parts)
 
 
-def plane(seconds: float, seed: int = 0, only: str = "") -> dict[str, tuple[int, str]]:
+def plane(
+    seconds: float, seed: int = 0, only: str = "", most: int = 10**9
+) -> dict[str, tuple[int, str]]:
     """Fuzz the data plane; give inputs and findings by way and part."""
     found = {}
     chosen = list(ways(only))
@@ -850,7 +852,7 @@ def plane(seconds: float, seed: int = 0, only: str = "") -> dict[str, tuple[int,
         path = f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
         span = f"{seconds * share / whole:.2f}"
         done = subprocess.run(
-            [*arguments_of(way, part), "--seconds", span, "--seed", str(seed)],
+            [*arguments_of(way, part), "--seconds", span, "--seed", str(seed), "--most", str(most)],
             capture_output=True,
             text=True,
             env=os.environ | WAYS[way][0] | {"PYTHONPATH": path},
@@ -881,10 +883,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="a way, or way/part: native/attend")
+    parser.add_argument("--most", type=int, default=10**9, help="inputs of each")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        return work(options.child.split("/")[1], options.seconds, options.seed)
+        return work(options.child.split("/")[1], options.seconds, options.seed, options.most)
     found = plane(options.seconds, options.seed, options.only)
     for name, (count, finding) in found.items():
         sys.stdout.write(f"{name:<18} {count:>9,}  {1 if finding else 0}\n{finding}")
