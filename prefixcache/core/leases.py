@@ -167,14 +167,20 @@ class Worker:
     """What people are shown; it decides nothing."""
     namespaces: set[Namespace] = field(default_factory=set)
     leases: dict[LeaseId, Lease] = field(default_factory=dict)
+    first_lease: int = 1
+    """Number of its first lease; the next ones follow it, so that they tell nothing of others."""
     num_granted: int = 0
-    """Leases that it was ever granted, which are numbered in turn: they tell nothing of others."""
+    """Leases that it was ever granted."""
     expired: OrderedDict[LeaseId, tuple[float, int]] = field(default_factory=OrderedDict)
     """When its last leases ended that it did not end itself, and with how many blocks."""
     requests: dict[str, Lease] = field(default_factory=dict)
     """Living leases by request id, so that an acquire can be repeated safely."""
     begun: OrderedDict[str, Begun] = field(default_factory=OrderedDict)
     """What requests had computed whose leases ended lately, by request id."""
+
+    def was_granted(self, lease: LeaseId) -> bool:
+        """Whether a lease is, or ever was, one of its own.  O(1)."""
+        return 0 <= lease - self.first_lease < self.num_granted
 
     def remember(self, request_id: str, begun: Begun) -> None:
         """Let a request that comes again be told apart.  O(1)."""
@@ -222,9 +228,10 @@ class Leases:
     def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
         """Make a lease.  O(log leases)."""
         self._next += 1
+        lease_id = LeaseId(member.first_lease + member.num_granted)
         member.num_granted += 1
         lease = Lease(
-            LeaseId(member.num_granted),
+            lease_id,
             member.id,
             namespace,
             node,
@@ -257,7 +264,7 @@ class Leases:
             if found.deadline < now + self.ttl_s:
                 found.deadline = now + self.ttl_s
             return found
-        if not 0 < lease <= member.num_granted:
+        if not member.was_granted(lease):
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
         end = member.expired.get(lease)
         if end is None:

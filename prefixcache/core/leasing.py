@@ -322,7 +322,7 @@ class Leasing:
         member = self._desk.leases.worker(worker)
         own = member.leases.get(lease)
         if own is None:
-            if 0 < lease <= member.num_granted:
+            if member.was_granted(lease):
                 return Released(0)
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
         freed = self._desk.end(own, now, writes_on=False).num_freed

@@ -12,13 +12,23 @@ class Membership:
 
     _desk: Desk
 
-    def attach(self, worker: WorkerId, namespace: Namespace, *, name: str = "", now: float) -> None:
+    def attach(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        *,
+        name: str = "",
+        first_lease: int = 1,
+        now: float,
+    ) -> None:
         """Let a worker use a namespace.  Idempotent.
 
         Args:
             worker: Who.
             namespace: What.
             name: How a new worker is called where people look; by default by its number.
+            first_lease: Number of a new worker's first lease.  One that nobody expects keeps a
+                worker from taking another's lease for its own.
             now: The time.
 
         Raises:
@@ -29,7 +39,7 @@ class Membership:
         desk.root(namespace)
         members = desk.leases.workers
         if worker not in members:
-            members[worker] = Worker(worker, name or str(worker))
+            members[worker] = Worker(worker, name or str(worker), first_lease=first_lease)
         if namespace not in members[worker].namespaces:
             members[worker].namespaces.add(namespace)
             desk.spaces.join(namespace)

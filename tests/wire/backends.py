@@ -90,7 +90,8 @@ class LocalBackend(Backend):
         self.count += 1
         session = LocalSession(self, WorkerId(name or f"w{self.count}"), Namespace(model))
         session.keep_alive = keep_alive
-        self.cache.attach(session.worker, session.namespace, now=self.now)
+        first = 1000 * self.count
+        self.cache.attach(session.worker, session.namespace, first_lease=first, now=self.now)
         self.sessions.append(session)
         return session
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
@@ -15,6 +16,9 @@ from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker
 from prefixcache.types import Ended
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+_LEASES = 2**31
+"""A worker's leases are numbered from somewhere below this, where nobody expects it."""
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +70,13 @@ class Attendance(Verbs):
             if len(worker.namespaces) >= MAX_NAMESPACES:
                 raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
             worker.namespaces.append(namespace)
-        cache.attach(worker.id, namespace, name=worker.name, now=monotonic())
+        cache.attach(
+            worker.id,
+            namespace,
+            name=worker.name,
+            first_lease=1 + secrets.randbelow(_LEASES),
+            now=monotonic(),
+        )
         self.workers.finished(request.finished)
         return Attached(worker, worker.namespaces.index(namespace))
 
