@@ -350,8 +350,8 @@ def compare(batch: Batch, got: Tensor) -> None:
 
 def near(got: Tensor, want: np.ndarray[Any, Any], bound: Any, what: str) -> None:
     assert tuple(got.shape) == want.shape, (what, got.shape, want.shape)
-    far = np.abs(got.double().numpy() - want) > bound
-    far |= ~np.isfinite(got.double().numpy())
+    far = np.abs(got.detach().double().numpy() - want) > bound
+    far |= ~np.isfinite(got.detach().double().numpy())
     if far.any():
         at = tuple(int(i[0]) for i in np.nonzero(far))
         raise AssertionError(
