@@ -268,8 +268,7 @@ def test_a_real_prometheus_answers_every_panel(service: ServiceProcess, tmp_path
         eventually(scraped)
         service.sent += drive(service.target, rounds=3)  # type: ignore[attr-defined]
         eventually(
-            lambda: ask("sum(prefixcache_prompt_tokens_total)")[0]["value"][1] == str(service.sent),  # type: ignore[attr-defined]
-            20,
+            lambda: ask("sum(prefixcache_prompt_tokens_total)")[0]["value"][1] == str(service.sent)  # type: ignore[attr-defined]
         )
         for title, query in expressions():
             answer = ask(query)

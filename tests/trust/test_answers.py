@@ -46,7 +46,7 @@ class Wire:
 
 
 async def opened(handlers: Handlers) -> tuple[Any, Wire]:
-    """Attach, and store one prompt under the request id `big`: lease 1."""
+    """Attach, and store one prompt under the request id `big`."""
     wire = Wire()
     stream: Any = sessions.SessionStream(handlers, wire, LOCAL)
     batch = pb.OpBatch()
@@ -108,11 +108,16 @@ def test_what_settles_at_once_leaves_in_parts(
     assert [one.id for part in written for one in part.results] == list(range(50))
 
 
+def lease_of(handlers: Handlers) -> int:
+    assert handlers.holdings.cache is not None
+    return handlers.holdings.cache.snapshot(now=0.0).leases[0].lease
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_fork_is_read_the_same_in_either_form(handlers: Handlers, shared: bool) -> None:
     asyncio.run(opened(handlers))
     worker = next(iter(handlers.workers._attached.values()))
-    request = pb.ForkRequest(lease=1, count=3, shared_table=shared)
+    request = pb.ForkRequest(lease=lease_of(handlers), count=3, shared_table=shared)
     message = pb.ForkResponse()
     handlers.write_fork(handlers.fork(worker, request), message)
     children = codec.READ["fork"](message)
@@ -126,13 +131,12 @@ def test_a_fork_with_too_many_tables_is_refused_with_what_to_do(handlers: Handle
     handlers.settings = handlers.settings.model_copy(update={"max_message": 100_000})
     worker = next(iter(handlers.workers._attached.values()))
     with pytest.raises(InvalidRequest, match=r"30 block tables of 4,000 bytes.*`shared_table`"):
-        handlers.fork(worker, pb.ForkRequest(lease=1, count=30))
+        handlers.fork(worker, pb.ForkRequest(lease=lease_of(handlers), count=30))
     assert handlers.holdings.cache is not None
     assert handlers.holdings.cache.num_leases == 1
     told = pb.ForkResponse()
-    handlers.write_fork(
-        handlers.fork(worker, pb.ForkRequest(lease=1, count=30, shared_table=True)), told
-    )
+    request = pb.ForkRequest(lease=lease_of(handlers), count=30, shared_table=True)
+    handlers.write_fork(handlers.fork(worker, request), told)
     assert told.ByteSize() < 6000
 
 
