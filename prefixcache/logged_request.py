@@ -32,6 +32,8 @@ IDS: Final = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
 CHATS: Final = ("messages", "conversations", "conversation")
 KEYS: Final = frozenset({*IDS, *CHATS, "prompt", "input", "body", "request"})
 """An object with none of these is no request."""
+PLACE: Final = ("model", "adapter", "lora_name", "lora_path", "lora_request", "cache_salt")
+"""What says within what a request may share."""
 
 MEDIA_TOKENS: Final = 256
 """Stand-in tokens of an image, a recording or a file; how many a model takes, it alone knows."""
@@ -232,7 +234,7 @@ def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
     left_out: list[str] = []
     messages = list(_messages(fields[name], left_out))
     system = fields.get("system")
-    if system is not None and name == "messages":
+    if system not in (None, ""):
         messages.insert(0, {"role": "system", "content": _content(system, "system", left_out)})
     continues = _flag(fields, "continue_final_message", default=False)
     asked = fields.get("add_generation_prompt")
@@ -312,6 +314,9 @@ def _tools(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 def _objects(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     value = fields.get(name, [])
+    if isinstance(value, str):  # data sets hold them as JSON text, empty if there are none
+        with suppress(ValueError):
+            value = json.loads(value) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise InvalidRequest(f"{name} is {_show(value)}; it takes a list of objects")
     return value

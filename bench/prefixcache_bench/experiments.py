@@ -232,8 +232,8 @@ How large should a block be, how much memory is enough, which policy? The answer
 workload, so ask them of your own. The experiments replay a trace through the very cache that
 serves (`prefixcache.core`, not a model of it), on a virtual clock.
 
-**Your own chats, in two commands.** A file of chats (JSON lines with `messages`, or ShareGPT JSON)
-is enough:
+**Your own chats, in two commands.** A file of chats or requests as servers
+log them ([any form](#forms-of-traces)) is enough:
 
 ```console
 $ pip install '.[experiments]'    # in a checkout
@@ -304,12 +304,15 @@ infinite memory; such rows are not replayed again and are marked `same_as_infini
 * `jsonl`: `{"t": 0.5, "namespace": "m", "tokens": [1, 2, 3], "prompt": 2}`. `tokens` may be base64
   of packed uint32; `prompt` (default: all) says how many of them were sent, the others were
   generated; `namespace` is a name or `[model, adapter, tenant, salt]`. `prompt_token_ids`,
-  `input_ids` and `token_ids` are other names of `tokens`.
-* `chat`: JSON lines with `messages` (`role`, `content`), or with `conversation` or `conversations`
-  (`role`, `content` or `from`, `value`); or one JSON array of such objects, also one that breaks
-  off. `--tokenizer` is `tiktoken`, `tiktoken:ENCODING` or the folder of a Hugging Face tokenizer.
-  Times are seconds or ISO dates in `t`, `timestamp` or `created`. What has none gets one, is
-  counted and said: `--rate` chats a second, `--think` seconds before each next turn.
+  `input_ids` and `token_ids` are other names of `tokens`, which may also be a list of prompts.
+  Without `namespace`, `model`, the adapter and `cache_salt` are it.
+* `chat`: logged requests and chats, as JSON lines or as one JSON array, also one that breaks off:
+  OpenAI's `messages`, Anthropic's, Responses' `input`, completions' `prompt` (a text, ids, or a
+  list of either), ShareGPT's and other data sets' `conversations` or `conversation` (`from`,
+  `value` or `role`, `content`), a batch's lines with any of these below `body`, `request` or
+  `params`. `--tokenizer` is `tiktoken`, `tiktoken:ENCODING` or the folder of a Hugging Face
+  tokenizer. Times are seconds or ISO dates in `t`, `timestamp` or `created`. What has none gets
+  one, is counted and said: `--rate` chats a second, `--think` seconds before each next turn.
 * `kvtrace`: `NAME.convs.jsonl.gz` (tokens, or a skeleton of common prefixes) and
   `NAME.requests.jsonl.gz` in one folder; `--system one|four` puts system prompts before them.
 * `mooncake`: `{"timestamp": 27482, "input_length": 700, "output_length": 52, "hash_ids": [46,
@@ -331,6 +334,22 @@ with or without a byte order mark. Nothing is guessed in silence:
   message names it.
 * A line has at most 32 MiB, a trace 10 million lines and 2^30 tokens in all its requests; a gzip
   file may unpack to 16 GiB, a JSON array to 1 GiB; what does not end within 1 GiB is not read on.
+
+## What of a logged request counts for sharing
+
+| of the request | in the replay |
+|---|---|
+| `model`, adapter, `cache_salt` | the namespace; without `model` the file's name |
+| `tools`, `functions`, then `documents` | first in the prompt, as JSON |
+| `system`, `instructions`, system messages | the first messages, wherever they are logged |
+| text, results of tools, `tool_calls` | tokens in their place; calls as JSON |
+| images, recordings, videos, files | 256 tokens each, equal for equal content only; told |
+| answers | each was a request, if the last message is one; not with `continue_final_message` |
+| thoughts, responses named by id, `chat_template_kwargs` | not counted; told |
+
+What is told stands on stderr and beside every figure: how many requests have it. A replay lays
+messages out as ChatML, whatever the model; `explain` and the worker write a chat with
+the model's own template.
 
 ## Workloads to generate
 

@@ -67,6 +67,8 @@ class Trace:
     """Lines or records of the file; 0 if it was no file."""
     notes: list[str] = field(default_factory=list)
     """What was made up or may surprise: to be said beside every figure."""
+    not_counted: list[str] = field(default_factory=list)
+    """What of its requests is in no prompt, or only by a stand-in: a sentence for each kind."""
     answers: list[int] | None = None
     """Tokens of each request's answer where the tokens themselves are not known, as in a
     block-hash trace; None if nobody tells."""

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import unpack
+from prefixcache.types import Namespace, unpack
 from prefixcache_bench.readers import tokenizers, transcripts
 from prefixcache_bench.readers.load import load
 from prefixcache_bench.traces import Request, Trace
@@ -91,7 +92,8 @@ def test_tool_calls_are_text_of_the_answer(tmp_path: Path) -> None:
             ]
         },
     )
-    assert text(trace.requests[0]).endswith('<assistant\n[{"id": 1, "function": {"name": "f"}}]')
+    called = '[{"id": 1, "function": {"name": "f", "arguments": {}}}]'
+    assert text(trace.requests[0]).endswith("<assistant\n" + called)
 
 
 def test_broken_chats_are_counted(tmp_path: Path) -> None:
@@ -187,3 +189,184 @@ def test_without_a_real_tokenizer_the_message_says_what_to_install(
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InvalidRequest, match="cannot read the tokenizer"):
         tokenizers.named(str(tmp_path))
+
+
+def one_request(**fields: object) -> Request:
+    """Lay out one logged request."""
+    (found,) = asked(fields)
+    return found
+
+
+def asked(*lines: object) -> Trace:
+    with tempfile.TemporaryDirectory() as folder:
+        return openai(Path(folder) / "log.jsonl", *lines)
+
+
+QUESTION = {"role": "user", "content": "Q"}
+WORDS = "You book journeys. " * 20
+TOOL = {"type": "function", "function": {"name": "f"}}
+DIFFERENT: dict[str, Callable[[int], dict[str, object]]] = {
+    "tools": lambda n: {"tools": [{**TOOL, "function": {"name": f"{n}f", "description": WORDS}}]},
+    "functions": lambda n: {"functions": [{"name": f"{n}f", "description": WORDS}]},
+    "documents": lambda n: {"documents": [{"text": f"{n}{WORDS}"}]},
+    "models": lambda n: {"model": f"m{n}"},
+    "adapters": lambda n: {"model": "m", "lora_request": {"lora_name": f"a{n}"}},
+    "salts": lambda n: {"model": "m", "cache_salt": f"s{n}"},
+    "system": lambda n: {"system": f"{n}{WORDS}"},
+    "batches": lambda n: {
+        "body": {"model": f"m{n}", "messages": [{"role": "user", "content": WORDS}]}
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_requests_that_differ_in_what_comes_first_share_next_to_nothing(kind: str) -> None:
+    messages = [{"role": "system", "content": WORDS}, QUESTION]
+    trace = asked(*({"messages": messages} | DIFFERENT[kind](n) for n in range(6)))
+    assert reused(trace) <= 0.05
+    same = asked(*({"messages": messages} | DIFFERENT[kind](0) for _ in range(6)))
+    assert reused(same) > 0.75
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda n: {"type": "image_url", "image_url": {"url": f"https://example.org/{n}.png"}},
+        lambda n: {"type": "input_audio", "input_audio": {"data": f"A{n}", "format": "wav"}},
+        lambda n: {"type": "image", "source": {"type": "base64", "data": f"A{n}"}},
+        lambda n: {"type": "file", "file": {"file_data": f"A{n}"}},
+    ],
+)
+def test_another_picture_is_another_prompt_and_it_is_said(
+    part: Callable[[int], dict[str, object]],
+) -> None:
+    words = {"type": "text", "text": WORDS}
+    trace = asked(
+        *({"messages": [{"role": "user", "content": [part(n), words]}]} for n in range(6))
+    )
+    assert reused(trace) <= 0.05
+    assert trace.not_counted == [
+        "6 of 6 requests have images, recordings or files, counted as stand-ins of 256 tokens"
+    ]
+    same = asked(*({"messages": [{"role": "user", "content": [part(0), words]}]} for n in range(6)))
+    assert reused(same) > 0.75
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "system", "content": "S"}, QUESTION]},
+        {"system": "S", "messages": [QUESTION]},
+        {"system": [{"type": "text", "text": "S"}], "messages": [QUESTION]},
+        {"instructions": "S", "input": "Q"},
+        {"instructions": "S", "input": [{"role": "user", "content": "Q"}]},
+        {"request": {"system": "S", "messages": [QUESTION]}},
+        {"params": {"system": "S", "messages": [QUESTION]}},
+    ],
+)
+def test_a_system_prompt_counts_wherever_it_is_logged(fields: dict[str, object]) -> None:
+    assert text(one_request(**fields)) == "<system\nS>\n<user\nQ>\n<assistant\n"
+
+
+def test_sharegpt_with_system_turns_is_the_same_chats_in_openai_form(tmp_path: Path) -> None:
+    chats = [[("system", "S"), ("user", f"Q{n}"), ("assistant", "A")] for n in range(3)]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    shared = [
+        {"id": n, "conversations": [{"from": names[who], "value": said} for who, said in chat]}
+        for n, chat in enumerate(chats)
+    ]
+    at_the_top = [
+        {"system": "S", "conversation": one["conversations"][1:]}  # type: ignore[index]
+        for one in shared
+    ]
+    spoken = [{"messages": [{"role": who, "content": said} for who, said in c]} for c in chats]
+    expected = openai(tmp_path / "log.jsonl", *spoken)
+    for records in (shared, at_the_top):
+        (tmp_path / "share.json").write_text(json.dumps(records))
+        found = load(str(tmp_path / "share.json"))
+        assert [(one.t, one.tokens, one.prompt) for one in found] == [
+            (one.t, one.tokens, one.prompt) for one in expected
+        ]
+
+
+def test_the_results_of_tools_take_the_turn_of_who_asks() -> None:
+    said = [("human", "Q"), ("function_call", "f"), ("observation", "1"), ("gpt", "A")]
+    trace = asked({"conversations": [{"from": who, "value": what} for who, what in said]})
+    assert [text(one) for one in trace] == [
+        "<user\nQ>\n<assistant\nf",
+        "<user\nQ>\n<assistant\nf>\n<tool\n1>\n<assistant\nA",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompts"),
+    [
+        ({"prompt": "ab"}, ["ab"]),
+        ({"prompt": ["ab", "c"]}, ["ab", "c"]),
+        ({"prompt": [97, 98]}, ["ab"]),
+        ({"prompt": [[97], [98]]}, ["a", "b"]),
+        ({"input": ["ab", "c"]}, ["ab", "c"]),
+        ({"prompt_token_ids": [97, 98]}, ["ab"]),
+        ({"input_ids": [[97], [98]]}, ["a", "b"]),
+        ({"body": {"prompt": "ab"}}, ["ab"]),
+        ({"body": {"prompt_token_ids": [97]}}, ["a"]),
+    ],
+)
+def test_a_prompt_is_a_request_whatever_form_it_has(
+    fields: dict[str, object], prompts: list[str]
+) -> None:
+    trace = asked(fields)
+    assert [text(one) for one in trace] == prompts
+    assert {one.t for one in trace} == {0.0}
+
+
+@pytest.mark.parametrize("fields", [{"prompt_token_ids": [97]}, {"prompt": "a"}])
+def test_model_adapter_and_salt_are_the_namespace(fields: dict[str, object]) -> None:
+    found = one_request(**fields, model="m", adapter="a", cache_salt="s")
+    assert found.namespace == Namespace("m", "a", salt="s")
+
+
+def test_an_answer_that_goes_on_is_the_end_of_the_prompt() -> None:
+    messages = [QUESTION, {"role": "assistant", "content": "A"}]
+    found = one_request(messages=messages, continue_final_message=True, add_generation_prompt=False)
+    assert text(found, prompt=True) == "<user\nQ>\n<assistant\nA"
+    assert text(one_request(messages=[QUESTION], add_generation_prompt=False)) == "<user\nQ>\n"
+
+
+def test_what_is_in_no_prompt_is_counted_by_kind() -> None:
+    thinking = {"role": "assistant", "content": "A", "reasoning_content": "hm"}
+    block = {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}
+    trace = asked(
+        {"messages": [QUESTION, thinking, QUESTION, thinking]},
+        {"messages": [QUESTION, block, QUESTION], "chat_template_kwargs": {"a": 1}},
+        {"input": "Q", "previous_response_id": "r"},
+    )
+    assert trace.not_counted == [
+        "1 of 4 requests have earlier responses that are named by id, which are not counted",
+        "1 of 4 requests have options of a chat template, which are not counted",
+        "3 of 4 requests have thoughts, which are not counted",
+    ]
+
+
+def test_what_is_no_prompt_costs_its_line_alone() -> None:
+    trace = asked(
+        {"prompt": "a"}, {"prompt": ""}, {"prompt": []}, {"prompt": [-1]}, {"messages": [5]},
+        {"prompt": [True]}, {"prompt": "a", "model": 5},
+    )  # fmt: skip
+    assert len(trace) == 1
+    assert [one.number for one in trace.broken] == [2, 3, 4, 5, 6, 7]
+    ids = asked({"tokens": [1]}, {"tokens": [-1]}, {"tokens": [2**40]}, {"tokens": [1, "a"]})
+    assert len(ids) == 1
+    assert [one.number for one in ids.broken] == [2, 3, 4]
+
+
+def reused(trace: Trace) -> float:
+    """Give the share of all prompt tokens that an endless cache has, block by block of 16."""
+    seen: set[tuple[Namespace, bytes]] = set()
+    found = 0
+    for request in trace:
+        ends = range(64, 4 * request.prompt + 1, 64)
+        blocks = {(request.namespace, request.tokens[:end]) for end in ends}
+        found += 16 * len(blocks & seen)
+        seen |= blocks
+    return found / trace.prompt_tokens

@@ -110,7 +110,7 @@ def curve(
     else:
         for fields in report["curves"]:
             _show(trace.name, fields, shape)
-        if trace.broken:
+        if trace.broken or trace.not_counted:
             typer.echo(f"of {options.summary(trace)}")
     options.finish(trace)
 

@@ -113,7 +113,7 @@ def memory(
     print_numbers(share_table(shares), indent="  ")
     typer.echo(f"\nblocks of 16 saved by forks, %, {min(branched, len(jobs))} requests")
     print_numbers(saving_table(savings), indent="  ")
-    if trace.broken:
+    if trace.broken or trace.not_counted:
         typer.echo(f"of {options.summary(trace)}")
     options.finish(trace)
 

@@ -133,7 +133,7 @@ def load_trace(
         more = len(trace.broken) - _SHOWN_BROKEN
         shown = f" ({more:,} more not shown)" if more > 0 else ""
         typer.echo(f"{trace.name}: {left_out(trace)}{shown}", err=True)
-    for note in trace.notes:
+    for note in [*trace.notes, *trace.not_counted]:
         typer.echo(f"{trace.name}: {note}", err=True)
     return trace
 
@@ -153,7 +153,7 @@ def summary(trace: Trace) -> str:
         f"{trace.name}: {plural(len(trace), 'request')}, "
         f"{plural(trace.prompt_tokens, 'prompt token')}"
     )
-    return f"{text}; {left_out(trace)}" if trace.broken else text
+    return "; ".join(part for part in (text, left_out(trace), *trace.not_counted) if part)
 
 
 def account(trace: Trace) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def account(trace: Trace) -> dict[str, Any]:
     return {
         "broken_lines": len(trace.broken),
         "left_out": round(trace.left_out, 6),
-        "notes": trace.notes,
+        "notes": [*trace.notes, *trace.not_counted],
     }
 
 

@@ -189,7 +189,7 @@ def _packed(ids: list[Any]) -> Ids:
         if not set(map(type, ids)) <= {int}:  # true would be 1
             raise TypeError
         packed = pack(ids)
-    except (OverflowError, TypeError):
+    except (InvalidRequest, TypeError):
         for one in ids:
             if isinstance(one, bool) or not isinstance(one, int | str) or one == "":
                 raise ValueError(f"a hash id is a whole number or a text, not {one!r}") from None

@@ -167,8 +167,9 @@ class Source:
             except UNREADABLE as error:
                 self.note(number, reason_of(error))
             else:
-                if isinstance(item, Request):
-                    self.spend(len(item.tokens) // TOKEN_BYTES)
+                for one in item if isinstance(item, list) else (item,):
+                    if isinstance(one, Request):
+                        self.spend(len(one.tokens) // TOKEN_BYTES)
                 yield item
 
     def parse_array(self, make: Callable[[dict[str, Any]], Item]) -> Iterator[Item]:

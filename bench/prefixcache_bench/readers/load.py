@@ -6,6 +6,7 @@ import json
 from enum import StrEnum
 from pathlib import Path
 
+from prefixcache import logged_request
 from prefixcache.errors import InvalidRequest
 from prefixcache_bench.readers import hashed, kvtrace, token_lines
 from prefixcache_bench.readers.lines import Source
@@ -113,7 +114,8 @@ def _from_source(
 
 
 _KNOWN = (
-    'token lines ({"tokens": [1, 2]}), chats ({"messages": ...}, {"prompt": ...}, ShareGPT), '
+    'token lines ({"tokens": [1, 2]}), requests and chats ({"messages": ...}, {"prompt": ...}, '
+    '{"input": ...}, ShareGPT), '
     'block hashes ({"hash_ids": ...}; delta-hash-v1) and folders of kvtrace files; '
     "name one with --format " + "|".join(known.value for known in Form)
 )
@@ -165,6 +167,9 @@ _MARKS = {
     b'"messages"': Form.CHAT,
     b'"conversations"': Form.CHAT,
     b'"conversation"': Form.CHAT,
+    b'"body"': Form.CHAT,
+    b'"prompt":': Form.CHAT,
+    b'"input":': Form.CHAT,
     b'"prompt_token_ids"': Form.JSONL,
     b'"input_ids"': Form.JSONL,
     b'"token_ids"': Form.JSONL,
@@ -183,9 +188,9 @@ def _see_line(line: bytes) -> Form | None:
         return Form.KVTRACE if str(fields["format"]).startswith("kvtrace") else Form.AGENTIC
     if "hash_ids" in fields:
         return Form.MOONCAKE
-    if fields.keys() & set(token_lines.IDS):
+    if fields.keys() & set(logged_request.IDS):
         return Form.JSONL
     return Form.CHAT if fields.keys() & _CHATS else None
 
 
-_CHATS = {"messages", "conversations", "conversation", "body", "request", "prompt", "input"}
+_CHATS = {*logged_request.KEYS, "params"} - set(logged_request.IDS)

@@ -3,7 +3,8 @@
 `t`: seconds.  `namespace`: the model, or [model, adapter, tenant, salt].  `tokens`: ids, or base64
 of packed little-endian uint32.  `prompt`: how many of them the client sent (default: all); the
 others were generated, and are stored after the request.  `prompt_token_ids`, `input_ids` and
-`token_ids` are other names of `tokens`; null is as good as absent.
+`token_ids` are other names of `tokens`, which may be a list of prompts; null is as good as absent.
+Without `namespace`, `model`, an adapter and `cache_salt` are it, as servers log them.
 """
 
 from __future__ import annotations
@@ -12,37 +13,46 @@ import base64
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import IDS, PLACE, LoggedRequest, read_logged
 from prefixcache.plain_json import json_text
-from prefixcache.types import TOKEN_BYTES, Namespace, pack, unpack
+from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 from prefixcache_bench.readers.lines import Source, count, given, seconds
 from prefixcache_bench.traces import Request, Trace
 
-IDS = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
 _FIELDS = ("model", "adapter", "tenant", "salt")
 
 
 def read(source: Source) -> Trace:
     """Read a trace of our own form.  Requests are served in the order of `t`."""
-    spaces: dict[str, Namespace] = {}
+    spaces: dict[Namespace, Namespace] = {}
 
-    def make(fields: dict[str, Any]) -> Request:
+    def make(fields: dict[str, Any]) -> list[Request]:
         ids = given(fields, *IDS)
         if ids is None:
             raise KeyError("tokens")
         if not isinstance(ids, str | list):
             raise ValueError(f"tokens is a {type(ids).__name__}, not a list of ids or base64")
-        if isinstance(ids, list) and bool in set(map(type, ids)):
-            raise ValueError("a token id is a whole number, not true or false")
-        tokens = base64.b64decode(ids, validate=True) if isinstance(ids, str) else pack(ids)
-        total, rest = divmod(len(tokens), TOKEN_BYTES)
-        prompt = total if given(fields, "prompt") is None else count(fields, "prompt")
-        if rest or not 0 < prompt <= total:
-            raise ValueError(f"a prompt of {prompt} of {total} tokens")
-        named = given(fields, "namespace") or ""
-        space = spaces.setdefault(json_text(named), _namespace(named))
-        return Request(seconds(fields, "t") or 0.0, space, tokens, prompt, prompt)
+        placed = {name: fields[name] for name in PLACE if name in fields}
+        try:
+            logged = read_logged({**placed, "tokens": [0] if isinstance(ids, str) else ids})
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+        prompts = [one.tokens or b"" for one in logged]
+        if isinstance(ids, str):
+            prompts = [base64.b64decode(ids, validate=True)]
+        named = given(fields, "namespace")
+        space = _namespace(named) if named is not None else _space(logged[0])
+        space = spaces.setdefault(space, space)
+        t = seconds(fields, "t", "timestamp", "created") or 0.0
+        whole = len(prompts) > 1 or given(fields, "prompt") is None
+        return [
+            _request(t, space, tokens, None if whole else count(fields, "prompt"))
+            for tokens in prompts
+        ]
 
-    found = sorted(source.parse(make), key=lambda request: request.t)
+    parts = list(source.parse(make))
+    found = sorted((one for part in parts for one in part), key=lambda request: request.t)
     return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines)
 
 
@@ -70,6 +80,18 @@ def write(requests: Iterable[Request], file: TextIO, *, packed: bool = False) ->
         file.write(json_text(fields | {"tokens": tokens}, separators=(",", ":")) + "\n")
         written += 1
     return written
+
+
+def _request(t: float, space: Namespace, tokens: bytes, prompt: int | None) -> Request:
+    total, rest = divmod(len(tokens), TOKEN_BYTES)
+    prompt = total if prompt is None else prompt
+    if rest or not 0 < prompt <= total:
+        raise ValueError(f"a prompt of {prompt} of {total} tokens")
+    return Request(t, space, tokens, prompt, prompt)
+
+
+def _space(logged: LoggedRequest) -> Namespace:
+    return Namespace(logged.model, logged.adapter, salt=logged.salt)
 
 
 def _namespace(named: Any) -> Namespace:

@@ -1,12 +1,17 @@
-"""Chat transcripts: OpenAI-style JSONL, and ShareGPT JSON, also one that breaks off.
+"""Logged requests and chats: every form that `read_logged` knows, JSONL or one JSON array.
 
-**OpenAI style**: a line has `messages` (or a `body` or `request` that has): a list of `role`,
-`content`.  If the last message is an answer, the line is a whole chat, and each of its answers was
-a request; if not, the line is one request, as it was logged.  A line may have the time of its first
-request: `t`, `timestamp` or `created`, in seconds.
+**A request** (`messages`, Responses' `input`, `prompt`, ids; below `body` or `request` too)
+is one prompt, or several if `prompt` is a list of them.  If the last of `messages` is an answer,
+the line is a whole chat, and each of its answers was a request.  A line may have the time of its
+first request: `t`, `timestamp` or `created`, in seconds.
 
-**ShareGPT**: a list of objects with `conversations`: `from`, `value`.  As usual, a chat begins with
-its first human message and ends where speakers stop taking turns.
+**ShareGPT** and its like: `conversations` or `conversation`, with `from` and `value` or `role` and
+`content`.  A chat is its system messages, then what follows from its first human message to where
+speakers stop taking turns; a tool's result takes the turn of who asked.
+
+**What decides.**  Model, adapter and `cache_salt` are the namespace.  Tools stand first in a
+prompt, then documents, then the messages; an image, a recording or a file is `MEDIA_TOKENS`
+stand-in tokens, which its content decides.  What is in no prompt is counted, and noted.
 
 **Order.**  Where a file has no times, chat i begins at i seconds; its turns follow after 5 to 120
 seconds, drawn from a checksum, so that every run serves them in the same order.
@@ -16,33 +21,33 @@ The caller may set both paces; the trace notes how many times were made up.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import MEDIA_TOKENS, LoggedRequest, read_logged, stand_in
 from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace
 from prefixcache_bench.readers.lines import Source, given, seconds
 from prefixcache_bench.readers.tokenizers import ChatLayout, named
 from prefixcache_bench.traces import Request, Trace
 
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
 MEAN_PAUSE_S = 62.5
 _TIMES = ("t", "timestamp", "created")
+_SYSTEM: Final = frozenset({"system", "developer"})
+_ASKING: Final = frozenset({"user", "tool"})
+_MEDIA: Final = f"images, recordings or files, counted as stand-ins of {MEDIA_TOKENS} tokens"
+_OPTIONS: Final = "options of a chat template, which are not counted"
+_THOUGHTS: Final = ("reasoning_content", "reasoning")
 
 
-class Message(NamedTuple):
-    """One message of a chat."""
+class _Record(NamedTuple):
+    """What a line, or a record of an array, holds."""
 
-    role: str
-    content: str
+    began: float | None
+    prompts: list[LoggedRequest]
 
 
 def read(
@@ -52,7 +57,7 @@ def read(
     rate: float | None = None,
     think_s: float | None = None,
 ) -> Trace:
-    """Read a transcript.
+    """Read logged requests and chats.
 
     Args:
         source: The lines.
@@ -67,68 +72,64 @@ def read(
     if not 1e-9 <= rate <= 1e9 or not 0 <= think_s <= 1e9:
         raise InvalidRequest(f"--rate {rate} and --think {think_s} are more than 0, up to 1e9")
     layout = ChatLayout(named(tokenizer))
-    space = Namespace(source.name)
     requests: list[tuple[float, int, int, Request]] = []
-    chats = _chats(source)
+    left_out: Counter[str] = Counter()
     made_up = 0
-    for number, (began, messages) in enumerate(chats):
+    for number, (began, prompts) in enumerate(_records(source)):
         t = number / rate if began is None else began
-        for turn, (kept, prompt) in enumerate(_requests(messages, layout)):
-            if turn:
-                pause = 5 + zlib.crc32(f"{number}:{turn}".encode()) % 115_001 / 1000
-                t += pause if think_s == MEAN_PAUSE_S else pause * think_s / MEAN_PAUSE_S
-            made_up += bool(turn) or began is None
-            requests.append((t, number, turn, Request(t, space, kept, prompt, prompt)))
+        served = 0
+        for logged in prompts:
+            space = Namespace(logged.model or source.name, logged.adapter, salt=logged.salt)
+            first = served
+            for kept, prompt in _requests(logged, layout):
+                if served > first:
+                    pause = 5 + zlib.crc32(f"{number}:{served}".encode()) % 115_001 / 1000
+                    t += pause if think_s == MEAN_PAUSE_S else pause * think_s / MEAN_PAUSE_S
+                made_up += served > first or began is None
+                requests.append((t, number, served, Request(t, space, kept, prompt, prompt)))
+                served += 1
+            left_out.update(dict.fromkeys(_not_in(logged), served - first))
     requests.sort(key=lambda entry: entry[:3])
-    first = requests[0][0] if requests else 0.0
-    found = [request._replace(t=request.t - first) for *_, request in requests]
+    first_t = requests[0][0] if requests else 0.0
+    found = [request._replace(t=request.t - first_t) for *_, request in requests]
     notes = []
     if made_up:
         notes.append(
             f"{made_up} of {len(found)} requests have no time of their own: {rate:g} chats begin a "
             f"second, and a turn follows after {think_s:g} s on average (--rate, --think)"
         )
-    return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines, notes=notes)
+    return Trace(
+        source.name,
+        found,
+        broken=source.broken,
+        num_lines=source.num_lines,
+        notes=notes,
+        not_counted=[
+            f"{count:,} of {len(found):,} requests have {kind}"
+            for kind, count in sorted(left_out.items())
+        ],
+    )
 
 
-def _requests(messages: list[Message], layout: ChatLayout) -> Iterator[tuple[bytes, int]]:
-    """Give (all that exists after it, tokens of the prompt) of each request of a chat."""
-    so_far = b""
-    answered = bool(messages) and messages[-1].role == "assistant"
-    for role, content in messages:
-        so_far += layout.header(role)
-        prompt = len(so_far) // TOKEN_BYTES
-        so_far += layout.text(content)
-        if answered and role == "assistant":
-            yield so_far, prompt
-        so_far += layout.end
-    if messages and not answered:
-        so_far += layout.header("assistant")
-        yield so_far, len(so_far) // TOKEN_BYTES
-
-
-def _chats(source: Source) -> Iterator[tuple[float | None, list[Message]]]:
-    """Give when each chat begins, if it tells, and its messages."""
+def _records(source: Source) -> Iterator[_Record]:
+    """Give when each record begins, if it tells, and its prompts."""
     seen: set[str] = set()
 
-    def make(fields: dict[str, Any]) -> tuple[float | None, list[Message]]:
-        turns = given(fields, "conversations", "conversation")
-        if turns is not None:
-            name = given(fields, "id")
-            if name is not None and str(name) in seen:
-                raise ValueError(f"record {str(name)!r} was there before")
-            messages = _turns(turns)
-            if name is not None:
-                seen.add(str(name))
-            return seconds(fields, *_TIMES), messages
-        body = fields
-        for wrapper in ("body", "request"):
-            if isinstance(fields.get(wrapper), dict):
-                body = fields[wrapper]
-        logged = body["messages"]
-        if not isinstance(logged, list) or not logged:
-            raise ValueError("messages is not a list of messages")
-        return seconds(fields, *_TIMES), [_message(one) for one in logged]
+    def make(fields: dict[str, Any]) -> _Record:
+        try:
+            prompts = read_logged(fields)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+        began = seconds(fields, *_TIMES)
+        name = given(fields, "id") if any(one.is_logged_chat for one in prompts) else None
+        if name is not None and str(name) in seen:
+            raise ValueError(f"record {str(name)!r} was there before")
+        prompts = [_in_turns(one) if one.is_logged_chat else one for one in prompts]
+        if any(not one.messages and not one.text and not one.tokens for one in prompts):
+            raise ValueError("the prompt is empty")
+        if name is not None:
+            seen.add(str(name))
+        return _Record(began, prompts)
 
     if source.head().lstrip().startswith(b"["):
         yield from source.parse_array(make)
@@ -136,51 +137,88 @@ def _chats(source: Source) -> Iterator[tuple[float | None, list[Message]]]:
         yield from source.parse(make)
 
 
-def _message(fields: dict[str, Any]) -> Message:
-    role, content = fields["role"], fields.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text", "")) for part in content)
-    text = content or ""
-    for extra in ("tool_calls", "function_call"):
-        if fields.get(extra):
-            text += json_text(fields[extra], ensure_ascii=False)
-    return _whole(str(role), str(text))
-
-
-def _whole(role: str, content: str) -> Message:
-    """Make a message; half a character, which JSON can escape, is in no text.
+def _in_turns(chat: LoggedRequest) -> LoggedRequest:
+    """Keep what takes turns: system messages, then questions with their answers.
 
     Raises:
-        ValueError: there is one.
+        ValueError: nothing is left.
     """
-    (role + content).encode()
-    return Message(role, content)
-
-
-def _turns(turns_given: list[dict[str, Any]]) -> list[Message]:
-    """Keep what takes turns: from the first human message on, questions with their answers.
-
-    Raises:
-        ValueError: somebody else speaks, or nothing is left.
-    """
-    messages: list[Message] = []
-    for one in turns_given:
-        if "from" not in one and "role" in one:
-            messages.append(_message(one))
-            continue
-        if one["from"] == "system" and not messages:
-            continue
-        if one["from"] not in _SPEAKERS:
-            raise ValueError(f"{one['from']!r} speaks, who is neither human nor gpt")
-        messages.append(_whole(_SPEAKERS[one["from"]], str(one["value"])))
-    while messages and messages[0].role != "user":
-        messages.pop(0)
-    turns: list[Message] = []
-    for index, message in enumerate(messages):
-        if message.role != ("user", "assistant")[index % 2]:
+    roles = [one["role"] for one in chat.messages]
+    asked = roles.index("user") if "user" in roles else len(roles)
+    opening = [one for one in chat.messages[:asked] if one["role"] in _SYSTEM]
+    turns = []
+    for index, message in enumerate(chat.messages[asked:]):
+        speaks = frozenset({"assistant"}) if index % 2 else _ASKING
+        if message["role"] not in speaks:
             break
         turns.append(message)
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
         raise ValueError("no question with an answer")
-    return turns
+    return replace(chat, messages=(*opening, *turns))
+
+
+def _requests(logged: LoggedRequest, layout: ChatLayout) -> Iterator[tuple[bytes, int]]:
+    """Give (all that exists after it, tokens of the prompt) of each request."""
+    if not logged.messages:
+        text = logged.text
+        tokens = layout.text(text) if text is not None else logged.tokens or b""
+        yield tokens, len(tokens) // TOKEN_BYTES
+        return
+    so_far = _opening(logged, layout)
+    last = logged.messages[-1]
+    answered = last["role"] == "assistant" and not logged.continues
+    for message in logged.messages:
+        is_answer = answered and message["role"] == "assistant"
+        so_far += layout.header(message["role"])
+        prompt = len(so_far) // TOKEN_BYTES
+        so_far += _content(message, layout)
+        if is_answer:
+            yield so_far, prompt
+        if message is not last or not logged.continues:
+            so_far += layout.end
+    if not answered:
+        if logged.generation_prompt and not logged.continues:
+            so_far += layout.header("assistant")
+        yield so_far, len(so_far) // TOKEN_BYTES
+
+
+def _opening(logged: LoggedRequest, layout: ChatLayout) -> bytes:
+    """Lay out what stands before all messages."""
+    opening = b""
+    for role, given_ in (("tools", logged.tools), ("documents", logged.documents)):
+        if given_:
+            text = json_text(list(given_), ensure_ascii=False)
+            opening += layout.header(role) + layout.text(text) + layout.end
+    return opening
+
+
+def _content(message: Mapping[str, Any], layout: ChatLayout) -> bytes:
+    """Lay out a message: its texts, stand-ins of its media, its calls of tools."""
+    content = message["content"] or ""
+    calls = message.get("tool_calls")
+    called = json_text(calls, ensure_ascii=False) if calls else ""
+    if isinstance(content, str):
+        return layout.text(content + called)
+    laid, text = b"", ""
+    for part in content:
+        if part["type"] == "text":
+            text += part["text"]
+            continue
+        laid += (layout.text(text) if text else b"") + stand_in(part["digest"])
+        text = ""
+    return laid + layout.text(text + called)
+
+
+def _not_in(logged: LoggedRequest) -> Iterator[str]:
+    """Name what its prompts lack, or hold otherwise than the model would see it."""
+    kinds = set(logged.left_out)
+    if any(one.get(name) for one in logged.messages for name in _THOUGHTS):
+        kinds.add("thoughts")
+    for kind in kinds:
+        yield f"{kind}, which are not counted"
+    if logged.options:
+        yield _OPTIONS
+    contents = [one["content"] for one in logged.messages]
+    if any(part["type"] != "text" for one in contents if isinstance(one, list) for part in one):
+        yield _MEDIA
