@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Final
 
 from prefixcache.client.codec import (
@@ -18,6 +19,7 @@ ORDERS: Final = {
     Order.TOKENS: pb.TREE_ORDER_TOKENS,
     Order.HEAT: pb.TREE_ORDER_HEAT,
 }
+_PAUSE_EVERY: Final = 128
 _ORDERS: Final[dict[int, Order]] = {int(number): order for order, number in ORDERS.items()}
 
 
@@ -46,8 +48,9 @@ def read_order(number: Any) -> Order:
     return _ORDERS.get(int(number), Order.TOKENS)
 
 
-def write_outline(answer: Outline, message: pb.TreeResponse) -> None:
-    """Fill `message`.  O(branches)."""
+def write_outline(answer: Outline, message: pb.TreeResponse) -> Generator[None, None, None]:
+    """Fill `message`, pausing after some hundred branches.  O(branches)."""
+    steps = 0
     message.block_size = answer.block_size
     message.num_moved = answer.num_moved
     for outline in answer.namespaces:
@@ -55,6 +58,9 @@ def write_outline(answer: Outline, message: pb.TreeResponse) -> None:
         show_namespace(outline.namespace, tree.namespace)
         for branch in outline.branches:
             _write_branch(branch, tree.branches.add())
+            steps += 1
+            if steps % _PAUSE_EVERY == 0:
+                yield
 
 
 def read_outline(message: pb.TreeResponse) -> Outline:

@@ -5,9 +5,9 @@ sum   root ─ walk down: own numbers ─ walk up: add to the branch above
 keep  a heap of the outermost branches that are kept; over the bound, the least goes into `more`
 ```
 
-The walk is a generator that pauses after some hundred runs, so that a service can answer others in
-between.  The tree may change meanwhile: a run that is no longer where it was found is left out and
-counted.  A small tree is summed up in one go, exactly.
+The walk is a generator that pauses after some hundred runs, and so does what makes branches of
+them, so that a service can answer others in between.  The tree may change meanwhile: a run that is
+no longer where it was found is left out and counted.  A small tree is summed up in one go, exactly.
 """
 
 from __future__ import annotations
@@ -119,17 +119,27 @@ class Walk:
         for root in roots:
             top = _Sum(root, None)
             found.append(top)
+            if self._is_pause():
+                yield
             yield from self._sum_up(top)
-        self._prune(self._max_branches)
+        while self._num_kept > self._max_branches:
+            self._prune(max(self._max_branches, self._num_kept - _PAUSE_EVERY))
+            yield
         found.sort(key=lambda one: one.weight(self._order), reverse=True)
+        namespaces = []
+        for one in found:
+            branches = yield from self._branches(one, now)
+            namespaces.append(NamespaceOutline(one.node.root.namespace, branches))
         return Outline(
             block_size=self._desk.holdings.block_size,
-            namespaces=tuple(
-                NamespaceOutline(one.node.root.namespace, tuple(self._branches(one, now)))
-                for one in found
-            ),
+            namespaces=tuple(namespaces),
             num_moved=self.num_moved,
         )
+
+    def _is_pause(self) -> bool:
+        """Count a step; say whether others should have their turn now."""
+        self._steps += 1
+        return self._steps % _PAUSE_EVERY == 0
 
     def _sum_up(self, top: _Sum) -> Generator[None, None, None]:
         stack = [(top, iter(self._below(top.node)))]
@@ -143,8 +153,7 @@ class Walk:
             if node.parent is not one.node:
                 self.num_moved += 1
                 continue
-            self._steps += 1
-            if self._steps % _PAUSE_EVERY == 0:
+            if self._is_pause():
                 yield
             below = _Sum(node, one)
             stack.append((below, iter(self._below(node))))
@@ -187,18 +196,31 @@ class Walk:
             if not above.kept and above.done and above.above is not None:
                 heappush(self._outermost, (above.weight(self._order), above.serial, above))
 
-    def _branches(self, top: _Sum, now: float) -> Iterable[Branch]:
+    def _branches(self, top: _Sum, now: float) -> Generator[None, None, tuple[Branch, ...]]:
         order: list[_Sum] = []
         stack = [top]
         while stack:
             one = stack.pop()
             order.append(one)
-            stack.extend(sorted(one.kept.values(), key=lambda below: below.weight(self._order)))
+            if self._is_pause():
+                yield
+            below = []
+            for each in one.kept.values():
+                below.append((each.weight(self._order), each.serial, each))
+                if self._is_pause():
+                    yield
+            below.sort()
+            stack.extend([each for _, _, each in below])
         clock = self._desk.tree.clock
         ages = [clock - one.last for one in order if one.runs and one.above is not None]
         oldest = max([1, *ages])
+        branches = []
         for one in order:
-            yield self._branch(one, 1.0 - log1p(max(0, clock - one.last)) / log1p(oldest), now)
+            heat = 1.0 - log1p(max(0, clock - one.last)) / log1p(oldest)
+            branches.append(self._branch(one, heat, now))
+            if self._is_pause():
+                yield
+        return tuple(branches)
 
     def _branch(self, one: _Sum, heat: float, now: float) -> Branch:
         resident = not one.is_ghost and one.above is not None

@@ -24,14 +24,15 @@ from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Worker, Workers
 from prefixcache.types import LeaseId
 
-Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], None]]"
+Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]"
 
 
 class Handlers(Attendance, Leasing, Looking, Steering):
     """All verbs of the service.
 
     `verbs[name]` is `(handler, write)`: `handler(worker, request)` gives an answer or raises a
-    `CacheError`, `write(answer, message)` fills the response.  `acquire` may answer `Waiting`: then
+    `CacheError`, `write(answer, message)` fills the response, and may be
+    a generator that pauses.  `acquire` may answer `Waiting`: then
     the outcome comes from the waiting line.
     """
 

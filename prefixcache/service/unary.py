@@ -160,7 +160,9 @@ def _serve(
             meter.refuse(verb, error)
             await refuse(context, error)
         response = response_class()
-        write(answer, response)
+        writing = write(answer, response)
+        if writing.__class__ is GeneratorType:
+            await _in_steps(writing)
         if asked is not None:
             handlers.answers.keep(asked, response)
         return response

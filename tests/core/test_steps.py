@@ -5,14 +5,17 @@ Each case is done once beside few and once beside many leases, namespaces or blo
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
 
+from prefixcache.client import outlines
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import PoolExhausted
+from prefixcache.service.verbs.looking import without_salted_tokens
 from prefixcache.types import LeaseId, Namespace, Waiting, WorkerId, pack
+from prefixcache.v1 import prefixcache_pb2 as pb
 
 ME = WorkerId("me")
 HERE = Namespace("m")
@@ -34,6 +37,21 @@ def calls(step: Callable[[], Any]) -> int:
         sys.setprofile(None)
         gc.enable()
     return count
+
+
+def most_in_one_go(work: Generator[None, None, Any]) -> tuple[int, Any]:
+    """Run work that pauses; give the most calls between two pauses, and what it gave."""
+    most, given = 0, []
+
+    def step() -> None:
+        try:
+            next(work)
+        except StopIteration as end:
+            given.append(end.value)
+
+    while not given:
+        most = max(most, calls(step))
+    return most, given[0]
 
 
 def crowded(num_leases: int, num_blocks: int = 8192, *, full: bool = True) -> PrefixCache:
@@ -193,3 +211,25 @@ def test_many_leases_expire_in_parts():
         sizes.append(len(cache.expire(now=1000.0, most=200).leases))
     assert sizes == [200, 200, 101]
     cache.check()
+
+
+@pytest.mark.parametrize("salted", [False, True])
+def test_an_outline_of_thousands_of_branches_is_made_and_written_in_parts(salted: bool):
+    def drawn(num_branches: int) -> tuple[int, int]:
+        cache = crowded(0, full=False)
+        space = Namespace("m", salt="s" if salted else "")
+        cache.attach(ME, space, now=0.0)
+        for number in range(num_branches):
+            lease = cache.acquire(ME, space, pack([number, 1, 2, 3]), now=0.0).lease
+            cache.commit(ME, lease, 4, now=0.0)
+            cache.release(ME, lease, now=0.0)
+        # Four times as many as are kept are in the heap when the walk is through.
+        steps = cache.outline(max_branches=num_branches // 2, now=1.0)
+        made, outline = most_in_one_go(without_salted_tokens(steps))
+        assert sum(len(one.branches) for one in outline.namespaces) == num_branches // 2 + 1
+        written, _ = most_in_one_go(outlines.write_outline(outline, pb.TreeResponse()))
+        return made, written
+
+    few, many = drawn(1200), drawn(4800)
+    assert many[0] <= few[0] * 1.5
+    assert many[1] <= few[1] * 1.5

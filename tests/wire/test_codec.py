@@ -92,7 +92,7 @@ def test_an_outline_survives_the_wire() -> None:
         Outline(4, (NamespaceOutline(SHOWN, (zeros, full)), NamespaceOutline(SHOWN, ())), 3),
     ):
         message = pb.TreeResponse()
-        outlines.write_outline(outline, message)
+        list(outlines.write_outline(outline, message))
         arrived = pb.TreeResponse.FromString(message.SerializeToString())
         assert outlines.read_outline(arrived) == outline
     for order in Order:

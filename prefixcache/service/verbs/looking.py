@@ -12,7 +12,7 @@ import structlog
 from prefixcache import __version__
 from prefixcache.client import codec, outlines
 from prefixcache.errors import InvalidRequest
-from prefixcache.outline import Outline
+from prefixcache.outline import Branch, Outline
 from prefixcache.service.identities import Identity
 from prefixcache.service.shadows import write_shadows
 from prefixcache.service.sight import narrow
@@ -27,6 +27,8 @@ MAX_BRANCHES = 20_000
 MOST_TOLD_BYTES = 1 << 20
 """Of a recent request's prompt: its first 262,144 tokens."""
 
+_PAUSE_EVERY = 256
+"""Branches that are copied in one go."""
 _CHECK_S = 30e-6
 """Seconds that a check takes per run, about."""
 _MOST_FAILURE = 100_000
@@ -97,7 +99,7 @@ class Looking(Verbs):
             ghosts=not request.without_ghosts,
             now=monotonic(),
         )
-        return outline if request.HasField("namespace") else _without_salted_tokens(outline)
+        return outline if request.HasField("namespace") else without_salted_tokens(outline)
 
     def check(self, asker: Asker, request: pb.CheckRequest) -> pb.CheckResponse:
         """Check every invariant.
@@ -213,15 +215,19 @@ class Looking(Verbs):
             message.eviction_age_s = vitals.eviction_age_s
 
 
-def _without_salted_tokens(
+def without_salted_tokens(
     steps: Generator[None, None, Outline],
 ) -> Generator[None, None, Outline]:
     """Draw an outline without the tokens behind a salt: only who names it may read them."""
     outline = yield from steps
-    trees = tuple(
-        replace(tree, branches=tuple(replace(branch, tokens=b"") for branch in tree.branches))
-        if tree.namespace.salt
-        else tree
-        for tree in outline.namespaces
-    )
-    return replace(outline, namespaces=trees)
+    trees = []
+    for tree in outline.namespaces:
+        if tree.namespace.salt:
+            branches: list[Branch] = []
+            for branch in tree.branches:
+                branches.append(replace(branch, tokens=b""))
+                if len(branches) % _PAUSE_EVERY == 0:
+                    yield
+            tree = replace(tree, branches=tuple(branches))
+        trees.append(tree)
+    return replace(outline, namespaces=tuple(trees))
