@@ -1,4 +1,4 @@
-"""Files that hold prompts, or what was computed from them: this user's alone, whatever the umask.
+"""Files that only this user may change: prompts and what was computed from them, sockets, keys.
 
 A mode that is passed to `open` or `mkdir` loses the bits of the umask and is not looked at where
 the file is there already; so here it is set, and what is there must be ours.
@@ -9,12 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from prefixcache.errors import InvalidRequest
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
+
+_MOST_LINKS = 40
+"""Symlinks on the way to a file that the kernel follows."""
 
 
 def open_private(path: Path, flags: int) -> int:
@@ -76,6 +80,65 @@ def make_private_folder(path: Path, option: str) -> None:
             f"{option} {path} can be written by other users (mode {status.st_mode & 0o777:o}), who "
             f"could put files of their own there. Run: chmod 700 {path}"
         )
+
+
+def check_path(path: Path, option: str) -> None:
+    """Check that nobody but this user and root can put something else in the place of `path`.
+
+    Looks at each folder on the way, with the symlinks that the kernel would follow, and at what is
+    at the end.  In a folder with the sticky bit, such as /tmp, others cannot replace what is ours.
+    What is not there is not looked at: who opens it says so.
+
+    Args:
+        path: a file or folder.
+        option: what named it, for the message.
+
+    Raises:
+        InvalidRequest: somebody else owns a part of it, or may write to one.
+    """
+    for part, status in _steps(path):
+        if status.st_uid not in (0, os.geteuid()):
+            raise InvalidRequest(
+                f"{option} {path}: {part} belongs to user {status.st_uid}, you are "
+                f"{os.geteuid()}: whoever owns it can put something else there. Choose a path "
+                "whose folders are all root's or yours."
+            )
+        is_sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+        if not stat.S_ISLNK(status.st_mode) and status.st_mode & 0o022 and not is_sticky:
+            raise InvalidRequest(
+                f"{option} {path}: {part} can be written by other users (mode "
+                f"{status.st_mode & 0o777:o}), who could put something else there. "
+                f"Run: chmod go-w {part}"
+            )
+
+
+def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Give each folder and symlink that the kernel meets on the way to `path`, and its end."""
+    at = Path("/")
+    yield at, at.lstat()
+    left = list(reversed(path.absolute().parts[1:]))
+    links = 0
+    while left:
+        name = left.pop()
+        if name == "..":
+            at = at.parent
+            continue
+        part = at / name
+        try:
+            status = part.lstat()
+            target = part.readlink() if stat.S_ISLNK(status.st_mode) else None
+        except OSError:
+            return  # who opens it says what is wrong
+        yield part, status
+        if target is None:
+            at = part
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return  # a circle: nobody can open it
+        if target.is_absolute():
+            at = Path("/")
+        left.extend(reversed([name for name in target.parts if name != "/"]))
 
 
 def remove_foreign(path: Path) -> bool:

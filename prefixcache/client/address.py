@@ -9,12 +9,15 @@ unix:/run/user/1000/prefixcache.sock    or only the path
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+
+_SCHEME = re.compile(r"([^/]*):/")
 
 MAX_UNIX_PATH = 107
 """Bytes of a socket's path that the kernel accepts."""
@@ -38,10 +41,10 @@ class Address:
         >>> str(Address.parse("/run/cache.sock")), str(Address.parse("localhost:7070"))
         ('unix:/run/cache.sock', 'localhost:7070')
         """
-        scheme, colon, _ = target.partition("://")
-        if colon and scheme != "unix":
+        scheme = _SCHEME.match(target)
+        if scheme and scheme[1] != "unix":
             raise InvalidRequest(
-                f"address {target!r} has the scheme {scheme!r}; write unix:/path/to/socket or "
+                f"address {target!r} has the scheme {scheme[1]!r}; write unix:/path/to/socket or "
                 "host:port"
             )
         if target.startswith("unix:") or "/" in target:

@@ -13,6 +13,7 @@ import grpc
 import structlog
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.private_files import check_path
 
 log = structlog.get_logger(__name__)
 
@@ -21,7 +22,7 @@ class Certificates:
     """A chain, its key, and perhaps who may sign clients' certificates; all PEM files.
 
     Raises:
-        InvalidRequest: a file cannot be read.
+        InvalidRequest: a file cannot be read, or others can put another in its place.
     """
 
     def __init__(self, chain: Path, key: Path, client_ca: Path | None) -> None:
@@ -61,6 +62,7 @@ class Certificates:
     def _load(self) -> grpc.ServerCertificateConfiguration:
         parts = []
         for path in self._files:
+            check_path(path, "TLS file")
             try:
                 parts.append(path.read_bytes())
             except OSError as error:

@@ -26,10 +26,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixcache.client.address import Address
+from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.http_connections import Bound, within
-from prefixcache.service.listen import check_loopback
 from prefixcache.service.metrics import CONTENT_TYPE, Scrape, exposition
 from prefixcache.service.page import Page
 
@@ -37,6 +37,7 @@ ASSETS = Path(__file__).parent / "web"
 """The page: all that a browser needs, in the package."""
 
 _BACKLOG = 32
+_LAST_PORT = 65_535
 _LAST_WORDS_S = 1
 
 SECURITY = (
@@ -51,6 +52,39 @@ SECURITY = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
+
+
+def read_address(target: str) -> Address:
+    """Read where the page is shown.
+
+    Raises:
+        InvalidRequest: it is no address for a browser, or other machines could reach it.
+    """
+    said = f"--http {target!a}: "
+    if target.startswith("unix:") or "/" in target:
+        raise InvalidRequest(
+            f"{said}the page is for browsers, which open neither sockets nor paths; write "
+            "127.0.0.1:PORT"
+        )
+    host, colon, port = target.rpartition(":")
+    if not colon:
+        port_named = target if _is_port(target) else "8080"
+        raise InvalidRequest(f"{said}the host is missing; write 127.0.0.1:{port_named}")
+    if not _is_port(port):
+        raise InvalidRequest(
+            f"{said}{port[:20]!a} is no port; write 127.0.0.1:PORT with a number from 0 to 65535 "
+            "(0: any that is free)"
+        )
+    if host and not is_loopback(host.removeprefix("[").removesuffix("]")):
+        raise InvalidRequest(
+            f"{said}the page asks nobody who he is, so it is shown on this machine only; write "
+            f"127.0.0.1:{int(port)}, and from another machine go through ssh -L"
+        )
+    return Address.parse(target)
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and int(text[:6]) <= _LAST_PORT
 
 
 class HttpServer:
@@ -69,11 +103,7 @@ class HttpServer:
     def __init__(
         self, target: str, domains: Mapping[str, Handlers], max_connections: int = 64
     ) -> None:
-        address = Address.parse(target)
-        if address.path:
-            raise InvalidRequest(f"--http takes 127.0.0.1:PORT, not {target}")
-        check_loopback(address)
-        self._address = address
+        self._address = read_address(target)
         self._scrape = Scrape(domains)
         self._handlers = domains[""]
         self._page = Page(domains[""])

@@ -23,7 +23,7 @@ token_sha256 = ["60303ae…"]
 ```
 
 `prefixcache token` makes a token and its digest.  The file holds no secret, but who may write it
-decides who may read: it must not be writable by others.
+decides who may read: neither it nor a folder on the way to it may be writable by others.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from typing import Any, Final
 
 from prefixcache.config import parse_size
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
+from prefixcache.private_files import check_path
 from prefixcache.texts import check_text, escape
 from prefixcache.types import Namespace
 
@@ -255,6 +256,7 @@ def _read(path: Path) -> dict[str, Any]:
                 )
             if status.st_uid not in (0, os.getuid()):
                 raise InvalidRequest(f"{path} belongs to user {status.st_uid}, not to this one")
+            check_path(path, "--identities")
             return tomllib.load(file)
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None

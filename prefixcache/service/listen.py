@@ -18,7 +18,7 @@ import grpc.aio
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
-from prefixcache.private_files import make_private_folder, open_private
+from prefixcache.private_files import check_path, make_private_folder, open_private
 from prefixcache.service.certificates import Certificates
 
 
@@ -104,9 +104,9 @@ class Listener:
     def _prepare(self, address: Address) -> None:
         path = Path(address.path)
         try:
+            check_path(path.parent, "--listen in")
             if not path.parent.exists():
                 make_private_folder(path.parent, "--listen in")
-            address.refuse_strangers()
             lock = open_private(Path(f"{path}.lock"), os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise ServiceUnavailable(f"cannot listen at {address}: {error.strerror}") from None
@@ -135,15 +135,6 @@ def _taken(address: Address) -> ServiceUnavailable:
     return ServiceUnavailable(
         f"a service is listening at {address} already; use it, stop it, or choose another --listen"
     )
-
-
-def check_loopback(address: Address) -> None:
-    """Refuse a TCP address that others than this machine can reach.
-
-    Raises:
-        InvalidRequest: it is one.
-    """
-    _check_reach(address, has_tls=False, is_guarded=False)
 
 
 def _check_reach(address: Address, *, has_tls: bool, is_guarded: bool) -> None:

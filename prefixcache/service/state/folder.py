@@ -23,7 +23,7 @@ from prefixcache.config import parse_layout
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.pool import PoolFile
-from prefixcache.private_files import make_private_folder, open_private, remove_foreign
+from prefixcache.private_files import check_path, make_private_folder, open_private, remove_foreign
 from prefixcache.service.state.keeper import Keeper
 from prefixcache.service.state.manifest import FORMAT, Manifest
 from prefixcache.service.state.revival import Revival, revive
@@ -88,6 +88,7 @@ class StateFolder:
         self._file: PoolFile | None = None
         self._restored = (0, 0, 0, 0.0)
         try:
+            check_path(self.path.parent, "--state")
             make_private_folder(self.path, "--state")
             self._remove_foreign("lock")
             self._lock = open_private(self.path / "lock", os.O_RDWR | os.O_CREAT)
