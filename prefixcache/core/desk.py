@@ -147,6 +147,8 @@ class Desk:
         if root.num_blocks:
             self.tree.retire(root)
         self.spaces.close(namespace)
+        if self.tree.journal is not None:
+            self.tree.journal.left(namespace)
         if (tally := self.tallies.pop(namespace, None)) is not None:
             name = self.spaces.depart(namespace)
             self.tallies.setdefault(name, Tally()).merge(tally)

@@ -47,6 +47,9 @@ class Journal(Protocol):
     def cleared(self, namespace: Namespace) -> None:
         """Hear that nothing of a namespace can be found any more."""
 
+    def left(self, namespace: Namespace) -> None:
+        """Hear that a namespace of which nothing can be found has gone: forget its name."""
+
 
 class Journals:
     """Several journals as one.
@@ -81,3 +84,8 @@ class Journals:
         """Tell all."""
         for journal in self._all:
             journal.cleared(namespace)
+
+    def left(self, namespace: Namespace) -> None:
+        """Tell all."""
+        for journal in self._all:
+            journal.left(namespace)

@@ -45,6 +45,17 @@ class Membership:
             desk.spaces.join(namespace)
         self.renew(worker, now=now)
 
+    def quit(self, worker: WorkerId, namespace: Namespace) -> None:
+        """End a worker's use of one namespace; its leases there go on.  O(1).  Idempotent.
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        spaces = self._desk.leases.worker(worker).namespaces
+        if namespace in spaces:
+            spaces.discard(namespace)
+            self._desk.spaces.leave(namespace)
+
     def renew(self, worker: WorkerId, *, now: float) -> None:
         """Take a sign of life: all leases of the worker live for another TTL.  O(1).
 

@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
 
     now: float
     namespaces: list[Namespace]
-    """Those that are named for the first time; numbers go on from the last chunk."""
+    """Those that are meant in it, by number."""
     kinds: bytes
     leases: Sequence[int]
     numbers: Sequence[int]
@@ -40,33 +40,31 @@ class Chunk(NamedTuple):
     payload: bytes
 
 
-class Writer:
-    """Makes chunks, and remembers which namespaces it has named."""
+def write_chunk(now: float, entries: list[Entry]) -> list[bytes]:
+    """Make a chunk, as pieces that follow each other: prompts are not copied.  O(entries).
 
-    def __init__(self) -> None:
-        self._spaces: dict[Namespace | None, int] = {None: -1}
-
-    def write(self, now: float, entries: list[Entry]) -> list[bytes]:
-        """Make a chunk, as pieces that follow each other: prompts are not copied.  O(entries)."""
-        spaces, names = self._spaces, []
-        for space in {entry[4] for entry in entries}:
-            if space is not None and space not in spaces:
-                spaces[space] = len(spaces) - 1
-                names.append([space.model, space.adapter, space.tenant, space.salt])
-        named = json_text(names).encode()
-        payload = [entry[3] for entry in entries if entry[3]]
-        head = b"".join(
-            (
-                _HEADER.pack(now, len(entries), sum(map(len, payload)), len(named)),
-                named,
-                bytes([entry[0] for entry in entries]),
-                array("q", [entry[1] for entry in entries]).tobytes(),
-                array("q", [entry[2] for entry in entries]).tobytes(),
-                array("I", [len(entry[3]) for entry in entries]).tobytes(),
-                array("i", [spaces[entry[4]] for entry in entries]).tobytes(),
-            )
+    Each names its namespaces anew: with a salt for each user, what was named once is not kept.
+    """
+    spaces: dict[Namespace | None, int] = {None: -1}
+    names: list[list[str]] = []
+    for space in {entry[4] for entry in entries}:
+        if space is not None:
+            spaces[space] = len(names)
+            names.append([space.model, space.adapter, space.tenant, space.salt])
+    named = json_text(names).encode()
+    payload = [entry[3] for entry in entries if entry[3]]
+    head = b"".join(
+        (
+            _HEADER.pack(now, len(entries), sum(map(len, payload)), len(named)),
+            named,
+            bytes([entry[0] for entry in entries]),
+            array("q", [entry[1] for entry in entries]).tobytes(),
+            array("q", [entry[2] for entry in entries]).tobytes(),
+            array("I", [len(entry[3]) for entry in entries]).tobytes(),
+            array("i", [spaces[entry[4]] for entry in entries]).tobytes(),
         )
-        return [head, *payload]
+    )
+    return [head, *payload]
 
 
 def read_chunk(stream: IO[bytes]) -> Chunk | None:

@@ -156,6 +156,10 @@ class EventLog:
         if self._active:
             self._hear(("cleared", namespace, None, b"", array("i")))
 
+    def left(self, namespace: Namespace) -> None:
+        """Hear that a namespace has gone.  What is still to be told of it is told."""
+        self._roots.pop(namespace, None)
+
     def _hear(self, entry: _Entry) -> None:
         self._raw.append(entry)
         if self._digest is None:

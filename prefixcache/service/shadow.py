@@ -93,9 +93,9 @@ class Shadow:
                 self._leases.clear()
 
     def _grant(self, lease: int, actual: int, data: bytes, space: Namespace, now: float) -> None:
-        self.cache.attach(_ME, space, now=now)
         reused, refused = 0, False
         try:
+            self.cache.attach(_ME, space, now=now)
             grant = self.cache.acquire(_ME, space, data, now=now)
         except CacheError:
             refused = True
@@ -104,6 +104,7 @@ class Shadow:
             reused = grant.ledger.reused
             room = len(grant.block_table) * self.cache.block_size
             self._leases[lease] = (grant.lease, room, grant.num_cached)
+            self.cache.quit(_ME, space)  # what is cached or held keeps it, nothing else
         minute = int(now / 60)
         if not self._minutes or self._minutes[-1][0] != minute:
             self._minutes.append((minute, Sums()))
@@ -163,10 +164,9 @@ def make(configuration: dict[str, Any]) -> Shadow:
 
 def run(shadows: list[Shadow], tape: IO[bytes], told: IO[bytes]) -> None:
     """Play until the tape ends."""
-    spaces: list[Namespace] = []
     due = monotonic()
     while (chunk := read_chunk(tape)) is not None:
-        spaces.extend(chunk.namespaces)
+        spaces = chunk.namespaces
         at = 0
         view = chunk.payload
         for kind, lease, number, length, space in zip(

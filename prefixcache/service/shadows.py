@@ -33,7 +33,7 @@ from prefixcache.core.eviction import policy_named
 from prefixcache.core.tape import GRANTED, Entry
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.service.chunk import CUT, Writer
+from prefixcache.service.chunk import CUT, write_chunk
 from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -179,7 +179,7 @@ class Shadows:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._cache is not None
-        writer, tape = Writer(), self._tape
+        tape = self._tape
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
         with contextlib.suppress(OSError):
@@ -193,7 +193,7 @@ class Shadows:
             last_words = self._stop.wait(_SOON_S if behind else _EVERY_S)
             entries = [tape.popleft() for _ in range(len(tape))]
             # Also without entries: the time goes on, and the process answers.
-            chunk = writer.write(monotonic(), entries)
+            chunk = write_chunk(monotonic(), entries)
             if entries or not behind:
                 behind.extend(chunk)
                 waiting += sum(map(len, chunk))

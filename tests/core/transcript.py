@@ -43,3 +43,7 @@ class Transcript:
     def cleared(self, namespace: Namespace) -> None:
         for block in [b for b, (where, _) in self.prefixes.items() if where == namespace]:
             del self.prefixes[block], self.parents[block]
+
+    def left(self, namespace: Namespace) -> None:
+        found = [where for where, _ in self.prefixes.values() if where == namespace]
+        assert not found, f"{namespace} has gone, {len(found)} blocks of it are stored"

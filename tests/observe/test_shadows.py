@@ -22,7 +22,7 @@ from prefixcache.config import ShadowSpec, load, parse_shadow
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.tape import COMMITTED, ENDED, GRANTED, Entry
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
-from prefixcache.service.chunk import Writer, read_chunk
+from prefixcache.service.chunk import read_chunk, write_chunk
 from prefixcache.service.shadow import Shadow
 from prefixcache.service.shadows import Shadows
 from prefixcache.types import Namespace, Partial, WorkerId, pack
@@ -49,14 +49,12 @@ ENTRIES = st.tuples(
 
 @given(st.lists(st.lists(ENTRIES, max_size=6), max_size=5))
 def test_what_is_read_is_what_was_written(chunks: list[list[Entry]]) -> None:
-    writer = Writer()
-    stream = io.BytesIO(b"".join(part for entries in chunks for part in writer.write(1.5, entries)))
-    spaces: list[Namespace] = []
+    stream = io.BytesIO(b"".join(part for entries in chunks for part in write_chunk(1.5, entries)))
     for entries in chunks:
         chunk = read_chunk(stream)
         assert chunk is not None
         assert chunk.now == 1.5
-        spaces += chunk.namespaces
+        spaces = chunk.namespaces
         at, read = 0, []
         for kind, lease, number, length, space in zip(*chunk[2:7], strict=True):
             data = chunk.payload[at : at + length]
@@ -65,9 +63,24 @@ def test_what_is_read_is_what_was_written(chunks: list[list[Entry]]) -> None:
         assert read == entries
     assert read_chunk(stream) is None
     assert (
-        read_chunk(io.BytesIO(b"".join(Writer().write(0.0, [(0, 1, 2, b"abc", None)]))[:-1]))
-        is None
+        read_chunk(io.BytesIO(b"".join(write_chunk(0.0, [(0, 1, 2, b"abc", None)]))[:-1])) is None
     )
+
+
+def test_salts_that_are_used_once_leave_nothing_in_a_shadow() -> None:
+    """Also no refusal: at the limit of namespaces, one that is only cached makes way."""
+    shadow = Shadow("x", PrefixCache(8, 1, max_namespaces=32))
+    most = 0
+    for n in range(1000):
+        space = Namespace("m", salt=str(n))
+        shadow.play(GRANTED, n, 0, pack([n, n + 1]), space, 0.0)
+        shadow.play(COMMITTED, n, 2, b"", None, 0.0)
+        shadow.play(ENDED, n, 0, b"", None, 0.0)
+        most = max(most, len(shadow.cache.namespaces()))
+    shadow.cache.check()
+    assert most <= 32
+    assert not shadow._leases
+    assert (shadow.whole.requests, shadow.whole.refused) == (1000, 0)
 
 
 def live(cache: PrefixCache, draw: random.Random, steps: int) -> None:

@@ -25,6 +25,7 @@ from prefixcache.errors import EpochMismatch, InvalidRequest, ServiceUnavailable
 from prefixcache.pool import HEADER_BYTES, PoolFile, epoch_of, map_pool
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.recorder import Recorder
+from prefixcache.service.state import keeper
 from prefixcache.service.state.folder import StateFolder
 from prefixcache.service.state.manifest import Manifest
 from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId
@@ -604,3 +605,41 @@ def test_a_full_disk_costs_what_it_could_not_take_until_there_is_room(
             assert hits(target) >= 0.99 * TOKENS
     finally:
         disk.close()
+
+
+def test_namespaces_that_went_leave_their_numbers_to_others(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A salt for each request: the last is kept like the first, and none finds another's."""
+    monkeypatch.setattr(keeper, "MAX_NAMESPACES", 64)
+    settings = load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
+    tokens = bytes(4 * SIZE)
+    for life in range(2):
+        holdings = Holdings(settings)
+        cache = holdings.cache
+        assert cache is not None
+        assert holdings.state is not None
+        kept = holdings.state._keeper
+        assert kept is not None
+        for n in range(500):
+            me, space = WorkerId(n + 1), Namespace(MODEL, salt=f"{life} {n}")
+            cache.attach(me, space, now=0.0)
+            grant = cache.acquire(me, space, tokens, now=0.0)
+            assert isinstance(grant, Grant)
+            assert not grant.num_cached
+            cache.commit(me, grant.lease, SIZE, now=0.0)
+            cache.release(me, grant.lease, now=0.0)
+            if n < 499:
+                cache.reset(space)
+            cache.detach(me, now=0.0, gone=True)
+            assert len(kept._numbers) < 64
+            assert min(kept._numbers.values()) >= 0, "it has no number, and is not kept"
+        holdings.close()
+    holdings = Holdings(settings)
+    try:
+        assert holdings.cache is not None
+        for n in range(500):
+            hit = holdings.cache.lookup(Namespace(MODEL, salt=f"1 {n}"), tokens + tokens).num_hit
+            assert hit == (SIZE if n == 499 else 0)
+    finally:
+        holdings.close()

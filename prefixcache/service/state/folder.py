@@ -208,7 +208,9 @@ class StateFolder:
         tokens = sum(len(run.tokens) for run in revival.runs) // 4
         took_s = perf_counter() - started
         self._restored = (count, tokens, revival.num_doubtful, took_s)
-        self._keeper = Keeper(manifest, stamps, sums, size, revival.namespaces)
+        indexed = {run.namespace for run in revival.runs}
+        named = {n: space for n, space in revival.namespaces.items() if space in indexed}
+        self._keeper = Keeper(manifest, stamps, sums, size, named)
         cache.observe(self._keeper, self._keeper)
         self._keeper.start(revival.kept, revival.lost)
         # The service says it, too, where it says what it derived: one of both is enough for people.

@@ -75,12 +75,20 @@ class Cleared(NamedTuple):
     resets: int
 
 
-Event = Stored | Removed | Cleared
+class Named(NamedTuple):
+    """A number that is a namespace's from now on; nothing is left of whose it was before."""
+
+    number: int
+    namespace: Namespace
+
+
+Event = Stored | Removed | Cleared | Named
 
 
 class Batch(NamedTuple):
     """What one transaction does."""
 
+    named: list[Named]
     added: list[Run]
     grown: list[Run]
     """Blocks that are added to the end of the run of that id."""
@@ -96,7 +104,7 @@ class Keeper:
         stamps: of all blocks.
         sums: computes checksums.
         block_size: tokens of a block.
-        namespaces: those that the manifest has, by number.
+        namespaces: those of which something is indexed, by number.  Numbers of others are free.
     """
 
     def __init__(
@@ -112,13 +120,14 @@ class Keeper:
         self._sums = sums
         self._width = block_size * TOKEN_BYTES
         self._numbers = {namespace: number for number, namespace in namespaces.items()}
-        self._free = iter(sorted(set(range(MAX_NAMESPACES)) - set(namespaces)))
+        self._free = deque(sorted(set(range(MAX_NAMESPACES)) - set(namespaces)))
+        self._is_told = False
+        """Whether it was said that there are too many namespaces."""
         self._tails: dict[int, Stored] = {}
         self._queue: deque[Event] = deque()
         # Two counters with one writer each need no lock.
         self._bytes_in = 0  # the event loop's
         self._bytes_out = 0  # the thread's
-        self._named: deque[tuple[int, Namespace]] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self.num_dropped = 0
@@ -135,7 +144,7 @@ class Keeper:
         self._alive: dict[int, int] = {}
         self._growing: dict[int, tuple[int, int]] = {}
         self._next = 1
-        self._unwritten = Batch([], [], [], [])
+        self._unwritten = Batch([], [], [], [], [])
 
     def start(self, runs: list[tuple[int, npt.NDArray[np.int32]]], lost: list[int]) -> None:
         """Begin to write.
@@ -145,7 +154,7 @@ class Keeper:
             lost: ids of runs of which nothing holds, to be removed.
         """
         self._next = 1 + max((number for number in lost if number < MAX_RUN), default=0)
-        self._unwritten = Batch([], [], lost, [])
+        self._unwritten = Batch([], [], [], lost, [])
         for number, blocks in runs:
             self._run_of[blocks] = number
             self._alive[number] = len(blocks)
@@ -220,26 +229,41 @@ class Keeper:
             del self._tails[block]
         self._put(Cleared(number, int(self._stamps.resets[number])))
 
+    def left(self, namespace: Namespace) -> None:
+        """Hear that a namespace has gone: another may have its number.
+
+        What was stored of it has been taken out before, in the order of the queue; if something
+        had no room there, its rows may still be in the manifest, and must get no other name.
+        """
+        number = self._numbers.pop(namespace, -1)
+        if number >= 0 and not self.num_dropped:
+            self._free.append(number)
+
     def _name(self, namespace: Namespace) -> int:
-        number = next(self._free, -1)
-        self._numbers[namespace] = number
-        if self._has_ended:
-            return number
+        number = self._free.popleft() if self._free else -1
         if number < 0:
-            log.warning("this namespace is not kept: there are too many", limit=MAX_NAMESPACES)
+            if not self._is_told and not self._has_ended:
+                self._is_told = True
+                log.warning("some namespaces are not kept: too many", limit=MAX_NAMESPACES)
+        elif self._put(Named(number, namespace)):
+            self._stamps.resets[number] += 1  # whatever was ever written under it counts no more
         else:
-            self._named.append((number, namespace))
+            self._free.appendleft(number)
+            number = -1
+        self._numbers[namespace] = number
         return number
 
-    def _put(self, event: Event) -> None:
+    def _put(self, event: Event) -> bool:
+        """Queue an event; say whether there was room."""
         size = _size(event)
         if self._has_ended or self.num_pending + size > _MAX_PENDING:
             if not self.num_dropped and not self._has_ended:
                 log.warning("the state cannot keep up: some of it will be missing after a restart")
             self.num_dropped += 1
-            return
+            return False
         self._bytes_in += size
         self._queue.append(event)
+        return True
 
     def close(self) -> bool:
         """Write what is queued, and end the thread.  Blocks for that long.
@@ -263,8 +287,7 @@ class Keeper:
             self._has_ended = True
             log.exception("the state is kept no more, the service goes on", cause=repr(error))
             self._queue.clear()
-            self._named.clear()
-            self._unwritten = Batch([], [], [], [])
+            self._unwritten = Batch([], [], [], [], [])
             self._bytes_out = self._bytes_in
 
     def _write_all(self) -> None:
@@ -284,17 +307,15 @@ class Keeper:
         """Write some of what is queued.  What the disk refuses is tried again later."""
         if not any(self._unwritten):
             self._unwritten = self._prepare()
-        batch, named = self._unwritten, list(self._named)
+        batch = self._unwritten
         try:
-            self._manifest.write(named, *batch)
+            self._manifest.write(*batch)
         except sqlite3.Error as error:
             if not self.failure:
                 log.error("the state cannot be written, the service goes on", cause=str(error))
             self.failure = str(error) or type(error).__name__
             return
-        for _ in named:
-            self._named.popleft()
-        self._unwritten = Batch([], [], [], [])
+        self._unwritten = Batch([], [], [], [], [])
         self.num_written += sum(len(run.blocks) // 4 for run in (*batch.added, *batch.grown))
         if self.failure:
             log.info("the state can be written again")
@@ -305,6 +326,7 @@ class Keeper:
         events: list[tuple[int, bool, Stored]] = []
         gone: set[int] = set()
         cleared: list[tuple[int, int]] = []
+        named: list[Named] = []
         new: set[int] = set()
         for _ in range(min(len(self._queue), _BATCH)):
             event = self._queue.popleft()
@@ -317,13 +339,15 @@ class Keeper:
                     new.add(number)
             elif isinstance(event, Removed):
                 self._leave(np.frombuffer(event.blocks, np.int32), gone)
-            else:
+            elif isinstance(event, Cleared):
                 cleared.append((event.namespace, event.resets))
+            else:
+                named.append(event)
         fresh = [(number, grows, event) for number, grows, event in events if number not in gone]
         runs = self._with_sums([(number, event) for number, _, event in fresh])
         added = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if not grows]
         grown = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if grows]
-        return Batch(added, grown, sorted(gone - new), cleared)
+        return Batch(named, added, grown, sorted(gone - new), cleared)
 
     def _enter(self, event: Stored) -> tuple[int, bool]:
         """Choose the run of new blocks: the one that they alone continue, or one of their own.
@@ -419,4 +443,8 @@ def describe(
 def _size(event: Event) -> int:
     if isinstance(event, Stored):
         return len(event.tokens) + len(event.blocks) + _EVENT_BYTES
+    if isinstance(event, Named):
+        one = event.namespace
+        fields = (one.model, one.adapter, one.tenant, one.salt)
+        return 4 * sum(map(len, fields)) + _EVENT_BYTES
     return _EVENT_BYTES
