@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Namespace, unpack
-from prefixcache_bench.readers import tokenizers, transcripts
+from prefixcache_bench.readers import lines, tokenizers, transcripts
 from prefixcache_bench.readers.load import load
 from prefixcache_bench.traces import Request, Trace
 
@@ -358,6 +358,33 @@ def test_what_is_no_prompt_costs_its_line_alone() -> None:
     ids = asked({"tokens": [1]}, {"tokens": [-1]}, {"tokens": [2**40]}, {"tokens": [1, "a"]})
     assert len(ids) == 1
     assert [one.number for one in ids.broken] == [2, 3, 4]
+
+
+def test_what_a_tokenizer_cannot_cut_costs_its_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ascii(Bytes):
+        def encode(self, text: str) -> Sequence[int]:
+            return list(text.encode("ascii"))
+
+    monkeypatch.setattr(transcripts, "named", lambda name: Ascii())
+    trace = asked({"prompt": "a"}, {"prompt": "ä"}, {"prompt": "b"})
+    assert [text(one) for one in trace] == ["a", "b"]
+    assert [one.number for one in trace.broken] == [2]
+
+
+def test_a_data_set_may_hold_its_tools_as_text() -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    trace = asked(*({"conversations": turns, "tools": one} for one in (tools, json.dumps(tools))))
+    assert trace.requests[0].tokens == trace.requests[1].tokens
+    assert text(trace.requests[0]).startswith("<tools\n[{")
+    plain = one_request(conversations=turns, tools="", system="")
+    assert text(plain) == "<user\nQ>\n<assistant\nA"
+
+
+def test_the_tokens_of_all_chats_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MOST_TOKENS", 100)
+    with pytest.raises(InvalidRequest, match="more than 100 tokens"):
+        asked(*({"messages": [QUESTION]} for _ in range(9)))
 
 
 def reused(trace: Trace) -> float:

@@ -74,7 +74,9 @@ def seeds(target: str) -> list[bytes]:
             bytes([8, 0]) + jsonl,
         ],
         "conversations": [bytes([1 + 2 * file]) + change for file in (0, 1) for change in changes],
-        "prompts": [bytes([2 * at + 1]) + changes[at % 4] for at in range(6)],
+        "prompts": [
+            bytes([2 * at + 1]) + changes[at % 4] for at in range(len(strangers.Prompts.GOOD))
+        ],
         "logged": [bytes([128 + 7 * at]) + changes[at % 4] for at in range(7)],
         "workers": [bytes([129 + at]) + changes[at] for at in range(3)],
         "identities": [b"\0" + toml(strangers.IDENTITIES).encode(), *changes],

@@ -261,6 +261,10 @@ class Prompts(_Folder):
         {"tokens": [1, 2, 3]},
         {"input_ids": [1, 2]},
         [1, 2, 3],
+        {"messages": CHAT, "functions": [TOOLS[0]["function"]], "documents": [{"text": "hello"}]},
+        LOGGED[2] | {"tools": [{"name": "f", "input_schema": {"type": "object"}}]},
+        LOGGED[1] | {"tools": TOOLS},
+        {"instructions": "hello", "input": "you"},
     )
 
     def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,16 +159,17 @@ def test_a_reader_that_breaks_ends_the_worker(model: Model) -> None:
 
 def test_a_line_without_end_costs_a_bounded_amount_and_itself_alone() -> None:
     read, write = os.pipe()
-    if os.fork() == 0:
-        try:
-            os.close(read)
-            for _ in range((LONGEST_LINE >> 20) + 16):
-                os.write(write, b"x" * (1 << 20))
-            os.write(write, b'\n{"id": "next"}\nlast')
-        finally:
-            os._exit(0)
-    os.close(write)
+
+    def speak() -> None:
+        for _ in range((LONGEST_LINE >> 20) + 16):
+            os.write(write, b"x" * (1 << 20))
+        os.write(write, b'\n{"id": "next"}\nlast')
+        os.close(write)
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
     first, second, last = read_lines(read)
+    speaker.join()
     os.close(read)
     assert LONGEST_LINE < len(first) <= LONGEST_LINE + (1 << 17)
     with pytest.raises(CacheError, match=r"more than 33,554,432 bytes"):

@@ -43,11 +43,14 @@ _OPTIONS: Final = "options of a chat template, which are not counted"
 _THOUGHTS: Final = ("reasoning_content", "reasoning")
 
 
-class _Record(NamedTuple):
-    """What a line, or a record of an array, holds."""
+class _Chat(NamedTuple):
+    """One prompt of a record, or all turns of its chat."""
 
     began: float | None
-    prompts: list[LoggedRequest]
+    space: Namespace
+    turns: list[tuple[bytes, int]]
+    """(All that exists after it, tokens of the prompt) of each request."""
+    not_in: set[str]
 
 
 def read(
@@ -75,23 +78,24 @@ def read(
     requests: list[tuple[float, int, int, Request]] = []
     left_out: Counter[str] = Counter()
     made_up = 0
-    for number, (began, prompts) in enumerate(_records(source)):
+    for number, chats in enumerate(_records(source, layout)):
+        began = chats[0].began
         t = number / rate if began is None else began
         served = 0
-        for logged in prompts:
-            space = Namespace(logged.model or source.name, logged.adapter, salt=logged.salt)
-            first = served
-            for kept, prompt in _requests(logged, layout):
-                if served > first:
+        for chat in chats:
+            for turn, (kept, prompt) in enumerate(chat.turns):
+                if turn:
                     pause = 5 + zlib.crc32(f"{number}:{served}".encode()) % 115_001 / 1000
                     t += pause if think_s == MEAN_PAUSE_S else pause * think_s / MEAN_PAUSE_S
-                made_up += served > first or began is None
-                requests.append((t, number, served, Request(t, space, kept, prompt, prompt)))
+                made_up += bool(turn) or began is None
+                source.spend(len(kept) // TOKEN_BYTES)
+                request = Request(t, chat.space, kept, prompt, prompt)
+                requests.append((t, number, served, request))
                 served += 1
-            left_out.update(dict.fromkeys(_not_in(logged), served - first))
+            left_out.update(dict.fromkeys(chat.not_in, len(chat.turns)))
     requests.sort(key=lambda entry: entry[:3])
-    first_t = requests[0][0] if requests else 0.0
-    found = [request._replace(t=request.t - first_t) for *_, request in requests]
+    first = requests[0][0] if requests else 0.0
+    found = [request._replace(t=request.t - first) for *_, request in requests]
     notes = []
     if made_up:
         notes.append(
@@ -111,11 +115,11 @@ def read(
     )
 
 
-def _records(source: Source) -> Iterator[_Record]:
-    """Give when each record begins, if it tells, and its prompts."""
+def _records(source: Source, layout: ChatLayout) -> Iterator[list[_Chat]]:
+    """Give the prompts, or the chat, of each record."""
     seen: set[str] = set()
 
-    def make(fields: dict[str, Any]) -> _Record:
+    def make(fields: dict[str, Any]) -> list[_Chat]:
         try:
             prompts = read_logged(fields)
         except InvalidRequest as error:
@@ -125,16 +129,23 @@ def _records(source: Source) -> Iterator[_Record]:
         if name is not None and str(name) in seen:
             raise ValueError(f"record {str(name)!r} was there before")
         prompts = [_in_turns(one) if one.is_logged_chat else one for one in prompts]
-        if any(not one.messages and not one.text and not one.tokens for one in prompts):
-            raise ValueError("the prompt is empty")
+        chats = [_chat(began, source.name, one, layout) for one in prompts]
         if name is not None:
             seen.add(str(name))
-        return _Record(began, prompts)
+        return chats
 
     if source.head().lstrip().startswith(b"["):
         yield from source.parse_array(make)
     else:
         yield from source.parse(make)
+
+
+def _chat(began: float | None, name: str, logged: LoggedRequest, layout: ChatLayout) -> _Chat:
+    space = Namespace(logged.model or name, logged.adapter, salt=logged.salt)
+    turns = list(_requests(logged, layout))
+    if not all(prompt for _, prompt in turns):
+        raise ValueError("the prompt is empty")
+    return _Chat(began, space, turns, set(_not_in(logged)))
 
 
 def _in_turns(chat: LoggedRequest) -> LoggedRequest:
