@@ -2,7 +2,7 @@
 
 ```
 event loop ── journal: a tuple in a queue ──► soon: hash the blocks ──► ring of events ──► watchers
-                                                          │              65,536, numbered
+                                                          │              65,536 or 64 MiB, numbered
                                                           └─► what is stored now, by block
 ```
 The schema is the field's: BlockStored (hashes, the hash of the block before, block size),
@@ -41,6 +41,10 @@ from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 HASH_BYTES = 32
 _RING = 65_536
+_RING_BYTES = 64 << 20
+"""What the events in the ring may take; over it, the oldest go first."""
+_EVENT_BYTES = 512
+"""What an event takes beside its hashes and tokens."""
 _CHUNK = 512
 """Blocks that are hashed, or told, before the loop is given back."""
 _DELAY_S = 0.01
@@ -116,9 +120,16 @@ class EventLog:
         holdings: whose cache is watched.
         max_watchers: how many may watch at a time.
         ring: how many events are kept.
+        ring_bytes: how much they may take.
     """
 
-    def __init__(self, holdings: Holdings, max_watchers: int = 64, ring: int = _RING) -> None:
+    def __init__(
+        self,
+        holdings: Holdings,
+        max_watchers: int = 64,
+        ring: int = _RING,
+        ring_bytes: int = _RING_BYTES,
+    ) -> None:
         self._holdings = holdings
         self.shares = Shares(max_watchers, "--max-watchers", "watchers")
         """Who has how many of them."""
@@ -128,7 +139,9 @@ class EventLog:
         self._digest: asyncio.Task[None] | None = None
         self._blocks: dict[Namespace, dict[int, _Block]] = {}
         self._roots: dict[Namespace, bytes] = {}
-        self._ring: deque[Event] = deque(maxlen=ring)
+        self._ring: deque[Event] = deque()
+        self._ring_bytes = 0
+        self._most, self._most_bytes = ring, ring_bytes
         self._next = time_ns() // 1000
         self._fresh = asyncio.Event()
         self._reciting = 0
@@ -233,7 +246,7 @@ class EventLog:
         if self._active or cache is None:
             return
         self._active = True
-        self._ring.clear()
+        self._empty_ring()
         self._next += 1  # who watched before there was anything to hear starts anew
         self._reciting = 1 << 62  # all of it, however much it is
         if self._observed is None:
@@ -279,7 +292,7 @@ class EventLog:
         self._reciting = 0
         self._raw.clear()
         self._blocks.clear()
-        self._ring.clear()
+        self._empty_ring()
         self._next += 1  # who comes back has missed something
 
     # ------------------------------------------------------------------------ hashing
@@ -330,10 +343,22 @@ class EventLog:
         if self._reciting:
             self._reciting -= 1
         elif event is not None:
-            self._ring.append(event)
+            self._keep(event)
             self._next += 1
             self.num_events += 1
         return more
+
+    def _keep(self, event: Event) -> None:
+        """Put an event into the ring.  Amortised O(1).  The newest stays however large it is."""
+        ring = self._ring
+        ring.append(event)
+        self._ring_bytes += _size(event)
+        while len(ring) > 1 and (len(ring) > self._most or self._ring_bytes > self._most_bytes):
+            self._ring_bytes -= _size(ring.popleft())
+
+    def _empty_ring(self) -> None:
+        self._ring.clear()
+        self._ring_bytes = 0
 
     def _hash(
         self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
@@ -369,6 +394,11 @@ class EventLog:
                 self._roots.clear()
             root = self._roots[namespace] = namespace_hash(namespace)
         return root
+
+
+def _size(event: Event) -> int:
+    size = _EVENT_BYTES + 2 * HASH_BYTES * len(event.hashes)
+    return size + len(event.tokens) if isinstance(event, Stored) else size
 
 
 def _stored(run: list[_Block], at: float) -> Stored:

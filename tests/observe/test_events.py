@@ -34,7 +34,7 @@ from prefixcache.service.events import (
 )
 from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
-from prefixcache.types import Namespace, WorkerId, pack
+from prefixcache.types import Grant, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from wire.service_process import LAYOUT, command, environment, eventually, running, sizes
 
@@ -525,3 +525,31 @@ def test_watchers_that_do_not_read_hold_nobody_up(sockets: Path) -> None:
         assert client.snapshot().requests == 60
         for stream in idle:
             stream.close()  # type: ignore[attr-defined]
+
+
+def test_what_is_kept_for_slow_watchers_is_bounded_in_bytes() -> None:
+    """Long prompts push the oldest events out, and who needed those is told of the gap."""
+    cache = PrefixCache(512, 4)
+    cache.attach(ME, SPACE, now=0.0)
+    log = EventLog(OneCache(cache), ring_bytes=20_000)
+
+    async def story() -> None:
+        with log.watching():
+            batches = log.batches(0)
+            first = await anext(batches)
+            for number in range(200):
+                grant = cache.acquire(ME, SPACE, pack([number] * 64), now=0.0)
+                assert isinstance(grant, Grant)
+                cache.commit(ME, grant.lease, 64, now=0.0)
+                cache.release(ME, grant.lease, now=0.0)
+                await asyncio.sleep(0.02 if number % 10 == 9 else 0)
+            await asyncio.sleep(0.1)
+            kept = sum(len(event.tokens) for event in log._ring if isinstance(event, Stored))
+            assert 0 < kept <= 20_000
+            told = await anext(batches)
+            assert told.lost is not None
+            assert told.lost[0] == first.next
+            assert told.is_snapshot
+        log.close()
+
+    asyncio.run(story())
