@@ -36,7 +36,10 @@ from typing import TypeAlias
 
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.shares import Shares
+from prefixcache.errors import ServiceUnavailable
+from prefixcache.service.failures import Failures
 from prefixcache.service.holdings import Holdings
+from prefixcache.service.spared import Spared
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 HASH_BYTES = 32
@@ -121,6 +124,7 @@ class EventLog:
         max_watchers: how many may watch at a time.
         ring: how many events are kept.
         ring_bytes: how much they may take.
+        failures: is told when events end by an error.
     """
 
     def __init__(
@@ -129,8 +133,11 @@ class EventLog:
         max_watchers: int = 64,
         ring: int = _RING,
         ring_bytes: int = _RING_BYTES,
+        failures: Failures | None = None,
     ) -> None:
         self._holdings = holdings
+        self._failures = Failures() if failures is None else failures
+        self._has_failed = False
         self.shares = Shares(max_watchers, "--max-watchers", "watchers")
         """Who has how many of them."""
         self._observed: PrefixCache | None = None
@@ -210,11 +217,18 @@ class EventLog:
         """Give what happens from event `start` on; 0: what is stored now, and then what happens.
 
         To be used within `watching`.  Never ends by itself.
+
+        Raises:
+            ServiceUnavailable: events have ended, by an error.
         """
         place: int | None = start or None
         while True:
             self._observe()
             await self._settle()
+            if self._has_failed:
+                raise ServiceUnavailable(
+                    "events have ended by an error, which the service's log tells: start it again"
+                )
             first = self._next - len(self._ring)
             if place is None or not first <= place <= self._next:
                 lost = None if place is None else (place, self._next)
@@ -243,14 +257,14 @@ class EventLog:
     def _observe(self) -> None:
         """Begin to hash, with what is indexed now, as soon as there is a cache."""
         cache = self._holdings.cache
-        if self._active or cache is None:
+        if self._active or cache is None or self._has_failed:
             return
         self._active = True
         self._empty_ring()
         self._next += 1  # who watched before there was anything to hear starts anew
         self._reciting = 1 << 62  # all of it, however much it is
         if self._observed is None:
-            cache.observe(self)
+            cache.observe(Spared(self, self._fail))
             self._observed = cache
         cache.recite(self)
         self._reciting = len(self._raw)
@@ -283,6 +297,17 @@ class EventLog:
             events.append(_stored(run, now))
             yield Batch(place, events, place, is_snapshot=True)
 
+    def _fail(self, error: Exception) -> None:
+        """End in order: who watches is told so, and nobody hears half of what happens."""
+        self._has_failed = True
+        self._failures.tell("events", error)
+        self._forget()
+        self._wake()
+
+    def _wake(self) -> None:
+        fresh, self._fresh = self._fresh, asyncio.Event()
+        fresh.set()
+
     def _stop(self) -> None:
         self._linger = None
         self._forget()
@@ -306,9 +331,10 @@ class EventLog:
                 while self._raw and blocks < _CHUNK:
                     entry = self._raw.popleft()
                     blocks += 1 + len(entry[4]) + self._take(entry)
-                fresh, self._fresh = self._fresh, asyncio.Event()
-                fresh.set()
+                self._wake()
                 await asyncio.sleep(0)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for this task
+            self._fail(error)
         finally:
             self._digest = None
 

@@ -8,9 +8,12 @@ tell it to people until the service ends.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import structlog
+
+_Answer = TypeVar("_Answer")
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +26,7 @@ class Failures:
 
     def __init__(self) -> None:
         self._causes: dict[str, str] = {}
+        self._spared: set[str] = set()
 
     def tell(self, part: str, error: BaseException) -> None:
         """Say that a part has ended, and log it; with the traceback, if nobody foresaw it."""
@@ -32,6 +36,21 @@ class Failures:
         log.error(
             f"{part} failed, the service goes on", cause=cause[:_LONGEST], exc_info=unforeseen
         )
+
+    def spare(self, part: str, call: Callable[..., _Answer], *args: Any) -> _Answer | None:
+        """Call a part within somebody else's step: its first error ends the part, not the step.
+
+        Returns:
+            What the call gives; None where the part has failed, now or before.
+        """
+        if part in self._spared:
+            return None
+        try:
+            return call(*args)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the step is another's
+            self._spared.add(part)
+            self.tell(part, error)
+            return None
 
     def watch(self, task: asyncio.Task[Any], part: str) -> None:
         """Tell if a task ends by an error."""

@@ -20,8 +20,6 @@ from dataclasses import asdict
 from time import monotonic, time
 from typing import Any
 
-import structlog
-
 from prefixcache import __version__
 from prefixcache.core.blockmap import STATES
 from prefixcache.core.ledger import FATES
@@ -41,8 +39,6 @@ _ROWS = 100
 """Leases, flights and namespaces that are listed; how many there are is told besides."""
 
 _HISTORY_POINTS = 600
-
-log = structlog.get_logger(__name__)
 
 
 class Page:
@@ -109,8 +105,8 @@ class Page:
                 await self._paint_one(beat)
                 beat += 1
                 await asyncio.sleep(max(0.05, _EVERY_S - (monotonic() - began)))
-        except Exception:
-            log.exception("the page's data could not be made")
+        except Exception as error:  # noqa: BLE001 - nobody waits for this task
+            self._handlers.failures.tell("the page", error)
         finally:
             self._latest.clear()
             self._painter = None

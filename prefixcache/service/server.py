@@ -107,7 +107,7 @@ async def _serve(
         one.handlers.failures.watch(former, "the wait for an earlier life's workers")
     patrol = asyncio.ensure_future(_patrol(calls, domains))
     handlers.failures.watch(patrol, "the patrol that ends the calls of changed identities")
-    tracer = _make_tracer(settings)
+    tracer = _make_tracer(settings, handlers.failures)
     for one in domains.values():
         one.handlers.tracer = tracer
     verbs = {name: one.handlers for name, one in domains.items()}
@@ -281,7 +281,7 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
     return Publisher(handlers, handlers.events, settings.events, settings.events_replay)
 
 
-def _make_tracer(settings: ServeSettings) -> Tracer | None:
+def _make_tracer(settings: ServeSettings, failures: Failures) -> Tracer | None:
     if settings.trace is None:
         return None
     try:
@@ -290,7 +290,7 @@ def _make_tracer(settings: ServeSettings) -> Tracer | None:
         raise InvalidRequest(
             f"--trace needs {error.name}, which is not installed: {how_to_install('tracing')}"
         ) from None
-    return Tracer(settings.trace)
+    return Tracer(settings.trace, failures)
 
 
 def _start_recorder(settings: ServeSettings, failures: Failures) -> Recorder | None:

@@ -115,7 +115,9 @@ class SessionStream:
         if tracer is not None:
             rows = self._handlers.meter.rows
             counts = Counter([op.WhichOneof("op") for op in ops])
-            tracer.message(
+            self._handlers.failures.spare(
+                "tracing",
+                tracer.message,
                 {verb: (n, rows[verb][SUM] - spent[verb]) for verb, n in counts.items() if verb},
                 self._worker.name if self._worker is not None else "",
             )

@@ -20,9 +20,10 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from prefixcache import __version__
+from prefixcache.service.failures import Failures
 
 _DELAY_MS = 1000
 
@@ -32,9 +33,11 @@ class Tracer:
 
     Args:
         endpoint: where it takes OTLP over gRPC, as http://127.0.0.1:4317; https for TLS.
+        failures: is told when it ends by an error: calls go on without spans.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, failures: Failures) -> None:
+        self._failures = failures
         resource = Resource.create({"service.name": "prefixcache", "service.version": __version__})
         exporter = OTLPSpanExporter(endpoint, insecure=not endpoint.startswith("https:"))
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
@@ -47,26 +50,27 @@ class Tracer:
         """Wrap a unary call in a span."""
 
         async def wrapped(request: Any, context: Any) -> Any:
-            carrier = {
-                key: value
-                for key, value in context.invocation_metadata() or ()
-                if isinstance(value, str)
-            }
-            span = self._tracer.start_span(
-                f"prefixcache/{name}", propagate.extract(carrier), SpanKind.SERVER
-            )
+            span = self._failures.spare("tracing", self._begin, name, context)
             try:
                 return await call(request, context)
             except BaseException:
-                text = context.details() or "cancelled"
-                span.set_status(
-                    Status(StatusCode.ERROR, text if isinstance(text, str) else text.decode())
-                )
+                self._failures.spare("tracing", _mark, span, context)
                 raise
             finally:
-                span.end()
+                if span is not None:
+                    self._failures.spare("tracing", span.end)
 
         return wrapped
+
+    def _begin(self, name: str, context: Any) -> Span:
+        carrier = {
+            key: value
+            for key, value in context.invocation_metadata() or ()
+            if isinstance(value, str)
+        }
+        return self._tracer.start_span(
+            f"prefixcache/{name}", propagate.extract(carrier), SpanKind.SERVER
+        )
 
     def message(self, verbs: Mapping[str, tuple[int, int]], worker: str) -> None:
         """Make the spans of a message that has just been answered.
@@ -88,3 +92,11 @@ class Tracer:
     def close(self) -> None:
         """Send what is left.  Blocks for some seconds if nobody takes it.  Idempotent."""
         self._provider.shutdown()
+
+
+def _mark(span: Span | None, context: Any) -> None:
+    """Say in a span that its call has failed."""
+    if span is None:
+        return
+    text = context.details() or "cancelled"
+    span.set_status(Status(StatusCode.ERROR, text if isinstance(text, str) else text.decode()))

@@ -24,6 +24,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.pool import PoolFile
 from prefixcache.private_files import check_path, make_private_folder, open_private, remove_foreign
+from prefixcache.service.spared import Spared
 from prefixcache.service.state.keeper import Keeper
 from prefixcache.service.state.manifest import FORMAT, Manifest
 from prefixcache.service.state.revival import Revival, revive
@@ -120,7 +121,7 @@ class StateFolder:
         keeper = self._keeper
         return Condition(
             str(self.path),
-            self.failure or ("" if keeper is None else keeper.failure),
+            self.failure or ("" if keeper is None else keeper.given_up or keeper.failure),
             *self._restored,
             0 if keeper is None else keeper.num_written,
             0 if keeper is None else keeper.num_dropped,
@@ -211,7 +212,8 @@ class StateFolder:
         indexed = {run.namespace for run in revival.runs}
         named = {n: space for n, space in revival.namespaces.items() if space in indexed}
         self._keeper = Keeper(manifest, stamps, sums, size, named)
-        cache.observe(self._keeper, self._keeper)
+        ear = Spared(self._keeper, self._keeper.give_up)
+        cache.observe(ear, ear)
         self._keeper.start(revival.kept, revival.lost)
         # The service says it, too, where it says what it derived: one of both is enough for people.
         tell = log.warning if revival.num_doubtful or len(aside) else log.debug

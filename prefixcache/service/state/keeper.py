@@ -136,6 +136,8 @@ class Keeper:
         """Blocks that are in the manifest, counted since the start."""
         self.failure = ""
         """Why the last batch could not be written; empty if it could."""
+        self.given_up = ""
+        """Why nothing is kept any more, for good; empty if it is."""
         self._has_ended = False
         """Whether the thread has come to an end that nobody foresaw: what comes is left out."""
         # The thread's: which run a block is in; how many of a run's blocks still are; and, by the
@@ -264,6 +266,16 @@ class Keeper:
         self._bytes_in += size
         self._queue.append(event)
         return True
+
+    def give_up(self, error: Exception) -> None:
+        """Keep nothing more: an error came while a change was heard, so what is kept lacks it.
+
+        Nothing of it may be restored: a block could hold what was written since.
+        """
+        self._has_ended = True
+        self.given_up = f"it heard a change that it could not keep: {error!r}"
+        log.error("the state is kept no more, the service goes on", exc_info=error)
+        self._stamps.resets[:] += 1
 
     def close(self) -> bool:
         """Write what is queued, and end the thread.  Blocks for that long.

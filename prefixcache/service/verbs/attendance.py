@@ -59,7 +59,7 @@ class Attendance(Verbs):
         if fresh:
             log.info("pool created", sizes=str(self.holdings.sizes))
         if fresh and self.shadows is not None:
-            self.shadows.begin()
+            self.failures.spare("shadow caches", self.shadows.begin)
         cache.make_way(namespace)
         worker = (
             asker

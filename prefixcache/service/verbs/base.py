@@ -40,8 +40,8 @@ class Verbs:
         self.tracer: Tracer | None = None
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
-        self.events = EventLog(holdings, settings.max_watchers)
         self.failures = Failures()
+        self.events = EventLog(holdings, settings.max_watchers, failures=self.failures)
         self.shadows = Shadows(settings, holdings, self.failures) if settings.shadow else None
         self._started_at = monotonic()
 

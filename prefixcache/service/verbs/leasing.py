@@ -48,7 +48,7 @@ class Leasing(Verbs):
             now=monotonic(),
         )
         if self.recorder is not None:
-            self.recorder.record(namespace, tokens)
+            self.failures.spare("recording", self.recorder.record, namespace, tokens)
         return answer
 
     def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
