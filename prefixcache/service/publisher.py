@@ -227,7 +227,7 @@ class Publisher:
         if isinstance(event, Stored):
             cache = self._handlers.holdings.cache
             assert cache is not None
-            shown = self._handlers.settings.watch_tokens
+            shown = self._handlers.settings.watch_tokens and not event.namespace.salt
             yield BlockStored(
                 [number_of(one) for one in event.hashes],
                 None if event.parent is None else number_of(event.parent),

@@ -45,6 +45,11 @@ def narrow(message: pb.SnapshotResponse, identity: Identity) -> None:
     message.service.workers = len(message.workers)
     message.service.ClearField("sessions")
     message.service.ClearField("listening")
+    if not identity.admin:  # they tell of the machine: paths, errors of the system
+        message.service.ClearField("failures")
+        if message.service.HasField("state"):
+            message.service.state.ClearField("folder")
+            message.service.state.ClearField("failure")
 
 
 def _keep(field: Any, wanted: Any) -> None:

@@ -42,12 +42,16 @@ async def watch(
         def wanted(namespace: Namespace) -> bool:
             return identity.sees(namespace) and only in (None, namespace)
 
+        def shows_tokens(namespace: Namespace) -> bool:
+            # Who names a salt may read behind it, and nobody else.
+            return request.tokens and (not namespace.salt or only == namespace)
+
         standing = STANDING.get()
         with log.watching(identity.tenant or ""):
             async for batch in log.batches(request.from_sequence):
                 if standing is not None:
                     standing.check()
-                message = message_of(batch, handlers, wanted, tokens=request.tokens)
+                message = message_of(batch, handlers, wanted, tokens=shows_tokens)
                 if message.events or message.is_snapshot:
                     await context.write(message)
     except CacheError as error:
@@ -56,7 +60,11 @@ async def watch(
 
 
 def message_of(
-    batch: Batch, handlers: Handlers, wanted: Callable[[Namespace], bool], *, tokens: bool
+    batch: Batch,
+    handlers: Handlers,
+    wanted: Callable[[Namespace], bool],
+    *,
+    tokens: Callable[[Namespace], bool],
 ) -> pb.WatchResponse:
     """Write of a batch what concerns the namespaces that are wanted."""
     cache = handlers.holdings.cache
@@ -69,7 +77,7 @@ def message_of(
         if wanted(event.namespace):
             written = message.events.add()
             written.sequence = 0 if batch.is_snapshot else number
-            _write(event, written, where, size, tokens=tokens)
+            _write(event, written, where, size, tokens=tokens(event.namespace))
     return message
 
 

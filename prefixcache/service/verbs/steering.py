@@ -28,13 +28,21 @@ class Steering(Verbs):
         return answer
 
     def _unsealed(self, asker: Asker, named: Namespace) -> Namespace:
-        """Give the namespace that an admin names as it was shown: without its salt."""
-        if not asker.identity.admin or not named.salt.startswith("sealed-"):
+        """Give the namespace that an admin names as it was shown: without its salt.
+
+        Raises:
+            NotFound: it is named so by somebody else, or is not there.
+        """
+        if not named.salt.startswith("sealed-"):
             return named
         for one in self._cache().namespaces():
-            if replace(one, salt=codec.seal(one.salt)) == named:
+            is_shown = asker.identity.admin and replace(one, salt=codec.seal(one.salt)) == named
+            if is_shown or one == named:
                 return one
-        return named
+        raise NotFound(
+            f"no namespace has the salt {named.salt!a}: answers show such a text in the place of a "
+            "salt; name the salt itself (an admin may name what is shown, while it is there)"
+        )
 
     def pin(self, asker: Asker, request: pb.PinRequest) -> Pinned:
         """Let a prefix be evicted last.
@@ -47,13 +55,13 @@ class Steering(Verbs):
                 f"a pin may last up to {self.settings.max_pin:g} s (--max-pin), not "
                 f"{request.ttl_s:g}"
             )
-        return self._cache().pin(
-            self._named(asker, request), request.tokens, ttl_s=request.ttl_s, now=monotonic()
-        )
+        namespace = self._unsealed(asker, self._named(asker, request))
+        return self._cache().pin(namespace, request.tokens, ttl_s=request.ttl_s, now=monotonic())
 
     def unpin(self, asker: Asker, request: pb.UnpinRequest) -> Unpinned:
         """End one pin, or all of a namespace."""
-        return self._cache().unpin(self._named(asker, request), request.tokens)
+        namespace = self._unsealed(asker, self._named(asker, request))
+        return self._cache().unpin(namespace, request.tokens)
 
     def quota(self, asker: Asker, request: pb.QuotaRequest) -> QuotaInfo:
         """Tell, or set, what a tenant or a namespace may hold.
@@ -76,7 +84,7 @@ class Steering(Verbs):
             if not (identity.admin or identity.tenant in (None, scope)):
                 raise NotFound(f"no tenant {scope!r}")
         else:
-            scope = identity.own(scope)
+            scope = self._unsealed(asker, identity.own(scope))
         if not request.set:
             return self._cache().quota(scope)
         identity.refuse_unless_admin("set quotas")
