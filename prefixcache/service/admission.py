@@ -105,11 +105,15 @@ class Admission(grpc.aio.ServerInterceptor):
             await self._refuse(context, error)
         task = asyncio.current_task()
         assert task is not None
+        if handler.response_streaming:
+            # A call that is cancelled while its first answer carries the metadata cannot be given a
+            # status any more: gRPC would send the metadata a second time, and fail.
+            await context.send_initial_metadata(())
         standing.begin(task)
         STANDING.set(standing)
         self._calls.add(standing)
         try:
-            await _serve(handler, context, _MESSAGE_S)
+            await _serve(handler, context, _MESSAGE_S, standing.settle)
         except Unauthenticated as error:
             await self._refuse(context, error)
         except asyncio.CancelledError:
@@ -128,13 +132,15 @@ class Admission(grpc.aio.ServerInterceptor):
             await self._refuse(context, error)
         places.num_unproven += 1
         try:
-            await _serve(handler, context, _UNPROVEN_S)
+            await _serve(handler, context, _UNPROVEN_S, lambda: None)
         finally:
             places.num_unproven -= 1
 
 
-async def _serve(handler: Any, context: Any, message_s: float) -> None:
-    """Run the handler of a call of any kind."""
+async def _serve(
+    handler: Any, context: Any, message_s: float, settle: Callable[[], object]
+) -> None:
+    """Run the handler of a call of any kind; `settle` hears when its one answer is made."""
     if handler.request_streaming:
         asked: Any = _messages(context)
     else:
@@ -157,6 +163,7 @@ async def _serve(handler: Any, context: Any, message_s: float) -> None:
         return
     answer = await answer
     if not handler.response_streaming:
+        settle()
         await context.write(answer)
 
 

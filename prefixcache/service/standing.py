@@ -76,6 +76,10 @@ class Standing:
         """Have `task` cancelled when it stands no more; `error` then says why."""
         self._task = task
 
+    def settle(self) -> None:
+        """Let nothing end the call any more: its answer is made, and is being written."""
+        self._task = None
+
     def look(self) -> None:
         """Look for a call that says nothing: end it if it stands no more."""
         try:

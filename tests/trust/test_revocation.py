@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -14,6 +16,7 @@ from prefixcache.client import unary
 from prefixcache.client.codec import write_layout
 from prefixcache.errors import CacheError, Unauthenticated
 from prefixcache.service import gate as module
+from prefixcache.service.admission import Admission, Places
 from prefixcache.service.gate import Gate, Register
 from prefixcache.service.standing import OpenCalls, Standing
 from prefixcache.types import pack
@@ -197,4 +200,49 @@ def test_calls_that_have_ended_are_forgotten() -> None:
     calls.add(standing)
     calls.remove(standing)
     calls.remove(standing)
+    assert len(calls) == 0
+
+
+def test_a_call_whose_answer_is_made_is_answered_whatever_changes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC gives no status to a call that is cancelled in the middle of its first message."""
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
+    more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
+    register = Register(identities(tmp_path, more))
+    calls = OpenCalls(register)
+
+    class Call(Proof):
+        written: object = None
+
+        async def read(self) -> object:
+            return "asked"
+
+        async def write(self, answer: object) -> None:
+            edit(tmp_path, lambda text: text.replace("c.acme", "d.acme"))
+            _ = register.current
+            for standing in tuple(calls._standings):
+                standing.look()
+            await asyncio.sleep(0)  # here a cancelled task would hear of it
+            self.written = answer
+
+    async def handler(asked: object, context: object) -> str:
+        return f"{asked} and answered"
+
+    async def continuation(details: object) -> Any:
+        return grpc.unary_unary_rpc_method_handler(handler)
+
+    async def refuse(context: object, error: CacheError) -> None:
+        raise error
+
+    call = Call("c.acme")
+    admission = Admission(Gate(register), Places(register, 8), calls, refuse)
+
+    async def serve() -> None:
+        details = SimpleNamespace(method="/prefixcache.v1.PrefixCache/Snapshot")
+        run = await admission.intercept_service(continuation, details)
+        await run.stream_stream(None, call)
+
+    asyncio.run(serve())
+    assert call.written == "asked and answered"
     assert len(calls) == 0
