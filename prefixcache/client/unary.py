@@ -29,7 +29,8 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.max_send_message_length", -1),
     # A worker that lost its service wants to notice within a second that it is back.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # In spite of its name, how long one attempt to connect may take: a busy service is not absent.
+    ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_reconnect_backoff_ms", 500),
     # Two clients of one process must not share the state of one broken connection.
     ("grpc.use_local_subchannel_pool", 1),
