@@ -27,7 +27,7 @@ from prefixcache.core.membership import Membership
 from prefixcache.core.node import blocks_below
 from prefixcache.core.outline import Walk
 from prefixcache.core.radix import RadixTree
-from prefixcache.core.recital import recite
+from prefixcache.core.recital import Recital
 from prefixcache.core.steering import Steering
 from prefixcache.core.tape import Put
 from prefixcache.core.tenure import Wipe
@@ -181,9 +181,9 @@ class PrefixCache(Membership, Leasing, Steering):
         """Have blocks overwritten with zeros before they are lent to another tenant than before."""
         self._desk.holdings.tenure.wipe = wipe
 
-    def recite(self, journal: Journal) -> None:
-        """Tell `journal` what is indexed now, as if it was stored just now.  O(runs)."""
-        recite(self._desk, journal)
+    def recite(self, journal: Journal) -> Recital:
+        """Prepare to tell `journal` what is indexed, as if it was stored just now.  O(1)."""
+        return Recital(self._desk, journal)
 
     def record(self, put: Put | None) -> None:
         """Put on a tape what happens from now on, so that another cache can play it again.

@@ -1,20 +1,101 @@
-"""The recital: a journal that comes late hears what is indexed, as if it was stored just now."""
+"""The recital: a journal that comes late hears what is indexed, as if it was stored just now.
+
+It is a walk that pauses after some hundred runs, and others change the trees meanwhile.  What the
+journal has been told so far is always the upper part of each tree: a change below it is told, one
+elsewhere is not, since the walk will come there.
+
+```
+told     [AAAA|BBBB] ─┬─ [CCCC]             what is stored below BBBB now: told at once
+                      └─ [DDDD|EEEE]        not yet told: what is stored below waits for the walk
+```
+A run that is split while it waits for its turn is told from the first block that is not yet told,
+upwards.  One that was merged into the run below it is found by walking its tree again; a tree that
+changes so each time is walked in one go in the end.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Generator
+
 from prefixcache.core.desk import Desk
 from prefixcache.core.journal import Journal
-from prefixcache.core.node import Node
-from prefixcache.types import BlockId
+from prefixcache.core.node import Node, Root
+from prefixcache.types import BlockId, BlockTable, Namespace
+
+_PAUSE_EVERY = 256
+_MOST_WALKS = 8
+"""Of one tree, before it is walked without a pause."""
 
 
-def recite(desk: Desk, journal: Journal) -> None:
-    """Tell `journal` of every run that can be found, parents first.  Changes nothing.  O(runs)."""
-    for root in desk.roots.values():
-        stack: list[tuple[Node, BlockId | None]] = [(root, None)]
-        while stack:
-            node, parent = stack.pop()
-            if node.blocks:
-                journal.stored(root.namespace, parent, node.key, node.blocks)
-                parent = BlockId(node.blocks[-1])
-            stack.extend((child, parent) for child in (node.children or {}).values())
+class Recital:
+    """One journal's.  It asks of every change meanwhile whether it should hear of that."""
+
+    def __init__(self, desk: Desk, journal: Journal) -> None:
+        self._desk = desk
+        self._journal = journal
+        self._told: dict[Namespace, set[int]] = {}
+        self._steps = 0
+
+    def run(self) -> Generator[None, None, None]:
+        """Tell the journal of every run that can be found, parents first.  O(runs), in steps."""
+        for root in list(self._desk.roots.values()):
+            walks = 1
+            while (yield from self._walk(root, pauses=walks < _MOST_WALKS)):
+                walks += 1
+
+    def is_stored(self, namespace: Namespace, parent: BlockId | None, blocks: BlockTable) -> bool:
+        """Say whether the journal should hear of a run that is stored now."""
+        told = self._told.setdefault(namespace, set())
+        if parent is not None and parent not in told:
+            return False
+        told.update(blocks)
+        return True
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> BlockTable:
+        """Give those of some blocks, which leave the index now, that the journal knows."""
+        told = self._told.setdefault(namespace, set())
+        known = array("i", [block for block in blocks if block in told])
+        told.difference_update(known)
+        return known
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Hear that nothing of a namespace can be found any more."""
+        self._told.pop(namespace, None)
+
+    def _walk(self, root: Root, *, pauses: bool) -> Generator[None, None, bool]:
+        """Tell of one tree; say whether some run was merged away before its turn."""
+        moved = False
+        told = self._told.setdefault(root.namespace, set())
+        stack: list[Node] = [root]
+        while stack and not root.retired:
+            node = stack.pop()
+            if node is not root:
+                if not node.key:
+                    moved = True
+                    continue
+                while (above := node.parent) and above.blocks and above.blocks[-1] not in told:
+                    node = above
+                if above is None or not node.blocks:
+                    continue  # evicted
+                self._tell(root, above, node, told)
+            if node.children:
+                stack.extend(node.children.values())
+            self._steps += 1
+            if pauses and self._steps % _PAUSE_EVERY == 0:
+                yield
+        return moved and not root.retired
+
+    def _tell(self, root: Root, above: Node, node: Node, told: set[int]) -> None:
+        blocks = node.blocks
+        if blocks[-1] in told:
+            return
+        first = next(index for index, block in enumerate(blocks) if block not in told)
+        if first:
+            parent: BlockId | None = BlockId(blocks[first - 1])
+        else:
+            parent = BlockId(above.blocks[-1]) if above.blocks else None
+        rest = blocks[first:]
+        tokens = node.key[first * self._desk.tree.block_bytes :]
+        self._journal.stored(root.namespace, parent, tokens, rest)
+        told.update(rest)

@@ -12,8 +12,8 @@ BlockRemoved (hashes), AllBlocksCleared.  Whole blocks only: a tail is of no use
 block's packed tokens, with the namespace's fields (each with its length) at its start.
 
 **Nobody watches: nothing is hashed**, and a change of the index costs a comparison.  The first who
-watches makes the index be read once, O(runs); after the last has left it is kept for a minute, so
-that who lost the connection can go on where it was.
+watches makes the index be read once, O(runs), in parts; after the last has left it is kept for a
+minute, so that who lost the connection can go on where it was.
 
 **Slow watchers** have a place in the ring and nothing else: who falls behind by more than the ring
 is told of the gap, and gets what is stored now in place of what it missed.  Numbers never go back,
@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 from array import array
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -35,6 +35,7 @@ from time import time, time_ns
 from typing import TypeAlias
 
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.recital import Recital
 from prefixcache.core.shares import Shares
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.failures import Failures
@@ -50,6 +51,8 @@ _EVENT_BYTES = 512
 """What an event takes beside its hashes and tokens."""
 _CHUNK = 512
 """Blocks that are hashed, or told, before the loop is given back."""
+_MESSAGE_BYTES = 1 << 20
+"""Of events in one message, about."""
 _DELAY_S = 0.01
 _LINGER_S = 60.0
 _MOST_RAW = 262_144
@@ -152,6 +155,9 @@ class EventLog:
         self._next = time_ns() // 1000
         self._fresh = asyncio.Event()
         self._reciting = 0
+        self._recital: Recital | None = None
+        self._recited: Generator[None, None, None] | None = None
+        self._width = self._piece = 1
         self._linger: asyncio.TimerHandle | None = None
         self.watchers = 0
         self.num_events = 0
@@ -162,19 +168,35 @@ class EventLog:
     def stored(
         self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
     ) -> None:
-        """Hear of a run.  O(blocks), a copy."""
-        if self._active:
-            self._hear(("stored", namespace, parent, tokens, blocks[:]))
+        """Hear of a run.  O(blocks), a copy, in pieces."""
+        if not self._active:
+            return
+        if self._recital is not None and not self._recital.is_stored(namespace, parent, blocks):
+            return
+        piece, width = self._piece, self._width
+        for at in range(0, len(blocks), piece):
+            part = blocks[at : at + piece]
+            self._hear(
+                ("stored", namespace, parent, tokens[at * width : (at + piece) * width], part)
+            )
+            parent = BlockId(part[-1])
 
     def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
         """Hear of blocks that leave."""
-        if self._active:
-            self._hear(("removed", namespace, None, b"", blocks[:]))
+        if not self._active:
+            return
+        if self._recital is not None:
+            blocks = self._recital.removed(namespace, blocks)
+        for end in range(len(blocks), 0, -_CHUNK):  # the last of a prefix first
+            self._hear(("removed", namespace, None, b"", blocks[max(0, end - _CHUNK) : end]))
 
     def cleared(self, namespace: Namespace) -> None:
         """Hear of a reset."""
-        if self._active:
-            self._hear(("cleared", namespace, None, b"", array("i")))
+        if not self._active:
+            return
+        if self._recital is not None:
+            self._recital.cleared(namespace)
+        self._hear(("cleared", namespace, None, b"", array("i")))
 
     def left(self, namespace: Namespace) -> None:
         """Hear that a namespace has gone.  What is still to be told of it is told."""
@@ -184,7 +206,7 @@ class EventLog:
         self._raw.append(entry)
         if self._digest is None:
             self._digest = asyncio.get_running_loop().create_task(self._work())
-        elif len(self._raw) - self._reciting > _MOST_RAW:
+        elif len(self._raw) > _MOST_RAW:
             self._forget()
 
     # ------------------------------------------------------------------------ watching
@@ -242,9 +264,10 @@ class EventLog:
                 await self._news()
                 continue
             at = place - first
-            events = list(islice(self._ring, at, at + _CHUNK))
+            events = _one_message(islice(self._ring, at, at + _CHUNK))
             place += len(events)
             yield Batch(place - len(events), events, place)
+            await asyncio.sleep(0)
 
     def close(self) -> None:
         """Stop.  Idempotent."""
@@ -266,8 +289,12 @@ class EventLog:
         if self._observed is None:
             cache.observe(Spared(self, self._fail))
             self._observed = cache
-        cache.recite(self)
-        self._reciting = len(self._raw)
+        self._width = cache.block_size * TOKEN_BYTES
+        self._piece = max(1, min(_CHUNK, _MESSAGE_BYTES // (2 * self._width)))
+        self._recital = cache.recite(self)
+        self._recited = self._recital.run()
+        if self._digest is None:
+            self._digest = asyncio.get_running_loop().create_task(self._work())
 
     async def _settle(self) -> None:
         """Wait until what was indexed when the first came is hashed."""
@@ -284,7 +311,7 @@ class EventLog:
         chosen = [list(own.values()) for own in self._blocks.values()]
         blocks = chain.from_iterable(chosen)
         yield Batch(place, [], place, lost, is_snapshot=True)
-        while part := list(islice(blocks, _CHUNK)):
+        while part := list(islice(blocks, self._piece)):
             events: list[Event] = []
             run: list[_Block] = []
             for block in part:
@@ -315,6 +342,7 @@ class EventLog:
     def _forget(self) -> None:
         self._active = False
         self._reciting = 0
+        self._recital = self._recited = None
         self._raw.clear()
         self._blocks.clear()
         self._empty_ring()
@@ -326,7 +354,9 @@ class EventLog:
         """Make events of what was heard, a bounded part at a time."""
         try:
             await asyncio.sleep(_DELAY_S)
-            while self._raw:
+            while self._raw or self._recited is not None:
+                if not self._raw:
+                    self._go_on_reciting()
                 blocks = 0
                 while self._raw and blocks < _CHUNK:
                     entry = self._raw.popleft()
@@ -337,6 +367,14 @@ class EventLog:
             self._fail(error)
         finally:
             self._digest = None
+
+    def _go_on_reciting(self) -> None:
+        """Hear of the next runs that were indexed when the first came."""
+        assert self._recited is not None
+        for _ in self._recited:
+            return
+        self._recital = self._recited = None
+        self._reciting = len(self._raw)
 
     def _take(self, entry: _Entry) -> int:
         """Make an event of an entry; of a large reset, of its next part.
@@ -425,6 +463,18 @@ class EventLog:
 def _size(event: Event) -> int:
     size = _EVENT_BYTES + 2 * HASH_BYTES * len(event.hashes)
     return size + len(event.tokens) if isinstance(event, Stored) else size
+
+
+def _one_message(events: Iterable[Event]) -> list[Event]:
+    """Give the first of some events, about as much as one message should carry."""
+    taken: list[Event] = []
+    size = 0
+    for event in events:
+        size += _size(event)
+        if taken and size > _MESSAGE_BYTES:
+            break
+        taken.append(event)
+    return taken
 
 
 def _stored(run: list[_Block], at: float) -> Stored:

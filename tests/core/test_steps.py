@@ -233,3 +233,28 @@ def test_an_outline_of_thousands_of_branches_is_made_and_written_in_parts(salted
     few, many = drawn(1200), drawn(4800)
     assert many[0] <= few[0] * 1.5
     assert many[1] <= few[1] * 1.5
+
+
+def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
+    class Ear:
+        runs = 0
+
+        def stored(self, *_: Any) -> None:
+            self.runs += 1
+
+        def removed(self, *_: Any) -> None: ...
+
+        def cleared(self, *_: Any) -> None: ...
+
+    def told(num_runs: int) -> int:
+        cache = crowded(0, full=False)
+        for number in range(num_runs):
+            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
+            cache.commit(ME, lease, 4, now=0.0)
+            cache.release(ME, lease, now=0.0)
+        ear = Ear()
+        most, _ = most_in_one_go(cache.recite(ear).run())
+        assert ear.runs == num_runs
+        return most
+
+    assert told(4000) <= told(600) + 5

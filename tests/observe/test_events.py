@@ -21,6 +21,7 @@ import pytest
 
 import prefixcache
 from observe.scraped import free_port
+from prefixcache.core import recital
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
 from prefixcache.service.events import (
@@ -75,7 +76,7 @@ class Recital:
         self.found: set[bytes] = set()
         self.by_block: dict[int, bytes] = {}
         self.width = cache.block_size * 4
-        cache.recite(self)
+        list(cache.recite(self).run())
         return self.found
 
     def stored(self, namespace: Namespace, parent: Any, tokens: bytes, blocks: Any) -> None:
@@ -190,6 +191,73 @@ def test_a_reset_is_told_in_parts_and_costs_what_was_stored_there() -> None:
     assert parts[:4] == [(Removed, 512), (Removed, 512), (Removed, 512), (Cleared, 464)]
     assert parts[4:] == [(Cleared, 0)] * 100
     assert log._take(("cleared", empty, None, b"", array("i"))) == 0  # blocks looked at
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_index_may_change_while_the_first_watcher_is_told_of_it(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read run by run, and between any two somebody stores, splits, merges or resets."""
+    monkeypatch.setattr(recital, "_PAUSE_EVERY", 1)
+    draw, cache = random.Random(seed), some_cache()
+    log = EventLog(OneCache(cache))
+    held: list[Any] = []
+    disturb(cache, draw, 100, held)
+
+    async def follow(mirror: Mirror) -> None:
+        with log.watching():
+            async for batch in log.batches(0):
+                mirror.hear(batch)
+
+    async def story() -> Mirror:
+        mirror = Mirror()
+        task = asyncio.create_task(follow(mirror))
+        await asyncio.sleep(0)
+        assert log._recital is not None
+        during = 0
+        while log._recital is not None:
+            disturb(cache, draw, 2, held)
+            during += 1
+            await asyncio.sleep(0.001 if log._digest is None else 0)
+        assert during > 5
+        for _ in range(50):
+            await asyncio.sleep(0.002)
+        task.cancel()
+        return mirror
+
+    mirror = asyncio.run(story())
+    assert set(mirror.stored) == Recital().of(cache)
+    cache.check()
+
+
+def test_a_long_run_is_hashed_and_told_in_parts() -> None:
+    cache = PrefixCache(4096, 4)
+    cache.attach(ME, SPACE, now=0.0)
+    log = EventLog(OneCache(cache))
+
+    def store(first: int) -> None:
+        lease = cache.acquire(ME, SPACE, pack(range(first, first + 8000)), now=0.0).lease
+        cache.commit(ME, lease, 8000, now=0.0)
+        cache.release(ME, lease, now=0.0)
+
+    async def story() -> list[list[int]]:
+        store(0)
+        told: list[list[int]] = []
+        with log.watching():
+            async for batch in log.batches(0):
+                told.append([len(event.hashes) for event in batch.events])
+                told_of = sum(map(sum, told))
+                if told_of == 2000:
+                    store(10_000)
+                if told_of == 4000:
+                    assert cache.reset(SPACE)
+                if told_of == 8000:
+                    return told
+        raise AssertionError("a watch does not end")
+
+    told = asyncio.run(asyncio.wait_for(story(), 60))
+    assert max(map(max, filter(None, told))) <= 512
+    assert max(map(sum, told)) <= 1 << 14
 
 
 def test_nothing_is_hashed_while_nobody_watches() -> None:
