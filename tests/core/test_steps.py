@@ -6,15 +6,18 @@ Each case is done once beside few and once beside many leases, namespaces or blo
 import gc
 import sys
 from collections.abc import Callable, Generator
+from random import Random
 from typing import Any
 
 import pytest
 
 from prefixcache.client import outlines
+from prefixcache.core import recital
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.recital import Recital
 from prefixcache.errors import PoolExhausted
 from prefixcache.service.verbs.looking import without_salted_tokens
-from prefixcache.types import LeaseId, Namespace, Waiting, WorkerId, pack
+from prefixcache.types import BlockId, LeaseId, Namespace, Waiting, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 ME = WorkerId("me")
@@ -258,3 +261,64 @@ def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
         return most
 
     assert told(4000) <= told(600) + 5
+
+
+class Strict:
+    """A journal that takes nothing that does not fit to what it has been told."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, bytes] = {}
+        self.recital: Recital | None = None
+
+    def stored(self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: Any):
+        if self.recital is not None and not self.recital.is_stored(namespace, parent, blocks):
+            return
+        chain = b"" if parent is None else self.known[parent]
+        for at, block in enumerate(blocks):
+            assert block not in self.known
+            chain += tokens[16 * at : 16 * (at + 1)]
+            self.known[block] = chain
+
+    def removed(self, namespace: Namespace, blocks: Any) -> None:
+        for block in blocks if self.recital is None else self.recital.removed(namespace, blocks):
+            del self.known[block]
+
+    def cleared(self, namespace: Namespace) -> None:
+        if self.recital is not None:
+            self.recital.cleared(namespace)
+        self.known.clear()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_trees_may_change_in_every_way_while_they_are_told(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recital, "_PAUSE_EVERY", 1)
+    draw, cache = Random(seed), PrefixCache(90, 4, num_ghosts=8)
+    cache.attach(ME, HERE, now=0.0)
+    held: list[LeaseId] = []
+
+    def disturb() -> None:
+        if held and (len(held) > 4 or draw.random() < 0.4):
+            cache.release(ME, held.pop(draw.randrange(len(held))), now=0.0)
+            return
+        if draw.random() < 0.01:
+            cache.reset(HERE)
+        prompt = [token for _ in range(draw.randrange(1, 9)) for token in [draw.randrange(3)] * 4]
+        grant = cache.acquire(ME, HERE, pack([*prompt, 9]), now=0.0)
+        cache.commit(ME, grant.lease, max(grant.num_cached, draw.choice([4, len(prompt)])), now=0.0)
+        held.append(grant.lease)
+
+    for _ in range(200):
+        disturb()
+    late, oracle = Strict(), Strict()
+    cache.observe(late)
+    late.recital = cache.recite(late)
+    for _ in late.recital.run():
+        for _ in range(draw.randrange(4)):
+            disturb()
+    late.recital = None
+    for _ in range(20):
+        disturb()
+    list(cache.recite(oracle).run())
+    assert late.known == oracle.known
