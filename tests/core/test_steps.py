@@ -249,6 +249,8 @@ def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
 
         def cleared(self, *_: Any) -> None: ...
 
+        def left(self, *_: Any) -> None: ...
+
     def told(num_runs: int) -> int:
         cache = crowded(0, full=False)
         for number in range(num_runs):
@@ -287,6 +289,8 @@ class Strict:
         if self.recital is not None:
             self.recital.cleared(namespace)
         self.known.clear()
+
+    def left(self, namespace: Namespace) -> None: ...
 
 
 @pytest.mark.parametrize("seed", range(40))
