@@ -52,6 +52,7 @@ photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chrom
 crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 2,000 timing probes of a stranger.
 	PREFIXCACHE_CROWD=10 $(BIN)/python -m pytest tests/trust/test_limits.py --timeout=0
 	$(BIN)/python -m prefixcache_bench.crowd
+	$(BIN)/python -m prefixcache_bench.neighbour
 	$(BIN)/python -m prefixcache_bench.timing
 
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
