@@ -72,7 +72,12 @@ def probe(target: str) -> None:
         client.lookup(HERE, tokens)
         print("ready", flush=True)
         ended = threading.Event()
-        threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+        def wait() -> None:
+            sys.stdin.read()
+            ended.set()
+
+        threading.Thread(target=wait, daemon=True).start()
         while not ended.wait(0.005):
             began = perf_counter()
             client.lookup(HERE, tokens)
