@@ -82,7 +82,7 @@ def probe(target: str) -> None:
             began = perf_counter()
             client.lookup(HERE, tokens)
             took.append(1e3 * (perf_counter() - began))
-    print(json.dumps(took))
+    print(json_text(took))
 
 
 @contextlib.contextmanager
