@@ -85,7 +85,8 @@ BENCHMARKS = (
     Benchmark(
         "prefixcache_bench.serving",
         "Serving",
-        "The worker on SmolLM2-135M-Instruct, beside transformers' `generate`.",
+        "The worker on SmolLM2-135M-Instruct, beside transformers' `generate`, and beside vLLM "
+        "where `$PREFIXCACHE_VLLM_PYTHON` names a Python that has it.",
     ),
 )
 

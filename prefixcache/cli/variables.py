@@ -11,7 +11,7 @@ _PREFIX: Final = "PREFIXCACHE_"
 
 CLIENT: Final = (
     *("TARGET", "TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_NAME"),
-    *("TOKENIZER", "TRACES", "TRACEBACK", "SOAK"),
+    *("TOKENIZER", "TRACES", "TRACEBACK", "SOAK", "VLLM_PYTHON"),
 )
 """Of the commands that ask a service, and of experiments."""
 

@@ -98,8 +98,3 @@ def test_shared_decoding_is_measured_with_and_without_the_plan(
     assert row["batch"] == 2
     assert row["apart_tokens_per_s"]["median"] > 0
     assert row["together_tokens_per_s"]["median"] > 0
-
-
-def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    serving.report({"goals": [], "vllm": None})
-    assert "vllm: not installed" in capsys.readouterr().out
