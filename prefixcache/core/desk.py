@@ -160,7 +160,7 @@ class Desk:
         Raises:
             PoolExhausted: there is no room, or others must be served first.
         """
-        earlier = self._earlier(member, request)
+        earlier = self.earlier(member, request)
         if earlier is not None:
             return earlier
         root = self.root(request.namespace)
@@ -175,12 +175,13 @@ class Desk:
         pending = 0 if gain is None else gain.num_tokens
         return self._grant(member, request, match, pending, now)
 
-    def is_repeated(self, member: Worker, request: Request) -> bool:
-        """Whether a request with this id has a lease already."""
-        return bool(request.request_id) and request.request_id in member.requests
-
     @staticmethod
-    def _earlier(member: Worker, request: Request) -> Grant | None:
+    def earlier(member: Worker, request: Request) -> Grant | None:
+        """Give what a request got that is repeated; None if it is new, or has no id.  O(1).
+
+        Raises:
+            InvalidRequest: its id is that of a lease that was asked for with something else.
+        """
         lease = member.requests.get(request.request_id) if request.request_id else None
         if lease is None:
             return None
@@ -404,7 +405,7 @@ class Desk:
         request = ticket.request
         assert isinstance(request, Request)
         member = self.leases.workers.get(request.worker)
-        if member is None or self.is_repeated(member, request):
+        if member is None or request.request_id in member.requests:
             return False
         short = ticket.need - self.holdings.pool.num_free
         return short > 0 and short > self.holdings.room()

@@ -79,14 +79,16 @@ class Leasing:
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
         desk = self._desk
+        request = Request(worker, namespace, tokens, reserve, request_id)
+        if (earlier := desk.earlier(member, request)) is not None:
+            return earlier  # whatever has become of quotas and of the line since then
         total = desk.holdings.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
         quotas = desk.holdings.quotas
         if quotas.any_limit:
             quotas.refuse_hopeless(quotas.account(namespace), total)
-        request = Request(worker, namespace, tokens, reserve, request_id)
         line = desk.room.line
         try:
-            if line and line.is_closed_for(None) and not desk.is_repeated(member, request):
+            if line and line.is_closed_for(None):
                 raise PoolExhausted(
                     f"needs up to {total} blocks, and {len(line)} requests wait for room that no "
                     "other may pass any more",

@@ -263,7 +263,7 @@ def test_a_second_service_at_the_same_address_is_refused(service: ServiceProcess
         env=environment(),
         check=False,
     )
-    assert told.returncode == 3
+    assert told.returncode == 4
     assert "a service is listening" in told.stderr
     assert "Traceback" not in told.stderr
     assert service.process.poll() is None
