@@ -35,6 +35,14 @@ def doctor(
             show_default=False,
         ),
     ] = False,
+    stalled_after: Annotated[
+        float,
+        typer.Option(
+            "--stalled-after",
+            min=0,
+            help="Seconds without a step after which a worker with requests in hand is stuck.",
+        ),
+    ] = 30.0,
     connect: view.Connect = None,
     as_json: view.AsJson = False,
 ) -> None:
@@ -45,7 +53,7 @@ def doctor(
     Example: prefixcache doctor
     """
     with view.open_client(connect) as client:
-        found = list(_look(client, deep=deep))
+        found = list(_look(client, deep=deep, stalled_after_s=stalled_after))
     wrong = sum(one.level == "wrong" for one in found)
     if as_json:
         view.print_json({"wrong": wrong, "findings": [asdict(one) for one in found]})
@@ -58,7 +66,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _look(client: Client, *, deep: bool) -> Iterator[Finding]:
+def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Finding]:
     from prefixcache.cli import findings
 
     now, times = _time(client)
@@ -70,6 +78,7 @@ def _look(client: Client, *, deep: bool) -> Iterator[Finding]:
         findings.ledger(now),
         findings.partings(now, outline),
         findings.workers(now),
+        findings.progress(now, stalled_after_s),
         findings.clocks(times),
         findings.shared_memory(now),
         findings.state(now),

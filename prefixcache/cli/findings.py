@@ -8,6 +8,7 @@
 | ledger | is anything reused, and what would have kept what was evicted? |
 | partings | where do most requests leave the stored prompts? |
 | workers | has one been lost, are its blocks in quarantine? |
+| progress | has one requests in hand, and makes no step? |
 | clocks | does the service answer at once, do its clock and ours run alike? |
 | memory | is there room in shared memory, does anything dead lie there? |
 | state | is what outlives the service kept? |
@@ -228,6 +229,19 @@ def partings(now: Status, outline: Outline | None) -> Iterator[Finding]:
         "something that always differs (a date, a name) stands there, it costs all that follows.",
         "Look at one of them: prefixcache explain REQUEST_ID.",
     )
+
+
+def progress(now: Status, stalled_after_s: float) -> Iterator[Finding]:
+    """Look for workers that live, have requests in hand and make no step."""
+    for one in now.workers:
+        if one.state == "attached" and one.in_hand and one.stalled_s > stalled_after_s:
+            yield Finding(
+                "progress",
+                WRONG,
+                f"Worker {one.worker} (pid {one.pid}) has {many(one.in_hand, 'request')} in hand "
+                f"and made no step for {one.stalled_s:,.1f} s: it lives, but is stuck.",
+                "Look where its threads stand; else end its process: its blocks come back at once.",
+            )
 
 
 def workers(now: Status) -> Iterator[Finding]:

@@ -185,10 +185,11 @@ class Step:
         op.release.lease = lease
         return reply
 
-    def renew(self) -> Reply[None]:
+    def renew(self, in_hand: int = 0, stalled_s: float = 0.0) -> Reply[None]:
         """Add a sign of life."""
         op, reply = self._add()
         op.renew.SetInParent()
+        op.renew.in_hand, op.renew.stalled_s = in_hand, stalled_s
         return reply
 
     def detach(self) -> Reply[Any]:

@@ -59,6 +59,7 @@ class SessionCore(Generic[L]):
         self._closed = False
         self._pid = os.getpid()
         self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
+        self._progress = 0, 0.0
 
     @property
     def pool(self) -> PoolHandle:
@@ -149,10 +150,19 @@ class SessionCore(Generic[L]):
         for reply in replies:
             reply.settle(type(error)(*error.args))
 
+    def report(self, in_hand: int) -> None:
+        """Note that a step was made, and how many requests are in hand after it.  O(1), any thread.
+
+        Signs of life carry it, so that `prefixcache doctor` names a worker that has requests and
+        makes no step.  Call it where requests are computed, never from a timer.
+        """
+        self._progress = in_hand, time.monotonic()
+
     def renewal(self) -> tuple[Step, Reply[None]]:
         """Make a sign of life."""
         step = Step(self.ids)
-        reply = step.renew()
+        in_hand, stepped_at = self._progress
+        reply = step.renew(in_hand, time.monotonic() - stepped_at if in_hand else 0.0)
         reply.finish = partial(self._renewed, time.monotonic())
         return step, reply
 

@@ -79,6 +79,10 @@ class Worker:
     """Then `left` (it said so), `died` (its process ended) or `lost` (it may still be writing)."""
     since: float = 0.0
     """When it came into that state."""
+    in_hand: int = 0
+    """Requests it has in hand, as it told last."""
+    stepped_at: float = 0.0
+    """When it made its last step, as it told last."""
 
     @property
     def tenant(self) -> str:

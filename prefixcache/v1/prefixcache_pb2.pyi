@@ -341,10 +341,14 @@ class ReleaseResponse(_message.Message):
     def __init__(self, num_freed: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("worker_key",)
+    __slots__ = ("worker_key", "in_hand", "stalled_s")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
+    IN_HAND_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
-    def __init__(self, worker_key: _Optional[str] = ...) -> None: ...
+    in_hand: int
+    stalled_s: float
+    def __init__(self, worker_key: _Optional[str] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
     __slots__ = ()
@@ -754,20 +758,24 @@ class ShadowInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., last_hour: _Optional[_Union[ShadowSums, _Mapping]] = ..., whole: _Optional[_Union[ShadowSums, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker", "pid", "state", "since_s", "leases", "has_session")
+    __slots__ = ("worker", "pid", "state", "since_s", "leases", "has_session", "in_hand", "stalled_s")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SINCE_S_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     HAS_SESSION_FIELD_NUMBER: _ClassVar[int]
+    IN_HAND_FIELD_NUMBER: _ClassVar[int]
+    STALLED_S_FIELD_NUMBER: _ClassVar[int]
     worker: str
     pid: int
     state: str
     since_s: float
     leases: int
     has_session: bool
-    def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ...) -> None: ...
+    in_hand: int
+    stalled_s: float
+    def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
     __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases")

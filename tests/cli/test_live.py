@@ -155,6 +155,25 @@ def test_doctor_says_that_all_is_well_or_what_to_do(session: Session, at: At) ->
     assert (told.code == 1) == (fields["wrong"] > 0)
 
 
+def test_a_worker_that_lives_and_makes_no_step_is_named(session: Session, at: At) -> None:
+    def told(after_s: str) -> list[str]:
+        found = at.call("doctor", "--json", "--stalled-after", after_s).fields["findings"]
+        return [one["text"] for one in found if one["look"] == "progress"]
+
+    session.renew()
+    assert told("0") == []  # tells nothing
+    session.report(3)
+    session.renew()  # signs of life go on, steps do not
+    (text,) = told("0")
+    assert str(session.attachment.worker) in text
+    assert "3 requests in hand" in text
+    assert at.call("doctor", "--stalled-after", "0").code == 1
+    assert told("3600") == []  # slow, not stuck
+    session.report(0)
+    session.renew()
+    assert told("0") == []  # idle
+
+
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:
     (broken,) = findings.invariants("block 7 is indexed twice\nroot\n└─ 7", "", 3)
     assert broken.level == "wrong"

@@ -163,13 +163,20 @@ class Engine:
         events: list[Event] = []
         self._read_inbox(events)
         self._watch(events)
+        self._report()
         self._ask(events)
         self._take(events)
         jobs = self._compute(events)
         self._settle(jobs)
         self._running = [job for job in self._running if not job.reason]
         self._close_old()
+        self._report()
         return events
+
+    def _report(self) -> None:
+        """Let the service know that a step is made, and what is in hand."""
+        if (shared := self.membership.shared) is not None:
+            shared.session.report(len(self._queue) + len(self._asked) + len(self._running))
 
     # ------------------------------------------------------------------------------- admission
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from time import monotonic
 
 import structlog
@@ -96,5 +97,9 @@ class Attendance(Verbs):
         return self.workers.leave(worker, gone=True)
 
     def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
-        """Take a sign of life."""
-        self._cache().renew(worker.id, now=monotonic())
+        """Take a sign of life, and what the worker tells of its progress."""
+        if not 0 <= request.stalled_s < inf:
+            raise InvalidRequest(f"stalled_s must be 0 or more seconds, not {request.stalled_s}")
+        now = monotonic()
+        self._cache().renew(worker.id, now=now)
+        worker.in_hand, worker.stepped_at = request.in_hand, now - request.stalled_s

@@ -194,6 +194,8 @@ class Looking(Verbs):
                 since_s=now - worker.since,
                 leases=0 if cache is None else cache.count_leases(worker.id),
                 has_session=worker.hang_up is not None,
+                in_hand=worker.in_hand,
+                stalled_s=now - worker.stepped_at if worker.in_hand else 0.0,
             )
         if self.shadows is not None:
             write_shadows(self.shadows, message)
