@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import os
 import pickle
@@ -16,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import prefixcache
-from prefixcache.client import connect_async
 from prefixcache.errors import InvalidRequest
 from wire.service_process import LAYOUT, ServiceProcess, running, sizes
 
@@ -114,34 +112,6 @@ def test_a_forked_child_leaves_by_itself(service: ServiceProcess) -> None:
         )
         assert done.returncode == 0, done.stderr
         lease.release()
-
-
-def test_an_async_client_is_refused_in_a_forked_child_too(service: ServiceProcess) -> None:
-    async def run() -> None:
-        async with await connect_async(service.target) as client:
-            session = await client.attach("model", LAYOUT)
-            lease = await session.acquire([1, 2, 3])
-
-            def child() -> None:
-                # A new loop: the parent's is running in this thread, and is not ours.
-                asyncio.events._set_running_loop(None)
-
-                async def calls() -> None:
-                    for call in (client.snapshot, session.renew, lambda: lease.release()):
-                        with pytest.raises(InvalidRequest, match="through fork"):
-                            await call()
-                    await lease.__aexit__(None, None, None)
-                    await session.close()
-                    await client.close()
-
-                asyncio.new_event_loop().run_until_complete(calls())
-
-            in_a_fork(child)
-            assert session.alive
-            await lease.commit(3)
-            await lease.release()
-
-    asyncio.run(run())
 
 
 def test_nothing_of_a_connection_is_pickled_or_copied(service: ServiceProcess) -> None:
