@@ -22,6 +22,8 @@ from wire.service_process import LAYOUT, ServiceProcess, eventually, running, si
 PROMPT = list(range(10))
 NUM_TICKS = 9
 """Turns of the loop after which a call is cancelled: from before it began until it is answered."""
+PACES = {"in a hurry": 0.0, "at leisure": 0.003}
+"""Seconds that a turn takes.  At leisure the answer is often there before the call is cancelled."""
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +33,11 @@ def service(sockets: Path) -> Iterator[ServiceProcess]:
         yield process
 
 
-async def cancelled(call: Awaitable[Any], ticks: int) -> Any:
+async def cancelled(call: Awaitable[Any], ticks: int, turn_s: float = 0.0) -> Any:
     """Cancel a call after so many turns of the loop; give what it gave if it was quicker."""
     task = asyncio.ensure_future(call)
     for _ in range(ticks):
-        await asyncio.sleep(0)
+        await asyncio.sleep(turn_s)
     task.cancel()
     try:
         return await task
@@ -56,11 +58,18 @@ async def leave(lease: AsyncLease) -> None:
         await asyncio.sleep(0)
 
 
-async def batch_of(session: AsyncSession, lease: AsyncLease) -> None:
+async def batch_of(session: AsyncSession, lease: AsyncLease) -> list[AsyncLease]:
     async with session.batch() as batch:
-        batch.acquire(PROMPT)
+        acquired = batch.acquire(PROMPT)
         batch.extend(lease, 20)
-        batch.fork(lease, 3)
+        forked = batch.fork(lease, 3)
+    return [acquired.result(), *forked.result()]
+
+
+async def give_back(given: Any) -> None:
+    """Release what a call gave: each release is sent by its call, whoever is cancelled here."""
+    leases = given if isinstance(given, list) else [given]
+    await asyncio.gather(*[lease.release() for lease in leases if isinstance(lease, AsyncLease)])
 
 
 CALLS: dict[str, Callable[[AsyncSession, AsyncLease], Awaitable[Any]]] = {
@@ -82,9 +91,10 @@ CALLS: dict[str, Callable[[AsyncSession, AsyncLease], Awaitable[Any]]] = {
 }
 
 
+@pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("what", CALLS)
 def test_a_call_that_is_cancelled_at_any_turn_of_the_loop_ends_alone(
-    service: ServiceProcess, what: str
+    service: ServiceProcess, what: str, pace: str
 ) -> None:
     async def run() -> None:
         async with (
@@ -94,14 +104,12 @@ def test_a_call_that_is_cancelled_at_any_turn_of_the_loop_ends_alone(
             for ticks in range(NUM_TICKS):
                 bystander = await session.acquire([7] * 12)
                 lease = await session.acquire(PROMPT, reserve=10)
-                given = await cancelled(CALLS[what](session, lease), ticks)
+                given = await cancelled(CALLS[what](session, lease), ticks, PACES[pace])
                 assert session.alive, ticks
                 await bystander.commit(12)
                 if what != "release":
                     await lease.release()
-                for granted in given if isinstance(given, list) else [given]:
-                    if isinstance(granted, AsyncLease):
-                        await granted.release()
+                await give_back(given)
                 await bystander.release()
                 await no_leases(session)
                 assert not session._pending
@@ -131,7 +139,7 @@ def test_any_mix_of_calls_that_are_cancelled_leaves_nothing_behind(
     async def one(session: AsyncSession, number: int) -> None:
         async with await session.acquire([number, *PROMPT], reserve=8) as lease:
             for _ in range(chance.randrange(4)):
-                await CALLS[chance.choice([*CALLS])](session, lease)
+                await give_back(await CALLS[chance.choice([*CALLS])](session, lease))
 
     async def run() -> None:
         async with (
