@@ -130,6 +130,8 @@ class SessionStream:
         start = began = clock()
         count = 0
         for op in ops:
+            if self._worker is not None and self._worker.tickets:
+                self._catch_up(results)
             count += 1
             verb = op.WhichOneof("op")
             if verb == "snapshot" and self._is_one_too_many(self._num_ops + count):
@@ -151,6 +153,18 @@ class SessionStream:
                 break
         self._num_ops += count
 
+    def _catch_up(self, results: pb.OpResults) -> None:
+        """Let what the ops before this one have settled be answered before it, and not after.
+
+        The table of a lease that waited to grow has changed already: what this op says of it comes
+        on top.  And whoever cancels is told nothing more of that op afterwards.
+        """
+        self._handlers.line.settle()
+        if self._late.results:
+            self._num_bytes += self._late.ByteSize()
+            results.MergeFrom(self._late)
+            self._late.Clear()
+
     def _is_one_too_many(self, num_ops: int) -> bool:
         """Count a snapshot, the `num_ops`th op of its message; say whether it is refused."""
         self._num_snapshots += 1
@@ -163,6 +177,8 @@ class SessionStream:
             if worker is None or verb not in verbs:
                 self._first(op, verb, add, task)
                 return
+            if op.id in worker.tickets:
+                raise InvalidRequest(f"op {op.id} still waits: give each op a number of its own")
             handler, write = verbs[verb]
             request = getattr(op, verb)
             asked = question(worker.key, verb, request) if verb in REPEATABLE else None
