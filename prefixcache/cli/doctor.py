@@ -40,9 +40,10 @@ def doctor(
         typer.Option(
             "--stalled-after",
             min=0,
-            help="Seconds without a step after which a worker with requests in hand is stuck.",
+            help="Seconds without a step, or with a request that it does not take, after which a "
+            "worker is stuck.",
         ),
-    ] = 30.0,
+    ] = view.STALLED_AFTER_S,
     connect: view.Connect = None,
     as_json: view.AsJson = False,
 ) -> None:

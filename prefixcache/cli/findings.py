@@ -8,7 +8,7 @@
 | ledger | is anything reused, and what would have kept what was evicted? |
 | partings | where do most requests leave the stored prompts? |
 | workers | has one been lost, are its blocks in quarantine? |
-| progress | has one requests in hand, and makes no step? |
+| progress | has one requests that it computes not, takes not, or never commits? |
 | clocks | does the service answer at once, do its clock and ours run alike? |
 | memory | is there room in shared memory, does anything dead lie there? |
 | state | is what outlives the service kept? |
@@ -232,15 +232,35 @@ def partings(now: Status, outline: Outline | None) -> Iterator[Finding]:
 
 
 def progress(now: Status, stalled_after_s: float) -> Iterator[Finding]:
-    """Look for workers that live, have requests in hand and make no step."""
+    """Look for workers that live and get nowhere: no step, nothing taken, nothing committed."""
     for one in now.workers:
-        if one.state == "attached" and one.in_hand and one.stalled_s > stalled_after_s:
+        if one.state != "attached":
+            continue
+        name = f"Worker {one.worker} (pid {one.pid})"
+        stuck = [
+            text
+            for num, seconds, text in (
+                (one.in_hand, one.stalled_s, "in hand and made no step"),
+                (one.untaken, one.oldest_untaken_s, "before it and took the oldest of them not"),
+            )
+            for text in [f"has {many(num, 'request')} {text} for {seconds:,.1f} s"]
+            if num and seconds > stalled_after_s
+        ]
+        if stuck:
             yield Finding(
                 "progress",
                 WRONG,
-                f"Worker {one.worker} (pid {one.pid}) has {many(one.in_hand, 'request')} in hand "
-                f"and made no step for {one.stalled_s:,.1f} s: it lives, but is stuck.",
-                "Look where its threads stand; else end its process: its blocks come back at once.",
+                f"{name} {' and '.join(stuck)}: it lives, but is stuck.",
+                "See whether somebody reads its output, and where its threads stand; else end its "
+                "process: its blocks come back at once.",
+            )
+        elif one.uncommitted_s > stalled_after_s:
+            yield Finding(
+                "progress",
+                NOTE,
+                f"{name} holds {many(one.leases, 'lease')} with tokens to compute, and has "
+                f"committed nothing for {one.uncommitted_s:,.1f} s.",
+                "If it does not compute, it keeps blocks from others: release those leases.",
             )
 
 

@@ -277,6 +277,10 @@ class Screen:
             text = f"  {one.worker:<14} {one.state:<8} {view.show_idle(one.since_s):>5}"
             text += f"  pid {one.pid}" if one.pid else ""
             text += f"  {many(one.leases, 'lease')}" if one.leases else ""
+            if progress := view.show_progress(one):
+                text += f"  {progress}"
+            if max(one.stalled_s, one.oldest_untaken_s) > view.STALLED_AFTER_S:
+                text, style = f"{text}: stuck", "bold red"
             yield Text(text, style=style)
 
 

@@ -55,6 +55,11 @@ def fields(now: Status) -> dict[str, Any]:
             "state": worker.state,
             "since_s": worker.since_s,
             "leases": worker.leases,
+            "in_hand": worker.in_hand,
+            "stalled_s": worker.stalled_s,
+            "untaken": worker.untaken,
+            "oldest_untaken_s": worker.oldest_untaken_s,
+            "uncommitted_s": worker.uncommitted_s,
         }
         for worker in now.workers
     ]
@@ -89,6 +94,9 @@ def show(now: Status) -> None:
             ("tokens", view.show_ledger(snapshot.ledger)),
         ]
     )
+    if busy := [one for one in now.workers if view.show_progress(one)]:
+        view.tell("workers at work")
+        view.print_table(((one.worker, view.show_progress(one)) for one in busy), indent="  ")
     if len(snapshot.namespaces) > 1:
         view.tell("namespaces")
         view.print_table(

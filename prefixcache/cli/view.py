@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from prefixcache.client import Client
 
+STALLED_AFTER_S = 30.0
+"""A worker that makes no step, or takes nothing, for so long is stuck."""
+
 Connect = Annotated[
     str | None,
     typer.Option(
@@ -174,6 +177,22 @@ def show_idle(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} m" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def show_progress(worker: Any) -> str:
+    """Say what a worker (a message `WorkerInfo`) does with its requests; nothing if it has none.
+
+    >>> from prefixcache.v1.prefixcache_pb2 import WorkerInfo
+    >>> show_progress(WorkerInfo(in_hand=2, stalled_s=1, untaken=3, oldest_untaken_s=9))
+    '2 in hand, last step 1 s ago; 3 untaken, the oldest for 9 s'
+    """
+    parts = []
+    if worker.in_hand:
+        parts.append(f"{worker.in_hand:,} in hand, last step {show_idle(worker.stalled_s)} ago")
+    if worker.untaken:
+        oldest = show_idle(worker.oldest_untaken_s)
+        parts.append(f"{worker.untaken:,} untaken, the oldest for {oldest}")
+    return "; ".join(parts)
 
 
 def tell(text: str = "") -> None:

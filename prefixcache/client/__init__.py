@@ -8,6 +8,7 @@ from prefixcache.client.aio import AsyncClient, connect_async
 from prefixcache.client.aio_session import AsyncBatch, AsyncLease, AsyncSession
 from prefixcache.client.credentials import Tls
 from prefixcache.client.ops import Reply
+from prefixcache.client.progress import Inbox
 from prefixcache.client.session import Batch, Lease, Session
 from prefixcache.client.sync import Client, connect
 
@@ -18,6 +19,7 @@ __all__ = [
     "AsyncSession",
     "Batch",
     "Client",
+    "Inbox",
     "Lease",
     "Reply",
     "Session",

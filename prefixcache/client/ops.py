@@ -15,6 +15,7 @@ from copy import copy
 from typing import Any, Generic, TypeVar
 
 from prefixcache.client import codec
+from prefixcache.client.progress import MOST_TOLD, Told
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.types import LeaseId, Namespace, TokensLike, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -185,11 +186,14 @@ class Step:
         op.release.lease = lease
         return reply
 
-    def renew(self, in_hand: int = 0, stalled_s: float = 0.0) -> Reply[None]:
+    def renew(self, told: Told) -> Reply[None]:
         """Add a sign of life."""
         op, reply = self._add()
-        op.renew.SetInParent()
-        op.renew.in_hand, op.renew.stalled_s = in_hand, stalled_s
+        message = op.renew
+        message.SetInParent()
+        message.in_hand, message.stalled_s = told.in_hand, told.stalled_s
+        message.untaken = min(told.inbox.num_untaken, MOST_TOLD)
+        message.oldest_untaken_s = told.inbox.oldest_s
         return reply
 
     def detach(self) -> Reply[Any]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -29,6 +29,7 @@ from prefixcache.client import codec, unary
 from prefixcache.client.connection import Connection, refuse_pickle
 from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import Reply, Step, read_result
+from prefixcache.client.progress import Inbox, Progress
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Attachment, LeaseId, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -59,7 +60,7 @@ class SessionCore(Generic[L]):
         self._closed = False
         self._pid = os.getpid()
         self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
-        self._progress = 0, 0.0
+        self._progress = Progress()
 
     @property
     def pool(self) -> PoolHandle:
@@ -155,14 +156,23 @@ class SessionCore(Generic[L]):
 
         Signs of life carry it, so that `prefixcache doctor` names a worker that has requests and
         makes no step.  Call it where requests are computed, never from a timer.
+
+        Raises:
+            ValueError: `in_hand` is no number of requests.
         """
-        self._progress = in_hand, time.monotonic()
+        self._progress.step(in_hand)
+
+    def watch_inbox(self, look: Callable[[], Inbox]) -> None:
+        """Let signs of life carry what was handed to the worker and it has not taken.  O(1).
+
+        `look` is called with each, in the thread that sends them: it must not wait, and not raise.
+        """
+        self._progress.watch(look)
 
     def renewal(self) -> tuple[Step, Reply[None]]:
         """Make a sign of life."""
         step = Step(self.ids)
-        in_hand, stepped_at = self._progress
-        reply = step.renew(in_hand, time.monotonic() - stepped_at if in_hand else 0.0)
+        reply = step.renew(self._progress.told())
         reply.finish = partial(self._renewed, time.monotonic())
         return step, reply
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from itertools import islice
 
 from prefixcache.core import explanations, views
 from prefixcache.core.blockmap import block_map
@@ -44,6 +45,8 @@ from prefixcache.types import (
     Snapshot,
     WorkerId,
 )
+
+_LOOKED_AT = 16
 
 
 class PrefixCache(Membership, Leasing, Steering):
@@ -156,6 +159,15 @@ class PrefixCache(Membership, Leasing, Steering):
         """Give how many leases a worker has out; 0 if it is not attached.  O(1)."""
         member = self._desk.leases.workers.get(worker)
         return 0 if member is None else len(member.leases)
+
+    def uncommitted_since(self, worker: WorkerId) -> float | None:
+        """Give when a worker was granted the oldest lease that has tokens to compute; else None.
+
+        Looks at its 16 oldest leases.  O(1).
+        """
+        member = self._desk.leases.workers.get(worker)
+        oldest = () if member is None else islice(member.leases.values(), _LOOKED_AT)
+        return next((one.since for one in oldest if one.committed < one.num_tokens), None)
 
     def count_quarantined(self, worker: WorkerId) -> int:
         """Give how many blocks are set aside since a worker may still write to them.  O(1)."""

@@ -127,6 +127,25 @@ class _Domain:
         yield _gauge("prefixcache_draining", "1 while no new leases are given.", handlers.draining)
         yield _gauge("prefixcache_workers", "Attached workers.", len(handlers.workers))
         yield _gauge("prefixcache_sessions", "Open sessions.", handlers.workers.num_streams)
+        told = handlers.workers.progress()
+        yield _gauge(
+            "prefixcache_requests_in_hand", "Requests that workers say they compute.", told.in_hand
+        )
+        yield _gauge(
+            "prefixcache_requests_untaken",
+            "Requests that workers say were handed to them and they have not taken.",
+            told.untaken,
+        )
+        yield _gauge(
+            "prefixcache_longest_stall_seconds",
+            "The longest time that a worker with requests in hand has made no step.",
+            told.longest_stalled_s,
+        )
+        yield _gauge(
+            "prefixcache_oldest_untaken_seconds",
+            "The longest time that a request has lain untaken before a worker.",
+            told.oldest_untaken_s,
+        )
 
     def _events(self) -> Iterator[Metric]:
         events = self._handlers.events

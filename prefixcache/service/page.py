@@ -157,6 +157,11 @@ class Page:
                     "state": worker.state,
                     "since_s": round(now - worker.since, 1),
                     "session": worker.hang_up is not None,
+                    "in_hand": worker.in_hand,
+                    "stalled_s": round(worker.stalled_s(now), 1),
+                    "untaken": worker.untaken,
+                    "oldest_untaken_s": round(worker.oldest_untaken_s(now), 1),
+                    "uncommitted_s": round(handlers.workers.uncommitted_s(worker, now), 1),
                     "namespaces": [shown(space) for space in worker.namespaces[:4]],
                 }
                 for worker in reversed(handlers.workers.roll())

@@ -83,6 +83,25 @@ class Worker:
     """Requests it has in hand, as it told last."""
     stepped_at: float = 0.0
     """When it made its last step, as it told last."""
+    untaken: int = 0
+    """Requests that were handed to it and it has not taken, as it told last."""
+    untaken_since: float = 0.0
+    """When the oldest of them came, as it told last."""
+    committed_at: float = 0.0
+    """When it last committed anything."""
+
+    def stalled_s(self, now: float) -> float:
+        """Give how long it has made no step with requests in hand; 0 if it tells of none.  O(1)."""
+        return now - max(self.stepped_at, self.since) if self._tells and self.in_hand else 0.0
+
+    def oldest_untaken_s(self, now: float) -> float:
+        """Give how long the oldest request has lain before it; 0 if it tells of none.  O(1)."""
+        return now - max(self.untaken_since, self.since) if self._tells and self.untaken else 0.0
+
+    @property
+    def _tells(self) -> bool:
+        """Whether what it told still holds: it is attached."""
+        return self.state == "attached"
 
     @property
     def tenant(self) -> str:
@@ -104,6 +123,16 @@ class Visitor:
 
 
 Asker: TypeAlias = "Worker | Visitor"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What all attached workers tell of themselves, together."""
+
+    in_hand: int
+    untaken: int
+    longest_stalled_s: float
+    oldest_untaken_s: float
 
 
 class Names:
@@ -166,6 +195,22 @@ class Workers:
     def roll(self) -> list[Worker]:
         """Give the workers that are attached, and the last ones that were.  O(workers)."""
         return [*self._attached.values(), *self._past]
+
+    def uncommitted_s(self, worker: Worker, now: float) -> float:
+        """Give how long a worker has had tokens to compute, and committed nothing.  O(1)."""
+        cache = self._holdings.cache
+        since = None if cache is None else cache.uncommitted_since(worker.id)
+        return 0.0 if since is None else now - max(since, worker.committed_at)
+
+    def progress(self) -> Progress:
+        """Sum up what the attached workers tell of themselves.  O(workers)."""
+        now, workers = time.monotonic(), self._attached.values()
+        return Progress(
+            in_hand=sum(one.in_hand for one in workers),
+            untaken=sum(one.untaken for one in workers),
+            longest_stalled_s=max((one.stalled_s(now) for one in workers), default=0.0),
+            oldest_untaken_s=max((one.oldest_untaken_s(now) for one in workers), default=0.0),
+        )
 
     def find(self, key: str, identity: Identity) -> Worker:
         """Give the worker that a unary request speaks for, and note its sign of life.

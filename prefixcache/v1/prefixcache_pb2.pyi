@@ -341,14 +341,18 @@ class ReleaseResponse(_message.Message):
     def __init__(self, num_freed: _Optional[int] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("worker_key", "in_hand", "stalled_s")
+    __slots__ = ("worker_key", "in_hand", "stalled_s", "untaken", "oldest_untaken_s")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     IN_HAND_FIELD_NUMBER: _ClassVar[int]
     STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    UNTAKEN_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_UNTAKEN_S_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     in_hand: int
     stalled_s: float
-    def __init__(self, worker_key: _Optional[str] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ...) -> None: ...
+    untaken: int
+    oldest_untaken_s: float
+    def __init__(self, worker_key: _Optional[str] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
     __slots__ = ()
@@ -758,7 +762,7 @@ class ShadowInfo(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., last_hour: _Optional[_Union[ShadowSums, _Mapping]] = ..., whole: _Optional[_Union[ShadowSums, _Mapping]] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker", "pid", "state", "since_s", "leases", "has_session", "in_hand", "stalled_s")
+    __slots__ = ("worker", "pid", "state", "since_s", "leases", "has_session", "in_hand", "stalled_s", "untaken", "oldest_untaken_s", "uncommitted_s")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -767,6 +771,9 @@ class WorkerInfo(_message.Message):
     HAS_SESSION_FIELD_NUMBER: _ClassVar[int]
     IN_HAND_FIELD_NUMBER: _ClassVar[int]
     STALLED_S_FIELD_NUMBER: _ClassVar[int]
+    UNTAKEN_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_UNTAKEN_S_FIELD_NUMBER: _ClassVar[int]
+    UNCOMMITTED_S_FIELD_NUMBER: _ClassVar[int]
     worker: str
     pid: int
     state: str
@@ -775,7 +782,10 @@ class WorkerInfo(_message.Message):
     has_session: bool
     in_hand: int
     stalled_s: float
-    def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ...) -> None: ...
+    untaken: int
+    oldest_untaken_s: float
+    uncommitted_s: float
+    def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ..., uncommitted_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
     __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "overshot", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases")

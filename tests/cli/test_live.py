@@ -16,10 +16,11 @@ from rich.cells import cell_len
 import prefixcache
 from cli.running import At, call, run
 from prefixcache.cli import findings
+from prefixcache.cli.findings import WRONG
 from prefixcache.cli.plugins import OWN, summary
 from prefixcache.cli.screen import Screen
 from prefixcache.cli.status import read
-from prefixcache.client import Session
+from prefixcache.client import Inbox, Session
 from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
 from wire.service_process import LAYOUT, command, environment
@@ -158,7 +159,7 @@ def test_doctor_says_that_all_is_well_or_what_to_do(session: Session, at: At) ->
 def test_a_worker_that_lives_and_makes_no_step_is_named(session: Session, at: At) -> None:
     def told(after_s: str) -> list[str]:
         found = at.call("doctor", "--json", "--stalled-after", after_s).fields["findings"]
-        return [one["text"] for one in found if one["look"] == "progress"]
+        return [one["text"] for one in found if one["look"] == "progress" and one["level"] == WRONG]
 
     session.renew()
     assert told("0") == []  # tells nothing
@@ -169,9 +170,30 @@ def test_a_worker_that_lives_and_makes_no_step_is_named(session: Session, at: At
     assert "3 requests in hand" in text
     assert at.call("doctor", "--stalled-after", "0").code == 1
     assert told("3600") == []  # slow, not stuck
+    assert "3 in hand, last step" in at.call("stat", "--once").out
+    assert "3 in hand, last step" in at.call("top", "--once").out
     session.report(0)
     session.renew()
     assert told("0") == []  # idle
+
+
+def test_a_worker_that_takes_nothing_is_seen_wherever_workers_are_shown(
+    session: Session, at: At
+) -> None:
+    session.watch_inbox(lambda: Inbox(2, 99.0))
+    session.renew()
+    found = at.call("doctor", "--json", "--stalled-after", "0").fields["findings"]
+    (text,) = [one["text"] for one in found if one["look"] == "progress" and one["level"] == WRONG]
+    assert "2 requests before it" in text
+    assert "2 untaken, the oldest for" in at.call("stat", "--once").out
+    assert "2 untaken, the oldest for" in at.call("top", "--once").out
+    workers = at.call("stat", "--json").fields["workers"]
+    (told,) = [one for one in workers if one["state"] == "attached"]
+    assert told["untaken"] == 2
+    assert told["oldest_untaken_s"] > 0
+    assert told["uncommitted_s"] > 0  # it holds a lease, and computes nothing
+    session.watch_inbox(Inbox)
+    session.renew()
 
 
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:

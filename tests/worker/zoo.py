@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -75,6 +76,24 @@ def build(architecture: str, **changes: Any) -> Any:
             torch.nn.init.normal_(weight, std=0.2)
     module.generation_config.eos_token_id = None
     return module.eval()
+
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {% if message['content'] is string %}"
+    "{{ message['content'] }}{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def save(path: Path, architecture: str = "llama", **changes: Any) -> None:
+    """Leave a tiny model in a folder, with a tokenizer of as many words and a chat template."""
+    build(architecture, **changes).save_pretrained(path)
+    words = {"user": 0, "assistant": 1} | {f"w{number}": number for number in range(2, VOCAB)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, chat_template=TEMPLATE
+    ).save_pretrained(path)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

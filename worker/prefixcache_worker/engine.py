@@ -30,6 +30,7 @@ from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, Servic
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Piece
 from prefixcache_worker.forward import Forward
+from prefixcache_worker.inbox import Inbox
 from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
@@ -85,7 +86,8 @@ class Engine:
         self.max_batch = max_batch
         shared = SharedStore(session, pool) if session is not None and pool is not None else None
         self.membership = Membership(model.layout, shared, join, private_tokens, self.wake)
-        self._inbox: deque[Job | str] = deque()
+        self.inbox: Inbox[Job | str] = Inbox()
+        """What was submitted, or cancelled, and no step has taken yet."""
         self._queue: deque[Job] = deque()
         self._asked: list[Job] = []
         self._running: list[Job] = []
@@ -96,6 +98,7 @@ class Engine:
         self._wake = threading.Event()
         self.num_computed = 0
         """Tokens that ran through the model since the start."""
+        self._report()
 
     # ---------------------------------------------------------------------------- from outside
 
@@ -105,14 +108,12 @@ class Engine:
         limit = self.model.max_tokens
         room = limit - len(request.tokens) if limit else request.max_new_tokens
         stream = TextStream(self.model.tokenizer, request.stop_strings)
-        self._inbox.append(
-            Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room))
-        )
+        self.inbox.put(Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room)))
         self.wake()
 
     def cancel(self, request_id: str) -> None:
         """Give up a request.  From any thread; it is told as finished, reason `cancelled`."""
-        self._inbox.append(request_id)
+        self.inbox.put(request_id)
         self.wake()
 
     def wake(self) -> None:
@@ -122,12 +123,12 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request is in hand."""
-        return not (self._inbox or self._queue or self._asked or self._running)
+        return not (self.inbox or self._queue or self._asked or self._running)
 
     @property
     def stalled(self) -> bool:
         """Whether a step can compute nothing before `wait` returns."""
-        return not (self._running or self._inbox or any(job.answered for job in self._asked))
+        return not (self._running or self.inbox or any(job.answered for job in self._asked))
 
     @property
     def sharing(self) -> bool:
@@ -177,12 +178,13 @@ class Engine:
         """Let the service know that a step is made, and what is in hand."""
         if (shared := self.membership.shared) is not None:
             shared.session.report(len(self._queue) + len(self._asked) + len(self._running))
+            shared.session.watch_inbox(self.inbox.untaken)
 
     # ------------------------------------------------------------------------------- admission
 
     def _read_inbox(self, events: list[Event]) -> None:
-        while self._inbox:
-            item = self._inbox.popleft()
+        while self.inbox:
+            item = self.inbox.take()
             if isinstance(item, Job):
                 self._queue.append(item)
                 continue

@@ -190,8 +190,11 @@ class WorkerProcess:
         try:
             for line in self._lines:
                 if line.strip():
+                    self.engine.inbox.begin()
                     self._take(line)
+                    self.engine.inbox.done()
         except BaseException as error:  # noqa: BLE001 - told by `run`, in the other thread
+            self.engine.inbox.begin()  # whatever comes now is read by nobody: `doctor` says so
             self._failure = error
         finally:
             self._ended.set()

@@ -97,9 +97,15 @@ class Attendance(Verbs):
         return self.workers.leave(worker, gone=True)
 
     def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
-        """Take a sign of life, and what the worker tells of its progress."""
-        if not 0 <= request.stalled_s < inf:
-            raise InvalidRequest(f"stalled_s must be 0 or more seconds, not {request.stalled_s}")
+        """Take a sign of life, and what the worker tells of its progress.
+
+        Raises:
+            InvalidRequest: it tells of a time that is none.
+        """
+        for field in ("stalled_s", "oldest_untaken_s"):
+            if not 0 <= (told := getattr(request, field)) < inf:
+                raise InvalidRequest(f"{field} must be 0 or more seconds, not {told}")
         now = monotonic()
         self._cache().renew(worker.id, now=now)
         worker.in_hand, worker.stepped_at = request.in_hand, now - request.stalled_s
+        worker.untaken, worker.untaken_since = request.untaken, now - request.oldest_untaken_s

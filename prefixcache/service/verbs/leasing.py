@@ -66,13 +66,12 @@ class Leasing(Verbs):
 
     def commit(self, worker: Worker, request: pb.CommitRequest) -> Committed:
         """Make computed KV visible to all."""
-        return self._cache().commit(
-            worker.id,
-            LeaseId(request.lease),
-            request.num_tokens,
-            request.new_tokens,
-            now=monotonic(),
+        now = monotonic()
+        done = self._cache().commit(
+            worker.id, LeaseId(request.lease), request.num_tokens, request.new_tokens, now=now
         )
+        worker.committed_at = now
+        return done
 
     def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate | Waiting:
         """Make room."""

@@ -195,7 +195,10 @@ class Looking(Verbs):
                 leases=0 if cache is None else cache.count_leases(worker.id),
                 has_session=worker.hang_up is not None,
                 in_hand=worker.in_hand,
-                stalled_s=now - worker.stepped_at if worker.in_hand else 0.0,
+                stalled_s=worker.stalled_s(now),
+                untaken=worker.untaken,
+                oldest_untaken_s=worker.oldest_untaken_s(now),
+                uncommitted_s=self.workers.uncommitted_s(worker, now),
             )
         if self.shadows is not None:
             write_shadows(self.shadows, message)

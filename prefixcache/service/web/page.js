@@ -60,6 +60,10 @@ function showState(state) {
     ["for", w => time(w.since_s)],
     ["pid", w => (w.pid ? String(w.pid) : "–"), true],
     ["leases", w => count(w.leases), true],
+    ["in hand", w => count(w.in_hand), true],
+    ["no step for", w => (w.in_hand ? time(w.stalled_s) : "–"), true],
+    ["untaken", w => (w.untaken ? `${count(w.untaken)}, oldest ${time(w.oldest_untaken_s)}` : "–"), true],
+    ["no commit for", w => (w.uncommitted_s ? time(w.uncommitted_s) : "–"), true],
     ["namespaces", w => w.namespaces.join(", ")],
   ], state.workers, "No worker has attached yet.");
   fill($("flights"), [
