@@ -35,7 +35,7 @@ class Capacity:
         """Give it in tokens, if it is in bytes.
 
         >>> parse_capacity("2GiB").measured(131072).amount
-        16384.0
+        16384
 
         Raises:
             InvalidRequest: it is in bytes, and nobody says how many a token has.

@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from prefixcache.chat_template import tell
 from prefixcache.cli.decoder import Decoder
+from prefixcache.cli.streams import say
 from prefixcache.errors import InvalidRequest
 from prefixcache.logged_request import read_logged
 from prefixcache.types import TOKEN_BYTES, pack
@@ -134,7 +133,7 @@ def _from_json(value: Any, source: str, decoder: OpenDecoder) -> bytes:
     if request.salt:
         left_out["a cache_salt, which is not looked at: give it with --salt"] = 1
     for line in tell(left_out, 1):
-        typer.echo(f"{source}: {line}", err=True)
+        say(f"{source}: {line}")
     return made.tokens
 
 

@@ -15,8 +15,8 @@ CLIENT: Final = (
 )
 """Of the commands that ask a service, and of experiments."""
 
-KERNELS: Final = ("CACHE", "CFLAGS", "NATIVE")
-"""Of the library in C."""
+KERNELS: Final = ("CACHE", "CFLAGS", "CHECK", "NATIVE")
+"""Of the kernels: the library in C, and what is looked at on a GPU."""
 
 
 def known() -> set[str]:

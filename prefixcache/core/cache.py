@@ -82,7 +82,7 @@ class PrefixCache(Membership, Leasing, Steering):
     >>> cache.release(me, first.lease, now=0.2).num_freed
     0
     >>> cache.acquire(me, space, pack([*range(10), 99]), now=0.3).ledger
-    Ledger(hit=8, partial=2, joined=0, cold=1, evicted=0, granularity=0)
+    Ledger(hit=8, partial=2, joined=0, cold=1, evicted=0, granularity=0, resumed=0)
     """
 
     def __init__(

@@ -436,13 +436,16 @@ def test_a_service_answers_exactly_as_the_cache_in_process(sockets: Path) -> Non
     random = Random(3)
     local = PrefixCache(64, 4)
     me, space = WorkerId("walker"), Namespace("m")
-    local.attach(me, space, now=0.0)
     with (
         running(f"unix:{sockets}/walk.sock", *sizes(64, 4), "--ttl", "30") as service,
         prefixcache.connect(service.target) as client,
         client.attach("m", LAYOUT, name="walker") as session,
     ):
         leases: dict[int, Any] = {}
+        with session.acquire(pack([9])) as first:  # tells from which number on its leases count
+            local.attach(me, space, first_lease=first.id, now=0.0)
+            local.acquire(me, space, pack([9]), now=0.0)
+        local.release(me, first.id, now=0.0)
 
         def both(here: Any, there: Any) -> Any:
             outcomes = []
