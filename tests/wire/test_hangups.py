@@ -129,16 +129,18 @@ def test_callers_that_hang_up_in_the_very_moment_in_which_room_comes_back(tmp_pa
     ):
         space, layout = pb.Namespace(model="tiny"), pb.Layout()
         codec.write_layout(LAYOUT, layout)
-        key = client.call("attach", pb.AttachRequest(namespace=space, layout=layout)).worker_key
         method: Any = channel.unary_unary(
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
         for turn in range(5):
+            caller = client.call("attach", pb.AttachRequest(namespace=space, layout=layout))
             everything = holder.acquire(list(range(256)))
             calls = [
                 method.future(
                     pb.AcquireRequest(
-                        worker_key=key, tokens=pack([turn * 100 + n] * 12), wait_s=30.0
+                        worker_key=caller.worker_key,
+                        tokens=pack([turn * 100 + n] * 12),
+                        wait_s=30.0,
                     )
                 )
                 for n in range(60)
@@ -155,6 +157,8 @@ def test_callers_that_hang_up_in_the_very_moment_in_which_room_comes_back(tmp_pa
                 service.signal(signal.SIGCONT)
                 released.result(60.0)
                 behind_them.result(60.0).release()
+            # An answer that was on its way already is a lease of which its caller knows nothing.
+            client.call("detach", pb.DetachRequest(worker_key=caller.worker_key))
             eventually(lambda: not client.snapshot().leases)
         assert holder.alive
         assert third.alive
