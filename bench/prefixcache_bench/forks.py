@@ -20,6 +20,9 @@ _trace: Trace | None = None
 def forked(trace: Trace, processes: int | None = None) -> Iterator[Pool]:
     """Start processes in which `inherited` gives `trace`.  They leave Ctrl-C to this one.
 
+    They end by SIGTERM whatever this process does with it: a handler of ours, which they would
+    inherit, would leave them waiting for ever.  Until they have their own, it is held back.
+
     Args:
         trace: What they have.
         processes: How many; one for each core if not given.
@@ -32,7 +35,11 @@ def forked(trace: Trace, processes: int | None = None) -> Iterator[Pool]:
         # Forking while another library's threads run is unsafe for what they hold; the children
         # use nothing but the core.
         warnings.simplefilter("ignore", DeprecationWarning)
-        pool = multiprocessing.get_context("fork").Pool(processes or cores(), _ignore_interrupt)
+        held_back = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            pool = multiprocessing.get_context("fork").Pool(processes or cores(), _own_signals)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
     try:
         yield pool
     finally:
@@ -54,5 +61,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ignore_interrupt() -> None:
+def _own_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
