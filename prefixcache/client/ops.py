@@ -42,12 +42,14 @@ class Reply(Generic[T]):
         "is_abandoned",
         "listener",
         "op_id",
+        "request_id",
         "wait_s",
     )
 
     def __init__(self, op_id: int, wait_s: float = 0.0) -> None:
         self.op_id = op_id
         self.wait_s = wait_s
+        self.request_id = ""
         self.is_abandoned = False
         """Whether nobody waits any more: leases that it brings are given back."""
         self.done = False
@@ -137,6 +139,7 @@ class Step:
         message = op.acquire
         message.tokens = packed
         if request_id:
+            reply.request_id = request_id
             return self._fill(reply, message, reserve=reserve, wait_s=wait_s, request_id=request_id)
         return self._fill(reply, message, reserve=reserve, wait_s=wait_s)
 

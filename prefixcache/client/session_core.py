@@ -9,7 +9,8 @@
         lose(error) ──► every reply gets the error
 ```
 No answer is ever missed: whoever stops waiting, cancelled or interrupted, leaves its reply pending.
-A table changes when the service says so, and leases that nobody waits for are given back.
+A table changes when the service says so, and leases that nobody waits for are given back: unless
+somebody else has the same lease, or is about to get it, by the same request id.
 
 Without a lock: `post` and `lose` may meet in two threads, and a dictionary hands each reply to
 exactly one of them.  So nothing here can be left locked by who was interrupted in it.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -56,6 +57,10 @@ class SessionCore(Generic[L]):
         self.leases: WeakSet[LeaseState] = WeakSet()
         self._client = connection
         self._pending: dict[int, Reply[Any]] = {}
+        self._answered: Reply[Any] | None = None
+        """Taken out of `_pending`, and being settled."""
+        self._entrusted: dict[int, list[LeaseId]] = {}
+        """Leases that are given back, unless the answer of this op brings them again."""
         self._lost: CacheError | None = None
         self._closed = False
         self._pid = os.getpid()
@@ -213,46 +218,86 @@ class SessionCore(Generic[L]):
         """Settle what is answered; give back leases that nobody waits for any more."""
         orphans: list[LeaseId] = []
         for result in results.results:
+            self._answered = self._pending.get(result.id)
             reply = self._pending.pop(result.id, None)
             if reply is not None:
                 reply.settle(read_result(result))
                 if reply.is_abandoned:
-                    orphans += _surrendered(reply)
+                    orphans += self._surrendered(reply)
+                orphans += self._redeemed(reply)
             elif result.HasField("acquire"):
-                orphans.append(LeaseId(result.acquire.grant.lease))
+                orphans += self._unclaimed([LeaseId(result.acquire.grant.lease)])
             elif result.HasField("fork"):
                 orphans += [LeaseId(child.lease) for child in result.fork.children]
-        if orphans:
-            self.give_back(orphans)
+        self._answered = None
+        self.give_back(orphans)
 
-    def abandon(self, replies: Iterable[Reply[Any]]) -> None:
+    def abandon(self, replies: Sequence[Reply[Any]]) -> None:
         """Stop waiting: what has been granted is given back, now or when its answer comes.
 
         The service is told to give up what still waits.  Nothing is waited for.
         """
-        step = Step(self.ids)
         for reply in replies:
             reply.is_abandoned = True
+        step = Step(self.ids)
+        for reply in replies:  # before there is room for them
+            if not reply.done and reply.op_id in self._pending:
+                step.cancel(reply.op_id).finish = partial(self._cancelled, reply.op_id)
+        for reply in replies:
             if reply.done:
-                for lease in _surrendered(reply):
+                for lease in self._surrendered(reply):
                     step.release(lease)
-            elif reply.op_id in self._pending:
-                step.cancel(reply.op_id).finish = partial(self._settled, reply.op_id)
         if step.replies and not self.is_inherited:
             self._post(step)
 
-    def _settled(self, op_id: int, _: None) -> None:
+    def _cancelled(self, op_id: int, _: None) -> None:
         # Answers come in order: what is not answered before its cancel never will be.
-        self._pending.pop(op_id, None)
+        reply = self._pending.pop(op_id, None)
+        if reply is not None:
+            self.give_back(self._redeemed(reply))
 
     def give_back(self, leases: Iterable[LeaseId]) -> None:
         """Release leases without waiting.  Idempotent, as `release` is."""
-        if self.is_inherited:
-            return
         step = Step(self.ids)
         for lease in leases:
             step.release(lease)
-        self._post(step)
+        if step.replies and not self.is_inherited:
+            self._post(step)
+
+    def _surrendered(self, reply: Reply[Any]) -> list[LeaseId]:
+        """Take the leases of an answer from whoever might still look at it; give those to release.
+
+        O(1); by a request id O(leases + pending).
+        """
+        if reply.error is not None:
+            return []
+        answer = reply.result()
+        leases = answer if isinstance(answer, list) else [answer]
+        held = [lease for lease in leases if isinstance(lease, LeaseState) and not lease.released]
+        for lease in held:
+            lease.mark_released()
+        ids = [lease.id for lease in held]
+        return self._unclaimed(ids, reply.request_id) if reply.request_id else ids
+
+    def _unclaimed(self, leases: Iterable[LeaseId], request_id: str = "") -> list[LeaseId]:
+        """Give those of the leases that nobody else has, or may get, by the same request id.
+
+        Who may get them decides when it is answered.
+        """
+        for heir in (*self._pending.values(), self._answered):
+            if heir is None or not heir.request_id == request_id != "":
+                continue
+            self._entrusted.setdefault(heir.op_id, []).extend(leases)
+            if not heir.done:  # else it is answered in another thread, by now: whoever takes them
+                return []
+            leases = self._entrusted.pop(heir.op_id, ())
+        held = {lease.id for lease in self._held_leases()}
+        return [lease for lease in leases if lease not in held]
+
+    def _redeemed(self, reply: Reply[Any]) -> list[LeaseId]:
+        """Give what was entrusted to an op that is answered now, if its answer did not bring it."""
+        leases = self._entrusted.pop(reply.op_id, None)
+        return self._unclaimed(leases, reply.request_id) if leases else []
 
     def lose(self, error: CacheError) -> None:
         """Give every reply, now and from now on, an error.  The first one stays.  Idempotent."""
@@ -281,15 +326,3 @@ class SessionCore(Generic[L]):
 
     def _held_leases(self) -> list[LeaseState]:
         return [lease for lease in list(self.leases) if not lease.released]
-
-
-def _surrendered(reply: Reply[Any]) -> list[LeaseId]:
-    """Take the leases of an answer from whoever might still look at it."""
-    if reply.error is not None:
-        return []
-    answer = reply.result()
-    leases = answer if isinstance(answer, list) else [answer]
-    held = [lease for lease in leases if isinstance(lease, LeaseState) and not lease.released]
-    for lease in held:
-        lease.mark_released()
-    return [lease.id for lease in held]

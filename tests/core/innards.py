@@ -13,7 +13,7 @@ import numpy as np
 from core.oracle import Tokens
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Node, Root
-from prefixcache.types import Namespace, unpack
+from prefixcache.types import LeaseId, Namespace, WorkerId, unpack
 
 
 class Indexed(NamedTuple):
@@ -96,3 +96,8 @@ def state(thing: object) -> object:
         return ("seen", number)
 
     return (visit(thing), frozen)
+
+
+def table_of(cache: PrefixCache, worker: WorkerId, lease: LeaseId, now: float) -> array[int]:
+    """Give the block table of a lease as the cache has it."""
+    return cache._desk.leases.get(worker, lease, now).table
