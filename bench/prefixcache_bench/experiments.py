@@ -262,15 +262,16 @@ _REFERENCE = """
   packed bytes (token ids as little-endian uint32), else the first of those that do not.
 * A part is copied before anything is written, and the block it comes from keeps its memory until
   the request ends. So a sequence that stores as many blocks as the capacity copies nothing: its
-  part is 0. Otherwise, if that block is the oldest and is evicted to make room, it is no longer
-  stored, and its memory is not room: another block goes too.
+  part is 0. Otherwise that block counts as used now, if the part is half of what it holds or more.
+  If it is the oldest all the same and is evicted to make room, it is no longer stored, and its
+  memory is not room: another block goes too.
 * **Room** is made first: while stored blocks, an evicted block that is copied from, and the
   sequence's new blocks exceed the capacity, the least recently used block goes that has none below
   it and is not among the hits. Then the new blocks are stored. A new block that begins with a
   stored tail of the same place replaces it; a new tail that a stored block of the same place begins
   with is not stored, nor is one that was copied whole, even if the block it came from is gone. All
   this happens after the room was made. At the end the sequence's blocks count as used, the last one
-  least recently. A block that was only copied from, or that covers a tail, does not.
+  least recently. A block of which less than half was copied, or that covers a tail, does not.
 * The figures are of the prompt: the first tokens of what the sequence reused, at most all but the
   prompt's last token, which is computed for its logits. Whole blocks of it are hits, the rest part.
 * `hit_rate` = tokens in whole blocks that hit / prompt tokens, over all requests, cold start

@@ -215,6 +215,8 @@ class Desk:
         if self.tree.asked is not None:
             self.tree.asked(match, tokens)
         node = self.tree.lock(match)
+        if source is not None:
+            self.tree.touch(match)
         lease = self.leases.open(member, request.namespace, node, now)
         copies = holdings.take(lease, match, node, need, source)
         holdings.recount(lease)

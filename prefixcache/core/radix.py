@@ -20,7 +20,8 @@ after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
 **Ages.** `node.last` is the logical time at which the last lock on a node ended; locked nodes need
 none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
 block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
-children, and what was used is split from what was not.
+children, and what was used is split from what was not.  A block of which a request copies half or
+more counts as used when the request comes.
 
 **Locks** are counted on 0↔1 transitions only: a lease locks its deepest node, and an ancestor is
 protected by having a locked child.
@@ -93,6 +94,23 @@ class RadixTree(Descent):
         """Give the node that ends where the matched whole blocks do.  Splits the run, if inside."""
         node = match.node
         return self._split(node, match.used) if match.used < len(node.blocks) else node
+
+    def touch(self, match: Match) -> None:
+        """Count the block that a locked match copies from as used now, if half of it is copied.
+
+        A smaller part says little of the rest: chats that begin alike would keep a block that
+        nobody goes on from.  What the policy has noted of it stays.  O(1), plus one copy of the run
+        that begins with the block.
+        """
+        node = match.near or match.node  # `cut` has let it begin with the block
+        held = min(len(node.key), self.block_bytes)
+        if 2 * match.partial_tokens * TOKEN_BYTES < held:
+            return
+        if len(node.blocks) > 1:
+            node = self._split(node, 1)
+        self.clock += 1
+        self.lock_node(node)
+        self._unlock(node, self.clock)
 
     def split_leaf(self, node: Node, used: int) -> None:
         """Let a leaf have only the blocks after its first `used` ones."""

@@ -58,6 +58,9 @@ class NaivePool:
         counted = self._count(len(path) * size, part, prompt)
         if self.mode == "off":
             source = None
+        if source is not None and 2 * part >= len(source.tokens):
+            self.clock += 1
+            source.used = self.clock
         self._make_room(blocks - len(path), path, source)
         if source is not None and len(path) * size + part == len(tokens):
             blocks = len(path)  # all of it was there: nothing is stored

@@ -71,6 +71,12 @@ def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
 
 
 def test_a_tail_that_was_copied_whole_is_not_stored_again() -> None:
-    first, second = [2, 2, 0, 0, 0, 2], [1, 1, 2, 1, 2, 1, 1, 2, 2, 2, 2, 2, 1, 1]
-    asked = [(one, len(one)) for one in (first, second, [2], [2, 0, 2, 0])]
-    assert counted(asked, 2, 8, Partial.TAILS) == expected(asked, 2, 8, Partial.TAILS) == (0, 0)
+    asked = [(one, len(one)) for one in ([2, 0, 0], [0, 1], [2], [2, 2])]
+    assert counted(asked, 4, 2, Partial.TAILS) == expected(asked, 4, 2, Partial.TAILS) == (0, 0)
+
+
+def test_a_block_of_which_half_is_copied_counts_as_used() -> None:
+    first, other, last = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]
+    copies = [1, 1, 1]  # of the first, and too short to be stored
+    asked = [(one, len(one)) for one in (first, other, copies, last, first)]
+    assert counted(asked, 4, 2, Partial.BLOCKS) == expected(asked, 4, 2, Partial.BLOCKS) == (0, 5)
