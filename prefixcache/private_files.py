@@ -112,6 +112,33 @@ def check_path(path: Path, option: str) -> None:
             )
 
 
+def check_secret(path: Path, option: str) -> None:
+    """Check that nobody but this user and root can read `path`, or that root gave it to a group.
+
+    Looks at the file itself: a folder that keeps others out today may be opened tomorrow.
+
+    Args:
+        path: a file with a secret in it.  What is not there is not looked at.
+        option: what named it, for the message.
+
+    Raises:
+        InvalidRequest: others may read or write it.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return  # who opens it says what is wrong
+    # Root's file is read by who serves through a group; of our own, no group needs to know.
+    allowed = 0o640 if status.st_uid == 0 != os.geteuid() else 0o600
+    if more := status.st_mode & 0o077 & ~allowed:
+        what = "read" if more & 0o044 else "changed or run"
+        raise InvalidRequest(
+            f"{option} {path} can be {what} by other users (mode {status.st_mode & 0o777:o}), and "
+            f"is a secret. Run: chmod {allowed:o} {path}, and take another one if it may have been "
+            "read"
+        )
+
+
 def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """Give each folder and symlink that the kernel meets on the way to `path`, and its end."""
     at = Path("/")

@@ -15,6 +15,7 @@ import trustme
 import prefixcache
 from prefixcache.client import Tls, connect_async
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unauthenticated
+from prefixcache.service.certificates import Certificates
 from prefixcache.types import Namespace
 from trust.keys import TOKENS, identities
 from wire.service_process import LAYOUT, ServiceProcess, command, environment, running, sizes
@@ -26,6 +27,7 @@ def write(folder: Path, name: str, issued: trustme.LeafCert) -> tuple[Path, Path
     """Put a certificate and its key in place, as an operator would: by renaming."""
     chain, key = folder / f"{name}.pem", folder / f"{name}.key"
     issued.private_key_pem.write_to_path(folder / "new.key")
+    (folder / "new.key").chmod(0o600)
     (folder / "new.key").rename(key)
     (folder / "new.pem").write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
     (folder / "new.pem").rename(chain)
@@ -137,9 +139,21 @@ def test_a_new_certificate_serves_new_connections_without_a_restart(plain: Setup
         after = plain.serial_shown()
         assert after != before
         assert session.acquire([5, 6, 7]).ledger.total == 3  # who was connected goes on
+    plain.key.chmod(0o644)
+    assert plain.serial_shown() == after  # nor a key from then on that others may read
+    assert plain.serial_shown() == after
+    assert plain.service.log().count("is a secret") == 1  # not once for each who connects
     (plain.folder / "server.pem").write_text("no certificate at all")
     assert plain.serial_shown() == after  # nothing is served that is wrong
     assert "certificates are as before" in plain.service.log()
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o640, 0o644, 0o660, 0o601, 0o777], ids=oct)
+def test_a_key_that_others_may_read_is_refused_at_the_start(tmp_path: Path, mode: int) -> None:
+    setup = Setup(tmp_path)
+    setup.key.chmod(mode)
+    with pytest.raises(InvalidRequest, match=f"mode {mode:o}"):
+        Certificates(setup.chain, setup.key, None)
 
 
 def test_a_client_certificate_says_who_it_is(mutual: Setup) -> None:
