@@ -62,6 +62,10 @@ class Shares:
         """Give how many a tenant has."""
         return self._used.get(tenant, 0)
 
+    def beyond(self, tenant: str) -> int:
+        """Give how many a tenant has beyond what is kept for it."""
+        return self._excess(tenant, self._used.get(tenant, 0))
+
     def check(self, tenant: str, count: int = 1) -> None:
         """Check that a tenant may have `count` more.  Changes nothing.
 

@@ -1,13 +1,24 @@
 """Kept answers: what unary calls with a request id were told, for who asks again.
 
 An id stands for one request: with another one it is refused, and changes nothing.  Bounded for each
-worker and in all, in number and in bytes: over either, the oldest go first.
+worker, tenant and in all, in number, bytes and age.
+
+```
+all answers of a domain        64 MiB: over it, the oldest go of who has more than is kept for it
+ └ a tenant                    half of them are kept for all tenants, in equal parts
+    └ a worker                 64 answers, 4 MiB, ten minutes: over one of these, its oldest go;
+                               all of them once it has left
+```
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
+from time import monotonic
 from typing import Any, Final, NamedTuple
+
+from prefixcache.core.shares import Shares
 
 MOST_ANSWERS: Final = 64
 """Of one worker."""
@@ -15,6 +26,8 @@ WORKER_BYTES: Final = 4 << 20
 """Of one worker; its newest answer is kept however large it is."""
 ALL_BYTES: Final = 64 << 20
 """Of all workers."""
+MOST_AGE_S: Final = 600.0
+"""Who asks again does so sooner."""
 
 _ASKED: Final = {
     "commit": ("lease", "num_tokens", "new_tokens"),
@@ -54,12 +67,17 @@ class Kept(NamedTuple):
     question: Question
     answer: Any
     num_bytes: int
+    at: float
+    """When."""
 
 
 class _Shelf(OrderedDict[str, Kept]):
     """The answers of one worker by request id, oldest first."""
 
-    num_bytes = 0
+    def __init__(self, tenant: str) -> None:
+        super().__init__()
+        self.tenant = tenant
+        self.num_bytes = 0
 
     def drop(self, request_id: str) -> int:
         """Forget one; say how many bytes that were."""
@@ -67,21 +85,37 @@ class _Shelf(OrderedDict[str, Kept]):
         self.num_bytes -= size
         return size
 
-    def drop_oldest(self) -> int:
-        """Forget the oldest; say how many bytes that were."""
-        return self.drop(next(iter(self)))
+    @property
+    def oldest(self) -> Kept:
+        """The oldest answer."""
+        return next(iter(self.values()))
 
 
 class KeptAnswers:
-    """The answers of all workers of one trust domain.
-
-    What a worker that left was told stays until others need the room.
-    """
+    """The answers of all workers of one trust domain."""
 
     def __init__(self) -> None:
-        self._shelves: OrderedDict[str, _Shelf] = OrderedDict()
-        """By worker key; who was answered last comes last."""
-        self.num_bytes = 0
+        self._shelves: dict[str, _Shelf] = {}
+        """By worker key."""
+        self._tenants: dict[str, OrderedDict[str, _Shelf]] = {}
+        """The same by tenant; who was answered last comes last."""
+        self._room = Shares(ALL_BYTES, "the room for kept answers", "bytes of answers")
+        self._greedy: dict[str, None] = {}
+        """Tenants with more than is kept for them; who has been so the longest comes first."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them."""
+        return self._room.total
+
+    def used(self, tenant: str) -> int:
+        """Give how many bytes a tenant's answers have."""
+        return self._room.used(tenant)
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of the room is kept.  O(tenants)."""
+        self._room.set_tenants(tenants)
+        self._greedy = {one: None for one in self._tenants if self._room.beyond(one)}
 
     def get(self, key: str, request_id: str) -> Kept | None:
         """Give what a worker asked and was told under an id; None if nothing is kept.  O(1)."""
@@ -92,22 +126,66 @@ class KeptAnswers:
         """Forget what a worker was told: its lease has ended.  O(1).  Idempotent."""
         shelf = self._shelves.get(asked.key)
         if shelf is not None and asked.request_id in shelf:
-            self.num_bytes -= shelf.drop(asked.request_id)
+            self._drop(shelf, asked.key, asked.request_id)
 
-    def keep(self, asked: Question, answer: Any) -> None:
-        """Keep an answer.  Amortised O(1)."""
-        size = answer.ByteSize()
-        shelf = self._shelves.setdefault(asked.key, _Shelf())
-        self._shelves.move_to_end(asked.key)
-        if asked.request_id in shelf:
-            self.num_bytes -= shelf.drop(asked.request_id)
-        shelf[asked.request_id] = Kept(asked, answer, size)
+    def forget_worker(self, key: str) -> None:
+        """Forget all that a worker was told: nobody can ask for it again.  Idempotent."""
+        if (shelf := self._shelves.get(key)) is not None:
+            while shelf:
+                self._drop_oldest(shelf)
+
+    def keep(self, asked: Question, answer: Any, tenant: str = "") -> None:
+        """Keep an answer of a tenant's worker.  Amortised O(1).
+
+        Whatever has to go for it, other tenants keep what is kept for them.
+        """
+        size, now = answer.ByteSize(), monotonic()
+        self.forget(asked)
+        shelf = self._shelves.setdefault(asked.key, _Shelf(tenant))
+        shelf[asked.request_id] = Kept(asked, answer, size, now)
         shelf.num_bytes += size
-        self.num_bytes += size
-        while len(shelf) > 1 and (len(shelf) > MOST_ANSWERS or shelf.num_bytes > WORKER_BYTES):
-            self.num_bytes -= shelf.drop_oldest()
-        while self.num_bytes > ALL_BYTES and len(self._shelves) > 1:
-            longest_silent = next(iter(self._shelves.values()))
-            self.num_bytes -= longest_silent.drop_oldest()
-            if not longest_silent:
-                self._shelves.popitem(last=False)
+        shelves = self._tenants.setdefault(tenant, OrderedDict())
+        shelves[asked.key] = shelf
+        shelves.move_to_end(asked.key)
+        self._count(tenant, size)
+        while len(shelf) > 1 and (
+            len(shelf) > MOST_ANSWERS
+            or shelf.num_bytes > WORKER_BYTES
+            or now - shelf.oldest.at > MOST_AGE_S
+        ):
+            self._drop_oldest(shelf)
+        silent = next(iter(shelves.values()))
+        while silent is not shelf and now - silent.oldest.at > MOST_AGE_S:
+            self._drop_oldest(silent)
+            silent = next(iter(shelves.values()))
+        while self._room.total > ALL_BYTES:
+            has_more = len(shelf) > 1 or len(shelves) > 1
+            others = (one for one in self._greedy if one != tenant)
+            greedy = tenant if has_more and tenant in self._greedy else next(others, None)
+            if greedy is None:
+                break  # the newest, however large
+            self._drop_oldest(next(iter(self._tenants[greedy].values())))
+
+    def _drop_oldest(self, shelf: _Shelf) -> None:
+        asked = shelf.oldest.question
+        self._drop(shelf, asked.key, asked.request_id)
+
+    def _drop(self, shelf: _Shelf, key: str, request_id: str) -> None:
+        size, tenant = shelf.drop(request_id), shelf.tenant
+        if not shelf:
+            del self._shelves[key]
+            shelves = self._tenants[tenant]
+            del shelves[key]
+            if not shelves:
+                del self._tenants[tenant]
+        self._count(tenant, -size)
+
+    def _count(self, tenant: str, size: int) -> None:
+        if size > 0:
+            self._room.force(tenant, size)
+        elif size:
+            self._room.give(tenant, -size)
+        if self._room.beyond(tenant):
+            self._greedy[tenant] = None
+        else:
+            self._greedy.pop(tenant, None)

@@ -45,6 +45,7 @@ class Domain:
         """Say for whom a part of each limit is kept."""
         self.workers.shares.set_tenants(tenants)
         self.handlers.events.shares.set_tenants(tenants)
+        self.handlers.answers.set_tenants(tenants)
         self.holdings.set_tenants(tenants)
 
     def close(self) -> None:

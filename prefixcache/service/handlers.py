@@ -21,7 +21,7 @@ from prefixcache.service.verbs.leasing import Leasing
 from prefixcache.service.verbs.looking import Looking
 from prefixcache.service.verbs.steering import Steering
 from prefixcache.service.waiting import WaitingLine
-from prefixcache.service.workers import Worker, Workers
+from prefixcache.service.workers import Asker, Worker, Workers
 from prefixcache.types import LeaseId
 
 Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]"
@@ -45,6 +45,7 @@ class Handlers(Attendance, Leasing, Looking, Steering):
         }
         self.verbs["fork"] = (self.fork, self.write_fork)
         self.answers = KeptAnswers()
+        workers.on_leave = lambda worker: self.answers.forget_worker(worker.key)
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
         self.verbs["tree"] = (self.tree, outlines.write_outline)
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
@@ -75,6 +76,11 @@ class Handlers(Attendance, Leasing, Looking, Steering):
                 "own"
             )
         return kept.answer
+
+    def keep(self, worker: Asker, asked: Question, answer: Any) -> None:
+        """Keep what a worker is told, unless it has left meanwhile.  Amortised O(1)."""
+        if isinstance(worker, Worker) and worker.state == "attached":
+            self.answers.keep(asked, answer, worker.tenant)
 
 
 def _checked(handler: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -216,7 +216,7 @@ class SessionStream:
         if asked is not None:
             kept = type(getattr(result, verb))()
             kept.CopyFrom(getattr(result, verb))
-            self._handlers.answers.keep(asked, kept)
+            self._handlers.keep(worker, asked, kept)
         if verb == "detach":
             self._worker = None
 
@@ -248,10 +248,10 @@ class SessionStream:
         else:
             message = getattr(result, verb)
             WRITE[verb](outcome, message)
-            if asked is not None:
+            if asked is not None and self._worker is not None:
                 kept = type(message)()
                 kept.CopyFrom(message)
-                self._handlers.answers.keep(asked, kept)
+                self._handlers.keep(self._worker, asked, kept)
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().create_task(self._flush())
 

@@ -164,7 +164,7 @@ def _serve(
         if writing.__class__ is GeneratorType:
             await _in_steps(writing)
         if asked is not None:
-            handlers.answers.keep(asked, response)
+            handlers.keep(asker, asked, response)
         return response
 
     return serve

@@ -177,6 +177,8 @@ class Workers:
         self._processes = Processes()
         self.shares = Shares(settings.max_workers, "--max-workers", "workers, lost ones included,")
         """Whose the workers are that are attached, or lost with blocks that they may write to."""
+        self.on_leave: Callable[[Worker], object] = lambda worker: None
+        """Hears of each worker that leaves, however it does."""
         self._attached: dict[str, Worker] = {}
         self._lost: dict[str, Worker] = {}
         self._names = Names()
@@ -273,6 +275,7 @@ class Workers:
         worker.state = "died" if dead else "left" if gone else "lost"
         worker.since = now
         self._past.append(worker)
+        self.on_leave(worker)
         tickets, worker.tickets = worker.tickets, {}
         for ticket in tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls

@@ -7,6 +7,8 @@ from array import array
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prefixcache.client import codec
 from prefixcache.config import load
@@ -181,6 +183,74 @@ def test_kept_answers_are_bounded_for_each_worker_and_in_all(
     keep("w19", "y", pb.ExtendResponse(blocks=bytes(2000)))
     assert kept.get("w19", "y") is not None  # the newest, however large
     assert kept.get("w19", "x") is None
+
+
+def keep(kept: answers.KeptAnswers, tenant: str, worker: str, request_id: str, size: int) -> None:
+    request = pb.ExtendRequest(lease=1, num_tokens=9, request_id=request_id)
+    asked = answers.question(worker, "extend", request)
+    assert asked is not None
+    kept.keep(asked, pb.ExtendResponse(blocks=bytes(size)), tenant)
+
+
+@given(
+    kept_answers=st.lists(
+        st.tuples(
+            st.sampled_from(["red", "blue", "green", "stranger"]),
+            st.integers(0, 3),
+            st.integers(0, 9),
+            st.integers(0, 400) | st.just(5000),
+        ),
+        max_size=150,
+    )
+)
+def test_a_tenant_pushes_out_no_answer_that_another_keeps_within_its_share(
+    kept_answers: list[tuple[str, int, int, int]],
+) -> None:
+    """Half of 3,000 bytes is kept for three tenants, 500 for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "ALL_BYTES", 3000)
+        kept = answers.KeptAnswers()
+        kept.set_tenants(["red", "blue", "green"])
+        for tenant, worker, number, size in kept_answers:
+            before = {one: kept.used(one) for one in ("red", "blue", "green") if one != tenant}
+            keep(kept, tenant, f"{tenant}{worker}", str(number), size)
+            assert kept.get(f"{tenant}{worker}", str(number)) is not None
+            assert kept.num_bytes <= 3000 + 5000
+            for other, used in before.items():
+                # What is dropped is a whole answer, so that it may end up to one below its share.
+                assert kept.used(other) == used or used > 500
+            kept._room.check_counts()
+
+
+def test_answers_go_with_their_worker(handlers: Handlers) -> None:
+    asyncio.run(opened(handlers))
+    (worker,) = handlers.workers._attached.values()
+    request = pb.ExtendRequest(lease=1, num_tokens=9, request_id="r")
+    asked = answers.question(worker.key, "extend", request)
+    assert asked is not None
+    handlers.keep(worker, asked, pb.ExtendResponse(blocks=bytes(300)))
+    assert handlers.answers.num_bytes > 300
+    handlers.workers.leave(worker, gone=True)
+    assert handlers.answers.num_bytes == 0
+    handlers.keep(worker, asked, pb.ExtendResponse(blocks=bytes(300)))  # made as it left
+    assert handlers.answers.num_bytes == 0
+
+
+def test_answers_that_nobody_can_wait_for_any_more_make_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 100.0
+    monkeypatch.setattr(answers, "monotonic", lambda: clock)
+    kept = answers.KeptAnswers()
+    keep(kept, "", "one", "a", 300)
+    keep(kept, "", "two", "a", 300)
+    clock += answers.MOST_AGE_S - 1
+    keep(kept, "", "two", "b", 300)
+    assert kept.get("one", "a") is not None
+    clock += 2
+    keep(kept, "", "two", "c", 300)
+    assert [kept.get(*one) is not None for one in (("one", "a"), ("two", "a"))] == [False, False]
+    assert kept.get("two", "b") is not None
 
 
 def test_a_clock_that_is_set_back_changes_no_rate(
