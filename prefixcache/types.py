@@ -572,7 +572,11 @@ class LeaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """State of a cache at one moment.  Free + private + indexed + quarantined = num_blocks."""
+    """State of a cache.  Free + private + indexed + quarantined = num_blocks.
+
+    The numbers are those of one moment.  Of a service that others use meanwhile, the rows are told
+    just after it, one after another: what has ended by then is not among them.
+    """
 
     num_blocks: int
     block_size: int

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from dataclasses import fields
 
 import numpy as np
 
-from prefixcache.core.vitals import Vitals
+from prefixcache.core.vitals import Account, Vitals
 from prefixcache.types import (
     Committed,
     Ended,
@@ -67,14 +67,18 @@ class HollowCache:
         """Nothing was quarantined."""
         return 0
 
-    def snapshot(self, *, now: float) -> Snapshot:
+    def snapshot_in_steps(
+        self, *, now: float, tenant: str | None, sees: object
+    ) -> Generator[None, None, Snapshot]:
         """Tell that nothing is held."""
+        yield from ()
         return Snapshot(0, self._block_size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger())
 
     def vitals(self, *, now: float) -> Vitals:
         """Tell that there is nothing."""
         nothing = dict.fromkeys((field.name for field in fields(Vitals)), 0)
-        return Vitals(**nothing | {"block_size": self._block_size, "accounts": {}})  # type: ignore[arg-type]
+        told = {"block_size": self._block_size, "total": Account(0, 0, Ledger()), "accounts": {}}
+        return Vitals(**nothing | told)  # type: ignore[arg-type]
 
     def settled(self) -> list[object]:
         """Nobody waits."""

@@ -315,21 +315,42 @@ class PrefixCache(Membership, Leasing, Steering):
         tenant: str | None = None,
         sees: Callable[[Namespace], bool] | None = None,
     ) -> Snapshot:
-        """Give the numbers of this moment.  O(namespaces + pins), however many leases are out.
+        """Give the numbers of this moment, and who holds what.  O(namespaces + pins).
 
         Args:
             now: The time.
-            tenant: Whose leases are listed and counted; None: everybody's.
+            tenant: Whose leases, namespaces, pins and quotas are listed and counted; None:
+                everybody's.
             sees: Whether those of a namespace are; None: all.
+        """
+        steps = self.snapshot_in_steps(now=now, tenant=tenant, sees=sees)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                told: Snapshot = end.value
+                return told
+
+    def snapshot_in_steps(
+        self,
+        *,
+        now: float,
+        tenant: str | None = None,
+        sees: Callable[[Namespace], bool] | None = None,
+    ) -> Generator[None, None, Snapshot]:
+        """Give what `snapshot` gives, in steps of some hundred rows.
+
+        Between them other verbs may be called.  The numbers are those of the first step's moment;
+        each row is as it is when its turn comes, and what has ended by then is left out.
         """
         return views.snapshot(self._desk, now, tenant, sees)
 
     def oldest_leases(self, most: int, *, now: float) -> list[LeaseInfo]:
-        """Tell up to `most` leases, oldest first.  O(tenants + most)."""
+        """Tell up to `most` leases, oldest first.  O(most)."""
         return views.oldest_leases(self._desk, most, now)
 
     def vitals(self, *, now: float) -> Vitals:
-        """Give the numbers that are cheap enough for every second.  O(namespaces)."""
+        """Give the numbers that are cheap enough for every second.  O(1)."""
         return vitals(self._desk, now)
 
     def flights(self, most: int = 1000) -> list[FlightInfo]:

@@ -13,12 +13,13 @@ from prefixcache.core.flights import Extension, Flights, Gain, Request, Ticket
 from prefixcache.core.history import History
 from prefixcache.core.holdings import Holdings
 from prefixcache.core.leases import Lease, Leases, Worker
-from prefixcache.core.ledger import Tally, resume, settle
+from prefixcache.core.ledger import resume, settle
 from prefixcache.core.node import Match, Root
 from prefixcache.core.pins import Pins
 from prefixcache.core.quotas import Account
 from prefixcache.core.radix import RadixTree
 from prefixcache.core.spaces import Spaces
+from prefixcache.core.tallies import Tallies
 from prefixcache.core.tape import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.waiting import WaitingRoom
 from prefixcache.errors import (
@@ -90,7 +91,7 @@ class Desk:
         self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
         self.spaces = Spaces(max_namespaces)
-        self.tallies: dict[Namespace, Tally] = {}
+        self.tallies = Tallies()
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.history = History(pool.num_blocks)
         self.remember = remember
@@ -149,9 +150,8 @@ class Desk:
         self.spaces.close(namespace)
         if self.tree.journal is not None:
             self.tree.journal.left(namespace)
-        if (tally := self.tallies.pop(namespace, None)) is not None:
-            name = self.spaces.depart(namespace)
-            self.tallies.setdefault(name, Tally()).merge(tally)
+        if self.tallies.get(namespace) is not None:
+            self.tallies.rename(namespace, self.spaces.depart(namespace))
         return True
 
     def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
@@ -236,10 +236,7 @@ class Desk:
             lease.grant, lease.request_id = grant, request.request_id
             lease.asked = request.asks
             member.requests[request.request_id] = lease
-        tally = self.tallies.get(request.namespace)
-        if tally is None:
-            tally = self.tallies[request.namespace] = Tally()
-        tally.add(ledger)
+        self.tallies.add(request.namespace, ledger)
         if seen is not None:
             self.history.note(
                 seen, node, member.name, request.namespace, tokens, request.request_id, grant, now

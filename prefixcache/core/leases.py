@@ -198,17 +198,22 @@ class Leases:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_next", "count", "shares", "ttl_s", "workers")
+    __slots__ = ("_deadlines", "_next", "by_age", "shares", "ttl_s", "workers")
 
     def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
         self.shares = Shares(max_leases, "--max-leases", "leases")
         """Whose they are."""
-        self.count = 0
-        """Living leases."""
+        self.by_age: OrderedDict[int, Lease] = OrderedDict()
+        """By serial number, oldest first."""
         self.workers: dict[WorkerId, Worker] = {}
         self._deadlines: list[tuple[float, int, Lease]] = []
         self._next = 0
+
+    @property
+    def count(self) -> int:
+        """Living leases.  O(1)."""
+        return len(self.by_age)
 
     def worker(self, worker: WorkerId, namespace: Namespace | None = None) -> Worker:
         """Give an attached worker.
@@ -243,11 +248,11 @@ class Leases:
         root = node.root
         root.num_leases += 1
         root.leases[lease.serial] = lease
-        self.count += 1
+        self.by_age[lease.serial] = lease
         self.shares.force(namespace.tenant)
         heappush(self._deadlines, (lease.deadline, lease.serial, lease))
         if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
-            self._deadlines = [entry for entry in self._deadlines if self._lives(entry[2])]
+            self._deadlines = [entry for entry in self._deadlines if self.lives(entry[2])]
             heapify(self._deadlines)
         return lease
 
@@ -282,7 +287,7 @@ class Leases:
         root = lease.node.root
         root.num_leases -= 1
         del root.leases[lease.serial]
-        self.count -= 1
+        del self.by_age[lease.serial]
         self.shares.give(lease.namespace.tenant)
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
@@ -296,7 +301,7 @@ class Leases:
         heap = self._deadlines
         while heap and heap[0][0] < now:
             _, serial, lease = heappop(heap)
-            if not self._lives(lease):
+            if not self.lives(lease):
                 continue
             deadline = self.ends_at(lease)
             if deadline < now:
@@ -307,19 +312,18 @@ class Leases:
     def next_deadline(self) -> float | None:
         """Give a time before which no lease ends by itself; None if there are none."""
         heap = self._deadlines
-        while heap and not self._lives(heap[0][2]):
+        while heap and not self.lives(heap[0][2]):
             heappop(heap)
         return heap[0][0] if heap else None
 
     def all(self) -> list[Lease]:
         """Give all living leases, oldest first."""
-        found = [lease for member in self.workers.values() for lease in member.leases.values()]
-        return sorted(found, key=lambda lease: lease.serial)
+        return list(self.by_age.values())
 
     def ends_at(self, lease: Lease) -> float:
         """Give the deadline, renewals of its worker included."""
         return max(lease.deadline, self.workers[lease.worker].renewed_until)
 
-    def _lives(self, lease: Lease) -> bool:
-        member = self.workers.get(lease.worker)
-        return member is not None and member.leases.get(lease.id) is lease
+    def lives(self, lease: Lease) -> bool:
+        """Whether it has not ended.  O(1)."""
+        return self.by_age.get(lease.serial) is lease

@@ -112,9 +112,12 @@ class Tally:
         "partial",
         "requests",
         "resumed",
+        "series",
     )
 
     def __init__(self) -> None:
+        self.series: Tally | None = None
+        """The sum that counts along, once there was a request; None: this is one."""
         self.requests = 0
         self.joins = 0
         self.hit = self.partial = self.joined = 0
@@ -137,8 +140,19 @@ class Tally:
 
     def merge(self, other: Tally) -> None:
         """Add the sums of another tally."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.requests += other.requests
+        self.joins += other.joins
+        self.hit += other.hit
+        self.partial += other.partial
+        self.joined += other.joined
+        self.cold += other.cold
+        self.evicted += other.evicted
+        self.granularity += other.granularity
+        self.resumed += other.resumed
+
+    def counts(self) -> tuple[int, int, Ledger]:
+        """Give the requests, those that joined a flight, and the sums: all that is compared."""
+        return self.requests, self.joins, self.total()
 
     def total(self) -> Ledger:
         """Give the sums so far."""

@@ -14,6 +14,7 @@ when it comes back.  A run that a pin ends in is split there.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -25,6 +26,8 @@ from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
 
 MAX_PINS = 65_536
+
+_PAUSE_EVERY = 200
 
 
 @dataclass(slots=True, eq=False)
@@ -167,18 +170,27 @@ class Pins:
             heappop(heap)
         return heap[0][0] if heap else None
 
-    def infos(self, now: float) -> tuple[PinInfo, ...]:
-        """Describe every pin.  O(nodes on their paths)."""
-        found = []
-        for pin in self._ends.values():
-            size, at = 0, pin.node
-            while at.parent is not None:
-                size += len(at.blocks)
-                at = at.parent
-            space: Namespace = pin.node.root.namespace
-            found.append(
-                PinInfo(space, size * self._tree.block_bytes // TOKEN_BYTES, size, pin.until - now)
-            )
+    def infos(
+        self, now: float, sees: Callable[[Namespace], bool]
+    ) -> Generator[None, None, tuple[PinInfo, ...]]:
+        """Describe the pins of such namespaces, each as it is when its turn comes.
+
+        O(pins + nodes on their paths), in steps of some hundred: between them other verbs may be
+        called.
+        """
+        found, steps = [], 0
+        for pin in list(self._ends.values()):
+            steps += 1
+            if self._lives(pin) and sees(space := pin.node.root.namespace):
+                size, at = 0, pin.node
+                while at.parent is not None:
+                    size, steps = size + len(at.blocks), steps + 1
+                    at = at.parent
+                num_tokens = size * self._tree.block_bytes // TOKEN_BYTES
+                found.append(PinInfo(space, num_tokens, size, pin.until - now))
+            if steps >= _PAUSE_EVERY:
+                steps = 0
+                yield
         return tuple(found)
 
     # ------------------------------------------------------------------ what the tree tells

@@ -14,7 +14,6 @@ A namespace answers to two accounts, its own and its tenant's; both limits count
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Root, Sums
@@ -148,12 +147,14 @@ class Account:
 class Quotas:
     """The accounts of all namespaces and tenants of one pool."""
 
-    __slots__ = ("_namespaces", "_num_blocks", "_tenants", "any_limit", "shares")
+    __slots__ = ("_limited", "_namespaces", "_num_blocks", "_tenants", "any_limit", "shares")
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._namespaces: dict[Namespace, Account] = {}
         self._tenants: dict[str, Account] = {}
+        self._limited: dict[Account, None] = {}
+        """The accounts with a quota, in the order of their quotas."""
         self.any_limit = False
         """Whether some account has a `max_held`: otherwise admission need not look."""
         self.shares: list[Account] = []
@@ -220,7 +221,7 @@ class Quotas:
             at = at.above
 
     def set(self, scope: Namespace | str, max_held: int | None, share: int) -> QuotaInfo:
-        """Set both numbers of an account; None is no limit, 0 no share.
+        """Set both numbers of an account; None is no limit, 0 no share.  O(quotas).
 
         Raises:
             InvalidRequest: a number is out of range, or all shares together exceed the pool.
@@ -236,27 +237,39 @@ class Quotas:
                 f"{share} guaranteed blocks and {others} of others are more than the pool's "
                 f"{self._num_blocks}"
             )
-        limited = [one for one in self._all() if one.has_quota and one is not account]
-        if len(limited) >= MAX_QUOTAS and (max_held is not None or share):
-            raise InvalidRequest(f"{len(limited)} accounts have a quota; the limit is {MAX_QUOTAS}")
+        limited = len(self._limited) - (account in self._limited)
+        if limited >= MAX_QUOTAS and (max_held is not None or share):
+            raise InvalidRequest(f"{limited} accounts have a quota; the limit is {MAX_QUOTAS}")
         account = self.account(scope) if isinstance(scope, Namespace) else self.tenant(scope)
         account.max_held, account.guaranteed = max_held, share
-        self.any_limit = any(one.max_held is not None for one in self._all())
-        self.shares = [one for one in self._all() if one.guaranteed]
+        if not account.has_quota:
+            self._limited.pop(account, None)
+        else:
+            self._limited[account] = None
+        self.any_limit = any(one.max_held is not None for one in self._limited)
+        self.shares = [one for one in self._limited if one.guaranteed]
         return account.info()
 
-    def tenants(self) -> Iterator[Account]:
-        """Give the accounts of all tenants."""
-        return iter(self._tenants.values())
+    def tenant_leases(self, tenant: str) -> OrderedDict[int, Lease]:
+        """Give the living leases of a tenant, oldest first.  O(1)."""
+        found = self._tenants.get(tenant)
+        return OrderedDict() if found is None else found.leases
 
     def get(self, scope: Namespace | str) -> QuotaInfo:
         """Give the numbers of an account, all zero if it is unknown.  Changes nothing."""
         account = self._known(scope)
         return (account or Account(scope, None)).info()
 
-    def infos(self) -> tuple[QuotaInfo, ...]:
-        """Give the numbers of every account that has a quota."""
-        return tuple(account.info() for account in self._all() if account.has_quota)
+    def limited(self) -> list[Account]:
+        """Give the accounts that have a quota, tenants first.  O(quotas)."""
+        return sorted(self._limited, key=lambda one: isinstance(one.scope, Namespace))
+
+    def namespaces(self, tenant: str | None) -> list[Account]:
+        """Give the accounts of a tenant's namespaces; None: of all."""
+        if tenant is None:
+            return list(self._namespaces.values())
+        found = self._tenants.get(tenant)
+        return [] if found is None else list(found.namespaces.values())
 
     def check(self, leases: list[Lease]) -> None:
         """Assert that the counts are those of the leases.  O(leases + namespaces)."""
@@ -279,6 +292,9 @@ class Quotas:
             counted = private.pop(account, 0)
             assert account.private == counted, f"{account}: {account.private}, not {counted}"
         assert not private, "a lease of an account that nobody knows"
+        known = (*self._tenants.values(), *self._namespaces.values())
+        limited = {account for account in known if account.has_quota}
+        assert set(self._limited) == limited, "the accounts with a quota"
 
     def _known(self, scope: Namespace | str) -> Account | None:
         if isinstance(scope, Namespace):
@@ -291,7 +307,3 @@ class Quotas:
         if found is None:
             found = self._tenants[name] = Account(name, None)
         return found
-
-    def _all(self) -> Iterator[Account]:
-        yield from self._tenants.values()
-        yield from self._namespaces.values()

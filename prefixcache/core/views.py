@@ -6,9 +6,8 @@ Nothing here changes the cache.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from heapq import merge
-from itertools import chain, islice
+from collections.abc import Callable, Generator
+from itertools import islice
 from typing import Final
 
 from prefixcache.core.desk import Desk
@@ -16,12 +15,15 @@ from prefixcache.core.drawing import draw
 from prefixcache.core.leases import Lease
 from prefixcache.core.ledger import Tally
 from prefixcache.core.node import Node, Root
+from prefixcache.core.vitals import vitals
 from prefixcache.types import (
     TOKEN_BYTES,
     LeaseInfo,
+    Ledger,
     Lookup,
     Namespace,
     Partial,
+    QuotaInfo,
     Snapshot,
 )
 
@@ -29,6 +31,8 @@ MOST_LEASES: Final = 1000
 """Listed in one snapshot."""
 _MOST_LOOKED_AT: Final = 8 * MOST_LEASES
 """For who may see some of a tenant's namespaces only."""
+_PAUSE_EVERY: Final = 200
+"""Rows that are told in one go."""
 
 
 def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
@@ -51,38 +55,53 @@ def snapshot(
     now: float,
     tenant: str | None = None,
     sees: Callable[[Namespace], bool] | None = None,
-) -> Snapshot:
-    """Give the numbers of this moment, and the oldest leases of who asks."""
-    holdings = desk.holdings
-    pool, tree = holdings.pool, holdings.tree
-    total = Tally()
-    for tally in desk.tallies.values():
-        total.merge(tally)
-    oldest = _oldest(desk, MOST_LEASES, tenant, sees)
-    leases = tuple([lease_info(desk, lease, now) for lease in oldest])
-    indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
+) -> Generator[None, None, Snapshot]:
+    """Give the numbers of this moment, then rows: each as it is when its turn comes.
+
+    In steps of some hundred rows: between them other verbs may be called.  What has ended by then
+    is left out.
+    """
+    head = vitals(desk, now)
+    shortage, pinned = desk.history.shortage.steps(), desk.pins.num_pinned
+
+    def is_shown(namespace: Namespace) -> bool:
+        mine = tenant is None or namespace.tenant == tenant
+        return mine and (sees is None or sees(namespace))
+
+    own = desk.leases.by_age if tenant is None else desk.holdings.quotas.tenant_leases(tenant)
+    if sees is None:
+        num_leases, most = len(own), MOST_LEASES
+    else:
+        num_leases, most = (yield from _count_leases(desk, tenant, sees)), _MOST_LOOKED_AT
+    leases = yield from _leases(desk, list(islice(own.values(), most)), now, is_shown)
+    yield
+    namespaces, total = yield from _namespaces(desk, is_shown)
+    yield
+    pins = yield from desk.pins.infos(now, is_shown)
+    yield
+    quotas = yield from _quotas(desk, tenant, is_shown)
     return Snapshot(
-        num_blocks=pool.num_blocks,
-        block_size=holdings.block_size,
-        free=free,
-        private=pool.num_blocks - free - indexed - pool.num_quarantined,
-        indexed=indexed,
-        quarantined=pool.num_quarantined,
-        evictable=tree.evictable - tree.forgotten_evictable,
-        ghosts=tree.ghosts.num_blocks,
-        nodes=tree.num_nodes,
+        num_blocks=head.num_blocks,
+        block_size=head.block_size,
+        free=head.free,
+        private=head.private,
+        indexed=head.indexed,
+        quarantined=head.quarantined,
+        evictable=head.evictable,
+        ghosts=head.ghosts,
+        nodes=head.nodes,
         leases=leases,
-        waiting=len(desk.room.tickets),
-        evicted=tree.num_evicted,
-        requests=total.requests,
-        ledger=total.total(),
-        namespaces={space: tally.total() for space, tally in desk.tallies.items()},
-        pinned=desk.pins.num_pinned,
+        waiting=head.waiting,
+        evicted=head.evicted,
+        requests=head.total.requests,
+        ledger=head.total.ledger if tenant is None and sees is None else total,
+        namespaces=namespaces,
+        pinned=pinned,
         max_pinned=desk.pins.max_pinned,
-        pins=desk.pins.infos(now),
-        quotas=holdings.quotas.infos(),
-        shortage=desk.history.shortage.steps(),
-        num_leases=_count_leases(desk, sees),
+        pins=pins,
+        quotas=quotas,
+        shortage=shortage,
+        num_leases=num_leases,
     )
 
 
@@ -100,28 +119,68 @@ def lease_info(desk: Desk, lease: Lease, now: float) -> LeaseInfo:
 
 
 def oldest_leases(desk: Desk, most: int, now: float) -> list[LeaseInfo]:
-    """Tell the oldest leases.  O(tenants + most), however many are out."""
-    return [lease_info(desk, lease, now) for lease in _oldest(desk, most, None, None)]
+    """Tell the oldest leases.  O(most), however many are out."""
+    return [lease_info(desk, lease, now) for lease in islice(desk.leases.by_age.values(), most)]
 
 
-def _oldest(
-    desk: Desk, most: int, tenant: str | None, sees: Callable[[Namespace], bool] | None
-) -> list[Lease]:
-    most_looked_at = most if sees is None else _MOST_LOOKED_AT
-    lines = [
-        islice(one.leases.values(), most_looked_at)
-        for one in desk.holdings.quotas.tenants()
-        if tenant is None or one.scope == tenant
-    ]
-    first = islice(merge(*lines, key=lambda lease: lease.serial), most_looked_at)
-    return list(islice((one for one in first if sees is None or sees(one.namespace)), most))
+def _leases(
+    desk: Desk, oldest: list[Lease], now: float, is_shown: Callable[[Namespace], bool]
+) -> Generator[None, None, tuple[LeaseInfo, ...]]:
+    """Tell the first of some leases that are shown and have not ended."""
+    found: list[LeaseInfo] = []
+    for number, lease in enumerate(oldest, 1):
+        if desk.leases.lives(lease) and is_shown(lease.namespace):
+            found.append(lease_info(desk, lease, now))
+            if len(found) == MOST_LEASES:
+                break
+        if number % _PAUSE_EVERY == 0:
+            yield
+    return tuple(found)
 
 
-def _count_leases(desk: Desk, sees: Callable[[Namespace], bool] | None) -> int:
-    if sees is None:
-        return desk.leases.count
-    roots = chain(desk.roots.values(), desk.holdings.tree.retired)
-    return sum(root.num_leases for root in roots if root.num_leases and sees(root.namespace))
+def _count_leases(
+    desk: Desk, tenant: str | None, sees: Callable[[Namespace], bool]
+) -> Generator[None, None, int]:
+    """Count the leases of the namespaces that are seen."""
+    count = steps = 0
+    for account in desk.holdings.quotas.namespaces(tenant):
+        assert isinstance(account.scope, Namespace)
+        if sees(account.scope):
+            count += sum([root.num_leases for root in account.roots])
+        steps += 1 + len(account.roots)
+        if steps >= _PAUSE_EVERY:
+            steps = 0
+            yield
+    return count
+
+
+def _namespaces(
+    desk: Desk, is_shown: Callable[[Namespace], bool]
+) -> Generator[None, None, tuple[dict[Namespace, Ledger], Ledger]]:
+    """Tell what became of the requests of the namespaces that are shown, and of them together."""
+    found: dict[Namespace, Ledger] = {}
+    total = Tally()
+    for number, space in enumerate(desk.tallies.names(), 1):
+        if is_shown(space) and (tally := desk.tallies.get(space)) is not None:
+            found[space] = tally.total()
+            total.merge(tally)
+        if number % _PAUSE_EVERY == 0:
+            yield
+    return found, total.total()
+
+
+def _quotas(
+    desk: Desk, tenant: str | None, is_shown: Callable[[Namespace], bool]
+) -> Generator[None, None, tuple[QuotaInfo, ...]]:
+    """Tell the quotas of the namespaces that are shown, and of the tenant."""
+    found = []
+    for number, account in enumerate(desk.holdings.quotas.limited(), 1):
+        scope = account.scope
+        if is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope):
+            found.append(account.info())
+        if number % _PAUSE_EVERY == 0:
+            yield
+    return tuple(found)
 
 
 def check(desk: Desk) -> None:
@@ -149,10 +208,18 @@ def check(desk: Desk) -> None:
         desk.flights.check()
         desk.room.line.check()
         desk.pins.check()
+        desk.tallies.check()
+        _check_ages(desk)
         holdings.quotas.check(desk.leases.all())
     except AssertionError as error:
         drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
         raise AssertionError(f"{error}\n{drawn}") from error
+
+
+def _check_ages(desk: Desk) -> None:
+    held = [lease for member in desk.leases.workers.values() for lease in member.leases.values()]
+    held.sort(key=lambda lease: lease.serial)
+    assert desk.leases.all() == held, "the leases by age are not those of the workers"
 
 
 def _check_lease(desk: Desk, lease: Lease) -> None:

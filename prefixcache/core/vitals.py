@@ -1,6 +1,6 @@
 """Vitals: the numbers of a cache that are cheap enough to be read every second.
 
-What `Snapshot` lists lease by lease is counted here, and the sums are per namespace.
+What `Snapshot` lists lease by lease is counted here, and the sums are those of a few series.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 from prefixcache.core.desk import Desk
+from prefixcache.core.ledger import Tally
 from prefixcache.types import TOKEN_BYTES, LeaseId, Ledger, Namespace, Partial
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What became of one namespace's requests since the start."""
+    """What became of one series' requests since the start, or of all."""
 
     requests: int
     joins: int
@@ -46,7 +47,11 @@ class Vitals:
     """Time since the last use of what was evicted last; None before the first eviction."""
     smallest_hit: int
     """Tokens of the shortest prefix that can be reused."""
+    namespaces: int
+    """Those with requests."""
+    total: Account
     accounts: dict[Namespace, Account]
+    """What `total` is the sum of; at most `tallies.MOST_SERIES` names and `tallies.OTHER`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def flights(desk: Desk, most: int) -> list[FlightInfo]:
 
 
 def vitals(desk: Desk, now: float) -> Vitals:
-    """Read the numbers.  Changes nothing.  O(namespaces + roots with flights)."""
+    """Read the numbers.  Changes nothing.  O(series), however many namespaces there are."""
     holdings = desk.holdings
     pool, tree = holdings.pool, holdings.tree
     quarantined, stamp = pool.num_quarantined, tree.last_evicted
@@ -101,8 +106,11 @@ def vitals(desk: Desk, now: float) -> Vitals:
         overshot=holdings.num_overshot,
         eviction_age_s=None if stamp is None else desk.history.ages.idle_s(stamp, now),
         smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
-        accounts={
-            space: Account(tally.requests, tally.joins, tally.total())
-            for space, tally in desk.tallies.items()
-        },
+        namespaces=len(desk.tallies),
+        total=_account(desk.tallies.total()),
+        accounts={name: _account(tally) for name, tally in desk.tallies.series.items()},
     )
+
+
+def _account(tally: Tally) -> Account:
+    return Account(*tally.counts())

@@ -6,9 +6,10 @@ one moment and writes it out family by family, giving the event loop back in bet
 A service with several trust domains gives every series the label `domain`, empty for the one
 without a name.
 
-Labels are bounded: the first `MAX_NAMESPACES` namespaces have series of their own, all later ones
-are summed under `model="(other)"`; a salt is a secret, so namespaces that differ in nothing else
-share their series.  Verbs, fates, states and errors are fixed lists.
+Labels are bounded, and so is a scrape: the first `MOST_SERIES` namespaces have series of their own,
+all later ones are summed under `model="(other)"`; a salt is a secret, so namespaces that differ in
+nothing else share their series.  They are summed as requests are granted, not when they are read.
+Verbs, fates, states and errors are fixed lists.
 """
 
 from __future__ import annotations
@@ -30,24 +31,20 @@ from prometheus_client.registry import Collector
 
 from prefixcache import __version__
 from prefixcache.core.ledger import FATES
-from prefixcache.core.vitals import Account, Vitals
+from prefixcache.core.tallies import MOST_SERIES, OTHER
+from prefixcache.core.vitals import Vitals
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.meter import NUM_BUCKETS, SUM
 from prefixcache.texts import escape
-from prefixcache.types import Ledger, Namespace
+from prefixcache.types import Namespace
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-
-MAX_NAMESPACES = 50
-"""Namespaces with series of their own."""
-
-OTHER = Namespace("(other)")
 
 _FIRST_BITS, _LAST_BITS = 12, 30
 """Bounds of the histograms: 4.1 microseconds to 1.07 seconds, each twice the one before."""
 
 _NAMESPACE = ("tenant", "model", "adapter")
-_FOLD = f"Namespaces after the first {MAX_NAMESPACES} are summed as model={OTHER.model!r}."
+_FOLD = f"Namespaces after the first {MOST_SERIES} are summed as model={OTHER.model!r}."
 
 
 class Scrape(Collector):
@@ -203,7 +200,7 @@ class _Domain:
         yield waits
 
     def _ledger(self, vitals: Vitals) -> Iterator[Metric]:
-        accounts = fold(vitals.accounts)
+        accounts = vitals.accounts
         tokens = {
             (*_labels(space), fate): getattr(account.ledger, fate)
             for space, account in accounts.items()
@@ -229,7 +226,7 @@ class _Domain:
             {_labels(space): account.joins for space, account in accounts.items()},
             _NAMESPACE,
         )
-        yield _gauge("prefixcache_namespaces", "Namespaces with requests.", len(vitals.accounts))
+        yield _gauge("prefixcache_namespaces", "Namespaces with requests.", vitals.namespaces)
 
     def _pool(self, vitals: Vitals) -> Iterator[Metric]:
         states = ("free", "private", "indexed", "quarantined")
@@ -280,26 +277,6 @@ class _Domain:
                 "Time since the last use of what was evicted last; absent before an eviction.",
                 vitals.eviction_age_s,
             )
-
-
-def fold(accounts: dict[Namespace, Account]) -> dict[Namespace, Account]:
-    """Sum the accounts that share a series: those of one name but another salt, and the late ones.
-
-    Which namespaces have their own series never changes, so that no counter ever goes back.
-    """
-    folded: dict[Namespace, Account] = {}
-    for space, account in accounts.items():
-        named = Namespace(space.model, space.adapter, space.tenant)
-        if named not in folded and len(folded) >= MAX_NAMESPACES:
-            named = OTHER
-        before = folded.get(named)
-        folded[named] = account if before is None else _sum(before, account)
-    return folded
-
-
-def _sum(one: Account, other: Account) -> Account:
-    ledger = {f: getattr(one.ledger, f) + getattr(other.ledger, f) for f in FATES}
-    return Account(one.requests + other.requests, one.joins + other.joins, Ledger(**ledger))
 
 
 def _labels(space: Namespace) -> tuple[str, str, str]:

@@ -1,7 +1,7 @@
 """What the page shows: the same moment for everybody who looks, computed once, in steps.
 
 ```
-every second     state     pool, ledger, rates, leases, flights, workers   O(leases)
+every second     state     pool, ledger, rates, leases, flights, workers   O(what is listed)
 every 3 seconds  tree      the outline: 600 branches, the rest summed up   O(runs), in steps
                  blocks    the map of the pool: 1,200 cells      O(runs + blocks), in steps
 ```
@@ -15,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator
 from dataclasses import asdict
+from itertools import islice
 from time import monotonic, time
 from typing import Any
 
@@ -27,9 +28,8 @@ from prefixcache.outline import Branch, Order, Outline
 from prefixcache.plain_json import json_text
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.identities import LOCAL
-from prefixcache.service.metrics import fold
 from prefixcache.texts import escape
-from prefixcache.types import Ledger, Namespace, unpack
+from prefixcache.types import Namespace, unpack
 
 _EVERY_S = 1.0
 _SLOW_EVERY = 3
@@ -116,11 +116,11 @@ class Page:
         cache = self._handlers.holdings.cache
         if cache is None or beat % _SLOW_EVERY:
             return
-        outline = await _in_steps(
+        outline = await self._handlers.turns.run(
             cache.outline(order=Order.TOKENS, max_branches=_MAX_BRANCHES, now=monotonic())
         )
         self._publish("tree", self._tree(outline))
-        cells = await _in_steps(cache.block_map(_CELLS))
+        cells = await self._handlers.turns.run(cache.block_map(_CELLS))
         self._publish("blocks", {"states": STATES, "cells": "".join(map(str, cells))})
 
     def _publish(self, name: str, fields: dict[str, Any]) -> None:
@@ -164,8 +164,8 @@ class Page:
                     "uncommitted_s": round(handlers.workers.uncommitted_s(worker, now), 1),
                     "namespaces": [shown(space) for space in worker.namespaces[:4]],
                 }
-                for worker in reversed(handlers.workers.roll())
-            ][:_ROWS],
+                for worker in islice(reversed(handlers.workers.roll()), _ROWS)
+            ],
         }
         if handlers.shadows is not None:
             fields["shadows"] = [
@@ -175,19 +175,20 @@ class Page:
         if cache is None:
             return fields
         vitals = cache.vitals(now=now)
-        accounts = fold(vitals.accounts)
         fields["pool"] = {
             f.name: getattr(vitals, f.name)
             for f in dataclasses.fields(vitals)
-            if f.name != "accounts"
+            if f.name not in ("namespaces", "total", "accounts")
         }
-        fields["ledger"] = _sum(account.ledger for account in accounts.values())
-        fields["requests"] = sum(account.requests for account in accounts.values())
-        fields["flights_saved"] = sum(account.joins for account in accounts.values())
+        fields["ledger"] = asdict(vitals.total.ledger)
+        fields["requests"] = vitals.total.requests
+        fields["flights_saved"] = vitals.total.joins
         fields["namespaces"] = [
             {"namespace": shown(space), "requests": account.requests, **asdict(account.ledger)}
-            for space, account in sorted(accounts.items(), key=lambda item: -item[1].requests)
-        ][:_ROWS]
+            for space, account in sorted(
+                vitals.accounts.items(), key=lambda item: -item[1].requests
+            )
+        ]
         fields["leases"] = [
             {
                 "lease": lease.lease,
@@ -252,22 +253,3 @@ class Page:
 def shown(namespace: Namespace) -> str:
     """Name a namespace for people, in characters that show themselves."""
     return escape(str(namespace))
-
-
-def _sum(ledgers: Any) -> dict[str, int]:
-    sums = dict.fromkeys(FATES, 0)
-    for ledger in ledgers:
-        assert isinstance(ledger, Ledger)
-        for fate in FATES:
-            sums[fate] += getattr(ledger, fate)
-    return sums
-
-
-async def _in_steps(work: Generator[None, None, Any]) -> Any:
-    """Run a generator to its value, with the loop's other work between its steps."""
-    while True:
-        try:
-            next(work)
-        except StopIteration as done:
-            return done.value
-        await asyncio.sleep(0)

@@ -12,7 +12,6 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass
 from time import monotonic, time
-from typing import Any
 
 from prefixcache.core.vitals import Vitals
 from prefixcache.service.holdings import Holdings
@@ -86,7 +85,7 @@ class Pulse:
             self._timer = None
 
     def read(self) -> None:
-        """Write this moment's numbers down.  O(verbs + namespaces)."""
+        """Write this moment's numbers down.  O(verbs), however much there is of anything else."""
         now = monotonic()
         self._copy_rows(now)
         cache = self._holdings.cache
@@ -137,26 +136,11 @@ class Pulse:
 
 def beat_of(vitals: Vitals, at: float, clock: float) -> Beat:
     """Pick from the vitals what is kept."""
-    sums: Any = [0] * 7
-    requests = 0
-    for account in vitals.accounts.values():
-        ledger = account.ledger
-        requests += account.requests
-        parts = (
-            ledger.hit,
-            ledger.partial,
-            ledger.joined,
-            ledger.cold,
-            ledger.evicted,
-            ledger.granularity,
-            ledger.resumed,
-        )
-        sums = [one + other for one, other in zip(sums, parts, strict=True)]
     return Beat(
         at,
         clock,
-        requests,
-        Ledger(*sums),
+        vitals.total.requests,
+        vitals.total.ledger,
         vitals.free,
         vitals.private,
         vitals.indexed,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import grpc
@@ -57,6 +58,8 @@ class SessionStream:
         self._writing = asyncio.Lock()
         self._late = pb.OpResults()
         self._flushing: asyncio.Task[None] | None = None
+        self._steps: Generator[None, None, None] | None = None
+        """Of the op that is answered now, where that takes several."""
         # Of the message that is answered now; bytes of results that are not yet written.
         self._num_ops = self._num_snapshots = self._num_bytes = 0
 
@@ -104,6 +107,9 @@ class SessionStream:
             self._num_bytes = results.ByteSize()
             self._slice(pending, results, task)
             settle()
+            if self._steps is not None:
+                steps, self._steps = self._steps, None
+                await self._handlers.turns.run(steps)
             if self._num_ops >= len(ops):
                 break
             if self._num_bytes > ANSWER_BYTES:
@@ -151,6 +157,8 @@ class SessionStream:
             began = now
             if count == _SLICE or now - start > _SLICE_NS or self._num_bytes > ANSWER_BYTES:
                 break
+            if self._steps is not None:
+                break
         self._num_ops += count
 
     def _catch_up(self, results: pb.OpResults) -> None:
@@ -191,19 +199,15 @@ class SessionStream:
                     self._num_bytes += result.ByteSize()
                     return
             answer = handler(worker, request)
-        except CacheError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this op's alone
             result = add()
             result.id = op.id
-            write_error(error, result.error)
-            self._handlers.meter.refuse(verb or "none", error)
+            self._refuse(result, verb, error)
             return
-        except Exception as error:
-            log.exception("an op failed in a way that nobody foresaw", verb=verb)
+        if answer.__class__ is GeneratorType:
             result = add()
             result.id = op.id
-            result.error.code = _INTERNAL
-            result.error.message = f"{verb} failed inside the service; its log has the details"
-            self._handlers.meter.refuse(verb, error)
+            self._steps = self._in_steps(result, verb, answer, write)
             return
         if answer.__class__ is Waiting:
             worker.tickets[op.id] = answer.ticket
@@ -219,6 +223,27 @@ class SessionStream:
             self._handlers.keep(worker, asked, kept)
         if verb == "detach":
             self._worker = None
+
+    def _refuse(self, result: pb.OpResult, verb: str | None, error: Exception) -> None:
+        if isinstance(error, CacheError):
+            write_error(error, result.error)
+        else:
+            log.error("an op failed in a way that nobody foresaw", verb=verb, exc_info=error)
+            result.error.code = _INTERNAL
+            result.error.message = f"{verb} failed inside the service; its log has the details"
+        self._handlers.meter.refuse(verb or "none", error)
+
+    def _in_steps(
+        self, result: pb.OpResult, verb: str, steps: Generator[None, None, Any], write: Any
+    ) -> Generator[None, None, None]:
+        """Answer an op in steps: others are served in between, and then the ops that follow it."""
+        try:
+            answer = yield from steps
+            yield from write(answer, getattr(result, verb))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this op's alone
+            result.ClearField(verb)
+            self._refuse(result, verb, error)
+        self._num_bytes += result.ByteSize()
 
     def _first(
         self, op: pb.Op, verb: str | None, add: Any, task: asyncio.Task[None] | None

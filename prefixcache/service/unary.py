@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
@@ -155,14 +155,14 @@ def _serve(
             if answer.__class__ is _Call:
                 answer = await answer.outcome()
             elif answer.__class__ is GeneratorType:
-                answer = await _in_steps(answer)
+                answer = await handlers.turns.run(answer)
         except CacheError as error:
             meter.refuse(verb, error)
             await refuse(context, error)
         response = response_class()
         writing = write(answer, response)
         if writing.__class__ is GeneratorType:
-            await _in_steps(writing)
+            await handlers.turns.run(writing)
         if asked is not None:
             handlers.keep(asker, asked, response)
         return response
@@ -231,16 +231,6 @@ def give_back(handlers: Handlers, worker: Worker, grants: Iterable[Grant]) -> No
     for grant in grants:
         with contextlib.suppress(CacheError):
             cache.release(worker.id, grant.lease, now=monotonic())
-
-
-async def _in_steps(steps: Generator[None, None, Any]) -> Any:
-    """Run work that pauses now and then; others are served while it does."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
-        await asyncio.sleep(0)
 
 
 async def refuse(context: Any, error: CacheError) -> Never:

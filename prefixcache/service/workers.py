@@ -180,6 +180,8 @@ class Workers:
         self.on_leave: Callable[[Worker], object] = lambda worker: None
         """Hears of each worker that leaves, however it does."""
         self._attached: dict[str, Worker] = {}
+        self.num_streams = 0
+        """How many of the attached ones hold a session open."""
         self._lost: dict[str, Worker] = {}
         self._names = Names()
         self._next = itertools.count(1)  # 0 is `FORMER`
@@ -188,11 +190,6 @@ class Workers:
 
     def __len__(self) -> int:
         return len(self._attached)
-
-    @property
-    def num_streams(self) -> int:
-        """How many of them hold a session open.  O(workers)."""
-        return sum(worker.hang_up is not None for worker in self._attached.values())
 
     def roll(self) -> list[Worker]:
         """Give the workers that are attached, and the last ones that were.  O(workers)."""
@@ -252,6 +249,7 @@ class Workers:
         if pid and host and host == self._host:
             self._watch(worker)
         self._attached[worker.key] = worker
+        self.num_streams += hang_up is not None
         if hang_up is None and self._patrol is None:
             self._set_patrol()
         log.info("worker attached", worker=shown, pid=pid, watched=worker.process is not None)
@@ -270,6 +268,7 @@ class Workers:
             return Ended()  # who watches it is looking for what it forked, and says at once
         if self._attached.pop(worker.key, None) is None:
             return Ended()
+        self.num_streams -= worker.hang_up is not None
         cache, now = self._holdings.cache, time.monotonic()
         ended = Ended()
         worker.state = "died" if dead else "left" if gone else "lost"

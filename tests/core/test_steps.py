@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prefixcache.client import outlines
+from prefixcache.client import codec, outlines
 from prefixcache.core import recital
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.recital import Recital
@@ -205,6 +205,91 @@ def test_the_oldest_leases_are_told_however_many_are_out():
     assert many.oldest_leases(20, now=1.0) == list(many.snapshot(now=1.0).leases[:20])
     cost = calls(lambda: few.oldest_leases(20, now=1.0))
     assert calls(lambda: many.oldest_leases(20, now=1.0)) <= cost
+
+
+def in_many_namespaces(num_namespaces: int, num_quotas: int = 0) -> PrefixCache:
+    """Each with a request, a lease that is out, and a pin."""
+    cache = PrefixCache(16_384, 4, max_pinned=16_384)
+    for number in range(num_namespaces):
+        space = Namespace(f"m{number}", tenant=f"t{number % 7}")
+        cache.attach(ME, space, now=0.0)
+        lease = cache.acquire(ME, space, pack([1, 2, 3, 4, 5]), now=0.0).lease
+        cache.commit(ME, lease, 4, now=0.0)
+        cache.pin(space, pack([1, 2, 3, 4]), ttl_s=99.0, now=0.0)
+        if number < num_quotas:
+            cache.set_quota(space, max_held=9, guaranteed=0, now=0.0)
+    return cache
+
+
+def test_what_is_read_every_second_costs_the_same_beside_many_namespaces():
+    few, many = in_many_namespaces(60), in_many_namespaces(3000)
+    assert many.vitals(now=1.0).namespaces == 3000
+    assert len(many.vitals(now=1.0).accounts) == 51
+    assert calls(lambda: many.vitals(now=1.0)) <= calls(lambda: few.vitals(now=1.0))
+    assert calls(lambda: many.oldest_leases(20, now=1.0)) <= calls(
+        lambda: few.oldest_leases(20, now=1.0)
+    )
+
+
+SEES = {
+    "everything": {},
+    "one tenant": {"tenant": "t3"},
+    "some models": {"sees": lambda space: space.model.endswith("3")},
+    "some models of a tenant": {"tenant": "t3", "sees": lambda space: space.model.endswith("3")},
+}
+
+
+@pytest.mark.parametrize("scope", SEES)
+def test_a_snapshot_of_thousands_of_rows_is_made_and_written_in_parts(scope: str):
+    def told(num_namespaces: int) -> tuple[int, int]:
+        cache = in_many_namespaces(num_namespaces, num_quotas=600)
+        made, seen = most_in_one_go(cache.snapshot_in_steps(now=1.0, **SEES[scope]))
+        assert seen == cache.snapshot(now=1.0, **SEES[scope])
+        written, _ = most_in_one_go(codec.write_snapshot(seen, pb.SnapshotResponse()))
+        return made, written
+
+    few, many = told(1500), told(6000)
+    assert many[0] <= few[0] * 1.1 + 50
+    assert many[1] <= max(few[1] * 1.1, 200 * 40)
+
+
+def test_rows_may_come_and_go_while_a_snapshot_is_made():
+    cache = in_many_namespaces(1500, num_quotas=600)
+    steps = cache.snapshot_in_steps(now=1.0)
+    next(steps)
+    for number in range(1500):  # all that is listed ends before its turn, and more of it comes
+        space = Namespace(f"m{number}", tenant=f"t{number % 7}")
+        cache.unpin(space)
+        cache.set_quota(space, max_held=None, guaranteed=0, now=1.0)
+    cache.detach(ME, now=1.0, gone=True)
+    for number in range(1500):
+        cache.attach(WorkerId(2), Namespace("n", salt=str(number)), now=1.0)
+    _, seen = most_in_one_go(steps)
+    assert len(seen.leases) == 200  # those told in the first step
+    assert (seen.num_leases, seen.requests) == (1500, 1500)  # the first step's moment
+    assert (seen.pins, seen.quotas) == ((), ())
+    cache.check()
+
+
+def test_pins_on_one_long_path_are_told_in_parts():
+    cache = crowded(0, full=False)
+    cache.set_tenants([])
+    lease = cache.acquire(ME, HERE, pack(range(8000)), now=0.0).lease
+    cache.commit(ME, lease, 8000, now=0.0)
+    for number in range(1, 600):
+        cache.pin(HERE, pack(range(4 * number)), ttl_s=99.0, now=0.0)
+    gone = 0
+    for _ in cache.snapshot_in_steps(now=1.0):
+        gone += 1
+    assert gone >= 599 * 600 // 2 // 1000  # a path of 600 nodes is told alone
+
+
+def test_a_quota_costs_the_same_beside_many_namespaces():
+    def set_one(num_namespaces: int) -> int:
+        cache = in_many_namespaces(num_namespaces)
+        return calls(lambda: cache.set_quota("t1", max_held=9, guaranteed=0, now=1.0))
+
+    assert set_one(3000) <= set_one(30) + 5
 
 
 def test_many_leases_expire_in_parts():

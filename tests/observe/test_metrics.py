@@ -16,12 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import prefixcache
 from observe.scraped import DOCS, FLAGS, drive, free_port, get, url_of
-from prefixcache.core.vitals import Account
+from prefixcache.core.tallies import MOST_SERIES, OTHER
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.http import HttpServer
 from prefixcache.service.meter import Meter, empty_row, quantile
-from prefixcache.service.metrics import MAX_NAMESPACES, OTHER, fold
-from prefixcache.types import Ledger, Namespace
 from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
 Samples = dict[str, dict[frozenset[tuple[str, str]], float]]
@@ -115,33 +113,16 @@ def test_names_and_units_follow_the_conventions(service: ServiceProcess) -> None
         assert (told.returncode, told.stdout + told.stderr) == (0, "")
 
 
-def test_the_first_namespaces_keep_their_series_and_all_others_share_one() -> None:
-    def account(number: int) -> Account:
-        return Account(1, number % 2, Ledger(hit=number, cold=1))
-
-    spaces = {Namespace(f"m{number}"): account(number) for number in range(MAX_NAMESPACES + 30)}
-    folded = fold(spaces)
-    assert len(folded) == MAX_NAMESPACES + 1
-    assert list(folded)[:MAX_NAMESPACES] == list(spaces)[:MAX_NAMESPACES]
-    assert folded[OTHER].requests == 30
-    assert sum(a.ledger.total for a in folded.values()) == sum(
-        a.ledger.total for a in spaces.values()
-    )
-    salted = fold({Namespace("m", salt=str(n)): account(n) for n in range(200)})
-    assert list(salted) == [Namespace("m")]
-    assert salted[Namespace("m")].joins == 100
-
-
 def test_many_namespaces_do_not_make_many_series(tmp_path: Path) -> None:
     with running(f"unix:{tmp_path}/s.sock", *sizes(64, 4), *FLAGS) as service:
         with prefixcache.connect(service.target) as client:
-            for number in range(MAX_NAMESPACES + 20):
+            for number in range(MOST_SERIES + 20):
                 with client.attach(f"m{number}", LAYOUT) as session:
                     session.acquire([1, 2, 3]).release()
         text, samples = scrape(service)
-    assert len(samples["prefixcache_requests_total"]) == MAX_NAMESPACES + 1
+    assert len(samples["prefixcache_requests_total"]) == MOST_SERIES + 1
     assert only(samples, "prefixcache_requests_total", model=OTHER.model) == 20
-    assert only(samples, "prefixcache_namespaces") == MAX_NAMESPACES + 20
+    assert only(samples, "prefixcache_namespaces") == MOST_SERIES + 20
     assert text.count("\n") < 1000
 
 

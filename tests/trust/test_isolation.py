@@ -92,9 +92,10 @@ class Service:
     def told(self) -> dict[str, str]:
         """The failures that a snapshot shows."""
         message = pb.SnapshotResponse()
-        self.handlers.write_snapshot(
-            self.handlers.snapshot(sessions.Visitor(LOCAL), pb.SnapshotRequest()), message
-        )
+        steps = self.handlers.snapshot(sessions.Visitor(LOCAL), pb.SnapshotRequest())
+        turns = self.handlers.turns
+        answer = asyncio.run(turns.run(steps))
+        asyncio.run(turns.run(self.handlers.write_snapshot(answer, message)))
         return dict(message.service.failures)
 
 

@@ -77,7 +77,7 @@ ANSWERS: list[tuple[str, Any]] = [
 def test_every_answer_survives_the_wire_also_when_it_is_all_zeros(verb: str, answer: Any) -> None:
     result = pb.OpResult(id=1)
     write = codec.WRITE.get(verb, codec.write_snapshot)
-    write(answer, getattr(result, verb))
+    list(write(answer, getattr(result, verb)) or ())
     arrived = pb.OpResult.FromString(result.SerializeToString())
     assert arrived.WhichOneof("result") == verb
     assert read_result(arrived) == answer

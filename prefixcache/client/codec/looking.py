@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any, Final
 
 from prefixcache.client.codec.steering import read_quota_info, write_quota_info
@@ -33,6 +34,9 @@ FATES: Final = {
     "resumed": pb.FATE_RESUMED,
 }
 _FATE_NAMES = {number: name for name, number in FATES.items()}
+
+_PAUSE_EVERY: Final = 200
+"""Rows that are written in one go."""
 
 _SNAPSHOT_NUMBERS: Final = (
     "num_blocks",
@@ -125,12 +129,15 @@ def _read_past(message: pb.PastRequest) -> PastRequest:
     )
 
 
-def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
-    """Fill `message`, all but `service`.  O(listed leases + namespaces)."""
+def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> Generator[None, None, None]:
+    """Fill `message`, all but `service`, pausing after some hundred rows.  O(rows)."""
     message.num_leases = answer.num_leases
     for name in _SNAPSHOT_NUMBERS:
         setattr(message, name, getattr(answer, name))
-    for info in answer.leases:
+    write_ledger(answer.ledger, message.ledger)
+    for extra_blocks, tokens in answer.shortage:
+        message.shortage.add(extra_blocks=extra_blocks, tokens=tokens)
+    for number, info in enumerate(answer.leases, 1):
         lease = message.leases.add(
             lease=info.lease,
             worker=info.worker,
@@ -140,20 +147,28 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> None:
             expires_in_s=info.expires_in_s,
         )
         show_namespace(info.namespace, lease.namespace)
-    write_ledger(answer.ledger, message.ledger)
-    for namespace, ledger in answer.namespaces.items():
+        if number % _PAUSE_EVERY == 0:
+            yield
+    yield
+    for number, (namespace, ledger) in enumerate(answer.namespaces.items(), 1):
         entry = message.namespaces.add()
         show_namespace(namespace, entry.namespace)
         write_ledger(ledger, entry.ledger)
-    for pin in answer.pins:
+        if number % _PAUSE_EVERY == 0:
+            yield
+    yield
+    for number, pin in enumerate(answer.pins, 1):
         told = message.pins.add(
             num_tokens=pin.num_tokens, num_blocks=pin.num_blocks, expires_in_s=pin.expires_in_s
         )
         show_namespace(pin.namespace, told.namespace)
-    for quota in answer.quotas:
+        if number % _PAUSE_EVERY == 0:
+            yield
+    yield
+    for number, quota in enumerate(answer.quotas, 1):
         write_quota_info(quota, message.quotas.add())
-    for extra_blocks, tokens in answer.shortage:
-        message.shortage.add(extra_blocks=extra_blocks, tokens=tokens)
+        if number % _PAUSE_EVERY == 0:
+            yield
 
 
 def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:

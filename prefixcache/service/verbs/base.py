@@ -16,6 +16,7 @@ from prefixcache.service.meter import Meter
 from prefixcache.service.pulse import Pulse
 from prefixcache.service.recorder import Recorder
 from prefixcache.service.shadows import Shadows
+from prefixcache.service.turns import Turns
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Asker, Worker, Workers
 from prefixcache.types import Namespace
@@ -40,6 +41,7 @@ class Verbs:
         self.tracer: Tracer | None = None
         self.meter = Meter((*unary.RPCS, "cancel"))
         self.pulse = Pulse(holdings, self.meter)
+        self.turns = Turns()
         self.failures = Failures()
         self.events = EventLog(holdings, settings.max_watchers, failures=self.failures)
         self.shadows = Shadows(settings, holdings, self.failures) if settings.shadow else None

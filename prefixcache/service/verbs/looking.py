@@ -29,6 +29,8 @@ MOST_TOLD_BYTES = 1 << 20
 
 _PAUSE_EVERY = 256
 """Branches that are copied in one go."""
+_ROWS_IN_ONE_GO = 200
+"""Workers or flights that are told in one go, the namespaces counted that must be looked at."""
 _CHECK_S = 30e-6
 """Seconds that a check takes per run, about."""
 _MOST_FAILURE = 100_000
@@ -111,7 +113,7 @@ class Looking(Verbs):
         asker.identity.refuse_unless_admin("check the index")
         if self.holdings.cache is None:
             return pb.CheckResponse()
-        started, runs = monotonic(), self.holdings.cache.snapshot(now=monotonic()).nodes
+        started, runs = monotonic(), self.holdings.cache.vitals(now=monotonic()).nodes
         if runs > (most := request.max_runs or 20_000):
             raise InvalidRequest(
                 f"a check of {runs:,} runs would hold everybody up for about "
@@ -127,29 +129,33 @@ class Looking(Verbs):
             failure=failure[:_MOST_FAILURE], runs=runs, seconds=monotonic() - started
         )
 
-    def snapshot(self, asker: Asker, request: pb.SnapshotRequest) -> Seen:
-        """Tell the state of the cache; all zeros before the layout is known."""
-        if self.holdings.cache is None:
+    def snapshot(self, asker: Asker, request: pb.SnapshotRequest) -> Generator[None, None, Seen]:
+        """Tell what the caller may see of the cache, in steps; zeros before a layout is known."""
+        identity, cache = asker.identity, self.holdings.cache
+        if cache is None:
             size = self.settings.block_size
             nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
-            return Seen(nothing, asker.identity)
-        identity, cache = asker.identity, self.holdings.cache
-        if identity.sees_all:
-            return Seen(cache.snapshot(now=monotonic()), identity)
-        tenant = None if identity.admin else identity.tenant
-        seen = cache.snapshot(now=monotonic(), tenant=tenant, sees=identity.sees)
-        return Seen(seen, identity)
+            return Seen(nothing, identity)
+        told = yield from cache.snapshot_in_steps(
+            now=monotonic(),
+            tenant=None if identity.admin else identity.tenant,
+            sees=None if "*" in identity.models else identity.sees,
+        )
+        return Seen(told, identity)
 
-    def write_snapshot(self, answer: Seen, message: pb.SnapshotResponse) -> None:
-        """Fill `message` with what its caller may see."""
-        self._write_whole(answer, message)
+    def write_snapshot(
+        self, answer: Seen, message: pb.SnapshotResponse
+    ) -> Generator[None, None, None]:
+        """Fill `message` with what its caller may see, in steps."""
+        yield from codec.write_snapshot(answer.snapshot, message)
+        yield from self._write_workers(answer.identity, message)
+        yield from self._write_flights(answer.identity, message)
+        self._write_watched(message)
+        self._write_service(message.service)
         if not answer.identity.sees_all:
             narrow(message, answer.identity)
 
-    def _write_whole(self, answer: Seen, message: pb.SnapshotResponse) -> None:
-        codec.write_snapshot(answer.snapshot, message)
-        self._write_watched(answer.identity, message)
-        info = message.service
+    def _write_service(self, info: pb.ServiceInfo) -> None:
         info.version = __version__
         info.pid = os.getpid()
         info.uptime_s = self.uptime_s
@@ -168,7 +174,7 @@ class Looking(Verbs):
             for name, value in self.holdings.state.condition._asdict().items():
                 setattr(info.state, name, value)
 
-    def _write_watched(self, identity: Identity, message: pb.SnapshotResponse) -> None:
+    def _write_watched(self, message: pb.SnapshotResponse) -> None:
         """Fill in what the service observes beside the cache."""
         for rate in self.pulse.rates():
             message.verbs.add(
@@ -180,12 +186,30 @@ class Looking(Verbs):
                 p99_s=rate.p99_s,
             )
         message.requests_per_s = self.pulse.requests_per_s()
-        now = monotonic()
+        if self.shadows is not None:
+            write_shadows(self.shadows, message)
+        if self.holdings.cache is None:
+            return
+        vitals = self.holdings.cache.vitals(now=monotonic())
+        message.flights_saved = vitals.total.joins
+        message.overshot = vitals.overshot
+        if vitals.eviction_age_s is not None:
+            message.eviction_age_s = vitals.eviction_age_s
+
+    def _write_workers(
+        self, identity: Identity, message: pb.SnapshotResponse
+    ) -> Generator[None, None, None]:
+        """Tell of the workers all of whose namespaces the caller may see."""
+        now, steps = monotonic(), 0
         cache = self.holdings.cache
         for worker in self.workers.roll():
+            steps += 1 if identity.sees_all else 1 + len(worker.namespaces)
+            if steps >= _ROWS_IN_ONE_GO:
+                steps = 0
+                yield
             if not (identity.admin or worker.identity.tenant == identity.tenant):
                 continue
-            if not all(map(identity.sees, worker.namespaces)):
+            if not (identity.sees_all or all(map(identity.sees, worker.namespaces))):
                 continue
             message.workers.add(
                 worker=worker.name_for(identity),
@@ -200,14 +224,19 @@ class Looking(Verbs):
                 oldest_untaken_s=worker.oldest_untaken_s(now),
                 uncommitted_s=self.workers.uncommitted_s(worker, now),
             )
-        if self.shadows is not None:
-            write_shadows(self.shadows, message)
-        if self.holdings.cache is None:
+
+    def _write_flights(
+        self, identity: Identity, message: pb.SnapshotResponse
+    ) -> Generator[None, None, None]:
+        """Tell of the flights in namespaces that the caller may see."""
+        cache = self.holdings.cache
+        if cache is None:
             return
-        vitals = self.holdings.cache.vitals(now=now)
-        message.flights_saved = sum(account.joins for account in vitals.accounts.values())
-        message.overshot = vitals.overshot
-        for flight in self.holdings.cache.flights():
+        for number, flight in enumerate(cache.flights(), 1):
+            if number % _ROWS_IN_ONE_GO == 0:
+                yield
+            if not identity.sees(flight.namespace):
+                continue
             info = message.flights.add(
                 lease=flight.lease,
                 worker=flight.worker,
@@ -216,8 +245,6 @@ class Looking(Verbs):
                 num_waiting=flight.num_waiting,
             )
             codec.show_namespace(flight.namespace, info.namespace)
-        if vitals.eviction_age_s is not None:
-            message.eviction_age_s = vitals.eviction_age_s
 
 
 def without_salted_tokens(
