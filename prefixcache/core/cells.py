@@ -11,7 +11,7 @@ A use is in the cell of its leaf.  Re-ranking touches cells, never leaves.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import compress
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,10 @@ from prefixcache.core.uses import Shadow, Use
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Node
+
+
+_SPARE = 1024
+"""Entries out of date that may be kept beside three times as many as there are leaves."""
 
 
 class Cells:
@@ -34,9 +38,11 @@ class Cells:
         "_filled",
         "_heaps",
         "_num_kinds",
+        "_num_put",
         "_order",
         "_powers",
         "_shadow",
+        "_tidy_at",
         "_unmarked",
     )
 
@@ -51,6 +57,9 @@ class Cells:
         self._ages: list[int] = []
         """The bits of all cells of one age, the oldest first; empty until needed."""
         self._unmarked: list[Node] = []
+        self._num_put = 0
+        """Entries made since all were looked at."""
+        self._tidy_at = _SPARE
 
     def rank(self, order: list[int]) -> None:
         """Give the cells a new order, the worst first.  O(cells)."""
@@ -61,17 +70,17 @@ class Cells:
         self._order, self._bits, self._filled, self._ages = order, bits, filled, []
 
     def push(self, node: Node) -> None:
-        """Add a leaf.  O(log leaves)."""
+        """Add a leaf.  O(log leaves), amortised."""
         node.queued = True
         if node.mark is None:
             self._unmarked.append(node)
+            self._count()
         else:
             use = node.mark[0]
             use.leaf = node
             cell = self._cell(use)
             if cell >= 0:
-                heappush(self._heaps[cell], (use.number, use))
-                self._filled |= self._bits[cell]
+                self._put(cell, use)
 
     def age(self, use: Use) -> None:
         """Put a use that has just grown older into its next cell.  O(log leaves), amortised.
@@ -86,8 +95,7 @@ class Cells:
         left = self._heaps[cell - 1]
         while left and left[0][0] <= number:
             heappop(left)
-        heappush(self._heaps[cell], (number, use))
-        self._filled |= self._bits[cell]
+        self._put(cell, use)
 
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
@@ -104,6 +112,31 @@ class Cells:
         heappop(self._heaps[self._cell(use)])
         use.leaf.queued = False
         return use.leaf
+
+    def _put(self, cell: int, use: Use) -> None:
+        heappush(self._heaps[cell], (use.number, use))
+        self._filled |= self._bits[cell]
+        self._count()
+
+    def _count(self) -> None:
+        """Count an entry; now and then drop what belongs elsewhere by now.  Amortised O(1)."""
+        self._num_put += 1
+        if self._num_put <= self._tidy_at:
+            return
+        self._num_put = 0
+        self._unmarked = [
+            node
+            for node in dict.fromkeys(self._unmarked)
+            if node.is_evictable and node.mark is None
+        ]
+        living = len(self._unmarked)
+        for cell, heap in enumerate(self._heaps):
+            if heap:
+                there = {entry[0]: entry for entry in heap if self._cell(entry[1]) == cell}
+                heap[:] = there.values()
+                heapify(heap)
+                living += len(heap)
+        self._tidy_at = max(_SPARE, 2 * living)
 
     def _worst(self) -> Use | None:
         while self._filled:

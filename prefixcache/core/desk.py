@@ -142,11 +142,12 @@ class Desk:
             Whether it is gone.
         """
         root, quotas = self.roots[namespace], self.holdings.quotas
-        if self.spaces.is_used(namespace) or root in self.pins or not quotas.close(namespace):
+        if self.spaces.is_used(namespace) or root in self.pins or quotas.is_needed(namespace):
             return False
         del self.roots[namespace]
         if root.num_blocks:
             self.tree.retire(root)
+        quotas.close(namespace)
         self.spaces.close(namespace)
         if self.tree.journal is not None:
             self.tree.journal.left(namespace)

@@ -207,7 +207,8 @@ class Leases:
         self.by_age: OrderedDict[int, Lease] = OrderedDict()
         """By serial number, oldest first."""
         self.workers: dict[WorkerId, Worker] = {}
-        self._deadlines: list[tuple[float, int, Lease]] = []
+        self._deadlines: list[tuple[float, int]] = []
+        """With serials: what has ended is in no way kept."""
         self._next = 0
 
     @property
@@ -250,9 +251,9 @@ class Leases:
         root.leases[lease.serial] = lease
         self.by_age[lease.serial] = lease
         self.shares.force(namespace.tenant)
-        heappush(self._deadlines, (lease.deadline, lease.serial, lease))
+        heappush(self._deadlines, (lease.deadline, lease.serial))
         if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
-            self._deadlines = [entry for entry in self._deadlines if self.lives(entry[2])]
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self.by_age]
             heapify(self._deadlines)
         return lease
 
@@ -300,19 +301,20 @@ class Leases:
         """Give a lease whose deadline has passed; None if none has.  Amortised O(log leases)."""
         heap = self._deadlines
         while heap and heap[0][0] < now:
-            _, serial, lease = heappop(heap)
-            if not self.lives(lease):
+            serial = heappop(heap)[1]
+            lease = self.by_age.get(serial)
+            if lease is None:
                 continue
             deadline = self.ends_at(lease)
             if deadline < now:
                 return lease
-            heappush(heap, (deadline, serial, lease))
+            heappush(heap, (deadline, serial))
         return None
 
     def next_deadline(self) -> float | None:
         """Give a time before which no lease ends by itself; None if there are none."""
         heap = self._deadlines
-        while heap and not self.lives(heap[0][2]):
+        while heap and heap[0][1] not in self.by_age:
             heappop(heap)
         return heap[0][0] if heap else None
 

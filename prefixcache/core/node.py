@@ -49,7 +49,7 @@ class Node:
     last: int
     born: int
     queued: int
-    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the shelter."""
+    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the shelter, 3 what was reset."""
     pinned: int
     """How many pins cover these blocks."""
     mark: Any
@@ -115,7 +115,6 @@ class Root(Node):
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(b"", array("i"), None, 0)
-        self.root = self
         self.ref = 1
         self.namespace = namespace
         self.num_blocks = 0
@@ -131,6 +130,11 @@ class Root(Node):
         """Who answers for what is stored here."""
         self.retired = False
         """Whether the namespace was reset: nothing below can be found any more."""
+
+    @property
+    def root(self) -> Root:  # type: ignore[override]
+        """Give itself.  Not stored: who refers to himself waits for the garbage collector."""
+        return self
 
 
 class Match(NamedTuple):

@@ -173,23 +173,29 @@ class Quotas:
         """Let a new root belong to its namespace's account."""
         self.account(root.namespace).adopt(root)
 
-    def close(self, namespace: Namespace) -> bool:
-        """Forget a namespace, unless leases hold blocks of it or it has a quota.  O(its resets).
-
-        What is cached in it, if anything, must be about to be forgotten, too.
-
-        Returns:
-            Whether it is forgotten.
-        """
+    def is_needed(self, namespace: Namespace) -> bool:
+        """Whether there are leases in a namespace, or blocks held, or a quota.  O(its resets)."""
         account = self._namespaces[namespace]
-        if account.has_quota or account.num_held:
-            return False
-        del self._namespaces[namespace]
+        leased = any(root.num_leases for root in account.roots)
+        return leased or account.has_quota or account.num_held > 0
+
+    def close(self, namespace: Namespace) -> None:
+        """Forget a namespace that is not needed, and nothing of which can be found.  O(its resets).
+
+        What is still cached of it ends by itself, and waits for no garbage collector.
+        """
+        account = self._namespaces.pop(namespace)
+        for root in account.roots:
+            root.account = None
+        account.roots.clear()
         tenant = self._tenants[namespace.tenant]
         del tenant.namespaces[namespace]
+        self._leave(tenant)
+
+    def _leave(self, tenant: Account) -> None:
+        """Forget a tenant, if nothing is left of it.  O(1)."""
         if not (tenant.namespaces or tenant.has_quota or tenant.num_held):
-            del self._tenants[namespace.tenant]
-        return True
+            del self._tenants[tenant.tenant]
 
     def admit(self, account: Account, extra: int) -> None:
         """Check that `extra` more blocks may be held.  Changes nothing.
@@ -248,7 +254,12 @@ class Quotas:
             self._limited[account] = None
         self.any_limit = any(one.max_held is not None for one in self._limited)
         self.shares = [one for one in self._limited if one.guaranteed]
-        return account.info()
+        told = account.info()
+        if isinstance(scope, Namespace) and not account.roots and not account.has_quota:
+            self.close(scope)  # nothing is there, and nothing is said about it any more
+        elif isinstance(scope, str):
+            self._leave(account)
+        return told
 
     def tenant_leases(self, tenant: str) -> OrderedDict[int, Lease]:
         """Give the living leases of a tenant, oldest first.  O(1)."""

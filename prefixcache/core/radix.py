@@ -33,6 +33,7 @@ children (`node.ghosts`), never above one, and come back to life when their toke
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,9 @@ from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
 
 if TYPE_CHECKING:
     from prefixcache.core.pins import Pins
+
+SWEPT = 3
+"""`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
 
 
 class RadixTree(Descent):
@@ -74,8 +78,9 @@ class RadixTree(Descent):
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
         self.pins: Pins | None = None
         """Who is told when pinned blocks are lost."""
-        self._sweeps: list[Iterator[Node]] = []
-        """Leaves of what was reset; they are evicted before all others."""
+        self._sweeps: deque[Iterator[Node]] = deque()
+        """Leaves of what was reset; they are evicted before all others.  The oldest first, so that
+        none of those that have nothing left is kept by younger ones."""
         self._tidy_at = 16
         """Length of `retired` at which the empty ones are dropped."""
 
@@ -341,17 +346,21 @@ class RadixTree(Descent):
 
     def _next_retired(self) -> Node | None:
         while self._sweeps:
-            node = next(self._sweeps[-1], None)
+            node = next(self._sweeps[0], None)
             if node is None:
-                self._sweeps.pop()
-            elif node.is_evictable:
+                self._sweeps.popleft()
+                continue
+            node.queued = 0
+            if node.is_evictable:
                 return node
         return None
 
     def _offer(self, node: Node) -> None:
         """Let a leaf that has just become evictable be evicted: in its turn, or first of all."""
         if node.root.retired:
-            self._sweeps.append(iter((node,)))
+            if node.queued != SWEPT:
+                node.queued = SWEPT
+                self._sweeps.append(iter((node,)))
         else:
             self.queue.push(node)
 

@@ -15,7 +15,8 @@ from prefixcache.core.shares import Shares
 from prefixcache.types import Namespace
 
 _MOST_NAMES = 1024
-"""Names whose counts are kept after they have gone; those of further ones are kept per tenant."""
+"""Names whose counts are kept after they have gone; those of further ones are kept per tenant, of
+as many tenants, and those of all others together."""
 
 
 class Spaces:
@@ -72,6 +73,8 @@ class Spaces:
         name = Namespace(namespace.model, namespace.adapter, namespace.tenant)
         if name not in self._departed:
             if len(self._departed) >= _MOST_NAMES:
-                return Namespace("", tenant=namespace.tenant)
+                name = Namespace("", tenant=namespace.tenant)
+                if name not in self._departed and len(self._departed) >= 2 * _MOST_NAMES:
+                    return Namespace("")
             self._departed.add(name)
         return name

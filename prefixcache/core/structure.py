@@ -174,7 +174,7 @@ class Structure:
         if above.last > node.last:
             node.last = above.last
         top.children[node.key[:width]] = node
-        above.parent = above.children = None
+        above.parent = above.children = above.mark = None
         above.key = b""
         above.blocks = array("i")
         self.num_nodes -= 1

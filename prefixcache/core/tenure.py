@@ -21,6 +21,8 @@ Wipe = Callable[[BlockTable], None]
 
 _CLEAN, _UNKNOWN = 0, -1
 """Tenants are numbered from 1."""
+_SPARE_NUMBERS = 1024
+"""Of tenants without a block, which may be kept beside twice as many as there are blocks."""
 _SHORT_RUN = 24
 """Up to this many blocks a Python loop beats the fixed cost of numpy calls."""
 
@@ -32,7 +34,7 @@ class Tenure:
         num_blocks: Of the pool, which holds nothing but zeros yet.
     """
 
-    __slots__ = ("_num_blocks", "_numbers", "_of", "_only", "num_wiped", "wipe")
+    __slots__ = ("_last", "_num_blocks", "_numbers", "_of", "_only", "num_wiped", "wipe")
 
     def __init__(self, num_blocks: int) -> None:
         self.wipe: Wipe | None = None
@@ -42,6 +44,8 @@ class Tenure:
         self._num_blocks = num_blocks
         self._of = np.zeros(0, np.int32)
         self._numbers: dict[str, int] = {}
+        """Of the tenants whose data some block may hold; of others, a few."""
+        self._last = 0
         self._only: str | None = None
         """The one tenant so far: all that is not clean may be its."""
 
@@ -62,10 +66,10 @@ class Tenure:
                 self._only = tenant
             if self._only == tenant:
                 return
-            self._numbers[self._only] = 1
+            first = self._number(self._only)
             self._of = np.zeros(self._num_blocks, np.int32)
-            self._of[:num_used] = 1
-        mine = self._numbers.setdefault(tenant, len(self._numbers) + 1)
+            self._of[:num_used] = first
+        mine = self._number(tenant)
         of = self._of
         if len(blocks) <= _SHORT_RUN:
             foreign = array("i", [one for one in blocks if of[one] not in (mine, _CLEAN)])
@@ -85,7 +89,17 @@ class Tenure:
         """Take over a pool of an earlier life: what is not in a run may hold anybody's data."""
         self._of = np.full(self._num_blocks, _UNKNOWN, np.int32)
         for tenant, blocks in runs:
-            number = self._numbers.setdefault(tenant, len(self._numbers) + 1)
-            self._of[np.frombuffer(blocks, np.int32)] = number
+            self._of[np.frombuffer(blocks, np.int32)] = self._number(tenant)
         if not self._numbers:
-            self._numbers[""] = 1
+            self._number("")
+
+    def _number(self, tenant: str) -> int:
+        """Give a tenant's number.  Amortised O(1): those without a block are forgotten in bulk."""
+        found = self._numbers.get(tenant)
+        if found is None:
+            if len(self._numbers) >= 2 * self._num_blocks + _SPARE_NUMBERS:
+                there = set(np.unique(self._of).tolist())
+                self._numbers = {name: n for name, n in self._numbers.items() if n in there}
+            self._last += 1
+            found = self._numbers[tenant] = self._last
+        return found

@@ -26,6 +26,9 @@ _BEHIND, _CAUGHT_UP = 0.005, 0.0005
 """Shares of recent blocks by which an LRU must be ahead to take over, and to give back."""
 
 
+_SPARE = 64
+
+
 class Use:
     """One use of a path: the blocks that no later use has taken over, resident or ghosts."""
 
@@ -68,7 +71,17 @@ class Shadow:
     the edge the head of what it owns is.  Ghosts beyond the capacity make that exact.
     """
 
-    __slots__ = ("_behind", "_edge", "_seen", "_size", "_uses", "first", "leads", "num_blocks")
+    __slots__ = (
+        "_behind",
+        "_edge",
+        "_seen",
+        "_size",
+        "_tidy_at",
+        "_uses",
+        "first",
+        "leads",
+        "num_blocks",
+    )
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -77,6 +90,8 @@ class Shadow:
         self.leads = False
         """Whether the LRU is ahead, and should decide."""
         self._uses: deque[Use] = deque()
+        self._tidy_at = _SPARE
+        """Length of `_uses` at which those are dropped that later ones have taken over whole."""
         self._size = 0
         self._edge: Use | None = None
         self._behind = 0.0
@@ -85,6 +100,9 @@ class Shadow:
     def add(self, use: Use, num_joined: int) -> None:
         """Put a use in; `num_joined` of its blocks were not in it.  Amortised O(1)."""
         self._uses.append(use)
+        if len(self._uses) > self._tidy_at:
+            self._uses = deque(one for one in self._uses if one.size)
+            self._tidy_at = 2 * len(self._uses) + _SPARE
         self._size += num_joined
         while self._size > self.num_blocks:
             self._edge = self._uses.popleft()

@@ -7,11 +7,14 @@ owner died becomes the owner.
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from prefixcache.core.flights import Extension, Request, Ticket
 from prefixcache.core.line import Line
 from prefixcache.types import Namespace, TicketId
+
+_SPARE_DEADLINES = 1024
+"""Of tickets that left before, which may be kept beside as many as there are tickets."""
 
 
 class WaitingRoom:
@@ -36,6 +39,9 @@ class WaitingRoom:
         ticket = Ticket(TicketId(self._next), request, tenant, deadline)
         self.tickets[ticket.id] = ticket
         heappush(self._deadlines, (deadline, ticket.id))
+        if len(self._deadlines) > 2 * len(self.tickets) + _SPARE_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self.tickets]
+            heapify(self._deadlines)
         return ticket
 
     def wait_for(self, ticket: Ticket, owner: int, target: int) -> None:

@@ -53,8 +53,8 @@ _FORMER_S = 0.1
 """How often to look whether processes still map the pool as it was before this service."""
 
 _COLLECTOR = (20_000, 50, 100)
-"""Garbage collection: the tree's nodes live long and end without cycles, so a walk over all of them
-(generation 2) is worth its pause only once in a hundred million allocations."""
+"""Garbage collection: nodes live long, and nothing of the tree ends in a cycle, so a walk over all
+of it (generation 2) is worth its pause only once in a hundred million allocations."""
 
 _STOP = (signal.SIGTERM, signal.SIGINT)
 

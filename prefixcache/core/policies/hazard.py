@@ -143,8 +143,11 @@ class Hazard(EvictionPolicy):
                     self._cells.age(use)
 
     def lost(self, node: Node, num_blocks: int) -> Mark:
-        """Let the ghost stay with its use."""
-        return node.mark
+        """Let the ghost stay with its use, which forgets the node."""
+        mark = node.mark
+        if mark is not None and mark[0].leaf is node:
+            mark[0].leaf = None  # what has blocks left is pushed again
+        return mark
 
     def forgotten(self, mark: Mark, num_blocks: int) -> None:
         """Take blocks without a ghost from their use."""

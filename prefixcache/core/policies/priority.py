@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from prefixcache.core.eviction import LanePolicy, Lanes, Queue, register
+from prefixcache.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Node
     from prefixcache.types import Namespace
 
 LOWEST, NORMAL, HIGHEST = 0, 4, 9
+
+MAX_RANKS = 1024
+"""Namespaces with a level of their own: each was chosen by hand, and is remembered while it is
+empty, too."""
 
 
 @register
@@ -41,7 +46,20 @@ class Priority(LanePolicy):
         self._lanes = _TimedLanes(self)
 
     def rank(self, namespace: Namespace, level: int, ttl_s: float = inf) -> None:
-        """Give all that is used in a namespace from now on a level, for `ttl_s` after each use."""
+        """Give all that is used in a namespace from now on a level, for `ttl_s` after each use.
+
+        The level of all others forgets it again.
+
+        Raises:
+            InvalidRequest: too many namespaces have another one.
+        """
+        if level == NORMAL:
+            self._ranks.pop(namespace, None)
+            return
+        if namespace not in self._ranks and len(self._ranks) >= MAX_RANKS:
+            raise InvalidRequest(
+                f"{len(self._ranks)} namespaces have a level of their own; the limit is {MAX_RANKS}"
+            )
         self._ranks[namespace] = (level, ttl_s)
 
     def retain(self, node: Node, level: int, until: float) -> None:
@@ -84,16 +102,19 @@ class Priority(LanePolicy):
 class _TimedLanes(Lanes):
     """Lanes that look at a leaf again when its level's time is over."""
 
-    __slots__ = ("_ends",)
+    __slots__ = ("_ends", "_tidy_at")
 
     def __init__(self, policy: Priority) -> None:
         super().__init__(policy)
         self._ends: list[tuple[float, int, Node]] = []
+        self._tidy_at = 1024
 
     def push(self, node: Node) -> None:
         super().push(node)
         if node.mark is not None and node.mark[1] < inf:
             heappush(self._ends, (node.mark[1], self._serial, node))
+            if len(self._ends) > self._tidy_at:
+                self._tidy()
 
     def expire(self, now: float) -> None:
         """Put leaves whose time is over into their new lane.  Amortised O(log leaves)."""
@@ -101,3 +122,14 @@ class _TimedLanes(Lanes):
             node = heappop(self._ends)[2]
             if node.is_evictable:
                 super().push(node)
+
+    def _tidy(self) -> None:
+        """Keep one end per living leaf: that of its present level.  O(ends), once per doubling."""
+        living = {
+            node: (until, serial, node)
+            for until, serial, node in self._ends
+            if node.is_evictable and node.mark is not None and node.mark[1] == until
+        }
+        self._ends = list(living.values())
+        heapify(self._ends)
+        self._tidy_at = max(1024, 2 * len(self._ends))
