@@ -44,6 +44,11 @@ from prefixcache.types import (
 _LOOKED_AT = 4
 """Namespaces that are looked at, whether they still hold anything, when another one comes."""
 _LOOKED_AT_IN_NEED = 256
+_MOST_WORK = 512
+"""What is done in one step for requests that wait, in looks at one of them: about 2 ms."""
+_TRY = 8
+"""Looks that trying a request counts as, and once more for each `_TRIED_BYTES` of its prompt."""
+_TRIED_BYTES = 8192
 
 
 class Desk:
@@ -323,30 +328,48 @@ class Desk:
         self.history.ages.note(self.tree.clock, now)
         if self.tape is not None:
             self.tape((ENDED, lease.serial, 0, b"", None))
-        self.call(lease, now)
+        self.call(lease)
         return Ended((lease.id,), freed, quarantined)
 
-    def call(self, owner: Lease, now: float, *, everyone: bool = False) -> None:
-        """Try again the requests whose wait for `owner` is over, or everyone that waits for it."""
+    def end_leaving(self, now: float, most: float) -> list[Ended]:
+        """End up to `most` leases of workers that leave; let go of those that have none left."""
+        over: list[Ended] = []
+        while self.leases.leaving and most > 0:
+            member = next(iter(self.leases.leaving.values()))
+            while member.ending and most > 0:
+                most -= 1
+                lease = member.ending.pop()
+                if self.leases.lives(lease):
+                    over.append(self.end(lease, now, writes_on=not member.is_gone))
+            if member.ending:
+                break
+            most -= 1 + len(member.namespaces) // _TRY
+            self.leases.leave(member)
+            for namespace in member.namespaces:
+                self.spaces.leave(namespace)
+            if member.is_gone:
+                over.append(Ended(num_freed=self.holdings.absolve(member.id)))
+        return over
+
+    def call(self, owner: Lease, *, everyone: bool = False) -> None:
+        """Let those be tried again whose wait for `owner` is over, or all that wait for it."""
         indexed = None
         if owner.flight is not None and not everyone:
             indexed = owner.committed if self.partial is Partial.TAILS else owner.start
-        for ticket in self.room.called(owner.serial, indexed):
-            self.retry(ticket, now, wait=now < ticket.deadline)
+        self.room.call(owner.serial, indexed)
 
-    def landed(self, lease: Lease, at: int, token: bytes, now: float) -> None:
-        """Try again the requests that wait for somebody slower than `lease`, which indexed first.
+    def landed(self, lease: Lease, at: int) -> None:
+        """Let those be tried again that wait for somebody slower than `lease`, who indexed first.
+
+        O(1) where nobody waits there for another; else O(tokens), a copy.
 
         Args:
             lease: Who has indexed blocks.
             at: Index of the first token that others see since then.
-            token: That token, packed.
-            now: The time.
         """
-        for ticket in self.room.sharing(lease.namespace, at * TOKEN_BYTES, token, lease.serial):
-            if ticket.id in self.room.tickets:
-                self.room.stop_waiting(ticket)
-                self.retry(ticket, now, wait=now < ticket.deadline)
+        if self.room.may_share(lease.namespace, lease.serial):
+            prefix = lease.prefix((at + 1) * TOKEN_BYTES)
+            self.room.search(lease.namespace, prefix, lease.serial)
 
     def retry(self, ticket: Ticket, now: float, *, wait: bool) -> bool:
         """Try a waiting request again; it may have to wait on, for somebody else or for room.
@@ -395,17 +418,23 @@ class Desk:
         """Whether a request in line would be refused as before.  Never wrong if it says so.  O(1).
 
         Nothing that it could reuse, or wait for, has come or gone since it was tried: it needs as
-        much as then.
+        much as then, at least.
         """
         root = ticket.root
         if root is None or root.retired or root.num_changes != ticket.num_changes:
             return False
-        if now >= ticket.deadline or ticket.over_quota or self.holdings.quotas.any_limit:
+        if now >= ticket.deadline:
             return False
         request = ticket.request
         assert isinstance(request, Request)
         member = self.leases.workers.get(request.worker)
         if member is None or request.request_id in member.requests:
+            return False
+        quotas = self.holdings.quotas
+        if quotas.any_limit and root.account and not quotas.allows(root.account, ticket.need):
+            ticket.over_quota = True
+            return True
+        if ticket.over_quota:
             return False
         short = ticket.need - self.holdings.pool.num_free
         return short > 0 and short > self.holdings.room()
@@ -430,25 +459,71 @@ class Desk:
         self.holdings.recount(own)
         return update
 
-    def serve_line(self, now: float) -> None:
+    def serve(self, now: float, most: float | None = None) -> None:
         """Serve who waits for blocks, as far as there are any.  After every step that gives some.
 
-        O(1) where nobody waits or no block is free; else O(who is tried).
+        O(1) where nobody waits or no block is free; else see `go_on`.
         """
+        self.room.line.look_again()
+        self.go_on(now, most)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether `go_on` would find something to do.  O(1)."""
         line = self.room.line
-        changed = True
-        while changed and line and not self.holdings.is_full:
-            changed = False
-            before: list[Ticket] = []
-            for ticket in line.candidates():
-                if line.is_closed_for(ticket):
-                    continue
-                if self._is_hopeless(ticket, now):
-                    before.append(ticket)
-                    continue
-                if self.retry(ticket, now, wait=now < ticket.deadline):
-                    line.pass_by(before)
-                    changed = True
-                    break
-                before.append(ticket)
-                changed |= not ticket.in_line
+        return self.room.is_called or (line.is_due and not self.holdings.is_full)
+
+    def go_on(self, now: float, most: float | None = None) -> None:
+        """Try again who was called, and look at who stands in line, as much as fits into a step.
+
+        Args:
+            now: The time.
+            most: How much: a look counts one, a try several, the more the longer the prompt is.
+        """
+        room, line = self.room, self.room.line
+        most = _MOST_WORK if most is None else most
+        while room.is_called and most > 0:
+            if (called := room.take()) is None:
+                most -= _TRY  # it searches
+                continue
+            most -= _price(called)
+            self.retry(called, now, wait=now < called.deadline)
+        while most > 0 and line.is_due and not self.holdings.is_full:
+            if (ticket := line.next()) is None:
+                break
+            most -= 1
+            if line.is_closed_for(ticket):
+                continue
+            if self._is_hopeless(ticket, now):
+                line.refused.append(ticket)
+                continue
+            most -= _price(ticket)
+            if self.retry(ticket, now, wait=now < ticket.deadline):
+                most -= len(line.refused) // _TRY
+                line.pass_by(line.refused)
+                line.look_again()
+            elif ticket.in_line:
+                line.refused.append(ticket)
+            else:
+                line.look_again()
+
+    def give_up(self, now: float, most: float | None = None) -> bool:
+        """Try those a last time whose deadline has passed, as much as fits into a step.
+
+        Returns:
+            Whether there was one.
+        """
+        any_late = False
+        most = _MOST_WORK if most is None else most
+        while most > 0 and (late := self.room.overdue(now)) is not None:
+            most -= _price(late)
+            self.retry(late, now, wait=False)
+            any_late = True
+        return any_late
+
+
+def _price(ticket: Ticket) -> int:
+    """Give how much work it is to try a request."""
+    request = ticket.request
+    size = 0 if isinstance(request, Extension) else len(request.tokens)
+    return _TRY + size // _TRIED_BYTES

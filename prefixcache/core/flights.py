@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prefixcache.core.children import common_prefix
@@ -53,7 +53,15 @@ class Gain(NamedTuple):
     """Tokens that the owner must have indexed."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
+class Waiters:
+    """Who waits for one owner, by what must be indexed; who has left is dropped at the top."""
+
+    heap: list[tuple[int, TicketId]] = field(default_factory=list)
+    count: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Ticket:
     """A request that waits: for a flight, or in the line for blocks."""
 
@@ -63,6 +71,8 @@ class Ticket:
     deadline: float
     owner: int | None = None
     """Whose flight it waits for: the serial of a lease."""
+    beside: Waiters | None = None
+    """With whom."""
     target: int = 0
     """Tokens that the owner must have indexed."""
     in_line: bool = False

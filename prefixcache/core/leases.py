@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _REMEMBERED_ENDS = 256
 """Of one worker's leases."""
 _SPARE_DEADLINES = 4096
+_DROPPED = 512
+"""Deadlines of leases that have ended, which are dropped in one go."""
 _REMEMBERED_REQUESTS = 256
 """Of each worker: those that may be interrupted at the same time, and come again."""
 _SHOWN_BYTES = 16 * TOKEN_BYTES
@@ -134,6 +136,14 @@ class Lease:
         last = (self.node.key[-_SHOWN_BYTES:] + self.rest[:at])[-_SHOWN_BYTES:]
         return Begun(self.namespace, self.computed_from, self.committed, last)
 
+    def prefix(self, num_bytes: int) -> bytes:
+        """Give its first tokens, packed.  O(tokens), a copy."""
+        parts, node = [self.rest], self.node
+        while node.parent is not None:
+            parts.append(node.key)
+            node = node.parent
+        return b"".join(reversed(parts))[:num_bytes]
+
     @property
     def num_tokens(self) -> int:
         """Tokens the lease knows: computed, and to be computed."""
@@ -189,6 +199,10 @@ class Worker:
             self.begun.popitem(last=False)
 
     renewed_until: float = 0.0
+    is_gone: bool | None = None
+    """Once it leaves: whether it can no longer write to the pool."""
+    ending: list[Lease] = field(default_factory=list)
+    """Once it leaves: its leases that have still to be ended, the oldest last."""
 
 
 class Leases:
@@ -198,7 +212,7 @@ class Leases:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_next", "by_age", "shares", "ttl_s", "workers")
+    __slots__ = ("_deadlines", "_next", "by_age", "leaving", "shares", "ttl_s", "workers")
 
     def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
@@ -207,6 +221,8 @@ class Leases:
         self.by_age: OrderedDict[int, Lease] = OrderedDict()
         """By serial number, oldest first."""
         self.workers: dict[WorkerId, Worker] = {}
+        self.leaving: OrderedDict[WorkerId, Worker] = OrderedDict()
+        """Of the workers, those that may do nothing any more, while their leases are ended."""
         self._deadlines: list[tuple[float, int]] = []
         """With serials: what has ended is in no way kept."""
         self._next = 0
@@ -223,7 +239,7 @@ class Leases:
             NotFound: it is not attached (to that namespace).
         """
         member = self.workers.get(worker)
-        if member is None:
+        if member is None or member.is_gone is not None:
             raise NotFound("this worker is not attached; attach first")
         if namespace is not None and namespace not in member.namespaces:
             raise NotFound(
@@ -297,24 +313,43 @@ class Leases:
             if len(member.expired) > _REMEMBERED_ENDS:
                 member.expired.popitem(last=False)
 
-    def due(self, now: float) -> Lease | None:
-        """Give a lease whose deadline has passed; None if none has.  Amortised O(log leases)."""
-        heap = self._deadlines
-        while heap and heap[0][0] < now:
+    def begin_to_leave(self, member: Worker, *, gone: bool) -> None:
+        """Let a worker do nothing any more; its leases are ended one by one.  O(its leases)."""
+        member.is_gone = gone
+        member.ending = list(reversed(member.leases.values()))
+        self.leaving[member.id] = member
+
+    def leave(self, member: Worker) -> None:
+        """Forget a worker that leaves and has no lease any more."""
+        del self.leaving[member.id], self.workers[member.id]
+
+    def due(self, now: float, most: float) -> list[Lease]:
+        """Give leases whose deadline has passed.
+
+        O(log leases) for each of up to `most` that are looked at: `next_deadline` tells of others.
+        """
+        heap, found = self._deadlines, []
+        while heap and heap[0][0] < now and most > 0:
+            most -= 1
             serial = heappop(heap)[1]
-            lease = self.by_age.get(serial)
-            if lease is None:
+            if (lease := self.by_age.get(serial)) is None:
                 continue
             deadline = self.ends_at(lease)
             if deadline < now:
-                return lease
-            heappush(heap, (deadline, serial))
-        return None
+                found.append(lease)
+            else:
+                heappush(heap, (deadline, serial))
+        return found
 
     def next_deadline(self) -> float | None:
-        """Give a time before which no lease ends by itself; None if there are none."""
+        """Give a time before which no lease ends by itself; None if there are none.
+
+        Of those that have ended, few are dropped in one go: then the time is too early.
+        """
         heap = self._deadlines
-        while heap and heap[0][1] not in self.by_age:
+        for _ in range(_DROPPED):
+            if not heap or heap[0][1] in self.by_age:
+                break
             heappop(heap)
         return heap[0][0] if heap else None
 

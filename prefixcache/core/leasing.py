@@ -10,6 +10,8 @@ acquire ─► commit … ─► extend / commit … ─► release
 
 from __future__ import annotations
 
+from math import inf
+
 from prefixcache.core.desk import Desk
 from prefixcache.core.flights import Extension, Request
 from prefixcache.core.tape import COMMITTED, TRUNCATED
@@ -127,7 +129,7 @@ class Leasing:
         found = desk.room.tickets.get(ticket)
         if found is not None and found.request.worker == worker:
             desk.room.leave(found)
-            desk.serve_line(now)  # who could not pass it may now
+            desk.serve(now)  # who could not pass it may now
         for settled in desk.settled:
             if settled[0] == ticket:
                 if isinstance(settled[1], TableUpdate):
@@ -183,8 +185,6 @@ class Leasing:
         own.rest += new_tokens
         # The first token that others may see from now on: without tails, that of a whole block.
         news = own.committed if self.partial is Partial.TAILS else own.start
-        into = (news - own.start) * TOKEN_BYTES
-        token = own.rest[into : into + TOKEN_BYTES]
         desk.holdings.drop_source(own)
         indexed = 0
         if num_tokens > own.committed:
@@ -194,11 +194,11 @@ class Leasing:
             desk.tape((COMMITTED, own.serial, num_tokens, new_tokens, None))
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             desk.flights.land(own)
-        desk.call(own, now)
-        if indexed and desk.room.tickets:
-            desk.landed(own, news, token, now)
-        if desk.room.line:
-            desk.serve_line(now)
+        if desk.room.tickets:
+            desk.call(own)
+            if indexed:
+                desk.landed(own, news)
+            desk.serve(now)
         return Committed(num_tokens, indexed)
 
     def extend(
@@ -311,8 +311,8 @@ class Leasing:
         if (prompt := own.flight) is not None:
             self._desk.flights.land(own)
             self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
-        self._desk.call(own, now, everyone=True)
-        self._desk.serve_line(now)
+        self._desk.call(own, everyone=True)
+        self._desk.serve(now)
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
@@ -328,39 +328,48 @@ class Leasing:
                 return Released(0)
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
         freed = self._desk.end(own, now, writes_on=False).num_freed
-        self._desk.serve_line(now)
+        self._desk.serve(now)
         return Released(freed)
 
     def expire(self, *, now: float, most: int | None = None) -> Ended:
-        """End the leases and the pins whose deadline has passed, and the waits.
+        """End what time has ended: leases, pins, waits; and go on with what steps have left.
 
         Shared blocks come back at once; those the owner could still write to are quarantined.
 
         Args:
             now: The time.
-            most: How many leases are ended in this step; `next_deadline` says that others are due.
+            most: How many leases and pins each are ended, or looked at, in this step, by default
+                all: first those of workers that leave.  `next_deadline` says that there are others.
         """
         desk = self._desk
-        over: list[Ended] = []
-        desk.pins.expire(now)
-        while (most is None or len(over) < most) and (lease := desk.leases.due(now)) is not None:
-            over.append(desk.end(lease, now, writes_on=True))
-        ended = Ended.total(over)
-        desk.serve_line(now)
-        overdue = desk.room.overdue(now)
-        for ticket in overdue:
-            if ticket.id in desk.room.tickets:
-                desk.retry(ticket, now, wait=False)
-        if overdue:
-            desk.serve_line(now)
-        return ended
+        limit, work = (inf, inf) if most is None else (most, None)
+        desk.pins.expire(now, limit)
+        over = desk.end_leaving(now, limit)
+        if not over or most is None:
+            due = desk.leases.due(now, limit)
+            over += [desk.end(lease, now, writes_on=True) for lease in due]
+        if over:
+            desk.serve(now, work)
+        else:
+            desk.go_on(now, work)
+        next_end = desk.leases.next_deadline()
+        all_ended = not desk.leases.leaving and (next_end is None or next_end >= now)
+        if all_ended and desk.give_up(now, work):  # whoever waits has had what these gave back
+            desk.serve(now, work)
+        return Ended.total(over)
 
     def next_deadline(self) -> float | None:
-        """Give a time before which `expire` has nothing to do; None if nothing can expire."""
+        """Give a time before which `expire` has nothing to do; None if nothing can expire.
+
+        O(1), amortised.  Where steps have left something to do, it is over already.
+        """
+        desk = self._desk
+        if desk.is_behind or desk.leases.leaving:
+            return -inf
         times = (
-            self._desk.leases.next_deadline(),
-            self._desk.room.next_deadline(),
-            self._desk.pins.next_deadline(),
+            desk.leases.next_deadline(),
+            desk.room.next_deadline(),
+            desk.pins.next_deadline(),
         )
         return min((time for time in times if time is not None), default=None)
 

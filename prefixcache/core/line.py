@@ -10,6 +10,10 @@ namespace c          ticket                   ┘
 Within a namespace it is first come, first served.  A request that does not fit may be passed by
 smaller ones, but only `MOST_PASSES` times: then nobody passes it any more, so that no stream of
 small requests starves a large one.
+
+When room comes back, everybody who may be next is looked at, some hundred in one step.  The round
+goes on where it was, whatever comes and goes meanwhile, and is followed by another one if more room
+has come back since it began.
 """
 
 from __future__ import annotations
@@ -33,14 +37,18 @@ class Line:
         limit: How many may wait at the same time.
     """
 
-    __slots__ = ("_growing", "_passed_enough", "_turns", "shares")
+    __slots__ = ("_growing", "_is_due", "_passed_enough", "_round", "_turns", "refused", "shares")
 
     def __init__(self, limit: int) -> None:
         self.shares = Shares(limit, "--max-line", "requests that wait for room")
         """Whose they are that wait."""
         self._passed_enough: Ticket | None = None
         self._growing: OrderedDict[int, Ticket] = OrderedDict()
-        self._turns: OrderedDict[Namespace, OrderedDict[TicketId, Ticket]] = OrderedDict()
+        self._turns: dict[Namespace, OrderedDict[TicketId, Ticket]] = {}
+        self._round: Iterator[Ticket] | None = None
+        self._is_due = False
+        self.refused: list[Ticket] = []
+        """Who was looked at in this round and stays where he was."""
 
     def __len__(self) -> int:
         return self.shares.total
@@ -99,17 +107,41 @@ class Line:
         """Let a namespace whose ticket was served wait until all others had theirs."""
         request = ticket.request
         if not isinstance(request, Extension) and request.namespace in self._turns:
-            self._turns.move_to_end(request.namespace)
+            self._turns[request.namespace] = self._turns.pop(request.namespace)
 
     def growing(self, serial: int) -> Ticket | None:
         """Give the ticket of a lease that waits for room; None if it does not."""
         return self._growing.get(serial)
 
-    def candidates(self) -> Iterator[Ticket]:
-        """Give who may be next, in order: O(leases that grow + namespaces)."""
-        yield from tuple(self._growing.values())
-        for mine in tuple(self._turns.values()):
-            yield next(iter(mine.values()))
+    @property
+    def is_due(self) -> bool:
+        """Whether somebody has still to be looked at."""
+        return bool(self._turns or self._growing) and (self._is_due or self._round is not None)
+
+    def look_again(self) -> None:
+        """Let everybody be looked at, once more those whose turn in this round has been.  O(1)."""
+        self._is_due = True
+
+    def next(self) -> Ticket | None:
+        """Give who is to be looked at next; None if nobody is.  O(line) where a round begins."""
+        while self._round is not None or self._is_due:
+            if self._round is None:
+                self._is_due, self.refused = False, []
+                self._round = self._candidates()
+            if (ticket := next(self._round, None)) is not None:
+                return ticket
+            self._round = None
+        self.refused = []
+        return None
+
+    def _candidates(self) -> Iterator[Ticket]:
+        """Give who may be next, in order, as it is when his turn comes."""
+        for ticket in tuple(self._growing.values()):
+            if ticket.in_line:
+                yield ticket
+        for namespace in tuple(self._turns):
+            if (mine := self._turns.get(namespace)) is not None:
+                yield next(iter(mine.values()))
 
     def heads(self) -> list[Ticket]:
         """Give who is first of its kind.  O(namespaces)."""

@@ -26,6 +26,8 @@ from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
 
 MAX_PINS = 65_536
+_DROPPED = 512
+"""Deadlines of pins that have ended, which are dropped in one go."""
 
 _PAUSE_EVERY = 200
 
@@ -155,18 +157,27 @@ class Pins:
             max_pinned=self.max_pinned,
         )
 
-    def expire(self, now: float) -> None:
-        """End the pins whose time is over.  Amortised O(log pins + nodes on their paths)."""
+    def expire(self, now: float, most: float) -> None:
+        """End pins whose time is over.  `next_deadline` says that there are others.
+
+        O(log pins + nodes on its path) for each of up to `most` that are looked at.
+        """
         heap = self._deadlines
-        while heap and heap[0][0] < now:
+        while heap and heap[0][0] < now and most > 0:
+            most -= 1
             pin = heappop(heap)[2]
             if self._lives(pin) and pin.until < now:
                 self._end(pin)
 
     def next_deadline(self) -> float | None:
-        """Give a time before which no pin ends; None if there are none."""
+        """Give a time before which no pin ends; None if there are none.
+
+        Of those that have ended, few are dropped in one go: then the time is too early.
+        """
         heap = self._deadlines
-        while heap and not (self._lives(heap[0][2]) and heap[0][2].until == heap[0][0]):
+        for _ in range(_DROPPED):
+            if not heap or (self._lives(heap[0][2]) and heap[0][2].until == heap[0][0]):
+                break
             heappop(heap)
         return heap[0][0] if heap else None
 

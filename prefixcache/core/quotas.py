@@ -211,6 +211,15 @@ class Quotas:
                 )
             at = at.above
 
+    def allows(self, account: Account, extra: int) -> bool:
+        """Whether `extra` more blocks may be held.  O(its resets)."""
+        at: Account | None = account
+        while at is not None:
+            if at.max_held is not None and at.num_held + extra > at.max_held:
+                return False
+            at = at.above
+        return True
+
     def refuse_hopeless(self, account: Account, total: int) -> None:
         """Check that `total` blocks could be held if nothing else was.  Changes nothing.
 

@@ -118,7 +118,7 @@ class Steering:
             self._shelter()
         if isinstance(desk.tree.queue, Shelter):
             desk.tree.queue.let_all_go()
-        desk.serve_line(now)
+        desk.serve(now)
         return answer
 
     def quota(self, scope: Namespace | str) -> QuotaInfo:

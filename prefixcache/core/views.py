@@ -206,7 +206,7 @@ def check(desk: Desk) -> None:
                 held[lease.table[-1]] += 1
         desk.holdings.pool.check(private, indexed, held)
         desk.flights.check()
-        desk.room.line.check()
+        desk.room.check()
         desk.pins.check()
         desk.tallies.check()
         _check_ages(desk)

@@ -1,17 +1,47 @@
 """The waiting room: requests that wait, for a flight or for blocks, until their deadline.
 
+```
+             wait_for                        called: landed, ended            taken
+request ─┬──────────► waits for a flight ─────────────────────────► ready ──────────► tried again
+         │ wait_for_room                                                    ▲
+         └──────────► stands in line (`line.py`) ───────────────────────────┘ when there is room
+```
 A waiting request holds nothing new, so waiting cannot deadlock: when the flight lands, its owner
 ends, or blocks come back, the request is simply tried again.  The first one to be tried after an
-owner died becomes the owner.
+owner died becomes the owner.  However many wait for one owner, they are tried some dozens in one
+step.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import Counter, deque
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 
-from prefixcache.core.flights import Extension, Request, Ticket
+from prefixcache.core.flights import Extension, Request, Ticket, Waiters
 from prefixcache.core.line import Line
-from prefixcache.types import Namespace, TicketId
+from prefixcache.types import Namespace, TicketId, WorkerId
+
+_STALE = 512
+"""Entries of what has ended that are dropped in one go."""
+_CALLED = 64
+"""Requests whose wait for one owner is over, that are found in one go."""
+_SEARCHED = 256
+"""Requests that are looked at in one go, whether what has landed is theirs."""
+
+
+@dataclass(slots=True)
+class _Search:
+    """For requests that wait for somebody slower than who has landed, in the order of prompts."""
+
+    namespace: Namespace
+    prefix: bytes
+    after: tuple[bytes, int]
+    again: bytes | None = None
+    """What the same owner has landed meanwhile."""
+
 
 _SPARE_DEADLINES = 1024
 """Of tickets that left before, which may be kept beside as many as there are tickets."""
@@ -24,12 +54,30 @@ class WaitingRoom:
         max_line: How many may wait for blocks at the same time.
     """
 
-    __slots__ = ("_by_owner", "_deadlines", "_next", "line", "tickets")
+    __slots__ = (
+        "_below",
+        "_by_owner",
+        "_by_worker",
+        "_calls",
+        "_deadlines",
+        "_next",
+        "_ready",
+        "_searches",
+        "line",
+        "tickets",
+    )
 
     def __init__(self, max_line: int) -> None:
         self.line = Line(max_line)
         self.tickets: dict[TicketId, Ticket] = {}
-        self._by_owner: dict[int, list[Ticket]] = {}
+        self._by_worker: dict[WorkerId, dict[TicketId, Ticket]] = {}
+        self._by_owner: dict[int, Waiters] = {}
+        self._below: dict[Namespace, list[tuple[bytes, int, Ticket]]] = {}
+        """Who waits for a flight, prompts in order."""
+        self._ready: deque[Ticket] = deque()
+        self._calls: dict[Waiters, int | None] = {}
+        """Whose wait may be over, and how much their owner has indexed: they have to be found."""
+        self._searches: dict[int, _Search] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
         self._next = 0
 
@@ -38,95 +86,207 @@ class WaitingRoom:
         self._next += 1
         ticket = Ticket(TicketId(self._next), request, tenant, deadline)
         self.tickets[ticket.id] = ticket
+        self._by_worker.setdefault(request.worker, {})[ticket.id] = ticket
         heappush(self._deadlines, (deadline, ticket.id))
         if len(self._deadlines) > 2 * len(self.tickets) + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.tickets]
             heapify(self._deadlines)
         return ticket
 
+    def of(self, worker: WorkerId) -> list[Ticket]:
+        """Give the tickets of a worker.  O(its own)."""
+        return list(self._by_worker.get(worker, {}).values())
+
     def wait_for(self, ticket: Ticket, owner: int, target: int) -> None:
         """Let a ticket wait until `owner` has indexed `target` tokens, or has ended."""
         self.line.leave(ticket)
-        ticket.owner, ticket.target = owner, target
-        self._by_owner.setdefault(owner, []).append(ticket)
+        waiters = self._by_owner.setdefault(owner, Waiters())
+        ticket.owner, ticket.target, ticket.beside = owner, target, waiters
+        if len(waiters.heap) > 2 * waiters.count + _STALE:
+            waiters.heap = [one for one in waiters.heap if self._waits(one, waiters)]
+            heapify(waiters.heap)
+        waiters.count += 1
+        heappush(waiters.heap, (target, ticket.id))
+        request = ticket.request
+        assert isinstance(request, Request)
+        insort(self._below.setdefault(request.namespace, []), (request.tokens, ticket.id, ticket))
 
     def wait_for_room(self, ticket: Ticket) -> None:
         """Let a ticket wait for blocks; where it stands already, it keeps its place."""
-        ticket.owner = None
+        self.stop_waiting(ticket)
         if not ticket.in_line:
             self.line.join(ticket)
 
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket."""
         del self.tickets[ticket.id]
+        mine = self._by_worker[ticket.request.worker]
+        del mine[ticket.id]
+        if not mine:
+            del self._by_worker[ticket.request.worker]
         self.line.leave(ticket)
         self.stop_waiting(ticket)
 
     def stop_waiting(self, ticket: Ticket) -> None:
-        """Let a ticket wait for nobody, to be tried again."""
-        owner = ticket.owner
-        waiting = None if owner is None else self._by_owner.get(owner)
-        if owner is not None and waiting is not None and ticket in waiting:
-            waiting.remove(ticket)
-            if not waiting:
-                del self._by_owner[owner]
+        """Let a ticket wait for no flight.  O(log waiting)."""
+        owner, waiters = ticket.owner, ticket.beside
+        if owner is None or waiters is None:
+            return
+        ticket.owner = ticket.beside = None
+        waiters.count -= 1
+        if not waiters.count and self._by_owner.get(owner) is waiters:
+            del self._by_owner[owner]
+        request = ticket.request
+        assert isinstance(request, Request)
+        below = self._below[request.namespace]
+        del below[bisect_left(below, (request.tokens, ticket.id))]
+        if not below:
+            del self._below[request.namespace]
 
     def waiting_for(self, owner: int) -> int:
         """Count the requests that wait for a lease.  O(1)."""
-        return len(self._by_owner.get(owner, ()))
+        waiters = self._by_owner.get(owner)
+        return 0 if waiters is None else waiters.count
 
-    def called(self, owner: int, indexed: int | None) -> list[Ticket]:
-        """Take out the tickets whose wait for `owner` is over, in order of arrival.
+    # ------------------------------------------------------------------ called
+
+    @property
+    def is_called(self) -> bool:
+        """Whether somebody whose wait is over has still to be tried, or to be looked for."""
+        return bool(self._ready or self._calls or self._searches)
+
+    def call(self, owner: int, indexed: int | None) -> None:
+        """Let the tickets whose wait for `owner` is over be tried: `take` finds them.  O(1).
 
         Args:
             owner: The lease they wait for.
             indexed: How many tokens it has indexed; None if it will index no more.
         """
-        waiting = self._by_owner.pop(owner, None)
-        if not waiting:
-            return []
+        if (waiters := self._by_owner.get(owner)) is None:
+            return
         if indexed is None:
-            return waiting
-        staying = [ticket for ticket in waiting if ticket.target > indexed]
-        if staying:
-            self._by_owner[owner] = staying
-        return [ticket for ticket in waiting if ticket.target <= indexed]
+            del self._by_owner[owner]  # who is tried and waits for it again is not called again
+        if indexed is None or waiters.heap[0][0] <= indexed:
+            self._calls[waiters] = indexed
 
-    def sharing(self, namespace: Namespace, at: int, token: bytes, owner: int) -> list[Ticket]:
-        """Give the tickets that wait for a flight other than `owner`'s for a token it committed.
+    def may_share(self, namespace: Namespace, owner: int) -> bool:
+        """Whether anybody there waits for another flight than `owner`'s.  O(1)."""
+        return len(self._below.get(namespace, ())) > self.waiting_for(owner)
 
-        O(waiting).  Needed where several leases computed the same tokens: who waits for the slowest
-        must not wait on when the first has landed.
+    def search(self, namespace: Namespace, prefix: bytes, owner: int) -> None:
+        """Let the tickets be tried that wait for a flight other than `owner`'s for a prefix of it.
+
+        Needed where several leases computed the same tokens: who waits for the slowest must not
+        wait on when the first has landed.  The search is made by `take`, in parts.
 
         Args:
             namespace: Where.
-            at: Byte at which the token stands in the sequence.
-            token: The first one that was committed now, packed.
+            prefix: All tokens up to the first one that was committed now, packed.
             owner: Who committed it.
         """
-        return [
-            ticket
-            for ticket in self.tickets.values()
-            if not isinstance(ticket.request, Extension)
-            and not ticket.in_line
-            and ticket.owner != owner
-            and ticket.request.tokens.startswith(token, at)
-            and ticket.request.namespace == namespace
-        ]
+        search = self._searches.get(owner)
+        if search is None:
+            self._searches[owner] = _Search(namespace, prefix, (prefix, -1))
+        elif search.again is None:
+            search.again = prefix
 
-    def overdue(self, now: float) -> list[Ticket]:
-        """Give the tickets whose deadline has passed."""
-        found = []
+    def take(self) -> Ticket | None:
+        """Give the next ticket to be tried; None if there is none, or it has yet to be found.
+
+        Those of one owner come in order of arrival, as far as they are found together.
+        O((`_CALLED` + `_SEARCHED`) · log waiting).
+        """
+        if not self._ready and self._calls:
+            self._go_on_calling(next(iter(self._calls)))
+        elif not self._ready and self._searches:
+            self._go_on_searching(next(iter(self._searches)))
+        while self._ready:
+            ticket = self._ready.popleft()
+            if ticket.id in self.tickets:
+                return ticket
+        return None
+
+    def _go_on_calling(self, waiters: Waiters) -> None:
+        indexed, heap = self._calls.pop(waiters), waiters.heap
+        called: list[Ticket] = []
+        for _ in range(_CALLED):
+            if not heap or (indexed is not None and heap[0][0] > indexed):
+                break
+            if (ticket := self._waits(heappop(heap), waiters)) is not None:
+                self.stop_waiting(ticket)
+                called.append(ticket)
+        else:
+            self._calls[waiters] = indexed
+        called.sort(key=lambda ticket: ticket.id)
+        self._ready.extend(called)
+
+    def _go_on_searching(self, owner: int) -> None:
+        search = self._searches.pop(owner)
+        below = self._below.get(search.namespace, [])
+        at = bisect_left(below, search.after)
+        looked_at = below[at : at + _SEARCHED]
+        for tokens, number, ticket in looked_at:
+            if not tokens.startswith(search.prefix):
+                looked_at = []
+                break
+            search.after = (tokens, number + 1)
+            if ticket.owner != owner:
+                self.stop_waiting(ticket)
+                self._ready.append(ticket)
+        if len(looked_at) == _SEARCHED:
+            self._searches[owner] = search
+        elif search.again is not None:
+            self.search(search.namespace, search.again, owner)
+
+    # ------------------------------------------------------------------ time
+
+    def overdue(self, now: float) -> Ticket | None:
+        """Give a ticket whose deadline has passed; None if there is none.  Amortised O(log)."""
         heap = self._deadlines
         while heap and heap[0][0] < now:
-            ticket = self.tickets.get(heappop(heap)[1])
-            if ticket is not None:
-                found.append(ticket)
-        return found
+            if (ticket := self.tickets.get(heappop(heap)[1])) is not None:
+                return ticket
+        return None
 
     def next_deadline(self) -> float | None:
-        """Give the earliest deadline; None if nobody waits."""
+        """Give a time before which no wait is over by itself; None if nobody waits.
+
+        Of those who have left, few are dropped in one go: then the time is too early.
+        """
         heap = self._deadlines
-        while heap and heap[0][1] not in self.tickets:
+        for _ in range(_STALE):
+            if not heap or heap[0][1] in self.tickets:
+                break
             heappop(heap)
         return heap[0][0] if heap else None
+
+    def check(self) -> None:
+        """Assert that each ticket is in one place, where it can be found.  O(waiting)."""
+        self.line.check()
+        waits: Counter[Waiters] = Counter()
+        ready = Counter(ticket.id for ticket in self._ready)
+        assert not ready or max(ready.values()) == 1, "ready twice"
+        for number, ticket in self.tickets.items():
+            assert self._by_worker[ticket.request.worker][number] is ticket, "a worker's ticket"
+            places = (ticket.owner is not None) + ticket.in_line + ready[number]
+            assert places == 1, f"ticket {number} is in {places} places"
+            if ticket.owner is not None and ticket.beside is not None:
+                waits[ticket.beside] += 1
+                assert (ticket.target, number) in ticket.beside.heap, f"{number} is not called"
+                if self._calls.get(ticket.beside, 0) is not None:
+                    assert self._by_owner[ticket.owner] is ticket.beside, f"{number} waits alone"
+        assert sum(map(len, self._by_worker.values())) == len(self.tickets), "tickets of workers"
+        assert all(one.count == number for one, number in waits.items()), "who waits"
+        assert all(one.count for one in self._by_owner.values()), "an owner for whom nobody waits"
+        assert sum(map(len, self._below.values())) == waits.total(), "prompts that wait"
+        for below in self._below.values():
+            assert below, "an empty list of prompts"
+            assert all(one < two for one, two in pairwise(below)), "prompts out of order"
+
+    def _waits(self, entry: tuple[int, TicketId], waiters: Waiters) -> Ticket | None:
+        """Give the ticket of an entry that is still true."""
+        target, number = entry
+        ticket = self.tickets.get(number)
+        if ticket is None or ticket.beside is not waiters or ticket.target != target:
+            return None
+        return ticket

@@ -335,7 +335,7 @@ def _stop_without_owner(holdings: Holdings, stop: asyncio.Event) -> asyncio.Even
 async def _drain(handlers: Handlers, grace_s: float) -> None:
     """Give no new leases, and wait until those that are out have come back."""
     handlers.draining = True
-    handlers.workers.refuse_waiting(
+    await handlers.workers.refuse_waiting(
         ServiceUnavailable("the service is draining: it gives no new leases")
     )
     deadline = time.monotonic() + grace_s

@@ -23,7 +23,7 @@ Deliver: TypeAlias = "Callable[[Outcome], None]"
 _SLACK_S = 0.001
 """The event loop rounds to milliseconds; waking up early would only mean waking up twice."""
 
-_MOST_ENDS = 256
+MOST_ENDS = 256
 """Leases that end in one go; others are served before the next ones."""
 
 log = structlog.get_logger(__name__)
@@ -37,6 +37,8 @@ class WaitingLine:
         self._waiting: dict[TicketId, tuple[Deliver, int]] = {}
         self.waits = empty_row()
         """How long requests waited that got an outcome."""
+        self.on_end: Callable[[], object] = lambda: None
+        """Is called after some leases of workers that leave have ended."""
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
@@ -94,8 +96,11 @@ class WaitingLine:
         cache = self._holdings.cache
         if cache is None:
             return
-        ended = cache.expire(now=time.monotonic(), most=_MOST_ENDS)
-        if ended.leases:
+        leaving = cache.is_leaving()
+        ended = cache.expire(now=time.monotonic(), most=MOST_ENDS)
+        if leaving:
+            self.on_end()
+        elif ended.leases:
             log.warning(
                 "leases expired without a sign of life",
                 leases=len(ended.leases),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import secrets
 import time
@@ -31,7 +32,7 @@ from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL, Identities, Identity
 from prefixcache.service.processes import Process, Processes, User
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.waiting import MOST_ENDS, WaitingLine
 from prefixcache.types import Ended, Namespace, TicketId, WorkerId
 
 MAX_NAME = 128
@@ -42,6 +43,13 @@ MAX_NAMESPACES = 256
 
 _STEMS = 4096
 """Names that several workers wished for, whose next number is remembered."""
+
+_MOST_SILENT = 16
+"""Workers that end in one go since nothing was heard of them."""
+_MOST_REFUSED = 16
+"""Requests that are refused in one go when the service ends."""
+_PAUSE_S = 0.001
+"""Between those and the next ones."""
 
 _SHOWN_NAMESPACES = 4
 """Of a worker that has gone."""
@@ -183,6 +191,9 @@ class Workers:
         self.num_streams = 0
         """How many of the attached ones hold a session open."""
         self._lost: dict[str, Worker] = {}
+        self._leaving: list[Worker] = []
+        """Of the lost ones, those whose leases have not all ended yet."""
+        line.on_end = self._have_ended
         self._names = Names()
         self._next = itertools.count(1)  # 0 is `FORMER`
         self._past: deque[Worker] = deque(maxlen=_REMEMBERED)
@@ -281,7 +292,7 @@ class Workers:
                 self._line.refuse(ticket, NotFound(f"{worker.name} left while this call waited"))
             self._line.leave(ticket)
         if cache is not None:
-            ended = cache.detach(worker.id, now=now, gone=gone)
+            ended = cache.detach(worker.id, now=now, gone=gone, most=MOST_ENDS)
             if gone:
                 cache.worker_gone(worker.id, now=now)
         log.info(
@@ -291,12 +302,15 @@ class Workers:
             leases=len(ended.leases),
             freed=ended.num_freed,
             quarantined=ended.num_quarantined,
+            others_follow=cache is not None and cache.is_leaving(worker.id),
         )
         del worker.namespaces[_SHOWN_NAMESPACES:]
-        if gone or cache is None or not cache.count_quarantined(worker.id):
+        if gone or cache is None or not self._may_be_writing(worker):
             self._forget(worker)
         else:
             self._lost[worker.key] = worker
+            if cache.is_leaving(worker.id):
+                self._leaving.append(worker)
             if worker.process is None:  # a watched process is waited for, however long it hangs
                 worker.forget = asyncio.get_running_loop().call_later(
                     self._settings.quarantine, self._absolve, worker, "quarantine time is over"
@@ -304,21 +318,45 @@ class Workers:
         self._line.settle()
         return ended
 
-    def end_strangers(self, identities: Identities) -> None:
-        """End workers without a stream who are no longer in the file as they were.  O(workers)."""
-        for worker in tuple(self._attached.values()):
-            if worker.hang_up is None and not identities.has(worker.identity):
-                self.leave(worker, gone=False)
+    def _may_be_writing(self, worker: Worker) -> bool:
+        """Whether a worker holds blocks that it may still write to, or is about to."""
+        cache = self._holdings.cache
+        assert cache is not None
+        return cache.is_leaving(worker.id) or cache.count_quarantined(worker.id) > 0
 
-    def refuse_waiting(self, error: CacheError) -> None:
-        """Answer every request that waits with an error, and give it up.  O(waiting)."""
-        cache, now = self._holdings.cache, time.monotonic()
+    def _have_ended(self) -> None:
+        """Forget lost workers whose last leases have ended, and left nothing to wait for."""
+        for worker in self._leaving:
+            if worker.key in self._lost and not self._may_be_writing(worker):
+                del self._lost[worker.key]
+                self._forget(worker)
+        cache = self._holdings.cache
+        assert cache is not None
+        self._leaving = [one for one in self._leaving if cache.is_leaving(one.id)]
+
+    def end_strangers(self, identities: Identities) -> None:
+        """End workers without a stream who are no longer in the file as they were, in parts."""
         for worker in self._attached.values():
-            tickets, worker.tickets = worker.tickets, {}
-            for ticket in tickets.values():
+            if worker.hang_up is None and not identities.has(worker.identity):
+                worker.seen_at = -math.inf
+        if self._patrol is not None:
+            self._patrol.cancel()
+            self._look_round()
+
+    async def refuse_waiting(self, error: CacheError) -> None:
+        """Answer every request that waits with an error, and give it up, in parts."""
+        refused = 0
+        for worker in tuple(self._attached.values()):
+            for op in tuple(worker.tickets):
+                if (ticket := worker.tickets.pop(op, None)) is None:
+                    continue
                 self._line.refuse(ticket, error)
-                if cache is not None:
-                    cache.cancel(worker.id, ticket, now=now)
+                if self._holdings.cache is not None:
+                    self._holdings.cache.cancel(worker.id, ticket, now=time.monotonic())
+                refused += 1
+                if refused % _MOST_REFUSED == 0:
+                    self._line.settle()
+                    await asyncio.sleep(0)
 
     def finished(self, keys: Iterable[str]) -> None:
         """Take the word of clients that lost workers of theirs write to nothing any more."""
@@ -400,8 +438,10 @@ class Workers:
         self._patrol = None
         silent_since = time.monotonic() - self._settings.ttl
         unary = [worker for worker in self._attached.values() if worker.hang_up is None]
-        for worker in unary:
-            if worker.seen_at < silent_since:
-                self.leave(worker, gone=False)
-        if unary:
+        silent = [worker for worker in unary if worker.seen_at < silent_since]
+        for worker in silent[:_MOST_SILENT]:
+            self.leave(worker, gone=False)
+        if len(silent) > _MOST_SILENT:
+            self._patrol = asyncio.get_running_loop().call_later(_PAUSE_S, self._look_round)
+        elif unary:
             self._set_patrol()

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from core.in_parts import InParts
 from core.rules import NAMES, Rules, step
 from core.world import PLENTY, Shape, World
 from prefixcache.core.eviction import POLICIES
@@ -111,6 +112,17 @@ def run_case(policy: str, partial: Partial, block_size: int, count: int) -> set[
 @pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
 def test_every_step_agrees_with_the_oracle(policy: str, partial: Partial, block_size: int) -> None:
     run_case(policy, partial, block_size, SEQUENCES_PER_CASE)
+
+
+@pytest.mark.parametrize(("partial", "block_size"), KINDS)
+def test_every_step_that_is_made_in_parts_agrees_with_the_oracle(
+    partial: Partial, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixcache.core.desk._MOST_WORK", 1)
+    monkeypatch.setattr("prefixcache.core.waiting._CALLED", 1)
+    monkeypatch.setattr("prefixcache.core.waiting._SEARCHED", 1)
+    monkeypatch.setattr("core.world.PrefixCache", InParts)
+    run_case("lru", partial, block_size, SEQUENCES_PER_CASE)
 
 
 def test_the_rules_reach_every_corner() -> None:

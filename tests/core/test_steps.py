@@ -6,6 +6,8 @@ Each case is done once beside few and once beside many leases, namespaces or blo
 import gc
 import sys
 from collections.abc import Callable, Generator
+from contextlib import suppress
+from math import inf
 from random import Random
 from typing import Any
 
@@ -15,9 +17,9 @@ from prefixcache.client import codec, outlines
 from prefixcache.core import recital
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.recital import Recital
-from prefixcache.errors import PoolExhausted
+from prefixcache.errors import CacheError, NotFound, PoolExhausted
 from prefixcache.service.verbs.looking import without_salted_tokens
-from prefixcache.types import BlockId, LeaseId, Namespace, Waiting, WorkerId, pack
+from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 ME = WorkerId("me")
@@ -299,6 +301,215 @@ def test_many_leases_expire_in_parts():
         sizes.append(len(cache.expire(now=1000.0, most=200).leases))
     assert sizes == [200, 200, 101]
     cache.check()
+
+
+def test_a_worker_that_leaves_with_thousands_of_leases_is_ended_in_parts():
+    def left(num_leases: int) -> int:
+        cache = crowded(num_leases, full=False)
+        waiting = cache.acquire(ME, HERE, pack([1, 1, 2]), wait_s=9.0, now=0.0)
+        costs = [calls(lambda: cache.detach(ME, now=1.0, gone=False, most=100))]
+        with pytest.raises(NotFound, match="not attached"):
+            cache.acquire(ME, HERE, pack([9]), now=1.0)
+        with pytest.raises(NotFound, match="leaving"):
+            cache.attach(ME, HERE, now=1.0)
+        while cache.is_leaving(ME):
+            assert cache.next_deadline() == -inf
+            costs.append(calls(lambda: cache.expire(now=1.0, most=100)))
+            cache.check()
+        assert cache.worker_gone(ME, now=1.0) == num_leases + isinstance(waiting, Grant)
+        assert cache.next_deadline() is None
+        return max(costs)
+
+    assert left(4000) <= left(400) + 100
+
+
+def test_who_leaves_and_is_known_to_be_gone_meanwhile_leaves_no_quarantine():
+    cache = crowded(300, full=False)
+    cache.detach(ME, now=1.0, gone=False, most=100)
+    assert cache.count_quarantined(ME) == 100
+    assert cache.worker_gone(ME, now=1.0) == 100
+    while cache.is_leaving():
+        cache.expire(now=1.0, most=100)
+        cache.check()
+    assert cache.count_quarantined(ME) == 0
+    assert cache.snapshot(now=1.0).free == 8192
+
+
+def test_deadlines_of_renewed_leases_are_moved_in_parts():
+    def moved(num_leases: int) -> int:
+        cache = crowded(num_leases, full=False)
+        cache.renew(ME, now=20.0)
+        costs = []
+        while (due := cache.next_deadline()) is not None and due < 40.0:
+            costs.append(calls(lambda: cache.expire(now=40.0, most=100)))
+        assert cache.num_leases == num_leases
+        return max(costs)
+
+    assert moved(4000) <= moved(400) + 20
+
+
+def test_pins_end_in_parts():
+    def ended(num_pins: int) -> int:
+        cache = crowded(0, num_blocks=32_768, full=False)
+        lease = cache.acquire(ME, HERE, pack(range(4 * num_pins)), now=0.0).lease
+        cache.commit(ME, lease, 4 * num_pins, now=0.0)
+        cache.release(ME, lease, now=0.0)
+        for length in range(4, 4 * num_pins + 4, 4):
+            cache.pin(HERE, pack(range(length)), ttl_s=5.0, now=0.0)
+        costs = []
+        while cache.snapshot(now=9.0).pins:
+            assert cache.next_deadline() == 5.0
+            costs.append(calls(lambda: cache.expire(now=9.0, most=10)))
+        cache.check()
+        return max(costs)
+
+    assert ended(200) <= ended(50) + 5
+
+
+@pytest.mark.parametrize("how", ["commits", "ends", "is overtaken"])
+def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
+    def called(num_waiting: int) -> int:
+        cache = PrefixCache(32_768, 4)
+        cache.attach(ME, HERE, now=0.0)
+        owner = cache.acquire(ME, HERE, pack(range(40)), now=0.0)
+        same = cache.acquire(ME, HERE, pack(range(40)), now=0.0)
+        for number in range(num_waiting):
+            waiting = cache.acquire(ME, HERE, pack([*range(40), number]), wait_s=9.0, now=0.0)
+            assert isinstance(waiting, Waiting)
+            assert waiting.owner in (owner.lease, same.lease)
+        ahead, behind = same.lease, owner.lease
+        if how != "is overtaken":
+            ahead, behind = behind, ahead
+            if waiting.owner == behind:
+                ahead, behind = behind, ahead
+
+        def step() -> None:
+            if how == "ends":
+                cache.release(ME, ahead, now=1.0)
+            else:
+                cache.commit(ME, ahead, 40, now=1.0)
+
+        costs, settled = [calls(step)], len(cache.settled())
+        while cache.next_deadline() == -inf:
+            costs.append(calls(lambda: cache.expire(now=1.0, most=100)))
+            settled += len(cache.settled())
+            cache.check()
+        assert settled == (0 if how == "ends" else num_waiting)
+        return max(costs)
+
+    few, many = called(400), called(3000)
+    assert many <= few * 1.2
+
+
+def test_a_release_beside_thousands_in_line_and_a_quota_looks_at_them_in_parts():
+    def released(num_namespaces: int) -> int:
+        cache = crowded(4)
+        cache.set_quota("", max_held=8192, guaranteed=0, now=0.0)
+        for number in range(num_namespaces):
+            space = Namespace("m", salt=str(number))
+            cache.attach(ME, space, now=0.0)
+            waiting = cache.acquire(ME, space, pack(range(4000)), wait_s=9.0, now=0.0)
+            assert isinstance(waiting, Waiting)
+        costs = [calls(lambda: cache.release(ME, LeaseId(1), now=0.1))]
+        while cache.next_deadline() == -inf:
+            costs.append(calls(lambda: cache.expire(now=0.1, most=100)))
+        cache.check()
+        return max(costs)
+
+    assert released(3000) <= released(600) * 1.2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_everything_may_happen_between_the_parts_of_a_step(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("prefixcache.core.desk._MOST_WORK", 1)
+    monkeypatch.setattr("prefixcache.core.waiting._SEARCHED", 2)
+    monkeypatch.setattr("prefixcache.core.waiting._CALLED", 1)
+    draw, cache = Random(seed), PrefixCache(40, 4, ttl_s=10.0, max_line=12)
+    spaces = [HERE, Namespace("m", tenant="t"), Namespace("m", salt="s")]
+    now, number = 0.0, 0
+    attached: dict[WorkerId, list[LeaseId]] = {}
+    waiting: dict[int, WorkerId] = {}
+    parts = 0
+
+    def prompt() -> bytes:
+        return pack(
+            [token for _ in range(draw.randrange(1, 6)) for token in [draw.randrange(2)] * 4]
+        )
+
+    def take(answer: Any, worker: WorkerId) -> None:
+        if isinstance(answer, Waiting):
+            waiting[answer.ticket] = worker
+        elif isinstance(answer, Grant):
+            attached[worker].append(answer.lease)
+
+    def act() -> None:
+        nonlocal number
+        if len(attached) < 3:
+            number += 1
+            worker = WorkerId(f"w{number}")
+            for space in spaces:
+                cache.attach(worker, space, now=now)
+            attached[worker] = []
+            return
+        worker = draw.choice(sorted(attached))
+        kind = draw.random()
+        wait_s = draw.choice([0.0, 3.0, 30.0])
+        with suppress(CacheError):
+            if kind < 0.45 or not attached[worker]:
+                space = draw.choice(spaces)
+                take(cache.acquire(worker, space, prompt(), wait_s=wait_s, now=now), worker)
+            elif kind < 0.65:
+                lease = draw.choice(attached[worker])
+                cache.commit(worker, lease, 4, now=now)
+            elif kind < 0.72:
+                lease = draw.choice(attached[worker])
+                take(cache.extend(worker, lease, 30, wait_s=wait_s, now=now), worker)
+            elif kind < 0.86:
+                cache.release(worker, attached[worker].pop(), now=now)
+            elif kind < 0.89:
+                cache.reset(draw.choice(spaces))
+            elif kind < 0.93:
+                cache.set_quota("t", max_held=draw.choice([None, 5]), guaranteed=0, now=now)
+            elif kind < 0.96:
+                cache.pin(HERE, prompt(), ttl_s=3.0, now=now)
+            else:
+                del attached[worker]
+                for ticket in [one for one, whose in waiting.items() if whose == worker]:
+                    del waiting[ticket]
+                cache.detach(worker, now=now, gone=draw.random() < 0.5, most=1)
+                if draw.random() < 0.5:
+                    cache.worker_gone(worker, now=now)
+
+    def settle() -> None:
+        for ticket, _ in cache.settled():
+            del waiting[ticket]  # each of them once
+        assert waiting.keys() == set(cache._desk.room.tickets)
+
+    for _ in range(400):
+        act()
+        settle()
+        cache.check()
+        if draw.random() < 0.5:
+            now += draw.choice([0.0, 0.5, 4.0])
+            parts += cache.next_deadline() == -inf
+            cache.expire(now=now, most=draw.choice([1, 2]))
+            settle()
+            cache.check()
+    assert parts
+    for _ in range(1000):
+        if (due := cache.next_deadline()) is None:
+            break
+        now = max(now, due + 1.0)
+        cache.expire(now=now, most=1)
+        settle()
+        cache.check()
+    for worker in list(range(number + 1)):
+        cache.worker_gone(WorkerId(f"w{worker}"), now=now)
+    seen = cache.snapshot(now=now)
+    assert (seen.private, seen.quarantined, seen.waiting, seen.num_leases) == (0, 0, 0, 0)
+    assert not waiting
 
 
 @pytest.mark.parametrize("salted", [False, True])

@@ -1,0 +1,50 @@
+"""A cache whose long steps are made in the smallest parts, with a check after each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prefixcache.core.cache import PrefixCache
+from prefixcache.types import Ended, WorkerId
+
+
+class InParts(PrefixCache):
+    """As `PrefixCache`; what a step leaves to later ones is done before it returns."""
+
+    def detach(self, worker: WorkerId, *, now: float, gone: bool, most: int | None = None) -> Ended:
+        """End one lease after the other."""
+        ended = super().detach(worker, now=now, gone=gone, most=1)
+        while self.is_leaving(worker):
+            self.check()
+            ended = Ended.total([ended, *self._desk.end_leaving(now, 1)])
+            self._desk.serve(now)
+        return self._rest(lambda: ended, now)
+
+    def expire(self, *, now: float, most: int | None = None) -> Ended:
+        """End one lease, pin and wait after the other."""
+        ended = super().expire(now=now, most=1)
+        while (due := self.next_deadline()) is not None and due < now:
+            self.check()
+            ended += super().expire(now=now, most=1)
+        return ended
+
+    def _rest(self, verb: Callable[[], Any], now: float) -> Any:
+        answer = verb()
+        while self._desk.is_behind:
+            self.check()
+            self._desk.go_on(now)
+        return answer
+
+
+def _to_the_end(name: str) -> Callable[..., Any]:
+    verb = getattr(PrefixCache, name)
+
+    def run(self: InParts, *arguments: Any, now: float, **others: Any) -> Any:
+        return self._rest(lambda: verb(self, *arguments, now=now, **others), now)
+
+    return run
+
+
+for _name in ("acquire", "cancel", "commit", "release", "truncate", "set_quota", "worker_gone"):
+    setattr(InParts, _name, _to_the_end(_name))
