@@ -8,6 +8,7 @@ import typer
 
 from prefixcache.cli import view
 from prefixcache.plain_json import json_text
+from prefixcache.texts import many
 
 
 def watch(
@@ -100,7 +101,7 @@ def show(fields: dict[str, Any]) -> str:
     hashes = fields.get("block_hashes", [])
     if hashes:
         shown = " ".join(one[:12] for one in hashes[:3]) + (" …" if len(hashes) > 3 else "")
-        text += f"  {len(hashes):,} block{'s' if len(hashes) > 1 else ''}: {shown}"
+        text += f"  {many(len(hashes), 'block')}: {shown}"
     if parent := fields.get("parent_block_hash"):
         text += f"  after {parent[:12]}"
     return text

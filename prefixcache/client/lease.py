@@ -20,6 +20,7 @@ from typing import Protocol
 
 from prefixcache.client.connection import refuse_pickle
 from prefixcache.errors import LeaseExpired
+from prefixcache.texts import many
 from prefixcache.types import BlockTable, Grant, TableUpdate
 
 
@@ -137,8 +138,8 @@ class LeaseState:
     def __repr__(self) -> str:
         state = ", released" if self._released else ""
         return (
-            f"<{type(self).__name__} {self.id}: {len(self._table)} blocks, "
-            f"{self.num_cached} tokens cached{state}>"
+            f"<{type(self).__name__} {self.id}: {many(len(self._table), 'block')}, "
+            f"{many(self.num_cached, 'token')} cached{state}>"
         )
 
     __reduce_ex__ = refuse_pickle

@@ -32,6 +32,7 @@ from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import Reply, Step, read_result
 from prefixcache.client.progress import Inbox, Progress
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.texts import many
 from prefixcache.types import Attachment, LeaseId, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -322,7 +323,7 @@ class SessionCore(Generic[L]):
 
     def _count_leases(self) -> str:
         count = len(self._held_leases())
-        return "1 lease" if count == 1 else f"{count:,} leases"
+        return many(count, "lease")
 
     def _held_leases(self) -> list[LeaseState]:
         return [lease for lease in list(self.leases) if not lease.released]

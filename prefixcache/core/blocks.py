@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixcache.errors import PoolExhausted
+from prefixcache.texts import many
 from prefixcache.types import BlockId, BlockTable, WorkerId
 
 _FREE, _LIVE, _SHARED, _QUARANTINED = 0, 1, 2, 3
@@ -104,7 +105,7 @@ class BlockPool:
         else:
             fresh = count - have
             if fresh > self.num_blocks - self._bump:
-                raise PoolExhausted(f"needs {count} blocks; {self.num_free} free")
+                raise PoolExhausted(f"needs {many(count, 'block')}; {self.num_free:,} free")
             ids = stack[:]
             del stack[:]
             ids.extend(range(self._bump, self._bump + fresh))

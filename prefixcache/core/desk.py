@@ -29,6 +29,7 @@ from prefixcache.errors import (
     PoolExhausted,
     QuotaExceeded,
 )
+from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
     BlockTable,
@@ -133,8 +134,8 @@ class Desk:
             if shares.total < shares.limit:
                 raise QuotaExceeded(str(full), self.leases.ttl_s) from None
             raise PoolExhausted(
-                f"{shares.total:,} namespaces are known, --max-namespaces allows no more: workers "
-                "are attached to them, or pins, quotas and leases speak for them",
+                f"{many(shares.total, 'namespace', 'are')} known, --max-namespaces allows no more: "
+                "workers are attached to them, or pins, quotas and leases speak for them",
                 self.leases.ttl_s,
             ) from None
 
@@ -265,8 +266,8 @@ class Desk:
             if shares.total + count <= shares.limit:  # it is the part of others that is free
                 raise QuotaExceeded(str(full), self.leases.ttl_s) from None
             raise PoolExhausted(
-                f"{shares.total:,} leases are out and {count:,} more are asked for; --max-leases "
-                f"allows {shares.limit:,}",
+                f"{many(shares.total, 'lease', 'are')} out and {count:,} more asked for; "
+                f"--max-leases allows {shares.limit:,}",
                 self.leases.ttl_s,
             ) from None
 
@@ -291,7 +292,7 @@ class Desk:
             pool, tree = self.holdings.pool, self.holdings.tree
             kept = pool.num_free + tree.evictable + pool.num_quarantined
             held, count = pool.num_blocks - kept, self.leases.count
-        message = f"{short}; {held} blocks held by {count} leases"
+        message = f"{short}; {many(held, 'block')} held by {many(count, 'lease')}"
         if own.leases:
             oldest = next(iter(own.leases.values()))
             worker = self.leases.workers[oldest.worker].name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prefixcache.core.node import Node, Root
+from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, unpack
 
 _SHOWN = 6
@@ -35,7 +36,7 @@ def _describe(node: Node) -> str:
     count = len(node.key) // TOKEN_BYTES
     tokens = " ".join(map(str, unpack(node.key[: _SHOWN * TOKEN_BYTES])))
     more = " …" if count > _SHOWN else ""
-    text = f"{tokens}{more} ({count} token{'s' if count > 1 else ''})"
+    text = f"{tokens}{more} ({many(count, 'token')})"
     if not node.blocks:
         return f"{text} ghost"
     blocks = " ".join(map(str, node.blocks[:_SHOWN])) + (" …" if len(node.blocks) > _SHOWN else "")

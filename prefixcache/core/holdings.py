@@ -21,6 +21,7 @@ from prefixcache.core.radix import RadixTree
 from prefixcache.core.shares import Shares
 from prefixcache.core.tenure import Tenure
 from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
+from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate, WorkerId
 
 
@@ -64,7 +65,7 @@ class Holdings:
         total = -(-num_tokens // self.block_size)
         if total > self.pool.num_blocks:
             raise InvalidRequest(
-                f"{num_tokens} tokens need {total} blocks of {self.block_size}; "
+                f"{many(num_tokens, 'token', 'need')} {many(total, 'block')} of {self.block_size}; "
                 f"the whole pool has {self.pool.num_blocks}. "
                 "Send less, or serve with more --memory."
             )
@@ -101,7 +102,9 @@ class Holdings:
             forgotten = self.tree.forgotten_evictable
             free = self.pool.num_free + min(forgotten, max(0, room))
             evictable = max(0, room - forgotten)
-            raise PoolExhausted(f"needs {need} blocks; {free} free, {evictable} evictable")
+            raise PoolExhausted(
+                f"needs {many(need, 'block')}; {free:,} free, {evictable:,} evictable"
+            )
         if need and self.aside.used(account.tenant):
             self._refuse_beyond_share(account.tenant, need)
 
@@ -111,8 +114,8 @@ class Holdings:
             self.aside.check(tenant, need)
         except PoolExhausted as full:
             raise QuotaExceeded(
-                f"needs {need} blocks; {full} They come back when the processes that may still "
-                "write to them have ended"
+                f"needs {many(need, 'block')}; {full} They come back when the processes that may "
+                "still write to them have ended"
             ) from None
 
     def allocate(self, need: int, tenant: str = "") -> BlockTable:

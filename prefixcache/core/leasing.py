@@ -16,6 +16,7 @@ from prefixcache.core.desk import Desk
 from prefixcache.core.flights import Extension, Request
 from prefixcache.core.tape import COMMITTED, TRUNCATED
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted, QuotaExceeded
+from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
     Committed,
@@ -92,8 +93,8 @@ class Leasing:
         try:
             if line and line.is_closed_for(None):
                 raise PoolExhausted(
-                    f"needs up to {total} blocks, and {len(line)} requests wait for room that no "
-                    "other may pass any more",
+                    f"needs up to {many(total, 'block')}, and {many(len(line), 'request', 'wait')} "
+                    "for room that no other may pass any more",
                     retry_after_s=desk.leases.ttl_s,
                 )
             outcome = desk.attempt(member, request, now, wait=wait_s > 0)
@@ -169,13 +170,16 @@ class Leasing:
         """
         own = self._desk.leases.get(worker, lease, now)
         if len(new_tokens) % TOKEN_BYTES:
-            raise InvalidRequest(f"{len(new_tokens)} bytes are not whole tokens of {TOKEN_BYTES}")
+            raise InvalidRequest(
+                f"{many(len(new_tokens), 'byte', 'are')} not whole tokens of {TOKEN_BYTES}"
+            )
         known = own.num_tokens + len(new_tokens) // TOKEN_BYTES
         room = len(own.table) * self.block_size
         if not own.committed <= num_tokens <= min(known, room):
             raise InvalidRequest(
-                f"cannot commit {num_tokens} tokens of lease {lease}: {own.committed} are "
-                f"committed, {known} known, and its {len(own.table)} blocks have room for {room}"
+                f"cannot commit {many(num_tokens, 'token')} of lease {lease}: {own.committed:,} "
+                f"are committed, {known:,} known, and its {many(len(own.table), 'block', 'have')} "
+                f"room for {room:,}"
             )
         if own.tail_is_shared and num_tokens > own.committed:
             raise InvalidRequest(
@@ -299,7 +303,8 @@ class Leasing:
         own = self._desk.leases.get(worker, lease, now)
         if not 0 <= num_tokens <= own.num_tokens:
             raise InvalidRequest(
-                f"cannot truncate lease {lease} to {num_tokens} tokens; it knows {own.num_tokens}"
+                f"cannot truncate lease {lease} to {many(num_tokens, 'token')}; it knows "
+                f"{own.num_tokens:,}"
             )
         try:
             update = self._desk.holdings.truncate(own, num_tokens)
@@ -376,5 +381,6 @@ class Leasing:
     def _check_prompt(self, tokens: bytes) -> None:
         if not tokens or len(tokens) % TOKEN_BYTES:
             raise InvalidRequest(
-                f"a prompt of {len(tokens)} bytes is not one or more tokens of {TOKEN_BYTES} bytes"
+                f"a prompt of {many(len(tokens), 'byte')} is not one or more tokens of "
+                f"{TOKEN_BYTES} bytes"
             )

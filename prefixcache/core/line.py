@@ -25,6 +25,7 @@ from prefixcache.core.flights import Extension, Ticket
 from prefixcache.core.leases import Lease
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.texts import many
 from prefixcache.types import Namespace, TicketId
 
 MOST_PASSES = 16
@@ -64,7 +65,8 @@ class Line:
         except PoolExhausted as full:
             why = str(full)
             if len(self) >= self.shares.limit:
-                why = f"{len(self):,} requests wait for room already, --max-line allows no more."
+                why = f"{many(len(self), 'request', 'wait')} for room already, "
+                why += "--max-line allows no more."
             raise type(short)(f"{short} {why}", short.retry_after_s) from None
 
     def refuse_second(self, lease: Lease) -> None:

@@ -23,6 +23,7 @@ from prefixcache.core.radix import RadixTree
 from prefixcache.core.shares import Shares
 from prefixcache.core.shelter import Shelter
 from prefixcache.errors import PoolExhausted
+from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
 
 MAX_PINS = 65_536
@@ -313,7 +314,7 @@ class Pins:
         due = self.next_deadline()
         why = str(full).rstrip(".")
         return PoolExhausted(
-            f"pinning {num_blocks} blocks, {fresh} of them new, would make "
+            f"pinning {many(num_blocks, 'block')}, {fresh:,} of them new, would make "
             f"{self.num_pinned_of(tenant) + fresh}; the cap is {self.max_pinned}: {why}. "
             "Unpin something, or pin less.",
             retry_after_s=0.0 if due is None else max(0.0, due - now),

@@ -18,6 +18,7 @@ from collections import Counter, OrderedDict
 from prefixcache.core.leases import Lease
 from prefixcache.core.node import Root, Sums
 from prefixcache.errors import InvalidRequest, QuotaExceeded
+from prefixcache.texts import many
 from prefixcache.types import Namespace, QuotaInfo
 
 _FEW_ROOTS = 8
@@ -207,7 +208,8 @@ class Quotas:
         while at is not None:
             if at.max_held is not None and (held := at.num_held) + extra > at.max_held:
                 raise QuotaExceeded(
-                    f"needs {extra} blocks more, and {at} holds {held} of at most {at.max_held}"
+                    f"needs {many(extra, 'more block')}, and {at} holds {held:,} of at most "
+                    f"{at.max_held:,}"
                 )
             at = at.above
 
@@ -230,7 +232,7 @@ class Quotas:
         while at is not None:
             if at.max_held is not None and total > at.max_held:
                 raise QuotaExceeded(
-                    f"needs {total} blocks, and {at} may hold at most {at.max_held}. "
+                    f"needs {many(total, 'block')}, and {at} may hold at most {at.max_held:,}. "
                     "Send less, or have the quota raised."
                 )
             at = at.above
@@ -243,7 +245,7 @@ class Quotas:
         """
         if (max_held is not None and max_held < 0) or share < 0:
             raise InvalidRequest(
-                f"a quota of {max_held} blocks, {share} guaranteed: give 0 or more"
+                f"a quota of {max_held} and a share of {share} blocks: give 0 or more"
             )
         account = self._known(scope)
         others = sum(one.guaranteed for one in self.shares if one is not account)

@@ -9,6 +9,7 @@ from prefixcache.core.node import Root
 from prefixcache.core.shelter import Shelter
 from prefixcache.core.tape import RESET
 from prefixcache.errors import InvalidRequest
+from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, Namespace, Pinned, QuotaInfo, Reset, Unpinned
 
 
@@ -134,5 +135,6 @@ class Steering:
 def _check_tokens(tokens: bytes) -> None:
     if not tokens or len(tokens) % TOKEN_BYTES:
         raise InvalidRequest(
-            f"a prefix of {len(tokens)} bytes is not one or more tokens of {TOKEN_BYTES} bytes"
+            f"a prefix of {many(len(tokens), 'byte')} is not one or more tokens of "
+            f"{TOKEN_BYTES} bytes"
         )

@@ -40,6 +40,7 @@ from prefixcache.service.recorder import Recorder
 from prefixcache.service.standing import OpenCalls
 from prefixcache.service.state.folder import FORMER, Condition
 from prefixcache.service.waiting import WaitingLine
+from prefixcache.texts import many
 
 if TYPE_CHECKING:
     from prefixcache.service.http import HttpServer
@@ -264,7 +265,8 @@ def _describe(state: Condition) -> str:
     if not state.restored_blocks:
         return f"state: kept in {state.folder}, nothing restored"
     return (
-        f"state: {state.restored_tokens:,} tokens in {state.restored_blocks:,} blocks restored "
+        f"state: {many(state.restored_tokens, 'token')} in "
+        f"{many(state.restored_blocks, 'block')} restored "
         f"from {state.folder} in {state.restore_s:.1f} s"
     )
 

@@ -109,7 +109,7 @@ def test_a_wait_for_room_ends_at_its_deadline_with_the_arithmetic() -> None:
     [(settled, error)] = cache.settled()
     assert settled == ticket
     assert isinstance(error, PoolExhausted)
-    assert "needs 3 blocks; 1 free, 0 evictable; 3 blocks held by 1 leases" in str(error)
+    assert "needs 3 blocks; 1 free, 0 evictable; 3 blocks held by 1 lease (" in str(error)
 
 
 def test_who_takes_from_the_line_may_wait_for_a_flight_next() -> None:
@@ -244,7 +244,7 @@ def test_a_full_cap_names_when_the_next_pin_ends() -> None:
     store(cache, [1, 2])
     store(cache, [3])
     cache.pin(A, pack([1, 2]), ttl_s=30.0, now=0.0)
-    with pytest.raises(PoolExhausted, match=r"pinning 1 blocks, 1 of them new, would make 3") as no:
+    with pytest.raises(PoolExhausted, match=r"pinning 1 block, 1 of them new, would make 3") as no:
         cache.pin(A, pack([3]), ttl_s=30.0, now=10.0)
     assert no.value.retry_after_s == 20.0
     assert cache.pin(A, pack([1, 2]), ttl_s=50.0, now=10.0).num_new == 0
@@ -310,7 +310,7 @@ def test_a_full_quota_delays_only_its_own_tenant() -> None:
     cache = pool(10)
     cache.set_quota("a", max_held=3, guaranteed=0, now=0.0)
     lease = take(cache, [1, 2], A)
-    with pytest.raises(QuotaExceeded, match="needs 2 blocks more, and tenant 'a' holds 2 of at"):
+    with pytest.raises(QuotaExceeded, match="needs 2 more blocks, and tenant 'a' holds 2 of at"):
         take(cache, [5, 6], A)
     waiting = queue(cache, 2, A)
     for n in range(3 * MOST_PASSES):
@@ -333,7 +333,7 @@ def test_cached_blocks_count_once_they_are_held() -> None:
     assert (cache.quota("a").num_held, cache.quota("a").num_stored) == (0, 3)
     take(cache, [1, 2, 3, 4])
     take_more = [1, 2, 3, 9]
-    with pytest.raises(QuotaExceeded, match="needs 1 blocks more, and tenant 'a' holds 4 of at"):
+    with pytest.raises(QuotaExceeded, match="needs 1 more block, and tenant 'a' holds 4 of at"):
         take(cache, take_more)
 
 

@@ -430,7 +430,7 @@ def test_a_quota_refuses_with_the_arithmetic_of_the_account(cache: Backend) -> N
     told = cache.set_quota(Namespace("model"), max_held=10, guaranteed=4)
     assert (told.max_held, told.guaranteed, told.num_held) == (10, 4, 0)
     lease = session.acquire([1] * 32)
-    with pytest.raises(QuotaExceeded, match="needs 3 blocks more, and namespace model holds 8 of"):
+    with pytest.raises(QuotaExceeded, match="needs 3 more blocks, and namespace model holds 8 of"):
         session.acquire([2] * 12)
     with pytest.raises(QuotaExceeded, match="needs 11 blocks, and namespace model may hold at"):
         session.acquire([2] * 44, wait_s=5.0)

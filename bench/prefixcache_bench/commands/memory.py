@@ -9,8 +9,9 @@ import typer
 
 from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest
+from prefixcache.texts import many
 from prefixcache_bench.commands import options
-from prefixcache_bench.commands.table import plural, print_numbers
+from prefixcache_bench.commands.table import print_numbers
 from prefixcache_bench.progress import Progress
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def refuse_emptiness(
     if fewer < least and (short := max(job.total for job in jobs)) < longest:
         advice += f", or say --longest {short}, which is the longest there is"
     raise InvalidRequest(
-        f"{plural(len(jobs), 'request')} never fill {slots:,} slots with {idle}, so there is no "
+        f"{many(len(jobs), 'request')} never fill {slots:,} slots with {idle}, so there is no "
         f"full memory to account for; {advice}"
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_bench.commands.table import plural
+from prefixcache.texts import many
 
 if TYPE_CHECKING:
     from prefixcache_bench.traces import Trace
@@ -144,14 +144,13 @@ def left_out(trace: Trace) -> str:
         return ""
     unit = trace.broken[0].unit
     every = max(trace.num_lines, len(trace.broken))
-    return f"{len(trace.broken):,} of {plural(every, unit)} left out ({trace.left_out:.1%})"
+    return f"{len(trace.broken):,} of {many(every, unit)} left out ({trace.left_out:.1%})"
 
 
 def summary(trace: Trace) -> str:
     """Say what a trace is, and how much of its file it leaves out: beside every figure."""
     text = (
-        f"{trace.name}: {plural(len(trace), 'request')}, "
-        f"{plural(trace.prompt_tokens, 'prompt token')}"
+        f"{trace.name}: {many(len(trace), 'request')}, {many(trace.prompt_tokens, 'prompt token')}"
     )
     return "; ".join(part for part in (text, left_out(trace), *trace.not_counted) if part)
 

@@ -19,15 +19,6 @@ def print_numbers(rows: Sequence[Sequence[str]], *, indent: str = "") -> None:
     )
 
 
-def plural(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    >>> plural(1, "line"), plural(2000, "request")
-    ('1 line', '2,000 requests')
-    """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Give rows as a Markdown table; the first row is the head."""
     head, *body = rows

@@ -19,6 +19,7 @@ from prefixcache.service.shadows import Shadows
 from prefixcache.service.turns import Turns
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Asker, Worker, Workers
+from prefixcache.texts import many
 from prefixcache.types import Namespace
 
 if TYPE_CHECKING:
@@ -79,6 +80,6 @@ class Verbs:
             return worker.namespaces[index]
         except IndexError:
             raise NotFound(
-                f"{worker.name} has attached {len(worker.namespaces)} namespaces, there is none at "
-                f"index {index}"
+                f"{worker.name} has attached {many(len(worker.namespaces), 'namespace')}, there is "
+                f"none at index {index}"
             ) from None

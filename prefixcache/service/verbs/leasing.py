@@ -9,6 +9,7 @@ from prefixcache.client.codec.leasing import write_fork
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Worker
+from prefixcache.texts import many
 from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -106,8 +107,8 @@ class Leasing(Verbs):
             table = 4 * cache.num_committed_blocks(worker.id, lease, now=now)
             if (total := table * request.count) > self.settings.max_message:
                 raise InvalidRequest(
-                    f"{request.count} block tables of {table:,} bytes are {total:,} bytes; an "
-                    f"answer may have {self.settings.max_message:,} (--max-message). Set "
+                    f"{many(request.count, 'block table')} of {table:,} bytes are {total:,} bytes; "
+                    f"an answer may have {self.settings.max_message:,} (--max-message). Set "
                     "`shared_table`, which tells the table once, or fork fewer at a time."
                 )
         grants = cache.fork(worker.id, lease, request.count, now=now)
@@ -133,6 +134,6 @@ class Leasing(Verbs):
             raise InvalidRequest(f"a request may wait {limit}, not {wait_s:g}")
         if len(worker.tickets) >= self.settings.max_waiting:
             raise InvalidRequest(
-                f"{len(worker.tickets)} requests of {worker.name} are waiting, --max-waiting "
-                "allows no more"
+                f"{worker.name} has {many(len(worker.tickets), 'request')} that wait, "
+                "--max-waiting allows no more"
             )

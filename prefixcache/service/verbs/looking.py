@@ -18,6 +18,7 @@ from prefixcache.service.shadows import write_shadows
 from prefixcache.service.sight import narrow
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Asker, Worker
+from prefixcache.texts import many
 from prefixcache.types import Explanation, Ledger, Lookup, Namespace, Snapshot
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -116,7 +117,7 @@ class Looking(Verbs):
         started, runs = monotonic(), self.holdings.cache.vitals(now=monotonic()).nodes
         if runs > (most := request.max_runs or 20_000):
             raise InvalidRequest(
-                f"a check of {runs:,} runs would hold everybody up for about "
+                f"a check of {many(runs, 'run')} would hold everybody up for about "
                 f"{runs * _CHECK_S:.1f} s; allow more than {most:,} if that is fine now"
             )
         failure = ""

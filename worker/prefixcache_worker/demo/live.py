@@ -13,10 +13,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from prefixcache.texts import many
 from prefixcache.types import Snapshot
 from prefixcache_worker.demo.compare import Difference
 from prefixcache_worker.demo.record import Death, Request
-from prefixcache_worker.demo.view import counted, obituary, request_table
+from prefixcache_worker.demo.view import obituary, request_table
 
 FRAMES_PER_S: Final = 5
 NUM_LATEST: Final = 12
@@ -144,8 +145,8 @@ class LiveView:
             line.append(f" ({100 * self._computed / self._sent:.0f} %)")
         if (pool := self._snapshot) is not None:
             used = pool.private + pool.indexed
-            line.append(f"   pool {used:,} of {counted(pool.num_blocks, 'block')}, ")
-            line.append(f"{counted(len(pool.leases), 'lease')}, {pool.waiting} waiting")
+            line.append(f"   pool {used:,} of {many(pool.num_blocks, 'block')}, ")
+            line.append(f"{many(len(pool.leases), 'lease')}, {pool.waiting} waiting")
         if self._compared:
             line.append(
                 f"\n{len(self._compared)} of {self._num_requests} answers compared with the run "

@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from prefixcache.texts import many
 from prefixcache_worker.demo.record import Fate, Request, Run
-from prefixcache_worker.demo.view import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,7 @@ def _kill(axes: Axes, run: Run, top: float, num_rows: int) -> None:
     assert death is not None
     axes.plot([death.at_s] * 2, [top - 0.5, top + num_rows - 0.5], color=DEAD, linewidth=2)
     took = "" if death.takeover_ms is None else f"\ntaken over after {death.takeover_ms:.0f} ms"
-    back = f"{counted(death.leases, 'lease')} and {counted(death.blocks_returned, 'block')} back"
+    back = f"{many(death.leases, 'lease')} and {many(death.blocks_returned, 'block')} back"
     axes.annotate(
         f"kill -9{' in mid-prefill' if death.in_prefill else ''}\n{back}{took}",
         (death.at_s, top + (num_rows - 1) / 2),

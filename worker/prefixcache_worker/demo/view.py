@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefixcache.texts import many
 from prefixcache.types import Snapshot
 from prefixcache_worker.demo.compare import Difference
 from prefixcache_worker.demo.record import Death, Fate, Request
@@ -142,23 +143,14 @@ def opening(text: str, width: int = 48) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def counted(count: int, noun: str) -> str:
-    """Write a number with its noun.
-
-    >>> counted(1, "lease"), counted(1200, "block")
-    ('1 lease', '1,200 blocks')
-    """
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
 def obituary(death: Death) -> list[str]:
     """Say in plain lines what the death of a worker cost, and whom."""
     when = " in mid-prefill" if death.in_prefill else ", too late to meet it in mid-prefill"
     lines = [
         f"{death.worker} (pid {death.pid}) was killed with SIGKILL{when}. After "
-        f"{death.returned_ms:.0f} ms the service had ended its {counted(death.leases, 'lease')} "
-        f"and freed {counted(death.blocks_returned, 'block')};",
-        f"{counted(death.blocks_kept, 'block')} with committed tokens stay cached for the others. "
+        f"{death.returned_ms:.0f} ms the service had ended its {many(death.leases, 'lease')} "
+        f"and freed {many(death.blocks_returned, 'block')};",
+        f"{many(death.blocks_kept, 'block')} with committed tokens stay cached for the others. "
         "The worker is not replaced.",
     ]
     if death.takeover_ms is not None:
