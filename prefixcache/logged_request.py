@@ -5,7 +5,7 @@ OpenAI chat     messages with text, parts, null or no content, tool_calls; tools
                 documents, chat_template_kwargs, add_generation_prompt, continue_final_message
 Responses       input (a text, or items), instructions, tools
 Anthropic       system beside messages; blocks text, image, tool_use, tool_result
-completions     prompt: a text, token ids, or a list of either
+completions     prompt, or text: a text, token ids, or a list of either
 token ids       tokens, prompt_token_ids, input_ids, token_ids
 data sets       conversations, conversation: from and value, or role and content
 a batch's line  any of these below body or request
@@ -30,7 +30,7 @@ from prefixcache.types import pack
 
 IDS: Final = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
 CHATS: Final = ("messages", "conversations", "conversation")
-KEYS: Final = frozenset({*IDS, *CHATS, "prompt", "input", "body", "request"})
+KEYS: Final = frozenset({*IDS, *CHATS, "prompt", "input", "text", "body", "request", "params"})
 """An object with none of these is no request."""
 PLACE: Final = ("model", "adapter", "lora_name", "lora_path", "lora_request", "cache_salt")
 """What says within what a request may share."""

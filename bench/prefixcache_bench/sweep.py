@@ -9,7 +9,7 @@ block, so all modes of partial reuse are one there, and replayed once.  All othe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixcache.core.eviction import POLICIES
 from prefixcache.errors import InvalidRequest
@@ -49,6 +49,29 @@ class Grid:
             trace.words(size)
             for capacity in self.capacities:
                 capacity.blocks(size, working_set)
+
+    def fitted(self, working_set: int, *, sizes: bool, capacities: bool) -> Grid:
+        """Leave out what a small trace cannot have, of what nobody asked for.
+
+        Args:
+            working_set: Distinct tokens of the trace.
+            sizes: Whether block sizes may go: the smallest stays.
+            capacities: Whether capacities may go: infinite memory stays.
+
+        >>> from prefixcache_bench.capacity import parse_capacities
+        >>> grid = Grid((1, 4, 16), tuple(parse_capacities("5%,50%,inf")))
+        >>> small = grid.fitted(12, sizes=True, capacities=True)
+        >>> small.block_sizes, [one.text for one in small.capacities]
+        ((1, 4), ['50%', 'inf'])
+        """
+        least = min(self.block_sizes) if sizes else max(self.block_sizes)
+        held = {one: one.tokens(least, working_set) for one in self.capacities}
+        enough = {one for one, tokens in held.items() if tokens is None or tokens >= least}
+        kept = tuple(one for one in self.capacities if not capacities or one in enough)
+        bounds = [tokens for one in kept if (tokens := held[one]) is not None]
+        room = min(bounds, default=working_set)
+        fitting = tuple(one for one in self.block_sizes if not sizes or one <= max(room, least))
+        return replace(self, capacities=kept, block_sizes=fitting)
 
     def combinations(self) -> list[Key]:
         """Give every combination."""

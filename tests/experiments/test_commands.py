@@ -114,6 +114,28 @@ def test_sweep_writes_table_csv_json_and_pictures_and_resumes(tmp_path: Path) ->
     assert len(json.loads(more.stdout)["rows"]) == 12
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 19, 100, 2000])
+@pytest.mark.parametrize("given", [(), ("--block-size", "4,16"), ("--capacity", "3,inf")])
+def test_what_a_sweep_does_by_itself_suits_a_small_trace(
+    tmp_path: Path, tokens: int, given: tuple[str, ...]
+) -> None:
+    path = tmp_path / "small.jsonl"
+    path.write_text(json.dumps(list(range(tokens))) + "\n" + json.dumps([1, 2, 3]) + "\n")
+    result = run(sweep, path, "-o", tmp_path / "s", "-j", 1, "--no-picture", "--json", *given)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    sizes, capacities = ({row[name] for row in rows} for name in ("block_size", "capacity"))
+    if given[:1] == ("--block-size",):
+        assert sizes == {4, 16}
+    if given[:1] == ("--capacity",):
+        assert capacities == {"3", "inf"}
+    if tokens == 2000 and not given:
+        assert capacities == {"5%", "10%", "25%", "50%", "inf"}
+        assert sizes == {1, 4, 16, 64}
+        assert "blocks of 256 is left out" in result.stderr
+    assert "inf" in capacities
+
+
 def test_an_interrupted_sweep_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

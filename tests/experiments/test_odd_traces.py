@@ -129,10 +129,10 @@ def test_a_skeleton_cannot_name_conversations_that_fill_the_memory(tmp_path: Pat
         ("", "is empty: there is no request in it$"),
         ("\n \n", "is empty: .* but 3 bytes of blank lines"),
         ("\ufeff", "is empty"),
-        ("[1,2,3]\n[4]\n", r"its first line is a JSON list, not an object .*\{\"tokens\""),
+        ("5\nnull\n", r"its first line is a JSON int, not an object .*\{\"tokens\""),
         ("5\n", "its first line is a JSON int"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n1,2,3\n", "looks like CSV.*Known are"),
-        ('{"text": "a"}\n', "the fields of its first line are 'text'.*Known are"),
+        ('{"texts": "a"}\n', "the fields of its first line are 'texts'.*Known are"),
         ("hello\n", "no JSON object .hello.*--format kvtrace"),
         ("\x1b]0;x\x07\n", r"\\x1b\]0;x\\x07"),
     ],
@@ -283,3 +283,48 @@ def test_dates_are_times(tmp_path: Path) -> None:
         chat | {"timestamp": "2023-04-09T00:03:00"},
     )
     assert [one.t for one in load(path)] == [0.0, 7.0]
+
+
+HELLO = {"role": "user", "content": "hello"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "prompts"),
+    [
+        ([{"text": "hello you"}, {"text": "hello"}], 2),
+        ([{"text": ["hello you", "hello"]}, {"messages": [HELLO]}], 3),
+        ([[1, 2, 3], [4]], 2),
+        ([[[1, 2], [3]], [4]], 3),
+        ([["hello you", "hello"], ["hello"]], 3),
+        ([[HELLO], [HELLO, HELLO]], 2),
+        ([{"messages": [HELLO]}, [HELLO], {"text": "hello"}, "hello", 5], 3),
+        ([{"tokens": [1]}, [1, 2], 7, None], 2),
+        ([[HELLO]], 1),
+        ([[list(range(50_000))]], 1),
+    ],
+)
+def test_a_line_may_be_whatever_a_request_may_be(
+    tmp_path: Path, lines: list[Any], prompts: int
+) -> None:
+    trace = load(put(tmp_path / "t.jsonl", *lines))
+    assert len(trace) == prompts
+    assert len(trace.broken) == sum(not isinstance(one, dict | list) for one in lines)
+
+
+@pytest.mark.parametrize(
+    ("array", "prompts"),
+    [
+        ([{"messages": [HELLO]}, [HELLO], {"text": "hello"}], 3),
+        ([[HELLO], [HELLO, HELLO]], 2),
+        ([{"text": "hello"}, {"prompt": [1, 2]}], 2),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_an_array_of_records_is_a_record_each(
+    tmp_path: Path, array: list[Any], prompts: int, indent: int | None
+) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(array, indent=indent))
+    trace = load(str(path))
+    assert len(trace) == prompts
+    assert not trace.broken

@@ -15,9 +15,11 @@ import transformers
 
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache_worker import process
+from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.process import WorkerProcess, read_lines
-from prefixcache_worker.request_line import LONGEST_LINE, read_object, read_request
+from prefixcache_worker.request import Failed, Finished, Request
+from prefixcache_worker.request_line import LONGEST_LINE, read_id, read_object, read_request
 from worker.zoo import build
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -131,6 +133,63 @@ def test_no_odd_line_keeps_the_next_one_from_being_served(model: Model) -> None:
     done = [one for one in events if one["event"] == "finished"]
     assert len(done) == len(ODD)
     assert len({one["id"] for one in done}) == len(ODD)  # made up, each another one
+
+
+@pytest.mark.parametrize(
+    "name", ["a\n", "a\x1b[2J", "\u202ea", "a\x00", "\u200b", "\ud800", "a\ud83d\ude00\udc00"]
+)
+@pytest.mark.parametrize("field", ["id", "cancel"])
+def test_a_name_that_cannot_be_shown_or_is_no_text_is_refused(name: str, field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field) as told:
+        read_id(json.loads(json.dumps({field: name})), field)
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a\udfffb", "\udc00\ud800"])
+@pytest.mark.parametrize("field", ["stop", "prompt"])
+def test_half_a_character_is_refused_wherever_a_text_is_taken(
+    model: Model, field: str, half: str
+) -> None:
+    line = json.dumps({"prompt": "a", field: half}).encode()
+    with pytest.raises(InvalidRequest, match=f"{field} holds half a character") as told:
+        read_request(read_object(line), model)
+    str(told.value).encode()  # it can be written
+
+
+def test_two_halves_of_a_character_are_one(model: Model) -> None:
+    request = read_request(read_object(rb'{"prompt":"a","stop":"\ud83d\ude00","id":"ok"}'), model)
+    assert request.stop_strings == ("\U0001f600",)
+
+
+def test_a_name_that_is_in_hand_is_not_taken_twice(model: Model) -> None:
+    line = b'{"id":"a","prompt":"Hello","max_new_tokens":3}'
+    (alone,) = (one for one in served(model, [line]) if one["event"] == "finished")
+
+    def lines() -> Iterator[bytes]:
+        yield line
+        yield b'{"id":"a","prompt":"Other","max_new_tokens":3}'
+        yield b'{"id":"b","prompt":"Other","max_new_tokens":3}'
+
+    events = served(model, lines())
+    assert [one["id"] for one in events if one["event"] == "failed"] == ["a"]
+    done = {one["id"]: one for one in events if one["event"] == "finished"}
+    assert sorted(done) == ["a", "b"]
+    assert done["a"]["tokens"] == alone["tokens"]
+
+
+def test_a_name_is_free_again_when_its_request_has_ended(model: Model) -> None:
+    engine = Engine(model, None, None)
+    for _ in range(2):
+        engine.submit(Request("a", [1, 2], 2))
+        assert [one.id for one in engine.run() if isinstance(one, Finished)] == ["a"]
+    engine.submit(Request("a", [1, 2], 10**9))
+    engine.cancel("a")
+    assert [one.id for one in engine.run() if isinstance(one, Finished)] == ["a"]
+    engine.submit(Request("a", [10**6], 2))
+    assert [one.id for one in engine.run() if isinstance(one, Failed)] == ["a"]
+    engine.submit(Request("a", [1, 2], 2))
+    engine.close()
+    engine.submit(Request("a", [1, 2], 2))
 
 
 def test_an_error_that_nobody_foresaw_fails_its_line(

@@ -34,7 +34,7 @@ from prefixcache_worker.inbox import Inbox
 from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Event, Failed, Request, Token
+from prefixcache_worker.request import Event, Failed, Finished, Request, Token
 from prefixcache_worker.sampling import top_two
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
@@ -88,6 +88,8 @@ class Engine:
         self.membership = Membership(model.layout, shared, join, private_tokens, self.wake)
         self.inbox: Inbox[Job | str] = Inbox()
         """What was submitted, or cancelled, and no step has taken yet."""
+        self._ids: set[str] = set()
+        """Of the requests in hand: what they hold is theirs by it, and who cancels names it."""
         self._queue: deque[Job] = deque()
         self._asked: list[Job] = []
         self._running: list[Job] = []
@@ -103,11 +105,20 @@ class Engine:
     # ---------------------------------------------------------------------------- from outside
 
     def submit(self, request: Request) -> None:
-        """Hand over a request.  From any thread; returns at once."""
+        """Hand over a request.  From any thread; returns at once.
+
+        Raises:
+            InvalidRequest: a request of this id is in hand.
+        """
+        if request.id in self._ids:
+            raise InvalidRequest(
+                f"a request {request.id!a} is in hand: give each one an id of its own"
+            )
         stop_ids = self.model.stop_ids if request.stop_ids is None else request.stop_ids
         limit = self.model.max_tokens
         room = limit - len(request.tokens) if limit else request.max_new_tokens
         stream = TextStream(self.model.tokenizer, request.stop_strings)
+        self._ids.add(request.id)
         self.inbox.put(Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room)))
         self.wake()
 
@@ -156,6 +167,7 @@ class Engine:
             self._drop(job)
         self._asked, self._running = [], []
         self._queue.clear()
+        self._ids.clear()
         self._settle([])
         self._close_old()
 
@@ -172,6 +184,7 @@ class Engine:
         self._running = [job for job in self._running if not job.reason]
         self._close_old()
         self._report()
+        self._ids.difference_update(one.id for one in events if isinstance(one, Finished | Failed))
         return events
 
     def _report(self) -> None:

@@ -13,11 +13,13 @@ from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
     from prefixcache.types import Layout
+    from prefixcache_bench.capacity import Capacity
     from prefixcache_bench.rows import Row
     from prefixcache_bench.sweep import Ceilings, Grid
     from prefixcache_bench.traces import Trace
 
 _EXIT_INTERRUPTED = 130
+_CAPACITIES = "5%,10%,25%,50%,inf"
 _NEAR = 0.99
 """Of the best size's reuse: what counts as next to nothing lost."""
 
@@ -37,18 +39,20 @@ def sweep(
         typer.Option(
             metavar="LIST",
             help="Tokens per block, with commas. Default: 1,4,16,64,256, or multiples of the "
-            "trace's own.",
+            "trace's own; of a small trace, those that fit.",
             show_default=False,
         ),
     ] = None,
     capacity: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="LIST",
             help="Memory, with commas: tokens (65536, 64k), bytes (2GiB, with --layout), blocks "
-            "(10000b), a share of the working set (25%), inf.",
+            "(10000b), a share of the working set (25%), inf. Default: 5%,10%,25%,50%,inf; of a "
+            "small trace, those that hold a block.",
+            show_default=False,
         ),
-    ] = "5%,10%,25%,50%,inf",
+    ] = None,
     policy: Annotated[str, typer.Option(metavar="LIST", help="Orders of eviction.")] = "lru",
     partial: Annotated[
         str, typer.Option(metavar="LIST", help="Reuse inside a block: off, blocks, tails.")
@@ -90,7 +94,7 @@ def sweep(
     sizes = None if block_size is None else options.numbers(block_size, "block size")
     shape = None if layout is None else layout_named(layout)
     measure = None if shape is None else shape.token_bytes
-    capacities = tuple(one.measured(measure) for one in parse_capacities(capacity))
+    capacities = tuple(one.measured(measure) for one in parse_capacities(capacity or _CAPACITIES))
     if not resume:
         saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
         options.refuse_overwriting(saved + ([] if no_picture else options.pictures(out)), force)
@@ -98,11 +102,15 @@ def sweep(
     modes = tuple(Partial(one) for one in options.partials(partial))
     trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     multiples = (1, 2, 4, 8) if trace.is_hashed else (1, 4, 16, 64, 256)
-    sizes = sizes or tuple(trace.unit * multiple for multiple in multiples)
-    grid = Grid(sizes, capacities, policies, modes)
-    for size in grid.block_sizes:
+    asked = sizes or tuple(trace.unit * multiple for multiple in multiples)
+    for size in asked:
         trace.words(size)
-    limits = ceilings(trace, grid.block_sizes)
+    limits = ceilings(trace, asked)
+    grid = Grid(asked, capacities, policies, modes).fitted(
+        limits.working_set, sizes=sizes is None, capacities=capacity is None
+    )
+    if left_out := _left_out(grid, asked, capacities):
+        typer.echo(f"the trace is small: {left_out} left out; give them to have them", err=True)
     grid.check(trace, limits.working_set)
     file = RowFile(out.with_suffix(".csv"), _head(trace), resume=resume)
     wanted = set(grid.combinations())
@@ -144,6 +152,13 @@ def sweep(
         )
         raise typer.Exit(_EXIT_INTERRUPTED)
     options.finish(trace)
+
+
+def _left_out(grid: Grid, sizes: tuple[int, ...], capacities: tuple[Capacity, ...]) -> str:
+    """Name what no default of a small trace can have."""
+    parts = [f"blocks of {size}" for size in sizes if size not in grid.block_sizes]
+    parts += [f"capacity {one.text}" for one in capacities if one not in grid.capacities]
+    return f"{', '.join(parts)} {'is' if len(parts) == 1 else 'are'}" if parts else ""
 
 
 def _bytes(grid: Grid, limits: Ceilings, shape: Layout | None) -> dict[str, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -154,8 +155,12 @@ class Source:
             parts.append(more)
         return b"".join(parts).decode("utf-8", "replace")
 
-    def parse(self, make: Callable[[dict[str, Any]], Item]) -> Iterator[Item]:
+    def parse(self, make: Callable[[Any], Item], *, lists: bool = False) -> Iterator[Item]:
         """Give what `make` makes of each line's JSON object; note the lines it cannot use.
+
+        Args:
+            make: Makes it.
+            lists: Whether it also takes a line that is a JSON list.
 
         Raises:
             InvalidRequest: the requests have more than `MOST_TOKENS` tokens in all.
@@ -163,7 +168,7 @@ class Source:
         for number, line in self.lines():
             self.number = number
             try:
-                item = make(_object(json.loads(line)))
+                item = make(_record(json.loads(line), lists))
             except UNREADABLE as error:
                 self.note(number, reason_of(error))
             else:
@@ -172,7 +177,7 @@ class Source:
                         self.spend(len(one.tokens) // TOKEN_BYTES)
                 yield item
 
-    def parse_array(self, make: Callable[[dict[str, Any]], Item]) -> Iterator[Item]:
+    def parse_array(self, make: Callable[[Any], Item], *, lists: bool = False) -> Iterator[Item]:
         """Do the same with the objects of one JSON array, also of one that breaks off.
 
         Raises:
@@ -196,7 +201,7 @@ class Source:
                 self.note(number, reason, "record")
                 return
             try:
-                item = make(_object(record))
+                item = make(_record(record, lists))
             except UNREADABLE as error:
                 self.note(number, reason_of(error), "record")
             else:
@@ -320,10 +325,43 @@ def count(fields: dict[str, Any], name: str) -> int:
     return int(value)
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is expected, not {type(value).__name__}")
+def _record(value: Any, lists: bool) -> Any:
+    if not isinstance(value, dict) and not (lists and isinstance(value, list)):
+        what = "object or list" if lists else "object"
+        raise ValueError(f"a JSON {what} is expected, not {type(value).__name__}")
     return value
+
+
+_RECORDS = re.compile(rb"\[\s*(\]|\[?\s*\{|$)")
+_BARE_CHAT = re.compile(rb'\[\s*\{\s*"(role|from|content|value)"')
+
+
+def is_array(head: bytes) -> bool:
+    r"""Whether a file is one JSON array of records, and not a list in each line.
+
+    >>> is_array(b'[{"messages": []}]'), is_array(b'[{"role": "user", "content": "hi"}]\n')
+    (True, False)
+    >>> is_array(b"[1, 2]\n[3]\n")
+    False
+    """
+    text = head.lstrip()
+    if not text.startswith(b"["):
+        return False
+    try:
+        value = json.loads(text.split(b"\n", 1)[0])
+    except (ValueError, RecursionError):  # it goes on in later lines, or beyond the head
+        return bool(_RECORDS.match(text)) and not _BARE_CHAT.match(text)
+    return not value or (
+        any(isinstance(one, dict) for one in _spread(value)) and not _is_chat(value)
+    )
+
+
+def _spread(value: list[Any]) -> list[Any]:
+    return value[0] if isinstance(value[0], list) else value
+
+
+def _is_chat(value: list[Any]) -> bool:
+    return all(isinstance(one, dict) and ("role" in one or "from" in one) for one in value)
 
 
 def _refuse_other_encodings(path: str, head: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefixcache import logged_request
 from prefixcache.errors import InvalidRequest
 from prefixcache_bench.readers import hashed, kvtrace, token_lines
-from prefixcache_bench.readers.lines import Source
+from prefixcache_bench.readers.lines import Source, is_array
 from prefixcache_bench.traces import Trace
 
 
@@ -114,8 +114,8 @@ def _from_source(
 
 
 _KNOWN = (
-    'token lines ({"tokens": [1, 2]}), requests and chats ({"messages": ...}, {"prompt": ...}, '
-    '{"input": ...}, ShareGPT), '
+    'token lines ({"tokens": [1, 2]}, [1, 2]), requests and chats ({"messages": ...}, '
+    '{"prompt": ...}, {"text": ...}, {"input": ...}, [{"role": ...}], ShareGPT), '
     'block hashes ({"hash_ids": ...}; delta-hash-v1) and folders of kvtrace files; '
     "name one with --format " + "|".join(known.value for known in Form)
 )
@@ -147,13 +147,15 @@ def _exists(path: str) -> bool:
 def see(head: bytes) -> Form | None:
     """Tell the form from a file's first bytes; None if none fits."""
     text = head.lstrip()
-    if text.startswith(b"["):
-        return Form.CHAT if text[1:].lstrip()[:1] in {b"{", b"]", b""} else None
+    if is_array(head):
+        return Form.CHAT
     for line in text.split(b"\n", 3)[:3]:
         form = _see_line(line)
         if form is not None:
             return form
     # A first line longer than what was read, or broken: its field names still show.
+    if text.startswith(b"["):
+        return Form.JSONL if text[1:].lstrip(b"[ \t")[:1].isdigit() else Form.CHAT
     for mark, form in _MARKS.items():
         if mark in head[:4096]:
             return form
@@ -174,6 +176,7 @@ _MARKS = {
     b'"input_ids"': Form.JSONL,
     b'"token_ids"': Form.JSONL,
     b'"tokens"': Form.JSONL,
+    b'"text":': Form.CHAT,
 }
 
 
@@ -182,6 +185,9 @@ def _see_line(line: bytes) -> Form | None:
         fields = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    if isinstance(fields, list):
+        flat = fields[0] if fields and isinstance(fields[0], list) else fields
+        return Form.JSONL if flat and not isinstance(flat[0], str | dict) else Form.CHAT
     if not isinstance(fields, dict):
         return None
     if "format" in fields:
@@ -193,4 +199,4 @@ def _see_line(line: bytes) -> Form | None:
     return Form.CHAT if fields.keys() & _CHATS else None
 
 
-_CHATS = {*logged_request.KEYS, "params"} - set(logged_request.IDS)
+_CHATS = logged_request.KEYS - set(logged_request.IDS)

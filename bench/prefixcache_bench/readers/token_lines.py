@@ -5,6 +5,7 @@ of packed little-endian uint32.  `prompt`: how many of them the client sent (def
 others were generated, and are stored after the request.  `prompt_token_ids`, `input_ids` and
 `token_ids` are other names of `tokens`, which may be a list of prompts; null is as good as absent.
 Without `namespace`, `model`, an adapter and `cache_salt` are it, as servers log them.
+A line that is a list is its `tokens`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def read(source: Source) -> Trace:
     """Read a trace of our own form.  Requests are served in the order of `t`."""
     spaces: dict[Namespace, Namespace] = {}
 
-    def make(fields: dict[str, Any]) -> list[Request]:
+    def make(line: dict[str, Any] | list[Any]) -> list[Request]:
+        fields = {"tokens": line} if isinstance(line, list) else line
         ids = given(fields, *IDS)
         if ids is None:
             raise KeyError("tokens")
@@ -51,7 +53,7 @@ def read(source: Source) -> Trace:
             for tokens in prompts
         ]
 
-    parts = list(source.parse(make))
+    parts = list(source.parse(make, lists=True))
     found = sorted((one for part in parts for one in part), key=lambda request: request.t)
     return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines)
 

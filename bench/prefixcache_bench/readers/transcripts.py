@@ -30,7 +30,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.logged_request import MEDIA_TOKENS, LoggedRequest, read_logged, stand_in
 from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace
-from prefixcache_bench.readers.lines import Source, given, seconds
+from prefixcache_bench.readers.lines import Source, given, is_array, seconds
 from prefixcache_bench.readers.tokenizers import ChatLayout, named
 from prefixcache_bench.traces import Request, Trace
 
@@ -119,11 +119,12 @@ def _records(source: Source, layout: ChatLayout) -> Iterator[list[_Chat]]:
     """Give the prompts, or the chat, of each record."""
     seen: set[str] = set()
 
-    def make(fields: dict[str, Any]) -> list[_Chat]:
+    def make(record: dict[str, Any] | list[Any]) -> list[_Chat]:
         try:
-            prompts = read_logged(fields)
+            prompts = read_logged(record)
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
+        fields = {} if isinstance(record, list) else record
         began = seconds(fields, *_TIMES)
         name = given(fields, "id") if any(one.is_logged_chat for one in prompts) else None
         if name is not None and str(name) in seen:
@@ -134,10 +135,10 @@ def _records(source: Source, layout: ChatLayout) -> Iterator[list[_Chat]]:
             seen.add(str(name))
         return chats
 
-    if source.head().lstrip().startswith(b"["):
-        yield from source.parse_array(make)
+    if is_array(source.head()):
+        yield from source.parse_array(make, lists=True)
     else:
-        yield from source.parse(make)
+        yield from source.parse(make, lists=True)
 
 
 def _chat(began: float | None, name: str, logged: LoggedRequest, layout: ChatLayout) -> _Chat:
