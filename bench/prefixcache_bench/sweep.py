@@ -69,7 +69,7 @@ class Grid:
         enough = {one for one, tokens in held.items() if tokens is None or tokens >= least}
         kept = tuple(one for one in self.capacities if not capacities or one in enough)
         bounds = [tokens for one in kept if (tokens := held[one]) is not None]
-        room = min(bounds, default=working_set)
+        room = min(bounds, default=max(self.block_sizes))
         fitting = tuple(one for one in self.block_sizes if not sizes or one <= max(room, least))
         return replace(self, capacities=kept, block_sizes=fitting)
 

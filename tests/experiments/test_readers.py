@@ -60,7 +60,7 @@ def test_broken_lines_are_reported_with_their_numbers_and_counted(tmp_path: Path
         {"t": 0, "tokens": [1]},
         "{not json",
         "",
-        "[1, 2]",
+        "[1, 2.5]",
         {"t": 1},
         {"tokens": [-1]},
         {"tokens": [1, 2], "prompt": 3},
@@ -72,7 +72,7 @@ def test_broken_lines_are_reported_with_their_numbers_and_counted(tmp_path: Path
     trace = load(path)
     assert len(trace) == 2
     assert [one.number for one in trace.broken] == [2, 4, 5, 6, 7, 8, 9, 10]
-    assert str(trace.broken[1]) == "line 4: a JSON object is expected, not list"
+    assert str(trace.broken[1]) == "line 4: tokens holds 2.5; a token id is a whole number"
     assert trace.broken[2].reason == "no field 'tokens'"
 
 
