@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from types import TracebackType
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
 
-from prefixcache.client import codec, outlines, unary
+from prefixcache.client import calls, unary
 from prefixcache.client.address import Address, default_target
 from prefixcache.client.aio_session import AsyncSession, refuse_other_loop
 from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
 from prefixcache.errors import ServiceUnavailable
-from prefixcache.outline import Order, Outline
-from prefixcache.types import (
-    Explanation,
-    Layout,
-    Lookup,
-    Namespace,
-    Pinned,
-    QuotaInfo,
-    Reset,
-    Snapshot,
-    TokensLike,
-    Unpinned,
-)
+from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 async def connect_async(
@@ -48,6 +40,40 @@ async def connect_async(
     access = Access(address, tls, token)
     await asyncio.to_thread(address.probe, timeout_s)
     return AsyncClient(address, timeout_s, access)
+
+
+def _asks(
+    make: Callable[P, calls.Call[T]],
+) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """Make the method that sends what `make` describes."""
+
+    async def ask(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = make(*args, **kwargs)
+        return call.read(await self.call(call.verb, call.request))
+
+    return calls.described_by(make, ask)
+
+
+def _watches(
+    make: Callable[P, pb.WatchRequest],
+) -> Callable[Concatenate[AsyncClient, P], AsyncGenerator[pb.WatchResponse, None]]:
+    async def watch(
+        self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs
+    ) -> AsyncGenerator[pb.WatchResponse, None]:
+        self.guard()
+        method: Any = self.channel.unary_stream(
+            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+        )
+        request = make(*args, **kwargs)
+        with self._own_errors():
+            stream = method(request, metadata=self.metadata)
+            try:
+                async for response in stream:
+                    yield response
+            finally:
+                stream.cancel()
+
+    return calls.described_by(make, watch)
 
 
 class AsyncClient(Connection):
@@ -94,91 +120,18 @@ class AsyncClient(Connection):
         self.attached(session, request)
         return session
 
-    async def lookup(self, namespace: Namespace, tokens: TokensLike) -> Lookup:
-        """Ask what `acquire` would find there.  Takes nothing; needs no session."""
-        return codec.read_lookup(await self.call("lookup", unary.lookup(namespace, tokens)))
-
-    async def explain(self, namespace: Namespace, tokens: TokensLike) -> Explanation:
-        """Ask why each token would or would not be reused there.  Needs no session."""
-        return codec.read_explain(await self.call("explain", unary.explain(namespace, tokens)))
-
-    async def recount(self, request: str, namespace: Namespace | None = None) -> Explanation:
-        """Ask why a request that was granted lately was answered as it was.
-
-        Args:
-            request: its request id (or that without its last `/part`), or `worker#lease`.
-            namespace: where it was; by default, anywhere without a salt.
-
-        Raises:
-            NotFound: the service remembers no such request.
-        """
-        return codec.read_explain(await self.call("explain", unary.recount(request, namespace)))
-
-    async def check(self, max_runs: int = 20_000) -> str:
-        """Have the service check every invariant; give what does not hold, empty if all is well.
-
-        Everybody waits meanwhile.
-
-        Raises:
-            InvalidRequest: the trees have more than `max_runs` runs.
-        """
-        answer = await self.call("check", unary.check(max_runs))
-        return str(answer.failure)
-
-    async def reset(self, namespace: Namespace) -> Reset:
-        """Make a namespace forget what it has stored.  Needs no session."""
-        return codec.read_reset(await self.call("reset", unary.reset(namespace)))
-
-    async def pin(self, namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Pinned:
-        """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
-        return codec.read_pin(await self.call("pin", unary.pin(namespace, tokens, ttl_s)))
-
-    async def unpin(self, namespace: Namespace, tokens: TokensLike = b"") -> Unpinned:
-        """End the pin of exactly this prefix, or all pins of a namespace.  Needs no session."""
-        return codec.read_unpin(await self.call("unpin", unary.unpin(namespace, tokens)))
-
-    async def quota(self, scope: Namespace | str) -> QuotaInfo:
-        """Ask what a namespace, or a tenant by name, may hold, and holds.  Needs no session."""
-        return codec.read_quota(await self.call("quota", unary.quota(scope)))
-
-    async def set_quota(
-        self, scope: Namespace | str, *, max_held: int | None, guaranteed: int = 0
-    ) -> QuotaInfo:
-        """Say what a namespace, or a tenant by name, may hold.  Needs no session.
-
-        Args:
-            scope: whose quota.
-            max_held: most blocks that its leases may hold; None is no limit.
-            guaranteed: stored blocks up to which nothing of it is evicted while others have
-                evictable ones.
-        """
-        request = unary.quota(scope, change=True, max_held=max_held, guaranteed=guaranteed)
-        return codec.read_quota(await self.call("quota", request))
-
-    async def snapshot(self) -> Snapshot:
-        """Ask for the state of the whole cache.  Needs no session."""
-        return codec.read_snapshot(await self.call("snapshot", pb.SnapshotRequest()))
-
-    async def outline(
-        self,
-        namespace: Namespace | None = None,
-        *,
-        order: Order = Order.TOKENS,
-        max_branches: int = 1000,
-        max_depth: int | None = None,
-        ghosts: bool = True,
-    ) -> Outline:
-        """Ask for the largest or hottest branches of the trees, the rest summed up.
-
-        Args:
-            namespace: which tree; all, if None.
-            order: which branches are kept, and which comes first.
-            max_branches: how many are kept in all.
-            max_depth: runs below the root beyond which all is summed up.
-            ghosts: whether evicted runs are shown.
-        """
-        request = outlines.request(namespace, order, max_branches, max_depth, ghosts)
-        return outlines.read_outline(await self.call("tree", request))
+    lookup = _asks(calls.lookup)
+    explain = _asks(calls.explain)
+    recount = _asks(calls.recount)
+    check = _asks(calls.check)
+    reset = _asks(calls.reset)
+    pin = _asks(calls.pin)
+    unpin = _asks(calls.unpin)
+    quota = _asks(calls.quota)
+    set_quota = _asks(calls.set_quota)
+    snapshot = _asks(calls.snapshot)
+    outline = _asks(calls.outline)
+    watch = _watches(calls.watch)
 
     async def call(self, verb: str, request: Any) -> Any:
         """Make one unary call and give the answer's message.
@@ -191,12 +144,21 @@ class AsyncClient(Connection):
         method: Any = self.channel.unary_unary(
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
-        try:
+        with self._own_errors():
             return await method(request, timeout=self.timeout_s, metadata=self.metadata)
-        except grpc.aio.UsageError:  # closed meanwhile
-            raise ServiceUnavailable("this client is closed: connect again") from None
+
+    @contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
+        except (grpc.aio.UsageError, asyncio.CancelledError):
+            # Closing the channel cancels its calls: whoever waits for one was not cancelled.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise ServiceUnavailable("this client is closed: connect again") from None
 
     async def close(self) -> None:
         """Close all sessions, then the connection.  Idempotent."""
@@ -225,10 +187,5 @@ class AsyncClient(Connection):
     async def __aenter__(self) -> AsyncClient:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()

@@ -15,15 +15,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
 
 from prefixcache.client import unary
 from prefixcache.client.batch import BatchOps
+from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
 from prefixcache.client.ops import Reply, Step
@@ -35,20 +35,68 @@ from prefixcache.errors import (
     NotFound,
     ServiceUnavailable,
 )
-from prefixcache.types import (
-    Committed,
-    Explanation,
-    Grant,
-    Lookup,
-    Pinned,
-    Released,
-    Reset,
-    Snapshot,
-    TableUpdate,
-    TokensLike,
-    Unpinned,
-)
+from prefixcache.types import Grant, Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class AsyncBatch(BatchOps["AsyncLease"]):
+    """All ops of one step.  Leaving the `async with` block sends them and waits for the answers.
+
+    An op that waits (`acquire` with `wait_s`) may be answered later: `await batch.wait(reply)`.  If
+    the block raises, nothing is sent.
+    """
+
+    def __init__(self, session: AsyncSession) -> None:
+        super().__init__(session)
+        self._session = session
+
+    async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
+        """Wait until an op that chose to wait is answered, and give its answer."""
+        self._session.guard()
+        try:
+            await self._session._await([reply])
+        except BaseException:
+            self._session.abandon([reply])
+            raise
+        return reply.result()
+
+    async def __aenter__(self) -> AsyncBatch:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            await self._session._run(self.step)
+
+
+def _alone(
+    add: Callable[Concatenate[AsyncBatch, P], Reply[T]],
+) -> Callable[Concatenate[AsyncSession, P], Coroutine[Any, Any, T]]:
+    """Make the method that sends one op of a session, and waits for it."""
+
+    async def run(self: AsyncSession, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        batch = self.batch()
+        reply = add(batch, *args, **kwargs)
+        await self._run(batch.step, patiently=True)
+        return reply.result()
+
+    return described_by(add, run, skip=1)
+
+
+def _of_lease(
+    add: Callable[Concatenate[AsyncBatch, AsyncLease, P], Reply[T]],
+) -> Callable[Concatenate[AsyncLease, P], Coroutine[Any, Any, T]]:
+    """Make the method that sends one op on a lease, and waits for it."""
+
+    async def run(self: AsyncLease, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        batch = self._session.batch()
+        reply = add(batch, self, *args, **kwargs)
+        await self._session._run(batch.step, patiently=True)
+        return reply.result()
+
+    return described_by(add, run, skip=2)
 
 
 class AsyncSession(SessionCore["AsyncLease"]):
@@ -101,25 +149,13 @@ class AsyncSession(SessionCore["AsyncLease"]):
         """Open a step: `async with session.batch() as batch: ...` sends its ops in one message."""
         return AsyncBatch(self)
 
-    async def acquire(
-        self,
-        tokens: TokensLike,
-        *,
-        reserve: int = 0,
-        wait_s: float = 0.0,
-        request_id: str = "",
-    ) -> AsyncLease:
-        """Lease blocks for a prompt; see `Session.acquire`.  Cancelling it gives up waiting.
-
-        Raises:
-            PoolExhausted: not enough blocks; `retry_after_s` is a hint.
-            InvalidRequest: it can never be served as it is.
-            ServiceUnavailable: the service is lost.
-        """
-        batch = self.batch()
-        reply = batch.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
-        await self._run(batch.step, patiently=True)
-        return reply.result()
+    acquire = _alone(AsyncBatch.acquire)
+    lookup = _alone(AsyncBatch.lookup)
+    explain = _alone(AsyncBatch.explain)
+    reset = _alone(AsyncBatch.reset)
+    pin = _alone(AsyncBatch.pin)
+    unpin = _alone(AsyncBatch.unpin)
+    snapshot = _alone(AsyncBatch.snapshot)
 
     def acquire_later(
         self,
@@ -133,42 +169,6 @@ class AsyncSession(SessionCore["AsyncLease"]):
         return asyncio.get_running_loop().create_task(
             self.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
         )
-
-    async def lookup(self, tokens: TokensLike) -> Lookup:
-        """Ask what `acquire` would find, without taking anything."""
-        async with self.batch() as batch:
-            reply = batch.lookup(tokens)
-        return reply.result()
-
-    async def explain(self, tokens: TokensLike) -> Explanation:
-        """Ask why each token would or would not be reused."""
-        async with self.batch() as batch:
-            reply = batch.explain(tokens)
-        return reply.result()
-
-    async def reset(self) -> Reset:
-        """Make the session's namespace forget what it has stored.  Leases live on."""
-        async with self.batch() as batch:
-            reply = batch.reset()
-        return reply.result()
-
-    async def pin(self, tokens: TokensLike, *, ttl_s: float) -> Pinned:
-        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
-        async with self.batch() as batch:
-            reply = batch.pin(tokens, ttl_s=ttl_s)
-        return reply.result()
-
-    async def unpin(self, tokens: TokensLike = b"") -> Unpinned:
-        """End the pin of exactly this prefix, or all pins of the session's namespace."""
-        async with self.batch() as batch:
-            reply = batch.unpin(tokens)
-        return reply.result()
-
-    async def snapshot(self) -> Snapshot:
-        """Ask for the state of the whole cache."""
-        async with self.batch() as batch:
-            reply = batch.snapshot()
-        return reply.result()
 
     async def renew(self) -> None:
         """Send a sign of life now.  The heartbeats do this by themselves."""
@@ -202,12 +202,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
     async def __aenter__(self) -> AsyncSession:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     # ------------------------------------------------------------------------ sending, receiving
@@ -322,52 +317,6 @@ class AsyncSession(SessionCore["AsyncLease"]):
             self.post(self.renewal()[0])
 
 
-def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
-    """Refuse a call from an event loop that is not the one of a client or session.
-
-    Raises:
-        InvalidRequest: it comes from another one.
-    """
-    if asyncio.get_running_loop() is not loop:
-        raise InvalidRequest(
-            f"this {what} belongs to another event loop: call connect_async in this one"
-        )
-
-
-class AsyncBatch(BatchOps["AsyncLease"]):
-    """All ops of one step.  Leaving the `async with` block sends them and waits for the answers.
-
-    An op that waits (`acquire` with `wait_s`) may be answered later: `await batch.wait(reply)`.  If
-    the block raises, nothing is sent.
-    """
-
-    def __init__(self, session: AsyncSession) -> None:
-        super().__init__(session)
-        self._session = session
-
-    async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
-        """Wait until an op that chose to wait is answered, and give its answer."""
-        self._session.guard()
-        try:
-            await self._session._await([reply])
-        except BaseException:
-            self._session.abandon([reply])
-            raise
-        return reply.result()
-
-    async def __aenter__(self) -> AsyncBatch:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            await self._session._run(self.step)
-
-
 class AsyncLease(LeaseState):
     """A lease on blocks; see `Lease`.  Async context manager; leaving it releases."""
 
@@ -375,36 +324,10 @@ class AsyncLease(LeaseState):
         super().__init__(grant, session, sent_at)
         self._session = session
 
-    async def commit(self, num_tokens: int, new_tokens: TokensLike = b"") -> Committed:
-        """Say that slots below `num_tokens` hold valid KV: they become visible to all."""
-        async with self._session.batch() as batch:
-            reply = batch.commit(self, num_tokens, new_tokens)
-        return reply.result()
-
-    async def extend(self, num_tokens: int, *, wait_s: float = 0.0) -> TableUpdate:
-        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
-
-        Args:
-            num_tokens: counted from position 0.
-            wait_s: how long to wait for room.  Leases that all wait for each other's blocks get
-                none: `reserve` at `acquire` what will be needed.
-        """
-        batch = self._session.batch()
-        reply = batch.extend(self, num_tokens, wait_s=wait_s)
-        await self._session._run(batch.step, patiently=True)
-        return reply.result()
-
-    async def truncate(self, num_tokens: int) -> TableUpdate:
-        """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
-        async with self._session.batch() as batch:
-            reply = batch.truncate(self, num_tokens)
-        return reply.result()
-
-    async def fork(self, n: int) -> list[AsyncLease]:
-        """Make `n` children that share every block.  `extend` a child before it writes."""
-        async with self._session.batch() as batch:
-            reply = batch.fork(self, n)
-        return reply.result()
+    commit = _of_lease(AsyncBatch.commit)
+    extend = _of_lease(AsyncBatch.extend)
+    truncate = _of_lease(AsyncBatch.truncate)
+    fork = _of_lease(AsyncBatch.fork)
 
     def release(self) -> Coroutine[Any, Any, Released]:
         """End the lease.  Idempotent.  What was committed stays cached until it is evicted.
@@ -424,12 +347,7 @@ class AsyncLease(LeaseState):
     async def __aenter__(self) -> AsyncLease:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self.released or self._session.is_inherited:
             return
         try:
@@ -437,3 +355,15 @@ class AsyncLease(LeaseState):
         except (LeaseExpired, NotFound, ServiceUnavailable):
             # The lease is gone already, with its worker or its service; do not mask `error`.
             return
+
+
+def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
+    """Refuse a call from an event loop that is not the one of a client or session.
+
+    Raises:
+        InvalidRequest: it comes from another one.
+    """
+    if asyncio.get_running_loop() is not loop:
+        raise InvalidRequest(
+            f"this {what} belongs to another event loop: call connect_async in this one"
+        )

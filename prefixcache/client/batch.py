@@ -59,29 +59,49 @@ class BatchOps(Generic[L]):
         wait_s: float = 0.0,
         request_id: str = "",
     ) -> Reply[L]:
-        """Lease blocks for a prompt, with room for `reserve` more tokens."""
+        """Lease blocks for a prompt: match, pin and allocate in one atomic step.
+
+        Args:
+            tokens: the prompt; fastest as packed bytes or a numpy int32 array.
+            reserve: tokens that may be added after it; their blocks are taken now.
+            wait_s: how long to wait if another worker is computing the prefix now.
+            request_id: makes a repeated call give the same lease.
+
+        Raises:
+            PoolExhausted: not enough blocks; `retry_after_s` is a hint.
+            InvalidRequest: it can never be served as it is.
+            ServiceUnavailable: the service is lost.
+        """
         reply: Reply[L] = self.step.acquire(tokens, reserve, wait_s, request_id)
         reply.finish = partial(self._lessee.make_lease, sent_at=time.monotonic())
         return reply
 
     def commit(self, lease: L, num_tokens: int, new_tokens: TokensLike = b"") -> Reply[Committed]:
-        """Say that slots below `num_tokens` hold valid KV; `new_tokens` are appended first."""
+        """Say that slots below `num_tokens` hold valid KV: they become visible to all.
+
+        Call it only after the device has finished writing.  `new_tokens` (generated since) are
+        appended to the lease's tokens first.
+        """
         return self._on(lease, lambda: self.step.commit(lease.id, num_tokens, new_tokens))
 
     def extend(self, lease: L, num_tokens: int, *, wait_s: float = 0.0) -> Reply[TableUpdate]:
-        """Make room for `num_tokens` tokens in all; wait up to `wait_s` for it."""
+        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
+
+        It counts from position 0, and waits up to `wait_s` for room.  Leases that all wait for each
+        other's blocks get none: `reserve` at `acquire` what will be needed.
+        """
         reply = self._on(lease, lambda: self.step.extend(lease.id, num_tokens, wait_s))
         reply.finish = lease.apply
         return reply
 
     def truncate(self, lease: L, num_tokens: int) -> Reply[TableUpdate]:
-        """Roll back to `num_tokens` tokens."""
+        """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
         reply = self._on(lease, lambda: self.step.truncate(lease.id, num_tokens))
         reply.finish = lease.apply
         return reply
 
     def fork(self, lease: L, n: int) -> Reply[list[L]]:
-        """Make `n` children that share every block of `lease`."""
+        """Make `n` children that share every block.  `extend` a child before it writes."""
         reply: Reply[list[L]] = self._on(lease, lambda: self.step.fork(lease.id, n))
         make = partial(self._lessee.make_lease, sent_at=time.monotonic())
         reply.finish = lambda grants: [make(grant) for grant in grants]
@@ -101,11 +121,11 @@ class BatchOps(Generic[L]):
         return self.step.explain(tokens)
 
     def reset(self) -> Reply[Reset]:
-        """Make the session's namespace forget what it has stored."""
+        """Make the session's namespace forget what it has stored.  Leases live on."""
         return self.step.reset()
 
     def pin(self, tokens: TokensLike, *, ttl_s: float) -> Reply[Pinned]:
-        """Let what is stored of a prefix be evicted last for `ttl_s`."""
+        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
         return self.step.pin(tokens, ttl_s)
 
     def unpin(self, tokens: TokensLike = b"") -> Reply[Unpinned]:

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any, Final
 
-from prefixcache.client.codec import (
-    no_foreign_errors,
-    read_namespace,
-    show_namespace,
-    write_namespace,
-)
+from prefixcache.client.codec import read_namespace, show_namespace
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
-from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 ORDERS: Final = {
@@ -21,26 +15,6 @@ ORDERS: Final = {
 }
 _PAUSE_EVERY: Final = 128
 _ORDERS: Final[dict[int, Order]] = {int(number): order for order, number in ORDERS.items()}
-
-
-@no_foreign_errors("outline")
-def request(
-    namespace: Namespace | None,
-    order: Order,
-    max_branches: int,
-    max_depth: int | None,
-    ghosts: bool,
-) -> pb.TreeRequest:
-    """Build a request that needs no worker."""
-    message = pb.TreeRequest(
-        order=ORDERS[order],
-        max_branches=max_branches,
-        max_depth=max_depth or 0,
-        without_ghosts=not ghosts,
-    )
-    if namespace is not None:
-        write_namespace(namespace, message.namespace)
-    return message
 
 
 def read_order(number: Any) -> Order:

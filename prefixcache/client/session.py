@@ -11,16 +11,16 @@ batch ─ bytes ──►  queue ─────────────► OpBa
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
 from prefixcache.client import unary
 from prefixcache.client.batch import BatchOps
+from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
 from prefixcache.client.ops import Reply, Step
@@ -32,20 +32,65 @@ from prefixcache.errors import (
     NotFound,
     ServiceUnavailable,
 )
-from prefixcache.types import (
-    Committed,
-    Explanation,
-    Grant,
-    Lookup,
-    Pinned,
-    Released,
-    Reset,
-    Snapshot,
-    TableUpdate,
-    TokensLike,
-    Unpinned,
-)
+from prefixcache.types import Grant, Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Batch(BatchOps["Lease"]):
+    """All ops of one step.  Leaving the `with` block sends them in one message and waits for them.
+
+    An op that waits (`acquire` with `wait_s`) may be answered later: `wait(reply)` waits for it.
+    If the block raises, nothing is sent.
+    """
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session)
+        self._session = session
+
+    def wait(self, reply: Reply[Lease]) -> Lease:
+        """Block until an op that chose to wait is answered, and give its answer."""
+        try:
+            self._session._await([reply])
+        except BaseException:
+            self._session.abandon([reply])
+            raise
+        return reply.result()
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._session._run(self.step)
+
+
+def _alone(add: Callable[Concatenate[Batch, P], Reply[T]]) -> Callable[Concatenate[Session, P], T]:
+    """Make the method that sends one op of a session, and waits for it."""
+
+    def run(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        batch = self.batch()
+        reply = add(batch, *args, **kwargs)
+        self._run(batch.step, patiently=True)
+        return reply.result()
+
+    return described_by(add, run, skip=1)
+
+
+def _of_lease(
+    add: Callable[Concatenate[Batch, Lease, P], Reply[T]],
+) -> Callable[Concatenate[Lease, P], T]:
+    """Make the method that sends one op on a lease, and waits for it."""
+
+    def run(self: Lease, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        batch = self._session.batch()
+        reply = add(batch, self, *args, **kwargs)
+        self._session._run(batch.step, patiently=True)
+        return reply.result()
+
+    return described_by(add, run, skip=2)
 
 
 class Session(SessionCore["Lease"]):
@@ -85,31 +130,13 @@ class Session(SessionCore["Lease"]):
         """Open a step: `with session.batch() as batch: ...` sends all its ops in one message."""
         return Batch(self)
 
-    def acquire(
-        self,
-        tokens: TokensLike,
-        *,
-        reserve: int = 0,
-        wait_s: float = 0.0,
-        request_id: str = "",
-    ) -> Lease:
-        """Lease blocks for a prompt: match, pin and allocate in one atomic step.
-
-        Args:
-            tokens: the prompt; fastest as packed bytes or a numpy int32 array.
-            reserve: tokens that may be added after it; their blocks are taken now.
-            wait_s: how long to wait if another worker is computing the prefix now.
-            request_id: makes a repeated call give the same lease.
-
-        Raises:
-            PoolExhausted: not enough blocks; `retry_after_s` is a hint.
-            InvalidRequest: it can never be served as it is.
-            ServiceUnavailable: the service is lost.
-        """
-        batch = self.batch()
-        reply = batch.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
-        self._run(batch.step, patiently=True)
-        return reply.result()
+    acquire = _alone(Batch.acquire)
+    lookup = _alone(Batch.lookup)
+    explain = _alone(Batch.explain)
+    reset = _alone(Batch.reset)
+    pin = _alone(Batch.pin)
+    unpin = _alone(Batch.unpin)
+    snapshot = _alone(Batch.snapshot)
 
     def acquire_later(
         self,
@@ -145,42 +172,6 @@ class Session(SessionCore["Lease"]):
         self.post(batch.step)
         return future
 
-    def lookup(self, tokens: TokensLike) -> Lookup:
-        """Ask what `acquire` would find, without taking anything."""
-        with self.batch() as batch:
-            reply = batch.lookup(tokens)
-        return reply.result()
-
-    def explain(self, tokens: TokensLike) -> Explanation:
-        """Ask why each token would or would not be reused."""
-        with self.batch() as batch:
-            reply = batch.explain(tokens)
-        return reply.result()
-
-    def reset(self) -> Reset:
-        """Make the session's namespace forget what it has stored.  Leases live on."""
-        with self.batch() as batch:
-            reply = batch.reset()
-        return reply.result()
-
-    def pin(self, tokens: TokensLike, *, ttl_s: float) -> Pinned:
-        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
-        with self.batch() as batch:
-            reply = batch.pin(tokens, ttl_s=ttl_s)
-        return reply.result()
-
-    def unpin(self, tokens: TokensLike = b"") -> Unpinned:
-        """End the pin of exactly this prefix, or all pins of the session's namespace."""
-        with self.batch() as batch:
-            reply = batch.unpin(tokens)
-        return reply.result()
-
-    def snapshot(self) -> Snapshot:
-        """Ask for the state of the whole cache."""
-        with self.batch() as batch:
-            reply = batch.snapshot()
-        return reply.result()
-
     def renew(self) -> None:
         """Send a sign of life now.  The heartbeats do this by themselves."""
         step, reply = self.renewal()
@@ -206,12 +197,7 @@ class Session(SessionCore["Lease"]):
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # ------------------------------------------------------------------------ sending, receiving
@@ -286,39 +272,6 @@ class Session(SessionCore["Lease"]):
             self.post(self.renewal()[0])
 
 
-class Batch(BatchOps["Lease"]):
-    """All ops of one step.  Leaving the `with` block sends them in one message and waits for them.
-
-    An op that waits (`acquire` with `wait_s`) may be answered later: `wait(reply)` waits for it.
-    If the block raises, nothing is sent.
-    """
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self._session = session
-
-    def wait(self, reply: Reply[Lease]) -> Lease:
-        """Block until an op that chose to wait is answered, and give its answer."""
-        try:
-            self._session._await([reply])
-        except BaseException:
-            self._session.abandon([reply])
-            raise
-        return reply.result()
-
-    def __enter__(self) -> Batch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self._session._run(self.step)
-
-
 class Lease(LeaseState):
     """A lease on blocks.  Context manager; leaving it releases, whatever happened.
 
@@ -330,40 +283,10 @@ class Lease(LeaseState):
         super().__init__(grant, session, sent_at)
         self._session = session
 
-    def commit(self, num_tokens: int, new_tokens: TokensLike = b"") -> Committed:
-        """Say that slots below `num_tokens` hold valid KV: they become visible to all.
-
-        Call it only after the device has finished writing.  `new_tokens` (generated since) are
-        appended to the lease's tokens first.
-        """
-        with self._session.batch() as batch:
-            reply = batch.commit(self, num_tokens, new_tokens)
-        return reply.result()
-
-    def extend(self, num_tokens: int, *, wait_s: float = 0.0) -> TableUpdate:
-        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
-
-        Args:
-            num_tokens: counted from position 0.
-            wait_s: how long to wait for room.  Leases that all wait for each other's blocks get
-                none: `reserve` at `acquire` what will be needed.
-        """
-        batch = self._session.batch()
-        reply = batch.extend(self, num_tokens, wait_s=wait_s)
-        self._session._run(batch.step, patiently=True)
-        return reply.result()
-
-    def truncate(self, num_tokens: int) -> TableUpdate:
-        """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
-        with self._session.batch() as batch:
-            reply = batch.truncate(self, num_tokens)
-        return reply.result()
-
-    def fork(self, n: int) -> list[Lease]:
-        """Make `n` children that share every block.  `extend` a child before it writes."""
-        with self._session.batch() as batch:
-            reply = batch.fork(self, n)
-        return reply.result()
+    commit = _of_lease(Batch.commit)
+    extend = _of_lease(Batch.extend)
+    truncate = _of_lease(Batch.truncate)
+    fork = _of_lease(Batch.fork)
 
     def release(self) -> Released:
         """End the lease.  Idempotent.  What was committed stays cached until it is evicted."""
@@ -378,12 +301,7 @@ class Lease(LeaseState):
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.released or self._session.is_inherited:
             return
         try:

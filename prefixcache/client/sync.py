@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from prefixcache.client import codec, outlines, unary
+from prefixcache.client import calls, unary
 from prefixcache.client.address import Address, default_target
 from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
 from prefixcache.client.session import Session
-from prefixcache.outline import Order, Outline
-from prefixcache.types import (
-    Explanation,
-    Layout,
-    Lookup,
-    Namespace,
-    Pinned,
-    QuotaInfo,
-    Reset,
-    Snapshot,
-    TokensLike,
-    Unpinned,
-)
+from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def connect(
@@ -50,6 +40,35 @@ def connect(
     """
     address = Address.parse(target or default_target())
     return Client(address, timeout_s, Access(address, tls, token))
+
+
+def _asks(make: Callable[P, calls.Call[T]]) -> Callable[Concatenate[Client, P], T]:
+    """Make the method that sends what `make` describes."""
+
+    def ask(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        call = make(*args, **kwargs)
+        return call.read(self.call(call.verb, call.request))
+
+    return calls.described_by(make, ask)
+
+
+def _watches(
+    make: Callable[P, pb.WatchRequest],
+) -> Callable[Concatenate[Client, P], Iterator[pb.WatchResponse]]:
+    def watch(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[pb.WatchResponse]:
+        self.guard()
+        method: Any = self.channel.unary_stream(
+            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+        )
+        stream = method(make(*args, **kwargs), metadata=self.metadata)
+        try:
+            yield from stream
+        except grpc.RpcError as error:
+            raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
+        finally:
+            stream.cancel()
+
+    return calls.described_by(make, watch)
 
 
 class Client(Connection):
@@ -98,128 +117,18 @@ class Client(Connection):
         self.attached(session, request)
         return session
 
-    def lookup(self, namespace: Namespace, tokens: TokensLike) -> Lookup:
-        """Ask what `acquire` would find there.  Takes nothing; needs no session."""
-        return codec.read_lookup(self.call("lookup", unary.lookup(namespace, tokens)))
-
-    def explain(self, namespace: Namespace, tokens: TokensLike) -> Explanation:
-        """Ask why each token would or would not be reused there.  Needs no session."""
-        return codec.read_explain(self.call("explain", unary.explain(namespace, tokens)))
-
-    def recount(self, request: str, namespace: Namespace | None = None) -> Explanation:
-        """Ask why a request that was granted lately was answered as it was.
-
-        Args:
-            request: its request id (or that without its last `/part`), or `worker#lease`.
-            namespace: where it was; by default, anywhere without a salt.
-
-        Raises:
-            NotFound: the service remembers no such request.
-        """
-        return codec.read_explain(self.call("explain", unary.recount(request, namespace)))
-
-    def check(self, max_runs: int = 20_000) -> str:
-        """Have the service check every invariant; give what does not hold, empty if all is well.
-
-        Everybody waits meanwhile.
-
-        Raises:
-            InvalidRequest: the trees have more than `max_runs` runs.
-        """
-        answer = self.call("check", unary.check(max_runs))
-        return str(answer.failure)
-
-    def reset(self, namespace: Namespace) -> Reset:
-        """Make a namespace forget what it has stored.  Needs no session."""
-        return codec.read_reset(self.call("reset", unary.reset(namespace)))
-
-    def pin(self, namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Pinned:
-        """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
-        return codec.read_pin(self.call("pin", unary.pin(namespace, tokens, ttl_s)))
-
-    def unpin(self, namespace: Namespace, tokens: TokensLike = b"") -> Unpinned:
-        """End the pin of exactly this prefix, or all pins of a namespace.  Needs no session."""
-        return codec.read_unpin(self.call("unpin", unary.unpin(namespace, tokens)))
-
-    def quota(self, scope: Namespace | str) -> QuotaInfo:
-        """Ask what a namespace, or a tenant by name, may hold, and holds.  Needs no session."""
-        return codec.read_quota(self.call("quota", unary.quota(scope)))
-
-    def set_quota(
-        self, scope: Namespace | str, *, max_held: int | None, guaranteed: int = 0
-    ) -> QuotaInfo:
-        """Say what a namespace, or a tenant by name, may hold.  Needs no session.
-
-        Args:
-            scope: whose quota.
-            max_held: most blocks that its leases may hold; None is no limit.
-            guaranteed: stored blocks up to which nothing of it is evicted while others have
-                evictable ones.
-        """
-        request = unary.quota(scope, change=True, max_held=max_held, guaranteed=guaranteed)
-        return codec.read_quota(self.call("quota", request))
-
-    def snapshot(self) -> Snapshot:
-        """Ask for the state of the whole cache.  Needs no session."""
-        return codec.read_snapshot(self.call("snapshot", pb.SnapshotRequest()))
-
-    def outline(
-        self,
-        namespace: Namespace | None = None,
-        *,
-        order: Order = Order.TOKENS,
-        max_branches: int = 1000,
-        max_depth: int | None = None,
-        ghosts: bool = True,
-    ) -> Outline:
-        """Ask for the largest or hottest branches of the trees, the rest summed up.
-
-        Args:
-            namespace: which tree; all, if None.
-            order: which branches are kept, and which comes first.
-            max_branches: how many are kept in all.
-            max_depth: runs below the root beyond which all is summed up.
-            ghosts: whether evicted runs are shown.
-        """
-        request = outlines.request(namespace, order, max_branches, max_depth, ghosts)
-        return outlines.read_outline(self.call("tree", request))
-
-    def watch(
-        self,
-        from_sequence: int = 0,
-        *,
-        namespace: Namespace | None = None,
-        tokens: bool = False,
-    ) -> Iterator[pb.WatchResponse]:
-        """Give what enters and leaves the index, as hashes of whole blocks.  Needs no session.
-
-        Never ends by itself.  After a lost connection go on from the last `next_sequence`.
-
-        Args:
-            from_sequence: 0: what is stored now, and then what changes; else what changes from
-                this event on.
-            namespace: only what concerns it.
-            tokens: also token ids, where the service allows it.
-
-        Raises:
-            InvalidRequest: the service sends no token ids.
-            ServiceUnavailable: the connection is lost.
-        """
-        self.guard()
-        with codec.no_foreign_errors("watch"):
-            request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
-            if namespace is not None:
-                codec.write_namespace(namespace, request.namespace)
-        method: Any = self.channel.unary_stream(
-            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
-        )
-        stream = method(request, metadata=self.metadata)
-        try:
-            yield from stream
-        except grpc.RpcError as error:
-            raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
-        finally:
-            stream.cancel()
+    lookup = _asks(calls.lookup)
+    explain = _asks(calls.explain)
+    recount = _asks(calls.recount)
+    check = _asks(calls.check)
+    reset = _asks(calls.reset)
+    pin = _asks(calls.pin)
+    unpin = _asks(calls.unpin)
+    quota = _asks(calls.quota)
+    set_quota = _asks(calls.set_quota)
+    snapshot = _asks(calls.snapshot)
+    outline = _asks(calls.outline)
+    watch = _watches(calls.watch)
 
     def call(self, verb: str, request: Any) -> Any:
         """Make one unary call and give the answer's message.
@@ -255,10 +164,5 @@ class Client(Connection):
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""Unary calls: paths and messages of every verb, requests that need no session, and rich errors."""
+"""The transport: paths and messages of every verb, options of a channel, and rich errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from google.protobuf.message_factory import GetMessageClass
 from prefixcache.client import codec
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest, Unauthenticated
-from prefixcache.types import Namespace, TokensLike, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["PrefixCache"].full_name
@@ -58,87 +57,6 @@ RPCS: Final[dict[str, Rpc]] = {
     if not method.server_streaming
 }
 """Unary RPCs by verb, read from the generated descriptor."""
-
-
-@codec.no_foreign_errors("lookup")
-def lookup(namespace: Namespace, tokens: TokensLike) -> pb.LookupRequest:
-    """Build a request that needs no worker."""
-    request = pb.LookupRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("explain")
-def explain(namespace: Namespace, tokens: TokensLike) -> pb.ExplainRequest:
-    """Build a request that needs no worker."""
-    request = pb.ExplainRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("check")
-def check(max_runs: int) -> pb.CheckRequest:
-    """Build a request that needs no worker."""
-    return pb.CheckRequest(max_runs=max_runs)
-
-
-@codec.no_foreign_errors("recount")
-def recount(name: str, namespace: Namespace | None) -> pb.ExplainRequest:
-    """Build a request that needs no worker."""
-    request = pb.ExplainRequest(request_id=name)
-    if namespace is not None:
-        codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("reset")
-def reset(namespace: Namespace) -> pb.ResetRequest:
-    """Build a request that needs no worker."""
-    request = pb.ResetRequest()
-    codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("pin")
-def pin(namespace: Namespace, tokens: TokensLike, ttl_s: float) -> pb.PinRequest:
-    """Build a request that needs no worker."""
-    codec.check_seconds("ttl_s", ttl_s)
-    request = pb.PinRequest(tokens=pack(tokens), ttl_s=ttl_s)
-    codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("unpin")
-def unpin(namespace: Namespace, tokens: TokensLike) -> pb.UnpinRequest:
-    """Build a request that needs no worker."""
-    request = pb.UnpinRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return request
-
-
-@codec.no_foreign_errors("quota")
-def quota(
-    scope: Namespace | str,
-    *,
-    change: bool = False,
-    max_held: int | None = None,
-    guaranteed: int = 0,
-) -> pb.QuotaRequest:
-    """Build a request that tells, or changes, a quota.
-
-    Raises:
-        InvalidRequest: a number that no message can hold.
-    """
-    request = pb.QuotaRequest(set=change)
-    if isinstance(scope, str):
-        request.tenant = scope
-    else:
-        request.namespace.SetInParent()
-        codec.write_namespace(scope, request.namespace)
-    if max_held is not None:
-        request.max_held = max_held
-    request.guaranteed = guaranteed
-    return request
 
 
 def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError:

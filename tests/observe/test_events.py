@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pytest
 
 import prefixcache
 from observe.scraped import free_port
+from prefixcache.client import connect_async
 from prefixcache.core import recital
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
@@ -335,12 +336,53 @@ def hear(messages: Iterator[pb.WatchResponse], kinds: list[str]) -> list[pb.Cach
     return events
 
 
-def test_a_watcher_hears_what_others_store_and_reset(sockets: Path) -> None:
+class Awaited:
+    """The watch of an asynchronous client, for a test that runs on no loop."""
+
+    def __init__(self, target: str) -> None:
+        self.runner = asyncio.Runner()
+        self.client = self.runner.run(self.make(connect_async(target)))
+        self.streams: list[Any] = []
+
+    @staticmethod
+    async def make(what: Awaitable[Any]) -> Any:
+        return await what
+
+    def watch(self, *args: Any, **kwargs: Any) -> Iterator[pb.WatchResponse]:
+        stream = self.client.watch(*args, **kwargs)
+        self.streams.append(stream)
+        try:
+            while True:
+                yield self.runner.run(self.make(anext(stream)))
+        finally:
+            if stream in self.streams:
+                self.runner.run(stream.aclose())
+
+    def __enter__(self) -> Awaited:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.streams:
+            self.runner.run(self.streams.pop().aclose())
+        self.runner.run(self.client.close())
+        self.runner.close()
+
+
+@pytest.fixture(params=[prefixcache.connect, Awaited], ids=["sync", "async"])
+def watcher(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """How a client is made that watches: `with watcher(target) as watching`."""
+    return request.param
+
+
+def test_a_watcher_hears_what_others_store_and_reset(
+    sockets: Path, watcher: Callable[[str], Any]
+) -> None:
     with (
         running(f"unix:{sockets}/watch.sock", *sizes(64, 4)) as service,
         prefixcache.connect(service.target) as client,
+        watcher(service.target) as watching,
     ):
-        messages = client.watch()
+        messages = watching.watch()
         first = next(messages)
         assert first.is_snapshot
         store(service.target, list(range(10)), list(range(16)), salt="s", adapter="poet")
@@ -355,55 +397,61 @@ def test_a_watcher_hears_what_others_store_and_reset(sockets: Path) -> None:
         client.reset(Namespace("model", adapter="poet", salt="s"))
         (gone,) = hear(messages, ["cleared"])
         assert gone.sequence == two.sequence + 1
-        again = client.watch(two.sequence)
+        again = watching.watch(two.sequence)
         assert next(again).events[0].sequence == two.sequence
-        only = client.watch(namespace=Namespace("else"))
+        only = watching.watch(namespace=Namespace("else"))
         assert next(only).is_snapshot
         for stream in (messages, again, only):
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
         with pytest.raises(InvalidRequest, match="--watch-tokens"):
-            next(client.watch(tokens=True))
+            next(watching.watch(tokens=True))
 
 
-def test_too_many_watchers_are_refused_and_one_that_leaves_makes_room(sockets: Path) -> None:
+def test_too_many_watchers_are_refused_and_one_that_leaves_makes_room(
+    sockets: Path, watcher: Callable[[str], Any]
+) -> None:
     flags = [*sizes(64, 4), "--max-watchers", "1"]
     with (
         running(f"unix:{sockets}/crowd.sock", *flags) as service,
-        prefixcache.connect(service.target) as client,
+        watcher(service.target) as watching,
     ):
-        one = client.watch()
+        one = watching.watch()
         next(one)
         with pytest.raises(PoolExhausted, match="--max-watchers"):
-            next(client.watch())
-        one.close()  # type: ignore[attr-defined]
+            next(watching.watch())
+        one.close()
 
         def admitted() -> bool:
             try:
-                return next(client.watch()).is_snapshot
+                return next(watching.watch()).is_snapshot
             except PoolExhausted:
                 return False
 
         eventually(admitted)
 
 
-def test_a_watcher_learns_that_the_service_has_died(sockets: Path) -> None:
+def test_a_watcher_learns_that_the_service_has_died(
+    sockets: Path, watcher: Callable[[str], Any]
+) -> None:
     with (
         running(f"unix:{sockets}/dies.sock", *sizes(64, 4)) as service,
-        prefixcache.connect(service.target) as client,
+        watcher(service.target) as watching,
     ):
-        messages = client.watch()
+        messages = watching.watch()
         next(messages)
         service.process.kill()
         with pytest.raises(ServiceUnavailable):
             next(messages)
 
 
-def test_a_watcher_may_come_before_the_first_worker(sockets: Path) -> None:
+def test_a_watcher_may_come_before_the_first_worker(
+    sockets: Path, watcher: Callable[[str], Any]
+) -> None:
     with (
         running(f"unix:{sockets}/early.sock", "--memory", "64KiB", "--block-size", "4") as service,
-        prefixcache.connect(service.target) as client,
+        watcher(service.target) as watching,
     ):
-        messages = client.watch()
+        messages = watching.watch()
         assert next(messages).is_snapshot
         store(service.target, list(range(10)))
         hear(messages, ["stored"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixcache import errors
-from prefixcache.client import codec, outlines
+from prefixcache.client import calls, codec, outlines
 from prefixcache.client.ops import Step, read_result
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
@@ -96,7 +96,7 @@ def test_an_outline_survives_the_wire() -> None:
         arrived = pb.TreeResponse.FromString(message.SerializeToString())
         assert outlines.read_outline(arrived) == outline
     for order in Order:
-        asked = outlines.request(SPACE, order, 5, None, ghosts=True)
+        asked = calls.outline(SPACE, order=order, max_branches=5).request
         assert outlines.read_order(asked.order) is order
     assert outlines.read_order(pb.TreeRequest().order) is Order.TOKENS
 

@@ -240,10 +240,40 @@ def test_a_closed_client_says_so(service: ServiceProcess) -> None:
         calls: tuple[Callable[[], Awaitable[Any]], ...] = (
             client.snapshot,
             lambda: client.attach("m", LAYOUT),
+            lambda: anext(client.watch()),
         )
         for call in calls:
             with pytest.raises(ServiceUnavailable, match="this client is closed"):
                 await call()
+
+    asyncio.run(run())
+
+
+def test_who_still_waits_when_the_client_is_closed_is_told_and_not_cancelled(
+    service: ServiceProcess,
+) -> None:
+    """Closing a channel cancels its calls: in asyncio that looks as if the caller was cancelled."""
+
+    async def run() -> None:
+        client = await connect_async(service.target)
+        watching = client.watch()
+        assert (await anext(watching)).is_snapshot
+        waiting = [asyncio.ensure_future(anext(watching)), asyncio.ensure_future(client.snapshot())]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await client.close()
+        for told in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(told, ServiceUnavailable)
+            assert "this client is closed" in str(told)
+
+        async with await connect_async(service.target) as client:
+            watching = client.watch()
+            await anext(watching)
+            task = asyncio.ensure_future(anext(watching))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
     asyncio.run(run())
 

@@ -1,0 +1,221 @@
+"""Questions that need no session: each is described here once, as a value.
+
+```
+calls.lookup(namespace, tokens) ──► Call(verb, request, read)
+Client.lookup   sends it, and reads the answer
+AsyncClient.lookup   the same, awaited
+```
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from prefixcache.client import codec, outlines
+from prefixcache.outline import Order, Outline
+from prefixcache.types import (
+    Explanation,
+    Lookup,
+    Namespace,
+    Pinned,
+    QuotaInfo,
+    Reset,
+    Snapshot,
+    TokensLike,
+    Unpinned,
+    pack,
+)
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """One unary call: what is sent, and what becomes of the answer."""
+
+    verb: str
+    request: Any
+    read: Callable[[Any], T]
+
+
+def described_by(described: Callable[..., Any], method: F, *, skip: int = 0) -> F:
+    """Give a method the name, the arguments and the description of the function that it wraps.
+
+    Args:
+        described: that function.
+        method: a method whose arguments after `self` are those of `described`.
+        skip: how many arguments of `described` come before these.
+    """
+    signature = inspect.signature(described)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__name__, method.__doc__ = described.__name__, described.__doc__
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[me, *list(signature.parameters.values())[skip:]],
+        return_annotation=inspect.Signature.empty,
+    )
+    return method
+
+
+@codec.no_foreign_errors("lookup")
+def lookup(namespace: Namespace, tokens: TokensLike) -> Call[Lookup]:
+    """Ask what `acquire` would find there.  Takes nothing; needs no session."""
+    request = pb.LookupRequest(tokens=pack(tokens))
+    codec.write_namespace(namespace, request.namespace)
+    return Call("lookup", request, codec.read_lookup)
+
+
+@codec.no_foreign_errors("explain")
+def explain(namespace: Namespace, tokens: TokensLike) -> Call[Explanation]:
+    """Ask why each token would or would not be reused there.  Needs no session."""
+    request = pb.ExplainRequest(tokens=pack(tokens))
+    codec.write_namespace(namespace, request.namespace)
+    return Call("explain", request, codec.read_explain)
+
+
+@codec.no_foreign_errors("recount")
+def recount(request: str, namespace: Namespace | None = None) -> Call[Explanation]:
+    """Ask why a request that was granted lately was answered as it was.
+
+    Args:
+        request: its request id (or that without its last `/part`), or `worker#lease`.
+        namespace: where it was; by default, anywhere without a salt.
+
+    Raises:
+        NotFound: the service remembers no such request.
+    """
+    message = pb.ExplainRequest(request_id=request)
+    if namespace is not None:
+        codec.write_namespace(namespace, message.namespace)
+    return Call("explain", message, codec.read_explain)
+
+
+@codec.no_foreign_errors("check")
+def check(max_runs: int = 20_000) -> Call[str]:
+    """Have the service check every invariant; give what does not hold, empty if all is well.
+
+    Everybody waits meanwhile.
+
+    Raises:
+        InvalidRequest: the trees have more than `max_runs` runs.
+    """
+    return Call("check", pb.CheckRequest(max_runs=max_runs), lambda answer: str(answer.failure))
+
+
+@codec.no_foreign_errors("reset")
+def reset(namespace: Namespace) -> Call[Reset]:
+    """Make a namespace forget what it has stored.  Needs no session."""
+    request = pb.ResetRequest()
+    codec.write_namespace(namespace, request.namespace)
+    return Call("reset", request, codec.read_reset)
+
+
+@codec.no_foreign_errors("pin")
+def pin(namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Call[Pinned]:
+    """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
+    codec.check_seconds("ttl_s", ttl_s)
+    request = pb.PinRequest(tokens=pack(tokens), ttl_s=ttl_s)
+    codec.write_namespace(namespace, request.namespace)
+    return Call("pin", request, codec.read_pin)
+
+
+@codec.no_foreign_errors("unpin")
+def unpin(namespace: Namespace, tokens: TokensLike = b"") -> Call[Unpinned]:
+    """End the pin of exactly this prefix, or all pins of a namespace.  Needs no session."""
+    request = pb.UnpinRequest(tokens=pack(tokens))
+    codec.write_namespace(namespace, request.namespace)
+    return Call("unpin", request, codec.read_unpin)
+
+
+@codec.no_foreign_errors("quota")
+def quota(scope: Namespace | str) -> Call[QuotaInfo]:
+    """Ask what a namespace, or a tenant by name, may hold, and holds.  Needs no session."""
+    request = pb.QuotaRequest()
+    if isinstance(scope, str):
+        request.tenant = scope
+    else:
+        request.namespace.SetInParent()
+        codec.write_namespace(scope, request.namespace)
+    return Call("quota", request, codec.read_quota)
+
+
+@codec.no_foreign_errors("quota")
+def set_quota(
+    scope: Namespace | str, *, max_held: int | None, guaranteed: int = 0
+) -> Call[QuotaInfo]:
+    """Say what a namespace, or a tenant by name, may hold.  Needs no session.
+
+    Args:
+        scope: whose quota.
+        max_held: most blocks that its leases may hold; None is no limit.
+        guaranteed: stored blocks up to which nothing of it is evicted while others have
+            evictable ones.
+    """
+    call = quota(scope)
+    call.request.set = True
+    if max_held is not None:
+        call.request.max_held = max_held
+    call.request.guaranteed = guaranteed
+    return call
+
+
+def snapshot() -> Call[Snapshot]:
+    """Ask for the state of the whole cache.  Needs no session."""
+    return Call("snapshot", pb.SnapshotRequest(), codec.read_snapshot)
+
+
+@codec.no_foreign_errors("outline")
+def outline(
+    namespace: Namespace | None = None,
+    *,
+    order: Order = Order.TOKENS,
+    max_branches: int = 1000,
+    max_depth: int | None = None,
+    ghosts: bool = True,
+) -> Call[Outline]:
+    """Ask for the largest or hottest branches of the trees, the rest summed up.
+
+    Args:
+        namespace: which tree; all, if None.
+        order: which branches are kept, and which comes first.
+        max_branches: how many are kept in all.
+        max_depth: runs below the root beyond which all is summed up.
+        ghosts: whether evicted runs are shown.
+    """
+    request = pb.TreeRequest(
+        order=outlines.ORDERS[order],
+        max_branches=max_branches,
+        max_depth=max_depth or 0,
+        without_ghosts=not ghosts,
+    )
+    if namespace is not None:
+        codec.write_namespace(namespace, request.namespace)
+    return Call("tree", request, outlines.read_outline)
+
+
+@codec.no_foreign_errors("watch")
+def watch(
+    from_sequence: int = 0, *, namespace: Namespace | None = None, tokens: bool = False
+) -> pb.WatchRequest:
+    """Give what enters and leaves the index, as hashes of whole blocks.  Needs no session.
+
+    Never ends by itself.  After a lost connection go on from the last `next_sequence`.
+
+    Args:
+        from_sequence: 0: what is stored now, and then what changes; else what changes from
+            this event on.
+        namespace: only what concerns it.
+        tokens: also token ids, where the service allows it.
+
+    Raises:
+        InvalidRequest: the service sends no token ids.
+        ServiceUnavailable: the connection is lost.
+    """
+    request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
+    if namespace is not None:
+        codec.write_namespace(namespace, request.namespace)
+    return request
