@@ -102,3 +102,7 @@ class Outline:
     namespaces: tuple[NamespaceOutline, ...]
     num_moved: int
     """Runs that were split, merged or evicted while the walk was under way, and are not counted."""
+    num_more: int = 0
+    """Namespaces that store something and are left out; 0 unless a bound was given."""
+    more: Extent = Extent()
+    """What they hold together."""

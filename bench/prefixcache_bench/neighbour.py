@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from random import Random
 from time import perf_counter, sleep
 from typing import Any
@@ -119,25 +119,43 @@ def many_leases(client: Client, draw: Random) -> Load:
 
 
 def many_namespaces(client: Client, draw: Random) -> Load:
-    """Have 16,128 namespaces; ask for snapshots."""
+    """Have 16,128 namespaces, with a block and a lease in each; ask for snapshots."""
     streams = [many_attached(client, str(number)) for number in range(63)]
     return lambda: (client.snapshot(), streams, draw)
 
 
 def many_attached(client: Client, salt: str) -> Any:
-    """Open a session with 256 namespaces."""
-    batch = pb.OpBatch()
+    """Open a session with 256 namespaces, and store a block in each."""
+    attaches, acquires, commits = pb.OpBatch(), pb.OpBatch(), pb.OpBatch()
     for number in range(256):
-        attach = batch.ops.add(id=number + 1).attach
+        attach = attaches.ops.add(id=number + 1).attach
         codec.write_namespace(Namespace(f"m{number}", salt=salt), attach.namespace)
         codec.write_layout(parse_layout(LAYOUT), attach.layout)
+        acquires.ops.add(id=number + 257).acquire.CopyFrom(
+            pb.AcquireRequest(namespace_index=number, tokens=pack(range(BLOCK)))
+        )
     channel = grpc.insecure_channel(f"unix:{client.address.path}", CHANNEL_OPTIONS)
     stream: Any = channel.stream_stream(
         SESSION_PATH, pb.OpBatch.SerializeToString, pb.OpResults.FromString
     )
-    stay = threading.Event()
-    call = stream(itertools.chain((batch,), (batch for _ in iter(stay.wait, True))))
-    assert not any(one.HasField("error") for one in next(call).results)
+    batches: SimpleQueue[pb.OpBatch] = SimpleQueue()
+    call = stream(iter(batches.get, None))
+
+    def ask(batch: pb.OpBatch) -> list[Any]:
+        batches.put(batch)
+        results: list[Any] = []
+        while len(results) < len(batch.ops):
+            results.extend(next(call).results)
+        assert not any(one.HasField("error") for one in results)
+        return results
+
+    ask(attaches)
+    for one in ask(acquires):
+        lease = one.acquire.grant.lease
+        commits.ops.add(id=one.id + 512).commit.CopyFrom(
+            pb.CommitRequest(lease=lease, num_tokens=BLOCK)
+        )
+    ask(commits)
     return channel, call
 
 

@@ -173,6 +173,10 @@ class PrefixCache(Membership, Leasing, Steering):
         """Give how many blocks are set aside since a worker may still write to them.  O(1)."""
         return self._desk.holdings.pool.count_quarantined(worker)
 
+    def knows(self, namespace: Namespace) -> bool:
+        """Whether anybody has attached it, or it stores something.  O(1)."""
+        return namespace in self._desk.roots
+
     def namespaces(self) -> list[Namespace]:
         """Give the namespaces that anybody has attached, or that store something."""
         return list(self._desk.roots)
@@ -283,11 +287,13 @@ class PrefixCache(Membership, Leasing, Steering):
         max_branches: int = 1000,
         max_depth: int | None = None,
         ghosts: bool = True,
+        sees: Callable[[Namespace], bool] | None = None,
+        max_namespaces: int | None = None,
         now: float,
     ) -> Generator[None, None, Outline]:
         """Sum the trees up, and keep their largest or hottest branches.  Changes nothing.
 
-        O(runs), in steps of some hundred: between them other verbs may be called.
+        O(runs + namespaces), in steps of some hundred: between them other verbs may be called.
 
         Args:
             namespaces: Which; all, if None.  One that stores nothing is left out.
@@ -295,6 +301,9 @@ class PrefixCache(Membership, Leasing, Steering):
             max_branches: How many are kept in all.
             max_depth: Runs below the root beyond which all is summed up.
             ghosts: Whether evicted runs are shown.
+            sees: Which of the namespaces are shown, as the walk comes to them; None: all.
+            max_namespaces: How many are shown, the first by the order; the rest is summed up.
+                None: all.
             now: The time.
 
         Raises:
@@ -302,11 +311,9 @@ class PrefixCache(Membership, Leasing, Steering):
         """
         if max_branches < 1 or (max_depth is not None and max_depth < 1):
             raise InvalidRequest(f"{max_branches} branches to depth {max_depth}: give at least 1")
-        roots = self._desk.roots
-        chosen = list(roots) if namespaces is None else namespaces
+        chosen = list(self._desk.roots) if namespaces is None else namespaces
         walk = Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
-        stored = [roots[one] for one in chosen if one in roots]
-        return walk.run([root for root in stored if root.children or root.ghosts], now)
+        return walk.run(chosen, sees, max_namespaces, now)
 
     def snapshot(
         self,

@@ -11,6 +11,8 @@ Nothing here changes the cache.
 
 from __future__ import annotations
 
+from itertools import islice
+
 from prefixcache.core.children import common_prefix
 from prefixcache.core.desk import Desk
 from prefixcache.core.history import SHOWN_TOKENS, depths
@@ -144,7 +146,7 @@ def _elsewhere(
     """
     tree, found = desk.holdings.tree, []
     limit = len(tokens) - TOKEN_BYTES
-    for space, root in list(desk.roots.items())[:_MOST_ELSEWHERE]:
+    for space, root in islice(desk.roots.items(), _MOST_ELSEWHERE):
         if space == namespace or space.tenant != namespace.tenant:
             continue
         if space.salt not in ("", namespace.salt):

@@ -12,14 +12,14 @@ no longer where it was found is left out and counted.  A small tree is summed up
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from heapq import heappop, heappush
 from math import log1p
 
 from prefixcache.core.desk import Desk
-from prefixcache.core.node import Node, Root
+from prefixcache.core.node import Node
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
-from prefixcache.types import TOKEN_BYTES
+from prefixcache.types import TOKEN_BYTES, Namespace
 
 _PAUSE_EVERY = 256
 _SHOWN_BYTES = 32 * TOKEN_BYTES
@@ -110,30 +110,55 @@ class Walk:
         self._steps = 0
         self.num_moved = 0
 
-    def run(self, roots: Iterable[Root], now: float) -> Generator[None, None, Outline]:
+    def run(
+        self,
+        spaces: Iterable[Namespace],
+        sees: Callable[[Namespace], bool] | None,
+        most: int | None,
+        now: float,
+    ) -> Generator[None, None, Outline]:
         """Walk, pausing after some hundred runs; the generator's value is the outline.
 
-        O(runs); memory O(`max_branches` + siblings on the path).
+        O(runs + namespaces); memory O(`max_branches` + siblings on the path + namespaces).
+
+        Args:
+            spaces: Which namespaces.
+            sees: Which of them, asked when its turn comes; None: all.
+            most: How many of them are shown, the first by the order; None: all.
+            now: The time.
         """
-        found: list[_Sum] = []
-        for root in roots:
-            top = _Sum(root, None)
-            found.append(top)
+        tops: list[tuple[tuple[float, ...], int, _Sum]] = []
+        roots = self._desk.roots
+        for space in spaces:
             if self._is_pause():
                 yield
+            root = roots.get(space) if sees is None or sees(space) else None
+            if root is None or not (root.children or root.ghosts):
+                continue
+            top = _Sum(root, None)
             yield from self._sum_up(top)
+            weight = tuple([-each for each in top.weight(self._order)])
+            heappush(tops, (weight, len(tops), top))
         while self._num_kept > self._max_branches:
             self._prune(max(self._max_branches, self._num_kept - _PAUSE_EVERY))
             yield
-        found.sort(key=lambda one: one.weight(self._order), reverse=True)
-        namespaces = []
-        for one in found:
-            branches = yield from self._branches(one, now)
-            namespaces.append(NamespaceOutline(one.node.root.namespace, branches))
+        namespaces: list[NamespaceOutline] = []
+        while tops and len(namespaces) != most:
+            top = heappop(tops)[2]
+            branches = yield from self._branches(top, now)
+            namespaces.append(NamespaceOutline(top.node.root.namespace, branches))
+        more = [0, 0, 0, 0]
+        for _, _, top in tops:
+            sums = (top.runs, top.blocks, top.tokens, top.ghost_tokens)
+            more = [one + other for one, other in zip(more, sums, strict=True)]
+            if self._is_pause():
+                yield
         return Outline(
             block_size=self._desk.holdings.block_size,
             namespaces=tuple(namespaces),
             num_moved=self.num_moved,
+            num_more=len(tops),
+            more=Extent(*more),
         )
 
     def _is_pause(self) -> bool:

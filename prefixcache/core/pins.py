@@ -13,7 +13,6 @@ when it comes back.  A run that a pin ends in is split there.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -67,8 +66,8 @@ class Pins:
         self._ends: dict[Node, Pin] = {}
         self._deadlines: list[tuple[float, int, Pin]] = []
         self._serial = 0
-        self._roots: Counter[Root] = Counter()
-        """How many pins there are below each root; only roots that have any."""
+        self._roots: dict[Root, dict[Pin, None]] = {}
+        """The pins below each root, oldest first; only roots that have any."""
         self._blocks = Shares(max_pinned, "--pin-cap", "pinned blocks")
         self._prefixes = Shares(MAX_PINS, "the longest list of pins", "pinned prefixes")
         self.shares = (self._blocks, self._prefixes)
@@ -137,12 +136,13 @@ class Pins:
     def unpin(self, tenant: str, root: Root | None, match: Match | None) -> Unpinned:
         """End the pin that ends where `match` does; without a match, all below `root`.
 
-        O(nodes on the path), or O(pins).  `tenant`: whose pinned blocks are counted in the answer.
+        O(nodes on the path), or on the paths of the root's pins.  `tenant`: whose pinned blocks are
+        counted in the answer.
         """
         if root is None:
             ending = []
         elif match is None:
-            ending = [pin for pin in self._ends.values() if pin.node.root is root]
+            ending = list(self._roots.get(root, ()))
         else:
             whole = match.used == len(match.node.blocks)
             found = self._ends.get(match.node) if whole else None
@@ -217,7 +217,7 @@ class Pins:
         node.pinned = 0
         pin = self._ends.pop(node)
         if above.parent is None:
-            self._leave(node.root)
+            self._leave(node.root, pin)
             return
         other = self._ends.get(above)
         if other is None:
@@ -227,7 +227,7 @@ class Pins:
         if pin.until > other.until:
             other.until = pin.until
             self._set_deadline(other)
-        self._leave(node.root)
+        self._leave(node.root, pin)
         self._uncover(above)
 
     def check(self) -> None:
@@ -246,7 +246,10 @@ class Pins:
         pinned = sum(len(node.blocks) for node in counts)
         assert self.num_pinned == pinned, f"{self.num_pinned} blocks pinned, not {pinned}"
         assert pinned <= self.max_pinned, f"{pinned} blocks pinned; the cap is {self.max_pinned}"
-        assert self._roots == Counter(node.root for node in self._ends), "pins of a root"
+        by_root: dict[Root, set[Pin]] = {}
+        for node, pin in self._ends.items():
+            by_root.setdefault(node.root, set()).add(pin)
+        assert {root: set(pins) for root, pins in self._roots.items()} == by_root, "pins of a root"
         assert self._prefixes.total == len(self._ends), "pins counted"
         for shares in self.shares:
             shares.check_counts()
@@ -289,21 +292,21 @@ class Pins:
 
     def _begin(self, node: Node, until: float) -> Pin:
         pin = self._ends[node] = Pin(node, until)
-        self._roots[node.root] += 1
+        self._roots.setdefault(node.root, {})[pin] = None
         self._prefixes.force(node.root.namespace.tenant)
         self._cover(node)
         return pin
 
-    def _leave(self, root: Root) -> None:
-        """Count one pin fewer below a root."""
-        self._roots[root] -= 1
+    def _leave(self, root: Root, pin: Pin) -> None:
+        """Forget a pin below a root."""
+        del self._roots[root][pin]
         if not self._roots[root]:
             del self._roots[root]
         self._prefixes.give(root.namespace.tenant)
 
     def _end(self, pin: Pin) -> int:
         del self._ends[pin.node]
-        self._leave(pin.node.root)
+        self._leave(pin.node.root, pin)
         leased = self._uncover(pin.node)
         self._tree.rejoin(pin.node)
         return leased

@@ -176,7 +176,8 @@ def _quotas(
     found = []
     for number, account in enumerate(desk.holdings.quotas.limited(), 1):
         scope = account.scope
-        if is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope):
+        shown = is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope)
+        if shown and account.has_quota:
             found.append(account.info())
         if number % _PAUSE_EVERY == 0:
             yield

@@ -117,7 +117,12 @@ class Page:
         if cache is None or beat % _SLOW_EVERY:
             return
         outline = await self._handlers.turns.run(
-            cache.outline(order=Order.TOKENS, max_branches=_MAX_BRANCHES, now=monotonic())
+            cache.outline(
+                order=Order.TOKENS,
+                max_branches=_MAX_BRANCHES,
+                max_namespaces=_ROWS,
+                now=monotonic(),
+            )
         )
         self._publish("tree", self._tree(outline))
         cells = await self._handlers.turns.run(cache.block_map(_CELLS))
@@ -208,8 +213,10 @@ class Page:
         return fields
 
     def _tree(self, outline: Outline) -> dict[str, Any]:
+        more = outline.more
         return {
             "block_size": outline.block_size,
+            "more": [outline.num_more, more.runs, more.tokens, more.ghost_tokens],
             "namespaces": [
                 {
                     "namespace": shown(one.namespace),

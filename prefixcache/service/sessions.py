@@ -110,6 +110,7 @@ class SessionStream:
             if self._steps is not None:
                 steps, self._steps = self._steps, None
                 await self._handlers.turns.run(steps)
+                settle()
             if self._num_ops >= len(ops):
                 break
             if self._num_bytes > ANSWER_BYTES:
@@ -239,7 +240,7 @@ class SessionStream:
         """Answer an op in steps: others are served in between, and then the ops that follow it."""
         try:
             answer = yield from steps
-            yield from write(answer, getattr(result, verb))
+            yield from write(answer, getattr(result, verb)) or ()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this op's alone
             result.ClearField(verb)
             self._refuse(result, verb, error)

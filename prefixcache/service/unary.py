@@ -156,6 +156,7 @@ def _serve(
                 answer = await answer.outcome()
             elif answer.__class__ is GeneratorType:
                 answer = await handlers.turns.run(answer)
+                settle()
         except CacheError as error:
             meter.refuse(verb, error)
             await refuse(context, error)

@@ -3,9 +3,6 @@
 Each case is done once beside few and once beside many leases, namespaces or blocks of others.
 """
 
-import gc
-import sys
-from collections.abc import Callable, Generator
 from contextlib import suppress
 from math import inf
 from random import Random
@@ -13,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from core.effort import calls, most_in_one_go
 from prefixcache.client import codec, outlines
-from prefixcache.core import recital
+from prefixcache.core import pins, recital, views
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.recital import Recital
 from prefixcache.errors import CacheError, NotFound, PoolExhausted
@@ -24,39 +22,6 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 ME = WorkerId("me")
 HERE = Namespace("m")
-
-
-def calls(step: Callable[[], Any]) -> int:
-    """Count the calls, of Python and of C, that a step makes."""
-    count = 0
-
-    def profile(frame: Any, event: str, arg: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    gc.disable()  # what others left to be collected is none of this step's
-    sys.setprofile(profile)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-        gc.enable()
-    return count
-
-
-def most_in_one_go(work: Generator[None, None, Any]) -> tuple[int, Any]:
-    """Run work that pauses; give the most calls between two pauses, and what it gave."""
-    most, given = 0, []
-
-    def step() -> None:
-        try:
-            next(work)
-        except StopIteration as end:
-            given.append(end.value)
-
-    while not given:
-        most = max(most, calls(step))
-    return most, given[0]
 
 
 def crowded(num_leases: int, num_blocks: int = 8192, *, full: bool = True) -> PrefixCache:
@@ -255,22 +220,35 @@ def test_a_snapshot_of_thousands_of_rows_is_made_and_written_in_parts(scope: str
     assert many[1] <= max(few[1] * 1.1, 200 * 40)
 
 
-def test_rows_may_come_and_go_while_a_snapshot_is_made():
-    cache = in_many_namespaces(1500, num_quotas=600)
-    steps = cache.snapshot_in_steps(now=1.0)
-    next(steps)
-    for number in range(1500):  # all that is listed ends before its turn, and more of it comes
-        space = Namespace(f"m{number}", tenant=f"t{number % 7}")
-        cache.unpin(space)
-        cache.set_quota(space, max_held=None, guaranteed=0, now=1.0)
-    cache.detach(ME, now=1.0, gone=True)
-    for number in range(1500):
-        cache.attach(WorkerId(2), Namespace("n", salt=str(number)), now=1.0)
-    _, seen = most_in_one_go(steps)
-    assert len(seen.leases) == 200  # those told in the first step
-    assert (seen.num_leases, seen.requests) == (1500, 1500)  # the first step's moment
-    assert (seen.pins, seen.quotas) == ((), ())
-    cache.check()
+def test_rows_may_come_and_go_while_a_snapshot_is_made(monkeypatch: pytest.MonkeyPatch):
+    """All that is listed ends after some of its steps: what was told by then is told, no more."""
+    for module in (views, pins):
+        monkeypatch.setattr(module, "_PAUSE_EVERY", 10)
+    told: dict[str, set[int]] = {"leases": set(), "pins": set(), "quotas": set()}
+    for after in range(1, 28):
+        cache = in_many_namespaces(30, num_quotas=30)
+        steps = cache.snapshot_in_steps(now=1.0)
+        for _ in range(after):
+            next(steps, None)
+        for number in range(30):
+            space = Namespace(f"m{number}", tenant=f"t{number % 7}")
+            cache.unpin(space)
+            cache.set_quota(space, max_held=None, guaranteed=0, now=1.0)
+        cache.detach(ME, now=1.0, gone=True)
+        for number in range(30):  # and more of it comes
+            cache.attach(WorkerId(2), Namespace("n", salt=str(number)), now=1.0)
+        _, seen = most_in_one_go(steps)
+        if seen is None:  # it was through
+            break
+        assert (seen.num_leases, seen.requests) == (30, 30)  # those of the first step
+        for what, counts in told.items():
+            counts.add(len(getattr(seen, what)))
+        cache.check()
+    assert told == {
+        "leases": {10, 20, 30},
+        "pins": {0, *range(5, 31, 5)},
+        "quotas": {0, 10, 20, 30},
+    }
 
 
 def test_pins_on_one_long_path_are_told_in_parts():
@@ -284,6 +262,30 @@ def test_pins_on_one_long_path_are_told_in_parts():
     for _ in cache.snapshot_in_steps(now=1.0):
         gone += 1
     assert gone >= 599 * 600 // 2 // 1000  # a path of 600 nodes is told alone
+
+
+def test_an_outline_of_thousands_of_namespaces_is_made_in_parts():
+    def drawn(num_namespaces: int, **scope: Any) -> int:
+        cache = in_many_namespaces(num_namespaces)
+        steps = cache.outline(max_branches=600, max_namespaces=100, now=1.0, **scope)
+        most, outline = most_in_one_go(steps)
+        seen = num_namespaces if not scope else num_namespaces // 10
+        assert len(outline.namespaces) == min(100, seen)
+        assert outline.num_more == seen - len(outline.namespaces)
+        assert outline.more.blocks == outline.num_more
+        return most
+
+    assert drawn(6000) <= drawn(1500) * 1.1
+    few_models = SEES["some models"]
+    assert drawn(6000, **few_models) <= drawn(1500, **few_models) * 1.1
+
+
+def test_the_pins_of_a_namespace_end_at_the_same_cost_beside_many_of_others():
+    def ended(num_namespaces: int) -> int:
+        cache = in_many_namespaces(num_namespaces)
+        return calls(lambda: cache.reset(Namespace("m3", tenant="t3")))
+
+    assert ended(3000) <= ended(30)
 
 
 def test_a_quota_costs_the_same_beside_many_namespaces():

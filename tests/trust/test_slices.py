@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
+from core.effort import calls, most_in_one_go
 from prefixcache.client import codec
 from prefixcache.config import load
 from prefixcache.service import sessions
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL
+from prefixcache.service.metrics import Scrape
+from prefixcache.service.page import Page
+from prefixcache.service.turns import Turns
 from prefixcache.service.waiting import WaitingLine
-from prefixcache.service.workers import Workers
-from prefixcache.types import Layout, Namespace
+from prefixcache.service.workers import Visitor, Workers
+from prefixcache.types import Layout, Namespace, Reset, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 LAYOUT = Layout(1, 1, 2, "float32")
 
+Fill = Callable[[Any], object]
 
-@pytest.fixture
-def handlers() -> Handlers:
+
+def whole(num_blocks: int = 64) -> Handlers:
     """A whole service without a socket."""
-    settings = load({"memory": 64 * 4 * LAYOUT.token_bytes, "block_size": 4})
+    settings = load({"memory": num_blocks * 4 * LAYOUT.token_bytes, "block_size": 4})
     settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT})
     holdings = Holdings(settings)
     line = WaitingLine(holdings)
     return Handlers(settings, holdings, line, Workers(holdings, line, settings))
+
+
+@pytest.fixture
+def handlers() -> Handlers:
+    return whole()
 
 
 def message(num_ops: int) -> pb.OpBatch:
@@ -93,3 +105,182 @@ def test_others_have_their_turn_between_slices(
     had, answered = asyncio.run(turns(handlers, num_ops))
     assert had == slices - 1
     assert answered == list(range(1, num_ops + 1))
+
+
+def batch_of(*fills: Fill) -> pb.OpBatch:
+    """One op for each, numbered from 1."""
+    batch = pb.OpBatch()
+    for number, fill in enumerate(fills, 1):
+        fill(batch.ops.add(id=number))
+    return batch
+
+
+def attach(op: Any, salt: str = "") -> None:
+    codec.write_namespace(Namespace("m", salt=salt), op.attach.namespace)
+    codec.write_layout(LAYOUT, op.attach.layout)
+
+
+def acquire(op: Any, index: int) -> None:
+    op.acquire.namespace_index = index
+    op.acquire.tokens = pack([1, 2, 3])
+
+
+def snapshot(op: Any) -> None:
+    op.snapshot.SetInParent()
+
+
+def renew(op: Any) -> None:
+    op.renew.SetInParent()
+
+
+def reset_sealed(op: Any) -> None:
+    """Name the salt as it is shown, as only an admin may."""
+    codec.show_namespace(Namespace("m", salt="99"), op.reset.namespace)
+
+
+def reset_unknown(op: Any) -> None:
+    codec.write_namespace(Namespace("m", salt="sealed-0"), op.reset.namespace)
+
+
+async def answered(handlers: Handlers, *fills: Fill) -> tuple[list[str], int]:
+    """Attach 256 namespaces, then send some ops; give their results, and the turns of others."""
+    stream: Any = sessions.SessionStream(handlers, None, LOCAL)
+    task = asyncio.current_task()
+    salts = batch_of(*[partial(attach, salt=str(number)) for number in range(256)])
+    await stream.answer(salts, task)
+    had = 0
+
+    async def other() -> None:
+        nonlocal had
+        while True:
+            had += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(other())
+    await asyncio.sleep(0)
+    had = 0
+    results = await stream.answer(batch_of(*fills), task)
+    beside.cancel()
+    assert [result.id for result in results.results] == list(range(1, len(fills) + 1))
+    return [result.WhichOneof("result") for result in results.results], had
+
+
+def test_an_op_that_is_answered_in_steps_keeps_its_place(handlers: Handlers) -> None:
+    """Others are served meanwhile; the ops after it run when it is done."""
+    told, had = asyncio.run(answered(handlers, renew, snapshot, renew, reset_sealed, renew))
+    assert told == ["renew", "snapshot", "renew", "reset", "renew"]
+    assert had >= 8
+
+
+def test_what_an_op_settled_in_its_steps_is_told_before_the_next_op(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def reset(*_: Any) -> Generator[None, None, Reset]:
+        yield
+        done.append("reset")
+        return Reset(0, 0)
+
+    monkeypatch.setattr(handlers.line, "settle", lambda: done.append("settle"))
+    monkeypatch.setitem(handlers.verbs, "reset", (reset, codec.WRITE["reset"]))
+    renewed = (lambda *_: done.append("renew"), codec.WRITE["renew"])
+    monkeypatch.setitem(handlers.verbs, "renew", renewed)
+    asyncio.run(answered(handlers, reset_sealed, renew))
+    at = done.index("reset")
+    assert done[at + 1 : at + 3] == ["settle", "renew"]
+
+
+def test_a_salt_that_is_named_as_it_is_shown_is_looked_for_in_parts() -> None:
+    def found(num_namespaces: int) -> int:
+        handlers = whole()
+        assert handlers.holdings.cache is not None
+        for number in range(num_namespaces):
+            space = Namespace("m", salt=str(number))
+            handlers.holdings.cache.attach(WorkerId(1), space, now=0.0)
+        request = pb.ResetRequest()
+        codec.show_namespace(Namespace("m", salt=str(num_namespaces - 1)), request.namespace)
+        most, answer = most_in_one_go(handlers.reset(Visitor(LOCAL), request))
+        assert answer == Reset(0, 0)
+        return most
+
+    assert found(2000) <= found(300) * 1.2
+
+
+def test_an_op_that_fails_in_its_steps_fails_alone(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Generator[None, None, None]:
+        yield
+        raise RuntimeError("nobody foresaw this")
+
+    told, _ = asyncio.run(answered(handlers, renew, reset_unknown, renew))
+    assert told == ["renew", "error", "renew"]
+    monkeypatch.setitem(handlers.verbs, "snapshot", (handlers.snapshot, broken))
+    told, _ = asyncio.run(answered(handlers, renew, snapshot, renew))
+    assert told == ["renew", "error", "renew"]
+
+
+def test_who_asks_for_much_at_once_takes_one_step_at_a_time() -> None:
+    """A hundred walks take as many turns as one after the other; others wait for one step."""
+    steps: list[int] = []
+    most = 0
+
+    def walk(number: int) -> Generator[None, None, int]:
+        for _ in range(5):
+            steps.append(number)
+            yield
+        return number
+
+    async def main() -> list[int]:
+        nonlocal most
+        turns = Turns()
+        walks = [asyncio.create_task(turns.run(walk(number))) for number in range(100)]
+        while not all(one.done() for one in walks):
+            before = len(steps)
+            await asyncio.sleep(0)
+            most = max(most, len(steps) - before)
+        return [one.result() for one in walks]
+
+    assert asyncio.run(main()) == list(range(100))
+    assert most <= 2
+    assert steps == list(range(100)) * 5  # each in turn
+
+
+@pytest.mark.parametrize("sees", ["all", "some models"])
+def test_what_a_service_does_every_second_costs_the_same_beside_many_namespaces(sees: str) -> None:
+    """The pulse, the page and the metrics; and no step of a snapshot is long."""
+
+    def cost(num_spaces: int) -> dict[str, int]:
+        handlers = whole(num_blocks=16_384)
+        page, scrape = Page(handlers), Scrape({"": handlers})
+        models = ("*",) if sees == "all" else ("m*",)
+        asker = Visitor(replace(LOCAL, models=models))
+
+        async def fill() -> None:
+            for number in range(220):
+                stream: Any = sessions.SessionStream(handlers, None, LOCAL)
+                fills = [partial(attach, salt=f"{number} {n}") for n in range(num_spaces)]
+                await stream.answer(batch_of(*fills), asyncio.current_task())
+                asked = [partial(acquire, index=n) for n in range(num_spaces)]
+                await stream.answer(batch_of(*asked), asyncio.current_task())
+
+        asyncio.run(fill())
+        assert handlers.holdings.cache is not None
+        assert handlers.holdings.cache.vitals(now=0.0).total.requests == 220 * num_spaces
+        made, seen = most_in_one_go(handlers.snapshot(asker, pb.SnapshotRequest()))
+        assert len(seen.snapshot.namespaces) == 220 * num_spaces
+        message = pb.SnapshotResponse()
+        written, _ = most_in_one_go(handlers.write_snapshot(seen, message))
+        assert len(message.workers) == 220
+        return {
+            "pulse": calls(handlers.pulse.read),
+            "page": calls(page.state),
+            "scrape": calls(lambda: list(scrape.collect())),
+            "made": made,
+            "written": written,
+        }
+
+    few, many = cost(4), cost(40)
+    for what, most in few.items():
+        assert many[what] <= most * 1.15 + 200, what

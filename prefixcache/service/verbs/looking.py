@@ -92,14 +92,13 @@ class Looking(Verbs):
         chosen = None
         if request.HasField("namespace"):
             chosen = [self._named(asker, request)]
-        elif not asker.identity.sees_all:
-            chosen = [one for one in self._cache().namespaces() if asker.identity.sees(one)]
         outline = self._cache().outline(
             chosen,
             order=outlines.read_order(request.order),
             max_branches=request.max_branches or 1000,
             max_depth=request.max_depth or None,
             ghosts=not request.without_ghosts,
+            sees=None if asker.identity.sees_all else asker.identity.sees,
             now=monotonic(),
         )
         return outline if request.HasField("namespace") else without_salted_tokens(outline)

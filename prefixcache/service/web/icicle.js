@@ -35,7 +35,9 @@ const Icicle = (() => {
     if (!spaces.length) return empty();
     const one = spaces.find(s => s.namespace === chosen);
     const tops = one ? [nest(one.branches, one.namespace)] : spaces.map(s => nest(s.branches, s.namespace));
-    const top = tops.length === 1 ? tops[0] : { key: "all", name: `${spaces.length} namespaces`, tokens: 0, start: 0, depth: -1, heat: 0, children: tops };
+    const [others, runs, tokens, ghosts] = tree.more;
+    if (!one && others) tops.push({ key: "others", name: `${count(others)} smaller namespaces`, tokens: tokens + ghosts, below: [runs, tokens, ghosts], heat: 0, depth: 0, start: 0, children: [] });
+    const top = tops.length === 1 ? tops[0] : { key: "all", name: `${count(spaces.length + others)} namespaces`, tokens: 0, start: 0, depth: -1, heat: 0, children: tops };
     data = d3.hierarchy(top).sum(d => d.tokens);
     draw();
   }
