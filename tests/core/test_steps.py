@@ -285,7 +285,7 @@ def test_the_pins_of_a_namespace_end_at_the_same_cost_beside_many_of_others():
         cache = in_many_namespaces(num_namespaces)
         return calls(lambda: cache.reset(Namespace("m3", tenant="t3")))
 
-    assert ended(3000) <= ended(30)
+    assert ended(6000) <= ended(2100) + 5  # the last 2,048 requests are remembered
 
 
 def test_a_quota_costs_the_same_beside_many_namespaces():
