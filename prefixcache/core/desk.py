@@ -153,6 +153,7 @@ class Desk:
         del self.roots[namespace]
         if root.num_blocks:
             self.tree.retire(root)
+        root.retired = True  # for who waits for something of it
         quotas.close(namespace)
         self.spaces.close(namespace)
         if self.tree.journal is not None:
@@ -444,7 +445,7 @@ class Desk:
         request = ticket.request
         if isinstance(request, Extension):
             return self.extend(request.lease, request.num_tokens, now)
-        member = self.leases.worker(request.worker, request.namespace)
+        member = self.leases.worker(request.worker)  # it may have left the namespace meanwhile
         return self.attempt(member, request, now, wait=wait)
 
     def _settle(self, ticket: Ticket, outcome: Grant | TableUpdate | CacheError) -> None:

@@ -49,6 +49,7 @@ class Leasing:
         reserve: int = 0,
         wait_s: float = 0.0,
         request_id: str = "",
+        attached: bool = True,
         now: float,
     ) -> Grant | Waiting:
         """Match, protect and allocate, in one step.
@@ -56,7 +57,7 @@ class Leasing:
         O(nodes on the path + new blocks).  At least one token is left to compute, for its logits.
 
         Args:
-            worker: Who asks; attached to `namespace`.
+            worker: Who asks; attached to `namespace`, unless `attached` is False.
             namespace: What may be shared with whom.
             tokens: The prompt, packed.
             reserve: Tokens of room beyond the prompt (the expected output).
@@ -64,6 +65,8 @@ class Leasing:
                 does not wait.
             request_id: Makes the call safe to repeat: while the lease lives, the same id of the
                 same worker gets the same grant.
+            attached: If False, the worker need not be attached to the namespace, and is not
+                afterwards: for one that is used once, such as a salt for each request.
             now: The time.
 
         Returns:
@@ -77,11 +80,14 @@ class Leasing:
                 too many wait for room.
             QuotaExceeded: its namespace or tenant may not hold so many blocks (now, or ever).
         """
-        member = self._desk.leases.worker(worker, namespace)
+        desk = self._desk
+        member = desk.leases.worker(worker, namespace if attached else None)
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
-        desk = self._desk
+        if not attached:
+            desk.make_way(namespace)
+            desk.root(namespace)
         request = Request(worker, namespace, tokens, reserve, request_id)
         if (earlier := desk.earlier(member, request)) is not None:
             return earlier  # whatever has become of quotas and of the line since then

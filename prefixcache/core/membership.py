@@ -52,7 +52,9 @@ class Membership:
         self.renew(worker, now=now)
 
     def quit(self, worker: WorkerId, namespace: Namespace) -> None:
-        """End a worker's use of one namespace; its leases there go on.  O(1).  Idempotent.
+        """End a worker's use of one namespace; its leases and waits there go on.  Idempotent.
+
+        O(1).
 
         Raises:
             NotFound: the worker is not attached.

@@ -167,7 +167,7 @@ class Page:
                     "untaken": worker.untaken,
                     "oldest_untaken_s": round(worker.oldest_untaken_s(now), 1),
                     "uncommitted_s": round(handlers.workers.uncommitted_s(worker, now), 1),
-                    "namespaces": [shown(space) for space in worker.namespaces[:4]],
+                    "namespaces": [shown(space) for space in islice(worker.namespaces, 4)],
                 }
                 for worker in islice(reversed(handlers.workers.roll()), _ROWS)
             ],

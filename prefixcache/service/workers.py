@@ -29,17 +29,15 @@ from prefixcache.client.address import this_host
 from prefixcache.config import ServeSettings
 from prefixcache.core.shares import Shares
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
+from prefixcache.service.attachments import Attachments
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL, Identities, Identity
 from prefixcache.service.processes import Process, Processes, User
 from prefixcache.service.waiting import MOST_ENDS, WaitingLine
-from prefixcache.types import Ended, Namespace, TicketId, WorkerId
+from prefixcache.types import Ended, TicketId, WorkerId
 
 MAX_NAME = 128
 """Characters of a worker's name."""
-
-MAX_NAMESPACES = 256
-"""Namespaces that one worker may attach."""
 
 _STEMS = 4096
 """Names that several workers wished for, whose next number is remembered."""
@@ -78,7 +76,7 @@ class Worker:
     """Where it lives, if that is watched."""
     seen_at: float = 0.0
     """When a worker without a stream gave its last sign of life."""
-    namespaces: list[Namespace] = field(default_factory=list)
+    namespaces: Attachments = field(default_factory=Attachments)
     tickets: dict[int, TicketId] = field(default_factory=dict)
     """Its acquires that wait, by op id."""
     forget: asyncio.TimerHandle | None = None
@@ -304,7 +302,8 @@ class Workers:
             quarantined=ended.num_quarantined,
             others_follow=cache is not None and cache.is_leaving(worker.id),
         )
-        del worker.namespaces[_SHOWN_NAMESPACES:]
+        for one in list(worker.namespaces)[_SHOWN_NAMESPACES:]:
+            worker.namespaces.leave(one)
         if gone or cache is None or not self._may_be_writing(worker):
             self._forget(worker)
         else:

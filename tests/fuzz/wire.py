@@ -47,6 +47,7 @@ OPS = st.one_of(
     op(
         acquire=st.builds(
             pb.AcquireRequest,
+            namespace=st.none() | NAMESPACE,
             namespace_index=INDEX,
             tokens=TOKENS,
             reserve=SMALL,

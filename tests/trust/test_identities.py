@@ -12,6 +12,7 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client
+from prefixcache.client.codec import write_namespace
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from prefixcache.service import identities as module
 from prefixcache.service.identities import Identities, Identity
@@ -92,6 +93,10 @@ def test_naming_another_tenant_is_not_found_with_every_verb(
     for call in calls:
         with pytest.raises(NotFound):
             call()
+    with bolt.attach("tiny", LAYOUT) as session, session.batch() as batch:
+        reply = batch.acquire(PROMPT)
+        write_namespace(foreign, batch.step.message.ops[0].acquire.namespace)
+    assert isinstance(reply.error, NotFound)
     assert acme.lookup(Namespace("tiny"), PROMPT).num_hit == 8  # nothing was reset
 
 

@@ -14,7 +14,7 @@ from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.fields import check_texts
 from prefixcache.service.verbs.base import Verbs
-from prefixcache.service.workers import MAX_NAMESPACES, Asker, Worker
+from prefixcache.service.workers import Asker, Worker
 from prefixcache.types import Ended
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -41,7 +41,7 @@ class Attendance(Verbs):
         request: pb.AttachRequest,
         hang_up: Callable[[], object] | None,
     ) -> Attached:
-        """Let a worker, new or known, join a namespace.
+        """Let a worker, new or known, join a namespace; if it has many, it leaves an idle one.
 
         Raises:
             LayoutMismatch: the pool holds another layout.
@@ -67,10 +67,11 @@ class Attendance(Verbs):
             if isinstance(asker, Worker)
             else self.workers.join(asker.identity, request.name, request.pid, request.host, hang_up)
         )
-        if namespace not in worker.namespaces:
-            if len(worker.namespaces) >= MAX_NAMESPACES:
-                raise InvalidRequest(f"a worker may attach {MAX_NAMESPACES} namespaces, no more")
-            worker.namespaces.append(namespace)
+        attached = worker.namespaces
+        if namespace not in attached and (idle := attached.idle()) is not None:
+            attached.leave(idle)
+            cache.quit(worker.id, idle)
+        index = attached.add(namespace)
         cache.attach(
             worker.id,
             namespace,
@@ -79,7 +80,7 @@ class Attendance(Verbs):
             now=monotonic(),
         )
         self.workers.finished(request.finished)
-        return Attached(worker, worker.namespaces.index(namespace))
+        return Attached(worker, index)
 
     def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
         """Fill `message`."""
@@ -91,6 +92,7 @@ class Attendance(Verbs):
         message.namespace_index = answer.namespace_index
         message.max_message_bytes = self.settings.max_message
         message.max_ops = self.settings.max_ops
+        message.acquires_by_name = True
 
     def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
         """End a worker that says it writes to nothing any more."""

@@ -19,7 +19,6 @@ from prefixcache.service.shadows import Shadows
 from prefixcache.service.turns import Turns
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Asker, Worker, Workers
-from prefixcache.texts import many
 from prefixcache.types import Namespace
 
 if TYPE_CHECKING:
@@ -72,14 +71,4 @@ class Verbs:
             return asker.identity.own(namespace)
         if not isinstance(asker, Worker):
             raise InvalidRequest("name a namespace, or the worker that has attached it")
-        return self._attached_namespace(asker, request.namespace_index)
-
-    @staticmethod
-    def _attached_namespace(worker: Worker, index: int) -> Namespace:
-        try:
-            return worker.namespaces[index]
-        except IndexError:
-            raise NotFound(
-                f"{worker.name} has attached {many(len(worker.namespaces), 'namespace')}, there is "
-                f"none at index {index}"
-            ) from None
+        return asker.namespaces.at(request.namespace_index)

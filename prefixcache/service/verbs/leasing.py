@@ -37,7 +37,9 @@ class Leasing(Verbs):
         request_id = request.request_id
         if wait_s:
             self._check_wait(worker, wait_s)
-        namespace = self._attached_namespace(worker, request.namespace_index)
+        namespace = self._named(worker, request)
+        if not namespace.model:
+            raise InvalidRequest("a namespace needs the name of a model")
         tokens = request.tokens
         answer = self._cache().acquire(
             worker.id,
@@ -46,6 +48,7 @@ class Leasing(Verbs):
             reserve=request.reserve,
             wait_s=wait_s,
             request_id=request_id,
+            attached=not request.HasField("namespace"),
             now=monotonic(),
         )
         if self.recorder is not None:
