@@ -15,14 +15,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from prefixcache.user_folders import caches
+
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 """What a part of a model's name is made of, where it names a folder."""
 
 
 def own_cache() -> Path:
-    """Give the folder in which models are that this project has made itself."""
+    """Give the folder in which models are that this project has made itself.
+
+    `$PREFIXCACHE_CACHE`, else `prefixcache` among the caches of this user.
+
+    Raises:
+        InvalidRequest: this user has no home.
+    """
     own = os.environ.get("PREFIXCACHE_CACHE")
-    return Path(own) if own else _caches() / "prefixcache"
+    return Path(own) if own else caches() / "prefixcache"
 
 
 def places(model: str) -> Iterator[Path]:
@@ -33,7 +41,7 @@ def places(model: str) -> Iterator[Path]:
 
     Raises:
         OSError: a cache cannot be read.
-        RuntimeError: this user has no home.
+        InvalidRequest: this user has no home.
     """
     name, _, revision = model.partition("@")
     parts = name.split("/")
@@ -45,12 +53,8 @@ def places(model: str) -> Iterator[Path]:
         if len(longer) == 1:
             yield longer[0]
     home = os.environ.get("HF_HOME")
-    hub = (Path(home) if home else _caches() / "huggingface") / "hub"
+    hub = (Path(home) if home else caches() / "huggingface") / "hub"
     snapshots = hub / f"models--{'--'.join(parts)}" / "snapshots"
     if snapshots.is_dir():
         found = sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime)
         yield from (one for one in reversed(found) if one.name.startswith(revision))
-
-
-def _caches() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

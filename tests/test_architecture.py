@@ -32,6 +32,7 @@ WORDS = (
     "prefixcache.private_files",
     "prefixcache.plain_json",
     "prefixcache.model_folders",
+    "prefixcache.user_folders",
     "prefixcache.pool",
     "prefixcache.device",
     "prefixcache.config",

@@ -33,6 +33,14 @@ _POSITIVE = (
     *("count", "rate", "turns", "prefixes", "prefix_tokens", "question_tokens", "answer_tokens"),
     *("documents", "document_tokens", "picked", "fan_out"),
 )
+_MOST = (
+    dict.fromkeys(("count", "turns", "prefixes", "documents", "picked", "fan_out"), 10_000_000)
+    | dict.fromkeys(
+        ("prefix_tokens", "question_tokens", "answer_tokens", "document_tokens"), 10_000_000
+    )
+    | {"rate": 10**9, "think_s": 10**9, "popularity": 20, "spread": 10}
+)
+"""Beyond these no machine holds the trace, or no number the weights."""
 
 
 class Kind(StrEnum):
@@ -96,6 +104,9 @@ def generate(kind: Kind, shape: Shape) -> Trace:
     for name in _POSITIVE:
         if getattr(shape, name) <= 0:
             raise InvalidRequest(f"{name} must be more than 0, not {getattr(shape, name)}")
+    for name, most in _MOST.items():
+        if not getattr(shape, name) <= most:  # nor is NaN
+            raise InvalidRequest(f"{name} must be at most {most:,}, not {getattr(shape, name):,}")
     if not 2 <= shape.vocabulary < 2**31:
         raise InvalidRequest(f"a vocabulary of {shape.vocabulary} ids is not from 2 to 2^31")
     draw = _Draw(shape)

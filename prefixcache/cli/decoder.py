@@ -129,7 +129,7 @@ def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decod
         for folder in places(namespace.model):
             if (folder / _FILE).is_file():
                 return Decoder(folder)
-    except (InvalidRequest, OSError, RuntimeError, ValueError):
+    except (InvalidRequest, OSError, ValueError):
         return None  # whatever is wrong with a cache: then token ids are shown
     return None
 

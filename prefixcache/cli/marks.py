@@ -6,12 +6,12 @@ One small file each, in `$XDG_STATE_HOME/prefixcache/marks` (`~/.local/state/…
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixcache import user_folders
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.plain_json import json_text
 
@@ -84,6 +84,4 @@ def _service(now: Status) -> dict[str, Any]:
 def _path(name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise InvalidRequest(f"{name!r} is no name for a mark: letters, digits, '-', '_' and '.'")
-    base = os.environ.get("XDG_STATE_HOME")
-    folder = Path(base) if base else Path.home() / ".local" / "state"
-    return folder / "prefixcache" / "marks" / f"{name}.json"
+    return user_folders.state() / "prefixcache" / "marks" / f"{name}.json"

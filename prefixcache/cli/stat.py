@@ -36,6 +36,7 @@ def stat(
             "--interval",
             "-i",
             min=0.05,
+            max=view.LONGEST_INTERVAL_S,
             metavar="SECONDS",
             help="Between rows; 1.",
             show_default=False,

@@ -29,7 +29,15 @@ _HOTTEST = 60
 
 def top(
     interval: Annotated[
-        float, typer.Option("--interval", "-i", min=0.1, metavar="SECONDS", help="Between looks.")
+        float,
+        typer.Option(
+            "--interval",
+            "-i",
+            min=0.1,
+            max=view.LONGEST_INTERVAL_S,
+            metavar="SECONDS",
+            help="Between looks.",
+        ),
     ] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Show it once, as plain lines.", show_default=False)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 STALLED_AFTER_S = 30.0
 """A worker that makes no step, or takes nothing, for so long is stuck."""
+LONGEST_INTERVAL_S = 86_400.0
+"""Between two looks; the clock takes no endless pause."""
 
 Connect = Annotated[
     str | None,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.user_folders import expand
 
 _SCHEME = re.compile(r"([^/]*):/")
 
@@ -55,7 +56,7 @@ class Address:
                 raise InvalidRequest(
                     f"address {target!r} names no path; write unix:/path/to/socket"
                 )
-            path = str(Path(path).expanduser().absolute())
+            path = str(expand(path).absolute())
             if (size := len(os.fsencode(path))) > MAX_UNIX_PATH:
                 raise InvalidRequest(
                     f"socket path of {size} bytes, the kernel takes {MAX_UNIX_PATH}: {path}"

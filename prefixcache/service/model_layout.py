@@ -126,7 +126,7 @@ def _find(folder: Path) -> Path:
         return folder
     try:
         known = [one for one in places(str(folder)) if (one / "config.json").is_file()]
-    except (OSError, RuntimeError):
+    except (OSError, InvalidRequest):
         known = []
     if known:
         return known[0]

@@ -12,12 +12,16 @@ import pytest
 
 import prefixcache
 from cli.running import At
-from prefixcache.cli import decoder, streams, view
+from prefixcache.cli import decoder, marks, streams, view
 from prefixcache.cli.decoder import open_decoder
 from prefixcache.cli.icicle import draw
-from prefixcache.errors import CacheError
+from prefixcache.client.address import Address
+from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
+from prefixcache.service.state.folder import StateFolder
 from prefixcache.types import Namespace
+from prefixcache_bench.readers import tokenizers
 from wire.service_process import LAYOUT
 
 ODD = (
@@ -65,13 +69,33 @@ def test_a_cache_that_cannot_be_read_means_token_ids(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "prefixcache" / "m" / "tokenizer.json").mkdir(parents=True)
     assert open_decoder(None, Namespace("m")) is None
-    for error in (OSError, RuntimeError, ValueError, PermissionError):
+    for error in (OSError, InvalidRequest, ValueError, PermissionError):
 
         def fail(model: str, error: type[Exception] = error) -> Any:
             raise error("no home")
 
         monkeypatch.setattr(decoder, "places", fail)
         assert open_decoder(None, Namespace("m")) is None
+
+
+def test_a_home_that_is_not_there_is_told_and_what_lies_in_it_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for use in (Address.parse, lambda path: StateFolder(Path(path)), tokenizers.named):
+        with pytest.raises(InvalidRequest, match=r"'~nobody-of-that-name/x': there is no such"):
+            use("~nobody-of-that-name/x")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)  # a container's user that no table knows
+    for variable in ("XDG_CACHE_HOME", "XDG_STATE_HOME", "PREFIXCACHE_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    assert open_decoder(None, Namespace("m")) is None
+    with pytest.raises(InvalidRequest, match=r"has no home: set \$HOME or \$XDG_STATE_HOME"):
+        marks.difference("before", {})  # type: ignore[arg-type]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert own_cache() == tmp_path / "prefixcache"
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -159,6 +159,8 @@ def test_other_ends_have_their_codes(tmp_path: Path, at: At) -> None:
     assert call("stat", "--once", "-c", f"unix:{tmp_path}/none").code == EXIT_NO_SERVER
     assert call("nosuch").code == EXIT_USAGE
     assert call("stat", "--nosuch").code == EXIT_USAGE
+    assert call("stat", "--interval", "inf", "-c", at.target).code == EXIT_USAGE
+    assert call("top", "--interval", "1e300", "-c", at.target).code == EXIT_USAGE
     taken = run("serve", "--listen", at.target)
     assert taken.code == EXIT_REFUSED
     assert "a service is listening" in taken.err

@@ -259,6 +259,8 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
         "c.csv": (curve, SMALL, "-o", tmp_path / "c"),
         "g.jsonl": (generate, "tree", "--count", 1, "-o", tmp_path / "g.jsonl"),
     }
+    with pytest.raises(CacheError, match=r"cannot write there: .*too long"):
+        run(generate, "tree", "--count", 1, "-o", tmp_path / ("x" * 300))
     for name, (command, *arguments) in commands.items():
         (tmp_path / name).write_text("precious")
         with pytest.raises(CacheError, match=f"{name}: there already; --force overwrites"):

@@ -70,6 +70,18 @@ def test_documents_in_any_order_share_less_than_examples_in_one() -> None:
     assert 0.4 < rag.hit_rate < few_shot.hit_rate
 
 
-def test_a_size_out_of_range_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="picked must be more than 0"):
-        generate(Kind.RAG, replace(SHAPE, picked=0))
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("picked", 0, "more than 0, not 0"),
+        ("prefix_tokens", 2**63, "at most 10,000,000, not 9,223,372,036,854,775,808"),
+        ("count", 10**400, "at most 10,000,000, not 10,000"),
+        ("think_s", float("inf"), "at most 1,000,000,000, not inf"),
+        ("rate", float("nan"), "at most 1,000,000,000, not nan"),
+        ("spread", 1e300, "at most 10, not 1"),
+        ("popularity", float("nan"), "at most 20, not nan"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field} must be {message}"):
+        generate(Kind.RAG, replace(SHAPE, **{field: value}))  # type: ignore[arg-type]

@@ -144,6 +144,11 @@ def test_what_is_no_trace_is_told_what_would_be(tmp_path: Path, text: str, messa
         load(str(path))
 
 
+def test_what_can_be_opened_and_not_read_is_told() -> None:
+    with pytest.raises(InvalidRequest, match="cannot read /proc/self/mem: Input/output error"):
+        load("/proc/self/mem")
+
+
 # ---------------------------------------------------------------------- units, ids, times
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from prefixcache.errors import NotFound
+from prefixcache.model_folders import own_cache
 from prefixcache_worker import smollm2
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
@@ -25,9 +26,9 @@ CHAT = [
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     monkeypatch.delenv("PREFIXCACHE_CACHE", raising=False)
-    assert smollm2.cache_folder() == Path("/x/prefixcache")
+    assert own_cache() == Path("/x/prefixcache")
     monkeypatch.setenv("PREFIXCACHE_CACHE", "/y")
-    assert smollm2.cache_folder() == Path("/y")
+    assert own_cache() == Path("/y")
 
 
 def test_a_missing_package_names_the_command_that_installs_it(

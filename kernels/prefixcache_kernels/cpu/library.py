@@ -32,7 +32,8 @@ from typing import Final
 
 import torch  # loads the OpenMP runtime that the library shares with it
 
-from prefixcache.errors import Unsupported
+from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache.model_folders import own_cache
 
 _SOURCES: Final = Path(__file__).parent
 _FLAGS: Final = (
@@ -166,15 +167,11 @@ def _folder() -> Path:
     Raises:
         Unsupported: It cannot be made, or others may write there.
     """
-    if own := os.environ.get("PREFIXCACHE_CACHE"):
-        base = Path(own)
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefixcache"
-    folder = base / "native"
     try:
+        folder = own_cache() / "native"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         facts = folder.stat()
-    except OSError as fault:
+    except (OSError, InvalidRequest) as fault:
         raise Unsupported(f"no place for the compiled library: {fault}") from None
     if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
         raise Unsupported(f"{folder} belongs to another user, or others may write there")

@@ -31,6 +31,7 @@ from prefixcache.service.state.revival import Revival, revive
 from prefixcache.service.state.stamps import Stamps
 from prefixcache.service.state.sums import Sums
 from prefixcache.types import BlockTable, Layout, Partial, WorkerId
+from prefixcache.user_folders import expand
 
 FORMER = WorkerId(0)
 """All workers of an earlier life of the pool: a number that nobody who attaches is given."""
@@ -79,7 +80,7 @@ class StateFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().absolute()
+        self.path = expand(path).absolute()
         self.failure = ""
         self._lock: int | None = None
         self._manifest: Manifest | None = None
