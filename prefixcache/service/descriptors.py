@@ -3,8 +3,9 @@
 ```
 the hard limit ─┬─ 64        its own: pool, state, recording, events …
                 ├─ an eighth (64 at most)    connections to the page and the metrics
-                ├─ half of the rest          callers' connections: half for the front door, the
-                │                            other half for all sockets of identities together
+                ├─ half of the rest          callers' connections: half for the addresses of
+                │                            --listen, the other half for the sockets of identities,
+                │                            each address and socket as many
                 └─ the other half            workers' processes, which are watched by one each
 ```
 So whoever opens connections, at whichever door, takes none that others need.
@@ -31,28 +32,31 @@ class Descriptors:
     http: int
     """Connections to the page and the metrics."""
     front: int
-    """Connections to the addresses of `--listen`."""
+    """Connections to each address of `--listen`."""
     own: int
     """Connections to each socket of an identity's own."""
 
     @classmethod
-    def split(cls, total: int, num_sockets: int) -> Descriptors:
-        """Split `total` among a front door and the sockets of identities.
+    def split(cls, total: int, num_sockets: int, num_addresses: int = 1) -> Descriptors:
+        """Split `total` among the addresses of `--listen` and the sockets of identities.
 
         >>> Descriptors.split(1024, num_sockets=0)
         Descriptors(total=1024, http=64, front=448, own=0)
+        >>> Descriptors.split(1024, num_sockets=0, num_addresses=2)
+        Descriptors(total=1024, http=64, front=224, own=0)
         >>> Descriptors.split(256, num_sockets=4)
         Descriptors(total=256, http=32, front=40, own=10)
         """
         http = min(_HTTP, total // 8)
         callers = (total - _OWN - http) // 2
         if not num_sockets:
-            return cls(total, http, callers, 0)
-        return cls(total, http, callers // 2, max(1, callers // 2 // num_sockets))
+            return cls(total, http, max(1, callers // num_addresses), 0)
+        front, own = callers // 2 // num_addresses, callers // 2 // num_sockets
+        return cls(total, http, max(1, front), max(1, own))
 
     def __str__(self) -> str:
         own = f", {self.own} at each socket of an identity" if self.own else ""
-        return f"{self.total:,} open files: up to {self.front:,} connections{own}"
+        return f"{self.total:,} open files: up to {self.front:,} connections at each address{own}"
 
 
 def raise_limit() -> int:

@@ -20,6 +20,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.admission import Admission, Places
 from prefixcache.service.certificates import Certificates
+from prefixcache.service.connections import Connections
 from prefixcache.service.descriptors import Descriptors
 from prefixcache.service.gate import Gate, Register
 from prefixcache.service.identities import Socket
@@ -39,10 +40,16 @@ class Door:
     listener: Listener
     gate: Gate
     server: grpc.aio.Server
+    most: int
+    """Connections at each of the addresses."""
 
 
 def make_doors(
-    settings: ServeSettings, register: Register, calls: OpenCalls, descriptors: Descriptors
+    settings: ServeSettings,
+    register: Register,
+    calls: OpenCalls,
+    descriptors: Descriptors,
+    connections: Connections,
 ) -> list[Door]:
     """Make all doors; nothing listens yet.
 
@@ -51,6 +58,7 @@ def make_doors(
         register: Who may come in.
         calls: Gets what is open at all of them, where callers have to prove who they are.
         descriptors: How many connections there may be.
+        connections: Gets all of them that come by TCP.
 
     Raises:
         InvalidRequest: an address must not be listened at, or a certificate cannot be read.
@@ -69,10 +77,10 @@ def make_doors(
     places = Places(register, settings.max_calls)
 
     def door(listener: Listener, own: Socket | None = None) -> Door:
-        gate = Gate(register, own)
+        gate = Gate(register, own, connections if listener.has_tcp else None)
         guards = () if identities is None else (Admission(gate, places, calls, refuse),)
         most = descriptors.front if own is None else descriptors.own
-        return Door(listener, gate, _server(settings, guards, most))
+        return Door(listener, gate, _server(settings, guards, most), most)
 
     doors = [door(front)]
     for socket in identities.sockets if identities is not None else ():
@@ -106,9 +114,16 @@ def _server(
 
 
 def open_doors(
-    doors: list[Door], handler_of: Callable[[Gate], grpc.GenericRpcHandler]
+    doors: list[Door],
+    handler_of: Callable[[Gate], grpc.GenericRpcHandler],
+    connections: Connections,
 ) -> list[str]:
     """Put the handlers behind all doors, and bind their addresses; give these.
+
+    Args:
+        doors: All of them.
+        handler_of: Makes the handlers behind a gate.
+        connections: Look after the addresses from then on.
 
     Raises:
         ServiceUnavailable: the system refuses an address.
@@ -116,5 +131,7 @@ def open_doors(
     listening = []
     for door in doors:
         door.server.add_generic_rpc_handlers((handler_of(door.gate),))
-        listening.extend(door.listener.bind(door.server))
+        for address in door.listener.bind(door.server):
+            connections.add(address, door.most)
+            listening.append(address)
     return listening

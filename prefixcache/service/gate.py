@@ -23,6 +23,7 @@ from typing import Any
 import structlog
 
 from prefixcache.errors import InvalidRequest, Unauthenticated
+from prefixcache.service.connections import Connections
 from prefixcache.service.identities import LOCAL, Identities, Identity, Socket
 from prefixcache.texts import escape
 
@@ -84,18 +85,32 @@ class Gate:
     Args:
         register: All identities.
         own: The socket, if it is one identity's own.
+        connections: Hear of each caller who came over one of them; None where none is by TCP.
     """
 
-    def __init__(self, register: Register, own: Socket | None = None) -> None:
+    def __init__(
+        self,
+        register: Register,
+        own: Socket | None = None,
+        connections: Connections | None = None,
+    ) -> None:
         self.register = register
         self._own = own
+        self._connections = connections
 
     def identify(self, context: Any) -> Identity:
         """Give who makes a call.
 
         Raises:
             Unauthenticated: nobody known, or a proof that proves nothing.
+            PoolExhausted: its tenant has as many connections as it may.
         """
+        identity = self._identify(context)
+        if self._connections is not None:
+            self._connections.prove(context.peer(), identity)
+        return identity
+
+    def _identify(self, context: Any) -> Identity:
         identities = self.register.current
         if identities is None:
             return LOCAL

@@ -42,6 +42,11 @@ class Listener:
             if not address.path:
                 _check_reach(address, has_tls=certificates is not None, is_guarded=is_guarded)
 
+    @property
+    def has_tcp(self) -> bool:
+        """Whether one of the addresses is none of a Unix socket."""
+        return any(not address.path for address in self._addresses)
+
     def claim(self) -> None:
         """Make sure that nobody else listens there; remove what a dead service left.
 

@@ -28,6 +28,7 @@ from prefixcache.extras import how_to_install
 from prefixcache.service import log as logging
 from prefixcache.service import preflight, unary
 from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.connections import Connections
 from prefixcache.service.descriptors import Descriptors, raise_limit
 from prefixcache.service.domains import Domain, make_domains
 from prefixcache.service.doors import Door, make_doors, open_doors
@@ -93,8 +94,9 @@ async def _serve(
     preflight.check(settings, memory)
     calls = OpenCalls(register)
     num_sockets = 0 if register.current is None else len(register.current.sockets)
-    descriptors = Descriptors.split(raise_limit(), num_sockets)
-    doors = make_doors(settings, register, calls, descriptors)
+    descriptors = Descriptors.split(raise_limit(), num_sockets, max(1, len(settings.listen)))
+    connections = Connections()
+    doors = make_doors(settings, register, calls, descriptors, connections)
     for door in doors:
         door.listener.claim()  # before the pool: a second service must not take its memory first
     domains = make_domains(settings, memory, make_holdings)
@@ -108,6 +110,8 @@ async def _serve(
         one.handlers.failures.watch(former, "the wait for an earlier life's workers")
     patrol = asyncio.ensure_future(_patrol(calls, domains))
     handlers.failures.watch(patrol, "the patrol that ends the calls of changed identities")
+    doorkeeper = asyncio.ensure_future(connections.patrol())
+    handlers.failures.watch(doorkeeper, "the patrol that ends connections that prove nothing")
     tracer = _make_tracer(settings, handlers.failures)
     for one in domains.values():
         one.handlers.tracer = tracer
@@ -121,7 +125,8 @@ async def _serve(
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, door.server)
     try:
-        listening = open_doors(doors, lambda gate: unary.service(verbs, gate))
+        listening = open_doors(doors, lambda gate: unary.service(verbs, gate), connections)
+        register.tell(connections.set_tenants)
         for one in domains.values():
             one.handlers.listening = listening
         handlers.recorder = _start_recorder(settings, handlers.failures)
@@ -198,6 +203,7 @@ async def _serve(
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
         patrol.cancel()
+        doorkeeper.cancel()
         for former in formers:
             former.cancel()
         for door in doors:

@@ -123,10 +123,13 @@ def test_the_longest_idle_connection_makes_room_and_a_busy_one_never() -> None:
 
 @pytest.mark.parametrize("total", [128, 256, 1024, 4096, 1 << 20])
 @pytest.mark.parametrize("num_sockets", [0, 1, 16])
-def test_there_are_descriptors_for_everybody(total: int, num_sockets: int) -> None:
+@pytest.mark.parametrize("num_addresses", [1, 3])
+def test_there_are_descriptors_for_everybody(
+    total: int, num_sockets: int, num_addresses: int
+) -> None:
     """Also when every connection is a worker's, whose process is watched by one more."""
-    split = Descriptors.split(total, num_sockets)
-    callers = split.front + num_sockets * split.own
+    split = Descriptors.split(total, num_sockets, num_addresses)
+    callers = num_addresses * split.front + num_sockets * split.own
     assert split.front > 0
     assert split.http > 0
     assert not num_sockets or split.own > 0
