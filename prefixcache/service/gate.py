@@ -24,7 +24,7 @@ import structlog
 
 from prefixcache.errors import InvalidRequest, Unauthenticated
 from prefixcache.service.connections import Connections
-from prefixcache.service.identities import LOCAL, Identities, Identity, Socket
+from prefixcache.service.identities import LOCAL, Identities, Identity, Proof, Socket
 from prefixcache.texts import escape
 
 LOOK_EVERY_S = 1.0
@@ -110,35 +110,42 @@ class Gate:
             self._connections.prove(context.peer(), identity)
         return identity
 
-    def _identify(self, context: Any) -> Identity:
-        identities = self.register.current
-        if identities is None:
-            return LOCAL
+    def proof(self, context: Any) -> Proof | None:
+        """Give what a call brings as proof; None where nobody has to prove anything.
+
+        Raises:
+            Unauthenticated: it brings none, or none that can be one.
+        """
+        if self.register.current is None:
+            return None
         if self._own is not None:
-            for socket in identities.sockets:  # as the file says by now
-                if (socket.path, socket.uid) == (self._own.path, self._own.uid):
-                    return socket.identity
+            return Proof(socket=(self._own.path, self._own.uid))
+        if names := tuple(_certificate_names(context)):
+            return Proof(certificate=names)
+        if token := _token(context):
+            return Proof.by_token(token)
+        raise Unauthenticated(
+            "who are you? Send a bearer token (connect(token=…), --token-file or "
+            "$PREFIXCACHE_TOKEN), or use a client certificate"
+        )
+
+    def _identify(self, context: Any) -> Identity:
+        proof = self.proof(context)
+        identities = self.register.current
+        if identities is None or proof is None:
+            return LOCAL
+        found = identities.of(proof)
+        if found is not None:
+            return found
+        if proof.socket is not None:
             raise Unauthenticated(
                 "the file of identities no longer names this socket, or gives it to another user"
             )
-        names = list(_certificate_names(context))
-        if names:
-            found = identities.of_certificate(names)
-            if found is None:
-                raise Unauthenticated(
-                    f"no identity has a certificate for {escape(', '.join(names)[:200])}"
-                )
-            return found
-        token = _token(context)
-        if not token:
+        if proof.certificate:
             raise Unauthenticated(
-                "who are you? Send a bearer token (connect(token=…), --token-file or "
-                "$PREFIXCACHE_TOKEN), or use a client certificate"
+                f"no identity has a certificate for {escape(', '.join(proof.certificate)[:200])}"
             )
-        found = identities.of_token(token)
-        if found is None:
-            raise Unauthenticated("nobody has this token")
-        return found
+        raise Unauthenticated("nobody has this token")
 
 
 def _certificate_names(context: Any) -> Iterator[str]:

@@ -33,7 +33,6 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from hashlib import sha256
@@ -113,6 +112,24 @@ LOCAL: Final = Identity("this user", admin=True)
 
 
 @dataclass(frozen=True, slots=True)
+class Proof:
+    """What somebody showed to prove who he is: one of these."""
+
+    socket: tuple[str, int | None] | None = None
+    """Path and user of a socket that is one identity's own."""
+    certificate: tuple[str, ...] = ()
+    """Names in a verified certificate."""
+    digest: bytes = b""
+    """Of a bearer token, in hexadecimal."""
+
+    @classmethod
+    def by_token(cls, token: str) -> Proof:
+        """Give what a bearer token is."""
+        digest = sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+        return cls(digest=digest.encode())
+
+
+@dataclass(frozen=True, slots=True)
 class Socket:
     """A Unix socket of one identity's own."""
 
@@ -129,6 +146,7 @@ class Identities:
         self._by_name: dict[str, Identity] = {}
         self._by_certificate: dict[str, Identity] = {}
         self._digests: list[tuple[bytes, Identity]] = []
+        self._by_digest: dict[bytes, Identity] = {}
         self.domains: dict[str, int] = {}
         """Bytes of each named domain's pool."""
         fields = _read(path)
@@ -164,25 +182,40 @@ class Identities:
         """Give whose prompts a domain serves; "" stands for admins of no tenant.  O(all)."""
         return {one.tenant or "" for one in self._by_name.values() if one.domain == domain}
 
-    def of_token(self, token: str) -> Identity | None:
-        """Give whom a bearer token proves; None if nobody.
+    def of(self, proof: Proof) -> Identity | None:
+        """Give whom a proof proves; None if nobody.
 
-        Its digest is compared with every known one, each time in constant time, so that how long it
-        takes tells nothing about any of them.
+        A token's digest is compared with every known one, each time in constant time, so that how
+        long it takes tells nothing about any of them.
         """
-        digest = sha256(token.encode("utf-8", "surrogatepass")).hexdigest().encode()
+        if proof.socket is not None:
+            for socket in self.sockets:
+                if (socket.path, socket.uid) == proof.socket:
+                    return socket.identity
+            return None
+        for name in proof.certificate:
+            if (identity := self._by_certificate.get(name)) is not None:
+                return identity
+        if proof.certificate:
+            return None
         found = None
         for known, identity in self._digests:
-            if hmac.compare_digest(known, digest):
+            if hmac.compare_digest(known, proof.digest):
                 found = identity
         return found
 
-    def of_certificate(self, names: Iterable[str]) -> Identity | None:
-        """Give whom the names in a verified certificate prove; None if nobody."""
-        for name in names:
-            if (identity := self._by_certificate.get(name)) is not None:
-                return identity
-        return None
+    def of_former(self, proof: Proof) -> Identity | None:
+        """Give whom a proof proves that was good before; None if nobody.  O(1) for tokens.
+
+        How long it takes may tell something of the digests: not for what strangers show.
+        """
+        if proof.digest:
+            return self._by_digest.get(proof.digest)
+        return self.of(proof)
+
+    def of_token(self, token: str) -> Identity | None:
+        """Give whom a bearer token proves; None if nobody."""
+        return self.of(Proof.by_token(token))
 
     def _add_domain(self, where: str, entry: Any) -> None:
         if not isinstance(entry, dict) or set(entry) != {"name", "memory"}:
@@ -229,6 +262,7 @@ class Identities:
             if not _DIGEST.fullmatch(digest):
                 raise InvalidRequest(f"{where}: token_sha256 takes 64 hexadecimal digits")
             self._digests.append((digest.encode(), identity))
+            self._by_digest[digest.encode()] = identity
             proofs += 1
         for certificate in _texts(where, entry, "certificates"):
             if certificate in self._by_certificate:

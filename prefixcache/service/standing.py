@@ -19,7 +19,7 @@ from typing import Any
 
 from prefixcache.errors import CacheError, Unauthenticated
 from prefixcache.service.gate import LOOK_EVERY_S, Gate, Register
-from prefixcache.service.identities import Identities, Identity
+from prefixcache.service.identities import Identities, Identity, Proof
 
 _AT_A_TIME = 16
 """Calls whose proof is looked at in one go."""
@@ -71,6 +71,11 @@ class Standing:
         return Unauthenticated(
             f"what the file of identities says of {self.identity.name} has changed: call again"
         )
+
+    @property
+    def proof(self) -> Proof | None:
+        """What its caller showed."""
+        return self._gate.proof(self._context)
 
     def begin(self, task: asyncio.Task[Any]) -> None:
         """Have `task` cancelled when it stands no more; `error` then says why."""

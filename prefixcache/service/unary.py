@@ -116,7 +116,9 @@ def _serve(
                 asker: Asker = Visitor(identity)
                 if request.worker_key:
                     asker = handlers.workers.find(request.worker_key, identity)
-                handlers.write_attach(handlers.attach(asker, request, None), response)
+                attached = handlers.attach(asker, request, None)
+                _note_proof(attached.worker)
+                handlers.write_attach(attached, response)
             except CacheError as error:
                 handlers.meter.refuse(verb, error)
                 await refuse(context, error)
@@ -141,6 +143,7 @@ def _serve(
                 asker = Visitor(identity)
             else:
                 asker = find(request.worker_key, identity)
+                _note_proof(asker)
             asked = question(asker.key, verb, request) if isinstance(asker, Worker) else None
             if asked is not None:
                 assert isinstance(asker, Worker)
@@ -169,6 +172,12 @@ def _serve(
         return response
 
     return serve
+
+
+def _note_proof(worker: Worker) -> None:
+    """Remember what the caller of a worker's calls showed last: without it, it ends."""
+    if (standing := STANDING.get()) is not None:
+        worker.proof = standing.proof
 
 
 def _check(request: Any) -> None:

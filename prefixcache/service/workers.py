@@ -31,7 +31,7 @@ from prefixcache.core.shares import Shares
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.attachments import Attachments
 from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL, Identities, Identity
+from prefixcache.service.identities import LOCAL, Identities, Identity, Proof
 from prefixcache.service.processes import Process, Processes, User
 from prefixcache.service.waiting import MOST_ENDS, WaitingLine
 from prefixcache.types import Ended, TicketId, WorkerId
@@ -71,6 +71,8 @@ class Worker:
     """Ends its stream; None for a worker that uses unary calls."""
     identity: Identity = LOCAL
     """Who it is: what it may see and use."""
+    proof: Proof | None = None
+    """What a worker without a stream showed last; None where nobody has to prove anything."""
     pid: int = 0
     process: Process | None = None
     """Where it lives, if that is watched."""
@@ -253,7 +255,7 @@ class Workers:
         self.shares.take(identity.tenant or "")
         shown = self._names.take(identity.tenant or "", name)
         key = secrets.token_hex(16)
-        worker = Worker(WorkerId(next(self._next)), shown, key, hang_up, identity, pid)
+        worker = Worker(WorkerId(next(self._next)), shown, key, hang_up, identity, pid=pid)
         worker.seen_at = worker.since = time.monotonic()
         if pid and host and host == self._host:
             self._watch(worker)
@@ -334,9 +336,9 @@ class Workers:
         self._leaving = [one for one in self._leaving if cache.is_leaving(one.id)]
 
     def end_strangers(self, identities: Identities) -> None:
-        """End workers without a stream who are no longer in the file as they were, in parts."""
+        """End workers without a stream who could not call again as they did last, in parts."""
         for worker in self._attached.values():
-            if worker.hang_up is None and not identities.has(worker.identity):
+            if worker.hang_up is None and not _stands(worker, identities):
                 worker.seen_at = -math.inf
         if self._patrol is not None:
             self._patrol.cancel()
@@ -444,3 +446,9 @@ class Workers:
             self._patrol = asyncio.get_running_loop().call_later(_PAUSE_S, self._look_round)
         elif unary:
             self._set_patrol()
+
+
+def _stands(worker: Worker, identities: Identities) -> bool:
+    if worker.proof is None:
+        return identities.has(worker.identity)
+    return identities.of_former(worker.proof) == worker.identity

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import prefixcache
 from prefixcache.client import unary
 from prefixcache.client.codec import write_layout
-from prefixcache.errors import CacheError, Unauthenticated
+from prefixcache.errors import CacheError, NotFound, Unauthenticated
 from prefixcache.service import gate as module
 from prefixcache.service.admission import Admission, Places
 from prefixcache.service.gate import Gate, Register
@@ -111,10 +112,11 @@ def test_who_is_changed_is_out_of_all_that_he_has_open(
         assert call.code() is grpc.StatusCode.UNAUTHENTICATED
     with pytest.raises(CacheError):
         red.lease.commit(len(PROMPT))
+    # The patrol ends the calls, and in the same round the workers that have none open.
+    eventually(lambda: all(one.namespace.tenant != "acme" for one in boss.snapshot().leases))
     left = boss.snapshot()
     held = [one.namespace.tenant for one in left.leases]
-    # With another token it is the same identity: whoever has that may go on with the unary worker.
-    assert held.count("acme") == (change == "token replaced")
+    assert held.count("acme") == 0
     assert held.count("bolt") == 2
     # As of a lost worker: its process lives, and may still be writing.
     assert left.quarantined > 0
@@ -134,6 +136,47 @@ def test_who_has_a_socket_of_his_own_is_out_with_it(
     eventually(red.is_out)
     assert red.watch.code() is grpc.StatusCode.UNAUTHENTICATED
     red.close()
+
+
+def attach(target: str, token: str | None) -> tuple[prefixcache.Client, str]:
+    """Let a worker without a stream in; give its client and its key."""
+    client = prefixcache.connect(target, token=token)
+    request = pb.AttachRequest(namespace=pb.Namespace(model="tiny"), name="unary")
+    write_layout(LAYOUT, request.layout)
+    return client, client.call("attach", request).worker_key
+
+
+def renew(client: prefixcache.Client, key: str) -> None:
+    client.call("renew", pb.RenewRequest(worker_key=key))
+
+
+def test_a_worker_without_a_stream_goes_with_what_it_showed_last(
+    service: ServiceProcess, tmp_path: Path
+) -> None:
+    """However its identity goes on: another token, or a socket that it no longer has."""
+    target = service.target.partition(",")[0]
+    new = "another-secret"
+    both = f'token_sha256 = ["{digest("acme")}", "{sha256(new.encode()).hexdigest()}"]'
+    old_way, other_way = attach(target, TOKENS["acme"]), attach(target, TOKENS["acme"])
+    by_socket = attach(f"unix:{tmp_path}/own.sock", None)
+    edit(tmp_path, lambda text: text.replace(f'token_sha256 = "{digest("acme")}"', both))
+    moved = prefixcache.connect(target, token=new)
+    eventually(lambda: service.log().count("identities read again") == 1)
+    renew(moved, other_way[1])  # the same worker: its process has read the new token
+    renew(*old_way)
+    edit(
+        tmp_path,
+        lambda text: text.replace(f'"{digest("acme")}", ', "").replace(
+            f'socket = "{tmp_path}/own.sock"', f'token_sha256 = "{digest("bolt")[::-1]}"'
+        ),
+    )
+    eventually(lambda: service.log().count("worker left") == 2)
+    renew(moved, other_way[1])
+    for key in (old_way[1], by_socket[1]):
+        with pytest.raises(NotFound):
+            renew(moved, key)
+    for client in (old_way[0], other_way[0], by_socket[0], moved):
+        client.close()
 
 
 def test_a_file_that_is_wrong_ends_nobody(service: ServiceProcess, tmp_path: Path) -> None:
