@@ -1,9 +1,10 @@
 """What the service costs: server CPU per op, beside servers that have no cache behind them.
 
-Three servers, each in a process of its own, take turns in the same run under the same load:
+Four servers, each in a process of its own, take turns in the same run under the same load:
 
 ```
 service   prefixcache serve                              the real thing
+guarded   the same with --identities and a token         what proving who one is costs
 stub      the service's own code over a hollow cache     what the cache costs
 bare      a handler that fills in the messages itself    what the service's code costs
 ```
@@ -28,6 +29,8 @@ import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,8 @@ NEW_TOKENS = 37
 IN_FLIGHT = 8
 OPS_PER_MESSAGE = 16
 EXTENDS_PER_MESSAGE = 64
-SERVERS = ("service", "stub", "bare")
+SERVERS = ("service", "guarded", "stub", "bare")
+TOKEN = "benchmark"  # noqa: S105 - of a service that lives for a minute
 
 SESSION_CALL = f"/{unary.SERVICE}/Session"
 
@@ -105,12 +109,16 @@ class Series:
 class Load:
     """Speaks the wire directly, so that the client's own cost stays out of the latencies."""
 
-    def __init__(self, target: str, pid: int) -> None:
+    def __init__(self, target: str, pid: int, token: str = "") -> None:
         self.process = psutil.Process(pid)
+        self.metadata = (("authorization", f"Bearer {token}"),) if token else None
         self.channel = grpc.aio.insecure_channel(target, unary.CHANNEL_OPTIONS)
         self.calls: dict[str, Any] = {
-            verb: self.channel.unary_unary(
-                rpc.path, rpc.request.SerializeToString, rpc.response.FromString
+            verb: partial(
+                self.channel.unary_unary(
+                    rpc.path, rpc.request.SerializeToString, rpc.response.FromString
+                ),
+                metadata=self.metadata,
             )
             for verb, rpc in unary.RPCS.items()
         }
@@ -178,7 +186,7 @@ class Load:
         stream: Any = self.channel.stream_stream(
             SESSION_CALL, pb.OpBatch.SerializeToString, pb.OpResults.FromString
         )
-        call = stream()
+        call = stream(metadata=self.metadata)
 
         async def step(batch: pb.OpBatch) -> pb.OpResults:
             start = time.perf_counter()
@@ -353,15 +361,25 @@ def _settings(target: str) -> dict[str, Any]:
     }
 
 
+def _write_identities(folder: Path) -> Path:
+    path = folder / "identities.toml"
+    digest = sha256(TOKEN.encode()).hexdigest()
+    path.write_text(f'[[identity]]\nname = "b"\ntenant = "b"\ntoken_sha256 = "{digest}"\n')
+    path.chmod(0o600)
+    return path
+
+
 @contextlib.contextmanager
 def started(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
     """Start a server of a kind in its own process; give its address and process id."""
     target = f"unix:{folder}/{kind}.sock"
-    if kind == "service":
+    if kind in ("service", "guarded"):
         flags = [
             f"--{name.replace('_', '-')}={value[0] if name == 'listen' else value}"
             for name, value in _settings(target).items()
         ]
+        if kind == "guarded":
+            flags.append(f"--identities={_write_identities(folder)}")
         command = [sys.executable, "-m", "prefixcache.cli", "serve", *flags]
     else:
         command = [sys.executable, "-m", "prefixcache_bench.rpc", "--serve", kind, target]
@@ -385,7 +403,8 @@ async def compare(cases: list[Case], seconds: float, rounds: int) -> dict[str, d
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rpc")))
         loads = {}
         for kind in SERVERS:
-            loads[kind] = Load(*stack.enter_context(started(kind, folder)))
+            token = TOKEN if kind == "guarded" else ""
+            loads[kind] = Load(*stack.enter_context(started(kind, folder)), token)
         for number in range(rounds):
             for case in cases:
                 for turn in range(len(SERVERS)):
@@ -401,7 +420,16 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     """Print the table; give its rows as numbers."""
     rows = []
     print("server CPU per op, microseconds: min / median / max of the rounds")
-    head = ("case", *SERVERS, "service/stub", "service/bare", "goal", "per s", "p50/p99 ms")
+    head = (
+        "case",
+        *SERVERS,
+        "guarded/open",
+        "service/stub",
+        "service/bare",
+        "goal",
+        "per s",
+        "p50/p99 ms",
+    )
     lines: list[tuple[str, ...]] = [head]
     for case in cases:
         series = {kind: found[case.name][kind].fields() for kind in SERVERS}
@@ -410,6 +438,9 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
             "case": case.name,
             "unit": case.unit,
             "goal_us": case.goal_us,
+            "ratio_guarded": medians["guarded"] / medians["service"],
+            "ratio_guarded_p50": series["guarded"]["p50_ms_median"]
+            / series["service"]["p50_ms_median"],
             "ratio_stub": medians["service"] / medians["stub"],
             "ratio_bare": medians["service"] / medians["bare"],
             "ratio_goal": RATIO_GOAL,
@@ -427,6 +458,7 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
                     " / ".join(f"{series[k][f'cpu_us_{m}']:.1f}" for m in ("min", "median", "max"))
                     for k in SERVERS
                 ),
+                f"{row['ratio_guarded']:.2f}, p50 {row['ratio_guarded_p50']:.2f}",
                 f"{row['ratio_stub']:.2f}",
                 f"{row['ratio_bare']:.2f}",
                 goal,
