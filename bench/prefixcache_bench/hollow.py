@@ -32,7 +32,15 @@ class HollowCache:
         self._block_size = block_size
         self._count = 0
 
-    def attach(self, worker: WorkerId, namespace: Namespace, *, name: str = "", now: float) -> None:
+    def attach(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        *,
+        name: str = "",
+        first_lease: int = 1,
+        now: float,
+    ) -> None:
         """Accept everybody."""
 
     def make_way(self, namespace: Namespace) -> None:
@@ -59,9 +67,13 @@ class HollowCache:
     def renew(self, worker: WorkerId, *, now: float) -> None:
         """Accept everything."""
 
-    def detach(self, worker: WorkerId, *, now: float, gone: bool) -> Ended:
+    def detach(self, worker: WorkerId, *, now: float, gone: bool, most: int | None = None) -> Ended:
         """Nothing was held."""
         return Ended()
+
+    def is_leaving(self, worker: WorkerId | None = None) -> bool:
+        """Nothing is left to end."""
+        return False
 
     def worker_gone(self, worker: WorkerId, *, now: float) -> int:
         """Nothing was quarantined."""
@@ -120,7 +132,13 @@ class HollowCache:
         return Committed(num_tokens, num_tokens // self._block_size)
 
     def extend(
-        self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
+        self,
+        worker: WorkerId,
+        lease: LeaseId,
+        num_tokens: int,
+        *,
+        wait_s: float = 0.0,
+        now: float,
     ) -> TableUpdate:
         """Give a new block with every 16th token."""
         keep, rest = divmod(num_tokens - 1, self._block_size)
