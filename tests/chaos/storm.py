@@ -4,11 +4,13 @@
 4 actors ── directly ──────────► prefixcache serve --state DIR ── a disk of its own, at times full
 4 actors ── proxy ─┘ drops,      --identities: two tenants that are honest, one that is not
 2 adversaries ──── half-opens    quotas, HTTP
+2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
 every round: the service is killed and started again; workers are killed and stopped
 every fourth: nothing but the adversaries
 ```
 Ends with a verdict: no wrong byte was read, the history is that of a cache, nobody's session was
-ended by another, nobody waited for long, and nothing is left.
+ended by another, nobody waited for long, each line of a worker process was answered as alone, and
+nothing is left.
 
     PYTHONPATH=tests python -m chaos.storm [--rounds 100] [--seconds-per-round 8] [--seed N]
 """
@@ -91,6 +93,9 @@ LEAST_OPS_PER_S = 100
 MOST_LULL_S = 30.0
 """Longer than any fault lasts, with the start of a service after it on a crowded machine."""
 
+PATIENCE_OF_CLERKS_S = 300.0
+"""Until they have had their last answers, and their workers have ended by themselves."""
+
 SETTLE_S = 2 * TTL_S + 8
 """Until leases and quarantine are gone: after a ttl each, on a crowded machine."""
 
@@ -136,6 +141,10 @@ class Report:
     """What the adversaries did, by kind: how often, and how it was answered."""
     broken: list[str] = field(default_factory=list)
     """Answers to them that no request may get."""
+    lines: Counter[str] = field(default_factory=Counter)
+    """What the worker processes did: lines answered and refused, processes started and killed."""
+    misanswered: list[str] = field(default_factory=list)
+    """Lines of theirs that were answered otherwise than alone, or not at all."""
     cancelled: int = 0
     calm_s: float = 0.0
     ended_sessions: list[str] = field(default_factory=list)
@@ -157,6 +166,9 @@ class Report:
         failed += [f"a hit that nobody committed: {one}" for one in self.phantoms]
         failed += [f"a commit that was not found: {one}" for one in self.forgotten]
         failed += [f"an answer to an adversary: {one}" for one in self.broken]
+        failed += [f"a line to a worker: {one}" for one in self.misanswered]
+        if not self.lines["answered"] or not self.lines["refused"]:
+            failed.append("the workers answered no line")
         failed += [f"a session ended: {one}" for one in self.ended_sessions]
         if max(self.beside_s, default=0.0) > LONGEST_PROBE_S:
             failed.append(f"a look-up took {max(self.beside_s):.1f} s")
@@ -168,7 +180,7 @@ class Report:
             failed.append(f"fewer than {self.least_per_s} operations a second: no storm")
         return failed
 
-    def lines(self) -> list[str]:
+    def shown(self) -> list[str]:
         """Write it for people."""
         faults = ", ".join(f"{count} x {name}" for name, count in sorted(self.faults.items()))
         return [
@@ -180,6 +192,9 @@ class Report:
             f"{self.wrong} wrong",
             f"history    {self.hits:,} hits, {self.commits:,} commits, {self.resets} resets: "
             f"{len(self.phantoms)} hits unexplained, {len(self.forgotten)} commits not found",
+            f"workers    {self.lines['answered']:,} honest lines answered as alone, "
+            f"{self.lines['refused']:,} odd ones refused each by itself, {len(self.misanswered)} "
+            f"otherwise; {self.lines['workers']} processes, {self.lines['killed']} killed",
             f"restarts   {self.restored_blocks:,} blocks restored in all",
             f"settled    leases and quarantine back at 0 after {self.settle_s:.2f} s "
             f"(limit {SETTLE_S:g} s)",
@@ -272,6 +287,8 @@ class Storm:
         self.proxy = Proxy(folder / "proxy.sock", folder / "service.sock")
         self.actors: list[subprocess.Popen[bytes]] = []
         self.adversaries: list[subprocess.Popen[bytes]] = []
+        self.clerks: list[subprocess.Popen[bytes]] = []
+        prepare(folder)
         self.cancellers = [self.start("canceller", self.target, tenant) for tenant in HONEST]
         self.calm: list[tuple[float, float]] = []
         self.first_rss = 0
@@ -383,6 +400,8 @@ class Storm:
         self.hear_probes()
         self.alone_until = time.monotonic()
         self.actors = [self.act(number) for number in range(ACTORS)]
+        model, answers = str(self.folder / "model"), str(self.folder / "answers.json")
+        self.clerks = [self.start("clerk", self.target, one, model, answers) for one in HONEST]
         time.sleep(2.5)  # until the actors are at work
         self.adversaries = [
             self.start("adversary", self.target, self.http) for _ in range(ADVERSARIES)
@@ -436,7 +455,7 @@ class Storm:
         time.sleep(TTL_S)
         grown = psutil.Process(self.service.process.pid).memory_info().rss / self.first_rss
         report.rss_growth = grown
-        everybody = (*self.actors, *self.cancellers, *self.adversaries)
+        everybody = (*self.actors, *self.cancellers, *self.adversaries, *self.clerks)
         died = [process.args[2] for process in everybody if process.poll() is not None]  # type: ignore[index]
         if died:
             report.leaks.append(f"ended by themselves: {died}")
@@ -446,6 +465,10 @@ class Storm:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(30)
             process.kill()
+        for process in self.clerks:
+            process.terminate()
+        for process in self.clerks:
+            process.wait(PATIENCE_OF_CLERKS_S)
         for process in self.cancellers:
             process.terminate()
             process.wait(30)
@@ -521,6 +544,7 @@ class Storm:
         report.cancelled = sum(int(str(e.get("cancelled", 0))) for e in events)
         self.count_calm(events, read(sorted(self.folder.glob("canceller-*.log"))))
         self.count_red()
+        self.count_lines()
         verdict = check(events)
         report.commits, report.hits, report.resets = verdict.commits, verdict.hits, verdict.resets
         report.phantoms, report.forgotten = verdict.phantoms, verdict.forgotten
@@ -554,6 +578,14 @@ class Storm:
                 answers = report.attempts.setdefault(kind, {})
                 answers[answer] = answers.get(answer, 0) + count
 
+    def count_lines(self) -> None:
+        """Add up what the clerks told last."""
+        for log in sorted(self.folder.glob("clerk-*.log")):
+            if told := log.read_text().splitlines():
+                last = json.loads(told[-1])
+                self.report.lines.update(last["counts"])
+                self.report.misanswered += last["wrong"]
+
     def read_all(self) -> int:
         """Read everything that is stored; give how many tokens."""
         return sum(self.read_tenant(tenant) for tenant in HONEST)
@@ -581,7 +613,7 @@ class Storm:
         return total
 
     def close(self) -> None:
-        for actor in (*self.actors, *self.cancellers, *self.adversaries):
+        for actor in (*self.actors, *self.cancellers, *self.adversaries, *self.clerks):
             with contextlib.suppress(ProcessLookupError):
                 actor.send_signal(signal.SIGCONT)
             actor.kill()
@@ -589,6 +621,12 @@ class Storm:
         self.proxy.close()
         self.service.close()
         self.disk.close()
+
+
+def prepare(folder: Path) -> None:
+    """Leave the workers' model there, and what it answers alone."""
+    arguments = [str(folder / "model"), str(folder / "answers.json")]
+    subprocess.run([sys.executable, "-m", "chaos.alone", *arguments], env=environment(), check=True)
 
 
 def free_port() -> int:
@@ -629,7 +667,7 @@ def main() -> int:
     with storm(options.seed) as made:
         made.report.least_per_s = LEAST_OPS_PER_S
         report = made.run(options.rounds, options.seconds_per_round, say)
-    text = "\n".join(report.lines())
+    text = "\n".join(report.shown())
     if options.json:
         shown = vars(report) | {"failures": report.failures}
         sys.stdout.write(json.dumps(shown, indent=2) + "\n")

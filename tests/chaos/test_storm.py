@@ -12,9 +12,11 @@ from chaos.universe import SYSTEM_TOKENS
 def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
     with storm(seed=3) as made:
         report = made.run(rounds=2, seconds_per_round=6.0, say=lambda text: None)
-    assert not report.failures, "\n".join(report.lines())
+    assert not report.failures, "\n".join(report.shown())
     assert len(report.attempts) > 10, "the adversaries did little"
     assert report.cancelled > 0
+    assert report.lines["answered"] > 0
+    assert report.lines["refused"] > 0
     assert report.beside_s
     assert report.read_tokens > 1000
     assert report.final_tokens > 0

@@ -19,7 +19,13 @@ from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.process import WorkerProcess, read_lines
 from prefixcache_worker.request import Failed, Finished, Request
-from prefixcache_worker.request_line import LONGEST_LINE, read_id, read_object, read_request
+from prefixcache_worker.request_line import (
+    LONGEST_LINE,
+    name_of,
+    read_id,
+    read_object,
+    read_request,
+)
 from worker.zoo import build
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -154,6 +160,14 @@ def test_half_a_character_is_refused_wherever_a_text_is_taken(
     with pytest.raises(InvalidRequest, match=f"{field} holds half a character") as told:
         read_request(read_object(line), model)
     str(told.value).encode()  # it can be written
+
+
+@pytest.mark.parametrize("name", ["1e999", "1.5", "1" * 30, "-1", "1 2", '"a" "b"', '"a', "truth"])
+def test_a_line_is_not_told_as_the_failure_of_another_name(name: str) -> None:
+    line = b'{"id":%s,"tokens":[1}' % name.encode()
+    assert name_of(line) == ""
+    assert name_of(b'{"id": 1 ,"tokens":[') == "1"
+    assert name_of(b'{"id":"a"}') == "a"
 
 
 def test_two_halves_of_a_character_are_one(model: Model) -> None:

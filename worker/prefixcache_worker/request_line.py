@@ -48,7 +48,7 @@ _FIELDS: Final = {
     *("log_logits", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
-_ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})')
+_ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
 _made_up = count(1)
 
 
