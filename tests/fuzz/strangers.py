@@ -28,7 +28,7 @@ from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain
 from prefixcache.types import TOKEN_BYTES, Namespace, pack
 from prefixcache_bench.readers.load import Form, load
 from prefixcache_bench.traces import Trace
-from prefixcache_worker.request_line import name_of, read_object, read_request
+from prefixcache_worker.request_line import name_of, read_id, read_object, read_request
 
 MOST_GROWTH = 2**30
 """Bytes by which this process may grow at most, whatever it reads."""
@@ -83,6 +83,8 @@ LINES: tuple[tuple[Form | None, list[Any]], ...] = (
     (Form.CHAT, [{"id": "a", "conversations": SHAREGPT}, {"id": None, "conversations": SHAREGPT}]),
     (Form.CHAT, [{"conversation": CHAT[:2] + CHAT[2:3], "model": "m", "timestamp": "2024-01-01"}]),
     (None, [{"messages": CHAT}, {"messages": CHAT[:2]}]),
+    (None, [[1, 2, 3], [[4], [5, 6]]]),
+    (Form.CHAT, [{"text": "hello you"}, CHAT, ["hello", "you"]]),
 )
 """Good traces of every form."""
 CONVERSATIONS = [
@@ -309,6 +311,9 @@ def worker_lines(data: bytes) -> None:
     line = json_line(changed(good, data)) if how & 128 else data
     assert len(name_of(line)) <= 300
     fields = _or_refusal(read_object, line)
+    if fields is not None and (name := name_of(line)) and line.count(b'"id"') == 1:
+        assert _or_refusal(read_id, fields) in {name, None}, "told under another's name"
+        assert isinstance(fields["id"], str) or type(fields["id"]) is int, "a name that is none"
     model: Any = _Model()
     request = None if fields is None else _or_refusal(read_request, fields, model)
     if request is not None:
