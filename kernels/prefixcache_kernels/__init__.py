@@ -24,7 +24,12 @@ except ModuleNotFoundError as error:
     ) from None
 
 from prefixcache_kernels import grouped, reference, rotary
-from prefixcache_kernels.checks import check_attention, check_scalars, check_tensors
+from prefixcache_kernels.checks import (
+    check_attention,
+    check_scalars,
+    check_tensors,
+    is_plain,
+)
 from prefixcache_kernels.cpu import attend as native
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
@@ -58,11 +63,9 @@ def store_kv(
     value_scale: Tensor | None = None,
 ) -> None:
     """Write new keys and values into their slots; see `reference.store_kv`."""
-    check_tensors(key_cache=key_cache)
-    if key_cache.is_cuda:
+    store = reference.store_kv
+    if isinstance(key_cache, Tensor) and key_cache.is_cuda:
         from prefixcache_kernels.transfer import store_kv as store
-    else:
-        store = reference.store_kv
     store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
 
 
@@ -84,7 +87,8 @@ def paged_attention(
     plan: Plan | None = None,
 ) -> Tensor:
     """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
-    check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+    if not (is_plain(query) and is_plain(key_cache) and is_plain(value_cache)):
+        check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
     scale, window, softcap = check_scalars(scale, window, softcap)
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {
@@ -137,7 +141,8 @@ def shared_prefix_attention(
     CPU without a C compiler eight-bit caches, values of another size than keys, and `lse` are
     attended without sharing.
     """
-    check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
+    if not (is_plain(query) and is_plain(key_cache) and is_plain(value_cache)):
+        check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
     scale, window, softcap = check_scalars(scale, window, softcap)
     args = (query, key_cache, value_cache, block_tables, query_start, context_lens)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}

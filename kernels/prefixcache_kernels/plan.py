@@ -231,7 +231,7 @@ class Plan:
 
     @cached_property
     def _tables(self) -> Tensor:
-        return self._block_tables.to(device="cpu", dtype=torch.int64)
+        return self._block_tables.to(device="cpu", dtype=torch.int64, copy=True)
 
     def check(self, query: Tensor, cache: Tensor) -> None:
         """Refuse a layer of another batch.
@@ -413,9 +413,11 @@ def same_batch(known: Batch, given: Batch) -> bool:
     """Tell whether two batches are the same: the same tensors, or equal ones."""
     if known[0] is given[0] and known[1] is given[1] and known[2] is given[2]:
         return True
+    tables, starts, contexts = given
+    check_tensors(block_tables=tables, query_start=starts, context_lens=contexts)
+    check_step(tables, starts, contexts)
     return all(
-        a is b
-        or (isinstance(b, Tensor) and b.is_cpu and a.shape == b.shape and bool((a == b).all()))
+        a is b or (b.is_cpu and a.shape == b.shape and bool((a == b).all()))
         for a, b in zip(known, given, strict=True)
     )
 
@@ -457,7 +459,9 @@ def scratch(numel: int, dtype: torch.dtype) -> Tensor:
     num_bytes = numel * dtype.itemsize
     buffer: Tensor | None = getattr(_LOCAL, "buffer", None)
     if buffer is None or buffer.numel() < num_bytes:
-        buffer = _LOCAL.buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        check_tensors(scratch=buffer)  # not so in a mode of PyTorch that only traces
+        _LOCAL.buffer = buffer
     return buffer[:num_bytes].view(dtype)
 
 

@@ -30,6 +30,7 @@ from prefixcache_kernels.checks import (
     check_slots,
     check_store,
     check_values,
+    same_memory,
 )
 from prefixcache_kernels.oracle import oracle_attention, quantise
 from prefixcache_kernels.plan import Plan
@@ -76,31 +77,24 @@ def store_kv(
         InvalidRequest: The shapes or types do not fit together, or a slot lies outside the pool;
             nothing has been written.
     """
-    check_store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
-    num_slots = key_cache.shape[0] * key_cache.shape[1]
-    check_slots(slot_mapping, num_slots)
-    # A pool has no part in anybody's gradients.
-    key, value, key_cache, value_cache = detached(key, value, key_cache, value_cache)
+    written = check_store(key, value, key_cache, value_cache, slot_mapping, key_scale, value_scale)
+    block_size = key_cache.shape[1]
+    some = check_slots(slot_mapping, key_cache.shape[0] * block_size)
+    if some:
+        kept = (slot_mapping >= 0).nonzero().view(-1)
+        slot_mapping, key, value = slot_mapping[kept], key[kept], value[kept]
     if key_cache.dtype == FP8:  # copying by index is not written for eight-bit types
         key = quantise(key, key_scale, FP8).view(torch.uint8)
         value = quantise(value, value_scale, FP8).view(torch.uint8)
-        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
-    try:
-        slots = (key_cache.view(-1, *key.shape[1:]), value_cache.view(-1, *value.shape[1:]))
-    except RuntimeError:  # slots of one block are not those of a row: by block and offset
-        kept = (slot_mapping >= 0).nonzero().view(-1)
-        chosen = slot_mapping[kept]
-        where = (chosen // key_cache.shape[1], chosen % key_cache.shape[1])
-        key_cache.index_put_(where, key[kept])
-        value_cache.index_put_(where, value[kept])
-        return
-    try:
-        slots[0].index_copy_(0, slot_mapping, key)
-    except (IndexError, RuntimeError):  # some slot is -1
-        kept = (slot_mapping >= 0).nonzero().view(-1)
-        slot_mapping, key, value = slot_mapping[kept], key[kept], value[kept]
-        slots[0].index_copy_(0, slot_mapping, key)
-    slots[1].index_copy_(0, slot_mapping, value)
+    if key.requires_grad or value.requires_grad:  # a pool has no part in anybody's gradients
+        key, value = key.detach(), value.detach()
+    if written.rows is not None:
+        written.rows[0].index_copy_(0, slot_mapping, key)
+        written.rows[1].index_copy_(0, slot_mapping, value)
+    else:
+        where = (slot_mapping // block_size, slot_mapping % block_size)
+        written.places[0].index_put_(where, key)
+        written.places[1].index_put_(where, value)
 
 
 def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
@@ -114,7 +108,7 @@ def copy_blocks(blocks: Tensor, copies: Tensor) -> None:
         InvalidRequest: A block is outside the pool, too many tokens, or copies that interfere.
     """
     check_copies(blocks, copies)
-    blocks, copies = blocks.detach(), copies.cpu()
+    blocks, copies = same_memory(blocks), copies.cpu()
     for num in sorted(set(copies[:, 2].tolist())):  # as a rule one copy, or many of whole blocks
         src, dst, _ = copies[copies[:, 2] == num].unbind(1)
         if len(src) == 1:
@@ -200,6 +194,7 @@ def paged_attention(
             num_blocks=num_blocks,
             block_size=block_size,
         )
+        lse = None if lse is None else same_memory(lse)
         return oracle_attention(
             query,
             key_cache,

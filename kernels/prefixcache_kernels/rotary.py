@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
-from prefixcache_kernels.checks import LONGEST, NUMBERS, check_blocks, check_slots, check_tensors
+from prefixcache_kernels.checks import (
+    LONGEST,
+    NUMBERS,
+    check_apart,
+    check_blocks,
+    check_slots,
+    check_tensors,
+    same_memory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +148,7 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
     """
     check_rotation(blocks, slots, delta, rotary)
     check_slots(slots, blocks.shape[2] * blocks.shape[3])
-    blocks = blocks.detach()
+    blocks = same_memory(blocks)
     slots = slots[slots >= 0]
     half = len(rotary.frequencies)
     cosine, sine = rotary.turn(delta)
@@ -186,6 +194,7 @@ def check_rotation(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) ->
         )
     if slots.device != blocks.device:
         raise InvalidRequest(f"slots on {slots.device}, the blocks on {blocks.device}")
+    check_apart("blocks", blocks, slots=slots)
     if slots.dtype != torch.int64 or blocks.dtype not in NUMBERS:
         raise InvalidRequest(
             f"slots of {slots.dtype} and blocks of {blocks.dtype}: not torch.int64 and keys of at "

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kernels.native_cases import TOLERANCE, gap, groups_of
+from kernels.strange_tensors import NOT_PLAIN, let_go, made, of_inference, read_only
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import (
     GroupedPlan,
@@ -165,7 +166,7 @@ def test_groups_of_lengths_that_lie_nowhere_are_refused() -> None:
     for name in ("query_start", "context_lens"):
         arguments = step()
         arguments[name] = arguments[name].to("meta")
-        with pytest.raises(InvalidRequest, match="lengths on meta"):
+        with pytest.raises(InvalidRequest, match="lies nowhere"):
             shared_prefix_attention(**arguments, groups=GroupPlan.alone(2))
 
 
@@ -337,3 +338,193 @@ def test_scores_of_many_queries_in_bfloat16_are_not_rounded_before_they_are_weig
     b = batch([(40, 90)], dtype=torch.bfloat16)
     got = paged_attention(*b.args, scale=4.0)
     assert gap(got, oracle_attention(*b.args, scale=4.0)) <= 5e-3
+
+
+def call_with_strange_tensors(name: str) -> None:
+    """One kind of tensor in the place of each; a plan of a well-formed batch, or none."""
+    slots, new = torch.tensor([1, 5]), torch.randn(2, 2, 16)
+    whole = step()
+    parts = ("block_tables", "query_start", "context_lens")
+    plan = Plan.build(*[whole[part] for part in parts], 4)
+    grouped = GroupedPlan.build(*[whole[part] for part in parts], 4, GroupPlan.alone(2))
+    paged_attention(**whole, plan=plan)
+    stores = {"key": new, "value": new.clone(), "slot_mapping": slots}
+    stores |= {name: whole[name].clone() for name in ("key_cache", "value_cache")}
+    rare = {"sinks": torch.zeros(4), "lse": torch.zeros(2, 4)}
+    scales = {"key_scale": torch.ones(2), "value_scale": torch.ones(2)}
+    eight = {part: whole[part].to(torch.float8_e4m3fn) for part in ("key_cache", "value_cache")}
+    blocks, turn = torch.zeros(1, 2, 4, 4, 2, 16), Rotary((1.0,))
+    copies = torch.tensor([[0, 1, 2]])
+    calls: list[tuple[Any, dict[str, Any]]] = []
+    for part, given in (whole | rare | scales).items():
+        if isinstance(given, torch.Tensor):
+            arguments = (
+                whole | (eight | scales if part in scales else {}) | {part: made(name, given)}
+            )
+            calls += [(paged_attention, arguments), (paged_attention, arguments | {"plan": plan})]
+            arguments = arguments | {"groups": GroupPlan.alone(2)}
+            calls += [
+                (shared_prefix_attention, a) for a in (arguments, arguments | {"plan": grouped})
+            ]
+    calls += [(store_kv, stores | {part: made(name, given)}) for part, given in stores.items()]
+    for part in scales:
+        both = stores | eight | scales
+        calls.append((store_kv, both | {part: made(name, scales[part])}))
+    calls += [
+        (copy_blocks, {"blocks": made(name, blocks), "copies": copies}),
+        (copy_blocks, {"blocks": blocks, "copies": made(name, copies)}),
+        (rotate_keys, {"blocks": made(name, blocks), "slots": slots, "delta": 1, "angles": turn}),
+        (rotate_keys, {"blocks": blocks, "slots": made(name, slots), "delta": 1, "angles": turn}),
+    ]
+    for run, arguments in calls:
+        if any(value is None for value in arguments.values()):
+            continue  # there is no such tensor of this shape or type
+        try:
+            run(**arguments)
+        except InvalidRequest:
+            continue
+        strange = [part for part, given in arguments.items() if not isinstance(given, Plan)]
+        raise AssertionError(f"taken: {name} by {run.__name__} of {strange}")
+
+
+def call_with_all_strange_tensors() -> None:
+    """Every kind; says which one it is at, for it may be the last thing said."""
+    for name in NOT_PLAIN:
+        sys.stderr.write(f"{name}\n")
+        call_with_strange_tensors(name)
+    raise InvalidRequest("all were refused")
+
+
+@pytest.mark.parametrize("native", ["0", "1"], ids=["torch", "native"])
+def test_a_tensor_without_plain_memory_is_refused_in_every_place(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch gives null for the address of most of them: C read there, and died."""
+    monkeypatch.setenv("PREFIXCACHE_NATIVE", native)
+    refused("strange tensors", "t.call_with_all_strange_tensors()")
+
+
+def write_to_what_is_read_only() -> None:
+    """A pool, or sums, in a file that is mapped to be read."""
+    new, slots = torch.randn(2, 2, 16), torch.tensor([1, 5])
+    free, fixed = torch.zeros(8, 4, 2, 16), read_only(torch.zeros(8, 4, 2, 16))
+    blocks = read_only(torch.zeros(1, 2, 4, 4, 2, 16))
+    for call in (
+        lambda: store_kv(new, new, fixed, free, slots),
+        lambda: store_kv(new, new, free, fixed, slots),
+        lambda: paged_attention(**step(), lse=read_only(torch.zeros(2, 4))),
+        lambda: copy_blocks(blocks, torch.tensor([[0, 1, 2]])),
+        lambda: rotate_keys(blocks, slots, 1, Rotary((1.0,))),
+    ):
+        with pytest.raises(InvalidRequest, match="cannot be written"):
+            call()
+    assert not free.any()
+    arguments = step()
+    want = oracle_attention(**arguments)
+    for name in ("query", "key_cache", "value_cache", "block_tables"):
+        arguments[name] = read_only(arguments[name])
+    assert gap(paged_attention(**arguments), want) <= 1e-5
+    raise InvalidRequest("refused, and read")
+
+
+@pytest.mark.parametrize("native", ["0", "1"], ids=["torch", "native"])
+def test_memory_that_is_mapped_to_be_read_is_read_alone(
+    native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is asked before anything is written; a write would be a signal."""
+    monkeypatch.setenv("PREFIXCACHE_NATIVE", native)
+    refused("read only", "t.write_to_what_is_read_only()")
+
+
+def test_slots_that_lie_in_each_other_are_not_written() -> None:
+    """A slot's numbers belong to it alone, and to keys or values alone."""
+    new, slots = torch.randn(2, 2, 16), torch.tensor([1, 5])
+    free, memory = torch.zeros(8, 4, 2, 16), torch.zeros(4096)
+    for strides in ((128, 16, 16, 1), (127, 32, 16, 1), (0, 32, 16, 1)):
+        tangled = memory.as_strided((8, 4, 2, 16), strides)
+        with pytest.raises(InvalidRequest, match="overlaps itself"):
+            store_kv(new, new, tangled, free, slots)
+    side_by_side = torch.zeros(8, 4, 2, 32)
+    halves = side_by_side[..., :16], side_by_side[..., 16:]
+    for keys, values in ((free, free), (halves[0], side_by_side[..., 8:24])):
+        with pytest.raises(InvalidRequest, match="in common"):
+            store_kv(new, new, keys, values, slots)
+    for name in ("key", "value"):
+        given = {"key": new, "value": new} | {name: free[0, :2]}
+        with pytest.raises(InvalidRequest, match=f"{name} lies in the memory"):
+            store_kv(**given, key_cache=free, value_cache=free.clone(), slot_mapping=slots)
+    assert not free.any()
+    assert not memory.any()
+    store_kv(new, new + 1, *halves, slots)
+    assert torch.equal(halves[0].flatten(0, 1)[slots], new)
+    assert torch.equal(halves[1].flatten(0, 1)[slots], new + 1)
+    arguments = step()
+    for part in ("query", "key_cache"):
+        inside = arguments[part].flatten()[:8].view(2, 4)
+        with pytest.raises(InvalidRequest, match=f"{part} lies in the memory of lse"):
+            paged_attention(**arguments, lse=inside)
+
+
+@PATHS
+def test_what_was_made_in_inference_mode_or_has_gradients_is_written_all_the_same() -> None:
+    """A pool has no part in either."""
+    new, slots = torch.randn(2, 2, 16), torch.tensor([1, 5])
+    for change in (of_inference, lambda t: t.requires_grad_()):
+        caches = [change(torch.zeros(8, 4, 2, 16)) for _ in range(2)]
+        lse, blocks = change(torch.zeros(2, 4)), change(torch.randn(1, 2, 4, 4, 2, 16))
+        store_kv(new, new, *caches, slots)
+        copy_blocks(blocks, torch.tensor([[0, 1, 4]]))
+        rotate_keys(blocks, torch.tensor([9]), 1, Rotary((1.0,)))
+        paged_attention(**step(), lse=lse)
+        assert all(torch.equal(cache.flatten(0, 1)[slots], new) for cache in caches)
+        assert torch.equal(blocks[:, :, 0], blocks[:, :, 1])
+        assert lse.all()
+
+
+def test_caches_that_were_seen_are_looked_at_anew_when_they_have_changed() -> None:
+    """What was found of a tensor holds for its memory, shape and strides."""
+    new, slots = torch.randn(2, 2, 16), torch.tensor([1, 5])
+    keys, values = torch.zeros(8, 4, 2, 16), torch.zeros(8, 4, 2, 16)
+    store_kv(new, new, keys, values, slots)
+    other = torch.zeros(8, 4, 2, 16)
+    keys.set_(other.untyped_storage(), 0, other.shape, other.stride())
+    store_kv(new, new, keys, values, slots)
+    assert torch.equal(other.flatten(0, 1)[slots], new)
+    keys.transpose_(0, 1)
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        store_kv(new, new, keys, values, slots)
+    keys.transpose_(0, 1)
+    values.untyped_storage().resize_(0)
+    with pytest.raises(InvalidRequest, match="let go"):
+        store_kv(new, new, keys, values, slots)
+
+
+def test_what_was_seen_of_caches_is_forgotten_with_them() -> None:
+    """Nothing holds a pool's memory after its tensors."""
+    import gc
+    import weakref
+
+    from prefixcache_kernels.checks import _WRITTEN
+
+    gc.collect()
+    before = len(_WRITTEN)
+    new, slots = torch.randn(2, 2, 16), torch.tensor([1, 5])
+    array = torch.zeros(2, 8, 4, 2, 16).numpy()
+    alive = weakref.ref(array)
+    caches = torch.from_numpy(array)
+    keys, values = caches
+    store_kv(new, new, keys, values, slots)
+    assert len(_WRITTEN) == before + 1
+    del array, caches, keys, values
+    gc.collect()
+    assert len(_WRITTEN) == before
+    assert alive() is None
+
+
+def test_a_plan_whose_tables_lose_their_memory_is_refused_with_them() -> None:
+    arguments = step()
+    batch = [arguments[name] for name in ("block_tables", "query_start", "context_lens")]
+    plan = Plan.build(*batch, 4)
+    for name in ("block_tables", "query_start", "context_lens"):
+        with pytest.raises(InvalidRequest, match="let go"):
+            paged_attention(**arguments | {name: let_go(arguments[name])}, plan=plan)

@@ -10,7 +10,7 @@ import ctypes
 import threading
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -64,16 +64,16 @@ class _Prepared:
     tasks: Tasks
     held: Tensor
     """Partial answers, then a room for each thread; the thread's scratch."""
+    address: Any
+    """Of `call`."""
+    out: tuple[int, ...]
+    """The answer's shape."""
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) -> bool:
-    """Tell whether the library is there, made for such tensors, and the faster way."""
+    """Tell whether the library is there, made for such plain tensors, and the faster way."""
     if (
         not (query.is_cpu and key_cache.is_cpu and value_cache.is_cpu)  # C gets their addresses
-        or not query.layout == key_cache.layout == value_cache.layout == torch.strided
-        or query.is_neg()
-        or key_cache.is_neg()
-        or value_cache.is_neg()  # not what is in memory
         or query.dim() != 3
         or not value_cache.dim() == key_cache.dim() == 4
         or query.dtype not in _TYPES
@@ -114,14 +114,24 @@ def attend(
     assert loaded is not None  # `takes` said so
     if query.stride(2) != 1:
         query = query.contiguous()
-    threads = torch.get_num_threads() if loaded.threaded else 1
-    dtypes = (query.dtype, key_cache.dtype, value_cache.dtype)
-    kind = (threading.get_ident(), threads, window, scale, softcap, *dtypes)
-    shapes = (query.shape, query.stride(), key_cache.shape, key_cache.stride())
-    key = (*kind, *shapes, value_cache.shape, value_cache.stride())
+    key = (
+        threading.get_ident(),
+        torch.get_num_threads() if loaded.threaded else 1,
+        window,
+        scale,
+        softcap,
+        query.dtype,
+        key_cache.dtype,
+        value_cache.dtype,
+        query.shape,
+        query.stride(),
+        key_cache.shape,
+        key_cache.stride(),
+        value_cache.shape,
+        value_cache.stride(),
+    )
+    given = not sinks is key_scale is value_scale is lse is None or key_cache.dtype == FP8
     prepared = plan.calls.get(key)
-    options = (sinks, key_scale, value_scale, lse)
-    given = any(option is not None for option in options) or key_cache.dtype == FP8
     if prepared is None or given:  # what the kind does not name is looked at in every layer
         check_attention(
             query,
@@ -134,19 +144,26 @@ def attend(
         )
     if prepared is None:
         plan.check(query, key_cache)
-        prepared = _prepare(plan, query, key_cache, value_cache, window, threads, loaded)
+        prepared = _prepare(plan, query, key_cache, value_cache, window, key[1], loaded)
         prepared.call.scale, prepared.call.softcap = scale, softcap or 0
         plan.calls[key] = prepared
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    out = query.new_empty((*query.shape[:2], value_cache.shape[3]))
     call = prepared.call
-    call.query, call.keys, call.values = (t.data_ptr() for t in (query, key_cache, value_cache))
-    call.out = out.data_ptr()
-    call.sinks, call.key_scale, call.value_scale, call.lse = (
-        None if t is None else t.data_ptr() for t in (sinks, key_scale, value_scale, lse)
-    )
-    if loaded.handle.prefixcache_attend(ctypes.byref(call)):
+    out = query.new_empty(prepared.out)
+    call.out = where = out.data_ptr()
+    if not where and out.numel():
+        raise InvalidRequest("a mode of PyTorch is on in which tensors have no memory")
+    call.query = query.data_ptr()
+    call.keys = key_cache.data_ptr()
+    call.values = value_cache.data_ptr()
+    if given:
+        sinks = None if sinks is None else sinks.float().contiguous()
+        call.sinks, call.key_scale, call.value_scale, call.lse = (
+            None if t is None else t.data_ptr() for t in (sinks, key_scale, value_scale, lse)
+        )
+    failed = loaded.handle.prefixcache_attend(prepared.address)
+    if given:
+        call.sinks = call.key_scale = call.value_scale = call.lse = None
+    if failed:
         ids = prepared.tasks.ids(call.block_size)
         raise InvalidRequest(
             f"block tables name blocks {ids.min()} to {ids.max()}; the pool has {call.pool_blocks}"
@@ -190,7 +207,8 @@ def _prepare(
     answers = len(tasks.queries) * heads * (value_dim + 2)
     held = scratch(answers + threads * call.room_size, torch.float32)
     call.partial, call.room = held.data_ptr(), held[answers:].data_ptr()
-    return _Prepared(call, tasks, held)
+    out = (*query.shape[:2], value_dim)
+    return _Prepared(call, tasks, held, ctypes.byref(call), out)
 
 
 def _in_bytes(tensor: Tensor) -> tuple[int, ...]:
