@@ -4,6 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# For `make sanitize`.  Without -O1 the compiler takes minutes.  The library is compiled and loaded
+# first: where it cannot be, its tests would be skipped.
+SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize proto clean
 
@@ -58,8 +62,10 @@ crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
 	$(BIN)/python -m prefixcache_kernels.ahead
 
-sanitize: $(VENV)/.installed   ## The C library's tests under the address and undefined-behaviour sanitizers.
-	LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 PREFIXCACHE_CFLAGS="-g -fsanitize=address,undefined -fno-sanitize=alignment" $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_library.py tests/kernels/test_grouped.py tests/kernels/test_reference.py -k "not compiled_once and not without_a_compiler"
+sanitize: $(VENV)/.installed   ## The C library's tests, and the data plane's fuzz for FUZZ_SECONDS=60, under the address and undefined-behaviour sanitizers.
+	$(SANITIZED) $(BIN)/python -m prefixcache_kernels.cpu
+	$(SANITIZED) $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_library.py tests/kernels/test_grouped.py tests/kernels/test_reference.py -k "not compiled_once and not without_a_compiler"
+	$(SANITIZED) PYTHONPATH=tests:kernels:. $(BIN)/python -m fuzz.plane --only native --seconds $(or $(FUZZ_SECONDS),60)
 
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.
 	PREFIXCACHE_SMALL=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -q -p no:cacheprovider --timeout=0 tests/kernels/triton_cases.py

@@ -77,7 +77,8 @@ def _place(given: Any) -> tuple[int, int] | None:
         begin, held = given.data_ptr(), given.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # there is no storage, or no strides
         return None
-    if taken and (not begin or held < given.storage_offset() * given.itemsize + taken):
+    before = given.storage_offset() * given.itemsize
+    if taken and (begin == before or held < before + taken):  # the storage lies at 0, or is short
         return None
     return begin, begin + taken
 

@@ -19,6 +19,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from prefixcache.errors import InvalidRequest
+
 T = TypeVar("T")
 
 
@@ -55,11 +57,21 @@ class Fence(Generic[T]):
             blocks: The pool's tensor.
             streams: Others on which work with the pool is queued; each is waited for too.
 
+        Raises:
+            InvalidRequest: One of `streams` is no stream, or they are no sequence.
+
         >>> fence = Fence.of(torch.zeros(1))
         >>> fence.push("committed 16 tokens")
         >>> fence.pop()
         ['committed 16 tokens']
         """
+        if not isinstance(streams, Sequence):
+            raise InvalidRequest(f"streams is a {type(streams).__name__}, not a sequence of them")
+        for stream in streams:
+            if not callable(getattr(stream, "record_event", None)):
+                raise InvalidRequest(
+                    f"streams has a {type(stream).__name__}, not a torch.cuda.Stream"
+                )
         if not blocks.is_cuda:
             return cls(_Passed)
 

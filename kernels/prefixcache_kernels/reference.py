@@ -161,6 +161,9 @@ def paged_attention(
     Eight-bit caches, values of another size than keys, and `lse` take a slow path here; the C
     library has none.
 
+    Sums are in float32, of weights up to 2**8: values that times the keys of a sequence come to
+    more than 1.3e36 (2**128 / 2**8) may give answers that are infinite or NaN.
+
     Returns:
         `[T, heads, value_dim]`.
 

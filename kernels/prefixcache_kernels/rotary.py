@@ -131,7 +131,7 @@ def _llama3(frequencies: list[float], config: Mapping[str, Any]) -> list[float]:
     return [slow(frequency) for frequency in frequencies]
 
 
-def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
+def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> None:
     """Turn the keys of some slots, in all layers, to positions `delta` later.  Values stay.
 
     Plain PyTorch, computed in float32 and rounded once.  O(slots).
@@ -141,17 +141,17 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
             they were stored, as Llama, Mistral, Qwen and Gemma do.
         slots: `[n]` int64, `block * block_size + offset`, each at most once; -1 skips.
         delta: Positions to move by, negative towards the front.
-        rotary: Of the model.
+        angles: Of the model.
 
     Raises:
         InvalidRequest: The shapes do not fit together, or a slot lies outside the pool.
     """
-    check_rotation(blocks, slots, delta, rotary)
+    check_rotation(blocks, slots, delta, angles)
     check_slots(slots, blocks.shape[2] * blocks.shape[3])
     blocks = same_memory(blocks)
     slots = slots[slots >= 0]
-    half = len(rotary.frequencies)
-    cosine, sine = rotary.turn(delta)
+    half = len(angles.frequencies)
+    cosine, sine = angles.turn(delta)
     for layer in blocks:
         keys = layer[0].flatten(0, 1)
         turned = keys[slots]
@@ -161,11 +161,11 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
         keys.index_copy_(0, slots, turned)
 
 
-def oracle_rotate(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> Tensor:
+def oracle_rotate(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> Tensor:
     """What `rotate_keys` means: one slot after the other in double precision; gives a new pool."""
     out = blocks.double().clone()
-    half, size = len(rotary.frequencies), blocks.shape[3]
-    angle = delta * torch.tensor(rotary.frequencies, dtype=torch.float64)
+    half, size = len(angles.frequencies), blocks.shape[3]
+    angle = delta * torch.tensor(angles.frequencies, dtype=torch.float64)
     for slot in slots.tolist():
         if slot >= 0:
             key = out[:, 0, slot // size, slot % size]
@@ -175,7 +175,7 @@ def oracle_rotate(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> 
     return out
 
 
-def check_rotation(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
+def check_rotation(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> None:
     """Refuse what `rotate_keys` cannot turn, without looking at values.
 
     Raises:
@@ -183,8 +183,8 @@ def check_rotation(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) ->
     """
     check_blocks(blocks)
     check_tensors(slots=slots)
-    if not isinstance(rotary, Rotary):
-        raise InvalidRequest(f"angles are a {type(rotary).__name__}, not a Rotary")
+    if not isinstance(angles, Rotary):
+        raise InvalidRequest(f"angles are a {type(angles).__name__}, not a Rotary")
     if isinstance(delta, bool) or not isinstance(delta, int) or abs(delta) > LONGEST:
         raise InvalidRequest(f"delta is {delta!r}, not an integer of at most {LONGEST}")
     if slots.dim() != 1 or not blocks.is_contiguous():
@@ -200,7 +200,7 @@ def check_rotation(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) ->
             f"slots of {slots.dtype} and blocks of {blocks.dtype}: not torch.int64 and keys of at "
             "least 16 bit (a turned eight-bit key would be rounded twice)"
         )
-    if 2 * len(rotary.frequencies) > blocks.shape[5]:
+    if 2 * len(angles.frequencies) > blocks.shape[5]:
         raise InvalidRequest(
-            f"{len(rotary.frequencies)} pairs to turn in heads of {blocks.shape[5]}"
+            f"{len(angles.frequencies)} pairs to turn in heads of {blocks.shape[5]}"
         )

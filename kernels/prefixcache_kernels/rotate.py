@@ -52,7 +52,7 @@ def rotate_kernel(
         tl.store(first + HALF, (y * cosine + x * sine).to(element), inside)
 
 
-def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> None:
+def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) -> None:
     """Turn the keys of some slots to positions `delta` later; arguments as `rotary.rotate_keys`.
 
     One launch for all layers, no synchronisation: slots outside the pool are skipped, not reported.
@@ -61,7 +61,7 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
         InvalidRequest: The shapes do not fit together.
         Unsupported: The tensors are not on a GPU.
     """
-    check_rotation(blocks, slots, delta, rotary)
+    check_rotation(blocks, slots, delta, angles)
     check_device(blocks, slots)
     slots = slots.contiguous()
     if VALUES_CHECKED and looks(blocks):
@@ -69,12 +69,12 @@ def rotate_keys(blocks: Tensor, slots: Tensor, delta: int, rotary: Rotary) -> No
     if not slots.numel():
         return
     layers, _, num_blocks, block_size, heads, head_dim = blocks.shape
-    half = len(rotary.frequencies)
+    half = len(angles.frequencies)
     width, pairs = triton.next_power_of_2(heads), triton.next_power_of_2(half)
     rotate_kernel[slots.numel(), layers](
         blocks,
         slots,
-        carry(rotary.turn(delta), blocks.device),
+        carry(angles.turn(delta), blocks.device),
         num_blocks * block_size,
         blocks.stride(0),
         HEADS=heads,

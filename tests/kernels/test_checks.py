@@ -18,17 +18,20 @@ import torch
 from kernels.native_cases import TOLERANCE, gap, groups_of
 from kernels.strange_tensors import NOT_PLAIN, let_go, made, of_inference, read_only
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import Layout
 from prefixcache_kernels import (
     GroupedPlan,
     GroupPlan,
     Plan,
     Rotary,
+    SharedPool,
     copy_blocks,
     paged_attention,
     rotate_keys,
     shared_prefix_attention,
     store_kv,
 )
+from prefixcache_kernels.fence import Fence
 from prefixcache_kernels.oracle import oracle_attention
 
 PATHS = pytest.mark.usefixtures("path")
@@ -528,3 +531,35 @@ def test_a_plan_whose_tables_lose_their_memory_is_refused_with_them() -> None:
     for name in ("block_tables", "query_start", "context_lens"):
         with pytest.raises(InvalidRequest, match="let go"):
             paged_attention(**arguments | {name: let_go(arguments[name])}, plan=plan)
+
+
+@PATHS
+def test_values_as_large_as_a_sum_of_them_allows(batch: Any) -> None:
+    """Weights grow to 2**8 before a sum is scaled anew; 1,000 keys of 1e33 are within float32."""
+    b = batch([(1, 1000), (3, 200)], poison=0.0)
+    b.value_cache.sign_().mul_(1e33)
+    got = paged_attention(*b.args, scale=3.0)
+    assert got.isfinite().all()
+    assert gap(got / 1e33, oracle_attention(*b.args, scale=3.0) / 1e33) <= 1e-5
+
+
+def test_a_fence_takes_streams_alone() -> None:
+    """A wrong one would be found at the first push, after the kernels were queued."""
+    blocks = torch.zeros(1)
+    for wrong in (3, None, {1: 2}, iter([])):
+        with pytest.raises(InvalidRequest, match="not a sequence"):
+            Fence.of(blocks, wrong)  # type: ignore[arg-type]
+    for wrong in (3, None, "s", torch.device("cpu"), blocks):
+        with pytest.raises(InvalidRequest, match=r"not a torch\.cuda\.Stream"):
+            Fence.of(blocks, [wrong])  # type: ignore[list-item]
+
+
+def test_a_pool_is_not_pickled() -> None:
+    """It is the mapping of one process."""
+    import copy
+    import pickle
+
+    with SharedPool.private(Layout(1, 1, 8, "float32"), 2, 4) as pool:
+        for way in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(InvalidRequest, match="cannot be pickled"):
+                way(pool)

@@ -21,6 +21,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess  # the compiler is the user's own, with fixed arguments
 import tempfile
 from collections.abc import Iterator
@@ -213,17 +214,41 @@ def _compile(compiler: list[str], flags: tuple[str, ...], runtime: Path | None, 
         plain = [flag for flag in flags if flag != "-fopenmp"]
         linking = [*plain, "-shared", str(part), *libraries, "-o"]
         for arguments in (compiling, [*linking, str(made)]):
-            try:
-                done = subprocess.run(  # noqa: S603 - the compiler, with our own arguments
-                    [*compiler, *arguments],
-                    capture_output=True,
-                    text=True,
-                    errors="replace",
-                    timeout=_TIMEOUT_S,
-                )
-            except (OSError, subprocess.TimeoutExpired) as fault:
-                raise Unsupported(f"{compiler[0]} failed: {fault}") from None
-            if done.returncode:
-                said = done.stderr.strip()[-2000:] or "nothing said"
-                raise Unsupported(f"{compiler[0]} failed with exit code {done.returncode}: {said}")
+            code, said = _run([*compiler, *arguments])
+            if code:
+                said = said.strip()[-2000:] or "nothing said"
+                raise Unsupported(f"{compiler[0]} failed with exit code {code}: {said}")
         made.replace(path)
+
+
+def _run(command: list[str]) -> tuple[int, str]:
+    """Run the compiler; give its exit code and what it said.
+
+    What is preloaded into us, a sanitizer or another allocator, is not into it; and what it has
+    started ends with it.
+
+    Raises:
+        Unsupported: It cannot be started, or does not end in time.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    try:
+        running = subprocess.Popen(  # noqa: S603 - the compiler, with our own arguments
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
+        )
+    except OSError as fault:
+        raise Unsupported(f"{command[0]} failed: {fault}") from None
+    with running:
+        try:
+            _, said = running.communicate(timeout=_TIMEOUT_S)
+        except BaseException as fault:
+            os.killpg(running.pid, signal.SIGKILL)
+            if isinstance(fault, subprocess.TimeoutExpired):
+                raise Unsupported(f"{command[0]} failed: {fault}") from None
+            raise
+    return running.returncode, said
