@@ -26,6 +26,16 @@ def expand(path: str | os.PathLike[str]) -> Path:
         ) from None
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there.  Where none can have that name, as it is too long, there is none."""
+    return os.path.isfile(path)  # noqa: PTH113 - to `pathlib` that is an error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; see `is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def caches() -> Path:
     """Give the folder of what may be deleted at any time: `$XDG_CACHE_HOME`, else `~/.cache`.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefixcache.config import parse_layout
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Layout
+from prefixcache.user_folders import is_file
 
 LAYOUTS = {
     "smollm2-135m": Layout(30, 3, 64),
@@ -32,7 +33,7 @@ def layout_named(text: str) -> Layout:
     found = LAYOUTS.get(text.lower())
     if found is not None:
         return found
-    if (Path(text) / "config.json").is_file():
+    if is_file(Path(text) / "config.json"):
         from prefixcache.service.model_layout import read_layout
 
         return read_layout(Path(text))

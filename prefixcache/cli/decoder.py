@@ -22,6 +22,7 @@ from prefixcache.logged_request import LoggedRequest, read_logged
 from prefixcache.model_folders import places
 from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
+from prefixcache.user_folders import is_file
 
 TokenizerPath = Annotated[
     Path | None,
@@ -58,7 +59,7 @@ class Decoder:
             import tokenizers
         except ModuleNotFoundError:
             raise InvalidRequest(f"reading a tokenizer needs tokenizers, {_absent()}") from None
-        if not path.is_file():
+        if not is_file(path):
             raise InvalidRequest(f"there is no {_FILE} in {self.folder}; give the model's folder")
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))

@@ -26,6 +26,7 @@ from prefixcache.model_folders import places
 from prefixcache.plain_json import json_text
 from prefixcache.texts import escape
 from prefixcache.types import DTYPE_BYTES, Layout, dtype_named
+from prefixcache.user_folders import is_file, is_folder
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads")
@@ -122,7 +123,7 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
 
 
 def _find(folder: Path) -> Path:
-    if (folder / "config.json").exists():
+    if is_file(folder / "config.json"):
         return folder
     try:
         known = [one for one in places(str(folder)) if (one / "config.json").is_file()]
@@ -130,7 +131,7 @@ def _find(folder: Path) -> Path:
         known = []
     if known:
         return known[0]
-    if not folder.exists() and not folder.is_absolute():
+    if not is_folder(folder) and not folder.is_absolute():
         raise InvalidRequest(
             f"there is no folder {escape(str(folder))}, and no model of that name in a cache of "
             "this machine; give its folder, or --layout instead"

@@ -15,7 +15,7 @@ from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.eviction import policy_named
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.pool import HEADER_BYTES, check_room
-from prefixcache.user_folders import expand
+from prefixcache.user_folders import expand, is_folder
 
 _LEAST = 64 * 2**10
 """Bytes of a pool whose layout is not known yet: real ones have more in a block."""
@@ -64,6 +64,7 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
 def _room(state: Path) -> int:
     """Bytes that pools in this folder may take: what is free, and what those there have."""
     folder = expand(state).absolute()
-    place = next(one for one in (folder, *folder.parents) if one.is_dir())
-    own = sum(one.stat().st_blocks * 512 for one in folder.glob("**/pool") if one.is_file())
+    place = next(one for one in (folder, *folder.parents) if is_folder(one))
+    pools = folder.glob("**/pool") if place == folder else ()
+    own = sum(one.stat().st_blocks * 512 for one in pools if one.is_file())
     return shutil.disk_usage(place).free + own

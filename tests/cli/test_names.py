@@ -19,8 +19,10 @@ from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
+from prefixcache.service.model_layout import read_layout
 from prefixcache.service.state.folder import StateFolder
 from prefixcache.types import Namespace
+from prefixcache_bench.layouts import layout_named
 from prefixcache_bench.readers import tokenizers
 from wire.service_process import LAYOUT
 
@@ -76,6 +78,16 @@ def test_a_cache_that_cannot_be_read_means_token_ids(
 
         monkeypatch.setattr(decoder, "places", fail)
         assert open_decoder(None, Namespace("m")) is None
+
+
+def test_a_name_that_no_file_can_have_is_one_that_is_not_there() -> None:
+    name = "x" * 400
+    for use in (layout_named, tokenizers.named):
+        with pytest.raises(InvalidRequest, match=r"no layout|no tokenizer"):
+            use(name)
+    for look in (read_layout, decoder.Decoder):
+        with pytest.raises(InvalidRequest, match="there is no"):
+            look(Path(name))
 
 
 def test_a_home_that_is_not_there_is_told_and_what_lies_in_it_is_not_found(

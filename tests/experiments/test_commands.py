@@ -259,6 +259,10 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
         "c.csv": (curve, SMALL, "-o", tmp_path / "c"),
         "g.jsonl": (generate, "tree", "--count", 1, "-o", tmp_path / "g.jsonl"),
     }
+    for nameless in ("", "/"):
+        for command in (sweep, curve):
+            with pytest.raises(CacheError, match="is the name of no file"):
+                run(command, SMALL, "-o", nameless)
     with pytest.raises(CacheError, match=r"cannot write there: .*too long"):
         run(generate, "tree", "--count", 1, "-o", tmp_path / ("x" * 300))
     for name, (command, *arguments) in commands.items():

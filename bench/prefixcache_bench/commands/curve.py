@@ -76,7 +76,7 @@ def curve(
     asked = [] if capacity is None else parse_capacities(capacity)
     asked = [one.measured(measure) for one in asked]
     if out is not None:
-        options.refuse_overwriting([out.with_suffix(".csv"), *options.pictures(out)], force)
+        options.refuse_overwriting([options.beside(out, ".csv"), *options.pictures(out)], force)
     trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     sizes = (max(16, trace.unit),) if block_size is None else options.numbers(block_size, "size")
     curves = [run(trace, size) for size in sizes]
@@ -101,8 +101,8 @@ def curve(
         report["curves"].append(_fields(one, explicit, points, shape))
     report["run"] = provenance()
     if out is not None:
-        _write_csv(out.with_suffix(".csv"), report)
-        typer.echo(f"wrote {out.with_suffix('.csv')}", err=True)
+        _write_csv(options.beside(out, ".csv"), report)
+        typer.echo(f"wrote {options.beside(out, '.csv')}", err=True)
         title = f"{trace.name}: LRU, whole blocks, every capacity"
         options.draw("draw_curve", out, title, curves, trace.unit, shape, layout or "")
     if as_json:

@@ -193,9 +193,20 @@ def refuse_overwriting(paths: Iterable[Path], force: bool) -> None:
         raise InvalidRequest(f"{', '.join(there)}: there already; --force overwrites")
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """Give the file of that name with another suffix.
+
+    Raises:
+        InvalidRequest: the path names no file.
+    """
+    if not path.name:
+        raise InvalidRequest(f"{str(path)!r} is the name of no file")
+    return path.with_suffix(suffix)
+
+
 def pictures(path: Path) -> list[Path]:
     """Give the files of a picture."""
-    return [path.with_suffix(".png"), path.with_suffix(".svg")]
+    return [beside(path, ".png"), beside(path, ".svg")]
 
 
 def draw(name: str, path: Path, *what: Any) -> list[Path]:

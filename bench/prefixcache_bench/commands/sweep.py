@@ -96,7 +96,7 @@ def sweep(
     measure = None if shape is None else shape.token_bytes
     capacities = tuple(one.measured(measure) for one in parse_capacities(capacity or _CAPACITIES))
     if not resume:
-        saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
+        saved = [options.beside(out, ".csv"), options.beside(out, ".json")]
         options.refuse_overwriting(saved + ([] if no_picture else options.pictures(out)), force)
     policies = tuple(dict.fromkeys(options.split(policy, "policy")))
     modes = tuple(Partial(one) for one in options.partials(partial))
@@ -112,7 +112,7 @@ def sweep(
     if left_out := _left_out(grid, asked, capacities):
         typer.echo(f"the trace is small: {left_out} left out; give them to have them", err=True)
     grid.check(trace, limits.working_set)
-    file = RowFile(out.with_suffix(".csv"), _head(trace), resume=resume)
+    file = RowFile(options.beside(out, ".csv"), _head(trace), resume=resume)
     wanted = set(grid.combinations())
     stopped = False
     missing = len(wanted - {key_of(row) for row in file.rows})
@@ -134,8 +134,8 @@ def sweep(
         report |= {"layout": str(shape), "token_bytes": shape.token_bytes, "bytes": memory}
     from prefixcache_bench.rows import write_json
 
-    write_json(out.with_suffix(".json"), report, rows)
-    saved = [out.with_suffix(".csv"), out.with_suffix(".json")]
+    write_json(options.beside(out, ".json"), report, rows)
+    saved = [options.beside(out, ".csv"), options.beside(out, ".json")]
     if rows and not no_picture:
         saved += options.draw("draw_sweep", out, options.summary(trace), rows, limits)
     if as_json:

