@@ -128,7 +128,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
         reply = step.attach(request)
         try:
             await self._run(step)
-            self.attached(reply.result())
+            self.attached(reply.result(), request)
         except BaseException:
             self.lose(ServiceUnavailable("the session was never attached"))
             self._hang_up()
@@ -164,10 +164,11 @@ class AsyncSession(SessionCore["AsyncLease"]):
         reserve: int = 0,
         wait_s: float = 60.0,
         request_id: str = "",
+        salt: str | None = None,
     ) -> asyncio.Task[AsyncLease]:
         """Start an `acquire` and go on.  Cancelling the task gives up waiting."""
         return asyncio.get_running_loop().create_task(
-            self.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
+            self.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt)
         )
 
     async def renew(self) -> None:

@@ -18,6 +18,7 @@ from prefixcache.types import (
     Explanation,
     Grant,
     Lookup,
+    Namespace,
     Pinned,
     Released,
     Reset,
@@ -35,6 +36,10 @@ class Lessee(Clocked, Protocol[L_co]):
     """The part of a session that a batch needs."""
 
     ids: Iterator[int]
+
+    def behind(self, salt: str) -> Namespace:
+        """Give the session's namespace with another salt."""
+        ...
 
     def make_lease(self, grant: Grant, sent_at: float) -> L_co:
         """Wrap a grant into this client's kind of lease."""
@@ -58,6 +63,7 @@ class BatchOps(Generic[L]):
         reserve: int = 0,
         wait_s: float = 0.0,
         request_id: str = "",
+        salt: str | None = None,
     ) -> Reply[L]:
         """Lease blocks for a prompt: match, pin and allocate in one atomic step.
 
@@ -66,13 +72,16 @@ class BatchOps(Generic[L]):
             reserve: tokens that may be added after it; their blocks are taken now.
             wait_s: how long to wait if another worker is computing the prefix now.
             request_id: makes a repeated call give the same lease.
+            salt: a secret that keeps this prompt apart, in place of the session's own.  A session
+                may use as many as it likes: nothing is left of one that nobody uses.
 
         Raises:
             PoolExhausted: not enough blocks; `retry_after_s` is a hint.
             InvalidRequest: it can never be served as it is.
             ServiceUnavailable: the service is lost.
         """
-        reply: Reply[L] = self.step.acquire(tokens, reserve, wait_s, request_id)
+        space = None if salt is None else self._lessee.behind(salt)
+        reply: Reply[L] = self.step.acquire(tokens, reserve, wait_s, request_id, space)
         reply.finish = partial(self._lessee.make_lease, sent_at=time.monotonic())
         return reply
 

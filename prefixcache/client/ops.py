@@ -131,13 +131,24 @@ class Step:
         return reply
 
     def acquire(
-        self, tokens: TokensLike, reserve: int, wait_s: float, request_id: str
+        self,
+        tokens: TokensLike,
+        reserve: int,
+        wait_s: float,
+        request_id: str,
+        namespace: Namespace | None = None,
     ) -> Reply[Any]:
-        """Add an acquire."""
+        """Add an acquire; by default in the session's own namespace."""
         packed = pack(tokens)
+        named = pb.Namespace()
+        if namespace is not None:
+            with codec.no_foreign_errors("acquire"):
+                codec.write_namespace(namespace, named)
         op, reply = self._add(wait_s)
         message = op.acquire
         message.tokens = packed
+        if namespace is not None:
+            message.namespace.CopyFrom(named)
         if request_id:
             reply.request_id = request_id
             return self._fill(reply, message, reserve=reserve, wait_s=wait_s, request_id=request_id)

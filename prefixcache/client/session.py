@@ -118,7 +118,7 @@ class Session(SessionCore["Lease"]):
         reply = step.attach(request)
         try:
             self._run(step)
-            self.attached(reply.result())
+            self.attached(reply.result(), request)
         except BaseException:
             self.lose(ServiceUnavailable("the session was never attached"))
             self._hang_up()
@@ -145,6 +145,7 @@ class Session(SessionCore["Lease"]):
         reserve: int = 0,
         wait_s: float = 60.0,
         request_id: str = "",
+        salt: str | None = None,
     ) -> Future[Lease]:
         """Like `acquire`, without blocking while another worker computes the prefix.
 
@@ -152,7 +153,9 @@ class Session(SessionCore["Lease"]):
         short, and make no calls of this session in them.
         """
         batch = self.batch()
-        reply = batch.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id)
+        reply = batch.acquire(
+            tokens, reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt
+        )
         future: Future[Lease] = Future()
 
         def arrived(reply: Reply[Lease]) -> None:

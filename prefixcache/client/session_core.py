@@ -22,6 +22,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -33,7 +34,7 @@ from prefixcache.client.ops import Reply, Step, read_result
 from prefixcache.client.progress import Inbox, Progress
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.texts import many
-from prefixcache.types import Attachment, LeaseId, PoolHandle
+from prefixcache.types import Attachment, LeaseId, Namespace, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 L = TypeVar("L", bound=LeaseState)
@@ -50,6 +51,8 @@ class SessionCore(Generic[L]):
     """
 
     attachment: Attachment
+    _namespace: Namespace
+    _acquires_by_name: bool
 
     def __init__(self, connection: Connection) -> None:
         self.ids: Iterator[int] = itertools.count(1)
@@ -204,8 +207,23 @@ class SessionCore(Generic[L]):
 
     # --------------------------------------------------------------------------- what is answered
 
-    def attached(self, answer: pb.AttachResponse) -> None:
+    def behind(self, salt: str) -> Namespace:
+        """Give the session's namespace with another salt.
+
+        Raises:
+            InvalidRequest: the service would not see it, and share what is to be kept apart.
+        """
+        if not self._acquires_by_name:
+            raise InvalidRequest(
+                "this service takes no salt with a request: attach a session for each salt, or "
+                "serve with this version"
+            )
+        return replace(self._namespace, salt=salt)
+
+    def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:
         """Take over what attach answered."""
+        self._namespace = codec.read_namespace(request.namespace)
+        self._acquires_by_name = answer.acquires_by_name
         self.key = answer.worker_key
         self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
         self.attachment = codec.read_attach(answer)

@@ -11,6 +11,7 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client, codec
+from prefixcache.errors import InvalidRequest
 from prefixcache.service.attachments import MAX_ATTACHED
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -125,6 +126,26 @@ def test_an_acquire_may_name_its_namespace(stub: Any, key: str, client: Client) 
     stub.Release(pb.ReleaseRequest(worker_key=key, lease=grant.lease))
     assert attach(stub, "another", key).namespace_index == 1, "none of them was attached"
     client.check()
+
+
+def test_one_session_of_the_client_uses_as_many_salts_as_it_likes(client: Client) -> None:
+    with client.attach("c", LAYOUT, salt="own") as session:
+        for number in range(MAX_ATTACHED + 100):
+            with session.acquire(PROMPT, salt=f"user {number}") as lease:
+                assert lease.num_cached == 0
+                lease.commit(10)
+        future = session.acquire_later(PROMPT, salt=f"user {MAX_ATTACHED + 99}")
+        assert future.result(timeout=60).num_cached == 9
+        assert session.acquire(PROMPT, salt="").num_cached == 0
+        assert session.lookup(PROMPT).num_hit == 0, "the session's own salt is another one"
+
+
+def test_no_salt_is_sent_to_a_service_that_would_not_see_it(client: Client) -> None:
+    """Else requests that are to be kept apart would share."""
+    with client.attach("c", LAYOUT) as session:
+        session._acquires_by_name = False  # as one of an earlier version answers
+        with pytest.raises(InvalidRequest, match="this service takes no salt with a request"):
+            session.acquire(PROMPT, salt="a")
 
 
 def test_what_is_leased_by_name_stays_while_the_lease_does(
