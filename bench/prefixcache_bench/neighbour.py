@@ -156,7 +156,7 @@ def many_attached(client: Client, salt: str) -> Any:
             pb.CommitRequest(lease=lease, num_tokens=BLOCK)
         )
     ask(commits)
-    return channel, call
+    return channel, call, batches
 
 
 def watched_resets(client: Client, draw: Random) -> Load:
@@ -208,6 +208,52 @@ def long_prompt(client: Client, draw: Random) -> Load:
     return load
 
 
+def many_leases_left(client: Client, draw: Random) -> Load:
+    """Have a second client that holds 60,000 leases; it leaves, without a word."""
+    leaver = prefixcache.connect(f"unix:{client.address.path}", timeout_s=60.0)
+    session = leaver.attach("m", parse_layout(LAYOUT), keep_alive=False)
+    lease = session.acquire(tokens_of(draw, BLOCK))
+    lease.commit(BLOCK)
+    held = [lease.fork(1000) for _ in range(60)]
+
+    def load() -> object:
+        leaver.close()
+        sleep(0.1)
+        return held
+
+    return load
+
+
+def many_in_line(client: Client, draw: Random) -> Load:
+    """Have 4,000 requests of 250 namespaces wait for room, under a quota; give back one block."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    client.set_quota("", max_held=65_536)
+    small = [session.acquire(tokens_of(draw, BLOCK)) for _ in range(500)]
+    filler = session.acquire(tokens_of(draw, 60_000 * BLOCK))
+    waiting = [waiting_calls(client, draw, str(number)) for number in range(16)]
+
+    def load() -> object:
+        if small:
+            small.pop().release()
+        sleep(0.01)
+        return filler, waiting
+
+    return load
+
+
+def waiting_calls(client: Client, draw: Random, salt: str) -> Any:
+    """Open a session of 250 namespaces, in each of which a request waits for 1,000 blocks."""
+    channel, call, more = many_attached(client, salt)
+    batch = pb.OpBatch()
+    for number in range(250):
+        acquire = batch.ops.add(id=1000 + number).acquire
+        acquire.namespace_index = number
+        acquire.tokens, acquire.reserve = tokens_of(draw, BLOCK), 999 * BLOCK
+        acquire.wait_s = 600.0
+    more.put(batch)
+    return channel, call, more
+
+
 CASES: dict[str, Callable[[Client, Random], Load]] = {
     "60,000 leases, snapshots and refusals": many_leases,
     "16,128 namespaces, snapshots": many_namespaces,
@@ -215,6 +261,8 @@ CASES: dict[str, Callable[[Client, Random], Load]] = {
     "trees of 20,000 branches": many_branches,
     "first watch of 20,000 branches": first_watch,
     "prompts of 1,000,000 tokens": long_prompt,
+    "60,000 leases left at once": many_leases_left,
+    "4,000 in line, a quota, releases": many_in_line,
 }
 
 

@@ -45,8 +45,8 @@ from prefixcache.types import (
 _LOOKED_AT = 4
 """Namespaces that are looked at, whether they still hold anything, when another one comes."""
 _LOOKED_AT_IN_NEED = 256
-_MOST_WORK = 512
-"""What is done in one step for requests that wait, in looks at one of them: about 2 ms."""
+_MOST_WORK = 128
+"""What is done in one step for requests that wait, in looks at one of them: about half a ms."""
 _TRY = 8
 """Looks that trying a request counts as, and once more for each `_TRIED_BYTES` of its prompt."""
 _TRIED_BYTES = 8192

@@ -375,7 +375,7 @@ class Leasing:
         O(1), amortised.  Where steps have left something to do, it is over already.
         """
         desk = self._desk
-        if desk.is_behind or desk.leases.leaving:
+        if desk.is_behind or desk.leases.leaving or desk.pins.is_behind:
             return -inf
         times = (
             desk.leases.next_deadline(),

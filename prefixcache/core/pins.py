@@ -13,6 +13,7 @@ when it comes back.  A run that a pin ends in is split there.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -26,6 +27,10 @@ from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
 
 MAX_PINS = 65_536
+_NODES = 64
+"""On the paths of pins that end, which are as much work as to look at one of them."""
+_MOST_ENDED = 16_384
+"""Nodes on the paths of pins that are ended in one go."""
 _DROPPED = 512
 """Deadlines of pins that have ended, which are dropped in one go."""
 
@@ -39,6 +44,8 @@ class Pin:
     node: Node
     """Where it ends; the node's run ends there, too."""
     until: float
+    is_ending: bool = False
+    """Whether it ends as soon as its turn comes, unless its prefix is pinned again before."""
 
 
 class Pins:
@@ -53,6 +60,7 @@ class Pins:
     __slots__ = (
         "_blocks",
         "_deadlines",
+        "_ending",
         "_ends",
         "_prefixes",
         "_roots",
@@ -67,7 +75,9 @@ class Pins:
         self._deadlines: list[tuple[float, int, Pin]] = []
         self._serial = 0
         self._roots: dict[Root, dict[Pin, None]] = {}
-        """The pins below each root, oldest first; only roots that have any."""
+        """The pins below each root; only roots that have any."""
+        self._ending: deque[Pin] = deque()
+        """Those that were ended with so many others that each waits for its turn."""
         self._blocks = Shares(max_pinned, "--pin-cap", "pinned blocks")
         self._prefixes = Shares(MAX_PINS, "the longest list of pins", "pinned prefixes")
         self.shares = (self._blocks, self._prefixes)
@@ -120,6 +130,8 @@ class Pins:
             found = self._ends.get(node)
             if found is None:
                 found = self._begin(node, now + ttl_s)
+            elif found.is_ending:
+                found.is_ending, found.until = False, now + ttl_s
             found.until = max(found.until, now + ttl_s)
             self._set_deadline(found)
             ttl_s = found.until - now
@@ -136,20 +148,30 @@ class Pins:
     def unpin(self, tenant: str, root: Root | None, match: Match | None) -> Unpinned:
         """End the pin that ends where `match` does; without a match, all below `root`.
 
-        O(nodes on the path), or on the paths of the root's pins.  `tenant`: whose pinned blocks are
-        counted in the answer.
+        O(nodes on the path), or O(pins below `root`): of many, the last ones end with the next
+        calls of `expire`, and their blocks are not in the answer.
+
+        Args:
+            tenant: Whose pinned blocks are counted in the answer.
+            root: Where; None: nowhere.
+            match: What was pinned; None: all.
         """
         if root is None:
             ending = []
         elif match is None:
-            ending = list(self._roots.get(root, ()))
+            ending = [pin for pin in self._roots.get(root, ()) if not pin.is_ending]
         else:
             whole = match.used == len(match.node.blocks)
             found = self._ends.get(match.node) if whole else None
-            ending = [] if found is None else [found]
-        before, leased = self.num_pinned, 0
+            ending = [] if found is None or found.is_ending else [found]
+        before, leased, left = self.num_pinned, 0, _MOST_ENDED
         for pin in ending:
-            leased += self._end(pin)
+            if left > 0:
+                spent, more = self._end(pin)
+                left, leased = left - spent - _NODES, leased + more
+            else:
+                pin.is_ending = True
+                self._ending.append(pin)
         return Unpinned(
             num_pins=len(ending),
             num_blocks=before - self.num_pinned,
@@ -158,17 +180,27 @@ class Pins:
             max_pinned=self.max_pinned,
         )
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether `expire` has something to do, whatever the time.  O(1)."""
+        return bool(self._ending)
+
     def expire(self, now: float, most: float) -> None:
         """End pins whose time is over.  `next_deadline` says that there are others.
 
-        O(log pins + nodes on its path) for each of up to `most` that are looked at.
+        O(log pins) for each of up to `most` pins that are looked at, and nodes on their paths.
         """
-        heap = self._deadlines
-        while heap and heap[0][0] < now and most > 0:
-            most -= 1
+        heap, left = self._deadlines, most * _NODES
+        while self._ending and left > 0:
+            pin = self._ending.popleft()
+            left -= _NODES
+            if pin.is_ending and self._lives(pin):
+                left -= self._end(pin)[0]
+        while heap and heap[0][0] < now and left > 0:
+            left -= _NODES
             pin = heappop(heap)[2]
             if self._lives(pin) and pin.until < now:
-                self._end(pin)
+                left -= self._end(pin)[0]
 
     def next_deadline(self) -> float | None:
         """Give a time before which no pin ends; None if there are none.
@@ -193,7 +225,7 @@ class Pins:
         found, steps = [], 0
         for pin in list(self._ends.values()):
             steps += 1
-            if self._lives(pin) and sees(space := pin.node.root.namespace):
+            if self._lives(pin) and not pin.is_ending and sees(space := pin.node.root.namespace):
                 size, at = 0, pin.node
                 while at.parent is not None:
                     size, steps = size + len(at.blocks), steps + 1
@@ -217,17 +249,17 @@ class Pins:
         node.pinned = 0
         pin = self._ends.pop(node)
         if above.parent is None:
-            self._leave(node.root, pin)
+            self._leave(pin)
             return
         other = self._ends.get(above)
         if other is None:
             pin.node = above
             self._ends[above] = pin
             return
-        if pin.until > other.until:
-            other.until = pin.until
+        if not pin.is_ending and (other.is_ending or pin.until > other.until):
+            other.is_ending, other.until = False, pin.until
             self._set_deadline(other)
-        self._leave(node.root, pin)
+        self._leave(pin)
         self._uncover(above)
 
     def check(self) -> None:
@@ -240,16 +272,18 @@ class Pins:
             while at.parent is not None:
                 counts[at] = counts.get(at, 0) + 1
                 at = at.parent
-            assert not at.root.retired, "a pin in a namespace that was reset"
+            assert pin.is_ending or not at.root.retired, "a pin in a namespace that was reset"
         for node, count in counts.items():
             assert node.pinned == count, f"{node.pinned} pins on a node, not {count}"
         pinned = sum(len(node.blocks) for node in counts)
         assert self.num_pinned == pinned, f"{self.num_pinned} blocks pinned, not {pinned}"
         assert pinned <= self.max_pinned, f"{pinned} blocks pinned; the cap is {self.max_pinned}"
-        by_root: dict[Root, set[Pin]] = {}
-        for node, pin in self._ends.items():
-            by_root.setdefault(node.root, set()).add(pin)
-        assert {root: set(pins) for root, pins in self._roots.items()} == by_root, "pins of a root"
+        for root, pins in self._roots.items():
+            assert pins, "a root without pins"
+            assert all(pin.node.root is root and self._lives(pin) for pin in pins), "a root's pins"
+        assert sum(map(len, self._roots.values())) == len(self._ends), "pins of roots"
+        ending = {pin for pin in self._ends.values() if pin.is_ending}
+        assert ending <= set(self._ending), "a pin that does not end"
         assert self._prefixes.total == len(self._ends), "pins counted"
         for shares in self.shares:
             shares.check_counts()
@@ -274,13 +308,18 @@ class Pins:
             at.pinned += 1
             at = at.parent
 
-    def _uncover(self, node: Node) -> int:
-        """Take one pin from a path; give the blocks that are leased, of those not pinned now."""
+    def _uncover(self, node: Node) -> tuple[int, int]:
+        """Take one pin from a path.
+
+        Returns:
+            The nodes on it, and the blocks that are leased, of those not pinned now.
+        """
         shelter = self._tree.queue
-        leased = 0
+        nodes = leased = 0
         at = node
         while at.parent is not None:
             above = at.parent
+            nodes += 1
             at.pinned -= 1
             if not at.pinned:
                 self._blocks.give(at.root.namespace.tenant, len(at.blocks))
@@ -288,7 +327,7 @@ class Pins:
                 if isinstance(shelter, Shelter):
                     shelter.let_go(at)
             at = above
-        return leased
+        return nodes, leased
 
     def _begin(self, node: Node, until: float) -> Pin:
         pin = self._ends[node] = Pin(node, until)
@@ -297,19 +336,22 @@ class Pins:
         self._cover(node)
         return pin
 
-    def _leave(self, root: Root, pin: Pin) -> None:
-        """Forget a pin below a root."""
-        del self._roots[root][pin]
-        if not self._roots[root]:
+    def _leave(self, pin: Pin) -> None:
+        """Count one pin fewer below its root."""
+        root = pin.node.root
+        below = self._roots[root]
+        del below[pin]
+        if not below:
             del self._roots[root]
         self._prefixes.give(root.namespace.tenant)
 
-    def _end(self, pin: Pin) -> int:
+    def _end(self, pin: Pin) -> tuple[int, int]:
+        """End a pin; give the nodes on its path, and the leased blocks that are free of pins."""
         del self._ends[pin.node]
-        self._leave(pin.node.root, pin)
-        leased = self._uncover(pin.node)
+        self._leave(pin)
+        spent = self._uncover(pin.node)
         self._tree.rejoin(pin.node)
-        return leased
+        return spent
 
     def _refusal(
         self, full: PoolExhausted, tenant: str, num_blocks: int, fresh: int, now: float

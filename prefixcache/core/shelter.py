@@ -20,6 +20,9 @@ from prefixcache.core.policies.lru import Lru
 from prefixcache.core.quotas import Account, Quotas
 from prefixcache.core.radix import RadixTree
 
+_MOST_MOVED = 256
+"""Blocks of each that go back in one go: always the oldest, and more than go at a time."""
+
 SHELTERED = 2
 """`node.queued` of a leaf that waits here, and not in the policy's queue."""
 
@@ -32,7 +35,7 @@ class Shelter:
         quotas: Who has a guaranteed share.
     """
 
-    __slots__ = ("_inner", "_pins", "_quotas", "_shares", "_tree")
+    __slots__ = ("_inner", "_pins", "_quotas", "_returning", "_shares", "_tree")
 
     def __init__(self, tree: RadixTree, quotas: Quotas) -> None:
         self._tree = tree
@@ -40,6 +43,8 @@ class Shelter:
         self._quotas = quotas
         self._pins = LeafQueue(Lru())
         self._shares: dict[Account, LeafQueue] = {}
+        self._returning: list[LeafQueue] = []
+        """What waited here under other shares: it goes back, the oldest of each first, in parts."""
 
     def push(self, node: Node) -> None:
         """Add a leaf that has just become evictable.  As the inner queue."""
@@ -49,6 +54,19 @@ class Shelter:
         """Remove and give the leaf that goes first.  O(log leaves) amortised, plus O(shares)."""
         if self._shares:
             self._let_go_of_excess()
+        while True:
+            if self._returning:
+                self._go_on_returning()
+            if (node := self._pop_unsheltered()) is not None:
+                return node
+            if not self._returning:
+                break
+        for kept in [*self._shares.values(), self._pins]:
+            if (node := kept.pop()) is not None:
+                return node
+        return None
+
+    def _pop_unsheltered(self) -> Node | None:
         while (node := self._inner.pop()) is not None:
             if node.pinned:
                 self._keep(self._pins, node)
@@ -57,9 +75,6 @@ class Shelter:
             else:
                 if self._quotas.shares:
                     self._cut_to_excess(node)
-                return node
-        for kept in [*self._shares.values(), self._pins]:
-            if (node := kept.pop()) is not None:
                 return node
         return None
 
@@ -71,10 +86,18 @@ class Shelter:
                 self._inner.push(node)
 
     def let_all_go(self) -> None:
-        """Give every leaf back: the shares have changed.  O(leaves that waited)."""
-        shares, self._shares = self._shares, {}
-        for kept in [*shares.values(), self._pins]:
-            self._move(kept, len(kept))
+        """Give every leaf back, with the next ones that are evicted: the shares have changed.
+
+        O(shares).
+        """
+        self._returning += [*self._shares.values(), self._pins]
+        self._shares, self._pins = {}, LeafQueue(Lru())
+
+    def _go_on_returning(self) -> None:
+        """Give back more leaves than are evicted, the oldest first: none is evicted too early."""
+        for kept in self._returning:
+            self._move(kept, _MOST_MOVED)
+        self._returning = [kept for kept in self._returning if len(kept)]
 
     def _keep(self, kept: LeafQueue, node: Node) -> None:
         if not node.queued:
@@ -107,7 +130,7 @@ class Shelter:
         for account, kept in self._shares.items():
             excess = account.num_stored - account.guaranteed
             if excess > 0:
-                self._move(kept, excess)
+                self._move(kept, min(excess, _MOST_MOVED))
 
     def _move(self, kept: LeafQueue, num_blocks: int) -> None:
         while num_blocks > 0 and (node := kept.pop()) is not None:

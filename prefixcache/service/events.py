@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain, islice
 from time import time, time_ns
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.recital import Recital
@@ -53,6 +53,9 @@ _CHUNK = 512
 """Blocks that are hashed, or told, before the loop is given back."""
 _MESSAGE_BYTES = 1 << 20
 """Of events in one message, about."""
+_DROPPED = 2048
+"""Blocks, and events with each of their hashes, that are freed in one go once nobody watches."""
+_DROP_EVERY_S = 0.001
 _DELAY_S = 0.01
 _LINGER_S = 60.0
 _MOST_RAW = 262_144
@@ -159,6 +162,8 @@ class EventLog:
         self._recited: Generator[None, None, None] | None = None
         self._width = self._piece = 1
         self._linger: asyncio.TimerHandle | None = None
+        self._dropped: list[dict[Any, Any] | deque[Any]] = []
+        self._dropping: asyncio.TimerHandle | None = None
         self.watchers = 0
         self.num_events = 0
         self.num_gaps = 0
@@ -274,8 +279,9 @@ class EventLog:
         self._active = False
         if self._digest is not None:
             self._digest.cancel()
-        if self._linger is not None:
-            self._linger.cancel()
+        for timer in (self._linger, self._dropping):
+            if timer is not None:
+                timer.cancel()
 
     def _observe(self) -> None:
         """Begin to hash, with what is indexed now, as soon as there is a cache."""
@@ -343,10 +349,31 @@ class EventLog:
         self._active = False
         self._reciting = 0
         self._recital = self._recited = None
-        self._raw.clear()
-        self._blocks.clear()
-        self._empty_ring()
+        self._dropped += [self._raw, self._blocks, self._ring]
+        self._raw, self._blocks, self._ring = deque(), {}, deque()
+        self._ring_bytes = 0
+        if self._dropping is None:
+            self._go_on_dropping()
         self._next += 1  # who comes back has missed something
+
+    def _go_on_dropping(self) -> None:
+        """Free the next part of what was forgotten."""
+        self._dropping, left = None, _DROPPED
+        while self._dropped and left > 0:
+            left -= 1
+            some = self._dropped[-1]
+            if not some:
+                self._dropped.pop()
+            elif isinstance(some, dict):
+                one = some.popitem()[1]
+                if isinstance(one, dict):
+                    self._dropped.append(one)
+            else:
+                one = some.popleft()
+                left -= len(one[4] if isinstance(one, tuple) else one.hashes)
+        if self._dropped:
+            loop = asyncio.get_running_loop()
+            self._dropping = loop.call_later(_DROP_EVERY_S, self._go_on_dropping)
 
     # ------------------------------------------------------------------------ hashing
 

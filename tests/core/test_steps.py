@@ -368,6 +368,72 @@ def test_pins_end_in_parts():
     assert ended(200) <= ended(50) + 5
 
 
+@pytest.mark.parametrize("verb", ["unpin", "reset"])
+def test_all_pins_of_a_namespace_end_in_parts(verb: str):
+    def ended(num_pins: int) -> int:
+        cache = crowded(0, num_blocks=32_768, full=False)
+        for number in range(num_pins):
+            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
+            cache.commit(ME, lease, 4, now=0.0)
+            cache.release(ME, lease, now=0.0)
+            cache.pin(HERE, pack([number, 1, 2, 3]), ttl_s=5.0, now=0.0)
+        answers: list[Any] = []
+        costs = [calls(lambda: answers.append(getattr(cache, verb)(HERE)))]
+        assert answers[0].num_pins == num_pins
+        cache.check()
+        while cache.next_deadline() == -inf:
+            costs.append(calls(lambda: cache.expire(now=1.0, most=100)))
+        cache.check()
+        assert cache.snapshot(now=1.0).pinned == 0
+        return max(costs)
+
+    few, many = ended(600), ended(2500)
+    assert (many - few) / 1900 < 3  # a mark; an end takes ten times as many
+
+
+def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
+    cache = crowded(0, num_blocks=32_768, full=False)
+    for number in range(600):
+        lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
+        cache.commit(ME, lease, 4, now=0.0)
+        cache.release(ME, lease, now=0.0)
+        cache.pin(HERE, pack([number, 1, 2, 3]), ttl_s=50.0, now=0.0)
+    cache.unpin(HERE)
+    assert cache.snapshot(now=1.0).pins == ()
+    assert cache.next_deadline() == -inf
+    assert cache.unpin(HERE, pack([599, 1, 2, 3])).num_pins == 0  # it ends already
+    assert cache.pin(HERE, pack([599, 1, 2, 3]), ttl_s=9.0, now=1.0).ttl_s == 9.0
+    while cache.next_deadline() == -inf:
+        cache.expire(now=1.0, most=1)
+    cache.check()
+    assert [pin.expires_in_s for pin in cache.snapshot(now=1.0).pins] == [9.0]
+
+
+def test_leaves_go_back_in_parts_when_a_quota_is_set():
+    def set_again(num_leaves: int) -> int:
+        cache = PrefixCache(8192, 4)
+        other = Namespace("m", tenant="t")
+        cache.attach(ME, HERE, now=0.0)
+        cache.attach(ME, other, now=0.0)
+        cache.set_quota(HERE, max_held=None, guaranteed=8000, now=0.0)
+        for number in range(num_leaves):
+            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
+            cache.commit(ME, lease, 4, now=0.0)
+            cache.release(ME, lease, now=0.0)
+        big = cache.acquire(ME, other, pack(range(4 * (8192 - num_leaves))), now=0.0).lease
+        cache.commit(ME, big, 4 * (8192 - num_leaves), now=0.0)
+        cache.release(ME, big, now=0.0)
+        cache.acquire(ME, other, pack([1, 2, 3]), now=0.0)  # all leaves wait in the shelter now
+        cost = calls(lambda: cache.set_quota(HERE, max_held=None, guaranteed=0, now=0.0))
+        cost = max(cost, calls(lambda: cache.acquire(ME, other, pack([1, 2, 4]), now=0.0)))
+        assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 0  # the oldest of all
+        assert cache.lookup(HERE, pack([1, 1, 2, 3, 4])).num_hit == 4
+        cache.check()
+        return cost
+
+    assert set_again(4000) <= set_again(600) * 1.1
+
+
 @pytest.mark.parametrize("how", ["commits", "ends", "is overtaken"])
 def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
     def called(num_waiting: int) -> int:

@@ -14,6 +14,7 @@ import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -666,6 +667,47 @@ def test_what_is_kept_for_slow_watchers_is_bounded_in_bytes() -> None:
             assert told.lost is not None
             assert told.lost[0] == first.next
             assert told.is_snapshot
+        log.close()
+
+    asyncio.run(story())
+
+
+def test_what_nobody_watches_any_more_is_freed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And who comes meanwhile begins anew, with all that is stored."""
+    monkeypatch.setattr("prefixcache.service.events._DROPPED", 50)
+    cache = PrefixCache(1024, 4)
+    cache.attach(ME, SPACE, now=0.0)
+    log = EventLog(OneCache(cache))
+
+    def num_kept() -> int:
+        tables = [one for one in log._dropped if isinstance(one, dict)]
+        nested = [one for table in tables for one in table.values() if isinstance(one, dict)]
+        rings = [one for one in log._dropped if not isinstance(one, dict)]
+        return sum(map(len, [*tables, *nested, *rings])) - len(nested)
+
+    async def story() -> None:
+        with log.watching():
+            batches = log.batches(0)
+            await anext(batches)
+            for number in range(300):
+                lease = cache.acquire(ME, SPACE, pack([number] * 9), now=0.0).lease
+                cache.commit(ME, lease, 9, now=0.0)
+                cache.release(ME, lease, now=0.0)
+            await asyncio.sleep(0.1)
+        log._stop()
+        sizes = [num_kept()]
+        while log._dropped:
+            await asyncio.sleep(0)
+            sizes.append(num_kept())
+        assert sizes[0] > 400
+        assert max(before - after for before, after in pairwise(sizes)) <= 55
+        mirror = Mirror()
+        with log.watching():
+            async for batch in log.batches(0):
+                mirror.hear(batch)
+                if len(mirror.stored) == len(Recital().of(cache)):
+                    break
+        assert mirror.stored.keys() == Recital().of(cache)
         log.close()
 
     asyncio.run(story())
