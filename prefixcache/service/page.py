@@ -15,8 +15,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import AsyncIterator
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Generator
 from itertools import islice
 from time import monotonic, time
 from typing import Any
@@ -37,6 +36,9 @@ _MAX_BRANCHES = 600
 _CELLS = 1200
 _ROWS = 100
 """Leases, flights and namespaces that are listed; how many there are is told besides."""
+
+_IN_ONE_GO = 50
+"""Branches that are written in one go."""
 
 _HISTORY_POINTS = 600
 
@@ -112,7 +114,9 @@ class Page:
             self._painter = None
 
     async def _paint_one(self, beat: int) -> None:
-        self._publish("state", self.state())
+        state = self.state()
+        await asyncio.sleep(0)
+        self._publish("state", _json(state))
         cache = self._handlers.holdings.cache
         if cache is None or beat % _SLOW_EVERY:
             return
@@ -124,13 +128,12 @@ class Page:
                 now=monotonic(),
             )
         )
-        self._publish("tree", self._tree(outline))
+        self._publish("tree", await self._handlers.turns.run(self._tree(outline)))
         cells = await self._handlers.turns.run(cache.block_map(_CELLS))
-        self._publish("blocks", {"states": STATES, "cells": "".join(map(str, cells))})
+        self._publish("blocks", _json({"states": STATES, "cells": "".join(map(str, cells))}))
 
-    def _publish(self, name: str, fields: dict[str, Any]) -> None:
+    def _publish(self, name: str, data: str) -> None:
         self._number += 1
-        data = json_text(fields, separators=(",", ":"), ensure_ascii=False)
         self._latest[name] = (self._number, data)
         fresh, self._fresh = self._fresh, asyncio.Event()
         fresh.set()
@@ -153,7 +156,7 @@ class Page:
                 "draining": handlers.draining,
             },
             "requests_per_s": handlers.pulse.requests_per_s(),
-            "verbs": [asdict(rate) for rate in handlers.pulse.rates()],
+            "verbs": [_fields(rate) for rate in handlers.pulse.rates()],
             "workers": [
                 {
                     "worker": worker.name_for(LOCAL),
@@ -180,16 +183,14 @@ class Page:
         if cache is None:
             return fields
         vitals = cache.vitals(now=now)
-        fields["pool"] = {
-            f.name: getattr(vitals, f.name)
-            for f in dataclasses.fields(vitals)
-            if f.name not in ("namespaces", "total", "accounts")
-        }
-        fields["ledger"] = asdict(vitals.total.ledger)
+        fields["pool"] = _fields(vitals)
+        for name in ("namespaces", "total", "accounts"):
+            del fields["pool"][name]
+        fields["ledger"] = _fields(vitals.total.ledger)
         fields["requests"] = vitals.total.requests
         fields["flights_saved"] = vitals.total.joins
         fields["namespaces"] = [
-            {"namespace": shown(space), "requests": account.requests, **asdict(account.ledger)}
+            {"namespace": shown(space), "requests": account.requests, **_fields(account.ledger)}
             for space, account in sorted(
                 vitals.accounts.items(), key=lambda item: -item[1].requests
             )
@@ -207,26 +208,27 @@ class Page:
             for lease in cache.oldest_leases(_ROWS, now=now)
         ]
         fields["flights"] = [
-            {**asdict(flight), "namespace": shown(flight.namespace)}
+            _fields(flight) | {"namespace": shown(flight.namespace)}
             for flight in cache.flights(_ROWS)
         ]
         return fields
 
-    def _tree(self, outline: Outline) -> dict[str, Any]:
+    def _tree(self, outline: Outline) -> Generator[None, None, str]:
+        """Write an outline as JSON, some dozens of branches in one go."""
+        written, steps = [], 0
+        for one in outline.namespaces:
+            branches = []
+            for branch in one.branches:
+                branches.append(_json(self._branch(branch, bool(one.namespace.salt))))
+                steps += 1
+                if steps % _IN_ONE_GO == 0:
+                    yield
+            name = _json(shown(one.namespace))
+            written.append(f'{{"namespace":{name},"branches":[{",".join(branches)}]}}')
         more = outline.more
-        return {
-            "block_size": outline.block_size,
-            "more": [outline.num_more, more.runs, more.tokens, more.ghost_tokens],
-            "namespaces": [
-                {
-                    "namespace": shown(one.namespace),
-                    "branches": [
-                        self._branch(branch, bool(one.namespace.salt)) for branch in one.branches
-                    ],
-                }
-                for one in outline.namespaces
-            ],
-        }
+        others = _json([outline.num_more, more.runs, more.tokens, more.ghost_tokens])
+        size = outline.block_size
+        return f'{{"block_size":{size},"more":{others},"namespaces":[{",".join(written)}]}}'
 
     def _branch(self, branch: Branch, salted: bool) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -255,6 +257,15 @@ class Page:
         if self._handlers.settings.http_tokens and not salted:
             fields["ids"] = unpack(branch.tokens).tolist()
         return fields
+
+
+def _fields(row: Any) -> dict[str, Any]:
+    """Give the fields of a row as they are; `asdict` copies them deeply, which takes long."""
+    return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+
+
+def _json(value: Any) -> str:
+    return json_text(value, separators=(",", ":"), ensure_ascii=False)
 
 
 def shown(namespace: Namespace) -> str:

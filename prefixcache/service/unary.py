@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
@@ -39,6 +39,9 @@ _LOOKS = frozenset(
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
+
+_LONG = ("namespaces", "pins")
+"""Rows of a snapshot of which there may be tens of thousands."""
 
 _calls = itertools.count(1)
 
@@ -78,7 +81,7 @@ def service(domains: Mapping[str, Handlers], gate: Gate) -> grpc.GenericRpcHandl
         methods[name] = grpc.unary_unary_rpc_method_handler(
             gated(verb, rpc.response),
             request_deserializer=reader(rpc.request),
-            response_serializer=rpc.response.SerializeToString,
+            response_serializer=_serialized,
         )
 
     async def session(request_iterator: Any, context: Any) -> None:
@@ -166,7 +169,9 @@ def _serve(
         response = response_class()
         writing = write(answer, response)
         if writing.__class__ is GeneratorType:
-            await handlers.turns.run(writing)
+            if response_class is pb.SnapshotResponse:
+                writing = in_pieces(writing, response)
+            response = await handlers.turns.run(writing) or response
         if asked is not None:
             handlers.keep(asker, asked, response)
         return response
@@ -178,6 +183,31 @@ def _note_proof(worker: Worker) -> None:
     """Remember what the caller of a worker's calls showed last: without it, it ends."""
     if (standing := STANDING.get()) is not None:
         worker.proof = standing.proof
+
+
+def in_pieces(
+    steps: Generator[None, None, None], message: pb.SnapshotResponse
+) -> Generator[None, None, bytes]:
+    """Serialise the rows that are many as they are written: all of them at once take long.
+
+    Pieces of a message one after the other are the message: their rows are joined.
+    """
+    pieces = []
+    for _ in steps:
+        for name in _LONG:
+            rows = getattr(message, name)
+            if rows:
+                piece = pb.SnapshotResponse()
+                getattr(piece, name).extend(rows)
+                pieces.append(piece.SerializeToString())
+                del rows[:]
+        yield
+    return b"".join([*pieces, message.SerializeToString()])
+
+
+def _serialized(answer: Any) -> bytes:
+    done: bytes = answer if answer.__class__ is bytes else answer.SerializeToString()
+    return done
 
 
 def _check(request: Any) -> None:

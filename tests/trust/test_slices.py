@@ -20,9 +20,10 @@ from prefixcache.service.identities import LOCAL
 from prefixcache.service.metrics import Scrape
 from prefixcache.service.page import Page
 from prefixcache.service.turns import Turns
+from prefixcache.service.unary import in_pieces
 from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Visitor, Workers
-from prefixcache.types import Layout, Namespace, Reset, WorkerId, pack
+from prefixcache.types import Layout, Ledger, Namespace, PinInfo, Reset, Snapshot, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 LAYOUT = Layout(1, 1, 2, "float32")
@@ -205,6 +206,19 @@ def test_a_salt_that_is_named_as_it_is_shown_is_looked_for_in_parts() -> None:
         return most
 
     assert found(2000) <= found(300) * 1.2
+
+
+def test_a_snapshot_that_is_serialised_in_pieces_is_the_same() -> None:
+    ledgers = {Namespace("m", adapter=str(n)): Ledger(hit=n, cold=1) for n in range(700)}
+    pins = tuple(PinInfo(space, 4, 1, 9.0) for space in ledgers)
+    told = Snapshot(*range(9), (), 0, 0, 700, Ledger(cold=7), ledgers, pins=pins)
+    whole_one = pb.SnapshotResponse()
+    list(codec.write_snapshot(told, whole_one))
+    message = pb.SnapshotResponse()
+    steps = in_pieces(codec.write_snapshot(told, message), message)
+    most, answer = most_in_one_go(steps)
+    assert pb.SnapshotResponse.FromString(answer) == whole_one
+    assert most < calls(lambda: list(codec.write_snapshot(told, message))) / 3
 
 
 def test_an_op_that_fails_in_its_steps_fails_alone(
