@@ -402,7 +402,7 @@ class Storm:
         self.actors = [self.act(number) for number in range(ACTORS)]
         model, answers = str(self.folder / "model"), str(self.folder / "answers.json")
         self.clerks = [self.start("clerk", self.target, one, model, answers) for one in HONEST]
-        time.sleep(2.5)  # until the actors are at work
+        self.hear_clerks()
         self.adversaries = [
             self.start("adversary", self.target, self.http) for _ in range(ADVERSARIES)
         ]
@@ -437,6 +437,17 @@ class Storm:
             while not (log.exists() and log.read_text().count("probe") > PROBES):
                 assert time.monotonic() < due, "nothing is heard of the probes"
                 time.sleep(0.1)
+
+    def hear_clerks(self) -> None:
+        """Wait until the worker processes have answered lines, and refused some."""
+        due = time.monotonic() + PATIENCE_OF_CLERKS_S
+        while True:
+            time.sleep(0.5)
+            told = [one.read_text().splitlines() for one in self.folder.glob("clerk-*.log")]
+            heard = [json.loads(lines[-1])["counts"].keys() for lines in told if lines]
+            if sum({"answered", "refused"} <= kinds for kinds in heard) == len(self.clerks):
+                return
+            assert time.monotonic() < due, "nothing is heard of the clerks"
 
     def calm_round(self, seconds: float) -> None:
         """Let nothing go wrong but for what the adversaries do."""
