@@ -108,7 +108,7 @@ def find(client: Client, asked: Asked) -> Found:
             told = client.recount(name, asked.spaces.named())
         except (NotFound, InvalidRequest) as error:
             raise NotFound(
-                f"{_short(name)} is no file, and {error} To take it as text, add --text."
+                f"{_short(name)} is no file, and {error}. To take it as text, add --text."
             ) from None
         assert told.past is not None
         return Found(told.past.tokens, told.past.namespace, told)

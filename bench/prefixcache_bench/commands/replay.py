@@ -56,7 +56,10 @@ def replay(
         ),
     ] = None,
     windows: Annotated[
-        int, typer.Option(metavar="N", help="Parts of the trace's time to show the ledger for.")
+        int,
+        typer.Option(
+            metavar="N", max=10_000, help="Parts of the trace's time to show the ledger for."
+        ),
     ] = 12,
     picture: Annotated[
         Path | None,
