@@ -4,13 +4,13 @@
 a slowdown, never an outage: every call raises `ServiceUnavailable`, and `session.alive` is False.
 """
 
-from prefixcache.client.aio import AsyncClient, connect_async
-from prefixcache.client.aio_session import AsyncBatch, AsyncLease, AsyncSession
+from prefixcache.client.async_client import AsyncClient, connect_async
+from prefixcache.client.async_session import AsyncBatch, AsyncLease, AsyncSession
+from prefixcache.client.client import Client, connect
 from prefixcache.client.credentials import Tls
 from prefixcache.client.ops import Reply
 from prefixcache.client.progress import Inbox
 from prefixcache.client.session import Batch, Lease, Session
-from prefixcache.client.sync import Client, connect
 
 __all__ = [
     "AsyncBatch",

@@ -1,8 +1,9 @@
-"""Ops and their replies: what a session says, without saying how it travels.
+"""Ops and their replies, and batches of them: what a session says, not how it travels.
 
 Both clients use this: the synchronous one hands the bytes to a thread, the asynchronous one awaits.
 
 ```
+BatchOps   verbs on leases ──► ops of one Step
 Step   ops in order ──► cut() ──► one OpBatch (more only if it would break the service's limits)
 Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 ```
@@ -10,17 +11,36 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from copy import copy
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
 
 from prefixcache.client import codec
+from prefixcache.client.lease import Clocked, LeaseState
 from prefixcache.client.progress import MOST_TOLD, Told
-from prefixcache.errors import CacheError, InvalidRequest
-from prefixcache.types import LeaseId, Namespace, TokensLike, pack
+from prefixcache.errors import CacheError, InvalidRequest, LeaseExpired
+from prefixcache.types import (
+    Committed,
+    Explanation,
+    Grant,
+    Lookup,
+    Namespace,
+    Pinned,
+    Released,
+    Reset,
+    Snapshot,
+    TableUpdate,
+    TokensLike,
+    Unpinned,
+    pack,
+)
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 T = TypeVar("T")
+L = TypeVar("L", bound=LeaseState)
+L_co = TypeVar("L_co", bound=LeaseState, covariant=True)
 
 _FRAME_BYTES = 16
 """At most what one op adds to a message beside its own bytes: a tag and a length."""
@@ -103,162 +123,53 @@ class Step:
         self.message = pb.OpBatch()
         self.replies: list[Reply[Any]] = []
 
-    def _add(self, wait_s: float = 0.0) -> tuple[pb.Op, Reply[Any]]:
+    def ask(self, verb: str, *, wait_s: float = 0.0, **fields: Any) -> Reply[Any]:
+        """Add an op.  One with a field that no message can hold is refused at once, alone.
+
+        Args:
+            verb: what is asked.
+            wait_s: how long it may wait; of those that can.
+            fields: of its message.
+        """
         op = self.message.ops.add()
         op.id = op_id = next(self._ids)
         reply: Reply[Any] = Reply(op_id, wait_s)
         self.replies.append(reply)
-        return op, reply
-
-    def _fill(self, reply: Reply[Any], message: Any, **fields: float | str) -> Reply[Any]:
-        verb = type(message).DESCRIPTOR.name.removesuffix("Request").lower()
+        message = getattr(op, verb)
+        message.SetInParent()
+        if wait_s != 0:
+            fields["wait_s"] = wait_s
+        name = ""
         try:
             for name, value in fields.items():
                 if name.endswith("_s"):
                     codec.check_seconds(name, value)
-                with codec.no_foreign_errors(name):
-                    setattr(message, name, value)
+                setattr(message, name, value)
         except InvalidRequest as error:
-            del self.message.ops[-1]
-            reply.wait_s = 0.0
-            reply.settle(InvalidRequest(f"{verb}: {error}"))
+            self._refuse_last(f"{verb}: {error}")
+        except codec.FOREIGN_ERRORS as error:
+            self._refuse_last(f"{verb}: {name}: {error}")
         return reply
+
+    def _refuse_last(self, why: str) -> None:
+        del self.message.ops[-1]
+        reply = self.replies[-1]
+        reply.wait_s = 0.0
+        reply.settle(InvalidRequest(why))
 
     def attach(self, request: pb.AttachRequest) -> Reply[pb.AttachResponse]:
         """Add an attach; the first op of a session."""
-        op, reply = self._add()
-        op.attach.CopyFrom(request)
-        return reply
-
-    def acquire(
-        self,
-        tokens: TokensLike,
-        reserve: int,
-        wait_s: float,
-        request_id: str,
-        namespace: Namespace | None = None,
-    ) -> Reply[Any]:
-        """Add an acquire; by default in the session's own namespace."""
-        packed = pack(tokens)
-        named = pb.Namespace()
-        if namespace is not None:
-            with codec.no_foreign_errors("acquire"):
-                codec.write_namespace(namespace, named)
-        op, reply = self._add(wait_s)
-        message = op.acquire
-        message.tokens = packed
-        if namespace is not None:
-            message.namespace.CopyFrom(named)
-        if request_id:
-            reply.request_id = request_id
-            return self._fill(reply, message, reserve=reserve, wait_s=wait_s, request_id=request_id)
-        return self._fill(reply, message, reserve=reserve, wait_s=wait_s)
-
-    def cancel(self, op_id: int) -> Reply[None]:
-        """Add a cancel of an earlier acquire or extend that still waits."""
-        op, reply = self._add()
-        op.cancel.op = op_id
-        return reply
-
-    def commit(self, lease: LeaseId, num_tokens: int, new_tokens: TokensLike) -> Reply[Any]:
-        """Add a commit."""
-        packed = pack(new_tokens)
-        op, reply = self._add()
-        message = op.commit
-        message.lease = lease
-        if packed:
-            message.new_tokens = packed
-        return self._fill(reply, message, num_tokens=num_tokens)
-
-    def extend(self, lease: LeaseId, num_tokens: int, wait_s: float = 0.0) -> Reply[Any]:
-        """Add an extend."""
-        op, reply = self._add(wait_s)
-        message = op.extend
-        message.lease = lease
-        if wait_s != 0:
-            return self._fill(reply, message, num_tokens=num_tokens, wait_s=wait_s)
-        return self._fill(reply, message, num_tokens=num_tokens)
-
-    def fork(self, lease: LeaseId, count: int) -> Reply[Any]:
-        """Add a fork."""
-        op, reply = self._add()
-        message = op.fork
-        message.lease = lease
-        message.shared_table = True
-        return self._fill(reply, message, count=count)
-
-    def truncate(self, lease: LeaseId, num_tokens: int) -> Reply[Any]:
-        """Add a truncate."""
-        op, reply = self._add()
-        message = op.truncate
-        message.lease = lease
-        return self._fill(reply, message, num_tokens=num_tokens)
-
-    def release(self, lease: LeaseId) -> Reply[Any]:
-        """Add a release."""
-        op, reply = self._add()
-        op.release.lease = lease
+        reply = self.ask("attach")
+        self.message.ops[-1].attach.CopyFrom(request)
         return reply
 
     def renew(self, told: Told) -> Reply[None]:
         """Add a sign of life."""
-        op, reply = self._add()
-        message = op.renew
-        message.SetInParent()
+        reply = self.ask("renew")
+        message = self.message.ops[-1].renew
         message.in_hand, message.stalled_s = told.in_hand, told.stalled_s
         message.untaken = min(told.inbox.num_untaken, MOST_TOLD)
         message.oldest_untaken_s = told.inbox.oldest_s
-        return reply
-
-    def detach(self) -> Reply[Any]:
-        """Add a detach: the last op of a session."""
-        op, reply = self._add()
-        op.detach.SetInParent()
-        return reply
-
-    def lookup(self, tokens: TokensLike, namespace: Namespace | None = None) -> Reply[Any]:
-        """Add a lookup."""
-        packed = pack(tokens)
-        op, reply = self._add()
-        op.lookup.tokens = packed
-        if namespace is not None:
-            codec.write_namespace(namespace, op.lookup.namespace)
-        return reply
-
-    def explain(self, tokens: TokensLike, namespace: Namespace | None = None) -> Reply[Any]:
-        """Add an explain."""
-        packed = pack(tokens)
-        op, reply = self._add()
-        op.explain.tokens = packed
-        if namespace is not None:
-            codec.write_namespace(namespace, op.explain.namespace)
-        return reply
-
-    def reset(self) -> Reply[Any]:
-        """Add a reset of the session's own namespace."""
-        op, reply = self._add()
-        op.reset.SetInParent()
-        return reply
-
-    def pin(self, tokens: TokensLike, ttl_s: float) -> Reply[Any]:
-        """Add a pin in the session's own namespace."""
-        packed = pack(tokens)
-        op, reply = self._add()
-        op.pin.tokens = packed
-        return self._fill(reply, op.pin, ttl_s=ttl_s)
-
-    def unpin(self, tokens: TokensLike) -> Reply[Any]:
-        """Add an unpin in the session's own namespace."""
-        packed = pack(tokens)
-        op, reply = self._add()
-        op.unpin.SetInParent()
-        op.unpin.tokens = packed
-        return reply
-
-    def snapshot(self) -> Reply[Any]:
-        """Add a snapshot."""
-        op, reply = self._add()
-        op.snapshot.SetInParent()
         return reply
 
     def cut(self, max_bytes: int, max_ops: int) -> list[bytes]:
@@ -293,6 +204,138 @@ class Step:
         if part.ops:
             parts.append(part.SerializeToString())
         return parts
+
+
+class Lessee(Clocked, Protocol[L_co]):
+    """The part of a session that a batch needs."""
+
+    ids: Iterator[int]
+
+    def behind(self, salt: str) -> Namespace:
+        """Give the session's namespace with another salt."""
+        ...
+
+    def make_lease(self, grant: Grant, sent_at: float) -> L_co:
+        """Wrap a grant into this client's kind of lease."""
+        ...
+
+
+class BatchOps(Generic[L]):
+    """Adds ops to one step.  Nothing is sent before the step is; each op fails on its own.
+
+    Every method gives a reply: `reply.result()` is the answer or raises the op's own error.
+    """
+
+    def __init__(self, lessee: Lessee[L]) -> None:
+        self._lessee = lessee
+        self.step = Step(lessee.ids)
+
+    def acquire(
+        self,
+        tokens: TokensLike,
+        *,
+        reserve: int = 0,
+        wait_s: float = 0.0,
+        request_id: str = "",
+        salt: str | None = None,
+    ) -> Reply[L]:
+        """Lease blocks for a prompt: match, pin and allocate in one atomic step.
+
+        Args:
+            tokens: the prompt; fastest as packed bytes or a numpy int32 array.
+            reserve: tokens that may be added after it; their blocks are taken now.
+            wait_s: how long to wait if another worker is computing the prefix now.
+            request_id: makes a repeated call give the same lease.
+            salt: a secret that keeps this prompt apart, in place of the session's own.  A session
+                may use as many as it likes: nothing is left of one that nobody uses.
+
+        Raises:
+            PoolExhausted: not enough blocks; `retry_after_s` is a hint.
+            InvalidRequest: it can never be served as it is.
+            ServiceUnavailable: the service is lost.
+        """
+        packed, named = pack(tokens), pb.Namespace()
+        if salt is not None:
+            with codec.no_foreign_errors("acquire"):
+                codec.write_namespace(self._lessee.behind(salt), named)
+        reply: Reply[L] = self.step.ask(
+            "acquire", tokens=packed, reserve=reserve, wait_s=wait_s, request_id=request_id
+        )
+        if salt is not None and not reply.done:
+            self.step.message.ops[-1].acquire.namespace.CopyFrom(named)
+        reply.request_id = request_id
+        reply.finish = partial(self._lessee.make_lease, sent_at=time.monotonic())
+        return reply
+
+    def commit(self, lease: L, num_tokens: int, new_tokens: TokensLike = b"") -> Reply[Committed]:
+        """Say that slots below `num_tokens` hold valid KV: they become visible to all.
+
+        Call it only after the device has finished writing.  `new_tokens` (generated since) are
+        appended to the lease's tokens first.
+        """
+        packed = pack(new_tokens)
+        return self._on(lease, "commit", num_tokens=num_tokens, new_tokens=packed)
+
+    def extend(self, lease: L, num_tokens: int, *, wait_s: float = 0.0) -> Reply[TableUpdate]:
+        """Make room for `num_tokens` tokens in all; `block_table` is up to date afterwards.
+
+        It counts from position 0, and waits up to `wait_s` for room.  Leases that all wait for each
+        other's blocks get none: `reserve` at `acquire` what will be needed.
+        """
+        reply = self._on(lease, "extend", num_tokens=num_tokens, wait_s=wait_s)
+        reply.finish = lease.apply
+        return reply
+
+    def truncate(self, lease: L, num_tokens: int) -> Reply[TableUpdate]:
+        """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
+        reply = self._on(lease, "truncate", num_tokens=num_tokens)
+        reply.finish = lease.apply
+        return reply
+
+    def fork(self, lease: L, n: int) -> Reply[list[L]]:
+        """Make `n` children that share every block.  `extend` a child before it writes."""
+        reply: Reply[list[L]] = self._on(lease, "fork", count=n, shared_table=True)
+        make = partial(self._lessee.make_lease, sent_at=time.monotonic())
+        reply.finish = lambda grants: [make(grant) for grant in grants]
+        return reply
+
+    def release(self, lease: L) -> Reply[Released]:
+        """End a lease.  Idempotent: also one that expired, or that was released before."""
+        lease.mark_released()
+        return self.step.ask("release", lease=lease.id)
+
+    def lookup(self, tokens: TokensLike) -> Reply[Lookup]:
+        """Ask what `acquire` would find, without taking anything."""
+        return self.step.ask("lookup", tokens=pack(tokens))
+
+    def explain(self, tokens: TokensLike) -> Reply[Explanation]:
+        """Ask why each token would or would not be reused."""
+        return self.step.ask("explain", tokens=pack(tokens))
+
+    def reset(self) -> Reply[Reset]:
+        """Make the session's namespace forget what it has stored.  Leases live on."""
+        return self.step.ask("reset")
+
+    def pin(self, tokens: TokensLike, *, ttl_s: float) -> Reply[Pinned]:
+        """Let what the session's namespace stores of a prefix be evicted last for `ttl_s`."""
+        return self.step.ask("pin", tokens=pack(tokens), ttl_s=ttl_s)
+
+    def unpin(self, tokens: TokensLike = b"") -> Reply[Unpinned]:
+        """End the pin of exactly this prefix, or all pins of the session's namespace."""
+        return self.step.ask("unpin", tokens=pack(tokens))
+
+    def snapshot(self) -> Reply[Snapshot]:
+        """Ask for the state of the whole cache."""
+        return self.step.ask("snapshot")
+
+    def _on(self, lease: L, verb: str, **fields: Any) -> Reply[Any]:
+        try:
+            lease.check()
+        except LeaseExpired as error:
+            refused: Reply[Any] = Reply(0)
+            refused.settle(error)
+            return refused
+        return self.step.ask(verb, lease=lease.id, **fields)
 
 
 def read_result(result: pb.OpResult) -> Any:

@@ -19,11 +19,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import grpc
 
 from prefixcache.client import unary
-from prefixcache.client.batch import BatchOps
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
-from prefixcache.client.ops import Reply, Step
+from prefixcache.client.ops import BatchOps, Reply, Step
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import (
     CacheError,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,7 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 L = TypeVar("L", bound=LeaseState)
 
 
-class SessionCore(Generic[L]):
+class SessionCore(ABC, Generic[L]):
     """One worker's life, without I/O; `Session` and `AsyncSession` send its bytes and wait.
 
     Attributes:
@@ -123,9 +124,9 @@ class SessionCore(Generic[L]):
 
     # ------------------------------------------------------------------------------- what is asked
 
+    @abstractmethod
     def emit(self, message: bytes | None) -> None:
         """Put a message behind those that are to be sent; None ends the stream.  Never waits."""
-        raise NotImplementedError
 
     def post(self, step: Step) -> None:
         """Send a step.  Its replies are settled when the answers come, or at once if it is lost.
@@ -194,7 +195,7 @@ class SessionCore(Generic[L]):
         if self._lost is not None:
             return None
         step = Step(self.ids)
-        reply = step.detach()
+        reply = step.ask("detach")
         self._post(step)
         return reply
 
@@ -261,11 +262,11 @@ class SessionCore(Generic[L]):
         step = Step(self.ids)
         for reply in replies:  # before there is room for them
             if not reply.done and reply.op_id in self._pending:
-                step.cancel(reply.op_id).finish = partial(self._cancelled, reply.op_id)
+                step.ask("cancel", op=reply.op_id).finish = partial(self._cancelled, reply.op_id)
         for reply in replies:
             if reply.done:
                 for lease in self._surrendered(reply):
-                    step.release(lease)
+                    step.ask("release", lease=lease)
         if step.replies and not self.is_inherited:
             self._post(step)
 
@@ -279,7 +280,7 @@ class SessionCore(Generic[L]):
         """Release leases without waiting.  Idempotent, as `release` is."""
         step = Step(self.ids)
         for lease in leases:
-            step.release(lease)
+            step.ask("release", lease=lease)
         if step.replies and not self.is_inherited:
             self._post(step)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from chaos.universe import MODELS, TOKENS, tokens_of
 from prefixcache.client import connect_async
-from prefixcache.client.aio import AsyncClient
-from prefixcache.client.aio_session import AsyncSession
+from prefixcache.client.async_client import AsyncClient
+from prefixcache.client.async_session import AsyncSession
 from prefixcache.errors import CacheError
 from wire.service_process import LAYOUT
 

@@ -36,7 +36,7 @@ def main() -> None:
     while not select.select([sys.stdin], [], [], 0.0)[0]:
         pool.slots[:, mine] += 1
     step = Step(session.ids)
-    reply = step.commit(lease.id, 42, b"")
+    reply = step.ask("commit", lease=lease.id, num_tokens=42)
     session._run(step)
     try:
         say(str(reply.result()))

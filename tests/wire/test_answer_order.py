@@ -75,7 +75,7 @@ def test_who_cancels_what_has_its_room_already_gets_it_before(session: Session) 
     reply.listener = lambda _: order.append("extend")
     with session.batch() as batch:
         batch.release(large)
-        batch.step.cancel(reply.op_id).listener = lambda _: order.append("cancel")
+        batch.step.ask("cancel", op=reply.op_id).listener = lambda _: order.append("cancel")
     assert order == ["extend", "cancel"]
     assert len(small.block_table) == num_blocks(session, small) == 50
 

@@ -280,7 +280,7 @@ def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
     core = Core(None)  # type: ignore[arg-type]  # it has no use for its connection here
     core._pending = Books()
     step = Step(core.ids)
-    replies = [step.snapshot(), step.lookup([1])]
+    replies = [step.ask("snapshot"), step.ask("renew")]
     core.post(step)
     for reply in replies:
         with pytest.raises(ServiceUnavailable, match="gone"):

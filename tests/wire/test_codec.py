@@ -135,7 +135,7 @@ def test_an_error_of_a_newer_service_arrives_by_its_status() -> None:
 
 def test_a_step_is_cut_only_where_the_limits_demand_it() -> None:
     step = Step(iter(range(100)))
-    replies = [step.lookup(pack(range(number * 25))) for number in range(10)]
+    replies = [step.ask("lookup", tokens=pack(range(number * 25))) for number in range(10)]
     (whole,) = step.cut(10_000, 100)
     assert [op.id for op in pb.OpBatch.FromString(whole).ops] == list(range(10))
     parts = step.cut(800, 100)
@@ -152,15 +152,15 @@ def test_a_step_is_cut_only_where_the_limits_demand_it() -> None:
 
 
 def test_an_answer_asked_for_too_early_says_so() -> None:
-    reply = Step(iter(range(9))).snapshot()
+    reply = Step(iter(range(9))).ask("snapshot")
     with pytest.raises(errors.InvalidRequest, match="leave the `with` block"):
         reply.result()
 
 
 def test_numbers_that_no_message_can_hold_fail_alone() -> None:
     step = Step(iter(range(9)))
-    huge = step.extend(LeaseId(1), 2**70)
-    fine = step.extend(LeaseId(1), 20)
+    huge = step.ask("extend", lease=1, num_tokens=2**70)
+    fine = step.ask("extend", lease=1, num_tokens=20)
     assert isinstance(huge.error, errors.InvalidRequest)
     (whole,) = step.cut(1000, 100)
     assert [op.id for op in pb.OpBatch.FromString(whole).ops] == [fine.op_id]

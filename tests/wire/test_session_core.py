@@ -21,8 +21,8 @@ import pytest
 
 from core.innards import table_of
 from prefixcache.client import codec
-from prefixcache.client.batch import BatchOps
 from prefixcache.client.lease import LeaseState
+from prefixcache.client.ops import BatchOps
 from prefixcache.client.progress import Told
 from prefixcache.client.session_core import SessionCore
 from prefixcache.core.cache import PrefixCache

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from prefixcache.client.codec.failures import (
+    FOREIGN_ERRORS,
     STATUS_CODES,
     check_seconds,
     make_error,
@@ -68,6 +69,7 @@ from prefixcache.client.codec.words import (
 )
 
 __all__ = [
+    "FOREIGN_ERRORS",
     "PARTIALS",
     "POOL_KINDS",
     "READ",

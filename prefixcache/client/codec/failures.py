@@ -32,6 +32,9 @@ _KINDS: Final[dict[str, type[CacheError]]] = {
     if isinstance(cls, type) and issubclass(cls, CacheError)
 }
 
+FOREIGN_ERRORS: Final = (ValueError, TypeError, OverflowError, KeyError, AttributeError)
+"""What protobuf and Python say of a value that no message can hold."""
+
 
 def write_error(error: CacheError, message: pb.Status) -> None:
     """Fill `message`."""
@@ -64,7 +67,7 @@ def no_foreign_errors(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, OverflowError, KeyError, AttributeError) as error:
+    except FOREIGN_ERRORS as error:
         raise InvalidRequest(f"{what}: {error}") from None
 
 

@@ -12,7 +12,7 @@ import grpc.aio
 
 from prefixcache.client import calls, unary
 from prefixcache.client.address import Address, default_target
-from prefixcache.client.aio_session import AsyncSession, refuse_other_loop
+from prefixcache.client.async_session import AsyncSession, refuse_other_loop
 from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
 from prefixcache.errors import ServiceUnavailable

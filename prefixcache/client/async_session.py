@@ -22,11 +22,10 @@ import grpc
 import grpc.aio
 
 from prefixcache.client import unary
-from prefixcache.client.batch import BatchOps
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
-from prefixcache.client.ops import Reply, Step
+from prefixcache.client.ops import BatchOps, Reply, Step
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import (
     CacheError,
