@@ -230,7 +230,9 @@ def many_in_line(client: Client, draw: Random) -> Load:
     client.set_quota("", max_held=65_536)
     small = [session.acquire(tokens_of(draw, BLOCK)) for _ in range(500)]
     filler = session.acquire(tokens_of(draw, 60_000 * BLOCK))
-    waiting = [waiting_calls(client, draw, str(number)) for number in range(16)]
+    waiting = [many_attached(client, str(number)) for number in range(16)]
+    for _, _, batches in waiting:
+        batches.put(waiting_calls(draw))
 
     def load() -> object:
         if small:
@@ -241,17 +243,15 @@ def many_in_line(client: Client, draw: Random) -> Load:
     return load
 
 
-def waiting_calls(client: Client, draw: Random, salt: str) -> Any:
-    """Open a session of 250 namespaces, in each of which a request waits for 1,000 blocks."""
-    channel, call, more = many_attached(client, salt)
+def waiting_calls(draw: Random) -> pb.OpBatch:
+    """Let a request wait for 1,000 blocks in each of 250 namespaces."""
     batch = pb.OpBatch()
     for number in range(250):
         acquire = batch.ops.add(id=1000 + number).acquire
         acquire.namespace_index = number
         acquire.tokens, acquire.reserve = tokens_of(draw, BLOCK), 999 * BLOCK
         acquire.wait_s = 600.0
-    more.put(batch)
-    return channel, call, more
+    return batch
 
 
 CASES: dict[str, Callable[[Client, Random], Load]] = {
