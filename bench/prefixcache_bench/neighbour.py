@@ -120,12 +120,12 @@ def many_leases(client: Client, draw: Random) -> Load:
 
 def many_namespaces(client: Client, draw: Random) -> Load:
     """Have 16,128 namespaces, with a block and a lease in each; ask for snapshots."""
-    streams = [many_attached(client, str(number)) for number in range(63)]
+    streams = [many_attached(client, str(number), stores=True) for number in range(63)]
     return lambda: (client.snapshot(), streams, draw)
 
 
-def many_attached(client: Client, salt: str) -> Any:
-    """Open a session with 256 namespaces, and store a block in each."""
+def many_attached(client: Client, salt: str, *, stores: bool = False) -> Any:
+    """Open a session with 256 namespaces; store a block in each, if wanted."""
     attaches, acquires, commits = pb.OpBatch(), pb.OpBatch(), pb.OpBatch()
     for number in range(256):
         attach = attaches.ops.add(id=number + 1).attach
@@ -150,6 +150,8 @@ def many_attached(client: Client, salt: str) -> Any:
         return results
 
     ask(attaches)
+    if not stores:
+        return channel, call, batches
     for one in ask(acquires):
         lease = one.acquire.grant.lease
         commits.ops.add(id=one.id + 512).commit.CopyFrom(
