@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from prefixcache.core.eviction import POLICIES
-from prefixcache.core.hazards import Floats, Hazards
-from prefixcache.core.policies.hazard import Hazard
+from prefixcache.core.policies import POLICIES
+from prefixcache.core.policies.hazard import Floats, Hazard, Hazards
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Match, Node

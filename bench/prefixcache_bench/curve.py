@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefixcache.core.node import Node, Root
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Namespace
 from prefixcache_bench.traces import Trace
 

@@ -164,7 +164,7 @@ def main() -> None:
 
 def _places(folder: str, pictures: Path) -> Iterator[tuple[str, tuple[str, str]]]:
     """Give what stands for each trace: what is run, and what is shown."""
-    from prefixcache.core.eviction import POLICIES
+    from prefixcache.core.policies import POLICIES
 
     policies = ",".join(POLICIES)
     yield "POLICIES", (policies, policies)

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from prefixcache.core.vitals import Account, Vitals
+from prefixcache.core.stats import Account, Vitals
 from prefixcache.types import (
     Committed,
     Ended,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from prefixcache.core.blocks import BlockPool
+from prefixcache.core.block_pool import BlockPool
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import TOKEN_BYTES, BlockTable
 from prefixcache_bench.traces import Trace

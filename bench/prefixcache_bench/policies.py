@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache_bench.ablations import VARIANTS, registered
 from prefixcache_bench.belady import belady
 from prefixcache_bench.commands.table import markdown

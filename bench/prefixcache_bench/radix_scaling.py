@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prefixcache.core.node import Root
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable
 from prefixcache_bench.baseline_radix import BaselineTree
 from prefixcache_bench.radix_subjects import BLOCK_SIZE, SPACE, WIDTH

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Root
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
 from prefixcache_bench.baseline_radix import BaselineTree
 

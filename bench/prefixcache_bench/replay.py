@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import policy_named
+from prefixcache.core.policies import policy_named
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
 from prefixcache_bench.flat import FLAT_LFU, replay_flat
 from prefixcache_bench.outcome import Outcome, Sums

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Partial
 from prefixcache_bench.capacity import Capacity

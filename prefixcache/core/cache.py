@@ -1,11 +1,18 @@
 """PrefixCache: all verbs.  Each is one atomic, synchronous step; a failed one changes nothing.
 
-| verbs | file |
+| verbs | of whom |
 |---|---|
-| attach, renew, detach, worker_gone | `membership.py` |
-| acquire, settled, cancel, commit, extend, fork, truncate, release, expire | `leasing.py` |
-| reset, pin, unpin, quota | `steering.py` |
-| lookup, explain, snapshot, check | here |
+| attach, quit, renew, detach, worker_gone | workers |
+| acquire, commit, extend, fork, truncate, release; settled, cancel, expire | requests |
+| reset, pin, unpin, quota, rank, retain | who runs the machine |
+| lookup, explain, outline, snapshot, vitals, check | who looks |
+
+```
+acquire ─► commit … ─► extend / commit … ─► release
+   │          └ visible to all     │           └ stays cached until evicted
+   └ or Waiting: for a prefix that └ or Waiting: for room
+     another lease computes, or for room
+```
 
 The service, the client's contract tests and the experiments all run this very class.
 """
@@ -15,41 +22,57 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from itertools import islice
+from math import inf
+from typing import TYPE_CHECKING
 
-from prefixcache.core import explanations, views
-from prefixcache.core.blockmap import block_map
-from prefixcache.core.blocks import BlockPool, Rights
-from prefixcache.core.desk import Desk
-from prefixcache.core.eviction import policy_named
-from prefixcache.core.graft import Run, graft
-from prefixcache.core.journal import Journal, Journals
-from prefixcache.core.leasing import Leasing
-from prefixcache.core.membership import Membership
-from prefixcache.core.node import blocks_below
-from prefixcache.core.outline import Walk
-from prefixcache.core.radix import RadixTree
-from prefixcache.core.recital import Recital
-from prefixcache.core.steering import Steering
-from prefixcache.core.tape import Put
-from prefixcache.core.tenure import Wipe
-from prefixcache.core.vitals import FlightInfo, Vitals, flights, vitals
-from prefixcache.errors import InvalidRequest, NotFound
+from prefixcache.core import bulk_load, explain, introspect, invariants, stats
+from prefixcache.core.block_pool import BlockPool, Rights, Wipe
+from prefixcache.core.kv_events import Journal, Journals, Recital
+from prefixcache.core.lease import Worker
+from prefixcache.core.lessor import Desk
+from prefixcache.core.node import Root, blocks_below
+from prefixcache.core.oplog import COMMITTED, RESET, TRUNCATED, Put
+from prefixcache.core.policies import policy_named
+from prefixcache.core.policies.priority import HIGHEST, LOWEST, Priority
+from prefixcache.core.protection import Shelter
+from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.stats import FlightInfo, Vitals
+from prefixcache.core.wait_queue import Extension, Request
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted, QuotaExceeded
 from prefixcache.outline import Order, Outline
+from prefixcache.texts import many
 from prefixcache.types import (
+    TOKEN_BYTES,
     BlockTable,
+    Committed,
+    Ended,
     Explanation,
+    Grant,
+    LeaseId,
     LeaseInfo,
     Lookup,
     Namespace,
     Partial,
+    Pinned,
+    QuotaInfo,
+    Released,
+    Reset,
     Snapshot,
+    TableUpdate,
+    TicketId,
+    Unpinned,
+    Waiting,
     WorkerId,
 )
+
+if TYPE_CHECKING:
+    from prefixcache.types import LeaseId, Namespace, WorkerId
+
 
 _LOOKED_AT = 16
 
 
-class PrefixCache(Membership, Leasing, Steering):
+class PrefixCache:
     """Which blocks hold which prefix, and who may use them.
 
     Pure: no clock, no I/O, no thread.  `now` is any clock in seconds that never goes back.
@@ -68,7 +91,7 @@ class PrefixCache(Membership, Leasing, Steering):
         max_namespaces: Namespaces that there may be at the same time: where there are more, the
             next one takes the place of one that is only cached.
         remember: Whether requests that are over are remembered for people, for `explain` and the
-            views.  It decides nothing: experiments, which only count, do without.
+            stats.  It decides nothing: experiments, which only count, do without.
 
     Raises:
         InvalidRequest: an argument is out of range.
@@ -181,59 +204,613 @@ class PrefixCache(Membership, Leasing, Steering):
         """Give the namespaces that anybody has attached, or that store something."""
         return list(self._desk.roots)
 
-    def observe(self, journal: Journal, rights: Rights | None = None) -> None:
-        """Tell `journal` of every change of the index from now on, beside those told already.
+    # ------------------------------------------------------------------ workers come and go
+
+    def attach(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        *,
+        name: str = "",
+        first_lease: int = 1,
+        now: float,
+    ) -> None:
+        """Let a worker use a namespace.  Idempotent.
 
         Args:
-            journal: Hears of the index.
-            rights: Hears of the rights to write; at most one does.
-        """
-        tree = self._desk.tree
-        tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
-        if rights is not None:
-            self._desk.holdings.pool.rights = rights
+            worker: Who.
+            namespace: What.
+            name: How a new worker is called where people look; by default by its number.
+            first_lease: Number of a new worker's first lease.  One that nobody expects keeps a
+                worker from taking another's lease for its own.
+            now: The time.
 
-    def wipe_with(self, wipe: Wipe) -> None:
-        """Have blocks overwritten with zeros before they are lent to another tenant than before."""
-        self._desk.holdings.tenure.wipe = wipe
-
-    def recite(self, journal: Journal) -> Recital:
-        """Prepare to tell `journal` what is indexed, as if it was stored just now.  O(1)."""
-        return Recital(self._desk, journal)
-
-    def record(self, put: Put | None) -> None:
-        """Put on a tape what happens from now on, so that another cache can play it again.
-
-        Args:
-            put: Takes an entry of `core.tape`; None ends it.
-        """
-        self._desk.tape = put
-
-    def restore(self, runs: Sequence[Run], aside: BlockTable, worker: WorkerId) -> int:
-        """Take over what an earlier life of the pool left.  Only while the cache is empty.
-
-        O(num_blocks + runs · log siblings).
-
-        Args:
-            runs: What is indexed, parents first; each block in one run only.
-            aside: Blocks that processes of that life may still write to: quarantined.
-            worker: Under whose number they are, which nobody else has; `worker_gone` frees them.
-
-        Returns:
-            How many blocks are indexed now.
+        Raises:
+            PoolExhausted: there are too many namespaces, and none that only caches.
+            NotFound: it was detached, and its leases have not all ended yet.
         """
         desk = self._desk
-        for run in runs:
-            desk.root(run.namespace)
-        count = graft(desk.tree, desk.roots, runs)
-        indexed = array("i")
-        for root in desk.roots.values():
-            indexed.extend(blocks_below(root))
-        desk.holdings.pool.restore(indexed, aside, worker)
-        desk.holdings.tenure.restore(
-            (root.namespace.tenant, blocks_below(root)) for root in desk.roots.values()
+        members = desk.leases.workers
+        if worker in desk.leases.leaving:
+            raise NotFound("this worker is leaving: attach again when its leases have ended")
+        desk.make_way(namespace)
+        desk.root(namespace)
+        if worker not in members:
+            members[worker] = Worker(worker, name or str(worker), first_lease=first_lease)
+        if namespace not in members[worker].namespaces:
+            members[worker].namespaces.add(namespace)
+            desk.spaces.join(namespace)
+        self.renew(worker, now=now)
+
+    def quit(self, worker: WorkerId, namespace: Namespace) -> None:
+        """End a worker's use of one namespace; its leases and waits there go on.  Idempotent.
+
+        O(1).
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        spaces = self._desk.leases.worker(worker).namespaces
+        if namespace in spaces:
+            spaces.discard(namespace)
+            self._desk.spaces.leave(namespace)
+
+    def renew(self, worker: WorkerId, *, now: float) -> None:
+        """Take a sign of life: all leases of the worker live for another TTL.  O(1).
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        self._desk.leases.worker(worker).renewed_until = now + self._desk.leases.ttl_s
+
+    def detach(self, worker: WorkerId, *, now: float, gone: bool, most: int | None = None) -> Ended:
+        """End a worker's session and its leases; its waiting requests are dropped.
+
+        Args:
+            worker: Who leaves.
+            now: The time.
+            gone: Whether it can no longer write to the pool (it said goodbye, or its process is
+                known to be dead).  If not, the blocks it could write to are quarantined until
+                `worker_gone`.
+            most: How many leases are ended in this step, by default all.  The worker may do nothing
+                any more, and `expire` ends the others.
+
+        Returns:
+            What was ended in this step.
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        desk = self._desk
+        member = desk.leases.worker(worker)
+        for ticket in desk.room.of(worker):
+            desk.room.leave(ticket)
+        desk.leases.begin_to_leave(member, gone=gone)
+        limit = inf if most is None else most
+        ended = Ended.total(desk.end_leaving(now, limit))
+        desk.serve(now, inf if most is None else None)
+        return ended
+
+    def is_leaving(self, worker: WorkerId | None = None) -> bool:
+        """Whether leases of a worker (or of any) that was detached are still out.  O(1)."""
+        leaving = self._desk.leases.leaving
+        return bool(leaving) if worker is None else worker in leaving
+
+    def worker_gone(self, worker: WorkerId, *, now: float) -> int:
+        """Take note that a worker's process has ended: free all it held, and its quarantine.
+
+        Of one that is leaving, the leases that have still to be ended follow.
+
+        Returns:
+            How many blocks became free.
+        """
+        member = self._desk.leases.workers.get(worker)
+        if member is not None and member.is_gone is None:
+            return self.detach(worker, now=now, gone=True).num_freed
+        if member is not None:
+            member.is_gone = True
+        freed = self._desk.holdings.absolve(worker)
+        self._desk.serve(now)
+        return freed
+
+    # ------------------------------------------------------------------ a request
+
+    def acquire(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: bytes,
+        *,
+        reserve: int = 0,
+        wait_s: float = 0.0,
+        request_id: str = "",
+        attached: bool = True,
+        now: float,
+    ) -> Grant | Waiting:
+        """Match, protect and allocate, in one step.
+
+        O(nodes on the path + new blocks).  At least one token is left to compute, for its logits.
+
+        Args:
+            worker: Who asks; attached to `namespace`, unless `attached` is False.
+            namespace: What may be shared with whom.
+            tokens: The prompt, packed.
+            reserve: Tokens of room beyond the prompt (the expected output).
+            wait_s: How long to wait for a prefix that another lease is computing, or for room; 0
+                does not wait.
+            request_id: Makes the call safe to repeat: while the lease lives, the same id of the
+                same worker gets the same grant.
+            attached: If False, the worker need not be attached to the namespace, and is not
+                afterwards: for one that is used once, such as a salt for each request.
+            now: The time.
+
+        Returns:
+            The grant; or `Waiting`, and the outcome comes from `settled`.
+
+        Raises:
+            InvalidRequest: no tokens, a torn token, more than the pool can ever hold, or the
+                request id of a lease that was asked for with something else.
+            NotFound: the worker is not attached to the namespace.
+            PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
+                too many wait for room.
+            QuotaExceeded: its namespace or tenant may not hold so many blocks (now, or ever).
+        """
+        desk = self._desk
+        member = desk.leases.worker(worker, namespace if attached else None)
+        self._check_prompt(tokens)
+        if reserve < 0:
+            raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
+        if not attached:
+            desk.make_way(namespace)
+            desk.root(namespace)
+        request = Request(worker, namespace, tokens, reserve, request_id)
+        if (earlier := desk.earlier(member, request)) is not None:
+            return earlier  # whatever has become of quotas and of the line since then
+        total = desk.holdings.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
+        quotas = desk.holdings.quotas
+        if quotas.any_limit:
+            quotas.refuse_hopeless(quotas.account(namespace), total)
+        line = desk.room.line
+        try:
+            if line and line.is_closed_for(None):
+                raise PoolExhausted(
+                    f"needs up to {many(total, 'block')}, and {many(len(line), 'request', 'wait')} "
+                    "for room that no other may pass any more",
+                    retry_after_s=desk.leases.ttl_s,
+                )
+            outcome = desk.attempt(member, request, now, wait=wait_s > 0)
+        except PoolExhausted as short:
+            if wait_s <= 0:
+                raise
+            line.refuse_if_full(short, namespace.tenant)
+            ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
+            ticket.over_quota = isinstance(short, QuotaExceeded)
+            desk.room.wait_for_room(ticket)
+            return Waiting(ticket.id, None, 0)
+        if isinstance(outcome, Grant):
+            if line:
+                line.pass_by(line.heads())
+            return outcome
+        ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
+        desk.room.wait_for(ticket, outcome.owner.serial, outcome.target)
+        return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
+
+    def settled(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
+        """Take the outcomes of waiting requests since the last call."""
+        settled, self._desk.settled = self._desk.settled, []
+        return settled
+
+    def cancel(self, worker: WorkerId, ticket: TicketId, *, now: float) -> bool:
+        """Stop waiting.  If the grant is there already, its lease is released.  Idempotent.
+
+        Returns:
+            False if it is an `extend` that has its room already: the outcome comes all the same,
+            since the table has changed.
+        """
+        desk = self._desk
+        found = desk.room.tickets.get(ticket)
+        if found is not None and found.request.worker == worker:
+            desk.room.leave(found)
+            desk.serve(now)  # who could not pass it may now
+        for settled in desk.settled:
+            if settled[0] == ticket:
+                if isinstance(settled[1], TableUpdate):
+                    return False
+                desk.settled.remove(settled)
+                if isinstance(settled[1], Grant):
+                    self.release(worker, settled[1].lease, now=now)
+                break
+        return True
+
+    # ------------------------------------------------------------------ a lease's life
+
+    def commit(
+        self,
+        worker: WorkerId,
+        lease: LeaseId,
+        num_tokens: int,
+        new_tokens: bytes = b"",
+        *,
+        now: float,
+    ) -> Committed:
+        """Say that the slots below `num_tokens` hold valid KV: they become visible to all.
+
+        O(new tokens + nodes passed).  What somebody else committed first stays; this lease keeps
+        its own blocks for these tokens until its end.
+
+        Args:
+            worker: The lease's owner.
+            lease: The lease.
+            num_tokens: Counted from position 0; never less than before.
+            new_tokens: Tokens that follow those the lease knows (generated ones), packed.
+            now: The time.
+
+        Raises:
+            InvalidRequest: `num_tokens` is out of range; the message has the range.
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        own = self._desk.leases.get(worker, lease, now)
+        if len(new_tokens) % TOKEN_BYTES:
+            raise InvalidRequest(
+                f"{many(len(new_tokens), 'byte', 'are')} not whole tokens of {TOKEN_BYTES}"
+            )
+        known = own.num_tokens + len(new_tokens) // TOKEN_BYTES
+        room = len(own.table) * self.block_size
+        if not own.committed <= num_tokens <= min(known, room):
+            raise InvalidRequest(
+                f"cannot commit {many(num_tokens, 'token')} of lease {lease}: {own.committed:,} "
+                f"are committed, {known:,} known, and its {many(len(own.table), 'block', 'have')} "
+                f"room for {room:,}"
+            )
+        if own.tail_is_shared and num_tokens > own.committed:
+            raise InvalidRequest(
+                f"the last block of lease {lease} is shared by a fork; extend it before writing"
+            )
+        desk = self._desk
+        own.rest += new_tokens
+        # The first token that others may see from now on: without tails, that of a whole block.
+        news = own.committed if self.partial is Partial.TAILS else own.start
+        desk.holdings.drop_source(own)
+        indexed = 0
+        if num_tokens > own.committed:
+            indexed = desk.holdings.publish(own, num_tokens)
+            desk.holdings.recount(own)
+        if desk.tape is not None:
+            desk.tape((COMMITTED, own.serial, num_tokens, new_tokens, None))
+        if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
+            desk.flights.land(own)
+        if desk.room.tickets:
+            desk.call(own)
+            if indexed:
+                desk.landed(own, news)
+            desk.serve(now)
+        return Committed(num_tokens, indexed)
+
+    def extend(
+        self,
+        worker: WorkerId,
+        lease: LeaseId,
+        num_tokens: int,
+        *,
+        wait_s: float = 0.0,
+        now: float,
+    ) -> TableUpdate | Waiting:
+        """Make room for `num_tokens` tokens in all.  O(new blocks).
+
+        The first `extend` of a forked lease beyond what it shares also gives it a last block of its
+        own, to be copied before writing.  Leases that all wait for each other's blocks get none
+        until a deadline ends: `reserve` at `acquire` what will be needed, and it cannot happen.
+
+        Args:
+            worker: The lease's owner.
+            lease: The lease.
+            num_tokens: Counted from position 0.
+            wait_s: How long to wait for room; 0 does not wait.
+            now: The time.
+
+        Returns:
+            How the table changed; or `Waiting`, and the outcome comes from `settled`.
+
+        Raises:
+            InvalidRequest: more than the pool can ever hold, or this lease waits already.
+            PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
+                too many wait for room.
+            QuotaExceeded: its namespace or tenant may not hold so many blocks.
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        desk = self._desk
+        own = desk.leases.get(worker, lease, now)
+        if num_tokens < 0:
+            raise InvalidRequest(f"cannot make room for {num_tokens} tokens; give 0 or more")
+        if desk.room.line:
+            desk.room.line.refuse_second(own)
+        try:
+            return desk.extend(own, num_tokens, now)
+        except PoolExhausted as short:
+            if wait_s <= 0:
+                raise
+            tenant = own.namespace.tenant
+            desk.room.line.refuse_if_full(short, tenant)
+            ticket = desk.room.enter(Extension(worker, own, num_tokens), tenant, now + wait_s)
+            ticket.over_quota = isinstance(short, QuotaExceeded)
+            desk.room.wait_for_room(ticket)
+            return Waiting(ticket.id, None, 0)
+
+    def fork(self, worker: WorkerId, lease: LeaseId, n: int, *, now: float) -> tuple[Grant, ...]:
+        """Make `n` leases that share every committed block of this one.  Allocates nothing.
+
+        O(n + blocks): the children share one table, in the answer too, until they differ.
+
+        For parallel sampling and beam search.  Each child knows the committed tokens; it calls
+        `extend` before it writes, and gets a copy of the last, partly filled block then.
+
+        Raises:
+            InvalidRequest: `n` is less than 1, or nothing is committed.
+            PoolExhausted: there are too many leases.
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        own = self._desk.leases.get(worker, lease, now)
+        if n < 1:
+            raise InvalidRequest(f"cannot fork into {n} leases; ask for at least 1")
+        if not own.committed:
+            raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
+        member = self._desk.leases.worker(worker)
+        self._desk.admit_leases(own.namespace.tenant, n)
+        table = self._desk.holdings.shared_table(own)
+        return tuple(self._desk.fork(member, own, table, now) for _ in range(n))
+
+    def num_committed_blocks(self, worker: WorkerId, lease: LeaseId, *, now: float) -> int:
+        """Count the blocks of a lease's committed tokens: those a fork has.  O(1).
+
+        Raises:
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        return -(-self._desk.leases.get(worker, lease, now).committed // self.block_size)
+
+    def truncate(
+        self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
+    ) -> TableUpdate:
+        """Roll back to `num_tokens` tokens (speculative decoding, an edited chat).
+
+        What was committed stays cached for others.  Below the committed tokens, the blocks from
+        there on are given up; a block cut inside is copied before the first write.  Room that the
+        lease owns stays with it.
+
+        Raises:
+            InvalidRequest: the lease knows fewer tokens.
+            PoolExhausted: the copy of a cut block needs a block, and there is none.
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        own = self._desk.leases.get(worker, lease, now)
+        if not 0 <= num_tokens <= own.num_tokens:
+            raise InvalidRequest(
+                f"cannot truncate lease {lease} to {many(num_tokens, 'token')}; it knows "
+                f"{own.num_tokens:,}"
+            )
+        try:
+            update = self._desk.holdings.truncate(own, num_tokens)
+        except PoolExhausted as short:
+            raise self._desk.refusal(short, own.namespace.tenant, now) from None
+        self._desk.holdings.recount(own)
+        if self._desk.tape is not None:
+            self._desk.tape((TRUNCATED, own.serial, num_tokens, b"", None))
+        if (prompt := own.flight) is not None:
+            self._desk.flights.land(own)
+            self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
+        self._desk.call(own, everyone=True)
+        self._desk.serve(now)
+        return update
+
+    def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
+        """End a lease.  Idempotent.  Its committed blocks stay cached until they are evicted.
+
+        Raises:
+            NotFound: the worker never had that lease.
+        """
+        member = self._desk.leases.worker(worker)
+        own = member.leases.get(lease)
+        if own is None:
+            if member.was_granted(lease):
+                return Released(0)
+            raise NotFound(f"no lease {lease} of worker {member.name!r}")
+        freed = self._desk.end(own, now, writes_on=False).num_freed
+        self._desk.serve(now)
+        return Released(freed)
+
+    def expire(self, *, now: float, most: int | None = None) -> Ended:
+        """End what time has ended: leases, pins, waits; and go on with what steps have left.
+
+        Shared blocks come back at once; those the owner could still write to are quarantined.
+
+        Args:
+            now: The time.
+            most: How many leases and pins each are ended, or looked at, in this step, by default
+                all: first those of workers that leave.  `next_deadline` says that there are others.
+        """
+        desk = self._desk
+        limit, work = (inf, inf) if most is None else (most, None)
+        desk.pins.expire(now, limit)
+        over = desk.end_leaving(now, limit)
+        if not over or most is None:
+            due = desk.leases.due(now, limit)
+            over += [desk.end(lease, now, writes_on=True) for lease in due]
+        if over:
+            desk.serve(now, work)
+        else:
+            desk.go_on(now, work)
+        next_end = desk.leases.next_deadline()
+        all_ended = not desk.leases.leaving and (next_end is None or next_end >= now)
+        if all_ended and desk.give_up(now, work):  # whoever waits has had what these gave back
+            desk.serve(now, work)
+        return Ended.total(over)
+
+    def next_deadline(self) -> float | None:
+        """Give a time before which `expire` has nothing to do; None if nothing can expire.
+
+        O(1), amortised.  Where steps have left something to do, it is over already.
+        """
+        desk = self._desk
+        if desk.is_behind or desk.leases.leaving or desk.pins.is_behind:
+            return -inf
+        times = (
+            desk.leases.next_deadline(),
+            desk.room.next_deadline(),
+            desk.pins.next_deadline(),
         )
-        return count
+        return min((time for time in times if time is not None), default=None)
+
+    # ------------------------------------------------------------------ what is kept, and for whom
+
+    def reset(self, namespace: Namespace) -> Reset:
+        """Forget a namespace's prefixes.  Amortised O(1), also while leases are out.
+
+        Leases keep their blocks until they end; all other blocks of the namespace are the first to
+        be reused.
+        """
+        desk = self._desk
+        root = desk.roots.get(namespace)
+        if root is None:
+            return Reset(0, 0)
+        desk.history.recents.forget(namespace)
+        unpinned = desk.pins.unpin(namespace.tenant, root, None)
+        desk.tree.retire(root)
+        desk.roots[namespace] = fresh = Root(namespace)
+        desk.holdings.quotas.open(fresh)
+        if desk.tape is not None:
+            desk.tape((RESET, 0, 0, b"", namespace))
+        return Reset(
+            num_blocks=root.num_blocks,
+            num_leased=root.num_blocks - root.evictable,
+            num_leases=root.num_leases,
+            num_pins=unpinned.num_pins,
+        )
+
+    def pin(self, namespace: Namespace, tokens: bytes, *, ttl_s: float, now: float) -> Pinned:
+        """Let what is stored of a prefix, in whole blocks, be evicted last until `now + ttl_s`.
+
+        Takes no reference: what leases need they get, also from pinned blocks, so pins can never
+        wedge the pool.  Pinning the same again prolongs.  O(nodes on the path).
+
+        Returns:
+            What is pinned; zeros if nothing of the prefix is stored.
+
+        Raises:
+            InvalidRequest: no tokens, a torn token, or no time.
+            PoolExhausted: more blocks would be pinned than the cap; the message has the arithmetic.
+
+        >>> from prefixcache.types import WorkerId, pack
+        >>> cache, me, space = PrefixCache(64, 4), WorkerId(1), Namespace("tiny-model")
+        >>> cache.attach(me, space, now=0.0)
+        >>> lease = cache.acquire(me, space, pack(range(10)), now=0.0).lease
+        >>> _ = cache.commit(me, lease, 10, now=0.0)
+        >>> pinned = cache.pin(space, pack(range(10)), ttl_s=3600.0, now=0.0)
+        >>> pinned.num_tokens, pinned.num_blocks, pinned.max_pinned
+        (8, 2, 16)
+        """
+        desk = self._desk
+        _check_tokens(tokens)
+        if not 0 < ttl_s < inf:
+            raise InvalidRequest(f"cannot pin for {ttl_s:g} s; give a time above 0")
+        root = desk.roots.get(namespace)
+        if root is None:
+            pins = desk.pins
+            pinned = pins.num_pinned_of(namespace.tenant)
+            return Pinned(0, 0, 0, 0, 0.0, pinned, pins.max_pinned)
+        answer = desk.pins.pin(desk.tree.match(root, tokens), ttl_s, now)
+        if answer.num_blocks:
+            self._shelter()
+        return answer
+
+    def unpin(self, namespace: Namespace, tokens: bytes = b"") -> Unpinned:
+        """End the pin of exactly this prefix; without tokens, all pins of the namespace.
+
+        Its blocks stay cached, in the usual order of eviction.  O(nodes on the path).
+
+        Raises:
+            InvalidRequest: a torn token.
+        """
+        desk = self._desk
+        root = desk.roots.get(namespace)
+        if not tokens:
+            return desk.pins.unpin(namespace.tenant, root, None)
+        _check_tokens(tokens)
+        return desk.pins.unpin(
+            namespace.tenant, root, None if root is None else desk.tree.match(root, tokens)
+        )
+
+    def set_quota(
+        self, scope: Namespace | str, *, max_held: int | None, guaranteed: int, now: float
+    ) -> QuotaInfo:
+        """Say what a namespace, or a tenant (its name) with all its namespaces, may hold.
+
+        Nothing is taken away: who holds more than `max_held` gets nothing new until it holds less.
+
+        Args:
+            scope: Whose quota.
+            max_held: Most blocks that its leases may hold; None is no limit.
+            guaranteed: Stored blocks up to which nothing of it is evicted while others have
+                evictable ones.
+            now: The time.
+
+        Raises:
+            InvalidRequest: a number is out of range, or all shares together exceed the pool.
+        """
+        desk = self._desk
+        answer = desk.holdings.quotas.set(scope, max_held, guaranteed)
+        if guaranteed or desk.holdings.quotas.shares:
+            self._shelter()
+        if isinstance(desk.tree.queue, Shelter):
+            desk.tree.queue.let_all_go()
+        desk.serve(now)
+        return answer
+
+    def quota(self, scope: Namespace | str) -> QuotaInfo:
+        """Say what a namespace or a tenant may hold, and holds.  Changes nothing."""
+        return self._desk.holdings.quotas.get(scope)
+
+    def _shelter(self) -> None:
+        tree = self._desk.tree
+        if not isinstance(tree.queue, Shelter):
+            tree.queue = Shelter(tree, self._desk.holdings.quotas)
+
+    def rank(self, namespace: Namespace, level: int, *, ttl_s: float = inf) -> None:
+        """Give all that is used in a namespace from now on a level, for `ttl_s` after each use.
+
+        O(1).  For the policy `priority`; the others know no levels.  Not on the wire yet.
+
+        Raises:
+            InvalidRequest: the level is out of range, or the cache's policy has no levels.
+
+        >>> from prefixcache.types import Namespace
+        >>> cache = PrefixCache(8, 4, policy="priority")
+        >>> cache.rank(Namespace("system-prompts"), 8, ttl_s=3600.0)
+        """
+        self._levels(level).rank(namespace, level, ttl_s)
+
+    def retain(
+        self, worker: WorkerId, lease: LeaseId, level: int, *, ttl_s: float, now: float
+    ) -> None:
+        """Give what a lease uses and has stored so far a level until `now + ttl_s`.
+
+        O(nodes on the path).  Call it after the commit and before the release.
+
+        Raises:
+            InvalidRequest: the level is out of range, or the cache's policy has no levels.
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        policy = self._levels(level)
+        own = self._desk.leases.get(worker, lease, now)
+        policy.retain(own.tail or own.node, level, now + ttl_s)
+
+    def _levels(self, level: int) -> Priority:
+        policy = self._desk.tree.policy
+        if not isinstance(policy, Priority):
+            raise InvalidRequest(
+                f"policy {policy.name!r} has no levels; serve with --policy priority"
+            )
+        if not LOWEST <= level <= HIGHEST:
+            raise InvalidRequest(f"level {level} is not one of {LOWEST} (goes first) to {HIGHEST}")
+        return policy
 
     # ------------------------------------------------------------------ looking
 
@@ -244,7 +821,7 @@ class PrefixCache(Membership, Leasing, Steering):
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return views.lookup(self._desk, self._desk.roots.get(namespace), tokens)
+        return stats.lookup(self._desk, self._desk.roots.get(namespace), tokens)
 
     def explain(self, namespace: Namespace, tokens: bytes, *, now: float) -> Explanation:
         """Say what would become of each token, and where the prompt parts from what is stored.
@@ -255,7 +832,7 @@ class PrefixCache(Membership, Leasing, Steering):
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return explanations.explain(self._desk, namespace, tokens, now)
+        return explain.explain(self._desk, namespace, tokens, now)
 
     def recount(
         self, request: str, may_see: Callable[[Namespace], bool], *, now: float
@@ -273,7 +850,7 @@ class PrefixCache(Membership, Leasing, Steering):
         recents = self._desk.history.recents
         for one in recents:
             if one.is_called(request) and may_see(one.namespace):
-                return explanations.recount(self._desk, one, now)
+                return explain.recount(self._desk, one, now)
         raise NotFound(
             f"no recent request {request!r} (the last {len(recents):,} are remembered); "
             "name it by its request id, or as worker#lease"
@@ -312,7 +889,7 @@ class PrefixCache(Membership, Leasing, Steering):
         if max_branches < 1 or (max_depth is not None and max_depth < 1):
             raise InvalidRequest(f"{max_branches} branches to depth {max_depth}: give at least 1")
         chosen = list(self._desk.roots) if namespaces is None else namespaces
-        walk = Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
+        walk = introspect.Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
         return walk.run(chosen, sees, max_namespaces, now)
 
     def snapshot(
@@ -350,26 +927,82 @@ class PrefixCache(Membership, Leasing, Steering):
         Between them other verbs may be called.  The numbers are those of the first step's moment;
         each row is as it is when its turn comes, and what has ended by then is left out.
         """
-        return views.snapshot(self._desk, now, tenant, sees)
+        return stats.snapshot(self._desk, now, tenant, sees)
 
     def oldest_leases(self, most: int, *, now: float) -> list[LeaseInfo]:
         """Tell up to `most` leases, oldest first.  O(most)."""
-        return views.oldest_leases(self._desk, most, now)
+        return stats.oldest_leases(self._desk, most, now)
 
     def vitals(self, *, now: float) -> Vitals:
         """Give the numbers that are cheap enough for every second.  O(1)."""
-        return vitals(self._desk, now)
+        return stats.vitals(self._desk, now)
 
     def flights(self, most: int = 1000) -> list[FlightInfo]:
         """Give up to `most` of the prompts that leases are computing."""
-        return flights(self._desk, most)
+        return stats.flights(self._desk, most)
 
     def block_map(self, num_cells: int = 1024) -> Generator[None, None, tuple[int, ...]]:
         """Draw the pool: per cell the index in `blockmap.STATES` of what most of its blocks are.
 
         O(runs + blocks), in steps of some hundred runs: between them other verbs may be called.
         """
-        return block_map(self._desk, num_cells)
+        return introspect.block_map(self._desk, num_cells)
+
+    # ------------------------------------------------------------------ who listens; another life
+
+    def observe(self, journal: Journal, rights: Rights | None = None) -> None:
+        """Tell `journal` of every change of the index from now on, beside those told already.
+
+        Args:
+            journal: Hears of the index.
+            rights: Hears of the rights to write; at most one does.
+        """
+        tree = self._desk.tree
+        tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
+        if rights is not None:
+            self._desk.holdings.pool.rights = rights
+
+    def wipe_with(self, wipe: Wipe) -> None:
+        """Have blocks overwritten with zeros before they are lent to another tenant than before."""
+        self._desk.holdings.tenure.wipe = wipe
+
+    def recite(self, journal: Journal) -> Recital:
+        """Prepare to tell `journal` what is indexed, as if it was stored just now.  O(1)."""
+        return Recital(self._desk.roots, self._desk.tree.block_bytes, journal)
+
+    def record(self, put: Put | None) -> None:
+        """Put on a tape what happens from now on, so that another cache can play it again.
+
+        Args:
+            put: Takes an entry of `core.tape`; None ends it.
+        """
+        self._desk.tape = put
+
+    def restore(self, runs: Sequence[bulk_load.Run], aside: BlockTable, worker: WorkerId) -> int:
+        """Take over what an earlier life of the pool left.  Only while the cache is empty.
+
+        O(num_blocks + runs · log siblings).
+
+        Args:
+            runs: What is indexed, parents first; each block in one run only.
+            aside: Blocks that processes of that life may still write to: quarantined.
+            worker: Under whose number they are, which nobody else has; `worker_gone` frees them.
+
+        Returns:
+            How many blocks are indexed now.
+        """
+        desk = self._desk
+        for run in runs:
+            desk.root(run.namespace)
+        count = bulk_load.graft(desk.tree, desk.roots, runs)
+        indexed = array("i")
+        for root in desk.roots.values():
+            indexed.extend(blocks_below(root))
+        desk.holdings.pool.restore(indexed, aside, worker)
+        desk.holdings.tenure.restore(
+            (root.namespace.tenant, blocks_below(root)) for root in desk.roots.values()
+        )
+        return count
 
     def check(self) -> None:
         """Walk everything and assert that every invariant holds.  O(everything).
@@ -377,4 +1010,19 @@ class PrefixCache(Membership, Leasing, Steering):
         Raises:
             AssertionError: one does not; the message has the tree.
         """
-        views.check(self._desk)
+        invariants.check(self._desk)
+
+    def _check_prompt(self, tokens: bytes) -> None:
+        if not tokens or len(tokens) % TOKEN_BYTES:
+            raise InvalidRequest(
+                f"a prompt of {many(len(tokens), 'byte')} is not one or more tokens of "
+                f"{TOKEN_BYTES} bytes"
+            )
+
+
+def _check_tokens(tokens: bytes) -> None:
+    if not tokens or len(tokens) % TOKEN_BYTES:
+        raise InvalidRequest(
+            f"a prefix of {many(len(tokens), 'byte')} is not one or more tokens of "
+            f"{TOKEN_BYTES} bytes"
+        )

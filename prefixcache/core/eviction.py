@@ -290,7 +290,3 @@ class Lanes:
         for heap in self._heaps:
             heapify(heap)
         self._rebuild_at = max(1024, 2 * len(leaves))
-
-
-# Last, since every policy imports this module: now they are all registered.
-import prefixcache.core.policies  # noqa: E402, F401

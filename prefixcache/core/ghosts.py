@@ -11,8 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 
-from prefixcache.core.children import Children, common_prefix
-from prefixcache.core.node import Node
+from prefixcache.core.node import Children, Node, common_prefix
 
 
 class Ghosts:

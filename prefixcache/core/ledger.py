@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from prefixcache.core.node import Match
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Ledger, Namespace, Span
 
 FATES = ("hit", "joined", "partial", "resumed", "granularity", "evicted", "cold")

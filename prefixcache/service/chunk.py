@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from typing import IO, Final, NamedTuple
 
-from prefixcache.core.tape import Entry
+from prefixcache.core.oplog import Entry
 from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace
 

@@ -35,7 +35,7 @@ from time import time, time_ns
 from typing import Any, TypeAlias
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.recital import Recital
+from prefixcache.core.kv_events import Recital
 from prefixcache.core.shares import Shares
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.failures import Failures

@@ -21,7 +21,7 @@ from time import monotonic, time
 from typing import Any
 
 from prefixcache import __version__
-from prefixcache.core.blockmap import STATES
+from prefixcache.core.introspect import STATES
 from prefixcache.core.ledger import FATES
 from prefixcache.outline import Branch, Order, Outline
 from prefixcache.plain_json import json_text

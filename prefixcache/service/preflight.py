@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from prefixcache.config import ServeSettings, format_size
-from prefixcache.core.eviction import policy_named
+from prefixcache.core.policies import policy_named
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.pool import HEADER_BYTES, check_room
 from prefixcache.user_folders import expand, is_folder

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass
 from time import monotonic, time
 
-from prefixcache.core.vitals import Vitals
+from prefixcache.core.stats import Vitals
 from prefixcache.service.holdings import Holdings
 from prefixcache.service.meter import SUM, Meter, quantile, total
 from prefixcache.types import Ledger

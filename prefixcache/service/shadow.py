@@ -17,7 +17,7 @@ from time import monotonic
 from typing import IO, Any
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.tape import COMMITTED, ENDED, FORKED, GRANTED, RESET, TRUNCATED
+from prefixcache.core.oplog import COMMITTED, ENDED, FORKED, GRANTED, RESET, TRUNCATED
 from prefixcache.errors import CacheError, NotFound
 from prefixcache.plain_json import json_text
 from prefixcache.service.chunk import CUT, read_chunk

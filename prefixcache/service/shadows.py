@@ -29,8 +29,8 @@ import structlog
 
 from prefixcache.config import ServeSettings, ShadowSpec
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import policy_named
-from prefixcache.core.tape import GRANTED, Entry
+from prefixcache.core.oplog import GRANTED, Entry
+from prefixcache.core.policies import policy_named
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
 from prefixcache.service.chunk import CUT, write_chunk

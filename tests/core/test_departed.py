@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixcache.core import leases
+from prefixcache.core import lease
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache.core.policies.priority import MAX_RANKS, NORMAL
-from prefixcache.core.retention import rank
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.types import Grant, LeaseId, Namespace, Waiting, WorkerId, pack
 
@@ -228,7 +227,7 @@ def one_worker_each(cache: PrefixCache, number: int) -> None:
 def levels_for_hours(cache: PrefixCache, number: int) -> None:
     """Use again and again what has a level for a very long time."""
     if number == 0:
-        rank(cache, SPACE, 7, ttl_s=1e9)
+        cache.rank(SPACE, 7, ttl_s=1e9)
     ask_the_same(cache, number)
 
 
@@ -245,7 +244,7 @@ def test_a_habit_goes_on_for_ever(
     policy: str, habit: Callable[[PrefixCache, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is done again and again: what is kept does not grow with how often it was done."""
-    monkeypatch.setattr(leases, "_SPARE_DEADLINES", 64)
+    monkeypatch.setattr(lease, "_SPARE_DEADLINES", 64)
     cache = PrefixCache(64, 2, policy=policy, remember=False)
     sizes = []
     for number in range(4500):
@@ -259,9 +258,9 @@ def test_a_habit_goes_on_for_ever(
 def test_levels_are_given_by_hand_to_so_many() -> None:
     cache = PrefixCache(8, 2, policy="priority")
     for number in range(MAX_RANKS):
-        rank(cache, Namespace("m", salt=str(number)), 7)
+        cache.rank(Namespace("m", salt=str(number)), 7)
     with pytest.raises(InvalidRequest, match=f"{MAX_RANKS} namespaces have a level"):
-        rank(cache, SPACE, 7)
-    rank(cache, Namespace("m", salt="0"), NORMAL)
-    rank(cache, SPACE, 7)
+        cache.rank(SPACE, 7)
+    cache.rank(Namespace("m", salt="0"), NORMAL)
+    cache.rank(SPACE, 7)
     assert "0" not in salts(cache)

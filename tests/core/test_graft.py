@@ -12,8 +12,8 @@ from core.rules import NAMES, Rules, step
 from core.test_machine import Seeded
 from core.transcript import Transcript
 from core.world import Shape, World
+from prefixcache.core.bulk_load import Run
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.graft import Run
 from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
 
 

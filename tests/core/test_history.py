@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixcache.core import recent
+from prefixcache.core import history
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.history import WINDOW_S, Partings
 from prefixcache.core.node import Node
-from prefixcache.core.partings import WINDOW_S, Partings
 from prefixcache.errors import NotFound
 from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
 
@@ -187,12 +187,12 @@ def test_a_reset_forgets_recent_requests() -> None:
 
 
 def test_recent_requests_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recent, "_MOST_BYTES", 400)
+    monkeypatch.setattr(history, "_MOST_BYTES", 400)
     cache = made(64)
-    for number in range(recent._MOST_REQUESTS + 10):
+    for number in range(history._MOST_REQUESTS + 10):
         serve(cache, [1] * 10, request_id=f"r{number}")
     recents = cache._desk.history.recents
-    assert len(recents) == recent._MOST_REQUESTS
+    assert len(recents) == history._MOST_REQUESTS
     assert sum(len(one.tokens) for one in recents) <= 400
     newest = next(iter(recents))
     assert newest.tokens

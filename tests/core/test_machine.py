@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from core.in_parts import InParts
 from core.rules import NAMES, Rules, step
 from core.world import PLENTY, Shape, World
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache.types import Partial
 
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
@@ -118,9 +118,9 @@ def test_every_step_agrees_with_the_oracle(policy: str, partial: Partial, block_
 def test_every_step_that_is_made_in_parts_agrees_with_the_oracle(
     partial: Partial, block_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prefixcache.core.desk._MOST_WORK", 1)
-    monkeypatch.setattr("prefixcache.core.waiting._CALLED", 1)
-    monkeypatch.setattr("prefixcache.core.waiting._SEARCHED", 1)
+    monkeypatch.setattr("prefixcache.core.lessor._MOST_WORK", 1)
+    monkeypatch.setattr("prefixcache.core.wait_queue._CALLED", 1)
+    monkeypatch.setattr("prefixcache.core.wait_queue._SEARCHED", 1)
     monkeypatch.setattr("core.world.PrefixCache", InParts)
     run_case("lru", partial, block_size, SEQUENCES_PER_CASE)
 

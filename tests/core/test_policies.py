@@ -8,10 +8,9 @@ from collections.abc import Callable, Hashable
 import pytest
 
 from core.test_lru_order import random_sequences
-from prefixcache.core import retention
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import POLICIES, policy_named
 from prefixcache.core.node import Node
+from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
 from prefixcache.core.policies.hazard import Hazard
 from prefixcache.errors import InvalidRequest
@@ -38,7 +37,7 @@ class Tiny:
             tokens = self._tokens(request)[: self.num_blocks]
             lease, hits = self.open(tokens)
             if level is not None:
-                retention.retain(self.cache, ME, lease, level, ttl_s=100.0, now=self.now)
+                self.cache.retain(ME, lease, level, ttl_s=100.0, now=self.now)
             self.cache.release(ME, lease, now=self.now)
         return hits
 
@@ -300,7 +299,7 @@ def test_priority_is_a_wish_and_never_wedges_the_pool() -> None:
 
 def test_priority_of_a_namespace_is_renewed_by_every_use() -> None:
     tiny = Tiny("priority", 3)
-    retention.rank(tiny.cache, Namespace("m", tenant="gold"), 8, ttl_s=50.0)
+    tiny.cache.rank(Namespace("m", tenant="gold"), 8, ttl_s=50.0)
     lease, _ = tiny.open([7], Namespace("m", tenant="gold"))
     tiny.cache.release(ME, lease, now=tiny.now)
     tiny.serve(*"abcdef")
@@ -313,9 +312,9 @@ def test_priority_of_a_namespace_is_renewed_by_every_use() -> None:
 
 def test_levels_are_refused_where_the_policy_has_none_or_they_are_out_of_range() -> None:
     with pytest.raises(InvalidRequest, match="has no levels"):
-        retention.rank(Tiny("lru", 3).cache, SPACE, 5)
+        Tiny("lru", 3).cache.rank(SPACE, 5)
     with pytest.raises(InvalidRequest, match="level 10"):
-        retention.rank(Tiny("priority", 3).cache, SPACE, 10)
+        Tiny("priority", 3).cache.rank(SPACE, 10)
 
 
 # ---------------------------------------------------------------------- hazard

@@ -6,7 +6,7 @@ import pytest
 
 from core.oracle import LeafLru
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.line import MOST_PASSES
+from prefixcache.core.wait_queue import MOST_PASSES
 from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     Grant,

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from prefixcache.core.node import Node, Root
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import Namespace, pack
 
 S, A, B = 1, 2, 3

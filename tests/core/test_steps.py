@@ -14,7 +14,7 @@ from core.effort import calls, most_in_one_go
 from prefixcache.client import codec, outlines
 from prefixcache.core import pins, recital, views
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.recital import Recital
+from prefixcache.core.kv_events import Recital
 from prefixcache.errors import CacheError, NotFound, PoolExhausted
 from prefixcache.service.verbs.looking import without_salted_tokens
 from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
@@ -491,9 +491,9 @@ def test_a_release_beside_thousands_in_line_and_a_quota_looks_at_them_in_parts()
 def test_everything_may_happen_between_the_parts_of_a_step(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefixcache.core.desk._MOST_WORK", 1)
-    monkeypatch.setattr("prefixcache.core.waiting._SEARCHED", 2)
-    monkeypatch.setattr("prefixcache.core.waiting._CALLED", 1)
+    monkeypatch.setattr("prefixcache.core.lessor._MOST_WORK", 1)
+    monkeypatch.setattr("prefixcache.core.wait_queue._SEARCHED", 2)
+    monkeypatch.setattr("prefixcache.core.wait_queue._CALLED", 1)
     draw, cache = Random(seed), PrefixCache(40, 4, ttl_s=10.0, max_line=12)
     spaces = [HERE, Namespace("m", tenant="t"), Namespace("m", salt="s")]
     now, number = 0.0, 0

@@ -16,8 +16,8 @@ from core.innards import Indexed, indexed_below, root_of, state
 from core.oracle import Library, Memory, Tokens, common_prefix
 from core.transcript import Transcript
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import POLICIES
 from prefixcache.core.node import Root
+from prefixcache.core.policies import POLICIES
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     Copy,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache.types import Namespace, pack
 from prefixcache_bench.belady import belady
 from prefixcache_bench.development import Workload

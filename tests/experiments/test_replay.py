@@ -4,7 +4,7 @@ import pytest
 
 from experiments.oracle import expected
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.eviction import POLICIES
+from prefixcache.core.policies import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger, Namespace, Partial, WorkerId, pack, unpack
 from prefixcache_bench.generators import Kind, Shape, generate

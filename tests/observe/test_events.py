@@ -23,7 +23,7 @@ import pytest
 import prefixcache
 from observe.scraped import free_port
 from prefixcache.client import connect_async
-from prefixcache.core import recital
+from prefixcache.core import kv_events
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
 from prefixcache.service.events import (
@@ -200,7 +200,7 @@ def test_the_index_may_change_while_the_first_watcher_is_told_of_it(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read run by run, and between any two somebody stores, splits, merges or resets."""
-    monkeypatch.setattr(recital, "_PAUSE_EVERY", 1)
+    monkeypatch.setattr(kv_events, "_PAUSE_EVERY", 1)
     draw, cache = random.Random(seed), some_cache()
     log = EventLog(OneCache(cache))
     held: list[Any] = []

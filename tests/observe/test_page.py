@@ -15,8 +15,8 @@ import pytest
 
 import prefixcache
 from observe.scraped import FLAGS, get, url_of
-from prefixcache.core.blockmap import STATES
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.introspect import STATES
 from prefixcache.service.http import ASSETS
 from prefixcache.types import Namespace, WorkerId, pack
 from prefixcache_bench.photograph import browser

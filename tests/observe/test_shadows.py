@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import prefixcache
 from prefixcache.config import ShadowSpec, load, parse_shadow
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.tape import COMMITTED, ENDED, GRANTED, Entry
+from prefixcache.core.oplog import COMMITTED, ENDED, GRANTED, Entry
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
 from prefixcache.service.chunk import read_chunk, write_chunk
 from prefixcache.service.shadow import Shadow

@@ -11,7 +11,7 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client, Session
-from prefixcache.core.tenure import Tenure
+from prefixcache.core.block_pool import Tenure
 from prefixcache.pool import map_pool
 from prefixcache.types import BlockTable, Layout, PoolHandle
 from wire.service_process import ServiceProcess, running, sizes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from prefixcache.core.eviction import LanePolicy, Lanes, Mark, Queue, register
-from prefixcache.core.generations import Generations
+from prefixcache.core.policies.lru_list import Generations
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Node

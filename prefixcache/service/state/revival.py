@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefixcache.core.graft import Run as Graft
+from prefixcache.core.bulk_load import Run as Graft
 from prefixcache.service.state.keeper import describe
 from prefixcache.service.state.manifest import MAX_RUN, Manifest
 from prefixcache.service.state.stamps import MAX_NAMESPACES, Stamps

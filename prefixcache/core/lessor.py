@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefixcache.core.blocks import BlockPool
-from prefixcache.core.flights import Extension, Flights, Gain, Request, Ticket
+from prefixcache.core.block_manager import Holdings
+from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
-from prefixcache.core.holdings import Holdings
-from prefixcache.core.leases import Lease, Leases, Worker
+from prefixcache.core.inflight import Flights, Gain
+from prefixcache.core.lease import Lease, Leases, Worker
 from prefixcache.core.ledger import resume, settle
+from prefixcache.core.namespaces import Spaces
 from prefixcache.core.node import Match, Root
-from prefixcache.core.pins import Pins
-from prefixcache.core.quotas import Account
-from prefixcache.core.radix import RadixTree
-from prefixcache.core.spaces import Spaces
+from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
+from prefixcache.core.protection import Pins
+from prefixcache.core.quota import Account
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.tallies import Tallies
-from prefixcache.core.tape import ENDED, FORKED, GRANTED, Put
-from prefixcache.core.waiting import WaitingRoom
+from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitingRoom
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 
-from prefixcache.core.leases import Lease
+from prefixcache.core.lease import Lease
 from prefixcache.core.node import Root, Sums
 from prefixcache.errors import InvalidRequest, QuotaExceeded
 from prefixcache.texts import many

@@ -1,4 +1,17 @@
-"""The recital: a journal that comes late hears what is indexed, as if it was stored just now.
+"""The journal: who is told when blocks enter and leave the index.
+
+```
+                stored                          removed
+private block ─────────► indexed, can be found ─────────► evicted, absorbed, withdrawn
+                                  │ cleared
+                                  └────────► the namespace was reset: none of its blocks is found
+```
+
+Splits, merges and ghosts change how the tree is kept, not which block holds which prefix, so a
+journal never hears of them.  What happens below a namespace that was reset cannot be found by
+anybody, and is not told either.  A tree without a journal pays one comparison per change.
+
+**A replay.**  a journal that comes late hears what is indexed, as if it was stored just now.
 
 It is a walk that pauses after some hundred runs, and others change the trees meanwhile.  What the
 journal has been told so far is always the upper part of each tree: a change below it is told, one
@@ -16,12 +29,84 @@ changes so each time is walked in one go in the end.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
+from typing import Protocol
 
-from prefixcache.core.desk import Desk
-from prefixcache.core.journal import Journal
 from prefixcache.core.node import Node, Root
 from prefixcache.types import BlockId, BlockTable, Namespace
+
+
+class Journal(Protocol):
+    """What hears of every change of the index, in order and at once; must be quick.
+
+    Replaying it gives the index: `parent` always names a block that is indexed at that moment, and
+    a block is removed only after all that were stored behind it.
+    """
+
+    def stored(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> None:
+        """Hear that a run of blocks can be found from now on.
+
+        Args:
+            namespace: Where.
+            parent: The block, always full, that holds the tokens before; None: they are the first.
+            tokens: Packed tokens of the run.  Only the last block may be partly filled: a tail.
+            blocks: As many as these tokens fill.  The tree's own: copy what is kept.
+        """
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
+        """Hear that blocks can be found no more, the last ones of their prefix first or together.
+
+        They may go on being read by who holds them, and are lent anew at some time.
+        """
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Hear that nothing of a namespace can be found any more."""
+
+    def left(self, namespace: Namespace) -> None:
+        """Hear that a namespace of which nothing can be found has gone: forget its name."""
+
+
+class Journals:
+    """Several journals as one.
+
+    >>> from array import array
+    >>> heard = []
+    >>> class Ear:
+    ...     def cleared(self, namespace): heard.append(namespace.model)
+    >>> Journals(Ear(), Ear()).cleared(Namespace("m"))
+    >>> heard
+    ['m', 'm']
+    """
+
+    __slots__ = ("_all",)
+
+    def __init__(self, *journals: Journal) -> None:
+        self._all = journals
+
+    def stored(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> None:
+        """Tell all."""
+        for journal in self._all:
+            journal.stored(namespace, parent, tokens, blocks)
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
+        """Tell all."""
+        for journal in self._all:
+            journal.removed(namespace, blocks)
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Tell all."""
+        for journal in self._all:
+            journal.cleared(namespace)
+
+    def left(self, namespace: Namespace) -> None:
+        """Tell all."""
+        for journal in self._all:
+            journal.left(namespace)
+
 
 _PAUSE_EVERY = 256
 _MOST_WALKS = 8
@@ -31,15 +116,16 @@ _MOST_WALKS = 8
 class Recital:
     """One journal's.  It asks of every change meanwhile whether it should hear of that."""
 
-    def __init__(self, desk: Desk, journal: Journal) -> None:
-        self._desk = desk
+    def __init__(self, roots: Mapping[Namespace, Root], block_bytes: int, journal: Journal) -> None:
+        self._roots = roots
+        self._block_bytes = block_bytes
         self._journal = journal
         self._told: dict[Namespace, set[int]] = {}
         self._steps = 0
 
     def run(self) -> Generator[None, None, None]:
         """Tell the journal of every run that can be found, parents first.  O(runs), in steps."""
-        for root in list(self._desk.roots.values()):
+        for root in list(self._roots.values()):
             walks = 1
             while (yield from self._walk(root, pauses=walks < _MOST_WALKS)):
                 walks += 1
@@ -96,6 +182,6 @@ class Recital:
         else:
             parent = BlockId(above.blocks[-1]) if above.blocks else None
         rest = blocks[first:]
-        tokens = node.key[first * self._desk.tree.block_bytes :]
+        tokens = node.key[first * self._block_bytes :]
         self._journal.stored(root.namespace, parent, tokens, rest)
         told.update(rest)

@@ -1,4 +1,6 @@
-"""The walk that makes an outline: the whole tree is summed up, a bounded part of it is kept.
+"""Introspection: the trees summed up, the pool as a map, and the drawing of one tree.
+
+**Outline.**  The whole tree is summed up, a bounded part of it is kept.
 
 ```
 sum   root ─ walk down: own numbers ─ walk up: add to the branch above
@@ -8,6 +10,15 @@ keep  a heap of the outermost branches that are kept; over the bound, the least 
 The walk is a generator that pauses after some hundred runs, and so does what makes branches of
 them, so that a service can answer others in between.  The tree may change meanwhile: a run that is
 no longer where it was found is left out and counted.  A small tree is summed up in one go, exactly.
+
+**Block map.**  What each block is used for, drawn small.
+
+```
+pool     ■■■■□□□□▒▒▒▒■■■■□□□□□□□□        one letter a cell; a cell is as many neighbouring blocks as
+map      L L F F C C L L F F F F        are needed, and shows what most of them are
+```
+
+**Drawing.**  The tree as text, for people and for failed invariants.
 """
 
 from __future__ import annotations
@@ -16,10 +27,13 @@ from collections.abc import Callable, Generator, Iterable
 from heapq import heappop, heappush
 from math import log1p
 
-from prefixcache.core.desk import Desk
-from prefixcache.core.node import Node
+import numpy as np
+
+from prefixcache.core.lessor import Desk
+from prefixcache.core.node import Node, Root
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
-from prefixcache.types import TOKEN_BYTES, Namespace
+from prefixcache.texts import many
+from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 
 _PAUSE_EVERY = 256
 _SHOWN_BYTES = 32 * TOKEN_BYTES
@@ -271,3 +285,83 @@ class Walk:
             parted_at=None if parted is None else end + parted[0],
             num_parted=0 if parted is None else parted[1],
         )
+
+
+STATES = ("free", "private", "leased", "cached", "quarantined")
+"""Private: a lease's own.  Leased: indexed, a lease protects it.  Cached: indexed, evictable."""
+
+_FREE, _PRIVATE, _LEASED, _CACHED, _QUARANTINED = range(len(STATES))
+
+
+def block_map(desk: Desk, num_cells: int) -> Generator[None, None, tuple[int, ...]]:
+    """Draw the pool in at most `num_cells` cells.  Changes nothing.
+
+    O(runs + blocks), in steps of some hundred runs: between them other verbs may be called, so the
+    picture is of those moments together.
+
+    Returns:
+        For each cell the index in `STATES` of what most of its blocks are.
+    """
+    pool = desk.holdings.pool
+    live, quarantined = pool.states()
+    painted = np.full(pool.num_blocks, _FREE, np.uint8)
+    painted[live] = _PRIVATE
+    painted[quarantined] = _QUARANTINED
+    stack: list[Node] = [*desk.roots.values(), *desk.tree.retired]
+    steps = 0
+    while stack:
+        node = stack.pop()
+        if node.blocks:
+            if node.root.retired:  # nobody finds it: a lease's own, or as good as free
+                code = _PRIVATE if node.ref else _FREE
+            else:
+                code = _LEASED if node.ref else _CACHED
+            painted[np.frombuffer(node.blocks, np.int32)] = code
+        if node.children:
+            stack.extend(node.children.values())
+        steps += 1
+        if steps % _PAUSE_EVERY == 0:
+            yield
+    each = -(-pool.num_blocks // num_cells)
+    short = -pool.num_blocks % each
+    cells = np.concatenate([painted, np.full(short, len(STATES), np.uint8)]).reshape(-1, each)
+    counts = np.stack([(cells == code).sum(axis=1) for code in range(len(STATES))])
+    return tuple(counts.argmax(axis=0).tolist())
+
+
+_SHOWN = 6
+
+
+def draw(root: Root) -> str:
+    """Draw the tree below a root, one node a line.  Changes nothing.  O(nodes).
+
+    ```
+    tiny-model
+    └─ 7 7 7 7 … (8 tokens) blocks 0 1  ref 1
+       └─ 9  (1 token) blocks 2
+    ```
+    """
+    lines = [str(root.namespace) + (" (reset)" if root.retired else "")]
+    stack = [(node, "") for node in _below(root)]
+    while stack:
+        node, indent = stack.pop()
+        lines.append(f"{indent}└─ {_describe(node)}")
+        stack.extend((below, indent + "   ") for below in _below(node))
+    return "\n".join(lines)
+
+
+def _below(node: Node) -> list[Node]:
+    found = list((node.children or {}).values()) + list((node.ghosts or {}).values())
+    return sorted(found, key=lambda below: below.key, reverse=True)
+
+
+def _describe(node: Node) -> str:
+    count = len(node.key) // TOKEN_BYTES
+    tokens = " ".join(map(str, unpack(node.key[: _SHOWN * TOKEN_BYTES])))
+    more = " …" if count > _SHOWN else ""
+    text = f"{tokens}{more} ({many(count, 'token')})"
+    if not node.blocks:
+        return f"{text} ghost"
+    blocks = " ".join(map(str, node.blocks[:_SHOWN])) + (" …" if len(node.blocks) > _SHOWN else "")
+    lock = f"  ref {node.ref}" if node.ref else f"  last {node.last}"
+    return f"{text} blocks {blocks}{lock}"

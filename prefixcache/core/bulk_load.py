@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefixcache.core.children import Children
-from prefixcache.core.node import Node, Root
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.node import Children, Node, Root
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable, Namespace
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
-from prefixcache.core.blocks import BlockPool
-from prefixcache.core.leases import Lease
+from prefixcache.core.block_pool import BlockPool, Tenure
+from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Node
-from prefixcache.core.quotas import Account, Quotas
-from prefixcache.core.radix import RadixTree
+from prefixcache.core.quota import Account, Quotas
+from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.shares import Shares
-from prefixcache.core.tenure import Tenure
 from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
 from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate, WorkerId

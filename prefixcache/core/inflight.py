@@ -10,37 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from prefixcache.core.children import common_prefix
-from prefixcache.core.leases import Lease
-from prefixcache.core.node import Match, Root
-from prefixcache.types import TOKEN_BYTES, Namespace, Partial, TicketId, WorkerId
-
-
-@dataclass(slots=True)
-class Request:
-    """An `acquire`, kept while it waits."""
-
-    worker: WorkerId
-    namespace: Namespace
-    tokens: bytes
-    reserve: int
-    request_id: str
-    first_end: int = -1
-    """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
-
-    @property
-    def asks(self) -> int:
-        """A digest of what it asks for: what is repeated has the same.  O(tokens), once."""
-        return hash((self.namespace, self.tokens, self.reserve))
-
-
-@dataclass(slots=True)
-class Extension:
-    """An `extend`, kept while it waits for room."""
-
-    worker: WorkerId
-    lease: Lease
-    num_tokens: int
+from prefixcache.core.lease import Lease
+from prefixcache.core.node import Match, Root, common_prefix
+from prefixcache.types import TOKEN_BYTES, Partial, TicketId
 
 
 class Gain(NamedTuple):
@@ -59,33 +31,6 @@ class Waiters:
 
     heap: list[tuple[int, TicketId]] = field(default_factory=list)
     count: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A request that waits: for a flight, or in the line for blocks."""
-
-    id: TicketId
-    request: Request | Extension
-    tenant: str
-    deadline: float
-    owner: int | None = None
-    """Whose flight it waits for: the serial of a lease."""
-    beside: Waiters | None = None
-    """With whom."""
-    target: int = 0
-    """Tokens that the owner must have indexed."""
-    in_line: bool = False
-    num_passed: int = 0
-    """How often somebody behind it in the line was served."""
-    over_quota: bool = False
-    """Whether its own quota is what it waits for: then it is in nobody's way."""
-    root: Root | None = None
-    """Below which it was tried last, when there was no room."""
-    num_changes: int = 0
-    """Of that root at that time."""
-    need: int = 0
-    """Blocks that it needed at that time: until the root changes, not fewer."""
 
 
 class Flights:

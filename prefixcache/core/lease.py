@@ -34,7 +34,8 @@ from prefixcache.types import (
 )
 
 if TYPE_CHECKING:
-    from prefixcache.core.quotas import Account
+    from prefixcache.core.quota import Account
+
 
 _REMEMBERED_ENDS = 256
 """Of one worker's leases."""

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 from itertools import islice
 
-from prefixcache.core.children import common_prefix
-from prefixcache.core.desk import Desk
-from prefixcache.core.history import SHOWN_TOKENS, depths
+from prefixcache.core.history import SHOWN_TOKENS, Recent, depths
 from prefixcache.core.ledger import settle, spans
-from prefixcache.core.node import Match, Root
-from prefixcache.core.recent import Recent
+from prefixcache.core.lessor import Desk
+from prefixcache.core.node import Match, Root, common_prefix
 from prefixcache.types import (
     TOKEN_BYTES,
     Explanation,

@@ -1,23 +1,19 @@
-"""What can be seen from outside: look-ups, numbers, and the walk over all invariants.
-
-Nothing here changes the cache.
-"""
+"""Stats: the numbers of every second, snapshots and look-ups.  Nothing here changes the cache."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from prefixcache.core.desk import Desk
-from prefixcache.core.drawing import draw
-from prefixcache.core.leases import Lease
+from prefixcache.core.lease import Lease
 from prefixcache.core.ledger import Tally
-from prefixcache.core.node import Node, Root
-from prefixcache.core.vitals import vitals
+from prefixcache.core.lessor import Desk
+from prefixcache.core.node import Root
 from prefixcache.types import (
     TOKEN_BYTES,
+    LeaseId,
     LeaseInfo,
     Ledger,
     Lookup,
@@ -26,6 +22,110 @@ from prefixcache.types import (
     QuotaInfo,
     Snapshot,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of one series' requests since the start, or of all."""
+
+    requests: int
+    joins: int
+    """Requests that waited for another lease's prefill and read it in place: flights saved."""
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """Numbers of one moment.  free + private + indexed + quarantined = num_blocks."""
+
+    num_blocks: int
+    block_size: int
+    free: int
+    private: int
+    indexed: int
+    quarantined: int
+    evictable: int
+    ghosts: int
+    nodes: int
+    leases: int
+    flights: int
+    waiting: int
+    evicted: int
+    """Blocks evicted since the start."""
+    overshot: int
+    """Of these, blocks beyond what was asked for."""
+    eviction_age_s: float | None
+    """Time since the last use of what was evicted last; None before the first eviction."""
+    smallest_hit: int
+    """Tokens of the shortest prefix that can be reused."""
+    namespaces: int
+    """Those with requests."""
+    total: Account
+    accounts: dict[Namespace, Account]
+    """What `total` is the sum of; at most `tallies.MOST_SERIES` names and `tallies.OTHER`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlightInfo:
+    """A prompt that a lease is computing."""
+
+    lease: LeaseId
+    worker: str
+    """Its name."""
+    namespace: Namespace
+    num_tokens: int
+    num_committed: int
+    num_waiting: int
+    """Requests that wait for it."""
+
+
+def flights(desk: Desk, most: int) -> list[FlightInfo]:
+    """Give up to `most` flights.  Changes nothing."""
+    return [
+        FlightInfo(
+            lease.id,
+            desk.leases.workers[lease.worker].name,
+            lease.namespace,
+            len(lease.flight or b"") // TOKEN_BYTES,
+            lease.committed,
+            desk.room.waiting_for(lease.serial),
+        )
+        for lease in islice(desk.flights.all(), most)
+    ]
+
+
+def vitals(desk: Desk, now: float) -> Vitals:
+    """Read the numbers.  Changes nothing.  O(series), however many namespaces there are."""
+    holdings = desk.holdings
+    pool, tree = holdings.pool, holdings.tree
+    quarantined, stamp = pool.num_quarantined, tree.last_evicted
+    indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
+    return Vitals(
+        num_blocks=pool.num_blocks,
+        block_size=holdings.block_size,
+        free=free,
+        private=pool.num_blocks - free - indexed - quarantined,
+        indexed=indexed,
+        quarantined=quarantined,
+        evictable=tree.evictable - tree.forgotten_evictable,
+        ghosts=tree.ghosts.num_blocks,
+        nodes=tree.num_nodes,
+        leases=desk.leases.count,
+        flights=len(desk.flights),
+        waiting=len(desk.room.tickets),
+        evicted=tree.num_evicted,
+        overshot=holdings.num_overshot,
+        eviction_age_s=None if stamp is None else desk.history.ages.idle_s(stamp, now),
+        smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
+        namespaces=len(desk.tallies),
+        total=_account(desk.tallies.total()),
+        accounts={name: _account(tally) for name, tally in desk.tallies.series.items()},
+    )
+
+
+def _account(tally: Tally) -> Account:
+    return Account(*tally.counts())
+
 
 MOST_LEASES: Final = 1000
 """Listed in one snapshot."""
@@ -182,56 +282,3 @@ def _quotas(
         if number % _PAUSE_EVERY == 0:
             yield
     return tuple(found)
-
-
-def check(desk: Desk) -> None:
-    """Walk everything and assert that every invariant holds; a failure prints the trees."""
-    holdings = desk.holdings
-    tree = holdings.tree
-    roots = list(desk.roots.values())
-    try:
-        locks: Counter[Node] = Counter()
-        for lease in desk.leases.all():
-            _check_lease(desk, lease)
-            locks[lease.node] += 1
-            if lease.tail is not None:
-                locks[lease.tail] += 1
-        indexed = tree.check(roots, locks)
-        private: Counter[int] = Counter()
-        held: Counter[int] = Counter()
-        for lease in desk.leases.all():
-            private.update(lease.private_blocks())
-            if lease.source is not None:
-                held[lease.source] += 1
-            if lease.tail_is_shared:
-                held[lease.table[-1]] += 1
-        desk.holdings.pool.check(private, indexed, held)
-        desk.flights.check()
-        desk.room.check()
-        desk.pins.check()
-        desk.tallies.check()
-        _check_ages(desk)
-        holdings.quotas.check(desk.leases.all())
-    except AssertionError as error:
-        drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
-        raise AssertionError(f"{error}\n{drawn}") from error
-
-
-def _check_ages(desk: Desk) -> None:
-    held = [lease for member in desk.leases.workers.values() for lease in member.leases.values()]
-    held.sort(key=lambda lease: lease.serial)
-    assert desk.leases.all() == held, "the leases by age are not those of the workers"
-
-
-def _check_lease(desk: Desk, lease: Lease) -> None:
-    size = desk.holdings.block_size
-    whole = len(lease.node.table())
-    assert whole * size == lease.start, f"lease {lease.id} starts at {lease.start}, not {whole}"
-    assert lease.start <= lease.committed <= lease.num_tokens, f"lease {lease.id}: counts"
-    assert lease.committed <= len(lease.table) * size, f"lease {lease.id} has no room"
-    assert lease.committed - lease.start < size, f"lease {lease.id}: a whole block is not indexed"
-    indexed_tail = lease.tail is not None or lease.tail_is_shared
-    assert lease.private_from == whole + indexed_tail, f"lease {lease.id}: private from where?"
-    own = lease.node.table()
-    for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
-        assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"

@@ -1,0 +1,806 @@
+"""The radix tree: which block holds which prefix.
+
+One chat, drawn three times (`block_size` 4; a letter is a token; blocks 0, 1, 2 ...):
+
+```
+stored            SSSS SSAA A           root ── [SSSS|SSAA|A···] 0 1 2
+                                        two whole blocks, and a tail: a leaf's last block, filled
+                                        with 1 token
+
+diverged inside   SSSS SSBB             root ── [SSSS] 0 ─┬─ [SSAA|A···] 1 2
+a block                                                   └─ [SSBB] 3
+                                        the run was split where a block ends; block 3 began as a
+                                        copy of the first 2 slots of block 1
+
+after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
+                                        one child is left, of the same age: merged again
+                                        (at once without ghosts, else when they are forgotten)
+```
+
+**Ages.** `node.last` is the logical time at which the last lock on a node ended; locked nodes need
+none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
+block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
+children, and what was used is split from what was not.  A block of which a request copies half or
+more counts as used when the request comes.
+
+**Locks** are counted on 0↔1 transitions only: a lease locks its deepest node, and an ancestor is
+protected by having a locked child.
+
+**Ghosts** are evicted nodes of which only the tokens are remembered.  They hang beside the resident
+children (`node.ghosts`), never above one, and come back to life when their tokens are stored again.
+
+**Descents.**  ```
+tokens    ████████ ████████ ███▒▒▒▒▒
+           └ dict ──► run  └ dict ──► run, of which the first 3 tokens match: a partial block
+```
+
+**Keys** are packed tokens (little-endian uint32 `bytes`).  A descent costs one dict look-up and one
+`startswith` (a memcmp) per node; there is no loop over tokens or blocks anywhere.  Byte order does
+not matter for the neighbour property used below: among byte strings in sorted order, the one with
+the longest common prefix with X stands directly before or after X.
+
+**Splits and merges.**
+
+```
+split after 2        [AAAA|BBBB|CCCC]  ──►  [AAAA|BBBB] ── [CCCC]    the lower part is the old node
+merge                [AAAA|BBBB] ── [CCCC]  ──►  [AAAA|BBBB|CCCC]    the lower node survives
+```
+
+In both, the object whose run *ends* where it ended before stays the same, so that locks, which mean
+"the path up to the end of this node", stay right whatever happens above it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from prefixcache.core.eviction import EvictionPolicy, Mark, Queue
+from prefixcache.core.ghosts import Ghosts
+from prefixcache.core.kv_events import Journal
+from prefixcache.core.node import (
+    Children,
+    Grown,
+    Match,
+    Node,
+    Root,
+    common_prefix,
+    evictable_leaves,
+)
+from prefixcache.core.policies.lru import Lru
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
+
+if TYPE_CHECKING:
+    from prefixcache.core.protection import Pins
+
+
+SWEPT = 3
+"""`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
+_ALWAYS_MERGED = 32_768
+"""Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""
+
+
+class RadixTree:
+    """All namespaces' trees over one pool of blocks.
+
+    Args:
+        block_size: Tokens per block.
+        policy: The order of eviction.
+        num_ghosts: How many evicted blocks to remember.
+    """
+
+    def __init__(
+        self, block_size: int, *, policy: EvictionPolicy | None = None, num_ghosts: int = 0
+    ) -> None:
+        policy = policy or Lru()
+        self.block_bytes = block_size * TOKEN_BYTES
+        self.evictable = 0
+        """Blocks in unprotected nodes: what eviction can give at most."""
+        self.num_blocks = 0
+        self.num_nodes = 0
+        self.num_forgotten = 0
+        """Of the blocks, those of namespaces that were reset: nobody finds them any more."""
+        self.forgotten_evictable = 0
+        """Of these, the unprotected ones: as good as free."""
+        self.retired: list[Root] = []
+        """Roots of namespaces that were reset, while blocks or leases are below them."""
+        self.policy = policy
+        self.journal: Journal | None = None
+        """Who is told what enters and leaves the index."""
+        # Bound once: a hook that the policy does not define costs one comparison.
+        self._lost: Callable[[Node, int], Mark] | None = policy.lost
+        self._forgotten: Callable[[Mark, int], None] | None = policy.forgotten
+        policy.block_bytes = self.block_bytes
+        self.clock = 0
+        self.last_evicted: int | None = None
+        """Stamp of the last use of what was evicted last; None before the first eviction."""
+        self.num_evicted = 0
+        """Blocks evicted since the start; what was reset before does not count."""
+        self.queue: Queue = self.policy.queue()
+        self._used: Callable[[Node, int], None] | None = self.policy.used
+        self._marks_ends = self.policy.marks_ends
+        self._revived: Callable[[Node], None] | None = self.policy.revived
+        self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
+        self.ghosts = Ghosts(num_ghosts, self.block_bytes)
+        self.pins: Pins | None = None
+        """Who is told when pinned blocks are lost."""
+        self._sweeps: deque[Iterator[Node]] = deque()
+        """Leaves of what was reset; they are evicted before all others.  The oldest first, so that
+        none of those that have nothing left is kept by younger ones."""
+        self._tidy_at = 16
+        """Length of `retired` at which the empty ones are dropped."""
+
+    # ------------------------------------------------------------------ finding
+
+    def match(self, root: Root, tokens: bytes, limit: int | None = None) -> Match:
+        """Find the longest stored prefix of `tokens[:limit]`.  Changes nothing.
+
+        O(nodes on the path + log siblings), plus one memcmp over the matched bytes.
+
+        >>> from array import array
+        >>> from prefixcache.core.radix_tree import RadixTree
+        >>> from prefixcache.types import Namespace, pack
+        >>> tree, root = RadixTree(4), Root(Namespace("m"))
+        >>> locked = tree.grow(tree.lock(tree.match(root, b"")), pack([7] * 8), array("i", [0, 1]))
+        >>> found = tree.match(root, pack([7, 7, 7, 7, 7, 9]))
+        >>> found.end // 4, found.partial_block, found.partial_tokens
+        (4, 1, 1)
+        """
+        width = self.block_bytes
+        end = len(tokens) if limit is None else limit
+        node: Node = root
+        off = 0
+        while True:
+            children = node.children
+            if not children or off >= end:
+                return Match(node, len(node.blocks), off, None, 0)
+            child = children.get(tokens[off : off + width]) if off + width <= end else None
+            if child is None:
+                break
+            run = child.key
+            size = len(run)
+            if tokens.startswith(run, off, end):
+                blocks = child.blocks
+                if size != len(blocks) * width:  # a leaf with a tail
+                    whole = size - size % width
+                    used = whole // width
+                    partial = (size - whole) // TOKEN_BYTES
+                    return Match(child, used, off + whole, BlockId(blocks[used]), partial)
+                off += size
+                node = child
+                continue
+            same = common_prefix(tokens, off, run, 0, min(size, end - off))
+            used = same // width
+            partial = (same - used * width) // TOKEN_BYTES
+            block = BlockId(child.blocks[used]) if partial else None
+            return Match(child, used, off + used * width, block, partial)
+        rest = tokens[off : min(off + width, end)]
+        near, same = children.nearest(rest)
+        partial = same // TOKEN_BYTES
+        if not partial or near is None:
+            return Match(node, len(node.blocks), off, None, 0)
+        return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial, near)
+
+    def place(self, node: Node, end: int, at: int) -> tuple[Match, bytes]:
+        """Find byte `at`, a block's start, on the path that ends with `node` at byte `end`.
+
+        Changes nothing.  O(nodes passed).
+
+        Returns:
+            The place, to lock; and the tokens of the block that follows on the path, if any.
+        """
+        after = b""
+        while node.parent is not None and at <= end - len(node.key):
+            after = node.key[: self.block_bytes]
+            end -= len(node.key)
+            node = node.parent
+        used = len(node.blocks) - (end - at) // self.block_bytes
+        if at < end:
+            start = used * self.block_bytes
+            after = node.key[start : start + self.block_bytes]
+        return Match(node, used, at, None, 0), after
+
+    def remembered(self, match: Match, tokens: bytes) -> int:
+        """Count the bytes after the resident match that ghosts remember.  Changes nothing."""
+        node = match.node
+        if match.used != len(node.blocks) or not node.ghosts:
+            return 0
+        return self.ghosts.match(node, tokens, match.end)
+
+    def trail(self, match: Match, tokens: bytes) -> list[tuple[int, int]]:
+        """Give (tokens, burial) of each ghost that continues the match.  Changes nothing."""
+        node = match.node
+        if match.used != len(node.blocks) or not node.ghosts:
+            return []
+        found = self.ghosts.trail(node, tokens, match.end)
+        return [(size // TOKEN_BYTES, burial) for size, burial in found]
+
+    def parting(self, match: Match, tokens: bytes, limit: int) -> bytes | None:
+        """Give the stored run that continues where `tokens` leave it; None if none differs there.
+
+        Changes nothing.  The first `match.partial_tokens` tokens of the run are those that match;
+        of what follows, up to `limit` bytes are given.  O(log siblings).
+        """
+        into = match.partial_tokens * TOKEN_BYTES
+        if len(tokens) - match.end <= into:
+            return None
+        node, at = match.node, match.used * self.block_bytes
+        if match.used == len(node.blocks):
+            if not node.children:
+                return None
+            near = match.near
+            if near is None:
+                near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
+            node, at = near or next(iter(node.children.values())), 0
+        run = node.key[at : at + into + limit]
+        return run if len(run) > into else None
+
+    def continuation(self, root: Root, tokens: bytes, limit: int) -> bytes:
+        """Give up to `limit` bytes of one stored prompt that begins with `tokens`.
+
+        Changes nothing.  Empty if none does.  O(nodes passed).
+        """
+        match = self.match(root, tokens)
+        rest = tokens[match.end :]
+        if len(rest) != match.partial_tokens * TOKEN_BYTES:
+            return b""
+        node: Node | None = match.node
+        at = match.used * self.block_bytes + len(rest)
+        if match.used == len(match.node.blocks):
+            children = match.node.children or Children()
+            node = children.nearest(rest)[0] if rest else next(iter(children.values()), None)
+            at = len(rest)
+        found = b""
+        while node is not None and len(found) < limit:
+            found += node.key[at : at + limit - len(found)]
+            at = 0
+            node = next(iter(node.children.values())) if node.children else None
+        return found
+
+    # ------------------------------------------------------------------ locking
+
+    def lock(self, match: Match) -> Node:
+        """Protect the matched whole blocks from eviction.  Splits the run they end in, if inside.
+
+        O(nodes on the path that were unprotected), plus one copy of a split run.
+        """
+        node = self.cut(match)
+        self.lock_node(node)
+        return node
+
+    def cut(self, match: Match) -> Node:
+        """Give the node that ends where the matched whole blocks do.  Splits the run, if inside."""
+        node = match.node
+        return self._split(node, match.used) if match.used < len(node.blocks) else node
+
+    def touch(self, match: Match) -> None:
+        """Count the block that a locked match copies from as used now, if half of it is copied.
+
+        A smaller part says little of the rest: chats that begin alike would keep a block that
+        nobody goes on from.  What the policy has noted of it stays.  O(1), plus one copy of the run
+        that begins with the block.
+        """
+        node = match.near or match.node  # `cut` has let it begin with the block
+        held = min(len(node.key), self.block_bytes)
+        if 2 * match.partial_tokens * TOKEN_BYTES < held:
+            return
+        if len(node.blocks) > 1:
+            node = self._split(node, 1)
+        self.clock += 1
+        self.lock_node(node)
+        self._unlock(node, self.clock)
+
+    def split_leaf(self, node: Node, used: int) -> None:
+        """Let a leaf have only the blocks after its first `used` ones."""
+        self._split(node, used)
+
+    def rejoin(self, node: Node) -> None:
+        """Merge a node with what it was kept apart from, if nothing tells them apart any more."""
+        if node.children and len(node.children) == 1:
+            child = next(iter(node.children.values()))
+            if self._merge(child):
+                node = child
+        self._merge(node)
+
+    def lock_node(self, node: Node) -> None:
+        """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
+        while True:
+            ref = node.ref
+            node.ref = ref + 1
+            if ref:
+                return
+            size = len(node.blocks)
+            self.evictable -= size
+            root = node.root
+            root.evictable -= size
+            root.sums.evictable -= size
+            if root.retired:
+                self.forgotten_evictable -= size
+            above = node.parent
+            if above is None:
+                return
+            node = above
+
+    def unlock(self, node: Node, *, used: bool = True) -> BlockTable | None:
+        """Take one lock back.  `used`: what becomes unprotected counts as used now.
+
+        Merges what can be merged on the way.  O(nodes that become unprotected).
+
+        Returns:
+            The block of `node` if it was a tail that a fuller sibling covers: it has left the tree.
+        """
+        stamp = 0
+        if used:
+            stamp = self.clock = self.clock + 1
+            if self._used is not None:
+                size = len(node.blocks)
+                if self._marks_ends and size > 1 and not node.children:
+                    self._split(node, size - 1)
+                self._used(node, stamp)
+        if node.ref == 1 and len(node.key) < self.block_bytes and self._is_covered(node):
+            return self._absorb(node, stamp)
+        self._unlock(node, stamp)
+        return None
+
+    def _unlock(self, node: Node, stamp: int) -> None:
+        below: Node | None = None
+        while True:
+            if node.last < stamp:
+                node.last = stamp
+            else:
+                stamp = node.last
+            if node.ref < 1:
+                raise AssertionError(f"unlocked a node that is not locked: {node.key[:64].hex()}")
+            node.ref -= 1
+            if node.ref:
+                return
+            size = len(node.blocks)
+            self.evictable += size
+            root = node.root
+            root.evictable += size
+            root.sums.evictable += size
+            if root.retired:
+                self.forgotten_evictable += size
+            if below is not None and self._merge(below):
+                node = below
+            elif not node.children:
+                self._offer(node)
+            above = node.parent
+            if above is None:
+                return
+            below, node = node, above
+
+    def _absorb(self, tail: Node, stamp: int) -> BlockTable:
+        """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
+        if self.journal is not None:
+            self._tell_removed(tail, tail.blocks)
+        self._leave(tail)
+        above = self._detach(tail)
+        self._unlock(above, stamp)
+        self._leafless(above)
+        return tail.blocks
+
+    # ------------------------------------------------------------------ growing
+
+    def grow(self, node: Node, tokens: bytes, blocks: BlockTable) -> Grown:
+        """Index whole blocks that follow `node`; move the caller's lock to where they end.
+
+        What somebody else indexed in the meantime stays as it is; only the rest is added.
+        O(new tokens + nodes passed).
+
+        Args:
+            node: Locked by the caller; the tokens follow its end.
+            tokens: A whole number of blocks.
+            blocks: As many ids.
+        """
+        width = self.block_bytes
+        start = node
+        off, end = 0, len(tokens)
+        absorbed = array("i")
+        while off < end:
+            child = node.children.get(tokens[off : off + width]) if node.children else None
+            if child is None:
+                break
+            size = len(child.key)
+            if size % width and tokens.startswith(child.key[: size - size % width], off):
+                # A leaf whose tail stands where our next block, if any, will stand.
+                node = self._split(child, size // width)
+                off += len(node.key)
+                continue
+            if tokens.startswith(child.key, off):
+                off += size
+                node = child
+                continue
+            used = common_prefix(tokens, off, child.key, 0, min(size, end - off)) // width
+            node = self._split(child, used)
+            off += used * width
+            break
+        existing = off // width
+        if off < end:
+            node = self._attach(node, tokens[off:], blocks[existing:], absorbed)
+        if node is not start:
+            self.lock_node(node)
+            self._unlock(start, 0)
+            self._merge(node)
+        return Grown(node, existing, len(blocks) - existing, absorbed)
+
+    def hang(self, node: Node, tokens: bytes, block: BlockId) -> tuple[Node | None, BlockTable]:
+        """Index a partly filled block after `node` as a locked leaf of its own.
+
+        Returns:
+            The leaf, or None if a stored block covers these tokens already; and the blocks of
+            shorter tails that this one made superfluous.
+        """
+        absorbed = array("i")
+        if node.children:
+            _, same = node.children.nearest(tokens)
+            if same == len(tokens):
+                return None, absorbed
+        tail = self._attach(node, tokens, array("i", [block]), absorbed)
+        self.lock_node(tail)
+        return tail, absorbed
+
+    def unhang(self, tail: Node) -> None:
+        """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
+        if self.journal is not None:
+            self._tell_removed(tail, tail.blocks)
+        self._leave(tail)
+        above = self._detach(tail)
+        self._unlock(above, 0)
+        self._leafless(above)
+
+    def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: BlockTable) -> Node:
+        """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends."""
+        width = self.block_bytes
+        if node.ghosts:
+            while run and node.ghosts and (ghost := self.ghosts.revive(node, run)) is not None:
+                size = len(ghost.key)
+                count = -(-size // width)
+                ghost.blocks = blocks[:count]
+                ghost.last = ghost.born = self.clock
+                if self._revived is None:
+                    ghost.mark = None
+                else:
+                    self._revived(ghost)
+                node = self._adopt(node, ghost, absorbed)
+                run, blocks = run[size:], blocks[count:]
+            if not run:
+                return node
+        return self._adopt(node, Node(run, blocks, node, self.clock), absorbed)
+
+    # ------------------------------------------------------------------ eviction
+
+    def evict(self, num_blocks: int) -> BlockTable:
+        """Take blocks out of the tree, the coldest leaf's last ones first.
+
+        Asked for n, gives n, or all that is unprotected.  What was reset goes first, and is not
+        counted as evicted: nobody could find it.  O(leaves touched · log leaves).
+        """
+        out = array("i")
+        while (need := num_blocks - len(out)) > 0:
+            node = self._next_retired() if self._sweeps else None
+            if node is None:
+                node = self.queue.pop()
+                if node is None:
+                    break
+            size = len(node.blocks)
+            keep = size - need
+            if not node.root.retired:
+                self.last_evicted = node.last
+                self.num_evicted += min(size, need)
+            if keep > 0:
+                out.extend(node.blocks[keep:])
+                self._trim(node, keep)
+                self._offer(node)
+            else:
+                out.extend(node.blocks)
+                self._bury(node)
+        return out
+
+    def retire(self, root: Root) -> None:
+        """Let nothing below `root` be found any more.  Amortised O(1).
+
+        Its unprotected blocks are the first to be evicted; the others follow once unlocked.
+        """
+        if self.journal is not None:
+            self.journal.cleared(root.namespace)
+        root.retired = True
+        if root.account is not None:
+            root.account.retire(root)
+        self.num_forgotten += root.num_blocks
+        self.forgotten_evictable += root.evictable
+        if root.num_blocks or root.ref > 1:
+            if len(self.retired) >= self._tidy_at:
+                self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
+                self._tidy_at = 2 * len(self.retired) + 16
+            self.retired.append(root)
+        if root.evictable:
+            self._sweeps.append(evictable_leaves(root))
+
+    def _next_retired(self) -> Node | None:
+        while self._sweeps:
+            node = next(self._sweeps[0], None)
+            if node is None:
+                self._sweeps.popleft()
+                continue
+            node.queued = 0
+            if node.is_evictable:
+                return node
+        return None
+
+    def _offer(self, node: Node) -> None:
+        """Let a leaf that has just become evictable be evicted: in its turn, or first of all."""
+        if node.root.retired:
+            if node.queued != SWEPT:
+                node.queued = SWEPT
+                self._sweeps.append(iter((node,)))
+        else:
+            self.queue.push(node)
+
+    def _trim(self, node: Node, keep: int) -> None:
+        """Cut a leaf's last blocks off; they become a ghost below it."""
+        if self.journal is not None:
+            self._tell_removed(node, node.blocks[keep:])
+        cut = keep * self.block_bytes
+        size = len(node.blocks) - keep
+        node.root.num_changes += 1
+        if node.pinned and self.pins is not None:
+            self.pins.trimmed(node, size)
+        mark = None if self._lost is None else self._lost(node, size)
+        self._count_blocks(node.root, -size)
+        if self.ghosts.limit and not node.root.retired:
+            ghost = Node(node.key[cut:], array("i"), node, node.born)
+            ghost.ghosts, node.ghosts = node.ghosts, None
+            ghost.parted, node.parted = node.parted, None
+            ghost.mark = mark
+            self.ghosts.adopt_children(ghost)
+            self.ghosts.bury(node, ghost)
+        elif self._forgotten is not None:
+            self._forgotten(mark, size)
+        node.key = node.key[:cut]
+        node.blocks = node.blocks[:keep]
+        node.parted = None
+        self._forget()
+
+    def _bury(self, node: Node) -> None:
+        """Take a whole leaf out; it becomes a ghost."""
+        above = node.parent
+        if above is None:
+            raise AssertionError("a root is never evicted")
+        if self.journal is not None:
+            self._tell_removed(node, node.blocks)
+        size = len(node.blocks)
+        mark = None if self._lost is None else self._lost(node, size)
+        self._count(node, -1)
+        self._detach(node)
+        if node.pinned and self.pins is not None:
+            self.pins.buried(node, above)
+        node.blocks = array("i")
+        node.mark = mark
+        if self.ghosts.limit and not node.root.retired:
+            node.parent = above
+            self.ghosts.bury(above, node)
+            self._forget()
+        elif self._forgotten is not None:
+            self._forgotten(mark, size)
+        self._leafless(above)
+
+    def _forget(self) -> None:
+        """Drop the oldest ghosts over the limit, and merge what only they kept apart."""
+        for above in self.ghosts.forget():
+            if above.blocks and above.children and len(above.children) == 1:
+                self._merge(next(iter(above.children.values())))
+
+    def _leafless(self, above: Node) -> None:
+        """Look again at a node that has lost a child: a leaf now, or one child left to merge."""
+        children = above.children
+        if not children:
+            above.children = None
+            if above.is_evictable:
+                self._offer(above)
+        elif len(children) == 1:
+            self._merge(next(iter(children.values())))
+
+    # ------------------------------------------------------------------ how nodes are joined
+
+    def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
+        """Make an unprotected node with blocks a child; drop the tail that it covers."""
+        children = node.children
+        first = child.key[: self.block_bytes]
+        if children is None:
+            children = node.children = Children()
+        elif children:
+            tail = children.before(first)
+            if tail is not None and not tail.ref and first.startswith(tail.key):
+                absorbed.extend(tail.blocks)
+                if self.journal is not None:
+                    self._tell_removed(tail, tail.blocks)
+                self._leave(tail)
+                self._count(tail, -1)
+                self._detach(tail)
+        children.put(first, child)
+        self.num_nodes += 1
+        self._count(child, 1)
+        child.root.num_changes += 1
+        if self.journal is not None and not child.root.retired:
+            parent = BlockId(node.blocks[-1]) if node.blocks else None
+            self.journal.stored(child.root.namespace, parent, child.key, child.blocks)
+        return child
+
+    def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
+        """Tell the journal that `blocks`, of `node`, leave the index."""
+        if self.journal is not None and not node.root.retired:
+            self.journal.removed(node.root.namespace, blocks)
+
+    def _count(self, node: Node, sign: int) -> None:
+        """Add or subtract an unprotected node's blocks."""
+        self._count_blocks(node.root, sign * len(node.blocks))
+
+    def _count_blocks(self, root: Root, size: int) -> None:
+        """Add unprotected blocks, or subtract them."""
+        self.num_blocks += size
+        self.evictable += size
+        root.num_blocks += size
+        root.sums.num_blocks += size
+        root.evictable += size
+        root.sums.evictable += size
+        if root.retired:
+            self.num_forgotten += size
+            self.forgotten_evictable += size
+
+    def _leave(self, node: Node) -> None:
+        """Tell the policy that a node leaves the tree and is not remembered."""
+        mark = None if self._lost is None else self._lost(node, len(node.blocks))
+        if self._forgotten is not None:
+            self._forgotten(mark, len(node.blocks))
+
+    def _detach(self, node: Node) -> Node:
+        """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
+        above = node.parent
+        if above is None or above.children is None:
+            raise AssertionError("only a child can be detached")
+        above.children.drop(node.key[: self.block_bytes])
+        node.root.num_changes += 1
+        node.parent = None
+        self.num_nodes -= 1
+        if node.ref:
+            size = len(node.blocks)
+            self.num_blocks -= size
+            node.root.num_blocks -= size
+            node.root.sums.num_blocks -= size
+            if node.root.retired:
+                self.num_forgotten -= size
+        return above
+
+    def _is_covered(self, tail: Node) -> bool:
+        above = tail.parent
+        if above is None or above.children is None or len(above.children) < 2:
+            return False
+        after = above.children.after(tail.key)
+        return after is not None and after.key.startswith(tail.key)
+
+    def _split(self, node: Node, used: int) -> Node:
+        """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
+        above = node.parent
+        if above is None or above.children is None or not 0 < used < len(node.blocks):
+            raise AssertionError(f"cannot split {len(node.blocks)} blocks after {used}")
+        width = self.block_bytes
+        cut = used * width
+        key = node.key
+        upper = Node(key[:cut], node.blocks[:used], above, node.born)
+        upper.ref = 1 if node.ref else 0
+        upper.last = node.last
+        upper.mark = node.mark
+        upper.pinned = node.pinned
+        node.key = key[cut:]
+        node.blocks = node.blocks[used:]
+        node.parent = upper
+        upper.children = Children()
+        upper.children.put(node.key[:width], node)
+        above.children[key[:width]] = upper
+        self.num_nodes += 1
+        return upper
+
+    def _merge(self, node: Node) -> bool:
+        """Join a node with its parent if nothing but age or size told them apart.
+
+        `node` survives, so that locks on it stay valid; nobody can hold the parent itself, since
+        its only reference is that of its only child.  A small run is not merged into one that is
+        far larger: copying it again for each new block would make a growing chat quadratic.
+        """
+        above = node.parent
+        if above is None or above.parent is None or above.ghosts or node.parent is None:
+            return False
+        if above.children is None or len(above.children) != 1:
+            return False
+        if above.ref != (1 if node.ref else 0) or (not node.ref and above.last != node.last):
+            return False
+        if above.mark is not node.mark and above.mark != node.mark:
+            return False  # the policy tells them apart
+        if above.pinned != node.pinned:
+            return False  # a pin ends between them
+        large, small = len(above.key), len(node.key)
+        if large + small > _ALWAYS_MERGED and large > 8 * small:
+            return False
+        top = above.parent
+        if top.children is None:
+            raise AssertionError("a parent has children")
+        width = self.block_bytes
+        node.key = above.key + node.key
+        node.blocks = above.blocks + node.blocks
+        node.parent = top
+        if above.last > node.last:
+            node.last = above.last
+        top.children[node.key[:width]] = node
+        above.parent = above.children = above.mark = None
+        above.key = b""
+        above.blocks = array("i")
+        self.num_nodes -= 1
+        return True
+
+    # ------------------------------------------------------------------ invariants
+
+    def check(self, roots: Iterable[Root], locks: Mapping[Node, int]) -> Counter[int]:
+        """Assert every invariant of the trees below `roots`.  O(everything).
+
+        Args:
+            roots: Those of all namespaces; the retired ones are known here.
+            locks: How often each node is locked from outside.
+
+        Returns:
+            The indexed blocks, counted.
+        """
+        indexed: Counter[int] = Counter()
+        evictable = nodes = forgotten = as_free = 0
+        for root in [*roots, *self.retired]:
+            in_root = Counter[int]()
+            free = 0
+            stack: list[Node] = [root]
+            while stack:
+                node = stack.pop()
+                self._check_node(node, locks)
+                in_root.update(node.blocks)
+                nodes += node is not root
+                free += 0 if node.ref else len(node.blocks)
+                stack.extend((node.children or {}).values())
+            assert root.num_blocks == sum(in_root.values()), "blocks of a root"
+            assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
+            indexed += in_root
+            evictable += free
+            if root.retired:
+                forgotten += root.num_blocks
+                as_free += free
+        assert self.num_blocks == sum(indexed.values()), "blocks of all trees"
+        assert self.evictable == evictable, f"{evictable} evictable, not {self.evictable}"
+        assert self.num_forgotten == forgotten, f"{forgotten} forgotten, not {self.num_forgotten}"
+        assert self.forgotten_evictable == as_free, f"{as_free}, not {self.forgotten_evictable}"
+        assert self.num_nodes == nodes, f"{nodes} nodes, not {self.num_nodes}"
+        return indexed
+
+    def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
+        width = self.block_bytes
+        name = node.key[:16].hex() or "root"
+        children = node.children or Children()
+        children.check()
+        below = sum(1 for child in children.values() if child.ref)
+        outside = 1 if node.parent is None else 0
+        assert node.ref == below + outside + locks.get(node, 0), f"{name}: ref {node.ref}"
+        if node.parent is not None:
+            assert len(node.blocks) == -(-len(node.key) // width), f"{name}: blocks and tokens"
+            assert node.blocks, f"{name}: a node without blocks"
+            assert not (len(node.key) % width and (children or node.ghosts)), f"{name}: not a leaf"
+            if node.is_evictable:
+                assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
+        for first, child in children.items():
+            assert child.parent is node, f"{name}: a child with another parent"
+            assert child.root is node.root, f"{name}: a child with another root"
+            assert child.key.startswith(first), f"{name}: a child under another key"
+            assert len(first) == min(width, len(child.key)), f"{name}: a short key"
+            assert node.ref or child.last <= node.last, f"{name}: younger than its parent"
+            if len(child.key) < width and not child.ref:
+                assert not self._is_covered(child), f"{name}: a covered tail"
+        for ghost in (node.ghosts or {}).values():
+            assert not ghost.blocks, f"{name}: a ghost with blocks"
+            assert ghost.parent is node, f"{name}: a ghost with another parent"
