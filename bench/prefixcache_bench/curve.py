@@ -189,7 +189,7 @@ class LruStack:
             segments.append((above + same, length, last, same))
         new = (len(tokens) - match.end) // tree.block_bytes
         if new:
-            node = tree.grow(node, tokens[match.end :], _NO_IDS * new).node
+            node = tree.insert(node, tokens[match.end :], _NO_IDS * new).node
         tree.unlock(node)
         known = 0
         for last, length in runs:
@@ -221,7 +221,7 @@ def _runs(node: Node) -> list[tuple[int, int]]:
     """Give (time of last use, blocks) of the nodes from the root to `node`."""
     runs = []
     while node.parent is not None:
-        runs.append((node.last, len(node.blocks)))
+        runs.append((node.last_used, len(node.blocks)))
         node = node.parent
     runs.reverse()
     return runs

@@ -61,7 +61,7 @@ class CoreTree:
         tree = self.tree
         match = tree.match(self.root, tokens)
         need = (len(tokens) - match.end) // WIDTH
-        grown = tree.grow(tree.lock(match), tokens[match.end :], blocks[:need])
+        grown = tree.insert(tree.lock(match), tokens[match.end :], blocks[:need])
         tree.unlock(grown.node)
         return blocks[need:]
 

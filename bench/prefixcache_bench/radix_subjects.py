@@ -66,12 +66,12 @@ class Core:
     @property
     def tree(self) -> RadixTree:
         """The tree inside."""
-        return self.cache._desk.tree
+        return self.cache._lessor.tree
 
     @property
     def root(self) -> Root:
         """The namespace's root."""
-        return self.cache._desk.roots[SPACE]
+        return self.cache._lessor.roots[SPACE]
 
     def store(self, tokens: bytes) -> None:
         """Acquire, commit, release."""
@@ -104,11 +104,11 @@ class Core:
         node = tree.lock(match)
         run = (tokens + more)[match.end :]
         run = run[: len(run) // WIDTH * WIDTH]
-        blocks = self.cache._desk.holdings.allocate(len(run) // WIDTH)
+        blocks = self.cache._lessor.blocks.obtain(len(run) // WIDTH)
         grown = []
 
         def call() -> None:
-            grown.append(tree.grow(node, run, blocks))
+            grown.append(tree.insert(node, run, blocks))
 
         return call, lambda: tree.unlock(grown[0].node)
 

@@ -100,7 +100,7 @@ def replay(
     room = capacity * width
     sums = Sums(trace.unit, words, counts_partial=asked.partial is Partial.OFF)
     windows = Windows(trace, sums, num_windows)
-    tree = cache._desk.tree  # for its number of blocks alone: a snapshot per request is too dear
+    tree = cache._lessor.tree  # for its number of blocks alone: a snapshot per request is too dear
     peak = 0
     attached: set[Namespace] = set()
     now = 0.0

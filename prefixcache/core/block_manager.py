@@ -13,7 +13,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
-from prefixcache.core.block_pool import BlockPool, Tenure
+from prefixcache.core.block_pool import BlockPool, LastTenant
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quota import Account, Quotas
@@ -24,7 +24,7 @@ from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate, WorkerId
 
 
-class Holdings:
+class BlockManager:
     """The tree and the pool, and the steps that move blocks between them and the leases."""
 
     __slots__ = (
@@ -33,10 +33,10 @@ class Holdings:
         "_width",
         "aside",
         "block_size",
+        "last_tenant",
         "num_overshot",
         "pool",
         "quotas",
-        "tenure",
         "tree",
     )
 
@@ -44,7 +44,7 @@ class Holdings:
         self.tree = tree
         self.pool = pool
         self.quotas = Quotas(pool.num_blocks)
-        self.tenure = Tenure(pool.num_blocks)
+        self.last_tenant = LastTenant(pool.num_blocks)
         self.aside = Shares(pool.num_blocks, "the pool", "quarantined blocks")
         """Whose leases they were of, but for those of an earlier life."""
         self._aside: dict[WorkerId, Counter[Account]] = {}
@@ -70,11 +70,11 @@ class Holdings:
             )
         return total
 
-    def room(self, match: Match | None = None) -> int:
+    def num_obtainable(self, match: Match | None = None) -> int:
         """Count the blocks that eviction can free for sure, once `match` is locked.  O(nodes)."""
         kept = 0 if match is None else match.num_unprotected()
         # A block that a copy still reads is not free when the tree lets go of it.
-        return self.tree.evictable - kept - len(self.pool.shares)
+        return self.tree.evictable - kept - len(self.pool.refs)
 
     @property
     def num_free(self) -> int:
@@ -84,7 +84,7 @@ class Holdings:
     @property
     def is_full(self) -> bool:
         """Whether not one block can be had now.  O(1)."""
-        return self.pool.num_free <= 0 and self.room() <= 0
+        return self.pool.num_free <= 0 and self.num_obtainable() <= 0
 
     def admit(self, need: int, account: Account, match: Match | None = None) -> None:
         """Check that `need` blocks can be had, and that `account` may hold them.  Changes nothing.
@@ -97,7 +97,7 @@ class Holdings:
             kept = 0 if match is None else match.num_unprotected()
             self.quotas.admit(account, need + kept)
         short = need - self.pool.num_free
-        if short > 0 and short > (room := self.room(match)):
+        if short > 0 and short > (room := self.num_obtainable(match)):
             forgotten = self.tree.forgotten_evictable
             free = self.pool.num_free + min(forgotten, max(0, room))
             evictable = max(0, room - forgotten)
@@ -117,7 +117,7 @@ class Holdings:
                 "still write to them have ended"
             ) from None
 
-    def allocate(self, need: int, tenant: str = "") -> BlockTable:
+    def obtain(self, need: int, tenant: str = "") -> BlockTable:
         """Take blocks that were admitted, evicting as many as are lacking.
 
         What another tenant has used is wiped before this one may read it.
@@ -131,11 +131,11 @@ class Holdings:
             pool.release(evicted)
         num_used = pool.num_used
         blocks = pool.allocate(need)
-        self.tenure.lend(blocks, tenant, num_used)
+        self.last_tenant.assign(blocks, tenant, num_used)
         return blocks
 
     @staticmethod
-    def recount(lease: Lease) -> None:
+    def count_private(lease: Lease) -> None:
         """Tell a lease's account how many blocks it owns now.  O(1)."""
         private = lease.count_private()
         if private != lease.num_private:
@@ -149,11 +149,11 @@ class Holdings:
         if match.partial_block is None or self._partial is Partial.OFF:
             return None
         short = need - self.pool.num_free
-        if short > 0 and short > self.room(match) - 1:
+        if short > 0 and short > self.num_obtainable(match) - 1:
             return None
         return match.partial_block
 
-    def take(
+    def allocate(
         self, lease: Lease, match: Match, node: Node, need: int, source: BlockId | None
     ) -> tuple[Copy, ...]:
         """Give a new lease its table: the locked prefix and `need` blocks of its own.
@@ -162,8 +162,8 @@ class Holdings:
             The copy to make first, if part of a block is reused.
         """
         if source is not None:
-            self.pool.share(source)
-        fresh = self.allocate(need, lease.namespace.tenant)
+            self.pool.add_ref(source)
+        fresh = self.obtain(need, lease.namespace.tenant)
         lease.table = node.table()
         lease.private_from = len(lease.table)
         lease.table.extend(fresh)
@@ -174,14 +174,14 @@ class Holdings:
         lease.committed += match.partial_tokens
         return (Copy(source, BlockId(fresh[0]), match.partial_tokens),)
 
-    def publish(self, lease: Lease, num_tokens: int) -> int:
+    def commit(self, lease: Lease, num_tokens: int) -> int:
         """Index a lease's blocks up to `num_tokens`.  O(new tokens + nodes passed).
 
         Returns:
             Blocks that became visible, the tail included: none, if the namespace was reset.
         """
         if lease.tail is not None:
-            self.tree.unhang(lease.tail)
+            self.tree.remove_tail(lease.tail)
             lease.tail = None
             lease.private_from -= 1
         at = lease.start // self.block_size
@@ -189,7 +189,7 @@ class Holdings:
         indexed = 0
         if whole:
             cut = whole * self._width
-            grown = self.tree.grow(lease.node, lease.rest[:cut], lease.table[at : at + whole])
+            grown = self.tree.insert(lease.node, lease.rest[:cut], lease.table[at : at + whole])
             lease.node = grown.node
             lease.start += whole * self.block_size
             lease.rest = lease.rest[cut:]
@@ -201,7 +201,7 @@ class Holdings:
         left = (num_tokens - lease.start) * TOKEN_BYTES
         if left and self._partial is Partial.TAILS:
             block = BlockId(lease.table[lease.private_from])
-            lease.tail, absorbed = self.tree.hang(lease.node, lease.rest[:left], block)
+            lease.tail, absorbed = self.tree.insert_tail(lease.node, lease.rest[:left], block)
             if absorbed:
                 self.pool.release(absorbed)
             if lease.tail is not None:
@@ -210,7 +210,7 @@ class Holdings:
         lease.committed = num_tokens
         return 0 if lease.node.root.retired else indexed
 
-    def lacks(self, lease: Lease, num_tokens: int) -> int:
+    def blocks_missing(self, lease: Lease, num_tokens: int) -> int:
         """Count the blocks that room for `num_tokens` tokens takes.  Changes nothing.
 
         Raises:
@@ -222,7 +222,7 @@ class Holdings:
     def extend(self, lease: Lease, num_tokens: int) -> TableUpdate:
         """Give a lease room for `num_tokens` tokens, as admitted; unshare its last block."""
         unshare = lease.tail_is_shared and num_tokens > lease.committed
-        fresh = self.allocate(self.lacks(lease, num_tokens), lease.namespace.tenant)
+        fresh = self.obtain(self.blocks_missing(lease, num_tokens), lease.namespace.tenant)
         keep = len(lease.table) - unshare
         copies: tuple[Copy, ...] = ()
         table = lease.own_table() if fresh else lease.table
@@ -256,7 +256,7 @@ class Holdings:
         child.table, child.shares_table = table, True
         child.private_from = len(table)
         if tail_bytes:
-            self.pool.share(BlockId(table[-1]))
+            self.pool.add_ref(BlockId(table[-1]))
             child.tail_is_shared = True
 
     def truncate(self, lease: Lease, num_tokens: int) -> TableUpdate:
@@ -272,9 +272,9 @@ class Holdings:
         owned = array("i", [lease.table[i] for i in lease.duplicates if i >= keep])
         owned.extend(lease.table[lease.private_from :])
         cut = BlockId(lease.table[keep]) if left else None
-        goes_on_in_place = cut in owned and cut not in self.pool.shares
+        goes_on_in_place = cut in owned and cut not in self.pool.refs
         # What a fork still reads is no room to write into.
-        shared = array("i", [b for b in owned if b in self.pool.shares and b != cut])
+        shared = array("i", [b for b in owned if b in self.pool.refs and b != cut])
         for block in shared:
             owned.remove(block)
         copies: tuple[Copy, ...] = ()
@@ -286,19 +286,19 @@ class Holdings:
             is_ours = cut in owned
             if len(owned) == is_ours:
                 self.admit(1, lease.account)
-                owned.extend(self.allocate(1, lease.namespace.tenant))
+                owned.extend(self.obtain(1, lease.namespace.tenant))
             if is_ours:
                 owned.remove(cut)  # ours so far; from now on held as the copy's source
             else:
-                self.pool.share(cut)
-            self.drop_source(lease)
+                self.pool.add_ref(cut)
+            self.release_copy_source(lease)
             lease.source = cut
             copies = (Copy(cut, BlockId(owned[0]), left),)
         self.pool.release(shared)
         if lease.tail_is_shared:
             self._let_go_of_shared_tail(lease)
         if not copies and keep * self.block_size < lease.start:
-            self.drop_source(lease)  # the block it was copied to is given up
+            self.release_copy_source(lease)  # the block it was copied to is given up
         self._step_back(lease, keep, left)
         table = lease.own_table()
         del table[keep:]
@@ -324,7 +324,7 @@ class Holdings:
             lease.node, lease.start, lease.rest = node, start, after
         lease.rest = lease.rest[: left * TOKEN_BYTES]
 
-    def give_back(self, lease: Lease, *, writes_on: bool) -> tuple[int, int]:
+    def free(self, lease: Lease, *, writes_on: bool) -> tuple[int, int]:
         """End what a lease holds.  O(its own blocks + nodes that become unprotected).
 
         Args:
@@ -335,12 +335,12 @@ class Holdings:
             How many blocks became free, and how many are quarantined.
         """
         free_before = self.num_free
-        self.drop_source(lease)
+        self.release_copy_source(lease)
         private = lease.private_blocks()
         if lease.tail_is_shared:
             self.pool.release(lease.table[-1:])  # nothing of its own comes after it
         if writes_on and lease.tail is not None:
-            self.tree.unhang(lease.tail)
+            self.tree.remove_tail(lease.tail)
             private.append(lease.table[lease.private_from - 1])
             lease.tail = None
         if lease.tail is not None:
@@ -366,7 +366,7 @@ class Holdings:
             lease.account.count_quarantined(count)
             self.aside.force(lease.account.tenant, count)
 
-    def absolve(self, worker: WorkerId) -> int:
+    def release_quarantine(self, worker: WorkerId) -> int:
         """Free the blocks that were set aside for a worker that can no longer write.
 
         Returns:
@@ -375,12 +375,12 @@ class Holdings:
         for account, count in self._aside.pop(worker, Counter[Account]()).items():
             account.count_quarantined(-count)
             self.aside.give(account.tenant, count)
-        return self.pool.absolve(worker)
+        return self.pool.release_quarantine(worker)
 
     def _settle_tail(self, lease: Lease) -> None:
         """Note that a lease will not write to its indexed tail any more."""
-        if self.pool.rights is not None and lease.tail is not None:
-            self.pool.rights.ended(lease.tail.blocks[-1:])
+        if self.pool.write_listener is not None and lease.tail is not None:
+            self.pool.write_listener.ended(lease.tail.blocks[-1:])
 
     def _let_go_of_shared_tail(self, lease: Lease) -> None:
         lease.tail_is_shared = False
@@ -392,7 +392,7 @@ class Holdings:
         if absorbed:
             self.pool.release(absorbed)
 
-    def drop_source(self, lease: Lease) -> None:
+    def release_copy_source(self, lease: Lease) -> None:
         """Let go of the block that a lease's copy read."""
         if lease.source is not None:
             self.pool.release_one(lease.source)

@@ -42,7 +42,7 @@ _SHORT_RUN = 64
 """Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
 
 
-class Rights(Protocol):
+class WriteListener(Protocol):
     """What hears who may write: exactly the blocks that were given, and not ended since."""
 
     def given(self, blocks: BlockTable) -> None:
@@ -65,15 +65,15 @@ class BlockPool:
         "_state",
         "_states",
         "num_blocks",
-        "rights",
-        "shares",
+        "refs",
+        "write_listener",
     )
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.shares: Counter[int] = Counter()
+        self.refs: Counter[int] = Counter()
         """Owners of a block beyond its first; only blocks that have any."""
-        self.rights: Rights | None = None
+        self.write_listener: WriteListener | None = None
         """Who hears of the rights to write."""
         self._stack: BlockTable = array("i")
         self._bump = 0
@@ -120,8 +120,8 @@ class BlockPool:
             ids.extend(range(self._bump, self._bump + fresh))
             self._bump += fresh
         self._mark(ids, _LIVE)
-        if self.rights is not None:
-            self.rights.given(ids)
+        if self.write_listener is not None:
+            self.write_listener.given(ids)
         return ids
 
     def release(self, ids: BlockTable) -> int:
@@ -136,8 +136,8 @@ class BlockPool:
             gone = set(several)
             ids = array("i", [block for block in ids if block not in gone])
         self._mark(ids, _FREE)
-        if self.rights is not None:
-            self.rights.ended(ids)
+        if self.write_listener is not None:
+            self.write_listener.ended(ids)
         self._stack.extend(ids)
         return len(ids)
 
@@ -165,13 +165,13 @@ class BlockPool:
         free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
         self._stack = array("i", free.astype(np.int32).tobytes())
 
-    def share(self, block: BlockId) -> None:
+    def add_ref(self, block: BlockId) -> None:
         """Add an owner to a live block."""
         if self._state[block] == _FREE:
             raise AssertionError(f"block {block} is free and cannot be shared")
         if self._state[block] == _LIVE:
             self._state[block] = _SHARED
-        self.shares[block] += 1
+        self.refs[block] += 1
 
     def quarantine(self, worker: WorkerId, ids: BlockTable) -> int:
         """Set live blocks aside that `worker`, whose lease has ended, may still write to.
@@ -188,7 +188,7 @@ class BlockPool:
         self._quarantine.setdefault(worker, array("i")).extend(ids)
         return len(ids)
 
-    def absolve(self, worker: WorkerId) -> int:
+    def release_quarantine(self, worker: WorkerId) -> int:
         """Free the blocks that were set aside for a worker that can no longer write.
 
         Returns:
@@ -199,17 +199,17 @@ class BlockPool:
             return 0
         self._expect(ids, _QUARANTINED)
         self._mark(ids, _LIVE)
-        for block in self.shares.keys() & ids:
+        for block in self.refs.keys() & ids:
             self._state[block] = _SHARED
         return self.release(ids)
 
     def _unshare(self, block: int) -> None:
         """Let one of several owners go."""
-        if block not in self.shares:
+        if block not in self.refs:
             raise AssertionError(_wrong(block, self._state[block], _LIVE))
-        self.shares[block] -= 1
-        if not self.shares[block]:
-            del self.shares[block]
+        self.refs[block] -= 1
+        if not self.refs[block]:
+            del self.refs[block]
             if self._state[block] == _SHARED:
                 self._state[block] = _LIVE
 
@@ -259,7 +259,7 @@ class BlockPool:
         for block in range(self.num_blocks):
             # A block whose owner let go while somebody still holds it is owned by its holders.
             count = owners[block] + held[block]
-            expected = 1 + self.shares[block]
+            expected = 1 + self.refs[block]
             if count != expected:
                 raise AssertionError(
                     f"block {block}: {count} owners, expected {expected} (free {free[block]}, "
@@ -270,9 +270,9 @@ class BlockPool:
                 raise AssertionError(
                     f"block {block}: state {self._state[block]}, free {free[block]}"
                 )
-            if self._state[block] == (_LIVE if self.shares[block] else _SHARED):
+            if self._state[block] == (_LIVE if self.refs[block] else _SHARED):
                 raise AssertionError(
-                    f"block {block}: state {self._state[block]}, {self.shares[block]} more owners"
+                    f"block {block}: state {self._state[block]}, {self.refs[block]} more owners"
                 )
         if sum(free.values()) != self.num_free:
             raise AssertionError(
@@ -296,7 +296,7 @@ _SHORT_LOAN = 24
 """Up to this many blocks a Python loop beats the fixed cost of numpy calls."""
 
 
-class Tenure:
+class LastTenant:
     """The last tenant of every block.
 
     Args:
@@ -318,7 +318,7 @@ class Tenure:
         self._only: str | None = None
         """The one tenant so far: all that is not clean may be its."""
 
-    def lend(self, blocks: BlockTable, tenant: str, num_used: int) -> None:
+    def assign(self, blocks: BlockTable, tenant: str, num_used: int) -> None:
         """Wipe what another tenant has used, before `tenant` may read it.
 
         O(1) while there is one tenant; else O(blocks), and the wiping of those that change hands.

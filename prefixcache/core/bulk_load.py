@@ -34,7 +34,7 @@ class Run(NamedTuple):
     blocks: BlockTable
 
 
-def graft(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run]) -> int:
+def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run]) -> int:
     """Index runs in an empty tree.  O(runs · log siblings), plus one pass over the block ids.
 
     All are unprotected; their order of eviction is that of the runs.  A run whose parent is not
@@ -65,9 +65,9 @@ def graft(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run])
         pieces = [(run.tokens, run.blocks)] if not cuts else _pieces(run, cuts, width)
         for key, blocks in pieces:
             if above is not root and int(followers[above.blocks[-1]]) == 1:
-                parts.setdefault(above, [(above.key, above.blocks)]).append((key, blocks))
+                parts.setdefault(above, [(above.tokens, above.blocks)]).append((key, blocks))
                 above.blocks = blocks  # whose last one says where it ends; joined below
-                above.last = age
+                above.last_used = age
                 if len(key) % width == 0:
                     ends[blocks[-1]] = above
                 continue
@@ -83,7 +83,7 @@ def graft(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run])
             if len(key) % width == 0:
                 ends[blocks[-1]] = node
     for node, joined in parts.items():
-        node.key = b"".join([key for key, _ in joined])
+        node.tokens = b"".join([key for key, _ in joined])
         node.blocks = array("i", b"".join([blocks.tobytes() for _, blocks in joined]))
     return _enter(tree, nodes)
 
@@ -139,8 +139,8 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
         node.root.evictable += size
         node.root.sums.evictable += size
         above = node.parent
-        if above is not None and above.last < node.last:
-            above.last = node.last
+        if above is not None and above.last_used < node.last_used:
+            above.last_used = node.last_used
     tree.num_nodes += len(nodes)
     tree.num_blocks += total
     tree.evictable += total
@@ -154,11 +154,11 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
 def _is_superfluous(tree: RadixTree, node: Node) -> bool:
     """Drop a tail whose tokens a fuller sibling holds, too."""
     above = node.parent
-    if len(node.key) >= tree.block_bytes or above is None or above.children is None:
+    if len(node.tokens) >= tree.block_bytes or above is None or above.children is None:
         return False
-    after = above.children.after(node.key)
-    if after is None or not after.key.startswith(node.key):
+    after = above.children.after(node.tokens)
+    if after is None or not after.tokens.startswith(node.tokens):
         return False
-    above.children.drop(node.key)
+    above.children.drop(node.tokens)
     node.parent = None
     return True

@@ -26,15 +26,15 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from prefixcache.core import bulk_load, explain, introspect, invariants, stats
-from prefixcache.core.block_pool import BlockPool, Rights, Wipe
-from prefixcache.core.kv_events import Journal, Journals, Recital
+from prefixcache.core.block_pool import BlockPool, Wipe, WriteListener
+from prefixcache.core.kv_events import IndexListener, IndexListeners, Replay
 from prefixcache.core.lease import Worker
-from prefixcache.core.lessor import Desk
+from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Root, blocks_below
 from prefixcache.core.oplog import COMMITTED, RESET, TRUNCATED, Put
 from prefixcache.core.policies import policy_named
 from prefixcache.core.policies.priority import HIGHEST, LOWEST, Priority
-from prefixcache.core.protection import Shelter
+from prefixcache.core.protection import ProtectedQueue
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.stats import FlightInfo, Vitals
 from prefixcache.core.wait_queue import Extension, Request
@@ -136,7 +136,7 @@ class PrefixCache:
             policy=order,
             num_ghosts=int(order.ghosts * num_blocks) if num_ghosts is None else num_ghosts,
         )
-        self._desk = Desk(
+        self._lessor = Lessor(
             tree,
             BlockPool(num_blocks),
             self.partial,
@@ -151,22 +151,22 @@ class PrefixCache:
     @property
     def num_indexed(self) -> int:
         """Blocks that the tree holds.  O(1)."""
-        return self._desk.tree.num_blocks
+        return self._lessor.tree.num_blocks
 
     @property
     def num_leases(self) -> int:
         """Leases that are out.  O(1)."""
-        return self._desk.leases.count
+        return self._lessor.leases.count
 
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of each limit is kept; by default for nobody.  O(tenants)."""
-        desk = self._desk
+        lessor = self._lessor
         for shares in (
-            desk.leases.shares,
-            desk.spaces.shares,
-            desk.room.line.shares,
-            *desk.pins.shares,
-            desk.holdings.aside,
+            lessor.leases.shares,
+            lessor.namespaces.shares,
+            lessor.waiting.line.shares,
+            *lessor.pins.shares,
+            lessor.blocks.aside,
         ):
             shares.set_tenants(tenants)
 
@@ -176,11 +176,11 @@ class PrefixCache:
         Raises:
             PoolExhausted: there are too many namespaces, and none that only caches.
         """
-        self._desk.make_way(namespace)
+        self._lessor.make_way(namespace)
 
     def count_leases(self, worker: WorkerId) -> int:
         """Give how many leases a worker has out; 0 if it is not attached.  O(1)."""
-        member = self._desk.leases.workers.get(worker)
+        member = self._lessor.leases.workers.get(worker)
         return 0 if member is None else len(member.leases)
 
     def uncommitted_since(self, worker: WorkerId) -> float | None:
@@ -188,21 +188,21 @@ class PrefixCache:
 
         Looks at its 16 oldest leases.  O(1).
         """
-        member = self._desk.leases.workers.get(worker)
+        member = self._lessor.leases.workers.get(worker)
         oldest = () if member is None else islice(member.leases.values(), _LOOKED_AT)
         return next((one.since for one in oldest if one.committed < one.num_tokens), None)
 
     def count_quarantined(self, worker: WorkerId) -> int:
         """Give how many blocks are set aside since a worker may still write to them.  O(1)."""
-        return self._desk.holdings.pool.count_quarantined(worker)
+        return self._lessor.blocks.pool.count_quarantined(worker)
 
     def knows(self, namespace: Namespace) -> bool:
         """Whether anybody has attached it, or it stores something.  O(1)."""
-        return namespace in self._desk.roots
+        return namespace in self._lessor.roots
 
     def namespaces(self) -> list[Namespace]:
         """Give the namespaces that anybody has attached, or that store something."""
-        return list(self._desk.roots)
+        return list(self._lessor.roots)
 
     # ------------------------------------------------------------------ workers come and go
 
@@ -229,17 +229,17 @@ class PrefixCache:
             PoolExhausted: there are too many namespaces, and none that only caches.
             NotFound: it was detached, and its leases have not all ended yet.
         """
-        desk = self._desk
-        members = desk.leases.workers
-        if worker in desk.leases.leaving:
+        lessor = self._lessor
+        members = lessor.leases.workers
+        if worker in lessor.leases.leaving:
             raise NotFound("this worker is leaving: attach again when its leases have ended")
-        desk.make_way(namespace)
-        desk.root(namespace)
+        lessor.make_way(namespace)
+        lessor.root(namespace)
         if worker not in members:
             members[worker] = Worker(worker, name or str(worker), first_lease=first_lease)
         if namespace not in members[worker].namespaces:
             members[worker].namespaces.add(namespace)
-            desk.spaces.join(namespace)
+            lessor.namespaces.join(namespace)
         self.renew(worker, now=now)
 
     def quit(self, worker: WorkerId, namespace: Namespace) -> None:
@@ -250,10 +250,10 @@ class PrefixCache:
         Raises:
             NotFound: the worker is not attached.
         """
-        spaces = self._desk.leases.worker(worker).namespaces
+        spaces = self._lessor.leases.worker(worker).namespaces
         if namespace in spaces:
             spaces.discard(namespace)
-            self._desk.spaces.leave(namespace)
+            self._lessor.namespaces.leave(namespace)
 
     def renew(self, worker: WorkerId, *, now: float) -> None:
         """Take a sign of life: all leases of the worker live for another TTL.  O(1).
@@ -261,7 +261,7 @@ class PrefixCache:
         Raises:
             NotFound: the worker is not attached.
         """
-        self._desk.leases.worker(worker).renewed_until = now + self._desk.leases.ttl_s
+        self._lessor.leases.worker(worker).renewed_until = now + self._lessor.leases.ttl_s
 
     def detach(self, worker: WorkerId, *, now: float, gone: bool, most: int | None = None) -> Ended:
         """End a worker's session and its leases; its waiting requests are dropped.
@@ -281,19 +281,19 @@ class PrefixCache:
         Raises:
             NotFound: the worker is not attached.
         """
-        desk = self._desk
-        member = desk.leases.worker(worker)
-        for ticket in desk.room.of(worker):
-            desk.room.leave(ticket)
-        desk.leases.begin_to_leave(member, gone=gone)
+        lessor = self._lessor
+        member = lessor.leases.worker(worker)
+        for ticket in lessor.waiting.of(worker):
+            lessor.waiting.leave(ticket)
+        lessor.leases.begin_to_leave(member, gone=gone)
         limit = inf if most is None else most
-        ended = Ended.total(desk.end_leaving(now, limit))
-        desk.serve(now, inf if most is None else None)
+        ended = Ended.total(lessor.end_leaving(now, limit))
+        lessor.serve(now, inf if most is None else None)
         return ended
 
     def is_leaving(self, worker: WorkerId | None = None) -> bool:
         """Whether leases of a worker (or of any) that was detached are still out.  O(1)."""
-        leaving = self._desk.leases.leaving
+        leaving = self._lessor.leases.leaving
         return bool(leaving) if worker is None else worker in leaving
 
     def worker_gone(self, worker: WorkerId, *, now: float) -> int:
@@ -304,13 +304,13 @@ class PrefixCache:
         Returns:
             How many blocks became free.
         """
-        member = self._desk.leases.workers.get(worker)
+        member = self._lessor.leases.workers.get(worker)
         if member is not None and member.is_gone is None:
             return self.detach(worker, now=now, gone=True).num_freed
         if member is not None:
             member.is_gone = True
-        freed = self._desk.holdings.absolve(worker)
-        self._desk.serve(now)
+        freed = self._lessor.blocks.release_quarantine(worker)
+        self._lessor.serve(now)
         return freed
 
     # ------------------------------------------------------------------ a request
@@ -355,49 +355,49 @@ class PrefixCache:
                 too many wait for room.
             QuotaExceeded: its namespace or tenant may not hold so many blocks (now, or ever).
         """
-        desk = self._desk
-        member = desk.leases.worker(worker, namespace if attached else None)
+        lessor = self._lessor
+        member = lessor.leases.worker(worker, namespace if attached else None)
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
         if not attached:
-            desk.make_way(namespace)
-            desk.root(namespace)
+            lessor.make_way(namespace)
+            lessor.root(namespace)
         request = Request(worker, namespace, tokens, reserve, request_id)
-        if (earlier := desk.earlier(member, request)) is not None:
+        if (earlier := lessor.earlier(member, request)) is not None:
             return earlier  # whatever has become of quotas and of the line since then
-        total = desk.holdings.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
-        quotas = desk.holdings.quotas
+        total = lessor.blocks.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
+        quotas = lessor.blocks.quotas
         if quotas.any_limit:
             quotas.refuse_hopeless(quotas.account(namespace), total)
-        line = desk.room.line
+        line = lessor.waiting.line
         try:
-            if line and line.is_closed_for(None):
+            if line and line.is_blocked_by_head(None):
                 raise PoolExhausted(
                     f"needs up to {many(total, 'block')}, and {many(len(line), 'request', 'wait')} "
                     "for room that no other may pass any more",
-                    retry_after_s=desk.leases.ttl_s,
+                    retry_after_s=lessor.leases.ttl_s,
                 )
-            outcome = desk.attempt(member, request, now, wait=wait_s > 0)
+            outcome = lessor.attempt(member, request, now, wait=wait_s > 0)
         except PoolExhausted as short:
             if wait_s <= 0:
                 raise
             line.refuse_if_full(short, namespace.tenant)
-            ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
+            ticket = lessor.waiting.enter(request, namespace.tenant, now + wait_s)
             ticket.over_quota = isinstance(short, QuotaExceeded)
-            desk.room.wait_for_room(ticket)
+            lessor.waiting.wait_for_room(ticket)
             return Waiting(ticket.id, None, 0)
         if isinstance(outcome, Grant):
             if line:
-                line.pass_by(line.heads())
+                line.note_bypass(line.heads())
             return outcome
-        ticket = desk.room.enter(request, namespace.tenant, now + wait_s)
-        desk.room.wait_for(ticket, outcome.owner.serial, outcome.target)
+        ticket = lessor.waiting.enter(request, namespace.tenant, now + wait_s)
+        lessor.waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
         return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
 
-    def settled(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
+    def take_outcomes(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
         """Take the outcomes of waiting requests since the last call."""
-        settled, self._desk.settled = self._desk.settled, []
+        settled, self._lessor.settled = self._lessor.settled, []
         return settled
 
     def cancel(self, worker: WorkerId, ticket: TicketId, *, now: float) -> bool:
@@ -407,16 +407,16 @@ class PrefixCache:
             False if it is an `extend` that has its room already: the outcome comes all the same,
             since the table has changed.
         """
-        desk = self._desk
-        found = desk.room.tickets.get(ticket)
+        lessor = self._lessor
+        found = lessor.waiting.tickets.get(ticket)
         if found is not None and found.request.worker == worker:
-            desk.room.leave(found)
-            desk.serve(now)  # who could not pass it may now
-        for settled in desk.settled:
+            lessor.waiting.leave(found)
+            lessor.serve(now)  # who could not pass it may now
+        for settled in lessor.settled:
             if settled[0] == ticket:
                 if isinstance(settled[1], TableUpdate):
                     return False
-                desk.settled.remove(settled)
+                lessor.settled.remove(settled)
                 if isinstance(settled[1], Grant):
                     self.release(worker, settled[1].lease, now=now)
                 break
@@ -449,7 +449,7 @@ class PrefixCache:
             InvalidRequest: `num_tokens` is out of range; the message has the range.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._desk.leases.get(worker, lease, now)
+        own = self._lessor.leases.get(worker, lease, now)
         if len(new_tokens) % TOKEN_BYTES:
             raise InvalidRequest(
                 f"{many(len(new_tokens), 'byte', 'are')} not whole tokens of {TOKEN_BYTES}"
@@ -466,24 +466,24 @@ class PrefixCache:
             raise InvalidRequest(
                 f"the last block of lease {lease} is shared by a fork; extend it before writing"
             )
-        desk = self._desk
+        lessor = self._lessor
         own.rest += new_tokens
         # The first token that others may see from now on: without tails, that of a whole block.
         news = own.committed if self.partial is Partial.TAILS else own.start
-        desk.holdings.drop_source(own)
+        lessor.blocks.release_copy_source(own)
         indexed = 0
         if num_tokens > own.committed:
-            indexed = desk.holdings.publish(own, num_tokens)
-            desk.holdings.recount(own)
-        if desk.tape is not None:
-            desk.tape((COMMITTED, own.serial, num_tokens, new_tokens, None))
+            indexed = lessor.blocks.commit(own, num_tokens)
+            lessor.blocks.count_private(own)
+        if lessor.oplog is not None:
+            lessor.oplog((COMMITTED, own.serial, num_tokens, new_tokens, None))
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
-            desk.flights.land(own)
-        if desk.room.tickets:
-            desk.call(own)
+            lessor.inflight.remove(own)
+        if lessor.waiting.tickets:
+            lessor.call(own)
             if indexed:
-                desk.landed(own, news)
-            desk.serve(now)
+                lessor.landed(own, news)
+            lessor.serve(now)
         return Committed(num_tokens, indexed)
 
     def extend(
@@ -518,22 +518,22 @@ class PrefixCache:
             QuotaExceeded: its namespace or tenant may not hold so many blocks.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        desk = self._desk
-        own = desk.leases.get(worker, lease, now)
+        lessor = self._lessor
+        own = lessor.leases.get(worker, lease, now)
         if num_tokens < 0:
             raise InvalidRequest(f"cannot make room for {num_tokens} tokens; give 0 or more")
-        if desk.room.line:
-            desk.room.line.refuse_second(own)
+        if lessor.waiting.line:
+            lessor.waiting.line.refuse_second(own)
         try:
-            return desk.extend(own, num_tokens, now)
+            return lessor.extend(own, num_tokens, now)
         except PoolExhausted as short:
             if wait_s <= 0:
                 raise
             tenant = own.namespace.tenant
-            desk.room.line.refuse_if_full(short, tenant)
-            ticket = desk.room.enter(Extension(worker, own, num_tokens), tenant, now + wait_s)
+            lessor.waiting.line.refuse_if_full(short, tenant)
+            ticket = lessor.waiting.enter(Extension(worker, own, num_tokens), tenant, now + wait_s)
             ticket.over_quota = isinstance(short, QuotaExceeded)
-            desk.room.wait_for_room(ticket)
+            lessor.waiting.wait_for_room(ticket)
             return Waiting(ticket.id, None, 0)
 
     def fork(self, worker: WorkerId, lease: LeaseId, n: int, *, now: float) -> tuple[Grant, ...]:
@@ -549,15 +549,15 @@ class PrefixCache:
             PoolExhausted: there are too many leases.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._desk.leases.get(worker, lease, now)
+        own = self._lessor.leases.get(worker, lease, now)
         if n < 1:
             raise InvalidRequest(f"cannot fork into {n} leases; ask for at least 1")
         if not own.committed:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
-        member = self._desk.leases.worker(worker)
-        self._desk.admit_leases(own.namespace.tenant, n)
-        table = self._desk.holdings.shared_table(own)
-        return tuple(self._desk.fork(member, own, table, now) for _ in range(n))
+        member = self._lessor.leases.worker(worker)
+        self._lessor.admit_leases(own.namespace.tenant, n)
+        table = self._lessor.blocks.shared_table(own)
+        return tuple(self._lessor.fork(member, own, table, now) for _ in range(n))
 
     def num_committed_blocks(self, worker: WorkerId, lease: LeaseId, *, now: float) -> int:
         """Count the blocks of a lease's committed tokens: those a fork has.  O(1).
@@ -565,7 +565,7 @@ class PrefixCache:
         Raises:
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        return -(-self._desk.leases.get(worker, lease, now).committed // self.block_size)
+        return -(-self._lessor.leases.get(worker, lease, now).committed // self.block_size)
 
     def truncate(
         self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
@@ -581,24 +581,24 @@ class PrefixCache:
             PoolExhausted: the copy of a cut block needs a block, and there is none.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
-        own = self._desk.leases.get(worker, lease, now)
+        own = self._lessor.leases.get(worker, lease, now)
         if not 0 <= num_tokens <= own.num_tokens:
             raise InvalidRequest(
                 f"cannot truncate lease {lease} to {many(num_tokens, 'token')}; it knows "
                 f"{own.num_tokens:,}"
             )
         try:
-            update = self._desk.holdings.truncate(own, num_tokens)
+            update = self._lessor.blocks.truncate(own, num_tokens)
         except PoolExhausted as short:
-            raise self._desk.refusal(short, own.namespace.tenant, now) from None
-        self._desk.holdings.recount(own)
-        if self._desk.tape is not None:
-            self._desk.tape((TRUNCATED, own.serial, num_tokens, b"", None))
+            raise self._lessor.refusal(short, own.namespace.tenant, now) from None
+        self._lessor.blocks.count_private(own)
+        if self._lessor.oplog is not None:
+            self._lessor.oplog((TRUNCATED, own.serial, num_tokens, b"", None))
         if (prompt := own.flight) is not None:
-            self._desk.flights.land(own)
-            self._desk.flights.start(own, prompt[: num_tokens * TOKEN_BYTES])
-        self._desk.call(own, everyone=True)
-        self._desk.serve(now)
+            self._lessor.inflight.remove(own)
+            self._lessor.inflight.add(own, prompt[: num_tokens * TOKEN_BYTES])
+        self._lessor.call(own, everyone=True)
+        self._lessor.serve(now)
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
@@ -607,14 +607,14 @@ class PrefixCache:
         Raises:
             NotFound: the worker never had that lease.
         """
-        member = self._desk.leases.worker(worker)
+        member = self._lessor.leases.worker(worker)
         own = member.leases.get(lease)
         if own is None:
             if member.was_granted(lease):
                 return Released(0)
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
-        freed = self._desk.end(own, now, writes_on=False).num_freed
-        self._desk.serve(now)
+        freed = self._lessor.end(own, now, writes_on=False).num_freed
+        self._lessor.serve(now)
         return Released(freed)
 
     def expire(self, *, now: float, most: int | None = None) -> Ended:
@@ -627,21 +627,21 @@ class PrefixCache:
             most: How many leases and pins each are ended, or looked at, in this step, by default
                 all: first those of workers that leave.  `next_deadline` says that there are others.
         """
-        desk = self._desk
+        lessor = self._lessor
         limit, work = (inf, inf) if most is None else (most, None)
-        desk.pins.expire(now, limit)
-        over = desk.end_leaving(now, limit)
+        lessor.pins.expire(now, limit)
+        over = lessor.end_leaving(now, limit)
         if not over or most is None:
-            due = desk.leases.due(now, limit)
-            over += [desk.end(lease, now, writes_on=True) for lease in due]
+            due = lessor.leases.due(now, limit)
+            over += [lessor.end(lease, now, writes_on=True) for lease in due]
         if over:
-            desk.serve(now, work)
+            lessor.serve(now, work)
         else:
-            desk.go_on(now, work)
-        next_end = desk.leases.next_deadline()
-        all_ended = not desk.leases.leaving and (next_end is None or next_end >= now)
-        if all_ended and desk.give_up(now, work):  # whoever waits has had what these gave back
-            desk.serve(now, work)
+            lessor.go_on(now, work)
+        next_end = lessor.leases.next_deadline()
+        all_ended = not lessor.leases.leaving and (next_end is None or next_end >= now)
+        if all_ended and lessor.give_up(now, work):  # whoever waits has had what these gave back
+            lessor.serve(now, work)
         return Ended.total(over)
 
     def next_deadline(self) -> float | None:
@@ -649,13 +649,13 @@ class PrefixCache:
 
         O(1), amortised.  Where steps have left something to do, it is over already.
         """
-        desk = self._desk
-        if desk.is_behind or desk.leases.leaving or desk.pins.is_behind:
+        lessor = self._lessor
+        if lessor.is_behind or lessor.leases.leaving or lessor.pins.is_behind:
             return -inf
         times = (
-            desk.leases.next_deadline(),
-            desk.room.next_deadline(),
-            desk.pins.next_deadline(),
+            lessor.leases.next_deadline(),
+            lessor.waiting.next_deadline(),
+            lessor.pins.next_deadline(),
         )
         return min((time for time in times if time is not None), default=None)
 
@@ -667,17 +667,17 @@ class PrefixCache:
         Leases keep their blocks until they end; all other blocks of the namespace are the first to
         be reused.
         """
-        desk = self._desk
-        root = desk.roots.get(namespace)
+        lessor = self._lessor
+        root = lessor.roots.get(namespace)
         if root is None:
             return Reset(0, 0)
-        desk.history.recents.forget(namespace)
-        unpinned = desk.pins.unpin(namespace.tenant, root, None)
-        desk.tree.retire(root)
-        desk.roots[namespace] = fresh = Root(namespace)
-        desk.holdings.quotas.open(fresh)
-        if desk.tape is not None:
-            desk.tape((RESET, 0, 0, b"", namespace))
+        lessor.history.request_log.forget(namespace)
+        unpinned = lessor.pins.unpin(namespace.tenant, root, None)
+        lessor.tree.drop_namespace(root)
+        lessor.roots[namespace] = fresh = Root(namespace)
+        lessor.blocks.quotas.open(fresh)
+        if lessor.oplog is not None:
+            lessor.oplog((RESET, 0, 0, b"", namespace))
         return Reset(
             num_blocks=root.num_blocks,
             num_leased=root.num_blocks - root.evictable,
@@ -707,16 +707,16 @@ class PrefixCache:
         >>> pinned.num_tokens, pinned.num_blocks, pinned.max_pinned
         (8, 2, 16)
         """
-        desk = self._desk
+        lessor = self._lessor
         _check_tokens(tokens)
         if not 0 < ttl_s < inf:
             raise InvalidRequest(f"cannot pin for {ttl_s:g} s; give a time above 0")
-        root = desk.roots.get(namespace)
+        root = lessor.roots.get(namespace)
         if root is None:
-            pins = desk.pins
+            pins = lessor.pins
             pinned = pins.num_pinned_of(namespace.tenant)
             return Pinned(0, 0, 0, 0, 0.0, pinned, pins.max_pinned)
-        answer = desk.pins.pin(desk.tree.match(root, tokens), ttl_s, now)
+        answer = lessor.pins.pin(lessor.tree.match(root, tokens), ttl_s, now)
         if answer.num_blocks:
             self._shelter()
         return answer
@@ -729,13 +729,13 @@ class PrefixCache:
         Raises:
             InvalidRequest: a torn token.
         """
-        desk = self._desk
-        root = desk.roots.get(namespace)
+        lessor = self._lessor
+        root = lessor.roots.get(namespace)
         if not tokens:
-            return desk.pins.unpin(namespace.tenant, root, None)
+            return lessor.pins.unpin(namespace.tenant, root, None)
         _check_tokens(tokens)
-        return desk.pins.unpin(
-            namespace.tenant, root, None if root is None else desk.tree.match(root, tokens)
+        return lessor.pins.unpin(
+            namespace.tenant, root, None if root is None else lessor.tree.match(root, tokens)
         )
 
     def set_quota(
@@ -755,23 +755,23 @@ class PrefixCache:
         Raises:
             InvalidRequest: a number is out of range, or all shares together exceed the pool.
         """
-        desk = self._desk
-        answer = desk.holdings.quotas.set(scope, max_held, guaranteed)
-        if guaranteed or desk.holdings.quotas.shares:
+        lessor = self._lessor
+        answer = lessor.blocks.quotas.set(scope, max_held, guaranteed)
+        if guaranteed or lessor.blocks.quotas.shares:
             self._shelter()
-        if isinstance(desk.tree.queue, Shelter):
-            desk.tree.queue.let_all_go()
-        desk.serve(now)
+        if isinstance(lessor.tree.queue, ProtectedQueue):
+            lessor.tree.queue.unprotect_all()
+        lessor.serve(now)
         return answer
 
     def quota(self, scope: Namespace | str) -> QuotaInfo:
         """Say what a namespace or a tenant may hold, and holds.  Changes nothing."""
-        return self._desk.holdings.quotas.get(scope)
+        return self._lessor.blocks.quotas.get(scope)
 
     def _shelter(self) -> None:
-        tree = self._desk.tree
-        if not isinstance(tree.queue, Shelter):
-            tree.queue = Shelter(tree, self._desk.holdings.quotas)
+        tree = self._lessor.tree
+        if not isinstance(tree.queue, ProtectedQueue):
+            tree.queue = ProtectedQueue(tree, self._lessor.blocks.quotas)
 
     def rank(self, namespace: Namespace, level: int, *, ttl_s: float = inf) -> None:
         """Give all that is used in a namespace from now on a level, for `ttl_s` after each use.
@@ -799,11 +799,11 @@ class PrefixCache:
             NotFound, LeaseExpired: the lease is not there (any more).
         """
         policy = self._levels(level)
-        own = self._desk.leases.get(worker, lease, now)
+        own = self._lessor.leases.get(worker, lease, now)
         policy.retain(own.tail or own.node, level, now + ttl_s)
 
     def _levels(self, level: int) -> Priority:
-        policy = self._desk.tree.policy
+        policy = self._lessor.tree.policy
         if not isinstance(policy, Priority):
             raise InvalidRequest(
                 f"policy {policy.name!r} has no levels; serve with --policy priority"
@@ -821,7 +821,7 @@ class PrefixCache:
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return stats.lookup(self._desk, self._desk.roots.get(namespace), tokens)
+        return stats.lookup(self._lessor, self._lessor.roots.get(namespace), tokens)
 
     def explain(self, namespace: Namespace, tokens: bytes, *, now: float) -> Explanation:
         """Say what would become of each token, and where the prompt parts from what is stored.
@@ -832,9 +832,9 @@ class PrefixCache:
             InvalidRequest: no tokens, or a torn token.
         """
         self._check_prompt(tokens)
-        return explain.explain(self._desk, namespace, tokens, now)
+        return explain.explain(self._lessor, namespace, tokens, now)
 
-    def recount(
+    def explain_request(
         self, request: str, may_see: Callable[[Namespace], bool], *, now: float
     ) -> Explanation:
         """Say why a recent request was answered as it was.  Changes nothing.  O(recent requests).
@@ -847,10 +847,10 @@ class PrefixCache:
         Raises:
             NotFound: there is none, or the caller may not know of it.
         """
-        recents = self._desk.history.recents
+        recents = self._lessor.history.request_log
         for one in recents:
             if one.is_called(request) and may_see(one.namespace):
-                return explain.recount(self._desk, one, now)
+                return explain.recount(self._lessor, one, now)
         raise NotFound(
             f"no recent request {request!r} (the last {len(recents):,} are remembered); "
             "name it by its request id, or as worker#lease"
@@ -888,8 +888,8 @@ class PrefixCache:
         """
         if max_branches < 1 or (max_depth is not None and max_depth < 1):
             raise InvalidRequest(f"{max_branches} branches to depth {max_depth}: give at least 1")
-        chosen = list(self._desk.roots) if namespaces is None else namespaces
-        walk = introspect.Walk(self._desk, order, max_branches, max_depth, ghosts=ghosts)
+        chosen = list(self._lessor.roots) if namespaces is None else namespaces
+        walk = introspect.Walk(self._lessor, order, max_branches, max_depth, ghosts=ghosts)
         return walk.run(chosen, sees, max_namespaces, now)
 
     def snapshot(
@@ -927,48 +927,48 @@ class PrefixCache:
         Between them other verbs may be called.  The numbers are those of the first step's moment;
         each row is as it is when its turn comes, and what has ended by then is left out.
         """
-        return stats.snapshot(self._desk, now, tenant, sees)
+        return stats.snapshot(self._lessor, now, tenant, sees)
 
     def oldest_leases(self, most: int, *, now: float) -> list[LeaseInfo]:
         """Tell up to `most` leases, oldest first.  O(most)."""
-        return stats.oldest_leases(self._desk, most, now)
+        return stats.oldest_leases(self._lessor, most, now)
 
     def vitals(self, *, now: float) -> Vitals:
         """Give the numbers that are cheap enough for every second.  O(1)."""
-        return stats.vitals(self._desk, now)
+        return stats.vitals(self._lessor, now)
 
     def flights(self, most: int = 1000) -> list[FlightInfo]:
         """Give up to `most` of the prompts that leases are computing."""
-        return stats.flights(self._desk, most)
+        return stats.flights(self._lessor, most)
 
     def block_map(self, num_cells: int = 1024) -> Generator[None, None, tuple[int, ...]]:
         """Draw the pool: per cell the index in `blockmap.STATES` of what most of its blocks are.
 
         O(runs + blocks), in steps of some hundred runs: between them other verbs may be called.
         """
-        return introspect.block_map(self._desk, num_cells)
+        return introspect.block_map(self._lessor, num_cells)
 
     # ------------------------------------------------------------------ who listens; another life
 
-    def observe(self, journal: Journal, rights: Rights | None = None) -> None:
+    def observe(self, journal: IndexListener, rights: WriteListener | None = None) -> None:
         """Tell `journal` of every change of the index from now on, beside those told already.
 
         Args:
             journal: Hears of the index.
             rights: Hears of the rights to write; at most one does.
         """
-        tree = self._desk.tree
-        tree.journal = journal if tree.journal is None else Journals(tree.journal, journal)
+        tree = self._lessor.tree
+        tree.listener = journal if tree.listener is None else IndexListeners(tree.listener, journal)
         if rights is not None:
-            self._desk.holdings.pool.rights = rights
+            self._lessor.blocks.pool.write_listener = rights
 
     def wipe_with(self, wipe: Wipe) -> None:
         """Have blocks overwritten with zeros before they are lent to another tenant than before."""
-        self._desk.holdings.tenure.wipe = wipe
+        self._lessor.blocks.last_tenant.wipe = wipe
 
-    def recite(self, journal: Journal) -> Recital:
+    def replay(self, journal: IndexListener) -> Replay:
         """Prepare to tell `journal` what is indexed, as if it was stored just now.  O(1)."""
-        return Recital(self._desk.roots, self._desk.tree.block_bytes, journal)
+        return Replay(self._lessor.roots, self._lessor.tree.block_bytes, journal)
 
     def record(self, put: Put | None) -> None:
         """Put on a tape what happens from now on, so that another cache can play it again.
@@ -976,7 +976,7 @@ class PrefixCache:
         Args:
             put: Takes an entry of `core.tape`; None ends it.
         """
-        self._desk.tape = put
+        self._lessor.oplog = put
 
     def restore(self, runs: Sequence[bulk_load.Run], aside: BlockTable, worker: WorkerId) -> int:
         """Take over what an earlier life of the pool left.  Only while the cache is empty.
@@ -991,16 +991,16 @@ class PrefixCache:
         Returns:
             How many blocks are indexed now.
         """
-        desk = self._desk
+        lessor = self._lessor
         for run in runs:
-            desk.root(run.namespace)
-        count = bulk_load.graft(desk.tree, desk.roots, runs)
+            lessor.root(run.namespace)
+        count = bulk_load.load(lessor.tree, lessor.roots, runs)
         indexed = array("i")
-        for root in desk.roots.values():
+        for root in lessor.roots.values():
             indexed.extend(blocks_below(root))
-        desk.holdings.pool.restore(indexed, aside, worker)
-        desk.holdings.tenure.restore(
-            (root.namespace.tenant, blocks_below(root)) for root in desk.roots.values()
+        lessor.blocks.pool.restore(indexed, aside, worker)
+        lessor.blocks.last_tenant.restore(
+            (root.namespace.tenant, blocks_below(root)) for root in lessor.roots.values()
         )
         return count
 
@@ -1010,7 +1010,7 @@ class PrefixCache:
         Raises:
             AssertionError: one does not; the message has the tree.
         """
-        invariants.check(self._desk)
+        invariants.check(self._lessor)
 
     def _check_prompt(self, tokens: bytes) -> None:
         if not tokens or len(tokens) % TOKEN_BYTES:

@@ -88,7 +88,7 @@ class EvictionPolicy:
 
     def key(self, node: Node) -> float:
         """Give the leaf's place in the order, smallest first.  Must not shrink while it lives."""
-        return node.last
+        return node.last_used
 
     def queue(self) -> Queue:
         """Make the queue that orders the leaves: one heap, if not overridden."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from itertools import islice
 
-from prefixcache.core.history import SHOWN_TOKENS, Recent, depths
+from prefixcache.core.history import SHOWN_TOKENS, GrantRecord, depths
 from prefixcache.core.ledger import settle, spans
-from prefixcache.core.lessor import Desk
+from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Match, Root, common_prefix
 from prefixcache.types import (
     TOKEN_BYTES,
@@ -37,46 +37,46 @@ _MOST_ELSEWHERE = 64
 """Other namespaces that are looked at."""
 
 
-def explain(desk: Desk, namespace: Namespace, tokens: bytes, now: float) -> Explanation:
+def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> Explanation:
     """Say what would become of each token, and where the prompt parts from what is stored."""
-    tree, root = desk.holdings.tree, desk.roots.get(namespace)
+    tree, root = lessor.blocks.tree, lessor.roots.get(namespace)
     if root is None:
         ledger = Ledger(cold=len(tokens) // TOKEN_BYTES)
         return Explanation(
-            spans(ledger), ledger, None, b"", 0, elsewhere=_elsewhere(desk, namespace, tokens, 0)
+            spans(ledger), ledger, None, b"", 0, elsewhere=_elsewhere(lessor, namespace, tokens, 0)
         )
     match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-    partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
+    partial = 0 if lessor.partial is Partial.OFF else match.partial_tokens
     ledger = settle(tree, match, tokens, partial=partial)
     found = depths(tree, match, tokens, ledger.evicted) if ledger.evicted else []
-    gain = desk.flights.find(root, match, tokens)
+    gain = lessor.inflight.find(root, match, tokens)
     exact = tree.match(root, tokens)
     run = tree.parting(exact, tokens, _SHOWN_BYTES)
     stored = b"" if run is None else run[exact.partial_tokens * TOKEN_BYTES :]
     parted_at = None if run is None else exact.end // TOKEN_BYTES + exact.partial_tokens
-    resumes_at, num_same = _resumption(desk, root, tokens, parted_at, stored)
+    resumes_at, num_same = _resumption(lessor, root, tokens, parted_at, stored)
     return Explanation(
         spans=spans(ledger),
         ledger=ledger,
         parted_at=parted_at,
         stored_next=stored,
-        num_parted=0 if run is None else _num_parted(desk, exact, now),
+        num_parted=0 if run is None else _num_parted(lessor, exact, now),
         resumes_at=resumes_at,
         num_same=num_same,
         extra_blocks=max((depth for depth, _ in found), default=None),
         num_pending=0 if gain is None else gain.num_tokens,
-        elsewhere=_elsewhere(desk, namespace, tokens, ledger.reused),
+        elsewhere=_elsewhere(lessor, namespace, tokens, ledger.reused),
     )
 
 
-def recount(desk: Desk, past: Recent, now: float) -> Explanation:
+def recount(lessor: Lessor, past: GrantRecord, now: float) -> Explanation:
     """Explain a request that was granted lately, as it was then."""
-    tree, root = desk.holdings.tree, desk.roots.get(past.namespace)
+    tree, root = lessor.blocks.tree, lessor.roots.get(past.namespace)
     tokens, at = past.tokens, past.parted_at
     resumes_at, num_same, num_parted = None, 0, 0
     if root is not None and at is not None and tokens:
-        resumes_at, num_same = _resumption(desk, root, tokens, at, past.stored_next)
-        num_parted = _num_parted(desk, tree.match(root, tokens[: at * TOKEN_BYTES]), now)
+        resumes_at, num_same = _resumption(lessor, root, tokens, at, past.stored_next)
+        num_parted = _num_parted(lessor, tree.match(root, tokens[: at * TOKEN_BYTES]), now)
     space = past.namespace
     return Explanation(
         spans=spans(past.ledger),
@@ -87,7 +87,7 @@ def recount(desk: Desk, past: Recent, now: float) -> Explanation:
         resumes_at=resumes_at,
         num_same=num_same,
         extra_blocks=past.extra_blocks,
-        elsewhere=_elsewhere(desk, space, tokens, past.ledger.reused) if tokens else (),
+        elsewhere=_elsewhere(lessor, space, tokens, past.ledger.reused) if tokens else (),
         past=PastRequest(
             past.request_id,
             past.worker,
@@ -100,21 +100,21 @@ def recount(desk: Desk, past: Recent, now: float) -> Explanation:
     )
 
 
-def _num_parted(desk: Desk, match: Match, now: float) -> int:
+def _num_parted(lessor: Lessor, match: Match, now: float) -> int:
     """Count the requests of the last hour that parted where a match ends."""
     if match.used < len(match.node.blocks):
         return 0
-    return desk.history.partings.at(match.node, match.partial_tokens, now)
+    return lessor.history.divergence.at(match.node, match.partial_tokens, now)
 
 
 def _resumption(
-    desk: Desk, root: Root, tokens: bytes, parted_at: int | None, stored: bytes
+    lessor: Lessor, root: Root, tokens: bytes, parted_at: int | None, stored: bytes
 ) -> tuple[int | None, int]:
     """Find where, behind a parting, a prompt is the same again as the stored one."""
     if parted_at is None:
         return None, 0
     cut = parted_at * TOKEN_BYTES
-    more = desk.holdings.tree.continuation(root, tokens[:cut] + stored, _COMPARED_BYTES)
+    more = lessor.blocks.tree.continuation(root, tokens[:cut] + stored, _COMPARED_BYTES)
     theirs, ours = stored + more, tokens[cut : cut + _COMPARED_BYTES]
     width = _SAME_TOKENS * TOKEN_BYTES
     for skip in _SKIPS:
@@ -136,21 +136,21 @@ def _resumption(
 
 
 def _elsewhere(
-    desk: Desk, namespace: Namespace, tokens: bytes, reused: int
+    lessor: Lessor, namespace: Namespace, tokens: bytes, reused: int
 ) -> tuple[tuple[Namespace, int], ...]:
     """Find namespaces of the same tenant that store more of a prompt; never behind a salt.
 
     A salt is a secret: only who names it may learn what is stored behind it.
     """
-    tree, found = desk.holdings.tree, []
+    tree, found = lessor.blocks.tree, []
     limit = len(tokens) - TOKEN_BYTES
-    for space, root in islice(desk.roots.items(), _MOST_ELSEWHERE):
+    for space, root in islice(lessor.roots.items(), _MOST_ELSEWHERE):
         if space == namespace or space.tenant != namespace.tenant:
             continue
         if space.salt not in ("", namespace.salt):
             continue
         match = tree.match(root, tokens, limit)
-        partial = 0 if desk.partial is Partial.OFF else match.partial_tokens
+        partial = 0 if lessor.partial is Partial.OFF else match.partial_tokens
         if (there := match.end // TOKEN_BYTES + partial) > reused:
             found.append((space, there))
     return tuple(sorted(found, key=lambda one: -one[1]))

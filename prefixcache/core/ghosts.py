@@ -36,14 +36,14 @@ class Ghosts:
 
     def bury(self, above: Node, ghost: Node) -> None:
         """Remember an evicted leaf below `above`.  O(log siblings)."""
-        first = ghost.key[: self.block_bytes]
+        first = ghost.tokens[: self.block_bytes]
         if above.ghosts and first in above.ghosts:
             self._drop(above, above.ghosts[first])
         if above.ghosts is None:
             above.ghosts = Children()
         above.ghosts.put(first, ghost)
         self._serial += 1
-        ghost.last = self._serial
+        ghost.last_used = self._serial
         self._count(ghost, 1)
         self._fifo.append((self._serial, ghost))
 
@@ -54,12 +54,12 @@ class Ghosts:
             ghost.ghosts = None
             return
         only = next(iter(ghosts.values()))
-        joined = len(ghost.key) + len(only.key)
+        joined = len(ghost.tokens) + len(only.tokens)
         if len(ghosts) == 1 and joined <= _MERGED_UNTIL and ghost.mark == only.mark:
             self._count(only, -1)
-            ghost.key += only.key
+            ghost.tokens += only.tokens
             ghost.ghosts = only.ghosts
-            ghost.parted = only.parted
+            ghost.divergence = only.divergence
             only.parent = None
             ghosts = ghost.ghosts or Children()
         for below in ghosts.values():
@@ -74,8 +74,8 @@ class Ghosts:
             if child is None:
                 _, same = node.ghosts.nearest(tokens[off : off + width])
                 return off + same - start
-            size = len(child.key)
-            same = common_prefix(tokens, off, child.key, 0, min(size, end - off)) & ~3
+            size = len(child.tokens)
+            same = common_prefix(tokens, off, child.tokens, 0, min(size, end - off)) & ~3
             off += same
             if same < size:
                 break
@@ -95,11 +95,11 @@ class Ghosts:
             if child is None:
                 near, same = node.ghosts.nearest(tokens[off : off + width])
                 if near is not None:
-                    found.append((same, near.last))
+                    found.append((same, near.last_used))
                 break
-            size = len(child.key)
-            same = common_prefix(tokens, off, child.key, 0, min(size, end - off)) & ~3
-            found.append((same, child.last))
+            size = len(child.tokens)
+            same = common_prefix(tokens, off, child.tokens, 0, min(size, end - off)) & ~3
+            found.append((same, child.last_used))
             off += same
             if same < size:
                 break
@@ -129,12 +129,12 @@ class Ghosts:
         ghost = ghosts.get(first)
         if ghost is None:
             tail = ghosts.before(first)
-            if tail is not None and first.startswith(tail.key):
+            if tail is not None and first.startswith(tail.tokens):
                 self._drop(node, tail)
             return None
-        same = common_prefix(run, 0, ghost.key, 0, min(len(run), len(ghost.key)))
+        same = common_prefix(run, 0, ghost.tokens, 0, min(len(run), len(ghost.tokens)))
         keep = same if same == len(run) else same - same % width
-        if keep < len(ghost.key):
+        if keep < len(ghost.tokens):
             self._split(ghost, keep)
         ghosts.drop(first)
         if not ghosts:
@@ -149,7 +149,7 @@ class Ghosts:
         while self.num_blocks > self.limit and fifo:
             serial, ghost = fifo.popleft()
             above = ghost.parent
-            if above is None or ghost.blocks or ghost.last != serial:
+            if above is None or ghost.blocks or ghost.last_used != serial:
                 continue  # revived, swallowed or buried anew since
             self._drop(above, ghost)
             bereft.append(above)
@@ -157,28 +157,28 @@ class Ghosts:
             self._fifo = deque(
                 (serial, ghost)
                 for serial, ghost in fifo
-                if ghost.parent is not None and not ghost.blocks and ghost.last == serial
+                if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
             )
         return bereft
 
     def _split(self, ghost: Node, keep: int) -> None:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
-        lower = Node(ghost.key[keep:], array("i"), ghost, ghost.born)
-        lower.last = ghost.last
+        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.created)
+        lower.last_used = ghost.last_used
         lower.mark = ghost.mark
-        lower.parted, ghost.parted = ghost.parted, None
+        lower.divergence, ghost.divergence = ghost.divergence, None
         lower.ghosts = ghost.ghosts
         for below in (lower.ghosts or Children()).values():
             below.parent = lower
-        ghost.key = ghost.key[:keep]
+        ghost.tokens = ghost.tokens[:keep]
         ghost.ghosts = Children()
-        ghost.ghosts.put(lower.key[: self.block_bytes], lower)
-        self._fifo.appendleft((lower.last, lower))
+        ghost.ghosts.put(lower.tokens[: self.block_bytes], lower)
+        self._fifo.appendleft((lower.last_used, lower))
 
     def _drop(self, above: Node, ghost: Node) -> None:
         """Forget a ghost and all below it."""
         if above.ghosts is not None:
-            above.ghosts.drop(ghost.key[: self.block_bytes])
+            above.ghosts.drop(ghost.tokens[: self.block_bytes])
             if not above.ghosts:
                 above.ghosts = None
         stack = [ghost]
@@ -194,14 +194,14 @@ class Ghosts:
         """Add or subtract a ghost's blocks."""
         size = sign * self._size(ghost)
         self.num_blocks += size
-        step = ghost.last // self._step
+        step = ghost.last_used // self._step
         if left := self._living.get(step, 0) + size:
             self._living[step] = left
         else:
             del self._living[step]
 
     def _size(self, ghost: Node) -> int:
-        return -(-len(ghost.key) // self.block_bytes)
+        return -(-len(ghost.tokens) // self.block_bytes)
 
 
 _STEPS = 512

@@ -58,7 +58,7 @@ _MOST_PER_NODE: Final = 32
 """Places at a node from which on those that nobody parts at any more are dropped."""
 
 
-class Partings:
+class Divergence:
     """The counts of the last hour."""
 
     __slots__ = ("_counts", "_step", "_steps")
@@ -73,9 +73,9 @@ class Partings:
         step = int(now // _STEP_S)
         if step != self._step:
             self._begin(step)
-        places = node.parted
+        places = node.divergence
         if places is None:
-            places = node.parted = {}
+            places = node.divergence = {}
         place = places.get(into)
         counts = self._counts
         if place is None or place not in counts:
@@ -83,7 +83,7 @@ class Partings:
                 return
             if place is None:
                 if len(places) >= _MOST_PER_NODE:
-                    node.parted = places = {at: one for at, one in places.items() if one.count}
+                    node.divergence = places = {at: one for at, one in places.items() if one.count}
                 place = places[into] = Place()
             counts[place] = 0
         counts[place] += 1
@@ -91,7 +91,7 @@ class Partings:
 
     def at(self, node: Node, into: int, now: float) -> int:
         """Say how many requests of the last hour left there.  Changes nothing.  O(minutes)."""
-        place = node.parted.get(into) if node.parted else None
+        place = node.divergence.get(into) if node.divergence else None
         if place is None:
             return 0
         oldest = _oldest_step(int(now // _STEP_S))
@@ -104,7 +104,7 @@ class Partings:
 
         Changes nothing.  None if none did.
         """
-        counts = [(self.at(node, into, now), into) for into in list(node.parted or ())]
+        counts = [(self.at(node, into, now), into) for into in list(node.divergence or ())]
         count, into = max(counts, default=(0, 0))
         return (into, count) if count else None
 
@@ -126,10 +126,10 @@ def _oldest_step(step: int) -> int:
 _SHARES = (*(sixteenths / 16 for sixteenths in range(1, 17)), 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
-class Shortage:
+class MissDepths:
     """Evicted tokens that were asked for again, by the extra blocks that would have kept them.
 
-    >>> shortage = Shortage(800)
+    >>> shortage = MissDepths(800)
     >>> shortage.note(90, num_tokens=64)
     >>> [(extra, tokens) for extra, tokens in shortage.steps() if tokens]
     [(100, 64)]
@@ -155,10 +155,10 @@ _READ_EVERY_S = 1.0
 _MOST_READINGS = 8192
 
 
-class Ages:
+class IdleClock:
     """Readings of the tree's clock, at most one a second, the last two hours at least.
 
-    >>> ages = Ages()
+    >>> ages = IdleClock()
     >>> for stamp, now in ((1, 10.0), (2, 20.0), (3, 30.0)):
     ...     ages.note(stamp, now)
     >>> ages.idle_s(2, now=35.0)
@@ -200,7 +200,7 @@ _MOST_BYTES = 16 << 20
 
 
 @dataclass(slots=True, eq=False)
-class Recent:
+class GrantRecord:
     """One request, as it was when it was granted."""
 
     request_id: str
@@ -230,24 +230,24 @@ class Recent:
         )
 
 
-class Recents:
+class RequestLog:
     """The last requests, youngest first."""
 
     __slots__ = ("_bytes", "_requests", "_whole")
 
     def __init__(self) -> None:
-        self._requests: deque[Recent] = deque(maxlen=_MOST_REQUESTS)
-        self._whole: deque[Recent] = deque()
+        self._requests: deque[GrantRecord] = deque(maxlen=_MOST_REQUESTS)
+        self._whole: deque[GrantRecord] = deque()
         """Those that still have their tokens."""
         self._bytes = 0
 
-    def __iter__(self) -> Iterator[Recent]:
+    def __iter__(self) -> Iterator[GrantRecord]:
         return reversed(self._requests)
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: Recent) -> None:
+    def add(self, request: GrantRecord) -> None:
         """Remember a request.  Amortised O(1); its tokens are not copied."""
         self._requests.append(request)
         self._whole.append(request)
@@ -282,15 +282,15 @@ class Seen(NamedTuple):
 
 
 class History:
-    """Partings, shortage, recent requests and the clock's readings of one cache."""
+    """Divergence, shortage, recent requests and the clock's readings of one cache."""
 
-    __slots__ = ("ages", "partings", "recents", "shortage")
+    __slots__ = ("divergence", "idle_clock", "miss_depths", "request_log")
 
     def __init__(self, num_blocks: int) -> None:
-        self.ages = Ages()
-        self.partings = Partings()
-        self.recents = Recents()
-        self.shortage = Shortage(num_blocks)
+        self.idle_clock = IdleClock()
+        self.divergence = Divergence()
+        self.request_log = RequestLog()
+        self.miss_depths = MissDepths(num_blocks)
 
     def look(self, tree: RadixTree, match: Match, tokens: bytes, ledger: Ledger) -> Seen:
         """See where a request parts from what is stored, and what it lacks.
@@ -300,7 +300,7 @@ class History:
         extra = None
         if ledger.evicted:
             for depth, num_tokens in depths(tree, match, tokens, ledger.evicted):
-                self.shortage.note(depth, num_tokens)
+                self.miss_depths.note(depth, num_tokens)
                 extra = depth if extra is None or depth > extra else extra
         run = tree.parting(match, tokens, SHOWN_TOKENS * TOKEN_BYTES)
         if run is None:
@@ -321,9 +321,9 @@ class History:
     ) -> None:
         """Remember a granted request.  O(1).  `node`: where its whole blocks end, locked."""
         if seen.parted_at is not None:
-            self.partings.note(node, seen.into, now)
-        self.recents.add(
-            Recent(
+            self.divergence.note(node, seen.into, now)
+        self.request_log.add(
+            GrantRecord(
                 request_id,
                 worker,
                 grant.lease,

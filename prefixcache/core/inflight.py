@@ -1,4 +1,4 @@
-"""Flights: prefixes that some lease is computing now.
+"""Inflight: prefixes that some lease is computing now.
 
 A lease with prompt tokens still to compute is in flight; others may wait for it (`waiting.py`).
 """
@@ -15,7 +15,7 @@ from prefixcache.core.node import Match, Root, common_prefix
 from prefixcache.types import TOKEN_BYTES, Partial, TicketId
 
 
-class Gain(NamedTuple):
+class JoinGain(NamedTuple):
     """What waiting for a flight brings."""
 
     owner: Lease
@@ -33,7 +33,7 @@ class Waiters:
     count: int = 0
 
 
-class Flights:
+class Inflight:
     """The prompts that leases are computing, in sorted order below each root.
 
     Among byte strings in sorted order, the one with the longest common prefix with a prompt stands
@@ -53,7 +53,7 @@ class Flights:
     def __len__(self) -> int:
         return sum(map(len, self._below.values()))
 
-    def start(self, lease: Lease, prompt: bytes) -> None:
+    def add(self, lease: Lease, prompt: bytes) -> None:
         """Let others find what `lease` computes, if it can be shared.  O(log flights)."""
         if (
             self._partial is not Partial.TAILS
@@ -65,7 +65,7 @@ class Flights:
         insort(self._below.setdefault(lease.node.root, []), (prompt, lease.serial, lease))
         lease.node.root.num_changes += 1
 
-    def land(self, lease: Lease) -> None:
+    def remove(self, lease: Lease) -> None:
         """Take a lease out again, if it is in.  O(log flights)."""
         if lease.flight is None:
             return
@@ -76,13 +76,13 @@ class Flights:
         if not below:
             del self._below[root]
 
-    def find(self, root: Root, match: Match, tokens: bytes) -> Gain | None:
+    def find(self, root: Root, match: Match, tokens: bytes) -> JoinGain | None:
         """Find the flight worth waiting for; None if none is.  Changes nothing.  O(log flights)."""
         below = self._below.get(root)
         if below is None:
             return None
         at = bisect_left(below, (tokens,))
-        best: Gain | None = None
+        best: JoinGain | None = None
         for prompt, _, lease in below[max(0, at - 1) : at + 1]:
             common = common_prefix(prompt, 0, tokens, 0, min(len(prompt), len(tokens)))
             gain = self._gain(lease, match, common // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
@@ -90,7 +90,7 @@ class Flights:
                 best = gain
         return best
 
-    def _gain(self, lease: Lease, match: Match, common: int, num_tokens: int) -> Gain | None:
+    def _gain(self, lease: Lease, match: Match, common: int, num_tokens: int) -> JoinGain | None:
         """Say what waiting for one flight brings."""
         size = self._block_size
         usable = min(common, num_tokens - 1)
@@ -101,7 +101,7 @@ class Flights:
         else:
             cached += match.partial_tokens
             target = usable if self._partial is Partial.TAILS else -(-usable // size) * size
-        return Gain(lease, usable - cached, target) if usable > cached else None
+        return JoinGain(lease, usable - cached, target) if usable > cached else None
 
     def all(self) -> Iterator[Lease]:
         """Give the leases that are in flight, prompts in order."""

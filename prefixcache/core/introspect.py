@@ -29,7 +29,7 @@ from math import log1p
 
 import numpy as np
 
-from prefixcache.core.lessor import Desk
+from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Node, Root
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.texts import many
@@ -69,12 +69,12 @@ class _Sum:
         self.above = above
         self.depth: int = 0 if above is None else above.depth + 1
         self.start: int = 0 if above is None else above.start + above.num_tokens
-        self.num_tokens: int = len(node.key) // TOKEN_BYTES
+        self.num_tokens: int = len(node.tokens) // TOKEN_BYTES
         self.num_blocks = len(node.blocks)
         self.is_ghost = above is not None and not node.blocks
-        self.leases = node.ref
-        self.last = node.last
-        self.shown = node.key[:_SHOWN_BYTES]
+        self.leases = node.lock_ref
+        self.last = node.last_used
+        self.shown = node.tokens[:_SHOWN_BYTES]
         self.runs = int(self.num_blocks > 0)
         self.blocks = self.num_blocks
         self.tokens = 0 if self.is_ghost else self.num_tokens
@@ -103,7 +103,7 @@ class Walk:
     """One walk below some roots.
 
     Args:
-        desk: The cache.
+        lessor: The cache.
         order: Which branches are kept.
         max_branches: How many, in all.
         max_depth: Runs below the root beyond which all is summed up; None: any depth.
@@ -111,9 +111,15 @@ class Walk:
     """
 
     def __init__(
-        self, desk: Desk, order: Order, max_branches: int, max_depth: int | None, *, ghosts: bool
+        self,
+        lessor: Lessor,
+        order: Order,
+        max_branches: int,
+        max_depth: int | None,
+        *,
+        ghosts: bool,
     ) -> None:
-        self._desk = desk
+        self._lessor = lessor
         self._order = order
         self._max_branches = max_branches
         self._max_depth = max_depth
@@ -142,7 +148,7 @@ class Walk:
             now: The time.
         """
         tops: list[tuple[tuple[float, ...], int, _Sum]] = []
-        roots = self._desk.roots
+        roots = self._lessor.roots
         for space in spaces:
             if self._is_pause():
                 yield
@@ -168,7 +174,7 @@ class Walk:
             if self._is_pause():
                 yield
         return Outline(
-            block_size=self._desk.holdings.block_size,
+            block_size=self._lessor.blocks.block_size,
             namespaces=tuple(namespaces),
             num_moved=self.num_moved,
             num_more=len(tops),
@@ -250,7 +256,7 @@ class Walk:
                     yield
             below.sort()
             stack.extend([each for _, _, each in below])
-        clock = self._desk.tree.clock
+        clock = self._lessor.tree.clock
         ages = [clock - one.last for one in order if one.runs and one.above is not None]
         oldest = max([1, *ages])
         branches = []
@@ -264,9 +270,11 @@ class Walk:
     def _branch(self, one: _Sum, heat: float, now: float) -> Branch:
         resident = not one.is_ghost and one.above is not None
         leases = one.leases if resident else 0
-        parted = self._desk.history.partings.most(one.node, now) if one.node.parted else None
+        parted = (
+            self._lessor.history.divergence.most(one.node, now) if one.node.divergence else None
+        )
         end = one.start + one.num_tokens
-        idle_s = self._desk.history.ages.idle_s(one.last, now) if resident else None
+        idle_s = self._lessor.history.idle_clock.idle_s(one.last, now) if resident else None
         return Branch(
             depth=one.depth,
             start=one.start,
@@ -281,7 +289,7 @@ class Walk:
             is_pinned=resident and one.node.pinned > 0,
             idle_s=0.0 if leases else idle_s,
             heat=(1.0 if leases else max(0.0, heat)) if resident else 0.0,
-            num_uses=self._desk.tree.policy.uses(one.node) if resident else None,
+            num_uses=self._lessor.tree.policy.uses(one.node) if resident else None,
             parted_at=None if parted is None else end + parted[0],
             num_parted=0 if parted is None else parted[1],
         )
@@ -293,7 +301,7 @@ STATES = ("free", "private", "leased", "cached", "quarantined")
 _FREE, _PRIVATE, _LEASED, _CACHED, _QUARANTINED = range(len(STATES))
 
 
-def block_map(desk: Desk, num_cells: int) -> Generator[None, None, tuple[int, ...]]:
+def block_map(lessor: Lessor, num_cells: int) -> Generator[None, None, tuple[int, ...]]:
     """Draw the pool in at most `num_cells` cells.  Changes nothing.
 
     O(runs + blocks), in steps of some hundred runs: between them other verbs may be called, so the
@@ -302,20 +310,20 @@ def block_map(desk: Desk, num_cells: int) -> Generator[None, None, tuple[int, ..
     Returns:
         For each cell the index in `STATES` of what most of its blocks are.
     """
-    pool = desk.holdings.pool
+    pool = lessor.blocks.pool
     live, quarantined = pool.states()
     painted = np.full(pool.num_blocks, _FREE, np.uint8)
     painted[live] = _PRIVATE
     painted[quarantined] = _QUARANTINED
-    stack: list[Node] = [*desk.roots.values(), *desk.tree.retired]
+    stack: list[Node] = [*lessor.roots.values(), *lessor.tree.retired]
     steps = 0
     while stack:
         node = stack.pop()
         if node.blocks:
             if node.root.retired:  # nobody finds it: a lease's own, or as good as free
-                code = _PRIVATE if node.ref else _FREE
+                code = _PRIVATE if node.lock_ref else _FREE
             else:
-                code = _LEASED if node.ref else _CACHED
+                code = _LEASED if node.lock_ref else _CACHED
             painted[np.frombuffer(node.blocks, np.int32)] = code
         if node.children:
             stack.extend(node.children.values())
@@ -352,16 +360,16 @@ def draw(root: Root) -> str:
 
 def _below(node: Node) -> list[Node]:
     found = list((node.children or {}).values()) + list((node.ghosts or {}).values())
-    return sorted(found, key=lambda below: below.key, reverse=True)
+    return sorted(found, key=lambda below: below.tokens, reverse=True)
 
 
 def _describe(node: Node) -> str:
-    count = len(node.key) // TOKEN_BYTES
-    tokens = " ".join(map(str, unpack(node.key[: _SHOWN * TOKEN_BYTES])))
+    count = len(node.tokens) // TOKEN_BYTES
+    tokens = " ".join(map(str, unpack(node.tokens[: _SHOWN * TOKEN_BYTES])))
     more = " …" if count > _SHOWN else ""
     text = f"{tokens}{more} ({many(count, 'token')})"
     if not node.blocks:
         return f"{text} ghost"
     blocks = " ".join(map(str, node.blocks[:_SHOWN])) + (" …" if len(node.blocks) > _SHOWN else "")
-    lock = f"  ref {node.ref}" if node.ref else f"  last {node.last}"
+    lock = f"  ref {node.lock_ref}" if node.lock_ref else f"  last {node.last_used}"
     return f"{text} blocks {blocks}{lock}"

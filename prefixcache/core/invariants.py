@@ -6,51 +6,51 @@ from collections import Counter
 
 from prefixcache.core.introspect import draw
 from prefixcache.core.lease import Lease
-from prefixcache.core.lessor import Desk
+from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Node
 
 
-def check(desk: Desk) -> None:
+def check(lessor: Lessor) -> None:
     """Walk everything and assert that every invariant holds; a failure prints the trees."""
-    holdings = desk.holdings
-    tree = holdings.tree
-    roots = list(desk.roots.values())
+    blocks = lessor.blocks
+    tree = blocks.tree
+    roots = list(lessor.roots.values())
     try:
         locks: Counter[Node] = Counter()
-        for lease in desk.leases.all():
-            _check_lease(desk, lease)
+        for lease in lessor.leases.all():
+            _check_lease(lessor, lease)
             locks[lease.node] += 1
             if lease.tail is not None:
                 locks[lease.tail] += 1
         indexed = tree.check(roots, locks)
         private: Counter[int] = Counter()
         held: Counter[int] = Counter()
-        for lease in desk.leases.all():
+        for lease in lessor.leases.all():
             private.update(lease.private_blocks())
             if lease.source is not None:
                 held[lease.source] += 1
             if lease.tail_is_shared:
                 held[lease.table[-1]] += 1
-        desk.holdings.pool.check(private, indexed, held)
-        desk.flights.check()
-        desk.room.check()
-        desk.pins.check()
-        desk.tallies.check()
-        _check_ages(desk)
-        holdings.quotas.check(desk.leases.all())
+        lessor.blocks.pool.check(private, indexed, held)
+        lessor.inflight.check()
+        lessor.waiting.check()
+        lessor.pins.check()
+        lessor.tallies.check()
+        _check_ages(lessor)
+        blocks.quotas.check(lessor.leases.all())
     except AssertionError as error:
         drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
         raise AssertionError(f"{error}\n{drawn}") from error
 
 
-def _check_ages(desk: Desk) -> None:
-    held = [lease for member in desk.leases.workers.values() for lease in member.leases.values()]
+def _check_ages(lessor: Lessor) -> None:
+    held = [lease for member in lessor.leases.workers.values() for lease in member.leases.values()]
     held.sort(key=lambda lease: lease.serial)
-    assert desk.leases.all() == held, "the leases by age are not those of the workers"
+    assert lessor.leases.all() == held, "the leases by age are not those of the workers"
 
 
-def _check_lease(desk: Desk, lease: Lease) -> None:
-    size = desk.holdings.block_size
+def _check_lease(lessor: Lessor, lease: Lease) -> None:
+    size = lessor.blocks.block_size
     whole = len(lease.node.table())
     assert whole * size == lease.start, f"lease {lease.id} starts at {lease.start}, not {whole}"
     assert lease.start <= lease.committed <= lease.num_tokens, f"lease {lease.id}: counts"

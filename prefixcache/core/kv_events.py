@@ -36,7 +36,7 @@ from prefixcache.core.node import Node, Root
 from prefixcache.types import BlockId, BlockTable, Namespace
 
 
-class Journal(Protocol):
+class IndexListener(Protocol):
     """What hears of every change of the index, in order and at once; must be quick.
 
     Replaying it gives the index: `parent` always names a block that is indexed at that moment, and
@@ -68,21 +68,21 @@ class Journal(Protocol):
         """Hear that a namespace of which nothing can be found has gone: forget its name."""
 
 
-class Journals:
+class IndexListeners:
     """Several journals as one.
 
     >>> from array import array
     >>> heard = []
     >>> class Ear:
     ...     def cleared(self, namespace): heard.append(namespace.model)
-    >>> Journals(Ear(), Ear()).cleared(Namespace("m"))
+    >>> IndexListeners(Ear(), Ear()).cleared(Namespace("m"))
     >>> heard
     ['m', 'm']
     """
 
     __slots__ = ("_all",)
 
-    def __init__(self, *journals: Journal) -> None:
+    def __init__(self, *journals: IndexListener) -> None:
         self._all = journals
 
     def stored(
@@ -113,10 +113,12 @@ _MOST_WALKS = 8
 """Of one tree, before it is walked without a pause."""
 
 
-class Recital:
+class Replay:
     """One journal's.  It asks of every change meanwhile whether it should hear of that."""
 
-    def __init__(self, roots: Mapping[Namespace, Root], block_bytes: int, journal: Journal) -> None:
+    def __init__(
+        self, roots: Mapping[Namespace, Root], block_bytes: int, journal: IndexListener
+    ) -> None:
         self._roots = roots
         self._block_bytes = block_bytes
         self._journal = journal
@@ -157,7 +159,7 @@ class Recital:
         while stack and not root.retired:
             node = stack.pop()
             if node is not root:
-                if not node.key:
+                if not node.tokens:
                     moved = True
                     continue
                 while (above := node.parent) and above.blocks and above.blocks[-1] not in told:
@@ -182,6 +184,6 @@ class Recital:
         else:
             parent = BlockId(above.blocks[-1]) if above.blocks else None
         rest = blocks[first:]
-        tokens = node.key[first * self._block_bytes :]
+        tokens = node.tokens[first * self._block_bytes :]
         self._journal.stored(root.namespace, parent, tokens, rest)
         told.update(rest)

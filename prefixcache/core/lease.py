@@ -1,4 +1,4 @@
-"""Leases: a worker's right to a set of blocks until a deadline.
+"""LeaseTable: a worker's right to a set of blocks until a deadline.
 
 ```
 tokens   0 ──────────── start ──────── committed ──────── num_tokens ─────── len(table)·block_size
@@ -134,14 +134,14 @@ class Lease:
         if self.committed <= self.computed_from:
             return None
         at = (self.committed - self.start) * TOKEN_BYTES
-        last = (self.node.key[-_SHOWN_BYTES:] + self.rest[:at])[-_SHOWN_BYTES:]
+        last = (self.node.tokens[-_SHOWN_BYTES:] + self.rest[:at])[-_SHOWN_BYTES:]
         return Begun(self.namespace, self.computed_from, self.committed, last)
 
     def prefix(self, num_bytes: int) -> bytes:
         """Give its first tokens, packed.  O(tokens), a copy."""
         parts, node = [self.rest], self.node
         while node.parent is not None:
-            parts.append(node.key)
+            parts.append(node.tokens)
             node = node.parent
         return b"".join(reversed(parts))[:num_bytes]
 
@@ -206,7 +206,7 @@ class Worker:
     """Once it leaves: its leases that have still to be ended, the oldest last."""
 
 
-class Leases:
+class LeaseTable:
     """The living leases, by id, by worker, and by deadline; and how the last ones ended.
 
     Deadlines are ordered by deadline, whatever the order of granting: a heap with lazily corrected

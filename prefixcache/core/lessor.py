@@ -1,4 +1,4 @@
-"""The desk: grants leases, lets requests wait, ends leases.
+"""The lessor: grants leases, lets requests wait, ends leases.
 
 It holds all state of a cache and takes the decisions that the verbs share; `PrefixCache` checks
 what callers send, and names the verbs.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prefixcache.core.block_manager import Holdings
+from prefixcache.core.block_manager import BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
-from prefixcache.core.inflight import Flights, Gain
-from prefixcache.core.lease import Lease, Leases, Worker
+from prefixcache.core.inflight import Inflight, JoinGain
+from prefixcache.core.lease import Lease, LeaseTable, Worker
 from prefixcache.core.ledger import resume, settle
-from prefixcache.core.namespaces import Spaces
+from prefixcache.core.namespaces import NamespaceTable
 from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.quota import Account
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.tallies import Tallies
-from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitingRoom
+from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -52,25 +52,25 @@ _TRY = 8
 _TRIED_BYTES = 8192
 
 
-class Desk:
+class Lessor:
     """All state of one cache, and the steps from a request to the end of its lease."""
 
     __slots__ = (
-        "flights",
+        "blocks",
         "history",
-        "holdings",
+        "inflight",
         "leases",
+        "namespaces",
+        "oplog",
         "partial",
         "pins",
         "remember",
-        "room",
         "roots",
         "settled",
-        "spaces",
         "tallies",
-        "tape",
         "tick",
         "tree",
+        "waiting",
     )
 
     def __init__(
@@ -88,15 +88,15 @@ class Desk:
     ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
-        self.tape: Put | None = None
+        self.oplog: Put | None = None
         self.partial = partial
-        self.holdings = Holdings(tree, pool, partial)
-        self.leases = Leases(ttl_s, max_leases)
-        self.flights = Flights(tree.block_bytes // TOKEN_BYTES, partial)
-        self.room = WaitingRoom(max_line)
+        self.blocks = BlockManager(tree, pool, partial)
+        self.leases = LeaseTable(ttl_s, max_leases)
+        self.inflight = Inflight(tree.block_bytes // TOKEN_BYTES, partial)
+        self.waiting = WaitQueue(max_line)
         self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
-        self.spaces = Spaces(max_namespaces)
+        self.namespaces = NamespaceTable(max_namespaces)
         self.tallies = Tallies()
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.history = History(pool.num_blocks)
@@ -107,8 +107,8 @@ class Desk:
         root = self.roots.get(namespace)
         if root is None:
             root = self.roots[namespace] = Root(namespace)
-            self.holdings.quotas.open(root)
-            self.spaces.open(namespace)
+            self.blocks.quotas.open(root)
+            self.namespaces.open(namespace)
         return root
 
     def make_way(self, namespace: Namespace) -> None:
@@ -121,14 +121,14 @@ class Desk:
         """
         if namespace in self.roots:
             return
-        for one in self.spaces.next(_LOOKED_AT):
+        for one in self.namespaces.next(_LOOKED_AT):
             if not self.roots[one].num_blocks:
                 self._let_go(one)
-        shares = self.spaces.shares
+        shares = self.namespaces.shares
         try:
             shares.check(namespace.tenant)
         except PoolExhausted as full:
-            for one in self.spaces.next(_LOOKED_AT_IN_NEED):
+            for one in self.namespaces.next(_LOOKED_AT_IN_NEED):
                 if one.tenant == namespace.tenant and self._let_go(one):
                     return
             if shares.total < shares.limit:
@@ -147,22 +147,24 @@ class Desk:
         Returns:
             Whether it is gone.
         """
-        root, quotas = self.roots[namespace], self.holdings.quotas
-        if self.spaces.is_used(namespace) or root in self.pins or quotas.is_needed(namespace):
+        root, quotas = self.roots[namespace], self.blocks.quotas
+        if self.namespaces.is_used(namespace) or root in self.pins or quotas.is_needed(namespace):
             return False
         del self.roots[namespace]
         if root.num_blocks:
-            self.tree.retire(root)
+            self.tree.drop_namespace(root)
         root.retired = True  # for who waits for something of it
         quotas.close(namespace)
-        self.spaces.close(namespace)
-        if self.tree.journal is not None:
-            self.tree.journal.left(namespace)
+        self.namespaces.close(namespace)
+        if self.tree.listener is not None:
+            self.tree.listener.left(namespace)
         if self.tallies.get(namespace) is not None:
-            self.tallies.rename(namespace, self.spaces.depart(namespace))
+            self.tallies.rename(namespace, self.namespaces.depart(namespace))
         return True
 
-    def attempt(self, member: Worker, request: Request, now: float, *, wait: bool) -> Grant | Gain:
+    def attempt(
+        self, member: Worker, request: Request, now: float, *, wait: bool
+    ) -> Grant | JoinGain:
         """Grant a request, or say which flight to wait for.
 
         Raises:
@@ -175,7 +177,7 @@ class Desk:
         tokens = request.tokens
         limit = len(tokens) - TOKEN_BYTES
         match = self.tree.match(root, tokens, limit)
-        gain = self.flights.find(root, match, tokens)
+        gain = self.inflight.find(root, match, tokens)
         if gain is not None and wait:
             if request.first_end < 0:
                 request.first_end = match.end
@@ -203,15 +205,13 @@ class Desk:
     def _grant(
         self, member: Worker, request: Request, match: Match, pending: int, now: float
     ) -> Grant:
-        tokens, holdings = request.tokens, self.holdings
+        tokens, blocks = request.tokens, self.blocks
         num_tokens = len(tokens) // TOKEN_BYTES
-        need = (
-            holdings.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
-        )
-        account = match.node.root.account or holdings.quotas.account(request.namespace)
+        need = blocks.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
+        account = match.node.root.account or blocks.quotas.account(request.namespace)
         self.admit_leases(request.namespace.tenant, 1)
         self.admit(need, account, now, match)
-        source = holdings.source_of(match, need)
+        source = blocks.source_of(match, need)
         partial = 0 if source is None else match.partial_tokens
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
         # The ledger first: the lock may split the run that it looks at.
@@ -226,11 +226,11 @@ class Desk:
         if source is not None:
             self.tree.touch(match)
         lease = self.leases.open(member, request.namespace, node, now)
-        copies = holdings.take(lease, match, node, need, source)
-        holdings.recount(lease)
+        copies = blocks.allocate(lease, match, node, need, source)
+        blocks.count_private(lease)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
-        self.flights.start(lease, tokens)
+        self.inflight.add(lease, tokens)
         grant = Grant(
             lease.id,
             lease.table[:],
@@ -249,8 +249,8 @@ class Desk:
             self.history.note(
                 seen, node, member.name, request.namespace, tokens, request.request_id, grant, now
             )
-        if self.tape is not None:
-            self.tape((GRANTED, lease.serial, ledger.reused, tokens, request.namespace))
+        if self.oplog is not None:
+            self.oplog((GRANTED, lease.serial, ledger.reused, tokens, request.namespace))
         return grant
 
     def admit_leases(self, tenant: str, count: int) -> None:
@@ -275,7 +275,7 @@ class Desk:
     def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
         try:
-            self.holdings.admit(need, account, match)
+            self.blocks.admit(need, account, match)
         except PoolExhausted as short:
             raise self.refusal(short, account.tenant, now) from None
         if self.tick is not None:
@@ -286,11 +286,11 @@ class Desk:
 
         Of other tenants' leases only their number is told.
         """
-        own = self.holdings.quotas.tenant(tenant)
+        own = self.blocks.quotas.tenant(tenant)
         if over_quota := isinstance(short, QuotaExceeded):  # others are none of its business
             held, count = own.num_held, len(own.leases)
         else:
-            pool, tree = self.holdings.pool, self.holdings.tree
+            pool, tree = self.blocks.pool, self.blocks.tree
             kept = pool.num_free + tree.evictable + pool.num_quarantined
             held, count = pool.num_blocks - kept, self.leases.count
         message = f"{short}; {many(held, 'block')} held by {many(count, 'lease')}"
@@ -309,27 +309,27 @@ class Desk:
         """Make a lease that shares the committed blocks of `own`.  Allocates nothing.  O(1)."""
         self.tree.lock_node(own.node)
         child = self.leases.open(member, own.namespace, own.node, now)
-        self.holdings.fork(own, child, table)
-        if self.tape is not None:
-            self.tape((FORKED, child.serial, own.serial, b"", None))
+        self.blocks.fork(own, child, table)
+        if self.oplog is not None:
+            self.oplog((FORKED, child.serial, own.serial, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
         return Grant(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s)
 
     def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
         """End a lease for whatever reason, and try again what waited for it."""
-        if (growing := self.room.line.growing(lease.serial)) is not None:
-            self.room.leave(growing)
+        if (growing := self.waiting.line.growing(lease.serial)) is not None:
+            self.waiting.leave(growing)
             gone = LeaseExpired(f"lease {lease.id} ended while it waited for room; acquire again")
             self.settled.append((growing.id, gone))
         if lease.request_id and (begun := lease.begun()) is not None:
             self.leases.workers[lease.worker].remember(lease.request_id, begun)
-        self.flights.land(lease)
-        freed, quarantined = self.holdings.give_back(lease, writes_on=writes_on)
+        self.inflight.remove(lease)
+        freed, quarantined = self.blocks.free(lease, writes_on=writes_on)
         lease.account.count_private(-lease.num_private)
         self.leases.close(lease, now if writes_on else None, quarantined)
-        self.history.ages.note(self.tree.clock, now)
-        if self.tape is not None:
-            self.tape((ENDED, lease.serial, 0, b"", None))
+        self.history.idle_clock.note(self.tree.clock, now)
+        if self.oplog is not None:
+            self.oplog((ENDED, lease.serial, 0, b"", None))
         self.call(lease)
         return Ended((lease.id,), freed, quarantined)
 
@@ -348,9 +348,9 @@ class Desk:
             most -= 1 + len(member.namespaces) // _TRY
             self.leases.leave(member)
             for namespace in member.namespaces:
-                self.spaces.leave(namespace)
+                self.namespaces.leave(namespace)
             if member.is_gone:
-                over.append(Ended(num_freed=self.holdings.absolve(member.id)))
+                over.append(Ended(num_freed=self.blocks.release_quarantine(member.id)))
         return over
 
     def call(self, owner: Lease, *, everyone: bool = False) -> None:
@@ -358,7 +358,7 @@ class Desk:
         indexed = None
         if owner.flight is not None and not everyone:
             indexed = owner.committed if self.partial is Partial.TAILS else owner.start
-        self.room.call(owner.serial, indexed)
+        self.waiting.call(owner.serial, indexed)
 
     def landed(self, lease: Lease, at: int) -> None:
         """Let those be tried again that wait for somebody slower than `lease`, who indexed first.
@@ -369,9 +369,9 @@ class Desk:
             lease: Who has indexed blocks.
             at: Index of the first token that others see since then.
         """
-        if self.room.may_share(lease.namespace, lease.serial):
+        if self.waiting.may_share(lease.namespace, lease.serial):
             prefix = lease.prefix((at + 1) * TOKEN_BYTES)
-            self.room.search(lease.namespace, prefix, lease.serial)
+            self.waiting.search(lease.namespace, prefix, lease.serial)
 
     def retry(self, ticket: Ticket, now: float, *, wait: bool) -> bool:
         """Try a waiting request again; it may have to wait on, for somebody else or for room.
@@ -389,19 +389,19 @@ class Desk:
             try:
                 if not wait:
                     raise short
-                self.room.line.refuse_if_full(short, ticket.tenant)
+                self.waiting.line.refuse_if_full(short, ticket.tenant)
             except PoolExhausted as refused:
                 self._settle(ticket, refused)
             else:
-                self.room.wait_for_room(ticket)
+                self.waiting.wait_for_room(ticket)
             return False
         except CacheError as error:
             self._settle(ticket, error)
             return False
-        if isinstance(outcome, Gain):
-            self.room.wait_for(ticket, outcome.owner.serial, outcome.target)
+        if isinstance(outcome, JoinGain):
+            self.waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
             return False
-        self.room.line.end_turn(ticket)
+        self.waiting.line.end_turn(ticket)
         self._settle(ticket, outcome)
         return True
 
@@ -412,7 +412,7 @@ class Desk:
             return
         if ticket.root is not root or ticket.num_changes != root.num_changes:
             match = self.tree.match(root, request.tokens, len(request.tokens) - TOKEN_BYTES)
-            total = self.holdings.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
+            total = self.blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
             ticket.need = total - match.end // self.tree.block_bytes
             ticket.root, ticket.num_changes = root, root.num_changes
 
@@ -432,16 +432,16 @@ class Desk:
         member = self.leases.workers.get(request.worker)
         if member is None or request.request_id in member.requests:
             return False
-        quotas = self.holdings.quotas
+        quotas = self.blocks.quotas
         if quotas.any_limit and root.account and not quotas.allows(root.account, ticket.need):
             ticket.over_quota = True
             return True
         if ticket.over_quota:
             return False
-        short = ticket.need - self.holdings.pool.num_free
-        return short > 0 and short > self.holdings.room()
+        short = ticket.need - self.blocks.pool.num_free
+        return short > 0 and short > self.blocks.num_obtainable()
 
-    def _serve(self, ticket: Ticket, now: float, *, wait: bool) -> Grant | TableUpdate | Gain:
+    def _serve(self, ticket: Ticket, now: float, *, wait: bool) -> Grant | TableUpdate | JoinGain:
         request = ticket.request
         if isinstance(request, Extension):
             return self.extend(request.lease, request.num_tokens, now)
@@ -449,16 +449,16 @@ class Desk:
         return self.attempt(member, request, now, wait=wait)
 
     def _settle(self, ticket: Ticket, outcome: Grant | TableUpdate | CacheError) -> None:
-        self.room.leave(ticket)
+        self.waiting.leave(ticket)
         self.settled.append((ticket.id, outcome))
 
     def extend(self, own: Lease, num_tokens: int, now: float) -> TableUpdate:
         """Make room for `num_tokens` tokens in all."""
-        need = self.holdings.lacks(own, num_tokens)
+        need = self.blocks.blocks_missing(own, num_tokens)
         if need:
             self.admit(need, own.account, now)
-        update = self.holdings.extend(own, num_tokens)
-        self.holdings.recount(own)
+        update = self.blocks.extend(own, num_tokens)
+        self.blocks.count_private(own)
         return update
 
     def serve(self, now: float, most: float | None = None) -> None:
@@ -466,14 +466,14 @@ class Desk:
 
         O(1) where nobody waits or no block is free; else see `go_on`.
         """
-        self.room.line.look_again()
+        self.waiting.line.look_again()
         self.go_on(now, most)
 
     @property
     def is_behind(self) -> bool:
         """Whether `go_on` would find something to do.  O(1)."""
-        line = self.room.line
-        return self.room.is_called or (line.is_due and not self.holdings.is_full)
+        line = self.waiting.line
+        return self.waiting.is_called or (line.is_due and not self.blocks.is_full)
 
     def go_on(self, now: float, most: float | None = None) -> None:
         """Try again who was called, and look at who stands in line, as much as fits into a step.
@@ -482,7 +482,7 @@ class Desk:
             now: The time.
             most: How much: a look counts one, a try several, the more the longer the prompt is.
         """
-        room, line = self.room, self.room.line
+        room, line = self.waiting, self.waiting.line
         most = _MOST_WORK if most is None else most
         while room.is_called and most > 0:
             if (called := room.take()) is None:
@@ -490,11 +490,11 @@ class Desk:
                 continue
             most -= _price(called)
             self.retry(called, now, wait=now < called.deadline)
-        while most > 0 and line.is_due and not self.holdings.is_full:
+        while most > 0 and line.is_due and not self.blocks.is_full:
             if (ticket := line.next()) is None:
                 break
             most -= 1
-            if line.is_closed_for(ticket):
+            if line.is_blocked_by_head(ticket):
                 continue
             if self._is_hopeless(ticket, now):
                 line.refused.append(ticket)
@@ -502,7 +502,7 @@ class Desk:
             most -= _price(ticket)
             if self.retry(ticket, now, wait=now < ticket.deadline):
                 most -= len(line.refused) // _TRY
-                line.pass_by(line.refused)
+                line.note_bypass(line.refused)
                 line.look_again()
             elif ticket.in_line:
                 line.refused.append(ticket)
@@ -517,7 +517,7 @@ class Desk:
         """
         any_late = False
         most = _MOST_WORK if most is None else most
-        while most > 0 and (late := self.room.overdue(now)) is not None:
+        while most > 0 and (late := self.waiting.overdue(now)) is not None:
             most -= _price(late)
             self.retry(late, now, wait=False)
             any_late = True

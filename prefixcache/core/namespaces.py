@@ -1,4 +1,4 @@
-"""Spaces: which namespaces there are, who uses them now, and whose part of the limit they are.
+"""Namespaces: which namespaces there are, who uses them now, and whose part of the limit they are.
 
 A namespace stays while a worker is attached to it, while it holds blocks, and while a quota or a
 pin speaks for it.  Nobody sees to that at once: whenever another namespace comes, a few are looked
@@ -19,7 +19,7 @@ _MOST_NAMES = 1024
 as many tenants, and those of all others together."""
 
 
-class Spaces:
+class NamespaceTable:
     """All namespaces of one cache.
 
     Args:

@@ -174,21 +174,21 @@ class Node:
 
     __slots__ = (
         "blocks",
-        "born",
         "children",
+        "created",
+        "divergence",
         "ghosts",
-        "key",
-        "last",
+        "last_used",
+        "lock_ref",
         "mark",
         "parent",
-        "parted",
         "pinned",
         "queued",
-        "ref",
         "root",
+        "tokens",
     )
 
-    key: bytes
+    tokens: bytes
     """Packed tokens of the run."""
     blocks: BlockTable
     """Its physical blocks; empty for a ghost and for a root."""
@@ -197,26 +197,26 @@ class Node:
     parent: Node | None
     """None for a root, and for a node that is no longer part of the tree."""
     root: Root
-    ref: int
+    lock_ref: int
     """Locks on this very node, plus the number of locked children."""
-    last: int
-    born: int
+    last_used: int
+    created: int
     queued: int
     """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the shelter, 3 what was reset."""
     pinned: int
     """How many pins cover these blocks."""
     mark: Any
     """What the eviction policy knows about these blocks; equal for all of them."""
-    parted: dict[int, Place] | None
+    divergence: dict[int, Place] | None
     """Where requests left the stored tokens after this node, by tokens into the next block."""
 
     def __init__(self, key: bytes, blocks: BlockTable, parent: Node | None, born: int) -> None:
-        self.key = key
+        self.tokens = key
         self.blocks = blocks
         self.parent = parent
-        self.children = self.ghosts = self.parted = self.mark = None
-        self.ref = 0
-        self.last = self.born = born
+        self.children = self.ghosts = self.divergence = self.mark = None
+        self.lock_ref = 0
+        self.last_used = self.created = born
         self.queued = self.pinned = 0
         if parent is not None:
             self.root = parent.root
@@ -224,7 +224,7 @@ class Node:
     @property
     def is_evictable(self) -> bool:
         """Whether this is an unprotected leaf of the tree that holds blocks."""
-        return not (self.ref or self.children or self.parent is None or not self.blocks)
+        return not (self.lock_ref or self.children or self.parent is None or not self.blocks)
 
     def table(self) -> BlockTable:
         """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""
@@ -268,7 +268,7 @@ class Root(Node):
 
     def __init__(self, namespace: Namespace) -> None:
         super().__init__(b"", array("i"), None, 0)
-        self.ref = 1
+        self.lock_ref = 1
         self.namespace = namespace
         self.num_blocks = 0
         self.evictable = 0
@@ -308,16 +308,16 @@ class Match(NamedTuple):
         """Count the matched blocks that no lease protects now.  Changes nothing.  O(nodes)."""
         node = self.node
         count = 0
-        if not node.ref:
+        if not node.lock_ref:
             count = self.used
             above = node.parent
-            while above is not None and not above.ref:
+            while above is not None and not above.lock_ref:
                 count += len(above.blocks)
                 above = above.parent
         return count
 
 
-class Grown(NamedTuple):
+class Inserted(NamedTuple):
     """Answer of `grow`."""
 
     node: Node

@@ -48,7 +48,7 @@ SHELTERED = 2
 """`node.queued` of a leaf that waits here, and not in the policy's queue."""
 
 
-class Shelter:
+class ProtectedQueue:
     """A queue around a queue.
 
     Args:
@@ -99,14 +99,14 @@ class Shelter:
                 return node
         return None
 
-    def let_go(self, node: Node) -> None:
+    def unprotect(self, node: Node) -> None:
         """Give a leaf whose pin has ended back to the policy's order, if it waited here."""
         if node.queued == SHELTERED:
             node.queued = 0
             if node.is_evictable:
                 self._inner.push(node)
 
-    def let_all_go(self) -> None:
+    def unprotect_all(self) -> None:
         """Give every leaf back, with the next ones that are evicted: the shares have changed.
 
         O(shares).
@@ -245,11 +245,11 @@ class Pins:
             PoolExhausted: more than `max_pinned` blocks would be pinned, or too many prefixes.
         """
         fresh = 0 if match.node.pinned else match.used
-        leased = match.used if match.node.ref else 0
+        leased = match.used if match.node.lock_ref else 0
         above = match.node.parent
         while above is not None:
             fresh += 0 if above.pinned else len(above.blocks)
-            leased += len(above.blocks) if above.ref else 0
+            leased += len(above.blocks) if above.lock_ref else 0
             above = above.parent
         num_blocks = match.end // self._tree.block_bytes
         tenant = match.node.root.namespace.tenant
@@ -259,7 +259,7 @@ class Pins:
         except PoolExhausted as full:
             raise self._refusal(full, tenant, num_blocks, fresh, now) from None
         if num_blocks:
-            node = self._tree.cut(match)
+            node = self._tree.split_at(match)
             found = self._ends.get(node)
             if found is None:
                 found = self._begin(node, now + ttl_s)
@@ -447,7 +447,7 @@ class Pins:
         Returns:
             The nodes on it, and the blocks that are leased, of those not pinned now.
         """
-        shelter = self._tree.queue
+        queue = self._tree.queue
         nodes = leased = 0
         at = node
         while at.parent is not None:
@@ -456,9 +456,9 @@ class Pins:
             at.pinned -= 1
             if not at.pinned:
                 self._blocks.give(at.root.namespace.tenant, len(at.blocks))
-                leased += len(at.blocks) if at.ref else 0
-                if isinstance(shelter, Shelter):
-                    shelter.let_go(at)
+                leased += len(at.blocks) if at.lock_ref else 0
+                if isinstance(queue, ProtectedQueue):
+                    queue.unprotect(at)
             at = above
         return nodes, leased
 

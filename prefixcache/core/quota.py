@@ -112,7 +112,7 @@ class Account:
     def adopt(self, root: Root) -> None:
         """Answer for a new root of a namespace.  Amortised O(1)."""
         if len(self.roots) >= self._many_roots:
-            self.roots = [old for old in self.roots if old.num_blocks or old.ref > 1]
+            self.roots = [old for old in self.roots if old.num_blocks or old.lock_ref > 1]
             self._many_roots = 2 * len(self.roots) + _FEW_ROOTS
         self.roots.append(root)
         root.account = self

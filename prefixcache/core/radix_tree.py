@@ -59,10 +59,10 @@ from typing import TYPE_CHECKING
 
 from prefixcache.core.eviction import EvictionPolicy, Mark, Queue
 from prefixcache.core.ghosts import Ghosts
-from prefixcache.core.kv_events import Journal
+from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
     Children,
-    Grown,
+    Inserted,
     Match,
     Node,
     Root,
@@ -107,7 +107,7 @@ class RadixTree:
         self.retired: list[Root] = []
         """Roots of namespaces that were reset, while blocks or leases are below them."""
         self.policy = policy
-        self.journal: Journal | None = None
+        self.listener: IndexListener | None = None
         """Who is told what enters and leaves the index."""
         # Bound once: a hook that the policy does not define costs one comparison.
         self._lost: Callable[[Node, int], Mark] | None = policy.lost
@@ -159,7 +159,7 @@ class RadixTree:
             child = children.get(tokens[off : off + width]) if off + width <= end else None
             if child is None:
                 break
-            run = child.key
+            run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
                 blocks = child.blocks
@@ -192,14 +192,14 @@ class RadixTree:
             The place, to lock; and the tokens of the block that follows on the path, if any.
         """
         after = b""
-        while node.parent is not None and at <= end - len(node.key):
-            after = node.key[: self.block_bytes]
-            end -= len(node.key)
+        while node.parent is not None and at <= end - len(node.tokens):
+            after = node.tokens[: self.block_bytes]
+            end -= len(node.tokens)
             node = node.parent
         used = len(node.blocks) - (end - at) // self.block_bytes
         if at < end:
             start = used * self.block_bytes
-            after = node.key[start : start + self.block_bytes]
+            after = node.tokens[start : start + self.block_bytes]
         return Match(node, used, at, None, 0), after
 
     def remembered(self, match: Match, tokens: bytes) -> int:
@@ -234,7 +234,7 @@ class RadixTree:
             if near is None:
                 near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
             node, at = near or next(iter(node.children.values())), 0
-        run = node.key[at : at + into + limit]
+        run = node.tokens[at : at + into + limit]
         return run if len(run) > into else None
 
     def continuation(self, root: Root, tokens: bytes, limit: int) -> bytes:
@@ -254,7 +254,7 @@ class RadixTree:
             at = len(rest)
         found = b""
         while node is not None and len(found) < limit:
-            found += node.key[at : at + limit - len(found)]
+            found += node.tokens[at : at + limit - len(found)]
             at = 0
             node = next(iter(node.children.values())) if node.children else None
         return found
@@ -266,11 +266,11 @@ class RadixTree:
 
         O(nodes on the path that were unprotected), plus one copy of a split run.
         """
-        node = self.cut(match)
+        node = self.split_at(match)
         self.lock_node(node)
         return node
 
-    def cut(self, match: Match) -> Node:
+    def split_at(self, match: Match) -> Node:
         """Give the node that ends where the matched whole blocks do.  Splits the run, if inside."""
         node = match.node
         return self._split(node, match.used) if match.used < len(node.blocks) else node
@@ -283,7 +283,7 @@ class RadixTree:
         that begins with the block.
         """
         node = match.near or match.node  # `cut` has let it begin with the block
-        held = min(len(node.key), self.block_bytes)
+        held = min(len(node.tokens), self.block_bytes)
         if 2 * match.partial_tokens * TOKEN_BYTES < held:
             return
         if len(node.blocks) > 1:
@@ -307,8 +307,8 @@ class RadixTree:
     def lock_node(self, node: Node) -> None:
         """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
         while True:
-            ref = node.ref
-            node.ref = ref + 1
+            ref = node.lock_ref
+            node.lock_ref = ref + 1
             if ref:
                 return
             size = len(node.blocks)
@@ -339,7 +339,7 @@ class RadixTree:
                 if self._marks_ends and size > 1 and not node.children:
                     self._split(node, size - 1)
                 self._used(node, stamp)
-        if node.ref == 1 and len(node.key) < self.block_bytes and self._is_covered(node):
+        if node.lock_ref == 1 and len(node.tokens) < self.block_bytes and self._is_covered(node):
             return self._absorb(node, stamp)
         self._unlock(node, stamp)
         return None
@@ -347,14 +347,16 @@ class RadixTree:
     def _unlock(self, node: Node, stamp: int) -> None:
         below: Node | None = None
         while True:
-            if node.last < stamp:
-                node.last = stamp
+            if node.last_used < stamp:
+                node.last_used = stamp
             else:
-                stamp = node.last
-            if node.ref < 1:
-                raise AssertionError(f"unlocked a node that is not locked: {node.key[:64].hex()}")
-            node.ref -= 1
-            if node.ref:
+                stamp = node.last_used
+            if node.lock_ref < 1:
+                raise AssertionError(
+                    f"unlocked a node that is not locked: {node.tokens[:64].hex()}"
+                )
+            node.lock_ref -= 1
+            if node.lock_ref:
                 return
             size = len(node.blocks)
             self.evictable += size
@@ -374,7 +376,7 @@ class RadixTree:
 
     def _absorb(self, tail: Node, stamp: int) -> BlockTable:
         """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
-        if self.journal is not None:
+        if self.listener is not None:
             self._tell_removed(tail, tail.blocks)
         self._leave(tail)
         above = self._detach(tail)
@@ -384,7 +386,7 @@ class RadixTree:
 
     # ------------------------------------------------------------------ growing
 
-    def grow(self, node: Node, tokens: bytes, blocks: BlockTable) -> Grown:
+    def insert(self, node: Node, tokens: bytes, blocks: BlockTable) -> Inserted:
         """Index whole blocks that follow `node`; move the caller's lock to where they end.
 
         What somebody else indexed in the meantime stays as it is; only the rest is added.
@@ -403,17 +405,17 @@ class RadixTree:
             child = node.children.get(tokens[off : off + width]) if node.children else None
             if child is None:
                 break
-            size = len(child.key)
-            if size % width and tokens.startswith(child.key[: size - size % width], off):
+            size = len(child.tokens)
+            if size % width and tokens.startswith(child.tokens[: size - size % width], off):
                 # A leaf whose tail stands where our next block, if any, will stand.
                 node = self._split(child, size // width)
-                off += len(node.key)
+                off += len(node.tokens)
                 continue
-            if tokens.startswith(child.key, off):
+            if tokens.startswith(child.tokens, off):
                 off += size
                 node = child
                 continue
-            used = common_prefix(tokens, off, child.key, 0, min(size, end - off)) // width
+            used = common_prefix(tokens, off, child.tokens, 0, min(size, end - off)) // width
             node = self._split(child, used)
             off += used * width
             break
@@ -424,9 +426,11 @@ class RadixTree:
             self.lock_node(node)
             self._unlock(start, 0)
             self._merge(node)
-        return Grown(node, existing, len(blocks) - existing, absorbed)
+        return Inserted(node, existing, len(blocks) - existing, absorbed)
 
-    def hang(self, node: Node, tokens: bytes, block: BlockId) -> tuple[Node | None, BlockTable]:
+    def insert_tail(
+        self, node: Node, tokens: bytes, block: BlockId
+    ) -> tuple[Node | None, BlockTable]:
         """Index a partly filled block after `node` as a locked leaf of its own.
 
         Returns:
@@ -442,9 +446,9 @@ class RadixTree:
         self.lock_node(tail)
         return tail, absorbed
 
-    def unhang(self, tail: Node) -> None:
+    def remove_tail(self, tail: Node) -> None:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
-        if self.journal is not None:
+        if self.listener is not None:
             self._tell_removed(tail, tail.blocks)
         self._leave(tail)
         above = self._detach(tail)
@@ -456,10 +460,10 @@ class RadixTree:
         width = self.block_bytes
         if node.ghosts:
             while run and node.ghosts and (ghost := self.ghosts.revive(node, run)) is not None:
-                size = len(ghost.key)
+                size = len(ghost.tokens)
                 count = -(-size // width)
                 ghost.blocks = blocks[:count]
-                ghost.last = ghost.born = self.clock
+                ghost.last_used = ghost.created = self.clock
                 if self._revived is None:
                     ghost.mark = None
                 else:
@@ -488,32 +492,32 @@ class RadixTree:
             size = len(node.blocks)
             keep = size - need
             if not node.root.retired:
-                self.last_evicted = node.last
+                self.last_evicted = node.last_used
                 self.num_evicted += min(size, need)
             if keep > 0:
                 out.extend(node.blocks[keep:])
-                self._trim(node, keep)
+                self._evict_tail(node, keep)
                 self._offer(node)
             else:
                 out.extend(node.blocks)
-                self._bury(node)
+                self._evict_leaf(node)
         return out
 
-    def retire(self, root: Root) -> None:
+    def drop_namespace(self, root: Root) -> None:
         """Let nothing below `root` be found any more.  Amortised O(1).
 
         Its unprotected blocks are the first to be evicted; the others follow once unlocked.
         """
-        if self.journal is not None:
-            self.journal.cleared(root.namespace)
+        if self.listener is not None:
+            self.listener.cleared(root.namespace)
         root.retired = True
         if root.account is not None:
             root.account.retire(root)
         self.num_forgotten += root.num_blocks
         self.forgotten_evictable += root.evictable
-        if root.num_blocks or root.ref > 1:
+        if root.num_blocks or root.lock_ref > 1:
             if len(self.retired) >= self._tidy_at:
-                self.retired = [old for old in self.retired if old.num_blocks or old.ref > 1]
+                self.retired = [old for old in self.retired if old.num_blocks or old.lock_ref > 1]
                 self._tidy_at = 2 * len(self.retired) + 16
             self.retired.append(root)
         if root.evictable:
@@ -539,9 +543,9 @@ class RadixTree:
         else:
             self.queue.push(node)
 
-    def _trim(self, node: Node, keep: int) -> None:
+    def _evict_tail(self, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
-        if self.journal is not None:
+        if self.listener is not None:
             self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
@@ -551,25 +555,25 @@ class RadixTree:
         mark = None if self._lost is None else self._lost(node, size)
         self._count_blocks(node.root, -size)
         if self.ghosts.limit and not node.root.retired:
-            ghost = Node(node.key[cut:], array("i"), node, node.born)
+            ghost = Node(node.tokens[cut:], array("i"), node, node.created)
             ghost.ghosts, node.ghosts = node.ghosts, None
-            ghost.parted, node.parted = node.parted, None
+            ghost.divergence, node.divergence = node.divergence, None
             ghost.mark = mark
             self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
         elif self._forgotten is not None:
             self._forgotten(mark, size)
-        node.key = node.key[:cut]
+        node.tokens = node.tokens[:cut]
         node.blocks = node.blocks[:keep]
-        node.parted = None
+        node.divergence = None
         self._forget()
 
-    def _bury(self, node: Node) -> None:
+    def _evict_leaf(self, node: Node) -> None:
         """Take a whole leaf out; it becomes a ghost."""
         above = node.parent
         if above is None:
             raise AssertionError("a root is never evicted")
-        if self.journal is not None:
+        if self.listener is not None:
             self._tell_removed(node, node.blocks)
         size = len(node.blocks)
         mark = None if self._lost is None else self._lost(node, size)
@@ -608,14 +612,14 @@ class RadixTree:
     def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
         """Make an unprotected node with blocks a child; drop the tail that it covers."""
         children = node.children
-        first = child.key[: self.block_bytes]
+        first = child.tokens[: self.block_bytes]
         if children is None:
             children = node.children = Children()
         elif children:
             tail = children.before(first)
-            if tail is not None and not tail.ref and first.startswith(tail.key):
+            if tail is not None and not tail.lock_ref and first.startswith(tail.tokens):
                 absorbed.extend(tail.blocks)
-                if self.journal is not None:
+                if self.listener is not None:
                     self._tell_removed(tail, tail.blocks)
                 self._leave(tail)
                 self._count(tail, -1)
@@ -624,15 +628,15 @@ class RadixTree:
         self.num_nodes += 1
         self._count(child, 1)
         child.root.num_changes += 1
-        if self.journal is not None and not child.root.retired:
+        if self.listener is not None and not child.root.retired:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
-            self.journal.stored(child.root.namespace, parent, child.key, child.blocks)
+            self.listener.stored(child.root.namespace, parent, child.tokens, child.blocks)
         return child
 
     def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
         """Tell the journal that `blocks`, of `node`, leave the index."""
-        if self.journal is not None and not node.root.retired:
-            self.journal.removed(node.root.namespace, blocks)
+        if self.listener is not None and not node.root.retired:
+            self.listener.removed(node.root.namespace, blocks)
 
     def _count(self, node: Node, sign: int) -> None:
         """Add or subtract an unprotected node's blocks."""
@@ -661,11 +665,11 @@ class RadixTree:
         above = node.parent
         if above is None or above.children is None:
             raise AssertionError("only a child can be detached")
-        above.children.drop(node.key[: self.block_bytes])
+        above.children.drop(node.tokens[: self.block_bytes])
         node.root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
-        if node.ref:
+        if node.lock_ref:
             size = len(node.blocks)
             self.num_blocks -= size
             node.root.num_blocks -= size
@@ -678,8 +682,8 @@ class RadixTree:
         above = tail.parent
         if above is None or above.children is None or len(above.children) < 2:
             return False
-        after = above.children.after(tail.key)
-        return after is not None and after.key.startswith(tail.key)
+        after = above.children.after(tail.tokens)
+        return after is not None and after.tokens.startswith(tail.tokens)
 
     def _split(self, node: Node, used: int) -> Node:
         """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
@@ -688,17 +692,17 @@ class RadixTree:
             raise AssertionError(f"cannot split {len(node.blocks)} blocks after {used}")
         width = self.block_bytes
         cut = used * width
-        key = node.key
-        upper = Node(key[:cut], node.blocks[:used], above, node.born)
-        upper.ref = 1 if node.ref else 0
-        upper.last = node.last
+        key = node.tokens
+        upper = Node(key[:cut], node.blocks[:used], above, node.created)
+        upper.lock_ref = 1 if node.lock_ref else 0
+        upper.last_used = node.last_used
         upper.mark = node.mark
         upper.pinned = node.pinned
-        node.key = key[cut:]
+        node.tokens = key[cut:]
         node.blocks = node.blocks[used:]
         node.parent = upper
         upper.children = Children()
-        upper.children.put(node.key[:width], node)
+        upper.children.put(node.tokens[:width], node)
         above.children[key[:width]] = upper
         self.num_nodes += 1
         return upper
@@ -715,27 +719,29 @@ class RadixTree:
             return False
         if above.children is None or len(above.children) != 1:
             return False
-        if above.ref != (1 if node.ref else 0) or (not node.ref and above.last != node.last):
+        if above.lock_ref != (1 if node.lock_ref else 0) or (
+            not node.lock_ref and above.last_used != node.last_used
+        ):
             return False
         if above.mark is not node.mark and above.mark != node.mark:
             return False  # the policy tells them apart
         if above.pinned != node.pinned:
             return False  # a pin ends between them
-        large, small = len(above.key), len(node.key)
+        large, small = len(above.tokens), len(node.tokens)
         if large + small > _ALWAYS_MERGED and large > 8 * small:
             return False
         top = above.parent
         if top.children is None:
             raise AssertionError("a parent has children")
         width = self.block_bytes
-        node.key = above.key + node.key
+        node.tokens = above.tokens + node.tokens
         node.blocks = above.blocks + node.blocks
         node.parent = top
-        if above.last > node.last:
-            node.last = above.last
-        top.children[node.key[:width]] = node
+        if above.last_used > node.last_used:
+            node.last_used = above.last_used
+        top.children[node.tokens[:width]] = node
         above.parent = above.children = above.mark = None
-        above.key = b""
+        above.tokens = b""
         above.blocks = array("i")
         self.num_nodes -= 1
         return True
@@ -763,7 +769,7 @@ class RadixTree:
                 self._check_node(node, locks)
                 in_root.update(node.blocks)
                 nodes += node is not root
-                free += 0 if node.ref else len(node.blocks)
+                free += 0 if node.lock_ref else len(node.blocks)
                 stack.extend((node.children or {}).values())
             assert root.num_blocks == sum(in_root.values()), "blocks of a root"
             assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
@@ -781,25 +787,29 @@ class RadixTree:
 
     def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
         width = self.block_bytes
-        name = node.key[:16].hex() or "root"
+        name = node.tokens[:16].hex() or "root"
         children = node.children or Children()
         children.check()
-        below = sum(1 for child in children.values() if child.ref)
+        below = sum(1 for child in children.values() if child.lock_ref)
         outside = 1 if node.parent is None else 0
-        assert node.ref == below + outside + locks.get(node, 0), f"{name}: ref {node.ref}"
+        assert node.lock_ref == below + outside + locks.get(node, 0), f"{name}: ref {node.lock_ref}"
         if node.parent is not None:
-            assert len(node.blocks) == -(-len(node.key) // width), f"{name}: blocks and tokens"
+            assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
             assert node.blocks, f"{name}: a node without blocks"
-            assert not (len(node.key) % width and (children or node.ghosts)), f"{name}: not a leaf"
+            assert not (len(node.tokens) % width and (children or node.ghosts)), (
+                f"{name}: not a leaf"
+            )
             if node.is_evictable:
                 assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
         for first, child in children.items():
             assert child.parent is node, f"{name}: a child with another parent"
             assert child.root is node.root, f"{name}: a child with another root"
-            assert child.key.startswith(first), f"{name}: a child under another key"
-            assert len(first) == min(width, len(child.key)), f"{name}: a short key"
-            assert node.ref or child.last <= node.last, f"{name}: younger than its parent"
-            if len(child.key) < width and not child.ref:
+            assert child.tokens.startswith(first), f"{name}: a child under another key"
+            assert len(first) == min(width, len(child.tokens)), f"{name}: a short key"
+            assert node.lock_ref or child.last_used <= node.last_used, (
+                f"{name}: younger than its parent"
+            )
+            if len(child.tokens) < width and not child.lock_ref:
                 assert not self._is_covered(child), f"{name}: a covered tail"
         for ghost in (node.ghosts or {}).values():
             assert not ghost.blocks, f"{name}: a ghost with blocks"

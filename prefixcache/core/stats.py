@@ -9,7 +9,7 @@ from typing import Final
 
 from prefixcache.core.lease import Lease
 from prefixcache.core.ledger import Tally
-from prefixcache.core.lessor import Desk
+from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Root
 from prefixcache.types import (
     TOKEN_BYTES,
@@ -79,30 +79,30 @@ class FlightInfo:
     """Requests that wait for it."""
 
 
-def flights(desk: Desk, most: int) -> list[FlightInfo]:
+def flights(lessor: Lessor, most: int) -> list[FlightInfo]:
     """Give up to `most` flights.  Changes nothing."""
     return [
         FlightInfo(
             lease.id,
-            desk.leases.workers[lease.worker].name,
+            lessor.leases.workers[lease.worker].name,
             lease.namespace,
             len(lease.flight or b"") // TOKEN_BYTES,
             lease.committed,
-            desk.room.waiting_for(lease.serial),
+            lessor.waiting.waiting_for(lease.serial),
         )
-        for lease in islice(desk.flights.all(), most)
+        for lease in islice(lessor.inflight.all(), most)
     ]
 
 
-def vitals(desk: Desk, now: float) -> Vitals:
+def vitals(lessor: Lessor, now: float) -> Vitals:
     """Read the numbers.  Changes nothing.  O(series), however many namespaces there are."""
-    holdings = desk.holdings
-    pool, tree = holdings.pool, holdings.tree
+    blocks = lessor.blocks
+    pool, tree = blocks.pool, blocks.tree
     quarantined, stamp = pool.num_quarantined, tree.last_evicted
-    indexed, free = tree.num_blocks - tree.num_forgotten, holdings.num_free
+    indexed, free = tree.num_blocks - tree.num_forgotten, blocks.num_free
     return Vitals(
         num_blocks=pool.num_blocks,
-        block_size=holdings.block_size,
+        block_size=blocks.block_size,
         free=free,
         private=pool.num_blocks - free - indexed - quarantined,
         indexed=indexed,
@@ -110,16 +110,16 @@ def vitals(desk: Desk, now: float) -> Vitals:
         evictable=tree.evictable - tree.forgotten_evictable,
         ghosts=tree.ghosts.num_blocks,
         nodes=tree.num_nodes,
-        leases=desk.leases.count,
-        flights=len(desk.flights),
-        waiting=len(desk.room.tickets),
+        leases=lessor.leases.count,
+        flights=len(lessor.inflight),
+        waiting=len(lessor.waiting.tickets),
         evicted=tree.num_evicted,
-        overshot=holdings.num_overshot,
-        eviction_age_s=None if stamp is None else desk.history.ages.idle_s(stamp, now),
-        smallest_hit=holdings.block_size if desk.partial is Partial.OFF else 1,
-        namespaces=len(desk.tallies),
-        total=_account(desk.tallies.total()),
-        accounts={name: _account(tally) for name, tally in desk.tallies.series.items()},
+        overshot=blocks.num_overshot,
+        eviction_age_s=None if stamp is None else lessor.history.idle_clock.idle_s(stamp, now),
+        smallest_hit=blocks.block_size if lessor.partial is Partial.OFF else 1,
+        namespaces=len(lessor.tallies),
+        total=_account(lessor.tallies.total()),
+        accounts={name: _account(tally) for name, tally in lessor.tallies.series.items()},
     )
 
 
@@ -135,23 +135,23 @@ _PAUSE_EVERY: Final = 200
 """Rows that are told in one go."""
 
 
-def lookup(desk: Desk, root: Root | None, tokens: bytes) -> Lookup:
+def lookup(lessor: Lessor, root: Root | None, tokens: bytes) -> Lookup:
     """Say what `acquire` would find."""
     total = len(tokens) // TOKEN_BYTES
     if root is None:
         return Lookup(total, 0, 0, 0)
-    match = desk.holdings.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-    gain = desk.flights.find(root, match, tokens)
+    match = lessor.blocks.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+    gain = lessor.inflight.find(root, match, tokens)
     return Lookup(
         num_tokens=total,
         num_hit=match.end // TOKEN_BYTES,
-        num_partial=0 if desk.partial is Partial.OFF else match.partial_tokens,
+        num_partial=0 if lessor.partial is Partial.OFF else match.partial_tokens,
         num_pending=0 if gain is None else gain.num_tokens,
     )
 
 
 def snapshot(
-    desk: Desk,
+    lessor: Lessor,
     now: float,
     tenant: str | None = None,
     sees: Callable[[Namespace], bool] | None = None,
@@ -161,25 +161,25 @@ def snapshot(
     In steps of some hundred rows: between them other verbs may be called.  What has ended by then
     is left out.
     """
-    head = vitals(desk, now)
-    shortage, pinned = desk.history.shortage.steps(), desk.pins.num_pinned
+    head = vitals(lessor, now)
+    shortage, pinned = lessor.history.miss_depths.steps(), lessor.pins.num_pinned
 
     def is_shown(namespace: Namespace) -> bool:
         mine = tenant is None or namespace.tenant == tenant
         return mine and (sees is None or sees(namespace))
 
-    own = desk.leases.by_age if tenant is None else desk.holdings.quotas.tenant_leases(tenant)
+    own = lessor.leases.by_age if tenant is None else lessor.blocks.quotas.tenant_leases(tenant)
     if sees is None:
         num_leases, most = len(own), MOST_LEASES
     else:
-        num_leases, most = (yield from _count_leases(desk, tenant, sees)), _MOST_LOOKED_AT
-    leases = yield from _leases(desk, list(islice(own.values(), most)), now, is_shown)
+        num_leases, most = (yield from _count_leases(lessor, tenant, sees)), _MOST_LOOKED_AT
+    leases = yield from _leases(lessor, list(islice(own.values(), most)), now, is_shown)
     yield
-    namespaces, total = yield from _namespaces(desk, is_shown)
+    namespaces, total = yield from _namespaces(lessor, is_shown)
     yield
-    pins = yield from desk.pins.infos(now, is_shown)
+    pins = yield from lessor.pins.infos(now, is_shown)
     yield
-    quotas = yield from _quotas(desk, tenant, is_shown)
+    quotas = yield from _quotas(lessor, tenant, is_shown)
     return Snapshot(
         num_blocks=head.num_blocks,
         block_size=head.block_size,
@@ -197,7 +197,7 @@ def snapshot(
         ledger=head.total.ledger if tenant is None and sees is None else total,
         namespaces=namespaces,
         pinned=pinned,
-        max_pinned=desk.pins.max_pinned,
+        max_pinned=lessor.pins.max_pinned,
         pins=pins,
         quotas=quotas,
         shortage=shortage,
@@ -205,32 +205,32 @@ def snapshot(
     )
 
 
-def lease_info(desk: Desk, lease: Lease, now: float) -> LeaseInfo:
+def lease_info(lessor: Lessor, lease: Lease, now: float) -> LeaseInfo:
     """Tell one lease."""
     return LeaseInfo(
         lease=lease.id,
-        worker=desk.leases.workers[lease.worker].name,
+        worker=lessor.leases.workers[lease.worker].name,
         namespace=lease.namespace,
         num_tokens=lease.num_tokens,
         num_committed=lease.committed,
         num_blocks=len(lease.table),
-        expires_in_s=desk.leases.ends_at(lease) - now,
+        expires_in_s=lessor.leases.ends_at(lease) - now,
     )
 
 
-def oldest_leases(desk: Desk, most: int, now: float) -> list[LeaseInfo]:
+def oldest_leases(lessor: Lessor, most: int, now: float) -> list[LeaseInfo]:
     """Tell the oldest leases.  O(most), however many are out."""
-    return [lease_info(desk, lease, now) for lease in islice(desk.leases.by_age.values(), most)]
+    return [lease_info(lessor, lease, now) for lease in islice(lessor.leases.by_age.values(), most)]
 
 
 def _leases(
-    desk: Desk, oldest: list[Lease], now: float, is_shown: Callable[[Namespace], bool]
+    lessor: Lessor, oldest: list[Lease], now: float, is_shown: Callable[[Namespace], bool]
 ) -> Generator[None, None, tuple[LeaseInfo, ...]]:
     """Tell the first of some leases that are shown and have not ended."""
     found: list[LeaseInfo] = []
     for number, lease in enumerate(oldest, 1):
-        if desk.leases.lives(lease) and is_shown(lease.namespace):
-            found.append(lease_info(desk, lease, now))
+        if lessor.leases.lives(lease) and is_shown(lease.namespace):
+            found.append(lease_info(lessor, lease, now))
             if len(found) == MOST_LEASES:
                 break
         if number % _PAUSE_EVERY == 0:
@@ -239,11 +239,11 @@ def _leases(
 
 
 def _count_leases(
-    desk: Desk, tenant: str | None, sees: Callable[[Namespace], bool]
+    lessor: Lessor, tenant: str | None, sees: Callable[[Namespace], bool]
 ) -> Generator[None, None, int]:
     """Count the leases of the namespaces that are seen."""
     count = steps = 0
-    for account in desk.holdings.quotas.namespaces(tenant):
+    for account in lessor.blocks.quotas.namespaces(tenant):
         assert isinstance(account.scope, Namespace)
         if sees(account.scope):
             count += sum([root.num_leases for root in account.roots])
@@ -255,13 +255,13 @@ def _count_leases(
 
 
 def _namespaces(
-    desk: Desk, is_shown: Callable[[Namespace], bool]
+    lessor: Lessor, is_shown: Callable[[Namespace], bool]
 ) -> Generator[None, None, tuple[dict[Namespace, Ledger], Ledger]]:
     """Tell what became of the requests of the namespaces that are shown, and of them together."""
     found: dict[Namespace, Ledger] = {}
     total = Tally()
-    for number, space in enumerate(desk.tallies.names(), 1):
-        if is_shown(space) and (tally := desk.tallies.get(space)) is not None:
+    for number, space in enumerate(lessor.tallies.names(), 1):
+        if is_shown(space) and (tally := lessor.tallies.get(space)) is not None:
             found[space] = tally.total()
             total.merge(tally)
         if number % _PAUSE_EVERY == 0:
@@ -270,11 +270,11 @@ def _namespaces(
 
 
 def _quotas(
-    desk: Desk, tenant: str | None, is_shown: Callable[[Namespace], bool]
+    lessor: Lessor, tenant: str | None, is_shown: Callable[[Namespace], bool]
 ) -> Generator[None, None, tuple[QuotaInfo, ...]]:
     """Tell the quotas of the namespaces that are shown, and of the tenant."""
     found = []
-    for number, account in enumerate(desk.holdings.quotas.limited(), 1):
+    for number, account in enumerate(lessor.blocks.quotas.limited(), 1):
         scope = account.scope
         shown = is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope)
         if shown and account.has_quota:

@@ -21,7 +21,7 @@ namespace c          ticket                   ┘
 ```
 
 Within a namespace it is first come, first served.  A request that does not fit may be passed by
-smaller ones, but only `MOST_PASSES` times: then nobody passes it any more, so that no stream of
+smaller ones, but only `MAX_BYPASSES` times: then nobody passes it any more, so that no stream of
 small requests starves a large one.
 
 When room comes back, everybody who may be next is looked at, some hundred in one step.  The round
@@ -46,7 +46,7 @@ from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.texts import many
 from prefixcache.types import Namespace, TicketId, WorkerId
 
-MOST_PASSES = 16
+MAX_BYPASSES = 16
 
 
 @dataclass(slots=True)
@@ -91,7 +91,7 @@ class Ticket:
     target: int = 0
     """Tokens that the owner must have indexed."""
     in_line: bool = False
-    num_passed: int = 0
+    num_bypassed: int = 0
     """How often somebody behind it in the line was served."""
     over_quota: bool = False
     """Whether its own quota is what it waits for: then it is in nobody's way."""
@@ -103,7 +103,7 @@ class Ticket:
     """Blocks that it needed at that time: until the root changes, not fewer."""
 
 
-class Line:
+class FairQueue:
     """Who waits for blocks, in the order in which they are tried.
 
     Args:
@@ -224,15 +224,15 @@ class Line:
             heads.append(next(iter(self._growing.values())))
         return heads
 
-    def pass_by(self, tickets: Iterable[Ticket]) -> None:
+    def note_bypass(self, tickets: Iterable[Ticket]) -> None:
         """Count that somebody was served before these.  O(tickets)."""
         for ticket in tickets:
             if ticket.in_line and not ticket.over_quota:
-                ticket.num_passed += 1
-                if ticket.num_passed >= MOST_PASSES:
+                ticket.num_bypassed += 1
+                if ticket.num_bypassed >= MAX_BYPASSES:
                     self._passed_enough = ticket
 
-    def is_closed_for(self, ticket: Ticket | None) -> bool:
+    def is_blocked_by_head(self, ticket: Ticket | None) -> bool:
         """Whether somebody else was passed so often that nobody may pass any more."""
         first = self._passed_enough
         return first is not None and first is not ticket and not first.over_quota
@@ -274,7 +274,7 @@ _SPARE_DEADLINES = 1024
 """Of tickets that left before, which may be kept beside as many as there are tickets."""
 
 
-class WaitingRoom:
+class WaitQueue:
     """The waiting requests, by ticket, by what they wait for, and by deadline.
 
     Args:
@@ -295,7 +295,7 @@ class WaitingRoom:
     )
 
     def __init__(self, max_line: int) -> None:
-        self.line = Line(max_line)
+        self.line = FairQueue(max_line)
         self.tickets: dict[TicketId, Ticket] = {}
         self._by_worker: dict[WorkerId, dict[TicketId, Ticket]] = {}
         self._by_owner: dict[int, Waiters] = {}

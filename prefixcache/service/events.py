@@ -35,7 +35,7 @@ from time import time, time_ns
 from typing import Any, TypeAlias
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.kv_events import Recital
+from prefixcache.core.kv_events import Replay
 from prefixcache.core.shares import Shares
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.failures import Failures
@@ -158,7 +158,7 @@ class EventLog:
         self._next = time_ns() // 1000
         self._fresh = asyncio.Event()
         self._reciting = 0
-        self._recital: Recital | None = None
+        self._recital: Replay | None = None
         self._recited: Generator[None, None, None] | None = None
         self._width = self._piece = 1
         self._linger: asyncio.TimerHandle | None = None
@@ -297,7 +297,7 @@ class EventLog:
             self._observed = cache
         self._width = cache.block_size * TOKEN_BYTES
         self._piece = max(1, min(_CHUNK, _MESSAGE_BYTES // (2 * self._width)))
-        self._recital = cache.recite(self)
+        self._recital = cache.replay(self)
         self._recited = self._recital.run()
         if self._digest is None:
             self._digest = asyncio.get_running_loop().create_task(self._work())

@@ -69,7 +69,7 @@ class WaitingLine:
         if cache is None:
             return
         # Who wants an outcome no more gives its lease back, which may settle others.
-        while self._waiting and (settled := cache.settled()):
+        while self._waiting and (settled := cache.take_outcomes()):
             for ticket, outcome in settled:
                 waiting = self._waiting.pop(ticket, None)
                 if waiting is not None:

@@ -17,8 +17,8 @@ class InParts(PrefixCache):
         ended = super().detach(worker, now=now, gone=gone, most=1)
         while self.is_leaving(worker):
             self.check()
-            ended = Ended.total([ended, *self._desk.end_leaving(now, 1)])
-            self._desk.serve(now)
+            ended = Ended.total([ended, *self._lessor.end_leaving(now, 1)])
+            self._lessor.serve(now)
         return self._rest(lambda: ended, now)
 
     def expire(self, *, now: float, most: int | None = None) -> Ended:
@@ -31,9 +31,9 @@ class InParts(PrefixCache):
 
     def _rest(self, verb: Callable[[], Any], now: float) -> Any:
         answer = verb()
-        while self._desk.is_behind:
+        while self._lessor.is_behind:
             self.check()
-            self._desk.go_on(now)
+            self._lessor.go_on(now)
         return answer
 
 

@@ -30,7 +30,7 @@ class Indexed(NamedTuple):
 
 def root_of(cache: PrefixCache, namespace: Namespace) -> Root | None:
     """Give the root under which a namespace is found now."""
-    return cache._desk.roots.get(namespace)
+    return cache._lessor.roots.get(namespace)
 
 
 def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
@@ -38,11 +38,11 @@ def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
     stack: list[tuple[Node, Tokens]] = [(root, ())]
     while stack:
         node, before = stack.pop()
-        run = tuple(unpack(node.key))
+        run = tuple(unpack(node.tokens))
         for index, block in enumerate(node.blocks):
             end = min((index + 1) * block_size, len(run))
             num_tokens = end - index * block_size
-            yield Indexed(block, before + run[:end], num_tokens, node.ref > 0)
+            yield Indexed(block, before + run[:end], num_tokens, node.lock_ref > 0)
         stack.extend((child, before + run) for child in (node.children or {}).values())
 
 
@@ -100,4 +100,4 @@ def state(thing: object) -> object:
 
 def table_of(cache: PrefixCache, worker: WorkerId, lease: LeaseId, now: float) -> array[int]:
     """Give the block table of a lease as the cache has it."""
-    return cache._desk.leases.get(worker, lease, now).table
+    return cache._lessor.leases.get(worker, lease, now).table

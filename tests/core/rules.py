@@ -322,7 +322,7 @@ class Rules:
             if answer.owner is None:
                 hit = found.num_hit // world.shape.block_size
                 assert answer.num_pending == 0
-                closed = world.cache._desk.room.line.is_closed_for(None)
+                closed = world.cache._lessor.waiting.line.is_blocked_by_head(None)
                 assert closed or world.is_justified(needed, hit, before, namespace)
                 world.count("waiting for room")
             else:

@@ -119,9 +119,9 @@ def test_one_prefix_is_computed_once_and_the_waiter_joins(cache: PrefixCache):
     assert isinstance(waiting, Waiting)
     assert (waiting.owner, waiting.num_pending) == (first.lease, 10)
     cache.commit(ALICE, first.lease, 8, now=0.1)
-    assert cache.settled() == []
+    assert cache.take_outcomes() == []
     cache.commit(ALICE, first.lease, 11, now=0.2)
-    [(ticket, grant)] = cache.settled()
+    [(ticket, grant)] = cache.take_outcomes()
     assert ticket == waiting.ticket
     assert isinstance(grant, Grant)
     assert grant.ledger == Ledger(joined=8, partial=2, cold=1)
@@ -144,12 +144,12 @@ def test_the_first_waiter_takes_over_when_the_owner_dies(cache: PrefixCache):
         cache.acquire(BOB, CHAT, pack([*SYSTEM, extra]), wait_s=5.0, now=0.0) for extra in (1, 2)
     ]
     cache.detach(ALICE, now=1.0, gone=False)
-    [(ticket, grant)] = cache.settled()
+    [(ticket, grant)] = cache.take_outcomes()
     assert isinstance(tickets[0], Waiting)
     assert ticket == tickets[0].ticket
     assert isinstance(grant, Grant)
     cache.commit(BOB, grant.lease, 11, now=1.0)
-    [(_, second)] = cache.settled()
+    [(_, second)] = cache.take_outcomes()
     assert isinstance(second, Grant)
     assert second.num_cached == 10
     cache.check()
@@ -160,7 +160,7 @@ def test_a_wait_ends_at_its_deadline_with_a_grant_to_compute_oneself(cache: Pref
     cache.acquire(BOB, CHAT, pack(SYSTEM), wait_s=2.0, now=0.0)
     assert cache.next_deadline() == 2.0
     cache.expire(now=2.1)
-    [(_, grant)] = cache.settled()
+    [(_, grant)] = cache.take_outcomes()
     assert isinstance(grant, Grant)
     assert (grant.num_cached, grant.num_pending) == (0, 9)
 
@@ -316,7 +316,7 @@ def test_who_waits_for_the_slower_of_two_gets_what_the_faster_one_lands(cache: P
     assert isinstance(waiting, Waiting)
     [faster] = computing - {waiting.owner}
     cache.commit(ALICE, faster, 11, now=0.1)
-    [(_, grant)] = cache.settled()
+    [(_, grant)] = cache.take_outcomes()
     assert isinstance(grant, Grant)
     assert grant.num_cached == 10
 
@@ -368,7 +368,7 @@ def test_who_waits_for_tokens_that_are_rolled_back_is_tried_again():
     waiting = cache.acquire(ALICE, CHAT, pack([1, 1, 0]), wait_s=8.0, now=0.0)
     assert isinstance(waiting, Waiting)
     cache.truncate(ALICE, second.lease, 1, now=0.0)
-    [(ticket, _)] = cache.settled()
+    [(ticket, _)] = cache.take_outcomes()
     assert ticket == waiting.ticket
 
 

@@ -152,12 +152,12 @@ def test_after_anything_nothing_names_what_is_gone(
                     cache.detach(ME, now=now, gone=more > 2)
                 elif what == "worker gone":
                     cache.worker_gone(ME, now=now)
-            cache.settled()
+            cache.take_outcomes()
         cache.worker_gone(ME, now=100.0)
         for space in spaces:
             cache.set_quota(space, max_held=None, guaranteed=0, now=100.0)
         cache.expire(now=1000.0)
-        cache.settled()
+        cache.take_outcomes()
         # Others come, and need all the room: what is only cached goes, then what is empty.
         for number in range(40):
             late = Namespace("m", salt=f"late {number}")
@@ -225,7 +225,7 @@ def one_worker_each(cache: PrefixCache, number: int) -> None:
 
 
 def levels_for_hours(cache: PrefixCache, number: int) -> None:
-    """Use again and again what has a level for a very long time."""
+    """Access again and again what has a level for a very long time."""
     if number == 0:
         cache.rank(SPACE, 7, ttl_s=1e9)
     ask_the_same(cache, number)

@@ -67,7 +67,7 @@ def test_a_request_that_waits_for_a_lease_of_its_tenant_is_in_nobody_s_way() -> 
     for n in range(30):
         cache.release(WORKERS[BLUE], take(cache, BLUE, [100 + n]), now=0.0)
     cache.release(WORKERS[RED], mine[0], now=0.0)
-    assert len(cache.settled()) == 1
+    assert len(cache.take_outcomes()) == 1
 
 
 def test_the_line() -> None:
@@ -176,15 +176,15 @@ def test_tenants_that_come_later_get_their_part_as_it_becomes_free() -> None:
 
 def objects(cache: PrefixCache) -> dict[str, int]:
     """Count all that is kept by namespace."""
-    desk = cache._desk
+    lessor = cache._lessor
     return {
-        "roots": len(desk.roots),
-        "accounts": len(desk.holdings.quotas._namespaces),
-        "tallies": len(desk.tallies),
-        "turns": len(desk.spaces._turns),
-        "users": len(desk.spaces._users),
-        "retired": len(desk.tree.retired),
-        "sweeps": len(desk.tree._sweeps),
+        "roots": len(lessor.roots),
+        "accounts": len(lessor.blocks.quotas._namespaces),
+        "tallies": len(lessor.tallies),
+        "turns": len(lessor.spaces._turns),
+        "users": len(lessor.spaces._users),
+        "retired": len(lessor.tree.retired),
+        "sweeps": len(lessor.tree._sweeps),
     }
 
 

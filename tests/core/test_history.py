@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prefixcache.core import history
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.history import WINDOW_S, Partings
+from prefixcache.core.history import WINDOW_S, Divergence
 from prefixcache.core.node import Node
 from prefixcache.errors import NotFound
 from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
@@ -52,7 +52,7 @@ def test_requests_that_part_at_a_place_are_counted_for_an_hour() -> None:
 def test_the_window_counts_what_a_list_of_all_partings_does(
     steps: list[tuple[int, int]], later: int
 ) -> None:
-    partings, node, now, seen = Partings(), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
+    partings, node, now, seen = Divergence(), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
     for into, wait in steps:
         now += wait
         partings.note(node, into, float(now))
@@ -64,7 +64,7 @@ def test_the_window_counts_what_a_list_of_all_partings_does(
 
 
 def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
-    partings = Partings()
+    partings = Divergence()
     nodes = [Node(b"", [], None, 0) for _ in range(1200)]  # type: ignore[arg-type]
     for node in nodes:
         partings.note(node, 1, 0.0)
@@ -138,7 +138,7 @@ def test_ghosts_are_counted_by_when_they_were_buried(
     cache = made(num_blocks, num_ghosts=limit)
     for _ in range(30):
         serve(cache, [draw.randrange(3) for _ in range(draw.randrange(1, 4 * num_blocks))])
-    ghosts = cache._desk.tree.ghosts
+    ghosts = cache._lessor.tree.ghosts
     assert ghosts.depth(0) == ghosts.num_blocks <= limit
     assert all(count > 0 for count in ghosts._living.values())
 
@@ -155,7 +155,7 @@ def test_a_request_is_explained_after_the_fact_as_it_was_then() -> None:
     serve(cache, [7] * 10 + [1] * 20, now=1.0, request_id="first/0")
     serve(cache, [7] * 10 + [2] * 20, now=2.0, request_id="second/0")
     for name in ("second/0", "second", "w1#2"):
-        told = cache.recount(name, may_see_all, now=5.0)
+        told = cache.explain_request(name, may_see_all, now=5.0)
         assert (told.ledger.reused, told.ledger.cold) == (10, 20)
         assert told.parted_at == 10
         assert told.stored_next[:4] == pack([1])
@@ -164,9 +164,9 @@ def test_a_request_is_explained_after_the_fact_as_it_was_then() -> None:
         assert told.past.tokens == pack([7] * 10 + [2] * 20)
     assert cache.explain(CHAT, pack([7] * 10 + [2] * 20), now=5.0).ledger.reused == 29
     with pytest.raises(NotFound, match="second"):
-        cache.recount("second", lambda namespace: False, now=5.0)
+        cache.explain_request("second", lambda namespace: False, now=5.0)
     with pytest.raises(NotFound, match="sec"):
-        cache.recount("sec", may_see_all, now=5.0)
+        cache.explain_request("sec", may_see_all, now=5.0)
 
 
 def test_what_lacked_memory_is_told_after_the_fact_too() -> None:
@@ -174,7 +174,7 @@ def test_what_lacked_memory_is_told_after_the_fact_too() -> None:
     for prompt in ([1] * 16, [2] * 16, [3] * 16):
         serve(cache, prompt)
     serve(cache, [1] * 17, request_id="late")
-    told = cache.recount("late", may_see_all, now=0.0)
+    told = cache.explain_request("late", may_see_all, now=0.0)
     assert (told.ledger.evicted, told.extra_blocks) == (16, 4)
 
 
@@ -183,7 +183,7 @@ def test_a_reset_forgets_recent_requests() -> None:
     serve(cache, [1] * 8, request_id="secret")
     cache.reset(CHAT)
     with pytest.raises(NotFound):
-        cache.recount("secret", may_see_all, now=0.0)
+        cache.explain_request("secret", may_see_all, now=0.0)
 
 
 def test_recent_requests_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,12 +191,12 @@ def test_recent_requests_are_bounded_in_number_and_bytes(monkeypatch: pytest.Mon
     cache = made(64)
     for number in range(history._MOST_REQUESTS + 10):
         serve(cache, [1] * 10, request_id=f"r{number}")
-    recents = cache._desk.history.recents
+    recents = cache._lessor.history.request_log
     assert len(recents) == history._MOST_REQUESTS
     assert sum(len(one.tokens) for one in recents) <= 400
     newest = next(iter(recents))
     assert newest.tokens
-    told = cache.recount("r20", may_see_all, now=0.0)
+    told = cache.explain_request("r20", may_see_all, now=0.0)
     assert told.past is not None
     assert (told.past.tokens, told.past.num_tokens, told.ledger.total) == (b"", 10, 10)
 

@@ -229,7 +229,7 @@ def test_2q_takes_into_the_main_queue_only_what_returns_after_the_fifo() -> None
 
 def test_arc_grows_the_list_whose_ghosts_return() -> None:
     tiny = Tiny("arc", 4)
-    policy = tiny.cache._desk.tree.policy
+    policy = tiny.cache._lessor.tree.policy
     assert isinstance(policy, Arc)
     tiny.serve("a", "a", *"bcdefg")
     assert tiny.holds("a") == 1  # T2 outlives the scan of T1
@@ -356,13 +356,13 @@ def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int) -> None:
     for seed in range(10):
         rng = random.Random(f"{seed} {capacity}")
         hazard, lru = Tiny("hazard", capacity), Tiny("lru", capacity)
-        tree = hazard.cache._desk.tree
+        tree = hazard.cache._lessor.tree
         policy = tree.policy
         assert isinstance(policy, Hazard)
         policy.shadow.num_blocks = capacity  # the pool has a block more, for what is computed
         for number, (_, tokens, _) in enumerate(random_sequences(rng, 120, capacity)):
             cut = list(tokens[:capacity])
-            root = hazard.cache._desk.roots.get(SPACE)
+            root = hazard.cache._lessor.roots.get(SPACE)
             found = 0
             if root is not None:
                 asked = pack(cut + SCRATCH)

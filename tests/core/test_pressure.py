@@ -6,7 +6,7 @@ import pytest
 
 from core.oracle import LeafLru
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.wait_queue import MOST_PASSES
+from prefixcache.core.wait_queue import MAX_BYPASSES
 from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
     Grant,
@@ -51,7 +51,9 @@ def store(cache: PrefixCache, tokens: list[int], space: Namespace = A) -> None:
 
 
 def served(cache: PrefixCache) -> list[TicketId]:
-    return [ticket for ticket, outcome in cache.settled() if not isinstance(outcome, Exception)]
+    return [
+        ticket for ticket, outcome in cache.take_outcomes() if not isinstance(outcome, Exception)
+    ]
 
 
 # ------------------------------------------------------------------------------------ the line
@@ -65,7 +67,7 @@ def test_namespaces_take_turns_however_many_requests_one_of_them_has() -> None:
     order: list[TicketId] = []
     while leases:
         cache.release(ME, leases.pop(), now=1.0)
-        for ticket, outcome in cache.settled():
+        for ticket, outcome in cache.take_outcomes():
             assert isinstance(outcome, Grant)
             order.append(ticket)
             leases.append(outcome.lease)
@@ -77,7 +79,7 @@ def test_a_large_request_is_passed_by_small_ones_only_so_often() -> None:
     cache = pool(4)
     small = [take(cache, [n]) for n in range(3)]
     large = queue(cache, 4)
-    for n in range(MOST_PASSES):
+    for n in range(MAX_BYPASSES):
         small.append(take(cache, [100 + n], B))
         cache.release(ME, small.pop(0), now=1.0)
     with pytest.raises(PoolExhausted, match="no other may pass any more"):
@@ -104,9 +106,9 @@ def test_a_wait_for_room_ends_at_its_deadline_with_the_arithmetic() -> None:
     ticket = queue(cache, 3, wait_s=5.0)
     assert cache.next_deadline() == 5.0
     cache.expire(now=4.9)
-    assert cache.settled() == []
+    assert cache.take_outcomes() == []
     cache.expire(now=5.1)
-    [(settled, error)] = cache.settled()
+    [(settled, error)] = cache.take_outcomes()
     assert settled == ticket
     assert isinstance(error, PoolExhausted)
     assert "needs 3 blocks; 1 free, 0 evictable; 3 blocks held by 1 lease (" in str(error)
@@ -117,11 +119,11 @@ def test_who_takes_from_the_line_may_wait_for_a_flight_next() -> None:
     full = take(cache, list(range(8)))
     first, second = queue(cache, 4), queue(cache, 5)
     cache.release(ME, full, now=1.0)
-    [(ticket, grant)] = cache.settled()
+    [(ticket, grant)] = cache.take_outcomes()
     assert ticket == first
     assert isinstance(grant, Grant)
     cache.commit(ME, grant.lease, 4, now=1.0)
-    [(ticket, joined)] = cache.settled()
+    [(ticket, joined)] = cache.take_outcomes()
     assert ticket == second
     assert isinstance(joined, Grant)
     assert joined.ledger.joined == 4
@@ -134,7 +136,7 @@ def test_leases_that_grow_come_before_new_requests() -> None:
     growing = cache.extend(ME, lease, 4, wait_s=50.0, now=0.0)
     assert isinstance(growing, Waiting)
     cache.release(ME, large, now=1.0)
-    [(ticket, update)] = cache.settled()
+    [(ticket, update)] = cache.take_outcomes()
     assert ticket == growing.ticket
     assert isinstance(update, TableUpdate)
     assert (update.keep, len(update.blocks)) == (2, 2)
@@ -151,7 +153,7 @@ def test_a_lease_that_ends_while_it_waits_is_told_so() -> None:
     with pytest.raises(InvalidRequest, match="waits for room already"):
         cache.extend(ME, lease, 3, now=0.0)
     cache.release(ME, lease, now=1.0)
-    [(_, error)] = cache.settled()
+    [(_, error)] = cache.take_outcomes()
     assert isinstance(error, LeaseExpired)
     cache.check()
 
@@ -313,7 +315,7 @@ def test_a_full_quota_delays_only_its_own_tenant() -> None:
     with pytest.raises(QuotaExceeded, match="needs 2 more blocks, and tenant 'a' holds 2 of at"):
         take(cache, [5, 6], A)
     waiting = queue(cache, 2, A)
-    for n in range(3 * MOST_PASSES):
+    for n in range(3 * MAX_BYPASSES):
         cache.release(ME, take(cache, [50 + n, 60 + n], B), now=1.0)
     cache.release(ME, lease, now=2.0)
     assert served(cache) == [waiting]

@@ -14,7 +14,7 @@ from core.effort import calls, most_in_one_go
 from prefixcache.client import codec, outlines
 from prefixcache.core import pins, recital, views
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.kv_events import Recital
+from prefixcache.core.kv_events import Replay
 from prefixcache.errors import CacheError, NotFound, PoolExhausted
 from prefixcache.service.verbs.looking import without_salted_tokens
 from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
@@ -73,7 +73,7 @@ def test_who_waits_in_line_is_tried_again_once_its_prefix_is_stored():
     waiting = cache.acquire(ME, HERE, pack([*range(39), 7, 8, 9, 10, 11]), wait_s=9.0, now=0.0)
     assert isinstance(waiting, Waiting)
     cache.commit(ME, other.lease, 40, now=0.1)
-    assert [type(one[1]).__name__ for one in cache.settled()] == ["Grant"]
+    assert [type(one[1]).__name__ for one in cache.take_outcomes()] == ["Grant"]
     cache.check()
 
 
@@ -457,10 +457,10 @@ def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
             else:
                 cache.commit(ME, ahead, 40, now=1.0)
 
-        costs, settled = [calls(step)], len(cache.settled())
+        costs, settled = [calls(step)], len(cache.take_outcomes())
         while cache.next_deadline() == -inf:
             costs.append(calls(lambda: cache.expire(now=1.0, most=100)))
-            settled += len(cache.settled())
+            settled += len(cache.take_outcomes())
             cache.check()
         assert settled == (0 if how == "ends" else num_waiting)
         return max(costs)
@@ -551,9 +551,9 @@ def test_everything_may_happen_between_the_parts_of_a_step(
                     cache.worker_gone(worker, now=now)
 
     def settle() -> None:
-        for ticket, _ in cache.settled():
+        for ticket, _ in cache.take_outcomes():
             del waiting[ticket]  # each of them once
-        assert waiting.keys() == set(cache._desk.room.tickets)
+        assert waiting.keys() == set(cache._lessor.waiting.tickets)
 
     for _ in range(400):
         act()
@@ -622,7 +622,7 @@ def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
             cache.commit(ME, lease, 4, now=0.0)
             cache.release(ME, lease, now=0.0)
         ear = Ear()
-        most, _ = most_in_one_go(cache.recite(ear).run())
+        most, _ = most_in_one_go(cache.replay(ear).run())
         assert ear.runs == num_runs
         return most
 
@@ -634,7 +634,7 @@ class Strict:
 
     def __init__(self) -> None:
         self.known: dict[int, bytes] = {}
-        self.recital: Recital | None = None
+        self.recital: Replay | None = None
 
     def stored(self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: Any):
         if self.recital is not None and not self.recital.is_stored(namespace, parent, blocks):
@@ -681,12 +681,12 @@ def test_trees_may_change_in_every_way_while_they_are_told(
         disturb()
     late, oracle = Strict(), Strict()
     cache.observe(late)
-    late.recital = cache.recite(late)
+    late.recital = cache.replay(late)
     for _ in late.recital.run():
         for _ in range(draw.randrange(4)):
             disturb()
     late.recital = None
     for _ in range(20):
         disturb()
-    list(cache.recite(oracle).run())
+    list(cache.replay(oracle).run())
     assert late.known == oracle.known

@@ -401,7 +401,7 @@ class World:
 
     def settle(self) -> None:
         """Take in the outcomes of waiting requests."""
-        for ticket_id, outcome in self.cache.settled():
+        for ticket_id, outcome in self.cache.take_outcomes():
             ticket = self.tickets.pop(ticket_id, None)
             assert ticket is not None, f"ticket {ticket_id} was settled, but nobody waits with it"
             if isinstance(outcome, TableUpdate):
@@ -622,15 +622,15 @@ class World:
     def verify_waiting(self, snapshot: Snapshot) -> None:
         """Whoever waits, waits for something that is still being computed, or for room."""
         assert snapshot.waiting == len(self.tickets)
-        in_line = self.cache._desk.room.line
+        in_line = self.cache._lessor.waiting.line
         assert len(in_line) <= self.shape.max_line
         firsts = in_line.heads()
         for first in firsts:
             assert self.is_short(self.tickets[first.id], snapshot) or any(
-                in_line.is_closed_for(one) for one in firsts
+                in_line.is_blocked_by_head(one) for one in firsts
             ), f"ticket {first.id} waits for room that is there"
         for ticket in self.tickets.values():
-            if self.cache._desk.room.tickets[ticket.id].in_line:
+            if self.cache._lessor.waiting.tickets[ticket.id].in_line:
                 continue
             # Part of a block that appears meanwhile by other ways does not end a wait for the rest.
             whole = self.cache.lookup(ticket.namespace, pack(ticket.tokens)).num_hit

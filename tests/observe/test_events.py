@@ -71,14 +71,14 @@ class Mirror:
                     del self.stored[one]
 
 
-class Recital:
+class Replay:
     """The index by brute force: every whole block that can be found, by hash."""
 
     def of(self, cache: PrefixCache) -> set[bytes]:
         self.found: set[bytes] = set()
         self.by_block: dict[int, bytes] = {}
         self.width = cache.block_size * 4
-        list(cache.recite(self).run())
+        list(cache.replay(self).run())
         return self.found
 
     def stored(self, namespace: Namespace, parent: Any, tokens: bytes, blocks: Any) -> None:
@@ -154,7 +154,7 @@ def test_events_replayed_are_the_index_for_early_late_and_slow_watchers(seed: in
         return mirrors
 
     early, late, slow = asyncio.run(story())
-    truth = Recital().of(cache)
+    truth = Replay().of(cache)
     assert truth
     assert set(early.stored) == set(late.stored) == set(slow.stored) == truth
     assert log.num_gaps
@@ -228,7 +228,7 @@ def test_the_index_may_change_while_the_first_watcher_is_told_of_it(
         return mirror
 
     mirror = asyncio.run(story())
-    assert set(mirror.stored) == Recital().of(cache)
+    assert set(mirror.stored) == Replay().of(cache)
     cache.check()
 
 
@@ -266,7 +266,7 @@ def test_nothing_is_hashed_while_nobody_watches() -> None:
     cache = some_cache()
     log = EventLog(OneCache(cache))
     disturb(cache, random.Random(1), 50, [])
-    assert cache._desk.tree.journal is None
+    assert cache._lessor.tree.journal is None
     assert (log.num_events, log.watchers) == (0, 0)
 
 
@@ -705,9 +705,9 @@ def test_what_nobody_watches_any_more_is_freed_in_parts(monkeypatch: pytest.Monk
         with log.watching():
             async for batch in log.batches(0):
                 mirror.hear(batch)
-                if len(mirror.stored) == len(Recital().of(cache)):
+                if len(mirror.stored) == len(Replay().of(cache)):
                     break
-        assert mirror.stored.keys() == Recital().of(cache)
+        assert mirror.stored.keys() == Replay().of(cache)
         log.close()
 
     asyncio.run(story())

@@ -105,7 +105,7 @@ class LocalBackend(Backend):
             self.settle()
 
     def settle(self) -> None:
-        for ticket, outcome in self.cache.settled():
+        for ticket, outcome in self.cache.take_outcomes():
             future, asker = self.waiting.pop(ticket)
             if isinstance(outcome, CacheError):
                 future.set_exception(outcome)

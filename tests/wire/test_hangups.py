@@ -169,7 +169,7 @@ def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_be
         (TicketId(n), PoolExhausted(f"no {n}")) for n in (1, 2, 3)
     ]
     cache = SimpleNamespace(
-        settled=lambda: [settled.pop(0)] if settled else [], next_deadline=lambda: None
+        take_outcomes=lambda: [settled.pop(0)] if settled else [], next_deadline=lambda: None
     )
     holdings: Any = SimpleNamespace(cache=cache)
     line, heard = WaitingLine(holdings), []

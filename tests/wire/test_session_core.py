@@ -110,7 +110,7 @@ class Service:
         raise AssertionError(verb)
 
     def settle(self, results: pb.OpResults) -> None:
-        for ticket, outcome in self.cache.settled():
+        for ticket, outcome in self.cache.take_outcomes():
             asked = [op_id for op_id, waits in self.tickets.items() if waits == ticket]
             for op_id in asked:  # none, if it was cancelled
                 del self.tickets[op_id]

@@ -51,6 +51,6 @@ class CostAware(EvictionPolicy):
         uses, level = (0, 0.0) if node.mark is None else node.mark
         position, above = 0, node
         while above.parent is not None:
-            position += len(above.key)
+            position += len(above.tokens)
             above = above.parent
         return float(level + uses * (1.0 + position / (TOKEN_BYTES * self.even_at)))

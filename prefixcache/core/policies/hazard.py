@@ -164,7 +164,7 @@ _BEHIND, _CAUGHT_UP = 0.005, 0.0005
 _SPARE = 64
 
 
-class Use:
+class Access:
     """One use of a path: the blocks that no later use has taken over, resident or ghosts."""
 
     __slots__ = ("age", "kinds", "leaf", "length", "number", "size", "time")
@@ -199,7 +199,7 @@ class Use:
             del self.kinds[kind]
 
 
-class Shadow:
+class LruReference:
     """An exact LRU of the same capacity, by whole uses, and the score against it.
 
     Marks are `(use, …)`: a block is in the LRU if its use is not older than `first`; of the use at
@@ -224,15 +224,15 @@ class Shadow:
         """Number of the oldest use that is in the LRU as a whole."""
         self.leads = False
         """Whether the LRU is ahead, and should decide."""
-        self._uses: deque[Use] = deque()
+        self._uses: deque[Access] = deque()
         self._tidy_at = _SPARE
         """Length of `_uses` at which those are dropped that later ones have taken over whole."""
         self._size = 0
-        self._edge: Use | None = None
+        self._edge: Access | None = None
         self._behind = 0.0
         self._seen = 0.0
 
-    def add(self, use: Use, num_joined: int) -> None:
+    def add(self, use: Access, num_joined: int) -> None:
         """Put a use in; `num_joined` of its blocks were not in it.  Amortised O(1)."""
         self._uses.append(use)
         if len(self._uses) > self._tidy_at:
@@ -288,8 +288,8 @@ class Shadow:
             ghost = node.ghosts.get(tokens[off : off + width])
             if ghost is None or ghost.mark is None:
                 break
-            size = len(ghost.key)
-            same = common_prefix(tokens, off, ghost.key, 0, min(size, limit - off)) // width
+            size = len(ghost.tokens)
+            same = common_prefix(tokens, off, ghost.tokens, 0, min(size, limit - off)) // width
             held = self._holds(ghost, off // width, same)
             off += held * width
             if held * width < size:
@@ -301,7 +301,7 @@ class Shadow:
         """Count how many of a node's first `size` blocks, at `start`, the LRU holds."""
         if node.mark is None:
             return size
-        use: Use = node.mark[0]
+        use: Access = node.mark[0]
         if use.number >= self.first:
             return size
         if use is not self._edge:
@@ -314,7 +314,7 @@ _SPARE = 1024
 """Entries out of date that may be kept beside three times as many as there are leaves."""
 
 
-class Cells:
+class AgeGrid:
     """The unprotected leaves; the worst cell gives first, or, while the shadow leads, the oldest.
 
     Marks are `(use, uses, kind)`.
@@ -334,10 +334,10 @@ class Cells:
         "_unmarked",
     )
 
-    def __init__(self, num_kinds: int, shadow: Shadow) -> None:
+    def __init__(self, num_kinds: int, shadow: LruReference) -> None:
         self._num_kinds = num_kinds
         self._shadow = shadow
-        self._heaps: list[list[tuple[int, Use]]] = [[] for _ in range(num_kinds * NUM_AGES)]
+        self._heaps: list[list[tuple[int, Access]]] = [[] for _ in range(num_kinds * NUM_AGES)]
         self._powers = [1 << rank for rank in range(num_kinds * NUM_AGES)]
         self._order: list[int] = []
         self._bits: list[int] = []
@@ -370,7 +370,7 @@ class Cells:
             if cell >= 0:
                 self._put(cell, use)
 
-    def age(self, use: Use) -> None:
+    def age(self, use: Access) -> None:
         """Put a use that has just grown older into its next cell.  O(log leaves), amortised.
 
         Uses grow older in order: what is before it in the cell that it leaves is out of date.
@@ -401,7 +401,7 @@ class Cells:
         use.leaf.queued = False
         return use.leaf
 
-    def _put(self, cell: int, use: Use) -> None:
+    def _put(self, cell: int, use: Access) -> None:
         heappush(self._heaps[cell], (use.number, use))
         self._filled |= self._bits[cell]
         self._count()
@@ -426,7 +426,7 @@ class Cells:
                 living += len(heap)
         self._tidy_at = max(_SPARE, 2 * living)
 
-    def _worst(self) -> Use | None:
+    def _worst(self) -> Access | None:
         while self._filled:
             lowest = self._filled & -self._filled
             use = self._head(self._order[lowest.bit_length() - 1])
@@ -434,12 +434,12 @@ class Cells:
                 return use
         return None
 
-    def _oldest(self) -> Use | None:
+    def _oldest(self) -> Access | None:
         """Give the oldest use.  O(kinds), and O(cells) once after each ranking."""
         if not self._ages:
             self._ages = [sum(self._bits[age::NUM_AGES]) for age in range(NUM_AGES - 1, -1, -1)]
         for mask in self._ages:
-            oldest: Use | None = None
+            oldest: Access | None = None
             left = self._filled & mask
             while left:
                 lowest = left & -left
@@ -451,7 +451,7 @@ class Cells:
                 return oldest
         return None
 
-    def _head(self, cell: int) -> Use | None:
+    def _head(self, cell: int) -> Access | None:
         """Give a cell's oldest use; drop those that are elsewhere by now."""
         heap = self._heaps[cell]
         while heap:
@@ -462,11 +462,11 @@ class Cells:
         self._filled &= ~self._bits[cell]
         return None
 
-    def _cell(self, use: Use) -> int:
+    def _cell(self, use: Access) -> int:
         """Give where a use belongs; -1 if it has no leaf now."""
         leaf = use.leaf
         # `leaf.is_evictable`, written out: this is the policy's most frequent question.
-        if leaf is None or leaf.ref or leaf.children or leaf.parent is None or not leaf.blocks:
+        if leaf is None or leaf.lock_ref or leaf.children or leaf.parent is None or not leaf.blocks:
             return -1
         mark = leaf.mark
         if mark is None or mark[0] is not use:
@@ -510,10 +510,10 @@ class Hazard(EvictionPolicy):
     def __init__(self, num_blocks: int = 1) -> None:
         super().__init__(num_blocks)
         self.hazards = Hazards(2 * _MOST_USES, _NUM_GROWTHS, num_blocks)
-        self.shadow = Shadow(num_blocks)
-        self._cells = Cells(self.hazards.num_kinds, self.shadow)
+        self.shadow = LruReference(num_blocks)
+        self._cells = AgeGrid(self.hazards.num_kinds, self.shadow)
         self._cells.rank(self.hazards.order(1.0))
-        self._by_age: list[deque[Use]] = [deque() for _ in range(NUM_AGES)]
+        self._by_age: list[deque[Access]] = [deque() for _ in range(NUM_AGES)]
         self._ends = self.hazards.edges[1:]
         self._time = 0
         """Block visits so far."""
@@ -542,7 +542,7 @@ class Hazard(EvictionPolicy):
             return
         self._num_uses += 1
         self._run += (size - self._run) * max(0.01, 1 / self._num_uses)
-        use = Use(self._num_uses, self._time, size)
+        use = Access(self._num_uses, self._time, size)
         self._hand_over(path, use, self._growth(path, size))
         self._by_age[0].append(use)
         self._time += size
@@ -566,7 +566,7 @@ class Hazard(EvictionPolicy):
             return _FRESH_SHORT if size < self._run / 2 else _FRESH
         return _GREW_MUCH if size - known >= self._run / 4 else _GREW_LITTLE
 
-    def _hand_over(self, path: list[Node], use: Use, growth: int) -> None:
+    def _hand_over(self, path: list[Node], use: Access, growth: int) -> None:
         """Count the returns; give all blocks of the path to the new use."""
         hazards, time, first = self.hazards, self._time, self.shadow.first
         joined = use.length

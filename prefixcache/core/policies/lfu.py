@@ -32,7 +32,7 @@ class Lfu(EvictionPolicy):
 
     def key(self, node: Node) -> float:
         """Give the count, and the last use among equal counts.  An integer: exact at any size."""
-        return ((node.mark or 0) << 64) + node.last
+        return ((node.mark or 0) << 64) + node.last_used
 
     def uses(self, node: Node) -> int | None:
         """Give the count."""

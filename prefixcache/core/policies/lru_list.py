@@ -18,7 +18,7 @@ _SPARE = 64
 """Uses that own nothing any more, which may be kept beside as many as own something."""
 
 
-class Generations:
+class LruList:
     """How many blocks each use still owns, and from which use on they are in the list."""
 
     __slots__ = ("_counts", "_fell", "_order", "oldest", "size")

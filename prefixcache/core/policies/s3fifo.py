@@ -76,7 +76,7 @@ class S3Fifo(LanePolicy):
 
     def key(self, node: Node) -> float:
         """Give the position in the queue."""
-        return node.last if node.mark is None else int(node.mark[1])
+        return node.last_used if node.mark is None else int(node.mark[1])
 
     def choose(self, heads: Sequence[Node | None]) -> int:
         """Take from the small queue while it is too large."""

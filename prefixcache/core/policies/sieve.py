@@ -54,7 +54,7 @@ class Sieve(LanePolicy):
 
     def key(self, node: Node) -> float:
         """Give the round in which the hand comes by, then the birth.  An integer, exact."""
-        born = node.last if node.mark is None else int(node.mark[0])
+        born = node.last_used if node.mark is None else int(node.mark[0])
         return (self._round + (2 * born < self._hand)) * _ROUND + born
 
     def choose(self, heads: Sequence[Node | None]) -> int:
@@ -63,7 +63,7 @@ class Sieve(LanePolicy):
 
     def spares(self, node: Node) -> bool:
         """Move the hand to this leaf, and past it if it was used."""
-        born, used = (node.last, False) if node.mark is None else node.mark
+        born, used = (node.last_used, False) if node.mark is None else node.mark
         if 2 * born < self._hand:
             self._round += 1
         self._hand = 2 * born + used

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from prefixcache.core.eviction import LanePolicy, Mark, register
-from prefixcache.core.policies.lru_list import Generations
+from prefixcache.core.policies.lru_list import LruList
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Node
@@ -33,7 +33,7 @@ class Slru(LanePolicy):
 
     def __init__(self, num_blocks: int = 1) -> None:
         super().__init__(num_blocks)
-        self._again = Generations()
+        self._again = LruList()
         self._limit = int(self.protected * num_blocks)
 
     def used(self, node: Node, stamp: int) -> None:
@@ -62,7 +62,7 @@ class Slru(LanePolicy):
 
     def key(self, node: Node) -> float:
         """Give the last use."""
-        return node.last if node.mark is None else int(node.mark[1])
+        return node.last_used if node.mark is None else int(node.mark[1])
 
     def choose(self, heads: Sequence[Node | None]) -> int:
         """Take from the probation, demoted blocks included: who came to it first."""

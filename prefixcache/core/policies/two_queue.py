@@ -66,7 +66,7 @@ class TwoQueue(LanePolicy):
     def key(self, node: Node) -> float:
         """Give the time of entry into A1in, that of the last use in Am."""
         if node.mark is None or node.mark[0] != _IN:
-            return node.last
+            return node.last_used
         return int(node.mark[1])
 
     def choose(self, heads: Sequence[Node | None]) -> int:

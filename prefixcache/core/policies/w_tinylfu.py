@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from prefixcache.core.eviction import LanePolicy, Lanes, Mark, Queue, register
-from prefixcache.core.policies.lru_list import Generations
+from prefixcache.core.policies.lru_list import LruList
 
 if TYPE_CHECKING:
     from prefixcache.core.node import Node
@@ -40,7 +40,7 @@ class WTinyLfu(LanePolicy):
         self._window_limit = max(1, num_blocks // 100)
         self._protected_limit = int(0.8 * (num_blocks - self._window_limit))
         self._num_window = 0
-        self._protected = Generations()
+        self._protected = LruList()
         self._epoch = 0
         self._num_used = 0
         self._stamp = 0
@@ -108,7 +108,7 @@ class WTinyLfu(LanePolicy):
     def key(self, node: Node) -> float:
         """Give the time of entry, which is that of the last use."""
         mark = node.mark
-        return node.last if mark is None or mark[0] == _GHOST else int(mark[1])
+        return node.last_used if mark is None or mark[0] == _GHOST else int(mark[1])
 
     def choose(self, heads: Sequence[Node | None]) -> int:
         """Fill the main area from the window; once it is full, let the window's oldest compete."""

@@ -74,7 +74,7 @@ class Looking(Verbs):
             def may_see(namespace: Namespace) -> bool:
                 return not namespace.salt and asker.identity.sees(namespace)
 
-        told = self._cache().recount(request.request_id, may_see, now=monotonic())
+        told = self._cache().explain_request(request.request_id, may_see, now=monotonic())
         if told.past is None or len(told.past.tokens) <= MOST_TOLD_BYTES:
             return told
         return replace(told, past=replace(told.past, tokens=told.past.tokens[:MOST_TOLD_BYTES]))
