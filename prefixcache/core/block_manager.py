@@ -13,10 +13,11 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
+from prefixcache.core.account import Account
 from prefixcache.core.block_pool import BlockPool, LastTenant
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Node
-from prefixcache.core.quota import Account, Quotas
+from prefixcache.core.quota import Quotas
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from prefixcache.core.account import Account
 from prefixcache.core.introspect import draw
-from prefixcache.core.lease import Lease
+from prefixcache.core.lease import Lease, LeaseTable
 from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Node
+from prefixcache.core.quota import Quotas
 
 
 def check(lessor: Lessor) -> None:
@@ -37,7 +39,7 @@ def check(lessor: Lessor) -> None:
         lessor.pins.check()
         lessor.tallies.check()
         _check_ages(lessor)
-        blocks.quotas.check(lessor.leases.all())
+        _check_quotas(blocks.quotas, lessor.leases)
     except AssertionError as error:
         drawn = "\n".join(draw(root) for root in [*roots, *tree.retired])
         raise AssertionError(f"{error}\n{drawn}") from error
@@ -61,3 +63,30 @@ def _check_lease(lessor: Lessor, lease: Lease) -> None:
     own = lease.node.table()
     for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
         assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"
+
+
+def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:
+    """Assert that the counts are those of the leases.  O(leases + namespaces)."""
+    living = leases.all()
+    private: dict[Account, int] = {}
+    in_root: Counter[object] = Counter(lease.node.root for lease in living)
+    for tenant in quotas.tenants():
+        own = [lease.serial for lease in living if lease.namespace.tenant == tenant.scope]
+        assert list(leases.of_tenant(tenant.tenant)) == own, f"{tenant}: leases"
+        below = list(tenant.namespaces.values())
+        for what in ("private", "quarantined", "num_held", "num_stored"):
+            there, summed = getattr(tenant, what), sum(getattr(one, what) for one in below)
+            assert there == summed, f"{tenant}: {what} {there}, not {summed}"
+        for root in (root for one in below for root in one.roots):
+            counted = in_root[root]
+            assert root.num_leases == counted, f"{root.namespace}: {root.num_leases} leases"
+    for lease in living:
+        assert lease.num_private == lease.count_private(), f"lease {lease.id}: private blocks"
+        private[lease.account] = private.get(lease.account, 0) + lease.num_private
+    for account in quotas.namespaces(None):
+        counted = private.pop(account, 0)
+        assert account.private == counted, f"{account}: {account.private}, not {counted}"
+    assert not private, "a lease of an account that nobody knows"
+    known = (*quotas.tenants(), *quotas.namespaces(None))
+    limited = {account for account in known if account.has_quota}
+    assert set(quotas.limited()) == limited, "the accounts with a quota"

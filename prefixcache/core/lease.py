@@ -17,8 +17,8 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING
 
+from prefixcache.core.account import Account
 from prefixcache.core.ledger import Begun
 from prefixcache.core.node import Node
 from prefixcache.core.shares import Shares
@@ -32,10 +32,6 @@ from prefixcache.types import (
     Namespace,
     WorkerId,
 )
-
-if TYPE_CHECKING:
-    from prefixcache.core.quota import Account
-
 
 _REMEMBERED_ENDS = 256
 """Of one worker's leases."""
@@ -213,7 +209,16 @@ class LeaseTable:
     entries.  A renewal of all leases of a worker is one assignment.
     """
 
-    __slots__ = ("_deadlines", "_next", "by_age", "leaving", "shares", "ttl_s", "workers")
+    __slots__ = (
+        "_deadlines",
+        "_next",
+        "_of_tenants",
+        "by_age",
+        "leaving",
+        "shares",
+        "ttl_s",
+        "workers",
+    )
 
     def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
@@ -221,6 +226,7 @@ class LeaseTable:
         """Whose they are."""
         self.by_age: OrderedDict[int, Lease] = OrderedDict()
         """By serial number, oldest first."""
+        self._of_tenants: dict[str, OrderedDict[int, Lease]] = {}
         self.workers: dict[WorkerId, Worker] = {}
         self.leaving: OrderedDict[WorkerId, Worker] = OrderedDict()
         """Of the workers, those that may do nothing any more, while their leases are ended."""
@@ -263,10 +269,12 @@ class LeaseTable:
             deadline=now + self.ttl_s,
         )
         member.leases[lease.id] = lease
-        root = node.root
-        root.num_leases += 1
-        root.leases[lease.serial] = lease
+        node.root.num_leases += 1
         self.by_age[lease.serial] = lease
+        mine = self._of_tenants.get(namespace.tenant)
+        if mine is None:
+            mine = self._of_tenants[namespace.tenant] = OrderedDict()
+        mine[lease.serial] = lease
         self.shares.force(namespace.tenant)
         heappush(self._deadlines, (lease.deadline, lease.serial))
         if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
@@ -302,10 +310,12 @@ class LeaseTable:
         """Forget a lease, but for how it ended."""
         member = self.workers[lease.worker]
         del member.leases[lease.id]
-        root = lease.node.root
-        root.num_leases -= 1
-        del root.leases[lease.serial]
+        lease.node.root.num_leases -= 1
         del self.by_age[lease.serial]
+        mine = self._of_tenants[lease.namespace.tenant]
+        del mine[lease.serial]
+        if not mine:
+            del self._of_tenants[lease.namespace.tenant]
         self.shares.give(lease.namespace.tenant)
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
@@ -357,6 +367,10 @@ class LeaseTable:
     def all(self) -> list[Lease]:
         """Give all living leases, oldest first."""
         return list(self.by_age.values())
+
+    def of_tenant(self, tenant: str) -> OrderedDict[int, Lease]:
+        """Give the living leases of a tenant, by serial number, oldest first.  O(1)."""
+        return self._of_tenants.get(tenant) or OrderedDict()
 
     def ends_at(self, lease: Lease) -> float:
         """Give the deadline, renewals of its worker included."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from prefixcache.core.account import Account
 from prefixcache.core.block_manager import BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
@@ -18,7 +19,6 @@ from prefixcache.core.namespaces import NamespaceTable
 from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
-from prefixcache.core.quota import Account
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.tallies import Tallies
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
@@ -287,15 +287,16 @@ class Lessor:
         Of other tenants' leases only their number is told.
         """
         own = self.blocks.quotas.tenant(tenant)
+        leases = self.leases.of_tenant(tenant)
         if over_quota := isinstance(short, QuotaExceeded):  # others are none of its business
-            held, count = own.num_held, len(own.leases)
+            held, count = own.num_held, len(leases)
         else:
             pool, tree = self.blocks.pool, self.blocks.tree
             kept = pool.num_free + tree.evictable + pool.num_quarantined
             held, count = pool.num_blocks - kept, self.leases.count
         message = f"{short}; {many(held, 'block')} held by {many(count, 'lease')}"
-        if own.leases:
-            oldest = next(iter(own.leases.values()))
+        if leases:
+            oldest = next(iter(leases.values()))
             worker = self.leases.workers[oldest.worker].name
             message += f" (oldest {worker}#{oldest.id}, {now - oldest.since:.0f} s)"
         next_end = self.leases.next_deadline()

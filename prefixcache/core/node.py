@@ -9,18 +9,13 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
 
+from prefixcache.core.account import Account, Sums
 from prefixcache.types import BlockId, BlockTable, Namespace
-
-if TYPE_CHECKING:
-    from prefixcache.core.lease import Lease
-    from prefixcache.core.quota import Account
-
 
 Child = TypeVar("Child")
 
@@ -241,23 +236,12 @@ class Node:
         return table
 
 
-class Sums:
-    """Blocks of many roots, counted as they come and go, so that nobody adds them up."""
-
-    __slots__ = ("evictable", "num_blocks")
-
-    def __init__(self) -> None:
-        self.num_blocks = 0
-        self.evictable = 0
-
-
 class Root(Node):
     """The empty prefix of one namespace.  Always protected, never evicted."""
 
     __slots__ = (
         "account",
         "evictable",
-        "leases",
         "namespace",
         "num_blocks",
         "num_changes",
@@ -274,8 +258,6 @@ class Root(Node):
         self.evictable = 0
         self.sums = Sums()
         """Those of its tenant, which are kept with its own."""
-        self.leases: OrderedDict[int, Lease] = OrderedDict()
-        """Those of its tenant, oldest first, which are kept where its own are counted."""
         self.num_leases = 0
         self.num_changes = 0
         """How often something came or went: a match, or what waiting brings, may differ since."""

@@ -31,10 +31,11 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
+from prefixcache.core.account import Account
 from prefixcache.core.eviction import LeafQueue
 from prefixcache.core.node import Match, Node, Root
 from prefixcache.core.policies.lru import Lru
-from prefixcache.core.quota import Account, Quotas
+from prefixcache.core.quota import Quotas
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.shares import Shares
 from prefixcache.errors import PoolExhausted

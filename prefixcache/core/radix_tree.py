@@ -55,7 +55,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prefixcache.core.eviction import EvictionPolicy, Mark, Queue
 from prefixcache.core.ghosts import Ghosts
@@ -72,14 +72,20 @@ from prefixcache.core.node import (
 from prefixcache.core.policies.lru import Lru
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
 
-if TYPE_CHECKING:
-    from prefixcache.core.protection import Pins
-
-
 SWEPT = 3
 """`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
 _ALWAYS_MERGED = 32_768
 """Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""
+
+
+class PinListener(Protocol):
+    """What hears when pinned blocks are evicted, since nothing else was left."""
+
+    def trimmed(self, node: Node, num_blocks: int) -> None:
+        """Hear that a pinned leaf is losing its last blocks."""
+
+    def buried(self, node: Node, above: Node) -> None:
+        """Hear that a whole pinned leaf leaves the tree, from below `above`."""
 
 
 class RadixTree:
@@ -124,7 +130,7 @@ class RadixTree:
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
-        self.pins: Pins | None = None
+        self.pins: PinListener | None = None
         """Who is told when pinned blocks are lost."""
         self._sweeps: deque[Iterator[Node]] = deque()
         """Leaves of what was reset; they are evicted before all others.  The oldest first, so that

@@ -168,7 +168,7 @@ def snapshot(
         mine = tenant is None or namespace.tenant == tenant
         return mine and (sees is None or sees(namespace))
 
-    own = lessor.leases.by_age if tenant is None else lessor.blocks.quotas.tenant_leases(tenant)
+    own = lessor.leases.by_age if tenant is None else lessor.leases.of_tenant(tenant)
     if sees is None:
         num_leases, most = len(own), MOST_LEASES
     else:
