@@ -108,12 +108,6 @@ class Account:
     def _counted(self) -> tuple[Sums, Sums] | list[Accounted]:
         return (self.found, self.forgotten) if isinstance(self.scope, str) else self.roots
 
-    def count_private(self, more: int) -> None:
-        """Count that leases of a namespace own `more` blocks than before.  O(1)."""
-        self.private += more
-        if self.above is not None:
-            self.above.private += more
-
     def count_quarantined(self, more: int) -> None:
         """Count that workers may write to `more` blocks after the end of leases.  O(1)."""
         self.quarantined += more

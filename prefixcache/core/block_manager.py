@@ -105,8 +105,27 @@ class BlockManager:
             raise PoolExhausted(
                 f"needs {many(need, 'block')}; {free:,} free, {evictable:,} evictable"
             )
-        if need and self.aside.used(account.tenant):
+        if need and self.aside.total and self.aside.used(account.tenant):
             self._refuse_beyond_share(account.tenant, need)
+
+    def plan(self, match: Match, num_blocks: int, account: Account) -> tuple[int, BlockId | None]:
+        """Say how many blocks a sequence of `num_blocks` needs of its own, and which one it copies.
+
+        Changes nothing.  No block is copied if partial reuse is off, or if there is no room for
+        what is copied and for the copy.
+
+        Raises:
+            PoolExhausted, QuotaExceeded: see `admit`.
+        """
+        need = num_blocks - match.end // self._width
+        self.admit(need, account, match)
+        source = match.partial_block
+        if source is None or self._partial is Partial.OFF:
+            return need, None
+        short = need - self.pool.num_free
+        if short > 0 and short > self.num_obtainable(match) - 1:
+            return need, None
+        return need, source
 
     def _refuse_beyond_share(self, tenant: str, need: int) -> None:
         """Lend nothing to a tenant whose quarantined blocks are its part of the pool already."""
@@ -130,6 +149,8 @@ class BlockManager:
             if not evicted:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
             pool.release(evicted)
+        if self.last_tenant.wipe is None:
+            return pool.allocate(need)
         num_used = pool.num_used
         blocks = pool.allocate(need)
         self.last_tenant.assign(blocks, tenant, num_used)
@@ -138,21 +159,17 @@ class BlockManager:
     @staticmethod
     def count_private(lease: Lease) -> None:
         """Tell a lease's account how many blocks it owns now.  O(1)."""
-        private = lease.count_private()
-        if private != lease.num_private:
-            lease.account.count_private(private - lease.num_private)
+        BlockManager._count(lease, len(lease.table) - lease.private_from + len(lease.duplicates))
+
+    @staticmethod
+    def _count(lease: Lease, private: int) -> None:
+        if more := private - lease.num_private:
             lease.num_private = private
+            lease.account.private += more
+            if (tenant := lease.account.above) is not None:
+                tenant.private += more
 
     # ------------------------------------------------------------------ a lease's blocks
-
-    def source_of(self, match: Match, need: int) -> BlockId | None:
-        """Choose the block to copy from; None if partial reuse is off or there is no room."""
-        if match.partial_block is None or self._partial is Partial.OFF:
-            return None
-        short = need - self.pool.num_free
-        if short > 0 and short > self.num_obtainable(match) - 1:
-            return None
-        return match.partial_block
 
     def allocate(
         self, lease: Lease, match: Match, node: Node, need: int, source: BlockId | None
@@ -168,6 +185,7 @@ class BlockManager:
         lease.table = node.table()
         lease.private_from = len(lease.table)
         lease.table.extend(fresh)
+        self.count_private(lease)
         lease.start = lease.committed = match.end // TOKEN_BYTES
         if source is None:
             return ()
@@ -358,6 +376,7 @@ class BlockManager:
             quarantined = 0
             if private:
                 self.pool.release(private)
+        self._count(lease, 0)
         return self.num_free - free_before, quarantined
 
     def _set_aside(self, lease: Lease, count: int) -> None:

@@ -65,12 +65,15 @@ class BlockPool:
         "_state",
         "_states",
         "num_blocks",
+        "num_free",
         "refs",
         "write_listener",
     )
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.num_free = num_blocks
+        """Blocks that `allocate` can give."""
         self.refs: Counter[int] = Counter()
         """Owners of a block beyond its first; only blocks that have any."""
         self.write_listener: WriteListener | None = None
@@ -80,11 +83,6 @@ class BlockPool:
         self._state = bytearray(num_blocks)
         self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
         self._quarantine: dict[WorkerId, BlockTable] = {}
-
-    @property
-    def num_free(self) -> int:
-        """Blocks that `allocate` can give."""
-        return len(self._stack) + self.num_blocks - self._bump
 
     @property
     def num_used(self) -> int:
@@ -119,6 +117,7 @@ class BlockPool:
             del stack[:]
             ids.extend(range(self._bump, self._bump + fresh))
             self._bump += fresh
+        self.num_free -= count
         self._mark(ids, _LIVE)
         if self.write_listener is not None:
             self.write_listener.given(ids)
@@ -139,6 +138,7 @@ class BlockPool:
         if self.write_listener is not None:
             self.write_listener.ended(ids)
         self._stack.extend(ids)
+        self.num_free += len(ids)
         return len(ids)
 
     def release_one(self, block: BlockId) -> None:
@@ -164,6 +164,7 @@ class BlockPool:
         self._bump = int(used[-1]) + 1 if len(used) else 0
         free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
         self._stack = array("i", free.astype(np.int32).tobytes())
+        self.num_free = len(self._stack) + self.num_blocks - self._bump
 
     def add_ref(self, block: BlockId) -> None:
         """Add an owner to a live block."""

@@ -161,8 +161,8 @@ class PrefixCache:
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of each limit is kept; by default for nobody.  O(tenants)."""
         lessor = self._lessor
+        lessor.leases.set_tenants(tenants)
         for shares in (
-            lessor.leases.shares,
             lessor.namespaces.shares,
             lessor.waiting.line.shares,
             *lessor.pins.shares,
@@ -364,36 +364,7 @@ class PrefixCache:
             lessor.make_way(namespace)
             lessor.root(namespace)
         request = Request(worker, namespace, tokens, reserve, request_id)
-        if (earlier := lessor.earlier(member, request)) is not None:
-            return earlier  # whatever has become of quotas and of the line since then
-        total = lessor.blocks.blocks_for(len(tokens) // TOKEN_BYTES + reserve)
-        quotas = lessor.blocks.quotas
-        if quotas.any_limit:
-            quotas.refuse_hopeless(quotas.account(namespace), total)
-        line = lessor.waiting.line
-        try:
-            if line and line.is_blocked_by_head(None):
-                raise PoolExhausted(
-                    f"needs up to {many(total, 'block')}, and {many(len(line), 'request', 'wait')} "
-                    "for room that no other may pass any more",
-                    retry_after_s=lessor.leases.ttl_s,
-                )
-            outcome = lessor.attempt(member, request, now, wait=wait_s > 0)
-        except PoolExhausted as short:
-            if wait_s <= 0:
-                raise
-            line.refuse_if_full(short, namespace.tenant)
-            ticket = lessor.waiting.enter(request, namespace.tenant, now + wait_s)
-            ticket.over_quota = isinstance(short, QuotaExceeded)
-            lessor.waiting.wait_for_room(ticket)
-            return Waiting(ticket.id, None, 0)
-        if isinstance(outcome, Grant):
-            if line:
-                line.note_bypass(line.heads())
-            return outcome
-        ticket = lessor.waiting.enter(request, namespace.tenant, now + wait_s)
-        lessor.waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
-        return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
+        return lessor.acquire(member, request, wait_s, now)
 
     def take_outcomes(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
         """Take the outcomes of waiting requests since the last call."""
@@ -555,7 +526,7 @@ class PrefixCache:
         if not own.committed:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
         member = self._lessor.leases.worker(worker)
-        self._lessor.admit_leases(own.namespace.tenant, n)
+        self._lessor.leases.admit(own.namespace.tenant, n)
         table = self._lessor.blocks.shared_table(own)
         return tuple(self._lessor.fork(member, own, table, now) for _ in range(n))
 

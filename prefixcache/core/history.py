@@ -44,7 +44,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from prefixcache.core.node import Match, Node, Place
 from prefixcache.core.radix_tree import RadixTree
@@ -271,6 +271,14 @@ SHOWN_TOKENS: Final = 64
 """How much of a stored continuation is told."""
 
 
+class Asked(Protocol):
+    """What is remembered of a request."""
+
+    request_id: str
+    namespace: Namespace
+    tokens: bytes
+
+
 class Seen(NamedTuple):
     """What a request looked like before anything was locked for it."""
 
@@ -313,9 +321,7 @@ class History:
         seen: Seen,
         node: Node,
         worker: str,
-        namespace: Namespace,
-        tokens: bytes,
-        request_id: str,
+        request: Asked,
         grant: Grant,
         now: float,
     ) -> None:
@@ -324,11 +330,11 @@ class History:
             self.divergence.note(node, seen.into, now)
         self.request_log.add(
             GrantRecord(
-                request_id,
+                request.request_id,
                 worker,
                 grant.lease,
-                namespace,
-                tokens,
+                request.namespace,
+                request.tokens,
                 grant.ledger,
                 now,
                 seen.parted_at,

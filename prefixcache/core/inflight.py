@@ -43,15 +43,15 @@ class Inflight:
     is locked in the tree, so there is nothing left to gain from waiting for it.
     """
 
-    __slots__ = ("_below", "_block_size", "_partial")
+    __slots__ = ("_block_size", "_partial", "below")
 
     def __init__(self, block_size: int, partial: Partial) -> None:
         self._block_size = block_size
         self._partial = partial
-        self._below: dict[Root, list[tuple[bytes, int, Lease]]] = {}
+        self.below: dict[Root, list[tuple[bytes, int, Lease]]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._below.values()))
+        return sum(map(len, self.below.values()))
 
     def add(self, lease: Lease, prompt: bytes) -> None:
         """Let others find what `lease` computes, if it can be shared.  O(log flights)."""
@@ -62,7 +62,7 @@ class Inflight:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
-        insort(self._below.setdefault(lease.node.root, []), (prompt, lease.serial, lease))
+        insort(self.below.setdefault(lease.node.root, []), (prompt, lease.serial, lease))
         lease.node.root.num_changes += 1
 
     def remove(self, lease: Lease) -> None:
@@ -70,15 +70,15 @@ class Inflight:
         if lease.flight is None:
             return
         root = lease.node.root
-        below = self._below[root]
+        below = self.below[root]
         del below[bisect_left(below, (lease.flight, lease.serial))]
         lease.flight = None
         if not below:
-            del self._below[root]
+            del self.below[root]
 
     def find(self, root: Root, match: Match, tokens: bytes) -> JoinGain | None:
         """Find the flight worth waiting for; None if none is.  Changes nothing.  O(log flights)."""
-        below = self._below.get(root)
+        below = self.below.get(root)
         if below is None:
             return None
         at = bisect_left(below, (tokens,))
@@ -105,13 +105,13 @@ class Inflight:
 
     def all(self) -> Iterator[Lease]:
         """Give the leases that are in flight, prompts in order."""
-        for below in self._below.values():
+        for below in self.below.values():
             for _, _, lease in below:
                 yield lease
 
     def check(self) -> None:
         """Assert that the flights are in order, and that each lease is where it can be found."""
-        for root, below in self._below.items():
+        for root, below in self.below.items():
             assert below, "an empty list of flights"
             assert below == sorted(below), "flights out of order"
             for prompt, serial, lease in below:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -22,7 +23,8 @@ from prefixcache.core.account import Account
 from prefixcache.core.ledger import Begun
 from prefixcache.core.node import Node
 from prefixcache.core.shares import Shares
-from prefixcache.errors import LeaseExpired, NotFound
+from prefixcache.errors import LeaseExpired, NotFound, PoolExhausted, QuotaExceeded
+from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
     BlockId,
@@ -213,17 +215,19 @@ class LeaseTable:
         "_deadlines",
         "_next",
         "_of_tenants",
+        "_shares",
         "by_age",
         "leaving",
-        "shares",
+        "max_leases",
         "ttl_s",
         "workers",
     )
 
     def __init__(self, ttl_s: float, max_leases: int) -> None:
         self.ttl_s = ttl_s
-        self.shares = Shares(max_leases, "--max-leases", "leases")
-        """Whose they are."""
+        self.max_leases = max_leases
+        self._shares: Shares | None = None
+        """Whose they are, where a part is kept for each tenant."""
         self.by_age: OrderedDict[int, Lease] = OrderedDict()
         """By serial number, oldest first."""
         self._of_tenants: dict[str, OrderedDict[int, Lease]] = {}
@@ -254,6 +258,34 @@ class LeaseTable:
             )
         return member
 
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
+        self._shares = None
+        if len(tenants) > 1:
+            self._shares = Shares(self.max_leases, "--max-leases", "leases")
+            for tenant, leases in self._of_tenants.items():
+                self._shares.force(tenant, len(leases))
+            self._shares.set_tenants(tenants)
+
+    def admit(self, tenant: str, count: int = 1) -> None:
+        """Check that a tenant may have `count` more leases.  Changes nothing.
+
+        Raises:
+            PoolExhausted: there are too many.
+            QuotaExceeded: it has too many of them.
+        """
+        if self.count + count > self.max_leases:
+            raise PoolExhausted(
+                f"{many(self.count, 'lease', 'are')} out and {count:,} more asked for; "
+                f"--max-leases allows {self.max_leases:,}",
+                self.ttl_s,
+            )
+        if self._shares is not None:
+            try:
+                self._shares.check(tenant, count)
+            except PoolExhausted as full:  # it is the part of others that is free
+                raise QuotaExceeded(str(full), self.ttl_s) from None
+
     def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
         """Make a lease.  O(log leases)."""
         self._next += 1
@@ -275,7 +307,8 @@ class LeaseTable:
         if mine is None:
             mine = self._of_tenants[namespace.tenant] = OrderedDict()
         mine[lease.serial] = lease
-        self.shares.force(namespace.tenant)
+        if self._shares is not None:
+            self._shares.force(namespace.tenant)
         heappush(self._deadlines, (lease.deadline, lease.serial))
         if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.by_age]
@@ -316,7 +349,8 @@ class LeaseTable:
         del mine[lease.serial]
         if not mine:
             del self._of_tenants[lease.namespace.tenant]
-        self.shares.give(lease.namespace.tenant)
+        if self._shares is not None:
+            self._shares.give(lease.namespace.tenant)
         if lease.request_id:
             member.requests.pop(lease.request_id, None)
         if expired_at is not None:

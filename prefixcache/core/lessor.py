@@ -14,13 +14,12 @@ from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
 from prefixcache.core.inflight import Inflight, JoinGain
 from prefixcache.core.lease import Lease, LeaseTable, Worker
-from prefixcache.core.ledger import resume, settle
+from prefixcache.core.ledger import Tallies, resume, settle
 from prefixcache.core.namespaces import NamespaceTable
 from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
-from prefixcache.core.tallies import Tallies
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
@@ -40,6 +39,7 @@ from prefixcache.types import (
     Partial,
     TableUpdate,
     TicketId,
+    Waiting,
 )
 
 _LOOKED_AT = 4
@@ -162,37 +162,113 @@ class Lessor:
             self.tallies.rename(namespace, self.namespaces.depart(namespace))
         return True
 
+    def acquire(
+        self, member: Worker, request: Request, wait_s: float, now: float
+    ) -> Grant | Waiting:
+        """Grant a request; or let it wait, for a prefix in flight or for room."""
+        if request.request_id and (earlier := self.earlier(member, request)) is not None:
+            return earlier  # whatever has become of quotas and of the line since then
+        blocks, waiting, tenant = self.blocks, self.waiting, request.namespace.tenant
+        request.num_blocks = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
+        if blocks.quotas.any_limit:
+            blocks.quotas.refuse_hopeless(
+                blocks.quotas.account(request.namespace), request.num_blocks
+            )
+        try:
+            if waiting.tickets and waiting.line.is_blocked_by_head(None):
+                raise PoolExhausted(
+                    f"needs up to {many(request.num_blocks, 'block')}, and "
+                    f"{many(len(waiting.line), 'request', 'wait')} for room that no other may pass "
+                    "any more",
+                    retry_after_s=self.leases.ttl_s,
+                )
+            outcome = self.attempt(member, request, now, wait=wait_s > 0)
+        except PoolExhausted as short:
+            if wait_s <= 0:
+                raise
+            waiting.line.refuse_if_full(short, tenant)
+            ticket = waiting.enter(request, tenant, now + wait_s)
+            ticket.over_quota = isinstance(short, QuotaExceeded)
+            waiting.wait_for_room(ticket)
+            return Waiting(ticket.id, None, 0)
+        if isinstance(outcome, JoinGain):
+            ticket = waiting.enter(request, tenant, now + wait_s)
+            waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
+            return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
+        if waiting.tickets and waiting.line:
+            waiting.line.note_bypass(waiting.line.heads())
+        return outcome
+
     def attempt(
         self, member: Worker, request: Request, now: float, *, wait: bool
     ) -> Grant | JoinGain:
-        """Grant a request, or say which flight to wait for.
+        """Grant a request, or say which flight to wait for.  A failed one changes nothing.
 
         Raises:
-            PoolExhausted: there is no room, or others must be served first.
+            PoolExhausted: there is no room; the message says who has it.
         """
-        earlier = self.earlier(member, request)
-        if earlier is not None:
-            return earlier
-        root = self.root(request.namespace)
-        tokens = request.tokens
-        limit = len(tokens) - TOKEN_BYTES
-        match = self.tree.match(root, tokens, limit)
-        gain = self.inflight.find(root, match, tokens)
-        if gain is not None and wait:
-            if request.first_end < 0:
-                request.first_end = match.end
-            return gain
-        pending = 0 if gain is None else gain.num_tokens
-        return self._grant(member, request, match, pending, now)
+        tree, blocks, namespace, tokens = (
+            self.tree,
+            self.blocks,
+            request.namespace,
+            request.tokens,
+        )
+        root = self.roots.get(namespace) or self.root(namespace)
+        match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+        pending = 0
+        if self.inflight.below and (gain := self.inflight.find(root, match, tokens)) is not None:
+            if wait:
+                if request.first_end < 0:
+                    request.first_end = match.end
+                return gain
+            pending = gain.num_tokens
+        account = root.account or blocks.quotas.account(namespace)
+        self.leases.admit(namespace.tenant)
+        try:
+            need, source = blocks.plan(match, request.num_blocks, account)
+        except PoolExhausted as short:
+            raise self.refusal(short, namespace.tenant, now) from None
+        if self.tick is not None:
+            self.tick(now)
+        # Nothing fails from here on.  The ledger first: a lock may split the run it looks at.
+        partial = 0 if source is None else match.partial_tokens
+        joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
+        ledger = settle(tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        begun = member.begun.pop(request.request_id, None) if member.begun else None
+        if begun is not None and begun.is_of(namespace, tokens):
+            ledger = resume(ledger, begun)
+        seen = self.history.look(tree, match, tokens, ledger) if self.remember else None
+        if tree.asked is not None:
+            tree.asked(match, tokens)
+        node = tree.lock(match)
+        if source is not None:
+            tree.touch(match)
+        lease = self.leases.open(member, namespace, node, now)
+        copies = blocks.allocate(lease, match, node, need, source)
+        lease.rest = tokens[match.end :]
+        lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
+        self.inflight.add(lease, tokens)
+        table, ttl_s = lease.table[:], self.leases.ttl_s
+        grant = Grant(lease.id, table, lease.committed, pending, copies, ledger, ttl_s)
+        if request.request_id:
+            lease.grant, lease.request_id = grant, request.request_id
+            lease.asked = request.asks
+            member.requests[request.request_id] = lease
+        self.tallies.add(namespace, ledger)
+        if seen is not None:
+            self.history.note(seen, node, member.name, request, grant, now)
+        if self.oplog is not None:
+            self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
+        return grant
 
     @staticmethod
     def earlier(member: Worker, request: Request) -> Grant | None:
-        """Give what a request got that is repeated; None if it is new, or has no id.  O(1).
+        """Give what a request with an id got that is repeated; None if it is new.  O(1).
 
         Raises:
             InvalidRequest: its id is that of a lease that was asked for with something else.
         """
-        lease = member.requests.get(request.request_id) if request.request_id else None
+        lease = member.requests.get(request.request_id)
         if lease is None:
             return None
         if lease.asked != request.asks:
@@ -201,76 +277,6 @@ class Lessor:
                 "for with another prompt, namespace or reserve: give each request an id of its own"
             )
         return lease.grant
-
-    def _grant(
-        self, member: Worker, request: Request, match: Match, pending: int, now: float
-    ) -> Grant:
-        tokens, blocks = request.tokens, self.blocks
-        num_tokens = len(tokens) // TOKEN_BYTES
-        need = blocks.blocks_for(num_tokens + request.reserve) - match.end // self.tree.block_bytes
-        account = match.node.root.account or blocks.quotas.account(request.namespace)
-        self.admit_leases(request.namespace.tenant, 1)
-        self.admit(need, account, now, match)
-        source = blocks.source_of(match, need)
-        partial = 0 if source is None else match.partial_tokens
-        joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
-        # The ledger first: the lock may split the run that it looks at.
-        ledger = settle(self.tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
-        begun = member.begun.pop(request.request_id, None) if member.begun else None
-        if begun is not None and begun.is_of(request.namespace, tokens):
-            ledger = resume(ledger, begun)
-        seen = self.history.look(self.tree, match, tokens, ledger) if self.remember else None
-        if self.tree.asked is not None:
-            self.tree.asked(match, tokens)
-        node = self.tree.lock(match)
-        if source is not None:
-            self.tree.touch(match)
-        lease = self.leases.open(member, request.namespace, node, now)
-        copies = blocks.allocate(lease, match, node, need, source)
-        blocks.count_private(lease)
-        lease.rest = tokens[match.end :]
-        lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
-        self.inflight.add(lease, tokens)
-        grant = Grant(
-            lease.id,
-            lease.table[:],
-            lease.committed,
-            pending,
-            copies,
-            ledger,
-            self.leases.ttl_s,
-        )
-        if request.request_id:
-            lease.grant, lease.request_id = grant, request.request_id
-            lease.asked = request.asks
-            member.requests[request.request_id] = lease
-        self.tallies.add(request.namespace, ledger)
-        if seen is not None:
-            self.history.note(
-                seen, node, member.name, request.namespace, tokens, request.request_id, grant, now
-            )
-        if self.oplog is not None:
-            self.oplog((GRANTED, lease.serial, ledger.reused, tokens, request.namespace))
-        return grant
-
-    def admit_leases(self, tenant: str, count: int) -> None:
-        """Check that a tenant may have `count` more leases.  Changes nothing.
-
-        Raises:
-            PoolExhausted: there are too many.
-            QuotaExceeded: it has too many of them.
-        """
-        shares = self.leases.shares
-        try:
-            shares.check(tenant, count)
-        except PoolExhausted as full:
-            if shares.total + count <= shares.limit:  # it is the part of others that is free
-                raise QuotaExceeded(str(full), self.leases.ttl_s) from None
-            raise PoolExhausted(
-                f"{many(shares.total, 'lease', 'are')} out and {count:,} more asked for; "
-                f"--max-leases allows {shares.limit:,}",
-                self.leases.ttl_s,
-            ) from None
 
     def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
@@ -326,7 +332,6 @@ class Lessor:
             self.leases.workers[lease.worker].remember(lease.request_id, begun)
         self.inflight.remove(lease)
         freed, quarantined = self.blocks.free(lease, writes_on=writes_on)
-        lease.account.count_private(-lease.num_private)
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.idle_clock.note(self.tree.clock, now)
         if self.oplog is not None:
@@ -413,8 +418,7 @@ class Lessor:
             return
         if ticket.root is not root or ticket.num_changes != root.num_changes:
             match = self.tree.match(root, request.tokens, len(request.tokens) - TOKEN_BYTES)
-            total = self.blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
-            ticket.need = total - match.end // self.tree.block_bytes
+            ticket.need = request.num_blocks - match.end // self.tree.block_bytes
             ticket.root, ticket.num_changes = root, root.num_changes
 
     def _is_hopeless(self, ticket: Ticket, now: float) -> bool:
@@ -447,6 +451,8 @@ class Lessor:
         if isinstance(request, Extension):
             return self.extend(request.lease, request.num_tokens, now)
         member = self.leases.worker(request.worker)  # it may have left the namespace meanwhile
+        if request.request_id and (earlier := self.earlier(member, request)) is not None:
+            return earlier
         return self.attempt(member, request, now, wait=wait)
 
     def _settle(self, ticket: Ticket, outcome: Grant | TableUpdate | CacheError) -> None:

@@ -73,6 +73,8 @@ class Shares:
             PoolExhausted: it may not; the message has the numbers.
         """
         used = self._used.get(tenant, 0)
+        if not self._known and self.total + count <= self.limit:
+            return
         more = self._excess(tenant, used + count) - self._excess(tenant, used)
         free = self.limit - self._kept * len(self._known) - self._beyond
         if self.total + count > self.limit or more > max(0, free):
@@ -91,7 +93,11 @@ class Shares:
         """Count `count` more without asking: they are there, whatever the share says."""
         used = self._used.get(tenant, 0)
         self._used[tenant] = used + count
-        self._beyond += self._excess(tenant, used + count) - self._excess(tenant, used)
+        if self._known:
+            count_beyond = self._excess(tenant, used + count) - self._excess(tenant, used)
+        else:
+            count_beyond = count
+        self._beyond += count_beyond
         self.total += count
 
     def give(self, tenant: str, count: int = 1) -> None:
@@ -102,7 +108,11 @@ class Shares:
             self._used[tenant] = used - count
         else:
             self._used.pop(tenant, None)
-        self._beyond -= self._excess(tenant, used) - self._excess(tenant, used - count)
+        if self._known:
+            count_beyond = self._excess(tenant, used) - self._excess(tenant, used - count)
+        else:
+            count_beyond = count
+        self._beyond -= count_beyond
         self.total -= count
 
     def check_counts(self) -> None:

@@ -58,6 +58,8 @@ class Request:
     tokens: bytes
     reserve: int
     request_id: str
+    num_blocks: int = 0
+    """Those that the prompt and what is reserved fill."""
     first_end: int = -1
     """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
 

@@ -30,9 +30,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from prefixcache import __version__
-from prefixcache.core.ledger import FATES
+from prefixcache.core.ledger import FATES, MOST_SERIES, OTHER
 from prefixcache.core.stats import Vitals
-from prefixcache.core.tallies import MOST_SERIES, OTHER
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.meter import NUM_BUCKETS, SUM
 from prefixcache.texts import escape

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from prefixcache.core.tallies import MOST_SERIES, OTHER, Tallies
+from prefixcache.core.ledger import MOST_SERIES, OTHER, Tallies
 from prefixcache.types import Ledger, Namespace
 
 

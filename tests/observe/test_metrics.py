@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import prefixcache
 from observe.scraped import DOCS, FLAGS, drive, free_port, get, url_of
-from prefixcache.core.tallies import MOST_SERIES, OTHER
+from prefixcache.core.ledger import MOST_SERIES, OTHER
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.http import HttpServer
 from prefixcache.service.meter import Meter, empty_row, quantile
