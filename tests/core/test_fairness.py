@@ -181,8 +181,8 @@ def objects(cache: PrefixCache) -> dict[str, int]:
         "roots": len(lessor.roots),
         "accounts": len(lessor.blocks.quotas._namespaces),
         "tallies": len(lessor.tallies),
-        "turns": len(lessor.spaces._turns),
-        "users": len(lessor.spaces._users),
+        "turns": len(lessor.namespaces._turns),
+        "users": len(lessor.namespaces._users),
         "retired": len(lessor.tree.retired),
         "sweeps": len(lessor.tree._sweeps),
     }

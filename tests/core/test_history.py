@@ -72,7 +72,7 @@ def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
     for minute in range(40):
         for into in range(20):
             partings.note(nodes[0], 100 * minute + into, 4000.0 * minute)
-    assert len(nodes[0].parted or ()) <= 32 + 20
+    assert len(nodes[0].divergence or ()) <= 32 + 20
 
 
 def test_a_parting_stays_where_it_is_when_its_run_is_cut_by_eviction() -> None:
