@@ -14,7 +14,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NewType, SupportsIndex, TypeAlias
+from typing import Any, Final, NamedTuple, NewType, SupportsIndex, TypeAlias
 
 from prefixcache.errors import InvalidRequest
 
@@ -274,8 +274,7 @@ class Partial(enum.StrEnum):
     """Also of partly filled last blocks: reuse is token-exact at every block size."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """Copy the first `num_tokens` slots of block `src` to `dst`, in every layer, before writing."""
 
     src: BlockId
@@ -283,8 +282,7 @@ class Copy:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ledger:
+class Ledger(NamedTuple):
     """The fate of each prompt token.  The fields sum to the prompt's length."""
 
     hit: int = 0
@@ -340,8 +338,7 @@ class Attachment:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """Answer of `acquire` and of each child of `fork`: a lease on blocks.
 
     ```
@@ -375,8 +372,7 @@ class Waiting:
     """Tokens that need not be computed once the owner has."""
 
 
-@dataclass(frozen=True, slots=True)
-class TableUpdate:
+class TableUpdate(NamedTuple):
     """Answer of `extend` and `truncate`: the new table is `old[:keep] + blocks`."""
 
     keep: int
@@ -384,8 +380,7 @@ class TableUpdate:
     copies: tuple[Copy, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """Answer of `commit`."""
 
     num_tokens: int
@@ -394,8 +389,7 @@ class Committed:
     """Blocks (the tail included) that this call made visible to all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Released:
+class Released(NamedTuple):
     """Answer of `release`."""
 
     num_freed: int
@@ -535,17 +529,12 @@ class QuotaInfo:
     """The same and all cached ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """What the end of leases gave back (`expire`, `detach`)."""
 
     leases: tuple[LeaseId, ...] = ()
     num_freed: int = 0
     num_quarantined: int = 0
-
-    def __add__(self, other: Ended) -> Ended:
-        """Give what both ends together gave back."""
-        return Ended.total((self, other))
 
     @classmethod
     def total(cls, ends: Sequence[Ended]) -> Ended:

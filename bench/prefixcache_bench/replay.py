@@ -21,7 +21,6 @@ head that fits is asked for, and its ledger comes from `explain`.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ def replay(
             ledger = cache.explain(namespace, tokens + BEYOND, now=now).ledger
             # It takes all blocks there are, so the one to copy from cannot stay beside it.
             untaken = ledger.granularity + ledger.partial
-            ledger = dataclasses.replace(ledger, partial=0, granularity=untaken)
+            ledger = ledger._replace(partial=0, granularity=untaken)
             stored = room
             head = tokens[:room] + BEYOND
             grant = cache.acquire(_WORKER, namespace, head, reserve=reserve, now=now)

@@ -20,7 +20,6 @@ So what is read every second is a sum over the series, however many namespaces t
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 from prefixcache.core.node import Match
@@ -98,7 +97,7 @@ def resume(ledger: Ledger, begun: Begun) -> Ledger:
         kept.append(count - own)
         at += count
     hit, joined, partial = kept
-    return replace(ledger, hit=hit, joined=joined, partial=partial, resumed=at - sum(kept))
+    return ledger._replace(hit=hit, joined=joined, partial=partial, resumed=at - sum(kept))
 
 
 def spans(ledger: Ledger) -> tuple[Span, ...]:

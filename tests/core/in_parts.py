@@ -26,7 +26,7 @@ class InParts(PrefixCache):
         ended = super().expire(now=now, most=1)
         while (due := self.next_deadline()) is not None and due < now:
             self.check()
-            ended += super().expire(now=now, most=1)
+            ended = Ended.total((ended, super().expire(now=now, most=1)))
         return ended
 
     def _rest(self, verb: Callable[[], Any], now: float) -> Any:

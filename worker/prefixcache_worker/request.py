@@ -145,7 +145,7 @@ def to_json(event: Event) -> dict[str, Any]:
         elif isinstance(value, TopTwo):
             out["top"] = [list(pair) for pair in zip(value.tokens, value.logits, strict=True)]
         elif isinstance(value, Ledger):
-            out["ledger"] = dataclasses.asdict(value)
+            out["ledger"] = value._asdict()
         elif value is not None:
             out[item.name] = value
     return out
