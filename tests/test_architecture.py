@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,6 @@ IMPURE = {
     *("pydantic", "structlog", "torch", "uvloop"),
 }
 """What the core must not touch: clocks, I/O, randomness, threads, tensors."""
-
-NOT_NOUNS = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -168,9 +167,28 @@ def test_torch_is_never_imported_below_the_kernels(name: str) -> None:
     assert not used & {"torch", "triton", "transformers"}
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_file_is_named_by_a_noun(name: str) -> None:
-    assert not set(name.split(".")) & NOT_NOUNS
+def test_nothing_imports_in_a_circle() -> None:
+    """Nor for a type: who needs one from above says what it needs of it, in a protocol."""
+    above = {
+        name: {module for module in imports(name, path) if module in MODULES} - {name}
+        for name, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(above).prepare()
+    except CycleError as circle:
+        raise AssertionError(" imports ".join(circle.args[1])) from None
+
+
+NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if below(name, NAMED) and name not in NAMED]
+)
+def test_a_module_is_named_by_a_word_of_the_glossary(name: str) -> None:
+    words = re.findall(r"\*\*([^*]+)\*\*", (ROOT / "docs" / "glossary.md").read_text())
+    entries = {re.sub(r"\W+", "_", word.lower()) for word in words}
+    assert name.rpartition(".")[2] in entries, f"explain {name} in docs/glossary.md, or rename it"
 
 
 def loaded_by(code: str) -> set[str]:

@@ -159,10 +159,7 @@ class BlockManager:
     @staticmethod
     def count_private(lease: Lease) -> None:
         """Tell a lease's account how many blocks it owns now.  O(1)."""
-        BlockManager._count(lease, len(lease.table) - lease.private_from + len(lease.duplicates))
-
-    @staticmethod
-    def _count(lease: Lease, private: int) -> None:
+        private = len(lease.table) - lease.private_from + len(lease.duplicates)
         if more := private - lease.num_private:
             lease.num_private = private
             lease.account.private += more
@@ -376,7 +373,8 @@ class BlockManager:
             quarantined = 0
             if private:
                 self.pool.release(private)
-        self._count(lease, 0)
+        lease.table, lease.private_from, lease.duplicates = array("i"), 0, []
+        self.count_private(lease)
         return self.num_free - free_before, quarantined
 
     def _set_aside(self, lease: Lease, count: int) -> None:

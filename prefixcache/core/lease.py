@@ -274,9 +274,9 @@ class LeaseTable:
             PoolExhausted: there are too many.
             QuotaExceeded: it has too many of them.
         """
-        if self.count + count > self.max_leases:
+        if len(self.by_age) + count > self.max_leases:
             raise PoolExhausted(
-                f"{many(self.count, 'lease', 'are')} out and {count:,} more asked for; "
+                f"{many(len(self.by_age), 'lease', 'are')} out and {count:,} more asked for; "
                 f"--max-leases allows {self.max_leases:,}",
                 self.ttl_s,
             )
@@ -310,7 +310,7 @@ class LeaseTable:
         if self._shares is not None:
             self._shares.force(namespace.tenant)
         heappush(self._deadlines, (lease.deadline, lease.serial))
-        if len(self._deadlines) > 2 * self.count + _SPARE_DEADLINES:
+        if len(self._deadlines) > 2 * len(self.by_age) + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.by_age]
             heapify(self._deadlines)
         return lease
