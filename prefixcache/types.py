@@ -362,7 +362,8 @@ class Grant(NamedTuple):
 class Waiting:
     """Answer of `acquire` or `extend` when the caller chose to wait, and there is reason to.
 
-    Nothing was taken.  The outcome comes later, from `PrefixCache.settled`, under this ticket.
+    Nothing was taken.  The outcome comes later, under this ticket, from
+    `PrefixCache.take_outcomes`.
     """
 
     ticket: TicketId

@@ -179,7 +179,7 @@ def test_nothing_imports_in_a_circle() -> None:
         raise AssertionError(" imports ".join(circle.args[1])) from None
 
 
-NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service")
+NAMED = ("prefixcache.core", "prefixcache.client")
 
 
 @pytest.mark.parametrize(

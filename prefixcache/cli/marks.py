@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixcache import user_folders
+from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.plain_json import json_text
 
@@ -21,14 +22,23 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
+def counters(now: Status) -> dict[str, Any]:
+    """Give what only grows, as plain values."""
+    snapshot = now.snapshot
+    return {
+        "requests": snapshot.requests,
+        "evicted_blocks": snapshot.evicted,
+        "ledger": view.ledger_fields(snapshot.ledger),
+        "shortage": [list(step) for step in snapshot.shortage],
+    }
+
+
 def keep(name: str, now: Status) -> None:
     """Keep the counters of this moment; an earlier mark of that name is replaced.
 
     Raises:
         InvalidRequest: that cannot be a file's name, or the file cannot be written.
     """
-    from prefixcache.cli.stat import counters
-
     path = _path(name)
     text = json_text(counters(now) | _service(now) | {"at": time.time()})
     try:
@@ -47,8 +57,6 @@ def difference(name: str, now: Status) -> dict[str, Any]:
         NotFound: there is no such mark, or it is of another service, or of an earlier life of it.
         InvalidRequest: that cannot be a mark's name.
     """
-    from prefixcache.cli.stat import counters
-
     path = _path(name)
     try:
         old = json.loads(path.read_text())

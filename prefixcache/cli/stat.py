@@ -68,7 +68,7 @@ def stat(
         if mark is not None:
             now = status.read(client)
             marks.keep(mark, now)
-            told = {"mark": mark, **counters(now)}
+            told = {"mark": mark, **marks.counters(now)}
             _tell(told, f"{mark}: {state.sums(now.snapshot)}", as_json=as_json)
         elif since is not None:
             now = status.read(client)
@@ -209,17 +209,6 @@ def _line(cells: Sequence[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------ since a mark
-
-
-def counters(now: Status) -> dict[str, Any]:
-    """Give what only grows, as plain values."""
-    snapshot = now.snapshot
-    return {
-        "requests": snapshot.requests,
-        "evicted_blocks": snapshot.evicted,
-        "ledger": view.ledger_fields(snapshot.ledger),
-        "shortage": [list(step) for step in snapshot.shortage],
-    }
 
 
 def _print_since(name: str, told: dict[str, Any], now: Status, *, as_json: bool) -> None:

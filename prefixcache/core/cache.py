@@ -3,7 +3,7 @@
 | verbs | of whom |
 |---|---|
 | attach, quit, renew, detach, worker_gone | workers |
-| acquire, commit, extend, fork, truncate, release; settled, cancel, expire | requests |
+| acquire, commit, extend, fork, truncate, release; take_outcomes, cancel, expire | requests |
 | reset, pin, unpin, quota, rank, retain | who runs the machine |
 | lookup, explain, outline, snapshot, vitals, check | who looks |
 
@@ -345,7 +345,7 @@ class PrefixCache:
             now: The time.
 
         Returns:
-            The grant; or `Waiting`, and the outcome comes from `settled`.
+            The grant; or `Waiting`, and the outcome comes from `take_outcomes`.
 
         Raises:
             InvalidRequest: no tokens, a torn token, more than the pool can ever hold, or the
@@ -480,7 +480,7 @@ class PrefixCache:
             now: The time.
 
         Returns:
-            How the table changed; or `Waiting`, and the outcome comes from `settled`.
+            How the table changed; or `Waiting`, and the outcome comes from `take_outcomes`.
 
         Raises:
             InvalidRequest: more than the pool can ever hold, or this lease waits already.

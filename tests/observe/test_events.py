@@ -266,7 +266,7 @@ def test_nothing_is_hashed_while_nobody_watches() -> None:
     cache = some_cache()
     log = EventLog(OneCache(cache))
     disturb(cache, random.Random(1), 50, [])
-    assert cache._lessor.tree.journal is None
+    assert cache._lessor.tree.listener is None
     assert (log.num_events, log.watchers) == (0, 0)
 
 

@@ -30,10 +30,10 @@ class Shelf:
         count = (whole - match.end) // self.tree.block_bytes
         blocks = array("i", range(self.next, self.next + count))
         self.next += count
-        node = self.tree.grow(node, key[match.end : whole], blocks).node
+        node = self.tree.insert(node, key[match.end : whole], blocks).node
         tail = None
         if whole < len(key):
-            tail, _ = self.tree.hang(node, key[whole:], self.next)
+            tail, _ = self.tree.insert_tail(node, key[whole:], self.next)
             self.next += tail is not None
         if release:
             if tail is not None:
@@ -102,10 +102,10 @@ def test_a_locked_tail_is_absorbed_when_it_is_unlocked():
     shelf = Shelf()
     node = shelf.store([S] * 4)
     shelf.tree.lock_node(node)
-    tail, _ = shelf.tree.hang(node, pack([A]), 7)
+    tail, _ = shelf.tree.insert_tail(node, pack([A]), 7)
     assert tail is not None
     match = shelf.tree.match(shelf.root, pack([S] * 4))
-    other = shelf.tree.grow(shelf.tree.lock(match), pack([A] * 4), array("i", [8])).node
+    other = shelf.tree.insert(shelf.tree.lock(match), pack([A] * 4), array("i", [8])).node
     assert shelf.tree.num_blocks == 3
     assert shelf.tree.unlock(tail) == array("i", [7])
     shelf.tree.unlock(other)
@@ -193,7 +193,7 @@ def test_ghosts_are_bounded_and_the_oldest_are_forgotten_first():
 def test_retired_trees_are_evicted_first():
     shelf = Shelf()
     shelf.store([S] * 8)
-    shelf.tree.retire(shelf.root)
+    shelf.tree.drop_namespace(shelf.root)
     shelf.root = Root(Namespace("chat"))
     shelf.store([A] * 4)
     assert shelf.find([S] * 8) == (0, 0)
