@@ -1,7 +1,7 @@
 """What leases hold: the one place where a lease, the tree and the pool change together.
 
 ```
-take ─► publish … ─► (roll_back) ─► give_back
+plan ─► allocate ─► commit … ─► (truncate) ─► free
 ```
 
 Before anything is taken, `admit` compares what is needed with what is free or evictable; what it

@@ -4,7 +4,7 @@
             allocate                 release (last owner)
    FREE ───────────────► LIVE ───────────────────────────► FREE
                            │ quarantine                       ▲
-                           └───────────► QUARANTINED ─────────┘ absolve
+                           └───────────► QUARANTINED ─────────┘ release_quarantine
 ```
 
 A live block has one owner: a lease (its private blocks) or the tree (its indexed blocks).  Handing
@@ -77,7 +77,7 @@ class BlockPool:
         self.refs: Counter[int] = Counter()
         """Owners of a block beyond its first; only blocks that have any."""
         self.write_listener: WriteListener | None = None
-        """Who hears of the rights to write."""
+        """Who hears which blocks may be written to."""
         self._stack: BlockTable = array("i")
         self._bump = 0
         self._state = bytearray(num_blocks)
@@ -153,7 +153,7 @@ class BlockPool:
 
         Args:
             indexed: What the tree owns.
-            aside: What `worker` may still write to; `absolve` frees them.
+            aside: What `worker` may still write to; `release_quarantine` frees them.
             worker: Who.
         """
         self._states[:] = _FREE

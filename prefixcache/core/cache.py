@@ -921,31 +921,33 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ who listens; another life
 
-    def observe(self, journal: IndexListener, rights: WriteListener | None = None) -> None:
-        """Tell `journal` of every change of the index from now on, beside those told already.
+    def observe(self, listener: IndexListener, writes: WriteListener | None = None) -> None:
+        """Tell `listener` of every change of the index from now on, beside those told already.
 
         Args:
-            journal: Hears of the index.
-            rights: Hears of the rights to write; at most one does.
+            listener: Hears of the index.
+            writes: Hears which blocks may be written to; at most one does.
         """
         tree = self._lessor.tree
-        tree.listener = journal if tree.listener is None else IndexListeners(tree.listener, journal)
-        if rights is not None:
-            self._lessor.blocks.pool.write_listener = rights
+        tree.listener = (
+            listener if tree.listener is None else IndexListeners(tree.listener, listener)
+        )
+        if writes is not None:
+            self._lessor.blocks.pool.write_listener = writes
 
     def wipe_with(self, wipe: Wipe) -> None:
         """Have blocks overwritten with zeros before they are lent to another tenant than before."""
         self._lessor.blocks.last_tenant.wipe = wipe
 
-    def replay(self, journal: IndexListener) -> Replay:
-        """Prepare to tell `journal` what is indexed, as if it was stored just now.  O(1)."""
-        return Replay(self._lessor.roots, self._lessor.tree.block_bytes, journal)
+    def replay(self, listener: IndexListener) -> Replay:
+        """Prepare to tell `listener` what is indexed, as if it was stored just now.  O(1)."""
+        return Replay(self._lessor.roots, self._lessor.tree.block_bytes, listener)
 
     def record(self, put: Put | None) -> None:
-        """Put on a tape what happens from now on, so that another cache can play it again.
+        """Log each operation from now on, so that another cache can play it again.
 
         Args:
-            put: Takes an entry of `core.tape`; None ends it.
+            put: Takes an entry of `core.oplog`; None ends it.
         """
         self._lessor.oplog = put
 

@@ -2,7 +2,7 @@
 
 ```
 before the lock   look ──► Seen: where it parts, and from what; how deep the ghosts were
-after the lock    note ──► partings of the hour · shortage · recent requests
+after the lock    note ──► divergence · miss depths · request log
 ```
 
 Two short calls per request, none of which looks at more than the request's own path.
@@ -10,7 +10,7 @@ Two short calls per request, none of which looks at more than the request's own 
 **Divergence.**  How many requests of the last hour left the stored prefixes at which place.
 
 ```
-node.parted = {8: Place}       8 tokens into the block that follows the node's run
+node.divergence = {8: Place}   8 tokens into the block that follows the node's run
 minutes       [.. | {Place: 3} | {Place: 9, …}]    place.count is the sum over the minutes kept
 ```
 

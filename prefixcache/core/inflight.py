@@ -1,6 +1,6 @@
 """Inflight: prefixes that some lease is computing now.
 
-A lease with prompt tokens still to compute is in flight; others may wait for it (`waiting.py`).
+A lease with prompt tokens still to compute is in flight; others may wait for it (`wait_queue.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The journal: who is told when blocks enter and leave the index.
+"""KV events: who is told when blocks enter and leave the index.
 
 ```
                 stored                          removed
@@ -8,13 +8,13 @@ private block ─────────► indexed, can be found ────�
 ```
 
 Splits, merges and ghosts change how the tree is kept, not which block holds which prefix, so a
-journal never hears of them.  What happens below a namespace that was reset cannot be found by
-anybody, and is not told either.  A tree without a journal pays one comparison per change.
+listener never hears of them.  What happens below a namespace that was reset cannot be found by
+anybody, and is not told either.  A tree without a listener pays one comparison per change.
 
-**A replay.**  a journal that comes late hears what is indexed, as if it was stored just now.
+**A replay.**  A listener that comes late hears what is indexed, as if it was stored just now.
 
 It is a walk that pauses after some hundred runs, and others change the trees meanwhile.  What the
-journal has been told so far is always the upper part of each tree: a change below it is told, one
+listener has been told so far is always the upper part of each tree: a change below it is told, one
 elsewhere is not, since the walk will come there.
 
 ```
@@ -69,7 +69,7 @@ class IndexListener(Protocol):
 
 
 class IndexListeners:
-    """Several journals as one.
+    """Several listeners as one.
 
     >>> from array import array
     >>> heard = []
@@ -82,30 +82,30 @@ class IndexListeners:
 
     __slots__ = ("_all",)
 
-    def __init__(self, *journals: IndexListener) -> None:
-        self._all = journals
+    def __init__(self, *listeners: IndexListener) -> None:
+        self._all = listeners
 
     def stored(
         self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
     ) -> None:
         """Tell all."""
-        for journal in self._all:
-            journal.stored(namespace, parent, tokens, blocks)
+        for listener in self._all:
+            listener.stored(namespace, parent, tokens, blocks)
 
     def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
         """Tell all."""
-        for journal in self._all:
-            journal.removed(namespace, blocks)
+        for listener in self._all:
+            listener.removed(namespace, blocks)
 
     def cleared(self, namespace: Namespace) -> None:
         """Tell all."""
-        for journal in self._all:
-            journal.cleared(namespace)
+        for listener in self._all:
+            listener.cleared(namespace)
 
     def left(self, namespace: Namespace) -> None:
         """Tell all."""
-        for journal in self._all:
-            journal.left(namespace)
+        for listener in self._all:
+            listener.left(namespace)
 
 
 _PAUSE_EVERY = 256
@@ -114,26 +114,26 @@ _MOST_WALKS = 8
 
 
 class Replay:
-    """One journal's.  It asks of every change meanwhile whether it should hear of that."""
+    """One listener's.  It asks of every change meanwhile whether it should hear of that."""
 
     def __init__(
-        self, roots: Mapping[Namespace, Root], block_bytes: int, journal: IndexListener
+        self, roots: Mapping[Namespace, Root], block_bytes: int, listener: IndexListener
     ) -> None:
         self._roots = roots
         self._block_bytes = block_bytes
-        self._journal = journal
+        self._listener = listener
         self._told: dict[Namespace, set[int]] = {}
         self._steps = 0
 
     def run(self) -> Generator[None, None, None]:
-        """Tell the journal of every run that can be found, parents first.  O(runs), in steps."""
+        """Tell the listener of every run that can be found, parents first.  O(runs), in steps."""
         for root in list(self._roots.values()):
             walks = 1
             while (yield from self._walk(root, pauses=walks < _MOST_WALKS)):
                 walks += 1
 
     def is_stored(self, namespace: Namespace, parent: BlockId | None, blocks: BlockTable) -> bool:
-        """Say whether the journal should hear of a run that is stored now."""
+        """Say whether the listener should hear of a run that is stored now."""
         told = self._told.setdefault(namespace, set())
         if parent is not None and parent not in told:
             return False
@@ -141,7 +141,7 @@ class Replay:
         return True
 
     def removed(self, namespace: Namespace, blocks: BlockTable) -> BlockTable:
-        """Give those of some blocks, which leave the index now, that the journal knows."""
+        """Give those of some blocks, which leave the index now, that the listener knows."""
         told = self._told.setdefault(namespace, set())
         known = array("i", [block for block in blocks if block in told])
         told.difference_update(known)
@@ -185,5 +185,5 @@ class Replay:
             parent = BlockId(above.blocks[-1]) if above.blocks else None
         rest = blocks[first:]
         tokens = node.tokens[first * self._block_bytes :]
-        self._journal.stored(root.namespace, parent, tokens, rest)
+        self._listener.stored(root.namespace, parent, tokens, rest)
         told.update(rest)

@@ -197,7 +197,7 @@ class Node:
     last_used: int
     created: int
     queued: int
-    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the shelter, 3 what was reset."""
+    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset."""
     pinned: int
     """How many pins cover these blocks."""
     mark: Any
@@ -300,7 +300,7 @@ class Match(NamedTuple):
 
 
 class Inserted(NamedTuple):
-    """Answer of `grow`."""
+    """Answer of `RadixTree.insert`."""
 
     node: Node
     """The node that the caller's lock is on now."""

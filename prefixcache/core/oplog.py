@@ -1,6 +1,6 @@
-"""The tape: what is needed to play the same life again in another cache.
+"""The log of operations: what is needed to play the same life again in another cache.
 
-A cache with a tape puts one entry on it for each step that another cache would take too, in order.
+A cache with a log puts one entry into it for each step that another cache would take too, in order.
 Waiting, refusals, renewals and room are left out: what counts is which prompts were granted, which
 tokens were computed when, and when leases ended, for whatever reason.
 

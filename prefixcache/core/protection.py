@@ -187,7 +187,6 @@ class Pins:
 
     Args:
         tree: The tree.
-        shelter: Made when it is first needed.
         max_pinned: Blocks that may be pinned at the same time.
     """
 

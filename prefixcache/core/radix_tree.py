@@ -17,8 +17,8 @@ after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
                                         (at once without ghosts, else when they are forgotten)
 ```
 
-**Ages.** `node.last` is the logical time at which the last lock on a node ended; locked nodes need
-none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
+**Ages.** `node.last_used` is the logical time at which the last lock on a node ended; locked nodes
+need none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
 block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
 children, and what was used is split from what was not.  A block of which a request copies half or
 more counts as used when the request comes.
@@ -29,7 +29,9 @@ protected by having a locked child.
 **Ghosts** are evicted nodes of which only the tokens are remembered.  They hang beside the resident
 children (`node.ghosts`), never above one, and come back to life when their tokens are stored again.
 
-**Descents.**  ```
+**Descents.**
+
+```
 tokens    ████████ ████████ ███▒▒▒▒▒
            └ dict ──► run  └ dict ──► run, of which the first 3 tokens match: a partial block
 ```
@@ -149,7 +151,8 @@ class RadixTree:
         >>> from prefixcache.core.radix_tree import RadixTree
         >>> from prefixcache.types import Namespace, pack
         >>> tree, root = RadixTree(4), Root(Namespace("m"))
-        >>> locked = tree.grow(tree.lock(tree.match(root, b"")), pack([7] * 8), array("i", [0, 1]))
+        >>> start = tree.lock(tree.match(root, b""))
+        >>> stored = tree.insert(start, pack([7] * 8), array("i", [0, 1]))
         >>> found = tree.match(root, pack([7, 7, 7, 7, 7, 9]))
         >>> found.end // 4, found.partial_block, found.partial_tokens
         (4, 1, 1)
@@ -640,7 +643,7 @@ class RadixTree:
         return child
 
     def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
-        """Tell the journal that `blocks`, of `node`, leave the index."""
+        """Tell the listener that `blocks`, of `node`, leave the index."""
         if self.listener is not None and not node.root.retired:
             self.listener.removed(node.root.namespace, blocks)
 

@@ -4,7 +4,7 @@
              wait_for                        called: landed, ended            taken
 request ─┬──────────► waits for a flight ─────────────────────────► ready ──────────► tried again
          │ wait_for_room                                                    ▲
-         └──────────► stands in line (`line.py`) ───────────────────────────┘ when there is room
+         └──────────► stands in line (`FairQueue`) ─────────────────────────┘ when there is room
 ```
 A waiting request holds nothing new, so waiting cannot deadlock: when the flight lands, its owner
 ends, or blocks come back, the request is simply tried again.  The first one to be tried after an
