@@ -80,7 +80,7 @@ def _place(given: Any) -> tuple[int, int] | None:
     before = given.storage_offset() * given.itemsize
     if taken and (begin == before or held < before + taken):  # the storage lies at 0, or is short
         return None
-    if not taken and given.is_meta:
+    if not taken and (given.is_meta or torch._is_functional_tensor(given)):
         return None
     return begin, begin + taken
 
