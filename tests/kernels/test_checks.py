@@ -173,7 +173,7 @@ def test_groups_of_lengths_that_lie_nowhere_are_refused() -> None:
             shared_prefix_attention(**arguments, groups=GroupPlan.alone(2))
     none = torch.zeros(0, 3, dtype=torch.int64)
     for nowhere in (none.to("meta"), torch._to_functional_tensor(none)):
-        with pytest.raises(InvalidRequest, match="lies nowhere|has not the memory"):
+        with pytest.raises(InvalidRequest, match=r"lies nowhere|has not the memory"):
             copy_blocks(torch.zeros(1, 2, 1, 4, 1, 8), nowhere)
 
 
