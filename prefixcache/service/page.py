@@ -186,11 +186,11 @@ class Page:
         fields["pool"] = _fields(vitals)
         for name in ("namespaces", "total", "accounts"):
             del fields["pool"][name]
-        fields["ledger"] = _fields(vitals.total.ledger)
+        fields["ledger"] = vitals.total.ledger._asdict()
         fields["requests"] = vitals.total.requests
         fields["flights_saved"] = vitals.total.joins
         fields["namespaces"] = [
-            {"namespace": shown(space), "requests": account.requests, **_fields(account.ledger)}
+            {"namespace": shown(space), "requests": account.requests, **account.ledger._asdict()}
             for space, account in sorted(
                 vitals.accounts.items(), key=lambda item: -item[1].requests
             )
