@@ -92,7 +92,7 @@ class HollowCache:
         told = {"block_size": self._block_size, "total": Account(0, 0, Ledger()), "accounts": {}}
         return Vitals(**nothing | told)  # type: ignore[arg-type]
 
-    def settled(self) -> list[object]:
+    def take_outcomes(self) -> list[object]:
         """Nobody waits."""
         return []
 
@@ -109,6 +109,7 @@ class HollowCache:
         reserve: int = 0,
         wait_s: float = 0.0,
         request_id: str = "",
+        attached: bool = True,
         now: float,
     ) -> Grant:
         """Read all tokens and give a table for them."""

@@ -230,7 +230,7 @@ class RadixTree:
         """Give the stored run that continues where `tokens` leave it; None if none differs there.
 
         Changes nothing.  The first `match.partial_tokens` tokens of the run are those that match;
-        of what follows, up to `limit` bytes are given.  O(log siblings).
+        of what follows, up to `limit` bytes are given.  O(log siblings + nodes passed).
         """
         into = match.partial_tokens * TOKEN_BYTES
         if len(tokens) - match.end <= into:
@@ -244,6 +244,9 @@ class RadixTree:
                 near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
             node, at = near or next(iter(node.children.values())), 0
         run = node.tokens[at : at + into + limit]
+        while len(run) < into + limit and node.children:
+            node = next(iter(node.children.values()))
+            run += node.tokens[: into + limit - len(run)]
         return run if len(run) > into else None
 
     def continuation(self, root: Root, tokens: bytes, limit: int) -> bytes:

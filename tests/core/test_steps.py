@@ -12,7 +12,7 @@ import pytest
 
 from core.effort import calls, most_in_one_go
 from prefixcache.client import codec, outlines
-from prefixcache.core import pins, recital, views
+from prefixcache.core import kv_events, protection, stats
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.kv_events import Replay
 from prefixcache.errors import CacheError, NotFound, PoolExhausted
@@ -222,7 +222,7 @@ def test_a_snapshot_of_thousands_of_rows_is_made_and_written_in_parts(scope: str
 
 def test_rows_may_come_and_go_while_a_snapshot_is_made(monkeypatch: pytest.MonkeyPatch):
     """All that is listed ends after some of its steps: what was told by then is told, no more."""
-    for module in (views, pins):
+    for module in (stats, protection):
         monkeypatch.setattr(module, "_PAUSE_EVERY", 10)
     told: dict[str, set[int]] = {"leases": set(), "pins": set(), "quotas": set()}
     for after in range(1, 28):
@@ -634,10 +634,10 @@ class Strict:
 
     def __init__(self) -> None:
         self.known: dict[int, bytes] = {}
-        self.recital: Replay | None = None
+        self.replay: Replay | None = None
 
     def stored(self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: Any):
-        if self.recital is not None and not self.recital.is_stored(namespace, parent, blocks):
+        if self.replay is not None and not self.replay.is_stored(namespace, parent, blocks):
             return
         chain = b"" if parent is None else self.known[parent]
         for at, block in enumerate(blocks):
@@ -646,12 +646,12 @@ class Strict:
             self.known[block] = chain
 
     def removed(self, namespace: Namespace, blocks: Any) -> None:
-        for block in blocks if self.recital is None else self.recital.removed(namespace, blocks):
+        for block in blocks if self.replay is None else self.replay.removed(namespace, blocks):
             del self.known[block]
 
     def cleared(self, namespace: Namespace) -> None:
-        if self.recital is not None:
-            self.recital.cleared(namespace)
+        if self.replay is not None:
+            self.replay.cleared(namespace)
         self.known.clear()
 
     def left(self, namespace: Namespace) -> None: ...
@@ -661,7 +661,7 @@ class Strict:
 def test_trees_may_change_in_every_way_while_they_are_told(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(recital, "_PAUSE_EVERY", 1)
+    monkeypatch.setattr(kv_events, "_PAUSE_EVERY", 1)
     draw, cache = Random(seed), PrefixCache(90, 4, num_ghosts=8)
     cache.attach(ME, HERE, now=0.0)
     held: list[LeaseId] = []
@@ -681,11 +681,11 @@ def test_trees_may_change_in_every_way_while_they_are_told(
         disturb()
     late, oracle = Strict(), Strict()
     cache.observe(late)
-    late.recital = cache.replay(late)
-    for _ in late.recital.run():
+    late.replay = cache.replay(late)
+    for _ in late.replay.run():
         for _ in range(draw.randrange(4)):
             disturb()
-    late.recital = None
+    late.replay = None
     for _ in range(20):
         disturb()
     list(cache.replay(oracle).run())

@@ -22,7 +22,7 @@ from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.prompt import read_prompt
 from prefixcache.errors import InvalidRequest
 from prefixcache.logged_request import read_logged
-from prefixcache.service.identities import Identities
+from prefixcache.service.identities import Identities, Proof
 from prefixcache.service.model_layout import read_layout
 from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain
 from prefixcache.types import TOKEN_BYTES, Namespace, pack
@@ -347,7 +347,7 @@ class IdentityFiles(_Folder):
         for tenant in identities.tenants:
             assert is_plain(tenant), ascii(tenant)
         identities.of_token("x\ud800y")
-        identities.of_certificate(["\x00"])
+        identities.of(Proof(certificate=("\x00",)))
 
 
 class Configs(_Folder):

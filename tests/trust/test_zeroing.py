@@ -11,7 +11,7 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client, Session
-from prefixcache.core.block_pool import Tenure
+from prefixcache.core.block_pool import LastTenant
 from prefixcache.pool import map_pool
 from prefixcache.types import BlockTable, Layout, PoolHandle
 from wire.service_process import ServiceProcess, running, sizes
@@ -91,14 +91,14 @@ def test_the_smallest_tenant_gets_nothing_of_a_pool_that_was_used_by_one_alone()
     from array import array
 
     wiped: list[int] = []
-    tenure = Tenure(100)
+    tenure = LastTenant(100)
     tenure.wipe = wiped.extend
-    tenure.lend(array("i", range(60)), "one", 0)
-    tenure.lend(array("i", range(60)), "one", 60)
+    tenure.assign(array("i", range(60)), "one", 0)
+    tenure.assign(array("i", range(60)), "one", 60)
     assert not wiped  # one tenant alone: nothing is looked at
-    tenure.lend(array("i", [5, 70]), "two", 60)
+    tenure.assign(array("i", [5, 70]), "two", 60)
     assert wiped == [5]  # 70 was never lent
-    tenure.lend(array("i", range(100)), "one", 71)
+    tenure.assign(array("i", range(100)), "one", 71)
     assert sorted(wiped) == [5, 5, 70]
 
 
@@ -106,8 +106,8 @@ def test_after_a_restart_what_nobody_vouches_for_is_wiped() -> None:
     from array import array
 
     wiped: list[int] = []
-    tenure = Tenure(10)
+    tenure = LastTenant(10)
     tenure.restore([("one", array("i", [0, 1])), ("two", array("i", [2]))])
     tenure.wipe = wiped.extend
-    tenure.lend(array("i", [0, 2, 7]), "one", 3)
+    tenure.assign(array("i", [0, 2, 7]), "one", 3)
     assert wiped == [2, 7]
