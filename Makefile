@@ -41,23 +41,23 @@ lint: $(VENV)/.installed   ## Format, lint, types.
 	$(BIN)/mypy
 
 bench: $(VENV)/.model   ## All benchmarks; tables go to docs/benchmarks.md.
-	$(BIN)/python -m prefixcache_bench.all
+	$(BIN)/python -m prefixcache_bench.speed.all
 
 experiments: $(VENV)/.installed   ## Hit rate by block size, memory and policy: docs/experiments.md, docs/policies.md.  RESUME=1 keeps rows.
-	$(BIN)/python -m prefixcache_bench.experiments $(if $(RESUME),--resume,)
-	$(BIN)/python -m prefixcache_bench.policies
+	$(BIN)/python -m prefixcache_bench.reports.experiments $(if $(RESUME),--resume,)
+	$(BIN)/python -m prefixcache_bench.experiments.policies
 
 operations: $(VENV)/.model   ## The walk-through of docs/operations.md, with the demo's model and chats.
-	$(BIN)/python -m prefixcache_bench.walkthrough
+	$(BIN)/python -m prefixcache_bench.reports.walkthrough
 
 photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chromium; go to docs/operations/.
-	$(BIN)/python -m prefixcache_bench.photograph
+	$(BIN)/python -m prefixcache_bench.reports.photograph
 
 crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 2,000 timing probes of a stranger.
 	PREFIXCACHE_CROWD=10 $(BIN)/python -m pytest tests/trust/test_limits.py --timeout=0
-	$(BIN)/python -m prefixcache_bench.crowd
-	$(BIN)/python -m prefixcache_bench.neighbour
-	$(BIN)/python -m prefixcache_bench.timing
+	$(BIN)/python -m prefixcache_bench.speed.crowd
+	$(BIN)/python -m prefixcache_bench.speed.neighbour
+	$(BIN)/python -m prefixcache_bench.speed.timing
 
 kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are not here; compare with the committed table.
 	$(BIN)/python -m prefixcache_kernels.ahead
@@ -82,7 +82,7 @@ fuzz: $(VENV)/.installed   ## Messages, manifests, traces, prompts, identities, 
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run
 
 soak: $(VENV)/.installed   ## Half of the benchmark's rate for SOAK_MINUTES=30: latency, memory, leaks.
-	$(BIN)/python -m prefixcache_bench.soak
+	$(BIN)/python -m prefixcache_bench.speed.soak
 
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto

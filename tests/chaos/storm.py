@@ -60,7 +60,7 @@ from chaos.universe import (
 from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
-from prefixcache_bench.figures import publish
+from prefixcache_bench.reports.figures import publish
 from wire.service_process import LAYOUT, ServiceProcess, environment, sizes
 
 NUM_BLOCKS = 1024

@@ -22,8 +22,8 @@ from prefixcache.plain_json import json_text
 from prefixcache.service.model_layout import read_layout
 from prefixcache.service.state.folder import StateFolder
 from prefixcache.types import Namespace
-from prefixcache_bench.layouts import layout_named
-from prefixcache_bench.readers import tokenizers
+from prefixcache_bench.experiments.layouts import layout_named
+from prefixcache_bench.experiments.readers import tokenizers
 from wire.service_process import LAYOUT
 
 ODD = (

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from prefixcache_bench.readers.load import load
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.readers.load import load
+from prefixcache_bench.experiments.traces import Trace
 
 SMALL = Path(__file__).parent / "chats.jsonl.gz"
 """195 requests: prefixcache generate chats --count 60 --seed 7 --prefixes 3 --prefix-tokens 70

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from prefixcache.types import unpack
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.traces import Trace
 
 
 @dataclass(eq=False)

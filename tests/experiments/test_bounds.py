@@ -12,15 +12,15 @@ import pytest
 
 from prefixcache.core.policies import POLICIES
 from prefixcache.types import Namespace, pack
-from prefixcache_bench.belady import belady
-from prefixcache_bench.development import Workload
-from prefixcache_bench.flat import FLAT_LFU, flat_lfu
-from prefixcache_bench.paths import Path as Blocks
-from prefixcache_bench.paths import paths
-from prefixcache_bench.policies import measure, measure_cost, write
-from prefixcache_bench.progress import Progress
-from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.belady import belady
+from prefixcache_bench.experiments.development import Workload
+from prefixcache_bench.experiments.flat import FLAT_LFU, flat_lfu
+from prefixcache_bench.experiments.paths import Path as Blocks
+from prefixcache_bench.experiments.paths import paths
+from prefixcache_bench.experiments.policies import measure, measure_cost, write
+from prefixcache_bench.experiments.progress import Progress
+from prefixcache_bench.experiments.replay import Configuration, replay
+from prefixcache_bench.experiments.traces import Request, Trace
 
 
 def random_requests(rng: random.Random, count: int) -> list[Blocks]:

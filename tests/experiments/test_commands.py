@@ -19,7 +19,7 @@ from prefixcache_bench.commands.generate import generate
 from prefixcache_bench.commands.memory import memory
 from prefixcache_bench.commands.replay import replay
 from prefixcache_bench.commands.sweep import sweep
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.traces import Trace
 
 FIELDS = {
     *("requests", "prompt_tokens", "hit_tokens", "partial_tokens", "hit_rate", "hit_rate_partial"),
@@ -142,7 +142,7 @@ def test_an_interrupted_sweep_says_how_to_go_on(
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefixcache_bench.sweep.sweep", interrupted)
+    monkeypatch.setattr("prefixcache_bench.experiments.sweep.sweep", interrupted)
     result = run(sweep, SMALL, "-o", tmp_path / "s")
     assert result.exit_code == 130
     assert "0 of 50 rows are finished; --resume goes on" in result.stderr

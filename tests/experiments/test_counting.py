@@ -12,8 +12,8 @@ import pytest
 
 from experiments.naive_pool import NaivePool
 from prefixcache.types import Namespace, Partial, pack
-from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.replay import Configuration, replay
+from prefixcache_bench.experiments.traces import Request, Trace
 
 COUNT = int(os.environ.get("PREFIXCACHE_CONFIGURATIONS", "1000"))
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 
 from prefixcache.types import Namespace
-from prefixcache_bench.curve import curve
-from prefixcache_bench.generators import Kind, Shape, generate
-from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.curve import curve
+from prefixcache_bench.experiments.generators import Kind, Shape, generate
+from prefixcache_bench.experiments.replay import Configuration, replay
+from prefixcache_bench.experiments.traces import Request, Trace
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 32])

@@ -11,8 +11,8 @@ SCRIPT = """
 import signal
 import threading
 
-from prefixcache_bench.forks import forked, inherited
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.forks import forked, inherited
+from prefixcache_bench.experiments.traces import Trace
 
 def size(_):
     return len(inherited().requests)

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_bench.generators import Arrival, Kind, Shape, generate
-from prefixcache_bench.replay import Configuration, replay
+from prefixcache_bench.experiments.generators import Arrival, Kind, Shape, generate
+from prefixcache_bench.experiments.replay import Configuration, replay
 
 SHAPE = Shape(count=30, seed=5, prefix_tokens=100, question_tokens=20, answer_tokens=30)
 

@@ -7,7 +7,7 @@ from inspect import isfunction, signature
 import pytest
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache_bench.hollow import HollowCache
+from prefixcache_bench.speed.hollow import HollowCache
 
 VERBS = [name for name, one in vars(HollowCache).items() if isfunction(one) and name[0] != "_"]
 

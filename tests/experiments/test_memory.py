@@ -3,9 +3,16 @@ from __future__ import annotations
 import pytest
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_bench.branching import beam_search, parallel_sampling
-from prefixcache_bench.memory import Job, Reservation, Shares, contiguous, jobs_of, paged
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.branching import beam_search, parallel_sampling
+from prefixcache_bench.experiments.memory import (
+    Job,
+    Reservation,
+    Shares,
+    contiguous,
+    jobs_of,
+    paged,
+)
+from prefixcache_bench.experiments.traces import Trace
 
 JOBS = [Job(10 + 7 * number % 50, 5 + 13 * number % 90) for number in range(200)]
 

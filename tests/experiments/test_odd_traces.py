@@ -11,8 +11,8 @@ import pytest
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import unpack
-from prefixcache_bench.readers import lines
-from prefixcache_bench.readers.load import Form, load
+from prefixcache_bench.experiments.readers import lines
+from prefixcache_bench.experiments.readers.load import Form, load
 
 DEEP = b'{"tokens": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
 

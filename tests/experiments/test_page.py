@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments.conftest import SMALL
-from prefixcache_bench import experiments
+from prefixcache_bench.reports import experiments
 
 
 def test_the_page_shows_the_command_its_output_and_its_picture(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Namespace, pack, unpack
-from prefixcache_bench.readers import token_lines
-from prefixcache_bench.readers.lines import Source
-from prefixcache_bench.readers.load import Form, System, load, see
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.readers import token_lines
+from prefixcache_bench.experiments.readers.lines import Source
+from prefixcache_bench.experiments.readers.load import Form, System, load, see
+from prefixcache_bench.experiments.traces import Trace
 
 
 def write(path: Path, *lines: object) -> str:

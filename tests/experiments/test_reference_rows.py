@@ -19,15 +19,15 @@ from pathlib import Path
 import pytest
 
 from prefixcache.types import Namespace
-from prefixcache_bench.curve import Curve, curve
-from prefixcache_bench.flat import FLAT_LFU, flat_lfu
-from prefixcache_bench.outcome import Outcome
-from prefixcache_bench.paths import paths
-from prefixcache_bench.readers import kvtrace
-from prefixcache_bench.readers.lines import Source
-from prefixcache_bench.readers.load import System, load
-from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.curve import Curve, curve
+from prefixcache_bench.experiments.flat import FLAT_LFU, flat_lfu
+from prefixcache_bench.experiments.outcome import Outcome
+from prefixcache_bench.experiments.paths import paths
+from prefixcache_bench.experiments.readers import kvtrace
+from prefixcache_bench.experiments.readers.lines import Source
+from prefixcache_bench.experiments.readers.load import System, load
+from prefixcache_bench.experiments.replay import Configuration, replay
+from prefixcache_bench.experiments.traces import Request, Trace
 
 FOLDER = os.environ.get("PREFIXCACHE_TRACES", "")
 ALL_ROWS = bool(os.environ.get("PREFIXCACHE_SOAK"))

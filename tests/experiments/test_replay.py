@@ -7,10 +7,10 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.policies import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger, Namespace, Partial, WorkerId, pack, unpack
-from prefixcache_bench.generators import Kind, Shape, generate
-from prefixcache_bench.outcome import FATES, Sums, percentages
-from prefixcache_bench.replay import BEYOND, Configuration, replay
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.generators import Kind, Shape, generate
+from prefixcache_bench.experiments.outcome import FATES, Sums, percentages
+from prefixcache_bench.experiments.replay import BEYOND, Configuration, replay
+from prefixcache_bench.experiments.traces import Request, Trace
 
 TINY = Shape(
     count=20, turns=3, prefixes=2, prefix_tokens=40, question_tokens=7, answer_tokens=12,

@@ -6,11 +6,11 @@ import pytest
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Partial
-from prefixcache_bench.capacity import parse_capacities, parse_capacity
-from prefixcache_bench.replay import Configuration, replay
-from prefixcache_bench.rows import COLUMNS, Row, RowFile, key_of, row_of
-from prefixcache_bench.sweep import Grid, ceilings, sweep
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.capacity import parse_capacities, parse_capacity
+from prefixcache_bench.experiments.replay import Configuration, replay
+from prefixcache_bench.experiments.rows import COLUMNS, Row, RowFile, key_of, row_of
+from prefixcache_bench.experiments.sweep import Grid, ceilings, sweep
+from prefixcache_bench.experiments.traces import Trace
 
 GRID = Grid(
     (1, 8, 32),

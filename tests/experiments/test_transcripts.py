@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Namespace, unpack
-from prefixcache_bench.readers import lines, tokenizers, transcripts
-from prefixcache_bench.readers.load import load
-from prefixcache_bench.traces import Request, Trace
+from prefixcache_bench.experiments.readers import lines, tokenizers, transcripts
+from prefixcache_bench.experiments.readers.load import load
+from prefixcache_bench.experiments.traces import Request, Trace
 
 START, END = 1000, 1001
 

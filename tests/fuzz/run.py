@@ -26,7 +26,7 @@ from fuzz.wire import BATCHES, throw
 from prefixcache.client import unary
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
-from prefixcache_bench.figures import publish
+from prefixcache_bench.reports.figures import publish
 from wire.service_process import LAYOUT, environment, running, sizes
 
 SHARES = {

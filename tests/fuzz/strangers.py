@@ -26,8 +26,8 @@ from prefixcache.service.identities import Identities, Proof
 from prefixcache.service.model_layout import read_layout
 from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain
 from prefixcache.types import TOKEN_BYTES, Namespace, pack
-from prefixcache_bench.readers.load import Form, load
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.readers.load import Form, load
+from prefixcache_bench.experiments.traces import Trace
 from prefixcache_worker.request_line import name_of, read_id, read_object, read_request
 
 MOST_GROWTH = 2**30

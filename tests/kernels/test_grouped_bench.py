@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from prefixcache_bench import grouped
+from prefixcache_bench.speed import grouped
 
 
 @pytest.mark.parametrize("kind", ["runs", "scattered"])

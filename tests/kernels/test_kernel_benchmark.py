@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prefixcache_bench import kernels
+from prefixcache_bench.speed import kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
@@ -25,7 +25,7 @@ NEW_NUMPY = tuple(map(int, version("numpy").split(".")[:2])) >= (2, 4)
 def test_every_section_runs_at_small_sizes_and_every_answer_is_right(tmp_path: Path) -> None:
     path = ":".join(str(ROOT / folder) for folder in (".", "kernels", "bench"))
     env = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "prefixcache_bench.kernels", "--tiny"]
+    command = [sys.executable, "-m", "prefixcache_bench.speed.kernels", "--tiny"]
     output = tmp_path / "new" / "result.json"
     ran = subprocess.run(
         [*command, "--output", str(output)],

@@ -19,7 +19,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.introspect import STATES
 from prefixcache.service.http import ASSETS
 from prefixcache.types import Namespace, WorkerId, pack
-from prefixcache_bench.photograph import browser
+from prefixcache_bench.reports.photograph import browser
 from wire.service_process import LAYOUT, ServiceProcess, environment, eventually, running, sizes
 
 needs_chromium = pytest.mark.skipif(

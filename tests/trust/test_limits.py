@@ -15,7 +15,7 @@ from prefixcache.client import Client, codec
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
-from prefixcache_bench import crowd, timing
+from prefixcache_bench.speed import crowd, timing
 from wire.service_process import LAYOUT, ServiceProcess, running, sizes
 
 CROWD = int(os.environ.get("PREFIXCACHE_CROWD", "1"))

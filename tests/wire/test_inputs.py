@@ -21,7 +21,7 @@ from prefixcache.client import connect_async
 from prefixcache.config import load, parse_layout
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Layout, Namespace, pack, unpack
-from prefixcache_bench.layouts import layout_named
+from prefixcache_bench.experiments.layouts import layout_named
 from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
 IDS = [1, 2, 3, 4, 100]

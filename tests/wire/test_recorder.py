@@ -25,9 +25,9 @@ from prefixcache.service.failures import Failures
 from prefixcache.service.recorder import Recorder
 from prefixcache.types import Namespace, pack, unpack
 from prefixcache_bench.commands.replay import replay
-from prefixcache_bench.readers import token_lines
-from prefixcache_bench.readers.lines import Source
-from prefixcache_bench.traces import Trace
+from prefixcache_bench.experiments.readers import token_lines
+from prefixcache_bench.experiments.readers.lines import Source
+from prefixcache_bench.experiments.traces import Trace
 from wire.service_process import LAYOUT, command, environment, eventually, running, sizes
 
 IDS = st.one_of(st.integers(0, 3), st.integers(0, 2**32 - 1))

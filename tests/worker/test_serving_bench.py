@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from prefixcache_bench import chatload, serving
-from prefixcache_bench.chatload import NEW_TOKENS, TURNS, Load, Worker, play
+from prefixcache_bench.speed import chatload, serving
+from prefixcache_bench.speed.chatload import NEW_TOKENS, TURNS, Load, Worker, play
 from prefixcache_kernels.groups import FREE
 from prefixcache_worker.model import Model
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from prefixcache_bench import serving, vllm_peer
-from prefixcache_bench.vllm_engine import told
-from prefixcache_bench.vllm_peer import (
+from prefixcache_bench.speed import serving, vllm_peer
+from prefixcache_bench.speed.vllm_engine import told
+from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
     Generated,
     VllmFailed,

@@ -15,7 +15,7 @@ from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
     from prefixcache.types import Layout
-    from prefixcache_bench.curve import Curve
+    from prefixcache_bench.experiments.curve import Curve
 
 _SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 
@@ -66,10 +66,10 @@ def curve(
 
     Example: prefixcache curve chats.jsonl --block-size 16,256 --layout llama-3.1-8b -o curve
     """
-    from prefixcache_bench.capacity import parse_capacities
-    from prefixcache_bench.curve import curve as run
-    from prefixcache_bench.layouts import layout_named
-    from prefixcache_bench.provenance import provenance
+    from prefixcache_bench.experiments.capacity import parse_capacities
+    from prefixcache_bench.experiments.curve import curve as run
+    from prefixcache_bench.experiments.layouts import layout_named
+    from prefixcache_bench.reports.provenance import provenance
 
     shape = None if layout is None else layout_named(layout)
     measure = None if shape is None else shape.token_bytes

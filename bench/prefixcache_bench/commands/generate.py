@@ -53,8 +53,8 @@ def generate(
 
     Example: prefixcache generate rag --count 500 --documents 40 --packed -o rag.jsonl
     """
-    from prefixcache_bench import generators
-    from prefixcache_bench.readers import token_lines
+    from prefixcache_bench.experiments import generators
+    from prefixcache_bench.experiments.readers import token_lines
 
     if kind not in list(generators.Kind):
         raise InvalidRequest(f"no workload {kind!r}; there are: {', '.join(generators.Kind)}")

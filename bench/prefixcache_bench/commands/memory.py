@@ -12,10 +12,10 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.texts import many
 from prefixcache_bench.commands import options
 from prefixcache_bench.commands.table import print_numbers
-from prefixcache_bench.progress import Progress
+from prefixcache_bench.experiments.progress import Progress
 
 if TYPE_CHECKING:
-    from prefixcache_bench.memory import Job
+    from prefixcache_bench.experiments.memory import Job
 
 PUBLISHED = {
     "reserve-max": 20.4,
@@ -72,8 +72,8 @@ def memory(
 
     Example: prefixcache memory chats.jsonl --block-size 1,16,256 --picture memory
     """
-    from prefixcache_bench.memory import Reservation, jobs_of
-    from prefixcache_bench.provenance import provenance
+    from prefixcache_bench.experiments.memory import Reservation, jobs_of
+    from prefixcache_bench.reports.provenance import provenance
 
     sizes = options.numbers(block_size, "block size")
     if picture is not None:
@@ -158,7 +158,7 @@ def account(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Give the shares of memory, a row for each way of allocating."""
-    from prefixcache_bench.memory import Reservation, contiguous, paged
+    from prefixcache_bench.experiments.memory import Reservation, contiguous, paged
 
     found = []
     for way in Reservation:
@@ -184,7 +184,7 @@ def account(
 
 def save(jobs: list[Job], progress: Progress) -> list[dict[str, Any]]:
     """Give the blocks that forks save, a row for each way of branching."""
-    from prefixcache_bench.branching import beam_search, parallel_sampling
+    from prefixcache_bench.experiments.branching import beam_search, parallel_sampling
 
     rows = []
     for name, run in (("parallel sampling", parallel_sampling), ("beam search", beam_search)):

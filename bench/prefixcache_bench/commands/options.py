@@ -12,7 +12,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.texts import many
 
 if TYPE_CHECKING:
-    from prefixcache_bench.traces import Trace
+    from prefixcache_bench.experiments.traces import Trace
 
 _SHOWN_BROKEN = 10
 MOST_LEFT_OUT = 0.5
@@ -111,7 +111,7 @@ def load_trace(
     Raises:
         InvalidRequest: an option has no such value, or nothing can be read.
     """
-    from prefixcache_bench.readers.load import Form, System, load
+    from prefixcache_bench.experiments.readers.load import Form, System, load
 
     if form is not None and form not in list(Form):
         raise InvalidRequest(f"no format {form!r}; there are: {', '.join(Form)}")
@@ -219,7 +219,7 @@ def draw(name: str, path: Path, *what: Any) -> list[Path]:
         path: Where to, without ending.
         what: What the function draws.
     """
-    from prefixcache_bench import pictures
+    from prefixcache_bench.reports import pictures
 
     try:
         files: list[Path] = getattr(pictures, name)(path, *what)

@@ -12,8 +12,8 @@ from prefixcache_bench.commands import options
 from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
-    from prefixcache_bench.outcome import Outcome
-    from prefixcache_bench.traces import Trace
+    from prefixcache_bench.experiments.outcome import Outcome
+    from prefixcache_bench.experiments.traces import Trace
 
 
 def replay(
@@ -75,13 +75,13 @@ def replay(
     Example: prefixcache replay chats.jsonl --block-size 16 --capacity 64k --policy lru --json
     """
     from prefixcache.types import Partial
-    from prefixcache_bench.capacity import parse_capacity
-    from prefixcache_bench.curve import curve
-    from prefixcache_bench.layouts import layout_named
-    from prefixcache_bench.progress import Progress
-    from prefixcache_bench.provenance import provenance
-    from prefixcache_bench.replay import Configuration
-    from prefixcache_bench.replay import replay as run
+    from prefixcache_bench.experiments.capacity import parse_capacity
+    from prefixcache_bench.experiments.curve import curve
+    from prefixcache_bench.experiments.layouts import layout_named
+    from prefixcache_bench.experiments.progress import Progress
+    from prefixcache_bench.experiments.replay import Configuration
+    from prefixcache_bench.experiments.replay import replay as run
+    from prefixcache_bench.reports.provenance import provenance
 
     shape = None if layout is None else layout_named(layout)
     asked = parse_capacity(capacity).measured(None if shape is None else shape.token_bytes)

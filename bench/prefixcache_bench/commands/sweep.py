@@ -13,10 +13,10 @@ from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
     from prefixcache.types import Layout
-    from prefixcache_bench.capacity import Capacity
-    from prefixcache_bench.rows import Row
-    from prefixcache_bench.sweep import Ceilings, Grid
-    from prefixcache_bench.traces import Trace
+    from prefixcache_bench.experiments.capacity import Capacity
+    from prefixcache_bench.experiments.rows import Row
+    from prefixcache_bench.experiments.sweep import Ceilings, Grid
+    from prefixcache_bench.experiments.traces import Trace
 
 _EXIT_INTERRUPTED = 130
 _CAPACITIES = "5%,10%,25%,50%,inf"
@@ -84,12 +84,12 @@ def sweep(
     """
     from prefixcache.config import format_size
     from prefixcache.types import Partial
-    from prefixcache_bench.capacity import parse_capacities
-    from prefixcache_bench.layouts import layout_named
-    from prefixcache_bench.progress import Progress
-    from prefixcache_bench.rows import RowFile, key_of
-    from prefixcache_bench.sweep import Grid, ceilings
-    from prefixcache_bench.sweep import sweep as run
+    from prefixcache_bench.experiments.capacity import parse_capacities
+    from prefixcache_bench.experiments.layouts import layout_named
+    from prefixcache_bench.experiments.progress import Progress
+    from prefixcache_bench.experiments.rows import RowFile, key_of
+    from prefixcache_bench.experiments.sweep import Grid, ceilings
+    from prefixcache_bench.experiments.sweep import sweep as run
 
     sizes = None if block_size is None else options.numbers(block_size, "block size")
     shape = None if layout is None else layout_named(layout)
@@ -132,7 +132,7 @@ def sweep(
     memory = _bytes(grid, limits, shape)
     if shape is not None:
         report |= {"layout": str(shape), "token_bytes": shape.token_bytes, "bytes": memory}
-    from prefixcache_bench.rows import write_json
+    from prefixcache_bench.experiments.rows import write_json
 
     write_json(options.beside(out, ".json"), report, rows)
     saved = [options.beside(out, ".csv"), options.beside(out, ".json")]
@@ -172,7 +172,7 @@ def _bytes(grid: Grid, limits: Ceilings, shape: Layout | None) -> dict[str, int]
 
 
 def _head(trace: Trace) -> dict[str, str]:
-    from prefixcache_bench.provenance import provenance
+    from prefixcache_bench.reports.provenance import provenance
 
     return provenance() | {"trace": trace.name, "fingerprint": trace.fingerprint}
 
@@ -193,14 +193,14 @@ def _report(trace: Trace, limits: Ceilings) -> dict[str, Any]:
 
 
 def _ordered(rows: list[Row], grid: Grid) -> list[Row]:
-    from prefixcache_bench.rows import key_of
+    from prefixcache_bench.experiments.rows import key_of
 
     found = {key_of(row): row for row in rows}
     return [found[key] for key in grid.combinations() if key in found]
 
 
 def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
-    from prefixcache_bench.rows import Key, key_of
+    from prefixcache_bench.experiments.rows import Key, key_of
 
     typer.echo(
         f"{options.summary(trace)}; working set {limits.working_set:,} tokens; "
@@ -240,8 +240,8 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
 def largest_sizes(rows: list[Row], grid: Grid) -> list[tuple[str, ...]]:
     """Give, as a table, the largest block size with which next to nothing is lost.
 
-    >>> from prefixcache_bench.capacity import parse_capacities
-    >>> from prefixcache_bench.sweep import Grid
+    >>> from prefixcache_bench.experiments.capacity import parse_capacities
+    >>> from prefixcache_bench.experiments.sweep import Grid
     >>> grid = Grid((1, 16, 256), tuple(parse_capacities("inf")))
     >>> rates = {1: 0.80, 16: 0.795, 256: 0.60}
     >>> row = {"capacity": "inf", "policy": "lru", "partial": "off"}

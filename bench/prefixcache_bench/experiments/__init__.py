@@ -1,0 +1,1 @@
+"""Experiments on traces: replay, sweeps, curves, policies and bounds."""

@@ -1,0 +1,106 @@
+"""Our own form: one JSON object a line, `{t, namespace, tokens}`, and optionally `prompt`.
+
+`t`: seconds.  `namespace`: the model, or [model, adapter, tenant, salt].  `tokens`: ids, or base64
+of packed little-endian uint32.  `prompt`: how many of them the client sent (default: all); the
+others were generated, and are stored after the request.  `prompt_token_ids`, `input_ids` and
+`token_ids` are other names of `tokens`, which may be a list of prompts; null is as good as absent.
+Without `namespace`, `model`, an adapter and `cache_salt` are it, as servers log them.
+A line that is a list is its `tokens`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import IDS, PLACE, LoggedRequest, read_logged
+from prefixcache.plain_json import json_text
+from prefixcache.types import TOKEN_BYTES, Namespace, unpack
+from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
+from prefixcache_bench.experiments.traces import Request, Trace
+
+_FIELDS = ("model", "adapter", "tenant", "salt")
+
+
+def read(source: Source) -> Trace:
+    """Read a trace of our own form.  Requests are served in the order of `t`."""
+    spaces: dict[Namespace, Namespace] = {}
+
+    def make(line: dict[str, Any] | list[Any]) -> list[Request]:
+        fields = {"tokens": line} if isinstance(line, list) else line
+        ids = given(fields, *IDS)
+        if ids is None:
+            raise KeyError("tokens")
+        if not isinstance(ids, str | list):
+            raise ValueError(f"tokens is a {type(ids).__name__}, not a list of ids or base64")
+        placed = {name: fields[name] for name in PLACE if name in fields}
+        try:
+            logged = read_logged({**placed, "tokens": [0] if isinstance(ids, str) else ids})
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+        prompts = [one.tokens or b"" for one in logged]
+        if isinstance(ids, str):
+            prompts = [base64.b64decode(ids, validate=True)]
+        named = given(fields, "namespace")
+        space = _namespace(named) if named is not None else _space(logged[0])
+        space = spaces.setdefault(space, space)
+        t = seconds(fields, "t", "timestamp", "created") or 0.0
+        whole = len(prompts) > 1 or given(fields, "prompt") is None
+        return [
+            _request(t, space, tokens, None if whole else count(fields, "prompt"))
+            for tokens in prompts
+        ]
+
+    parts = list(source.parse(make, lists=True))
+    found = sorted((one for part in parts for one in part), key=lambda request: request.t)
+    return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines)
+
+
+def write(requests: Iterable[Request], file: TextIO, *, packed: bool = False) -> int:
+    """Write requests in our own form.
+
+    Args:
+        requests: Of a token trace.
+        file: Where to.
+        packed: Tokens as base64: a third of the size, ten times as fast to read.
+
+    Returns:
+        How many.
+    """
+    written = 0
+    for request in requests:
+        space = request.namespace
+        named: Any = space.model
+        if space.adapter or space.tenant or space.salt:
+            named = [space.model, space.adapter, space.tenant, space.salt]
+        tokens: Any = (
+            base64.b64encode(request.tokens).decode() if packed else unpack(request.tokens).tolist()
+        )
+        fields = {"t": round(request.t, 6), "namespace": named, "prompt": request.prompt}
+        file.write(json_text(fields | {"tokens": tokens}, separators=(",", ":")) + "\n")
+        written += 1
+    return written
+
+
+def _request(t: float, space: Namespace, tokens: bytes, prompt: int | None) -> Request:
+    total, rest = divmod(len(tokens), TOKEN_BYTES)
+    prompt = total if prompt is None else prompt
+    if rest or not 0 < prompt <= total:
+        raise ValueError(f"a prompt of {prompt} of {total} tokens")
+    return Request(t, space, tokens, prompt, prompt)
+
+
+def _space(logged: LoggedRequest) -> Namespace:
+    return Namespace(logged.model, logged.adapter, salt=logged.salt)
+
+
+def _namespace(named: Any) -> Namespace:
+    if isinstance(named, str):
+        return Namespace(named)
+    if isinstance(named, dict):
+        return Namespace(**{name: str(given(named, name) or "") for name in _FIELDS})
+    if not isinstance(named, list) or not 1 <= len(named) <= len(_FIELDS):
+        raise ValueError(f"a namespace is a name or [{', '.join(_FIELDS)}], not {named!r}")
+    return Namespace(*("" if part is None else str(part) for part in named))

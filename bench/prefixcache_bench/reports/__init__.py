@@ -1,0 +1,1 @@
+"""What writes results down: documents, pictures, and where a result comes from."""

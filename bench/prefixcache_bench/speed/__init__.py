@@ -1,0 +1,1 @@
+"""Benchmarks: what operations cost, beside a baseline that is measured in the same run."""

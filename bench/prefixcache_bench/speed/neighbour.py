@@ -1,0 +1,361 @@
+"""One client does the largest things that it may: how long do another's look-ups take meanwhile?
+
+```
+process 1   lookup, pause of 5 ms, lookup, …      min, median, p99, max: idle, and under each case
+process 2   sets the case up ── idle ── and then does it for some seconds
+```
+Each case has a service of its own.  The goal: nothing takes more than 50 ms, and the p99 is at most
+three times that of the same service when it idles.
+
+    python -m prefixcache_bench.speed.neighbour [--seconds 2] [--json FILE] [--publish]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from random import Random
+from time import perf_counter, sleep
+from typing import Any
+
+import grpc
+
+import prefixcache
+from prefixcache.client import Client, codec
+from prefixcache.client.unary import CHANNEL_OPTIONS, SESSION_PATH
+from prefixcache.config import parse_layout
+from prefixcache.errors import PoolExhausted
+from prefixcache.plain_json import json_text
+from prefixcache.types import Namespace, pack
+from prefixcache.v1 import prefixcache_pb2 as pb
+from prefixcache_bench.reports.figures import publish
+from prefixcache_bench.speed.served import served
+
+LAYOUT = "1x1x1:bfloat16"
+BLOCK = 16
+MEMORY = "4MiB"  # 65,536 blocks
+DOCUMENT = Path("docs/reliability.md")
+GOAL_MS, GOAL_RATIO = 50.0, 3.0
+HERE = Namespace("m")
+
+Load = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One case.  Times in ms: min, median, p99, max."""
+
+    case: str
+    idle: tuple[float, float, float, float]
+    under: tuple[float, float, float, float]
+    loads: int
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the goal is."""
+        return self.under[3] <= GOAL_MS and self.under[2] <= GOAL_RATIO * self.idle[2]
+
+
+def probe(target: str) -> None:
+    """Look up until the input ends; print what each took, in ms."""
+    took = []
+    with prefixcache.connect(target) as client:
+        tokens = pack(range(BLOCK))
+        client.lookup(HERE, tokens)
+        print("ready", flush=True)
+        ended = threading.Event()
+
+        def wait() -> None:
+            sys.stdin.read()
+            ended.set()
+
+        threading.Thread(target=wait, daemon=True).start()
+        while not ended.wait(0.005):
+            began = perf_counter()
+            client.lookup(HERE, tokens)
+            took.append(1e3 * (perf_counter() - began))
+    print(json_text(took))
+
+
+@contextlib.contextmanager
+def probed(target: str, seen: list[tuple[float, float, float, float]]) -> Iterator[None]:
+    """Have another process look up meanwhile."""
+    command = [sys.executable, "-m", "prefixcache_bench.speed.neighbour", "--probe", target]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield
+        took = sorted(json.loads(process.communicate()[0]))
+        last = len(took) - 1
+        seen.append((took[0], took[last // 2], took[round(last * 0.99)], took[last]))
+
+
+def many_leases(client: Client, draw: Random) -> Load:
+    """Hold 60,000 leases; ask for snapshots, and for more than there is."""
+    session = client.attach("m", parse_layout(LAYOUT), keep_alive=False)
+    lease = session.acquire(tokens_of(draw, BLOCK))
+    lease.commit(BLOCK)
+    held = [lease.fork(1000) for _ in range(60)]
+    filler = session.acquire(tokens_of(draw, 65_000 * BLOCK))
+    refused = tokens_of(draw, 1000 * BLOCK)
+
+    def load() -> object:
+        client.snapshot()
+        with contextlib.suppress(PoolExhausted):
+            session.acquire(refused)
+        return held, filler
+
+    return load
+
+
+def many_namespaces(client: Client, draw: Random) -> Load:
+    """Have 16,128 namespaces, with a block and a lease in each; ask for snapshots."""
+    streams = [many_attached(client, str(number), stores=True) for number in range(63)]
+    return lambda: (client.snapshot(), streams, draw)
+
+
+def many_attached(client: Client, salt: str, *, stores: bool = False) -> Any:
+    """Open a session with 256 namespaces; store a block in each, if wanted."""
+    attaches, acquires, commits = pb.OpBatch(), pb.OpBatch(), pb.OpBatch()
+    for number in range(256):
+        attach = attaches.ops.add(id=number + 1).attach
+        codec.write_namespace(Namespace(f"m{number}", salt=salt), attach.namespace)
+        codec.write_layout(parse_layout(LAYOUT), attach.layout)
+        acquires.ops.add(id=number + 257).acquire.CopyFrom(
+            pb.AcquireRequest(namespace_index=number, tokens=pack(range(BLOCK)))
+        )
+    channel = grpc.insecure_channel(f"unix:{client.address.path}", CHANNEL_OPTIONS)
+    stream: Any = channel.stream_stream(
+        SESSION_PATH, pb.OpBatch.SerializeToString, pb.OpResults.FromString
+    )
+    batches: SimpleQueue[pb.OpBatch] = SimpleQueue()
+    call = stream(iter(batches.get, None))
+
+    def ask(batch: pb.OpBatch) -> list[Any]:
+        batches.put(batch)
+        results: list[Any] = []
+        while len(results) < len(batch.ops):
+            results.extend(next(call).results)
+        assert not any(one.HasField("error") for one in results)
+        return results
+
+    ask(attaches)
+    if not stores:
+        return channel, call, batches
+    for one in ask(acquires):
+        lease = one.acquire.grant.lease
+        commits.ops.add(id=one.id + 512).commit.CopyFrom(
+            pb.CommitRequest(lease=lease, num_tokens=BLOCK)
+        )
+    ask(commits)
+    return channel, call, batches
+
+
+def watched_resets(client: Client, draw: Random) -> Load:
+    """Have 64,000 blocks watched; reset an empty namespace 500 times."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    for _ in range(32):
+        store(session, tokens_of(draw, 2000 * BLOCK))
+    watch = client.watch()
+    threading.Thread(target=lambda: drain(watch), daemon=True).start()
+    sleep(2)
+    empty = client.attach("m", parse_layout(LAYOUT), salt="empty")
+    return lambda: [empty.reset() for _ in range(500)]
+
+
+def many_branches(client: Client, draw: Random) -> Load:
+    """Store 20,000 branches; ask for all of them."""
+    branches(client, draw)
+    return lambda: client.outline(max_branches=20_000)
+
+
+def first_watch(client: Client, draw: Random) -> Load:
+    """Store 20,000 branches; the first watcher comes."""
+    branches(client, draw)
+    threads: list[threading.Thread] = []
+
+    def load() -> object:
+        if not threads:
+            watch = client.watch()
+            threads.append(threading.Thread(target=lambda: drain(watch), daemon=True))
+            threads[0].start()
+        sleep(0.1)
+        return threads
+
+    return load
+
+
+def long_prompt(client: Client, draw: Random) -> Load:
+    """Look up, explain, acquire and release a prompt of a million tokens."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    tokens = tokens_of(draw, 1_000_000)
+    store(session, tokens)
+
+    def load() -> object:
+        client.lookup(HERE, tokens)
+        client.explain(HERE, tokens)
+        session.acquire(tokens).release()
+        return None
+
+    return load
+
+
+def many_leases_left(client: Client, draw: Random) -> Load:
+    """Have a second client that holds 60,000 leases; it leaves, without a word."""
+    leaver = prefixcache.connect(f"unix:{client.address.path}", timeout_s=60.0)
+    session = leaver.attach("m", parse_layout(LAYOUT), keep_alive=False)
+    lease = session.acquire(tokens_of(draw, BLOCK))
+    lease.commit(BLOCK)
+    held = [lease.fork(1000) for _ in range(60)]
+
+    def load() -> object:
+        leaver.close()
+        sleep(0.1)
+        return held
+
+    return load
+
+
+def many_in_line(client: Client, draw: Random) -> Load:
+    """Have 4,000 requests of 250 namespaces wait for room, under a quota; give back one block."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    client.set_quota("", max_held=65_536)
+    small = [session.acquire(tokens_of(draw, BLOCK)) for _ in range(500)]
+    filler = session.acquire(tokens_of(draw, 60_000 * BLOCK))
+    waiting = [many_attached(client, str(number)) for number in range(16)]
+    for _, _, batches in waiting:
+        batches.put(waiting_calls(draw))
+
+    def load() -> object:
+        if small:
+            small.pop().release()
+        sleep(0.01)
+        return filler, waiting
+
+    return load
+
+
+def waiting_calls(draw: Random) -> pb.OpBatch:
+    """Let a request wait for 1,000 blocks in each of 250 namespaces."""
+    batch = pb.OpBatch()
+    for number in range(250):
+        acquire = batch.ops.add(id=1000 + number).acquire
+        acquire.namespace_index = number
+        acquire.tokens, acquire.reserve = tokens_of(draw, BLOCK), 999 * BLOCK
+        acquire.wait_s = 600.0
+    return batch
+
+
+CASES: dict[str, Callable[[Client, Random], Load]] = {
+    "60,000 leases, snapshots and refusals": many_leases,
+    "16,128 namespaces, snapshots": many_namespaces,
+    "64,000 blocks watched, resets": watched_resets,
+    "trees of 20,000 branches": many_branches,
+    "first watch of 20,000 branches": first_watch,
+    "prompts of 1,000,000 tokens": long_prompt,
+    "60,000 leases left at once": many_leases_left,
+    "4,000 in line, a quota, releases": many_in_line,
+}
+
+
+def tokens_of(draw: Random, count: int) -> bytes:
+    """Draw a prompt."""
+    first = draw.randrange(1 << 30)
+    return pack(range(first, first + count))
+
+
+def store(session: Any, tokens: bytes) -> None:
+    """Commit a prompt."""
+    with session.acquire(tokens) as lease:
+        lease.commit(len(tokens) // 4)
+
+
+def branches(client: Client, draw: Random) -> None:
+    """Store 20,000 prompts of one block each."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    for _ in range(20_000 // 250):
+        with session.batch() as batch:
+            replies = [batch.acquire(tokens_of(draw, BLOCK)) for _ in range(250)]
+        with session.batch() as batch:
+            for reply in replies:
+                batch.commit(reply.result(), BLOCK)
+        with session.batch() as batch:
+            for reply in replies:
+                batch.release(reply.result())
+
+
+def drain(watch: Any) -> None:
+    """Read until the service ends."""
+    with contextlib.suppress(Exception):
+        for _ in watch:
+            pass
+
+
+def measure(case: str, seconds: float) -> Row:
+    """Set a case up, and measure the other's look-ups without and with it."""
+    seen: list[tuple[float, float, float, float]] = []
+    with (
+        served("--memory", MEMORY, "--ttl", "3600", layout=LAYOUT) as (target, _),
+        prefixcache.connect(target, timeout_s=60.0) as client,
+    ):
+        client.attach("m", parse_layout(LAYOUT)).close()
+        load = CASES[case](client, Random(len(case)))
+        sleep(1)
+        with probed(target, seen):
+            sleep(seconds)
+        loads = 0
+        with probed(target, seen):
+            ends = perf_counter() + seconds
+            while perf_counter() < ends:
+                load()
+                loads += 1
+    return Row(case, seen[0], seen[1], loads)
+
+
+def table(rows: list[Row]) -> str:
+    """Write the rows."""
+    lines = [f"{'min, median, p99, max in ms':<38}{'idle':^27}{'meanwhile':^27}p99    goal"]
+    for row in rows:
+        idle, under = ("".join(f"{one:>6.1f}" for one in each) for each in (row.idle, row.under))
+        ratio = row.under[2] / row.idle[2]
+        met = "met" if row.is_met else "missed"
+        lines.append(f"{row.case:<38}{idle}   {under}   x {ratio:>4.1f}  {met}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, and publish if asked to."""
+    parser = argparse.ArgumentParser(
+        prog="prefixcache_bench.speed.neighbour", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
+    parser.add_argument("--probe", metavar="TARGET", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.probe:
+        probe(options.probe)
+        return
+    rows = []
+    for case in CASES:
+        rows.append(measure(case, options.seconds))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+    if options.json:
+        options.json.write_text(json_text([asdict(row) for row in rows], indent=2))
+    if options.publish:
+        text = f"$ python -m prefixcache_bench.speed.neighbour\n{table(rows)}"
+        publish(DOCUMENT, "neighbour", text)
+
+
+if __name__ == "__main__":
+    main()
