@@ -459,6 +459,18 @@ class PastRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """Answer of `check`: what was looked at, and what does not hold."""
+
+    num_runs: int
+    """Runs of the trees that were looked at."""
+    failure: str = ""
+    """What does not hold, with the tree if it is small; empty if nothing was found wrong."""
+    left_out: tuple[str, ...] = ()
+    """What was not checked, and why: it is too long to be checked while others are served."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reset:
     """Answer of `reset`."""
 

@@ -29,6 +29,7 @@ from prefixcache.config import format_size
 from prefixcache.outline import Outline
 from prefixcache.pool import SHARED_MEMORY, PoolFile
 from prefixcache.texts import many
+from prefixcache.types import Checked
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 
@@ -77,29 +78,28 @@ def versions(now: Status) -> Iterator[Finding]:
     )
 
 
-def invariants(failure: str | None, refusal: str, runs: int) -> Iterator[Finding]:
-    """Say how the check went; `failure` is None if it was refused."""
-    if failure is None:
-        yield Finding(
-            "invariants",
-            NOTE,
-            f"The index was not checked: {refusal}.",
-            "prefixcache doctor --deep checks it all the same.",
-        )
-    elif failure:
-        first, _, rest = failure.partition("\n")
+def invariants(checked: Checked) -> Iterator[Finding]:
+    """Say how the check went."""
+    if checked.failure:
+        first, _, rest = checked.failure.partition("\n")
         yield Finding(
             "invariants",
             WRONG,
             f"An invariant of the index does not hold: {first}. Blocks may be lost, or worse.",
             "Stop using this service, and report this with the tree below.\n" + rest,
         )
-    else:
-        yield Finding(
-            "invariants",
-            OK,
-            f"Every invariant of the index holds ({many(runs, 'run', 'were')} walked).",
-        )
+        return
+    walked = f"{many(checked.num_runs, 'run', 'were')} walked"
+    if not checked.left_out:
+        yield Finding("invariants", OK, f"Every invariant of the index holds ({walked}).")
+        return
+    yield Finding(
+        "invariants",
+        OK,
+        f"What was checked of the index holds ({walked}). "
+        f"Left out, so that others were served meanwhile: {'; '.join(checked.left_out)}.",
+        "prefixcache doctor --deep leaves nothing out; everybody waits meanwhile.",
+    )
 
 
 def sizes(now: Status) -> Iterator[Finding]:

@@ -244,6 +244,27 @@ class BlockPool:
         live = (self._states == _LIVE) | (self._states == _SHARED)
         return live, self._states == _QUARANTINED
 
+    def count_owners(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Count the owners that are known here, and those that each block should have.
+
+        Asserts that states, free list and counts agree with each other.  O(blocks), in C.
+        """
+        owners = np.zeros(self.num_blocks, np.int32)
+        np.add.at(owners, np.array(self._stack, np.intp), 1)
+        owners[self._bump :] += 1
+        wrong = np.flatnonzero((owners == 1) != (self._states == _FREE))
+        assert not len(wrong), f"block {wrong[0]}: state {self._state[wrong[0]]}, in the free list"
+        free = int(owners.sum())
+        assert free == self.num_free, f"{free} blocks in the free list, not {self.num_free}"
+        for ids in self._quarantine.values():
+            np.add.at(owners, np.array(ids, np.intp), 1)
+        expected = np.ones(self.num_blocks, np.int32)
+        expected[list(self.refs)] += np.array(list(self.refs.values()), np.int32)
+        bad = np.where(expected > 1, self._states == _LIVE, self._states == _SHARED)
+        wrong = np.flatnonzero(bad)
+        assert not len(wrong), f"block {wrong[0]}: {expected[wrong[0]] - 1} more owners"
+        return owners, expected
+
     def check(self, private: Counter[int], indexed: Counter[int], held: Counter[int]) -> None:
         """Assert that every block has exactly the owners it should have.  O(blocks).
 

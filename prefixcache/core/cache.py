@@ -44,6 +44,7 @@ from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
     BlockTable,
+    Checked,
     Committed,
     Ended,
     Explanation,
@@ -984,6 +985,17 @@ class PrefixCache:
             AssertionError: one does not; the message has the tree.
         """
         invariants.check(self._lessor)
+
+    def check_in_steps(self) -> Generator[None, None, Checked]:
+        """Walk everything in short steps, between which anything may be called.  O(everything).
+
+        Never wrong if it finds a fault.  What changes in every walk, and lists too long to be
+        looked at in one step, are left out; the answer says which.
+
+        Raises:
+            AssertionError: an invariant does not hold.
+        """
+        return invariants.check_in_steps(self._lessor)
 
     def _check_prompt(self, tokens: bytes) -> None:
         if not tokens or len(tokens) % TOKEN_BYTES:

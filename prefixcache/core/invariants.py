@@ -1,15 +1,32 @@
-"""Invariants: the walk that finds a wrong count, lock or owner, and draws the trees."""
+"""Invariants: the walk that finds a wrong count, lock or owner, and draws the trees.
+
+`check` walks everything in one go.  `check_in_steps` lets others have their turn in between, so
+what it walks changes meanwhile:
+
+```
+one run, lease, list    looked at in one go              what is wrong there is wrong
+owners, sums            counted over many steps          what differs in every walk is suspected
+what is suspected       locks: counted in one go; the others: all of it checked in one go
+```
+Nothing is called wrong that was not seen wrong in one go.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prefixcache.core.account import Account
 from prefixcache.core.introspect import draw
 from prefixcache.core.lease import Lease, LeaseTable
 from prefixcache.core.lessor import Lessor
-from prefixcache.core.node import Node
+from prefixcache.core.node import Node, Root
 from prefixcache.core.quota import Quotas
+from prefixcache.types import BlockTable, Checked
 
 
 def check(lessor: Lessor) -> None:
@@ -45,6 +62,207 @@ def check(lessor: Lessor) -> None:
         raise AssertionError(f"{error}\n{drawn}") from error
 
 
+_AT_ONCE = 64
+"""Runs or leases that are looked at in one go."""
+_SMALL = 2000
+"""Entries of a list up to which it is checked in one go; a longer one is left out."""
+_WALKS = 6
+"""Only what differs in each of so many is suspected."""
+_CONFIRMED = 20_000
+"""Runs and leases up to which a suspicion is looked into in one go: about 0.6 s."""
+_BLOCKS_IN_ONE_GO = 4096
+"""Of a lease or a run, that count as one more of them."""
+
+
+def check_in_steps(lessor: Lessor) -> Generator[None, None, Checked]:
+    """Walk everything in steps, while it changes.  O(everything), in steps of some dozens.
+
+    Raises:
+        AssertionError: an invariant does not hold; the message has the trees, if they are small.
+    """
+    left_out = list(_check_lists(lessor))
+    yield
+    suspected: set[object] | None = None
+    walk = _Walk(lessor)
+    for _ in range(_WALKS):
+        walk = _Walk(lessor)
+        found = yield from walk.run()
+        suspected = found if suspected is None else suspected & found
+        if not suspected:
+            return Checked(walk.num_runs, left_out=tuple(left_out))
+    if walk.num_runs + lessor.leases.count <= _CONFIRMED:
+        check(lessor)
+        return Checked(walk.num_runs, left_out=tuple(left_out))
+    what = ", ".join(sorted(map(str, islice(suspected or (), 3))))
+    left_out.append(
+        f"what differed in each of {_WALKS} walks, but may have changed each time: {what}"
+    )
+    return Checked(walk.num_runs, left_out=tuple(left_out))
+
+
+def _check_lists(lessor: Lessor) -> Iterator[str]:
+    """Check each list that is short in one go; say which ones are not."""
+    leases, quotas = lessor.leases, lessor.blocks.quotas
+    num_tenants = sum(1 for _ in quotas.tenants())
+    lists: tuple[tuple[str, int, Callable[[], None]], ...] = (
+        (
+            "prefixes in flight",
+            sum(map(len, lessor.inflight.below.values())),
+            lessor.inflight.check,
+        ),
+        ("requests that wait", len(lessor.waiting.tickets), lessor.waiting.check),
+        ("pins", len(lessor.pins), lessor.pins.check),
+        ("namespaces' sums", len(lessor.tallies), lessor.tallies.check),
+        ("leases by age", leases.count, lambda: _check_ages(lessor)),
+        (
+            "leases by account",
+            leases.count * num_tenants + len(lessor.roots),
+            lambda: _check_quotas(quotas, leases),
+        ),
+    )
+    for name, size, check_list in lists:
+        if size <= _SMALL:
+            check_list()
+        else:
+            yield f"{name}: too many to check while others are served ({size:,})"
+
+
+class _Walk:
+    """One walk over leases, trees and blocks, in steps."""
+
+    def __init__(self, lessor: Lessor) -> None:
+        self._lessor = lessor
+        self._tree = lessor.blocks.tree
+        self._owners: NDArray[np.int32] = np.zeros(lessor.blocks.pool.num_blocks, np.int32)
+        self._locks: Counter[Node] = Counter()
+        self._odd: list[Node] = []
+        """Runs whose locks are not those of the leases that were seen."""
+        self._suspected: set[object] = set()
+        self._done = 0
+        self.num_runs = 0
+
+    def run(self) -> Generator[None, None, set[object]]:
+        """Walk.
+
+        Returns:
+            What does not agree, which may be because it changed meanwhile.
+
+        Raises:
+            AssertionError: an invariant does not hold.
+        """
+        lessor, tree = self._lessor, self._tree
+        for lease in lessor.leases.all():
+            if lessor.leases.lives(lease):
+                self._look_at(lease)
+            if self._is_due(1 + len(lease.table) // _BLOCKS_IN_ONE_GO):
+                yield
+        before = self._age(tree.num_evicted)
+        for root in [*lessor.roots.values(), *tree.retired]:
+            yield from self._below(root)
+        if before == self._age(tree.num_evicted) and tree.num_nodes != self.num_runs:
+            self._suspected.add(f"the number of runs, {tree.num_nodes:,}")
+        self._check_locks()
+        yield
+        owners, expected = lessor.blocks.pool.count_owners()
+        differ = np.flatnonzero(owners + self._owners != expected).tolist()
+        self._suspected.update(f"the owners of block {block}" for block in differ)
+        yield
+        self._check_sums()
+        return self._suspected
+
+    def _is_due(self, more: int) -> bool:
+        self._done += more
+        if self._done < _AT_ONCE:
+            return False
+        self._done = 0
+        return True
+
+    def _age(self, changes: int) -> tuple[int, ...]:
+        """Give numbers of which one differs, as a rule, once leases have come or gone."""
+        leases = self._lessor.leases
+        return changes, self._tree.clock, leases.num_opened, leases.count
+
+    def _own(self, blocks: BlockTable) -> None:
+        if blocks:
+            np.add.at(self._owners, np.array(blocks, np.intp), 1)
+
+    def _look_at(self, lease: Lease) -> None:
+        _check_lease(self._lessor, lease)
+        self._locks[lease.node] += 1
+        if lease.tail is not None:
+            self._locks[lease.tail] += 1
+        self._own(lease.private_blocks())
+        if lease.source is not None:
+            self._owners[lease.source] += 1
+        if lease.tail_is_shared:
+            self._owners[lease.table[-1]] += 1
+
+    def _below(self, root: Root) -> Generator[None, None, None]:
+        """Walk one tree.
+
+        What is below a run is found by its key when its turn comes: a split or a merge of it leaves
+        that the same.
+        """
+        before, blocks, free = self._age(root.num_changes), 0, 0
+        stack: list[tuple[Node, Iterator[bytes]]] = [(root, self._enter(root))]
+        while stack:
+            above, keys = stack[-1]
+            first = next(keys, None)
+            if first is None:
+                stack.pop()
+                continue
+            if self._is_due(1):
+                yield
+            node = above.children.get(first) if above.children else None
+            if node is None:
+                continue
+            assert above.children is not None
+            self._tree.check_child(above, first, node)
+            assert above.children.is_in_order(first), "a child that is not in order"
+            self.num_runs += 1
+            blocks += len(node.blocks)
+            free += 0 if node.lock_ref else len(node.blocks)
+            if self._is_due(len(node.blocks) // _BLOCKS_IN_ONE_GO):
+                yield
+            stack.append((node, self._enter(node)))
+        if before != self._age(root.num_changes):
+            return
+        if (root.num_blocks, root.evictable) != (blocks, free):
+            self._suspected.add(f"the counts of namespace {root.namespace.model!r}")
+
+    def _enter(self, node: Node) -> Iterator[bytes]:
+        """Look at one run; give the keys of those below it."""
+        if self._tree.check_run(node) != self._locks[node]:
+            self._odd.append(node)
+        self._own(node.blocks)
+        for ghost in islice((node.ghosts or {}).values(), _SMALL):
+            self._tree.check_ghost(node, ghost)
+        return iter(list(node.children or ()))
+
+    def _check_locks(self) -> None:
+        """Count the locks of those that are odd in one go: leases came and went meanwhile."""
+        odd = set(self._odd)
+        locks: Counter[Node] = Counter()
+        for lease in self._lessor.leases.by_age.values():
+            if lease.node in odd:
+                locks[lease.node] += 1
+            if lease.tail is not None and lease.tail in odd:
+                locks[lease.tail] += 1
+        for node in odd:
+            if node.parent is not None or isinstance(node, Root):
+                outside, counted = self._tree.check_run(node), locks[node]
+                assert outside == counted, f"{node.tokens[:16].hex()}: ref {node.lock_ref}"
+
+    def _check_sums(self) -> None:
+        """Assert that what is counted over all trees is the sum of theirs.  O(namespaces)."""
+        tree = self._tree
+        known, gone = self._lessor.roots.values(), tree.retired
+        blocks = sum(root.num_blocks for root in known) + sum(root.num_blocks for root in gone)
+        free = sum(root.evictable for root in known) + sum(root.evictable for root in gone)
+        assert tree.num_blocks == blocks, f"{tree.num_blocks} blocks, not {blocks}"
+        assert tree.evictable == free, f"{free} evictable, not {tree.evictable}"
+
+
 def _check_ages(lessor: Lessor) -> None:
     held = [lease for member in lessor.leases.workers.values() for lease in member.leases.values()]
     held.sort(key=lambda lease: lease.serial)
@@ -53,14 +271,16 @@ def _check_ages(lessor: Lessor) -> None:
 
 def _check_lease(lessor: Lessor, lease: Lease) -> None:
     size = lessor.blocks.block_size
-    whole = len(lease.node.table())
+    own = lease.node.table()
+    whole = len(own)
     assert whole * size == lease.start, f"lease {lease.id} starts at {lease.start}, not {whole}"
     assert lease.start <= lease.committed <= lease.num_tokens, f"lease {lease.id}: counts"
     assert lease.committed <= len(lease.table) * size, f"lease {lease.id} has no room"
     assert lease.committed - lease.start < size, f"lease {lease.id}: a whole block is not indexed"
     indexed_tail = lease.tail is not None or lease.tail_is_shared
     assert lease.private_from == whole + indexed_tail, f"lease {lease.id}: private from where?"
-    own = lease.node.table()
+    if not lease.duplicates and own == lease.table[:whole]:
+        return
     for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
         assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"
 

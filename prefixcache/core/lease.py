@@ -239,6 +239,11 @@ class LeaseTable:
         self._next = 0
 
     @property
+    def num_opened(self) -> int:
+        """Leases since the start.  O(1)."""
+        return self._next
+
+    @property
     def count(self) -> int:
         """Living leases.  O(1)."""
         return len(self.by_age)

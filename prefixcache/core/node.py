@@ -147,6 +147,16 @@ class Children(dict[bytes, Child]):
         at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
         return list(order[at - 1 : at + 1]) if at else list(order[:1])
 
+    def is_in_order(self, key: bytes) -> bool:
+        """Whether the order has a key where it is looked for.  O(log n)."""
+        order = self._order
+        if order is None:
+            return len(self) < 2
+        if type(order) is not list:
+            return len(order) == len(self) and key in order
+        at = bisect_left(order, key)
+        return len(order) == len(self) and order[at : at + 1] == [key]
+
     def check(self) -> None:
         """Assert that the order holds exactly the keys.  O(n log n)."""
         if self._order is not None:

@@ -797,15 +797,17 @@ class RadixTree:
         assert self.num_nodes == nodes, f"{nodes} nodes, not {self.num_nodes}"
         return indexed
 
-    def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
-        width = self.block_bytes
-        name = node.tokens[:16].hex() or "root"
+    def check_run(self, node: Node) -> int:
+        """Assert what holds of one run alone.  O(children), in few calls.
+
+        Returns:
+            How often it is locked from outside.
+        """
+        name = _name(node)
         children = node.children or Children()
-        children.check()
         below = sum(1 for child in children.values() if child.lock_ref)
-        outside = 1 if node.parent is None else 0
-        assert node.lock_ref == below + outside + locks.get(node, 0), f"{name}: ref {node.lock_ref}"
         if node.parent is not None:
+            width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
             assert node.blocks, f"{name}: a node without blocks"
             assert not (len(node.tokens) % width and (children or node.ghosts)), (
@@ -813,16 +815,40 @@ class RadixTree:
             )
             if node.is_evictable:
                 assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
+        return node.lock_ref - below - (1 if node.parent is None else 0)
+
+    def check_child(self, node: Node, first: bytes, child: Node) -> None:
+        """Assert what holds between a run and one below it.  O(log siblings)."""
+        name = _name(node)
+        assert child.parent is node, f"{name}: a child with another parent"
+        assert child.root is node.root, f"{name}: a child with another root"
+        assert child.tokens.startswith(first), f"{name}: a child under another key"
+        short = min(self.block_bytes, len(child.tokens))
+        assert len(first) == short, f"{name}: a short key"
+        assert node.lock_ref or child.last_used <= node.last_used, (
+            f"{name}: younger than its parent"
+        )
+        if len(child.tokens) < self.block_bytes and not child.lock_ref:
+            assert not self._is_covered(child), f"{name}: a covered tail"
+
+    @staticmethod
+    def check_ghost(node: Node, ghost: Node) -> None:
+        """Assert what holds between a run and a ghost beside its children.  O(1)."""
+        name = _name(node)
+        assert not ghost.blocks, f"{name}: a ghost with blocks"
+        assert ghost.parent is node, f"{name}: a ghost with another parent"
+
+    def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
+        outside = self.check_run(node)
+        assert outside == locks.get(node, 0), f"{_name(node)}: ref {node.lock_ref}"
+        children = node.children or Children()
+        children.check()
         for first, child in children.items():
-            assert child.parent is node, f"{name}: a child with another parent"
-            assert child.root is node.root, f"{name}: a child with another root"
-            assert child.tokens.startswith(first), f"{name}: a child under another key"
-            assert len(first) == min(width, len(child.tokens)), f"{name}: a short key"
-            assert node.lock_ref or child.last_used <= node.last_used, (
-                f"{name}: younger than its parent"
-            )
-            if len(child.tokens) < width and not child.lock_ref:
-                assert not self._is_covered(child), f"{name}: a covered tail"
+            self.check_child(node, first, child)
         for ghost in (node.ghosts or {}).values():
-            assert not ghost.blocks, f"{name}: a ghost with blocks"
-            assert ghost.parent is node, f"{name}: a ghost with another parent"
+            self.check_ghost(node, ghost)
+
+
+def _name(node: Node) -> str:
+    """Name a run in a failure."""
+    return node.tokens[:16].hex() or "root"

@@ -946,14 +946,16 @@ class CheckRequest(_message.Message):
     def __init__(self, max_runs: _Optional[int] = ...) -> None: ...
 
 class CheckResponse(_message.Message):
-    __slots__ = ("failure", "runs", "seconds")
+    __slots__ = ("failure", "runs", "seconds", "left_out")
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     failure: str
     runs: int
     seconds: float
-    def __init__(self, failure: _Optional[str] = ..., runs: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, failure: _Optional[str] = ..., runs: _Optional[int] = ..., seconds: _Optional[float] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Op(_message.Message):
     __slots__ = ("id", "attach", "acquire", "cancel", "commit", "extend", "fork", "truncate", "release", "renew", "detach", "lookup", "explain", "reset", "snapshot", "pin", "unpin", "quota")

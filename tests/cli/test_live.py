@@ -23,6 +23,7 @@ from prefixcache.cli.status import read
 from prefixcache.client import Inbox, Session
 from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
+from prefixcache.types import Checked
 from wire.service_process import LAYOUT, command, environment
 
 HEAVY = (
@@ -197,11 +198,11 @@ def test_a_worker_that_takes_nothing_is_seen_wherever_workers_are_shown(
 
 
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:
-    (broken,) = findings.invariants("block 7 is indexed twice\nroot\n└─ 7", "", 3)
+    (broken,) = findings.invariants(Checked(3, "block 7 is indexed twice\nroot\n└─ 7"))
     assert broken.level == "wrong"
     assert "block 7" in broken.text
-    (refused,) = findings.invariants(None, "it would take 3 s", 100_000)
-    assert (refused.level, "--deep" in refused.advice) == ("note", True)
+    (partly,) = findings.invariants(Checked(100_000, left_out=("pins: too many",)))
+    assert (partly.level, "pins" in partly.text, "--deep" in partly.advice) == ("ok", True, True)
     fast, stopped = findings.clocks(findings.Times((0.001, 0.002), 1.0, 9.0))
     assert (fast.level, stopped.level) == ("ok", "wrong")
 

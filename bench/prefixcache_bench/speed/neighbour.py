@@ -179,6 +179,17 @@ def many_branches(client: Client, draw: Random) -> Load:
     return lambda: client.outline(max_branches=20_000)
 
 
+def checked(client: Client, draw: Random) -> Load:
+    """Store 20,000 branches, with 5,000 leases; have every invariant checked."""
+    branches(client, draw)
+    session = client.attach("m", parse_layout(LAYOUT), keep_alive=False)
+    held = []
+    for _ in range(20):
+        with session.batch() as batch:
+            held += [batch.acquire(tokens_of(draw, BLOCK)) for _ in range(250)]
+    return lambda: (client.check(), held)
+
+
 def first_watch(client: Client, draw: Random) -> Load:
     """Store 20,000 branches; the first watcher comes."""
     branches(client, draw)
@@ -261,6 +272,7 @@ CASES: dict[str, Callable[[Client, Random], Load]] = {
     "16,128 namespaces, snapshots": many_namespaces,
     "64,000 blocks watched, resets": watched_resets,
     "trees of 20,000 branches": many_branches,
+    "check of 20,000 runs, 5,000 leases": checked,
     "first watch of 20,000 branches": first_watch,
     "prompts of 1,000,000 tokens": long_prompt,
     "60,000 leases left at once": many_leases_left,

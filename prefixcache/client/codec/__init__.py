@@ -45,6 +45,7 @@ from prefixcache.client.codec.looking import (
     write_snapshot,
 )
 from prefixcache.client.codec.steering import (
+    read_check,
     read_pin,
     read_quota,
     read_reset,
@@ -79,6 +80,7 @@ __all__ = [
     "make_error",
     "no_foreign_errors",
     "read_attach",
+    "read_check",
     "read_error",
     "read_explain",
     "read_layout",

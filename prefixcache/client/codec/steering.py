@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from prefixcache.client.codec.words import read_namespace, show_namespace
-from prefixcache.types import Pinned, QuotaInfo, Reset, Unpinned
+from prefixcache.types import Checked, Pinned, QuotaInfo, Reset, Unpinned
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+def read_check(message: pb.CheckResponse) -> Checked:
+    """Read how a check went."""
+    return Checked(message.runs, message.failure, tuple(message.left_out))
 
 
 def write_reset(answer: Reset, message: pb.ResetResponse) -> None:

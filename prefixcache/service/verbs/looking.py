@@ -18,7 +18,6 @@ from prefixcache.service.shadows import write_shadows
 from prefixcache.service.sight import narrow
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Asker, Worker
-from prefixcache.texts import many
 from prefixcache.types import Explanation, Ledger, Lookup, Namespace, Snapshot
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -32,8 +31,8 @@ _PAUSE_EVERY = 256
 """Branches that are copied in one go."""
 _ROWS_IN_ONE_GO = 200
 """Workers or flights that are told in one go, the namespaces counted that must be looked at."""
-_CHECK_S = 30e-6
-"""Seconds that a check takes per run, about."""
+_CHECKED_IN_ONE_GO = 500
+"""Runs and leases, unless the caller lets everybody wait for more: 15 ms."""
 _MOST_FAILURE = 100_000
 """Characters of a failed check, the tree included."""
 
@@ -103,33 +102,35 @@ class Looking(Verbs):
         )
         return outline if request.HasField("namespace") else without_salted_tokens(outline)
 
-    def check(self, asker: Asker, request: pb.CheckRequest) -> pb.CheckResponse:
-        """Check every invariant.
+    def check(
+        self, asker: Asker, request: pb.CheckRequest
+    ) -> Generator[None, None, pb.CheckResponse]:
+        """Check every invariant, in steps if there is much to walk.
 
         Raises:
-            InvalidRequest: there are more runs and leases than the caller wants to wait for.
-            PermissionDenied: only an admin may hold everybody up.
+            PermissionDenied: only an admin may have it walked.
         """
         asker.identity.refuse_unless_admin("check the index")
-        if self.holdings.cache is None:
+        return self._checked(request)
+
+    def _checked(self, request: pb.CheckRequest) -> Generator[None, None, pb.CheckResponse]:
+        cache = self.holdings.cache
+        if cache is None:
             return pb.CheckResponse()
-        started, vitals = monotonic(), self.holdings.cache.vitals(now=monotonic())
-        runs, size = vitals.nodes, vitals.nodes + vitals.leases
-        if size > (most := request.max_runs or 20_000):
-            raise InvalidRequest(
-                f"a check of {many(runs, 'run')} and {many(vitals.leases, 'lease')} would hold "
-                f"everybody up for about {size * _CHECK_S:.1f} s; allow more than {most:,} if that "
-                "is fine now"
-            )
-        failure = ""
+        started, vitals = monotonic(), cache.vitals(now=monotonic())
+        answer = pb.CheckResponse(runs=vitals.nodes)
         try:
-            self.holdings.cache.check()
+            if vitals.nodes + vitals.leases <= (request.max_runs or _CHECKED_IN_ONE_GO):
+                cache.check()
+            else:
+                found = yield from cache.check_in_steps()
+                answer.runs = found.num_runs
+                answer.left_out.extend(found.left_out)
         except AssertionError as error:
-            failure = str(error)
-            log.error("an invariant does not hold", failure=failure.partition("\n")[0])
-        return pb.CheckResponse(
-            failure=failure[:_MOST_FAILURE], runs=runs, seconds=monotonic() - started
-        )
+            answer.failure = str(error)[:_MOST_FAILURE]
+            log.error("an invariant does not hold", failure=str(error).partition("\n")[0])
+        answer.seconds = monotonic() - started
+        return answer
 
     def snapshot(self, asker: Asker, request: pb.SnapshotRequest) -> Generator[None, None, Seen]:
         """Tell what the caller may see of the cache, in steps; zeros before a layout is known."""

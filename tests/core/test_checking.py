@@ -1,0 +1,197 @@
+"""The check that walks while everything changes: it finds what is wrong, and nothing else."""
+
+from collections.abc import Callable, Generator
+from random import Random
+from typing import Any
+
+import pytest
+
+from core.effort import most_in_one_go
+from core.rules import NAMES, Rules, step
+from core.test_machine import Seeded, shape_for
+from core.world import World
+from prefixcache.core import invariants
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.node import Node
+from prefixcache.types import Checked, LeaseId, Namespace, Partial, WorkerId, pack
+
+ME = WorkerId("me")
+HERE = Namespace("m")
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariants, "_AT_ONCE", 1)
+
+
+class Storm:
+    """Prompts that collide come and go; one stays, with its lease."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = Random(seed)
+        self.cache = PrefixCache(200, 4, num_ghosts=50)
+        self.cache.attach(ME, HERE, now=0.0)
+        kept = self.cache.acquire(ME, HERE, pack([7] * 40), now=0.0)
+        self.cache.commit(ME, kept.lease, 40, now=0.0)
+        match = self.tree.match(self.cache._lessor.roots[HERE], pack([7] * 40))
+        self.kept: Node = match.node
+        self.held: list[LeaseId] = []
+        for _ in range(150):
+            self.disturb()
+
+    @property
+    def tree(self) -> Any:
+        return self.cache._lessor.tree
+
+    def disturb(self) -> None:
+        if self.held and (len(self.held) > 6 or self.draw.random() < 0.4):
+            lease = self.held.pop(self.draw.randrange(len(self.held)))
+            self.cache.release(ME, lease, now=0.0)
+            return
+        prompt = [
+            one for _ in range(self.draw.randrange(1, 9)) for one in [self.draw.randrange(3)] * 4
+        ]
+        grant = self.cache.acquire(ME, HERE, pack([*prompt, 9]), now=0.0)
+        most = max(grant.num_cached, self.draw.choice([4, len(prompt), len(prompt) + 1]))
+        self.cache.commit(ME, grant.lease, most, now=0.0)
+        self.held.append(grant.lease)
+
+    def check(self, most: int = 3) -> Checked:
+        told: list[Checked] = []
+
+        def work() -> Generator[None, None, None]:
+            told.append((yield from self.cache.check_in_steps()))
+
+        for _ in work():
+            for _ in range(self.draw.randrange(most)):
+                self.disturb()
+        return told[0]
+
+    def check_again(self) -> None:
+        """A block that changes hands in each walk may have to wait for the next check."""
+        for _ in range(5):
+            self.check()
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("seed", range(30))
+def test_nothing_is_called_wrong_while_everything_changes(seed: int):
+    storm = Storm(seed)
+    storm.cache.check()
+    assert storm.check().num_runs > 3
+    storm.cache.check()
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("partial", list(Partial))
+def test_every_verb_may_come_between_two_steps(partial: Partial):
+    for sequence in range(12):
+        draw = Seeded(("check", partial.value, sequence))
+        world = World(shape_for("lru", partial, 2, draw))
+        rules = Rules(world, draw)
+        rules.attach()
+        work, num_ended = world.cache.check_in_steps(), 0
+        for _ in range(120):
+            step(rules, rules.choose(NAMES))
+            if next(work, None) is not None or work.gi_frame is None:
+                work, num_ended = world.cache.check_in_steps(), num_ended + 1
+        assert num_ended
+
+
+def a_lock_too_many(storm: Storm) -> None:
+    storm.kept.lock_ref += 1
+
+
+def a_lock_too_few(storm: Storm) -> None:
+    storm.kept.lock_ref -= 1
+
+
+def a_block_that_is_lost(storm: Storm) -> None:
+    storm.cache._lessor.blocks.pool.allocate(1)
+
+
+def a_block_of_two(storm: Storm) -> None:
+    for lease in storm.cache._lessor.leases.all():
+        if lease.id == 1:
+            lease.table.append(storm.kept.blocks[0])
+
+
+def a_block_that_is_also_free(storm: Storm) -> None:
+    pool = storm.cache._lessor.blocks.pool
+    pool._stack.insert(0, storm.kept.blocks[0])
+    pool.num_free += 1
+
+
+def a_reference_too_many(storm: Storm) -> None:
+    storm.cache._lessor.blocks.pool.add_ref(storm.kept.blocks[2])  # type: ignore[arg-type]
+
+
+def a_ghost_with_blocks(storm: Storm) -> None:
+    ghost = Node(pack([8] * 4), storm.kept.blocks[:1], storm.kept, 0)
+    storm.tree.ghosts.bury(storm.kept, ghost)
+
+
+def a_child_of_another_parent(storm: Storm) -> None:
+    storm.kept.parent = Node(b"", storm.kept.blocks[:0], storm.kept.root, 0)
+
+
+def a_sum_of_blocks(storm: Storm) -> None:
+    storm.kept.root.num_blocks += 1
+
+
+def a_sum_that_can_be_evicted(storm: Storm) -> None:
+    storm.tree.evictable -= 1
+
+
+FAULTS = [
+    a_lock_too_many,
+    a_lock_too_few,
+    a_block_that_is_lost,
+    a_block_of_two,
+    a_block_that_is_also_free,
+    a_reference_too_many,
+    a_ghost_with_blocks,
+    a_child_of_another_parent,
+    a_sum_of_blocks,
+    a_sum_that_can_be_evicted,
+]
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_wrong_is_found_while_everything_changes(fault: Callable[[Storm], None], seed: int):
+    storm = Storm(seed)
+    fault(storm)
+    with pytest.raises(AssertionError):
+        storm.check_again()
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["a chain of runs", "many runs in a row"])
+def test_a_check_costs_a_step_the_same_however_much_there_is(wide: bool):
+    def checked(num_leases: int) -> int:
+        cache = PrefixCache(8192, 4)
+        cache.attach(ME, HERE, now=0.0)
+        for number in range(num_leases):
+            prompt = pack([number if wide else 1, *range(3)] + [number + 5] * 4)
+            grant = cache.acquire(ME, HERE, prompt, now=0.0)
+            cache.commit(ME, grant.lease, 8, now=0.0)
+        most, told = most_in_one_go(cache.check_in_steps())
+        assert told.failure == ""
+        assert told.num_runs >= num_leases
+        return most
+
+    assert checked(3300) < 1.3 * checked(2200)
+
+
+def test_a_long_list_is_left_out_and_named():
+    cache = PrefixCache(8192, 4)
+    cache.attach(ME, HERE, now=0.0)
+    for number in range(2001):
+        cache.acquire(ME, HERE, pack([number]), now=0.0)
+    _, told = most_in_one_go(cache.check_in_steps())
+    assert [one.partition(":")[0] for one in told.left_out] == [
+        "prefixes in flight",
+        "leases by age",
+        "leases by account",
+    ]
