@@ -5,7 +5,7 @@ import typer
 from typer.testing import CliRunner
 
 from prefixcache_worker.demo import chats, command
-from prefixcache_worker.demo.play import _interleaved
+from prefixcache_worker.demo.scenario import _interleaved
 from prefixcache_worker.demo.transcript import Transcript
 
 

@@ -121,7 +121,7 @@ def test_the_summary_says_fates_in_words_and_the_verdict(figures):
 
 def test_plain_lines_carry_no_escapes_and_one_line_per_request(capsys):
     plain = view.PlainView(Console(width=160))
-    plain.act(1, "One at a time", "why")
+    plain.phase(1, "One at a time", "why")
     for request in logs.shared_run().requests:
         plain.sent(request)
         plain.finished(request)
@@ -136,7 +136,7 @@ def test_the_live_view_draws_every_state(capsys):
     run = logs.shared_run()
     console = Console(force_terminal=True, width=150, height=60)
     live = LiveView(console, run.workers, 4)
-    live.act(1, "One at a time", "why")
+    live.phase(1, "One at a time", "why")
     for request in run.requests:
         live.sent(request)
     live.say("a sentence")

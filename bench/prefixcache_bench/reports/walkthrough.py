@@ -6,9 +6,9 @@ Everything is real: the service, a worker with the demo's model, the demo's chat
 what the commands printed.  Between two marks of the page the text is replaced, the rest is left.
 
 ```
-act 1   a small pool, a date in every system prompt    stat, top, tree, doctor, explain
-act 2   the memory that act 1 advises                  stat: nothing is evicted any more
-act 3   the date moved to the end                      stat: what was cold is shared
+step 1  a small pool, a date in every system prompt    stat, top, tree, doctor, explain
+step 2  the memory that step 1 advises                 stat: nothing is evicted any more
+step 3  the date moved to the end                      stat: what was cold is shared
 ```
 """
 
@@ -51,7 +51,7 @@ _DATE = "Today is {day} November 2026, {hour:02}:{minute:02}."
 
 
 @dataclass
-class Stage:
+class Session:
     """A service and a worker on it, and what is written about them."""
 
     folder: Path
@@ -132,7 +132,7 @@ class Stage:
             process.terminate()
             process.wait()
 
-    def play(self, requests: Sequence[dict[str, Any]]) -> None:
+    def replay(self, requests: Sequence[dict[str, Any]]) -> None:
         """Let one real worker answer requests, one after the other."""
         if self.hollow:
             self._play_hollow(requests)
@@ -194,7 +194,7 @@ def requests(count: int, *, date_last: bool) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Play all acts and write the page."""
+    """Go through all steps and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--chats", type=int, default=24)
@@ -206,12 +206,12 @@ def main() -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="walk-"))
     try:
-        stage = Stage(folder, smollm2.folder(), pictures, asked.hollow)
-        _perform(stage, asked.chats)
+        session = Session(folder, smollm2.folder(), pictures, asked.hollow)
+        _walk(session, asked.chats)
     finally:
         shutil.rmtree(folder)
     head = provenance()
-    stage.say(
+    session.say(
         f"*Made by `make operations` at {head['time']} from commit {head['commit']}, "
         f"on {head['machine']}.*"
         + (
@@ -225,44 +225,46 @@ def main() -> None:
     text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
-    said = "\n\n".join(stage.said)
+    said = "\n\n".join(session.said)
     page.write_text(f"{before}{BEGIN}\n\n{said}\n\n{END}{after}")
 
 
-def _perform(stage: Stage, count: int) -> None:
-    stage.say(
+def _walk(session: Session, count: int) -> None:
+    session.say(
         "A service with little memory, one worker, and the demo's chats: each asks once, and later "
         "once more. Every system prompt has the date and time in the middle, as many have."
     )
-    played = requests(count, date_last=False)
-    with stage.serving(_SMALL) as client:
-        stage.play(played)
-        stage.say("**Is something wrong?** `doctor` looks the service over:")
-        stage.show("doctor")
-        stage.say("**What does it look like?** One screen of `top`, and the tree:")
-        stage.show("top", "--once", most=34)
-        stage.show("top", "--svg", str(stage.pictures / "top.svg"), quiet=True)
-        stage.say("![One screen of top](operations/top.svg)")
-        stage.show("tree", "--limit", "14")
-        stage.show("tree", "--svg", str(stage.pictures / "tree.svg"), quiet=True)
-        stage.say("![The tree as an icicle](operations/tree.svg)")
-        told = [(one["id"], client.recount(one["id"])) for one in played]
-        stage.say("**Why was this request missed?** By its id, as it was when it came:")
-        stage.show("explain", max(told, key=_date_cost)[0])
-        stage.say("And this one? It had been there, and had to go:")
-        stage.show("explain", max(told, key=lambda one: one[1].ledger.evicted)[0])
-        advised = _advised(stage.show("doctor", quiet=True))
+    asked_for = requests(count, date_last=False)
+    with session.serving(_SMALL) as client:
+        session.replay(asked_for)
+        session.say("**Is something wrong?** `doctor` looks the service over:")
+        session.show("doctor")
+        session.say("**What does it look like?** One screen of `top`, and the tree:")
+        session.show("top", "--once", most=34)
+        session.show("top", "--svg", str(session.pictures / "top.svg"), quiet=True)
+        session.say("![One screen of top](operations/top.svg)")
+        session.show("tree", "--limit", "14")
+        session.show("tree", "--svg", str(session.pictures / "tree.svg"), quiet=True)
+        session.say("![The tree as an icicle](operations/tree.svg)")
+        told = [(one["id"], client.recount(one["id"])) for one in asked_for]
+        session.say("**Why was this request missed?** By its id, as it was when it came:")
+        session.show("explain", max(told, key=_date_cost)[0])
+        session.say("And this one? It had been there, and had to go:")
+        session.show("explain", max(told, key=lambda one: one[1].ledger.evicted)[0])
+        advised = _advised(session.show("doctor", quiet=True))
     if advised:
-        stage.say(f"**How much memory would fix it?** `doctor` said: `--memory {advised}`. So:")
-        with stage.serving(advised):
-            stage.show("stat", "--mark", "start")
-            stage.play(played)
-            stage.show("stat", "--since", "start")
-    stage.say("**And the date?** Moved to the end of the system prompt, behind what can be shared:")
-    with stage.serving(advised or _SMALL):
-        stage.show("stat", "--mark", "start", quiet=True)
-        stage.play(requests(count, date_last=True))
-        stage.show("stat", "--since", "start")
+        session.say(f"**How much memory would fix it?** `doctor` said: `--memory {advised}`. So:")
+        with session.serving(advised):
+            session.show("stat", "--mark", "start")
+            session.replay(asked_for)
+            session.show("stat", "--since", "start")
+    session.say(
+        "**And the date?** Moved to the end of the system prompt, behind what can be shared:"
+    )
+    with session.serving(advised or _SMALL):
+        session.show("stat", "--mark", "start", quiet=True)
+        session.replay(requests(count, date_last=True))
+        session.show("stat", "--since", "start")
 
 
 def _date_cost(one: tuple[str, Explanation]) -> int:

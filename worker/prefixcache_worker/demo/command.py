@@ -15,7 +15,7 @@ from rich.text import Text
 
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
-from prefixcache_worker.demo import chats, picture, report, stage, summary
+from prefixcache_worker.demo import chats, picture, report, runner, summary
 from prefixcache_worker.demo.failure import DemoError
 from prefixcache_worker.demo.live import LiveView
 from prefixcache_worker.demo.transcript import Transcript
@@ -55,33 +55,33 @@ def demo(
     if not console.is_terminal:
         console = Console(stderr=as_json, width=PIPE_WIDTH)
     try:
-        cast = _cast(model, quick=quick, num_workers=workers)
+        setup = _setup(model, quick=quick, num_workers=workers)
     except (CacheError, OSError, ValueError) as error:
         console.print(Text(f"cannot use this model: {error}", style="bold red"))
         raise typer.Exit(USAGE) from None
-    result = perform(console, cast, to)
+    result = run_and_report(console, setup, to)
     if as_json:
         typer.echo(json_text(result, indent=1))
     if not result["identical"] or result["pool_blocks_leaked"]:
         raise typer.Exit(WRONG)
 
 
-def perform(console: Console, cast: stage.Cast, to: Path) -> dict[str, Any]:
-    """Let the cast play, show it, write report and picture; give the report.
+def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str, Any]:
+    """Run the demo, show it, write report and picture; give the report.
 
     Raises:
-        typer.Exit: the demo could not be played (1), or was told to end (128 + the signal).
+        typer.Exit: the demo could not be run (1), or was told to end (128 + the signal).
     """
-    view = _view(console, cast)
+    view = _view(console, setup)
     try:
-        outcome = _run(lambda: stage.perform(cast, view))
+        outcome = _run(lambda: runner.execute(setup, view))
     except* (DemoError, CacheError) as group:
         view.close()
         console.print(Text(f"FAILED: {_first(group)}", style="bold red"))
         raise typer.Exit(WRONG) from None
     finally:
         view.close()
-    result = report.header(cast.model) | report.figures(
+    result = report.header(setup.model) | report.figures(
         outcome.shared, outcome.unshared, outcome.verdict
     )
     report.write(to, result)
@@ -94,7 +94,7 @@ def perform(console: Console, cast: stage.Cast, to: Path) -> dict[str, Any]:
     return result
 
 
-def _cast(model: str, *, quick: bool, num_workers: int) -> stage.Cast:
+def _setup(model: str, *, quick: bool, num_workers: int) -> runner.Setup:
     """Prepare what is played: the model's folder (converted if need be), the chats as tokens."""
     from prefixcache_worker import smollm2
 
@@ -110,19 +110,19 @@ def _cast(model: str, *, quick: bool, num_workers: int) -> stage.Cast:
     stop = frozenset({tokenizer.eos_token_id} - {None})
     transcripts = {chat.id: Transcript(chat, tokenizer, stop) for chat in workload.chats}
     names = tuple(f"w{i + 1}" for i in range(num_workers))
-    return stage.Cast(
+    return runner.Setup(
         workload, transcripts, path, names, answer_tokens=QUICK_TOKENS if quick else TOKENS
     )
 
 
-def _view(console: Console, cast: stage.Cast) -> View:
+def _view(console: Console, setup: runner.Setup) -> View:
     if console.is_terminal:
-        return LiveView(console, cast.workers, cast.workload.num_requests)
+        return LiveView(console, setup.workers, setup.workload.num_requests)
     return PlainView(console)
 
 
-def _run(perform: Callable[[], Any]) -> Any:
-    """Run the stage; Ctrl-C, SIGTERM and SIGHUP end it in order, with the shell's exit codes."""
+def _run(execute: Callable[[], Any]) -> Any:
+    """Run it; Ctrl-C, SIGTERM and SIGHUP end it in order, with the shell's exit codes."""
     received: list[int] = []
 
     async def main() -> Any:
@@ -137,7 +137,7 @@ def _run(perform: Callable[[], Any]) -> Any:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, end, number)
-        return await perform()
+        return await execute()
 
     try:
         return asyncio.run(main())

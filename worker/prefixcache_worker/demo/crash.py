@@ -1,10 +1,10 @@
 """The crash: a worker is killed in the middle of a prefill for which another worker waits.
 
 ```
-victim  ├─ prefill of a cold, long system prompt ── chunk ── chunk ──✗ SIGKILL
-heir          ├─ same system prompt: waits ─────────────────────────┤ takes over at the last chunk
-others  ├─ answers ── answers ── answers ── answers ── answers ── answers ── answers
-service                                    its leases end, its private blocks are free ─┘
+victim     ├─ prefill of a cold, long system prompt ── chunk ── chunk ──✗ SIGKILL
+successor        ├─ same system prompt: waits ─────────────────────────┤ takes over at its end
+others     ├─ answers ── answers ── answers ── answers ── answers ── answers ── answers
+service                                       its leases end, its private blocks are free ─┘
 ```
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from prefixcache.types import LeaseInfo, Snapshot
-from prefixcache_worker.demo.desk import Desk, Torn
+from prefixcache_worker.demo.dispatcher import Dispatcher, Interrupted
 from prefixcache_worker.demo.failure import CrashMissed
 from prefixcache_worker.demo.record import Attempt, Death, Request
 from prefixcache_worker.demo.watch import Watch
@@ -28,7 +28,7 @@ RETURN_S: Final = 60.0
 """How long the dead worker's leases may take to end: a multiple of their time to live."""
 
 
-class Mortal(Protocol):
+class Killable(Protocol):
     """The part of a worker process that a crash needs."""
 
     @property
@@ -40,30 +40,30 @@ class Mortal(Protocol):
 
 
 async def crash(
-    desk: Desk,
+    dispatcher: Dispatcher,
     watch: Watch,
-    victim: Mortal,
+    victim: Killable,
     *,
     victim_name: str,
     worker_id: str,
-    heir_name: str,
+    successor_name: str,
     first: Request,
     second: Request,
     ask: Callable[[Request, str], asyncio.Task[Request]],
 ) -> Death:
-    """Kill `victim` while it computes `first` and `heir` waits for the same prefix with `second`.
+    """Kill `victim` while it computes `first` and its successor waits for its prefix.
 
     Both requests are answered in the end, by others.  Returns as soon as the service has taken back
     what the victim held.  A model that computes the whole prompt before it is seen computing it (a
     toy, on a fast machine) is killed all the same, and the answer says so.
 
     Args:
-        desk: hands out the requests.
+        dispatcher: hands out the requests.
         watch: looks at the service.
         victim: the process that dies.
-        victim_name: its name at the desk.
+        victim_name: its name with the dispatcher.
         worker_id: its name in snapshots.
-        heir_name: the worker that waits.
+        successor_name: the worker that waits.
         first: a request with a long, cold system prompt.
         second: another one with the same system prompt.
         ask: starts a request on a worker.
@@ -72,32 +72,32 @@ async def crash(
         CrashMissed: nothing happened in time, or leases of the dead are left.
     """
     block_size = (await watch.look()).block_size
-    # The heir is kept free, so that the time to the takeover is that of the service, and not that
-    # of a step which the heir happened to be in.
-    desk.spared = heir_name
-    await desk.until(lambda: desk.load(heir_name) == 0)
+    # The successor is kept free, so that the time to the takeover is that of the service, and not
+    # that of a step which the successor happened to be in.
+    dispatcher.reserved = successor_name
+    await dispatcher.until(lambda: dispatcher.load(successor_name) == 0)
     async with watch.keen():
         ask(first, victim_name)
-        await desk.until(lambda: first.granted_s is not None)
-        ask(second, heir_name)
+        await dispatcher.until(lambda: first.granted_s is not None)
+        ask(second, successor_name)
         before = await watch.until(
             lambda seen: _is_moment(seen, worker_id, first) or first.first_s is not None, MOMENT_S
         )
         if before is None:
             raise CrashMissed(f"{first.id} was neither seen in mid-prefill nor answered")
         in_prefill = first.first_s is None
-        at_s = desk.clock()
+        at_s = dispatcher.clock()
         victim.kill()
         after = await watch.until(lambda seen: _is_cleared(seen, worker_id), RETURN_S)
         if after is None:
             raise CrashMissed(f"{victim_name} is dead, but what it held has not come back")
         returned_ms = (watch.at_s - at_s) * 1e3
         held = _leases(before, worker_id)
-        desk.bury(victim_name, at_s)
-        await desk.until(lambda: second.granted_s is not None)
-    desk.spared = None
+        dispatcher.worker_died(victim_name, at_s)
+        await dispatcher.until(lambda: second.granted_s is not None)
+    dispatcher.reserved = None
     assert second.granted_s is not None
-    # The heir's waiting time does not contain the way of the request to the heir: a few ms.
+    # The successor's waiting time does not contain the way of the request to it: a few ms.
     granted_s = max(second.granted_s, at_s) if second.granted_s > at_s - SLACK_S else 0.0
     second.took_over = in_prefill and granted_s >= at_s
     return Death(
@@ -116,39 +116,39 @@ async def crash(
 
 
 def attempts(
-    torn: Sequence[Torn], heir: Request, *, chunk: int, block_size: int
+    interrupted: Sequence[Interrupted], successor: Request, *, chunk: int, block_size: int
 ) -> tuple[Attempt, ...]:
-    """Say what of each torn request's work is kept and what died, once all have been answered.
+    """Say what of each interrupted request's work is kept and what died, once all are answered.
 
     The request that was sent again knows: what it found beyond what the first attempt had found,
-    that attempt had left behind.  For the one that died in mid-prefill it is the heir who knows,
-    because it has computed the rest meanwhile.
+    that attempt had left behind.  For the one that died in mid-prefill it is the successor who
+    knows, because it has computed the rest meanwhile.
 
     Args:
-        torn: the requests that died with their worker.
-        heir: the request that took over.
+        interrupted: the requests that died with their worker.
+        successor: the request that took over.
         chunk: prompt tokens that a worker computes at a time.
         block_size: tokens of a block; a part of a block that died with its writer is not reused.
     """
-    return tuple(_attempt(t, heir, chunk + block_size) for t in torn)
+    return tuple(_attempt(t, successor, chunk + block_size) for t in interrupted)
 
 
-def _attempt(torn: Torn, heir: Request, most_lost: int) -> Attempt:
-    request = torn.request
+def _attempt(interrupted: Interrupted, successor: Request, most_lost: int) -> Attempt:
+    request = interrupted.request
     num_prompt = len(request.prompt)
-    in_prefill = torn.started and not torn.num_answered
-    witness = heir if in_prefill and request.assistant == heir.assistant else request
-    kept = max(witness.ledger.reused - torn.num_reused, 0) if torn.started else 0
-    rest = num_prompt - torn.num_reused - kept if torn.started else 0
+    in_prefill = interrupted.started and not interrupted.num_answered
+    witness = successor if in_prefill and request.assistant == successor.assistant else request
+    kept = max(witness.ledger.reused - interrupted.num_reused, 0) if interrupted.started else 0
+    rest = num_prompt - interrupted.num_reused - kept if interrupted.started else 0
     return Attempt(
         request=request.id,
-        worker=torn.worker,
-        sent_s=torn.sent_s,
-        died_s=torn.died_s,
+        worker=interrupted.worker,
+        sent_s=interrupted.sent_s,
+        died_s=interrupted.died_s,
         num_prompt=num_prompt,
         num_kept=kept,
         num_lost=min(rest, most_lost) if in_prefill else rest,
-        num_answered=torn.num_answered,
+        num_answered=interrupted.num_answered,
     )
 
 

@@ -53,7 +53,7 @@ class LiveView:
         """Show a sentence below the title; it is pushed out by later ones."""
         self._sentences.append(text)
 
-    def act(self, number: int, title: str, explanation: str) -> None:
+    def phase(self, number: int, title: str, explanation: str) -> None:
         """Change the title."""
         self._title, self._explanation = f"{number}. {title}", explanation
         self._sentences.clear()

@@ -36,7 +36,7 @@ class View(Protocol):
     def say(self, text: str) -> None:
         """Show a sentence that is not about one request."""
 
-    def act(self, number: int, title: str, explanation: str) -> None:
+    def phase(self, number: int, title: str, explanation: str) -> None:
         """Begin a part of the demo."""
 
     def sent(self, request: Request) -> None:
@@ -72,7 +72,7 @@ class PlainView:
         """Print the sentence."""
         self._line(text)
 
-    def act(self, number: int, title: str, explanation: str) -> None:
+    def phase(self, number: int, title: str, explanation: str) -> None:
         """Print a heading."""
         self._line("")
         self._line(f"{number}. {title}")

@@ -1,4 +1,4 @@
-"""The demo played with real processes and a real service, but a worker without a model."""
+"""The demo with real processes and a real service, but a worker without a model."""
 
 import json
 import os
@@ -16,7 +16,7 @@ POOLS = "/dev/shm/prefixcache-"  # noqa: S108 - where the service keeps them
 MARK = "PREFIXCACHE_DEMO_TEST"
 
 
-class Played:
+class Demo:
     """A demo process, and what the processes that it started left behind."""
 
     def __init__(self, folder, num_workers, *arguments):
@@ -29,7 +29,7 @@ class Played:
             MARK: self.mark,
         }
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "fake_play.py", str(num_workers), folder / "out", *arguments],
+            [sys.executable, HERE / "fake_demo.py", str(num_workers), folder / "out", *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -83,27 +83,27 @@ class Played:
 
 
 @pytest.fixture
-def play(tmp_path):
+def start(tmp_path):
     started = []
 
     def start(num_workers, *arguments):
-        started.append(Played(tmp_path, num_workers, *arguments))
+        started.append(Demo(tmp_path, num_workers, *arguments))
         return started[-1]
 
     yield start
-    for played in started:
-        played.process.kill()
-        played.process.wait()
-        played.process.stdout.close()
+    for demo in started:
+        demo.process.kill()
+        demo.process.wait()
+        demo.process.stdout.close()
 
 
-def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(play):
-    played = play(3)
-    played.until(lambda: played.pools)
-    code, output = played.end()
+def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(start):
+    demo = start(3)
+    demo.until(lambda: demo.pools)
+    code, output = demo.end()
     assert code == 0, output
     assert "killed with SIGKILL in mid-prefill" in output
-    report = json.loads((played.folder / "out" / "demo.json").read_text())
+    report = json.loads((demo.folder / "out" / "demo.json").read_text())
     assert report["identical"]
     assert report["requests"] == 18
     assert abs(report["tokens_over_ideal_percent"]) < 1
@@ -127,45 +127,45 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(play
     for line in report["per_request"]:
         parts = ("hit", "partial", "joined", "cold", "evicted", "granularity")
         assert sum(line[part] for part in parts) == line["prompt_tokens"]
-    assert (played.folder / "out" / "demo.png").stat().st_size > 20_000
-    played.assert_nothing_is_left()
-    assert [path.name for path in played.folder.iterdir()] == ["out"]
+    assert (demo.folder / "out" / "demo.png").stat().st_size > 20_000
+    demo.assert_nothing_is_left()
+    assert [path.name for path in demo.folder.iterdir()] == ["out"]
 
 
-def test_a_worker_that_is_too_fast_to_be_met_in_mid_prefill_is_killed_all_the_same(play):
-    played = play(2, "--swift")
-    code, output = played.end()
+def test_a_worker_that_is_too_fast_to_be_met_in_mid_prefill_is_killed_all_the_same(start):
+    demo = start(2, "--swift")
+    code, output = demo.end()
     assert code == 0, output
     assert "too late to meet it in mid-prefill" in output
-    death = json.loads((played.folder / "out" / "demo.json").read_text())["killed_worker"]
+    death = json.loads((demo.folder / "out" / "demo.json").read_text())["killed_worker"]
     assert death["in_prefill"] is False
     assert death["takeover_ms"] is None
 
 
-def test_one_worker_alone_is_not_killed(play):
-    played = play(1)
-    code, output = played.end()
+def test_one_worker_alone_is_not_killed(start):
+    demo = start(1)
+    code, output = demo.end()
     assert code == 0, output
-    report = json.loads((played.folder / "out" / "demo.json").read_text())
+    report = json.loads((demo.folder / "out" / "demo.json").read_text())
     assert report["identical"]
     assert report["killed_worker"] is None
 
 
-def test_a_cache_that_changes_an_answer_fails_the_demo_loudly(play):
-    played = play(2, "--broken")
-    code, output = played.end()
+def test_a_cache_that_changes_an_answer_fails_the_demo_loudly(start):
+    demo = start(2, "--broken")
+    code, output = demo.end()
     assert code == 1
     assert "NOT the answer of a model without a cache" in output
     assert "FAILED" in output
-    assert not json.loads((played.folder / "out" / "demo.json").read_text())["identical"]
-    played.assert_nothing_is_left()
+    assert not json.loads((demo.folder / "out" / "demo.json").read_text())["identical"]
+    demo.assert_nothing_is_left()
 
 
-def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_compared(play):
-    played = play(2, "--tie")
-    code, output = played.end()
+def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_compared(start):
+    demo = start(2, "--tie")
+    code, output = demo.end()
     assert code == 0, output
-    report = json.loads((played.folder / "out" / "demo.json").read_text())
+    report = json.loads((demo.folder / "out" / "demo.json").read_text())
     cached = sum(line["computed"] < line["prompt_tokens"] for line in report["per_request"])
     assert report["numerical_ties"] == cached > 0
     assert report["identical"]
@@ -177,37 +177,37 @@ def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_co
     ("number", "after_s"),
     [(signal.SIGINT, 0), (signal.SIGINT, 1.2), (signal.SIGTERM, 0.6), (signal.SIGHUP, 0.6)],
 )
-def test_an_interrupt_ends_all_processes_and_removes_the_pool(play, number, after_s):
-    played = play(3)
-    played.until(lambda: played.pools and len(played.alive()) == 5)
+def test_an_interrupt_ends_all_processes_and_removes_the_pool(start, number, after_s):
+    demo = start(3)
+    demo.until(lambda: demo.pools and len(demo.alive()) == 5)
     time.sleep(after_s)
-    played.process.send_signal(number)
-    code, output = played.end(timeout_s=15)
+    demo.process.send_signal(number)
+    code, output = demo.end(timeout_s=15)
     assert code == 128 + number, output
     assert "stopped; no process was left behind" in output
-    played.assert_nothing_is_left()
+    demo.assert_nothing_is_left()
 
 
-def test_a_killed_demo_takes_its_processes_with_it(play):
-    played = play(3)
-    played.until(lambda: played.pools and len(played.alive()) == 5)
-    played.process.kill()
-    played.assert_nothing_is_left()
+def test_a_killed_demo_takes_its_processes_with_it(start):
+    demo = start(3)
+    demo.until(lambda: demo.pools and len(demo.alive()) == 5)
+    demo.process.kill()
+    demo.assert_nothing_is_left()
 
 
-def test_a_worker_that_ends_by_itself_fails_the_demo_with_its_last_words(play):
-    played = play(2, "--fragile")
-    code, output = played.end()
+def test_a_worker_that_ends_by_itself_fails_the_demo_with_its_last_words(start):
+    demo = start(2, "--fragile")
+    code, output = demo.end()
     assert code == 1
     assert "ended by itself" in output
     assert "no more" in output
-    played.assert_nothing_is_left()
+    demo.assert_nothing_is_left()
 
 
-def test_a_worker_that_does_not_start_fails_the_demo_with_its_last_words(play):
-    played = play(2, "--stillborn")
-    code, output = played.end()
+def test_a_worker_that_does_not_start_fails_the_demo_with_its_last_words(start):
+    demo = start(2, "--stillborn")
+    code, output = demo.end()
     assert code == 1
     assert "did not start" in output
     assert "no model here" in output
-    played.assert_nothing_is_left()
+    demo.assert_nothing_is_left()

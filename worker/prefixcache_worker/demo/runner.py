@@ -1,4 +1,4 @@
-"""The stage: starts the processes, lets the play be performed, and takes everything down again."""
+"""The runner: starts the processes, runs the scenario, and takes everything down again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from prefixcache.pool import PoolFile
 from prefixcache.types import Layout
 from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
-from prefixcache_worker.demo.desk import Desk
+from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.failure import ProcessFailed
-from prefixcache_worker.demo.fleet import WORKER, Service, Worker, stopping
-from prefixcache_worker.demo.play import Play, without_cache
+from prefixcache_worker.demo.processes import WORKER, Service, Worker, stopping
 from prefixcache_worker.demo.record import Run
+from prefixcache_worker.demo.scenario import Scenario, without_cache
 from prefixcache_worker.demo.transcript import Transcript
 from prefixcache_worker.demo.view import View
 from prefixcache_worker.demo.watch import Watch
@@ -31,8 +31,8 @@ MEMORY: Final = "1GiB"
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
-    """What is played, and by whom."""
+class Setup:
+    """What is run, and by whom."""
 
     workload: Workload
     transcripts: dict[str, Transcript]
@@ -53,7 +53,7 @@ class Outcome:
     verdict: Verdict
 
 
-async def perform(cast: Cast, view: View) -> Outcome:
+async def execute(setup: Setup, view: View) -> Outcome:
     """Play the chats with one shared cache and then without any; compare.
 
     Leaves no process and no shared memory behind, however it ends.
@@ -65,23 +65,23 @@ async def perform(cast: Cast, view: View) -> Outcome:
     """
     folder = Path(tempfile.mkdtemp(prefix="prefixcache-demo-"))
     try:
-        shared = await _shared(cast, view, folder)
-        unshared, verdict = await _unshared(cast, view, folder, shared)
+        shared = await _shared(setup, view, folder)
+        unshared, verdict = await _unshared(setup, view, folder, shared)
         return Outcome(shared, unshared, verdict)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         PoolFile.sweep()  # only if the service had to be killed is there anything to find
 
 
-async def _shared(cast: Cast, view: View, folder: Path) -> Run:
-    run = Run(shared=True, workers=list(cast.workers))
+async def _shared(setup: Setup, view: View, folder: Path) -> Run:
+    run = Run(shared=True, workers=list(setup.workers))
     clock = _Clock()
-    desk = Desk({}, clock, cast.answer_tokens, on_sent=view.sent)
-    service = Service(folder, MEMORY, cast.model)
-    workers = _workers(cast, folder, service.target, desk, clock, view)
+    dispatcher = Dispatcher({}, clock, setup.answer_tokens, on_sent=view.sent)
+    service = Service(folder, MEMORY, setup.model)
+    workers = _workers(setup, folder, service.target, dispatcher, clock, view)
     async with stopping([*workers, service]):
         await service.ready()
-        await _all_ready(workers, desk, view)
+        await _all_ready(workers, dispatcher, view)
         for line in service.output.read_text(errors="replace").splitlines():
             view.say(line)
         with prefixcache.connect(service.target) as client:
@@ -93,9 +93,9 @@ async def _shared(cast: Cast, view: View, folder: Path) -> Run:
                 run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
                 run.block_bytes = snapshot.block_size * layout.token_bytes
                 clock.restart()
-                play = Play(cast.workload, cast.transcripts, desk, watch, view, run)
+                scenario = Scenario(setup.workload, setup.transcripts, dispatcher, watch, view, run)
                 victim = workers[-1] if len(workers) > 1 else None
-                await play.perform(
+                await scenario.execute(
                     victim,
                     victim_name=workers[-1].name,
                     worker_id=str(about["worker"]),
@@ -108,23 +108,23 @@ async def _shared(cast: Cast, view: View, folder: Path) -> Run:
     return run
 
 
-async def _unshared(cast: Cast, view: View, folder: Path, shared: Run) -> tuple[Run, Verdict]:
-    view.act(
+async def _unshared(setup: Setup, view: View, folder: Path, shared: Run) -> tuple[Run, Verdict]:
+    view.phase(
         5,
         "Without a cache",
         "New workers without any cache get the same prompts; every answer is compared.",
     )
     # Nothing is gained by more processes than cores here: every one computes all of its prompts.
-    names = cast.workers[: max(2, len(os.sched_getaffinity(0)))]
+    names = setup.workers[: max(2, len(os.sched_getaffinity(0)))]
     run = Run(shared=False, workers=list(names))
     clock = _Clock()
-    desk = Desk({}, clock, cast.answer_tokens, log_logits=True, on_sent=view.sent)
-    workers = _workers(replace(cast, workers=names), folder, None, desk, clock, view)
+    dispatcher = Dispatcher({}, clock, setup.answer_tokens, log_logits=True, on_sent=view.sent)
+    workers = _workers(replace(setup, workers=names), folder, None, dispatcher, clock, view)
     async with stopping(workers):
-        await _all_ready(workers, desk, view)
+        await _all_ready(workers, dispatcher, view)
         async with _background(*(_guard(worker) for worker in workers)):
             clock.restart()
-            verdict = await without_cache(shared.requests, desk, run, view.compared)
+            verdict = await without_cache(shared.requests, dispatcher, run, view.compared)
             run.seconds = clock()
     return run, verdict
 
@@ -143,33 +143,33 @@ class _Clock:
 
 
 def _workers(
-    cast: Cast,
+    setup: Setup,
     folder: Path,
     target: str | None,
-    desk: Desk,
+    dispatcher: Dispatcher,
     clock: Callable[[], float],
     view: View,
 ) -> list[Worker]:
     def tell(worker: Worker, event: dict[str, Any], now: float) -> None:
         if event["event"] in ("alone", "joined"):
             view.say(f"{worker.name}: {event}")
-        desk.hear(worker.name, event, now)
+        dispatcher.hear(worker.name, event, now)
 
     return [
         Worker(
             name,
             folder,
-            command=cast.command,
-            model=cast.model,
+            command=setup.command,
+            model=setup.model,
             target=target,
             tell=tell,
             clock=clock,
         )
-        for name in cast.workers
+        for name in setup.workers
     ]
 
 
-async def _all_ready(workers: Sequence[Worker], desk: Desk, view: View) -> None:
+async def _all_ready(workers: Sequence[Worker], dispatcher: Dispatcher, view: View) -> None:
     began_s = time.monotonic()
     view.say(f"{len(workers)} workers are loading the model, one thread each")
 
@@ -186,7 +186,7 @@ async def _all_ready(workers: Sequence[Worker], desk: Desk, view: View) -> None:
         for worker in workers:
             group.create_task(ready(worker))
     for worker in workers:
-        desk.workers[worker.name] = worker
+        dispatcher.workers[worker.name] = worker
 
 
 async def _guard(worker: Worker) -> None:

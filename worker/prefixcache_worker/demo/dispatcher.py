@@ -1,4 +1,4 @@
-"""The desk: hands requests to workers, hears what they tell, and sends again what died with one.
+"""The dispatcher: hands requests to workers, hears them, and sends again what died with one.
 
 ```
 ask(request) ──► least busy worker that did not serve the chat's last turn ──► finished
@@ -19,8 +19,8 @@ from prefixcache_worker.demo.failure import RequestFailed, WorkerDied
 from prefixcache_worker.demo.record import Request, TopTwo
 
 
-class Hand(Protocol):
-    """The part of a worker process that the desk uses."""
+class Recipient(Protocol):
+    """The part of a worker process that the dispatcher uses."""
 
     name: str
 
@@ -29,7 +29,7 @@ class Hand(Protocol):
 
 
 @dataclass(slots=True)
-class Slip:
+class Pending:
     """A request that was handed over and is not answered yet."""
 
     request: Request
@@ -38,8 +38,8 @@ class Slip:
 
 
 @dataclass(frozen=True, slots=True)
-class Torn:
-    """A slip whose worker died: the request as it was at that moment."""
+class Interrupted:
+    """A request whose worker died, as it was at that moment."""
 
     request: Request
     worker: str
@@ -51,7 +51,7 @@ class Torn:
 
 
 @dataclass
-class Desk:
+class Dispatcher:
     """Hands requests to workers and hears their events.
 
     Attributes:
@@ -60,20 +60,20 @@ class Desk:
         answer_tokens: how long an answer may become.
         log_logits: ask the workers for the two best logits of each step.
         on_sent, on_finished: told of each request.
-        torn: requests that died with their worker, in the order of their ends.
-        spared: a worker that gets only what is sent to it by name.
+        interrupted: requests that died with their worker, in the order of their ends.
+        reserved: a worker that gets only what is sent to it by name.
     """
 
-    workers: dict[str, Hand]
+    workers: dict[str, Recipient]
     clock: Callable[[], float]
     answer_tokens: int
     log_logits: bool = False
     wait_s: float = 30.0
     on_sent: Callable[[Request], None] = lambda request: None
     on_finished: Callable[[Request], None] = lambda request: None
-    torn: list[Torn] = field(default_factory=list)
-    spared: str | None = None
-    _slips: dict[str, Slip] = field(default_factory=dict)
+    interrupted: list[Interrupted] = field(default_factory=list)
+    reserved: str | None = None
+    _pending: dict[str, Pending] = field(default_factory=dict)
     _last: dict[str, str] = field(default_factory=dict)
     _turn: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -83,7 +83,7 @@ class Desk:
 
         Args:
             request: filled with what happens to it.
-            worker: where to send it the first time; by default the desk chooses.
+            worker: where to send it the first time; by default the dispatcher chooses.
 
         Raises:
             RequestFailed: a worker refused it, or no worker is left.
@@ -91,13 +91,13 @@ class Desk:
         while True:
             chosen = worker if worker in self.workers else self._choose(request)
             worker = None
-            self._hand_over(request, chosen)
+            self._send(request, chosen)
             try:
-                await self._slips[request.id].done
+                await self._pending[request.id].done
             except WorkerDied:
                 continue
             finally:
-                self._slips.pop(request.id, None)
+                self._pending.pop(request.id, None)
                 self._changed.set()  # only now: who looked since the worker told saw it in hand
             self._last[request.chat] = chosen
             self.on_finished(request)
@@ -105,10 +105,10 @@ class Desk:
 
     def hear(self, worker: str, event: Mapping[str, Any], now: float) -> None:
         """Take an event that `worker` told at `now`."""
-        slip = self._slips.get(str(event.get("id", "")))
-        if slip is None or slip.worker != worker or slip.done.done():
+        pending = self._pending.get(str(event.get("id", "")))
+        if pending is None or pending.worker != worker or pending.done.done():
             return
-        request = slip.request
+        request = pending.request
         match event["event"]:
             case "started":
                 # It tells the events of a step together, after the step; it was granted before.
@@ -130,19 +130,19 @@ class Desk:
                 request.kv_read_bytes = int(event["kv_read_bytes"])
                 request.kv_alone_bytes = int(event["kv_alone_bytes"])
                 request.done_s = now
-                slip.done.set_result(None)
+                pending.done.set_result(None)
             case "failed":
-                slip.done.set_exception(RequestFailed(f"{request.id} on {worker}: {event}"))
+                pending.done.set_exception(RequestFailed(f"{request.id} on {worker}: {event}"))
         self._changed.set()
 
-    def bury(self, worker: str, died_s: float) -> None:
-        """Take a dead worker off and tear its slips; their requests are sent again by `ask`."""
+    def worker_died(self, worker: str, died_s: float) -> None:
+        """Take a dead worker off and interrupt its requests, which `ask` sends again."""
         self.workers.pop(worker, None)
-        for slip in self._slips.values():
-            if slip.worker == worker and not slip.done.done():
-                request = slip.request
-                self.torn.append(
-                    Torn(
+        for pending in self._pending.values():
+            if pending.worker == worker and not pending.done.done():
+                request = pending.request
+                self.interrupted.append(
+                    Interrupted(
                         request,
                         worker,
                         request.sent_s,
@@ -152,7 +152,7 @@ class Desk:
                         num_answered=len(request.answer),
                     )
                 )
-                slip.done.set_exception(WorkerDied(worker))
+                pending.done.set_exception(WorkerDied(worker))
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until what the workers tell, or the end of a request, makes `condition` true."""
@@ -162,12 +162,12 @@ class Desk:
 
     def load(self, worker: str) -> int:
         """Count the requests that `worker` has in hand."""
-        return sum(slip.worker == worker for slip in self._slips.values())
+        return sum(pending.worker == worker for pending in self._pending.values())
 
     def _choose(self, request: Request) -> str:
         if not self.workers:
             raise RequestFailed(f"{request.id}: no worker is left")
-        names = [name for name in self.workers if name != self.spared] or list(self.workers)
+        names = [name for name in self.workers if name != self.reserved] or list(self.workers)
         self._turn += 1
         # Chats move: the worker of the chat's last turn is taken only if all others are busier.
         return min(
@@ -175,13 +175,15 @@ class Desk:
             key=lambda name: (self.load(name), name == self._last.get(request.chat)),
         )
 
-    def _hand_over(self, request: Request, worker: str) -> None:
+    def _send(self, request: Request, worker: str) -> None:
         request.worker = worker
         request.sent_s = self.clock()
         request.granted_s = request.first_s = request.done_s = None
         request.ledger = Ledger()
         request.answer, request.logits = [], []
-        self._slips[request.id] = Slip(request, worker, asyncio.get_running_loop().create_future())
+        self._pending[request.id] = Pending(
+            request, worker, asyncio.get_running_loop().create_future()
+        )
         self.workers[worker].send(
             {
                 "id": request.id,

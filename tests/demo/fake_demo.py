@@ -9,8 +9,8 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from prefixcache_worker.demo import chats, stage
-from prefixcache_worker.demo.command import perform
+from prefixcache_worker.demo import chats, runner
+from prefixcache_worker.demo.command import run_and_report
 from prefixcache_worker.demo.transcript import Transcript
 
 LETTERS = 200
@@ -37,21 +37,23 @@ def shortened(chat):
     return chats.Chat(chat.id, assistant, chat.turns)
 
 
-def cast(num_workers, *arguments):
+def setup(num_workers, *arguments):
     workload = chats.load().quick()
     small = tuple(shortened(chat) for chat in workload.chats)
     workload = chats.Workload({chat.assistant.name: chat.assistant for chat in small}, small)
     transcripts = {chat.id: Transcript(chat, Letters(), frozenset()) for chat in small}
     names = tuple(f"w{i + 1}" for i in range(num_workers))
     fake = str(Path(__file__).with_name("fake_worker.py"))
-    return stage.Cast(workload, transcripts, "fake", names, (sys.executable, fake, *arguments))
+    return runner.Setup(workload, transcripts, "fake", names, (sys.executable, fake, *arguments))
 
 
 def main():
     num_workers, folder, *arguments = sys.argv[1:]
     console = Console(width=160)
     try:
-        result = perform(console, cast(int(num_workers), *arguments), Path(folder) / "demo.json")
+        result = run_and_report(
+            console, setup(int(num_workers), *arguments), Path(folder) / "demo.json"
+        )
     except typer.Exit as end:
         sys.exit(end.exit_code)
     sys.exit(0 if result["identical"] else 1)

@@ -1,4 +1,4 @@
-"""The play: the chats in three acts with one shared cache, and then once more without any.
+"""The scenario: the chats in phases with one shared cache, and then once more without any.
 
 ```
 1  one at a time     long system prompts on one worker, then on the others: cold and warm TTFT
@@ -18,8 +18,8 @@ from typing import Final
 
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
 from prefixcache_worker.demo.compare import Difference, Verdict, first_difference
-from prefixcache_worker.demo.crash import Mortal, attempts, crash
-from prefixcache_worker.demo.desk import Desk
+from prefixcache_worker.demo.crash import Killable, attempts, crash
+from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.record import Request, Run
 from prefixcache_worker.demo.transcript import Transcript
 from prefixcache_worker.demo.view import View
@@ -32,17 +32,17 @@ CRASH: Final = "travel"
 LONG_TOKENS: Final = 900
 """System prompts from this length on are first played one request at a time."""
 CRASH_AFTER: Final = 0.4
-"""Part of the act's other requests that are answered before the crash."""
+"""Part of the phase's other requests that are answered before the crash."""
 
 
 @dataclass
-class Play:
+class Scenario:
     """The shared run.
 
     Attributes:
         workload: the assistants and the chats.
         transcripts: by chat id.
-        desk: hands requests to workers.
+        dispatcher: hands requests to workers.
         watch: looks at the service.
         view: shows what happens.
         run: filled with what was seen.
@@ -50,31 +50,36 @@ class Play:
 
     workload: Workload
     transcripts: Mapping[str, Transcript]
-    desk: Desk
+    dispatcher: Dispatcher
     watch: Watch
     view: View
     run: Run
     _num_system: dict[str, int] = field(default_factory=dict)
     _slots: asyncio.Semaphore = field(init=False)
     _num_done: int = 0
-    _heir: Request | None = None
+    _successor: Request | None = None
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(IN_HAND * len(self.desk.workers))
+        self._slots = asyncio.Semaphore(IN_HAND * len(self.dispatcher.workers))
         for chat in self.workload.chats:
             if chat.assistant.name not in self._num_system:
                 transcript = self.transcripts[chat.id]
                 self._num_system[chat.assistant.name] = transcript.num_system_tokens()
 
-    async def perform(
-        self, victim: Mortal | None, *, victim_name: str = "", worker_id: str = "", chunk: int = 256
+    async def execute(
+        self,
+        victim: Killable | None,
+        *,
+        victim_name: str = "",
+        worker_id: str = "",
+        chunk: int = 256,
     ) -> None:
-        """Play all acts.  Without a victim (one worker only) there is no crash."""
+        """Go through all phases.  Without a victim (one worker only) there is no crash."""
         played = await self._one_at_a_time()
         await self._side_by_side(played)
         crash_chats = [c for c in self.workload.chats if c.assistant.name == CRASH]
         others = [c for c in self.workload.chats if c.assistant.name != CRASH]
-        self.view.act(
+        self.view.phase(
             3,
             "All together",
             "The chats are interleaved and move from worker to worker with every turn; new system "
@@ -89,11 +94,16 @@ class Play:
                     group.create_task(self._chat(chat))
             else:
                 total = sum(len(chat.turns) - played.get(chat.id, 0) for chat in others)
-                await self.desk.until(lambda: self._num_done - begun >= CRASH_AFTER * total)
+                await self.dispatcher.until(lambda: self._num_done - begun >= CRASH_AFTER * total)
                 await self._crash(group, crash_chats, victim, victim_name, worker_id)
-        if self.run.death is not None and self._heir is not None:
-            torn = attempts(self.desk.torn, self._heir, chunk=chunk, block_size=self.run.block_size)
-            self.run.death = replace(self.run.death, attempts=torn)
+        if self.run.death is not None and self._successor is not None:
+            interrupted = attempts(
+                self.dispatcher.interrupted,
+                self._successor,
+                chunk=chunk,
+                block_size=self.run.block_size,
+            )
+            self.run.death = replace(self.run.death, attempts=interrupted)
             self.view.settled(self.run.death)
 
     async def _one_at_a_time(self) -> dict[str, int]:
@@ -102,12 +112,12 @@ class Play:
         Returns:
             How many turns of a chat are played.
         """
-        self.view.act(
+        self.view.phase(
             1,
             "One at a time",
             "A long system prompt is computed by one worker, then read in place by the others.",
         )
-        names = list(self.desk.workers)
+        names = list(self.dispatcher.workers)
         played: dict[str, int] = {}
         for assistant in self._long_assistants():
             for i, chat in enumerate(_of(self.workload, assistant)[: max(len(names), 2)]):
@@ -119,13 +129,13 @@ class Play:
 
     async def _side_by_side(self, played: dict[str, int]) -> None:
         """Play the next turn of all chats behind each long system prompt at once, on one worker."""
-        self.view.act(
+        self.view.phase(
             2,
             "Side by side",
             "All chats behind a long system prompt are answered by one worker at the same time: a "
             "step of decoding reads the keys and values of that prompt once for all of them.",
         )
-        names = list(self.desk.workers)
+        names = list(self.dispatcher.workers)
         async with asyncio.TaskGroup() as group:
             for i, assistant in enumerate(self._long_assistants()):
                 for chat in _of(self.workload, assistant):
@@ -151,17 +161,19 @@ class Play:
         self,
         group: asyncio.TaskGroup,
         chats: Sequence[Chat],
-        victim: Mortal,
+        victim: Killable,
         victim_name: str,
         worker_id: str,
     ) -> None:
-        self.view.act(
+        self.view.phase(
             4,
             "The crash",
             f"{victim_name} gets a new, long system prompt, another worker waits for the same one, "
             f"and {victim_name} is killed with SIGKILL before it has computed all of it.",
         )
-        heir = min((n for n in self.desk.workers if n != victim_name), key=self.desk.load)
+        successor = min(
+            (n for n in self.dispatcher.workers if n != victim_name), key=self.dispatcher.load
+        )
         first, second = (self._request(chat, 0) for chat in chats[:2])
         tasks: list[asyncio.Task[Request]] = []
 
@@ -170,12 +182,12 @@ class Play:
             return tasks[-1]
 
         death = await crash(
-            self.desk,
+            self.dispatcher,
             self.watch,
             victim,
             victim_name=victim_name,
             worker_id=worker_id,
-            heir_name=heir,
+            successor_name=successor,
             first=first,
             second=second,
             ask=ask,
@@ -183,7 +195,7 @@ class Play:
         self.run.death = death
         self.view.died(death)
         await asyncio.gather(*tasks)
-        self._heir = second
+        self._successor = second
         for i, chat in enumerate(chats):
             group.create_task(self._chat(chat, first_turn=int(i < 2)))
 
@@ -194,7 +206,7 @@ class Play:
 
     async def _ask(self, request: Request, worker: str | None = None) -> Request:
         self.run.requests.append(request)
-        await self.desk.ask(request, worker)
+        await self.dispatcher.ask(request, worker)
         request.text = self.transcripts[request.chat].answer(request.answer)
         self._num_done += 1
         self.view.finished(request)
@@ -203,7 +215,7 @@ class Play:
 
 async def without_cache(
     shared: Sequence[Request],
-    desk: Desk,
+    dispatcher: Dispatcher,
     run: Run,
     on_compared: Callable[[Request, Sequence[Difference]], None],
 ) -> Verdict:
@@ -211,16 +223,16 @@ async def without_cache(
 
     Args:
         shared: the requests of the shared run.
-        desk: with workers that have no cache, and `log_logits` set.
+        dispatcher: with workers that have no cache, and `log_logits` set.
         run: filled with the requests of this run.
         on_compared: told of each answer and of its differences.
     """
-    slots = asyncio.Semaphore(IN_HAND * len(desk.workers))
+    slots = asyncio.Semaphore(IN_HAND * len(dispatcher.workers))
     differences: list[Difference] = []
 
     async def again(request: Request) -> None:
         async with slots:
-            found = await _compare(request, desk, run)
+            found = await _compare(request, dispatcher, run)
         differences.extend(found)
         on_compared(request, found)
 
@@ -230,7 +242,7 @@ async def without_cache(
     return Verdict(len(shared), sum(len(request.answer) for request in shared), tuple(differences))
 
 
-async def _compare(shared: Request, desk: Desk, run: Run) -> list[Difference]:
+async def _compare(shared: Request, dispatcher: Dispatcher, run: Run) -> list[Difference]:
     """Compare one answer; after a numerical tie, the rest of it from where the runs agree again."""
     found: list[Difference] = []
     start = 0
@@ -245,9 +257,9 @@ async def _compare(shared: Request, desk: Desk, run: Run) -> list[Difference]:
         )
         if start == 0:
             run.requests.append(replay)
-        await desk.ask(replay)
+        await dispatcher.ask(replay)
         # A replay may answer longer than what is left of the shared answer: its limit is the same.
-        answer = replay.answer[: desk.answer_tokens - start]
+        answer = replay.answer[: dispatcher.answer_tokens - start]
         difference = first_difference(
             shared.id, shared.answer[start:], answer, replay.logits, start=start
         )
