@@ -129,15 +129,23 @@ class Shares:
         others = len(self._known - {tenant})
         if not others:
             return (
-                f"{self.total:,} {self.noun}, and {count:,} more are asked for; {self.flag} allows "
-                f"{self.limit:,}"
+                f"{self._so_many(self.total)}, and {count:,} more {_are(count)} asked for; "
+                f"{self.flag} allows {self.limit:,}"
             )
         who = f"tenant {tenant!r}" if tenant else "the nameless tenant"
-        kept = f"{self._kept * others:,} are kept for the {_others(others)}"
+        kept = self._kept * others
+        kept_for = f"{kept:,} {_are(kept)} kept for the {_others(others)}"
         return (
-            f"{who} has {used:,} {self.noun} and asks for {count:,} more; of the {self.limit:,} of "
-            f"{self.flag} {kept}. Give some back, or have the limit raised."
+            f"{who} has {self._so_many(used)} and asks for {count:,} more; of the "
+            f"{self.limit:,} of {self.flag} {kept_for}. Give some back, or have the limit raised."
         )
+
+    def _so_many(self, count: int) -> str:
+        return f"1 of the {self.noun}" if count == 1 else f"{count:,} {self.noun}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _others(number: int) -> str:

@@ -29,7 +29,7 @@ from prefixcache.service.meter import SUM, clock, empty_row
 from prefixcache.service.standing import STANDING
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.workers import Visitor, Worker
-from prefixcache.types import Waiting
+from prefixcache.types import Grant, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 log = structlog.get_logger(__name__)
@@ -274,6 +274,8 @@ class SessionStream:
         else:
             message = getattr(result, verb)
             WRITE[verb](outcome, message)
+            if isinstance(outcome, Grant) and self._worker is not None:
+                self._worker.take(outcome.lease)
             if asked is not None and self._worker is not None:
                 kept = type(message)()
                 kept.CopyFrom(message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
@@ -28,7 +28,7 @@ from prefixcache.service.sessions import SessionStream
 from prefixcache.service.standing import STANDING
 from prefixcache.service.waiting import Outcome
 from prefixcache.service.watch import watch
-from prefixcache.service.workers import Asker, Visitor, Worker
+from prefixcache.service.workers import Asker, Handed, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -219,17 +219,19 @@ class _Call:
     """A call that waits for the outcome of a ticket.
 
     Its caller may hang up at any moment: while the ticket waits, when its outcome has been
-    delivered and nobody has looked yet, or between the two.  Whoever sees first that nobody will
-    collect a grant releases it.
+    delivered and nobody has looked yet, or between the two; and ask again with the same id, so that
+    several calls are granted one lease.  It is released by the last of them that nobody collects,
+    if nobody was told of it.
     """
 
-    __slots__ = ("_future", "_handlers", "_id", "_worker")
+    __slots__ = ("_future", "_handlers", "_id", "_outcome", "_worker")
 
     def __init__(self, handlers: Handlers, worker: Worker, waiting: Waiting) -> None:
         self._handlers = handlers
         self._worker = worker
         self._id = -next(_calls)  # below zero: never the id of a session's op
         self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._outcome: Outcome | None = None
         worker.tickets[self._id] = waiting.ticket
         handlers.line.enter(waiting.ticket, self._deliver)
 
@@ -242,35 +244,39 @@ class _Call:
         try:
             settled = await self._future
         except asyncio.CancelledError:
-            if self._future.cancelled():
+            if self._outcome is None:
                 self._handlers.cancel_ticket(self._worker, self._id)
             else:
-                self._give_back(self._future.result())
+                self._end(self._outcome, is_taken=False)
             self._handlers.line.settle()
             raise
+        self._end(settled, is_taken=True)
         if isinstance(settled, CacheError):
             raise settled
         return settled
 
     def _deliver(self, outcome: Outcome) -> None:
         self._worker.tickets.pop(self._id, None)
-        if self._future.done():
-            self._give_back(outcome)
-        else:
+        self._outcome = outcome
+        if isinstance(outcome, Grant):
+            self._worker.handed.setdefault(outcome.lease, Handed()).num_calls += 1
+        if not self._future.done():
             self._future.set_result(outcome)
 
-    def _give_back(self, outcome: Outcome) -> None:
-        if isinstance(outcome, Grant):
-            give_back(self._handlers, self._worker, (outcome,))
-
-
-def give_back(handlers: Handlers, worker: Worker, grants: Iterable[Grant]) -> None:
-    """Release leases whose grants nobody collects.  What has ended meanwhile is left alone."""
-    cache = handlers.holdings.cache
-    assert cache is not None
-    for grant in grants:
-        with contextlib.suppress(CacheError):
-            cache.release(worker.id, grant.lease, now=monotonic())
+    def _end(self, outcome: Outcome, *, is_taken: bool) -> None:
+        """Collect an outcome, or give back what nobody will collect."""
+        if not isinstance(outcome, Grant):
+            return
+        handed = self._worker.handed[outcome.lease]
+        handed.num_calls -= 1
+        handed.is_taken |= is_taken
+        if handed.num_calls:
+            return
+        del self._worker.handed[outcome.lease]
+        cache = self._handlers.holdings.cache
+        if not handed.is_taken and cache is not None:
+            with contextlib.suppress(CacheError):  # it may have ended meanwhile
+                cache.release(self._worker.id, outcome.lease, now=monotonic())
 
 
 async def refuse(context: Any, error: CacheError) -> Never:

@@ -34,7 +34,7 @@ from prefixcache.service.holdings import Holdings
 from prefixcache.service.identities import LOCAL, Identities, Identity, Proof
 from prefixcache.service.processes import Process, Processes, User
 from prefixcache.service.waiting import MOST_ENDS, WaitingLine
-from prefixcache.types import Ended, TicketId, WorkerId
+from prefixcache.types import Ended, LeaseId, TicketId, WorkerId
 
 MAX_NAME = 128
 """Characters of a worker's name."""
@@ -55,6 +55,16 @@ _REMEMBERED = 64
 """Workers that are shown after they have gone."""
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Handed:
+    """A lease on its way to calls that waited for it: several may have asked with one id."""
+
+    num_calls: int = 0
+    """Those whose callers have not collected it yet, nor hung up."""
+    is_taken: bool = False
+    """Whether somebody has been told of it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +91,8 @@ class Worker:
     namespaces: Attachments = field(default_factory=Attachments)
     tickets: dict[int, TicketId] = field(default_factory=dict)
     """Its acquires that wait, by op id."""
+    handed: dict[LeaseId, Handed] = field(default_factory=dict)
+    """Leases on their way to calls that waited."""
     forget: asyncio.TimerHandle | None = None
     """Once lost, if its process cannot be watched: ends the quarantine at last."""
     state: str = "attached"
@@ -105,6 +117,11 @@ class Worker:
     def oldest_untaken_s(self, now: float) -> float:
         """Give how long the oldest request has lain before it; 0 if it tells of none.  O(1)."""
         return now - max(self.untaken_since, self.since) if self._tells and self.untaken else 0.0
+
+    def take(self, lease: LeaseId) -> None:
+        """Note that somebody is told of a lease: no call that was hung up gives it back.  O(1)."""
+        if self.handed and (handed := self.handed.get(lease)) is not None:
+            handed.is_taken = True
 
     @property
     def _tells(self) -> bool:

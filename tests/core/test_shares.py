@@ -21,8 +21,20 @@ def make(limit: int, *tenants: str) -> Shares:
 def test_one_user_may_have_all() -> None:
     shares = make(10)
     shares.take("", 10)
-    with pytest.raises(PoolExhausted, match="10 leases, and 1 more are asked for; --max-leases"):
+    with pytest.raises(PoolExhausted, match="10 leases, and 1 more is asked for; --max-leases"):
         shares.take("")
+
+
+def test_a_refusal_is_a_sentence_also_where_there_is_one():
+    shares = make(4, "a", "b")
+    shares.take("a", 1)
+    one = "'a' has 1 of the leases and asks for 3 more; of the 4 of --max-leases 1 is kept"
+    with pytest.raises(PoolExhausted, match=one):
+        shares.take("a", 3)
+    alone = make(1)
+    alone.take("a")
+    with pytest.raises(PoolExhausted, match="1 of the leases, and 1 more is asked for"):
+        alone.take("a")
 
 
 def test_a_part_is_kept_for_each_tenant_and_the_rest_is_for_who_comes_first() -> None:

@@ -20,13 +20,18 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 import prefixcache
 from prefixcache.client import Client, codec, unary
 from prefixcache.errors import CacheError, PoolExhausted
+from prefixcache.service import unary as unary_calls
+from prefixcache.service.identities import LOCAL
 from prefixcache.service.waiting import Outcome, WaitingLine
 from prefixcache.types import TicketId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
+from trust.test_slices import LAYOUT as SMALL
+from trust.test_slices import whole
 from wire.service_process import LAYOUT, eventually, running, sizes
 
 HANGUPS = int(os.environ.get("PREFIXCACHE_HANGUPS", "400"))
@@ -162,6 +167,50 @@ def test_callers_that_hang_up_in_the_very_moment_in_which_room_comes_back(tmp_pa
             eventually(lambda: not client.snapshot().leases)
         assert holder.alive
         assert third.alive
+
+
+@pytest.mark.parametrize("hung_up", ["before room came", "after it came", "after it was told"])
+def test_a_call_that_is_made_again_keeps_the_lease_when_the_first_one_is_hung_up(hung_up: str):
+    asyncio.run(ask_again(hung_up))
+
+
+async def ask_again(hung_up: str) -> None:
+    """Ask twice with one id, hang the first call up, and use the lease that the second one got."""
+    handlers = whole()
+    serve: Any = {
+        verb: unary_calls._serve(handlers, verb, unary.RPCS[verb].response)
+        for verb in ("attach", "acquire", "commit")
+    }
+
+    def call(verb: str, **fields: Any) -> asyncio.Task[Any]:
+        request = unary.RPCS[verb].request(**fields)
+        return asyncio.create_task(serve[verb](request, None, LOCAL))
+
+    space, layout = pb.Namespace(model="tiny"), pb.Layout()
+    codec.write_layout(SMALL, layout)
+    key = (await call("attach", namespace=space, layout=layout)).worker_key
+    all_of_it = await call("acquire", worker_key=key, tokens=pack(range(256)))
+    fields = {"worker_key": key, "tokens": pack([7] * 12), "request_id": "r", "wait_s": 60.0}
+    first = call("acquire", **fields)
+    second = call("acquire", **fields) if hung_up != "after it was told" else None
+    await asyncio.sleep(0)
+    if hung_up == "before room came":
+        first.cancel()  # it hears of that in its next turn
+    worker = handlers.workers.find(key, LOCAL)
+    handlers.release(worker, pb.ReleaseRequest(lease=all_of_it.grant.lease))
+    handlers.line.settle()
+    if second is None:
+        told: Any = handlers.acquire(worker, pb.AcquireRequest(**fields))
+        lease = told.lease
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    if second is not None:
+        lease = (await second).grant.lease
+    await call("commit", worker_key=key, lease=lease, num_tokens=12)
+    assert handlers.holdings.cache is not None
+    assert not worker.handed
+    handlers.holdings.cache.check()
 
 
 def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_behind_it() -> None:

@@ -53,6 +53,8 @@ class Leasing(Verbs):
         )
         if self.recorder is not None:
             self.failures.spare("recording", self.recorder.record, namespace, tokens)
+        if worker.handed and isinstance(answer, Grant):
+            worker.take(answer.lease)  # asked again with its id
         return answer
 
     def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
