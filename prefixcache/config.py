@@ -213,6 +213,8 @@ class ServeSettings(BaseSettings):
     """How much of a partly matching block is reused."""
     ghosts: Annotated[int, Field(ge=0, le=_MOST)] | None = None
     """Evicted blocks that are remembered, to explain misses; by default as many as blocks."""
+    history: Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**62)] = 2**20
+    """Bytes in which past requests are remembered, to explain them; 0 remembers none."""
     layout: Annotated[Layout, BeforeValidator(parse_layout)] | None = None
     """Shape of a token's keys and values; without it and `model`, the first worker decides."""
     model: Path | None = None

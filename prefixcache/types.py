@@ -207,6 +207,11 @@ class Namespace:
     tenant: str = ""
     salt: str = ""
 
+    @property
+    def num_characters(self) -> int:
+        """How long its names are together.  O(1)."""
+        return len(self.model) + len(self.adapter) + len(self.tenant) + len(self.salt)
+
     def __str__(self) -> str:
         """Name it for people, without its salt: that is a secret."""
         named = "/".join(part for part in (self.tenant, self.model, self.adapter) if part)

@@ -61,6 +61,15 @@ def serve(
         int | None,
         _option(_POOL, "Evicted blocks to remember. Default: as many as blocks.", "BLOCKS"),
     ] = None,
+    history: Annotated[
+        str | None,
+        _option(
+            _POOL,
+            "Memory in which past requests are remembered, for explain and the stats; "
+            "0 remembers none. Default: 1MiB.",
+            "SIZE",
+        ),
+    ] = None,
     pool: Annotated[
         str | None,
         _option(

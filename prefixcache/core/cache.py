@@ -91,8 +91,8 @@ class PrefixCache:
         max_leases: Leases that may be out at the same time.
         max_namespaces: Namespaces that there may be at the same time: where there are more, the
             next one takes the place of one that is only cached.
-        remember: Whether requests that are over are remembered for people, for `explain` and the
-            stats.  It decides nothing: experiments, which only count, do without.
+        history_bytes: What may be remembered for people, for `explain` and the stats, of requests
+            that are over.  It decides nothing: experiments, which only count, do with 0.
 
     Raises:
         InvalidRequest: an argument is out of range.
@@ -122,12 +122,14 @@ class PrefixCache:
         max_line: int = 4096,
         max_leases: int = 1 << 40,
         max_namespaces: int = 1 << 40,
-        remember: bool = True,
+        history_bytes: int = 1 << 20,
     ) -> None:
         if num_blocks < 1:
             raise InvalidRequest(f"a pool of {num_blocks} blocks holds nothing; give at least 1")
         if not 1 <= block_size <= 1024 or block_size & (block_size - 1):
             raise InvalidRequest(f"block size {block_size} is not a power of two from 1 to 1024")
+        if history_bytes < 0:
+            raise InvalidRequest(f"a history of {history_bytes} bytes; give 0 or more")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.partial = Partial(partial)
@@ -146,7 +148,7 @@ class PrefixCache:
             max_line=max_line,
             max_leases=max_leases,
             max_namespaces=max_namespaces,
-            remember=remember,
+            history_bytes=history_bytes,
         )
 
     @property
@@ -820,12 +822,12 @@ class PrefixCache:
             NotFound: there is none, or the caller may not know of it.
         """
         recents = self._lessor.history.request_log
-        for one in recents:
+        for one, prompt in recents:
             if one.is_called(request) and may_see(one.namespace):
-                return explain.recount(self._lessor, one, now)
+                return explain.recount(self._lessor, one, prompt, now)
         raise NotFound(
-            f"no recent request {request!r} (the last {len(recents):,} are remembered); "
-            "name it by its request id, or as worker#lease"
+            f"no recent request {request!r} (the last {len(recents):,} are remembered; "
+            "--history gives room for more); name it by its request id, or as worker#lease"
         )
 
     def outline(

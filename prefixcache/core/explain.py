@@ -69,10 +69,10 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
     )
 
 
-def recount(lessor: Lessor, past: GrantRecord, now: float) -> Explanation:
-    """Explain a request that was granted lately, as it was then."""
+def recount(lessor: Lessor, past: GrantRecord, tokens: bytes, now: float) -> Explanation:
+    """Explain a request that was granted lately, as it was then; `tokens`: what is kept of it."""
     tree, root = lessor.blocks.tree, lessor.roots.get(past.namespace)
-    tokens, at = past.tokens, past.parted_at
+    at = past.parted_at
     resumes_at, num_same, num_parted = None, 0, 0
     if root is not None and at is not None and tokens:
         resumes_at, num_same = _resumption(lessor, root, tokens, at, past.stored_next)

@@ -33,18 +33,19 @@ way; an estimate for other policies.  What no ghost remembers any more is not co
 
 **Request log.**  What was granted lately, so that a miss can be explained after the fact.
 
-Bounded in number and in bytes of prompts: over the bytes, the oldest lose their tokens first and
-keep their ledger.  A namespace that is reset is forgotten here too.
+All of it has one budget of bytes.  Over it, the oldest requests lose their prompts first and keep
+their ledger, then they go.  A namespace that is reset is forgotten here too.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import islice
 from math import ceil
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from prefixcache.core.node import Match, Node, Place
 from prefixcache.core.radix_tree import RadixTree
@@ -54,16 +55,23 @@ WINDOW_S: Final = 3600.0
 _STEP_S: Final = 60.0
 _MOST_PLACES: Final = 1024
 """Places that are counted in one minute; further ones are not."""
+_PLACE_BYTES: Final = 224
+"""What a place that is counted in one minute takes: entries here and at its node.  Measured."""
 _MOST_PER_NODE: Final = 32
 """Places at a node from which on those that nobody parts at any more are dropped."""
 
 
 class Divergence:
-    """The counts of the last hour."""
+    """The counts of the last hour, or of as many minutes of it as `max_bytes` have room for."""
 
-    __slots__ = ("_counts", "_step", "_steps")
+    __slots__ = ("_counts", "_most", "_most_earlier", "_num_earlier", "_step", "_steps")
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self._most = min(_MOST_PLACES, max_bytes // _PLACE_BYTES // 2)
+        """Places that are counted in one minute."""
+        self._most_earlier = max_bytes // _PLACE_BYTES - self._most
+        self._num_earlier = 0
+        """Places that were counted in the minutes before this one, minute by minute."""
         self._step = -1
         self._counts: dict[Place, int] = {}
         self._steps: deque[tuple[int, dict[Place, int]]] = deque()
@@ -79,7 +87,7 @@ class Divergence:
         place = places.get(into)
         counts = self._counts
         if place is None or place not in counts:
-            if len(counts) >= _MOST_PLACES:
+            if len(counts) >= self._most:
                 return
             if place is None:
                 if len(places) >= _MOST_PER_NODE:
@@ -108,14 +116,22 @@ class Divergence:
         count, into = max(counts, default=(0, 0))
         return (into, count) if count else None
 
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes now.  O(1)."""
+        return (self._num_earlier + len(self._counts)) * _PLACE_BYTES
+
     def _begin(self, step: int) -> None:
-        """Begin a minute, and take off those that are too old.  Amortised O(1)."""
+        """Begin a minute, and take off those that are too old or too many.  Amortised O(1)."""
         self._step = step
+        self._num_earlier += len(self._counts)
         self._counts = {}
         self._steps.append((step, self._counts))
         oldest = _oldest_step(step)
-        while self._steps[0][0] < oldest:
-            for place, count in self._steps.popleft()[1].items():
+        while self._steps[0][0] < oldest or self._num_earlier > self._most_earlier:
+            counts = self._steps.popleft()[1]
+            self._num_earlier -= len(counts)
+            for place, count in counts.items():
                 place.count -= count
 
 
@@ -152,24 +168,33 @@ class MissDepths:
 
 
 _READ_EVERY_S = 1.0
-_MOST_READINGS = 8192
+_FEWEST_READINGS = 256
+_READING_BYTES = 16
 
 
 class IdleClock:
-    """Readings of the tree's clock, at most one a second, the last two hours at least.
+    """Readings of the tree's clock, at most one a second.
 
-    >>> ages = IdleClock()
+    As many as there is room for, at least four minutes: of 128 KiB, more than an hour.
+
+    >>> ages = IdleClock(max_bytes=1 << 17)
     >>> for stamp, now in ((1, 10.0), (2, 20.0), (3, 30.0)):
     ...     ages.note(stamp, now)
     >>> ages.idle_s(2, now=35.0)
     15.0
     """
 
-    __slots__ = ("_stamps", "_times")
+    __slots__ = ("_most", "_stamps", "_times")
 
-    def __init__(self) -> None:
-        self._stamps: list[int] = []
-        self._times: list[float] = []
+    def __init__(self, max_bytes: int) -> None:
+        self._most = max(2 * _FEWEST_READINGS, max_bytes // _READING_BYTES)
+        self._stamps = array("q")
+        self._times = array("d")
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now.  O(1)."""
+        return len(self._times) * _READING_BYTES
 
     def note(self, stamp: int, now: float) -> None:
         """Take a reading.  Amortised O(1)."""
@@ -178,8 +203,9 @@ class IdleClock:
             return
         self._stamps.append(stamp)
         times.append(now)
-        if len(times) > 2 * _MOST_READINGS:
-            del times[:_MOST_READINGS], self._stamps[:_MOST_READINGS]
+        if len(times) > self._most:
+            half = self._most // 2
+            del times[:half], self._stamps[:half]
 
     def idle_s(self, stamp: int, now: float) -> float | None:
         """Say how long ago the clock showed `stamp`, to a second; None if nobody remembers.
@@ -190,26 +216,25 @@ class IdleClock:
             return None
         # A stamp after the last reading is less than a second younger than that.
         at = min(bisect_left(self._stamps, stamp), len(self._times) - 1)
-        if at == 0 and stamp < self._stamps[0] and len(self._times) >= _MOST_READINGS:
+        if at == 0 and stamp < self._stamps[0] and len(self._times) > self._most // 2:
             return None
         return now - self._times[at]
 
 
 _MOST_REQUESTS = 2048
-_MOST_BYTES = 16 << 20
+_RECORD_BYTES = 560
+"""What a record takes beside its strings: a tuple of nine, its ledger, lease and time, and what
+lists refer to it.  Measured; objects that others hold too are not counted."""
 
 
-@dataclass(slots=True, eq=False)
-class GrantRecord:
-    """One request, as it was when it was granted."""
+class GrantRecord(NamedTuple):
+    """One request, as it was when it was granted.  Its prompt is kept apart, and goes first."""
 
     request_id: str
     worker: str
     """Its name."""
     lease: LeaseId
     namespace: Namespace
-    tokens: bytes
-    """The prompt; empty once there are too many younger ones."""
     ledger: Ledger
     at: float
     parted_at: int | None
@@ -217,6 +242,16 @@ class GrantRecord:
     """What was stored from there on, its first tokens."""
     extra_blocks: int | None
     """How many more would have kept what was evicted of it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What remembering it costs, without its prompt.  O(1)."""
+        return (
+            _RECORD_BYTES
+            + len(self.request_id)
+            + len(self.stored_next)
+            + self.namespace.num_characters
+        )
 
     def is_called(self, name: str) -> bool:
         """Whether that names this request: its id, without its last part, or worker#lease.
@@ -231,52 +266,76 @@ class GrantRecord:
 
 
 class RequestLog:
-    """The last requests, youngest first."""
+    """The last requests, youngest first, within a budget of bytes.
 
-    __slots__ = ("_bytes", "_requests", "_whole")
+    ```
+    records   oldest ──────────────────────────────────── youngest    at most half of the budget
+    prompts                    oldest kept ────────────── youngest    what is left of it
+    ```
 
-    def __init__(self) -> None:
-        self._requests: deque[GrantRecord] = deque(maxlen=_MOST_REQUESTS)
-        self._whole: deque[GrantRecord] = deque()
-        """Those that still have their tokens."""
-        self._bytes = 0
+    >>> log = RequestLog(max_bytes=0)
+    >>> log.add(GrantRecord("r", "w", 1, Namespace("m"), Ledger(), 0.0, None, b"", None), bytes(8))
+    >>> len(log), log.num_bytes
+    (0, 0)
+    """
 
-    def __iter__(self) -> Iterator[GrantRecord]:
-        return reversed(self._requests)
+    __slots__ = ("_prompts", "_records", "max_bytes", "prompt_bytes", "record_bytes")
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.record_bytes = 0
+        self.prompt_bytes = 0
+        self._records: deque[GrantRecord] = deque()
+        self._prompts: deque[bytes] = deque()
+        """Those of the youngest records."""
+
+    def __iter__(self) -> Iterator[tuple[GrantRecord, bytes]]:
+        prompts = reversed(self._prompts)
+        for record in reversed(self._records):
+            yield record, next(prompts, b"")
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._records)
 
-    def add(self, request: GrantRecord) -> None:
-        """Remember a request.  Amortised O(1); its tokens are not copied."""
-        self._requests.append(request)
-        self._whole.append(request)
-        self._bytes += len(request.tokens)
-        while self._bytes > _MOST_BYTES or len(self._whole) > _MOST_REQUESTS:
-            old = self._whole.popleft()
-            self._bytes -= len(old.tokens)
-            old.tokens = b""
+    @property
+    def num_bytes(self) -> int:
+        """What it takes now."""
+        return self.record_bytes + self.prompt_bytes
+
+    def add(self, record: GrantRecord, prompt: bytes) -> None:
+        """Remember a request.  Amortised O(1); the prompt is not copied.
+
+        Over the budget the oldest lose their prompts; over half of it, or their number, they go.
+        """
+        records, prompts = self._records, self._prompts
+        records.append(record)
+        prompts.append(prompt)
+        self.record_bytes += record.num_bytes
+        self.prompt_bytes += len(prompt)
+        while self.record_bytes > self.max_bytes >> 1 or len(records) > _MOST_REQUESTS:
+            if len(prompts) == len(records):
+                self.prompt_bytes -= len(prompts.popleft())
+            self.record_bytes -= records.popleft().num_bytes
+        while self.record_bytes + self.prompt_bytes > self.max_bytes:
+            self.prompt_bytes -= len(prompts.popleft())
 
     def forget(self, namespace: Namespace) -> None:
         """Forget all requests of a namespace.  O(requests)."""
-        kept = [one for one in self._requests if one.namespace != namespace]
-        if len(kept) == len(self._requests):
+        kept = [pair for pair in self if pair[0].namespace != namespace]
+        if len(kept) == len(self._records):
             return
-        self._requests = deque(kept, maxlen=_MOST_REQUESTS)
-        self._whole = deque(one for one in kept if one.tokens)
-        self._bytes = sum(len(one.tokens) for one in kept)
+        num_prompts = sum(
+            record.namespace != namespace
+            for record in islice(reversed(self._records), len(self._prompts))
+        )
+        self._records = deque(record for record, _ in reversed(kept))
+        self._prompts = deque(prompt for _, prompt in reversed(kept[:num_prompts]))
+        self.record_bytes = sum(record.num_bytes for record in self._records)
+        self.prompt_bytes = sum(map(len, self._prompts))
 
 
 SHOWN_TOKENS: Final = 64
 """How much of a stored continuation is told."""
-
-
-class Asked(Protocol):
-    """What is remembered of a request."""
-
-    request_id: str
-    namespace: Namespace
-    tokens: bytes
 
 
 class Seen(NamedTuple):
@@ -290,15 +349,32 @@ class Seen(NamedTuple):
 
 
 class History:
-    """Divergence, shortage, recent requests and the clock's readings of one cache."""
+    """Divergence, shortage, recent requests and the clock's readings of one cache.
 
-    __slots__ = ("divergence", "idle_clock", "miss_depths", "request_log")
+    ```
+    max_bytes    ├── the clock 1/8 ──┼── divergence 1/4 ──┼── recent requests 5/8 ──┤
+    ```
 
-    def __init__(self, num_blocks: int) -> None:
-        self.idle_clock = IdleClock()
-        self.divergence = Divergence()
-        self.request_log = RequestLog()
+    Args:
+        num_blocks: Blocks in the pool.
+        max_bytes: What all of it may take; 0 remembers nothing but a few readings of the clock.
+    """
+
+    __slots__ = ("divergence", "idle_clock", "is_kept", "max_bytes", "miss_depths", "request_log")
+
+    def __init__(self, num_blocks: int, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.is_kept = max_bytes > 0
+        """Whether anything is remembered of requests."""
+        self.idle_clock = IdleClock(max_bytes // 8)
+        self.divergence = Divergence(max_bytes // 4)
+        self.request_log = RequestLog(max_bytes - max_bytes // 4 - max_bytes // 8)
         self.miss_depths = MissDepths(num_blocks)
+
+    @property
+    def num_bytes(self) -> int:
+        """What all of it takes now: counted for requests, estimated for places.  O(1)."""
+        return self.idle_clock.num_bytes + self.divergence.num_bytes + self.request_log.num_bytes
 
     def look(self, tree: RadixTree, match: Match, tokens: bytes, ledger: Ledger) -> Seen:
         """See where a request parts from what is stored, and what it lacks.
@@ -321,26 +397,29 @@ class History:
         seen: Seen,
         node: Node,
         worker: str,
-        request: Asked,
+        request_id: str,
+        namespace: Namespace,
+        prompt: bytes,
         grant: Grant,
         now: float,
     ) -> None:
         """Remember a granted request.  O(1).  `node`: where its whole blocks end, locked."""
-        if seen.parted_at is not None:
-            self.divergence.note(node, seen.into, now)
+        parted_at, into, stored_next, extra_blocks = seen
+        if parted_at is not None:
+            self.divergence.note(node, into, now)
         self.request_log.add(
             GrantRecord(
-                request.request_id,
+                request_id,
                 worker,
                 grant.lease,
-                request.namespace,
-                request.tokens,
+                namespace,
                 grant.ledger,
                 now,
-                seen.parted_at,
-                seen.stored_next,
-                seen.extra_blocks,
-            )
+                parted_at,
+                stored_next,
+                extra_blocks,
+            ),
+            prompt,
         )
 
 

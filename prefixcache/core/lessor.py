@@ -64,7 +64,6 @@ class Lessor:
         "oplog",
         "partial",
         "pins",
-        "remember",
         "roots",
         "settled",
         "tallies",
@@ -84,7 +83,7 @@ class Lessor:
         max_line: int,
         max_leases: int,
         max_namespaces: int,
-        remember: bool,
+        history_bytes: int,
     ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
@@ -99,8 +98,7 @@ class Lessor:
         self.namespaces = NamespaceTable(max_namespaces)
         self.tallies = Tallies()
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
-        self.history = History(pool.num_blocks)
-        self.remember = remember
+        self.history = History(pool.num_blocks, history_bytes)
 
     def root(self, namespace: Namespace) -> Root:
         """Give a namespace's root; make it if it is new."""
@@ -237,7 +235,7 @@ class Lessor:
         begun = member.begun.pop(request.request_id, None) if member.begun else None
         if begun is not None and begun.is_of(namespace, tokens):
             ledger = resume(ledger, begun)
-        seen = self.history.look(tree, match, tokens, ledger) if self.remember else None
+        seen = self.history.look(tree, match, tokens, ledger) if self.history.is_kept else None
         if tree.asked is not None:
             tree.asked(match, tokens)
         node = tree.lock(match)
@@ -256,7 +254,9 @@ class Lessor:
             member.requests[request.request_id] = lease
         self.tallies.add(namespace, ledger)
         if seen is not None:
-            self.history.note(seen, node, member.name, request, grant, now)
+            self.history.note(
+                seen, node, member.name, request.request_id, namespace, tokens, grant, now
+            )
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
         return grant

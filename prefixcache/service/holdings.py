@@ -119,6 +119,7 @@ class Holdings:
             max_line=settings.max_line,
             max_leases=settings.max_leases,
             max_namespaces=settings.max_namespaces,
+            history_bytes=settings.history,
         )
         cache.set_tenants(self._tenants)
         if settings.pool == "shm":

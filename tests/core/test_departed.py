@@ -110,7 +110,7 @@ def test_after_anything_nothing_names_what_is_gone(
     policy: str, steps: list[tuple[str, int, int]]
 ) -> None:
     """Whatever was done: once nobody uses it or speaks for it, no structure knows a salt."""
-    cache = PrefixCache(12, 2, policy=policy, num_ghosts=0, remember=False, ttl_s=10.0)
+    cache = PrefixCache(12, 2, policy=policy, num_ghosts=0, history_bytes=0, ttl_s=10.0)
     spaces = [Namespace("m", tenant=f"t{n % 2}", salt=f"salt {n}") for n in range(6)]
     held: list[LeaseId] = []
     tickets: list[Waiting] = []
@@ -245,7 +245,7 @@ def test_a_habit_goes_on_for_ever(
 ) -> None:
     """Whatever is done again and again: what is kept does not grow with how often it was done."""
     monkeypatch.setattr(lease, "_SPARE_DEADLINES", 64)
-    cache = PrefixCache(64, 2, policy=policy, remember=False)
+    cache = PrefixCache(64, 2, policy=policy, history_bytes=0)
     sizes = []
     for number in range(4500):
         habit(cache, number)

@@ -12,7 +12,7 @@ from prefixcache.core import history
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.history import WINDOW_S, Divergence
 from prefixcache.core.node import Node
-from prefixcache.errors import NotFound
+from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
 
 ME, CHAT = WorkerId("w1"), Namespace("chat")
@@ -52,7 +52,7 @@ def test_requests_that_part_at_a_place_are_counted_for_an_hour() -> None:
 def test_the_window_counts_what_a_list_of_all_partings_does(
     steps: list[tuple[int, int]], later: int
 ) -> None:
-    partings, node, now, seen = Divergence(), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
+    partings, node, now, seen = Divergence(1 << 20), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
     for into, wait in steps:
         now += wait
         partings.note(node, into, float(now))
@@ -64,7 +64,7 @@ def test_the_window_counts_what_a_list_of_all_partings_does(
 
 
 def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
-    partings = Divergence()
+    partings = Divergence(1 << 20)
     nodes = [Node(b"", [], None, 0) for _ in range(1200)]  # type: ignore[arg-type]
     for node in nodes:
         partings.note(node, 1, 0.0)
@@ -73,6 +73,17 @@ def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
         for into in range(20):
             partings.note(nodes[0], 100 * minute + into, 4000.0 * minute)
     assert len(nodes[0].divergence or ()) <= 32 + 20
+
+
+def test_places_are_bounded_in_bytes_by_dropping_the_oldest_minutes() -> None:
+    partings = Divergence(max_bytes=100_000)
+    nodes = [Node(b"", [], None, 0) for _ in range(3000)]  # type: ignore[arg-type]
+    for number, node in enumerate(nodes):
+        partings.note(node, 1, float(number))
+        assert partings.num_bytes <= 100_000
+    kept = [partings.at(node, 1, 3000.0) for node in nodes]
+    assert kept == sorted(kept)
+    assert 100 < sum(kept) < 500
 
 
 def test_a_parting_stays_where_it_is_when_its_run_is_cut_by_eviction() -> None:
@@ -186,19 +197,76 @@ def test_a_reset_forgets_recent_requests() -> None:
         cache.explain_request("secret", may_see_all, now=0.0)
 
 
-def test_recent_requests_are_bounded_in_number_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "_MOST_BYTES", 400)
-    cache = made(64)
+def test_over_the_budget_the_oldest_lose_their_prompts_then_they_go() -> None:
+    cache = made(1024, history_bytes=64_000)
+    for number in range(200):
+        serve(cache, [1] * 300, request_id=f"r{number}")
+    log = cache._lessor.history.request_log
+    kept = list(log)
+    assert len(kept) < 200
+    whole = [bool(prompt) for _, prompt in kept]
+    assert whole == sorted(whole, reverse=True)
+    assert 10 < sum(whole) < len(kept)
+    newest = cache.explain_request("r199", may_see_all, now=0.0)
+    oldest = cache.explain_request(kept[-1][0].request_id, may_see_all, now=0.0)
+    assert newest.past is not None
+    assert oldest.past is not None
+    assert newest.past.tokens == pack([1] * 300)
+    assert (oldest.past.tokens, oldest.past.num_tokens, oldest.ledger.total) == (b"", 300, 300)
+    with pytest.raises(NotFound, match=f"last {len(kept)} are remembered"):
+        cache.explain_request("r0", may_see_all, now=0.0)
+
+
+def test_requests_are_bounded_in_number_too() -> None:
+    cache = made(64, history_bytes=1 << 30)
     for number in range(history._MOST_REQUESTS + 10):
         serve(cache, [1] * 10, request_id=f"r{number}")
-    recents = cache._lessor.history.request_log
-    assert len(recents) == history._MOST_REQUESTS
-    assert sum(len(one.tokens) for one in recents) <= 400
-    newest = next(iter(recents))
-    assert newest.tokens
-    told = cache.explain_request("r20", may_see_all, now=0.0)
-    assert told.past is not None
-    assert (told.past.tokens, told.past.num_tokens, told.ledger.total) == (b"", 10, 10)
+    assert len(cache._lessor.history.request_log) == history._MOST_REQUESTS
+
+
+def test_a_history_of_nothing_remembers_nothing_and_decides_nothing() -> None:
+    none, usual = made(64, history_bytes=0), made(64)
+    for cache in (none, usual):
+        for number in range(20):
+            serve(cache, [7] * 10 + [number] * 20, now=float(number), request_id=f"r{number}")
+    assert none.snapshot(now=0.0).ledger == usual.snapshot(now=0.0).ledger
+    assert none._lessor.history.num_bytes <= 4096
+    assert none.explain(CHAT, pack([7] * 10 + [99]), now=20.0).num_parted == 0
+    with pytest.raises(NotFound, match="last 0 are remembered"):
+        none.explain_request("r19", may_see_all, now=0.0)
+    with pytest.raises(InvalidRequest, match="-1 bytes"):
+        made(64, history_bytes=-1)
+
+
+@settings(max_examples=30)
+@given(
+    budget=st.integers(0, 200_000),
+    steps=st.lists(
+        st.tuples(st.integers(1, 2000), st.integers(0, 400), st.integers(0, 600)), max_size=60
+    ),
+)
+def test_what_is_remembered_stays_within_its_budget_whatever_is_asked(
+    budget: int, steps: list[tuple[int, int, int]]
+) -> None:
+    cache, now = made(4096, history_bytes=budget), 0.0
+    for number, (size, wait, name) in enumerate(steps):
+        now += wait
+        space = Namespace("chat", salt="s" * name)
+        cache.attach(ME, space, now=now)
+        prompt = pack([7] * (size // 2) + [number] * (size - size // 2))
+        grant = cache.acquire(ME, space, prompt, now=now, request_id="r" * name)
+        assert isinstance(grant, Grant)
+        cache.release(ME, grant.lease, now=now)
+        kept, log = cache._lessor.history, cache._lessor.history.request_log
+        assert kept.num_bytes <= max(budget, 8192)
+        records, prompts = [one for one, _ in log], [prompt for _, prompt in log]
+        assert log.record_bytes == sum(one.num_bytes for one in records)
+        assert log.prompt_bytes == sum(map(len, prompts))
+        assert all(one.num_bytes > len(one.request_id + one.namespace.salt) for one in records)
+        if number % 7 == 6:
+            cache.reset(space)
+            assert all(one.namespace != space for one, _ in log)
+            assert log.num_bytes == sum(one.num_bytes + len(text) for one, text in log)
 
 
 # ----------------------------------------------------------------------------------- differences

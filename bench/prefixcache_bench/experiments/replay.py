@@ -52,8 +52,8 @@ class Configuration:
     """Evicted blocks that are remembered.  None: all, so that `cold` is what was never seen; but
     for a policy that learns from them as many as it has when it serves, since more would help it.
     """
-    remember: bool = False
-    """Whether requests are remembered for people, as the service does.  Changes no figure."""
+    history_bytes: int = 0
+    """What may be remembered for people, as the service does.  Changes no figure."""
 
 
 def replay(
@@ -91,7 +91,7 @@ def replay(
         partial=asked.partial,
         num_ghosts=ghosts,
         ttl_s=1e9,
-        remember=asked.remember,
+        history_bytes=asked.history_bytes,
     )
     tails = asked.partial is Partial.TAILS
     requests = trace.requests if tails else trace.grouped(words)
