@@ -1,4 +1,4 @@
-"""Every command that README, SECURITY.md and docs/ name is there, takes these options, and works.
+"""Every command that a document names is there, takes these options, and works.
 
 All are parsed, as the command line parses them.  What is quick is also run, against a real service
 that has what the documents speak of.
@@ -25,7 +25,8 @@ from prefixcache.cli.main import app
 from prefixcache.types import Layout
 from wire.service_process import ROOT, ServiceProcess, command, environment
 
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
 LAYOUT = Layout(30, 3, 64, "bfloat16")
 """That of README's example."""
 
@@ -201,7 +202,7 @@ def test_what_is_quick_is_run(
 
 def serves() -> Iterator[tuple[Shown, list[str]]]:
     """Give the services whose start is shown with what it prints."""
-    for page in (PAGES[0], ROOT / "docs" / "operations.md"):
+    for page in (README, ROOT / "docs" / "operations.md"):
         found = list(blocks(page))
         for at, (_, lines) in enumerate(found):
             first = lines[0].removeprefix("$ ") if lines else ""
