@@ -133,7 +133,10 @@ class GroupedPlan:
         self.whole.verify(block_tables, query_start, context_lens)
         if groups is not self.groups:
             known = (self.groups.positions, self.groups.runs)
-            if not isinstance(groups, GroupPlan) or (groups.positions, groups.runs) != known:
+            if not isinstance(groups, GroupPlan):
+                raise InvalidRequest(f"groups is a {type(groups).__name__}, not a GroupPlan")
+            groups.check_kinds()
+            if (groups.positions, groups.runs) != known:
                 raise InvalidRequest("the plan is of other groups: build one for each step")
 
     def check(self, query: Tensor, cache: Tensor) -> None:

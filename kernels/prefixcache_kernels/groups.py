@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import is_plain
 
 Tables: TypeAlias = npt.NDArray[np.int32]
 
@@ -203,23 +204,57 @@ class GroupPlan:
         order, own = tuple(range(num_seqs)), (0,) * num_seqs
         return cls(_packed(order, own, ()), (), order, own)
 
-    def check(self, tables: Tables | None = None) -> None:
+    def check_kinds(self) -> None:
+        """Refuse fields of other types than `build` gives.  O(sequences + runs), once for a plan.
+
+        Raises:
+            InvalidRequest: As said.
+        """
+        self._kinds  # noqa: B018 - refuses; what passes is tuples of numbers, which stay
+
+    @cached_property
+    def _kinds(self) -> None:
+        fields = (self.runs, self.positions, self.own)
+        if not all(type(field) is tuple for field in fields):
+            kinds = ", ".join(type(field).__name__ for field in fields)
+            raise InvalidRequest(f"groups whose runs, positions and own are {kinds}: not tuples")
+        if not all(type(run) is Run for run in self.runs):
+            raise InvalidRequest("groups whose runs are not all of the class Run")
+        rows = (self.positions, self.own, *self.runs)
+        if not all(type(number) is int for row in rows for number in row):
+            raise InvalidRequest("groups whose numbers are not all of the class int")
+        packed, num = self.packed, self.num_seqs
+        if (
+            not is_plain(packed)
+            or packed.dtype != torch.int32
+            or packed.shape != (2 * num + 6 * self.num_runs,)
+            or not packed.is_contiguous()
+            or len(self.own) != num
+        ):
+            raise InvalidRequest(f"groups of {num} sequences whose parts are of other sizes")
+
+    def check(
+        self,
+        tables: Tables | None = None,
+        limits: Sequence[int] | None = None,
+    ) -> None:
         """Refuse runs that are no forest, or that these tables do not share.  Changes nothing.
 
         O(sequences + runs), and one comparison of the runs' blocks in each of their tables.
+        A plan on the host must hold in `packed` what it says; one on a device is not read back.
 
         Args:
             tables: Of the batch, `[S, max_blocks]` int32 on the host; None: not looked at.
+            limits: For each row, how many of its first blocks lie before all of its queries; None:
+                not looked at.
 
         Raises:
             InvalidRequest: As said; `build` makes only plans that pass.
         """
+        self.check_kinds()
         num = self.num_seqs
         if tables is not None and len(tables) != num:
             raise InvalidRequest(f"groups of {num} sequences for {len(tables)} tables")
-        sizes = len(self.own) == num and self.packed.numel() == 2 * num + 6 * self.num_runs
-        if not sizes or self.packed.dtype != torch.int32 or not self.packed.is_contiguous():
-            raise InvalidRequest(f"groups of {num} sequences whose parts are of other sizes")
         if sorted(self.positions) != list(range(num)):
             raise InvalidRequest(f"groups whose positions are not the rows 0 to {num - 1}, once")
         own = [0] * num
@@ -252,6 +287,12 @@ class GroupPlan:
             path.append(run)
         if own != list(self.own):
             raise InvalidRequest("groups whose own parts do not begin where their runs end")
+        if limits is not None and any(
+            shared > limits[row] for row, shared in zip(self.positions, own, strict=True)
+        ):
+            raise InvalidRequest("groups whose runs are not before all queries of their sequences")
+        if self.packed.is_cpu and self.packed.tolist() != _flat(self.positions, own, self.runs):
+            raise InvalidRequest("groups whose packed is not what their runs and positions say")
 
     def straight(self) -> GroupPlan:
         """Give the plan for the same batch with its rows put into the plan's order."""
@@ -382,10 +423,15 @@ class GroupPlan:
         return sum((run.end - run.start - 1) * run.blocks for run in self.runs)
 
 
-def _packed(order: Sequence[int], own: Sequence[int], runs: Sequence[Run]) -> Tensor:
+def _flat(order: Sequence[int], own: Sequence[int], runs: Sequence[Run]) -> list[int]:
     flat = [*order, *own]
     for column in zip(*runs, strict=True):
         flat += column
+    return flat
+
+
+def _packed(order: Sequence[int], own: Sequence[int], runs: Sequence[Run]) -> Tensor:
+    flat = _flat(order, own, runs)
     return (
         torch.frombuffer(array("i", flat), dtype=torch.int32)
         if flat

@@ -13,6 +13,7 @@ attention can read in place.
 from __future__ import annotations
 
 import mmap
+import os
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self
 
@@ -43,8 +44,8 @@ class SharedPool:
     ) -> None:
         self.handle = handle
         self._memory = memory
-        self.blocks = blocks
-        """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`."""
+        self._blocks = blocks
+        self._pid = os.getpid()
         # Made once: a view costs microseconds, and a step asks for two in each layer.
         self._keys: list[Tensor] = [layer[0] for layer in blocks]
         self._values: list[Tensor] = [layer[1] for layer in blocks]
@@ -114,11 +115,33 @@ class SharedPool:
         """Tokens of a block."""
         return self.handle.block_size
 
+    @property
+    def blocks(self) -> Tensor:
+        """`[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`; empty once closed.
+
+        Raises:
+            InvalidRequest: This process has the pool through a fork.
+        """
+        self._check_process()
+        return self._blocks
+
+    def _check_process(self) -> None:
+        """Refuse a forked child what only its parent has mapped: touching it would be a signal.
+
+        A private pool is copied by a fork as all memory is: the child has one of its own.
+        """
+        if self._memory is not None and os.getpid() != self._pid:
+            raise InvalidRequest(
+                f"this pool belongs to process {self._pid} and came through fork, which does not "
+                "bring its memory: connect, attach and map in this process"
+            )
+
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.  A view; O(1).
 
         Raises:
-            InvalidRequest: There is no such layer, or the pool is closed.
+            InvalidRequest: There is no such layer, the pool is closed, or this process has it
+                through a fork.
         """
         return self._keys[self._known(layer)]
 
@@ -131,6 +154,7 @@ class SharedPool:
         return self._values[self._known(layer)]
 
     def _known(self, layer: int) -> int:
+        self._check_process()
         if type(layer) is int and 0 <= layer < len(self._keys):
             return layer
         if not self._keys:
@@ -143,7 +167,11 @@ class SharedPool:
 
         Only a service that keeps its state is followed by one that does.  Whoever goes on in the
         pool of a lost service asks this *after* each use: what was read before may be anything.
+
+        Raises:
+            InvalidRequest: This process has the pool through a fork.
         """
+        self._check_process()
         if isinstance(self._memory, DeviceMemory):
             return self._memory.epoch() == self.handle.epoch
         return self._memory is None or epoch_of(self._memory) == self.handle.epoch
@@ -158,7 +186,7 @@ class SharedPool:
         # closing would pull the memory from under the caller's tensors.  The last reference unmaps.
         self._keys, self._values = [], []
         self._memory = None
-        self.blocks = self.blocks.new_empty(0)
+        self._blocks = self._blocks.new_empty(0)
 
     def __enter__(self) -> Self:
         return self

@@ -303,6 +303,7 @@ def shared_prefix_attention(
     scale, window, softcap = check_scalars(scale, window, softcap)
     if not isinstance(groups, GroupPlan):
         raise InvalidRequest(f"groups is a {type(groups).__name__}, not a GroupPlan")
+    groups.check_kinds()
     if not groups.num_runs:
         return paged_attention(
             query,
@@ -343,8 +344,14 @@ def shared_prefix_attention(
         groups.packed,
     )
     looked = looks(key_cache)
-    groups.check(block_tables.cpu().numpy() if looked else None)
     _, block_size, kv_heads, value_dim = value_cache.shape
+    if looked:
+        lens = query_start.diff()
+        before = (context_lens - lens) // block_size
+        before[lens == 0] = block_tables.shape[1]  # nobody asks
+        groups.check(block_tables.cpu().numpy(), before.tolist())
+    else:
+        groups.check()
     max_context = block_tables.shape[1] * block_size
     sizes = (heads, kv_heads, head_dim, value_dim, query.element_size())
     own = Shape.choose(*sizes, num_queries=num_queries, num_seqs=num_seqs, max_context=max_context)

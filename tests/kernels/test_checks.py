@@ -189,6 +189,37 @@ def test_a_well_formed_call_beside_them_is_answered() -> None:
 
 
 @PATHS
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("rare", ["lse", "value_dim", "double", "eight"])
+def test_what_a_sequence_without_queries_names_is_not_read(asked: int, rare: str) -> None:
+    """Its row may be left from another step, also where every sequence has none."""
+    arguments = step()
+    arguments["query"] = arguments["query"][:asked]
+    arguments["query_start"] = torch.tensor([0, asked, asked])
+    arguments["block_tables"][asked:] = torch.tensor([2**31 - 1, -1])
+    options: dict[str, Any] = {}
+    if rare == "lse":
+        options["lse"] = torch.zeros(asked, 4)
+    elif rare == "value_dim":
+        arguments["value_cache"] = arguments["value_cache"][..., :8]
+    elif rare == "double":
+        for name in ("query", "key_cache", "value_cache"):
+            arguments[name] = arguments[name].double()
+    else:
+        options = {"key_scale": torch.ones(2), "value_scale": torch.ones(2)}
+        for name in ("key_cache", "value_cache"):
+            arguments[name] = arguments[name].to(torch.float8_e4m3fn)
+    alone = arguments | {
+        name: arguments[name][: asked + (name == "query_start")]
+        for name in ("block_tables", "query_start", "context_lens")
+    }
+    want = oracle_attention(**alone, **options | {"lse": None})
+    assert gap(paged_attention(**arguments, **options), want) <= 1e-5
+    groups = GroupPlan.alone(2)
+    assert gap(shared_prefix_attention(**arguments, groups=groups, **options), want) <= 1e-5
+
+
+@PATHS
 @pytest.mark.parametrize("cap", [1e-6, 0.5, 30.0, 1e3, 1e5, 1e7, 1e30])
 def test_a_cap_is_as_exact_far_above_the_scores_as_near_them(cap: float) -> None:
     """What a cap leaves of scores of about 10."""
@@ -333,6 +364,37 @@ def test_groups_that_are_no_forest_of_these_tables_are_refused() -> None:
     batch[0] = torch.tensor([[0, 1], [3, 2]], dtype=torch.int32)
     with pytest.raises(InvalidRequest, match="do not share"):
         GroupedPlan.build(*batch, 4, good)
+
+
+def test_groups_with_fields_of_other_kinds_are_refused() -> None:
+    """A list could change after it was looked at; a number that is none reaches C or NumPy."""
+    arguments = step()
+    arguments["block_tables"] = torch.tensor([[0, 1], [0, 2]], dtype=torch.int32)
+    batch = [arguments[name] for name in ("block_tables", "query_start", "context_lens")]
+    good = GroupPlan.build(arguments["block_tables"], [1, 1])
+    plan = GroupedPlan.build(*batch, 4, good)
+    (run,) = good.runs
+    packed = good.packed
+    changes: list[dict[str, Any]] = [
+        *({name: value} for name in ("runs", "positions", "own") for value in (None, 3, "01")),
+        *({name: [*getattr(good, name)]} for name in ("runs", "positions", "own")),
+        *({"runs": (value,)} for value in (None, 3, (0, 0, 1, 0, 2, 0), packed)),
+        *({"runs": (run._replace(blocks=v),)} for v in (1.0, True, None, "1", packed[0])),
+        *({"positions": (0, value)} for value in (1.0, True, None, "1", packed)),
+        *({"own": (1, value)} for value in (1.0, True, None, "1")),
+        *({"packed": value} for value in (None, 3, packed.tolist(), packed.long(), packed[1:])),
+        *({"packed": value} for value in (packed.view(2, 5), packed.flip(0), packed + 1)),
+        *({"packed": NOT_PLAIN[kind](packed)} for kind in ("meta", "traced", "let go", "derived")),
+    ]
+    for change in changes:
+        bad = replace(good, **change)
+        with pytest.raises(InvalidRequest, match=r"groups (whose|of)|other groups"):
+            GroupedPlan.build(*batch, 4, bad)
+        with pytest.raises(InvalidRequest, match=r"groups (whose|of)|other groups"):
+            shared_prefix_attention(**arguments, groups=bad)
+        if "packed" not in change and "own" not in change:
+            with pytest.raises(InvalidRequest, match=r"groups (whose|of)|other groups"):
+                shared_prefix_attention(**arguments, groups=bad, plan=plan)
 
 
 def test_scores_of_many_queries_in_bfloat16_are_not_rounded_before_they_are_weighed(

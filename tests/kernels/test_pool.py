@@ -363,3 +363,32 @@ def test_mappings_are_shared_not_private(pool: PoolFile) -> None:
         assert isinstance(memory, mmap.mmap)
         memory[HEADER_BYTES] = 1
         assert Path(pool.handle.name).read_bytes()[HEADER_BYTES] == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_told_that_it_has_not_the_pool_of_its_parent(pool: PoolFile) -> None:
+    """Touching it would be SIGSEGV.  A private pool it has as any memory: a copy of its own."""
+    shared = SharedPool.map(pool.handle)
+    private = SharedPool.private(LAYOUT, 2, 16)
+    asked = (
+        lambda: shared.keys(0),
+        lambda: shared.values(0),
+        lambda: shared.blocks,
+        lambda: shared.current,
+    )
+    child = os.fork()
+    if not child:
+        told = 0
+        for ask in asked:
+            try:
+                ask()
+            except InvalidRequest as error:
+                told += f"process {os.getppid()} and came through fork" in str(error)
+        private.keys(0).fill_(1)
+        shared.close()
+        os._exit(told)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == len(asked)
+    assert shared.current
+    assert not private.keys(0).any()
+    shared.close()

@@ -445,6 +445,17 @@ def test_a_cap_is_as_exact_far_above_the_scores_as_near_them(batch: Make, cap: f
     attend(batch([(1, 17), (3, 20)]), softcap=cap)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU lengths are not looked at")
+def test_groups_that_share_what_is_not_before_all_queries_are_refused(batch: Make) -> None:
+    """A run would be read without a mask: keys behind a query, or that nobody has written."""
+    b = batch([(1, 17), (1, 20)], size=4, shared=((1, 0, 3),))
+    plan = forest(b, 4)
+    assert plan.num_runs
+    b.context_lens[1] = 9
+    with pytest.raises(InvalidRequest, match="not before all queries"):
+        attend(b, plan)
+
+
 def test_as_many_queries_as_sequences_but_not_one_each(batch: Make) -> None:
     """Where lengths are looked at it is answered; where not, it shows as NaN."""
     b = batch([(2, 41), (0, 33), (1, 44)], size=4, shared=((1, 0, 3), (2, 0, 6)))
