@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 
 import pytest
 
-from core.test_lru_order import random_sequences
+from core.test_eviction import random_sequences
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Node
 from prefixcache.core.policies import POLICIES, policy_named
