@@ -13,7 +13,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.history import WINDOW_S, Divergence
 from prefixcache.core.node import Node
 from prefixcache.errors import InvalidRequest, NotFound
-from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
+from prefixcache.types import Explanation, Grant, Namespace, Partial, WorkerId, pack
 
 ME, CHAT = WorkerId("w1"), Namespace("chat")
 
@@ -138,6 +138,37 @@ def test_with_the_memory_that_shortage_names_nothing_remembered_is_evicted(
         serve(large, prompt)
     assert large.snapshot(now=0.0).ledger.evicted == 0
     assert large.snapshot(now=0.0).ledger.cold == told.ledger.cold
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 10_000), num_blocks=st.integers(6, 24))
+def test_a_miss_names_exactly_the_blocks_that_would_have_made_it_a_hit(
+    seed: int, num_blocks: int
+) -> None:
+    """Held from both sides against pools of that size and of one block less.
+
+    Each prompt ends in a token that no block is full of: every request takes one block for it, and
+    the others are an LRU.
+    """
+    draw = random.Random(seed)
+    prompts = [
+        [draw.randrange(3)] * 4 * draw.randrange(1, 3) + [10 + draw.randrange(6)] * 4
+        for _ in range(30)
+    ]
+    asked = pack([*draw.choice(prompts), 0])
+
+    def explained(size: int) -> Explanation:
+        cache = made(size, Partial.OFF, num_ghosts=1000)
+        for prompt in prompts:
+            serve(cache, [*prompt, 0])
+        return cache.explain(CHAT, asked, now=0.0)
+
+    told = explained(num_blocks)
+    if told.extra_blocks is None:
+        assert told.ledger.evicted == 0
+        return
+    assert explained(num_blocks + told.extra_blocks).ledger.evicted == 0
+    assert explained(num_blocks + told.extra_blocks - 1).ledger.evicted > 0
 
 
 @settings(max_examples=25)
