@@ -33,6 +33,8 @@ BlockTable: TypeAlias = "array[int]"
 
 TOKEN_BYTES: Final = 4
 """Bytes of one packed token id."""
+BLOCK_ID_BYTES: Final = 4
+"""Bytes of one block id in a table."""
 
 TokensLike: TypeAlias = "bytes | bytearray | memoryview | Sequence[int] | Iterable[int]"
 """What the client takes for token ids: packed bytes, or any integers."""
@@ -616,3 +618,8 @@ class Snapshot:
     kept, and fewer would not).  Exact for LRU, else an estimate."""
     num_leases: int = 0
     """Leases that are out, listed or not."""
+    index_bytes: int = 0
+    """About what the service needs to know which block holds which tokens."""
+    history_bytes: int = 0
+    """What it remembers of past requests, for people."""
+    max_history_bytes: int = 0

@@ -90,6 +90,7 @@ def show(now: Status) -> None:
                 "workers",
                 f"{info.workers:,} · leases {snapshot.num_leases:,} · waiting {snapshot.waiting:,}",
             ),
+            *_memory(snapshot),
             ("requests", sums(snapshot)),
             ("tokens", view.show_ledger(snapshot.ledger)),
         ]
@@ -128,6 +129,21 @@ def _blocks(snapshot: Snapshot) -> str:
         for name in ("free", "private", "indexed", "quarantined")
     ]
     return " · ".join(parts) + f" · evictable {snapshot.evictable:,}"
+
+
+def _memory(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Write what the service itself needs: for the index, and for people."""
+    if not snapshot.max_history_bytes and not snapshot.index_bytes:
+        return []  # it does not say
+    from prefixcache.config import format_size
+
+    index, history = snapshot.index_bytes, snapshot.history_bytes
+    tokens = snapshot.indexed * snapshot.block_size
+    each = f" ({index / tokens:.1f} B a token)" if tokens else ""
+    most = format_size(snapshot.max_history_bytes) if snapshot.max_history_bytes else "0"
+    return [
+        ("memory", f"index {format_size(index)}{each} · history {format_size(history)} of {most}")
+    ]
 
 
 _LEASE_HEAD = ("lease", "worker", "tokens", "committed", "blocks", "ends in", "namespace")

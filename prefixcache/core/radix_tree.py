@@ -72,10 +72,12 @@ from prefixcache.core.node import (
     evictable_leaves,
 )
 from prefixcache.core.policies.lru import Lru
-from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable
+from prefixcache.types import BLOCK_ID_BYTES, TOKEN_BYTES, BlockId, BlockTable
 
 SWEPT = 3
 """`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
+_NODE_BYTES = 540
+"""What a node takes beside its tokens and ids: itself, its place among its siblings, in a queue."""
 _ALWAYS_MERGED = 32_768
 """Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""
 
@@ -139,6 +141,15 @@ class RadixTree:
         none of those that have nothing left is kept by younger ones."""
         self._tidy_at = 16
         """Length of `retired` at which the empty ones are dropped."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About what the index takes: counted for tokens and ids, so much a node.  O(1).
+
+        Tails count as full, and what Python allocates ahead does not count.
+        """
+        block = self.block_bytes + BLOCK_ID_BYTES
+        return self.num_blocks * block + self.num_nodes * _NODE_BYTES
 
     # ------------------------------------------------------------------ finding
 

@@ -162,7 +162,8 @@ def snapshot(
     is left out.
     """
     head = vitals(lessor, now)
-    shortage, pinned = lessor.history.miss_depths.steps(), lessor.pins.num_pinned
+    history, index_bytes = lessor.history, lessor.tree.num_bytes
+    shortage, pinned = history.miss_depths.steps(), lessor.pins.num_pinned
 
     def is_shown(namespace: Namespace) -> bool:
         mine = tenant is None or namespace.tenant == tenant
@@ -202,6 +203,9 @@ def snapshot(
         quotas=quotas,
         shortage=shortage,
         num_leases=num_leases,
+        index_bytes=index_bytes,
+        history_bytes=history.num_bytes,
+        max_history_bytes=history.max_bytes,
     )
 
 

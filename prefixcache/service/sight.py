@@ -32,6 +32,6 @@ def narrow(message: pb.SnapshotResponse, identity: Identity) -> None:
 _OTHERS = (
     *("requests", "evicted", "ghosts", "nodes", "waiting", "verbs", "requests_per_s"),
     *("flights_saved", "overshot", "eviction_age_s", "pinned", "shortage"),
-    *("shadows", "shadow_dropped"),
+    *("shadows", "shadow_dropped", "index_bytes", "history_bytes", "max_history_bytes"),
 )
 """Counts of all tenants together that tell what others do."""

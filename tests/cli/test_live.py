@@ -283,3 +283,13 @@ def test_no_server_has_exit_code_3_and_the_command_that_starts_one(
 def test_colour_is_left_out_where_it_is_not_wanted(session: Session, at: At) -> None:
     told = at.run("top", "--once", NO_COLOR="1", FORCE_COLOR="1")
     assert "\x1b[3" not in told.out
+
+
+def test_stat_tells_apart_what_the_index_takes_and_what_is_remembered_for_people(at: At) -> None:
+    told = at.call("stat", "--once", "--json").fields
+    assert told["max_history_bytes"] == 1 << 20
+    assert 0 <= told["history_bytes"] <= told["max_history_bytes"]
+    assert told["index_bytes"] >= 0
+    line = next(line for line in at.call("stat", "--once").out.splitlines() if "history" in line)
+    assert line.split()[:2] == ["memory", "index"]
+    assert line.endswith("of 1 MiB")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -349,3 +350,27 @@ def test_what_another_lease_computes_now_is_told() -> None:
     assert isinstance(grant, Grant)
     told = cache.explain(CHAT, pack(range(50)), now=0.0)
     assert (told.num_pending, told.ledger.cold) == (40, 50)
+
+
+def test_the_index_tells_what_it_takes_and_the_history_beside_it() -> None:
+    cache, draw = made(4096), random.Random(1)
+    empty = cache.snapshot(now=0.0)
+    for number in range(100):
+        serve(cache, [7] * 100 + [draw.randrange(9**9) for _ in range(8)], request_id=f"r{number}")
+    told = cache.snapshot(now=0.0)
+    nodes = below(cache._lessor.roots[CHAT])
+    measured = sum(
+        sys.getsizeof(one)
+        + sys.getsizeof(one.tokens)
+        + sys.getsizeof(one.blocks)
+        + sys.getsizeof(one.children)
+        for one in nodes
+    )
+    assert empty.index_bytes == empty.history_bytes == 0
+    assert measured < told.index_bytes < 2.5 * measured
+    assert 100 * 108 * 4 < told.history_bytes <= told.max_history_bytes == 1 << 20
+
+
+def below(node: Node) -> list[Node]:
+    children = list((node.children or {}).values())
+    return children + [one for child in children for one in below(child)]

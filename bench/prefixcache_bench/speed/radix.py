@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import random
 import statistics
 import sys
 import time
@@ -22,11 +23,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from prefixcache.config import format_size
 from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Grant
 from prefixcache_bench.speed import radix_peers, radix_scaling
-from prefixcache_bench.speed.radix_subjects import SPACE, WORKER, Baseline, Call, Core, Subject
-from prefixcache_bench.speed.radix_workload import DECODED_TOKENS, Workload, build
+from prefixcache_bench.speed.radix_subjects import (
+    BLOCK_SIZE,
+    SPACE,
+    WORKER,
+    Baseline,
+    Call,
+    Core,
+    Subject,
+)
+from prefixcache_bench.speed.radix_workload import DECODED_TOKENS, FRESH_TOKENS, Workload, build
 
 LENGTHS = (1_000, 4_000, 32_000)
 EVICTED_BLOCKS = 64
@@ -161,15 +171,15 @@ class TreeBenchmark:
                 finish()
 
     def _verbs(self, length: int, rounds: int) -> None:
-        """Whole verbs, leases and ledger and all, beside what the baseline needs for the same."""
-        core, cache = self.core, self.core.cache
+        """Whole verbs, leases and ledger and all: stored chats, each time with a new message."""
+        core, cache, fresh = self.core, self.core.cache, random.Random(length)
         names = [f"{verb} {_short(length)}" for verb in ("acquire", "commit", "release")]
         columns = [self.columns.setdefault(name, Column(name, goal=None)) for name in names]
-        for number in range(rounds):
+        for _ in range(rounds):
             times = [0, 0, 0]
             for probe in self.workload.probes[length]:
-                prompt = probe.hit[:-TOKEN_BYTES] + (10**6 + number).to_bytes(4, "little")
-                decoded = number.to_bytes(TOKEN_BYTES, "little") * DECODED_TOKENS
+                prompt = probe.stored + fresh.randbytes(FRESH_TOKENS * TOKEN_BYTES)
+                decoded = fresh.randbytes(DECODED_TOKENS * TOKEN_BYTES)
                 core.now += 1.0
                 total = len(prompt) // TOKEN_BYTES + DECODED_TOKENS
                 marks = [time.perf_counter_ns()]
@@ -224,16 +234,25 @@ def main(argv: list[str] | None = None) -> int:
 
     workload = build(120_000 if options.quick else 1_200_000, lengths, 4 if options.quick else 16)
     benchmark = TreeBenchmark(workload, (Core(400_000), Baseline()))
-    num_tokens = benchmark.core.tree.num_blocks * 16
-    sizes = {one.name: one.num_bytes() / num_tokens for one in (benchmark.core, benchmark.baseline)}
+    core = benchmark.core
+    num_tokens = core.tree.num_blocks * BLOCK_SIZE
+    told = core.cache.snapshot(now=core.now)
+    sizes = {
+        "index": core.index_bytes() / num_tokens,
+        "index_told": told.index_bytes / num_tokens,
+        "core": core.num_bytes() / num_tokens,
+        "baseline": benchmark.baseline.num_bytes() / num_tokens,
+    }
     print(f"{num_tokens:,} tokens in {len(workload.sequences):,} stored turns, blocks of 16")
     with still():
         benchmark.measure(rounds)
     columns = list(benchmark.columns.values())
     print("\n".join(table(columns)))
     print(
-        f"bytes per token: core {sizes['core']:.2f}, baseline {sizes['baseline']:.2f}, "
-        f"ratio {sizes['core'] / sizes['baseline']:.2f}x"
+        f"bytes per token: index {sizes['index']:.2f} (told in O(1): {sizes['index_told']:.2f}), "
+        f"baseline {sizes['baseline']:.2f}, ratio {sizes['index'] / sizes['baseline']:.2f}x; "
+        f"everything {sizes['core']:.2f}, of which history {told.history_bytes / num_tokens:.2f}: "
+        f"{format_size(told.history_bytes)} of {format_size(told.max_history_bytes)}"
     )
 
     peers = radix_peers.measure(workload)
@@ -257,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
             "tokens": num_tokens,
             "columns": {column.name: column.report() for column in columns},
             "bytes_per_token": sizes,
+            "history_bytes": told.history_bytes,
             "scaling": [asdict(row) for row in scaling],
             "peers": [asdict(peer) for peer in peers],
         }

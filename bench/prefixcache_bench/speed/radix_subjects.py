@@ -117,8 +117,12 @@ class Core:
         return partial(self.tree.evict, num_blocks)
 
     def num_bytes(self) -> int:
-        """Count the memory of the whole cache: tree, blocks, leases, flights, tallies."""
+        """Count the memory of the whole cache: tree, blocks, leases, flights, tallies, history."""
         return deep_size(self.cache)
+
+    def index_bytes(self) -> int:
+        """Count the memory of the index: nodes, tokens, block ids, the order of eviction."""
+        return deep_size(self.tree)
 
 
 class Baseline:

@@ -51,6 +51,9 @@ _SNAPSHOT_NUMBERS: Final = (
     "waiting",
     "evicted",
     "requests",
+    "index_bytes",
+    "history_bytes",
+    "max_history_bytes",
     "pinned",
     "max_pinned",
 )
