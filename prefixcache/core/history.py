@@ -47,7 +47,7 @@ from itertools import islice
 from math import ceil
 from typing import Final, NamedTuple
 
-from prefixcache.core.node import Match, Node, Place
+from prefixcache.core.node import Match, Node, Place, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Grant, LeaseId, Ledger, Namespace
 
@@ -242,16 +242,8 @@ class GrantRecord(NamedTuple):
     """What was stored from there on, its first tokens."""
     extra_blocks: int | None
     """How many more would have kept what was evicted of it."""
-
-    @property
-    def num_bytes(self) -> int:
-        """What remembering it costs, without its prompt.  O(1)."""
-        return (
-            _RECORD_BYTES
-            + len(self.request_id)
-            + len(self.stored_next)
-            + self.namespace.num_characters
-        )
+    num_bytes: int
+    """What remembering it costs, without its prompt: see `record_bytes`."""
 
     def is_called(self, name: str) -> bool:
         """Whether that names this request: its id, without its last part, or worker#lease.
@@ -265,6 +257,11 @@ class GrantRecord(NamedTuple):
         )
 
 
+def record_bytes(request_id: str, stored_next: bytes, root: Root) -> int:
+    """Say what remembering a request costs, without its prompt.  O(1)."""
+    return _RECORD_BYTES + len(request_id) + len(stored_next) + root.name_size
+
+
 class RequestLog:
     """The last requests, youngest first, within a budget of bytes.
 
@@ -274,7 +271,7 @@ class RequestLog:
     ```
 
     >>> log = RequestLog(max_bytes=0)
-    >>> log.add(GrantRecord("r", "w", 1, Namespace("m"), Ledger(), 0.0, None, b"", None), bytes(8))
+    >>> log.add(GrantRecord("r", "w", 1, Namespace("m"), Ledger(), 0.0, None, b"", None, 9), b"")
     >>> len(log), log.num_bytes
     (0, 0)
     """
@@ -310,14 +307,14 @@ class RequestLog:
         records, prompts = self._records, self._prompts
         records.append(record)
         prompts.append(prompt)
-        self.record_bytes += record.num_bytes
-        self.prompt_bytes += len(prompt)
-        while self.record_bytes > self.max_bytes >> 1 or len(records) > _MOST_REQUESTS:
+        size, prompt_bytes = self.record_bytes + record.num_bytes, self.prompt_bytes + len(prompt)
+        while size > self.max_bytes >> 1 or len(records) > _MOST_REQUESTS:
             if len(prompts) == len(records):
-                self.prompt_bytes -= len(prompts.popleft())
-            self.record_bytes -= records.popleft().num_bytes
-        while self.record_bytes + self.prompt_bytes > self.max_bytes:
-            self.prompt_bytes -= len(prompts.popleft())
+                prompt_bytes -= len(prompts.popleft())
+            size -= records.popleft().num_bytes
+        while size + prompt_bytes > self.max_bytes:
+            prompt_bytes -= len(prompts.popleft())
+        self.record_bytes, self.prompt_bytes = size, prompt_bytes
 
     def forget(self, namespace: Namespace) -> None:
         """Forget all requests of a namespace.  O(requests)."""
@@ -398,7 +395,6 @@ class History:
         node: Node,
         worker: str,
         request_id: str,
-        namespace: Namespace,
         prompt: bytes,
         grant: Grant,
         now: float,
@@ -412,12 +408,13 @@ class History:
                 request_id,
                 worker,
                 grant.lease,
-                namespace,
+                node.root.namespace,
                 grant.ledger,
                 now,
                 parted_at,
                 stored_next,
                 extra_blocks,
+                record_bytes(request_id, stored_next, node.root),
             ),
             prompt,
         )

@@ -141,18 +141,19 @@ class Tally:
 
     def add(self, ledger: Ledger) -> None:
         """Count one request; one that goes on where it was interrupted was counted before."""
-        if ledger.resumed:
-            self.resumed += ledger.resumed
+        hit, partial, joined, cold, evicted, granularity, resumed = ledger
+        if resumed:
+            self.resumed += resumed
         else:
             self.requests += 1
-        self.hit += ledger.hit
-        self.partial += ledger.partial
-        if ledger.joined:
-            self.joined += ledger.joined
+        self.hit += hit
+        self.partial += partial
+        if joined:
+            self.joined += joined
             self.joins += 1
-        self.cold += ledger.cold
-        self.evicted += ledger.evicted
-        self.granularity += ledger.granularity
+        self.cold += cold
+        self.evicted += evicted
+        self.granularity += granularity
 
     def merge(self, other: Tally) -> None:
         """Add the sums of another tally."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from sortedcontainers import SortedList
 
 from prefixcache.core.account import Account, Sums
-from prefixcache.types import BlockId, BlockTable, Namespace
+from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 Child = TypeVar("Child")
 
@@ -117,7 +117,10 @@ class Children(dict[bytes, Child]):
         """
         best: bytes | None = None
         most = 0
+        first = key[:TOKEN_BYTES]
         for other in self._around(key):
+            if not other.startswith(first):
+                continue
             same = common_prefix(key, 0, other, 0, min(len(key), len(other))) & ~3
             if same > most:
                 best, most = other, same
@@ -252,6 +255,7 @@ class Root(Node):
     __slots__ = (
         "account",
         "evictable",
+        "name_size",
         "namespace",
         "num_blocks",
         "num_changes",
@@ -264,6 +268,7 @@ class Root(Node):
         super().__init__(b"", array("i"), None, 0)
         self.lock_ref = 1
         self.namespace = namespace
+        self.name_size = namespace.num_characters
         self.num_blocks = 0
         self.evictable = 0
         self.sums = Sums()
