@@ -1,7 +1,7 @@
 """A salt for each request, and each used once: what the service's memory does.
 
 ```
-8 lanes ──► attach 64 salts ──► acquire, commit, release one prompt of each ──► … ──► detach
+8 lanes ──► attach once ──► acquire behind 64 salts, commit, release ──► 64 others ──► … ──► detach
 ```
 The service is the real one on a Unix socket, with a state, a shadow cache, a watcher, and a page
 that is scraped at the end.  Its own memory (`RssAnon`) and that of the processes that it started
@@ -40,7 +40,7 @@ LAYOUT = Layout(1, 1, 4, "float32")
 BLOCK_SIZE = 16
 NUM_BLOCKS = 4096
 TOKENS = 2 * BLOCK_SIZE
-LANES, SALTS_PER_MESSAGE, MESSAGES_PER_WORKER = 8, 64, 4
+LANES, SALTS_PER_MESSAGE = 8, 64
 FIRST, EVERY = (1_000, 10_000), 100_000
 MOST_GROWTH = 1.05
 DOCUMENT = Path("docs/reliability.md")
@@ -117,52 +117,46 @@ class Salts:
             self.heard += 1
 
     async def _lane(self, number: int) -> None:
+        """Be one worker, whose one session names another namespace with each request."""
         random = np.random.default_rng((self._seed, number))
-        while self._begun < self._count and time.monotonic() < self._until:
-            await self._worker(random)
-
-    async def _worker(self, random: np.random.Generator) -> None:
-        """Be one worker that uses some hundred salts, and goes."""
         stream: Any = self._channel.stream_stream(
             unary.SESSION_PATH, pb.OpBatch.SerializeToString, pb.OpResults.FromString
         )
         call = stream()
-        index = 0
-        for _ in range(MESSAGES_PER_WORKER):
-            size = min(SALTS_PER_MESSAGE, self._count - self._begun)
-            if not size:
-                break
-            batch = pb.OpBatch()
-            for salt in range(self._begun, self._begun + size):
-                attach = batch.ops.add(id=1).attach
-                attach.pid, attach.host = os.getpid(), this_host()
-                codec.write_namespace(Namespace("salts", salt=f"user {salt}"), attach.namespace)
-                codec.write_layout(LAYOUT, attach.layout)
-            self._begun += size
-            await _ask(call, batch)
-            batch = pb.OpBatch()
-            for at in range(index, index + size):
-                acquire = batch.ops.add(id=2).acquire
-                acquire.namespace_index = at
-                acquire.tokens = random.integers(0, 50_000, TOKENS, np.uint32).tobytes()
-            index += size
-            answers = await _ask(call, batch)
-            leases = [answer.acquire.grant.lease for answer in answers.results]
-            batch = pb.OpBatch()
-            for lease in leases:
-                commit = batch.ops.add(id=3).commit
-                commit.lease, commit.num_tokens = lease, TOKENS
-                batch.ops.add(id=4).release.lease = lease
-            await _ask(call, batch)
-            before, self.done = self.done, self.done + size
-            if any(before < mark <= self.done for mark in FIRST) or before // EVERY < (
-                self.done // EVERY
-            ):
-                self._note()
+        batch = pb.OpBatch()
+        attach = batch.ops.add(id=1).attach
+        attach.pid, attach.host = os.getpid(), this_host()
+        codec.write_namespace(Namespace("salts"), attach.namespace)
+        codec.write_layout(LAYOUT, attach.layout)
+        await _ask(call, batch)
+        while self._begun < self._count and time.monotonic() < self._until:
+            await self._message(call, random)
         batch = pb.OpBatch()
         batch.ops.add(id=5).detach.SetInParent()
         await _ask(call, batch)
         await call.done_writing()
+
+    async def _message(self, call: Any, random: np.random.Generator) -> None:
+        """Use some salts, each once."""
+        size = min(SALTS_PER_MESSAGE, self._count - self._begun)
+        batch = pb.OpBatch()
+        for salt in range(self._begun, self._begun + size):
+            acquire = batch.ops.add(id=2).acquire
+            codec.write_namespace(Namespace("salts", salt=f"user {salt}"), acquire.namespace)
+            acquire.tokens = random.integers(0, 50_000, TOKENS, np.uint32).tobytes()
+        self._begun += size
+        answers = await _ask(call, batch)
+        batch = pb.OpBatch()
+        for answer in answers.results:
+            commit = batch.ops.add(id=3).commit
+            commit.lease, commit.num_tokens = answer.acquire.grant.lease, TOKENS
+            batch.ops.add(id=4).release.lease = commit.lease
+        await _ask(call, batch)
+        before, self.done = self.done, self.done + size
+        if any(before < mark <= self.done for mark in FIRST) or before // EVERY < (
+            self.done // EVERY
+        ):
+            self._note()
 
     def _note(self) -> None:
         children = Path(f"/proc/{self._pid}/task/{self._pid}/children").read_text().split()
