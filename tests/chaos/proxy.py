@@ -7,6 +7,8 @@ import contextlib
 import threading
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 
 class Proxy:
     """Listens on a Unix socket and passes bytes on; lives in a thread of its own.
@@ -25,7 +27,7 @@ class Proxy:
         self._run(self._start())
 
     def _run(self, work: object) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)  # type: ignore[arg-type]
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(PATIENCE_S)  # type: ignore[arg-type]
 
     async def _start(self) -> None:
         self._speaks = asyncio.Event()
@@ -88,5 +90,5 @@ class Proxy:
 
         self._run(stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(PATIENCE_S)
         self._loop.close()

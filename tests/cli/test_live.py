@@ -15,6 +15,7 @@ from rich.cells import cell_len
 
 import prefixcache
 from cli.running import At, call, run
+from patience import PATIENCE_S
 from prefixcache.cli import findings
 from prefixcache.cli.findings import WRONG
 from prefixcache.cli.plugins import OWN, summary
@@ -134,10 +135,10 @@ def test_top_falls_back_to_lines_in_a_pipe_and_ends_cleanly_with_ctrl_c(
     assert process.stdout is not None
     assert process.stdout.readline().split()[0] == "req/s"
     err = "it did not end"
-    for _ in range(5):  # Python drops an interrupt that falls into a destructor: press again
+    for _ in range(24):  # Python drops an interrupt that falls into a destructor: press again
         process.send_signal(2)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _, err = process.communicate(timeout=5)
+            _, err = process.communicate(timeout=PATIENCE_S / 24)
             break
     assert (process.returncode, err) == (0, "")
 

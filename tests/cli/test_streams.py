@@ -13,6 +13,7 @@ import pytest
 
 import prefixcache
 from cli.running import At, call, run
+from patience import PATIENCE_S
 from prefixcache.cli import variables
 from prefixcache.cli.codes import EXIT_FAILED, EXIT_NO_SERVER, EXIT_OK, EXIT_REFUSED, EXIT_USAGE
 from prefixcache.config import ServeSettings
@@ -45,7 +46,7 @@ def shell(script: str, *arguments: str, **extra: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 
@@ -68,7 +69,7 @@ def test_a_closed_pipe_ends_with_nought(busy: At, question: tuple[str, ...]) -> 
         env=environment(),
         text=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     os.close(writing)
     assert (told.returncode, told.stderr) == (EXIT_OK, "")
@@ -94,7 +95,7 @@ def test_any_encoding_does(busy: At, question: tuple[str, ...], encoding: str) -
         env=environment() | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"},
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert told.returncode in (EXIT_OK, 1)
     assert told.stderr == b""
@@ -142,7 +143,7 @@ def test_what_nobody_foresaw_is_one_line_with_the_place_of_the_rest(
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
         assert told.returncode == EXIT_FAILED
         assert said in told.stderr

@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 
+from patience import PATIENCE_S
 from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.failure import RequestFailed
 from prefixcache_worker.demo.record import Request
@@ -77,7 +78,7 @@ def test_who_looks_between_an_answer_and_its_end_is_woken_by_the_end():
         await settle()
         answer(dispatcher, "w1", "a/1")
         assert dispatcher.load("w1") == 1
-        async with asyncio.timeout(5):  # `until` looks at once, before the request's task runs
+        async with asyncio.timeout(PATIENCE_S):  # `until` looks before the request's task runs
             await dispatcher.until(lambda: dispatcher.load("w1") == 0 and bool(ended))
         await task
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
+
 HERE = Path(__file__).parent
 POOLS = "/dev/shm/prefixcache-"  # noqa: S108 - where the service keeps them
 MARK = "PREFIXCACHE_DEMO_TEST"
@@ -61,7 +63,7 @@ class Demo:
                 continue
             self.pools |= {path for path in paths if path.startswith(POOLS)}
 
-    def until(self, condition, timeout_s=30):
+    def until(self, condition, timeout_s=PATIENCE_S):
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline or self.process.poll() not in (None, -signal.SIGKILL):
@@ -70,12 +72,12 @@ class Demo:
             time.sleep(0.02)
             self.look_for_pools()
 
-    def end(self, timeout_s=60):
+    def end(self, timeout_s=PATIENCE_S):
         output, _ = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, output
 
     def assert_nothing_is_left(self):
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_S
         while self.alive():
             assert time.monotonic() < deadline, self.alive()
             time.sleep(0.02)
@@ -182,7 +184,7 @@ def test_an_interrupt_ends_all_processes_and_removes_the_pool(start, number, aft
     demo.until(lambda: demo.pools and len(demo.alive()) == 5)
     time.sleep(after_s)
     demo.process.send_signal(number)
-    code, output = demo.end(timeout_s=15)
+    code, output = demo.end()
     assert code == 128 + number, output
     assert "stopped; no process was left behind" in output
     demo.assert_nothing_is_left()

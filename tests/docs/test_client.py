@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE_S
 from prefixcache import errors
 from wire.service_process import ROOT, ServiceProcess, environment, running
 
@@ -39,13 +40,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
 def test_an_example_of_the_page_runs_and_prints_what_it_says(
     service: ServiceProcess, code: str, tmp_path: Path
 ) -> None:
-    (script := tmp_path / "example.py").write_text(code)
+    script = tmp_path / "example.py"
+    # One that hangs says where, and ends before it is killed without a word.
+    hung = f"import faulthandler; faulthandler.dump_traceback_later({PATIENCE_S}, exit=True); "
+    run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    script.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script)],
+        [sys.executable, "-W", "error", "-c", hung + run],
         env=environment() | {"PREFIXCACHE_TARGET": service.target},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=2 * PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     expected = [line for told in PRINTED.findall(code) for line in told.split(" | ")]

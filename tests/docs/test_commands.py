@@ -21,6 +21,7 @@ import pytest
 import typer
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.cli.main import app
 from prefixcache.types import Layout
 from wire.service_process import ROOT, ServiceProcess, command, environment
@@ -190,7 +191,7 @@ def test_what_is_quick_is_run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE_S,
         stdin=subprocess.DEVNULL,
     )
     # 1 is an answer, such as "there is no quota"; but nothing may be wrong with the command.

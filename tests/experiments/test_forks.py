@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from patience import PATIENCE_S
 from wire.service_process import ROOT, environment
 
 SCRIPT = """
@@ -32,7 +33,7 @@ def test_they_end_though_this_process_handles_sigterm() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=5 * PATIENCE_S,
     )
     assert done.stdout.splitlines() == ["[0, 0, 0, 0]", "set()"], done.stderr
     assert done.returncode == 0

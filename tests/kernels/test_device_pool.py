@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from kernels.shared_memory_driver import SharedMemoryDriver
+from patience import PATIENCE_S
 from prefixcache import connect
 from prefixcache.device import CudaDriver
 from prefixcache.errors import (
@@ -277,7 +278,7 @@ def test_a_service_whose_owner_dies_ends_and_the_next_has_another_epoch(tmp_path
                 epochs.append(session.pool.epoch)
                 os.kill(pid, signal.SIGKILL)
                 assert "Start the service again" in "".join(lines)
-                assert service.wait(20) == 0
+                assert service.wait(PATIENCE_S) == 0
                 with pytest.raises(ServiceUnavailable):
                     session.acquire([1, 2, 3])
     assert epochs[0] != epochs[1]

@@ -24,6 +24,7 @@ from kernels.native_cases import (
     groups_of,
     needs_library,
 )
+from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels import GroupedPlan, GroupPlan, paged_attention, shared_prefix_attention
 from prefixcache_kernels.cpu import attend, library
@@ -98,7 +99,7 @@ def test_it_is_compiled_once_by_processes_that_start_together(fresh: Path) -> No
         for _ in range(4)
     ]
     for process in started:
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0
         assert said.startswith("C, ")
     assert (fresh / "calls").read_text().count("x") == 2  # compiled, linked

@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.errors import PoolExhausted
 from wire.service_process import LAYOUT, ServiceProcess
 
@@ -27,7 +28,7 @@ def get(
     assert url.startswith("http://127.0.0.1:")
     request = urllib.request.Request(url, headers=headers or {}, method=method)  # noqa: S310
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:  # noqa: S310
             return answer.status, answer.read().decode(), dict(answer.headers)
     except urllib.error.HTTPError as error:
         with error:
@@ -74,7 +75,7 @@ def join(first: object, second: object, start: int) -> int:
     waiting.start()
     time.sleep(0.1)
     lease.commit(len(prompt))
-    waiting.join(20)
+    waiting.join(PATIENCE_S)
     lease.release()
     return 41 + 42
 

@@ -22,6 +22,7 @@ import pytest
 
 import prefixcache
 from observe.scraped import free_port
+from patience import PATIENCE_S
 from prefixcache.client import connect_async
 from prefixcache.core import kv_events
 from prefixcache.core.cache import PrefixCache
@@ -188,7 +189,7 @@ def test_a_reset_is_told_in_parts_and_costs_what_was_stored_there() -> None:
         await asyncio.gather(task, return_exceptions=True)
         log.close()
 
-    asyncio.run(asyncio.wait_for(story(), 60.0))
+    asyncio.run(asyncio.wait_for(story(), PATIENCE_S))
     parts = [(type(event), len(event.hashes)) for event in heard]
     assert parts[:4] == [(Removed, 512), (Removed, 512), (Removed, 512), (Cleared, 464)]
     assert parts[4:] == [(Cleared, 0)] * 100
@@ -257,7 +258,7 @@ def test_a_long_run_is_hashed_and_told_in_parts() -> None:
                     return told
         raise AssertionError("a watch does not end")
 
-    told = asyncio.run(asyncio.wait_for(story(), 60))
+    told = asyncio.run(asyncio.wait_for(story(), PATIENCE_S))
     assert max(map(max, filter(None, told))) <= 512
     assert max(map(sum, told)) <= 1 << 14
 
@@ -477,7 +478,7 @@ def test_the_command_prints_lines_that_programs_read(sockets: Path) -> None:
         assert stored["token_ids"] == list(range(8))
         assert stored["namespace"] == {"model": "model", "adapter": "", "tenant": ""}
         watching.send_signal(signal.SIGINT)
-        assert watching.wait(20) == 0
+        assert watching.wait(PATIENCE_S) == 0
         watching.stdout.close()
 
 
@@ -617,7 +618,7 @@ def test_events_are_published_on_this_machine_only(sockets: Path, place: str) ->
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert told.returncode == 2
     assert f"refused to publish at {place}" in told.stderr
@@ -638,7 +639,7 @@ def test_watchers_that_do_not_read_hold_nobody_up(sockets: Path) -> None:
             done.set()
 
         threading.Thread(target=work).start()
-        assert done.wait(60)
+        assert done.wait(PATIENCE_S)
         assert client.snapshot().requests == 60
         for stream in idle:
             stream.close()  # type: ignore[attr-defined]

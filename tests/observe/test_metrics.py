@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import prefixcache
 from observe.scraped import DOCS, FLAGS, drive, free_port, get, url_of
+from patience import PATIENCE_S
 from prefixcache.core.ledger import MOST_SERIES, OTHER
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.http import HttpServer
@@ -262,7 +263,7 @@ def test_a_real_prometheus_answers_every_panel(service: ServiceProcess, tmp_path
         assert all(rule["health"] in ("ok", "unknown") for rule in rules)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)
 
 
 def test_a_snapshot_tells_what_the_verbs_and_the_workers_do(service: ServiceProcess) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 import prefixcache
 from observe.scraped import FLAGS, get, url_of
+from patience import PATIENCE_S
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.introspect import STATES
 from prefixcache.service.http import ASSETS
@@ -72,7 +73,7 @@ def test_nothing_else_of_the_disk_is_served(service: ServiceProcess, path: str) 
 def events(service: ServiceProcess, wanted: set[str]) -> dict[str, Any]:
     """Read the stream until one event of each wanted kind was there."""
     found: dict[str, Any] = {}
-    with urllib.request.urlopen(url_of(service) + "/live", timeout=20) as stream:  # noqa: S310
+    with urllib.request.urlopen(url_of(service) + "/live", timeout=PATIENCE_S) as stream:  # noqa: S310
         assert stream.headers["content-type"].startswith("text/event-stream")
         name = ""
         for line in stream:
@@ -104,7 +105,7 @@ def test_the_stream_tells_numbers_that_agree_and_no_tokens(service: ServiceProce
 
 def test_two_viewers_see_the_same_and_one_that_leaves_is_forgotten(service: ServiceProcess) -> None:
     url = url_of(service) + "/live"
-    with urllib.request.urlopen(url, timeout=20) as slow:  # noqa: S310 - never read from
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as slow:  # noqa: S310 - never read from
         assert events(service, {"state"})["state"]["service"]["draining"] is False
         assert slow.status == 200
     assert events(service, {"state"})["state"]["pool"]["num_blocks"] == 64

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.config import ShadowSpec, load, parse_shadow
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.oplog import COMMITTED, ENDED, GRANTED, Entry
@@ -283,7 +284,7 @@ def test_the_service_goes_on_when_the_shadows_process_is_killed(sockets: Path) -
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
         assert doctor.returncode == 1
         assert "Shadow caches failed" in " ".join(doctor.stdout.split())
@@ -321,7 +322,7 @@ def test_requests_that_a_stopped_process_cannot_take_are_left_out_and_counted(
         try:
             with prefixcache.connect(service.target) as client:
                 session = client.attach("model", LAYOUT)
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + PATIENCE_S
                 while "requests are left out" not in service.log():
                     assert time.monotonic() < deadline
                     for number in range(50):

@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.errors import CacheError
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -79,16 +80,16 @@ class Silent:
         method: Any = channel.stream_stream(path, bytes, bytes)
         metadata = None if token is None else (("authorization", f"Bearer {token}"),)
         self._end = threading.Event()
-        self.call = method(self._nothing(), metadata=metadata, timeout=60.0)
+        self.call = method(self._nothing(), metadata=metadata, timeout=PATIENCE_S)
         self.call.add_callback(self._end.set)
 
     def _nothing(self) -> Iterator[bytes]:
-        self._end.wait(60.0)
+        self._end.wait(PATIENCE_S)
         yield from ()
 
 
 def is_answered(service: ServiceProcess, who: str) -> bool:
-    with prefixcache.connect(service.target, token=TOKENS[who], timeout_s=20.0) as client:
+    with prefixcache.connect(service.target, token=TOKENS[who], timeout_s=PATIENCE_S) as client:
         try:
             client.snapshot()
         except CacheError:
@@ -114,7 +115,7 @@ def test_the_health_check_is(stranger: grpc.Channel) -> None:
         health_pb2.HealthCheckRequest.SerializeToString,
         health_pb2.HealthCheckResponse.FromString,
     )
-    answer = method(health_pb2.HealthCheckRequest(), timeout=20.0)
+    answer = method(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S)
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 

@@ -87,7 +87,7 @@ class Setup:
     def client(self, who: str) -> prefixcache.Client:
         tls = Tls(ca=self.ca)
         return prefixcache.connect(
-            f"localhost:{self.port}", tls=tls, token=TOKENS[who], timeout_s=30.0
+            f"localhost:{self.port}", tls=tls, token=TOKENS[who], timeout_s=PATIENCE_S
         )
 
     def is_served(self, who: str) -> None:
@@ -233,7 +233,9 @@ def test_one_process_does_not_take_all_of_a_unix_socket(tmp_path: Path) -> None:
                     rpc.path, rpc.request.SerializeToString, rpc.response.FromString
                 )
                 metadata = (("authorization", f"Bearer {TOKENS['acme']}"),)
-                method(pb.SnapshotRequest(), metadata=metadata, timeout=30.0, wait_for_ready=True)
+                method(
+                    pb.SnapshotRequest(), metadata=metadata, timeout=PATIENCE_S, wait_for_ready=True
+                )
             session.acquire([1, 2, 3]).commit(3)
         finally:
             crowd.kill()

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.client.codec import write_namespace
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
@@ -296,7 +297,7 @@ def test_garbage_in_the_authorization_is_unauthenticated(service: ServiceProcess
         call = channel.unary_unary(path)
         for value in ("Basic abc", "Bearer", "Bearer " + "x" * 5000):
             with pytest.raises(grpc.RpcError) as no:
-                call(b"", metadata=(("authorization", value),), timeout=5)
+                call(b"", metadata=(("authorization", value),), timeout=PATIENCE_S)
             assert no.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 

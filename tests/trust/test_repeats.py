@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import grpc
 import pytest
 
+from patience import PATIENCE_S
 from prefixcache.client import codec, unary
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -41,7 +42,7 @@ class Unary:
             request = rpc.request(**fields)
             if verb != "snapshot":
                 request.worker_key = self._key
-            answer = method(request, timeout=20.0)
+            answer = method(request, timeout=PATIENCE_S)
         except grpc.RpcError as error:
             raise Refused(error.code().name, error.details()) from None
         if verb == "attach":
@@ -58,7 +59,7 @@ class Session:
         )
 
         self._out: queue.Queue[pb.OpBatch | None] = queue.Queue()
-        self._call = method(iter(self._out.get, None), timeout=60.0)
+        self._call = method(iter(self._out.get, None), timeout=PATIENCE_S)
 
     def ask(self, verb: str, **fields: Any) -> Any:
         batch = pb.OpBatch()

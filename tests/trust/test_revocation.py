@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.client.codec import write_layout
 from prefixcache.errors import CacheError, NotFound, Unauthenticated
@@ -85,7 +86,7 @@ class Caller:
             rpc.path, rpc.request.SerializeToString, rpc.response.FromString
         )
         large = pb.AcquireRequest(worker_key=self.key, tokens=pack(range(240)), wait_s=50.0)
-        self.waiting = method.future(large, metadata=self.metadata, timeout=60.0)
+        self.waiting = method.future(large, metadata=self.metadata, timeout=PATIENCE_S)
 
     def is_out(self) -> bool:
         """Whether nothing of it is open any more."""

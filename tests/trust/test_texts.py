@@ -13,6 +13,7 @@ import pytest
 import structlog
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from patience import PATIENCE_S
 from prefixcache.client import codec, unary
 from prefixcache.service import log
 from prefixcache.texts import MAX_TEXT, escape, is_plain
@@ -94,7 +95,7 @@ def call(channel: grpc.Channel, verb: str, request: Any) -> Any:
     method: Any = channel.unary_unary(
         rpc.path, rpc.request.SerializeToString, rpc.response.FromString
     )
-    return method(request, timeout=20.0)
+    return method(request, timeout=PATIENCE_S)
 
 
 UNARY = [(v, way) for v, cls in REQUESTS.items() for way in text_fields(cls.DESCRIPTOR)]
@@ -138,7 +139,7 @@ def test_no_text_of_any_op_has_either_and_the_other_ops_go_on(channel: grpc.Chan
     method: Any = channel.stream_stream(
         unary.SESSION_PATH, pb.OpBatch.SerializeToString, pb.OpResults.FromString
     )
-    results = next(iter(method(ops(), timeout=30.0))).results
+    results = next(iter(method(ops(), timeout=PATIENCE_S))).results
     assert len(results) == len(IN_SESSION) * len(BAD) + 2
     for result in results:
         if result.id >= 1000:
@@ -154,7 +155,7 @@ def test_a_watcher_is_checked_as_well(channel: grpc.Channel, bad: str) -> None:
         unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
     )
     with pytest.raises(grpc.RpcError) as refused:
-        next(method(pb.WatchRequest(namespace=pb.Namespace(model=bad)), timeout=20.0))
+        next(method(pb.WatchRequest(namespace=pb.Namespace(model=bad)), timeout=PATIENCE_S))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
@@ -162,7 +163,7 @@ def test_bytes_that_are_no_text_are_refused(channel: grpc.Channel) -> None:
     surrogate = b"\x0a\x05\x0a\x03\xed\xa0\x80"  # namespace { model: "\ud800" }
     method: Any = channel.unary_unary(unary.RPCS["lookup"].path, bytes, bytes)
     with pytest.raises(grpc.RpcError) as refused:
-        method(surrogate, timeout=20.0)
+        method(surrogate, timeout=PATIENCE_S)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Tls, connect_async
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unauthenticated
 from prefixcache.service.certificates import Certificates
@@ -228,7 +229,7 @@ def test_no_address_that_others_can_reach_without_tls_and_identities(
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert told.returncode == 2
     assert lacking in told.stderr

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import AsyncBatch, AsyncLease, AsyncSession, Reply, connect_async
 from prefixcache.client.lease import LeaseState, SignsOfLife
 from prefixcache.core.cache import PrefixCache
@@ -355,7 +356,7 @@ class AsyncBackend(RemoteBackend):
         self.async_client = self.run(connect_async(self.service.target))
 
     def run(self, work: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(PATIENCE_S)
 
     def attach(self, model: str = "model", *, name: str = "", keep_alive: bool = True) -> Any:
         made = self.run(self.async_client.attach(model, LAYOUT, name=name, keep_alive=keep_alive))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import AsyncLease, AsyncSession, connect_async
 from prefixcache.client.ops import Reply, Step
 from prefixcache.client.session_core import SessionCore
@@ -304,7 +305,7 @@ def test_a_callback_that_would_wait_for_its_own_thread_is_told(service: ServiceP
             done.set()
 
         session.acquire_later(list(range(30)), wait_s=0.0).add_done_callback(callback)
-        assert done.wait(10)
+        assert done.wait(PATIENCE_S)
         # The answer may have come before the callback was hung on it: then this thread ran it.
         assert not told or isinstance(told[0], InvalidRequest)
         assert session.alive

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE_S
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -137,7 +138,7 @@ def test_a_waiter_gets_the_prefix_when_it_lands(cache: Backend) -> None:
     assert not waiting.done()
     assert cache.snapshot().waiting == 1
     owner.commit(16)
-    lease = waiting.result(10)
+    lease = waiting.result(PATIENCE_S)
     assert lease.num_cached == 16
     assert lease.ledger == Ledger(joined=16, cold=1)
 
@@ -146,7 +147,7 @@ def test_a_waiter_takes_over_when_the_owner_gives_up(cache: Backend) -> None:
     owner = cache.attach().acquire(prompt(16))
     waiting = cache.attach().acquire_later(prompt(16), wait_s=30.0)
     owner.release()
-    assert waiting.result(10).num_cached == 0
+    assert waiting.result(PATIENCE_S).num_cached == 0
 
 
 def test_a_waiter_takes_over_when_the_owner_s_session_ends(cache: Backend) -> None:
@@ -154,14 +155,14 @@ def test_a_waiter_takes_over_when_the_owner_s_session_ends(cache: Backend) -> No
     session.acquire(prompt(16))
     waiting = cache.attach().acquire_later(prompt(16), wait_s=30.0)
     session.close()
-    assert waiting.result(10).ledger.cold == 16
+    assert waiting.result(PATIENCE_S).ledger.cold == 16
 
 
 def test_waiting_ends_after_the_time_that_was_chosen(cache: Backend) -> None:
     cache.attach().acquire(prompt(16))
     waiting = cache.attach().acquire_later(prompt(16), wait_s=0.2)
     cache.pass_time(0.4)
-    lease = waiting.result(10)
+    lease = waiting.result(PATIENCE_S)
     assert (lease.num_cached, lease.num_pending) == (0, 15)
 
 
@@ -361,7 +362,7 @@ def test_a_full_pool_is_waited_for_in_line(cache: Backend) -> None:
     assert not waiting.done()
     assert cache.snapshot().waiting == 1
     large.release()
-    assert waiting.result(5).ledger.total == 40
+    assert waiting.result(PATIENCE_S).ledger.total == 40
 
 
 def test_a_wait_for_room_ends_with_the_arithmetic(cache: Backend) -> None:
@@ -370,7 +371,7 @@ def test_a_wait_for_room_ends_with_the_arithmetic(cache: Backend) -> None:
     waiting = session.acquire_later([7] * 40, wait_s=0.3)
     cache.pass_time(0.6)
     with pytest.raises(PoolExhausted, match="needs 10 blocks; "):
-        waiting.result(5)
+        waiting.result(PATIENCE_S)
 
 
 def test_a_lease_can_wait_for_room_to_grow(cache: Backend) -> None:
@@ -381,7 +382,7 @@ def test_a_lease_can_wait_for_room_to_grow(cache: Backend) -> None:
     cache.pass_time(0.2)
     assert not growing.done()
     large.release()
-    update = growing.result(5)
+    update = growing.result(PATIENCE_S)
     assert (update.keep, len(update.blocks)) == (4, 2)
     assert len(lease.block_table) == 6
 
@@ -437,4 +438,4 @@ def test_a_quota_refuses_with_the_arithmetic_of_the_account(cache: Backend) -> N
     assert cache.quota(Namespace("model")).num_held == 8
     waiting = session.acquire_later([2] * 12, wait_s=20.0)
     lease.release()
-    assert waiting.result(5).ledger.total == 12
+    assert waiting.result(PATIENCE_S).ledger.total == 12

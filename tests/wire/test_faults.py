@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import AsyncClient, Client
 from prefixcache.client.lease import SignsOfLife
 from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, ServiceUnavailable
@@ -96,7 +97,7 @@ def test_a_killed_worker_gives_its_blocks_back_and_a_waiter_takes_over(client: C
         assert not waiting.done()
         victim.process.kill()
         killed_at = time.monotonic()
-        lease = waiting.result(5)
+        lease = waiting.result(PATIENCE_S)
         assert time.monotonic() - killed_at < 1.0
     assert lease.ledger == Ledger(cold=40)
     # As soon as it is known that the worker has left no process that goes on in its place.
@@ -172,7 +173,7 @@ def test_a_drain_lets_leases_finish_and_gives_no_new_ones(
     time.sleep(0.1)
     service.signal(signal.SIGTERM)
     with pytest.raises(ServiceUnavailable, match="draining"):
-        waiting.result(5)
+        waiting.result(PATIENCE_S)
     with pytest.raises(ServiceUnavailable, match="draining"):
         session.acquire([1, 2, 3])
     with pytest.raises(ServiceUnavailable, match="draining"):
@@ -180,7 +181,7 @@ def test_a_drain_lets_leases_finish_and_gives_no_new_ones(
     assert lease.commit(12).num_tokens == 12
     assert service.process.poll() is None
     lease.release()
-    assert service.wait(5) == 0
+    assert service.wait(PATIENCE_S) == 0
     eventually(lambda: not session.alive)
 
 
@@ -190,7 +191,7 @@ def test_a_drain_ends_when_the_grace_is_over(target: str) -> None:
         client.attach("model", LAYOUT).acquire([1, 2, 3])
         started = time.monotonic()
         service.signal(signal.SIGTERM)
-        assert service.wait(10) == 0
+        assert service.wait(PATIENCE_S) == 0
         assert 0.4 < time.monotonic() - started < 3.0
         client.close()
 
@@ -202,7 +203,7 @@ def test_a_second_ctrl_c_ends_at_once(service: ServiceProcess, client: Client) -
     assert service.process.poll() is None
     started = time.monotonic()
     service.signal(signal.SIGINT)
-    assert service.wait(5) == 0
+    assert service.wait(PATIENCE_S) == 0
     assert time.monotonic() - started < 1.0
 
 
@@ -237,7 +238,7 @@ def test_a_killed_service_is_missed_and_its_successor_cleans_up(target: str) -> 
             lambda: lease.commit(12),
             lambda: session.acquire([1]),
             lambda: session.snapshot(),
-            lambda: waiting.result(5),
+            lambda: waiting.result(PATIENCE_S),
             lambda: client.snapshot(),
             lambda: client.attach("model", LAYOUT),
             lambda: prefixcache.connect(target),
@@ -515,7 +516,7 @@ def test_closing_while_another_thread_waits_tells_it_so(client: Client) -> None:
     thread.start()
     time.sleep(0.2)
     session.close()
-    thread.join(5)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert "closed" in str(told[0])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import prefixcache
 from chaos.pattern import prompt
+from patience import PATIENCE_S
 from wire.service_process import eventually, running, sizes
 from wire.test_restart import BLOCKS, SIZE, Reader, scribbler
 
@@ -36,5 +37,5 @@ def test_late_writes_land_in_nobodys_block_and_a_late_commit_is_refused(tmp_path
         assert client.snapshot().quarantined == private
         late.stdin.close()
         assert late.stdout.readline().strip() == "LeaseExpired FAILED_PRECONDITION"
-        assert late.wait(10) == 0
+        assert late.wait(PATIENCE_S) == 0
         eventually(lambda: client.snapshot().quarantined == 0)

@@ -23,6 +23,7 @@ import grpc.aio
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client, codec, unary
 from prefixcache.errors import CacheError, PoolExhausted
 from prefixcache.service import unary as unary_calls
@@ -61,7 +62,7 @@ def test_callers_that_hang_up_harm_nobody_and_leave_nothing(tmp_path: Path) -> N
 
     with (
         running(f"unix:{tmp_path}/s.sock", *sizes(64, 4)) as service,
-        prefixcache.connect(service.target, timeout_s=120.0) as client,
+        prefixcache.connect(service.target, timeout_s=PATIENCE_S) as client,
     ):
         threads = [threading.Thread(target=work, args=(client, n)) for n in range(WORKERS)]
         for thread in threads:
@@ -69,7 +70,7 @@ def test_callers_that_hang_up_harm_nobody_and_leave_nothing(tmp_path: Path) -> N
         granted = asyncio.run(hang_up_often(service.target, HANGUPS))
         stop.set()
         for thread in threads:
-            thread.join(60.0)
+            thread.join(PATIENCE_S)
         unanswered = [n for n, thread in enumerate(threads) if thread.is_alive()]
         assert (ended, unanswered) == ([], [])
         assert min(answered) > 0
@@ -127,7 +128,7 @@ def test_callers_that_hang_up_in_the_very_moment_in_which_room_comes_back(tmp_pa
     rpc = unary.RPCS["acquire"]
     with (
         running(f"unix:{tmp_path}/s.sock", *sizes(64, 4)) as service,
-        prefixcache.connect(service.target, timeout_s=60.0) as client,
+        prefixcache.connect(service.target, timeout_s=PATIENCE_S) as client,
         client.attach("tiny", LAYOUT) as holder,
         client.attach("tiny", LAYOUT, salt="other") as third,
         grpc.insecure_channel(service.target) as channel,
@@ -160,8 +161,8 @@ def test_callers_that_hang_up_in_the_very_moment_in_which_room_comes_back(tmp_pa
                 released = pool.submit(everything.release)
                 time.sleep(0.05)
                 service.signal(signal.SIGCONT)
-                released.result(60.0)
-                behind_them.result(60.0).release()
+                released.result(PATIENCE_S)
+                behind_them.result(PATIENCE_S).release()
             # An answer that was on its way already is a lease of which its caller knows nothing.
             client.call("detach", pb.DetachRequest(worker_key=caller.worker_key))
             eventually(lambda: not client.snapshot().leases)

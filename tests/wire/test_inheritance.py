@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest
 from wire.service_process import LAYOUT, ServiceProcess, running, sizes
 
@@ -106,7 +107,7 @@ def test_a_forked_child_leaves_by_itself(service: ServiceProcess) -> None:
         )
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", program, service.target],
-            timeout=60,
+            timeout=PATIENCE_S,
             capture_output=True,
             text=True,
         )

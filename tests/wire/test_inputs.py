@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import connect_async
 from prefixcache.config import load, parse_layout
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
@@ -303,7 +304,7 @@ def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
             if number == 0:
                 kept = lease
             session._call.cancel()
-            session._reader.join(10)
+            session._reader.join(PATIENCE_S)
             assert not session.alive
         # What the last breaks have left is on its way: on neither side it is more than a few.
         eventually(lambda: descriptors(os.getpid()) <= before[0] + 8)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.config import load
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.anonymiser import Anonymiser
@@ -142,7 +143,7 @@ class Held(Anonymiser):
 
     def tokens(self, tokens: bytes) -> bytes:
         self.reached.set()
-        assert self.let_go.wait(20)
+        assert self.let_go.wait(PATIENCE_S)
         return super().tokens(tokens)
 
 
@@ -152,7 +153,7 @@ def test_what_cannot_be_kept_up_with_is_dropped_and_counted_and_nobody_waits(
     held = Held()
     recorder = Recorder(tmp_path / "trace.jsonl", held, max_pending=20_000)
     recorder.record(SPACE, bytes(4))
-    assert held.reached.wait(20)
+    assert held.reached.wait(PATIENCE_S)
     for _ in range(1000):
         recorder.record(SPACE, bytes(4000))
     held.let_go.set()
@@ -220,7 +221,7 @@ def test_a_service_refuses_to_overwrite_in_one_line(sockets: Path, tmp_path: Pat
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert told.returncode == 2
     assert told.stderr.strip() == (

@@ -19,6 +19,7 @@ import pytest
 import prefixcache
 from chaos.pattern import Pool, prompt
 from chaos.storm import Disk
+from patience import PATIENCE_S
 from prefixcache.client import Client, Session
 from prefixcache.config import load
 from prefixcache.errors import EpochMismatch, InvalidRequest, ServiceUnavailable
@@ -256,7 +257,7 @@ def test_blocks_that_a_survivor_may_still_write_to_are_lent_to_nobody_until_it_l
                     reader.store(prompt((seed, 60)))
                     reader.read(prompt((seed, 60)))
                 survivor.stdin.close()
-                assert survivor.wait(20) == 0
+                assert survivor.wait(PATIENCE_S) == 0
                 eventually(lambda: client.snapshot().quarantined == 0)
                 assert client.snapshot().free + client.snapshot().evictable == BLOCKS
 

@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client, codec
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.attachments import MAX_ATTACHED
@@ -106,7 +107,7 @@ def test_who_waits_where_his_worker_has_left_is_served(client: Client) -> None:
                 batch.step.attach(request(number))
         assert not future.done()
         lease.commit(10)
-        assert future.result(timeout=60).ledger.joined == 8
+        assert future.result(PATIENCE_S).ledger.joined == 8
 
 
 def test_an_acquire_may_name_its_namespace(stub: Any, key: str, client: Client) -> None:
@@ -135,7 +136,7 @@ def test_one_session_of_the_client_uses_as_many_salts_as_it_likes(client: Client
                 assert lease.num_cached == 0
                 lease.commit(10)
         future = session.acquire_later(PROMPT, salt=f"user {MAX_ATTACHED + 99}")
-        assert future.result(timeout=60).num_cached == 9
+        assert future.result(PATIENCE_S).num_cached == 9
         assert session.acquire(PROMPT, salt="").num_cached == 0
         assert session.lookup(PROMPT).num_hit == 0, "the session's own salt is another one"
 

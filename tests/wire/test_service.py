@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import codec
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, PoolExhausted
@@ -112,7 +113,7 @@ def test_a_unary_acquire_waits_and_hanging_up_gives_up(stub: Any, key: str) -> N
     call = stub.Acquire.future(waiting)
     eventually(lambda: stub.Snapshot(pb.SnapshotRequest()).waiting == 1)
     stub.Commit(pb.CommitRequest(worker_key=key, lease=first.lease, num_tokens=12))
-    assert call.result(5).grant.ledger.joined > 0
+    assert call.result(PATIENCE_S).grant.ledger.joined > 0
     stub.Detach(pb.DetachRequest(worker_key=other))
 
 
@@ -124,7 +125,7 @@ def test_a_worker_that_leaves_ends_its_waiting_calls(stub: Any, key: str) -> Non
     eventually(lambda: stub.Snapshot(pb.SnapshotRequest()).waiting == 1)
     stub.Detach(pb.DetachRequest(worker_key=other))
     with pytest.raises(grpc.RpcError) as caught:
-        call.result(5)
+        call.result(PATIENCE_S)
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -309,7 +310,7 @@ def test_the_health_service_tells_serving_and_not_serving(sockets: Path) -> None
         eventually(lambda: health.Check(name).status == health_pb2.HealthCheckResponse.NOT_SERVING)
         assert client.call("snapshot", pb.SnapshotRequest()).service.draining
         client.close()
-        assert service.wait(5) == 0
+        assert service.wait(PATIENCE_S) == 0
 
 
 def test_reflection_can_be_switched_off(service: ServiceProcess, sockets: Path) -> None:

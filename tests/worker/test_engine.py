@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import copy_blocks
@@ -314,7 +315,7 @@ def test_a_killed_service_costs_no_answer_and_sharing_comes_back(
     assert not engine.sharing
 
     service.start()
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + PATIENCE_S
     while not engine.sharing and time.monotonic() < deadline:
         events += engine.step()
         engine.wait(0.1)
@@ -345,7 +346,7 @@ def test_a_pool_that_a_new_service_takes_over_is_left_at_once(
         done = finished(events)
         assert tokens(done) == want
         assert all(v.num_restarts == 1 for v in done.values())
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + PATIENCE_S
         while not engine.sharing and time.monotonic() < deadline:
             engine.step()
             engine.wait(0.1)
@@ -354,7 +355,7 @@ def test_a_pool_that_a_new_service_takes_over_is_left_at_once(
         assert tokens(back) == want
         assert sum(v.num_computed for v in back.values()) < sum(map(len, PROMPTS))
         engine.close()
-        eventually_unmapped = time.monotonic() + 5
+        eventually_unmapped = time.monotonic() + PATIENCE_S
         while client.snapshot().quarantined and time.monotonic() < eventually_unmapped:
             time.sleep(0.05)
         assert not client.snapshot().quarantined
@@ -370,7 +371,7 @@ def test_a_broken_session_restarts_what_its_leases_protected(
     events = step_until_tokens(engine, 8)
     assert engine.membership.shared is not None
     engine.membership.shared.session._call.cancel()  # the service lives, but ends our leases
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while engine.sharing and time.monotonic() < deadline:
         time.sleep(0.01)
     events += engine.run()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import transformers
 
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
@@ -64,7 +65,7 @@ class Worker:
 
     def end(self) -> tuple[int, list[dict[str, Any]]]:
         """Close its input, wait for its end; its exit code and the events that were left."""
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         assert err == b""
         return self.process.returncode, [json.loads(line) for line in out.splitlines()]
 
@@ -132,7 +133,7 @@ def test_a_signal_ends_it_at_once_and_its_blocks_come_back(
     worker.send(id="a", tokens=PROMPT, max_new_tokens=190)
     worker.until("token", "a")
     worker.process.send_signal(signal.SIGTERM)
-    worker.process.wait(10)  # its input is still open
+    worker.process.wait(PATIENCE_S)  # its input is still open
     code, events = worker.end()
     assert code == 0
     assert not [e for e in events if e["event"] == "finished"]
@@ -146,7 +147,7 @@ def test_an_unread_output_ends_it_quietly(start: Callable[..., Worker]) -> None:
     assert worker.process.stdout is not None
     worker.process.stdout.close()
     worker.send(id="a", tokens=PROMPT, max_new_tokens=50)
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(PATIENCE_S) == 0
     assert worker.process.stderr is not None
     assert worker.process.stderr.read() == b""
 
@@ -155,7 +156,7 @@ def test_without_a_service_it_says_so_and_does_not_start(
     start: Callable[..., Worker], folder: Path
 ) -> None:
     worker = start("--connect", f"unix:{folder}/nobody.sock")
-    _, error = worker.process.communicate(timeout=30)
+    _, error = worker.process.communicate(timeout=PATIENCE_S)
     assert worker.process.returncode != 0
     assert b"nobody.sock" in error
 
@@ -176,7 +177,7 @@ def test_a_killed_workers_prefix_is_finished_by_the_one_that_waits(
     done = heir.until("finished", "b")
     alone = Engine(Model.load(model_folder), None, None)
     assert done["tokens"] == list(answers(alone, Request("b", PROMPT, 5))["b"].tokens)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_S
     while (left := client.snapshot()).private and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (left.private, left.quarantined, left.leases) == (0, 0, ())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from patience import PATIENCE_S
 from prefixcache.errors import NotFound
 from prefixcache.model_folders import own_cache
 from prefixcache_worker import smollm2
@@ -51,7 +52,7 @@ def test_of_two_that_convert_at_the_same_time_both_get_the_whole_folder(
 
     def convert(source: Path, target: Path, *, quiet: bool = False) -> None:
         (target / "config.json").write_text("half")
-        both.wait(20)  # now each is in the middle of it
+        both.wait(PATIENCE_S)  # now each is in the middle of it
         (target / "config.json").write_text("whole")
 
     monkeypatch.setattr(smollm2, "convert", convert)

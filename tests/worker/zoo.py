@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.errors import ServiceUnavailable
 from prefixcache_worker.engine import Engine
@@ -115,7 +116,7 @@ class Service:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 prefixcache.connect(self.target).close()
@@ -132,7 +133,7 @@ class Service:
     def stop(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGTERM)
-            self._process.wait(10)
+            self._process.wait(PATIENCE_S)
 
 
 def engine_at(client: Client, model: Model, **options: Any) -> Engine:
