@@ -493,22 +493,22 @@ def test_heads_may_lie_further_apart_than_32_bits_count(monkeypatch: pytest.Monk
     """A pool with heads first: address arithmetic alone, the memory in between is never touched."""
     if not INTERPRETED and torch.cuda.mem_get_info()[0] < 4 << 30:
         pytest.skip("takes 2 GiB of the GPU's memory")
-    stride = 2**31 + 64
+    stride = 2**30 + 64  # one fits into 32 bits, two do not
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    flat = torch.empty(stride + 4096, dtype=torch.uint8, device=DEVICE)
-    for head in range(2):  # what the tile reads
+    flat = torch.empty(2 * stride + 4096, dtype=torch.uint8, device=DEVICE)
+    for head in range(3):  # what the tile reads
         flat[head * stride : head * stride + 256] = 0
-    where = ((2, 4, 2, 16), (64, 16, stride, 1))
+    where = ((2, 4, 3, 16), (64, 16, stride, 1))
     keys, values = (flat.view(FP8).as_strided(*where, begin) for begin in (0, 128))
-    one, step = torch.ones(2, device=DEVICE), torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
-    new = torch.arange(32.0, device=DEVICE).view(1, 2, 16) % 16
+    one, step = torch.ones(3, device=DEVICE), torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
+    new = torch.arange(48.0, device=DEVICE).view(1, 3, 16) % 16
     transfer.store_kv(new, new, keys, values, torch.tensor([1], device=DEVICE), one, one)
     for cache in (keys, values):
         wide = cache.view(torch.uint8)[0].view(FP8).float()
         assert torch.equal(wide[1], new[0])
     starts = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
     two = torch.tensor([2], dtype=torch.int32, device=DEVICE)
-    args = (torch.zeros(1, 2, 16, device=DEVICE), keys, values, step, starts, two)
+    args = (torch.zeros(1, 3, 16, device=DEVICE), keys, values, step, starts, two)
     got = attention.paged_attention(*args, scale=1.0, key_scale=one, value_scale=one)
     assert torch.equal(got[0], new[0] / 2)
 
