@@ -109,7 +109,8 @@ class SessionStream:
             settle()
             if self._steps is not None:
                 steps, self._steps = self._steps, None
-                await self._handlers.turns.run(steps)
+                tenant = self._visitor.identity.tenant or ""
+                await self._handlers.turns.run(steps, tenant)
                 settle()
             if self._num_ops >= len(ops):
                 break

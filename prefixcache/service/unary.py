@@ -161,7 +161,7 @@ def _serve(
             if answer.__class__ is _Call:
                 answer = await answer.outcome()
             elif answer.__class__ is GeneratorType:
-                answer = await handlers.turns.run(answer)
+                answer = await handlers.turns.run(answer, identity.tenant or "")
                 settle()
         except CacheError as error:
             meter.refuse(verb, error)
@@ -171,7 +171,7 @@ def _serve(
         if writing.__class__ is GeneratorType:
             if response_class is pb.SnapshotResponse:
                 writing = in_pieces(writing, response)
-            response = await handlers.turns.run(writing) or response
+            response = await handlers.turns.run(writing, identity.tenant or "") or response
         if asked is not None:
             handlers.keep(asker, asked, response)
         return response

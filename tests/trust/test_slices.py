@@ -261,6 +261,51 @@ def test_who_asks_for_much_at_once_takes_one_step_at_a_time() -> None:
     assert steps == list(range(100)) * 5  # each in turn
 
 
+def test_tenants_take_turns_however_much_one_of_them_asks_for() -> None:
+    steps: list[str] = []
+
+    def walk(tenant: str) -> Generator[None, None, None]:
+        for _ in range(5):
+            steps.append(tenant)
+            yield
+
+    async def main() -> None:
+        turns = Turns()
+        greedy = [asyncio.create_task(turns.run(walk("red"), "red")) for _ in range(50)]
+        await asyncio.sleep(0)
+        await turns.run(walk("blue"), "blue")
+        assert len(steps) <= 13
+        gone = greedy.pop()
+        gone.cancel()
+        await asyncio.gather(*greedy)
+
+    asyncio.run(main())
+    assert steps.count("red") <= 250
+
+
+def test_a_turn_that_is_hung_up_goes_to_the_next() -> None:
+    """Cancelled while it waits, in the moment in which it has its turn, and in its step."""
+
+    def walk() -> Generator[None, None, str]:
+        yield
+        yield
+        return "done"
+
+    async def main() -> None:
+        for num_loops in range(12):
+            turns = Turns()
+            walks = [asyncio.create_task(turns.run(walk(), str(n % 2))) for n in range(4)]
+            for _ in range(num_loops):
+                await asyncio.sleep(0)
+            for hung_up in walks[:2]:
+                hung_up.cancel()
+            await asyncio.gather(*walks, return_exceptions=True)
+            assert [one.result() for one in walks[2:]] == ["done", "done"]
+            assert await turns.run(walk()) == "done"
+
+    asyncio.run(asyncio.wait_for(main(), 60.0))
+
+
 @pytest.mark.parametrize("sees", ["all", "some models"])
 def test_what_a_service_does_every_second_costs_the_same_beside_many_namespaces(sees: str) -> None:
     """The pulse, the page and the metrics; and no step of a snapshot is long."""
