@@ -179,7 +179,24 @@ def test_nothing_imports_in_a_circle() -> None:
         raise AssertionError(" imports ".join(circle.args[1])) from None
 
 
-NAMED = ("prefixcache.core", "prefixcache.client")
+def test_no_folders_of_the_service_import_each_other_in_a_circle() -> None:
+    """Its folders are floors: what is below one knows nothing of it."""
+
+    def folder_of(name: str) -> str:
+        return ".".join(name.split(".")[:3]) if name.count(".") > 2 else name
+
+    above: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        if below(name, ("prefixcache.service",)):
+            found = {folder_of(module) for module in imports(name, path) if module in MODULES}
+            above.setdefault(folder_of(name), set()).update(found - {folder_of(name)})
+    try:
+        TopologicalSorter(above).prepare()
+    except CycleError as circle:
+        raise AssertionError(" imports ".join(circle.args[1])) from None
+
+
+NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ the hard limit ─┬─ 64        its own: pool, state, recording, events …
                 │                            each address and socket as many
                 └─ the other half            workers' processes, which are watched by one each
 ```
-So whoever opens connections, at whichever door, takes none that others need.
+So whoever opens connections, at whichever endpoint, takes none that others need.
 """
 
 from __future__ import annotations

@@ -14,32 +14,32 @@ from prefixcache.client import codec, outlines
 from prefixcache.config import ServeSettings
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.answers import KeptAnswers, Question
-from prefixcache.service.fields import check_texts
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.verbs.attendance import Attendance
-from prefixcache.service.verbs.leasing import Leasing
-from prefixcache.service.verbs.looking import Looking
-from prefixcache.service.verbs.steering import Steering
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.verbs.admin import AdminVerbs
+from prefixcache.service.verbs.inspect import InspectVerbs
+from prefixcache.service.verbs.leases import LeaseVerbs
+from prefixcache.service.verbs.request_texts import check_texts
+from prefixcache.service.verbs.workers import WorkerVerbs
 from prefixcache.service.workers import Asker, Worker, Workers
 from prefixcache.types import LeaseId
 
 Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]"
 
 
-class Handlers(Attendance, Leasing, Looking, Steering):
+class Handlers(WorkerVerbs, LeaseVerbs, InspectVerbs, AdminVerbs):
     """All verbs of the service.
 
     `verbs[name]` is `(handler, write)`: `handler(worker, request)` gives an answer or raises a
     `CacheError`, `write(answer, message)` fills the response, and may be
     a generator that pauses.  `acquire` may answer `Waiting`: then
-    the outcome comes from the waiting line.
+    the outcome comes by `Deliveries`.
     """
 
     def __init__(
-        self, settings: ServeSettings, holdings: Holdings, line: WaitingLine, workers: Workers
+        self, settings: ServeSettings, backing: Backing, deliveries: Deliveries, workers: Workers
     ) -> None:
-        super().__init__(settings, holdings, line, workers)
+        super().__init__(settings, backing, deliveries, workers)
         self.verbs: dict[str, Verb] = {
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
         }

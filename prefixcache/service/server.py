@@ -25,28 +25,29 @@ from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.extras import how_to_install
-from prefixcache.service import log as logging
-from prefixcache.service import preflight, unary
-from prefixcache.service.anonymiser import Anonymiser
-from prefixcache.service.connections import Connections
+from prefixcache.service import preflight
+from prefixcache.service.auth.authenticator import IdentityFile
+from prefixcache.service.auth.connections import Connections
+from prefixcache.service.auth.identity import Identities
+from prefixcache.service.auth.standing import OpenCalls
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.descriptors import Descriptors, raise_limit
-from prefixcache.service.domains import Domain, make_domains
-from prefixcache.service.doors import Door, make_doors, open_doors
+from prefixcache.service.domain import Domain, make_domains
+from prefixcache.service.events.anonymiser import Anonymiser
+from prefixcache.service.events.recorder import Recorder
 from prefixcache.service.failures import Failures
-from prefixcache.service.gate import Register
+from prefixcache.service.grpc import unary
+from prefixcache.service.grpc.endpoint import Endpoint, make_endpoints, open_endpoints
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import Identities
-from prefixcache.service.recorder import Recorder
-from prefixcache.service.standing import OpenCalls
-from prefixcache.service.state.folder import FORMER, Condition
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.observe import log as logging
+from prefixcache.service.persistence.directory import FORMER, Condition
 from prefixcache.texts import many
 
 if TYPE_CHECKING:
-    from prefixcache.service.http import HttpServer
-    from prefixcache.service.publisher import Publisher
-    from prefixcache.service.tracing import Tracer
+    from prefixcache.service.events.publisher import Publisher
+    from prefixcache.service.http.http_server import HttpServer
+    from prefixcache.service.observe.tracing import Tracer
 
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
@@ -66,45 +67,47 @@ log = structlog.get_logger(__name__)
 def run(
     settings: ServeSettings,
     announce: Callable[[str], None],
-    make_holdings: Callable[[ServeSettings], Holdings] = Holdings,
+    make_backing: Callable[[ServeSettings], Backing] = Backing,
 ) -> int:
     """Serve until told to stop; give the exit code.
 
     Args:
         settings: all of them.
         announce: gets the lines for people: what was derived, and where it listens.
-        make_holdings: what the service owns; benchmarks put a cache without content here.
+        make_backing: what the service owns; benchmarks put a cache without content here.
 
     Raises:
         CacheError: the service cannot start; the message says what to do.
     """
     logging.set_up(settings.log_level)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(settings, announce, make_holdings))
+        runner.run(_serve(settings, announce, make_backing))
     return 0
 
 
 async def _serve(
     settings: ServeSettings,
     announce: Callable[[str], None],
-    make_holdings: Callable[[ServeSettings], Holdings],
+    make_backing: Callable[[ServeSettings], Backing],
 ) -> None:
-    register = Register(settings.identities)
-    memory = {} if register.current is None else register.current.domains
+    identity_file = IdentityFile(settings.identities)
+    memory = {} if identity_file.current is None else identity_file.current.domains
     preflight.check(settings, memory)
-    calls = OpenCalls(register)
-    num_sockets = 0 if register.current is None else len(register.current.sockets)
+    calls = OpenCalls(identity_file)
+    num_sockets = 0 if identity_file.current is None else len(identity_file.current.sockets)
     descriptors = Descriptors.split(raise_limit(), num_sockets, max(1, len(settings.listen)))
     connections = Connections()
-    doors = make_doors(settings, register, calls, descriptors, connections)
-    for door in doors:
-        door.listener.claim()  # before the pool: a second service must not take its memory first
-    domains = make_domains(settings, memory, make_holdings)
+    endpoints = make_endpoints(settings, identity_file, calls, descriptors, connections)
+    for endpoint in endpoints:
+        # Before the pool: a second service must not take its memory first.
+        endpoint.listener.claim()
+    domains = make_domains(settings, memory, make_backing)
     for name, one in domains.items():
-        register.tell(lambda all_, name=name, one=one: one.set_tenants(all_.tenants_of(name)))  # type: ignore[misc]
-    holdings, handlers = domains[""].holdings, domains[""].handlers
+        identity_file.tell(lambda all_, name=name, one=one: one.set_tenants(all_.tenants_of(name)))  # type: ignore[misc]
+    backing, handlers = domains[""].backing, domains[""].handlers
     formers = [
-        asyncio.ensure_future(_await_former(one.holdings, one.line)) for one in domains.values()
+        asyncio.ensure_future(_await_former(one.backing, one.deliveries))
+        for one in domains.values()
     ]
     for former, one in zip(formers, domains.values(), strict=True):
         one.handlers.failures.watch(former, "the wait for an earlier life's workers")
@@ -119,32 +122,34 @@ async def _serve(
     http = _make_http(settings, verbs, descriptors.http)
     publisher = _make_publisher(settings, handlers)
     alive = health.aio.HealthServicer()
-    for door in doors:
-        health_pb2_grpc.add_HealthServicer_to_server(alive, door.server)
+    for endpoint in endpoints:
+        health_pb2_grpc.add_HealthServicer_to_server(alive, endpoint.server)
         if settings.reflection:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, door.server)
+            reflection.enable_server_reflection(names, endpoint.server)
     try:
-        listening = open_doors(doors, lambda gate: unary.service(verbs, gate), connections)
-        register.tell(connections.set_tenants)
+        listening = open_endpoints(
+            endpoints, lambda authenticator: unary.service(verbs, authenticator), connections
+        )
+        identity_file.tell(connections.set_tenants)
         for one in domains.values():
             one.handlers.listening = listening
         handlers.recorder = _start_recorder(settings, handlers.failures)
         stop = _stop_on_signals()
-        lost = _stop_without_owner(holdings, stop)
+        lost = _stop_without_owner(backing, stop)
         # First what may be refused: then nobody has found the service who would lose it again.
         page = "" if http is None else await http.start()
         if publisher is not None:
             publisher.start()
-        for door in doors:
-            await door.server.start()
+        for endpoint in endpoints:
+            await endpoint.server.start()
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
-        if holdings.sizes is not None:
-            announce(str(holdings.sizes))
+        if backing.sizes is not None:
+            announce(str(backing.sizes))
         else:
             announce(f"layout: the first worker's · memory: {settings.memory:,} bytes")
-        announce(_trust(settings, doors, list(domains)))
+        announce(_trust(settings, endpoints, list(domains)))
         if descriptors.front < settings.max_workers:
             announce(f"{descriptors}, fewer than --max-workers: raise the limit (ulimit -Hn)")
         log.info(
@@ -155,9 +160,9 @@ async def _serve(
         )
         for name, one in domains.items():
             if name:
-                announce(f"domain {name}: {one.holdings.sizes or format_size(memory[name])}")
-        if holdings.state is not None:
-            announce(_describe(holdings.state.condition))
+                announce(f"domain {name}: {one.backing.sizes or format_size(memory[name])}")
+        if backing.state is not None:
+            announce(_describe(backing.state.condition))
         if handlers.recorder is not None:
             hidden = "anonymised" if settings.anonymise else "every prompt as it is"
             announce(f"recording to {settings.record}: {hidden}")
@@ -170,7 +175,7 @@ async def _serve(
             announce(f"shadow caches: {' · '.join(spec.name for spec in settings.shadow)}")
         announce(f"listening at {', '.join(handlers.listening)}")
         for one in domains.values():
-            one.handlers.pulse.start()
+            one.handlers.sampler.start()
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
         gc.freeze()
@@ -188,7 +193,7 @@ async def _serve(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await asyncio.gather(*(door.server.stop(grace_s) for door in doors))
+        await asyncio.gather(*(endpoint.server.stop(grace_s) for endpoint in endpoints))
         if lost.is_set():
             raise ServiceUnavailable(
                 "the process that owned the pool on the GPU has died, and with it all that was "
@@ -206,10 +211,10 @@ async def _serve(
         doorkeeper.cancel()
         for former in formers:
             former.cancel()
-        for door in doors:
-            door.listener.close()
-        if holdings.owner is not None:
-            asyncio.get_running_loop().remove_reader(holdings.owner.pidfd)
+        for endpoint in endpoints:
+            endpoint.listener.close()
+        if backing.owner is not None:
+            asyncio.get_running_loop().remove_reader(backing.owner.pidfd)
         for one in domains.values():
             one.close()
         if handlers.recorder is not None:
@@ -222,7 +227,9 @@ def _make_http(
 ) -> HttpServer | None:
     if settings.http is None:
         return None
-    from prefixcache.service.http import HttpServer  # only who wants it pays for its libraries
+    from prefixcache.service.http.http_server import (
+        HttpServer,
+    )  # only who wants it pays for its libraries
 
     return HttpServer(settings.http, domains, max_connections)
 
@@ -237,20 +244,20 @@ async def _patrol(calls: OpenCalls, domains: Mapping[str, Domain]) -> None:
     await calls.patrol(changed)
 
 
-async def _await_former(holdings: Holdings, line: WaitingLine) -> None:
+async def _await_former(backing: Backing, deliveries: Deliveries) -> None:
     """Free what workers of an earlier life may still write to, once none of them maps the pool."""
-    if holdings.state is None:
+    if backing.state is None:
         return
-    while holdings.cache is None:
+    while backing.cache is None:
         await asyncio.sleep(_FORMER_S)
-    while holdings.state.has_former_workers():
+    while backing.state.has_former_workers():
         await asyncio.sleep(_FORMER_S)
-    if freed := holdings.cache.worker_gone(FORMER, now=time.monotonic()):
+    if freed := backing.cache.worker_gone(FORMER, now=time.monotonic()):
         log.info("quarantine ended", worker=FORMER, freed=freed, why="nobody maps the former pool")
-        line.settle()
+        deliveries.settle()
 
 
-def _trust(settings: ServeSettings, doors: list[Door], domains: list[str]) -> str:
+def _trust(settings: ServeSettings, endpoints: list[Endpoint], domains: list[str]) -> str:
     """Say plainly who can read what."""
     told = "one pool, one trust domain: whoever may map it can read every prompt's keys and values"
     if len(domains) > 1:
@@ -260,7 +267,7 @@ def _trust(settings: ServeSettings, doors: list[Door], domains: list[str]) -> st
         )
     if settings.identities is None:
         return told
-    own = f", {len(doors) - 1} with a socket of their own" if len(doors) > 1 else ""
+    own = f", {len(endpoints) - 1} with a socket of their own" if len(endpoints) > 1 else ""
     page = "; the page shows every tenant to every user of this machine" if settings.http else ""
     return f"callers are those of {settings.identities}{own} · {told}{page}"
 
@@ -281,19 +288,25 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
     if settings.events is None:
         return None
     try:
-        from prefixcache.service.publisher import Publisher
+        from prefixcache.service.events.publisher import Publisher
     except ModuleNotFoundError as error:
         raise InvalidRequest(
             f"--events needs {error.name}, which is not installed: {how_to_install('events')}"
         ) from None
-    return Publisher(handlers, handlers.events, settings.events, settings.events_replay)
+    return Publisher(
+        handlers.backing,
+        handlers.failures,
+        handlers.events,
+        settings.events,
+        settings.events_replay,
+    )
 
 
 def _make_tracer(settings: ServeSettings, failures: Failures) -> Tracer | None:
     if settings.trace is None:
         return None
     try:
-        from prefixcache.service.tracing import Tracer
+        from prefixcache.service.observe.tracing import Tracer
     except ModuleNotFoundError as error:
         raise InvalidRequest(
             f"--trace needs {error.name}, which is not installed: {how_to_install('tracing')}"
@@ -324,11 +337,11 @@ def _stop_no_more() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop_without_owner(holdings: Holdings, stop: asyncio.Event) -> asyncio.Event:
+def _stop_without_owner(backing: Backing, stop: asyncio.Event) -> asyncio.Event:
     """Stop when the owner of a pool on a GPU dies; give the event that says so."""
     lost = asyncio.Event()
-    if holdings.owner is not None:
-        loop, owner = asyncio.get_running_loop(), holdings.owner
+    if backing.owner is not None:
+        loop, owner = asyncio.get_running_loop(), backing.owner
 
         def died() -> None:
             loop.remove_reader(owner.pidfd)
@@ -355,5 +368,5 @@ async def _drain(handlers: Handlers, grace_s: float) -> None:
 
 
 def _leases_out(handlers: Handlers) -> int:
-    cache = handlers.holdings.cache
+    cache = handlers.backing.cache
     return 0 if cache is None else cache.num_leases

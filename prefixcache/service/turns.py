@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Generator
 from typing import Any
 
-from prefixcache.service.meter import clock
+from prefixcache.service.observe.latency import clock
 
 _LONGEST_PAUSE_S = 0.005
 """A step that took longer was held up by the machine."""

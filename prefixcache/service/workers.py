@@ -30,10 +30,10 @@ from prefixcache.config import ServeSettings
 from prefixcache.core.shares import Shares
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
 from prefixcache.service.attachments import Attachments
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL, Identities, Identity, Proof
+from prefixcache.service.auth.identity import LOCAL, Identities, Identity, Proof
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import MOST_ENDS, Deliveries
 from prefixcache.service.processes import Process, Processes, User
-from prefixcache.service.waiting import MOST_ENDS, WaitingLine
 from prefixcache.types import Ended, LeaseId, TicketId, WorkerId
 
 MAX_NAME = 128
@@ -194,9 +194,9 @@ class Names:
 class Workers:
     """All workers of the service, attached and lost."""
 
-    def __init__(self, holdings: Holdings, line: WaitingLine, settings: ServeSettings) -> None:
-        self._holdings = holdings
-        self._line = line
+    def __init__(self, backing: Backing, deliveries: Deliveries, settings: ServeSettings) -> None:
+        self._backing = backing
+        self._deliveries = deliveries
         self._settings = settings
         self._host = this_host()
         self._processes = Processes()
@@ -210,7 +210,7 @@ class Workers:
         self._lost: dict[str, Worker] = {}
         self._leaving: list[Worker] = []
         """Of the lost ones, those whose leases have not all ended yet."""
-        line.on_end = self._have_ended
+        deliveries.on_end = self._have_ended
         self._names = Names()
         self._next = itertools.count(1)  # 0 is `FORMER`
         self._past: deque[Worker] = deque(maxlen=_REMEMBERED)
@@ -225,7 +225,7 @@ class Workers:
 
     def uncommitted_s(self, worker: Worker, now: float) -> float:
         """Give how long a worker has had tokens to compute, and committed nothing.  O(1)."""
-        cache = self._holdings.cache
+        cache = self._backing.cache
         since = None if cache is None else cache.uncommitted_since(worker.id)
         return 0.0 if since is None else now - max(since, worker.committed_at)
 
@@ -297,7 +297,7 @@ class Workers:
         if self._attached.pop(worker.key, None) is None:
             return Ended()
         self.num_streams -= worker.hang_up is not None
-        cache, now = self._holdings.cache, time.monotonic()
+        cache, now = self._backing.cache, time.monotonic()
         ended = Ended()
         worker.state = "died" if dead else "left" if gone else "lost"
         worker.since = now
@@ -306,8 +306,10 @@ class Workers:
         tickets, worker.tickets = worker.tickets, {}
         for ticket in tickets.values():
             if worker.hang_up is None:  # no stream whose end tells those calls
-                self._line.refuse(ticket, NotFound(f"{worker.name} left while this call waited"))
-            self._line.leave(ticket)
+                self._deliveries.refuse(
+                    ticket, NotFound(f"{worker.name} left while this call waited")
+                )
+            self._deliveries.leave(ticket)
         if cache is not None:
             ended = cache.detach(worker.id, now=now, gone=gone, most=MOST_ENDS)
             if gone:
@@ -333,12 +335,12 @@ class Workers:
                 worker.forget = asyncio.get_running_loop().call_later(
                     self._settings.quarantine, self._absolve, worker, "quarantine time is over"
                 )
-        self._line.settle()
+        self._deliveries.settle()
         return ended
 
     def _may_be_writing(self, worker: Worker) -> bool:
         """Whether a worker holds blocks that it may still write to, or is about to."""
-        cache = self._holdings.cache
+        cache = self._backing.cache
         assert cache is not None
         return cache.is_leaving(worker.id) or cache.count_quarantined(worker.id) > 0
 
@@ -348,7 +350,7 @@ class Workers:
             if worker.key in self._lost and not self._may_be_writing(worker):
                 del self._lost[worker.key]
                 self._forget(worker)
-        cache = self._holdings.cache
+        cache = self._backing.cache
         assert cache is not None
         self._leaving = [one for one in self._leaving if cache.is_leaving(one.id)]
 
@@ -368,12 +370,12 @@ class Workers:
             for op in tuple(worker.tickets):
                 if (ticket := worker.tickets.pop(op, None)) is None:
                     continue
-                self._line.refuse(ticket, error)
-                if self._holdings.cache is not None:
-                    self._holdings.cache.cancel(worker.id, ticket, now=time.monotonic())
+                self._deliveries.refuse(ticket, error)
+                if self._backing.cache is not None:
+                    self._backing.cache.cancel(worker.id, ticket, now=time.monotonic())
                 refused += 1
                 if refused % _MOST_REFUSED == 0:
-                    self._line.settle()
+                    self._deliveries.settle()
                     await asyncio.sleep(0)
 
     def finished(self, keys: Iterable[str]) -> None:
@@ -403,7 +405,7 @@ class Workers:
 
     def _pool_path(self) -> str:
         """Give the file that a process must map to write to a block; "" if there is none."""
-        handle = self._holdings.handle
+        handle = self._backing.handle
         return handle.name if handle is not None and handle.kind == "shm" else ""
 
     def _died(self, worker: Worker) -> None:
@@ -429,14 +431,14 @@ class Workers:
 
     def _absolve(self, worker: Worker, why: str) -> None:
         freed = 0
-        if self._holdings.cache is not None:
-            freed = self._holdings.cache.worker_gone(worker.id, now=time.monotonic())
+        if self._backing.cache is not None:
+            freed = self._backing.cache.worker_gone(worker.id, now=time.monotonic())
         if freed:
             log.info("quarantine ended", worker=worker.name, freed=freed, why=why)
         if self._lost.pop(worker.key, None) is not None:
             worker.state, worker.since = "died", time.monotonic()
             self._forget(worker)
-        self._line.settle()
+        self._deliveries.settle()
 
     def _forget(self, worker: Worker) -> None:
         """Let go of all that was kept for a worker.  Once."""

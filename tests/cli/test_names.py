@@ -19,8 +19,8 @@ from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
-from prefixcache.service.model_layout import read_layout
-from prefixcache.service.state.folder import StateFolder
+from prefixcache.service.persistence.directory import StateDirectory
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Namespace
 from prefixcache_bench.experiments.layouts import layout_named
 from prefixcache_bench.experiments.readers import tokenizers
@@ -93,7 +93,7 @@ def test_a_name_that_no_file_can_have_is_one_that_is_not_there() -> None:
 def test_a_home_that_is_not_there_is_told_and_what_lies_in_it_is_not_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for use in (Address.parse, lambda path: StateFolder(Path(path)), tokenizers.named):
+    for use in (Address.parse, lambda path: StateDirectory(Path(path)), tokenizers.named):
         with pytest.raises(InvalidRequest, match=r"'~nobody-of-that-name/x': there is no such"):
             use("~nobody-of-that-name/x")
 

@@ -16,7 +16,7 @@ from prefixcache.core import kv_events, protection, stats
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.kv_events import Replay
 from prefixcache.errors import CacheError, NotFound, PoolExhausted
-from prefixcache.service.verbs.looking import without_salted_tokens
+from prefixcache.service.verbs.inspect import without_salted_tokens
 from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fuzz import strangers
 from fuzz.odd import toml
-from prefixcache.service.state.manifest import Manifest
+from prefixcache.service.persistence.manifest import Manifest
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 

@@ -22,8 +22,8 @@ from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.prompt import read_prompt
 from prefixcache.errors import InvalidRequest
 from prefixcache.logged_request import read_logged
-from prefixcache.service.identities import Identities, Proof
-from prefixcache.service.model_layout import read_layout
+from prefixcache.service.auth.identity import Identities, Proof
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain
 from prefixcache.types import TOKEN_BYTES, Namespace, pack
 from prefixcache_bench.experiments.readers.load import Form, load

@@ -23,18 +23,18 @@ from prefixcache.client.ops import read_result
 from prefixcache.config import load, parse_layout, parse_size
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.grpc.bad_request import BadRequest, reader
+from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.malformed import Malformed, reader
-from prefixcache.service.sessions import SessionStream
-from prefixcache.service.state.folder import StateFolder
-from prefixcache.service.state.keeper import describe
-from prefixcache.service.state.manifest import Manifest, Run, key_of
-from prefixcache.service.state.revival import revive
-from prefixcache.service.state.stamps import Stamps
-from prefixcache.service.state.sums import Sums
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.persistence.checksums import Checksums
+from prefixcache.service.persistence.directory import StateDirectory
+from prefixcache.service.persistence.manifest import Manifest, Run, key_of
+from prefixcache.service.persistence.recovery import recover
+from prefixcache.service.persistence.stamps import Stamps
+from prefixcache.service.persistence.writer import describe
 from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Namespace, Partial, PoolHandle, WorkerId
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -58,9 +58,11 @@ class Messages:
     def _renew(self) -> None:
         settings = load({"memory": BLOCKS * SIZE * LAYOUT.token_bytes, "block_size": SIZE})
         settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT, "max_forks": 8})
-        holdings = Holdings(settings)
-        line = WaitingLine(holdings)
-        self._handlers = Handlers(settings, holdings, line, Workers(holdings, line, settings))
+        backing = Backing(settings)
+        deliveries = Deliveries(backing)
+        self._handlers = Handlers(
+            settings, backing, deliveries, Workers(backing, deliveries, settings)
+        )
         self._read = reader(pb.OpBatch)
 
     def __call__(self, data: bytes) -> None:
@@ -71,7 +73,7 @@ class Messages:
 
     async def _take(self, data: bytes) -> None:
         batch = self._read(data)
-        if isinstance(batch, Malformed):
+        if isinstance(batch, BadRequest):
             return
         hello = pb.OpBatch()
         hello.ops.add().attach.namespace.model = "m"
@@ -86,12 +88,12 @@ class Messages:
         for result in results.results:
             assert result.error.code != _INTERNAL, result.error.message
         await stream.answer(batch, task)  # once more: now there are leases, and things to find
-        cache = self._handlers.holdings.cache
+        cache = self._handlers.backing.cache
         assert cache is not None
         cache.check()
         if stream._worker is not None:
             self._handlers.workers.leave(stream._worker, gone=True)
-        self._handlers.line.close()
+        self._handlers.deliveries.close()
         self._count += 1
         if self._count % 500 == 0:
             self._renew()
@@ -100,7 +102,7 @@ class Messages:
 def answers(data: bytes) -> None:
     """What a client does with whatever a service sends."""
     results = reader(pb.OpResults)(data)
-    if isinstance(results, Malformed):
+    if isinstance(results, BadRequest):
         return
     for result in results.results:
         with contextlib.suppress(CacheError):
@@ -114,7 +116,7 @@ class Rows:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         handle = PoolHandle("shm", "", BLOCKS, SIZE, LAYOUT, 1, 0)
         self._stamps = Stamps(folder / "stamps", BLOCKS)
-        self._sums = Sums(bytes(handle.num_bytes), handle, 5)
+        self._sums = Checksums(bytes(handle.num_bytes), handle, 5)
 
     def __call__(self, data: bytes) -> None:
         manifest = Manifest(Path(":memory:"))
@@ -127,7 +129,7 @@ class Rows:
         manifest._base.execute("INSERT INTO namespaces VALUES (0, x'00', 'm', '', '', '')")
         key = key_of(Namespace("m"))
         manifest._base.execute("UPDATE namespaces SET key = ?", (key,))
-        found = revive(manifest, self._stamps, self._sums, SIZE, tails=True)
+        found = recover(manifest, self._stamps, self._sums, SIZE, tails=True)
         cache = PrefixCache(BLOCKS, SIZE)
         cache.restore(found.runs, array("i"), WorkerId("before"))
         cache.check()
@@ -262,7 +264,7 @@ class States:
         return restored
 
     def _open(self, folder: Path) -> PrefixCache:
-        self._state = StateFolder(folder)
+        self._state = StateDirectory(folder)
         layout = self._state.layout
         assert layout in (None, LAYOUT)
         file = self._state.open_pool(LAYOUT, BLOCKS, SIZE)

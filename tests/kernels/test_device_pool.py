@@ -38,7 +38,7 @@ from prefixcache.errors import (
     ServiceUnavailable,
     Unsupported,
 )
-from prefixcache.service.pool_owner import PoolOwner, own
+from prefixcache.service.pool.device_owner import DeviceOwner, own
 from prefixcache.types import Layout, Ledger, PoolHandle
 from prefixcache_kernels import imported
 from prefixcache_kernels.fence import Fence
@@ -55,26 +55,26 @@ OWNER = f"""
 import sys
 sys.path[:0] = ({str(ROOT)!r}, {str(ROOT / "tests" / "kernels")!r})
 from shared_memory_driver import SharedMemoryDriver
-from prefixcache.service.pool_owner import own
+from prefixcache.service.pool.device_owner import own
 sys.exit(own(SharedMemoryDriver(sys.argv[1]), sys.stdin, sys.stdout))
 """
 
 
 @contextmanager
-def owner(folder: Path, num_blocks: int = 4) -> Iterator[PoolOwner]:
+def owner(folder: Path, num_blocks: int = 4) -> Iterator[DeviceOwner]:
     command = [sys.executable, "-c", OWNER, str(folder)]
-    with PoolOwner.start(LAYOUT, num_blocks, 16, command=command) as made:
+    with DeviceOwner.start(LAYOUT, num_blocks, 16, command=command) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PoolOwner, Path]]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DeviceOwner, Path]]:
     folder = tmp_path_factory.mktemp("device")
     with owner(folder) as made:
         yield made, folder
 
 
-def test_the_owner_zeroes_the_pool_and_writes_what_it_is(shared: tuple[PoolOwner, Path]) -> None:
+def test_the_owner_zeroes_the_pool_and_writes_what_it_is(shared: tuple[DeviceOwner, Path]) -> None:
     made, folder = shared
     memory = open_device(made.handle, SharedMemoryDriver(str(folder)))
     assert made.handle.kind == "cuda-ipc"
@@ -85,7 +85,7 @@ def test_the_owner_zeroes_the_pool_and_writes_what_it_is(shared: tuple[PoolOwner
 
 
 def test_a_handle_of_another_life_or_shape_is_refused_and_closed(
-    shared: tuple[PoolOwner, Path],
+    shared: tuple[DeviceOwner, Path],
 ) -> None:
     made, folder = shared
     driver = SharedMemoryDriver(str(folder))
@@ -98,7 +98,7 @@ def test_a_handle_of_another_life_or_shape_is_refused_and_closed(
     assert not driver.maps
 
 
-def test_memory_is_closed_with_its_last_user(shared: tuple[PoolOwner, Path]) -> None:
+def test_memory_is_closed_with_its_last_user(shared: tuple[DeviceOwner, Path]) -> None:
     made, folder = shared
     driver = SharedMemoryDriver(str(folder))
     memory = open_device(made.handle, driver)
@@ -120,7 +120,7 @@ def test_memory_is_closed_when_the_device_is_done(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_forked_child_is_told_that_it_has_not_the_memory(
-    shared: tuple[PoolOwner, Path], monkeypatch: pytest.MonkeyPatch
+    shared: tuple[DeviceOwner, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, folder = shared
     memory = open_device(made.handle, SharedMemoryDriver(str(folder)))
@@ -165,10 +165,10 @@ def test_the_owner_ends_with_the_service_and_is_seen_to_die(tmp_path: Path) -> N
 
 def test_the_owner_notices_a_service_killed_with_sigkill(tmp_path: Path) -> None:
     code = (
-        "import sys; from prefixcache.service.pool_owner import PoolOwner\n"
+        "import sys; from prefixcache.service.pool.device_owner import DeviceOwner\n"
         "from prefixcache.types import Layout\n"
         "command = [sys.executable, '-c', *sys.argv[1:]]\n"
-        "with PoolOwner.start(Layout(2, 3, 8), 1, 16, command=command) as made:\n"
+        "with DeviceOwner.start(Layout(2, 3, 8), 1, 16, command=command) as made:\n"
         "    print(made.pid, flush=True); input()"
     )
     service = subprocess.Popen(
@@ -192,9 +192,9 @@ def test_an_owner_that_cannot_says_why(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="at least 1 block"), owner(tmp_path, 0):
         pass
     with pytest.raises(Unsupported, match="ended with 7 before"):
-        PoolOwner.start(LAYOUT, 1, 1, command=[sys.executable, "-c", "import sys; sys.exit(7)"])
+        DeviceOwner.start(LAYOUT, 1, 1, command=[sys.executable, "-c", "import sys; sys.exit(7)"])
     with pytest.raises(Unsupported, match=r"not answered for 0\.2 s"):
-        PoolOwner.start(LAYOUT, 1, 1, command=["sleep", "60"], timeout_s=0.2)
+        DeviceOwner.start(LAYOUT, 1, 1, command=["sleep", "60"], timeout_s=0.2)
 
 
 def test_orders_that_cannot_be_read_are_answered(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_without_a_gpu_everything_says_what_is_missing() -> None:
     with pytest.raises(Unsupported, match="needs"):
         CudaDriver(0)
     with pytest.raises(Unsupported, match="needs"):
-        PoolOwner.start(LAYOUT, 1, 16)
+        DeviceOwner.start(LAYOUT, 1, 16)
     handle = PoolHandle("cuda-ipc", "00:00", 4, 16, LAYOUT, 5, 4096)
     with pytest.raises(Unsupported, match=r"built without CUDA|NVIDIA's driver"):
         SharedPool.map(handle)
@@ -240,17 +240,17 @@ SERVICE = """
 import sys
 from prefixcache.config import load
 from prefixcache.errors import CacheError
-from prefixcache.service import holdings
-from prefixcache.service.pool_owner import PoolOwner
+from prefixcache.service import backing
+from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.server import run
-start, program, folder = PoolOwner.start, sys.argv[1], sys.argv[2]
+start, program, folder = DeviceOwner.start, sys.argv[1], sys.argv[2]
 class Injected:
     @staticmethod
     def start(*sizes, device):
         made = start(*sizes, command=[sys.executable, "-c", program, folder])
         print("owner", made.pid, flush=True)
         return made
-holdings.PoolOwner = Injected
+backing.DeviceOwner = Injected
 try:
     flags = {"pool": "cuda", "layout": "2x3x8:float32", "memory": 1 << 20}
     run(load(flags | {"listen": [sys.argv[3]]}), lambda line: print(line, flush=True))
@@ -370,7 +370,7 @@ sys.stdin.readline()
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU, reason="no CUDA device")
 def test_three_workers_share_a_gpu_pool_and_one_killed_at_work_harms_nobody() -> None:
-    with PoolOwner.start(LAYOUT, 64, 16) as made:
+    with DeviceOwner.start(LAYOUT, 64, 16) as made:
         handle = json.dumps(asdict(made.handle))
         workers = [
             subprocess.Popen(
@@ -407,14 +407,14 @@ def test_three_workers_share_a_gpu_pool_and_one_killed_at_work_harms_nobody() ->
                 worker.communicate()
     with pytest.raises((NotFound, EpochMismatch)):
         SharedPool.map(made.handle)
-    with PoolOwner.start(LAYOUT, 64, 16) as again, SharedPool.map(again.handle) as pool:
+    with DeviceOwner.start(LAYOUT, 64, 16) as again, SharedPool.map(again.handle) as pool:
         assert int(torch.count_nonzero(pool.blocks)) == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(NO_GPU, reason="no CUDA device")
 def test_a_commit_waits_for_the_event_of_its_stream() -> None:
-    with PoolOwner.start(LAYOUT, 64, 16) as made, SharedPool.map(made.handle) as pool:
+    with DeviceOwner.start(LAYOUT, 64, 16) as made, SharedPool.map(made.handle) as pool:
         fence: Fence[int] = Fence.of(pool.blocks)
         big = torch.randn(8192, 8192, device="cuda")
         torch.cuda.synchronize()

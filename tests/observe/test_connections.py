@@ -14,7 +14,7 @@ import prefixcache
 from observe.scraped import FLAGS, get, url_of
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.descriptors import Descriptors, raise_limit
-from prefixcache.service.http_connections import Bound
+from prefixcache.service.http.http_connections import Bound
 from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
 FILES = 256

@@ -27,7 +27,8 @@ from prefixcache.client import connect_async
 from prefixcache.core import kv_events
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
-from prefixcache.service.events import (
+from prefixcache.service.backing import Backing
+from prefixcache.service.events.event_log import (
     Batch,
     Cleared,
     EventLog,
@@ -37,7 +38,6 @@ from prefixcache.service.events import (
     namespace_hash,
 )
 from prefixcache.service.failures import Failures
-from prefixcache.service.holdings import Holdings
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from wire.service_process import LAYOUT, command, environment, eventually, running, sizes
@@ -95,7 +95,7 @@ class Replay:
     cleared = removed
 
 
-class OneCache(Holdings):
+class OneCache(Backing):
     def __init__(self, cache: PrefixCache | None) -> None:
         self.cache = cache
 
@@ -591,7 +591,7 @@ def test_one_who_asks_and_does_not_read_holds_nobody_up(sockets: Path) -> None:
 
 def test_a_publisher_that_ends_is_told() -> None:
     pytest.importorskip("zmq", reason="the extra 'events' is not installed")
-    from prefixcache.service.publisher import Publisher
+    from prefixcache.service.events.publisher import Publisher
 
     class Broken:
         def watching(self) -> object:
@@ -601,7 +601,7 @@ def test_a_publisher_that_ends_is_told() -> None:
         failures = Failures()
 
     async def story() -> dict[str, str]:
-        publisher = Publisher(Some, Broken(), f"tcp://127.0.0.1:{free_port()}", None)  # type: ignore[arg-type]
+        publisher = Publisher(Some, Some.failures, Broken(), f"tcp://127.0.0.1:{free_port()}", None)  # type: ignore[arg-type]
         publisher.start()
         await asyncio.sleep(0.05)
         await publisher.close()
@@ -675,7 +675,7 @@ def test_what_is_kept_for_slow_watchers_is_bounded_in_bytes() -> None:
 
 def test_what_nobody_watches_any_more_is_freed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """And who comes meanwhile begins anew, with all that is stored."""
-    monkeypatch.setattr("prefixcache.service.events._DROPPED", 50)
+    monkeypatch.setattr("prefixcache.service.events.event_log._DROPPED", 50)
     cache = PrefixCache(1024, 4)
     cache.attach(ME, SPACE, now=0.0)
     log = EventLog(OneCache(cache))

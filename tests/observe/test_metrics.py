@@ -19,8 +19,8 @@ from observe.scraped import DOCS, FLAGS, drive, free_port, get, url_of
 from patience import PATIENCE_S
 from prefixcache.core.ledger import MOST_SERIES, OTHER
 from prefixcache.errors import InvalidRequest
-from prefixcache.service.http import HttpServer
-from prefixcache.service.meter import Meter, empty_row, quantile
+from prefixcache.service.http.http_server import HttpServer
+from prefixcache.service.observe.latency import LatencyHistograms, empty_row, quantile
 from wire.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
 Samples = dict[str, dict[frozenset[tuple[str, str]], float]]
@@ -131,7 +131,7 @@ def test_a_quantile_is_within_a_factor_of_two() -> None:
     row = empty_row()
     assert quantile(row, 0.5) is None
     for ns in range(1, 100_000, 7):
-        Meter.took(row, ns)
+        LatencyHistograms.took(row, ns)
     for share in (0.01, 0.5, 0.9, 0.99, 1.0):
         found = quantile(row, share)
         assert found is not None

@@ -18,7 +18,7 @@ from observe.scraped import FLAGS, get, url_of
 from patience import PATIENCE_S
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.introspect import STATES
-from prefixcache.service.http import ASSETS
+from prefixcache.service.http.http_server import ASSETS
 from prefixcache.types import Namespace, WorkerId, pack
 from prefixcache_bench.reports.photograph import browser
 from wire.service_process import LAYOUT, ServiceProcess, environment, eventually, running, sizes

@@ -23,9 +23,9 @@ from prefixcache.config import ShadowSpec, load, parse_shadow
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.oplog import COMMITTED, ENDED, GRANTED, Entry
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
-from prefixcache.service.chunk import read_chunk, write_chunk
-from prefixcache.service.shadow import Shadow
-from prefixcache.service.shadows import Shadows
+from prefixcache.service.shadow.caches import ShadowCaches
+from prefixcache.service.shadow.oplog_codec import read_chunk, write_chunk
+from prefixcache.service.shadow.process import ShadowCache
 from prefixcache.types import Namespace, Partial, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from wire.service_process import (
@@ -70,7 +70,7 @@ def test_what_is_read_is_what_was_written(chunks: list[list[Entry]]) -> None:
 
 def test_salts_that_are_used_once_leave_nothing_in_a_shadow() -> None:
     """Also no refusal: at the limit of namespaces, one that is only cached makes way."""
-    shadow = Shadow("x", PrefixCache(8, 1, max_namespaces=32))
+    shadow = ShadowCache("x", PrefixCache(8, 1, max_namespaces=32))
     most = 0
     for n in range(1000):
         space = Namespace("m", salt=str(n))
@@ -122,7 +122,7 @@ def live(cache: PrefixCache, draw: random.Random, steps: int) -> None:
             chat += new
 
 
-def played(tape: list[Entry], shadow: Shadow) -> Shadow:
+def played(tape: list[Entry], shadow: ShadowCache) -> ShadowCache:
     for step, (kind, lease, number, data, space) in enumerate(tape):
         shadow.play(kind, lease, number, data, space, step / 10)
         shadow.cache.check()
@@ -134,7 +134,7 @@ def test_a_shadow_of_the_same_configuration_reuses_the_same(seed: int) -> None:
     cache, tape = PrefixCache(400, 4), []
     cache.record(tape.append)
     live(cache, random.Random(seed), 150)
-    shadow = played(tape, Shadow("same", PrefixCache(400, 4, ttl_s=1e12)))
+    shadow = played(tape, ShadowCache("same", PrefixCache(400, 4, ttl_s=1e12)))
     ledger = cache.snapshot(now=0.0).ledger
     assert shadow.whole.tokens == ledger.total
     assert shadow.whole.actual == shadow.whole.reused == ledger.reused > 0
@@ -150,7 +150,7 @@ def test_any_other_configuration_lives_through_it_too(
     cache.record(tape.append)
     live(cache, random.Random(7), 200)
     other = PrefixCache(num_blocks, size, policy=policy, partial=Partial.OFF, ttl_s=1e12)
-    shadow = played(tape, Shadow("other", other))
+    shadow = played(tape, ShadowCache("other", other))
     assert shadow.whole.tokens == cache.snapshot(now=0.0).ledger.total
     cache.record(None)
     count = len(tape)
@@ -190,7 +190,7 @@ def test_shadows_are_read_from_flags_and_from_the_environment(
         load({"shadow": ["policy=lru"] * 5})
     settings = load({"shadow": ["policy=belief"]})
     with pytest.raises(InvalidRequest, match="no eviction policy 'belief'"):
-        Shadows(settings, None)  # type: ignore[arg-type]
+        ShadowCaches(settings, None)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------ a real service

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.service.http import read_address
-from prefixcache.service.listen import Listener
+from prefixcache.service.grpc.listener import Listener
+from prefixcache.service.http.http_server import read_address
 
 
 @pytest.mark.parametrize(

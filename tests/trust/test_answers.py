@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from prefixcache.client import codec
 from prefixcache.config import load
 from prefixcache.errors import InvalidRequest
-from prefixcache.service import answers, pulse, sessions
+from prefixcache.service import answers
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.grpc import session
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.verbs import looking
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.observe import sampler
+from prefixcache.service.verbs import inspect
 from prefixcache.service.workers import Visitor, Workers
 from prefixcache.types import Grant, Layout, LeaseId, Ledger, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -32,9 +34,9 @@ def handlers() -> Handlers:
     """A whole service without a socket: 2,048 blocks of one token."""
     settings = load({"memory": 2048 * LAYOUT.token_bytes, "block_size": 1})
     settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT})
-    holdings = Holdings(settings)
-    line = WaitingLine(holdings)
-    return Handlers(settings, holdings, line, Workers(holdings, line, settings))
+    backing = Backing(settings)
+    deliveries = Deliveries(backing)
+    return Handlers(settings, backing, deliveries, Workers(backing, deliveries, settings))
 
 
 class Wire:
@@ -50,7 +52,7 @@ class Wire:
 async def opened(handlers: Handlers) -> tuple[Any, Wire]:
     """Attach, and store one prompt under the request id `big`."""
     wire = Wire()
-    stream: Any = sessions.SessionStream(handlers, wire, LOCAL)
+    stream: Any = session.SessionStream(handlers, wire, LOCAL)
     batch = pb.OpBatch()
     attach = batch.ops.add(id=1).attach
     codec.write_namespace(Namespace("m"), attach.namespace)
@@ -68,7 +70,7 @@ async def opened(handlers: Handlers) -> tuple[Any, Wire]:
 def test_an_answer_of_many_large_results_leaves_in_parts_in_order(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "ANSWER_BYTES", 20_000)
+    monkeypatch.setattr(session, "ANSWER_BYTES", 20_000)
 
     async def ask() -> list[pb.OpResults]:
         stream, wire = await opened(handlers)
@@ -95,7 +97,7 @@ def test_an_answer_of_many_large_results_leaves_in_parts_in_order(
 def test_what_settles_at_once_leaves_in_parts(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "ANSWER_BYTES", 20_000)
+    monkeypatch.setattr(session, "ANSWER_BYTES", 20_000)
 
     async def ask() -> list[pb.OpResults]:
         stream, wire = await opened(handlers)
@@ -111,8 +113,8 @@ def test_what_settles_at_once_leaves_in_parts(
 
 
 def lease_of(handlers: Handlers) -> int:
-    assert handlers.holdings.cache is not None
-    return handlers.holdings.cache.snapshot(now=0.0).leases[0].lease
+    assert handlers.backing.cache is not None
+    return handlers.backing.cache.snapshot(now=0.0).leases[0].lease
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -134,8 +136,8 @@ def test_a_fork_with_too_many_tables_is_refused_with_what_to_do(handlers: Handle
     worker = next(iter(handlers.workers._attached.values()))
     with pytest.raises(InvalidRequest, match=r"30 block tables of 4,000 bytes.*`shared_table`"):
         handlers.fork(worker, pb.ForkRequest(lease=lease_of(handlers), count=30))
-    assert handlers.holdings.cache is not None
-    assert handlers.holdings.cache.num_leases == 1
+    assert handlers.backing.cache is not None
+    assert handlers.backing.cache.num_leases == 1
     told = pb.ForkResponse()
     request = pb.ForkRequest(lease=lease_of(handlers), count=30, shared_table=True)
     handlers.write_fork(handlers.fork(worker, request), told)
@@ -146,7 +148,7 @@ def test_a_long_prompt_is_explained_with_its_beginning(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asyncio.run(opened(handlers))
-    monkeypatch.setattr(looking, "MOST_TOLD_BYTES", 400)
+    monkeypatch.setattr(inspect, "MOST_TOLD_BYTES", 400)
     told = handlers.explain(Visitor(LOCAL), pb.ExplainRequest(request_id="big"))
     assert told.past is not None
     assert (told.past.tokens, told.past.num_tokens) == (PROMPT[:400], 1000)
@@ -258,14 +260,14 @@ def test_a_clock_that_is_set_back_changes_no_rate(
 ) -> None:
     """An hour back between two readings, ten seconds and twenty requests apart."""
     wall, clock = iter((9_000.0, 5_410.0)), iter((100.0, 110.0))
-    monkeypatch.setattr(pulse, "time", lambda: next(wall))
+    monkeypatch.setattr(sampler, "time", lambda: next(wall))
     asyncio.run(opened(handlers))
-    monkeypatch.setattr(pulse, "monotonic", lambda: next(clock))
-    handlers.pulse.read()
-    cache = handlers.holdings.cache
+    monkeypatch.setattr(sampler, "monotonic", lambda: next(clock))
+    handlers.sampler.read()
+    cache = handlers.backing.cache
     assert cache is not None
     for number in range(20):
         worker = next(iter(handlers.workers._attached.values()))
         cache.acquire(worker.id, Namespace("m"), pack([number]), now=1.0)
-    handlers.pulse.read()
-    assert handlers.pulse.requests_per_s() == pytest.approx(2.0)
+    handlers.sampler.read()
+    assert handlers.sampler.requests_per_s() == pytest.approx(2.0)

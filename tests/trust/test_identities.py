@@ -15,8 +15,8 @@ from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.client.codec import write_namespace
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
-from prefixcache.service import identities as module
-from prefixcache.service.identities import Identities, Identity
+from prefixcache.service.auth import identity as module
+from prefixcache.service.auth.identity import Identities, Identity
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from trust.keys import TOKENS, identities

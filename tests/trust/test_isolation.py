@@ -11,12 +11,12 @@ import pytest
 from prefixcache.client import codec
 from prefixcache.config import load
 from prefixcache.errors import ServiceUnavailable
-from prefixcache.service import sessions
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.grpc import session
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.page import Page
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -44,12 +44,12 @@ class Service:
     def __init__(self, **more: Any) -> None:
         settings = load({"memory": 64 * 4 * LAYOUT.token_bytes, "block_size": 4})
         settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT, **more})
-        self.holdings = Holdings(settings)
-        line = WaitingLine(self.holdings)
+        self.backing = Backing(settings)
+        deliveries = Deliveries(self.backing)
         self.handlers = Handlers(
-            settings, self.holdings, line, Workers(self.holdings, line, settings)
+            settings, self.backing, deliveries, Workers(self.backing, deliveries, settings)
         )
-        self._stream: Any = sessions.SessionStream(self.handlers, None, LOCAL)
+        self._stream: Any = session.SessionStream(self.handlers, None, LOCAL)
 
     async def ask(self, fill: Any) -> Any:
         batch = pb.OpBatch()
@@ -92,7 +92,7 @@ class Service:
     def told(self) -> dict[str, str]:
         """The failures that a snapshot shows."""
         message = pb.SnapshotResponse()
-        steps = self.handlers.snapshot(sessions.Visitor(LOCAL), pb.SnapshotRequest())
+        steps = self.handlers.snapshot(session.Visitor(LOCAL), pb.SnapshotRequest())
         turns = self.handlers.turns
         answer = asyncio.run(turns.run(steps))
         asyncio.run(turns.run(self.handlers.write_snapshot(answer, message)))
@@ -158,16 +158,16 @@ def test_a_state_that_fails_is_given_up_and_nothing_of_it_restored(
 ) -> None:
     service, broken = Service(pool="shm", state=tmp_path / "state"), Broken()
     try:
-        assert service.holdings.state is not None
-        keeper: Any = service.holdings.state._keeper
+        assert service.backing.state is not None
+        writer: Any = service.backing.state._writer
         asyncio.run(service.work(reset=False))  # this could be restored
-        monkeypatch.setattr(keeper, verb, broken)
+        monkeypatch.setattr(writer, verb, broken)
         asyncio.run(service.work(first=10, reset=verb == "cleared"))
         assert broken.calls == 1
-        assert "of all things" in service.holdings.state.condition.failure
+        assert "of all things" in service.backing.state.condition.failure
     finally:
-        service.holdings.close()
-    again = Holdings(service.holdings.settings)
+        service.backing.close()
+    again = Backing(service.backing.settings)
     try:
         assert again.state is not None
         assert again.state.condition.restored_blocks == 0
@@ -179,7 +179,7 @@ def test_a_page_that_cannot_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     service = Service()
 
     async def look() -> None:
-        page = Page(service.handlers)
+        page = Dashboard(service.handlers)
         monkeypatch.setattr(page, "state", Broken())
         viewer = page.live()
         await anext(viewer)

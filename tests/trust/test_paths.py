@@ -11,10 +11,10 @@ import trustme
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.private_files import check_path
-from prefixcache.service.certificates import Certificates
-from prefixcache.service.identities import Identities
-from prefixcache.service.listen import Listener
-from prefixcache.service.state.folder import StateFolder
+from prefixcache.service.auth.certificates import Certificates
+from prefixcache.service.auth.identity import Identities
+from prefixcache.service.grpc.listener import Listener
+from prefixcache.service.persistence.directory import StateDirectory
 from trust.keys import identities
 
 
@@ -27,7 +27,7 @@ def listen(folder: Path) -> None:
 
 
 def keep_state(folder: Path) -> None:
-    StateFolder(folder / "state").close()
+    StateDirectory(folder / "state").close()
 
 
 def read_identities(folder: Path) -> None:

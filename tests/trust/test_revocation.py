@@ -17,10 +17,10 @@ from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.client.codec import write_layout
 from prefixcache.errors import CacheError, NotFound, Unauthenticated
-from prefixcache.service import gate as module
-from prefixcache.service.admission import Admission, Places
-from prefixcache.service.gate import Gate, Register
-from prefixcache.service.standing import OpenCalls, Standing
+from prefixcache.service.auth import authenticator as module
+from prefixcache.service.auth.admission import Admission, Places
+from prefixcache.service.auth.authenticator import Authenticator, IdentityFile
+from prefixcache.service.auth.standing import OpenCalls, Standing
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from trust.keys import TOKENS, digest, identities
@@ -209,11 +209,11 @@ def test_certificates_stand_no_longer_than_their_names(
     """And a message is refused as soon as the file is read, before the patrol comes round."""
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
     more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
-    register = Register(identities(tmp_path, more))
-    standing = Standing(Gate(register), Proof("c.acme"))
+    identity_file = IdentityFile(identities(tmp_path, more))
+    standing = Standing(Authenticator(identity_file), Proof("c.acme"))
     standing.check()
     edit(tmp_path, lambda text: text.replace("c.acme", "d.acme"))
-    assert register.current is not None
+    assert identity_file.current is not None
     with pytest.raises(Unauthenticated, match=r"c\.acme"):
         standing.check()
 
@@ -223,24 +223,26 @@ def test_a_proof_is_looked_at_again_only_if_the_file_has_changed(
 ) -> None:
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
     more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
-    register = Register(identities(tmp_path, more))
-    gate = Gate(register)
-    standing = Standing(gate, Proof("c.acme"))
+    identity_file = IdentityFile(identities(tmp_path, more))
+    authenticator = Authenticator(identity_file)
+    standing = Standing(authenticator, Proof("c.acme"))
     looked = []
-    monkeypatch.setattr(gate, "identify", lambda context: looked.append(1) or standing.identity)
+    monkeypatch.setattr(
+        authenticator, "identify", lambda context: looked.append(1) or standing.identity
+    )
     for _ in range(5):
         standing.check()
     assert not looked
     edit(tmp_path, lambda text: text.replace(digest("bolt"), digest("bolt")[::-1]))
-    assert register.current is not None
+    assert identity_file.current is not None
     for _ in range(5):
         standing.check()
     assert looked == [1]
 
 
 def test_calls_that_have_ended_are_forgotten() -> None:
-    calls = OpenCalls(Register(None))
-    standing = Standing(Gate(Register(None)), Proof("nobody"))
+    calls = OpenCalls(IdentityFile(None))
+    standing = Standing(Authenticator(IdentityFile(None)), Proof("nobody"))
     calls.add(standing)
     calls.remove(standing)
     calls.remove(standing)
@@ -253,8 +255,8 @@ def test_a_call_whose_answer_is_made_is_answered_whatever_changes_meanwhile(
     """gRPC gives no status to a call that is cancelled in the middle of its first message."""
     monkeypatch.setattr(module, "LOOK_EVERY_S", 0.0)
     more = '[[identity]]\nname = "c"\ntenant = "acme"\ncertificates = ["c.acme"]\n'
-    register = Register(identities(tmp_path, more))
-    calls = OpenCalls(register)
+    identity_file = IdentityFile(identities(tmp_path, more))
+    calls = OpenCalls(identity_file)
 
     class Call(Proof):
         written: object = None
@@ -264,7 +266,7 @@ def test_a_call_whose_answer_is_made_is_answered_whatever_changes_meanwhile(
 
         async def write(self, answer: object) -> None:
             edit(tmp_path, lambda text: text.replace("c.acme", "d.acme"))
-            _ = register.current
+            _ = identity_file.current
             for standing in tuple(calls._standings):
                 standing.look()
             await asyncio.sleep(0)  # here a cancelled task would hear of it
@@ -280,7 +282,7 @@ def test_a_call_whose_answer_is_made_is_answered_whatever_changes_meanwhile(
         raise error
 
     call = Call("c.acme")
-    admission = Admission(Gate(register), Places(register, 8), calls, refuse)
+    admission = Admission(Authenticator(identity_file), Places(identity_file, 8), calls, refuse)
 
     async def serve() -> None:
         details = SimpleNamespace(method="/prefixcache.v1.PrefixCache/Snapshot")

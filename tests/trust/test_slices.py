@@ -13,15 +13,15 @@ import pytest
 from core.effort import calls, most_in_one_go
 from prefixcache.client import codec
 from prefixcache.config import load
-from prefixcache.service import sessions
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.grpc import session
+from prefixcache.service.grpc.unary import in_pieces
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.metrics import Scrape
-from prefixcache.service.page import Page
+from prefixcache.service.http.dashboard import Dashboard
+from prefixcache.service.http.metrics import Scrape
 from prefixcache.service.turns import Turns
-from prefixcache.service.unary import in_pieces
-from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Visitor, Workers
 from prefixcache.types import Layout, Ledger, Namespace, PinInfo, Reset, Snapshot, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -35,9 +35,9 @@ def whole(num_blocks: int = 64) -> Handlers:
     """A whole service without a socket."""
     settings = load({"memory": num_blocks * 4 * LAYOUT.token_bytes, "block_size": 4})
     settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT})
-    holdings = Holdings(settings)
-    line = WaitingLine(holdings)
-    return Handlers(settings, holdings, line, Workers(holdings, line, settings))
+    backing = Backing(settings)
+    deliveries = Deliveries(backing)
+    return Handlers(settings, backing, deliveries, Workers(backing, deliveries, settings))
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def message(num_ops: int) -> pb.OpBatch:
 
 async def turns(handlers: Handlers, num_ops: int) -> tuple[int, list[int]]:
     """Count how often another task has its turn while a message is answered; give the answers."""
-    stream: Any = sessions.SessionStream(handlers, None, LOCAL)
+    stream: Any = session.SessionStream(handlers, None, LOCAL)
     task = asyncio.current_task()
     hello = pb.OpBatch()
     attach = hello.ops.add().attach
@@ -102,7 +102,7 @@ def test_others_have_their_turn_between_slices(
 ) -> None:
     """By the number of ops and by the time they take; answers stay in order, and none is lost."""
     ticks = clock(op_ns)
-    monkeypatch.setattr(sessions, "clock", lambda: next(ticks))
+    monkeypatch.setattr(session, "clock", lambda: next(ticks))
     had, answered = asyncio.run(turns(handlers, num_ops))
     assert had == slices - 1
     assert answered == list(range(1, num_ops + 1))
@@ -145,7 +145,7 @@ def reset_unknown(op: Any) -> None:
 
 async def answered(handlers: Handlers, *fills: Fill) -> tuple[list[str], int]:
     """Attach 256 namespaces, then send some ops; give their results, and the turns of others."""
-    stream: Any = sessions.SessionStream(handlers, None, LOCAL)
+    stream: Any = session.SessionStream(handlers, None, LOCAL)
     task = asyncio.current_task()
     salts = batch_of(*[partial(attach, salt=str(number)) for number in range(256)])
     await stream.answer(salts, task)
@@ -183,7 +183,7 @@ def test_what_an_op_settled_in_its_steps_is_told_before_the_next_op(
         done.append("reset")
         return Reset(0, 0)
 
-    monkeypatch.setattr(handlers.line, "settle", lambda: done.append("settle"))
+    monkeypatch.setattr(handlers.deliveries, "settle", lambda: done.append("settle"))
     monkeypatch.setitem(handlers.verbs, "reset", (reset, codec.WRITE["reset"]))
     renewed = (lambda *_: done.append("renew"), codec.WRITE["renew"])
     monkeypatch.setitem(handlers.verbs, "renew", renewed)
@@ -195,10 +195,10 @@ def test_what_an_op_settled_in_its_steps_is_told_before_the_next_op(
 def test_a_salt_that_is_named_as_it_is_shown_is_looked_for_in_parts() -> None:
     def found(num_namespaces: int) -> int:
         handlers = whole()
-        assert handlers.holdings.cache is not None
+        assert handlers.backing.cache is not None
         for number in range(num_namespaces):
             space = Namespace("m", salt=str(number))
-            handlers.holdings.cache.attach(WorkerId(1), space, now=0.0)
+            handlers.backing.cache.attach(WorkerId(1), space, now=0.0)
         request = pb.ResetRequest()
         codec.show_namespace(Namespace("m", salt=str(num_namespaces - 1)), request.namespace)
         most, answer = most_in_one_go(handlers.reset(Visitor(LOCAL), request))
@@ -312,28 +312,28 @@ def test_what_a_service_does_every_second_costs_the_same_beside_many_namespaces(
 
     def cost(num_spaces: int) -> dict[str, int]:
         handlers = whole(num_blocks=16_384)
-        page, scrape = Page(handlers), Scrape({"": handlers})
+        page, scrape = Dashboard(handlers), Scrape({"": handlers})
         models = ("*",) if sees == "all" else ("m*",)
         asker = Visitor(replace(LOCAL, models=models))
 
         async def fill() -> None:
             for number in range(220):
-                stream: Any = sessions.SessionStream(handlers, None, LOCAL)
+                stream: Any = session.SessionStream(handlers, None, LOCAL)
                 fills = [partial(attach, salt=f"{number} {n}") for n in range(num_spaces)]
                 await stream.answer(batch_of(*fills), asyncio.current_task())
                 asked = [partial(acquire, index=n) for n in range(num_spaces)]
                 await stream.answer(batch_of(*asked), asyncio.current_task())
 
         asyncio.run(fill())
-        assert handlers.holdings.cache is not None
-        assert handlers.holdings.cache.vitals(now=0.0).total.requests == 220 * num_spaces
+        assert handlers.backing.cache is not None
+        assert handlers.backing.cache.vitals(now=0.0).total.requests == 220 * num_spaces
         made, seen = most_in_one_go(handlers.snapshot(asker, pb.SnapshotRequest()))
         assert len(seen.snapshot.namespaces) == 220 * num_spaces
         message = pb.SnapshotResponse()
         written, _ = most_in_one_go(handlers.write_snapshot(seen, message))
         assert len(message.workers) == 220
         return {
-            "pulse": calls(handlers.pulse.read),
+            "pulse": calls(handlers.sampler.read),
             "page": calls(page.state),
             "scrape": calls(lambda: list(scrape.collect())),
             "made": made,

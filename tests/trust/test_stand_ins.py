@@ -10,8 +10,8 @@ import pytest
 import prefixcache
 from prefixcache.client import Client
 from prefixcache.errors import NotFound
-from prefixcache.service.identities import LOCAL, Identity
-from prefixcache.service.sight import narrow
+from prefixcache.service.auth.identity import LOCAL, Identity
+from prefixcache.service.auth.redaction import redact
 from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from trust.keys import TOKENS, identities
@@ -74,7 +74,7 @@ def test_only_an_admin_is_shown_paths_and_failures() -> None:
         message.service.state.folder = "/var/lib/prefixcache"
         message.service.state.failure = "/var/lib/prefixcache: Input/output error"
         message.service.state.restored_blocks = 7
-        narrow(message, identity)
+        redact(message, identity)
         return message.service
 
     told = shown(Identity("acme", tenant="acme"))

@@ -15,7 +15,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from patience import PATIENCE_S
 from prefixcache.client import codec, unary
-from prefixcache.service import log
+from prefixcache.service.observe import log
 from prefixcache.texts import MAX_TEXT, escape, is_plain
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb

@@ -16,7 +16,7 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import Tls, connect_async
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unauthenticated
-from prefixcache.service.certificates import Certificates
+from prefixcache.service.auth.certificates import Certificates
 from prefixcache.types import Namespace
 from trust.keys import TOKENS, identities
 from wire.service_process import LAYOUT, ServiceProcess, command, environment, running, sizes

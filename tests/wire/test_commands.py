@@ -16,7 +16,7 @@ import prefixcache
 from prefixcache.client import Session
 from prefixcache.errors import InvalidRequest
 from prefixcache.extras import how_to_install
-from prefixcache.service.model_layout import read_layout
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Layout
 from wire.service_process import (
     LAYOUT,

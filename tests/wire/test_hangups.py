@@ -26,9 +26,9 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import Client, codec, unary
 from prefixcache.errors import CacheError, PoolExhausted
-from prefixcache.service import unary as unary_calls
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.waiting import Outcome, WaitingLine
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.deliveries import Deliveries, Outcome
+from prefixcache.service.grpc import unary as unary_calls
 from prefixcache.types import TicketId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from trust.test_slices import LAYOUT as SMALL
@@ -199,7 +199,7 @@ async def ask_again(hung_up: str) -> None:
         first.cancel()  # it hears of that in its next turn
     worker = handlers.workers.find(key, LOCAL)
     handlers.release(worker, pb.ReleaseRequest(lease=all_of_it.grant.lease))
-    handlers.line.settle()
+    handlers.deliveries.settle()
     if second is None:
         told: Any = handlers.acquire(worker, pb.AcquireRequest(**fields))
         lease = told.lease
@@ -209,9 +209,9 @@ async def ask_again(hung_up: str) -> None:
     if second is not None:
         lease = (await second).grant.lease
     await call("commit", worker_key=key, lease=lease, num_tokens=12)
-    assert handlers.holdings.cache is not None
+    assert handlers.backing.cache is not None
     assert not worker.handed
-    handlers.holdings.cache.check()
+    handlers.backing.cache.check()
 
 
 def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_behind_it() -> None:
@@ -221,8 +221,8 @@ def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_be
     cache = SimpleNamespace(
         take_outcomes=lambda: [settled.pop(0)] if settled else [], next_deadline=lambda: None
     )
-    holdings: Any = SimpleNamespace(cache=cache)
-    line, heard = WaitingLine(holdings), []
+    backing: Any = SimpleNamespace(cache=cache)
+    deliveries, heard = Deliveries(backing), []
 
     def deliver(outcome: Outcome) -> None:
         heard.append(str(outcome))
@@ -230,8 +230,8 @@ def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_be
             raise asyncio.InvalidStateError
 
     for n in (1, 2, 3):
-        line.enter(TicketId(n), deliver)
-    line.settle()
+        deliveries.enter(TicketId(n), deliver)
+    deliveries.settle()
     assert heard == ["no 1", "no 2", "no 3"]
-    line.enter(TicketId(4), lambda outcome: [][1])
-    line.refuse(TicketId(4), PoolExhausted("no 4"))  # no more than that
+    deliveries.enter(TicketId(4), lambda outcome: [][1])
+    deliveries.refuse(TicketId(4), PoolExhausted("no 4"))  # no more than that

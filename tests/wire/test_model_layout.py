@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.service.model_layout import read_layout
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Layout
 
 LLAMA: dict[str, Any] = {

@@ -21,9 +21,9 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.config import load
 from prefixcache.errors import InvalidRequest
-from prefixcache.service.anonymiser import Anonymiser
+from prefixcache.service.events.anonymiser import Anonymiser
+from prefixcache.service.events.recorder import Recorder
 from prefixcache.service.failures import Failures
-from prefixcache.service.recorder import Recorder
 from prefixcache.types import Namespace, pack, unpack
 from prefixcache_bench.commands.replay import replay
 from prefixcache_bench.experiments.readers import token_lines

@@ -24,11 +24,11 @@ from prefixcache.client import Client, Session
 from prefixcache.config import load
 from prefixcache.errors import EpochMismatch, InvalidRequest, ServiceUnavailable
 from prefixcache.pool import HEADER_BYTES, PoolFile, epoch_of, map_pool
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.recorder import Recorder
-from prefixcache.service.state import keeper
-from prefixcache.service.state.folder import StateFolder
-from prefixcache.service.state.manifest import Manifest
+from prefixcache.service.backing import Backing
+from prefixcache.service.events.recorder import Recorder
+from prefixcache.service.persistence import writer
+from prefixcache.service.persistence.directory import StateDirectory
+from prefixcache.service.persistence.manifest import Manifest
 from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId
 from prefixcache.v1 import prefixcache_pb2 as pb
 from wire.service_process import (
@@ -372,26 +372,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def local_hits(state: Path, namespace: Namespace = MINE) -> int:
     """Revive a state in this process; verify all that it offers, and count it."""
     me = WorkerId(1)
-    holdings = Holdings(
+    backing = Backing(
         load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     )
     try:
-        assert holdings.cache is not None
-        assert holdings.handle is not None
-        holdings.cache.check()
-        pool = Pool(map_pool(holdings.handle), holdings.handle)
-        holdings.cache.attach(me, namespace, now=0.0)
+        assert backing.cache is not None
+        assert backing.handle is not None
+        backing.cache.check()
+        pool = Pool(map_pool(backing.handle), backing.handle)
+        backing.cache.attach(me, namespace, now=0.0)
         found = 0
         for chat in CHATS:
-            grant = holdings.cache.acquire(me, namespace, chat + bytes(4), now=0.0)
+            grant = backing.cache.acquire(me, namespace, chat + bytes(4), now=0.0)
             assert isinstance(grant, Grant)
             pool.copy(grant.copies)
             assert not pool.wrong(MODEL, chat, grant.block_table, grant.num_cached)
-            holdings.cache.release(me, grant.lease, now=0.0)
+            backing.cache.release(me, grant.lease, now=0.0)
             found += grant.num_cached
         return found
     finally:
-        holdings.close()
+        backing.close()
 
 
 @pytest.fixture
@@ -439,11 +439,11 @@ def test_without_a_layout_the_one_of_the_state_is_taken(target: str, copied: Pat
 
 
 def test_two_services_do_not_share_a_state(copied: Path) -> None:
-    first = StateFolder(copied)
+    first = StateDirectory(copied)
     with pytest.raises(ServiceUnavailable, match="another service keeps its state"):
-        StateFolder(copied)
+        StateDirectory(copied)
     first.close()
-    StateFolder(copied).close()
+    StateDirectory(copied).close()
 
 
 def test_a_folder_that_cannot_be_used_costs_the_state_and_nothing_else(
@@ -478,13 +478,13 @@ def test_what_is_kept_is_private_whatever_the_umask(
     if made_before:
         state.mkdir()
         state.chmod(0o755)
-    holdings = Holdings(
+    backing = Backing(
         load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     )
     try:
         found = modes(state)  # while it is open, with the files that SQLite makes beside its own
     finally:
-        holdings.close()
+        backing.close()
     assert set(found) == {"lock", "manifest", "manifest-wal", "manifest-shm", "pool", "stamps"}
     assert set(found.values()) == {0o600}
     assert stat.S_IMODE(state.stat().st_mode) == (0o755 if made_before else 0o700)
@@ -531,7 +531,7 @@ def test_a_folder_that_others_may_write_to_is_refused(state: Path) -> None:
     for mode in (0o777, 0o770, 0o702):
         state.chmod(mode)
         with pytest.raises(InvalidRequest, match="chmod 700"):
-            StateFolder(state)
+            StateDirectory(state)
         assert not list(state.iterdir())
 
 
@@ -544,13 +544,13 @@ def test_a_folder_of_somebody_else_is_refused(
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     for path in (state, link):
         with pytest.raises(InvalidRequest, match="belongs to user"):
-            StateFolder(path)
+            StateDirectory(path)
     assert not list(state.iterdir())
 
 
 def test_a_path_with_an_error_in_it_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="there is no folder"):
-        StateFolder(tmp_path / "typo" / "state")
+        StateDirectory(tmp_path / "typo" / "state")
     assert not list(tmp_path.iterdir())
 
 
@@ -560,10 +560,10 @@ def test_a_writer_that_ends_unforeseen_is_told_and_keeps_nothing_back(
     def fail(*_: object) -> None:
         raise OverflowError("nobody thought of this")
 
-    holdings = Holdings(
+    backing = Backing(
         load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     )
-    kept, cache = holdings.state, holdings.cache
+    kept, cache = backing.state, backing.cache
     assert kept is not None
     assert cache is not None
     try:
@@ -580,7 +580,7 @@ def test_a_writer_that_ends_unforeseen_is_told_and_keeps_nothing_back(
         assert kept.condition.pending_bytes == 0
         assert kept.condition.dropped_runs >= len(CHATS) - 1
     finally:
-        holdings.close()
+        backing.close()
 
 
 def test_a_full_disk_costs_what_it_could_not_take_until_there_is_room(
@@ -612,15 +612,15 @@ def test_namespaces_that_went_leave_their_numbers_to_others(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A salt for each request: the last is kept like the first, and none finds another's."""
-    monkeypatch.setattr(keeper, "MAX_NAMESPACES", 64)
+    monkeypatch.setattr(writer, "MAX_NAMESPACES", 64)
     settings = load({"memory": MEMORY, "block_size": SIZE, "layout": LAYOUT, "state": state})
     tokens = bytes(4 * SIZE)
     for life in range(2):
-        holdings = Holdings(settings)
-        cache = holdings.cache
+        backing = Backing(settings)
+        cache = backing.cache
         assert cache is not None
-        assert holdings.state is not None
-        kept = holdings.state._keeper
+        assert backing.state is not None
+        kept = backing.state._writer
         assert kept is not None
         for n in range(500):
             me, space = WorkerId(n + 1), Namespace(MODEL, salt=f"{life} {n}")
@@ -635,12 +635,12 @@ def test_namespaces_that_went_leave_their_numbers_to_others(
             cache.detach(me, now=0.0, gone=True)
             assert len(kept._numbers) < 64
             assert min(kept._numbers.values()) >= 0, "it has no number, and is not kept"
-        holdings.close()
-    holdings = Holdings(settings)
+        backing.close()
+    backing = Backing(settings)
     try:
-        assert holdings.cache is not None
+        assert backing.cache is not None
         for n in range(500):
-            hit = holdings.cache.lookup(Namespace(MODEL, salt=f"1 {n}"), tokens + tokens).num_hit
+            hit = backing.cache.lookup(Namespace(MODEL, salt=f"1 {n}"), tokens + tokens).num_hit
             assert hit == (SIZE if n == 499 else 0)
     finally:
-        holdings.close()
+        backing.close()

@@ -27,7 +27,7 @@ from patience import PATIENCE_S
 from prefixcache.client import codec
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, PoolExhausted
-from prefixcache.service.listen import Listener
+from prefixcache.service.grpc.listener import Listener
 from prefixcache.types import Layout, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache.v1.prefixcache_pb2_grpc import PrefixCacheStub

@@ -48,7 +48,7 @@ NOW = 100.0
 
 
 class Service:
-    """A cache, and the ops of one session: as `service/sessions.py` serves them, nothing else."""
+    """A cache, and the ops of one session: as `grpc/session.py` serves them, nothing else."""
 
     def __init__(self) -> None:
         self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=1e6)

@@ -34,7 +34,7 @@ def layout_named(text: str) -> Layout:
     if found is not None:
         return found
     if is_file(Path(text) / "config.json"):
-        from prefixcache.service.model_layout import read_layout
+        from prefixcache.service.pool.model_layout import read_layout
 
         return read_layout(Path(text))
     try:

@@ -33,7 +33,7 @@ import prefixcache
 from prefixcache.cli.decoder import Decoder
 from prefixcache.client import Client
 from prefixcache.plain_json import json_text
-from prefixcache.service.model_layout import read_layout
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Explanation
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_worker import smollm2

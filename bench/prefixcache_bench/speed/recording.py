@@ -27,12 +27,12 @@ from typing import Any
 
 from prefixcache.client import codec
 from prefixcache.config import ServeSettings, load
+from prefixcache.service.auth.identity import LOCAL
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.handlers import Handlers
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.identities import LOCAL
-from prefixcache.service.meter import SUM, clock, empty_row
-from prefixcache.service.sessions import SessionStream
-from prefixcache.service.waiting import WaitingLine
+from prefixcache.service.observe.latency import SUM, clock, empty_row
 from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -60,9 +60,9 @@ async def subject(name: str, **given: Any) -> Subject:
     settings: ServeSettings = load(
         {"memory": 32 * 2**20, "layout": LAYOUT, "pool": "none", "log_level": "error"} | given
     )
-    holdings = Holdings(settings)
-    line = WaitingLine(holdings)
-    handlers = Handlers(settings, holdings, line, Workers(holdings, line, settings))
+    backing = Backing(settings)
+    deliveries = Deliveries(backing)
+    handlers = Handlers(settings, backing, deliveries, Workers(backing, deliveries, settings))
     stream = SessionStream(handlers, None, LOCAL)
     batch = pb.OpBatch()
     request = batch.ops.add(id=1).attach
@@ -130,7 +130,7 @@ async def measure(rounds: int) -> list[Subject]:
     for one in subjects:
         one.handlers.events.close()
         one.handlers.workers.close()
-        one.handlers.line.close()
+        one.handlers.deliveries.close()
     return subjects
 
 

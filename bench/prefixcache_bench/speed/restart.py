@@ -67,11 +67,11 @@ def build(state: Path, num_blocks: int) -> None:
     import structlog
 
     from prefixcache.pool import map_pool
-    from prefixcache.service.holdings import Holdings
+    from prefixcache.service.backing import Backing
 
     structlog.configure(logger_factory=structlog.WriteLoggerFactory(file=sys.stderr))
-    holdings = Holdings(settings(state, num_blocks))
-    cache, handle, kept = holdings.cache, holdings.handle, holdings.state
+    backing = Backing(settings(state, num_blocks))
+    cache, handle, kept = backing.cache, backing.handle, backing.state
     if cache is None or handle is None or kept is None:
         raise SystemExit("no pool was made")
     memory = np.frombuffer(map_pool(handle), np.uint64, offset=handle.offset)

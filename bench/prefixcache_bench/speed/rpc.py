@@ -268,17 +268,17 @@ def serve_stub(target: str) -> None:
     """Run the service's own code over a cache that stores nothing."""
     from prefixcache.config import load
     from prefixcache.service import server
-    from prefixcache.service.holdings import Holdings
+    from prefixcache.service.backing import Backing
     from prefixcache_bench.speed.hollow import HollowCache
 
-    class HollowHoldings(Holdings):
+    class HollowBacking(Backing):
         def settle_layout(self, layout: Layout) -> Any:
             if self.cache is None:
                 super().settle_layout(layout)
                 self.cache = HollowCache(BLOCK_SIZE)  # type: ignore[assignment]
             return self.cache
 
-    server.run(load(_settings(target)), print, HollowHoldings)
+    server.run(load(_settings(target)), print, HollowBacking)
 
 
 def serve_bare(target: str) -> None:

@@ -9,42 +9,42 @@ from prefixcache.client import codec, unary
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
-from prefixcache.service.events import EventLog
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.events.event_log import EventLog
+from prefixcache.service.events.recorder import Recorder
 from prefixcache.service.failures import Failures
-from prefixcache.service.holdings import Holdings
-from prefixcache.service.meter import Meter
-from prefixcache.service.pulse import Pulse
-from prefixcache.service.recorder import Recorder
-from prefixcache.service.shadows import Shadows
+from prefixcache.service.observe.latency import LatencyHistograms
+from prefixcache.service.observe.sampler import Sampler
+from prefixcache.service.shadow.caches import ShadowCaches
 from prefixcache.service.turns import Turns
-from prefixcache.service.waiting import WaitingLine
 from prefixcache.service.workers import Asker, Worker, Workers
 from prefixcache.types import Namespace
 
 if TYPE_CHECKING:
-    from prefixcache.service.tracing import Tracer
+    from prefixcache.service.observe.tracing import Tracer
 
 
 class Verbs:
     """The state of the service that its verbs share."""
 
     def __init__(
-        self, settings: ServeSettings, holdings: Holdings, line: WaitingLine, workers: Workers
+        self, settings: ServeSettings, backing: Backing, deliveries: Deliveries, workers: Workers
     ) -> None:
         self.settings = settings
-        self.holdings = holdings
-        self.line = line
+        self.backing = backing
+        self.deliveries = deliveries
         self.workers = workers
         self.draining = False
         self.listening: list[str] = []
         self.recorder: Recorder | None = None
         self.tracer: Tracer | None = None
-        self.meter = Meter((*unary.RPCS, "cancel"))
-        self.pulse = Pulse(holdings, self.meter)
+        self.latency = LatencyHistograms((*unary.RPCS, "cancel"))
+        self.sampler = Sampler(backing, self.latency)
         self.turns = Turns()
         self.failures = Failures()
-        self.events = EventLog(holdings, settings.max_watchers, failures=self.failures)
-        self.shadows = Shadows(settings, holdings, self.failures) if settings.shadow else None
+        self.events = EventLog(backing, settings.max_watchers, failures=self.failures)
+        self.shadows = ShadowCaches(settings, backing, self.failures) if settings.shadow else None
         self._started_at = monotonic()
 
     @property
@@ -53,7 +53,7 @@ class Verbs:
         return monotonic() - self._started_at
 
     def _cache(self) -> PrefixCache:
-        cache = self.holdings.cache
+        cache = self.backing.cache
         if cache is None:
             raise NotFound(
                 "nothing is stored: no worker has attached, and the service was started without "

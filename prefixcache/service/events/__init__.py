@@ -1,0 +1,1 @@
+"""What routers and later replays are told: changes of the index, and recorded requests."""

@@ -1,0 +1,302 @@
+"""Unary calls: the same handlers for any gRPC client, one call per verb."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from time import monotonic
+from types import GeneratorType
+from typing import Any, Never
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from prefixcache.client import codec, unary
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
+from prefixcache.service.answers import question
+from prefixcache.service.auth.authenticator import Authenticator
+from prefixcache.service.auth.identity import Identity
+from prefixcache.service.auth.standing import STANDING
+from prefixcache.service.deliveries import Outcome
+from prefixcache.service.grpc.bad_request import BadRequest, reader
+from prefixcache.service.grpc.session import SessionStream
+from prefixcache.service.grpc.watch import watch
+from prefixcache.service.handlers import Handlers
+from prefixcache.service.observe.latency import clock
+from prefixcache.service.workers import Asker, Handed, Visitor, Worker
+from prefixcache.types import Grant, TableUpdate, Waiting
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+_LOOKS = frozenset(
+    ("lookup", "explain", "reset", "pin", "unpin", "quota", "snapshot", "tree", "check")
+)
+"""Verbs that need no worker."""
+
+_ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
+"""Of these, those that name no worker."""
+
+_LONG = ("namespaces", "pins")
+"""Rows of a snapshot of which there may be tens of thousands."""
+
+_calls = itertools.count(1)
+
+
+def service(
+    domains: Mapping[str, Handlers], authenticator: Authenticator
+) -> grpc.GenericRpcHandler:
+    """Build the gRPC service: every verb as a unary call, and the session.
+
+    Args:
+        domains: The verbs, by trust domain.
+        authenticator: Tells who calls, and so in which domain.
+    """
+
+    async def admit(context: Any, verb: str) -> tuple[Identity, Handlers]:
+        standing = STANDING.get()
+        try:
+            identity = authenticator.identify(context) if standing is None else standing.identity
+            if identity.domain not in domains:
+                raise NotFound(f"domain {identity.domain!r} begins with the service's next start")
+        except CacheError as error:
+            domains[""].latency.refuse(verb, error)
+            await refuse(context, error)
+        return identity, domains[identity.domain]
+
+    def gated(verb: str, response_class: Any) -> Any:
+        inner = {name: _serve(one, verb, response_class) for name, one in domains.items()}
+
+        async def call(request: Any, context: Any) -> Any:
+            identity, _ = await admit(context, verb)
+            return await inner[identity.domain](request, context, identity)
+
+        tracer = domains[""].tracer
+        return call if tracer is None else tracer.traced(verb, call)
+
+    methods: dict[str, Any] = {}
+    for verb, rpc in unary.RPCS.items():
+        name = rpc.path.rpartition("/")[2]
+        methods[name] = grpc.unary_unary_rpc_method_handler(
+            gated(verb, rpc.response),
+            request_deserializer=reader(rpc.request),
+            response_serializer=_serialized,
+        )
+
+    async def session(request_iterator: Any, context: Any) -> None:
+        identity, handlers = await admit(context, "attach")
+        await SessionStream(handlers, context, identity).serve()
+
+    methods["Session"] = grpc.stream_stream_rpc_method_handler(
+        session,
+        request_deserializer=reader(pb.OpBatch),
+        response_serializer=pb.OpResults.SerializeToString,
+    )
+
+    async def watching(request: Any, context: Any) -> None:
+        identity, handlers = await admit(context, "watch")
+        await watch(handlers, handlers.events, identity, request, context, refuse)
+
+    methods["Watch"] = grpc.unary_stream_rpc_method_handler(
+        watching,
+        request_deserializer=reader(pb.WatchRequest),
+        response_serializer=pb.WatchResponse.SerializeToString,
+    )
+    return grpc.method_handlers_generic_handler(unary.SERVICE, methods)
+
+
+def _serve(
+    handlers: Handlers, verb: str, response_class: Any
+) -> Callable[[Any, Any, Identity], Awaitable[Any]]:
+    if verb == "attach":
+
+        async def attach(request: Any, context: Any, identity: Identity) -> Any:
+            began = clock()
+            response = response_class()
+            try:
+                _check(request)
+                asker: Asker = Visitor(identity)
+                if request.worker_key:
+                    asker = handlers.workers.find(request.worker_key, identity)
+                attached = handlers.attach(asker, request, None)
+                _note_proof(attached.worker)
+                handlers.write_attach(attached, response)
+            except CacheError as error:
+                handlers.latency.refuse(verb, error)
+                await refuse(context, error)
+            handlers.deliveries.settle()
+            handlers.latency.took(handlers.latency.rows[verb], clock() - began)
+            return response
+
+        return attach
+
+    handler, write = handlers.verbs[verb]
+    find, settle = handlers.workers.find, handlers.deliveries.settle
+    optional = verb in _LOOKS
+    latency = handlers.latency
+    row = latency.rows[verb]
+
+    async def serve(request: Any, context: Any, identity: Identity) -> Any:
+        began = clock()
+        try:
+            _check(request)
+            asker: Asker
+            if optional and (verb in _ABOUT_ALL or not request.worker_key):
+                asker = Visitor(identity)
+            else:
+                asker = find(request.worker_key, identity)
+                _note_proof(asker)
+            asked = question(asker.key, verb, request) if isinstance(asker, Worker) else None
+            if asked is not None:
+                assert isinstance(asker, Worker)
+                if (earlier := handlers.earlier(asker, asked)) is not None:
+                    return earlier
+            answer = handler(asker, request)
+            if answer.__class__ is Waiting:
+                assert isinstance(asker, Worker)
+                answer = _Call(handlers, asker, answer)  # before what has settled is delivered
+            settle()
+            latency.took(row, clock() - began)
+            if answer.__class__ is _Call:
+                answer = await answer.outcome()
+            elif answer.__class__ is GeneratorType:
+                answer = await handlers.turns.run(answer, identity.tenant or "")
+                settle()
+        except CacheError as error:
+            latency.refuse(verb, error)
+            await refuse(context, error)
+        response = response_class()
+        writing = write(answer, response)
+        if writing.__class__ is GeneratorType:
+            if response_class is pb.SnapshotResponse:
+                writing = in_pieces(writing, response)
+            response = await handlers.turns.run(writing, identity.tenant or "") or response
+        if asked is not None:
+            handlers.keep(asker, asked, response)
+        return response
+
+    return serve
+
+
+def _note_proof(worker: Worker) -> None:
+    """Remember what the caller of a worker's calls showed last: without it, it ends."""
+    if (standing := STANDING.get()) is not None:
+        worker.proof = standing.proof
+
+
+def in_pieces(
+    steps: Generator[None, None, None], message: pb.SnapshotResponse
+) -> Generator[None, None, bytes]:
+    """Serialise the rows that are many as they are written: all of them at once take long.
+
+    Pieces of a message one after the other are the message: their rows are joined.
+    """
+    pieces = []
+    for _ in steps:
+        for name in _LONG:
+            rows = getattr(message, name)
+            if rows:
+                piece = pb.SnapshotResponse()
+                getattr(piece, name).extend(rows)
+                pieces.append(piece.SerializeToString())
+                del rows[:]
+        yield
+    return b"".join([*pieces, message.SerializeToString()])
+
+
+def _serialized(answer: Any) -> bytes:
+    done: bytes = answer if answer.__class__ is bytes else answer.SerializeToString()
+    return done
+
+
+def _check(request: Any) -> None:
+    if request.__class__ is BadRequest:
+        raise InvalidRequest(request)
+
+
+class _Call:
+    """A call that waits for the outcome of a ticket.
+
+    Its caller may hang up at any moment: while the ticket waits, when its outcome has been
+    delivered and nobody has looked yet, or between the two; and ask again with the same id, so that
+    several calls are granted one lease.  It is released by the last of them that nobody collects,
+    if nobody was told of it.
+    """
+
+    __slots__ = ("_future", "_handlers", "_id", "_outcome", "_worker")
+
+    def __init__(self, handlers: Handlers, worker: Worker, waiting: Waiting) -> None:
+        self._handlers = handlers
+        self._worker = worker
+        self._id = -next(_calls)  # below zero: never the id of a session's op
+        self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._outcome: Outcome | None = None
+        worker.tickets[self._id] = waiting.ticket
+        handlers.deliveries.enter(waiting.ticket, self._deliver)
+
+    async def outcome(self) -> Grant | TableUpdate:
+        """Wait for it.
+
+        Raises:
+            CacheError: the outcome is one.
+        """
+        try:
+            settled = await self._future
+        except asyncio.CancelledError:
+            if self._outcome is None:
+                self._handlers.cancel_ticket(self._worker, self._id)
+            else:
+                self._end(self._outcome, is_taken=False)
+            self._handlers.deliveries.settle()
+            raise
+        self._end(settled, is_taken=True)
+        if isinstance(settled, CacheError):
+            raise settled
+        return settled
+
+    def _deliver(self, outcome: Outcome) -> None:
+        self._worker.tickets.pop(self._id, None)
+        self._outcome = outcome
+        if isinstance(outcome, Grant):
+            self._worker.handed.setdefault(outcome.lease, Handed()).num_calls += 1
+        if not self._future.done():
+            self._future.set_result(outcome)
+
+    def _end(self, outcome: Outcome, *, is_taken: bool) -> None:
+        """Collect an outcome, or give back what nobody will collect."""
+        if not isinstance(outcome, Grant):
+            return
+        handed = self._worker.handed[outcome.lease]
+        handed.num_calls -= 1
+        handed.is_taken |= is_taken
+        if handed.num_calls:
+            return
+        del self._worker.handed[outcome.lease]
+        cache = self._handlers.backing.cache
+        if not handed.is_taken and cache is not None:
+            with contextlib.suppress(CacheError):  # it may have ended meanwhile
+                cache.release(self._worker.id, outcome.lease, now=monotonic())
+
+
+async def refuse(context: Any, error: CacheError) -> Never:
+    """End a call with the error's status, and its class and retry hint as details."""
+    info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=unary.ERROR_DOMAIN)
+    details = [_any(info)]
+    if isinstance(error, PoolExhausted) and error.retry_after_s > 0:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMicroseconds(int(error.retry_after_s * 1e6))
+        details.append(_any(retry))
+    status = rpc_status.to_status(
+        status_pb2.Status(code=codec.STATUS_CODES[error.code], message=str(error), details=details)
+    )
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort always raises")
+
+
+def _any(message: Any) -> AnyMessage:
+    packed = AnyMessage()
+    packed.Pack(message)
+    return packed

@@ -1,0 +1,1 @@
+"""What a browser or Prometheus reads over HTTP, on the loopback device."""

@@ -1,0 +1,1 @@
+"""What is measured and told of the running service: latencies, samples, spans, log lines."""

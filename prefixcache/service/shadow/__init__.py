@@ -1,0 +1,1 @@
+"""Other caches that play the live requests, in a process beside the service."""

@@ -1,0 +1,144 @@
+"""The verbs of a lease, within the limits of the service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+
+from prefixcache.client.codec.leasing import write_fork
+from prefixcache.errors import InvalidRequest
+from prefixcache.service.verbs.base import Verbs
+from prefixcache.service.workers import Worker
+from prefixcache.texts import many
+from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """Answer of `fork`, and in which form the caller reads it."""
+
+    children: tuple[Grant, ...]
+    has_shared_table: bool
+
+
+class LeaseVerbs(Verbs):
+    """Everything that a lease goes through."""
+
+    def acquire(self, worker: Worker, request: pb.AcquireRequest) -> Grant | Waiting:
+        """Lease blocks for a prompt.
+
+        Raises:
+            InvalidRequest, NotFound, PoolExhausted: as the core says.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        wait_s = request.wait_s
+        request_id = request.request_id
+        if wait_s:
+            self._check_wait(worker, wait_s)
+        namespace = self._named(worker, request)
+        if not namespace.model:
+            raise InvalidRequest("a namespace needs the name of a model")
+        tokens = request.tokens
+        answer = self._cache().acquire(
+            worker.id,
+            namespace,
+            tokens,
+            reserve=request.reserve,
+            wait_s=wait_s,
+            request_id=request_id,
+            attached=not request.HasField("namespace"),
+            now=monotonic(),
+        )
+        if self.recorder is not None:
+            self.failures.spare("recording", self.recorder.record, namespace, tokens)
+        if worker.handed and isinstance(answer, Grant):
+            worker.take(answer.lease)  # asked again with its id
+        return answer
+
+    def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
+        """Give up waiting.  Idempotent: the outcome may have crossed it on the way."""
+        self.cancel_ticket(worker, request.op)
+
+    def cancel_ticket(self, worker: Worker, op_id: int) -> None:
+        """Give up the waiting request that came as `op_id`.  Idempotent.
+
+        The outcome of an `extend` that has its room already comes all the same.
+        """
+        ticket = worker.tickets.pop(op_id, None)
+        if ticket is not None and self._cache().cancel(worker.id, ticket, now=monotonic()):
+            self.deliveries.leave(ticket)
+
+    def commit(self, worker: Worker, request: pb.CommitRequest) -> Committed:
+        """Make computed KV visible to all."""
+        now = monotonic()
+        done = self._cache().commit(
+            worker.id, LeaseId(request.lease), request.num_tokens, request.new_tokens, now=now
+        )
+        worker.committed_at = now
+        return done
+
+    def extend(self, worker: Worker, request: pb.ExtendRequest) -> TableUpdate | Waiting:
+        """Make room."""
+        if not request.wait_s:
+            return self._cache().extend(
+                worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+            )
+        self._check_wait(worker, request.wait_s)
+        return self._cache().extend(
+            worker.id,
+            LeaseId(request.lease),
+            request.num_tokens,
+            wait_s=request.wait_s,
+            now=monotonic(),
+        )
+
+    def fork(self, worker: Worker, request: pb.ForkRequest) -> Forked:
+        """Make children that share every block.
+
+        Raises:
+            InvalidRequest: too many at once, or more tables than an answer should carry.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        if request.count > self.settings.max_forks:
+            raise InvalidRequest(
+                f"{request.count} children in one fork, --max-forks allows "
+                f"{self.settings.max_forks}"
+            )
+        cache, lease, now = self._cache(), LeaseId(request.lease), monotonic()
+        if not request.shared_table:
+            table = 4 * cache.num_committed_blocks(worker.id, lease, now=now)
+            if (total := table * request.count) > self.settings.max_message:
+                raise InvalidRequest(
+                    f"{many(request.count, 'block table')} of {table:,} bytes are {total:,} bytes; "
+                    f"an answer may have {self.settings.max_message:,} (--max-message). Set "
+                    "`shared_table`, which tells the table once, or fork fewer at a time."
+                )
+        grants = cache.fork(worker.id, lease, request.count, now=now)
+        return Forked(grants, request.shared_table)
+
+    def write_fork(self, answer: Forked, message: pb.ForkResponse) -> None:
+        """Fill `message` with the children."""
+        write_fork(answer.children, message, shared=answer.has_shared_table)
+
+    def truncate(self, worker: Worker, request: pb.TruncateRequest) -> TableUpdate:
+        """Roll back."""
+        return self._cache().truncate(
+            worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+        )
+
+    def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
+        """End a lease."""
+        return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
+
+    def _check_wait(self, worker: Worker, wait_s: float) -> None:
+        if not 0 <= wait_s <= self.settings.max_wait:
+            limit = f"from 0 to {self.settings.max_wait:g} s (--max-wait)"
+            raise InvalidRequest(f"a request may wait {limit}, not {wait_s:g}")
+        if len(worker.tickets) >= self.settings.max_waiting:
+            raise InvalidRequest(
+                f"{worker.name} has {many(len(worker.tickets), 'request')} that wait, "
+                "--max-waiting allows no more"
+            )

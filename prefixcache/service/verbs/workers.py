@@ -1,0 +1,113 @@
+"""Coming and going: attach, detach, renew."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+
+import structlog
+
+from prefixcache.client import codec
+from prefixcache.errors import InvalidRequest
+from prefixcache.service.verbs.base import Verbs
+from prefixcache.service.verbs.request_texts import check_texts
+from prefixcache.service.workers import Asker, Worker
+from prefixcache.types import Ended
+from prefixcache.v1 import prefixcache_pb2 as pb
+
+_LEASES = 2**31
+"""A worker's leases are numbered from somewhere below this, where nobody expects it."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """Answer of `attach`, with what the wire says beside the core's part."""
+
+    worker: Worker
+    namespace_index: int
+
+
+class WorkerVerbs(Verbs):
+    """The verbs of a worker."""
+
+    def attach(
+        self,
+        asker: Asker,
+        request: pb.AttachRequest,
+        hang_up: Callable[[], object] | None,
+    ) -> Attached:
+        """Let a worker, new or known, join a namespace; if it has many, it leaves an idle one.
+
+        Raises:
+            LayoutMismatch: the pool holds another layout.
+            InvalidRequest: a text cannot be kept or shown, or the layout is none.
+            NotFound: it names another tenant, or a model that it may not use.
+            ServiceUnavailable: the service is about to end.
+        """
+        self._refuse_if_draining()
+        check_texts(request)
+        namespace = codec.read_namespace(request.namespace)
+        if not namespace.model:
+            raise InvalidRequest("a namespace needs the name of a model")
+        namespace = asker.identity.own(namespace)
+        fresh = self.backing.cache is None
+        cache = self.backing.settle_layout(codec.read_layout(request.layout))
+        if fresh:
+            log.info("pool created", sizes=str(self.backing.sizes))
+        if fresh and self.shadows is not None:
+            self.failures.spare("shadow caches", self.shadows.begin)
+        cache.make_way(namespace)
+        worker = (
+            asker
+            if isinstance(asker, Worker)
+            else self.workers.join(asker.identity, request.name, request.pid, request.host, hang_up)
+        )
+        attached = worker.namespaces
+        if namespace not in attached and (idle := attached.idle()) is not None:
+            attached.leave(idle)
+            cache.quit(worker.id, idle)
+        index = attached.add(namespace)
+        cache.attach(
+            worker.id,
+            namespace,
+            name=worker.name,
+            first_lease=1 + secrets.randbelow(_LEASES),
+            now=monotonic(),
+        )
+        self.workers.finished(request.finished)
+        return Attached(worker, index)
+
+    def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
+        """Fill `message`."""
+        message.worker = answer.worker.name
+        message.worker_key = answer.worker.key
+        if self.backing.handle is not None:
+            codec.write_pool(self.backing.handle, message.pool)
+        message.ttl_s = self.settings.ttl
+        message.namespace_index = answer.namespace_index
+        message.max_message_bytes = self.settings.max_message
+        message.max_ops = self.settings.max_ops
+        message.acquires_by_name = True
+
+    def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
+        """End a worker that says it writes to nothing any more."""
+        return self.workers.leave(worker, gone=True)
+
+    def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
+        """Take a sign of life, and what the worker tells of its progress.
+
+        Raises:
+            InvalidRequest: it tells of a time that is none.
+        """
+        for field in ("stalled_s", "oldest_untaken_s"):
+            if not 0 <= (told := getattr(request, field)) < inf:
+                raise InvalidRequest(f"{field} must be 0 or more seconds, not {told}")
+        now = monotonic()
+        self._cache().renew(worker.id, now=now)
+        worker.in_hand, worker.stepped_at = request.in_hand, now - request.stalled_s
+        worker.untaken, worker.untaken_since = request.untaken, now - request.oldest_untaken_s
