@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize proto clean
+.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -84,9 +84,19 @@ fuzz: $(VENV)/.installed   ## Messages, manifests, traces, prompts, identities, 
 soak: $(VENV)/.installed   ## Half of the benchmark's rate for SOAK_MINUTES=30: latency, memory, leaks.
 	$(BIN)/python -m prefixcache_bench.speed.soak
 
+compiled: $(VENV)/.installed   ## Compile the core to C, in place, from the same sources.  `make pure` takes it away.
+	PREFIXCACHE_COMPILED=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+pure:          ## Remove what `make compiled` made: the core runs as plain Python again.
+	rm -rf build/lib.* build/temp.* build/__native* build/prefixcache_core
+	rm -f prefixcache/core/*.so prefixcache_core__mypyc*.so
+
+test-compiled: compiled   ## The core's tests on the compiled core, which is removed afterwards.
+	PREFIXCACHE_EXPECT_COMPILED=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/core; status=$$?; $(MAKE) pure; exit $$status
+
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
 
-clean:         ## Remove the environment and everything generated, except committed code.
+clean: pure    ## Remove the environment and everything generated, except committed code.
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

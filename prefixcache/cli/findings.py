@@ -66,8 +66,9 @@ class Times:
 def versions(now: Status) -> Iterator[Finding]:
     """Compare the client's version with the service's."""
     theirs = now.info.version
+    core = f"the service's core is {now.info.core or 'pure Python'}"
     if theirs == __version__:
-        yield Finding("versions", OK, f"Client and service are both {theirs}.")
+        yield Finding("versions", OK, f"Client and service are both {theirs}; {core}.")
         return
     yield Finding(
         "versions",

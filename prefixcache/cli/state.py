@@ -36,6 +36,7 @@ def fields(now: Status) -> dict[str, Any]:
     plain = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
     plain["service"] = {
         "version": info.version,
+        "core": info.core,
         "pid": info.pid,
         "uptime_s": info.uptime_s,
         "listening": list(info.listening),
@@ -84,6 +85,7 @@ def show(now: Status) -> None:
     view.print_table(
         [
             ("service", f"{state} for {info.uptime_s:,.0f} s at {', '.join(info.listening)}"),
+            ("core", info.core or "pure Python"),
             ("pool", f"{many(snapshot.num_blocks, 'block')} of {snapshot.block_size} · {where}"),
             ("blocks", _blocks(snapshot)),
             (

@@ -224,7 +224,7 @@ class BlockManager:
                 lease.private_from += 1
                 indexed += 1
         lease.committed = num_tokens
-        return 0 if lease.node.root.retired else indexed
+        return 0 if lease.root.retired else indexed
 
     def blocks_missing(self, lease: Lease, num_tokens: int) -> int:
         """Count the blocks that room for `num_tokens` tokens takes.  Changes nothing.

@@ -214,9 +214,9 @@ class PrefixCache:
         worker: WorkerId,
         namespace: Namespace,
         *,
+        now: float,
         name: str = "",
         first_lease: int = 1,
-        now: float,
     ) -> None:
         """Let a worker use a namespace.  Idempotent.
 
@@ -324,11 +324,11 @@ class PrefixCache:
         namespace: Namespace,
         tokens: bytes,
         *,
+        now: float,
         reserve: int = 0,
         wait_s: float = 0.0,
         request_id: str = "",
         attached: bool = True,
-        now: float,
     ) -> Grant | Waiting:
         """Match, protect and allocate, in one step.
 
@@ -466,8 +466,8 @@ class PrefixCache:
         lease: LeaseId,
         num_tokens: int,
         *,
-        wait_s: float = 0.0,
         now: float,
+        wait_s: float = 0.0,
     ) -> TableUpdate | Waiting:
         """Make room for `num_tokens` tokens in all.  O(new blocks).
 
@@ -834,13 +834,13 @@ class PrefixCache:
         self,
         namespaces: Iterable[Namespace] | None = None,
         *,
+        now: float,
         order: Order = Order.TOKENS,
         max_branches: int = 1000,
         max_depth: int | None = None,
         ghosts: bool = True,
         sees: Callable[[Namespace], bool] | None = None,
         max_namespaces: int | None = None,
-        now: float,
     ) -> Generator[None, None, Outline]:
         """Sum the trees up, and keep their largest or hottest branches.  Changes nothing.
 

@@ -145,7 +145,7 @@ class LeafQueue:
         """Add a leaf that has just become evictable.  O(log leaves), amortised."""
         if node.queued:
             return
-        node.queued = True
+        node.queued = 1
         self._serial += 1
         heappush(self._heap, (self._key(node), self._serial, node))
         if len(self._heap) > self._rebuild_at:
@@ -156,7 +156,7 @@ class LeafQueue:
         heap = self._heap
         while heap:
             key, _, node = heappop(heap)
-            node.queued = False
+            node.queued = 0
             if not node.is_evictable:
                 continue
             if self._key(node) > key:
@@ -225,7 +225,7 @@ class Lanes:
 
     def push(self, node: Node) -> None:
         """Add a leaf to its lane.  O(log leaves), amortised."""
-        node.queued = True
+        node.queued = 1
         self._serial += 1
         self._size += 1
         policy = self._policy
@@ -244,7 +244,7 @@ class Lanes:
             if policy.spares(node):
                 self.push(node)
                 continue
-            node.queued = False
+            node.queued = 0
             return node
 
     def _take(self, lane: int) -> Node:

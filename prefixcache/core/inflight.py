@@ -62,14 +62,14 @@ class Inflight:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
-        insort(self.below.setdefault(lease.node.root, []), (prompt, lease.serial, lease))
-        lease.node.root.num_changes += 1
+        insort(self.below.setdefault(lease.root, []), (prompt, lease.serial, lease))
+        lease.root.num_changes += 1
 
     def remove(self, lease: Lease) -> None:
         """Take a lease out again, if it is in.  O(log flights)."""
         if lease.flight is None:
             return
-        root = lease.node.root
+        root = lease.root
         below = self.below[root]
         del below[bisect_left(below, (lease.flight, lease.serial))]
         lease.flight = None
@@ -116,6 +116,6 @@ class Inflight:
             assert below == sorted(below), "flights out of order"
             for prompt, serial, lease in below:
                 assert lease.serial == serial, f"lease {lease.serial} flies as {serial}"
-                assert lease.node.root is root, f"lease {lease.id} flies below another root"
+                assert lease.root is root, f"lease {lease.id} flies below another root"
                 assert lease.flight is prompt, f"lease {lease.id}: another prompt"
                 assert lease.committed < len(prompt) // TOKEN_BYTES, f"lease {lease.id} has landed"

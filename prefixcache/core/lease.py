@@ -64,6 +64,7 @@ class Lease:
         "private_from",
         "request_id",
         "rest",
+        "root",
         "serial",
         "shares_table",
         "since",
@@ -96,7 +97,9 @@ class Lease:
         self.deadline = deadline
         self.node = node
         """Locked; ends where the lease's whole indexed blocks end."""
-        self.account: Account = node.root.account  # type: ignore[assignment]
+        self.root = node.root
+        """Of its namespace; the same as long as it lives."""
+        self.account: Account = self.root.account  # type: ignore[assignment]
         """Who answers for what it holds."""
         self.num_private = 0
         """Its own blocks, as its account has counted them."""
@@ -306,7 +309,7 @@ class LeaseTable:
             deadline=now + self.ttl_s,
         )
         member.leases[lease.id] = lease
-        node.root.num_leases += 1
+        lease.root.num_leases += 1
         self.by_age[lease.serial] = lease
         mine = self._of_tenants.get(namespace.tenant)
         if mine is None:
@@ -348,7 +351,7 @@ class LeaseTable:
         """Forget a lease, but for how it ended."""
         member = self.workers[lease.worker]
         del member.leases[lease.id]
-        lease.node.root.num_leases -= 1
+        lease.root.num_leases -= 1
         del self.by_age[lease.serial]
         mine = self._of_tenants[lease.namespace.tenant]
         del mine[lease.serial]

@@ -186,13 +186,13 @@ class Node:
         "created",
         "divergence",
         "ghosts",
+        "in_root",
         "last_used",
         "lock_ref",
         "mark",
         "parent",
         "pinned",
         "queued",
-        "root",
         "tokens",
     )
 
@@ -204,7 +204,8 @@ class Node:
     ghosts: Children[Node] | None
     parent: Node | None
     """None for a root, and for a node that is no longer part of the tree."""
-    root: Root
+    in_root: Root | None
+    """Where it hangs; None for a root: who refers to itself waits for the garbage collector."""
     lock_ref: int
     """Locks on this very node, plus the number of locked children."""
     last_used: int
@@ -226,8 +227,15 @@ class Node:
         self.lock_ref = 0
         self.last_used = self.created = born
         self.queued = self.pinned = 0
-        if parent is not None:
-            self.root = parent.root
+        self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
+
+    @property
+    def root(self) -> Root:
+        """Give the root that this hangs below; a root gives itself."""
+        root = self.in_root
+        if root is None:
+            raise AssertionError("only a root hangs below nothing")
+        return root
 
     @property
     def is_evictable(self) -> bool:
@@ -236,13 +244,13 @@ class Node:
 
     def table(self) -> BlockTable:
         """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""
-        above = self.parent
-        if above is None or above.parent is None:
+        parts: list[BlockTable] = []
+        node, above = self, self.parent
+        while above is not None:
+            parts.append(node.blocks)
+            node, above = above, above.parent
+        if len(parts) == 1:
             return self.blocks[:]
-        parts = [self.blocks]
-        while above.parent is not None:
-            parts.append(above.blocks)
-            above = above.parent
         table = array("i")
         for part in reversed(parts):
             table.extend(part)
@@ -282,8 +290,8 @@ class Root(Node):
         """Whether the namespace was reset: nothing below can be found any more."""
 
     @property
-    def root(self) -> Root:  # type: ignore[override]
-        """Give itself.  Not stored: who refers to himself waits for the garbage collector."""
+    def root(self) -> Root:
+        """Give itself."""
         return self
 
 

@@ -481,21 +481,21 @@ class RadixTree:
     def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: BlockTable) -> Node:
         """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends."""
         width = self.block_bytes
-        if node.ghosts:
-            while run and node.ghosts and (ghost := self.ghosts.revive(node, run)) is not None:
-                size = len(ghost.tokens)
-                count = -(-size // width)
-                ghost.blocks = blocks[:count]
-                ghost.last_used = ghost.created = self.clock
-                if self._revived is None:
-                    ghost.mark = None
-                else:
-                    self._revived(ghost)
-                node = self._adopt(node, ghost, absorbed)
-                run, blocks = run[size:], blocks[count:]
-            if not run:
-                return node
-        return self._adopt(node, Node(run, blocks, node, self.clock), absorbed)
+        while run:
+            ghost = self.ghosts.revive(node, run) if node.ghosts else None
+            if ghost is None:
+                return self._adopt(node, Node(run, blocks, node, self.clock), absorbed)
+            size = len(ghost.tokens)
+            count = -(-size // width)
+            ghost.blocks = blocks[:count]
+            ghost.last_used = ghost.created = self.clock
+            if self._revived is None:
+                ghost.mark = None
+            else:
+                self._revived(ghost)
+            node = self._adopt(node, ghost, absorbed)
+            run, blocks = run[size:], blocks[count:]
+        return node
 
     # ------------------------------------------------------------------ eviction
 
@@ -650,10 +650,11 @@ class RadixTree:
         children.put(first, child)
         self.num_nodes += 1
         self._count(child, 1)
-        child.root.num_changes += 1
-        if self.listener is not None and not child.root.retired:
+        root = child.root
+        root.num_changes += 1
+        if self.listener is not None and not root.retired:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
-            self.listener.stored(child.root.namespace, parent, child.tokens, child.blocks)
+            self.listener.stored(root.namespace, parent, child.tokens, child.blocks)
         return child
 
     def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
@@ -689,15 +690,16 @@ class RadixTree:
         if above is None or above.children is None:
             raise AssertionError("only a child can be detached")
         above.children.drop(node.tokens[: self.block_bytes])
-        node.root.num_changes += 1
+        root = node.root
+        root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
         if node.lock_ref:
             size = len(node.blocks)
             self.num_blocks -= size
-            node.root.num_blocks -= size
-            node.root.sums.num_blocks -= size
-            if node.root.retired:
+            root.num_blocks -= size
+            root.sums.num_blocks -= size
+            if root.retired:
                 self.num_forgotten -= size
         return above
 

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
+from prefixcache.core import build
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.extras import how_to_install
 from prefixcache.service import preflight
@@ -152,6 +153,7 @@ async def _serve(
         announce(_trust(settings, endpoints, list(domains)))
         if descriptors.front < settings.max_workers:
             announce(f"{descriptors}, fewer than --max-workers: raise the limit (ulimit -Hn)")
+        log.info("core", runs_as=build.KIND)
         log.info(
             "open files",
             limit=descriptors.total,

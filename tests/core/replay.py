@@ -14,7 +14,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
 
 SCRATCH = b"\xff" * TOKEN_BYTES
-WORKER = WorkerId("replay")
+WORKER = WorkerId(1)
 
 
 class Replay:

@@ -129,7 +129,7 @@ class Rules:
         if world.workers and (len(world.workers) >= MAX_WORKERS or self.chance(50)):
             worker = self.choose(sorted(world.workers))
         else:
-            worker = WorkerId(f"w{world.num_workers}")
+            worker = WorkerId(world.num_workers)
             world.num_workers += 1
         namespace = self.choose(world.namespaces)
         world.log.append(f"cache.attach({worker!r}, {namespace!r}, now={world.now})")
@@ -162,7 +162,7 @@ class Rules:
         world.log.append(f"cache.expire(now={world.now})")
         ended = world.cache.expire(now=world.now)
         self.forget_pins(lambda one: one.until < world.now)
-        alive = {(info.worker, info.lease) for info in world.snapshot().leases}
+        alive = {(WorkerId(int(info.worker)), info.lease) for info in world.snapshot().leases}
         over = world.leases.keys() - alive
         assert sorted(ended.leases) == sorted(lease for _, lease in over)
         for key in sorted(over):
@@ -364,7 +364,7 @@ class Rules:
             case 1:
                 other, tokens, errors = worker, b"\0\0\0\0\0", InvalidRequest
             case 2:
-                other, tokens, errors = WorkerId("nobody"), pack([0]), NotFound
+                other, tokens, errors = WorkerId(-1), pack([0]), NotFound
             case 3:
                 missing = [one for one in world.namespaces if one not in world.workers[worker]]
                 if not missing:
@@ -386,7 +386,7 @@ class Rules:
             return
         ticket = self.choose(list(world.tickets.values()))
         if self.chance(20):  # somebody else's ticket
-            world.cache.cancel(WorkerId("nobody"), ticket.id, now=world.now)
+            world.cache.cancel(WorkerId(-1), ticket.id, now=world.now)
             world.log.append(f"cache.cancel('nobody', {ticket.id}, now={world.now})")
             return
         del world.tickets[ticket.id]
@@ -826,7 +826,7 @@ class Rules:
         if not snapshot.pins:
             assert world.cache.next_deadline() is None
         everything = pack([9] * (world.shape.num_blocks * world.shape.block_size))
-        last, space = WorkerId("last"), Namespace("last")
+        last, space = WorkerId(-2), Namespace("last")
         world.cache.attach(last, space, now=world.now)
         grant = world.cache.acquire(last, space, everything, now=world.now)
         assert isinstance(grant, Grant)

@@ -66,7 +66,7 @@ def test_what_is_restored_is_what_was_there(seed: int, block_size: int) -> None:
     # What lies under a tail that is locked can be covered by a fuller block: only one is taken.
     fresh = PrefixCache(40, block_size)
     aside = array("i", [block for block in (37, 39) if block not in world.transcript.prefixes])
-    count = fresh.restore(runs, aside, WorkerId("before"))
+    count = fresh.restore(runs, aside, WorkerId(-3))
     fresh.check()
     assert fresh.num_indexed == count
     assert fresh.snapshot(now=0.0).quarantined == len(aside)
@@ -83,13 +83,13 @@ def test_what_is_restored_is_what_was_there(seed: int, block_size: int) -> None:
                 fresh.lookup(namespace, asked).num_hit
                 == world.cache.lookup(namespace, asked).num_hit
             )
-    assert fresh.worker_gone(WorkerId("before"), now=0.0) == len(aside)
+    assert fresh.worker_gone(WorkerId(-3), now=0.0) == len(aside)
     live_on(fresh)
 
 
 def live_on(cache: PrefixCache) -> None:
     """All its blocks can be lent and evicted, and the invariants hold all the way."""
-    me, namespace = WorkerId("w"), Namespace("m")
+    me, namespace = WorkerId(1), Namespace("m")
     cache.attach(me, namespace, now=0.0)
     for number in range(20):
         tokens = pack([number % 3, *range(number, number + 7 * cache.block_size)])
@@ -110,7 +110,7 @@ def test_orphans_and_what_is_there_already_are_left_out() -> None:
         Run(other, 1, pack([7, 7]), array("i", [4])),
         Run(space, 1, pack([5]), array("i", [6])),
     ]
-    assert cache.restore(runs, array("i"), WorkerId("before")) == 3
+    assert cache.restore(runs, array("i"), WorkerId(-3)) == 3
     cache.check()
     assert cache.lookup(space, pack([1, 2, 3, 4, 5, 6])).num_partial == 1
     assert cache.lookup(other, pack([7, 7, 7])).num_hit == 0

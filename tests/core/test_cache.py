@@ -16,7 +16,7 @@ from prefixcache.types import (
     pack,
 )
 
-ALICE, BOB = WorkerId("alice"), WorkerId("bob")
+ALICE, BOB = WorkerId(1), WorkerId(2)
 CHAT = Namespace("tiny-model")
 SYSTEM = list(range(100, 110))
 
@@ -249,7 +249,7 @@ def test_a_sign_of_life_renews_all_leases_of_a_worker(cache: PrefixCache):
 def test_foreign_and_unknown_leases_are_not_found(cache: PrefixCache):
     grant = acquire(cache, ALICE, [1] * 6)
     for call in (cache.release, lambda *a, **k: cache.commit(*a, 6, **k)):
-        with pytest.raises(NotFound, match=f"no lease {grant.lease} of worker 'bob'"):
+        with pytest.raises(NotFound, match=f"no lease {grant.lease} of worker '2'"):
             call(BOB, grant.lease, now=0.0)
     with pytest.raises(NotFound, match="not attached to other"):
         cache.acquire(ALICE, Namespace("other"), pack([1]), now=0.0)

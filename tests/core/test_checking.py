@@ -15,7 +15,7 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Node
 from prefixcache.types import Checked, LeaseId, Namespace, Partial, WorkerId, pack
 
-ME = WorkerId("me")
+ME = WorkerId(1)
 HERE = Namespace("m")
 
 

@@ -16,7 +16,7 @@ from prefixcache.core.node import Node
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.types import Explanation, Grant, Namespace, Partial, WorkerId, pack
 
-ME, CHAT = WorkerId("w1"), Namespace("chat")
+ME, CHAT = WorkerId(1), Namespace("chat")
 
 
 def made(num_blocks: int, partial: Partial = Partial.TAILS, **options: int) -> PrefixCache:
@@ -197,7 +197,7 @@ def test_a_request_is_explained_after_the_fact_as_it_was_then() -> None:
     cache = made(256)
     serve(cache, [7] * 10 + [1] * 20, now=1.0, request_id="first/0")
     serve(cache, [7] * 10 + [2] * 20, now=2.0, request_id="second/0")
-    for name in ("second/0", "second", "w1#2"):
+    for name in ("second/0", "second", "1#2"):
         told = cache.explain_request(name, may_see_all, now=5.0)
         assert (told.ledger.reused, told.ledger.cold) == (10, 20)
         assert told.parted_at == 10

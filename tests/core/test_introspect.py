@@ -14,7 +14,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, NamespaceOutline, Order, Outline
 from prefixcache.types import Namespace, WorkerId, pack
 
-ME, CHAT, CODE = WorkerId("w1"), Namespace("chat"), Namespace("code")
+ME, CHAT, CODE = WorkerId(1), Namespace("chat"), Namespace("code")
 
 
 def finish(walk: Generator[None, None, Outline]) -> Outline:

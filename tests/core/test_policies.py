@@ -16,7 +16,7 @@ from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId, pack
 
-ME, SPACE = WorkerId("w"), Namespace("m")
+ME, SPACE = WorkerId(1), Namespace("m")
 SCRATCH = [0xFFFFFFFF]
 
 

@@ -19,7 +19,7 @@ from prefixcache.types import (
     pack,
 )
 
-ME = WorkerId("me")
+ME = WorkerId(1)
 A, B, C = (Namespace("model", tenant=name) for name in "abc")
 
 

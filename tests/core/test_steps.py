@@ -20,7 +20,7 @@ from prefixcache.service.verbs.inspect import without_salted_tokens
 from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 
-ME = WorkerId("me")
+ME = WorkerId(1)
 HERE = Namespace("m")
 
 
@@ -42,7 +42,7 @@ def test_a_refusal_costs_the_same_however_many_leases_are_out(quota: bool):
             cache.set_quota("", max_held=num_leases + 5, guaranteed=0, now=0.0)
 
         def step() -> None:
-            with pytest.raises(PoolExhausted, match=r"held by [\d,]+ leases \(oldest me#1"):
+            with pytest.raises(PoolExhausted, match=r"held by [\d,]+ leases \(oldest 1#1"):
                 cache.acquire(ME, HERE, pack(range(24)), now=1.0)
 
         step()
@@ -516,7 +516,7 @@ def test_everything_may_happen_between_the_parts_of_a_step(
         nonlocal number
         if len(attached) < 3:
             number += 1
-            worker = WorkerId(f"w{number}")
+            worker = WorkerId(number)
             for space in spaces:
                 cache.attach(worker, space, now=now)
             attached[worker] = []
@@ -574,7 +574,7 @@ def test_everything_may_happen_between_the_parts_of_a_step(
         settle()
         cache.check()
     for worker in list(range(number + 1)):
-        cache.worker_gone(WorkerId(f"w{worker}"), now=now)
+        cache.worker_gone(WorkerId(worker), now=now)
     seen = cache.snapshot(now=now)
     assert (seen.private, seen.quarantined, seen.waiting, seen.num_leases) == (0, 0, 0, 0)
     assert not waiting

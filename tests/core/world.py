@@ -614,8 +614,8 @@ class World:
             assert not snapshot.quarantined
         assert len(snapshot.leases) == len(self.leases)
         for info in snapshot.leases:
-            view = self.leases[WorkerId(info.worker), info.lease]  # type: ignore[arg-type]
-            assert (info.worker, info.namespace) == (view.worker, view.namespace)
+            view = self.leases[WorkerId(int(info.worker)), info.lease]
+            assert (info.worker, info.namespace) == (str(view.worker), view.namespace)
             assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.valid)
             assert info.num_blocks == len(view.table)
 

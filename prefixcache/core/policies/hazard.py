@@ -359,7 +359,7 @@ class AgeGrid:
 
     def push(self, node: Node) -> None:
         """Add a leaf.  O(log leaves), amortised."""
-        node.queued = True
+        node.queued = 1
         if node.mark is None:
             self._unmarked.append(node)
             self._count()
@@ -389,7 +389,7 @@ class AgeGrid:
         """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
         while self._unmarked:
             node = self._unmarked.pop()
-            node.queued = False
+            node.queued = 0
             if node.is_evictable and node.mark is None:
                 return node
             if node.is_evictable:
