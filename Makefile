@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -34,6 +34,12 @@ demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers,
 
 test: $(VENV)/.model   ## All tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+quick: $(VENV)/.installed   ## The examples of the core, its limits on imports and names, and the doctests: under a minute, while you work.
+	$(BIN)/python -m pytest -q -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/wire/test_session_core.py prefixcache
+
+mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=20 of each file, SEED=1; FILES="quota.py" for some.
+	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),20) --seed $(or $(SEED),1) $(FILES)
 
 lint: $(VENV)/.installed   ## Format, lint, types.
 	$(BIN)/ruff format --check .

@@ -21,6 +21,8 @@ from core.world import PLENTY, Shape, World
 from prefixcache.core.policies import POLICIES
 from prefixcache.types import Partial
 
+pytestmark = pytest.mark.slow
+
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
 STEPS = 50
 
