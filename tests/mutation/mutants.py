@@ -53,14 +53,21 @@ class _Change(NamedTuple):
     """The statement that goes."""
 
 
-def mutants(source: str, path: str) -> Iterator[Mutant]:
-    """Give every mutant of a module, in the order of its syntax tree, one at a time.
+def count(source: str) -> int:
+    """Count the mutants of a module, without making them."""
+    return sum(1 for _ in _changes(ast.parse(source), 0))
+
+
+def mutants(source: str, path: str, only: int | None = None) -> Iterator[Mutant]:
+    """Give every mutant of a module, in the order of its syntax tree, one at a time; or one.
 
     Left alone: annotations, docstrings, messages, `__slots__`, what is imported for types alone,
     and what asserts, which is a test itself.
     """
     tree = ast.parse(source)
-    for change in list(_changes(tree, 0)):
+    for number, change in enumerate(list(_changes(tree, 0))):
+        if only is not None and number != only:
+            continue
         old = getattr(change.node, change.field)
         before = _text(change.removed or change.node)
         setattr(change.node, change.field, change.value)

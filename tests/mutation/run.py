@@ -24,7 +24,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
-from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ import numpy as np  # noqa: F401
 import pytest
 import sortedcontainers  # noqa: F401
 
-from mutation.mutants import Mutant, mutants
+from mutation.mutants import Mutant, count, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
@@ -168,9 +167,9 @@ def sample(paths: list[Path], per_file: int, seed: int) -> list[Choice]:
     """Choose so many mutants of each file; of a small one, all."""
     found = []
     for path in paths:
-        count = sum(1 for _ in mutants(path.read_text(), str(path)))
+        total = count(path.read_text())
         draw = random.Random(f"{seed} {path.name}")
-        numbers = draw.sample(range(count), min(per_file, count))
+        numbers = draw.sample(range(total), min(per_file, total))
         found += [Choice(path, number) for number in sorted(numbers)]
     random.Random(seed).shuffle(found)
     return found
@@ -252,7 +251,7 @@ def _work(share: list[Choice], plan: tuple[Learn, list[str]], write: int) -> Non
     """Run mutants one by one; write a line for each that survives."""
     with os.fdopen(write, "w", buffering=1) as survived:
         for path, number in share:
-            mutant = next(islice(mutants(path.read_text(), str(path)), number, None))
+            mutant = next(mutants(path.read_text(), str(path), number))
             if not is_noticed(mutant, path, tests_for(mutant, path, *plan)):
                 line = f"{path.relative_to(CORE)}:{mutant.line}: {mutant.what}"
                 survived.write(f"{line}\n")
