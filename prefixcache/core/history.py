@@ -401,6 +401,7 @@ class History:
     ) -> None:
         """Remember a granted request.  O(1).  `node`: where its whole blocks end, locked."""
         parted_at, into, stored_next, extra_blocks = seen
+        root = node.root
         if parted_at is not None:
             self.divergence.note(node, into, now)
         self.request_log.add(
@@ -408,13 +409,13 @@ class History:
                 request_id,
                 worker,
                 grant.lease,
-                node.root.namespace,
+                root.namespace,
                 grant.ledger,
                 now,
                 parted_at,
                 stored_next,
                 extra_blocks,
-                record_bytes(request_id, stored_next, node.root),
+                record_bytes(request_id, stored_next, root),
             ),
             prompt,
         )
