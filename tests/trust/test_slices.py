@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from core.effort import calls, most_in_one_go
+from patience import PATIENCE_S
 from prefixcache.client import codec
 from prefixcache.config import load
 from prefixcache.service.auth.identity import LOCAL
@@ -303,7 +304,7 @@ def test_a_turn_that_is_hung_up_goes_to_the_next() -> None:
             assert [one.result() for one in walks[2:]] == ["done", "done"]
             assert await turns.run(walk()) == "done"
 
-    asyncio.run(asyncio.wait_for(main(), 60.0))
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 @pytest.mark.parametrize("sees", ["all", "some models"])

@@ -37,9 +37,9 @@ class HollowCache:
         worker: WorkerId,
         namespace: Namespace,
         *,
+        now: float,
         name: str = "",
         first_lease: int = 1,
-        now: float,
     ) -> None:
         """Accept everybody."""
 
@@ -106,11 +106,11 @@ class HollowCache:
         namespace: Namespace,
         tokens: bytes,
         *,
+        now: float,
         reserve: int = 0,
         wait_s: float = 0.0,
         request_id: str = "",
         attached: bool = True,
-        now: float,
     ) -> Grant:
         """Read all tokens and give a table for them."""
         np.frombuffer(tokens, np.uint32).sum()
@@ -138,8 +138,8 @@ class HollowCache:
         lease: LeaseId,
         num_tokens: int,
         *,
-        wait_s: float = 0.0,
         now: float,
+        wait_s: float = 0.0,
     ) -> TableUpdate:
         """Give a new block with every 16th token."""
         keep, rest = divmod(num_tokens - 1, self._block_size)
