@@ -35,8 +35,8 @@ demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers,
 test: $(VENV)/.model   ## All tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-quick: $(VENV)/.installed   ## The examples of the core, its limits on imports and names, and the doctests: under a minute, while you work.
-	$(BIN)/python -m pytest -q -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/wire/test_session_core.py prefixcache
+quick: $(VENV)/.installed   ## The examples of the core, its limits on imports and names, and the doctests: while you work.
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/wire/test_session_core.py prefixcache
 
 mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=20 of each file, SEED=1; FILES="quota.py" for some.
 	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),20) --seed $(or $(SEED),1) $(FILES)

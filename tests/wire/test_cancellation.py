@@ -60,11 +60,13 @@ async def leave(lease: AsyncLease) -> None:
 
 
 async def batch_of(session: AsyncSession, lease: AsyncLease) -> list[AsyncLease]:
+    """Ask for several things; each may fail alone, and what was granted is given."""
     async with session.batch() as batch:
         acquired = batch.acquire(PROMPT)
         batch.extend(lease, 20)
-        forked = batch.fork(lease, 3)
-    return [acquired.result(), *forked.result()]
+        forked = batch.fork(lease, 3)  # refused while nothing of the lease is committed
+    given = [] if acquired.error else [acquired.result()]
+    return given if forked.error else [*given, *forked.result()]
 
 
 async def give_back(given: Any) -> None:
