@@ -9,11 +9,11 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ from wire.service_process import LAYOUT, command, environment, eventually, runni
 
 SPACE = Namespace("model", salt="secret")
 ME = WorkerId("w")
+HEARS_CTRL_C = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""Becomes a command that Ctrl-C ends: a test run in the background hands on that it is ignored.
+Not by `preexec_fn`, which runs Python in a fork of a process in which gRPC's threads are."""
 
 
 class Mirror:
@@ -463,13 +469,12 @@ def test_the_command_prints_lines_that_programs_read(sockets: Path) -> None:
     flags = [*sizes(64, 4), "--watch-tokens"]
     with running(f"unix:{sockets}/command.sock", *flags) as service:
         store(service.target, list(range(10)))
+        watch = command("watch", "--connect", service.target, "--json", "--tokens")
         watching = subprocess.Popen(
-            command("watch", "--connect", service.target, "--json", "--tokens"),
+            [sys.executable, "-c", HEARS_CTRL_C, *watch],
             stdout=subprocess.PIPE,
             env=environment(),
             text=True,
-            # A test run in the background hands on that Ctrl-C is ignored.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         assert watching.stdout is not None
         begin, stored = (json.loads(watching.stdout.readline()) for _ in range(2))
