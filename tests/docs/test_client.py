@@ -45,17 +45,25 @@ def test_an_example_of_the_page_runs_and_prints_what_it_says(
     hung = f"import faulthandler; faulthandler.dump_traceback_later({PATIENCE_S}, exit=True); "
     run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
     script.write_text(code)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", hung + run],
-        env=environment() | {"PREFIXCACHE_TARGET": service.target},
-        capture_output=True,
-        text=True,
-        timeout=2 * PATIENCE_S,
-    )
-    assert done.returncode == 0, done.stderr
     expected = [line for told in PRINTED.findall(code) for line in told.split(" | ")]
     assert expected
-    assert done.stdout.splitlines() == expected
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", hung + run],
+            env=environment() | {"PREFIXCACHE_TARGET": service.target},
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE_S,
+        )
+        assert done.stdout.splitlines() == expected, done.stderr
+        if done.returncode == 0:
+            return
+        # Twice in some hundred runs, on a crowded machine, one has done all and did not end: where
+        # it stood is shown, and it is tried again.
+        sys.stderr.write(done.stderr)
+        if "Timeout (" not in done.stderr:
+            break
+    raise AssertionError(done.stderr)
 
 
 def test_the_page_names_every_error() -> None:
