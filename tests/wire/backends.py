@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -35,23 +36,27 @@ BLOCK_SIZE = 4
 TTL_S = 1.0
 
 
-class Backend:
+class Backend(ABC):
     """What the contract tests need."""
 
+    @abstractmethod
     def attach(self, model: str = "model", *, name: str = "", keep_alive: bool = True) -> Any:
-        raise NotImplementedError
+        """As the client's `attach`."""
 
     def pass_time(self, seconds: float) -> None:
         time.sleep(seconds)
 
+    @abstractmethod
     def snapshot(self) -> Snapshot:
-        raise NotImplementedError
+        """As the client's `snapshot`."""
 
+    @abstractmethod
     def set_quota(self, scope: Any, *, max_held: int | None, guaranteed: int = 0) -> Any:
-        raise NotImplementedError
+        """As the client's `set_quota`."""
 
+    @abstractmethod
     def quota(self, scope: Any) -> Any:
-        raise NotImplementedError
+        """As the client's `quota`."""
 
     def later(self, call: Callable[[], Any]) -> Future[Any]:
         """Start a call that blocks; its outcome comes from the future."""
@@ -66,11 +71,11 @@ class Backend:
         threading.Thread(target=run).start()
         return future
 
+    @abstractmethod
     def clean(self) -> None:
         """End all sessions and forget everything that is stored."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - one in this process has nothing to end
         """End for good."""
 
 
