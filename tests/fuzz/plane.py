@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -461,7 +462,11 @@ def refuse(r: Random) -> None:
         batch.groups = ill_groups(batch.groups, r)
     told = {k: describe(v) for k, v in (batch.arguments | batch.options).items()}
     try:
-        got = call(batch, r)
+        with warnings.catch_warnings():
+            # A strange view of the keys reads what lies in unused slots: infinities, of which the
+            # interpreter's numpy warns.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            got = call(batch, r)
     except CacheError:
         unchanged(before, batch)
         return

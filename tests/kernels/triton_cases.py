@@ -428,6 +428,13 @@ def test_small_tensors_may_lie_in_any_stride(batch: Make) -> None:
     moved = [tensor.to(DEVICE) for tensor in b.args]
     got = attention.paged_attention(*moved, scale=0.25, sinks=column(sinks).to(DEVICE))
     assert relative(got, want) <= 1e-5
+    b = batch(LONG, size=4, shared=FOREST, kv_heads=1)
+    sinks = torch.linspace(-1, 2, b.query.shape[1])
+    want = oracle_attention(*b.args, scale=0.25, sinks=sinks)
+    moved = [tensor.to(DEVICE) for tensor in (*b.args, column(sinks))]
+    plan = forest(b, 4).to(DEVICE)
+    got = sharing.shared_prefix_attention(*moved[:-1], plan, scale=0.25, sinks=moved[-1])
+    assert relative(got, want) <= 1e-5
     slots = torch.tensor([[1, 20], [5, 21], [9, 22]], device=DEVICE)[:, 0]
     caches = torch.zeros(2, 8, 4, 2, 16, device=DEVICE)
     new = torch.ones(3, 2, 16, device=DEVICE)
