@@ -47,7 +47,7 @@ test: $(VENV)/.model   ## All tests.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 quick: $(VENV)/.installed   ## The examples of the core, its limits on imports and names, and the doctests: while you work.
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/wire/test_session_core.py prefixcache
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/client/test_session_core.py prefixcache
 
 mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=20 of each file, SEED=1; FILES="quota.py" for some.
 	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),20) --seed $(or $(SEED),1) $(FILES)
@@ -71,7 +71,7 @@ photograph: $(VENV)/.installed   ## Pictures of the live page, in headless Chrom
 	$(BIN)/python -m prefixcache_bench.reports.photograph
 
 crowd: $(VENV)/.installed   ## 1,000 idle streams, 10,000 leases, slow readers; 2,000 timing probes of a stranger.
-	PREFIXCACHE_CROWD=10 $(BIN)/python -m pytest tests/trust/test_limits.py --timeout=0
+	PREFIXCACHE_CROWD=10 $(BIN)/python -m pytest tests/service/test_limits.py --timeout=0
 	$(BIN)/python -m prefixcache_bench.speed.crowd
 	$(BIN)/python -m prefixcache_bench.speed.neighbour
 	$(BIN)/python -m prefixcache_bench.speed.timing

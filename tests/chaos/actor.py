@@ -34,7 +34,7 @@ from prefixcache.client import Client, Lease, Session
 from prefixcache.errors import CacheError, ServiceUnavailable
 from prefixcache.pool import epoch_of, map_pool
 from prefixcache.types import Namespace
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 
 PAUSE_S = 0.02
 PIECE = 4

@@ -37,7 +37,7 @@ from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
-from wire.service_process import LAYOUT, environment
+from service.service_process import LAYOUT, environment
 
 TIMEOUT_S = 3.0
 BROKEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)

@@ -16,7 +16,7 @@ from chaos.clerk import NUM_HONEST, honest
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.request_line import read_request
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 from worker.zoo import answers, save
 
 

@@ -21,7 +21,7 @@ from prefixcache.client import connect_async
 from prefixcache.client.async_client import AsyncClient
 from prefixcache.client.async_session import AsyncSession
 from prefixcache.errors import CacheError
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 
 PATIENCE_S = 20.0
 PROBE_S = 0.03

@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 from chaos.universe import TOKENS
-from wire.service_process import environment
+from service.service_process import environment
 
 PATIENCE_S = 120.0
 """Longer than any fault lasts: a worker that is silent for so long takes nothing any more."""

@@ -61,7 +61,7 @@ from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from prefixcache_bench.reports.figures import publish
-from wire.service_process import LAYOUT, ServiceProcess, environment, sizes
+from service.service_process import LAYOUT, ServiceProcess, environment, sizes
 
 NUM_BLOCKS = 1024
 TTL_S = 1.0

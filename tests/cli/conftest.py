@@ -9,7 +9,7 @@ import pytest
 import prefixcache
 from cli.running import At
 from prefixcache.client import Client, Session
-from wire.service_process import LAYOUT, running, sizes
+from service.service_process import LAYOUT, running, sizes
 
 SYSTEM = "you are a guide in a museum and answer in few words . today is "
 REST = " . say so when you do not know something , and never guess : "

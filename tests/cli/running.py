@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from prefixcache.cli.main import main
-from wire.service_process import command, environment
+from service.service_process import command, environment
 
 
 @dataclass

@@ -11,7 +11,7 @@ from cli.conftest import REST, SYSTEM
 from cli.running import At
 from prefixcache.client import Session
 from prefixcache.types import pack
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 
 
 def store(session: Session, tokens: list[int], request_id: str = "") -> None:

@@ -25,7 +25,7 @@ from prefixcache.client import Inbox, Session
 from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
 from prefixcache.types import Checked
-from wire.service_process import LAYOUT, command, environment
+from service.service_process import LAYOUT, command, environment
 
 HEAVY = (
     *("google", "grpc", "jinja2", "numpy", "pydantic", "rich", "tokenizers", "torch"),

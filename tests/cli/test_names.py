@@ -24,7 +24,7 @@ from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Namespace
 from prefixcache_bench.experiments.layouts import layout_named
 from prefixcache_bench.experiments.readers import tokenizers
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 
 ODD = (
     *("x" * 300, "~nobody/x", "~", "~/", "/" + "y" * 300, "/etc", "..", ".", "../..", "a/../b"),

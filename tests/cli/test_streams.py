@@ -18,7 +18,7 @@ from prefixcache.cli import variables
 from prefixcache.cli.codes import EXIT_FAILED, EXIT_NO_SERVER, EXIT_OK, EXIT_REFUSED, EXIT_USAGE
 from prefixcache.config import ServeSettings
 from prefixcache.types import Layout
-from wire.service_process import LAYOUT, command, environment
+from service.service_process import LAYOUT, command, environment
 
 QUESTIONS = (
     *(("stat", "--once"), ("tree",), ("tree", "--json"), ("doctor",), ("top", "--once")),

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 import prefixcache
 from cli.running import At
-from wire.service_process import LAYOUT
+from service.service_process import LAYOUT
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -12,7 +12,7 @@ import pytest
 
 from patience import PATIENCE_S
 from prefixcache import errors
-from wire.service_process import ROOT, ServiceProcess, environment, running
+from service.service_process import ROOT, ServiceProcess, environment, running
 
 PAGE = (ROOT / "docs" / "client.md").read_text()
 EXAMPLES = re.findall(r"^## (.*?)$|^```python\n(.*?)^```", PAGE, re.S | re.M)

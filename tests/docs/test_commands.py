@@ -24,7 +24,7 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.cli.main import app
 from prefixcache.types import Layout
-from wire.service_process import ROOT, ServiceProcess, command, environment
+from service.service_process import ROOT, ServiceProcess, command, environment
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 README = ROOT / "README.md"

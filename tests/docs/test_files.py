@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wire.service_process import ROOT
+from service.service_process import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("prefixcache", "kernels", "worker", "bench", "tests")

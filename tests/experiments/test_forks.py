@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from patience import PATIENCE_S
-from wire.service_process import ROOT, environment
+from service.service_process import ROOT, environment
 
 SCRIPT = """
 import signal

@@ -27,7 +27,7 @@ from prefixcache.client import unary
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.reports.figures import publish
-from wire.service_process import LAYOUT, environment, running, sizes
+from service.service_process import LAYOUT, environment, running, sizes
 
 SHARES = {
     "messages": 0.08,

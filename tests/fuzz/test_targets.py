@@ -15,7 +15,7 @@ from fuzz.run import LEAST, into_sockets, over_the_wire
 from fuzz.seeds import seeds
 from fuzz.strangers import CONFIGS, LINES, LOGGED, WORKER_LINES
 from fuzz.targets import TARGETS, States
-from wire.service_process import ServiceProcess, running, sizes
+from service.service_process import ServiceProcess, running, sizes
 
 CORPUS = Path(__file__).parent / "corpus"
 INPUTS = 40

@@ -30,7 +30,7 @@ from prefixcache_worker.request import (
     Token,
 )
 from prefixcache_worker.sampling import Sampling
-from wire.service_process import eventually
+from service.service_process import eventually
 from worker.zoo import Service, answers, build, engine_at, finished, random_tokens
 
 PREFIX = random_tokens(70)

@@ -1,0 +1,322 @@
+"""What callers hand in: taken for what it is, or refused in one line of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+import threading
+from array import array
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import prefixcache
+from patience import PATIENCE_S
+from prefixcache.client import connect_async
+from prefixcache.config import load, parse_layout
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.types import Layout, Namespace, pack, unpack
+from prefixcache_bench.experiments.layouts import layout_named
+from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+
+IDS = [1, 2, 3, 4, 100]
+SPACE = Namespace("model")
+
+
+@pytest.mark.parametrize(
+    "kind", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"]
+)
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 1, 5)])
+def test_integers_of_every_width_are_ids(kind: str, shape: tuple[int, ...]) -> None:
+    numbers = np.array(IDS, dtype=kind).reshape(shape)
+    assert unpack(pack(numbers)).tolist() == IDS
+    spaced = np.repeat(np.array(IDS, dtype=kind), 2)[::2]
+    assert unpack(pack(spaced)).tolist() == IDS
+    assert unpack(pack(torch.from_numpy(numbers))).tolist() == IDS
+
+
+def test_sequences_and_generators_are_ids_and_bytes_are_packed_already() -> None:
+    for tokens in (IDS, tuple(IDS), iter(IDS), (i for i in IDS), array("q", IDS), array("B", IDS)):
+        assert unpack(pack(tokens)).tolist() == IDS
+    packed = pack(IDS)
+    for same in (packed, bytearray(packed), memoryview(packed), memoryview(bytearray(packed))):
+        assert pack(same) == packed
+    assert pack([]) == pack(np.array([], dtype="int32")) == b""
+    assert unpack(pack([0, 2**31, 2**32 - 1])).tolist() == [0, 2**31, 2**32 - 1]
+    assert unpack(pack([np.int64(7), np.uint8(8)])).tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("size", [3, 65, 1000])
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (True, "token {} is True"),
+        (False, "token {} is False"),
+        (np.True_, "token {} is .*True"),
+        (torch.tensor(True), "token {} is .*True"),
+        (1.0, "token {} is 1.0"),
+        (np.float32(1), "token {} is .*1.0"),
+        ("1", "token {} is '1'"),
+        (-1, "token {} is -1"),
+        (2**32, "token {} is 4,294,967,296"),
+        (2**70, "token {} is 1,180,"),
+        ([1], r"token {} is \[1\]"),
+    ],
+    ids=str,
+)
+def test_one_odd_thing_among_many_ids_is_refused_by_its_place(
+    size: int, odd: Any, told: str
+) -> None:
+    for at in (0, 1, size - 1):
+        ids: list[Any] = [0, 1, *range(100, 98 + size)]
+        ids[at] = odd
+        for tokens in (ids, tuple(ids), iter(ids)):
+            with pytest.raises(InvalidRequest, match=told.format(at)):
+                pack(tokens)
+        if type(odd) is int and odd < 2**63:
+            with pytest.raises(InvalidRequest, match=told.format(at)):
+                pack(np.array(ids))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int16", "int32", "int64"])
+def test_a_negative_id_is_refused_by_its_place_whatever_its_width(kind: str) -> None:
+    for tokens in (
+        np.array([5, 6, -1], dtype=kind),
+        np.array([5, 0, 6, 0, -1, 0], dtype=kind)[::2],
+        torch.tensor([5, 6, -1], dtype=getattr(torch, kind)),
+        [5, 6, -1],
+    ):
+        with pytest.raises(InvalidRequest, match=r"token 2 is -1: .* from 0 to 4,294,967,295"):
+            pack(tokens)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [2**32],
+        np.array([2**32]),
+        [1.0, 2.0],
+        [True, False],
+        ["1"],
+        [None],
+        [[1, 2], [3, 4]],
+        "hello",
+        None,
+        5,
+        np.array([1.0, 2.0]),
+        np.array([1.0], dtype="float32"),
+        np.array([True]),
+        np.array([1, 2], dtype=">i4"),
+        np.array([1, 2], dtype=object),
+        np.array(["1", "2"]),
+        np.array([1, 2], dtype="complex64"),
+        np.array([1, 2], dtype="datetime64[s]"),
+        np.int32(4),
+        np.arange(8, dtype="int32").reshape(2, 4),
+        np.arange(8).reshape(2, 4),
+        torch.arange(8).reshape(2, 4),
+        torch.tensor(4),
+        torch.tensor([1.0]),
+        torch.tensor([1.0], dtype=torch.bfloat16),
+        torch.tensor([True]),
+        array("f", [1.0]),
+        memoryview(array("d", [1.0])),
+        memoryview(bytes(16)).cast("f"),
+        {"a": 1},
+    ],
+    ids=lambda tokens: re.sub(r" at 0x\w+", "", f"{type(tokens).__name__}-{tokens}")[:40],
+)
+def test_what_is_no_row_of_ids_is_refused(tokens: Any) -> None:
+    with pytest.raises(InvalidRequest, match="token"):
+        pack(tokens)
+
+
+def test_a_layout_knows_its_element_types() -> None:
+    for name, whole in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        assert Layout(1, 1, 4, name) == Layout(1, 1, 4, whole)
+        assert parse_layout(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
+        assert layout_named(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
+        assert load({"dtype": name}).dtype == whole
+    with pytest.raises(InvalidRequest, match=r"--dtype.*cannot hold 'fp8'"):
+        load({"dtype": "fp8"})
+    for name in ("fp8", "BF16", None, 2):
+        with pytest.raises(InvalidRequest, match="a pool cannot hold"):
+            Layout(1, 1, 4, name)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def service(sockets: Path) -> Iterator[ServiceProcess]:
+    with running(f"unix:{sockets}/inputs.sock", *sizes(64, 4), "--ttl", "60") as process:
+        yield process
+
+
+NUMBERS = (math.nan, math.inf, -math.inf, -1, -1e300, 2**70, "1", None, 1e999)
+TEXTS = ("\ud800", 5, None, b"\xff")
+
+ODD: dict[str, tuple[Callable[[Any, Any], Any], tuple[Any, ...]]] = {
+    "acquire wait_s": (lambda s, odd: s.acquire([1], wait_s=odd), NUMBERS),
+    "acquire reserve": (lambda s, odd: s.acquire([1], reserve=odd), NUMBERS),
+    "acquire request_id": (lambda s, odd: s.acquire([1], request_id=odd), ("\ud800", 5, b"\xff")),
+    "pin ttl_s": (lambda s, odd: s.pin([1], ttl_s=odd), NUMBERS),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_no_odd_argument_breaks_a_session_or_raises_an_error_of_others(
+    service: ServiceProcess, what: str
+) -> None:
+    call, values = ODD[what]
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        lease = session.acquire([9, 9, 9], reserve=5)
+        for odd in values:
+            with pytest.raises(CacheError):
+                call(session, odd)
+            assert session.alive, odd
+        for odd in NUMBERS:
+            for on_lease in (lease.commit, lease.extend, lease.truncate, lease.fork):
+                with pytest.raises(CacheError):
+                    on_lease(odd)  # type: ignore[operator]
+            with pytest.raises(CacheError):
+                lease.extend(6, wait_s=odd)  # type: ignore[arg-type]
+        assert session.alive
+        lease.commit(3)
+        lease.release()
+
+
+def test_no_odd_word_of_a_client_raises_an_error_of_others(service: ServiceProcess) -> None:
+    with prefixcache.connect(service.target) as client:
+        for odd in TEXTS:
+            space = Namespace(odd)  # type: ignore[arg-type]
+            calls: tuple[Callable[[], Any], ...] = (
+                lambda odd=odd: client.attach(odd, LAYOUT),
+                lambda odd=odd: client.attach("model", LAYOUT, name=odd or 1),
+                lambda space=space: client.lookup(space, [1]),
+                lambda space=space: client.explain(space, [1]),
+                lambda space=space: client.reset(space),
+                lambda space=space: client.pin(space, [1], ttl_s=1.0),
+                lambda space=space: client.quota(space),
+                lambda space=space: client.outline(space),
+                lambda space=space: next(client.watch(namespace=space)),
+                lambda odd=odd: client.outline(order=odd),
+                lambda odd=odd: client.check(-1 if odd in (5, None) else odd),
+            )
+            for call in calls:
+                with pytest.raises(CacheError):
+                    call()
+        assert client.snapshot().num_blocks == 64
+
+
+def test_an_attachment_is_shown_in_one_short_line(service: ServiceProcess) -> None:
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT, name="w") as session,
+    ):
+        assert repr(session.attachment) == (
+            f"<Attachment {session.attachment.worker}: shm pool of 64 blocks of 4 tokens, "
+            "1x1x4:float32, ttl 60 s>"
+        )
+
+
+def test_a_closed_client_says_so(service: ServiceProcess) -> None:
+    client = prefixcache.connect(service.target)
+    client.close()
+    client.close()
+    for call in (client.snapshot, lambda: client.attach("m", LAYOUT), lambda: next(client.watch())):
+        with pytest.raises(ServiceUnavailable, match="this client is closed"):
+            call()
+
+    async def run() -> None:
+        client = await connect_async(service.target)
+        await client.close()
+        await client.close()
+        calls: tuple[Callable[[], Awaitable[Any]], ...] = (
+            client.snapshot,
+            lambda: client.attach("m", LAYOUT),
+            lambda: anext(client.watch()),
+        )
+        for call in calls:
+            with pytest.raises(ServiceUnavailable, match="this client is closed"):
+                await call()
+
+    asyncio.run(run())
+
+
+def test_who_still_waits_when_the_client_is_closed_is_told_and_not_cancelled(
+    service: ServiceProcess,
+) -> None:
+    """Closing a channel cancels its calls: in asyncio that looks as if the caller was cancelled."""
+
+    async def run() -> None:
+        client = await connect_async(service.target)
+        watching = client.watch()
+        assert (await anext(watching)).is_snapshot
+        waiting = [asyncio.ensure_future(anext(watching)), asyncio.ensure_future(client.snapshot())]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await client.close()
+        for told in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(told, ServiceUnavailable)
+            assert "this client is closed" in str(told)
+
+        async with await connect_async(service.target) as client:
+            watching = client.watch()
+            await anext(watching)
+            task = asyncio.ensure_future(anext(watching))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("odd", [0, -1, math.nan, math.inf, "10", None])
+def test_a_time_limit_is_a_positive_number(service: ServiceProcess, odd: Any) -> None:
+    with pytest.raises(InvalidRequest, match="timeout_s is"):
+        prefixcache.connect(service.target, timeout_s=odd)
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
+    service: ServiceProcess,
+) -> None:
+    """Keys are passed on without a close(), but never while a lease may be written to."""
+    with prefixcache.connect(service.target) as client:
+        kept = None
+        before: list[int] = []
+        for number in range(1000):
+            if number == 10:
+                before = [descriptors(os.getpid()), descriptors(service.process.pid)]
+            session = client.attach("model", LAYOUT)
+            lease = session.acquire([number] * 8)
+            if number == 0:
+                kept = lease
+            session._call.cancel()
+            session._reader.join(PATIENCE_S)
+            assert not session.alive
+        # What the last breaks have left is on its way: on neither side it is more than a few.
+        eventually(lambda: descriptors(os.getpid()) <= before[0] + 8)
+        eventually(lambda: descriptors(service.process.pid) <= before[1] + 8)
+        assert sum(thread.name.startswith("prefixcache") for thread in threading.enumerate()) < 10
+        del lease
+        with client.attach("model", LAYOUT):
+            # Those of the lease that is still in hand: its blocks may be being written to.
+            assert kept is not None
+            assert client.snapshot().quarantined == len(kept.block_table)
+            assert len(client._sessions) == 2
+            del kept
+        with client.attach("model", LAYOUT):
+            assert client.snapshot().quarantined == 0
+            assert (len(client._sessions), client.finished) == (1, [])

@@ -1,0 +1,147 @@
+"""Who only sits on the page's connections takes nothing from workers, nor from the monitoring."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import prefixcache
+from prefixcache.errors import InvalidRequest
+from prefixcache.service.descriptors import Descriptors, raise_limit
+from prefixcache.service.http.http_connections import Bound
+from service.http.scraped import FLAGS, get, url_of
+from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+
+FILES = 256
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess]:
+    folder = tmp_path_factory.mktemp("c")
+    with running(f"unix:{folder}/s.sock", *sizes(64, 4), *FLAGS, num_files=FILES) as service:
+        yield service
+
+
+def num_open(service: ServiceProcess) -> int:
+    return len(list(Path(f"/proc/{service.process.pid}/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def connections(
+    service: ServiceProcess, count: int, said: bytes = b""
+) -> Iterator[list[socket.socket]]:
+    """Connections of somebody who says this much and then nothing, and reads nothing."""
+    host, port = url_of(service).removeprefix("http://").split(":")
+    with contextlib.ExitStack() as stack:
+        held = []
+        for _ in range(count):
+            one = stack.enter_context(socket.socket())
+            one.settimeout(60.0)
+            one.connect((host, int(port)))
+            with contextlib.suppress(OSError):
+                one.sendall(said.replace(b"HOST", f"{host}:{port}".encode()))
+            held.append(one)
+        yield held
+
+
+SAID = {
+    "nothing": b"",
+    "half a head": b"GET /metrics HTTP/1.1\r\nHost: ",
+    "a head and half a body": b"GET /healthz HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\nx",
+    "a page that stays open": b"GET /live HTTP/1.1\r\nHost: HOST\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_flood_of_connections_takes_no_descriptor_from_workers(
+    service: ServiceProcess, said: str
+) -> None:
+    with connections(service, 300, SAID[said]):
+        with (
+            prefixcache.connect(service.target) as client,
+            client.attach("tiny", LAYOUT) as session,
+            session.acquire(range(8)) as lease,
+        ):
+            lease.commit(8)
+        assert num_open(service) < FILES // 2
+        assert get(url_of(service) + "/healthz")[:2] == (200, "serving\n")
+        assert get(url_of(service) + "/metrics")[0] == 200
+
+
+def test_who_opens_more_pages_than_there_may_be_is_told(service: ServiceProcess) -> None:
+    with connections(service, FILES // 8, SAID["a page that stays open"]) as held:
+        firsts = [one.recv(64).split(b"\r\n")[0] for one in held]
+        assert firsts.count(b"HTTP/1.1 200 OK") == FILES // 16
+        assert set(firsts) == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
+
+
+@pytest.mark.parametrize("said", ["nothing", "half a head", "a head and half a body"])
+def test_who_says_no_more_is_hung_up_on(service: ServiceProcess, said: str) -> None:
+    with (
+        connections(service, 1, SAID[said]) as (one,),
+        contextlib.suppress(ConnectionResetError),
+    ):
+        while one.recv(4096):
+            pass
+
+
+def test_who_reads_no_more_is_hung_up_on(service: ServiceProcess) -> None:
+    """Many requests in one go, and no answer is read: the service does not keep them for ever."""
+    before = num_open(service)
+    many = b"GET /metrics HTTP/1.1\r\nHost: HOST\r\n\r\n" * 2000
+    with connections(service, 1, many):
+        eventually(lambda: num_open(service) > before)
+        eventually(lambda: num_open(service) <= before)
+
+
+class Stub:
+    """A connection that is busy or not."""
+
+    def __init__(self, *, is_busy: bool) -> None:
+        self.is_busy = is_busy
+        self.has_ended = False
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+def test_the_longest_idle_connection_makes_room_and_a_busy_one_never() -> None:
+    bound = Bound(3)
+    busy, first, second, third = (Stub(is_busy=busy) for busy in (True, False, False, False))
+    assert all(bound.enter(one) for one in (busy, first, second, third))  # type: ignore[arg-type]
+    assert [one.has_ended for one in (busy, first, second, third)] == [False, True, False, False]
+    second.is_busy = third.is_busy = True
+    assert not bound.enter(first)  # type: ignore[arg-type]
+    bound.leave(busy)  # type: ignore[arg-type]
+    assert bound.enter(first)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("total", [128, 256, 1024, 4096, 1 << 20])
+@pytest.mark.parametrize("num_sockets", [0, 1, 16])
+@pytest.mark.parametrize("num_addresses", [1, 3])
+def test_there_are_descriptors_for_everybody(
+    total: int, num_sockets: int, num_addresses: int
+) -> None:
+    """Also when every connection is a worker's, whose process is watched by one more."""
+    split = Descriptors.split(total, num_sockets, num_addresses)
+    callers = num_addresses * split.front + num_sockets * split.own
+    assert split.front > 0
+    assert split.http > 0
+    assert not num_sockets or split.own > 0
+    assert 2 * callers + split.http < total
+
+
+def test_the_soft_limit_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (256, 4096)}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.update(now=new))
+    assert raise_limit() == 4096
+    assert limits["now"] == (4096, 4096)
+    limits["now"] = (64, 64)
+    with pytest.raises(InvalidRequest, match="ulimit -n"):
+        raise_limit()
