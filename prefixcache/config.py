@@ -21,12 +21,13 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import Layout, Partial, dtype_named
+from prefixcache.types import PAGES, Layout, Partial, dtype_named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", re.IGNORECASE)
-_LAYOUT = re.compile(r"(\d+)x(\d+)x(\d+)(?::(\w+))?")
+_LAYOUT = re.compile(r"([0-9]{1,9})x([0-9]{1,9})x([0-9]{1,9})(?::(\w+))?")
+_PAGES = re.compile(rf"{PAGES}:([0-9]{{1,10}})x([0-9]{{1,10}}):(.+)", re.DOTALL)
 
 
 def parse_size(text: str | int) -> int:
@@ -65,21 +66,35 @@ def format_size(num_bytes: int) -> str:
 
 
 def parse_layout(text: str | Layout) -> Layout:
-    """Read a layout as `str(layout)` writes it: layers x KV heads x head size, and the type.
+    """Read a layout as `str(layout)` writes it, in either form.
+
+    ```
+    LAYERSxKV_HEADSxHEAD_DIM[:TYPE]     30x3x64:bfloat16       our own order of bytes
+    pages:PLANESxPAGE_BYTES:FORMAT      pages:30x24576:vllm-0.32/LBHNC/amx/bfloat16
+    ```
 
     Raises:
         ValueError: it is not a layout.
 
     >>> parse_layout("30x3x64:float32").token_bytes
     46080
+    >>> parse_layout("pages:30x24576:vllm-0.32/LBHNC/amx/bfloat16").planes
+    30
     """
     if isinstance(text, Layout):
         return text
+    if found := _PAGES.fullmatch(text):
+        try:
+            return Layout(planes=int(found[1]), page_bytes=int(found[2]), format=found[3])
+        except InvalidRequest as error:  # pydantic asks for a ValueError
+            raise ValueError(str(error)) from None
     found = _LAYOUT.fullmatch(text)
-    if found is None or "0" in found.groups():
+    if found is None or 0 in (int(found[1]), int(found[2]), int(found[3])):
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
         raise ValueError(
-            f"cannot read the layout {text!r}; write LAYERSxKV_HEADSxHEAD_DIM:DTYPE, "
-            "for example 30x3x64:bfloat16"
+            f"cannot read the layout {shown!a}; write LAYERSxKV_HEADSxHEAD_DIM:TYPE, for example "
+            "30x3x64:bfloat16, or pages:PLANESxPAGE_BYTES:FORMAT, for example "
+            "pages:30x24576:vllm-0.32/LBHNC/amx/bfloat16"
         )
     return Layout(int(found[1]), int(found[2]), int(found[3]), _dtype(found[4] or "bfloat16"))
 
@@ -216,7 +231,7 @@ class ServeSettings(BaseSettings):
     history: Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**62)] = 2**20
     """Bytes in which past requests are remembered, to explain them; 0 remembers none."""
     layout: Annotated[Layout, BeforeValidator(parse_layout)] | None = None
-    """Shape of a token's keys and values; without it and `model`, the first worker decides."""
+    """How the bytes of a block lie; without it and `model`, the first worker decides."""
     model: Path | None = None
     """Folder whose config.json tells the layout."""
     dtype: Annotated[str, AfterValidator(_dtype)] | None = None

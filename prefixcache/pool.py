@@ -5,8 +5,9 @@ worker maps.  Its first page says what it is, so that a worker refuses a pool of
 
 ```
 bytes   0 ───── 8 ────── 16 ───── 512 ───── 4096 ──────────────────────────────────── end
-        magic   epoch    shape    zero      [layer][key|value][block][slot][head][dim]
+        magic   epoch    shape    zero      [plane][block][page]
 ```
+What a page holds, the format of the layout names; `pages_of` is all that is known here.
 
 The owner keeps an exclusive `flock` on the file while it lives.  The kernel drops it however the
 owner dies, so the next start can tell a dead owner's file from a living one's and removes it.
@@ -36,7 +37,7 @@ import struct
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from prefixcache.errors import (
     EpochMismatch,
@@ -48,6 +49,10 @@ from prefixcache.errors import (
 )
 from prefixcache.private_files import open_private
 from prefixcache.types import DTYPE_BYTES, Layout, PoolHandle
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 HEADER_BYTES: Final = 4096
 """One page, so that block 0 is aligned for every device and vector width."""
@@ -85,16 +90,39 @@ def check_sizes(layout: Layout, num_blocks: int, block_size: int) -> None:
     Raises:
         InvalidRequest: As said.
     """
-    if layout.dtype not in DTYPE_BYTES:
-        raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
-    if min(layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
-        raise InvalidRequest(f"layout {layout} has an empty dimension")
+    check_layout(layout)
     if num_blocks < 1:
         raise InvalidRequest(f"a pool needs at least 1 block, not {num_blocks}")
-    if not 1 <= block_size <= MAX_BLOCK_SIZE or block_size & (block_size - 1):
+    check_block_size(block_size)
+
+
+def check_layout(layout: Layout) -> None:
+    """Refuse a layout that no pool can have: `Layout` itself refuses pages that are none.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if layout.is_ours and layout.dtype not in DTYPE_BYTES:
+        raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+    if layout.is_ours and min(layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
+        raise InvalidRequest(f"{layout} is not a layout: every number must be at least 1")
+
+
+def check_block_size(block_size: int) -> int:
+    """Give a block size back, and refuse one that no pool can have.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    if (
+        type(block_size) is not int
+        or not 1 <= block_size <= MAX_BLOCK_SIZE
+        or block_size & (block_size - 1)
+    ):
         raise InvalidRequest(
-            f"block_size {block_size} is not a power of two from 1 to {MAX_BLOCK_SIZE}"
+            f"block_size {block_size!r} is not a power of two from 1 to {MAX_BLOCK_SIZE}"
         )
+    return block_size
 
 
 def _owned(directory: Path) -> list[Path]:
@@ -166,7 +194,7 @@ class PoolFile:
         needs.  O(1): the file is sparse, a page costs memory when it is first written.
 
         Args:
-            layout: Shape of one token's keys and values.
+            layout: How the bytes of a block lie.
             num_blocks: Blocks of the pool, at least 1.
             block_size: Tokens of a block, a power of two from 1 to 1024.
             directory: A directory in memory that only the kernel's accounting limits.
@@ -180,7 +208,7 @@ class PoolFile:
         if not directory.is_dir():
             raise NotFound(f"no directory {directory} to hold the pool; on Linux it is /dev/shm")
         cls.sweep(directory)
-        num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
+        num_bytes = HEADER_BYTES + num_blocks * layout.block_bytes(block_size)
         check_room(num_bytes, f"a pool of {num_blocks} blocks", directory)
         while True:
             epoch = secrets.randbits(63) | 1  # never 0, and fits a signed word on every wire
@@ -217,7 +245,7 @@ class PoolFile:
 
         Args:
             path: Its file.
-            layout: Shape of one token's keys and values.
+            layout: How the bytes of a block lie.
             num_blocks: Blocks of the pool.
             block_size: Tokens of a block.
             reuse: Whether a pool of this shape is taken over; else it is replaced, too.
@@ -231,7 +259,7 @@ class PoolFile:
             OSError: The file cannot be made.
         """
         check_sizes(layout, num_blocks, block_size)
-        num_bytes = HEADER_BYTES + num_blocks * block_size * layout.token_bytes
+        num_bytes = HEADER_BYTES + num_blocks * layout.block_bytes(block_size)
         shape = _shape(layout, num_blocks, block_size)
         epoch = secrets.randbits(63) | 1
         handle = PoolHandle("shm", str(path), num_blocks, block_size, layout, epoch, HEADER_BYTES)
@@ -440,6 +468,25 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
     memory.madvise(mmap.MADV_DONTFORK)
     _mapped.add(memory)
     return memory
+
+
+def pages_of(memory: mmap.mmap | bytearray, handle: PoolHandle) -> npt.NDArray[np.uint8]:
+    """Look at a mapped pool as pages: `[planes, num_blocks, page_bytes]`.  A view; O(1).
+
+    `pages_of(memory, handle)[:, block]` is all of a block, whatever the layout: so it is copied,
+
+    >>> handle = PoolHandle("none", "", 4, 16, Layout(planes=3, page_bytes=8, format="f"), 0, 0)
+    >>> pages = pages_of(bytearray(handle.num_bytes), handle)
+    >>> pages[:, 1] = 7
+    >>> pages[:, [2]] = pages[:, [1]]
+    >>> pages.sum(axis=(0, 2)).tolist()
+    [0, 168, 168, 0]
+    """
+    # Loaded where pages are looked at: a client that only leases, or lends, does without.
+    import numpy as np
+
+    flat = np.frombuffer(memory, np.uint8, handle.num_bytes, handle.offset)
+    return flat.reshape(handle.planes, handle.num_blocks, handle.page_bytes)
 
 
 _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()

@@ -42,6 +42,18 @@ TokensLike: TypeAlias = "bytes | bytearray | memoryview | Sequence[int] | Iterab
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 """The element types a pool can hold, and their size in bytes."""
 
+OUR_FORMAT: Final = "prefixcache"
+"""The name of the order in which our own kernels keep keys and values."""
+
+PAGES: Final = "pages"
+"""What a layout begins with, written as a text, that is not given by the shape of a token."""
+
+MAX_FORMAT: Final = 200
+"""Characters of the name of a format."""
+MAX_PLANES: Final = 2**16
+MAX_PAGE_BYTES: Final = 2**32 - 1
+"""What the wire can carry."""
+
 DTYPE_ALIASES: Final = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -222,31 +234,139 @@ class Namespace:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shape of one token's keys and values in the pool.
+    """How the bytes of a block lie in the pool: one page in each of its planes.
 
-    >>> Layout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16").token_bytes
-    23040
+    ```
+    plane 0   │ page of block 0 │ page of block 1 │ … │      block b of plane p begins at
+    plane 1   │ page of block 0 │ page of block 1 │ … │      (p * num_blocks + b) * page_bytes
+    ```
+    The service moves, wipes and sums pages as wholes, and asks no more.  What lies where inside one
+    is named by `format`: who names another may not share the pool.  There are two forms:
+
+    - *our own*, that our kernels read: a plane of keys and one of values in each layer, and in a
+      page `[slot][head][dim]`.  It is given by the shape of one token; how many bytes a page has
+      follows from the block size.
+    - *another's*: `planes`, `page_bytes` and `format`, by name, and nothing is known of a page.
+
+    >>> Layout(num_layers=30, num_kv_heads=3, head_dim=64, dtype="bfloat16").block_bytes(16)
+    368640
+    >>> print(Layout(planes=30, page_bytes=24576, format="vllm-0.32/LBHNC/amx/bfloat16"))
+    pages:30x24576:vllm-0.32/LBHNC/amx/bfloat16
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    num_layers: int = 0
+    """0, as the next three, where the pages are another's."""
+    num_kv_heads: int = 0
+    head_dim: int = 0
     dtype: str = "bfloat16"
-    """`bfloat16`, `float16` or `float32`; also `bf16`, `fp16`, `half`, `fp32`.  Empty if a newer
-    service named one that this version does not know."""
+    """A name of `DTYPE_BYTES` or `DTYPE_ALIASES`.  Empty where the pages are another's, or if a
+    newer service named one that this version does not know."""
+    planes: int = field(default=0, kw_only=True)
+    """Pages of one block."""
+    page_bytes: int = field(default=0, kw_only=True)
+    """Bytes of one of them; 0 in our own form, where they follow from the block size."""
+    format: str = field(default="", kw_only=True)
+    """How the bytes of a page lie: printable ASCII, compared and never read."""
 
     def __post_init__(self) -> None:
+        if not self.is_ours:
+            self._check_pages()
+            object.__setattr__(self, "dtype", "")
+            return
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.page_bytes or (self.planes and not (self.format and self.num_layers)):
+            raise InvalidRequest(
+                f"pages ({_shown(self.planes)} planes of {_shown(self.page_bytes)} bytes) need the "
+                f"name of their format, and that is not {OUR_FORMAT}: ours is given as layers, KV "
+                "heads, head size and type"
+            )
+        object.__setattr__(self, "planes", 2 * self.num_layers)
+        object.__setattr__(self, "format", OUR_FORMAT)
         if self.dtype != "":
             object.__setattr__(self, "dtype", dtype_named(self.dtype))
 
+    def _check_pages(self) -> None:
+        """Refuse what is no description of pages.
+
+        Raises:
+            InvalidRequest: As said.
+        """
+        check_format(self.format)
+        if self.num_layers or self.num_kv_heads or self.head_dim:
+            raise InvalidRequest(
+                f"pages of the format {self.format} have no layers, heads or head size that we "
+                "know of: give planes, page_bytes and format alone"
+            )
+        for name, number, most in (
+            ("planes", _whole("planes", self.planes), MAX_PLANES),
+            ("page_bytes", _whole("page_bytes", self.page_bytes), MAX_PAGE_BYTES),
+        ):
+            if not 1 <= number <= most:
+                raise InvalidRequest(
+                    f"{name} is {_shown(number)}: a whole number from 1 to {most:,} is expected"
+                )
+            object.__setattr__(self, name, number)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether our own kernels know how the bytes of a page lie."""
+        return self.format in ("", OUR_FORMAT)
+
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token: keys and values of all layers."""
+        """Bytes of one token: keys and values of all layers.
+
+        Raises:
+            InvalidRequest: The pages are another's: only bytes of whole blocks are known.
+        """
+        if not self.is_ours:
+            raise InvalidRequest(
+                f"{self} does not tell bytes of one token, only of whole blocks: give a layout as "
+                "LAYERSxKV_HEADSxHEAD_DIM:TYPE"
+            )
         width = self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * width
 
+    def block_bytes(self, block_size: int) -> int:
+        """Give the bytes of a block of so many tokens: all of its pages."""
+        if self.is_ours:
+            return self.token_bytes * block_size
+        return self.planes * self.page_bytes
+
     def __str__(self) -> str:
-        return f"{self.num_layers}x{self.num_kv_heads}x{self.head_dim}:{self.dtype}"
+        if self.is_ours:
+            return f"{self.num_layers}x{self.num_kv_heads}x{self.head_dim}:{self.dtype}"
+        return f"{PAGES}:{self.planes}x{self.page_bytes}:{self.format}"
+
+
+def _whole(name: str, number: object) -> int:
+    if isinstance(number, SupportsIndex) and not isinstance(number, bool):
+        return number.__index__()
+    raise InvalidRequest(
+        f"{name} of a layout is {_shown(number)}: whole numbers are expected; pages are given by "
+        "name, as Layout(planes=30, page_bytes=24576, format=...)"
+    )
+
+
+def check_format(text: str) -> None:
+    """Refuse a text that names no format: it stands in headers, messages and command lines.
+
+    Raises:
+        InvalidRequest: As said, without repeating what cannot be shown.
+    """
+    if not isinstance(text, str):
+        raise InvalidRequest(f"the name of a format is a text, not {_shown(text)}")
+    if not 1 <= len(text) <= MAX_FORMAT:
+        raise InvalidRequest(
+            f"the name of a format has {len(text):,} characters: 1 to {MAX_FORMAT} are expected"
+        )
+    for at, char in enumerate(text):
+        if not "!" <= char <= "~":
+            raise InvalidRequest(
+                f"the name of a format has the character U+{ord(char):04X} at {at}: printable "
+                "ASCII without spaces is expected"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +385,24 @@ class PoolHandle:
     """Bytes before block 0 (the pool's own header)."""
 
     @property
+    def planes(self) -> int:
+        """Pages of one block."""
+        return self.layout.planes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, all of its pages."""
+        return self.layout.block_bytes(self.block_size)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one block in one plane."""
+        return self.block_bytes // self.planes
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all blocks, without the header."""
-        return self.num_blocks * self.block_size * self.layout.token_bytes
+        return self.num_blocks * self.block_bytes
 
 
 class Partial(enum.StrEnum):

@@ -34,7 +34,7 @@ from prefixcache_kernels.cpu import attend as native
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.groups import GroupPlan, SharingCost
 from prefixcache_kernels.plan import Plan
-from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool
+from prefixcache_kernels.pool import TORCH_DTYPES, SharedPool, map_pages
 from prefixcache_kernels.rotary import Rotary
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "SharedPool",
     "SharingCost",
     "copy_blocks",
+    "map_pages",
     "paged_attention",
     "rotate_keys",
     "shared_prefix_attention",

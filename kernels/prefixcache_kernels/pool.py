@@ -60,9 +60,14 @@ class SharedPool:
 
         Raises:
             Unsupported: The pool is elsewhere, or this process cannot reach it; the message says
-                what is missing.
+                what is missing.  Or its pages are in another's format: `map_pages` takes those.
             NotFound, EpochMismatch, LayoutMismatch: As `prefixcache.pool.map_pool`.
         """
+        if not handle.layout.is_ours:
+            raise Unsupported(
+                f"the pool holds {handle.layout}: its pages are not in the order that these "
+                "kernels read; prefixcache_kernels.map_pages gives them as bytes"
+            )
         on_gpu = handle.kind == "cuda-ipc"
         if device is not None and (torch.device(device).type == "cuda") != on_gpu:
             raise Unsupported(
@@ -89,8 +94,10 @@ class SharedPool:
         """
         if not isinstance(layout, Layout):
             raise InvalidRequest(f"layout is a {type(layout).__name__}, not a Layout")
-        if layout.dtype not in TORCH_DTYPES:
-            raise InvalidRequest(f"dtype {layout.dtype!r} is none of {', '.join(TORCH_DTYPES)}")
+        if not layout.is_ours or layout.dtype not in TORCH_DTYPES:
+            raise InvalidRequest(
+                f"dtype {layout.dtype!r} of {layout} is none of {', '.join(TORCH_DTYPES)}"
+            )
         sizes = (num_blocks, block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim)
         if not all(type(size) is int and size >= 1 for size in sizes):
             raise InvalidRequest(
@@ -204,6 +211,27 @@ class SharedPool:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def map_pages(handle: PoolHandle) -> Tensor:
+    """Map any pool, in whatever format, as bytes.  Zero copy; O(1).
+
+    `pages[:, block]` is all of a block.  A copy-on-write of pages whose inside nobody knows is
+    `pages[:, dst] = pages[:, src]`, for all copies of a step at once.
+
+    Returns:
+        `[planes, num_blocks, page_bytes]`, uint8, where the pool is; its memory is mapped for as
+        long as any view of it lives.
+
+    Raises:
+        Unsupported, NotFound, EpochMismatch, LayoutMismatch: As `SharedPool.map`.
+    """
+    shape = (handle.planes, handle.num_blocks, handle.page_bytes)
+    if handle.kind == "cuda-ipc":
+        return open_device(handle).view()[handle.offset :].view(shape)
+    memory = map_pool(handle)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=handle.num_bytes, offset=handle.offset)
+    return flat.view(shape)
 
 
 def _shape(handle: PoolHandle) -> tuple[int, ...]:

@@ -33,9 +33,10 @@ def serve(
         str | None,
         _option(
             _POOL,
-            "Shape of a token's keys and values, e.g. 30x3x64:bfloat16. "
-            "Default: that of the first worker.",
-            "LxHxD:TYPE",
+            "Layers x KV heads x head size and the type, e.g. 30x3x64:bfloat16; or, where the "
+            "order of the bytes is not ours, pages:PLANESxPAGE_BYTES:FORMAT. Default: that of the "
+            "first worker.",
+            "LAYOUT",
         ),
     ] = None,
     model: Annotated[

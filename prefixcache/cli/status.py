@@ -28,7 +28,7 @@ class Status:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block; 0 if the layout is not known yet."""
-        return 0 if self.pool is None else self.pool.block_size * self.pool.layout.token_bytes
+        return 0 if self.pool is None else self.pool.block_bytes
 
     @property
     def partial(self) -> str:

@@ -99,6 +99,7 @@ class AsyncClient(Connection):
         model: str,
         layout: Layout,
         *,
+        block_size: int | None = None,
         adapter: str = "",
         salt: str = "",
         tenant: str = "",
@@ -108,13 +109,13 @@ class AsyncClient(Connection):
         """Join a namespace as a new worker; see `Client.attach`.
 
         Raises:
-            LayoutMismatch: the pool holds another layout; the message names both.
+            LayoutMismatch: the pool has another layout or block size; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
         self.guard()
         await asyncio.to_thread(self.address.probe, self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)
-        request = self.attach_request(namespace, layout, name)
+        request = self.attach_request(namespace, layout, block_size, name)
         session = AsyncSession(self)
         await session._open(request, keep_alive=keep_alive)
         self.attached(session, request)

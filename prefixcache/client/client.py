@@ -84,6 +84,7 @@ class Client(Connection):
         model: str,
         layout: Layout,
         *,
+        block_size: int | None = None,
         adapter: str = "",
         salt: str = "",
         tenant: str = "",
@@ -98,7 +99,9 @@ class Client(Connection):
 
         Args:
             model: model and revision.
-            layout: shape of its keys and values; must be the pool's.
+            layout: how its keys and values lie; must be the pool's.
+            block_size: tokens of a block, where the worker can work with no other than this; None
+                takes the pool's.
             adapter: adapter (LoRA) that changes the KV.
             salt: a secret that keeps this namespace apart.
             tenant: whose prompts these are.
@@ -106,13 +109,13 @@ class Client(Connection):
             keep_alive: whether to send heartbeats; without them leases end after their ttl.
 
         Raises:
-            LayoutMismatch: the pool holds another layout; the message names both.
+            LayoutMismatch: the pool has another layout or block size; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
         self.guard()
         self.address.probe(self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)
-        request = self.attach_request(namespace, layout, name)
+        request = self.attach_request(namespace, layout, block_size, name)
         session = Session(self, request, keep_alive=keep_alive)
         self.attached(session, request)
         return session

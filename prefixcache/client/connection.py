@@ -15,6 +15,7 @@ from prefixcache.client import codec
 from prefixcache.client.address import Address, this_host
 from prefixcache.client.credentials import Access
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.pool import check_block_size
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -83,7 +84,9 @@ class Connection:
         if self._closed:
             raise ServiceUnavailable("this client is closed: connect again")
 
-    def attach_request(self, namespace: Namespace, layout: Layout, name: str) -> pb.AttachRequest:
+    def attach_request(
+        self, namespace: Namespace, layout: Layout, block_size: int | None, name: str
+    ) -> pb.AttachRequest:
         """Build an attach.  It passes on the keys of lost sessions whose leases nobody uses.
 
         Raises:
@@ -98,6 +101,8 @@ class Connection:
             )
             codec.write_namespace(namespace, request.namespace)
             codec.write_layout(layout, request.layout)
+            if block_size is not None:
+                request.block_size = check_block_size(block_size)
         return request
 
     def attached(self, session: Attached, request: pb.AttachRequest) -> None:

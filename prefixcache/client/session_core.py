@@ -33,7 +33,7 @@ from prefixcache.client.connection import Connection, refuse_pickle
 from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import Reply, Step, read_result
 from prefixcache.client.progress import Inbox, Progress
-from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
 from prefixcache.texts import many
 from prefixcache.types import Attachment, LeaseId, Namespace, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -222,12 +222,21 @@ class SessionCore(ABC, Generic[L]):
         return replace(self._namespace, salt=salt)
 
     def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:
-        """Take over what attach answered."""
+        """Take over what attach answered.
+
+        Raises:
+            LayoutMismatch: the service is too old to have compared the block size, and has another.
+        """
         self._namespace = codec.read_namespace(request.namespace)
         self._acquires_by_name = answer.acquires_by_name
         self.key = answer.worker_key
         self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
         self.attachment = codec.read_attach(answer)
+        if request.block_size not in (0, found := self.attachment.pool.block_size):
+            raise LayoutMismatch(
+                f"the pool has blocks of {found} tokens, this worker needs {request.block_size}: "
+                f"serve with --block-size {request.block_size}"
+            )
 
     def enlist(self, lease: L) -> L:
         """Remember that somebody has a lease in hand, and give it back."""

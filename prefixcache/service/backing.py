@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
-from prefixcache.pool import PoolFile
+from prefixcache.pool import PoolFile, check_layout
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
+from prefixcache.texts import many
 from prefixcache.types import Layout, PoolHandle
 
 
@@ -30,7 +31,7 @@ class Sizes:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block, all layers."""
-        return self.layout.token_bytes * self.block_size
+        return self.layout.block_bytes(self.block_size)
 
     @property
     def num_blocks(self) -> int:
@@ -44,14 +45,21 @@ class Sizes:
         23.0 KB per token (30 layers × 3 kv heads × 64, bfloat16) · 2 GiB = 5,825 blocks of 16 = 93,200 tokens
         """  # noqa: E501 - one line of output
         layout, num_blocks = self.layout, self.num_blocks
-        heads = "kv head" if layout.num_kv_heads == 1 else "kv heads"
-        layers = "layer" if layout.num_layers == 1 else "layers"
-        token = layout.token_bytes
-        size = f"{token / 1000:.1f} KB" if token < 10**6 else f"{token / 10**6:.2f} MB"
         times = "\N{MULTIPLICATION SIGN}"
+        token = self.block_bytes / self.block_size
+        size = f"{token / 1000:.1f} KB" if token < 10**6 else f"{token / 10**6:.2f} MB"
+        if layout.is_ours:
+            what = (
+                f"{many(layout.num_layers, 'layer')} {times} {many(layout.num_kv_heads, 'kv head')}"
+                f" {times} {layout.head_dim}, {layout.dtype}"
+            )
+        else:
+            what = (
+                f"{many(layout.planes, 'plane')} {times} {many(layout.page_bytes, 'byte')} per "
+                f"block, format {layout.format}"
+            )
         return (
-            f"{size} per token ({layout.num_layers} {layers} {times} {layout.num_kv_heads} {heads} "
-            f"{times} {layout.head_dim}, {layout.dtype}) · {format_size(self.memory)} = "
+            f"{size} per token ({what}) · {format_size(self.memory)} = "
             f"{num_blocks:,} blocks of {self.block_size} = {num_blocks * self.block_size:,} tokens"
         )
 
@@ -83,24 +91,26 @@ class Backing:
         elif self.state is not None and self.state.layout is not None:
             self.settle_layout(self.state.layout)
 
-    def settle_layout(self, layout: Layout) -> PrefixCache:
+    def settle_layout(self, layout: Layout, block_size: int = 0) -> PrefixCache:
         """Create pool and cache for `layout`, or check that they were created for it.
+
+        Args:
+            layout: how the bytes of a block lie.
+            block_size: tokens of a block that are asked for; 0 takes the service's.
 
         Raises:
             LayoutMismatch: they were created for another; the message names both.
             InvalidRequest: not one block fits into the memory, or the policy is unknown.
             PoolExhausted: shared memory has no room for the pool.
         """
+        settings = self.settings
         if self.cache is not None and self.handle is not None:
             if layout != self.handle.layout:
-                raise LayoutMismatch(
-                    f"the pool holds {self.handle.layout} (layers x kv heads x head size : type), "
-                    f"you sent {layout}; one service serves one layout"
-                )
+                raise LayoutMismatch(_differs(self.handle.layout, layout))
+            _check_block_size(settings.block_size, block_size)
             return self.cache
-        settings = self.settings
-        if not layout.dtype or min(layout.num_layers, layout.num_kv_heads, layout.head_dim) < 1:
-            raise InvalidRequest(f"{layout} is not a layout: every number must be at least 1")
+        check_layout(layout)
+        _check_block_size(settings.block_size, block_size)
         sizes = Sizes(layout, settings.memory, settings.block_size)
         if sizes.num_blocks < 1:
             raise InvalidRequest(
@@ -172,6 +182,36 @@ class Backing:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _differs(ours: Layout, sent: Layout) -> str:
+    """Say how two layouts differ, both named, and what to do."""
+    if ours.format != sent.format:
+        why = (
+            f"its pages are in the format {ours.format}, yours in {sent.format}: neither could "
+            "read what the other wrote"
+        )
+    elif ours.is_ours:
+        why = "written as layers x kv heads x head size : type"
+    else:
+        why = "written as planes x bytes of a page : format"
+    return (
+        f"the pool holds {ours}, you sent {sent} ({why}). One service serves one layout: start "
+        f"another with --layout {sent}"
+    )
+
+
+def _check_block_size(ours: int, sent: int) -> None:
+    """Refuse a worker that can work with no other blocks than of another size.
+
+    Raises:
+        LayoutMismatch: As said.
+    """
+    if sent not in (0, ours):
+        raise LayoutMismatch(
+            f"the pool has blocks of {ours:,} tokens, you need {sent:,}: serve with --block-size "
+            f"{sent}, or set yours to {ours}"
+        )
 
 
 def _check_cuda(settings: ServeSettings) -> None:

@@ -81,16 +81,22 @@ class Namespace(_message.Message):
     def __init__(self, model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype", "planes", "page_bytes", "format")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PLANES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: ElementType
-    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[ElementType, str]] = ...) -> None: ...
+    planes: int
+    page_bytes: int
+    format: str
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[ElementType, str]] = ..., planes: _Optional[int] = ..., page_bytes: _Optional[int] = ..., format: _Optional[str] = ...) -> None: ...
 
 class PoolHandle(_message.Message):
     __slots__ = ("kind", "name", "num_blocks", "block_size", "layout", "epoch", "offset")
@@ -151,7 +157,7 @@ class Status(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., kind: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "name", "worker_key", "pid", "host", "finished")
+    __slots__ = ("namespace", "layout", "name", "worker_key", "pid", "host", "finished", "block_size")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +165,7 @@ class AttachRequest(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: Layout
     name: str
@@ -166,7 +173,8 @@ class AttachRequest(_message.Message):
     pid: int
     host: str
     finished: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ...) -> None: ...
+    block_size: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
     __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name")

@@ -116,7 +116,7 @@ class Rows:
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         handle = PoolHandle("shm", "", BLOCKS, SIZE, LAYOUT, 1, 0)
         self._stamps = Stamps(folder / "stamps", BLOCKS)
-        self._sums = Checksums(bytes(handle.num_bytes), handle, 5)
+        self._sums = Checksums(bytearray(handle.num_bytes), handle, 5)
 
     def __call__(self, data: bytes) -> None:
         manifest = Manifest(Path(":memory:"))

@@ -272,9 +272,9 @@ def serve_stub(target: str) -> None:
     from prefixcache_bench.speed.hollow import HollowCache
 
     class HollowBacking(Backing):
-        def settle_layout(self, layout: Layout) -> Any:
+        def settle_layout(self, layout: Layout, block_size: int = 0) -> Any:
             if self.cache is None:
-                super().settle_layout(layout)
+                super().settle_layout(layout, block_size)
                 self.cache = HollowCache(BLOCK_SIZE)  # type: ignore[assignment]
             return self.cache
 

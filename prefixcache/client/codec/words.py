@@ -68,6 +68,11 @@ def write_layout(word: Layout, message: pb.Layout) -> None:
     Raises:
         InvalidRequest: the element type cannot be held by a pool, or a number is out of range.
     """
+    if not word.is_ours:
+        message.planes = word.planes
+        message.page_bytes = word.page_bytes
+        message.format = word.format
+        return
     if word.dtype not in DTYPES:
         raise errors.InvalidRequest(
             f"a pool cannot hold {word.dtype!r}; it can hold {', '.join(DTYPES)}"
@@ -79,7 +84,20 @@ def write_layout(word: Layout, message: pb.Layout) -> None:
 
 
 def read_layout(message: pb.Layout) -> Layout:
-    """Read what `write_layout` wrote; a type that this version does not know reads as `""`."""
+    """Read what `write_layout` wrote; a type that this version does not know reads as `""`.
+
+    Raises:
+        InvalidRequest: it is no layout, or two.
+    """
+    if message.format or message.planes or message.page_bytes:
+        return Layout(
+            message.num_layers,
+            message.num_kv_heads,
+            message.head_dim,
+            planes=message.planes,
+            page_bytes=message.page_bytes,
+            format=message.format,
+        )
     return Layout(
         message.num_layers,
         message.num_kv_heads,

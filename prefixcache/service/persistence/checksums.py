@@ -1,4 +1,4 @@
-"""Checksums of blocks: over the keys and values in the pool, and over what is said of them.
+"""Checksums of blocks: over their pages in the pool, and over what is said of them.
 
 Multilinear hashing (Lemire and Kaser, *Strongly universal string hashing is fast*, 2014): 32-bit
 words times random 64-bit weights, summed modulo 2**64.  Two different contents agree with a
@@ -9,10 +9,14 @@ signature; and unlike a CRC it is computed for many blocks in one call, at the s
 sum(block) = Σ planes  m[plane] · Σ words  w[word] · pool[plane][block][word]
            + Σ tokens  t[i] · token[i]  +  Σ facts  f[i] · fact[i]      place, stamps, namespace
 ```
+
+A partly filled block is summed as a whole, too: where in a page its tokens lie, only those know who
+wrote them.  That is sound, for it is summed when the last right to write to it has ended.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +25,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from prefixcache.types import DTYPE_BYTES, PoolHandle
+from prefixcache.pool import pages_of
+from prefixcache.types import PoolHandle
 
 Words = npt.NDArray[np.uint32]
 Hashes = npt.NDArray[np.uint64]
@@ -37,38 +42,33 @@ class Checksums:
     """Computes checksums over one mapped pool.  Safe to use from several threads.
 
     Args:
-        memory: the mapped pool.
+        memory: the mapped pool, with its header.
         handle: where and what the blocks are.
         seed: of the weights; the same for as long as the sums are kept.
     """
 
-    def __init__(self, memory: object, handle: PoolHandle, seed: int) -> None:
-        layout = handle.layout
-        slot_bytes = layout.num_kv_heads * layout.head_dim * DTYPE_BYTES[layout.dtype]
-        self._word: npt.DTypeLike = np.uint32 if slot_bytes % 4 == 0 else np.uint16
-        self._slot_words = slot_bytes // np.dtype(self._word).itemsize
-        planes = 2 * layout.num_layers
-        count = planes * handle.num_blocks * handle.block_size * self._slot_words
-        flat = np.frombuffer(memory, self._word, count, handle.offset)  # type: ignore[call-overload]
-        self._pool = flat.reshape(planes, handle.num_blocks, -1)
+    def __init__(self, memory: mmap.mmap | bytearray, handle: PoolHandle, seed: int) -> None:
+        odd = handle.page_bytes % 4
+        word = np.uint32 if odd == 0 else np.uint16 if odd == 2 else np.uint8
+        self._pool = pages_of(memory, handle).view(word)
         random = np.random.default_rng(seed)
 
         def weights(size: int) -> Hashes:
             drawn: Hashes = random.integers(0, 2**64, size, np.uint64)
             return drawn | np.uint64(1)
 
-        self._words = weights(handle.block_size * self._slot_words)
-        self._planes = weights(planes)
+        self._words = weights(self._pool.shape[2])
+        self._planes = weights(handle.planes)
         self._tokens = weights(handle.block_size)
         self._facts = weights(NUM_FACTS)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all planes."""
+        """Bytes of one block: its pages in all planes."""
         return int(self._pool.shape[0] * self._pool.shape[2] * self._pool.itemsize)
 
     def of(self, facts: Words, tokens: Words) -> Hashes:
-        """Compute the sums of blocks that are filled alike.  Reads the pool; O(bytes).
+        """Compute the sums of blocks that are filled alike.  Reads their pages; O(bytes).
 
         Args:
             facts: `[n, NUM_FACTS]`; the first column is the block.
@@ -78,17 +78,14 @@ class Checksums:
         sums += np.einsum(
             "ij,j->i", tokens, self._tokens[: tokens.shape[1]], dtype=np.uint64, casting="safe"
         )
-        size = tokens.shape[1] * self._slot_words
         step = max(1, _CHUNK_BYTES // self.block_bytes)
         for start in range(0, len(facts), step):
             part = facts[start : start + step, 0]
             low, high = int(part[0]), int(part[-1]) + 1
             ascends = high - low == len(part) and bool((np.diff(part.astype(np.int64)) == 1).all())
             for plane, weight in zip(self._pool, self._planes, strict=True):
-                rows = plane[low:high, :size] if ascends else plane[part, :size]
-                inner = np.einsum(
-                    "ij,j->i", rows, self._words[:size], dtype=np.uint64, casting="safe"
-                )
+                rows = plane[low:high] if ascends else plane[part]
+                inner = np.einsum("ij,j->i", rows, self._words, dtype=np.uint64, casting="safe")
                 sums[start : start + step] += inner * weight
         return sums
 
@@ -111,4 +108,4 @@ class Checksums:
 
     def close(self) -> None:
         """Let go of the pool."""
-        self._pool = np.empty((0, 0, 0), self._word)
+        self._pool = self._pool[:0].copy()

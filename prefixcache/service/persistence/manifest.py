@@ -24,7 +24,8 @@ from prefixcache.private_files import open_private
 from prefixcache.service.persistence.stamps import MAX_NAMESPACES
 from prefixcache.types import Namespace
 
-FORMAT: Final = 1
+FORMAT: Final = 2
+"""1 summed only the first slots of a partly filled block."""
 
 _TABLES: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;

@@ -1,7 +1,7 @@
 """Zeroing: overwrites blocks that change tenant with zeros, through the pool's own memory.
 
 ```
-bytes   [layer][key|value][block][slot][head][dim]      a block lies in 2 · layers places
+bytes   [plane][block][page]      a block lies in as many places as there are planes
 ```
 It runs before the blocks are lent, on the service's one thread: a grant that takes over other
 tenants' blocks costs the time to write them once (about 0.1 ms per MiB), all others nothing.
@@ -13,7 +13,7 @@ import mmap
 
 import numpy as np
 
-from prefixcache.pool import map_pool
+from prefixcache.pool import map_pool, pages_of
 from prefixcache.types import BlockTable, PoolHandle
 
 
@@ -26,19 +26,16 @@ class BlockZeroer:
 
     def __init__(self, handle: PoolHandle) -> None:
         self._map: mmap.mmap | None = map_pool(handle)
-        layout = handle.layout
-        self._blocks: np.ndarray | None = np.frombuffer(
-            self._map, np.uint8, offset=handle.offset
-        ).reshape(2 * layout.num_layers, handle.num_blocks, -1)
+        self._pages: np.ndarray | None = pages_of(self._map, handle)
 
     def __call__(self, blocks: BlockTable) -> None:
-        """Overwrite blocks with zeros, in every layer."""
-        if self._blocks is not None:
-            self._blocks[:, np.frombuffer(blocks, np.int32)] = 0
+        """Overwrite blocks with zeros: their page in every plane, and nothing else."""
+        if self._pages is not None:
+            self._pages[:, np.frombuffer(blocks, np.int32)] = 0
 
     def close(self) -> None:
         """Unmap the pool.  Idempotent."""
-        self._blocks = None
+        self._pages = None
         if self._map is not None:
             self._map.close()
             self._map = None

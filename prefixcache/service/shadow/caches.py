@@ -33,7 +33,7 @@ from prefixcache.core.oplog import GRANTED, Entry
 from prefixcache.core.policies import policy_named
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.service.backing import Backing
+from prefixcache.service.backing import Backing, Sizes
 from prefixcache.service.failures import Failures
 from prefixcache.service.shadow.oplog_codec import CUT, write_chunk
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -89,9 +89,7 @@ class ShadowCaches:
         cache, sizes = self._backing.cache, self._backing.sizes
         if self._process is not None or cache is None or sizes is None:
             return
-        made = [
-            self._configuration(spec, sizes.layout.token_bytes) for spec in self._settings.shadow
-        ]
+        made = [self._configuration(spec, sizes) for spec in self._settings.shadow]
         self._process = subprocess.Popen(  # noqa: S603 - our own module, our own settings
             [sys.executable, "-m", "prefixcache.service.shadow.process", json_text(made)],
             stdin=subprocess.PIPE,
@@ -126,10 +124,11 @@ class ShadowCaches:
         process.wait()
         process.stdout.close()
 
-    def _configuration(self, spec: ShadowSpec, token_bytes: int) -> dict[str, Any]:
+    def _configuration(self, spec: ShadowSpec, sizes: Sizes) -> dict[str, Any]:
         settings = self._settings
         block_size = spec.block_size or settings.block_size
-        num_blocks = (spec.memory or settings.memory) // (token_bytes * block_size)
+        num_tokens = (spec.memory or settings.memory) * sizes.block_size // sizes.block_bytes
+        num_blocks = num_tokens // block_size
         if num_blocks < 1:
             raise InvalidRequest(f"--shadow {spec.name}: not one block fits into that memory")
         return {

@@ -44,7 +44,7 @@ class WorkerVerbs(Verbs):
         """Let a worker, new or known, join a namespace; if it has many, it leaves an idle one.
 
         Raises:
-            LayoutMismatch: the pool holds another layout.
+            LayoutMismatch: the pool holds another layout, or blocks of another size.
             InvalidRequest: a text cannot be kept or shown, or the layout is none.
             NotFound: it names another tenant, or a model that it may not use.
             ServiceUnavailable: the service is about to end.
@@ -56,7 +56,7 @@ class WorkerVerbs(Verbs):
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)
         fresh = self.backing.cache is None
-        cache = self.backing.settle_layout(codec.read_layout(request.layout))
+        cache = self.backing.settle_layout(codec.read_layout(request.layout), request.block_size)
         if fresh:
             log.info("pool created", sizes=str(self.backing.sizes))
         if fresh and self.shadows is not None:

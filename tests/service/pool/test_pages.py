@@ -1,0 +1,310 @@
+"""Pages of any format: whose bytes lie where, who may share them, and what is refused by name."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prefixcache
+from prefixcache.client import codec
+from prefixcache.config import parse_layout
+from prefixcache.errors import InvalidRequest, LayoutMismatch
+from prefixcache.pool import HEADER_BYTES, PoolFile, map_pool, pages_of
+from prefixcache.service.persistence.checksums import NUM_FACTS, Checksums
+from prefixcache.service.pool.zeroing import BlockZeroer
+from prefixcache.types import MAX_FORMAT, Layout
+from prefixcache.v1 import prefixcache_pb2 as pb
+from service.service_process import ServiceProcess, running
+
+OURS = Layout(3, 2, 4, "float32")
+"""6 planes: keys and values of 3 layers; 128 bytes a page of 4 tokens."""
+THEIRS = Layout(planes=3, page_bytes=256, format="vllm-0.32/LBHNC/amx/float32")
+"""The same 768 bytes of a block in an order of which nothing is known but this."""
+SIZE = 4
+NUM_BLOCKS = 96
+
+formats = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
+opaque = st.builds(
+    Layout,
+    planes=st.integers(1, 7),
+    page_bytes=st.integers(1, 130),
+    format=formats.filter(lambda text: text != "prefixcache"),
+)
+ours = st.builds(
+    Layout,
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from(("bfloat16", "float32")),
+)
+layouts = st.one_of(opaque, ours)
+
+
+# ------------------------------------------------------------------------------ written and read
+
+
+@given(layouts)
+def test_a_layout_is_read_as_it_is_written_as_a_text_and_on_the_wire(layout: Layout) -> None:
+    assert parse_layout(str(layout)) == layout
+    message = pb.Layout()
+    codec.write_layout(layout, message)
+    assert codec.read_layout(pb.Layout.FromString(message.SerializeToString())) == layout
+    assert replace(layout) == layout
+
+
+def test_the_short_form_is_a_plane_of_keys_and_one_of_values_in_each_layer() -> None:
+    layout = Layout(30, 3, 64, "bfloat16")
+    assert (layout.planes, layout.format) == (60, "prefixcache")
+    assert layout.block_bytes(16) == 60 * 16 * 3 * 64 * 2
+    assert THEIRS.block_bytes(SIZE) == OURS.block_bytes(SIZE) == 768
+    with pytest.raises(InvalidRequest, match="bytes of one token"):
+        _ = THEIRS.token_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"planes": 3, "page_bytes": 256}, "need the name of their format"),
+        ({"planes": 3, "page_bytes": 256, "format": "prefixcache"}, "need the name of their"),
+        ({"planes": 0, "page_bytes": 256, "format": "f"}, "planes is 0.*1 to 65,536"),
+        ({"planes": 3, "page_bytes": -1, "format": "f"}, "page_bytes is -1.*1 to"),
+        ({"planes": 3, "page_bytes": 2.5, "format": "f"}, "page_bytes .* 2.5"),
+        ({"planes": True, "page_bytes": 2, "format": "f"}, "planes .* True"),
+        ({"planes": 3, "page_bytes": 256, "format": "a\nb"}, r"U\+000A at 1"),
+        ({"planes": 3, "page_bytes": 256, "format": "a b"}, r"U\+0020 at 1"),
+        ({"planes": 3, "page_bytes": 256, "format": "a\u202e"}, r"U\+202E at 1"),
+        ({"planes": 3, "page_bytes": 256, "format": "f" * (MAX_FORMAT + 1)}, "201 characters"),
+        ({"planes": 3, "page_bytes": 256, "format": 7}, "is a text, not 7"),
+        ({"num_layers": 3, "planes": 3, "page_bytes": 256, "format": "f"}, "no layers"),
+        ({"num_layers": 60, "num_kv_heads": 12288, "head_dim": "vllm"}, "pages are given by name"),
+    ],
+)
+def test_what_describes_no_pages_is_refused_with_its_number(
+    fields: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        Layout(**fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("pages:3x256", "pages:PLANESxPAGE_BYTES:FORMAT"),
+        ("pages:3x256:", "pages:PLANESxPAGE_BYTES:FORMAT"),
+        ("pages:0x256:f", "planes is 0"),
+        ("pages:3x9999999999:f", "page_bytes is 9999999999"),
+        ("pages:3x256:a b", r"U\+0020 at 1"),
+        ("pages:3x256:f\n", r"U\+000A at 1"),
+        ("pages:3x256:prefixcache", "need the name of their format"),
+        ("30x0x64", "30x3x64:bfloat16"),
+        ("x" * 5000, "cannot read the layout 'x{57}[.]{3}'; write"),
+    ],
+)
+def test_a_text_that_is_no_layout_is_refused(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_layout(text)
+
+
+# --------------------------------------------------------------------------- whose bytes lie where
+
+
+class Pool:
+    """A pool of some layout, filled with random bytes, that knows by itself where a page lies."""
+
+    def __init__(self, layout: Layout, num_blocks: int, size: int, folder: Path) -> None:
+        self.file = PoolFile.create(layout, num_blocks, size, directory=folder)
+        self.handle = self.file.handle
+        self.map = self.file.map()
+        self.map[HEADER_BYTES:] = Random(num_blocks).randbytes(self.handle.num_bytes)
+        self.page_bytes = layout.block_bytes(size) // layout.planes
+
+    def places(self, block: int) -> list[range]:
+        """Where in the file the pages of a block lie."""
+        starts = [
+            HEADER_BYTES + (plane * self.handle.num_blocks + block) * self.page_bytes
+            for plane in range(self.handle.layout.planes)
+        ]
+        return [range(start, start + self.page_bytes) for start in starts]
+
+    def close(self) -> None:
+        self.map.close()
+        self.file.close()
+
+
+@given(layouts, st.integers(1, 9), st.sampled_from((1, 4, 16)), st.data())
+@settings(max_examples=150, deadline=None)
+def test_zeroing_blocks_writes_each_of_their_pages_and_nothing_else(
+    layout: Layout, num_blocks: int, size: int, data: st.DataObject
+) -> None:
+    from array import array
+
+    chosen = data.draw(st.sets(st.integers(0, num_blocks - 1)))
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool(layout, num_blocks, size, Path(folder))
+        want = bytearray(pool.map[:])
+        for block in chosen:
+            for place in pool.places(block):
+                want[place.start : place.stop] = bytes(len(place))
+        zeroer = BlockZeroer(pool.handle)
+        zeroer(array("i", sorted(chosen)))
+        zeroer.close()
+        assert pool.map[:] == bytes(want)
+        pool.close()
+
+
+@given(layouts, st.integers(2, 6), st.sampled_from((1, 4, 16)), st.data())
+@settings(max_examples=150, deadline=None)
+def test_the_sum_of_a_block_sees_every_byte_of_its_pages_and_none_of_others(
+    layout: Layout, num_blocks: int, size: int, data: st.DataObject
+) -> None:
+    block = data.draw(st.integers(0, num_blocks - 1))
+    fill = data.draw(st.integers(1, size))  # a partly filled block is summed as a whole, too
+    facts = np.zeros((1, NUM_FACTS), np.uint32)
+    facts[0, 0] = block
+    tokens = np.arange(fill, dtype=np.uint32).reshape(1, fill)
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool(layout, num_blocks, size, Path(folder))
+        sums = Checksums(pool.map, pool.handle, seed=7)
+        before = sums.of(facts, tokens)
+        at = data.draw(st.integers(HEADER_BYTES, len(pool.map) - 1))
+        pool.map[at] ^= data.draw(st.integers(1, 255))
+        is_its_own = any(at in place for place in pool.places(block))
+        assert (sums.of(facts, tokens) != before).all() == is_its_own
+        sums.close()
+        pool.close()
+
+
+# ----------------------------------------------------------------------- through a living service
+
+
+def serve(folder: Path, layout: Layout | None, *flags: str) -> Any:
+    given = [] if layout is None else ["--layout", str(layout)]
+    memory = NUM_BLOCKS * OURS.block_bytes(SIZE)
+    return running(
+        f"unix:{folder}/l.sock", "--memory", str(memory), "--block-size", str(SIZE), *given, *flags
+    )
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Iterator[ServiceProcess]:
+    with serve(tmp_path, THEIRS) as service:
+        yield service
+
+
+def test_a_pool_of_another_s_pages_says_how_it_divides_them(theirs: ServiceProcess) -> None:
+    told = "\n".join(theirs.lines)
+    assert "256 bytes per block, format vllm-0.32/LBHNC/amx/float32" in told
+    with prefixcache.connect(theirs.target) as client:
+        pool = client.attach("m", THEIRS, block_size=SIZE).pool
+    assert (pool.layout, pool.num_blocks, pool.block_size) == (THEIRS, NUM_BLOCKS, SIZE)
+    assert (pool.planes, pool.page_bytes, pool.block_bytes) == (3, 256, 768)
+
+
+def test_no_block_of_another_tenant_is_written_when_pages_are_wiped(
+    theirs: ServiceProcess,
+) -> None:
+    """In the short form of the same size, parts of other blocks were: see below what it does."""
+    with prefixcache.connect(theirs.target) as client:
+        one = client.attach("m", THEIRS, tenant="one")
+        two = client.attach("m", THEIRS, tenant="two")
+        memory = map_pool(one.pool)
+        pages = pages_of(memory, one.pool)
+        with one.acquire(list(range(NUM_BLOCKS * SIZE))) as lease:
+            pages[:] = 0xAB
+            lease.commit(NUM_BLOCKS * SIZE)
+        lease = two.acquire(list(range(1000, 1000 + 10 * SIZE)))
+        mine = list(lease.block_table)
+        assert not pages[:, mine].any()
+        assert (np.delete(pages, mine, axis=1) == 0xAB).all()
+
+
+def test_who_reads_pages_in_another_order_than_they_lie_in_would_lose_them() -> None:
+    """Why formats are compared: the same bytes, wiped as if they lay in our order."""
+    from array import array
+
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Pool(OURS, NUM_BLOCKS, SIZE, Path(folder))
+        pages_of(pool.map, pool.handle)[:] = 0xAB
+        zeroer = BlockZeroer(pool.handle)
+        zeroer(array("i", [20]))
+        zeroer.close()
+        as_theirs = pages_of(pool.map, replace(pool.handle, layout=THEIRS))
+        harmed = np.flatnonzero((as_theirs == 0).any(axis=(0, 2))).tolist()
+        assert harmed == [10, 58]  # of other tenants, and of block 20 nothing
+        del as_theirs
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    ("layout", "block_size", "told"),
+    [
+        (OURS, None, "pages:3x256:vllm.* you sent 3x2x4:float32 .*yours in prefixcache.*--layout"),
+        (
+            replace(THEIRS, format="vllm-0.32/LBHNC/vec/float32"),
+            None,
+            "format vllm-0.32/LBHNC/amx/float32, yours in vllm-0.32/LBHNC/vec/float32",
+        ),
+        (replace(THEIRS, page_bytes=512), None, "3x256.*you sent pages:3x512.*planes x bytes"),
+        (replace(THEIRS, planes=6), None, "3x256.*you sent pages:6x256"),
+        (THEIRS, 8, "blocks of 4 tokens, you need 8: serve with --block-size 8"),
+    ],
+)
+def test_another_layout_than_the_pool_s_is_refused_by_name(
+    theirs: ServiceProcess, layout: Layout, block_size: int | None, told: str
+) -> None:
+    with prefixcache.connect(theirs.target) as client:
+        with pytest.raises(LayoutMismatch, match=told):
+            client.attach("m", layout, block_size=block_size)
+        assert client.attach("m", THEIRS, block_size=SIZE).pool.layout == THEIRS
+
+
+def test_pages_of_another_format_are_refused_by_a_pool_of_our_own(tmp_path: Path) -> None:
+    with serve(tmp_path, OURS) as service, prefixcache.connect(service.target) as client:
+        with pytest.raises(LayoutMismatch, match="format prefixcache, yours in vllm"):
+            client.attach("m", THEIRS)
+        assert client.attach("m", OURS).pool.layout == OURS
+
+
+def test_the_first_worker_decides_the_pages_and_not_the_block_size(tmp_path: Path) -> None:
+    with serve(tmp_path, None) as service, prefixcache.connect(service.target) as client:
+        with pytest.raises(LayoutMismatch, match="--block-size 32"):
+            client.attach("m", THEIRS, block_size=32)
+        assert not client.snapshot().num_blocks  # nothing was decided
+        client.attach("m", THEIRS, block_size=SIZE)
+        assert client.snapshot().num_blocks == NUM_BLOCKS
+        with pytest.raises(LayoutMismatch):
+            client.attach("m", OURS)
+
+
+def test_a_block_size_that_no_pool_has_is_refused_before_it_is_sent(
+    theirs: ServiceProcess,
+) -> None:
+    with prefixcache.connect(theirs.target) as client:
+        for size in (0, 12, -4, 2**40):
+            with pytest.raises(InvalidRequest, match="power of two"):
+                client.attach("m", THEIRS, block_size=size)
+
+
+def test_a_state_of_other_pages_is_a_cold_start(tmp_path: Path) -> None:
+    state = ("--state", str(tmp_path / "state"))
+    for layout, cached in ((THEIRS, 0), (THEIRS, 8), (replace(THEIRS, format="vllm-0.33"), 0)):
+        with (
+            serve(tmp_path, layout, *state) as service,
+            prefixcache.connect(service.target) as client,
+        ):
+            session = client.attach("m", layout)
+            with session.acquire(list(range(10))) as lease:
+                assert lease.num_cached // SIZE * SIZE == cached
+                lease.commit(10)
+            session.close()
+            client.close()
+            assert service.stop() == 0
