@@ -30,6 +30,7 @@ WORDS = (
     "prefixcache.outline",
     "prefixcache.errors",
     "prefixcache.texts",
+    "prefixcache.bounded_files",
     "prefixcache.private_files",
     "prefixcache.plain_json",
     "prefixcache.model_folders",

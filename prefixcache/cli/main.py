@@ -120,6 +120,8 @@ def _run() -> int:
     except Exception as error:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
+        if isinstance(getattr(error, "message", None), str):  # has words of the user in it
+            error.message = streams.fit(error.message)  # type: ignore[attr-defined]
         error.show()  # wrong usage: typer writes it
         return int(error.exit_code)
     return EXIT_OK

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixcache import user_folders
+from prefixcache.bounded_files import read_file
 from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.plain_json import json_text
@@ -19,6 +20,8 @@ from prefixcache.plain_json import json_text
 if TYPE_CHECKING:
     from prefixcache.cli.status import Status
 
+_LONGEST = 16 << 20
+"""Bytes of a mark."""
 _NAME = re.compile(r"[\w.-]{1,64}")
 
 
@@ -44,7 +47,7 @@ def keep(name: str, now: Status) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_suffix(".new")
-        fresh.write_text(text)
+        fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)
     except OSError as error:
         raise InvalidRequest(f"cannot keep a mark in {path}: {error.strerror}") from None
@@ -59,13 +62,22 @@ def difference(name: str, now: Status) -> dict[str, Any]:
     """
     path = _path(name)
     try:
-        old = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise NotFound(
-            f"there is no mark {name!r}; set one with: prefixcache stat --mark {name}"
-        ) from None
-    except (OSError, ValueError) as error:
+        if not path.exists():
+            raise NotFound(
+                f"there is no mark {name!r}; set one with: prefixcache stat --mark {name}"
+            )
+        return _grown(name, json.loads(read_file(path, _LONGEST)), now)
+    except (InvalidRequest, OSError, ValueError, RecursionError) as error:
         raise NotFound(f"the mark {name!r} in {path} cannot be read: {error}") from None
+    except (LookupError, TypeError, AttributeError):
+        raise NotFound(
+            f"the mark {name!r} in {path} is none: set it again with: prefixcache stat "
+            f"--mark {name}"
+        ) from None
+
+
+def _grown(name: str, old: Any, now: Status) -> dict[str, Any]:
+    """Compare a mark as it was kept, whatever has become of its file, with now."""
     here = _service(now)
     if old.get("pid") != here["pid"] or abs(old.get("started", 0.0) - here["started"]) > 5:
         raise NotFound(

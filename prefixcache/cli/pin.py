@@ -70,6 +70,11 @@ def pin(
     Example: prefixcache pin --file system-prompt.txt --ttl 8h
     """
     if show:
+        view.refuse_beside(
+            "--list",
+            {"a prompt": what, "--file": file, "--text": as_text, "--tokenizer": tokenizer}
+            | {"--model": model, "--adapter": adapter, "--tenant": tenant, "--salt": salt},
+        )
         _list(connect, as_json)
         return
     ttl_s, spaces = parse_time(ttl), view.Chosen(model, adapter, tenant, salt)
@@ -119,6 +124,9 @@ def unpin(
     Example: prefixcache unpin --all --model tiny
     """
     spaces = view.Chosen(model, adapter, tenant, salt)
+    if everything:
+        prompt = {"a prompt": what, "--file": file, "--text": as_text, "--tokenizer": tokenizer}
+        view.refuse_beside("--all", prompt)
     asked = None if everything else source.ask(what, file, as_text, tokenizer, spaces)
     with view.open_client(connect) as client:
         if asked is None:

@@ -15,9 +15,9 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from prefixcache.bounded_files import read_file, read_stream
 from prefixcache.chat_template import tell
 from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.streams import say
@@ -27,6 +27,8 @@ from prefixcache.types import TOKEN_BYTES, pack
 
 OpenDecoder = Callable[[], "Decoder | None"]
 
+_LONGEST = 64 << 20
+"""Bytes of a prompt: the longest that the wire carries, written as numbers, has some 45 MiB."""
 _SEPARATORS = re.compile(r"[\[\],;\s]+")
 
 
@@ -34,14 +36,11 @@ def read_source(source: str) -> tuple[bytes, str]:
     """Read a file, or stdin for `-`; give its bytes and what to call it.
 
     Raises:
-        InvalidRequest: it cannot be read.
+        InvalidRequest: it cannot be read, or has more than a prompt has.
     """
     if source == "-":
-        return sys.stdin.buffer.read(), "stdin"
-    try:
-        return Path(source).read_bytes(), source
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {source}: {error.strerror}") from None
+        return read_stream(sys.stdin.buffer, _LONGEST, "stdin"), "stdin"
+    return read_file(source, _LONGEST), source
 
 
 def read_ids(text: str, source: str) -> bytes:

@@ -58,6 +58,8 @@ def quota(
     scope: Namespace | str | None = tenant
     if model is not None:
         scope = Namespace(model, adapter, tenant or "", salt)
+    elif adapter or salt:
+        raise InvalidRequest("--adapter and --salt need --model: together they name a namespace")
     changes = max_held is not None or share is not None
     if scope is None and changes:
         raise InvalidRequest("name whose quota it is, with --tenant or --model")
@@ -99,23 +101,29 @@ _HEAD = ("whose", "holds", "tokens", "at most", "stores", "guaranteed")
 
 
 _NO_LIMIT: Final = "none"
+_MOST_DIGITS: Final = 18
+"""Of a number of blocks: what 64 bits hold."""
 
 
 def _read_limit(option: str, text: str | None) -> int | str | None:
     """Read blocks as a number, a size as text that can be read, or `none`."""
     if text is None or text == _NO_LIMIT:
         return text
-    if text.isdecimal():
+    if text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS:
         return int(text)
     from prefixcache.config import parse_size
 
     try:
         parse_size(text)
     except ValueError:
-        raise InvalidRequest(
-            f"{option} takes a number of blocks, a size such as 2GiB, or 'none', not {text!r}"
-        ) from None
-    return text
+        pass
+    else:
+        if not text[-1].isdecimal():
+            return text
+    shown = text if len(text) <= 40 else f"{text[:40]}…"
+    raise InvalidRequest(
+        f"{option} takes a number of blocks, a size such as 2GiB, or 'none', not {shown!r}"
+    )
 
 
 def _blocks(limit: int | str, now: Status) -> int | None:
@@ -127,9 +135,12 @@ def _blocks(limit: int | str, now: Status) -> int | None:
         raise InvalidRequest(
             f"how many blocks {limit} are is not known before a worker has attached: give blocks"
         )
-    from prefixcache.config import parse_size
+    from prefixcache.config import format_size, parse_size
 
-    return parse_size(limit) // now.block_bytes
+    size = parse_size(limit)
+    if 0 < size < now.block_bytes:
+        raise InvalidRequest(f"{limit} is less than one block, of {format_size(now.block_bytes)}")
+    return size // now.block_bytes
 
 
 def _is_known(scope: Namespace | str, snapshot: Snapshot) -> bool:

@@ -28,6 +28,9 @@ def reset(
 
     Example: prefixcache reset --model tiny
     """
+    if everything:
+        named = {"--model": model, "--adapter": adapter, "--tenant": tenant, "--salt": salt}
+        view.refuse_beside("--all", named)
     with view.open_client(connect) as client:
         if everything:
             chosen = list(client.snapshot().namespaces)

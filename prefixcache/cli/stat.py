@@ -64,6 +64,11 @@ def stat(
     """
     from prefixcache.cli import marks, state, status
 
+    rest = {"--since": since, "--once": once, "--count": count, "--interval": interval}
+    for option, given in (("--mark", mark), ("--since", since), ("--once", once)):
+        rest.pop(option, None)
+        if given:
+            view.refuse_beside(option, rest)
     with view.open_client(connect) as client:
         if mark is not None:
             now = status.read(client)

@@ -23,11 +23,22 @@ _OUTPUT = {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EDQUOT, errno.EFBIG, errn
 """How writing to a file, a terminal or a device may fail."""
 
 
+_LONGEST = 4000
+"""Characters of what is said on stderr: a word of the command line may have 128 KiB."""
+
+
 def say(line: str) -> None:
     """Write a line on stderr, if there is one to write to."""
     with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"prefixcache: {escape(line)}\n")
+        sys.stderr.write(f"prefixcache: {fit(line)}\n")
         sys.stderr.flush()
+
+
+def fit(line: str) -> str:
+    """Write a line so that it can be shown anywhere, with its middle left out if it is too long."""
+    line = escape(line)
+    half = _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} … {line[-half:]}"
 
 
 def guarded(run: Callable[[], int]) -> int:

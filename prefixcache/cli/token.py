@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import secrets
 import sys
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest
+
+_LONGEST: Final = 4096
+"""Bytes of a token: gRPC takes some 8 KiB of metadata in all."""
 
 
 def token(
@@ -26,12 +29,28 @@ def token(
 
     Example: prefixcache token
     """
-    made = sys.stdin.read().strip() if digest_of_stdin else secrets.token_urlsafe(32)
-    if not made:
-        raise InvalidRequest("no token on stdin")
+    made = _read() if digest_of_stdin else secrets.token_urlsafe(32)
     digest = hashlib.sha256(made.encode()).hexdigest()
     if as_json:
         view.print_json({"token": made, "token_sha256": digest})
         return
     rows = [("client", f"PREFIXCACHE_TOKEN={made}"), ("service", f'token_sha256 = ["{digest}"]')]
     view.print_table(rows[1:] if digest_of_stdin else rows)
+
+
+def _read() -> str:
+    """Read a token that a client can send: its digest is of no use if none can."""
+    try:
+        given = sys.stdin.buffer.read(_LONGEST + 1).decode("ascii").strip()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the token on stdin is not all ASCII: no client can send it") from None
+    if not given:
+        raise InvalidRequest("no token on stdin")
+    if len(given) >= _LONGEST:
+        raise InvalidRequest(f"what is on stdin has more than {_LONGEST:,} bytes: that is no token")
+    if any(char.isspace() or not char.isprintable() for char in given):
+        raise InvalidRequest(
+            "the token on stdin has a space, a line's end or a control character in it: no client "
+            "can send it"
+        )
+    return given

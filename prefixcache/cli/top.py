@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,8 @@ def top(
     """
     from prefixcache.cli import screen, status
 
+    if svg is not None:
+        view.refuse_beside("--svg", {"--json": as_json})
     with view.open_client(connect) as client:
         shown = screen.Screen(tokenizer, sort)
         if once or svg is not None:
@@ -112,11 +115,10 @@ def _tell(client: Client, shown: Screen, interval_s: float) -> None:
 def _draw(shown: Screen, path: Path) -> None:
     from rich.console import Console
 
-    with Path("/dev/null").open("w") as nowhere:
-        console = Console(record=True, width=110, file=nowhere, force_terminal=True)
-        console.print(shown.render(110, None))
+    console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
+    console.print(shown.render(110, None))
     try:
-        path.write_text(console.export_svg(title="prefixcache top"))
+        path.write_text(console.export_svg(title="prefixcache top"), encoding="utf-8")
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
     view.tell(f"{path}: one screen")

@@ -66,8 +66,10 @@ def tree(
 
     Example: prefixcache tree --depth 2 --sort heat
     """
-    if svg is not None and limit == 40:
-        limit = 2000
+    if svg is not None:
+        view.refuse_beside("--svg", {"--json": as_json})
+        limit = 2000 if limit == 40 else limit
+    view.Chosen(namespace, adapter, tenant, salt).named_or_all("--namespace")
     with view.open_client(connect) as client:
         chosen = None
         if namespace is not None:
@@ -110,7 +112,7 @@ def _draw(path: Path, outline: Outline, tokenizer: Path | None) -> None:
         (part, decoding.open_decoder(tokenizer, part.namespace)) for part in outline.namespaces
     ]
     try:
-        path.write_text(icicle.draw(parts))
+        path.write_text(icicle.draw(parts), encoding="utf-8")
     except OSError as error:
         raise InvalidRequest(f"cannot write {path}: {error.strerror}") from None
     runs = sum(part.branches[0].below.runs for part in outline.namespaces)

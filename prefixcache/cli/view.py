@@ -28,6 +28,9 @@ STALLED_AFTER_S = 30.0
 LONGEST_INTERVAL_S = 86_400.0
 """Between two looks; the clock takes no endless pause."""
 
+LARGEST_SEQUENCE = 2**64 - 1
+"""Of events: what the wire carries."""
+
 Connect = Annotated[
     str | None,
     typer.Option(
@@ -81,6 +84,20 @@ class Chosen:
             return None
         return Namespace(self.model, self.adapter, self.tenant, self.salt)
 
+    def named_or_all(self, option: str = "--model") -> Namespace | None:
+        """Give the namespace that is named in full, or None for all of them.
+
+        Raises:
+            InvalidRequest: a part of it is named, and `option`, for the model, is not.
+        """
+        if self.model is None:
+            parts = {"--adapter": self.adapter, "--tenant": self.tenant, "--salt": self.salt}
+            if given := [name for name, value in parts.items() if value]:
+                raise InvalidRequest(
+                    f"{' and '.join(given)} alone names no namespace: give {option} as well"
+                )
+        return self.named()
+
     def choose(self, snapshot: Snapshot) -> Namespace:
         """Give the named one, or the only one that fits what is named and that the service knows.
 
@@ -109,6 +126,26 @@ class Chosen:
         name = folder.resolve().name
         found = {one.model for one in snapshot.namespaces if one.model.partition("@")[0] == name}
         return replace(self, model=found.pop() if len(found) == 1 else None)
+
+
+def refuse_beside(option: str, others: Mapping[str, object]) -> None:
+    """Refuse what would not be read beside an option.
+
+    Args:
+        option: what was given.
+        others: by name, what it leaves without a meaning; empty values were not given.
+
+    Raises:
+        InvalidRequest: one of them was given.
+
+    >>> refuse_beside("--all", {"--model": None, "--tenant": "acme"})
+    Traceback (most recent call last):
+    prefixcache.errors.InvalidRequest: --all leaves no meaning to --tenant: give one or the other
+    """
+    if given := [name for name, value in others.items() if value not in (None, "", False, [])]:
+        raise InvalidRequest(
+            f"{option} leaves no meaning to {' and '.join(given)}: give one or the other"
+        )
 
 
 def choose_namespace(

@@ -18,6 +18,8 @@ def watch(
         typer.Option(
             "--from",
             metavar="SEQUENCE",
+            min=0,
+            max=view.LARGEST_SEQUENCE,
             help="Go on from this event; 0: what is stored now, and then what changes.",
         ),
     ] = 0,
@@ -38,9 +40,7 @@ def watch(
 
     Example: prefixcache watch --json | jq -r .event
     """
-    from prefixcache.types import Namespace
-
-    only = None if model is None else Namespace(model, adapter, tenant, salt)
+    only = view.Chosen(model, adapter, tenant, salt).named_or_all()
     with view.open_client(connect) as client:
         try:
             for message in client.watch(start, namespace=only, tokens=tokens):

@@ -7,7 +7,7 @@ prefixcache.connect("cache.example:7070", tls=Tls(ca="ca.pem", certificate="me.p
 
 What is not given comes from the environment: `$PREFIXCACHE_TLS_CA`, `$PREFIXCACHE_TLS_CERT`,
 `$PREFIXCACHE_TLS_KEY`, `$PREFIXCACHE_TLS_NAME`, and `$PREFIXCACHE_TOKEN` or the file that
-`$PREFIXCACHE_TOKEN_FILE` names.
+`$PREFIXCACHE_TOKEN_FILE` names.  A key, or a file with a token, is refused if others can read it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from typing import Any
 
 import grpc
 
+from prefixcache.bounded_files import read_file
 from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest
+from prefixcache.private_files import check_secret
+
+_LONGEST = 4 << 20
+"""Bytes of a file with certificates, a key or a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,8 @@ class Access:
         token: The bearer token; None takes the environment's, or none.
 
     Raises:
-        InvalidRequest: a file cannot be read, or a token would travel in the clear.
+        InvalidRequest: a file cannot be read, others can read one with a secret, or a token would
+            travel in the clear.
     """
 
     def __init__(self, address: Address, tls: Tls | None, token: str | None) -> None:
@@ -73,7 +79,7 @@ class Access:
             options = (*options, ("grpc.ssl_target_name_override", tls.name))
         credentials = grpc.ssl_channel_credentials(
             root_certificates=_read(tls.ca),
-            private_key=_read(tls.key),
+            private_key=_read_secret(tls.key, "the TLS key"),
             certificate_chain=_read(tls.certificate),
         )
         return grpc_module.secure_channel(target, credentials, options)
@@ -105,13 +111,18 @@ def _token_of_environment() -> str:
     if token := os.environ.get("PREFIXCACHE_TOKEN"):
         return token
     path = os.environ.get("PREFIXCACHE_TOKEN_FILE")
-    return "" if not path else (_read(path) or b"").decode(errors="replace").strip()
+    if not path:
+        return ""
+    return (_read_secret(path, "the token file") or b"").decode(errors="replace").strip()
 
 
 def _read(path: str | Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+    return None if path is None else read_file(path, _LONGEST)
+
+
+def _read_secret(path: str | Path | None, what: str) -> bytes | None:
+    """Read a file that is refused where others can read it, as the service does with its own."""
+    read = _read(path)
+    if path is not None:
+        check_secret(Path(path), what)
+    return read

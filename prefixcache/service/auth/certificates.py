@@ -12,8 +12,12 @@ from typing import Any
 import grpc
 import structlog
 
+from prefixcache.bounded_files import read_file
 from prefixcache.errors import InvalidRequest
 from prefixcache.private_files import check_path, check_secret
+
+_LONGEST = 4 << 20
+"""Bytes of a file with certificates or a key."""
 
 log = structlog.get_logger(__name__)
 
@@ -69,10 +73,7 @@ class Certificates:
         parts = []
         for path in self._files:
             check_path(path, "TLS file")
-            try:
-                parts.append(path.read_bytes())
-            except OSError as error:
-                raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
+            parts.append(read_file(path, _LONGEST))
             if b"-----BEGIN " not in parts[-1]:
                 raise InvalidRequest(f"{path} is no PEM file")
             if path == self._key or b"PRIVATE KEY-----" in parts[-1]:

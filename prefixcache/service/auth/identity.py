@@ -39,6 +39,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+from prefixcache.bounded_files import read_stream
 from prefixcache.config import parse_size
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
 from prefixcache.private_files import check_path
@@ -47,6 +48,8 @@ from prefixcache.types import Namespace
 
 MAX_IDENTITIES: Final = 4096
 
+_LONGEST: Final = 64 << 20
+"""Bytes of the file."""
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _KEYS: Final = {
@@ -291,7 +294,7 @@ def _read(path: Path) -> dict[str, Any]:
             if status.st_uid not in (0, os.getuid()):
                 raise InvalidRequest(f"{path} belongs to user {status.st_uid}, not to this one")
             check_path(path, "--identities")
-            return tomllib.load(file)
+            return tomllib.loads(read_stream(file, _LONGEST, str(path)).decode())
     except OSError as error:
         raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Never
 
+from prefixcache.bounded_files import read_file
 from prefixcache.errors import InvalidRequest
 from prefixcache.model_folders import places
 from prefixcache.plain_json import json_text
@@ -315,13 +316,9 @@ def _shown(value: Any) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"cannot read {path}: {why}; give --layout instead") from None
-    if len(data) > _MOST_BYTES:
-        raise InvalidRequest(f"{path} has more than {_MOST_BYTES:,} bytes: no configuration")
+        data = read_file(path, _MOST_BYTES)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{error}; give --layout instead") from None
     try:
         config = json.loads(data.decode("utf-8-sig"))
     except RecursionError:

@@ -13,7 +13,9 @@ import pytest
 import trustme
 
 import prefixcache
+from cli.running import call
 from patience import PATIENCE_S
+from prefixcache.cli.codes import EXIT_USAGE
 from prefixcache.client import Tls, connect_async
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unauthenticated
 from prefixcache.service.auth.certificates import Certificates
@@ -157,6 +159,31 @@ def test_a_key_that_others_may_read_is_refused_at_the_start(tmp_path: Path, mode
         Certificates(setup.chain, setup.key, None)
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o660, 0o602])
+@pytest.mark.parametrize("what", ["token file", "TLS key"])
+def test_a_client_refuses_a_secret_that_others_may_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, mode: int
+) -> None:
+    setup = Setup(tmp_path)
+    secret = tmp_path / "token"
+    secret.write_text("a-token")
+    if what == "TLS key":
+        secret = setup.key
+        monkeypatch.setenv("PREFIXCACHE_TLS_CERT", str(setup.chain))
+        monkeypatch.setenv("PREFIXCACHE_TLS_KEY", str(secret))
+    else:
+        monkeypatch.setenv("PREFIXCACHE_TOKEN_FILE", str(secret))
+    secret.chmod(mode)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        target = f"127.0.0.1:{there.getsockname()[1]}"
+        with pytest.raises(InvalidRequest, match=rf"{what} .*mode {mode:o}.*chmod 600 {secret}"):
+            prefixcache.connect(target)
+        told = call("stat", "--once", "-c", target)
+        assert (told.code, told.err.count("\n")) == (EXIT_USAGE, 1)
+        secret.chmod(0o600)
+        prefixcache.connect(target).close()
+
+
 def test_a_client_certificate_says_who_it_is(mutual: Setup) -> None:
     chain, key = write(mutual.folder, "worker", mutual.issue("worker.acme"))
     tls = Tls(ca=mutual.ca, certificate=chain, key=key)
@@ -194,6 +221,7 @@ def test_the_command_line_takes_credentials_from_flags_and_from_the_environment(
     plain: Setup, tmp_path: Path
 ) -> None:
     (tmp_path / "token").write_text(TOKENS["boss"] + "\n")
+    (tmp_path / "token").chmod(0o600)
     at = ["--connect", f"{HOST}:{plain.port}"]
     flags = ["--tls-ca", str(plain.ca), "--token-file", str(tmp_path / "token")]
     told = subprocess.run(
