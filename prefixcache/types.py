@@ -209,11 +209,11 @@ def unpack(tokens: bytes) -> array[int]:
     return array("I", tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(NamedTuple):
     """What may share: prefixes are never reused across two namespaces.
 
-    A tuple of fields, never a joined string, so that no two namespaces can collide.
+    A tuple of fields, never a joined string, so that no two namespaces can collide; it is the key
+    of much, and hashed and compared in C.
     """
 
     model: str

@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,7 +173,7 @@ def ledger_fields(ledger: Ledger) -> dict[str, int]:
 
 def namespace_fields(namespace: Namespace) -> dict[str, Any]:
     """Give the fields of a namespace, without its salt."""
-    fields = asdict(namespace)
+    fields = namespace._asdict()
     fields["salted"] = bool(fields.pop("salt"))
     return fields
 

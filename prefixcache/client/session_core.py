@@ -23,7 +23,6 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -219,7 +218,7 @@ class SessionCore(ABC, Generic[L]):
                 "this service takes no salt with a request: attach a session for each salt, or "
                 "serve with this version"
             )
-        return replace(self._namespace, salt=salt)
+        return self._namespace._replace(salt=salt)
 
     def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:
         """Take over what attach answered.

@@ -74,7 +74,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         """Blocks that `allocate` can give."""
-        self.refs: Counter[int] = Counter()
+        self.refs: dict[int, int] = {}
         """Owners of a block beyond its first; only blocks that have any."""
         self.write_listener: WriteListener | None = None
         """Who hears which blocks may be written to."""
@@ -172,7 +172,7 @@ class BlockPool:
             raise AssertionError(f"block {block} is free and cannot be shared")
         if self._state[block] == _LIVE:
             self._state[block] = _SHARED
-        self.refs[block] += 1
+        self.refs[block] = self.refs.get(block, 0) + 1
 
     def quarantine(self, worker: WorkerId, ids: BlockTable) -> int:
         """Set live blocks aside that `worker`, whose lease has ended, may still write to.
@@ -206,13 +206,15 @@ class BlockPool:
 
     def _unshare(self, block: int) -> None:
         """Let one of several owners go."""
-        if block not in self.refs:
+        others = self.refs.get(block)
+        if others is None:
             raise AssertionError(_wrong(block, self._state[block], _LIVE))
-        self.refs[block] -= 1
-        if not self.refs[block]:
-            del self.refs[block]
-            if self._state[block] == _SHARED:
-                self._state[block] = _LIVE
+        if others > 1:
+            self.refs[block] = others - 1
+            return
+        del self.refs[block]
+        if self._state[block] == _SHARED:
+            self._state[block] = _LIVE
 
     def _expect(self, ids: BlockTable, was: int) -> None:
         """Assert that all blocks are in a state: whoever gives back twice is found out here."""
@@ -281,7 +283,7 @@ class BlockPool:
         for block in range(self.num_blocks):
             # A block whose owner let go while somebody still holds it is owned by its holders.
             count = owners[block] + held[block]
-            expected = 1 + self.refs[block]
+            expected = 1 + self.refs.get(block, 0)
             if count != expected:
                 raise AssertionError(
                     f"block {block}: {count} owners, expected {expected} (free {free[block]}, "
@@ -292,9 +294,9 @@ class BlockPool:
                 raise AssertionError(
                     f"block {block}: state {self._state[block]}, free {free[block]}"
                 )
-            if self._state[block] == (_LIVE if self.refs[block] else _SHARED):
+            if self._state[block] == (_LIVE if expected > 1 else _SHARED):
                 raise AssertionError(
-                    f"block {block}: state {self._state[block]}, {self.refs[block]} more owners"
+                    f"block {block}: state {self._state[block]}, {expected - 1} more owners"
                 )
         if sum(free.values()) != self.num_free:
             raise AssertionError(

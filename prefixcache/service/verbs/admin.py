@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import replace
 from time import monotonic
 from typing import Final, TypeVar
 
@@ -55,7 +54,7 @@ class AdminVerbs(Verbs):
         """
         salts = self._cache().namespaces() if asker.identity.admin else []
         for number, one in enumerate(salts, 1):
-            if replace(one, salt=codec.seal(one.salt)) == named and self._cache().knows(one):
+            if one._replace(salt=codec.seal(one.salt)) == named and self._cache().knows(one):
                 return do(one)
             if number % _LOOKED_AT == 0:
                 yield
