@@ -359,13 +359,8 @@ class BlockManager:
             self.tree.remove_tail(lease.tail)
             private.append(lease.table[lease.private_from - 1])
             lease.tail = None
-        if lease.tail is not None:
-            self._settle_tail(lease)
-            # The tail keeps the node locked until both become unprotected in one step, of one age.
-            self.tree.unlock(lease.node, used=False)
-            self._unlock(lease.tail)
-        else:
-            self._unlock(lease.node)
+        self._settle_tail(lease)
+        self._unlock(lease.node, lease.tail)
         if writes_on:
             quarantined = self.pool.quarantine(lease.worker, private)
             self._set_aside(lease, quarantined)
@@ -405,8 +400,8 @@ class BlockManager:
         lease.private_from -= 1
         self.pool.release(array("i", [lease.own_table().pop()]))
 
-    def _unlock(self, node: Node) -> None:
-        absorbed = self.tree.unlock(node)
+    def _unlock(self, node: Node, tail: Node | None = None) -> None:
+        absorbed = self.tree.unlock(node, tail)
         if absorbed:
             self.pool.release(absorbed)
 

@@ -334,34 +334,34 @@ class RadixTree:
             node.lock_ref = ref + 1
             if ref:
                 return
+            root, above = node.in_root, node.parent
+            if root is None or above is None:
+                return
             size = len(node.blocks)
             self.evictable -= size
-            root = node.root
             root.evictable -= size
             root.sums.evictable -= size
             if root.retired:
                 self.forgotten_evictable -= size
-            above = node.parent
-            if above is None:
-                return
             node = above
 
-    def unlock(self, node: Node, *, used: bool = True) -> BlockTable | None:
-        """Take one lock back.  `used`: what becomes unprotected counts as used now.
+    def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
+        """Take one lock back, and that on its tail; what becomes unprotected counts as used now.
 
         Merges what can be merged on the way.  O(nodes that become unprotected).
 
         Returns:
-            The block of `node` if it was a tail that a fuller sibling covers: it has left the tree.
+            The block of a tail that a fuller sibling covers: it has left the tree.
         """
-        stamp = 0
-        if used:
-            stamp = self.clock = self.clock + 1
-            if self._used is not None:
-                size = len(node.blocks)
-                if self._marks_ends and size > 1 and not node.children:
-                    self._split(node, size - 1)
-                self._used(node, stamp)
+        if tail is not None:
+            node.lock_ref -= 1  # the tail keeps it locked: both become unprotected in one step
+            node = tail
+        stamp = self.clock = self.clock + 1
+        if self._used is not None:
+            size = len(node.blocks)
+            if self._marks_ends and size > 1 and not node.children:
+                self._split(node, size - 1)
+            self._used(node, stamp)
         if node.lock_ref == 1 and len(node.tokens) < self.block_bytes and self._is_covered(node):
             return self._absorb(node, stamp)
         self._unlock(node, stamp)
@@ -381,17 +381,19 @@ class RadixTree:
             node.lock_ref -= 1
             if node.lock_ref:
                 return
+            root, children = node.in_root, node.children
+            if root is None:
+                raise AssertionError("a root is always locked")
             size = len(node.blocks)
             self.evictable += size
-            root = node.root
             root.evictable += size
             root.sums.evictable += size
             if root.retired:
                 self.forgotten_evictable += size
-            if below is not None and self._merge(below):
-                node = below
-            elif not node.children:
+            if not children:
                 self._offer(node)
+            elif len(children) == 1 and below is not None and self._merge(below):
+                node = below
             above = node.parent
             if above is None:
                 return
@@ -443,18 +445,21 @@ class RadixTree:
             off += used * width
             break
         existing = off // width
-        if off < end:
-            node = self._attach(node, tokens[off:], blocks[existing:], absorbed)
         if node is not start:
             self.lock_node(node)
             self._unlock(start, 0)
+        if off < end:
+            if off:
+                tokens, blocks = tokens[off:], blocks[existing:]
+            node = self._attach(node, tokens, blocks, absorbed)
+        if node is not start:
             self._merge(node)
-        return Inserted(node, existing, len(blocks) - existing, absorbed)
+        return Inserted(node, existing, end // width - existing, absorbed)
 
     def insert_tail(
         self, node: Node, tokens: bytes, block: BlockId
     ) -> tuple[Node | None, BlockTable]:
-        """Index a partly filled block after `node` as a locked leaf of its own.
+        """Index a partly filled block after `node`, locked, as a locked leaf of its own.
 
         Returns:
             The leaf, or None if a stored block covers these tokens already; and the blocks of
@@ -465,9 +470,8 @@ class RadixTree:
             _, same = node.children.nearest(tokens)
             if same == len(tokens):
                 return None, absorbed
-        tail = self._attach(node, tokens, array("i", [block]), absorbed)
-        self.lock_node(tail)
-        return tail, absorbed
+        node.lock_ref += 1  # the caller's; the first one goes down to the tail
+        return self._attach(node, tokens, array("i", [block]), absorbed), absorbed
 
     def remove_tail(self, tail: Node) -> None:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
@@ -479,7 +483,10 @@ class RadixTree:
         self._leafless(above)
 
     def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: BlockTable) -> Node:
-        """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends."""
+        """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends.
+
+        The caller's lock on `node` becomes one on what is added: the run is never unprotected.
+        """
         width = self.block_bytes
         while run:
             ghost = self.ghosts.revive(node, run) if node.ghosts else None
@@ -576,7 +583,7 @@ class RadixTree:
         if node.pinned and self.pins is not None:
             self.pins.trimmed(node, size)
         mark = None if self._lost is None else self._lost(node, size)
-        self._count_blocks(node.root, -size)
+        self._uncount(node.root, size)
         if self.ghosts.limit and not node.root.retired:
             ghost = Node(node.tokens[cut:], array("i"), node, node.created)
             ghost.ghosts, node.ghosts = node.ghosts, None
@@ -600,7 +607,7 @@ class RadixTree:
             self._tell_removed(node, node.blocks)
         size = len(node.blocks)
         mark = None if self._lost is None else self._lost(node, size)
-        self._count(node, -1)
+        self._uncount(node.root, size)
         self._detach(node)
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
@@ -633,7 +640,8 @@ class RadixTree:
     # ------------------------------------------------------------------ how nodes are joined
 
     def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
-        """Make an unprotected node with blocks a child; drop the tail that it covers."""
+        """Make a node with blocks a child, locked instead of `node`; drop the tail it covers."""
+        child.lock_ref = 1
         children = node.children
         first = child.tokens[: self.block_bytes]
         if children is None:
@@ -645,12 +653,16 @@ class RadixTree:
                 if self.listener is not None:
                     self._tell_removed(tail, tail.blocks)
                 self._leave(tail)
-                self._count(tail, -1)
+                self._uncount(tail.root, len(tail.blocks))
                 self._detach(tail)
         children.put(first, child)
         self.num_nodes += 1
-        self._count(child, 1)
-        root = child.root
+        root, size = child.root, len(child.blocks)
+        self.num_blocks += size
+        root.num_blocks += size
+        root.sums.num_blocks += size
+        if root.retired:
+            self.num_forgotten += size
         root.num_changes += 1
         if self.listener is not None and not root.retired:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
@@ -662,21 +674,17 @@ class RadixTree:
         if self.listener is not None and not node.root.retired:
             self.listener.removed(node.root.namespace, blocks)
 
-    def _count(self, node: Node, sign: int) -> None:
-        """Add or subtract an unprotected node's blocks."""
-        self._count_blocks(node.root, sign * len(node.blocks))
-
-    def _count_blocks(self, root: Root, size: int) -> None:
-        """Add unprotected blocks, or subtract them."""
-        self.num_blocks += size
-        self.evictable += size
-        root.num_blocks += size
-        root.sums.num_blocks += size
-        root.evictable += size
-        root.sums.evictable += size
+    def _uncount(self, root: Root, size: int) -> None:
+        """Count fewer unprotected blocks."""
+        self.num_blocks -= size
+        self.evictable -= size
+        root.num_blocks -= size
+        root.sums.num_blocks -= size
+        root.evictable -= size
+        root.sums.evictable -= size
         if root.retired:
-            self.num_forgotten += size
-            self.forgotten_evictable += size
+            self.num_forgotten -= size
+            self.forgotten_evictable -= size
 
     def _leave(self, node: Node) -> None:
         """Tell the policy that a node leaves the tree and is not remembered."""

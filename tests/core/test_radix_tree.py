@@ -36,10 +36,7 @@ class Shelf:
             tail, _ = self.tree.insert_tail(node, key[whole:], self.next)
             self.next += tail is not None
         if release:
-            if tail is not None:
-                self.tree.unlock(node, used=False)
-                node = tail
-            self.tree.unlock(node)
+            self.tree.unlock(node, tail)
         else:
             self.locks[node] += 1
         self.tree.check([self.root], self.locks)
