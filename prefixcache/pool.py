@@ -508,6 +508,29 @@ def epoch_of(memory: mmap.mmap) -> int:
     return epoch
 
 
+def memory_is_abandoned(handle: PoolHandle) -> bool:
+    """Tell whether a pool's owner is dead, so that nobody will ever give its blocks to others.
+
+    The owner locks the file as long as it lives, and removes it when it ends.  A GPU's memory
+    goes with its owner, so nobody may go on in it.
+    """
+    if handle.kind != "shm":
+        return False
+    try:
+        fd = os.open(handle.name, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 def _own(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

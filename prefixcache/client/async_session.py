@@ -16,7 +16,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import grpc
 import grpc.aio
@@ -25,7 +25,7 @@ from prefixcache.client import unary
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
-from prefixcache.client.ops import BatchOps, Reply, Step
+from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import (
     CacheError,
@@ -44,13 +44,43 @@ T = TypeVar("T")
 class AsyncBatch(BatchOps["AsyncLease"]):
     """All ops of one step.  Leaving the `async with` block sends them and waits for the answers.
 
-    An op that waits (`acquire` with `wait_s`) may be answered later: `await batch.wait(reply)`.  If
-    the block raises, nothing is sent.
+    `session.post(batch)` sends them and does not wait.  An op that waits (`acquire` with `wait_s`)
+    may be answered later: `await batch.wait(reply)`.  If the block raises, nothing is sent.
     """
 
     def __init__(self, session: AsyncSession) -> None:
         super().__init__(session)
         self._session = session
+
+    def acquire_later(
+        self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
+    ) -> asyncio.Future[AsyncLease]:
+        """Add an `acquire` whose lease comes from a future, when it is there.
+
+        Cancelling the future gives up waiting.
+        """
+        session = self._session
+        session.guard()
+        reply = self.acquire(tokens, wait_s=wait_s, **terms)
+        future: asyncio.Future[AsyncLease] = asyncio.get_running_loop().create_future()
+
+        def arrived(reply: Reply[AsyncLease]) -> None:
+            if future.cancelled():
+                session.abandon([reply])
+            elif reply.error is not None:
+                future.set_exception(reply.error)
+            else:
+                future.set_result(reply.result())
+
+        def cancelled(future: asyncio.Future[AsyncLease]) -> None:
+            if future.cancelled():
+                session.abandon([reply])
+
+        reply.listener = arrived
+        future.add_done_callback(cancelled)
+        if reply.done:
+            arrived(reply)
+        return future
 
     async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
         """Wait until an op that chose to wait is answered, and give its answer."""
@@ -157,18 +187,17 @@ class AsyncSession(SessionCore["AsyncLease"]):
     snapshot = _alone(AsyncBatch.snapshot)
 
     def acquire_later(
-        self,
-        tokens: TokensLike,
-        *,
-        reserve: int = 0,
-        wait_s: float = 60.0,
-        request_id: str = "",
-        salt: str | None = None,
+        self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
     ) -> asyncio.Task[AsyncLease]:
         """Start an `acquire` and go on.  Cancelling the task gives up waiting."""
-        return asyncio.get_running_loop().create_task(
-            self.acquire(tokens, reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt)
-        )
+        return asyncio.get_running_loop().create_task(self.acquire(tokens, wait_s=wait_s, **terms))
+
+    def post(
+        self, batch: BatchOps[AsyncLease], on_error: Callable[[CacheError], object] | None = None
+    ) -> None:
+        """Send a batch and go on; see `Session.post`.  Also from no coroutine, on its own loop."""
+        self.guard()
+        super().post(batch, on_error)
 
     async def renew(self) -> None:
         """Send a sign of life now.  The heartbeats do this by themselves."""
@@ -225,7 +254,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
         nevertheless is given back.
         """
         self.guard()
-        self.post(step)
+        self.send(step)
         await self._outcome(step, patiently=patiently)
 
     async def _outcome(self, step: Step, *, patiently: bool = False) -> None:
@@ -314,7 +343,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
     async def _beat(self) -> None:
         while self._lost is None:
             await asyncio.sleep(self.attachment.ttl_s / 3)
-            self.post(self.renewal()[0])
+            self.send(self.renewal()[0])
 
 
 class AsyncLease(LeaseState):
@@ -337,7 +366,7 @@ class AsyncLease(LeaseState):
         self._session.guard()
         batch = self._session.batch()
         reply = batch.release(self)
-        self._session.post(batch.step)
+        self._session.send(batch.step)
         return self._released_by(batch.step, reply)
 
     async def _released_by(self, step: Step, reply: Reply[Released]) -> Released:

@@ -11,11 +11,12 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 from prefixcache.client import codec
 from prefixcache.client.lease import Clocked, LeaseState
@@ -37,6 +38,8 @@ from prefixcache.types import (
     pack,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 L = TypeVar("L", bound=LeaseState)
@@ -92,6 +95,25 @@ class Reply(Generic[T]):
         if self.listener is not None:
             self.listener(self)
 
+    def tell_error(self, told: Callable[[CacheError], object]) -> None:
+        """Have somebody told when the op fails, beside its listener; at once if it has failed."""
+        listener = self.listener
+
+        def settled(reply: Reply[T]) -> None:
+            if listener is not None:
+                listener(reply)
+            if isinstance(reply.error, CacheError):
+                try:
+                    told(reply.error)
+                except Exception:
+                    # Whoever settles this reply has others to settle.
+                    log.exception("who is told of the errors of a batch has raised")
+
+        if self.done:
+            settled(self)
+        else:
+            self.listener = settled
+
     @property
     def error(self) -> BaseException | None:
         """The op's error, None if it succeeded or is not answered yet."""
@@ -120,6 +142,7 @@ class Step:
 
     def __init__(self, ids: Iterator[int]) -> None:
         self._ids = ids
+        self.is_sent = False
         self.message = pb.OpBatch()
         self.replies: list[Reply[Any]] = []
 
@@ -206,13 +229,28 @@ class Step:
         return parts
 
 
+class Terms(TypedDict, total=False):
+    """What may be said with an `acquire`, beside how long it waits; see `BatchOps.acquire`."""
+
+    reserve: int
+    request_id: str
+    salt: str | None
+    adapter: str | None
+    reuse: bool
+    min_partial: int
+
+
 class Lessee(Clocked, Protocol[L_co]):
     """The part of a session that a batch needs."""
 
     ids: Iterator[int]
 
-    def behind(self, salt: str) -> Namespace:
-        """Give the session's namespace with another salt."""
+    def named(self, salt: str | None, adapter: str | None) -> Namespace:
+        """Give the session's namespace with another salt or adapter."""
+        ...
+
+    def refuse_unheard_terms(self) -> None:
+        """Refuse to say how much is reused where the service would not hear it."""
         ...
 
     def make_lease(self, grant: Grant, sent_at: float) -> L_co:
@@ -238,6 +276,9 @@ class BatchOps(Generic[L]):
         wait_s: float = 0.0,
         request_id: str = "",
         salt: str | None = None,
+        adapter: str | None = None,
+        reuse: bool = True,
+        min_partial: int = 0,
     ) -> Reply[L]:
         """Lease blocks for a prompt: match, pin and allocate in one atomic step.
 
@@ -248,20 +289,29 @@ class BatchOps(Generic[L]):
             request_id: makes a repeated call give the same lease.
             salt: a secret that keeps this prompt apart, in place of the session's own.  A session
                 may use as many as it likes: nothing is left of one that nobody uses.
+            adapter: which adapter computes it, in place of the session's own.
+            reuse: if False, every token is computed, whatever is stored: for the logits of a
+                prompt.  What is committed is shared as always.
+            min_partial: tokens of a partly matching block from which on it is worth its copy.
 
         Raises:
             PoolExhausted: not enough blocks; `retry_after_s` is a hint.
             InvalidRequest: it can never be served as it is.
             ServiceUnavailable: the service is lost.
         """
-        packed, named = pack(tokens), pb.Namespace()
-        if salt is not None:
+        packed, named = pack(tokens), None
+        if salt is not None or adapter is not None:
+            named = pb.Namespace()
             with codec.no_foreign_errors("acquire"):
-                codec.write_namespace(self._lessee.behind(salt), named)
+                codec.write_namespace(self._lessee.named(salt, adapter), named)
+        terms: dict[str, Any] = {}
+        if not reuse or min_partial:
+            self._lessee.refuse_unheard_terms()
+            terms = {"recompute": not reuse, "min_partial": min_partial}
         reply: Reply[L] = self.step.ask(
-            "acquire", tokens=packed, reserve=reserve, wait_s=wait_s, request_id=request_id
+            "acquire", tokens=packed, reserve=reserve, wait_s=wait_s, request_id=request_id, **terms
         )
-        if salt is not None and not reply.done:
+        if named is not None and not reply.done:
             self.step.message.ops[-1].acquire.namespace.CopyFrom(named)
         reply.request_id = request_id
         reply.finish = partial(self._lessee.make_lease, sent_at=time.monotonic())
@@ -300,7 +350,11 @@ class BatchOps(Generic[L]):
         return reply
 
     def release(self, lease: L) -> Reply[Released]:
-        """End a lease.  Idempotent: also one that expired, or that was released before."""
+        """End a lease: nothing writes to its blocks any more.  Idempotent.
+
+        One that expired is released as well: else the blocks that it could write to come back only
+        when its process has ended.
+        """
         lease.mark_released()
         return self.step.ask("release", lease=lease.id)
 
@@ -334,6 +388,7 @@ class BatchOps(Generic[L]):
         except LeaseExpired as error:
             refused: Reply[Any] = Reply(0)
             refused.settle(error)
+            self.step.replies.append(refused)
             return refused
         return self.step.ask(verb, lease=lease.id, **fields)
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import grpc
 
@@ -22,7 +22,7 @@ from prefixcache.client import unary
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
 from prefixcache.client.lease import LeaseState
-from prefixcache.client.ops import BatchOps, Reply, Step
+from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import (
     CacheError,
@@ -41,13 +41,43 @@ T = TypeVar("T")
 class Batch(BatchOps["Lease"]):
     """All ops of one step.  Leaving the `with` block sends them in one message and waits for them.
 
-    An op that waits (`acquire` with `wait_s`) may be answered later: `wait(reply)` waits for it.
-    If the block raises, nothing is sent.
+    `session.post(batch)` sends them and does not wait.  An op that waits (`acquire` with `wait_s`)
+    may be answered later: `wait(reply)` waits for it.  If the block raises, nothing is sent.
     """
 
     def __init__(self, session: Session) -> None:
         super().__init__(session)
         self._session = session
+
+    def acquire_later(
+        self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
+    ) -> Future[Lease]:
+        """Add an `acquire` whose lease comes from a future, when it is there.
+
+        Cancelling the future gives up waiting.  Its callbacks run in the reader thread: keep them
+        short, and make no calls in them that wait.
+        """
+        reply = self.acquire(tokens, wait_s=wait_s, **terms)
+        future: Future[Lease] = Future()
+        session = self._session
+
+        def arrived(reply: Reply[Lease]) -> None:
+            if not future.set_running_or_notify_cancel():
+                session.abandon([reply])
+            elif reply.error is not None:
+                future.set_exception(reply.error)
+            else:
+                future.set_result(reply.result())
+
+        def cancelled(future: Future[Lease]) -> None:
+            if future.cancelled():
+                session.abandon([reply])
+
+        reply.listener = arrived
+        future.add_done_callback(cancelled)
+        if reply.done:
+            arrived(reply)
+        return future
 
     def wait(self, reply: Reply[Lease]) -> Lease:
         """Block until an op that chose to wait is answered, and give its answer."""
@@ -138,40 +168,16 @@ class Session(SessionCore["Lease"]):
     snapshot = _alone(Batch.snapshot)
 
     def acquire_later(
-        self,
-        tokens: TokensLike,
-        *,
-        reserve: int = 0,
-        wait_s: float = 60.0,
-        request_id: str = "",
-        salt: str | None = None,
+        self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
     ) -> Future[Lease]:
         """Like `acquire`, without blocking while another worker computes the prefix.
 
         Cancelling the future gives up waiting.  Its callbacks run in the reader thread: keep them
-        short, and make no calls of this session in them.
+        short, and make no calls in them that wait.
         """
         batch = self.batch()
-        reply = batch.acquire(
-            tokens, reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt
-        )
-        future: Future[Lease] = Future()
-
-        def arrived(reply: Reply[Lease]) -> None:
-            if not future.set_running_or_notify_cancel():
-                self.abandon([reply])
-            elif reply.error is not None:
-                future.set_exception(reply.error)
-            else:
-                future.set_result(reply.result())
-
-        def cancelled(future: Future[Lease]) -> None:
-            if future.cancelled():
-                self.abandon([reply])
-
-        reply.listener = arrived
-        future.add_done_callback(cancelled)
-        self.post(batch.step)
+        future = batch.acquire_later(tokens, wait_s=wait_s, **terms)
+        self.send(batch.step)
         return future
 
     def renew(self) -> None:
@@ -228,7 +234,7 @@ class Session(SessionCore["Lease"]):
             )
         replies = step.replies
         try:
-            self.post(step)
+            self.send(step)
             self._await([reply for reply in replies if patiently or not reply.wait_s])
         except BaseException:  # Ctrl-C too, wherever it comes
             self.abandon(replies)
@@ -271,7 +277,7 @@ class Session(SessionCore["Lease"]):
 
     def _beat(self) -> None:
         while not self._over.wait(self.attachment.ttl_s / 3):
-            self.post(self.renewal()[0])
+            self.send(self.renewal()[0])
 
 
 class Lease(LeaseState):

@@ -1,7 +1,7 @@
 """What a session has asked, and what becomes of it: all of a session but the sending and waiting.
 
 ```
-        post(step) ──► pending ──► emit(bytes)      in the order of the calls, never waits
+        send(step) ──► pending ──► emit(bytes)      in the order of the calls, never waits
                           │
  receive(results) ──► reply.settle ──► finish       a grant becomes a lease, a table changes
                           │
@@ -12,7 +12,7 @@ No answer is ever missed: whoever stops waiting, cancelled or interrupted, leave
 A table changes when the service says so, and leases that nobody waits for are given back: unless
 somebody else has the same lease, or is about to get it, by the same request id.
 
-Without a lock: `post` and `lose` may meet in two threads, and a dictionary hands each reply to
+Without a lock: `send` and `lose` may meet in two threads, and a dictionary hands each reply to
 exactly one of them.  So nothing here can be left locked by who was interrupted in it.
 """
 
@@ -30,9 +30,10 @@ from weakref import WeakSet
 from prefixcache.client import codec, unary
 from prefixcache.client.connection import Connection, refuse_pickle
 from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
-from prefixcache.client.ops import Reply, Step, read_result
+from prefixcache.client.ops import BatchOps, Reply, Step, read_result
 from prefixcache.client.progress import Inbox, Progress
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
+from prefixcache.pool import memory_is_abandoned
 from prefixcache.texts import many
 from prefixcache.types import Attachment, LeaseId, Namespace, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -53,6 +54,7 @@ class SessionCore(ABC, Generic[L]):
     attachment: Attachment
     _namespace: Namespace
     _acquires_by_name: bool
+    _reuses_as_asked: bool
 
     def __init__(self, connection: Connection) -> None:
         self.ids: Iterator[int] = itertools.count(1)
@@ -75,6 +77,15 @@ class SessionCore(ABC, Generic[L]):
     def pool(self) -> PoolHandle:
         """Where the pool's memory is."""
         return self.attachment.pool
+
+    @property
+    def memory_is_abandoned(self) -> bool:
+        """Whether the pool's owner is dead, and not just out of reach.  One look at a file.
+
+        Then nobody will ever lend its blocks to others: leases of this session may be used past
+        their deadlines, and what is indexed stays as it is.
+        """
+        return memory_is_abandoned(self.pool)
 
     @property
     def alive(self) -> bool:
@@ -127,13 +138,37 @@ class SessionCore(ABC, Generic[L]):
     def emit(self, message: bytes | None) -> None:
         """Put a message behind those that are to be sent; None ends the stream.  Never waits."""
 
-    def post(self, step: Step) -> None:
+    def post(
+        self, batch: BatchOps[L], on_error: Callable[[CacheError], object] | None = None
+    ) -> None:
+        """Send a batch and go on: nobody waits for its answers.  For a scheduler's step.
+
+        Tables change and leases are there when the answers come; `Reply.done` says so.  What is
+        said of a lease in one batch after another is done in that order.
+
+        Args:
+            batch: From `batch()`, without the `with`.
+            on_error: Is told of each op that fails, by the thread that reads the answers (or by
+                this one, where it is known at once).  It must not wait; what it raises is logged.
+
+        Raises:
+            InvalidRequest: this process has the session by a fork, or the batch was sent before.
+        """
+        if on_error is not None:
+            for reply in batch.step.replies:
+                reply.tell_error(on_error)
+        self.send(batch.step)
+
+    def send(self, step: Step) -> None:
         """Send a step.  Its replies are settled when the answers come, or at once if it is lost.
 
         Raises:
-            InvalidRequest: this process has the session by a fork.
+            InvalidRequest: this process has the session by a fork, or the step was sent before.
         """
         self.refuse_inherited()
+        if step.is_sent:
+            raise InvalidRequest("this batch was sent before: open another one for each step")
+        step.is_sent = True
         if self._closed and self._lost is None:
             self._refuse(step.replies, ServiceUnavailable("the session is closed"))
         else:
@@ -207,18 +242,34 @@ class SessionCore(ABC, Generic[L]):
 
     # --------------------------------------------------------------------------- what is answered
 
-    def behind(self, salt: str) -> Namespace:
-        """Give the session's namespace with another salt.
+    def named(self, salt: str | None, adapter: str | None) -> Namespace:
+        """Give the session's namespace with another salt or adapter; None: the session's own.
 
         Raises:
             InvalidRequest: the service would not see it, and share what is to be kept apart.
         """
         if not self._acquires_by_name:
             raise InvalidRequest(
-                "this service takes no salt with a request: attach a session for each salt, or "
-                "serve with this version"
+                "this service takes no salt and no adapter with a request: attach a session for "
+                "each, or serve with this version"
             )
-        return self._namespace._replace(salt=salt)
+        own = self._namespace
+        return own._replace(
+            salt=own.salt if salt is None else salt,
+            adapter=own.adapter if adapter is None else adapter,
+        )
+
+    def refuse_unheard_terms(self) -> None:
+        """Refuse to say how much is reused where nobody would hear it.
+
+        Raises:
+            InvalidRequest: the service would reuse all that it finds.
+        """
+        if not self._reuses_as_asked:
+            raise InvalidRequest(
+                "this service is not told how much to reuse (`reuse`, `min_partial`): serve with "
+                "this version"
+            )
 
     def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:
         """Take over what attach answered.
@@ -228,6 +279,7 @@ class SessionCore(ABC, Generic[L]):
         """
         self._namespace = codec.read_namespace(request.namespace)
         self._acquires_by_name = answer.acquires_by_name
+        self._reuses_as_asked = answer.reuses_as_asked
         self.key = answer.worker_key
         self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
         self.attachment = codec.read_attach(answer)

@@ -11,7 +11,6 @@ lets through cannot fail later.
 from __future__ import annotations
 
 from array import array
-from collections import Counter
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_pool import BlockPool, LastTenant
@@ -22,7 +21,16 @@ from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
 from prefixcache.texts import many
-from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Copy, Partial, TableUpdate, WorkerId
+from prefixcache.types import (
+    TOKEN_BYTES,
+    BlockId,
+    BlockTable,
+    Copy,
+    LeaseId,
+    Partial,
+    TableUpdate,
+    WorkerId,
+)
 
 
 class BlockManager:
@@ -48,7 +56,8 @@ class BlockManager:
         self.last_tenant = LastTenant(pool.num_blocks)
         self.aside = Shares(pool.num_blocks, "the pool", "quarantined blocks")
         """Whose leases they were of, but for those of an earlier life."""
-        self._aside: dict[WorkerId, Counter[Account]] = {}
+        self._aside: dict[WorkerId, dict[LeaseId, Account]] = {}
+        """Who answers for what is quarantined of a lease that has ended."""
         self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
@@ -108,11 +117,13 @@ class BlockManager:
         if need and self.aside.total and self.aside.used(account.tenant):
             self._refuse_beyond_share(account.tenant, need)
 
-    def plan(self, match: Match, num_blocks: int, account: Account) -> tuple[int, BlockId | None]:
+    def plan(
+        self, match: Match, num_blocks: int, account: Account, min_partial: int = 0
+    ) -> tuple[int, BlockId | None]:
         """Say how many blocks a sequence of `num_blocks` needs of its own, and which one it copies.
 
-        Changes nothing.  No block is copied if partial reuse is off, or if there is no room for
-        what is copied and for the copy.
+        Changes nothing.  No block is copied if partial reuse is off, for fewer than `min_partial`
+        tokens, or if there is no room for what is copied and for the copy.
 
         Raises:
             PoolExhausted, QuotaExceeded: see `admit`.
@@ -120,7 +131,7 @@ class BlockManager:
         need = num_blocks - match.end // self._width
         self.admit(need, account, match)
         source = match.partial_block
-        if source is None or self._partial is Partial.OFF:
+        if source is None or self._partial is Partial.OFF or match.partial_tokens < min_partial:
             return need, None
         short = need - self.pool.num_free
         if short > 0 and short > self.num_obtainable(match) - 1:
@@ -362,7 +373,7 @@ class BlockManager:
         self._settle_tail(lease)
         self._unlock(lease.node, lease.tail)
         if writes_on:
-            quarantined = self.pool.quarantine(lease.worker, private)
+            quarantined = self.pool.quarantine(lease.worker, lease.id, private)
             self._set_aside(lease, quarantined)
         else:
             quarantined = 0
@@ -375,20 +386,29 @@ class BlockManager:
     def _set_aside(self, lease: Lease, count: int) -> None:
         """Count quarantined blocks as held by who held them."""
         if count:
-            self._aside.setdefault(lease.worker, Counter())[lease.account] += count
+            self._aside.setdefault(lease.worker, {})[lease.id] = lease.account
             lease.account.count_quarantined(count)
             self.aside.force(lease.account.tenant, count)
 
-    def release_quarantine(self, worker: WorkerId) -> int:
+    def release_quarantine(self, worker: WorkerId, lease: LeaseId | None = None) -> int:
         """Free the blocks that were set aside for a worker that can no longer write.
+
+        Args:
+            worker: Which.
+            lease: Only those of one of its leases: it writes on, but not there.
 
         Returns:
             How many became free.
         """
-        for account, count in self._aside.pop(worker, Counter[Account]()).items():
-            account.count_quarantined(-count)
-            self.aside.give(account.tenant, count)
-        return self.pool.release_quarantine(worker)
+        counts = self.pool.count_quarantined_leases(worker, lease)
+        aside = self._aside.get(worker, {})
+        for one, count in counts.items():
+            if (account := aside.pop(one, None)) is not None:  # else of an earlier life
+                account.count_quarantined(-count)
+                self.aside.give(account.tenant, count)
+        if not aside:
+            self._aside.pop(worker, None)
+        return self.pool.release_quarantine(worker, lease)
 
     def _settle_tail(self, lease: Lease) -> None:
         """Note that a lease will not write to its indexed tail any more."""

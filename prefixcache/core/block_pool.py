@@ -34,9 +34,12 @@ from numpy.typing import NDArray
 
 from prefixcache.errors import PoolExhausted
 from prefixcache.texts import many
-from prefixcache.types import BlockId, BlockTable, WorkerId
+from prefixcache.types import BlockId, BlockTable, LeaseId, WorkerId
 
 _FREE, _LIVE, _SHARED, _QUARANTINED = 0, 1, 2, 3
+
+_OF_NO_LEASE = LeaseId(0)
+"""What an earlier life of the pool left in quarantine."""
 
 _SHORT_RUN = 64
 """Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
@@ -60,12 +63,14 @@ class BlockPool:
 
     __slots__ = (
         "_bump",
+        "_num_quarantined",
         "_quarantine",
         "_stack",
         "_state",
         "_states",
         "num_blocks",
         "num_free",
+        "num_quarantined",
         "refs",
         "write_listener",
     )
@@ -82,21 +87,29 @@ class BlockPool:
         self._bump = 0
         self._state = bytearray(num_blocks)
         self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
-        self._quarantine: dict[WorkerId, BlockTable] = {}
+        self._quarantine: dict[WorkerId, dict[LeaseId, BlockTable]] = {}
+        """By who may still write to them, and the lease that gave the right."""
+        self._num_quarantined: Counter[WorkerId] = Counter()
+        self.num_quarantined = 0
+        """Blocks that nobody may use until their last writer is known to be gone."""
 
     @property
     def num_used(self) -> int:
         """Ids below this one may have been given before, all others never."""
         return self._bump
 
-    @property
-    def num_quarantined(self) -> int:
-        """Blocks that nobody may use until their last writer is known to be gone."""
-        return sum(map(len, self._quarantine.values()))
-
     def count_quarantined(self, worker: WorkerId) -> int:
-        """Give how many of them wait for that writer.  O(1)."""
-        return len(self._quarantine.get(worker, ()))
+        """Give how many of the quarantined blocks wait for that writer.  O(1)."""
+        return self._num_quarantined[worker]
+
+    def count_quarantined_leases(
+        self, worker: WorkerId, lease: LeaseId | None = None
+    ) -> dict[LeaseId, int]:
+        """Give how many blocks wait for that writer, by lease, or of one lease.  O(leases)."""
+        leases = self._quarantine.get(worker, {})
+        if lease is not None:
+            leases = {lease: leases[lease]} if lease in leases else {}
+        return {one: len(ids) for one, ids in leases.items()}
 
     def allocate(self, count: int) -> BlockTable:
         """Take `count` free blocks.  O(count), in C for long runs.
@@ -159,7 +172,9 @@ class BlockPool:
         self._states[:] = _FREE
         self._states[np.frombuffer(indexed, np.int32)] = _LIVE
         self._states[np.frombuffer(aside, np.int32)] = _QUARANTINED
-        self._quarantine = {worker: aside[:]} if aside else {}
+        self._quarantine = {worker: {_OF_NO_LEASE: aside[:]}} if aside else {}
+        self._num_quarantined = Counter({worker: len(aside)})
+        self.num_quarantined = len(aside)
         used = np.flatnonzero(self._states)
         self._bump = int(used[-1]) + 1 if len(used) else 0
         free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
@@ -174,8 +189,8 @@ class BlockPool:
             self._state[block] = _SHARED
         self.refs[block] = self.refs.get(block, 0) + 1
 
-    def quarantine(self, worker: WorkerId, ids: BlockTable) -> int:
-        """Set live blocks aside that `worker`, whose lease has ended, may still write to.
+    def quarantine(self, worker: WorkerId, lease: LeaseId, ids: BlockTable) -> int:
+        """Set live blocks aside that `worker` may still write to, though its `lease` has ended.
 
         Returns:
             How many were set aside.
@@ -186,18 +201,37 @@ class BlockPool:
             if self._state[block] != _SHARED:
                 raise AssertionError(_wrong(block, self._state[block], _LIVE))
         self._mark(ids, _QUARANTINED)
-        self._quarantine.setdefault(worker, array("i")).extend(ids)
+        self._quarantine.setdefault(worker, {})[lease] = ids
+        self._num_quarantined[worker] += len(ids)
+        self.num_quarantined += len(ids)
         return len(ids)
 
-    def release_quarantine(self, worker: WorkerId) -> int:
+    def release_quarantine(self, worker: WorkerId, lease: LeaseId | None = None) -> int:
         """Free the blocks that were set aside for a worker that can no longer write.
+
+        O(blocks + leases they were of).
+
+        Args:
+            worker: Which.
+            lease: Only those of one of its leases.
 
         Returns:
             How many became free.
         """
-        ids = self._quarantine.pop(worker, None)
-        if ids is None:
+        leases = self._quarantine.get(worker)
+        if leases is None or (lease is not None and lease not in leases):
             return 0
+        if lease is None:
+            ids = array("i", b"".join(one.tobytes() for one in leases.values()))
+            leases.clear()
+        else:
+            ids = leases.pop(lease)
+        if not leases:
+            del self._quarantine[worker]
+        self._num_quarantined[worker] -= len(ids)
+        if not self._num_quarantined[worker]:
+            del self._num_quarantined[worker]
+        self.num_quarantined -= len(ids)
         self._expect(ids, _QUARANTINED)
         self._mark(ids, _LIVE)
         for block in self.refs.keys() & ids:
@@ -258,8 +292,14 @@ class BlockPool:
         assert not len(wrong), f"block {wrong[0]}: state {self._state[wrong[0]]}, in the free list"
         free = int(owners.sum())
         assert free == self.num_free, f"{free} blocks in the free list, not {self.num_free}"
-        for ids in self._quarantine.values():
-            np.add.at(owners, np.array(ids, np.intp), 1)
+        for worker, leases in self._quarantine.items():
+            assert leases, f"an empty quarantine of worker {worker}"
+            for ids in leases.values():
+                np.add.at(owners, np.array(ids, np.intp), 1)
+            count = sum(map(len, leases.values()))
+            assert count == self._num_quarantined[worker], f"{count} blocks wait for {worker}"
+        total = self._num_quarantined.total()
+        assert total == self.num_quarantined, f"{total} blocks wait, not {self.num_quarantined}"
         expected = np.ones(self.num_blocks, np.int32)
         expected[list(self.refs)] += np.array(list(self.refs.values()), np.int32)
         bad = np.where(expected > 1, self._states == _LIVE, self._states == _SHARED)
@@ -277,8 +317,9 @@ class BlockPool:
         """
         free = Counter(self._stack) + Counter(range(self._bump, self.num_blocks))
         aside: Counter[int] = Counter()
-        for ids in self._quarantine.values():
-            aside.update(ids)
+        for leases in self._quarantine.values():
+            for ids in leases.values():
+                aside.update(ids)
         owners = free + private + indexed + aside
         for block in range(self.num_blocks):
             # A block whose owner let go while somebody still holds it is owned by its holders.

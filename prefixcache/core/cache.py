@@ -329,6 +329,8 @@ class PrefixCache:
         wait_s: float = 0.0,
         request_id: str = "",
         attached: bool = True,
+        reuse: bool = True,
+        min_partial: int = 0,
     ) -> Grant | Waiting:
         """Match, protect and allocate, in one step.
 
@@ -345,6 +347,10 @@ class PrefixCache:
                 same worker gets the same grant.
             attached: If False, the worker need not be attached to the namespace, and is not
                 afterwards: for one that is used once, such as a salt for each request.
+            reuse: If False, nothing that is stored is used, nor waited for: every token is computed
+                (for who wants the logits of the prompt).  What it commits is shared as always.
+            min_partial: Tokens in a partly matching block from which on it is copied; 0 and 1 copy
+                for a single token, more than a block has for none.
             now: The time.
 
         Returns:
@@ -363,10 +369,12 @@ class PrefixCache:
         self._check_prompt(tokens)
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
+        if min_partial < 0:
+            raise InvalidRequest(f"cannot reuse from {min_partial} tokens on; give 0 or more")
         if not attached:
             lessor.make_way(namespace)
             lessor.root(namespace)
-        request = Request(worker, namespace, tokens, reserve, request_id)
+        request = Request(worker, namespace, tokens, reserve, request_id, reuse, min_partial)
         return lessor.acquire(member, request, wait_s, now)
 
     def take_outcomes(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
@@ -576,19 +584,25 @@ class PrefixCache:
         return update
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
-        """End a lease.  Idempotent.  Its committed blocks stay cached until they are evicted.
+        """End a lease: the worker writes to none of its blocks any more.  Idempotent.
+
+        Its committed blocks stay cached until they are evicted.  Of a lease that has ended by
+        itself, the blocks that were quarantined come back.
 
         Raises:
             NotFound: the worker never had that lease.
         """
-        member = self._lessor.leases.worker(worker)
+        lessor = self._lessor
+        member = lessor.leases.worker(worker)
         own = member.leases.get(lease)
-        if own is None:
-            if member.was_granted(lease):
-                return Released(0)
+        if own is not None:
+            freed = lessor.end(own, now, writes_on=False).num_freed
+        elif member.was_granted(lease):
+            freed = lessor.blocks.release_quarantine(worker, lease)
+        else:
             raise NotFound(f"no lease {lease} of worker {member.name!r}")
-        freed = self._lessor.end(own, now, writes_on=False).num_freed
-        self._lessor.serve(now)
+        if own is not None or freed:
+            lessor.serve(now)
         return Released(freed)
 
     def expire(self, *, now: float, most: int | None = None) -> Ended:

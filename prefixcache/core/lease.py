@@ -344,7 +344,8 @@ class LeaseTable:
         expired_at, quarantined = end
         raise LeaseExpired(
             f"lease {lease} expired {now - expired_at:.1f} s ago; "
-            f"its {quarantined} unpublished blocks are quarantined. Acquire again."
+            f"its {quarantined} unpublished blocks were quarantined, until it is released. "
+            "Acquire again."
         )
 
     def close(self, lease: Lease, expired_at: float | None, quarantined: int) -> None:

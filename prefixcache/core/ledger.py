@@ -68,6 +68,17 @@ def settle(
     return Ledger(whole - joined, partial, joined, cold, evicted, granularity)
 
 
+def unused(ledger: Ledger) -> Ledger:
+    """Tell of a request that wants none of what is stored.  The sum stays the same.
+
+    >>> unused(Ledger(hit=96, partial=3, cold=61))
+    Ledger(hit=0, partial=0, joined=0, cold=61, evicted=0, granularity=99, resumed=0)
+    """
+    return ledger._replace(
+        hit=0, partial=0, joined=0, granularity=ledger.granularity + ledger.reused
+    )
+
+
 class Begun(NamedTuple):
     """What a request had computed itself when its lease ended: it may come again."""
 

@@ -14,7 +14,7 @@ from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
 from prefixcache.core.inflight import Inflight, JoinGain
 from prefixcache.core.lease import Lease, LeaseTable, Worker
-from prefixcache.core.ledger import Tallies, resume, settle
+from prefixcache.core.ledger import Tallies, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
 from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
@@ -212,9 +212,15 @@ class Lessor:
             request.tokens,
         )
         root = self.roots.get(namespace) or self.root(namespace)
-        match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+        stored = match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+        if not request.reuse:
+            match = tree.match(root, tokens, 0)
         pending = 0
-        if self.inflight.below and (gain := self.inflight.find(root, match, tokens)) is not None:
+        if (
+            self.inflight.below
+            and request.reuse
+            and (gain := self.inflight.find(root, match, tokens)) is not None
+        ):
             if wait:
                 if request.first_end < 0:
                     request.first_end = match.end
@@ -223,7 +229,7 @@ class Lessor:
         account = root.account or blocks.quotas.account(namespace)
         self.leases.admit(namespace.tenant)
         try:
-            need, source = blocks.plan(match, request.num_blocks, account)
+            need, source = blocks.plan(match, request.num_blocks, account, request.min_partial)
         except PoolExhausted as short:
             raise self.refusal(short, namespace.tenant, now) from None
         if self.tick is not None:
@@ -231,13 +237,15 @@ class Lessor:
         # Nothing fails from here on.  The ledger first: a lock may split the run it looks at.
         partial = 0 if source is None else match.partial_tokens
         joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
-        ledger = settle(tree, match, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        ledger = settle(tree, stored, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        if not request.reuse:
+            ledger = unused(ledger)
         begun = member.begun.pop(request.request_id, None) if member.begun else None
         if begun is not None and begun.is_of(namespace, tokens):
             ledger = resume(ledger, begun)
-        seen = self.history.look(tree, match, tokens, ledger) if self.history.is_kept else None
+        seen = self.history.look(tree, stored, tokens, ledger) if self.history.is_kept else None
         if tree.asked is not None:
-            tree.asked(match, tokens)
+            tree.asked(stored, tokens)
         node = tree.lock(match)
         if source is not None:
             tree.touch(match)
@@ -272,7 +280,8 @@ class Lessor:
         if lease.asked != request.asks:
             raise InvalidRequest(
                 f"request id {request.request_id!r} is that of lease {lease.id}, which was asked "
-                "for with another prompt, namespace or reserve: give each request an id of its own"
+                "for with another prompt, namespace, reserve or way of reuse: give each request an "
+                "id of its own"
             )
         return lease.grant
 
@@ -415,7 +424,8 @@ class Lessor:
         if isinstance(request, Extension) or (root := self.roots.get(request.namespace)) is None:
             return
         if ticket.root is not root or ticket.num_changes != root.num_changes:
-            match = self.tree.match(root, request.tokens, len(request.tokens) - TOKEN_BYTES)
+            limit = len(request.tokens) - TOKEN_BYTES if request.reuse else 0
+            match = self.tree.match(root, request.tokens, limit)
             ticket.need = request.num_blocks - match.end // self.tree.block_bytes
             ticket.root, ticket.num_changes = root, root.num_changes
 

@@ -58,6 +58,10 @@ class Request:
     tokens: bytes
     reserve: int
     request_id: str
+    reuse: bool = True
+    """Whether what is stored of the prompt may be used; if not, all of it is computed."""
+    min_partial: int = 0
+    """Fewer tokens than these in a partly matching block are not worth its copy."""
     num_blocks: int = 0
     """Those that the prompt and what is reserved fill."""
     first_end: int = -1
@@ -66,7 +70,7 @@ class Request:
     @property
     def asks(self) -> int:
         """A digest of what it asks for: what is repeated has the same.  O(tokens), once."""
-        return hash((self.namespace, self.tokens, self.reserve))
+        return hash((self.namespace, self.tokens, self.reserve, self.reuse, self.min_partial))
 
 
 @dataclass(slots=True)

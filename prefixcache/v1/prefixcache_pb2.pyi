@@ -177,7 +177,7 @@ class AttachRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name")
+    __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name", "reuses_as_asked")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,7 @@ class AttachResponse(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_OPS_FIELD_NUMBER: _ClassVar[int]
     ACQUIRES_BY_NAME_FIELD_NUMBER: _ClassVar[int]
+    REUSES_AS_ASKED_FIELD_NUMBER: _ClassVar[int]
     worker: str
     worker_key: str
     pool: PoolHandle
@@ -194,10 +195,11 @@ class AttachResponse(_message.Message):
     max_message_bytes: int
     max_ops: int
     acquires_by_name: bool
-    def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ..., acquires_by_name: _Optional[bool] = ...) -> None: ...
+    reuses_as_asked: bool
+    def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ..., acquires_by_name: _Optional[bool] = ..., reuses_as_asked: _Optional[bool] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id")
+    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id", "recompute", "min_partial")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +207,8 @@ class AcquireRequest(_message.Message):
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
+    MIN_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     namespace: Namespace
     namespace_index: int
@@ -212,7 +216,9 @@ class AcquireRequest(_message.Message):
     reserve: int
     wait_s: float
     request_id: str
-    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ...) -> None: ...
+    recompute: bool
+    min_partial: int
+    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ..., recompute: _Optional[bool] = ..., min_partial: _Optional[int] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("grant",)

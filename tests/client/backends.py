@@ -160,19 +160,30 @@ class LocalSession:
             self.backend.settle()
 
     def acquire_later(
-        self, tokens: Any, *, reserve: int = 0, wait_s: float = 60.0, request_id: str = ""
+        self,
+        tokens: Any,
+        *,
+        wait_s: float = 60.0,
+        salt: str | None = None,
+        adapter: str | None = None,
+        **terms: Any,
     ) -> Future[Any]:
+        own = self.namespace
+        namespace = own._replace(
+            salt=own.salt if salt is None else salt,
+            adapter=own.adapter if adapter is None else adapter,
+        )
         cache, backend = self.backend.cache, self.backend
         future: Future[Any] = Future()
         try:
             outcome = cache.acquire(
                 self.worker,
-                self.namespace,
+                namespace,
                 pack(tokens),
-                reserve=reserve,
                 wait_s=wait_s,
-                request_id=request_id,
+                attached=namespace == own,
                 now=backend.now,
+                **terms,
             )
         except CacheError as error:
             future.set_exception(error)
@@ -218,6 +229,12 @@ class LocalSession:
 
     def batch(self) -> LocalBatch:
         return LocalBatch(self)
+
+    def post(self, batch: LocalBatch, on_error: Callable[[Any], object] | None = None) -> None:
+        batch.__exit__(None)
+        for reply, _ in batch.ops:
+            if reply.error is not None and on_error is not None:
+                on_error(reply.error)
 
     def close(self) -> None:
         if self in self.backend.sessions:
@@ -281,6 +298,21 @@ class LocalBatch:
     def __init__(self, session: LocalSession) -> None:
         self.session = session
         self.ops: list[tuple[Reply[Any], Callable[[], Any]]] = []
+
+    def acquire_later(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def arrived(granted: Future[Any]) -> None:
+            if granted.exception() is not None:
+                future.set_exception(granted.exception())
+            else:
+                future.set_result(granted.result())
+
+        def run() -> None:
+            self.session.acquire_later(*args, **kwargs).add_done_callback(arrived)
+
+        self.ops.append((Reply(0), run))
+        return future
 
     def __getattr__(self, verb: str) -> Any:
         def add(*args: Any, **kwargs: Any) -> Reply[Any]:
@@ -409,8 +441,21 @@ class Facade:
         return value
 
     def acquire_later(self, tokens: Any, *, wait_s: float = 60.0, **kwargs: Any) -> Future[Any]:
+        if isinstance(self._inner, AsyncBatch):
+
+            async def add() -> Any:
+                return self._inner.acquire_later(tokens, wait_s=wait_s, **kwargs)
+
+            return self._later(self._backend.run(add()))
+
         async def on_loop() -> Any:
             return self._wrap(await self._inner.acquire(tokens, wait_s=wait_s, **kwargs))
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._backend.loop)
+
+    def _later(self, inner: asyncio.Future[Any]) -> Future[Any]:
+        async def on_loop() -> Any:
+            return self._wrap(await inner)
 
         return asyncio.run_coroutine_threadsafe(on_loop(), self._backend.loop)
 

@@ -284,7 +284,7 @@ def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
     core._pending = Books()
     step = Step(core.ids)
     replies = [step.ask("snapshot"), step.ask("renew")]
-    core.post(step)
+    core.send(step)
     for reply in replies:
         with pytest.raises(ServiceUnavailable, match="gone"):
             reply.result()

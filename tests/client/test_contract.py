@@ -439,3 +439,104 @@ def test_a_quota_refuses_with_the_arithmetic_of_the_account(cache: Backend) -> N
     waiting = session.acquire_later([2] * 12, wait_s=20.0)
     lease.release()
     assert waiting.result(PATIENCE_S).ledger.total == 12
+
+
+def test_a_posted_batch_is_not_waited_for_and_its_errors_are_told(cache: Backend) -> None:
+    session = cache.attach()
+    lease, other = session.acquire(prompt(8)), session.acquire(prompt(8, seed=1))
+    failed: list[CacheError] = []
+    batch = session.batch()
+    batch.commit(lease, 8)
+    batch.commit(lease, 7)  # fewer than before
+    batch.extend(lease, 12)
+    batch.release(other)
+    batch.commit(other, 8)  # refused at once: it was released
+    session.post(batch, failed.append)
+    assert session.lookup(prompt(8) + pack([1])).num_hit == 8  # asked later, answered later
+    assert len(lease.block_table) == 3
+    assert [type(error) for error in failed] in (
+        [InvalidRequest, LeaseExpired],
+        [LeaseExpired, InvalidRequest],
+    )
+
+
+def test_a_lease_is_asked_for_inside_a_batch_and_comes_when_it_is_there(cache: Backend) -> None:
+    session = cache.attach()
+    owner = cache.attach().acquire(prompt(8))
+    batch = session.batch()
+    now = batch.acquire_later(prompt(8, seed=1), reserve=4)
+    later = batch.acquire_later(prompt(8) + pack([5]), wait_s=30.0)
+    never = batch.acquire_later(b"", wait_s=0.0)
+    session.post(batch)
+    assert len(now.result(PATIENCE_S).block_table) == 3
+    assert isinstance(never.exception(PATIENCE_S), InvalidRequest)
+    assert not later.done()
+    owner.commit(8)
+    cache.pass_time(0.0)
+    assert later.result(PATIENCE_S).ledger.joined == 8
+
+
+def test_who_wants_every_token_computed_reuses_none_and_shares_what_it_commits(
+    cache: Backend,
+) -> None:
+    session = cache.attach()
+    first = session.acquire(prompt(8))
+    first.commit(8)
+    own = session.acquire(prompt(10), reuse=False)
+    assert (own.num_cached, own.copies) == (0, ())
+    assert own.ledger == Ledger(cold=2, granularity=8)
+    assert not set(own.block_table) & set(first.block_table)
+    own.commit(10)
+    assert session.acquire(prompt(10) + pack([5])).num_cached == 10
+    # Nor does it wait for who computes the same now.
+    cache.attach().acquire(prompt(8, seed=1))
+    alone = session.acquire(prompt(8, seed=1), reuse=False, wait_s=30.0)
+    assert (alone.num_cached, alone.num_pending) == (0, 0)
+
+
+def test_a_few_tokens_of_a_block_are_not_worth_their_copy(cache: Backend) -> None:
+    session = cache.attach()
+    session.acquire(prompt(8)).commit(8)
+    for least, cached in ((0, 6), (2, 6), (3, 4), (99, 4)):
+        with session.acquire(prompt(6) + pack([77, 78]), min_partial=least) as lease:
+            assert (lease.num_cached, len(lease.copies)) == (cached, int(cached == 6)), least
+
+
+def test_one_session_leases_for_many_adapters_and_salts(cache: Backend) -> None:
+    session = cache.attach()
+    for terms in ({}, {"adapter": "a"}, {"salt": "s"}, {"adapter": "a", "salt": "s"}):
+        with session.acquire(prompt(8), **terms) as lease:
+            assert lease.num_cached == 0, terms
+            lease.commit(8)
+        assert session.acquire(prompt(8), **terms).num_cached == 7, terms
+
+
+def test_releasing_a_lease_that_has_ended_lifts_its_quarantine(cache: Backend) -> None:
+    session = cache.attach(keep_alive=False)
+    lease, other = session.acquire(prompt(12), reserve=4), session.acquire(prompt(8, seed=1))
+    cache.pass_time(TTL_S * 1.5)
+    assert cache.snapshot().quarantined == 6
+    stranger = cache.attach()
+    borrowed = stranger.acquire(prompt(4, seed=2))
+    inner = getattr(borrowed, "_inner", borrowed)
+    inner.id, own = lease.id, inner.id
+    with pytest.raises(NotFound):
+        borrowed.release()
+    assert cache.snapshot().quarantined == 6
+    assert lease.release().num_freed == 4
+    assert cache.snapshot().quarantined == 2
+    assert lease.release().num_freed == 0
+    other.release()
+    assert cache.snapshot().quarantined == 0
+    inner.id = own
+
+
+def test_what_comes_back_from_quarantine_goes_to_who_waits(cache: Backend) -> None:
+    session = cache.attach(keep_alive=False)
+    lease = session.acquire(prompt(4 * NUM_BLOCKS))
+    cache.pass_time(TTL_S * 1.5)
+    waiting = cache.attach().acquire_later(prompt(8, seed=1), wait_s=30.0)
+    cache.pass_time(0.1)
+    assert not waiting.done()
+    lease.release()
+    assert len(waiting.result(PATIENCE_S).block_table) == 2

@@ -54,7 +54,7 @@ def wrong(client: Client, after_s: float = 0.0) -> list[str]:
 def renew(session: Session, told: Told) -> None:
     step = Step(session.ids)
     reply = step.renew(told)
-    session.post(step)
+    session.send(step)
     session.snapshot()  # answered after it
     reply.result()
 

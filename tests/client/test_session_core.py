@@ -158,7 +158,7 @@ class Scene:
         """What a call gives that nothing disturbs."""
         batch = BatchOps(self.client)
         reply = ask(batch)
-        self.client.post(batch.step)
+        self.client.send(batch.step)
         self.deliver()
         return reply.result()
 
@@ -166,7 +166,7 @@ class Scene:
         self.batch = BatchOps(self.client)
         for ask in asks:
             ask(self, self.batch)
-        self.client.post(self.batch.step)
+        self.client.send(self.batch.step)
 
     def step(self, what: str) -> bool:
         """Make one step; say whether there was anything to do."""
@@ -322,7 +322,7 @@ def test_whoever_gives_up_and_asks_again_has_the_lease(wait_s: float) -> None:
             if what == "p":
                 again = BatchOps(scene.client)
                 reply = again.acquire(range(50, 60), request_id="r")
-                scene.client.post(again.step)
+                scene.client.send(again.step)
             else:
                 scene.batch = first
                 scene.step(what)
@@ -336,7 +336,7 @@ def test_whoever_gives_up_both_has_nothing() -> None:
         batches = [BatchOps(scene.client), BatchOps(scene.client)]
         for batch in batches:
             batch.acquire(range(50, 60), request_id="r")
-            scene.client.post(batch.step)
+            scene.client.send(batch.step)
         for what in walk:
             if what == "x":
                 scene.batch = batches.pop()
@@ -355,7 +355,7 @@ def test_when_the_repetition_is_refused_the_lease_of_the_first_is_given_back() -
             if what == "p":
                 again = BatchOps(scene.client)
                 reply = again.acquire(range(70, 80), request_id="r")
-                scene.client.post(again.step)
+                scene.client.send(again.step)
             else:
                 scene.batch = first
                 scene.step(what)

@@ -252,6 +252,9 @@ class Rules:
         reserve = self.draw.below(2 * world.shape.block_size + 1) if self.chance(30) else 0
         wait_s = 1.0 + self.draw.below(10) if self.chance(40) else 0.0
         request_id = f"r{self.draw.below(3)}" if self.chance(20) else ""
+        # Who asks for less than everything does not wait for a flight here: see test_reuse.
+        reuse = bool(wait_s) or not self.chance(12)
+        min_partial = 0 if wait_s else self.draw.below(world.shape.block_size + 2)
         earlier = [
             view
             for view in world.leases.values()
@@ -265,14 +268,16 @@ class Rules:
         if waiting:
             return  # a request that waits is cancelled or settled before it is repeated
         if earlier and self.chance(70):
-            _, tokens, reserve = earlier[0].asked
+            _, tokens, reserve, reuse, min_partial = earlier[0].asked
         line = (
             f"cache.acquire({worker!r}, {namespace!r}, pack({list(tokens)}), reserve={reserve}, "
-            f"wait_s={wait_s}, request_id={request_id!r}, now={world.now})"
+            f"wait_s={wait_s}, request_id={request_id!r}, reuse={reuse}, "
+            f"min_partial={min_partial}, now={world.now})"
         )
         before = world.snapshot()
         found = world.cache.lookup(namespace, pack(tokens))
         cached = found.num_hit + found.num_partial
+        hit = found.num_hit if reuse else 0
         expected = world.found(namespace, tokens)
         answer = self.call(
             line,
@@ -283,10 +288,13 @@ class Rules:
                 reserve=reserve,
                 wait_s=wait_s,
                 request_id=request_id,
+                reuse=reuse,
+                min_partial=min_partial,
                 now=world.now,
             ),
         )
-        if earlier and earlier[0].asked != (namespace, tokens, reserve):
+        asked = (namespace, tokens, reserve, reuse, min_partial)
+        if earlier and earlier[0].asked != asked:
             if world.blocks_for(len(tokens) + reserve) <= world.shape.num_blocks:
                 assert isinstance(answer, CacheError), "another request was answered as the first"
             assert world.snapshot() == before, "a refused request changed something"
@@ -302,11 +310,11 @@ class Rules:
             assert world.blocks_for(len(tokens) + reserve) > world.shape.num_blocks
             return
         assert cached == expected, f"finds {cached} tokens; {expected} can be reused"
-        needed = world.blocks_for(len(tokens) + reserve) - found.num_hit // world.shape.block_size
+        needed = world.blocks_for(len(tokens) + reserve) - hit // world.shape.block_size
         if isinstance(answer, CacheError):
             assert isinstance(answer, PoolExhausted)
-            hit = found.num_hit // world.shape.block_size
-            assert world.is_justified(needed, hit, before, namespace, answer), (
+            blocks = hit // world.shape.block_size
+            assert world.is_justified(needed, blocks, before, namespace, answer), (
                 f"needed {needed}: {answer}; {before}"
             )
             assert (
@@ -320,10 +328,10 @@ class Rules:
             assert wait_s > 0
             assert answer.ticket not in world.tickets
             if answer.owner is None:
-                hit = found.num_hit // world.shape.block_size
+                blocks = hit // world.shape.block_size
                 assert answer.num_pending == 0
                 closed = world.cache._lessor.waiting.line.is_blocked_by_head(None)
-                assert closed or world.is_justified(needed, hit, before, namespace)
+                assert closed or world.is_justified(needed, blocks, before, namespace)
                 world.count("waiting for room")
             else:
                 assert 0 < answer.num_pending <= pending, f"{answer}, but {pending} in flight"
@@ -334,7 +342,7 @@ class Rules:
                 worker,
                 namespace,
                 tokens,
-                reserve,
+                asked,
                 world.now + wait_s,
                 request_id,
                 found.num_hit if answer.owner is not None else None,
@@ -344,12 +352,19 @@ class Rules:
         assert isinstance(answer, Grant)
         assert not (wait_s and pending > 0), f"did not wait for {pending} tokens in flight"
         assert needed <= before.free + before.evictable
-        if answer.num_cached != cached:  # the source of a copy may not fit in
+        if not reuse:
+            assert answer.num_cached == answer.num_pending == 0
+            assert answer.ledger.granularity >= cached
+            world.count("reuses nothing")
+        elif found.num_partial < min_partial:
+            assert answer.num_cached == found.num_hit
+            assert not answer.copies
+        elif answer.num_cached != cached:  # the source of a copy may not fit in
             assert needed > before.free
             assert answer.num_cached == found.num_hit
-        assert answer.num_pending <= max(0, pending)
+        assert answer.num_pending <= max(0, pending + cached - answer.num_cached)
         assert answer.ledger.joined == 0
-        world.admit(answer, worker, namespace, tokens, reserve, request_id)
+        world.admit(answer, worker, tokens, asked, request_id)
         world.verify_evictions(needed, before)
 
     def acquire_wrongly(self) -> None:
@@ -461,7 +476,7 @@ class Rules:
                     view.worker,
                     view.namespace,
                     view.tokens,
-                    0,
+                    (),
                     world.now + wait_s,
                     "",
                     None,
@@ -571,6 +586,33 @@ class Rules:
         frozen = world.frozen()
         assert world.cache.release(view.worker, view.id, now=world.now).num_freed == 0
         assert world.frozen() == frozen, "the second release changed something"
+
+    def absolve(self) -> None:
+        """A worker that was not heard of for long says that it has stopped writing somewhere."""
+        world = self.world
+        ended = [
+            view
+            for worker, views in world.zombies.items()
+            for view in views
+            if worker in world.workers
+        ]
+        if not ended:
+            if self.chance(30):  # nobody is heard of, until all leases are over
+                world.now += world.shape.ttl_s * 9 / 8
+                self.expire()
+            return
+        view = self.choose(ended)
+        before = world.snapshot()
+        world.log.append(self.about(view, "release"))
+        answer = world.cache.release(view.worker, view.id, now=world.now)
+        world.zombies[view.worker].remove(view)
+        if not world.zombies[view.worker]:
+            del world.zombies[view.worker]
+        after = world.snapshot()
+        assert after.quarantined <= before.quarantined - answer.num_freed
+        if not world.tickets:
+            assert after.free == before.free + answer.num_freed
+        world.count("absolved one lease")
 
     def misuse(self) -> None:
         """Calls that must fail, about living, ended, foreign and unknown leases."""
@@ -799,6 +841,7 @@ class Rules:
         for scope in list(world.quotas):
             world.cache.set_quota(scope, max_held=None, guaranteed=0, now=world.now)
         world.quotas.clear()
+        world.settle()
         while world.leases or world.tickets or world.zombies or world.workers:
             match self.draw.below(4):
                 case 0:
@@ -844,6 +887,7 @@ WEIGHTS: dict[str, int] = {
     "fork": 7,
     "truncate": 9,
     "release": 12,
+    "absolve": 5,
     "renew": 2,
     "let_time_pass": 5,
     "expire": 5,

@@ -133,7 +133,7 @@ def test_the_rules_reach_every_corner() -> None:
     expected |= {"waiting", "settled", "settled by an error", "cancelled", "rolled back", "reset"}
     expected |= {"expired", "died", "detached", "absolved"}
     expected |= {"waiting for room", "found room", "waiting to grow", "grown", "pinned", "limited"}
-    expected |= {"QuotaExceeded"}
+    expected |= {"QuotaExceeded", "reuses nothing", "absolved one lease"}
     expected |= {"PoolExhausted", "InvalidRequest", "NotFound", "LeaseExpired"}
     assert expected <= reached, f"never reached: {expected - reached}"
 

@@ -54,6 +54,9 @@ class Shape:
 Key: TypeAlias = tuple[WorkerId, LeaseId]
 """A lease: its number says which only beside its worker's."""
 
+Asked: TypeAlias = tuple[Namespace, Tokens, int, bool, int]
+"""What a request asks for: where, its prompt, its reserve, whether it reuses, and from what on."""
+
 
 @dataclass
 class LeaseView:
@@ -80,7 +83,7 @@ class LeaseView:
     must_extend: bool = False
     """Forked: may write only after `extend`."""
     request_id: str = ""
-    asked: tuple[object, ...] = ()
+    asked: Asked | tuple[()] = ()
     grant: Grant | None = None
     computed_from: int = 0
     """Tokens that its request found when it came first; the others are its own."""
@@ -102,7 +105,7 @@ class TicketView:
     worker: WorkerId
     namespace: Namespace
     tokens: Tokens
-    reserve: int
+    asked: Asked | tuple[()]
     deadline: float
     request_id: str
     first_hit: int | None
@@ -229,13 +232,13 @@ class World:
         self,
         grant: Grant,
         worker: WorkerId,
-        namespace: Namespace,
         tokens: Tokens,
-        reserve: int,
+        asked: Asked,
         request_id: str,
     ) -> LeaseView:
         """Take in a grant, and check all that one answer can be checked for."""
         size, num_tokens = self.shape.block_size, len(tokens)
+        namespace, _, reserve, _, _ = asked
         assert (worker, grant.lease) not in self.leases, "a lease id was given twice"
         assert len(grant.block_table) == self.blocks_for(num_tokens + reserve), "the table's length"
         assert 0 <= grant.num_cached < num_tokens, "one token is always left to compute"
@@ -270,7 +273,7 @@ class World:
             copies=list(grant.copies),
             sources={copy.src for copy in grant.copies},
             request_id=request_id,
-            asked=(namespace, tokens, reserve),
+            asked=asked,
             grant=grant,
             computed_from=computed_from,
         )
@@ -424,14 +427,8 @@ class World:
                         "settled while somebody was still computing the next block"
                     )
                 self.log.append(f"#   ticket {ticket_id} -> lease {outcome.lease}")
-                self.admit(
-                    outcome,
-                    ticket.worker,
-                    ticket.namespace,
-                    ticket.tokens,
-                    ticket.reserve,
-                    ticket.request_id,
-                )
+                assert ticket.asked
+                self.admit(outcome, ticket.worker, ticket.tokens, ticket.asked, ticket.request_id)
             else:
                 self.count("settled by an error")
                 if ticket.lease and (ticket.worker, ticket.lease) not in self.leases:
@@ -655,7 +652,8 @@ class World:
             return self.is_justified(needed, 0, snapshot, view.namespace)
         found = self.cache.lookup(ticket.namespace, pack(ticket.tokens))
         hit = found.num_hit // self.shape.block_size
-        needed = self.blocks_for(len(ticket.tokens) + ticket.reserve) - hit
+        reserve = ticket.asked[2] if ticket.asked else 0
+        needed = self.blocks_for(len(ticket.tokens) + reserve) - hit
         return self.is_justified(needed, hit, snapshot, ticket.namespace)
 
     def verify_steering(self, snapshot: Snapshot) -> None:

@@ -145,8 +145,12 @@ def test_no_salt_is_sent_to_a_service_that_would_not_see_it(client: Client) -> N
     """Else requests that are to be kept apart would share."""
     with client.attach("c", LAYOUT) as session:
         session._acquires_by_name = False  # as one of an earlier version answers
-        with pytest.raises(InvalidRequest, match="this service takes no salt with a request"):
+        with pytest.raises(InvalidRequest, match="this service takes no salt and no adapter"):
             session.acquire(PROMPT, salt="a")
+        session._reuses_as_asked = False
+        for terms in ({"reuse": False}, {"min_partial": 2}):
+            with pytest.raises(InvalidRequest, match="is not told how much to reuse"):
+                session.acquire(PROMPT, **terms)
 
 
 def test_what_is_leased_by_name_stays_while_the_lease_does(

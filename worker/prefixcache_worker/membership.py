@@ -17,10 +17,11 @@ from typing import Final
 
 from prefixcache.client import Session
 from prefixcache.errors import CacheError
+from prefixcache.pool import memory_is_abandoned
 from prefixcache.types import Layout
 from prefixcache_kernels import SharedPool
 from prefixcache_worker.request import Alone, Event, Joined
-from prefixcache_worker.store import PrivateStore, SharedStore, Store, memory_is_abandoned
+from prefixcache_worker.store import PrivateStore, SharedStore, Store
 
 Join = Callable[[], tuple[Session, SharedPool]]
 """Connects, attaches and maps the pool; raises CacheError while there is no service."""

@@ -9,15 +9,12 @@ PrivateStore   Future[Claim] ──► nothing                             ─�
 
 from __future__ import annotations
 
-import fcntl
 import math
 import mmap
-import os
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final, Protocol
 
 import torch
@@ -239,26 +236,3 @@ class SharedStore:
     def alive(self) -> bool:
         """Whether the session stands."""
         return self.session.alive
-
-
-def memory_is_abandoned(handle: PoolHandle) -> bool:
-    """Tell whether a pool's owner is dead, so that nobody will ever give its blocks to others.
-
-    The owner locks the file as long as it lives, and removes it when it ends.  A GPU's memory
-    goes with its owner, so nobody may go on in it.
-    """
-    if handle.kind == "cuda-ipc":
-        return False
-    try:
-        fd = os.open(Path(handle.name), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(fd)
-    return True

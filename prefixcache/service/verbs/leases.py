@@ -49,6 +49,8 @@ class LeaseVerbs(Verbs):
             wait_s=wait_s,
             request_id=request_id,
             attached=not request.HasField("namespace"),
+            reuse=not request.recompute,
+            min_partial=request.min_partial,
             now=monotonic(),
         )
         if self.recorder is not None:
@@ -130,7 +132,7 @@ class LeaseVerbs(Verbs):
         )
 
     def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
-        """End a lease."""
+        """End a lease; of one that has ended by itself, end the quarantine."""
         return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
 
     def _check_wait(self, worker: Worker, wait_s: float) -> None:

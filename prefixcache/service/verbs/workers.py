@@ -92,7 +92,7 @@ class WorkerVerbs(Verbs):
         message.namespace_index = answer.namespace_index
         message.max_message_bytes = self.settings.max_message
         message.max_ops = self.settings.max_ops
-        message.acquires_by_name = True
+        message.acquires_by_name = message.reuses_as_asked = True
 
     def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
         """End a worker that says it writes to nothing any more."""
