@@ -249,7 +249,8 @@ class _Walk:
             if lease.tail is not None and lease.tail in odd:
                 locks[lease.tail] += 1
         for node in odd:
-            if node.parent is not None or isinstance(node, Root):
+            # Without blocks it was evicted meanwhile: it is a ghost, or nothing.
+            if node.blocks or isinstance(node, Root):
                 outside, counted = self._tree.check_run(node), locks[node]
                 assert outside == counted, f"{node.tokens[:16].hex()}: ref {node.lock_ref}"
 
