@@ -97,7 +97,7 @@ def test_a_worker_attaches_one_after_another_and_leaves_those_it_does_not_use(
 
 def test_who_waits_where_his_worker_has_left_is_served(client: Client) -> None:
     def request(salt: object) -> pb.AttachRequest:
-        return client.attach_request(Namespace("w", salt=str(salt)), LAYOUT, "")
+        return client.attach_request(Namespace("w", salt=str(salt)), LAYOUT, None, "")
 
     with client.attach("w", LAYOUT) as owner, client.attach("w", LAYOUT) as session:
         lease = owner.acquire(PROMPT)
