@@ -13,7 +13,7 @@ import enum
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final, NamedTuple, NewType, SupportsIndex, TypeAlias
 
 from prefixcache.errors import InvalidRequest
@@ -715,46 +715,74 @@ class LeaseInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """State of a cache.  Free + private + indexed + quarantined = num_blocks.
+class Counts:
+    """The numbers of a cache at one moment.  Free + private + indexed + quarantined = num_blocks.
+
+    The one place where they are named: a snapshot has them before its rows, the wire, the metrics
+    and the page show them, and the readings of every second are some of them.
+    """
+
+    num_blocks: int = 0
+    block_size: int = 0
+    free: int = 0
+    private: int = 0
+    indexed: int = 0
+    quarantined: int = 0
+    evictable: int = 0
+    """Of the indexed blocks, those that no lease protects."""
+    pinned: int = 0
+    """Of the indexed blocks, those that a pin covers."""
+    max_pinned: int = 0
+    ghosts: int = 0
+    """Evicted blocks that are still remembered."""
+    nodes: int = 0
+    num_leases: int = 0
+    """Leases that are out, listed or not."""
+    num_flights: int = 0
+    """Prompts that leases are computing."""
+    num_namespaces: int = 0
+    """Those with requests."""
+    waiting: int = 0
+    requests: int = 0
+    flights_saved: int = 0
+    """Requests that waited for another lease's prefill and read it in place."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Sum over all requests since the start."""
+    evicted: int = 0
+    """Blocks evicted since the start."""
+    overshot: int = 0
+    """Of these, blocks beyond what was asked for."""
+    eviction_age_s: float | None = None
+    """Time since the last use of what was evicted last; None before the first eviction."""
+    index_bytes: int = 0
+    """About what the service needs to know which block holds which tokens."""
+    history_bytes: int = 0
+    """What it remembers of past requests, for people."""
+    max_history_bytes: int = 0
+
+    def fields(self) -> dict[str, Any]:
+        """Give them by their names."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+
+COUNTS: Final = tuple([count.name for count in fields(Counts)])
+"""The names of the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(Counts):
+    """State of a cache: its numbers, and rows.
 
     The numbers are those of one moment.  Of a service that others use meanwhile, the rows are told
     just after it, one after another: what has ended by then is not among them.
     """
 
-    num_blocks: int
-    block_size: int
-    free: int
-    private: int
-    indexed: int
-    quarantined: int
-    evictable: int
-    """Of the indexed blocks, those that no lease protects."""
-    ghosts: int
-    """Evicted blocks that are still remembered."""
-    nodes: int
-    leases: tuple[LeaseInfo, ...]
+    leases: tuple[LeaseInfo, ...] = ()
     """The oldest, up to a thousand."""
-    waiting: int
-    evicted: int
-    """Blocks evicted since the start."""
-    requests: int
-    ledger: Ledger
-    """Sum over all requests since the start."""
     namespaces: dict[Namespace, Ledger] = field(default_factory=dict)
-    pinned: int = 0
-    """Of the indexed blocks, those that a pin covers."""
-    max_pinned: int = 0
     pins: tuple[PinInfo, ...] = ()
     quotas: tuple[QuotaInfo, ...] = ()
     """Of the tenants and namespaces for which there are any."""
     shortage: tuple[tuple[int, int], ...] = ()
     """Evicted tokens that were asked for again: (blocks, tokens that so many more blocks would have
     kept, and fewer would not).  Exact for LRU, else an estimate."""
-    num_leases: int = 0
-    """Leases that are out, listed or not."""
-    index_bytes: int = 0
-    """About what the service needs to know which block holds which tokens."""
-    history_bytes: int = 0
-    """What it remembers of past requests, for people."""
-    max_history_bytes: int = 0

@@ -5,7 +5,7 @@
 | attach, quit, renew, detach, worker_gone | workers |
 | acquire, commit, extend, fork, truncate, release; take_outcomes, cancel, expire | requests |
 | reset, pin, unpin, quota, rank, retain | who runs the machine |
-| lookup, explain, outline, snapshot, vitals, check | who looks |
+| lookup, explain, outline, snapshot, counts, check | who looks |
 
 ```
 acquire ─► commit … ─► extend / commit … ─► release
@@ -36,7 +36,7 @@ from prefixcache.core.policies import policy_named
 from prefixcache.core.policies.priority import HIGHEST, LOWEST, Priority
 from prefixcache.core.protection import ProtectedQueue
 from prefixcache.core.radix_tree import RadixTree
-from prefixcache.core.stats import FlightInfo, Vitals
+from prefixcache.core.stats import FlightInfo, SeriesCounts
 from prefixcache.core.wait_queue import Extension, Request
 from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted, QuotaExceeded
 from prefixcache.outline import Order, Outline
@@ -46,6 +46,7 @@ from prefixcache.types import (
     BlockTable,
     Checked,
     Committed,
+    Counts,
     Ended,
     Explanation,
     Grant,
@@ -921,9 +922,17 @@ class PrefixCache:
         """Tell up to `most` leases, oldest first.  O(most)."""
         return stats.oldest_leases(self._lessor, most, now)
 
-    def vitals(self, *, now: float) -> Vitals:
-        """Give the numbers that are cheap enough for every second.  O(1)."""
-        return stats.vitals(self._lessor, now)
+    def counts(self, *, now: float) -> Counts:
+        """Give the numbers of this moment.  O(1)."""
+        return stats.counts(self._lessor, now)
+
+    def series(self) -> dict[Namespace, SeriesCounts]:
+        """Tell what became of the requests of each series, which `counts` sums up.
+
+        At most `ledger.MOST_SERIES` names and `ledger.OTHER`.  O(these), however many namespaces
+        there are.
+        """
+        return stats.series(self._lessor)
 
     def flights(self, most: int = 1000) -> list[FlightInfo]:
         """Give up to `most` of the prompts that leases are computing."""

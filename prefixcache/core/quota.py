@@ -1,13 +1,5 @@
 """Quotas: what a tenant or a namespace may hold at most, and the share that others leave to it.
 
-```
-blocks of a namespace    quarantined ─ private ──── indexed, protected ──── indexed, evictable
-                         └───────────────── held ─────────────────┘
-                         └─────────────────────────── stored ─────────────────────────────┘
-max_held                 held may not grow beyond it: the request is refused, or waits
-guaranteed               stored blocks up to it are evicted only when no others are left
-```
-
 A namespace answers to two accounts, its own and its tenant's; both limits count.
 """
 

@@ -13,6 +13,7 @@ from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Root
 from prefixcache.types import (
     TOKEN_BYTES,
+    Counts,
     LeaseId,
     LeaseInfo,
     Ledger,
@@ -25,44 +26,13 @@ from prefixcache.types import (
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
-    """What became of one series' requests since the start, or of all."""
+class SeriesCounts:
+    """What became of one series' requests since the start."""
 
     requests: int
     joins: int
     """Requests that waited for another lease's prefill and read it in place: flights saved."""
     ledger: Ledger
-
-
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """Numbers of one moment.  free + private + indexed + quarantined = num_blocks."""
-
-    num_blocks: int
-    block_size: int
-    free: int
-    private: int
-    indexed: int
-    quarantined: int
-    evictable: int
-    ghosts: int
-    nodes: int
-    leases: int
-    flights: int
-    waiting: int
-    evicted: int
-    """Blocks evicted since the start."""
-    overshot: int
-    """Of these, blocks beyond what was asked for."""
-    eviction_age_s: float | None
-    """Time since the last use of what was evicted last; None before the first eviction."""
-    smallest_hit: int
-    """Tokens of the shortest prefix that can be reused."""
-    namespaces: int
-    """Those with requests."""
-    total: Account
-    accounts: dict[Namespace, Account]
-    """What `total` is the sum of; at most `tallies.MOST_SERIES` names and `tallies.OTHER`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +64,14 @@ def flights(lessor: Lessor, most: int) -> list[FlightInfo]:
     ]
 
 
-def vitals(lessor: Lessor, now: float) -> Vitals:
-    """Read the numbers.  Changes nothing.  O(series), however many namespaces there are."""
-    blocks = lessor.blocks
+def counts(lessor: Lessor, now: float) -> Counts:
+    """Read the numbers.  Changes nothing.  O(1)."""
+    blocks, history, pins = lessor.blocks, lessor.history, lessor.pins
     pool, tree = blocks.pool, blocks.tree
     quarantined, stamp = pool.num_quarantined, tree.last_evicted
     indexed, free = tree.num_blocks - tree.num_forgotten, blocks.num_free
-    return Vitals(
+    requests, joins, ledger = lessor.tallies.total().counts()
+    return Counts(
         num_blocks=pool.num_blocks,
         block_size=blocks.block_size,
         free=free,
@@ -108,23 +79,29 @@ def vitals(lessor: Lessor, now: float) -> Vitals:
         indexed=indexed,
         quarantined=quarantined,
         evictable=tree.evictable - tree.forgotten_evictable,
+        pinned=pins.num_pinned,
+        max_pinned=pins.max_pinned,
         ghosts=tree.ghosts.num_blocks,
         nodes=tree.num_nodes,
-        leases=lessor.leases.count,
-        flights=len(lessor.inflight),
+        num_leases=lessor.leases.count,
+        num_flights=len(lessor.inflight),
+        num_namespaces=len(lessor.tallies),
         waiting=len(lessor.waiting.tickets),
+        requests=requests,
+        flights_saved=joins,
+        ledger=ledger,
         evicted=tree.num_evicted,
         overshot=blocks.num_overshot,
-        eviction_age_s=None if stamp is None else lessor.history.idle_clock.idle_s(stamp, now),
-        smallest_hit=blocks.block_size if lessor.partial is Partial.OFF else 1,
-        namespaces=len(lessor.tallies),
-        total=_account(lessor.tallies.total()),
-        accounts={name: _account(tally) for name, tally in lessor.tallies.series.items()},
+        eviction_age_s=None if stamp is None else history.idle_clock.idle_s(stamp, now),
+        index_bytes=tree.num_bytes,
+        history_bytes=history.num_bytes,
+        max_history_bytes=history.max_bytes,
     )
 
 
-def _account(tally: Tally) -> Account:
-    return Account(*tally.counts())
+def series(lessor: Lessor) -> dict[Namespace, SeriesCounts]:
+    """Tell what became of the requests of each series.  Changes nothing.  O(series)."""
+    return {name: SeriesCounts(*tally.counts()) for name, tally in lessor.tallies.series.items()}
 
 
 MOST_LEASES: Final = 1000
@@ -161,9 +138,8 @@ def snapshot(
     In steps of some hundred rows: between them other verbs may be called.  What has ended by then
     is left out.
     """
-    head = vitals(lessor, now)
-    history, index_bytes = lessor.history, lessor.tree.num_bytes
-    shortage, pinned = history.miss_depths.steps(), lessor.pins.num_pinned
+    head = counts(lessor, now).fields()
+    shortage = lessor.history.miss_depths.steps()
 
     def is_shown(namespace: Namespace) -> bool:
         mine = tenant is None or namespace.tenant == tenant
@@ -171,9 +147,9 @@ def snapshot(
 
     own = lessor.leases.by_age if tenant is None else lessor.leases.of_tenant(tenant)
     if sees is None:
-        num_leases, most = len(own), MOST_LEASES
+        head["num_leases"], most = len(own), MOST_LEASES
     else:
-        num_leases, most = (yield from _count_leases(lessor, tenant, sees)), _MOST_LOOKED_AT
+        head["num_leases"], most = (yield from _count_leases(lessor, tenant, sees)), _MOST_LOOKED_AT
     leases = yield from _leases(lessor, list(islice(own.values(), most)), now, is_shown)
     yield
     namespaces, total = yield from _namespaces(lessor, is_shown)
@@ -181,31 +157,10 @@ def snapshot(
     pins = yield from lessor.pins.infos(now, is_shown)
     yield
     quotas = yield from _quotas(lessor, tenant, is_shown)
+    if tenant is not None or sees is not None:
+        head |= {"ledger": total, "num_namespaces": len(namespaces)}
     return Snapshot(
-        num_blocks=head.num_blocks,
-        block_size=head.block_size,
-        free=head.free,
-        private=head.private,
-        indexed=head.indexed,
-        quarantined=head.quarantined,
-        evictable=head.evictable,
-        ghosts=head.ghosts,
-        nodes=head.nodes,
-        leases=leases,
-        waiting=head.waiting,
-        evicted=head.evicted,
-        requests=head.total.requests,
-        ledger=head.total.ledger if tenant is None and sees is None else total,
-        namespaces=namespaces,
-        pinned=pinned,
-        max_pinned=lessor.pins.max_pinned,
-        pins=pins,
-        quotas=quotas,
-        shortage=shortage,
-        num_leases=num_leases,
-        index_bytes=index_bytes,
-        history_bytes=history.num_bytes,
-        max_history_bytes=history.max_bytes,
+        **head, leases=leases, namespaces=namespaces, pins=pins, quotas=quotas, shortage=shortage
     )
 
 

@@ -12,6 +12,7 @@ from prefixcache.client import calls, codec, outlines
 from prefixcache.client.ops import Step, read_result
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
+    COUNTS,
     BlockId,
     Committed,
     Copy,
@@ -65,10 +66,14 @@ ANSWERS: list[tuple[str, Any]] = [
     ("explain", Explanation((Span(0, 4, "hit"), Span(4, 9, "evicted")), LEDGER, 0, pack([7]), 2)),
     ("reset", Reset(0, 0)),
     ("reset", Reset(5, 2)),
-    ("snapshot", Snapshot(0, 16, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})),
+    ("snapshot", Snapshot(block_size=16)),
     (
         "snapshot",
-        Snapshot(*range(1, 10), (LEASE,), 10, 11, 12, LEDGER, {SHOWN: LEDGER}, num_leases=1),
+        Snapshot(
+            **{name: number for number, name in enumerate(COUNTS, 1)} | {"ledger": LEDGER},
+            leases=(LEASE,),
+            namespaces={SHOWN: LEDGER},
+        ),
     ),
 ]
 

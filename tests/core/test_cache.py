@@ -382,8 +382,8 @@ def test_after_a_reset_every_number_says_that_nothing_is_stored(cache: PrefixCac
     after = cache.snapshot(now=0.0)
     assert (after.indexed, after.evictable) == (0, 0)
     assert (after.free, after.private) == (30, 2)  # what a lease holds is its own, and no more
-    vitals = cache.vitals(now=0.0)
-    assert (vitals.indexed, vitals.evictable, vitals.free, vitals.private) == (0, 0, 30, 2)
+    counts = cache.counts(now=0.0)
+    assert (counts.indexed, counts.evictable, counts.free, counts.private) == (0, 0, 30, 2)
     assert cache.release(ALICE, held.lease, now=0.0).num_freed == 2
     assert cache.snapshot(now=0.0).free == 32
     cache.check()
@@ -404,7 +404,7 @@ def test_taking_the_blocks_of_what_was_reset_evicts_nothing():
     for token in range(3, 6):
         acquire(cache, ALICE, [token] * 20)
     assert cache.snapshot(now=0.0).evicted == 0
-    assert cache.vitals(now=0.0).eviction_age_s is None
+    assert cache.counts(now=0.0).eviction_age_s is None
     assert cache.lookup(kept, pack([1] * 64)).num_hit == 60
     cache.check()
 

@@ -506,20 +506,20 @@ class World:
         everything = [ledger for ledgers in self.ledgers.values() for ledger in ledgers]
         fresh = sum(not ledger.resumed for ledger in everything)
         assert (snapshot.requests, snapshot.ledger) == (fresh, _sum(everything))
-        self.verify_vitals(fresh, _sum(everything))
+        self.verify_counts(fresh, _sum(everything))
 
-    def verify_vitals(self, fresh: int, everything: Ledger) -> None:
+    def verify_counts(self, fresh: int, everything: Ledger) -> None:
         """Compare what is counted as it happens with a walk over all answers."""
-        told = self.cache.vitals(now=self.now)
-        assert told.namespaces == len(self.ledgers)
-        assert (told.total.requests, told.total.ledger) == (fresh, everything)
-        assert {name: one.ledger for name, one in told.accounts.items()} == {
+        told, series = self.cache.counts(now=self.now), self.cache.series()
+        assert told.num_namespaces == len(self.ledgers)
+        assert (told.requests, told.ledger) == (fresh, everything)
+        assert {name: one.ledger for name, one in series.items()} == {
             name: _sum(ledgers) for name, ledgers in self.ledgers.items()
         }
         joins = [sum(ledger.joined > 0 for ledger in ledgers) for ledgers in self.ledgers.values()]
-        assert told.total.joins == sum(joins)
-        assert sorted(one.joins for one in told.accounts.values()) == sorted(joins)
-        assert told.leases == len(self.leases)
+        assert told.flights_saved == sum(joins)
+        assert sorted(one.joins for one in series.values()) == sorted(joins)
+        assert told.num_leases == len(self.leases)
 
     def verify_index(self, snapshot: Snapshot) -> dict[int, int]:
         """Every indexed slot holds what its place in the tree says.  Gives fill by block."""

@@ -327,7 +327,7 @@ def test_what_a_service_does_every_second_costs_the_same_beside_many_namespaces(
 
         asyncio.run(fill())
         assert handlers.backing.cache is not None
-        assert handlers.backing.cache.vitals(now=0.0).total.requests == 220 * num_spaces
+        assert handlers.backing.cache.counts(now=0.0).requests == 220 * num_spaces
         made, seen = most_in_one_go(handlers.snapshot(asker, pb.SnapshotRequest()))
         assert len(seen.snapshot.namespaces) == 220 * num_spaces
         message = pb.SnapshotResponse()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Generator
-from dataclasses import fields
 
 import numpy as np
 
-from prefixcache.core.stats import Account, Vitals
 from prefixcache.types import (
     Committed,
+    Counts,
     Ended,
     Grant,
     LeaseId,
@@ -84,13 +83,11 @@ class HollowCache:
     ) -> Generator[None, None, Snapshot]:
         """Tell that nothing is held."""
         yield from ()
-        return Snapshot(0, self._block_size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger())
+        return Snapshot(block_size=self._block_size)
 
-    def vitals(self, *, now: float) -> Vitals:
+    def counts(self, *, now: float) -> Counts:
         """Tell that there is nothing."""
-        nothing = dict.fromkeys((field.name for field in fields(Vitals)), 0)
-        told = {"block_size": self._block_size, "total": Account(0, 0, Ledger()), "accounts": {}}
-        return Vitals(**nothing | told)  # type: ignore[arg-type]
+        return Counts(block_size=self._block_size)
 
     def take_outcomes(self) -> list[object]:
         """Nobody waits."""

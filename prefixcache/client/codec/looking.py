@@ -13,6 +13,7 @@ from prefixcache.client.codec.words import (
     write_ledger,
 )
 from prefixcache.types import (
+    COUNTS,
     Explanation,
     LeaseId,
     LeaseInfo,
@@ -38,25 +39,8 @@ _FATE_NAMES = {number: name for name, number in FATES.items()}
 _PAUSE_EVERY: Final = 200
 """Rows that are written in one go."""
 
-_SNAPSHOT_NUMBERS: Final = (
-    "num_blocks",
-    "block_size",
-    "free",
-    "private",
-    "indexed",
-    "quarantined",
-    "evictable",
-    "ghosts",
-    "nodes",
-    "waiting",
-    "evicted",
-    "requests",
-    "index_bytes",
-    "history_bytes",
-    "max_history_bytes",
-    "pinned",
-    "max_pinned",
-)
+_WHOLE_COUNTS: Final = tuple([name for name in COUNTS if name not in ("ledger", "eviction_age_s")])
+"""Those that the message has under the same names, as numbers that are always there."""
 
 
 def write_lookup(answer: Lookup, message: pb.LookupResponse) -> None:
@@ -134,9 +118,10 @@ def _read_past(message: pb.PastRequest) -> PastRequest:
 
 def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> Generator[None, None, None]:
     """Fill `message`, all but `service`, pausing after some hundred rows.  O(rows)."""
-    message.num_leases = answer.num_leases
-    for name in _SNAPSHOT_NUMBERS:
+    for name in _WHOLE_COUNTS:
         setattr(message, name, getattr(answer, name))
+    if answer.eviction_age_s is not None:
+        message.eviction_age_s = answer.eviction_age_s
     write_ledger(answer.ledger, message.ledger)
     for extra_blocks, tokens in answer.shortage:
         message.shortage.add(extra_blocks=extra_blocks, tokens=tokens)
@@ -176,8 +161,14 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> Generator[
 
 def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
     """Read what `write_snapshot` wrote."""
-    numbers: dict[str, Any] = {name: getattr(message, name) for name in _SNAPSHOT_NUMBERS}
+    counts: dict[str, Any] = {name: getattr(message, name) for name in _WHOLE_COUNTS}
+    counts["num_leases"] = message.num_leases or len(message.leases)
+    counts["num_flights"] = message.num_flights or len(message.flights)
+    counts["num_namespaces"] = message.num_namespaces or len(message.namespaces)
+    if message.HasField("eviction_age_s"):
+        counts["eviction_age_s"] = message.eviction_age_s
     return Snapshot(
+        **counts,
         leases=tuple([_read_lease(info) for info in message.leases]),
         ledger=read_ledger(message.ledger),
         namespaces={read_namespace(m.namespace): read_ledger(m.ledger) for m in message.namespaces},
@@ -189,8 +180,6 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
         ),
         quotas=tuple([read_quota_info(quota) for quota in message.quotas]),
         shortage=tuple([(m.extra_blocks, m.tokens) for m in message.shortage]),
-        num_leases=message.num_leases or len(message.leases),
-        **numbers,
     )
 
 

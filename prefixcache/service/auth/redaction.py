@@ -1,4 +1,4 @@
-"""Sight: which numbers of a snapshot a caller is shown.  Its rows are only those he may see.
+"""Redaction: which numbers of a snapshot a caller is shown.  Its rows are only those he may see.
 
 An admin, or the one user of a service without identities, sees all.  Everybody else sees the pool's
 totals, which he needs to understand a refusal, and otherwise only his own tenant.
@@ -7,6 +7,7 @@ totals, which he needs to understand a refusal, and otherwise only his own tenan
 from __future__ import annotations
 
 from prefixcache.service.auth.identity import Identity
+from prefixcache.types import COUNTS
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
@@ -29,9 +30,14 @@ def redact(message: pb.SnapshotResponse, identity: Identity) -> None:
             message.service.state.ClearField("failure")
 
 
-_OTHERS = (
-    *("requests", "evicted", "ghosts", "nodes", "waiting", "verbs", "requests_per_s"),
-    *("flights_saved", "overshot", "eviction_age_s", "pinned", "shortage"),
-    *("shadows", "shadow_dropped", "index_bytes", "history_bytes", "max_history_bytes"),
+_SHOWN = (
+    *("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable"),
+    *("max_pinned", "num_leases", "num_namespaces", "ledger"),
 )
-"""Counts of all tenants together that tell what others do."""
+"""Counts that everybody is shown: the pool's totals, and those that are of his own tenant."""
+
+_OTHERS = (
+    *(name for name in COUNTS if name not in _SHOWN),
+    *("shortage", "verbs", "requests_per_s", "shadows", "shadow_dropped"),
+)
+"""What is of all tenants together, and tells what others do."""

@@ -182,18 +182,13 @@ class Dashboard:
             ]
         if cache is None:
             return fields
-        vitals = cache.vitals(now=now)
-        fields["pool"] = _fields(vitals)
-        for name in ("namespaces", "total", "accounts"):
-            del fields["pool"][name]
-        fields["ledger"] = vitals.total.ledger._asdict()
-        fields["requests"] = vitals.total.requests
-        fields["flights_saved"] = vitals.total.joins
+        pool = fields["pool"] = cache.counts(now=now).fields()
+        fields["ledger"] = pool.pop("ledger")._asdict()
+        fields["requests"] = pool.pop("requests")
+        fields["flights_saved"] = pool.pop("flights_saved")
         fields["namespaces"] = [
-            {"namespace": shown(space), "requests": account.requests, **account.ledger._asdict()}
-            for space, account in sorted(
-                vitals.accounts.items(), key=lambda item: -item[1].requests
-            )
+            {"namespace": shown(space), "requests": counts.requests, **counts.ledger._asdict()}
+            for space, counts in sorted(cache.series().items(), key=lambda item: -item[1].requests)
         ]
         fields["leases"] = [
             {

@@ -31,11 +31,11 @@ from prometheus_client.registry import Collector
 
 from prefixcache import __version__
 from prefixcache.core.ledger import FATES, MOST_SERIES, OTHER
-from prefixcache.core.stats import Vitals
+from prefixcache.core.stats import SeriesCounts
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import NUM_BUCKETS, SUM
 from prefixcache.texts import escape
-from prefixcache.types import Namespace
+from prefixcache.types import Counts, Namespace, Partial
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -95,10 +95,13 @@ class _Domain:
         yield from self._shadows()
         cache = self._handlers.backing.cache
         if cache is not None:
-            vitals = cache.vitals(now=monotonic())
-            yield from self._ledger(vitals)
-            yield from self._pool(vitals)
-            yield from self._eviction(vitals)
+            counts = cache.counts(now=monotonic())
+            yield from self._ledger(cache.series())
+            yield _gauge(
+                "prefixcache_namespaces", "Namespaces with requests.", counts.num_namespaces
+            )
+            yield from self._pool(counts)
+            yield from self._eviction(counts)
 
     def _service(self) -> Iterator[Metric]:
         handlers, settings = self._handlers, self._handlers.settings
@@ -198,11 +201,10 @@ class _Domain:
         waits.add_metric((), *_buckets(handlers.deliveries.waits))
         yield waits
 
-    def _ledger(self, vitals: Vitals) -> Iterator[Metric]:
-        accounts = vitals.accounts
+    def _ledger(self, series: Mapping[Namespace, SeriesCounts]) -> Iterator[Metric]:
         tokens = {
-            (*_labels(space), fate): getattr(account.ledger, fate)
-            for space, account in accounts.items()
+            (*_labels(space), fate): getattr(counts.ledger, fate)
+            for space, counts in series.items()
             for fate in FATES
         }
         yield _counter(
@@ -215,32 +217,31 @@ class _Domain:
         yield _counter(
             "prefixcache_requests",
             f"Granted requests. {_FOLD}",
-            {_labels(space): account.requests for space, account in accounts.items()},
+            {_labels(space): counts.requests for space, counts in series.items()},
             _NAMESPACE,
         )
         yield _counter(
             "prefixcache_flights_saved",
             "Requests that read what another lease was computing, in place of computing it again. "
             + _FOLD,
-            {_labels(space): account.joins for space, account in accounts.items()},
+            {_labels(space): counts.joins for space, counts in series.items()},
             _NAMESPACE,
         )
-        yield _gauge("prefixcache_namespaces", "Namespaces with requests.", vitals.namespaces)
 
-    def _pool(self, vitals: Vitals) -> Iterator[Metric]:
+    def _pool(self, counts: Counts) -> Iterator[Metric]:
         states = ("free", "private", "indexed", "quarantined")
         yield _gauge(
             "prefixcache_pool_blocks",
             "Blocks of the pool by state; the states sum to the pool.",
-            {(state,): getattr(vitals, state) for state in states},
+            {(state,): getattr(counts, state) for state in states},
             ("state",),
         )
         yield _gauge(
             "prefixcache_pool_evictable_blocks",
             "Of the indexed blocks, those that no lease protects.",
-            vitals.evictable,
+            counts.evictable,
         )
-        yield _gauge("prefixcache_block_size_tokens", "Tokens of a block.", vitals.block_size)
+        yield _gauge("prefixcache_block_size_tokens", "Tokens of a block.", counts.block_size)
         sizes = self._handlers.backing.sizes
         if sizes is not None:
             yield _gauge(
@@ -251,30 +252,30 @@ class _Domain:
         yield _gauge(
             "prefixcache_smallest_hit_tokens",
             "Length of the shortest prefix that can be reused.",
-            vitals.smallest_hit,
+            counts.block_size if self._handlers.settings.partial is Partial.OFF else 1,
         )
-        yield _gauge("prefixcache_tree_nodes", "Nodes of all radix trees.", vitals.nodes)
+        yield _gauge("prefixcache_tree_nodes", "Nodes of all radix trees.", counts.nodes)
         yield _gauge(
-            "prefixcache_ghost_blocks", "Evicted blocks that are still remembered.", vitals.ghosts
+            "prefixcache_ghost_blocks", "Evicted blocks that are still remembered.", counts.ghosts
         )
-        yield _gauge("prefixcache_leases", "Leases that are out.", vitals.leases)
-        yield _gauge("prefixcache_flights", "Prefixes that are being computed.", vitals.flights)
+        yield _gauge("prefixcache_leases", "Leases that are out.", counts.num_leases)
+        yield _gauge("prefixcache_flights", "Prefixes that are being computed.", counts.num_flights)
         yield _gauge(
-            "prefixcache_waiting_requests", "Requests that wait for a flight.", vitals.waiting
+            "prefixcache_waiting_requests", "Requests that wait for a flight.", counts.waiting
         )
 
-    def _eviction(self, vitals: Vitals) -> Iterator[Metric]:
-        yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", vitals.evicted)
+    def _eviction(self, counts: Counts) -> Iterator[Metric]:
+        yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", counts.evicted)
         yield _counter(
             "prefixcache_eviction_overshoot_blocks",
             "Blocks evicted beyond what was asked for.",
-            vitals.overshot,
+            counts.overshot,
         )
-        if vitals.eviction_age_s is not None:
+        if counts.eviction_age_s is not None:
             yield _gauge(
                 "prefixcache_eviction_age_seconds",
                 "Time since the last use of what was evicted last; absent before an eviction.",
-                vitals.eviction_age_s,
+                counts.eviction_age_s,
             )
 
 

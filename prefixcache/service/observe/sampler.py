@@ -13,7 +13,6 @@ from collections import deque
 from dataclasses import dataclass
 from time import monotonic, time
 
-from prefixcache.core.stats import Vitals
 from prefixcache.service.backing import Backing
 from prefixcache.service.observe.latency import SUM, LatencyHistograms, quantile, total
 from prefixcache.types import Ledger
@@ -27,7 +26,7 @@ HISTORY = 3600
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One second's reading."""
+    """One second's reading: of the numbers, those of which there is an hour."""
 
     at: float
     """Seconds since the epoch, to be shown."""
@@ -35,13 +34,6 @@ class Sample:
     """Seconds by a clock that nobody sets, for rates."""
     requests: int
     ledger: Ledger
-    free: int
-    private: int
-    indexed: int
-    quarantined: int
-    evictable: int
-    evicted: int
-    leases: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +83,8 @@ class Sampler:
         cache = self._backing.cache
         if cache is None:
             return
-        self.samples.append(sample_of(cache.vitals(now=now), time(), now))
+        counts = cache.counts(now=now)
+        self.samples.append(Sample(time(), now, counts.requests, counts.ledger))
 
     def requests_per_s(self) -> float:
         """Say how many requests were granted a second in the last minute."""
@@ -132,20 +125,3 @@ class Sampler:
     def _tick(self) -> None:
         self.read()
         self.start()
-
-
-def sample_of(vitals: Vitals, at: float, clock: float) -> Sample:
-    """Pick from the vitals what is kept."""
-    return Sample(
-        at,
-        clock,
-        vitals.total.requests,
-        vitals.total.ledger,
-        vitals.free,
-        vitals.private,
-        vitals.indexed,
-        vitals.quarantined,
-        vitals.evictable,
-        vitals.evicted,
-        vitals.leases,
-    )

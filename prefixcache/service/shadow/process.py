@@ -137,14 +137,14 @@ class ShadowCache:
         for _, sums in recent:
             for name in Sums.__slots__:
                 setattr(hour, name, getattr(hour, name) + getattr(sums, name))
-        snapshot = self.cache.vitals(now=now)
+        counts = self.cache.counts(now=now)
         return {
             "name": self.name,
             "hour": hour.fields(),
             "whole": self.whole.fields(),
-            "num_blocks": snapshot.num_blocks,
-            "block_size": snapshot.block_size,
-            "evicted": snapshot.evicted,
+            "num_blocks": counts.num_blocks,
+            "block_size": counts.block_size,
+            "evicted": counts.evicted,
         }
 
 

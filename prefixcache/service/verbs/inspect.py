@@ -19,7 +19,7 @@ from prefixcache.service.auth.redaction import redact
 from prefixcache.service.shadow.caches import write_shadows
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Asker, Worker
-from prefixcache.types import Explanation, Ledger, Lookup, Namespace, Snapshot
+from prefixcache.types import Explanation, Lookup, Namespace, Snapshot
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 MAX_BRANCHES = 20_000
@@ -118,10 +118,10 @@ class InspectVerbs(Verbs):
         cache = self.backing.cache
         if cache is None:
             return pb.CheckResponse()
-        started, vitals = monotonic(), cache.vitals(now=monotonic())
-        answer = pb.CheckResponse(runs=vitals.nodes)
+        started, counts = monotonic(), cache.counts(now=monotonic())
+        answer = pb.CheckResponse(runs=counts.nodes)
         try:
-            if vitals.nodes + vitals.leases <= (request.max_runs or _CHECKED_IN_ONE_GO):
+            if counts.nodes + counts.num_leases <= (request.max_runs or _CHECKED_IN_ONE_GO):
                 cache.check()
             else:
                 found = yield from cache.check_in_steps()
@@ -137,9 +137,7 @@ class InspectVerbs(Verbs):
         """Tell what the caller may see of the cache, in steps; zeros before a layout is known."""
         identity, cache = asker.identity, self.backing.cache
         if cache is None:
-            size = self.settings.block_size
-            nothing = Snapshot(0, size, 0, 0, 0, 0, 0, 0, 0, (), 0, 0, 0, Ledger(), {})
-            return Seen(nothing, identity)
+            return Seen(Snapshot(block_size=self.settings.block_size), identity)
         told = yield from cache.snapshot_in_steps(
             now=monotonic(),
             tenant=None if identity.admin else identity.tenant,
@@ -193,13 +191,6 @@ class InspectVerbs(Verbs):
         message.requests_per_s = self.sampler.requests_per_s()
         if self.shadows is not None:
             write_shadows(self.shadows, message)
-        if self.backing.cache is None:
-            return
-        vitals = self.backing.cache.vitals(now=monotonic())
-        message.flights_saved = vitals.total.joins
-        message.overshot = vitals.overshot
-        if vitals.eviction_age_s is not None:
-            message.eviction_age_s = vitals.eviction_age_s
 
     def _write_workers(
         self, identity: Identity, message: pb.SnapshotResponse

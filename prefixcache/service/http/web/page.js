@@ -28,7 +28,7 @@ const TILES = [
   ["rate", "requests a second", s => s.requests_per_s.toFixed(s.requests_per_s < 10 ? 1 : 0)],
   ["p99", "acquire, p99", s => time((s.verbs.find(v => v.verb === "acquire") || {}).p99_s)],
   ["use", "of the pool held", s => (s.pool ? share(s.pool.num_blocks - s.pool.free - s.pool.evictable, s.pool.num_blocks) : "–")],
-  ["leases", "leases", s => (s.pool ? count(s.pool.leases) : "0")],
+  ["leases", "leases", s => (s.pool ? count(s.pool.num_leases) : "0")],
   ["saved", "flights saved", s => count(s.flights_saved || 0)],
   ["age", "eviction age", s => time(s.pool && s.pool.eviction_age_s)],
 ];
