@@ -101,15 +101,20 @@ fuzz: $(VENV)/.installed   ## Messages, manifests, traces, prompts, identities, 
 soak: $(VENV)/.installed   ## Half of the benchmark's rate for SOAK_MINUTES=30: latency, memory, leaks.
 	$(BIN)/python -m prefixcache_bench.speed.soak
 
-compiled: $(VENV)/.installed   ## Compile the core to C, in place, from the same sources.  `make pure` takes it away.
+compiled: $(VENV)/.installed   ## Compile the core to C, in place, from the same sources: a minute.  `make pure` takes it away.
+	rm -f prefixcache/core/*.so prefixcache_core_*.so
 	PREFIXCACHE_COMPILED=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
 pure:          ## Remove what `make compiled` made: the core runs as plain Python again.
-	rm -rf build/lib.* build/temp.* build/__native* build/prefixcache_core
-	rm -f prefixcache/core/*.so prefixcache_core__mypyc*.so
+	rm -rf build/lib.* build/temp.* build/__native* build/prefixcache_core* build/compiled
+	rm -f prefixcache/core/*.so prefixcache_core_*.so
 
-test-compiled: compiled   ## The core's tests on the compiled core, which is removed afterwards.
-	PREFIXCACHE_EXPECT_COMPILED=1 $(BIN)/python -m pytest -q -p no:cacheprovider tests/core; status=$$?; $(MAKE) pure; exit $$status
+# The wheel is what is tested, from where it is unpacked: nothing compiled gets into this tree.
+test-compiled: $(VENV)/.installed   ## Build the wheel with the compiled core; run the core's tests on that.
+	rm -rf build/compiled
+	PREFIXCACHE_COMPILED=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PIP) wheel --quiet --no-deps --wheel-dir build/compiled .
+	$(PIP) install --quiet --no-deps --target build/compiled/site build/compiled/*.whl
+	PREFIXCACHE_EXPECT_COMPILED=1 $(BIN)/pytest -q -p no:cacheprovider --numprocesses 2 --dist loadfile -o pythonpath="build/compiled/site tests" tests/core
 
 proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto

@@ -5,29 +5,34 @@ Everything else about the package is in pyproject.toml.  The same sources are co
 """
 
 import os
+import sys
 from pathlib import Path
 
 from setuptools import setup
 
-PURE = {
-    "__init__",
-    "build",  # it looks at the others
-    "eviction",  # its policies are open to plug-ins, which are subclasses in plain Python
-}
-"""Modules of the core that stay as they are; so do the policies."""
+NEEDED = ["mypy>=1.15", "numpy>=1.26"]
+"""What compiling takes: mypyc, and numpy's types."""
 
 
 def extensions() -> list:
-    """Compile the core's modules to C; nothing unless it was asked for."""
-    if os.environ.get("PREFIXCACHE_COMPILED", "0") in ("", "0"):
-        return []
+    """Compile the core's modules to C."""
     from mypyc.build import mypycify
 
-    core = sorted(Path("prefixcache/core").glob("*.py"))
-    return mypycify(
-        [str(path) for path in core if path.stem not in PURE],
-        group_name="prefixcache_core",
-    )
+    sys.path.insert(0, str(Path(__file__).parent))
+    from prefixcache import core_build
+
+    sources = [str(path.relative_to(Path.cwd())) for path in core_build.sources()]
+    # What the core does not import need not be installed: nothing is said of what is only read.
+    return mypycify(["--follow-imports=silent", *sources], group_name=core_build.library())
 
 
-setup(ext_modules=extensions())
+def asked_for() -> dict:
+    """Say what to build beside the packages: nothing, unless it was asked for."""
+    if os.environ.get("PREFIXCACHE_COMPILED", "0") in ("", "0"):
+        return {}
+    if {"egg_info", "dist_info"} & set(sys.argv):  # pip asks what it takes, and what it will be
+        return {"setup_requires": NEEDED}
+    return {"ext_modules": extensions()}
+
+
+setup(**asked_for())

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from prefixcache import core_build
+
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
 
 # Every run draws the same examples and keeps no database: a red run is red again anywhere.
@@ -21,6 +23,26 @@ settings.register_profile(
 )
 settings.register_profile("soak", settings.get_profile("normal"), derandomize=False)
 settings.load_profile("soak" if SOAK > 1 else "normal")
+
+
+def pytest_configure() -> None:
+    """Test nothing else than what stands here."""
+    if core_build.kind() == core_build.STALE:
+        raise pytest.UsageError(f"the core is {core_build.STALE}: {core_build.ADVICE}")
+
+
+def pytest_report_header() -> str:
+    """Say which core is tested."""
+    return f"core: {core_build.kind()}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is to be seen in plain Python only."""
+    if core_build.kind() != core_build.PURE:
+        pure = pytest.mark.skip(reason="shows in the core as plain Python only")
+        for item in items:
+            if item.get_closest_marker("pure_core"):
+                item.add_marker(pure)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ WORDS = (
     "prefixcache.device",
     "prefixcache.config",
     "prefixcache.extras",
+    "prefixcache.core_build",
     "prefixcache.logged_request",
     "prefixcache.template_sandbox",
     "prefixcache.chat_template",

@@ -75,6 +75,7 @@ def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Fin
     outline = _outline(client)
     return chain(
         findings.versions(now),
+        findings.core(now),
         findings.invariants(_check(client, deep=deep)),
         findings.sizes(now),
         findings.ledger(now),

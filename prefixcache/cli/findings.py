@@ -3,6 +3,7 @@
 | look | what it asks |
 |---|---|
 | versions | are client and service of one kind? |
+| core | is what was compiled of the core what its sources say? |
 | invariants | does every invariant hold? |
 | sizes | is there a pool, is it used, is it large enough for what leases hold? |
 | ledger | is anything reused, and what would have kept what was evicted? |
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from prefixcache import __version__
+from prefixcache import __version__, core_build
 from prefixcache.cli import memory, view
 from prefixcache.cli.status import Status
 from prefixcache.config import format_size
@@ -77,6 +78,18 @@ def versions(now: Status) -> Iterator[Finding]:
         "fields that one does not know are left out.",
         "Restart the service with the version that is installed; workers attach again.",
     )
+
+
+def core(now: Status) -> Iterator[Finding]:
+    """Compare what the service's core was compiled from with the sources beside it."""
+    if now.info.core == core_build.STALE:
+        yield Finding(
+            "core",
+            WRONG,
+            f"The service's core is {core_build.STALE} than those beside it: it does not do what "
+            "they say.",
+            f"Where the service is installed: {core_build.ADVICE} Then restart it.",
+        )
 
 
 def invariants(checked: Checked) -> Iterator[Finding]:

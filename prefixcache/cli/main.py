@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixcache import __version__
+from prefixcache import __version__, core_build
 from prefixcache.cli import plugins, streams, variables
 from prefixcache.cli.codes import (
     EXIT_INTERRUPTED,
@@ -42,7 +42,10 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"prefixcache {__version__}")
+        core = core_build.kind()
+        typer.echo(f"prefixcache {__version__} (core: {core})")
+        if core == core_build.STALE:
+            streams.say(f"the core is {core} than those beside it: {core_build.ADVICE}")
         raise typer.Exit
 
 
@@ -64,7 +67,7 @@ def _options(
             "--version",
             "-V",
             "-v",
-            help="Show the version.",
+            help="Show the version, and what the core runs as.",
             callback=_print_version,
             is_eager=True,
         ),

@@ -108,7 +108,7 @@ MOST_LEASES: Final = 1000
 """Listed in one snapshot."""
 _MOST_LOOKED_AT: Final = 8 * MOST_LEASES
 """For who may see some of a tenant's namespaces only."""
-_PAUSE_EVERY: Final = 200
+_PAUSE_EVERY = 200
 """Rows that are told in one go."""
 
 

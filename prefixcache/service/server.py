@@ -21,9 +21,9 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from prefixcache import core_build
 from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
-from prefixcache.core import build
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.extras import how_to_install
 from prefixcache.service import preflight
@@ -153,7 +153,10 @@ async def _serve(
         announce(_trust(settings, endpoints, list(domains)))
         if descriptors.front < settings.max_workers:
             announce(f"{descriptors}, fewer than --max-workers: raise the limit (ulimit -Hn)")
-        log.info("core", runs_as=build.KIND)
+        runs_as = core_build.kind()
+        log.info("core", runs_as=runs_as)
+        if runs_as == core_build.STALE:
+            announce(f"the core is {runs_as} than those beside it: {core_build.ADVICE}")
         log.info(
             "open files",
             limit=descriptors.total,

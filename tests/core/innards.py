@@ -85,7 +85,12 @@ def state(thing: object) -> object:
             )
         elif isinstance(value, list | deque):
             parts.extend(visit(one) for one in value)
-        names = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ())]
+        names = [
+            name
+            for base in type(value).__mro__
+            for slots in ("__slots__", "__mypyc_attrs__")  # the latter where the core is compiled
+            for name in getattr(base, slots, ())
+        ]
         names.extend(getattr(value, "__dict__", ()))
         parts.extend(
             (name, visit(getattr(value, name)))

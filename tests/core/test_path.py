@@ -14,6 +14,8 @@ from prefixcache import core
 from prefixcache.core.cache import PrefixCache
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
+pytestmark = pytest.mark.pure_core
+
 FOLDER = str(Path(core.__file__).parent)
 ME, CHAT = WorkerId(1), Namespace("tiny-model")
 SYSTEM = list(range(1000))

@@ -9,6 +9,7 @@ import pytest
 
 from core.test_eviction import random_sequences
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import EvictionPolicy, Queue
 from prefixcache.core.node import Node
 from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
@@ -92,6 +93,7 @@ def test_what_a_lease_holds_is_never_evicted(policy: str) -> None:
     tiny.cache.release(ME, lease, now=tiny.now)
 
 
+@pytest.mark.pure_core
 @every_policy
 def test_no_eviction_looks_at_all_leaves(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = Tiny(policy, 4000)
@@ -118,6 +120,62 @@ def test_no_eviction_looks_at_all_leaves(policy: str, monkeypatch: pytest.Monkey
     for number in range(4000, 4100):
         tiny.serve(number)
     assert 1 <= looks / 100 < 60
+
+
+def test_a_policy_of_ones_own_is_a_plain_class_and_so_may_its_queue_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the core runs as: here, who was stored last goes first, off a stack."""
+    heard: list[str] = []
+
+    class Stack(list[Node]):
+        def push(self, node: Node) -> None:
+            if not node.queued:
+                node.queued = 1
+                self.append(node)
+
+        def pop(self) -> Node | None:  # type: ignore[override]
+            while self:
+                node = super().pop()
+                node.queued = 0
+                if node.is_evictable:
+                    return node
+            return None
+
+    class Newest(EvictionPolicy):
+        name = "newest"
+
+        def queue(self) -> Queue:
+            return Stack()
+
+        def used(self, node: Node, stamp: int) -> None:
+            heard.append("used")
+            if node.mark is None:
+                node.mark = ("first used", stamp)
+
+        def lost(self, node: Node, num_blocks: int) -> object:
+            assert num_blocks == 1
+            assert node.mark[0] == "first used"
+            heard.append("lost")
+            return node.mark
+
+        def revived(self, ghost: Node) -> None:
+            assert ghost.mark[0] == "first used"
+            heard.append("revived")
+
+        def forgotten(self, mark: object, num_blocks: int) -> None:
+            heard.append("forgotten")
+
+    monkeypatch.setitem(POLICIES, "newest", Newest)
+    tiny = Tiny("newest", 3)
+    tiny.serve("a", "b", "c", "d")
+    assert [tiny.holds(one) for one in "abcd"] == [1, 1, 0, 1]
+    tiny.serve("c")
+    assert [tiny.holds(one) for one in "abcd"] == [1, 1, 1, 0]
+    tiny.cache.check()
+    assert heard.count("used") == 5
+    assert heard.count("lost") == 2
+    assert heard.count("revived") == 1
 
 
 @every_policy

@@ -7,7 +7,7 @@ import pytest
 from prefixcache.core.cache import PrefixCache
 from prefixcache.types import Grant, Namespace, Partial, PinInfo, WorkerId, pack
 
-ALICE, BOB = WorkerId("alice"), WorkerId("bob")
+ALICE, BOB = WorkerId(1), WorkerId(2)
 CHAT = Namespace("m")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from prefixcache import core_build
 from prefixcache.client import codec, unary
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
@@ -45,6 +46,7 @@ class Verbs:
         self.failures = Failures()
         self.events = EventLog(backing, settings.max_watchers, failures=self.failures)
         self.shadows = ShadowCaches(settings, backing, self.failures) if settings.shadow else None
+        self.core = core_build.kind()
         self._started_at = monotonic()
 
     @property

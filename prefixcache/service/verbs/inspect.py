@@ -11,7 +11,6 @@ import structlog
 
 from prefixcache import __version__
 from prefixcache.client import codec, outlines
-from prefixcache.core import build
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, Outline
 from prefixcache.service.auth.identity import Identity
@@ -159,7 +158,7 @@ class InspectVerbs(Verbs):
 
     def _write_service(self, info: pb.ServiceInfo) -> None:
         info.version = __version__
-        info.core = build.KIND
+        info.core = self.core
         info.pid = os.getpid()
         info.uptime_s = self.uptime_s
         info.listening.extend(self.listening)
