@@ -222,6 +222,8 @@ class ServeSettings(BaseSettings):
     """Bytes of the pool."""
     block_size: Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two)] = 16
     """Tokens of a block."""
+    first_block: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Blocks at the beginning of the pool that nobody is ever lent."""
     policy: str = "lru"
     """Order of eviction."""
     partial: Partial = Partial.TAILS

@@ -39,8 +39,9 @@ BLOCK_ID_BYTES: Final = 4
 TokensLike: TypeAlias = "bytes | bytearray | memoryview | Sequence[int] | Iterable[int]"
 """What the client takes for token ids: packed bytes, or any integers."""
 
-DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""The element types a pool can hold, and their size in bytes."""
+DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
+"""The element types a pool can hold, and their size in bytes.  Scales of the eight-bit type are not
+in the pool: they are the model's, and part of its name where they may differ."""
 
 OUR_FORMAT: Final = "prefixcache"
 """The name of the order in which our own kernels keep keys and values."""
@@ -59,6 +60,8 @@ DTYPE_ALIASES: Final = {
     "fp16": "float16",
     "half": "float16",
     "fp32": "float32",
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
 }
 """Other names that people give them."""
 
@@ -383,6 +386,8 @@ class PoolHandle:
     epoch: int
     offset: int
     """Bytes before block 0 (the pool's own header)."""
+    first_block: int = 0
+    """Blocks below this one are memory like any other, and nobody is ever lent one of them."""
 
     @property
     def planes(self) -> int:

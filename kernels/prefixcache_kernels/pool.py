@@ -29,6 +29,7 @@ TORCH_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
 """The torch type of each element type that a pool can hold."""
 

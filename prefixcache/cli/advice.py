@@ -71,7 +71,7 @@ def _memory(told: Explanation, status: Status) -> str:
     total = status.snapshot.num_blocks + told.extra_blocks
     return (
         f"{evicted} {many(told.extra_blocks, 'block')} more ({more}) would have kept them{sure}: "
-        f"serve with --memory {round_up(total * status.block_bytes)}."
+        f"serve with --memory {round_up(status.memory_of(total))}."
     )
 
 

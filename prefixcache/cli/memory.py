@@ -49,7 +49,7 @@ def lines(steps: Sequence[Step], evicted: int, now: Status) -> list[str]:
         size = ""
         if now.block_bytes:
             more = format_size(blocks * now.block_bytes)
-            size = f" (+{more}: --memory {round_up(total * now.block_bytes)})"
+            size = f" (+{more}: --memory {round_up(now.memory_of(total))})"
         told.append(
             f"  {kept / known:.0%} would still be there with {many(blocks, 'block')} more{size}"
         )

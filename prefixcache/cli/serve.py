@@ -51,6 +51,15 @@ def serve(
     dtype: Annotated[
         str | None, _option(_POOL, "Element type, if not the one in config.json.", "TYPE")
     ] = None,
+    first_block: Annotated[
+        int | None,
+        _option(
+            _POOL,
+            "The first block that is ever lent: 1 for engines in which block 0 stands for none. "
+            "Default: 0.",
+            "BLOCK",
+        ),
+    ] = None,
     policy: Annotated[
         str | None, _option(_POOL, "Order of eviction. Default: lru.", "NAME")
     ] = None,

@@ -81,6 +81,8 @@ def show(now: Status) -> None:
     """Print all of a status."""
     snapshot, info, pool = now.snapshot, now.info, now.pool
     where = "no layout yet" if pool is None else f"{pool.layout} in {pool.name or 'no memory'}"
+    if pool is not None and pool.first_block:
+        where += f" · {many(pool.first_block, 'block', 'are')} never lent"
     state = "draining" if info.draining else "serving"
     view.print_table(
         [

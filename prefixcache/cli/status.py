@@ -30,6 +30,12 @@ class Status:
         """Bytes of a block; 0 if the layout is not known yet."""
         return 0 if self.pool is None else self.pool.block_bytes
 
+    def memory_of(self, num_blocks: int) -> int:
+        """Give the bytes of a pool in which so many blocks can be lent; 0 as `block_bytes`."""
+        if self.pool is None:
+            return 0
+        return (num_blocks + self.pool.first_block) * self.block_bytes
+
     @property
     def partial(self) -> str:
         """How much of a partly matching block is reused, as `--partial` names it."""

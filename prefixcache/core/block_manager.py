@@ -53,7 +53,7 @@ class BlockManager:
         self.tree = tree
         self.pool = pool
         self.quotas = Quotas(pool.num_blocks)
-        self.last_tenant = LastTenant(pool.num_blocks)
+        self.last_tenant = LastTenant(pool.end)
         self.aside = Shares(pool.num_blocks, "the pool", "quarantined blocks")
         """Whose leases they were of, but for those of an earlier life."""
         self._aside: dict[WorkerId, dict[LeaseId, Account]] = {}

@@ -36,7 +36,7 @@ from prefixcache.errors import PoolExhausted
 from prefixcache.texts import many
 from prefixcache.types import BlockId, BlockTable, LeaseId, WorkerId
 
-_FREE, _LIVE, _SHARED, _QUARANTINED = 0, 1, 2, 3
+_FREE, _LIVE, _SHARED, _QUARANTINED, _RESERVED = 0, 1, 2, 3, 4
 
 _OF_NO_LEASE = LeaseId(0)
 """What an earlier life of the pool left in quarantine."""
@@ -56,9 +56,13 @@ class WriteListener(Protocol):
 
 
 class BlockPool:
-    """Ids 0 … num_blocks-1 and their owners.
+    """The ids `first` … `end - 1` and their owners.
 
     Free ids are a stack plus a bump pointer: taking and giving back a run is a slice.
+
+    Args:
+        num_blocks: How many can be lent.
+        first: The first of them.  Ids below it are blocks of the memory that nobody is ever lent.
     """
 
     __slots__ = (
@@ -68,6 +72,8 @@ class BlockPool:
         "_stack",
         "_state",
         "_states",
+        "end",
+        "first",
         "num_blocks",
         "num_free",
         "num_quarantined",
@@ -75,8 +81,11 @@ class BlockPool:
         "write_listener",
     )
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first: int = 0) -> None:
         self.num_blocks = num_blocks
+        self.first = first
+        self.end = first + num_blocks
+        """Ids are below: what is kept for each id has room for so many."""
         self.num_free = num_blocks
         """Blocks that `allocate` can give."""
         self.refs: dict[int, int] = {}
@@ -84,8 +93,8 @@ class BlockPool:
         self.write_listener: WriteListener | None = None
         """Who hears which blocks may be written to."""
         self._stack: BlockTable = array("i")
-        self._bump = 0
-        self._state = bytearray(num_blocks)
+        self._bump = first
+        self._state = bytearray([_RESERVED]) * first + bytearray(num_blocks)
         self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
         self._quarantine: dict[WorkerId, dict[LeaseId, BlockTable]] = {}
         """By who may still write to them, and the lease that gave the right."""
@@ -124,7 +133,7 @@ class BlockPool:
             del stack[have - count :]
         else:
             fresh = count - have
-            if fresh > self.num_blocks - self._bump:
+            if fresh > self.end - self._bump:
                 raise PoolExhausted(f"needs {many(count, 'block')}; {self.num_free:,} free")
             ids = stack[:]
             del stack[:]
@@ -169,17 +178,17 @@ class BlockPool:
             aside: What `worker` may still write to; `release_quarantine` frees them.
             worker: Who.
         """
-        self._states[:] = _FREE
+        self._states[self.first :] = _FREE
         self._states[np.frombuffer(indexed, np.int32)] = _LIVE
         self._states[np.frombuffer(aside, np.int32)] = _QUARANTINED
         self._quarantine = {worker: {_OF_NO_LEASE: aside[:]}} if aside else {}
         self._num_quarantined = Counter({worker: len(aside)})
         self.num_quarantined = len(aside)
         used = np.flatnonzero(self._states)
-        self._bump = int(used[-1]) + 1 if len(used) else 0
+        self._bump = int(used[-1]) + 1 if len(used) else self.first
         free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
         self._stack = array("i", free.astype(np.int32).tobytes())
-        self.num_free = len(self._stack) + self.num_blocks - self._bump
+        self.num_free = len(self._stack) + self.end - self._bump
 
     def add_ref(self, block: BlockId) -> None:
         """Add an owner to a live block."""
@@ -276,7 +285,7 @@ class BlockPool:
             self._states[np.array(ids, np.intp)] = now
 
     def states(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Say of every block whether it is live, and whether quarantined.  O(blocks), in C."""
+        """Say of every id whether its block is live, and whether quarantined.  O(blocks), in C."""
         live = (self._states == _LIVE) | (self._states == _SHARED)
         return live, self._states == _QUARANTINED
 
@@ -285,13 +294,16 @@ class BlockPool:
 
         Asserts that states, free list and counts agree with each other.  O(blocks), in C.
         """
-        owners = np.zeros(self.num_blocks, np.int32)
+        owners = np.zeros(self.end, np.int32)
         np.add.at(owners, np.array(self._stack, np.intp), 1)
         owners[self._bump :] += 1
         wrong = np.flatnonzero((owners == 1) != (self._states == _FREE))
         assert not len(wrong), f"block {wrong[0]}: state {self._state[wrong[0]]}, in the free list"
         free = int(owners.sum())
         assert free == self.num_free, f"{free} blocks in the free list, not {self.num_free}"
+        reserved = self._states[: self.first] == _RESERVED
+        assert reserved.all(), f"block {int(reserved.argmin())} is never lent, and was"
+        owners[: self.first] += 1  # nobody's, for good: with any owner there are too many
         for worker, leases in self._quarantine.items():
             assert leases, f"an empty quarantine of worker {worker}"
             for ids in leases.values():
@@ -300,7 +312,7 @@ class BlockPool:
             assert count == self._num_quarantined[worker], f"{count} blocks wait for {worker}"
         total = self._num_quarantined.total()
         assert total == self.num_quarantined, f"{total} blocks wait, not {self.num_quarantined}"
-        expected = np.ones(self.num_blocks, np.int32)
+        expected = np.ones(self.end, np.int32)
         expected[list(self.refs)] += np.array(list(self.refs.values()), np.int32)
         bad = np.where(expected > 1, self._states == _LIVE, self._states == _SHARED)
         wrong = np.flatnonzero(bad)
@@ -315,13 +327,16 @@ class BlockPool:
             indexed: Blocks that the tree owns, counted.
             held: Further references, counted.
         """
-        free = Counter(self._stack) + Counter(range(self._bump, self.num_blocks))
+        free = Counter(self._stack) + Counter(range(self._bump, self.end))
         aside: Counter[int] = Counter()
         for leases in self._quarantine.values():
             for ids in leases.values():
                 aside.update(ids)
         owners = free + private + indexed + aside
-        for block in range(self.num_blocks):
+        for block in range(self.first):
+            if self._state[block] != _RESERVED or owners[block] or held[block]:
+                raise AssertionError(f"block {block} is never lent, and has an owner")
+        for block in range(self.first, self.end):
             # A block whose owner let go while somebody still holds it is owned by its holders.
             count = owners[block] + held[block]
             expected = 1 + self.refs.get(block, 0)
@@ -346,7 +361,7 @@ class BlockPool:
 
 
 def _wrong(block: int, state: int, was: int) -> str:
-    names = ("free", "live", "shared", "quarantined")
+    names = ("free", "live", "shared", "quarantined", "never lent")
     return f"block {block} is {names[state]}, expected {names[was]}: an owner let go twice"
 
 
@@ -365,17 +380,17 @@ class LastTenant:
     """The last tenant of every block.
 
     Args:
-        num_blocks: Of the pool, which holds nothing but zeros yet.
+        num_ids: Of the pool, which holds nothing but zeros yet: ids are below.
     """
 
-    __slots__ = ("_last", "_num_blocks", "_numbers", "_of", "_only", "num_wiped", "wipe")
+    __slots__ = ("_last", "_num_ids", "_numbers", "_of", "_only", "num_wiped", "wipe")
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_ids: int) -> None:
         self.wipe: Wipe | None = None
         """None where there is no memory to wipe."""
         self.num_wiped = 0
         """Blocks since the start."""
-        self._num_blocks = num_blocks
+        self._num_ids = num_ids
         self._of = np.zeros(0, np.int32)
         self._numbers: dict[str, int] = {}
         """Of the tenants whose data some block may hold; of others, a few."""
@@ -401,7 +416,7 @@ class LastTenant:
             if self._only == tenant:
                 return
             first = self._number(self._only)
-            self._of = np.zeros(self._num_blocks, np.int32)
+            self._of = np.zeros(self._num_ids, np.int32)
             self._of[:num_used] = first
         mine = self._number(tenant)
         of = self._of
@@ -421,7 +436,7 @@ class LastTenant:
 
     def restore(self, runs: Iterable[tuple[str, BlockTable]]) -> None:
         """Take over a pool of an earlier life: what is not in a run may hold anybody's data."""
-        self._of = np.full(self._num_blocks, _UNKNOWN, np.int32)
+        self._of = np.full(self._num_ids, _UNKNOWN, np.int32)
         for tenant, blocks in runs:
             self._of[np.frombuffer(blocks, np.int32)] = self._number(tenant)
         if not self._numbers:
@@ -431,7 +446,7 @@ class LastTenant:
         """Give a tenant's number.  Amortised O(1): those without a block are forgotten in bulk."""
         found = self._numbers.get(tenant)
         if found is None:
-            if len(self._numbers) >= 2 * self._num_blocks + _SPARE_NUMBERS:
+            if len(self._numbers) >= 2 * self._num_ids + _SPARE_NUMBERS:
                 there = set(np.unique(self._of).tolist())
                 self._numbers = {name: n for name, n in self._numbers.items() if n in there}
             self._last += 1

@@ -80,7 +80,7 @@ class PrefixCache:
     Pure: no clock, no I/O, no thread.  `now` is any clock in seconds that never goes back.
 
     Args:
-        num_blocks: Blocks in the pool.
+        num_blocks: Blocks that can be lent.
         block_size: Tokens per block: a power of two, 1 to 1024.
         policy: Order of eviction, by name.
         partial: How much of a partly matching block is reused.
@@ -94,6 +94,7 @@ class PrefixCache:
             next one takes the place of one that is only cached.
         history_bytes: What may be remembered for people, for `explain` and the stats, of requests
             that are over.  It decides nothing: experiments, which only count, do with 0.
+        first_block: The id of the first block: what is below it is memory that nobody is ever lent.
 
     Raises:
         InvalidRequest: an argument is out of range.
@@ -124,6 +125,7 @@ class PrefixCache:
         max_leases: int = 1 << 40,
         max_namespaces: int = 1 << 40,
         history_bytes: int = 1 << 20,
+        first_block: int = 0,
     ) -> None:
         if num_blocks < 1:
             raise InvalidRequest(f"a pool of {num_blocks} blocks holds nothing; give at least 1")
@@ -131,6 +133,8 @@ class PrefixCache:
             raise InvalidRequest(f"block size {block_size} is not a power of two from 1 to 1024")
         if history_bytes < 0:
             raise InvalidRequest(f"a history of {history_bytes} bytes; give 0 or more")
+        if first_block < 0:
+            raise InvalidRequest(f"the first block is {first_block}; give 0 or more")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.partial = Partial(partial)
@@ -142,7 +146,7 @@ class PrefixCache:
         )
         self._lessor = Lessor(
             tree,
-            BlockPool(num_blocks),
+            BlockPool(num_blocks, first_block),
             self.partial,
             ttl_s=ttl_s,
             max_pinned=num_blocks // 4 if max_pinned is None else min(max_pinned, num_blocks),
@@ -984,7 +988,8 @@ class PrefixCache:
 
         Args:
             runs: What is indexed, parents first; each block in one run only.
-            aside: Blocks that processes of that life may still write to: quarantined.
+            aside: Blocks that processes of that life may still write to: quarantined.  All that is
+                named here are blocks that can be lent.
             worker: Under whose number they are, which nobody else has; `worker_gone` frees them.
 
         Returns:

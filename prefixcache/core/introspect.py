@@ -312,7 +312,7 @@ def block_map(lessor: Lessor, num_cells: int) -> Generator[None, None, tuple[int
     """
     pool = lessor.blocks.pool
     live, quarantined = pool.states()
-    painted = np.full(pool.num_blocks, _FREE, np.uint8)
+    painted = np.full(pool.end, _FREE, np.uint8)
     painted[live] = _PRIVATE
     painted[quarantined] = _QUARANTINED
     stack: list[Node] = [*lessor.roots.values(), *lessor.tree.retired]
@@ -332,6 +332,7 @@ def block_map(lessor: Lessor, num_cells: int) -> Generator[None, None, tuple[int
             yield
     each = -(-pool.num_blocks // num_cells)
     short = -pool.num_blocks % each
+    painted = painted[pool.first :]
     cells = np.concatenate([painted, np.full(short, len(STATES), np.uint8)]).reshape(-1, each)
     counts = np.stack([(cells == code).sum(axis=1) for code in range(len(STATES))])
     return tuple(counts.argmax(axis=0).tolist())

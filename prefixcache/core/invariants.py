@@ -133,7 +133,7 @@ class _Walk:
     def __init__(self, lessor: Lessor) -> None:
         self._lessor = lessor
         self._tree = lessor.blocks.tree
-        self._owners: NDArray[np.int32] = np.zeros(lessor.blocks.pool.num_blocks, np.int32)
+        self._owners: NDArray[np.int32] = np.zeros(lessor.blocks.pool.end, np.int32)
         self._locks: Counter[Node] = Counter()
         self._odd: list[Node] = []
         """Runs whose locks are not those of the leases that were seen."""

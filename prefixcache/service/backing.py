@@ -6,7 +6,7 @@ Both need the layout.  Where nobody gave one at the start, the first worker that
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.cache import PrefixCache
@@ -27,6 +27,7 @@ class Sizes:
     layout: Layout
     memory: int
     block_size: int
+    first_block: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -37,6 +38,11 @@ class Sizes:
     def num_blocks(self) -> int:
         """Blocks that fit."""
         return self.memory // self.block_bytes
+
+    @property
+    def num_lent(self) -> int:
+        """How many of them can be lent."""
+        return self.num_blocks - self.first_block
 
     def __str__(self) -> str:
         """Write the arithmetic out.
@@ -58,9 +64,10 @@ class Sizes:
                 f"{many(layout.planes, 'plane')} {times} {many(layout.page_bytes, 'byte')} per "
                 f"block, format {layout.format}"
             )
+        kept = f", {many(self.first_block, 'block', 'are')} never lent" if self.first_block else ""
         return (
-            f"{size} per token ({what}) · {format_size(self.memory)} = "
-            f"{num_blocks:,} blocks of {self.block_size} = {num_blocks * self.block_size:,} tokens"
+            f"{size} per token ({what}) · {format_size(self.memory)} = {num_blocks:,} blocks of "
+            f"{self.block_size}{kept} = {self.num_lent * self.block_size:,} tokens"
         )
 
 
@@ -111,25 +118,32 @@ class Backing:
             return self.cache
         check_layout(layout)
         _check_block_size(settings.block_size, block_size)
-        sizes = Sizes(layout, settings.memory, settings.block_size)
-        if sizes.num_blocks < 1:
+        sizes = Sizes(layout, settings.memory, settings.block_size, settings.first_block)
+        if sizes.num_lent < 1:
+            room = "Raise --memory or lower --block-size"
             raise InvalidRequest(
                 f"one block of {settings.block_size} tokens takes {format_size(sizes.block_bytes)} "
-                f"({layout}); the pool has {format_size(settings.memory)}. Raise --memory or lower "
-                "--block-size."
+                f"({layout}); the pool has {format_size(settings.memory)}"
+                + (
+                    f", and its first {settings.first_block:,} are never lent. {room}, or lower "
+                    "--first-block."
+                    if settings.first_block
+                    else f". {room}."
+                )
             )
         cache = PrefixCache(
-            sizes.num_blocks,
+            sizes.num_lent,
             settings.block_size,
             policy=settings.policy,
             partial=settings.partial,
             num_ghosts=settings.ghosts,
             ttl_s=settings.ttl,
-            max_pinned=int(sizes.num_blocks * settings.pin_cap),
+            max_pinned=int(sizes.num_lent * settings.pin_cap),
             max_line=settings.max_line,
             max_leases=settings.max_leases,
             max_namespaces=settings.max_namespaces,
             history_bytes=settings.history,
+            first_block=settings.first_block,
         )
         cache.set_tenants(self._tenants)
         if settings.pool == "shm":
@@ -144,6 +158,7 @@ class Backing:
             self.handle = PoolHandle(
                 "none", "", sizes.num_blocks, settings.block_size, layout, 0, 0
             )
+        self.handle = replace(self.handle, first_block=settings.first_block)
         if self.state is not None:
             self.state.restore(cache, settings.partial)
         if self.handle.kind == "shm":
@@ -166,7 +181,9 @@ class Backing:
     def _make_pool(self, sizes: Sizes) -> PoolFile:
         file = None
         if self.state is not None:
-            file = self.state.open_pool(sizes.layout, sizes.num_blocks, sizes.block_size)
+            file = self.state.open_pool(
+                sizes.layout, sizes.num_blocks, sizes.block_size, sizes.first_block
+            )
         if file is None:
             file = PoolFile.create(sizes.layout, sizes.num_blocks, sizes.block_size)
         return file

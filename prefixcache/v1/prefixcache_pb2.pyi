@@ -13,6 +13,7 @@ class ElementType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ELEMENT_TYPE_BFLOAT16: _ClassVar[ElementType]
     ELEMENT_TYPE_FLOAT16: _ClassVar[ElementType]
     ELEMENT_TYPE_FLOAT32: _ClassVar[ElementType]
+    ELEMENT_TYPE_FLOAT8_E4M3FN: _ClassVar[ElementType]
 
 class PoolKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -48,6 +49,7 @@ ELEMENT_TYPE_UNSPECIFIED: ElementType
 ELEMENT_TYPE_BFLOAT16: ElementType
 ELEMENT_TYPE_FLOAT16: ElementType
 ELEMENT_TYPE_FLOAT32: ElementType
+ELEMENT_TYPE_FLOAT8_E4M3FN: ElementType
 POOL_KIND_UNSPECIFIED: PoolKind
 POOL_KIND_SHM: PoolKind
 POOL_KIND_CUDA_IPC: PoolKind
@@ -99,7 +101,7 @@ class Layout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., dtype: _Optional[_Union[ElementType, str]] = ..., planes: _Optional[int] = ..., page_bytes: _Optional[int] = ..., format: _Optional[str] = ...) -> None: ...
 
 class PoolHandle(_message.Message):
-    __slots__ = ("kind", "name", "num_blocks", "block_size", "layout", "epoch", "offset")
+    __slots__ = ("kind", "name", "num_blocks", "block_size", "layout", "epoch", "offset", "first_block")
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +109,7 @@ class PoolHandle(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     kind: PoolKind
     name: str
     num_blocks: int
@@ -114,7 +117,8 @@ class PoolHandle(_message.Message):
     layout: Layout
     epoch: int
     offset: int
-    def __init__(self, kind: _Optional[_Union[PoolKind, str]] = ..., name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+    first_block: int
+    def __init__(self, kind: _Optional[_Union[PoolKind, str]] = ..., name: _Optional[str] = ..., num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., epoch: _Optional[int] = ..., offset: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class Copy(_message.Message):
     __slots__ = ("src", "dst", "num_tokens")

@@ -138,14 +138,19 @@ def test_what_is_no_row_of_ids_is_refused(tokens: Any) -> None:
 
 
 def test_a_layout_knows_its_element_types() -> None:
-    for name, whole in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+    for name, whole in (
+        ("bf16", "bfloat16"),
+        ("fp16", "float16"),
+        ("fp32", "float32"),
+        ("fp8", "float8_e4m3fn"),
+    ):
         assert Layout(1, 1, 4, name) == Layout(1, 1, 4, whole)
         assert parse_layout(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
         assert layout_named(f"1x1x4:{name}") == Layout(1, 1, 4, whole)
         assert load({"dtype": name}).dtype == whole
-    with pytest.raises(InvalidRequest, match=r"--dtype.*cannot hold 'fp8'"):
-        load({"dtype": "fp8"})
-    for name in ("fp8", "BF16", None, 2):
+    with pytest.raises(InvalidRequest, match=r"--dtype.*cannot hold 'fp4'"):
+        load({"dtype": "fp4"})
+    for name in ("fp4", "BF16", None, 2):
         with pytest.raises(InvalidRequest, match="a pool cannot hold"):
             Layout(1, 1, 4, name)  # type: ignore[arg-type]
 

@@ -873,7 +873,9 @@ class Rules:
         world.cache.attach(last, space, now=world.now)
         grant = world.cache.acquire(last, space, everything, now=world.now)
         assert isinstance(grant, Grant)
-        assert sorted(grant.block_table) == list(range(world.shape.num_blocks)), "a block is lost"
+        first = world.shape.first_block
+        ids = range(first, first + world.shape.num_blocks)
+        assert sorted(grant.block_table) == list(ids), "a block is lost"
         world.cache.worker_gone(last, now=world.now)
         world.cache.check()
 

@@ -19,7 +19,7 @@ from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
 
 def grown(seed: int, block_size: int) -> World:
     """A world after a random story."""
-    world = World(Shape(40, block_size, Partial.TAILS, "lru"))
+    world = World(Shape(40, block_size, Partial.TAILS, "lru", first_block=seed % 3))
     rules = Rules(world, Seeded(seed))
     rules.attach()
     for number in range(60):
@@ -64,7 +64,7 @@ def test_what_is_restored_is_what_was_there(seed: int, block_size: int) -> None:
     draw = random.Random(seed)
     runs = cut(world.transcript, draw)
     # What lies under a tail that is locked can be covered by a fuller block: only one is taken.
-    fresh = PrefixCache(40, block_size)
+    fresh = PrefixCache(40, block_size, first_block=seed % 3)
     aside = array("i", [block for block in (37, 39) if block not in world.transcript.prefixes])
     count = fresh.restore(runs, aside, WorkerId(-3))
     fresh.check()

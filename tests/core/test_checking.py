@@ -195,3 +195,11 @@ def test_a_long_list_is_left_out_and_named():
         "leases by age",
         "leases by account",
     ]
+
+
+def test_a_block_that_is_never_lent_has_no_owner() -> None:
+    cache = PrefixCache(4, 4, first_block=2)
+    cache.check()
+    cache._lessor.blocks.pool._stack.append(1)
+    with pytest.raises(AssertionError, match="block 1"):
+        cache.check()

@@ -53,6 +53,7 @@ def shape_for(policy: str, partial: Partial, block_size: int, draw: Seeded) -> S
         policy=policy,
         vocabulary=2 + draw.below(2),
         num_ghosts=(None, 0, 3, PLENTY)[draw.below(4)],
+        first_block=draw.below(3),
     )
 
 
@@ -158,10 +159,14 @@ def machine(partial: Partial, block_size: int) -> type[RuleBasedStateMachine]:
         @initialize(
             num_blocks=st.sampled_from([3, 5, 8, 12, 400]),
             policy=st.sampled_from(sorted(POLICIES)),
+            first_block=st.integers(0, 2),
             data=st.data(),
         )
-        def start(self, num_blocks: int, policy: str, data: st.DataObject) -> None:
-            world = World(Shape(num_blocks, block_size, partial, policy))
+        def start(
+            self, num_blocks: int, policy: str, first_block: int, data: st.DataObject
+        ) -> None:
+            shape = Shape(num_blocks, block_size, partial, policy, first_block=first_block)
+            world = World(shape)
             self.rules = Rules(world, FromHypothesis(data))
             self.rules.attach()
 

@@ -49,6 +49,7 @@ class Shape:
     num_ghosts: int | None = None
     ttl_s: float = 10.0
     max_line: int = 3
+    first_block: int = 0
 
 
 Key: TypeAlias = tuple[WorkerId, LeaseId]
@@ -138,6 +139,7 @@ class World:
             num_ghosts=shape.num_ghosts,
             ttl_s=shape.ttl_s,
             max_line=shape.max_line,
+            first_block=shape.first_block,
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
@@ -588,6 +590,9 @@ class World:
 
     def verify_blocks(self, snapshot: Snapshot, fill: dict[int, int]) -> None:
         """Every block is somewhere, and only there."""
+        lent = {block for view in self.leases.values() for block in view.table}
+        first, count = self.shape.first_block, self.shape.num_blocks
+        assert lent | fill.keys() <= set(range(first, first + count)), "a block that is none"
         counted = snapshot.free + snapshot.private + snapshot.indexed + snapshot.quarantined
         assert counted == snapshot.num_blocks == self.shape.num_blocks, f"{snapshot}"
         assert 0 <= snapshot.evictable <= snapshot.indexed

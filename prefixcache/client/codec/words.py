@@ -15,6 +15,7 @@ DTYPES: Final = {
     "bfloat16": pb.ELEMENT_TYPE_BFLOAT16,
     "float16": pb.ELEMENT_TYPE_FLOAT16,
     "float32": pb.ELEMENT_TYPE_FLOAT32,
+    "float8_e4m3fn": pb.ELEMENT_TYPE_FLOAT8_E4M3FN,
 }
 POOL_KINDS: Final = {
     "shm": pb.POOL_KIND_SHM,
@@ -115,6 +116,7 @@ def write_pool(word: PoolHandle, message: pb.PoolHandle) -> None:
     write_layout(word.layout, message.layout)
     message.epoch = word.epoch
     message.offset = word.offset
+    message.first_block = word.first_block
 
 
 def read_pool(message: pb.PoolHandle) -> PoolHandle:
@@ -127,6 +129,7 @@ def read_pool(message: pb.PoolHandle) -> PoolHandle:
         read_layout(message.layout),
         message.epoch,
         message.offset,
+        message.first_block,
     )
 
 

@@ -89,6 +89,7 @@ class StateDirectory:
         self._writer: ManifestWriter | None = None
         self._file: PoolFile | None = None
         self._restored = (0, 0, 0, 0.0)
+        self._first_block = 0
         try:
             check_path(self.path.parent, "--state")
             make_private_folder(self.path, "--state")
@@ -129,8 +130,12 @@ class StateDirectory:
             0 if writer is None else writer.num_pending,
         )
 
-    def open_pool(self, layout: Layout, num_blocks: int, block_size: int) -> PoolFile | None:
+    def open_pool(
+        self, layout: Layout, num_blocks: int, block_size: int, first_block: int
+    ) -> PoolFile | None:
         """Take over the pool, or make a new one.  None if that cannot be done here.
+
+        What lies in blocks before the first that can be lent is not taken over.
 
         Raises:
             PoolExhausted: there is no room for a pool of that size.
@@ -139,6 +144,7 @@ class StateDirectory:
             return None
         facts: dict[str, str | int] = {"format": FORMAT, "layout": str(layout)}
         facts |= {"num_blocks": num_blocks, "block_size": block_size}
+        self._first_block = first_block
         found = self._facts()
         fits = {name: found.get(name) for name in facts} == facts
         reuse = fits and Stamps.fit(self.path / "stamps", num_blocks)
@@ -191,7 +197,11 @@ class StateDirectory:
     ) -> None:
         size = cache.block_size
         try:
-            recovery = recover(manifest, stamps, sums, size, tails=partial is Partial.TAILS)
+            recovery = recover(
+                *(manifest, stamps, sums, size),
+                first_block=self._first_block,
+                tails=partial is Partial.TAILS,
+            )
         except Exception as error:  # noqa: BLE001 - foreign data: it costs what is in it, no more
             log.warning("the state cannot be read: starting cold", cause=repr(error))
             try:
@@ -202,7 +212,7 @@ class StateDirectory:
                 self._give_up(worse)
                 return
             recovery = Recovery([], [], [], 0, {})
-        aside = array("i") if not file.has_former_workers() else _writable(stamps)
+        aside = array("i") if not file.has_former_workers() else self._writable(stamps)
         count = cache.restore(recovery.runs, aside, FORMER)
         stamps.blocks[:] += stamps.blocks & 1
         if aside:
@@ -282,6 +292,10 @@ class StateDirectory:
             log.warning("the manifest is broken: starting cold", cause=str(error))
             return {}
 
+    def _writable(self, stamps: Stamps) -> BlockTable:
+        odd = np.flatnonzero(stamps.blocks & 1).astype(np.int32)
+        return array("i", odd[odd >= self._first_block].tobytes())
+
     def _give_up(self, error: Exception) -> None:
         """Go on without a state; what is there must not come back after resets it never saw."""
         self.failure = str(error) or type(error).__name__
@@ -292,8 +306,3 @@ class StateDirectory:
             state=str(self.path),
             cause=self.failure,
         )
-
-
-def _writable(stamps: Stamps) -> BlockTable:
-    odd = np.flatnonzero(stamps.blocks & 1).astype(np.int32)
-    return array("i", odd.tobytes())

@@ -66,7 +66,13 @@ class _Columns(NamedTuple):
 
 
 def recover(
-    manifest: Manifest, stamps: Stamps, sums: Checksums, block_size: int, *, tails: bool
+    manifest: Manifest,
+    stamps: Stamps,
+    sums: Checksums,
+    block_size: int,
+    *,
+    first_block: int = 0,
+    tails: bool,
 ) -> Recovery:
     """Read the manifest and check every entry of it against the pool.  Reads all that is kept.
 
@@ -75,6 +81,7 @@ def recover(
         stamps: of this pool.
         sums: over this pool.
         block_size: tokens of a block.
+        first_block: blocks below are never lent.
         tails: whether partly filled blocks are wanted.
 
     Raises:
@@ -98,7 +105,7 @@ def recover(
     num_doubtful = 0
     for fill in np.unique(fills).tolist():
         group = fills == fill
-        found, doubtful = _check(columns.take(group), fill, stamps, sums)
+        found, doubtful = _check(columns.take(group), fill, stamps, sums, first_block)
         holds[np.repeat(group, columns.counts)] = found
         num_doubtful += doubtful
     blocks, times = np.unique(columns.blocks[holds], return_counts=True)
@@ -144,7 +151,7 @@ def _read(rows: list[tuple[Any, ...]]) -> _Columns:
 
 
 def _check(
-    rows: _Columns, fill: int, stamps: Stamps, sums: Checksums
+    rows: _Columns, fill: int, stamps: Stamps, sums: Checksums, first_block: int
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Check rows whose blocks are filled alike.
 
@@ -154,7 +161,7 @@ def _check(
     facts, tokens = describe(
         rows.heads[:, 1:], rows.counts, rows.blocks, rows.stamps, b"".join(rows.tokens), fill
     )
-    holds = rows.blocks < len(stamps.blocks)
+    holds = (rows.blocks >= first_block) & (rows.blocks < len(stamps.blocks))
     holds &= stamps.blocks[np.where(holds, rows.blocks, 0)] == rows.stamps
     holds &= rows.stamps % 2 == 0
     due = np.flatnonzero(holds)

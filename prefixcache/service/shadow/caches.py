@@ -128,7 +128,7 @@ class ShadowCaches:
         settings = self._settings
         block_size = spec.block_size or settings.block_size
         num_tokens = (spec.memory or settings.memory) * sizes.block_size // sizes.block_bytes
-        num_blocks = num_tokens // block_size
+        num_blocks = num_tokens // block_size - sizes.first_block
         if num_blocks < 1:
             raise InvalidRequest(f"--shadow {spec.name}: not one block fits into that memory")
         return {

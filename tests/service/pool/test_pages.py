@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from hypothesis import strategies as st
 
 import prefixcache
 from prefixcache.client import codec
-from prefixcache.config import parse_layout
+from prefixcache.config import load, parse_layout
+from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import HEADER_BYTES, PoolFile, map_pool, pages_of
+from prefixcache.service.backing import Backing
 from prefixcache.service.persistence.checksums import NUM_FACTS, Checksums
+from prefixcache.service.persistence.directory import FORMER
 from prefixcache.service.pool.zeroing import BlockZeroer
-from prefixcache.types import MAX_FORMAT, Layout
+from prefixcache.types import MAX_FORMAT, Grant, Layout, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.service_process import ServiceProcess, running
 
@@ -31,6 +35,7 @@ THEIRS = Layout(planes=3, page_bytes=256, format="vllm-0.32/LBHNC/amx/float32")
 """The same 768 bytes of a block in an order of which nothing is known but this."""
 SIZE = 4
 NUM_BLOCKS = 96
+ME, MINE = WorkerId(1), Namespace("m")
 
 formats = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
 opaque = st.builds(
@@ -145,8 +150,6 @@ class Pool:
 def test_zeroing_blocks_writes_each_of_their_pages_and_nothing_else(
     layout: Layout, num_blocks: int, size: int, data: st.DataObject
 ) -> None:
-    from array import array
-
     chosen = data.draw(st.sets(st.integers(0, num_blocks - 1)))
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(layout, num_blocks, size, Path(folder))
@@ -229,8 +232,6 @@ def test_no_block_of_another_tenant_is_written_when_pages_are_wiped(
 
 def test_who_reads_pages_in_another_order_than_they_lie_in_would_lose_them() -> None:
     """Why formats are compared: the same bytes, wiped as if they lay in our order."""
-    from array import array
-
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(OURS, NUM_BLOCKS, SIZE, Path(folder))
         pages_of(pool.map, pool.handle)[:] = 0xAB
@@ -308,3 +309,80 @@ def test_a_state_of_other_pages_is_a_cold_start(tmp_path: Path) -> None:
             session.close()
             client.close()
             assert service.stop() == 0
+
+
+# ----------------------------------------------------------------------- blocks that are never lent
+
+
+def test_blocks_before_the_first_are_never_lent_and_counted_nowhere(tmp_path: Path) -> None:
+    with (
+        serve(tmp_path, OURS, "--first-block", "1", "--partial", "tails") as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        assert "96 blocks of 4, 1 block is never lent = 380 tokens" in "\n".join(service.lines)
+        session = client.attach("m", OURS)
+        pool = session.pool
+        assert (pool.num_blocks, pool.first_block) == (NUM_BLOCKS, 1)  # pages in memory
+        assert client.snapshot().num_blocks == client.snapshot().free == NUM_BLOCKS - 1
+        with pytest.raises(InvalidRequest, match="the whole pool has 95"):
+            session.acquire(list(range(NUM_BLOCKS * SIZE)))
+        for start in (0, 5000):  # once fresh, once by eviction
+            tokens = list(range(start, start + (NUM_BLOCKS - 1) * SIZE))
+            with session.acquire(tokens) as lease:
+                assert sorted(lease.block_table) == list(range(1, NUM_BLOCKS))
+                lease.commit(len(tokens))
+        assert not client.check().failure
+
+
+def revived(state: Path, first_block: int) -> tuple[Backing, PrefixCache]:
+    given = {"memory": NUM_BLOCKS * OURS.block_bytes(SIZE), "block_size": SIZE, "layout": OURS}
+    backing = Backing(load({**given, "state": state, "first_block": first_block}))
+    assert backing.cache is not None
+    backing.cache.attach(ME, MINE, now=0.0)
+    return backing, backing.cache
+
+
+def granted(cache: PrefixCache, tokens: range) -> Grant:
+    grant = cache.acquire(ME, MINE, pack(tokens), now=0.0)
+    assert isinstance(grant, Grant)
+    return grant
+
+
+@pytest.mark.parametrize("was_written", [False, True])
+def test_what_was_kept_in_a_block_that_is_now_never_lent_is_a_miss(
+    tmp_path: Path, was_written: bool
+) -> None:
+    """The manifest's rows name block 0; or its stamp says that somebody may still write to it."""
+    state = tmp_path / "state"
+    backing, cache = revived(state, 0)
+    assert backing.handle is not None
+    memory = map_pool(backing.handle)  # of a worker of that life
+    for start in (0, 100):
+        stored = granted(cache, range(start, start + 10))
+        assert (0 in stored.block_table) == (start == 0)
+        cache.commit(ME, stored.lease, 10, now=0.0)
+        cache.release(ME, stored.lease, now=0.0)
+    granted(cache, range(500, 510))
+    backing.close()
+    if was_written:
+        with (state / "stamps").open("r+b") as file:
+            file.write((7).to_bytes(4, "little"))
+    backing, cache = revived(state, 1)
+    cache.check()
+    assert cache.lookup(MINE, pack(range(11))).num_hit == 0
+    assert cache.lookup(MINE, pack(range(100, 111))).num_hit == 8
+    assert cache.snapshot(now=0.0).quarantined == 3
+    cache.worker_gone(FORMER, now=0.0)
+    everything = granted(cache, range(9000, 9000 + (NUM_BLOCKS - 1) * SIZE))
+    assert sorted(everything.block_table) == list(range(1, NUM_BLOCKS))
+    backing.close()
+    memory.close()
+
+
+def test_a_pool_of_nothing_but_reserved_blocks_is_refused(tmp_path: Path) -> None:
+    told = "its first 200 are never lent.*or lower --first-block"
+    with (
+        pytest.raises(AssertionError, match=told),
+        serve(tmp_path, OURS, "--first-block", "200"),
+    ):
+        pass
