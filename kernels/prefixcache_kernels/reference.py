@@ -256,10 +256,17 @@ def paged_attention(
 
 
 def whole_heads(query: Tensor) -> Tensor:
-    """Give queries whose heads have their elements side by side, copied if they do not.
+    """Give queries whose heads lie apart, each with its elements side by side; copied if not.
 
-    PyTorch's products of other operands round scores to 16 bits before they are scaled.
+    PyTorch's products of other operands round scores to 16 bits before they are scaled, and its
+    attention gives the answer the strides of the queries: into heads that overlap, it would write
+    one over another.
     """
+    reach = 1
+    for stride, size in sorted(zip(query.stride(), query.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return query.contiguous()
+        reach += stride * (size - 1)
     return query if query.stride(2) == 1 else query.contiguous()
 
 

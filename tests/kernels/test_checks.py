@@ -189,6 +189,24 @@ def test_a_well_formed_call_beside_them_is_answered() -> None:
 
 
 @PATHS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strides", [(1, 1, 1), (0, 16, 1), (16, 8, 1), (16, 0, 1)], ids=str)
+def test_queries_that_lie_in_each_other_are_answered_each_for_itself(
+    dtype: torch.dtype, strides: tuple[int, int, int]
+) -> None:
+    """They are read only; PyTorch gave the answer their strides, and wrote it over itself."""
+    arguments = step()
+    for name in ("query", "key_cache", "value_cache"):
+        arguments[name] = arguments[name].to(dtype)
+    arguments["query"] = arguments["query"].as_strided((2, 4, 16), strides)
+    want = oracle_attention(**arguments)
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    assert gap(paged_attention(**arguments), want) <= near
+    groups = GroupPlan.alone(2)
+    assert gap(shared_prefix_attention(**arguments, groups=groups), want) <= near
+
+
+@PATHS
 @pytest.mark.parametrize("asked", [0, 1])
 @pytest.mark.parametrize("rare", ["lse", "value_dim", "double", "eight"])
 def test_what_a_sequence_without_queries_names_is_not_read(asked: int, rare: str) -> None:
