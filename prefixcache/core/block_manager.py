@@ -173,8 +173,9 @@ class BlockManager:
         private = len(lease.table) - lease.private_from + len(lease.duplicates)
         if more := private - lease.num_private:
             lease.num_private = private
-            lease.account.private += more
-            if (tenant := lease.account.above) is not None:
+            account = lease.account
+            account.private += more
+            if (tenant := account.above) is not None:
                 tenant.private += more
 
     # ------------------------------------------------------------------ a lease's blocks
@@ -190,9 +191,9 @@ class BlockManager:
         if source is not None:
             self.pool.add_ref(source)
         fresh = self.obtain(need, lease.namespace.tenant)
-        lease.table = node.table()
-        lease.private_from = len(lease.table)
-        lease.table.extend(fresh)
+        lease.table = table = node.table()
+        lease.private_from = len(table)
+        table.extend(fresh)
         self.count_private(lease)
         lease.start = lease.committed = match.end // TOKEN_BYTES
         if source is None:

@@ -441,9 +441,9 @@ class PrefixCache:
             raise InvalidRequest(
                 f"{many(len(new_tokens), 'byte', 'are')} not whole tokens of {TOKEN_BYTES}"
             )
-        known = own.num_tokens + len(new_tokens) // TOKEN_BYTES
+        known = own.start + (len(own.rest) + len(new_tokens)) // TOKEN_BYTES
         room = len(own.table) * self.block_size
-        if not own.committed <= num_tokens <= min(known, room):
+        if num_tokens < own.committed or num_tokens > known or num_tokens > room:
             raise InvalidRequest(
                 f"cannot commit {many(num_tokens, 'token')} of lease {lease}: {own.committed:,} "
                 f"are committed, {known:,} known, and its {many(len(own.table), 'block', 'have')} "
@@ -601,7 +601,7 @@ class PrefixCache:
         member = lessor.leases.worker(worker)
         own = member.leases.get(lease)
         if own is not None:
-            freed = lessor.end(own, now, writes_on=False).num_freed
+            freed, _ = lessor.end(own, now, writes_on=False)
         elif member.was_granted(lease):
             freed = lessor.blocks.release_quarantine(worker, lease)
         else:
@@ -626,7 +626,7 @@ class PrefixCache:
         over = lessor.end_leaving(now, limit)
         if not over or most is None:
             due = lessor.leases.due(now, limit)
-            over += [lessor.end(lease, now, writes_on=True) for lease in due]
+            over += [Ended((one.id,), *lessor.end(one, now, writes_on=True)) for one in due]
         if over:
             lessor.serve(now, work)
         else:

@@ -1,7 +1,7 @@
 """History: what a cache remembers for people, of requests that are over.
 
 ```
-before the lock   look ──► Seen: where it parts, and from what; how deep the ghosts were
+before the lock   look ──► seen: where it parts, and from what; how deep the ghosts were
 after the lock    note ──► divergence · miss depths · request log
 ```
 
@@ -45,9 +45,9 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
-from prefixcache.core.node import Match, Node, Place, Root
+from prefixcache.core.node import Match, Node, Place
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Grant, LeaseId, Ledger, Namespace
 
@@ -243,7 +243,7 @@ class GrantRecord(NamedTuple):
     extra_blocks: int | None
     """How many more would have kept what was evicted of it."""
     num_bytes: int
-    """What remembering it costs, without its prompt: see `record_bytes`."""
+    """What remembering it costs, without its prompt."""
 
     def is_called(self, name: str) -> bool:
         """Whether that names this request: its id, without its last part, or worker#lease.
@@ -257,9 +257,12 @@ class GrantRecord(NamedTuple):
         )
 
 
-def record_bytes(request_id: str, stored_next: bytes, root: Root) -> int:
-    """Say what remembering a request costs, without its prompt.  O(1)."""
-    return _RECORD_BYTES + len(request_id) + len(stored_next) + root.name_size
+_Row: TypeAlias = (
+    "tuple[str, str, LeaseId, Namespace, Ledger, float, int | None, bytes, int | None, int]"
+)
+"""A `GrantRecord` as it is kept: hardly one is ever looked at, and made when it is."""
+_NAMESPACE: Final = 3
+_NUM_BYTES: Final = 9
 
 
 class RequestLog:
@@ -282,14 +285,14 @@ class RequestLog:
         self.max_bytes = max_bytes
         self.record_bytes = 0
         self.prompt_bytes = 0
-        self._records: deque[GrantRecord] = deque()
+        self._records: deque[_Row] = deque()
         self._prompts: deque[bytes] = deque()
         """Those of the youngest records."""
 
     def __iter__(self) -> Iterator[tuple[GrantRecord, bytes]]:
         prompts = reversed(self._prompts)
-        for record in reversed(self._records):
-            yield record, next(prompts, b"")
+        for row in reversed(self._records):
+            yield GrantRecord(*row), next(prompts, b"")
 
     def __len__(self) -> int:
         return len(self._records)
@@ -299,7 +302,7 @@ class RequestLog:
         """What it takes now."""
         return self.record_bytes + self.prompt_bytes
 
-    def add(self, record: GrantRecord, prompt: bytes) -> None:
+    def add(self, record: _Row, prompt: bytes) -> None:
         """Remember a request.  Amortised O(1); the prompt is not copied.
 
         Over the budget the oldest lose their prompts; over half of it, or their number, they go.
@@ -307,11 +310,11 @@ class RequestLog:
         records, prompts = self._records, self._prompts
         records.append(record)
         prompts.append(prompt)
-        size, prompt_bytes = self.record_bytes + record.num_bytes, self.prompt_bytes + len(prompt)
+        size, prompt_bytes = self.record_bytes + record[_NUM_BYTES], self.prompt_bytes + len(prompt)
         while size > self.max_bytes >> 1 or len(records) > _MOST_REQUESTS:
             if len(prompts) == len(records):
                 prompt_bytes -= len(prompts.popleft())
-            size -= records.popleft().num_bytes
+            size -= records.popleft()[_NUM_BYTES]
         while size + prompt_bytes > self.max_bytes:
             prompt_bytes -= len(prompts.popleft())
         self.record_bytes, self.prompt_bytes = size, prompt_bytes
@@ -322,27 +325,21 @@ class RequestLog:
         if len(kept) == len(self._records):
             return
         num_prompts = sum(
-            record.namespace != namespace
-            for record in islice(reversed(self._records), len(self._prompts))
+            row[_NAMESPACE] != namespace
+            for row in islice(reversed(self._records), len(self._prompts))
         )
         self._records = deque(record for record, _ in reversed(kept))
         self._prompts = deque(prompt for _, prompt in reversed(kept[:num_prompts]))
-        self.record_bytes = sum(record.num_bytes for record in self._records)
+        self.record_bytes = sum(row[_NUM_BYTES] for row in self._records)
         self.prompt_bytes = sum(map(len, self._prompts))
 
 
 SHOWN_TOKENS: Final = 64
 """How much of a stored continuation is told."""
 
-
-class Seen(NamedTuple):
-    """What a request looked like before anything was locked for it."""
-
-    parted_at: int | None
-    into: int
-    """Tokens from the end of the whole blocks to the parting."""
-    stored_next: bytes
-    extra_blocks: int | None
+Seen: TypeAlias = "tuple[int | None, int, bytes, int | None]"
+"""What a request looked like before anything was locked for it: `parted_at`, tokens from the end of
+the whole blocks to there, `stored_next` and `extra_blocks`."""
 
 
 class History:
@@ -385,9 +382,9 @@ class History:
                 extra = depth if extra is None or depth > extra else extra
         run = tree.parting(match, tokens, SHOWN_TOKENS * TOKEN_BYTES)
         if run is None:
-            return Seen(None, 0, b"", extra)
+            return None, 0, b"", extra
         into = match.partial_tokens
-        return Seen(match.end // TOKEN_BYTES + into, into, run[into * TOKEN_BYTES :], extra)
+        return match.end // TOKEN_BYTES + into, into, run[into * TOKEN_BYTES :], extra
 
     def note(
         self,
@@ -405,7 +402,7 @@ class History:
         if parted_at is not None:
             self.divergence.note(node, into, now)
         self.request_log.add(
-            GrantRecord(
+            (
                 request_id,
                 worker,
                 grant.lease,
@@ -415,7 +412,7 @@ class History:
                 parted_at,
                 stored_next,
                 extra_blocks,
-                record_bytes(request_id, stored_next, root),
+                _RECORD_BYTES + len(request_id) + len(stored_next) + root.name_size,
             ),
             prompt,
         )

@@ -62,8 +62,12 @@ class Inflight:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
-        insort(self.below.setdefault(lease.root, []), (prompt, lease.serial, lease))
-        lease.root.num_changes += 1
+        root = lease.root
+        below = self.below.get(root)
+        if below is None:
+            below = self.below[root] = []
+        insort(below, (prompt, lease.serial, lease))
+        root.num_changes += 1
 
     def remove(self, lease: Lease) -> None:
         """Take a lease out again, if it is in.  O(log flights)."""

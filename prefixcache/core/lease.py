@@ -21,7 +21,7 @@ from heapq import heapify, heappop, heappush
 
 from prefixcache.core.account import Account
 from prefixcache.core.ledger import Begun
-from prefixcache.core.node import Node
+from prefixcache.core.node import Node, Root
 from prefixcache.core.shares import Shares
 from prefixcache.errors import LeaseExpired, NotFound, PoolExhausted, QuotaExceeded
 from prefixcache.texts import many
@@ -43,6 +43,8 @@ _DROPPED = 512
 _REMEMBERED_REQUESTS = 256
 """Of each worker: those that may be interrupted at the same time, and come again."""
 _SHOWN_BYTES = 16 * TOKEN_BYTES
+_NO_BLOCKS: BlockTable = array("i")
+"""The table of a lease that has still to be given one; never changed."""
 
 
 class Lease:
@@ -79,11 +81,10 @@ class Lease:
     def __init__(
         self,
         lease: LeaseId,
-        worker: WorkerId,
-        namespace: Namespace,
-        node: Node,
-        *,
         serial: int,
+        worker: WorkerId,
+        root: Root,
+        node: Node,
         since: float,
         deadline: float,
     ) -> None:
@@ -92,14 +93,14 @@ class Lease:
         self.serial = serial
         """What it is called in here: greater than those of all that were granted before."""
         self.worker = worker
-        self.namespace = namespace
         self.since = since
         self.deadline = deadline
         self.node = node
         """Locked; ends where the lease's whole indexed blocks end."""
-        self.root = node.root
+        self.root = root
         """Of its namespace; the same as long as it lives."""
-        self.account: Account = self.root.account  # type: ignore[assignment]
+        self.namespace = root.namespace
+        self.account: Account = root.account  # type: ignore[assignment]
         """Who answers for what it holds."""
         self.num_private = 0
         """Its own blocks, as its account has counted them."""
@@ -111,7 +112,7 @@ class Lease:
         """Tokens from position 0 that hold valid KV."""
         self.computed_from = 0
         """Tokens that were there already when its request first came; the others are its own."""
-        self.table: BlockTable = array("i")
+        self.table: BlockTable = _NO_BLOCKS
         self.shares_table = False
         """Whether that very array is others' too: those of one fork share it until they differ."""
         self.private_from = 0
@@ -294,30 +295,24 @@ class LeaseTable:
             except PoolExhausted as full:  # it is the part of others that is free
                 raise QuotaExceeded(str(full), self.ttl_s) from None
 
-    def open(self, member: Worker, namespace: Namespace, node: Node, now: float) -> Lease:
-        """Make a lease.  O(log leases)."""
-        self._next += 1
+    def open(self, member: Worker, root: Root, node: Node, now: float) -> Lease:
+        """Make a lease, which has no table yet.  O(log leases)."""
         lease_id = LeaseId(member.first_lease + member.num_granted)
         member.num_granted += 1
-        lease = Lease(
-            lease_id,
-            member.id,
-            namespace,
-            node,
-            serial=self._next,
-            since=now,
-            deadline=now + self.ttl_s,
-        )
-        member.leases[lease.id] = lease
-        lease.root.num_leases += 1
-        self.by_age[lease.serial] = lease
-        mine = self._of_tenants.get(namespace.tenant)
+        serial = self._next = self._next + 1
+        deadline = now + self.ttl_s
+        lease = Lease(lease_id, serial, member.id, root, node, now, deadline)
+        member.leases[lease_id] = lease
+        root.num_leases += 1
+        self.by_age[serial] = lease
+        tenant = root.namespace.tenant
+        mine = self._of_tenants.get(tenant)
         if mine is None:
-            mine = self._of_tenants[namespace.tenant] = OrderedDict()
-        mine[lease.serial] = lease
+            mine = self._of_tenants[tenant] = OrderedDict()
+        mine[serial] = lease
         if self._shares is not None:
-            self._shares.force(namespace.tenant)
-        heappush(self._deadlines, (lease.deadline, lease.serial))
+            self._shares.force(tenant)
+        heappush(self._deadlines, (deadline, serial))
         if len(self._deadlines) > 2 * len(self.by_age) + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.by_age]
             heapify(self._deadlines)

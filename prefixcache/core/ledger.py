@@ -62,10 +62,10 @@ def settle(
             ghosts = tree.remembered(exact, tokens) // TOKEN_BYTES - exact.partial_tokens
     elif match.node.ghosts:
         ghosts = tree.remembered(match, tokens) // TOKEN_BYTES - match.partial_tokens
-    granularity = min(stored, left)
-    evicted = min(max(ghosts, 0), left - granularity)
-    cold = left - granularity - evicted
-    return Ledger(whole - joined, partial, joined, cold, evicted, granularity)
+    granularity = stored if stored < left else left
+    left -= granularity
+    evicted = min(max(ghosts, 0), left) if ghosts else 0
+    return Ledger(whole - joined, partial, joined, left - evicted, evicted, granularity)
 
 
 def unused(ledger: Ledger) -> Ledger:
@@ -153,18 +153,19 @@ class Tally:
     def add(self, ledger: Ledger) -> None:
         """Count one request; one that goes on where it was interrupted was counted before."""
         hit, partial, joined, cold, evicted, granularity, resumed = ledger
+        self.hit += hit
+        self.partial += partial
+        self.cold += cold
+        self.granularity += granularity
+        if evicted:
+            self.evicted += evicted
+        if joined:
+            self.joined += joined
+            self.joins += 1
         if resumed:
             self.resumed += resumed
         else:
             self.requests += 1
-        self.hit += hit
-        self.partial += partial
-        if joined:
-            self.joined += joined
-            self.joins += 1
-        self.cold += cold
-        self.evicted += evicted
-        self.granularity += granularity
 
     def merge(self, other: Tally) -> None:
         """Add the sums of another tally."""

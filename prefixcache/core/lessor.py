@@ -249,7 +249,7 @@ class Lessor:
         node = tree.lock(match)
         if source is not None:
             tree.touch(match)
-        lease = self.leases.open(member, namespace, node, now)
+        lease = self.leases.open(member, root, node, now)
         copies = blocks.allocate(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
@@ -322,29 +322,36 @@ class Lessor:
     def fork(self, member: Worker, own: Lease, table: BlockTable, now: float) -> Grant:
         """Make a lease that shares the committed blocks of `own`.  Allocates nothing.  O(1)."""
         self.tree.lock_node(own.node)
-        child = self.leases.open(member, own.namespace, own.node, now)
+        child = self.leases.open(member, own.root, own.node, now)
         self.blocks.fork(own, child, table)
         if self.oplog is not None:
             self.oplog((FORKED, child.serial, own.serial, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
         return Grant(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s)
 
-    def end(self, lease: Lease, now: float, *, writes_on: bool) -> Ended:
-        """End a lease for whatever reason, and try again what waited for it."""
-        if (growing := self.waiting.line.growing(lease.serial)) is not None:
-            self.waiting.leave(growing)
+    def end(self, lease: Lease, now: float, *, writes_on: bool) -> tuple[int, int]:
+        """End a lease for whatever reason, and let what waited for it be tried again.
+
+        Returns:
+            How many blocks became free, and how many are quarantined.
+        """
+        waiting = self.waiting
+        if waiting.tickets and (growing := waiting.line.growing(lease.serial)) is not None:
+            waiting.leave(growing)
             gone = LeaseExpired(f"lease {lease.id} ended while it waited for room; acquire again")
             self.settled.append((growing.id, gone))
         if lease.request_id and (begun := lease.begun()) is not None:
             self.leases.workers[lease.worker].remember(lease.request_id, begun)
-        self.inflight.remove(lease)
+        if lease.flight is not None:
+            self.inflight.remove(lease)
         freed, quarantined = self.blocks.free(lease, writes_on=writes_on)
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.idle_clock.note(self.tree.clock, now)
         if self.oplog is not None:
             self.oplog((ENDED, lease.serial, 0, b"", None))
-        self.call(lease)
-        return Ended((lease.id,), freed, quarantined)
+        if waiting.tickets:
+            self.call(lease)
+        return freed, quarantined
 
     def end_leaving(self, now: float, most: float) -> list[Ended]:
         """End up to `most` leases of workers that leave; let go of those that have none left."""
@@ -355,7 +362,8 @@ class Lessor:
                 most -= 1
                 lease = member.ending.pop()
                 if self.leases.lives(lease):
-                    over.append(self.end(lease, now, writes_on=not member.is_gone))
+                    gave = self.end(lease, now, writes_on=not member.is_gone)
+                    over.append(Ended((lease.id,), *gave))
             if member.ending:
                 break
             most -= 1 + len(member.namespaces) // _TRY
@@ -482,7 +490,8 @@ class Lessor:
         O(1) where nobody waits or no block is free; else see `go_on`.
         """
         self.waiting.line.look_again()
-        self.go_on(now, most)
+        if self.waiting.tickets:
+            self.go_on(now, most)
 
     @property
     def is_behind(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from sortedcontainers import SortedList
@@ -20,6 +20,9 @@ from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 Child = TypeVar("Child")
 
 _LIST_UNTIL = 512
+_WORD = 64
+"""Bytes that are compared as one big integer."""
+_number = int.from_bytes
 
 
 def common_prefix(a: bytes, a_off: int, b: bytes, b_off: int, size: int) -> int:
@@ -31,22 +34,26 @@ def common_prefix(a: bytes, a_off: int, b: bytes, b_off: int, size: int) -> int:
     >>> common_prefix(b"abcdef", 1, b"bcx", 0, 3)
     2
     """
-    low, step = 0, 256
-    while low < size:
-        high = min(low + step, size)
-        if a[a_off + low : a_off + high] != b[b_off + low : b_off + high]:
-            break
-        low = high
-        step <<= 1
-    else:
-        return size
-    while high - low > 64:
-        middle = (low + high) >> 1
-        if a[a_off + low : a_off + middle] == b[b_off + low : b_off + middle]:
-            low = middle
+    low, high = 0, size
+    if size > _WORD:
+        step = 256
+        while low < size:
+            high = low + step
+            if high > size:
+                high = size
+            if a[a_off + low : a_off + high] != b[b_off + low : b_off + high]:
+                break
+            low = high
+            step <<= 1
         else:
-            high = middle
-    differ = int.from_bytes(a[a_off + low : a_off + high], "big") ^ int.from_bytes(
+            return size
+        while high - low > _WORD:
+            middle = (low + high) >> 1
+            if a[a_off + low : a_off + middle] == b[b_off + low : b_off + middle]:
+                low = middle
+            else:
+                high = middle
+    differ = _number(a[a_off + low : a_off + high], "big") ^ _number(
         b[b_off + low : b_off + high], "big"
     )
     return high - ((differ.bit_length() + 7) >> 3)
@@ -115,15 +122,19 @@ class Children(dict[bytes, Child]):
             The child and the number of equal bytes, whole tokens only; None and 0 if none shares
             a token.
         """
+        order = self._order
+        around: Iterable[bytes] = self
+        if order is not None:
+            at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
+            around = order[at - 1 : at + 1] if at else order[:1]
         best: bytes | None = None
-        most = 0
-        first = key[:TOKEN_BYTES]
-        for other in self._around(key):
-            if not other.startswith(first):
-                continue
-            same = common_prefix(key, 0, other, 0, min(len(key), len(other))) & ~3
-            if same > most:
-                best, most = other, same
+        most, size, first = 0, len(key), key[:TOKEN_BYTES]
+        for other in around:
+            if other.startswith(first):
+                short = size if size <= len(other) else len(other)
+                same = common_prefix(key, 0, other, 0, short) & ~3
+                if same > most:
+                    best, most = other, same
         return (None, 0) if best is None else (self[best], most)
 
     def before(self, key: bytes) -> Child | None:
@@ -142,13 +153,6 @@ class Children(dict[bytes, Child]):
             return None
         at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
         return self[order[at + 1]] if at + 1 < len(order) else None
-
-    def _around(self, key: bytes) -> list[bytes]:
-        order = self._order
-        if order is None:
-            return list(self)
-        at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
-        return list(order[at - 1 : at + 1]) if at else list(order[:1])
 
     def is_in_order(self, key: bytes) -> bool:
         """Whether the order has a key where it is looked for.  O(log n)."""

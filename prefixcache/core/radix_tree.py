@@ -191,13 +191,12 @@ class RadixTree:
                 off += size
                 node = child
                 continue
-            same = common_prefix(tokens, off, run, 0, min(size, end - off))
+            same = common_prefix(tokens, off, run, 0, size if size <= end - off else end - off)
             used = same // width
             partial = (same - used * width) // TOKEN_BYTES
             block = BlockId(child.blocks[used]) if partial else None
             return Match(child, used, off + used * width, block, partial)
-        rest = tokens[off : min(off + width, end)]
-        near, same = children.nearest(rest)
+        near, same = children.nearest(tokens[off : off + width if off + width <= end else end])
         partial = same // TOKEN_BYTES
         if not partial or near is None:
             return Match(node, len(node.blocks), off, None, 0)
@@ -305,9 +304,9 @@ class RadixTree:
         nobody goes on from.  What the policy has noted of it stays.  O(1), plus one copy of the run
         that begins with the block.
         """
-        node = match.near or match.node  # `cut` has let it begin with the block
-        held = min(len(node.tokens), self.block_bytes)
-        if 2 * match.partial_tokens * TOKEN_BYTES < held:
+        node = match.near or match.node  # `split_at` has let it begin with the block
+        copied = 2 * match.partial_tokens * TOKEN_BYTES
+        if copied < self.block_bytes and copied < len(node.tokens):
             return
         if len(node.blocks) > 1:
             node = self._split(node, 1)
