@@ -225,15 +225,16 @@ class BlockManager:
             lease.private_from = at + whole
             indexed = grown.num_indexed
             if grown.absorbed:
-                self.pool.release(grown.absorbed)
+                self.pool.release(array("i", grown.absorbed))
         left = (num_tokens - lease.start) * TOKEN_BYTES
         if left and self._partial is Partial.TAILS:
-            block = BlockId(lease.table[lease.private_from])
+            last = lease.private_from
+            block = lease.table[last : last + 1]
             lease.tail, absorbed = self.tree.insert_tail(lease.node, lease.rest[:left], block)
             if absorbed:
-                self.pool.release(absorbed)
+                self.pool.release(array("i", absorbed))
             if lease.tail is not None:
-                lease.private_from += 1
+                lease.private_from = last + 1
                 indexed += 1
         lease.committed = num_tokens
         return 0 if lease.root.retired else indexed
@@ -362,8 +363,9 @@ class BlockManager:
         Returns:
             How many blocks became free, and how many are quarantined.
         """
-        free_before = self.num_free
-        self.release_copy_source(lease)
+        free_before = self.pool.num_free + self.tree.forgotten_evictable
+        if lease.source is not None:
+            self.release_copy_source(lease)
         private = lease.private_blocks()
         if lease.tail_is_shared:
             self.pool.release(lease.table[-1:])  # nothing of its own comes after it
@@ -373,16 +375,16 @@ class BlockManager:
             lease.tail = None
         self._settle_tail(lease)
         self._unlock(lease.node, lease.tail)
-        if writes_on:
+        quarantined = 0
+        if private and writes_on:
             quarantined = self.pool.quarantine(lease.worker, lease.id, private)
             self._set_aside(lease, quarantined)
-        else:
-            quarantined = 0
-            if private:
-                self.pool.release(private)
-        lease.table, lease.private_from, lease.duplicates = array("i"), 0, []
-        self.count_private(lease)
-        return self.num_free - free_before, quarantined
+        elif private:
+            self.pool.release(private)
+        if lease.num_private:
+            lease.private_from, lease.duplicates = len(lease.table), []
+            self.count_private(lease)
+        return self.pool.num_free + self.tree.forgotten_evictable - free_before, quarantined
 
     def _set_aside(self, lease: Lease, count: int) -> None:
         """Count quarantined blocks as held by who held them."""

@@ -47,7 +47,7 @@ from itertools import islice
 from math import ceil
 from typing import Final, NamedTuple, TypeAlias
 
-from prefixcache.core.node import Match, Node, Place
+from prefixcache.core.node import Match, Node, Place, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Grant, LeaseId, Ledger, Namespace
 
@@ -389,6 +389,7 @@ class History:
     def note(
         self,
         seen: Seen,
+        root: Root,
         node: Node,
         worker: str,
         request_id: str,
@@ -398,7 +399,6 @@ class History:
     ) -> None:
         """Remember a granted request.  O(1).  `node`: where its whole blocks end, locked."""
         parted_at, into, stored_next, extra_blocks = seen
-        root = node.root
         if parted_at is not None:
             self.divergence.note(node, into, now)
         self.request_log.add(

@@ -262,7 +262,7 @@ class Lessor:
             member.requests[request.request_id] = lease
         self.tallies.add(namespace, ledger)
         if seen is not None:
-            self.history.note(seen, node, member.name, request.request_id, tokens, grant, now)
+            self.history.note(seen, root, node, member.name, request.request_id, tokens, grant, now)
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
         return grant

@@ -75,7 +75,6 @@ class Children(dict[bytes, Child]):
     __slots__ = ("_order",)
 
     def __init__(self) -> None:
-        super().__init__()
         self._order: Any = None  # None, a list, or a SortedList
 
     def put(self, key: bytes, child: Child) -> None:
@@ -334,7 +333,7 @@ class Inserted(NamedTuple):
     num_existing: int
     """Leading blocks that somebody else had indexed already."""
     num_indexed: int
-    absorbed: BlockTable
+    absorbed: list[int]
     """Blocks of tails that the new run made superfluous.  They have left the tree."""
 
 

@@ -424,7 +424,7 @@ class RadixTree:
         width = self.block_bytes
         start = node
         off, end = 0, len(tokens)
-        absorbed = array("i")
+        absorbed: list[int] = []
         while off < end:
             child = node.children.get(tokens[off : off + width]) if node.children else None
             if child is None:
@@ -456,21 +456,21 @@ class RadixTree:
         return Inserted(node, existing, end // width - existing, absorbed)
 
     def insert_tail(
-        self, node: Node, tokens: bytes, block: BlockId
-    ) -> tuple[Node | None, BlockTable]:
+        self, node: Node, tokens: bytes, block: BlockTable
+    ) -> tuple[Node | None, list[int]]:
         """Index a partly filled block after `node`, locked, as a locked leaf of its own.
 
         Returns:
             The leaf, or None if a stored block covers these tokens already; and the blocks of
             shorter tails that this one made superfluous.
         """
-        absorbed = array("i")
+        absorbed: list[int] = []
         if node.children:
             _, same = node.children.nearest(tokens)
             if same == len(tokens):
                 return None, absorbed
         node.lock_ref += 1  # the caller's; the first one goes down to the tail
-        return self._attach(node, tokens, array("i", [block]), absorbed), absorbed
+        return self._attach(node, tokens, block, absorbed), absorbed
 
     def remove_tail(self, tail: Node) -> None:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
@@ -481,7 +481,7 @@ class RadixTree:
         self._unlock(above, 0)
         self._leafless(above)
 
-    def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: BlockTable) -> Node:
+    def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: list[int]) -> Node:
         """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends.
 
         The caller's lock on `node` becomes one on what is added: the run is never unprotected.
@@ -638,7 +638,7 @@ class RadixTree:
 
     # ------------------------------------------------------------------ how nodes are joined
 
-    def _adopt(self, node: Node, child: Node, absorbed: BlockTable) -> Node:
+    def _adopt(self, node: Node, child: Node, absorbed: list[int]) -> Node:
         """Make a node with blocks a child, locked instead of `node`; drop the tail it covers."""
         child.lock_ref = 1
         children = node.children
@@ -656,7 +656,7 @@ class RadixTree:
                 self._detach(tail)
         children.put(first, child)
         self.num_nodes += 1
-        root, size = child.root, len(child.blocks)
+        root, size = child.in_root or node.root, len(child.blocks)
         self.num_blocks += size
         root.num_blocks += size
         root.sums.num_blocks += size

@@ -33,7 +33,7 @@ class Shelf:
         node = self.tree.insert(node, key[match.end : whole], blocks).node
         tail = None
         if whole < len(key):
-            tail, _ = self.tree.insert_tail(node, key[whole:], self.next)
+            tail, _ = self.tree.insert_tail(node, key[whole:], array("i", [self.next]))
             self.next += tail is not None
         if release:
             self.tree.unlock(node, tail)
@@ -99,7 +99,7 @@ def test_a_locked_tail_is_absorbed_when_it_is_unlocked():
     shelf = Shelf()
     node = shelf.store([S] * 4)
     shelf.tree.lock_node(node)
-    tail, _ = shelf.tree.insert_tail(node, pack([A]), 7)
+    tail, _ = shelf.tree.insert_tail(node, pack([A]), array("i", [7]))
     assert tail is not None
     match = shelf.tree.match(shelf.root, pack([S] * 4))
     other = shelf.tree.insert(shelf.tree.lock(match), pack([A] * 4), array("i", [8])).node
