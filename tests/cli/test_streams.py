@@ -14,6 +14,7 @@ import pytest
 import prefixcache
 from cli.running import At, call, run
 from patience import PATIENCE_S
+from prefixcache import core_build
 from prefixcache.cli import variables
 from prefixcache.cli.codes import EXIT_FAILED, EXIT_NO_SERVER, EXIT_OK, EXIT_REFUSED, EXIT_USAGE
 from prefixcache.config import ServeSettings
@@ -175,7 +176,8 @@ def test_help_and_version_are_commands_as_well() -> None:
     assert call("help").out == call("--help").out
     assert call("help", "stat").out == call("stat", "--help").out
     versions = {call(one).out for one in ("version", "--version", "-V", "-v")}
-    assert versions == {f"prefixcache {prefixcache.__version__}\n"}
+    core = core_build.kind()
+    assert versions == {f"prefixcache {prefixcache.__version__} (core: {core})\n"}
     assert call("help", "nosuch").code == EXIT_USAGE
 
 
