@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixcache import __version__, core_build
 from prefixcache.cli import plugins, streams, variables
 from prefixcache.cli.codes import (
     EXIT_INTERRUPTED,
@@ -42,10 +41,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        core = core_build.kind()
-        typer.echo(f"prefixcache {__version__} (core: {core})")
-        if core == core_build.STALE:
-            streams.say(f"the core is {core} than those beside it: {core_build.ADVICE}")
+        typer.echo(plugins.version())
         raise typer.Exit
 
 

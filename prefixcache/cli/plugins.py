@@ -17,7 +17,8 @@ from typing import Any, Final
 import typer
 from typer.core import TyperGroup
 
-from prefixcache import __version__
+from prefixcache import __version__, core_build
+from prefixcache.cli import streams
 from prefixcache.cli.help import PlainCommand, parameters, write_sections
 from prefixcache.extras import how_to_install
 
@@ -162,7 +163,7 @@ class PluginGroup(TyperGroup):
         if args[0] == "help" and args[1:]:
             args = [args[1], "--help"]
         elif args[0] in ("help", "version"):
-            typer.echo(ctx.get_help() if args[0] == "help" else f"prefixcache {__version__}")
+            typer.echo(ctx.get_help() if args[0] == "help" else version())
             raise typer.Exit
         if ctx.meta.get(_JSON):
             args = [args[0], "--json", *args[1:]]
@@ -174,6 +175,14 @@ class PluginGroup(TyperGroup):
         """Give a command, as a placeholder."""
         entry = OWN.get(cmd_name) or found().get(cmd_name)
         return Placeholder(entry) if entry else None
+
+
+def version() -> str:
+    """Give the version with what the core runs as; tell what to do if that is not what is here."""
+    core = core_build.kind()
+    if core == core_build.STALE:
+        streams.say(f"the core is {core} than those beside it: {core_build.ADVICE}")
+    return f"prefixcache {__version__} (core: {core})"
 
 
 def _as_it_is(ctx: Any, value: Any) -> Any:
