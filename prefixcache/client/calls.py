@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from prefixcache.client import codec, outlines
+from prefixcache.client import codec
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     Checked,
@@ -187,14 +187,14 @@ def outline(
         ghosts: whether evicted runs are shown.
     """
     request = pb.TreeRequest(
-        order=outlines.ORDERS[order],
+        order=codec.ORDERS[order],
         max_branches=max_branches,
         max_depth=max_depth or 0,
         without_ghosts=not ghosts,
     )
     if namespace is not None:
         codec.write_namespace(namespace, request.namespace)
-    return Call("tree", request, outlines.read_outline)
+    return Call("tree", request, codec.read_outline)
 
 
 @codec.no_foreign_errors("watch")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TypeAlias
 
-from prefixcache.client import codec, outlines
+from prefixcache.client import codec
 from prefixcache.config import ServeSettings
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.answers import KeptAnswers, Question
@@ -47,7 +47,7 @@ class Handlers(WorkerVerbs, LeaseVerbs, InspectVerbs, AdminVerbs):
         self.answers = KeptAnswers()
         workers.on_leave = lambda worker: self.answers.forget_worker(worker.key)
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
-        self.verbs["tree"] = (self.tree, outlines.write_outline)
+        self.verbs["tree"] = (self.tree, codec.write_outline)
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
         for name, (handler, write) in self.verbs.items():
             self.verbs[name] = (_checked(handler), write)

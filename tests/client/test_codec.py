@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prefixcache import errors
-from prefixcache.client import calls, codec, outlines
+from prefixcache.client import calls, codec
 from prefixcache.client.ops import Step, read_result
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
@@ -97,13 +97,13 @@ def test_an_outline_survives_the_wire() -> None:
         Outline(4, (NamespaceOutline(SHOWN, (zeros, full)), NamespaceOutline(SHOWN, ())), 3),
     ):
         message = pb.TreeResponse()
-        list(outlines.write_outline(outline, message))
+        list(codec.write_outline(outline, message))
         arrived = pb.TreeResponse.FromString(message.SerializeToString())
-        assert outlines.read_outline(arrived) == outline
+        assert codec.read_outline(arrived) == outline
     for order in Order:
         asked = calls.outline(SPACE, order=order, max_branches=5).request
-        assert outlines.read_order(asked.order) is order
-    assert outlines.read_order(pb.TreeRequest().order) is Order.TOKENS
+        assert codec.read_order(asked.order) is order
+    assert codec.read_order(pb.TreeRequest().order) is Order.TOKENS
 
 
 def test_a_pool_handle_survives_the_wire() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.effort import calls, most_in_one_go
-from prefixcache.client import codec, outlines
+from prefixcache.client import codec
 from prefixcache.core import kv_events, protection, stats
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.kv_events import Replay
@@ -595,7 +595,7 @@ def test_an_outline_of_thousands_of_branches_is_made_and_written_in_parts(salted
         steps = cache.outline(max_branches=num_branches // 2, now=1.0)
         made, outline = most_in_one_go(without_salted_tokens(steps))
         assert sum(len(one.branches) for one in outline.namespaces) == num_branches // 2 + 1
-        written, _ = most_in_one_go(outlines.write_outline(outline, pb.TreeResponse()))
+        written, _ = most_in_one_go(codec.write_outline(outline, pb.TreeResponse()))
         return made, written
 
     few, many = drawn(1200), drawn(4800)

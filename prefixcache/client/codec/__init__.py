@@ -10,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from prefixcache.client.codec.admin import (
+    read_check,
+    read_quota,
+    write_quota,
+)
 from prefixcache.client.codec.failures import (
     FOREIGN_ERRORS,
     STATUS_CODES,
@@ -19,7 +24,17 @@ from prefixcache.client.codec.failures import (
     read_error,
     write_error,
 )
-from prefixcache.client.codec.leasing import (
+from prefixcache.client.codec.inspect import (
+    ORDERS,
+    read_explain,
+    read_order,
+    read_outline,
+    read_snapshot,
+    write_explain,
+    write_outline,
+    write_snapshot,
+)
+from prefixcache.client.codec.leases import (
     read_acquire,
     read_attach,
     read_commit,
@@ -36,41 +51,27 @@ from prefixcache.client.codec.leasing import (
     write_release,
     write_update,
 )
-from prefixcache.client.codec.looking import (
-    read_explain,
-    read_lookup,
-    read_snapshot,
-    write_explain,
-    write_lookup,
-    write_snapshot,
-)
-from prefixcache.client.codec.steering import (
-    read_check,
-    read_pin,
-    read_quota,
-    read_reset,
-    read_unpin,
-    write_fields,
-    write_quota,
-    write_reset,
-)
 from prefixcache.client.codec.words import (
     PARTIALS,
     POOL_KINDS,
+    read_fields,
     read_layout,
     read_ledger,
     read_namespace,
     read_pool,
     seal,
     show_namespace,
+    write_fields,
     write_layout,
     write_ledger,
     write_namespace,
     write_pool,
 )
+from prefixcache.types import Lookup, Pinned, Reset, Unpinned
 
 __all__ = [
     "FOREIGN_ERRORS",
+    "ORDERS",
     "PARTIALS",
     "POOL_KINDS",
     "READ",
@@ -87,6 +88,8 @@ __all__ = [
     "read_ledger",
     "read_lookup",
     "read_namespace",
+    "read_order",
+    "read_outline",
     "read_pin",
     "read_pool",
     "read_quota",
@@ -99,9 +102,15 @@ __all__ = [
     "write_layout",
     "write_ledger",
     "write_namespace",
+    "write_outline",
     "write_pool",
     "write_snapshot",
 ]
+
+read_lookup = read_fields(Lookup)
+read_pin = read_fields(Pinned)
+read_reset = read_fields(Reset)
+read_unpin = read_fields(Unpinned)
 
 WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
     "acquire": write_acquire,
@@ -113,9 +122,9 @@ WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
     "release": write_release,
     "renew": write_nothing,
     "detach": write_detach,
-    "lookup": write_lookup,
+    "lookup": write_fields,
     "explain": write_explain,
-    "reset": write_reset,
+    "reset": write_fields,
     "pin": write_fields,
     "unpin": write_fields,
     "quota": write_quota,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from prefixcache import errors
 from prefixcache.types import BlockId, Copy, Layout, Ledger, Namespace, Partial, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+
+class Plain(Protocol):
+    """An answer that is a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=Plain)
 
 DTYPES: Final = {
     "bfloat16": pb.ELEMENT_TYPE_BFLOAT16,
@@ -173,3 +183,20 @@ def write_copies(copies: tuple[Copy, ...], messages: Any) -> None:
 def read_copies(messages: Iterable[pb.Copy]) -> tuple[Copy, ...]:
     """Read what `write_copies` wrote."""
     return tuple([Copy(BlockId(m.src), BlockId(m.dst), m.num_tokens) for m in messages])
+
+
+def write_fields(answer: Plain, message: Any) -> None:
+    """Fill `message`, whose fields are numbers, all of them, with the names of the answer's."""
+    message.SetInParent()
+    for name in answer.__dataclass_fields__:
+        setattr(message, name, getattr(answer, name))
+
+
+def read_fields(kind: type[T]) -> Callable[[Any], T]:
+    """Make the function that reads an answer of that kind, as `write_fields` wrote it."""
+    names = [field.name for field in fields(kind)]
+
+    def read(message: Any) -> T:
+        return kind(**{name: getattr(message, name) for name in names})
+
+    return read

@@ -10,7 +10,7 @@ from time import monotonic
 import structlog
 
 from prefixcache import __version__
-from prefixcache.client import codec, outlines
+from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, Outline
 from prefixcache.service.auth.identity import Identity
@@ -93,7 +93,7 @@ class InspectVerbs(Verbs):
             chosen = [self._named(asker, request)]
         outline = self._cache().outline(
             chosen,
-            order=outlines.read_order(request.order),
+            order=codec.read_order(request.order),
             max_branches=request.max_branches or 1000,
             max_depth=request.max_depth or None,
             ghosts=not request.without_ghosts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from time import monotonic
 
-from prefixcache.client.codec.leasing import write_fork
+from prefixcache.client.codec.leases import write_fork
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Worker

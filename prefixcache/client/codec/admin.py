@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 from prefixcache.client.codec.words import read_namespace, show_namespace
-from prefixcache.types import Checked, Pinned, QuotaInfo, Reset, Unpinned
+from prefixcache.types import Checked, QuotaInfo
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
 def read_check(message: pb.CheckResponse) -> Checked:
     """Read how a check went."""
     return Checked(message.runs, message.failure, tuple(message.left_out))
-
-
-def write_reset(answer: Reset, message: pb.ResetResponse) -> None:
-    """Fill `message`."""
-    message.num_blocks = answer.num_blocks
-    message.num_leased = answer.num_leased
-    message.num_leases = answer.num_leases
-    message.num_pins = answer.num_pins
-
-
-def read_reset(message: pb.ResetResponse) -> Reset:
-    """Read what `write_reset` wrote."""
-    return Reset(message.num_blocks, message.num_leased, message.num_leases, message.num_pins)
-
-
-def write_fields(answer: Pinned | Unpinned, message: pb.PinResponse | pb.UnpinResponse) -> None:
-    """Fill `message`, whose fields have the names of the answer's."""
-    message.SetInParent()
-    for name in answer.__dataclass_fields__:
-        setattr(message, name, getattr(answer, name))
-
-
-def read_pin(message: pb.PinResponse) -> Pinned:
-    """Read what `write_fields` wrote."""
-    return Pinned(**{name: getattr(message, name) for name in Pinned.__dataclass_fields__})
-
-
-def read_unpin(message: pb.UnpinResponse) -> Unpinned:
-    """Read what `write_fields` wrote."""
-    return Unpinned(**{name: getattr(message, name) for name in Unpinned.__dataclass_fields__})
 
 
 def write_quota(answer: QuotaInfo, message: pb.QuotaResponse) -> None:

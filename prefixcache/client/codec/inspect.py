@@ -1,23 +1,23 @@
-"""Answers of the verbs that look: lookup, explain, snapshot."""
+"""Answers of the verbs that look: lookup, explain, snapshot, tree."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any, Final
 
-from prefixcache.client.codec.steering import read_quota_info, write_quota_info
+from prefixcache.client.codec.admin import read_quota_info, write_quota_info
 from prefixcache.client.codec.words import (
     read_ledger,
     read_namespace,
     show_namespace,
     write_ledger,
 )
+from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
     COUNTS,
     Explanation,
     LeaseId,
     LeaseInfo,
-    Lookup,
     PastRequest,
     PinInfo,
     Snapshot,
@@ -38,22 +38,31 @@ _FATE_NAMES = {number: name for name, number in FATES.items()}
 
 _PAUSE_EVERY: Final = 200
 """Rows that are written in one go."""
+_BRANCHES_IN_ONE_GO: Final = 128
+
+ORDERS: Final = {
+    Order.TOKENS: pb.TREE_ORDER_TOKENS,
+    Order.HEAT: pb.TREE_ORDER_HEAT,
+}
+_ORDERS: Final[dict[int, Order]] = {int(number): order for order, number in ORDERS.items()}
+
+_BRANCH_NUMBERS: Final = (
+    "depth",
+    "start",
+    "num_tokens",
+    "num_blocks",
+    "tokens",
+    "num_more",
+    "num_locks",
+    "is_ghost",
+    "is_pinned",
+    "heat",
+    "num_parted",
+)
+_BRANCH_OPTIONAL: Final = ("idle_s", "num_uses", "parted_at")
 
 _WHOLE_COUNTS: Final = tuple([name for name in COUNTS if name not in ("ledger", "eviction_age_s")])
 """Those that the message has under the same names, as numbers that are always there."""
-
-
-def write_lookup(answer: Lookup, message: pb.LookupResponse) -> None:
-    """Fill `message`."""
-    message.num_tokens = answer.num_tokens
-    message.num_hit = answer.num_hit
-    message.num_partial = answer.num_partial
-    message.num_pending = answer.num_pending
-
-
-def read_lookup(message: pb.LookupResponse) -> Lookup:
-    """Read what `write_lookup` wrote."""
-    return Lookup(message.num_tokens, message.num_hit, message.num_partial, message.num_pending)
 
 
 def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
@@ -193,3 +202,70 @@ def _read_lease(message: pb.LeaseInfo) -> LeaseInfo:
         message.num_blocks,
         message.expires_in_s,
     )
+
+
+def read_order(number: Any) -> Order:
+    """Read an order; by tokens, if none that is known here is named."""
+    return _ORDERS.get(int(number), Order.TOKENS)
+
+
+def write_outline(answer: Outline, message: pb.TreeResponse) -> Generator[None, None, None]:
+    """Fill `message`, pausing after some hundred branches.  O(branches)."""
+    steps = 0
+    message.block_size = answer.block_size
+    message.num_moved = answer.num_moved
+    for outline in answer.namespaces:
+        tree = message.namespaces.add()
+        show_namespace(outline.namespace, tree.namespace)
+        for branch in outline.branches:
+            _write_branch(branch, tree.branches.add())
+            steps += 1
+            if steps % _BRANCHES_IN_ONE_GO == 0:
+                yield
+
+
+def read_outline(message: pb.TreeResponse) -> Outline:
+    """Read what `write_outline` wrote."""
+    return Outline(
+        message.block_size,
+        tuple(
+            NamespaceOutline(
+                read_namespace(tree.namespace), tuple(map(_read_branch, tree.branches))
+            )
+            for tree in message.namespaces
+        ),
+        message.num_moved,
+    )
+
+
+def _write_branch(word: Branch, message: pb.Branch) -> None:
+    for name in _BRANCH_NUMBERS:
+        setattr(message, name, getattr(word, name))
+    for name in _BRANCH_OPTIONAL:
+        if (value := getattr(word, name)) is not None:
+            setattr(message, name, value)
+    _write_extent(word.below, message.below)
+    _write_extent(word.more, message.more)
+
+
+def _read_branch(message: pb.Branch) -> Branch:
+    return Branch(
+        below=_read_extent(message.below),
+        more=_read_extent(message.more),
+        **{name: getattr(message, name) for name in _BRANCH_NUMBERS},
+        **{
+            name: getattr(message, name) if message.HasField(name) else None  # type: ignore[arg-type]
+            for name in _BRANCH_OPTIONAL
+        },
+    )
+
+
+def _write_extent(word: Extent, message: pb.Extent) -> None:
+    message.runs = word.runs
+    message.blocks = word.blocks
+    message.tokens = word.tokens
+    message.ghost_tokens = word.ghost_tokens
+
+
+def _read_extent(message: pb.Extent) -> Extent:
+    return Extent(message.runs, message.blocks, message.tokens, message.ghost_tokens)
