@@ -61,6 +61,9 @@ SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - memory, not a file syste
 
 MAX_BLOCK_SIZE: Final = 1024
 
+MAX_BLOCKS: Final = 2**27
+"""Of one pool.  A terabyte has fewer of any model; and each takes some ten bytes of accounts."""
+
 _MAGIC: Final = b"prefixc1"
 _HEAD: Final = struct.Struct("<8sQ496s")
 _EPOCH: Final = struct.Struct("<Q")
@@ -93,6 +96,12 @@ def check_sizes(layout: Layout, num_blocks: int, block_size: int) -> None:
     check_layout(layout)
     if num_blocks < 1:
         raise InvalidRequest(f"a pool needs at least 1 block, not {num_blocks}")
+    if num_blocks > MAX_BLOCKS:
+        raise InvalidRequest(
+            f"{num_blocks:,} blocks of {layout.block_bytes(block_size):,} bytes ({layout}) are "
+            f"more than the {MAX_BLOCKS:,} of the largest pool: raise --block-size or lower "
+            "--memory"
+        )
     check_block_size(block_size)
 
 

@@ -422,7 +422,11 @@ class Partial(enum.StrEnum):
 
 
 class Copy(NamedTuple):
-    """Copy the first `num_tokens` slots of block `src` to `dst`, in every layer, before writing."""
+    """Copy the first `num_tokens` slots of block `src` to `dst`, in every layer, before writing.
+
+    Or its whole pages, in every plane: the only way where the order inside a page is another's.
+    What lies behind those slots is of the same namespace, and is written over.
+    """
 
     src: BlockId
     dst: BlockId

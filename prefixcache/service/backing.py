@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
-from prefixcache.pool import PoolFile, check_layout
+from prefixcache.pool import PoolFile, check_layout, check_sizes
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
@@ -94,7 +94,7 @@ class Backing:
         if settings.layout is not None:
             self.settle_layout(settings.layout)
         elif settings.model is not None:
-            self.settle_layout(read_layout(settings.model, settings.dtype))
+            self.settle_layout(read_layout(settings.model, settings.dtype, settings.block_size))
         elif self.state is not None and self.state.layout is not None:
             self.settle_layout(self.state.layout)
 
@@ -131,6 +131,7 @@ class Backing:
                     else f". {room}."
                 )
             )
+        check_sizes(layout, sizes.num_blocks, settings.block_size)
         cache = PrefixCache(
             sizes.num_lent,
             settings.block_size,

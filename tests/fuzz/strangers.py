@@ -361,6 +361,7 @@ class Configs(_Folder):
         layout = _or_refusal(read_layout, self.folder)
         if layout is None:
             return
+        assert layout.is_ours  # without a block size nothing else is read
         assert min(layout.num_layers, layout.num_kv_heads, layout.head_dim) > 0
         assert all(type(one) is int for one in (layout.num_layers, layout.num_kv_heads))
 

@@ -41,9 +41,20 @@ LAYOUT = st.builds(
     num_kv_heads=INDEX,
     head_dim=INDEX,
     dtype=st.integers(0, 5),
+    planes=st.just(0) | INDEX,
+    page_bytes=st.just(0) | INDEX,
+    format=st.just("") | TEXT,
 )
 OPS = st.one_of(
-    op(attach=st.builds(pb.AttachRequest, namespace=NAMESPACE, layout=LAYOUT, name=TEXT)),
+    op(
+        attach=st.builds(
+            pb.AttachRequest,
+            namespace=NAMESPACE,
+            layout=LAYOUT,
+            name=TEXT,
+            block_size=st.just(0) | INDEX,
+        )
+    ),
     op(
         acquire=st.builds(
             pb.AcquireRequest,

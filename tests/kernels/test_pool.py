@@ -29,7 +29,7 @@ from prefixcache.errors import (
 )
 from prefixcache.pool import HEADER_BYTES, SHARED_MEMORY, PoolFile, map_pool
 from prefixcache.types import Layout, PoolHandle
-from prefixcache_kernels.pool import SharedPool
+from prefixcache_kernels.pool import SharedPool, map_pages
 
 LAYOUT = Layout(num_layers=2, num_kv_heads=3, head_dim=8, dtype="float32")
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ pool.close()
 WORKER = """
 import json, sys
 from prefixcache.types import Layout, PoolHandle
-from prefixcache_kernels.pool import SharedPool
+from prefixcache_kernels.pool import SharedPool, map_pages
 handle = json.loads(sys.argv[1])
 handle["layout"] = Layout(**handle["layout"])
 with SharedPool.map(PoolHandle(**handle)) as pool:
@@ -392,3 +392,30 @@ def test_a_forked_child_is_told_that_it_has_not_the_pool_of_its_parent(pool: Poo
     assert shared.current
     assert not private.keys(0).any()
     shared.close()
+
+
+def test_pages_of_any_format_map_as_bytes_and_no_others_as_keys_and_values(
+    tmp_path: Path,
+) -> None:
+    theirs = Layout(planes=3, page_bytes=40, format="engine/LBHNC")
+    with PoolFile.create(theirs, 4, 16, directory=tmp_path) as file:
+        pages, again = map_pages(file.handle), map_pages(file.handle)
+        assert (pages.shape, pages.dtype) == ((3, 4, 40), torch.uint8)
+        pages[:, 1] = 7
+        pages[:, [2, 3]] = pages[:, [1, 0]]
+        assert again.sum(dim=(0, 2)).tolist() == [0, 840, 840, 0]
+        with pytest.raises(Unsupported, match=r"pages:3x40:engine/LBHNC.*map_pages"):
+            SharedPool.map(file.handle)
+    with pytest.raises(InvalidRequest, match="none of bfloat16"):
+        SharedPool.private(theirs, 4, 16)
+
+
+def test_pages_of_our_own_format_are_keys_and_values_of_each_layer(pool: PoolFile) -> None:
+    with SharedPool.map(pool.handle) as shared:
+        pages = map_pages(pool.handle)
+        shared.values(1)[2] = 1.0
+        assert pages.shape == (4, 4, 16 * 3 * 8 * 4)
+        assert pages[3, 2].any()
+        pages[3, 2] = 0
+        assert not pages.any()
+        assert not shared.blocks.any()

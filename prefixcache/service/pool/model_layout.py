@@ -1,14 +1,17 @@
 """The layout of a model, read from its config.json.  No torch, no model code.
 
-A pool has one layout: every layer keeps, for every token, keys and values of the same shape.
+A pool has one layout: every layer keeps, for every token, keys and values of the same shape.  What
+latent attention keeps, our kernels do not read: a slot of a page holds the latent of `kv_lora_rank`
+numbers, and behind it the `qk_rope_head_dim` of the one key that is turned, in the format
+`latent/RANK+ROPE/TYPE`.
 
 ```
 read       heads of each kind of grouping (multi-head, grouped, multi-query), sliding windows (their
            tokens stay in the pool), the text model inside a multimodal one, layers that share the
-           keys and values of earlier ones (not counted)
+           keys and values of earlier ones (not counted), latent attention (one plane a layer)
 refused    by the name of the field: recurrent layers (a prefix of theirs is a state, not tokens),
-           latent attention (one plane of another width), layers that differ, encoders, and every
-           field about heads that says something else than what was derived
+           layers that differ, encoders, and every field about heads that says something else than
+           what was derived
 ```
 A field that is absent and one that is null are the same.
 """
@@ -93,12 +96,13 @@ _ENCODER_MODELS = re.compile(
 _MOST_BYTES = 16 * 2**20
 
 
-def read_layout(folder: Path, dtype: str | None = None) -> Layout:
+def read_layout(folder: Path, dtype: str | None = None, block_size: int | None = None) -> Layout:
     """Read the layout of the model in `folder`.
 
     Args:
         folder: Holds config.json; or the name of a model that is in a cache of this machine.
         dtype: Element type of the pool, if it is not the one that config.json names.
+        block_size: Tokens of a page.  Without it, only what has a layout of our own format is read.
 
     Raises:
         InvalidRequest: there is no such file, it does not tell, or the model's keys and values have
@@ -109,18 +113,34 @@ def read_layout(folder: Path, dtype: str | None = None) -> Layout:
     config = _Config(path, _text_model(path, outer))
     config.refuse_what_has_no_layout(outer)
     layers = config.layers()
+    if latent := config.latent(block_size):
+        rank, rope = latent
+        named = _element_type(path, config.fields, outer, dtype)
+        page_bytes = (block_size or 1) * (rank + rope) * DTYPE_BYTES[named]
+        return Layout(planes=layers, page_bytes=page_bytes, format=f"latent/{rank}+{rope}/{named}")
     heads, kv_heads = config.heads(layers)
     head_dim = config.head_dim(heads)
     config.refuse_other_heads(kv_heads, head_dim, layers)
-    named = dtype or _dtype(path, config.fields) or _dtype(path, outer) or "float32"
+    return Layout(layers, kv_heads, head_dim, _element_type(path, config.fields, outer, dtype))
+
+
+def _element_type(
+    path: Path, fields: Mapping[str, Any], outer: Mapping[str, Any], dtype: str | None
+) -> str:
+    named = dtype or _dtype(path, fields) or _dtype(path, outer) or "float32"
     try:
-        named = dtype_named(named)
+        name = dtype_named(named)
     except InvalidRequest:
         raise InvalidRequest(
             f"{path} names the type {_shown(named)}; a pool holds {', '.join(DTYPE_BYTES)}: "
             "give --dtype"
         ) from None
-    return Layout(layers, kv_heads, head_dim, named)
+    if dtype is None and DTYPE_BYTES[name] == 1:
+        raise InvalidRequest(
+            f"{path} names the type {_shown(named)}: weights of eight bits do not say that keys "
+            "and values are; give --dtype"
+        )
+    return name
 
 
 def _find(folder: Path) -> Path:
@@ -165,11 +185,6 @@ class _Config:
                 self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
         if self.fields.get("is_causal") is False:
             self._refuse(self.fields, "is_causal", "tokens look ahead: no prefix is final")
-        for name in _LATENT:
-            if self.fields.get(name):
-                self._refuse(
-                    self.fields, name, "latent attention keeps one plane, not keys and values"
-                )
         for name in _DIFFERING:
             if self.fields.get(name):
                 self._refuse(self.fields, name, "its layers keep different shapes")
@@ -184,6 +199,21 @@ class _Config:
         if shared >= layers:
             self._refuse(self.fields, "num_kv_shared_layers", f"there are {layers} layers in all")
         return layers - shared
+
+    def latent(self, block_size: int | None) -> tuple[int, int] | None:
+        """Give the width of the latent and of the key that is turned, in latent attention."""
+        name = next((name for name in _LATENT if self.fields.get(name)), None)
+        if name is None:
+            return None
+        if block_size is None or name != "kv_lora_rank":
+            self._refuse(self.fields, name, "latent attention keeps one plane, not keys and values")
+        for other in self.fields:
+            if other.startswith("index_") and self.fields[other]:
+                self._refuse(self.fields, other, "its layers keep an index beside the latents")
+        rank, rope = self._number(("kv_lora_rank",)), self._number(("qk_rope_head_dim",))
+        if rank is None or rope is None:
+            self._missing(("qk_rope_head_dim",))
+        return rank, rope
 
     def heads(self, layers: int) -> tuple[int, int]:
         """Give how many heads queries have, and how many keys and values."""

@@ -154,3 +154,50 @@ def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(InvalidRequest, match="cannot read"):
         read_layout(tmp_path)
+
+
+DEEPSEEK: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "hidden_size": 2048,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_latent_attention_is_one_plane_a_layer_of_whole_pages(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
+    layout = read_layout(tmp_path, block_size=32)
+    assert str(layout) == f"pages:27x{32 * 576 * 2}:latent/512+64/bfloat16"
+    assert read_layout(tmp_path, "fp8", 16).page_bytes == 16 * 576
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"qk_rope_head_dim": None}, "qk_rope_head_dim"),
+        ({"qk_rope_head_dim": 0}, "qk_rope_head_dim is 0"),
+        ({"kv_lora_rank": "512"}, "kv_lora_rank is .512.*whole number"),
+        ({"index_head_dim": 128}, "index_head_dim is 128: its layers keep an index"),
+        ({"kv_lora_rank": None, "use_mla": True}, "use_mla is true"),
+    ],
+)
+def test_latent_attention_that_does_not_tell_is_refused(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**DEEPSEEK, **change}))
+    with pytest.raises(InvalidRequest, match=told):
+        read_layout(tmp_path, block_size=16)
+
+
+def test_weights_of_eight_bits_do_not_make_keys_and_values_so(tmp_path: Path) -> None:
+    config = {**LLAMA, "torch_dtype": "float8_e4m3fn"}
+    with pytest.raises(InvalidRequest, match=r"weights of eight bits.*give --dtype"):
+        read(tmp_path, config)
+    assert read_layout(tmp_path, "fp8") == Layout(32, 8, 128, "float8_e4m3fn")

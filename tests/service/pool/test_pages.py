@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from array import array
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prefixcache
-from prefixcache.client import codec
+from prefixcache.client import Session, codec
+from prefixcache.client.session_core import SessionCore
 from prefixcache.config import load, parse_layout
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
@@ -230,6 +232,30 @@ def test_no_block_of_another_tenant_is_written_when_pages_are_wiped(
         assert (np.delete(pages, mine, axis=1) == 0xAB).all()
 
 
+def test_an_engine_of_another_order_shares_what_it_stores_down_to_the_token(
+    theirs: ServiceProcess,
+) -> None:
+    """Heads outermost in a page, keys beside values: copies on write are whole pages."""
+    prompts = list(range(100, 110)), [*range(100, 109), 7, 8, 9]
+    with prefixcache.connect(theirs.target) as client:
+        for prompt, cached in zip(prompts, (0, 9), strict=True):
+            session = client.attach("m", THEIRS, block_size=SIZE)
+            pages = pages_of(map_pool(session.pool), session.pool)
+            numbers = pages.view(np.float32).reshape(3, NUM_BLOCKS, 2, SIZE, 8)
+            with session.acquire(prompt) as lease:
+                assert lease.num_cached == cached
+                for copy in lease.copies:
+                    pages[:, copy.dst] = pages[:, copy.src]
+                for at in range(cached, len(prompt)):
+                    block = lease.block_table[at // SIZE]
+                    numbers[:, block, :, at % SIZE] = prompt[at]
+                lease.commit(len(prompt))
+                every = np.arange(len(prompt))
+                table = np.array(lease.block_table)[every // SIZE]
+                read = numbers[:, table, :, every % SIZE]
+                assert (read == np.array(prompt)[:, None, None, None]).all()
+
+
 def test_who_reads_pages_in_another_order_than_they_lie_in_would_lose_them() -> None:
     """Why formats are compared: the same bytes, wiped as if they lay in our order."""
     with tempfile.TemporaryDirectory() as folder:
@@ -284,6 +310,41 @@ def test_the_first_worker_decides_the_pages_and_not_the_block_size(tmp_path: Pat
         assert client.snapshot().num_blocks == NUM_BLOCKS
         with pytest.raises(LayoutMismatch):
             client.attach("m", OURS)
+
+
+def test_pages_so_small_that_their_accounts_fill_the_memory_are_refused() -> None:
+    """Where nobody gave a layout, whoever attaches first chooses it."""
+    backing = Backing(load({"memory": 2**31, "pool": "none"}))
+    with pytest.raises(InvalidRequest, match=r"2,147,483,648 blocks of 1 bytes .* 134,217,728"):
+        backing.settle_layout(Layout(planes=1, page_bytes=1, format="f"))
+    assert backing.cache is None
+    backing.settle_layout(THEIRS)
+    backing.close()
+
+
+def test_the_asynchronous_client_is_refused_alike(theirs: ServiceProcess) -> None:
+    async def attach() -> None:
+        async with await prefixcache.connect_async(theirs.target) as client:
+            with pytest.raises(LayoutMismatch, match="yours in prefixcache"):
+                await client.attach("m", OURS)
+            with pytest.raises(LayoutMismatch, match="serve with --block-size 8"):
+                await client.attach("m", THEIRS, block_size=8)
+            session = await client.attach("m", THEIRS, block_size=SIZE)
+            assert session.pool.layout == THEIRS
+            await session.close()
+
+    asyncio.run(attach())
+
+
+def test_a_service_that_never_compared_block_sizes_is_refused_by_the_client() -> None:
+    """An older one ignores the field: the client looks at what it answers."""
+    session = SessionCore.__new__(Session)
+    request = pb.AttachRequest(block_size=32)
+    answer = pb.AttachResponse(pool=pb.PoolHandle(block_size=16))
+    with pytest.raises(LayoutMismatch, match="blocks of 16 tokens, this worker needs 32"):
+        session.attached(answer, request)
+    request.block_size = 0
+    session.attached(answer, request)
 
 
 def test_a_block_size_that_no_pool_has_is_refused_before_it_is_sent(
