@@ -22,6 +22,7 @@ SOURCES = {
     "prefixcache": ROOT / "prefixcache",
     "prefixcache_kernels": ROOT / "kernels" / "prefixcache_kernels",
     "prefixcache_worker": ROOT / "worker" / "prefixcache_worker",
+    "prefixcache_vllm": ROOT / "worker" / "prefixcache_vllm",
     "prefixcache_bench": ROOT / "bench" / "prefixcache_bench",
 }
 
@@ -73,6 +74,7 @@ FLOORS = {
         "prefixcache_kernels",
         "prefixcache_worker",
     ),
+    "prefixcache_vllm": (*WORDS, "prefixcache.client", "prefixcache_vllm"),
     "prefixcache_bench": ("prefixcache",),
 } | dict.fromkeys(WORDS, WORDS)
 """What each part may import of the project: itself and what lies below."""
