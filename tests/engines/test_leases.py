@@ -1,0 +1,377 @@
+"""What an engine's requests hold: examples, and any order of everything against the real cache."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engines.simulated import TTL_S, Engine, Job, Machine
+from prefixcache.errors import InvalidRequest
+from prefixcache.types import pack
+from prefixcache_vllm.leases import Bounds
+
+SIZE = 4
+BOUNDS = Bounds(max_tokens=64, reserve=6, ahead=4, window=2, wait_s=20.0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch, 64, SIZE)
+
+
+def job(name: str, length: int = 10, num_new: int = 6, seed: int = 0) -> Job:
+    return Job(name, [100 * seed + at for at in range(length)], num_new)
+
+
+def test_what_one_engine_computed_another_reads_to_the_token(machine: Machine) -> None:
+    one, two = Engine(machine, "one", BOUNDS), Engine(machine, "two", BOUNDS)
+    first, second = job("a"), job("b", num_new=9)
+    one.add(first)
+    one.run()
+    two.add(second)
+    two.run()
+    assert first.is_done
+    assert second.is_done
+    assert two.leases.counts.reused_tokens == 9  # all but the last one of its prompt
+    machine.check_idle()
+
+
+def test_a_step_is_one_message_and_nobody_waits_for_its_answers(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS)
+    for name in "abc":
+        engine.add(job(name, seed=ord(name)))
+    engine.begin()
+    assert len(engine.session.sent) == 1
+    engine.finish()  # nothing was granted yet, and nothing computed
+    assert not engine.running
+    machine.deliver(engine.session)
+    engine.run()
+    counts = engine.leases.counts
+    assert counts.granted == 3
+    assert counts.ops > counts.messages
+    machine.check_idle()
+
+
+def test_few_requests_hold_blocks_before_they_are_computed(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS, max_running=1)
+    for name in "abcdef":
+        engine.add(job(name, seed=ord(name)))
+    engine.begin()
+    machine.deliver(engine.session)
+    engine.finish()
+    assert machine.cache.snapshot(now=machine.now).num_leases <= BOUNDS.window + 1
+    engine.run()
+    machine.check_idle()
+
+
+def test_who_waits_for_a_prefix_lets_others_pass_and_reads_it(machine: Machine) -> None:
+    one, two = Engine(machine, "one", BOUNDS), Engine(machine, "two", BOUNDS)
+    one.add(job("long", length=40))
+    one.begin()
+    machine.deliver(one.session)
+    one.finish()
+    waits, passes = job("waits", length=40, num_new=2), job("passes", seed=3)
+    two.add(waits)
+    two.add(passes)
+    for _ in range(20):
+        two.begin()
+        machine.deliver(two.session)
+        two.finish()
+        machine.deliver(two.session)
+    assert passes.is_done
+    assert not waits.is_done
+    one.run()
+    two.run()
+    assert machine.cache.snapshot(now=machine.now).ledger.joined == 36
+    machine.check_idle()
+
+
+def test_an_abort_gives_back_what_is_asked_for_granted_or_in_use(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS)
+    jobs = [job(name, seed=at) for at, name in enumerate("abcd")]
+    engine.add(jobs[0])
+    engine.abort(jobs[0])  # before it was sent
+    engine.add(jobs[1])
+    engine.leases.flush()
+    engine.abort(jobs[1])  # sent, and not answered
+    engine.add(jobs[2])
+    engine.leases.flush()
+    machine.deliver(engine.session)
+    engine.abort(jobs[2])  # granted, and not computed
+    engine.add(jobs[3])
+    engine.begin()
+    machine.deliver(engine.session)
+    engine.finish()
+    engine.begin()
+    engine.abort(jobs[3])  # in the middle of its step
+    engine.finish()
+    machine.deliver(engine.session)
+    machine.check_idle()
+
+
+def test_a_stopped_engine_drops_what_it_computed_and_its_blocks_come_back(
+    machine: Machine,
+) -> None:
+    one, two = Engine(machine, "one", BOUNDS), Engine(machine, "two", BOUNDS)
+    stopped = job("stopped", num_new=20)
+    one.add(stopped)
+    for _ in range(4):
+        one.begin()
+        machine.deliver(one.session)
+        one.finish()
+        machine.deliver(one.session)
+    one.begin()
+    machine.pass_time(2 * TTL_S, silent=one.session)
+    assert machine.cache.snapshot(now=machine.now).quarantined
+    two.add(job("other", length=50, seed=7))
+    two.run()
+    one.finish()
+    assert one.num_dropped == 1
+    assert not stopped.is_done
+    one.run()
+    assert stopped.is_done
+    machine.check_idle()
+
+
+def test_under_pressure_everybody_gets_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, 12, SIZE)  # a third of what all of them need
+    engines = [Engine(machine, name, BOUNDS, max_running=4) for name in "xy"]
+    jobs = [job(f"{at}", length=8, num_new=12, seed=at) for at in range(8)]
+    for at, one in enumerate(jobs):
+        engines[at % 2].add(one)
+    for _ in range(3000):
+        if all(one.is_done for one in jobs):
+            break
+        for engine in engines:
+            engine.begin()
+            machine.deliver(engine.session)
+            engine.finish()
+            machine.deliver(engine.session)
+        machine.pass_time(0.1)
+    assert all(one.is_done for one in jobs)
+    assert sum(engine.num_preempted for engine in engines)
+    machine.check_idle()
+
+
+def test_without_the_service_what_runs_goes_on_and_what_comes_takes_spare_blocks(
+    machine: Machine,
+) -> None:
+    bounds = Bounds(max_tokens=64, reserve=6, ahead=4, wait_s=20.0, spare_blocks=12)
+    engine = Engine(machine, "one", bounds)
+    before, after = job("before", num_new=30), [job(f"{at}", seed=at) for at in range(1, 6)]
+    engine.add(before)
+    for _ in range(3):
+        engine.begin()
+        machine.deliver(engine.session)
+        engine.finish()
+        machine.deliver(engine.session)
+    machine.die()
+    machine.now += 10 * TTL_S  # no lease lives so long, but nobody lends its blocks any more
+    for one in after:
+        engine.add(one)
+    engine.run()
+    assert before.is_done
+    assert all(one.is_done for one in after), "what they need is more than the spare blocks at once"
+    assert engine.num_dropped == 0
+
+
+def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: Machine) -> None:
+    engine = Engine(machine, "one", replace(BOUNDS, spare_blocks=20))
+    engine.add(job("a", num_new=20))
+    for _ in range(3):
+        engine.begin()
+        machine.deliver(engine.session)
+        engine.finish()
+        machine.deliver(engine.session)
+    machine.die()
+    engine.begin()
+    engine.finish()
+    assert engine.running
+    engine.begin()
+    machine.is_abandoned = False
+    machine.now += 2 * TTL_S
+    engine.finish()
+    assert engine.num_dropped == 1
+    machine.is_abandoned = True  # that one is dead as well; the spare blocks were the first one's
+    engine.begin()
+    assert not engine.running
+
+
+def test_a_lease_that_the_service_does_not_know_any_more_is_lost(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS)
+    engine.add(job("a", num_new=20))
+    for _ in range(3):
+        engine.begin()
+        machine.deliver(engine.session)
+        engine.finish()
+        machine.deliver(engine.session)
+    lease = engine.leases.held["a"].lease
+    assert lease is not None
+    machine.cache.release(engine.session.worker, lease.id, now=machine.now)
+    engine.run()
+    assert engine.num_dropped == 1
+    machine.check_idle()
+
+
+def test_who_asks_again_before_his_blocks_are_given_back_gets_others(machine: Machine) -> None:
+    """As with several steps in flight: the former ones may still be written to."""
+    engine = Engine(machine, "one", BOUNDS)
+    leases, tokens = engine.leases, list(range(10))
+    tables = []
+    for _ in range(3):
+        leases.ask("a", tokens, left=4, reuse=False)
+        leases.flush()
+        machine.deliver(engine.session)
+        held = leases.ready("a")
+        assert held is not None
+        tables.append(set(held.table))
+        leases.pop("a")
+    assert not tables[0] & tables[1]
+    assert not tables[1] & tables[2]
+
+
+def test_what_never_fits_is_refused_for_good(machine: Machine) -> None:
+    engine = Engine(machine, "one", Bounds(max_tokens=1000))
+    engine.add(job("long", length=4 * 65))
+    engine.begin()
+    machine.deliver(engine.session)
+    engine.finish()
+    engine.begin()
+    assert isinstance(engine.leases.held["long"].refused, InvalidRequest)
+    machine.deliver(engine.session)
+    engine.abort(engine.waiting[0])
+    machine.check_idle()
+
+
+def test_a_salt_keeps_apart_and_no_reuse_computes_all(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS)
+    engine.add(job("a"))
+    engine.run()
+    salted = job("b")
+    salted.salt = "secret"
+    engine.add(salted)
+    engine.run()
+    assert engine.leases.counts.reused_tokens == 0
+    held = engine.leases.ask("c", list(range(10)), left=2, reuse=False)
+    engine.leases.flush()
+    machine.deliver(engine.session)
+    assert engine.leases.ready("c") is held
+    assert held.num_cached == 0
+    engine.leases.end(engine.leases.pop("c"))
+    engine.leases.flush()
+    machine.deliver(engine.session)
+    machine.check_idle()
+
+
+# ------------------------------------------------------------------------------ any order of things
+
+
+class Storm:
+    """Engines whose requests collide, and everything that may come between."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        self.draw = random.Random(seed)
+        size = self.draw.choice([1, 2, 4])
+        self.machine = Machine(monkeypatch, self.draw.choice([24, 40, 200]) // size + 12, size)
+        spare = self.draw.choice([0, 0, 4])
+        self.bounds = Bounds(
+            max_tokens=40,
+            reserve=self.draw.randrange(1, 10),
+            ahead=self.draw.randrange(1, 8),
+            window=self.draw.randrange(1, 4),
+            wait_s=15.0,
+            spare_blocks=spare,
+            min_partial=self.draw.choice([0, 0, 2]),
+        )
+        self.engines = [Engine(self.machine, f"e{at}", self.bounds, 3) for at in range(2)]
+        self.jobs: list[tuple[Engine, Job]] = []
+        self.count = 0
+
+    def add(self) -> None:
+        engine = self.draw.choice(self.engines)
+        self.count += 1
+        prompt = [self.draw.choice([1, 2]) for _ in range(self.draw.randrange(1, 16))]
+        if self.jobs and self.draw.random() < 0.7:
+            earlier = self.draw.choice(self.jobs)[1]
+            prompt = [*earlier.tokens[: self.draw.randrange(1, 20)], *prompt][:20]
+        salt = self.draw.choice(["", "", "", "s"])
+        one = Job(f"r{self.count}", prompt, self.draw.randrange(1, 10), salt)
+        engine.add(one)
+        self.jobs.append((engine, one))
+
+    def abort(self) -> None:
+        alive = [(engine, one) for engine, one in self.jobs if not one.is_done]
+        if alive:
+            engine, one = self.draw.choice(alive)
+            engine.abort(one)
+            one.is_done = True
+
+    def step(self) -> None:
+        engine = self.draw.choice(self.engines)
+        if engine.in_step:
+            engine.finish()
+        else:
+            engine.begin(self.draw.randrange(1, 9))
+
+    def deliver(self) -> None:
+        self.machine.deliver(self.draw.choice(self.engines).session, self.draw.randrange(1, 4))
+
+    def wait(self) -> None:
+        self.machine.pass_time(self.draw.random() * 4)
+
+    def stop(self) -> None:
+        stopped = self.draw.choice(self.engines)
+        self.machine.pass_time(TTL_S * 1.5, silent=stopped.session)
+
+    def kill(self) -> None:
+        at = self.draw.randrange(len(self.engines))
+        killed = self.engines[at]
+        self.machine.end(killed.session)
+        for engine, one in self.jobs:
+            one.is_done |= engine is killed
+        self.engines[at] = Engine(self.machine, "next", Bounds(40, 4, 2, 2, 15.0), 3)
+
+    def run(self, num_steps: int) -> None:
+        acts: list[Any] = [self.add] * 5 + [self.step] * 16 + [self.deliver] * 12
+        acts += [self.wait] * 2 + [self.abort, self.stop] + [self.kill] * (self.draw.random() < 0.3)
+        for _ in range(num_steps):
+            self.draw.choice(acts)()
+            self.machine.cache.check()
+        self.drain()
+
+    def drain(self) -> None:
+        for _ in range(3000):
+            if all(one.is_done for _, one in self.jobs):
+                break
+            for engine in self.engines:
+                if engine.in_step:
+                    engine.finish()
+                engine.begin()
+                self.machine.deliver(engine.session)
+                engine.finish()
+                self.machine.deliver(engine.session)
+            self.machine.pass_time(0.5)
+        assert all(one.is_done for _, one in self.jobs), "a request never ends"
+        for engine in self.engines:
+            engine.close()
+            self.machine.deliver(engine.session)
+        self.machine.check_idle()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_outputs_are_right_and_nothing_is_left(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Storm(monkeypatch, seed).run(250)
+
+
+def test_the_pool_is_whole_again_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    storm = Storm(monkeypatch, 1)
+    storm.run(100)
+    machine = storm.machine
+    everything = pack([9] * (machine.cache.num_blocks * machine.size))
+    session = machine.attach("last")
+    assert len(session.acquire(everything, reuse=False).block_table) == machine.cache.num_blocks

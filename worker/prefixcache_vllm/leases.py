@@ -1,0 +1,521 @@
+"""What the requests of one engine hold: asked for, granted, grown, committed, given back.
+
+```
+ask ──► the service ──► ready ──► settle … settle ──► end
+          │ waits for room,         │ commits what the step has computed, asks for room ahead
+          │ or for a prefix         └ lost: the lease is over, what the step gave is dropped
+          └ several may ask before one is looked at
+```
+Nothing here waits for the service: what a step has to say travels in one message (`flush`), and its
+answers come while the next step is computed.  Of the engine nothing is known but the names of its
+requests, their tokens, and how many of them hold valid keys and values: no engine is imported.
+
+**When the service is dead** nobody lends the pool's blocks any more.  Then all that is held stays
+held, past any deadline, and blocks that were leased ahead for that time, the *spare* ones, go to
+requests that grow or begin.  Once they have ended, what only they could see is spare again.  When
+another service takes the same memory over, everything is lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from prefixcache.client import Reply
+from prefixcache.client.lease import LeaseState
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    LeaseExpired,
+    PoolExhausted,
+    ServiceUnavailable,
+)
+from prefixcache.texts import many
+from prefixcache.types import BlockTable, Copy, PoolHandle, pack
+
+log = logging.getLogger(__name__)
+
+
+class Asking(Protocol):
+    """What a batch of the client is used for here."""
+
+    @property
+    def step(self) -> Any:
+        """What it will send."""
+        ...
+
+    def acquire_later(self, tokens: bytes, **terms: Any) -> Future[Any]:
+        """Lease blocks."""
+        ...
+
+    def commit(self, lease: Any, num_tokens: int, new_tokens: bytes) -> Reply[Any]:
+        """Make valid tokens visible."""
+        ...
+
+    def extend(self, lease: Any, num_tokens: int, *, wait_s: float) -> Reply[Any]:
+        """Make room."""
+        ...
+
+    def release(self, lease: Any) -> Reply[Any]:
+        """End a lease."""
+        ...
+
+
+class Standing(Protocol):
+    """What a session of the client is used for here."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it stands."""
+        ...
+
+    @property
+    def memory_is_abandoned(self) -> bool:
+        """Whether the service is dead."""
+        ...
+
+    @property
+    def pool(self) -> PoolHandle:
+        """The pool."""
+        ...
+
+    def acquire(self, tokens: bytes, **terms: Any) -> Any:
+        """Lease blocks, and wait for them."""
+        ...
+
+    def batch(self) -> Any:
+        """Open a step."""
+        ...
+
+    def post(self, batch: Any, on_error: Callable[[CacheError], object] | None = None) -> None:
+        """Send a step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How far ahead an engine asks.
+
+    Attributes:
+        max_tokens: most tokens of a request, its prompt and its answer.
+        reserve: tokens of room that are asked for beyond the prompt, and whenever it runs short.
+        ahead: with less room than this left, more is asked for.
+        window: requests that may have a lease, or wait for one, without being computed: each holds
+            blocks that others could use.
+        wait_s: how long the service lets one wait for a prefix or for room before it says no.
+        spare_blocks: leased at the start, for the time after the service's death.
+        min_partial: tokens of a partly matching block that are worth its copy.
+    """
+
+    max_tokens: int
+    reserve: int = 64
+    ahead: int = 32
+    window: int = 8
+    wait_s: float = 60.0
+    spare_blocks: int = 0
+    min_partial: int = 0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the start."""
+
+    asked: int = 0
+    granted: int = 0
+    prompt_tokens: int = 0
+    """Of what was granted."""
+    reused_tokens: int = 0
+    lost: int = 0
+    """Leases that ended while somebody computed under them."""
+    messages: int = 0
+    ops: int = 0
+
+
+class Held:
+    """What one request holds: a lease, or a question for one.
+
+    Attributes:
+        name: the request's.
+        num_cached: tokens that need not be computed, once `copies` are made.
+        copies: to be made before the first write, in whole blocks.
+        refused: why it can never be served; None if it may.
+        is_started: whether the engine computes it.
+    """
+
+    __slots__ = (
+        "_extra",
+        "asked",
+        "committed",
+        "copies",
+        "future",
+        "growing",
+        "is_broken",
+        "is_started",
+        "known",
+        "lease",
+        "most",
+        "name",
+        "num_cached",
+        "prompt",
+        "refused",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.future: Future[Any] | None = None
+        self.lease: LeaseState | None = None
+        self.num_cached = 0
+        self.copies: tuple[Copy, ...] = ()
+        self.refused: InvalidRequest | None = None
+        self.is_started = False
+        self.is_broken = False
+        """Whether the service refused what was said of the lease."""
+        self.prompt = self.known = 0
+        """Tokens that it was asked with; and that the service knows."""
+        self.committed = 0
+        """Tokens that others may see."""
+        self.asked = self.most = 0
+        """Tokens that room was asked for; and that it will ever need."""
+        self.growing: Reply[Any] | None = None
+        self._extra: BlockTable = array("i")
+        """Spare blocks, after those of the lease."""
+
+    @property
+    def table(self) -> BlockTable:
+        """Its blocks in order.  O(blocks) if it has spare ones, else O(1)."""
+        own = array("i") if self.lease is None else self.lease.block_table
+        return own + self._extra if self._extra else own
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of its table.  O(1)."""
+        own = 0 if self.lease is None else len(self.lease.block_table)
+        return own + len(self._extra)
+
+    def take(self, blocks: Iterable[int]) -> None:
+        """Add spare blocks."""
+        self._extra.extend(blocks)
+
+
+class Leases:
+    """The leases of all requests of one engine.  For the thread of its scheduler.
+
+    Args:
+        session: attached; ended by whoever made it.
+        bounds: how far ahead is asked.
+
+    Raises:
+        PoolExhausted: there is no room for the spare blocks.
+    """
+
+    def __init__(self, session: Standing, bounds: Bounds) -> None:
+        self.session = session
+        self.bounds = bounds
+        self.counts = Counts()
+        self.block_size = session.pool.block_size
+        self.held: dict[str, Held] = {}
+        self._batch: Asking = session.batch()
+        self._unended: set[str] = set()
+        """Requests that let go of their blocks, which are not given back yet."""
+        self._tries = 0
+        self._is_alone = False
+        self._spare: list[int] = []
+        self._spare_lease: Any = None
+        if bounds.spare_blocks:
+            # A namespace that nobody else has: nothing is ever found in it.
+            self._spare_lease = session.acquire(
+                pack([0]),
+                reserve=bounds.spare_blocks * self.block_size - 1,
+                salt=secrets.token_hex(16),
+            )
+            self._spare = list(self._spare_lease.block_table)
+
+    # ------------------------------------------------------------------------ before the first step
+
+    def ask(
+        self,
+        name: str,
+        tokens: Sequence[int],
+        *,
+        left: int,
+        salt: str | None = None,
+        adapter: str | None = None,
+        reuse: bool = True,
+    ) -> Held:
+        """Ask for a request's lease with the next `flush`, unless that was done.
+
+        Args:
+            name: the request's.
+            tokens: all that it has so far.
+            left: how many may follow.
+            salt: a secret that keeps it apart.
+            adapter: that computes it.
+            reuse: whether what others computed may be used.
+        """
+        held = self.held.get(name)
+        if held is None:
+            held = self.held[name] = Held(name)
+        if held.future is not None or held.lease is not None or held.refused is not None:
+            return held
+        num_tokens = len(tokens)
+        held.prompt = held.known = num_tokens
+        held.most = min(num_tokens + left, self.bounds.max_tokens)
+        held.asked = min(num_tokens + self.bounds.reserve, held.most)
+        if self.is_alone or not self.session.alive:
+            return held
+        self._tries += 1
+        # The same id while the former lease is out would mean that one.
+        is_first = name not in self._unended
+        held.future = self._batch.acquire_later(
+            pack(array("I", tokens)),
+            reserve=max(0, held.asked - num_tokens),
+            wait_s=self.bounds.wait_s,
+            request_id=name if is_first else f"{name}/{self._tries}",
+            salt=salt,
+            adapter=adapter,
+            **({} if reuse else {"reuse": False}),
+            **({"min_partial": self.bounds.min_partial} if self.bounds.min_partial else {}),
+        )
+        self.counts.asked += 1
+        return held
+
+    @property
+    def has_window(self) -> bool:
+        """Whether one more request may ask before it can be computed.  O(requests)."""
+        waiting = sum(not held.is_started for held in self.held.values())
+        return waiting < self.bounds.window
+
+    def ready(self, name: str) -> Held | None:
+        """Give what a request that was asked for holds, once it can be computed; else None.
+
+        What was refused for now (no room, no service) is as if it had not been asked for.
+        """
+        held = self.held.get(name)
+        if held is None or held.refused is not None:
+            return None
+        if held.lease is None and held.future is None:
+            if self.is_alone and self._take_spare(held, held.prompt + 1):
+                return held
+            del self.held[name]
+            return None
+        if held.future is not None:
+            if not held.future.done():
+                return None
+            self._take_answer(held)
+        if held.lease is None:
+            if held.refused is None:
+                del self.held[name]
+            return None
+        if self._is_over(held):
+            self.end(self.pop(name))
+            return None
+        return held
+
+    def _take_answer(self, held: Held) -> None:
+        future, held.future = held.future, None
+        assert future is not None
+        try:
+            lease = future.result()
+        except InvalidRequest as error:
+            held.refused = error
+        except CacheError as error:
+            log.debug("%s has no lease yet: %s", held.name, error)
+        else:
+            held.lease = lease
+            held.num_cached = held.committed = lease.num_cached
+            held.copies = lease.copies
+            self.counts.granted += 1
+            self.counts.prompt_tokens += held.prompt
+            self.counts.reused_tokens += lease.num_cached
+
+    def pause(self, names: Iterable[str], seconds: float) -> None:
+        """With nothing to compute, wait until one of these requests has its answer.
+
+        An engine that asks again at once, all the time, takes the processor from whoever computes
+        what it waits for.
+        """
+        futures = []
+        for name in names:
+            held = self.held.get(name)
+            if held is None or held.future is None or held.future.done():
+                return
+            futures.append(held.future)
+        if futures:
+            wait(futures, seconds, FIRST_COMPLETED)
+
+    # --------------------------------------------------------------------------------- step by step
+
+    def start(self, name: str) -> Held:
+        """Note that a request which was ready is computed from now on."""
+        held = self.held[name]
+        held.is_started = True
+        return held
+
+    def has_room(self, name: str, num_tokens: int) -> bool:
+        """Whether a request's blocks hold so many tokens in all; takes spare ones if it must."""
+        held = self.held.get(name)
+        if held is None:
+            return False
+        if held.num_blocks * self.block_size >= num_tokens:
+            return True
+        return self.is_alone and self._take_spare(held, num_tokens)
+
+    def settle(
+        self, name: str, num_valid: int, tokens: Sequence[int], *, is_last: bool = False
+    ) -> None:
+        """Say with the next `flush` what a request has computed, and ask for room ahead.
+
+        Args:
+            name: the request's.
+            num_valid: how many of its tokens hold keys and values that the device has written.
+            tokens: all of its tokens.
+            is_last: whether nothing follows.
+        """
+        held = self.held.get(name)
+        if held is None or held.lease is None or held.is_broken or self.is_alone:
+            return
+        lease, size, num_tokens = held.lease, self.block_size, len(tokens)
+        valid = min(num_valid, num_tokens, len(lease.block_table) * size)
+        if valid // size > held.committed // size or (
+            valid > held.committed and (is_last or held.committed < held.prompt <= valid)
+        ):
+            new = pack(array("I", tokens[held.known : valid]))
+            reply = self._batch.commit(lease, valid, new)
+            held.known, held.committed = max(held.known, valid), valid
+            reply.tell_error(partial(self._refused, held))
+        short = held.asked - num_tokens < self.bounds.ahead and held.asked < held.most
+        if short and not is_last and held.growing is None:
+            held.asked = min(num_tokens + self.bounds.ahead + self.bounds.reserve, held.most)
+            reply = self._batch.extend(lease, held.asked, wait_s=self.bounds.wait_s)
+            held.growing = reply
+            reply.listener = partial(self._grown, held)
+            if reply.done:
+                self._grown(held, reply)
+
+    def _refused(self, held: Held, error: CacheError) -> None:
+        """Hear, in the thread that reads the answers, that a commit was refused."""
+        if not isinstance(error, ServiceUnavailable):
+            held.is_broken = True
+            log.info("%s: %s", held.name, error)
+
+    def _grown(self, held: Held, reply: Reply[Any]) -> None:
+        """Hear, in the thread that reads the answers, whether there is more room."""
+        held.growing = None
+        if reply.error is None:
+            return
+        held.asked = 0 if held.lease is None else len(held.lease.block_table) * self.block_size
+        if isinstance(reply.error, LeaseExpired):
+            held.is_broken = True
+        elif not isinstance(reply.error, PoolExhausted | ServiceUnavailable):
+            log.warning("%s gets no room: %s", held.name, reply.error)
+
+    def lost(self) -> list[str]:
+        """Give the requests whose lease is over: what is computed under it counts no more.
+
+        O(requests); looks at the service's file where the session is lost.
+        """
+        self._look_round()
+        over = [name for name, held in self.held.items() if held.is_started and self._is_over(held)]
+        self.counts.lost += len(over)
+        return over
+
+    def _is_over(self, held: Held) -> bool:
+        if held.is_broken:
+            return True
+        if self._is_alone:
+            return False
+        if held.lease is None:
+            return True  # spare blocks, and the service is no longer known to be dead
+        try:
+            held.lease.check()
+        except LeaseExpired:
+            return True
+        return False
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def pop(self, name: str) -> Held | None:
+        """Take a request out; its blocks stay its own until `end`."""
+        held = self.held.pop(name, None)
+        if held is not None:
+            self._unended.add(name)
+        return held
+
+    def end(self, held: Held | None) -> None:
+        """Give back, with the next `flush`, what was taken out: nothing writes there any more."""
+        if held is None:
+            return
+        self._unended.discard(held.name)
+        if held.future is not None:
+            future, held.future = held.future, None
+            if future.cancel() or future.exception() is not None:
+                return
+            held.lease = future.result()
+        if self._is_alone:
+            # What others could see, they may still read.
+            first = -(-held.committed // self.block_size)
+            self._spare.extend(held.table[first:])
+            held.lease = None
+        elif held.lease is not None and not held.lease.released:
+            self._batch.release(held.lease)
+
+    def give_back_unused(self) -> bool:
+        """Give back what was granted and is not computed yet; it will be asked for again.
+
+        For an engine that runs out of room: these are blocks that cost nobody anything.
+        """
+        idle = [
+            name
+            for name, held in self.held.items()
+            if not held.is_started and held.future is not None and held.future.done()
+        ]
+        for name in idle:
+            self.end(self.pop(name))
+        return bool(idle)
+
+    def flush(self) -> None:
+        """Send what was said since the last time, in one message.  Waits for nothing."""
+        replies = self._batch.step.replies
+        if not replies:
+            return
+        self.counts.messages += 1
+        self.counts.ops += len(replies)
+        batch, self._batch = self._batch, self.session.batch()
+        self.session.post(batch)
+
+    # ------------------------------------------------------------------------- without the service
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the service is dead, and not only out of reach."""
+        if not self._is_alone and not self.session.alive:
+            self._look_round()
+        return self._is_alone
+
+    def _look_round(self) -> None:
+        if self.session.alive:
+            return
+        was, self._is_alone = self._is_alone, self.session.memory_is_abandoned
+        if self._is_alone and not was:
+            log.warning(
+                "the service is dead: going on with what is held and %s",
+                many(len(self._spare), "spare block"),
+            )
+        elif was and not self._is_alone:
+            log.warning("another service has taken the pool over: all that was held is lost")
+            self._spare = []
+
+    def _take_spare(self, held: Held, num_tokens: int) -> bool:
+        missing = -(-num_tokens // self.block_size) - held.num_blocks
+        if missing > len(self._spare):
+            return False
+        cut = len(self._spare) - max(0, missing)
+        held.take(self._spare[cut:])
+        del self._spare[cut:]
+        return True
