@@ -61,12 +61,9 @@ def _watches(
         self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs
     ) -> AsyncGenerator[pb.WatchResponse, None]:
         self.guard()
-        method: Any = self.channel.unary_stream(
-            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
-        )
         request = make(*args, **kwargs)
         with self._own_errors():
-            stream = method(request, metadata=self.metadata)
+            stream = unary.watching(self.channel)(request, metadata=self.metadata)
             try:
                 async for response in stream:
                     yield response
@@ -141,10 +138,7 @@ class AsyncClient(Connection):
             CacheError: of the class that the service names.
         """
         self.guard()
-        rpc = unary.RPCS[verb]
-        method: Any = self.channel.unary_unary(
-            rpc.path, rpc.request.SerializeToString, rpc.response.FromString
-        )
+        method = unary.asking(self.channel, verb)
         with self._own_errors():
             return await method(request, timeout=self.timeout_s, metadata=self.metadata)
 

@@ -16,6 +16,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import grpc
@@ -24,16 +25,10 @@ import grpc.aio
 from prefixcache.client import unary
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
-from prefixcache.client.lease import LeaseState
+from prefixcache.client.lease import GONE, LeaseState
 from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
-from prefixcache.errors import (
-    CacheError,
-    InvalidRequest,
-    LeaseExpired,
-    NotFound,
-    ServiceUnavailable,
-)
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Grant, Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -63,23 +58,7 @@ class AsyncBatch(BatchOps["AsyncLease"]):
         session.guard()
         reply = self.acquire(tokens, wait_s=wait_s, **terms)
         future: asyncio.Future[AsyncLease] = asyncio.get_running_loop().create_future()
-
-        def arrived(reply: Reply[AsyncLease]) -> None:
-            if future.cancelled():
-                session.abandon([reply])
-            elif reply.error is not None:
-                future.set_exception(reply.error)
-            else:
-                future.set_result(reply.result())
-
-        def cancelled(future: asyncio.Future[AsyncLease]) -> None:
-            if future.cancelled():
-                session.abandon([reply])
-
-        reply.listener = arrived
-        future.add_done_callback(cancelled)
-        if reply.done:
-            arrived(reply)
+        session.promise(reply, future, lambda: not future.cancelled())
         return future
 
     async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
@@ -145,23 +124,13 @@ class AsyncSession(SessionCore["AsyncLease"]):
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: asyncio.Task[None] | None = None
-        stream: Any = client.channel.stream_stream(
-            unary.SESSION_PATH, None, pb.OpResults.FromString
-        )
-        self._call = stream(wait_for_ready=True, metadata=client.metadata)
+        self._call = unary.session_of(client.channel)(wait_for_ready=True, metadata=client.metadata)
 
     async def _open(self, request: pb.AttachRequest, *, keep_alive: bool) -> None:
         self._spawn(self._read())
         self._spawn(self._write())
-        step = Step(self.ids)
-        reply = step.attach(request)
-        try:
+        with self.attaching(request) as step:
             await self._run(step)
-            self.attached(reply.result(), request)
-        except BaseException:
-            self.lose(ServiceUnavailable("the session was never attached"))
-            self._hang_up()
-            raise
         if keep_alive:
             self._spawn(self._beat())
 
@@ -219,13 +188,8 @@ class AsyncSession(SessionCore["AsyncLease"]):
         await asyncio.shield(self._closing)
 
     async def _end(self) -> None:
-        farewell = self.farewell()
-        try:
-            if farewell is not None:
-                await self._await([farewell])
-        finally:
-            self.forget(farewell)
-            self._hang_up()
+        with self.leaving() as farewell:
+            await self._await(farewell)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def __aenter__(self) -> AsyncSession:
@@ -335,7 +299,8 @@ class AsyncSession(SessionCore["AsyncLease"]):
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """End the stream, its reader, its writer and the heartbeats."""
         self._call.cancel()
         for task in self._tasks:
             task.cancel()
@@ -377,13 +342,9 @@ class AsyncLease(LeaseState):
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self.released or self._session.is_inherited:
-            return
-        try:
-            await self.release()
-        except (LeaseExpired, NotFound, ServiceUnavailable):
-            # The lease is gone already, with its worker or its service; do not mask `error`.
-            return
+        if not (self.released or self._session.is_inherited):
+            with suppress(*GONE):
+                await self.release()
 
 
 def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:

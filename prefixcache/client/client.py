@@ -57,10 +57,8 @@ def _watches(
 ) -> Callable[Concatenate[Client, P], Iterator[pb.WatchResponse]]:
     def watch(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[pb.WatchResponse]:
         self.guard()
-        method: Any = self.channel.unary_stream(
-            unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
-        )
-        stream = method(make(*args, **kwargs), metadata=self.metadata)
+        request = make(*args, **kwargs)
+        stream = unary.watching(self.channel)(request, metadata=self.metadata)
         try:
             yield from stream
         except grpc.RpcError as error:
@@ -140,10 +138,7 @@ class Client(Connection):
             CacheError: of the class that the service names.
         """
         self.guard()
-        rpc = unary.RPCS[verb]
-        method: Any = self.channel.unary_unary(
-            rpc.path, rpc.request.SerializeToString, rpc.response.FromString
-        )
+        method = unary.asking(self.channel, verb)
         try:
             return method(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import time
 from array import array
-from typing import Protocol
+from typing import Final, Protocol
 
 from prefixcache.client.connection import refuse_pickle
-from prefixcache.errors import LeaseExpired
+from prefixcache.errors import LeaseExpired, NotFound, ServiceUnavailable
 from prefixcache.texts import many
 from prefixcache.types import BlockTable, Grant, TableUpdate
 
@@ -61,6 +61,11 @@ class Clocked(Protocol):
     """The part of a session that a lease needs to know its deadline."""
 
     signs: SignsOfLife
+
+
+GONE: Final = (LeaseExpired, NotFound, ServiceUnavailable)
+"""Errors of a release at the end of a `with` block: the lease is gone already, with its worker or
+its service, and what the block itself raised is not to be masked."""
 
 
 class LeaseState:

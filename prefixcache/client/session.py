@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
@@ -21,16 +22,10 @@ import grpc
 from prefixcache.client import unary
 from prefixcache.client.calls import described_by
 from prefixcache.client.connection import Connection
-from prefixcache.client.lease import LeaseState
+from prefixcache.client.lease import GONE, LeaseState
 from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
-from prefixcache.errors import (
-    CacheError,
-    InvalidRequest,
-    LeaseExpired,
-    NotFound,
-    ServiceUnavailable,
-)
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Grant, Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -59,24 +54,7 @@ class Batch(BatchOps["Lease"]):
         """
         reply = self.acquire(tokens, wait_s=wait_s, **terms)
         future: Future[Lease] = Future()
-        session = self._session
-
-        def arrived(reply: Reply[Lease]) -> None:
-            if not future.set_running_or_notify_cancel():
-                session.abandon([reply])
-            elif reply.error is not None:
-                future.set_exception(reply.error)
-            else:
-                future.set_result(reply.result())
-
-        def cancelled(future: Future[Lease]) -> None:
-            if future.cancelled():
-                session.abandon([reply])
-
-        reply.listener = arrived
-        future.add_done_callback(cancelled)
-        if reply.done:
-            arrived(reply)
+        self._session.promise(reply, future, future.set_running_or_notify_cancel)
         return future
 
     def wait(self, reply: Reply[Lease]) -> Lease:
@@ -135,23 +113,13 @@ class Session(SessionCore["Lease"]):
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._arrived = threading.Condition()
         self._over = threading.Event()
-        stream: Any = client.channel.stream_stream(
-            unary.SESSION_PATH, None, pb.OpResults.FromString
-        )
-        self._call = stream(
+        self._call = unary.session_of(client.channel)(
             iter(self._outbox.get, None), wait_for_ready=True, metadata=client.metadata
         )
         self._reader = threading.Thread(target=self._read, name="prefixcache-reader", daemon=True)
         self._reader.start()
-        step = Step(self.ids)
-        reply = step.attach(request)
-        try:
+        with self.attaching(request) as step:
             self._run(step)
-            self.attached(reply.result(), request)
-        except BaseException:
-            self.lose(ServiceUnavailable("the session was never attached"))
-            self._hang_up()
-            raise
         if keep_alive:
             threading.Thread(target=self._beat, name="prefixcache-heartbeat", daemon=True).start()
 
@@ -194,13 +162,8 @@ class Session(SessionCore["Lease"]):
         """
         if self._closed or self.is_inherited:
             return
-        farewell = self.farewell()
-        try:
-            if farewell is not None:
-                self._await([farewell])
-        finally:
-            self.forget(farewell)
-            self._hang_up()
+        with self.leaving() as farewell:
+            self._await(farewell)
 
     def __enter__(self) -> Session:
         return self
@@ -269,7 +232,8 @@ class Session(SessionCore["Lease"]):
             with self._arrived:
                 self._arrived.notify_all()
 
-    def _hang_up(self) -> None:
+    def hang_up(self) -> None:
+        """End the stream, its reader and the heartbeats."""
         self._over.set()
         self._call.cancel()
         if threading.current_thread() is not self._reader:
@@ -310,10 +274,6 @@ class Lease(LeaseState):
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.released or self._session.is_inherited:
-            return
-        try:
-            self.release()
-        except (LeaseExpired, NotFound, ServiceUnavailable):
-            # The lease is gone already, with its worker or its service; do not mask `error`.
-            return
+        if not (self.released or self._session.is_inherited):
+            with suppress(*GONE):
+                self.release()

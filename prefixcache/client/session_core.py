@@ -23,6 +23,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -138,6 +139,10 @@ class SessionCore(ABC, Generic[L]):
     def emit(self, message: bytes | None) -> None:
         """Put a message behind those that are to be sent; None ends the stream.  Never waits."""
 
+    @abstractmethod
+    def hang_up(self) -> None:
+        """End the stream, and whatever serves it here."""
+
     def post(
         self, batch: BatchOps[L], on_error: Callable[[CacheError], object] | None = None
     ) -> None:
@@ -223,15 +228,36 @@ class SessionCore(ABC, Generic[L]):
     def _renewed(self, sent_at: float, _: None) -> None:
         self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
 
-    def farewell(self) -> Reply[Any] | None:
-        """Send a detach, the last op; nothing can be asked from now on.  None if it was lost."""
-        self._closed = True
-        if self._lost is not None:
-            return None
+    @contextmanager
+    def attaching(self, request: pb.AttachRequest) -> Iterator[Step]:
+        """Give the first step, to be run inside; take over what it is answered, or hang up."""
         step = Step(self.ids)
-        reply = step.ask("detach")
-        self._post(step)
-        return reply
+        reply = step.attach(request)
+        try:
+            yield step
+            self.attached(reply.result(), request)
+        except BaseException:
+            self.lose(ServiceUnavailable("the session was never attached"))
+            self.hang_up()
+            raise
+
+    @contextmanager
+    def leaving(self) -> Iterator[list[Reply[Any]]]:
+        """Send a detach, the last op, and give what is to be waited for inside; then hang up.
+
+        Nothing can be asked from now on.
+        """
+        self._closed = True
+        step = Step(self.ids)
+        farewell = None
+        try:
+            if self._lost is None:
+                farewell = step.ask("detach")
+                self._post(step)
+            yield step.replies
+        finally:
+            self.forget(farewell)
+            self.hang_up()
 
     def forget(self, farewell: Reply[Any] | None) -> None:
         """Close the books.  Attaching again passes the key on if nobody confirmed the farewell."""
@@ -293,6 +319,32 @@ class SessionCore(ABC, Generic[L]):
         """Remember that somebody has a lease in hand, and give it back."""
         self.leases.add(lease)
         return lease
+
+    def promise(self, reply: Reply[L], future: Any, is_wanted: Callable[[], bool]) -> None:
+        """Let a future have a reply's lease or error; cancelling it gives up waiting.
+
+        Args:
+            reply: Of an op that waits.
+            future: Of whatever kind the session's callers wait for.
+            is_wanted: Whether the future was not cancelled, asked as the answer arrives.
+        """
+
+        def arrived(reply: Reply[L]) -> None:
+            if not is_wanted():
+                self.abandon([reply])
+            elif reply.error is not None:
+                future.set_exception(reply.error)
+            else:
+                future.set_result(reply.result())
+
+        def cancelled(_: Any) -> None:
+            if future.cancelled():
+                self.abandon([reply])
+
+        reply.listener = arrived
+        future.add_done_callback(cancelled)
+        if reply.done:
+            arrived(reply)
 
     def receive(self, results: pb.OpResults) -> None:
         """Settle what is answered; give back leases that nobody waits for any more."""

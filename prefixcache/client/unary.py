@@ -59,6 +59,24 @@ RPCS: Final[dict[str, Rpc]] = {
 """Unary RPCs by verb, read from the generated descriptor."""
 
 
+def asking(channel: Any, verb: str) -> Any:
+    """Give the method of a channel that makes one unary call."""
+    rpc = RPCS[verb]
+    return channel.unary_unary(rpc.path, rpc.request.SerializeToString, rpc.response.FromString)
+
+
+def watching(channel: Any) -> Any:
+    """Give the method of a channel that opens a stream of events."""
+    return channel.unary_stream(
+        WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
+    )
+
+
+def session_of(channel: Any) -> Any:
+    """Give the method of a channel that opens a session; its messages are bytes already."""
+    return channel.stream_stream(SESSION_PATH, None, pb.OpResults.FromString)
+
+
 def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError:
     """Give the exception for a call that failed: the service's own, or one about the connection."""
     # Imported here: a client that meets no error never pays for these modules.

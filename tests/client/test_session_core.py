@@ -140,6 +140,9 @@ class Client(SessionCore[LeaseState]):
         if message is not None:
             self.sent.append(message)
 
+    def hang_up(self) -> None:
+        pass
+
     def make_lease(self, grant: Grant, sent_at: float) -> LeaseState:
         return self.enlist(LeaseState(grant, self, sent_at))
 
