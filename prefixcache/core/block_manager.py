@@ -191,9 +191,10 @@ class BlockManager:
         if source is not None:
             self.pool.add_ref(source)
         fresh = self.obtain(need, lease.namespace.tenant)
-        lease.table = table = node.table()
+        table = node.table()
         lease.private_from = len(table)
-        table.extend(fresh)
+        table += fresh
+        lease.table = table
         self.count_private(lease)
         lease.start = lease.committed = match.end // TOKEN_BYTES
         if source is None:

@@ -41,6 +41,7 @@ _FREE, _LIVE, _SHARED, _QUARANTINED, _RESERVED = 0, 1, 2, 3, 4
 _OF_NO_LEASE = LeaseId(0)
 """What an earlier life of the pool left in quarantine."""
 
+_AHEAD = 1024
 _SHORT_RUN = 64
 """Up to this many blocks a Python loop over a bytearray beats the fixed cost of a numpy call."""
 
@@ -66,6 +67,8 @@ class BlockPool:
     """
 
     __slots__ = (
+        "_ahead",
+        "_ahead_until",
         "_bump",
         "_num_quarantined",
         "_quarantine",
@@ -94,6 +97,9 @@ class BlockPool:
         """Who hears which blocks may be written to."""
         self._stack: BlockTable = array("i")
         self._bump = first
+        self._ahead: BlockTable = array("i")
+        self._ahead_until = first
+        """The end of the ids in `_ahead`: these and all before them are counted already."""
         self._state = bytearray([_RESERVED]) * first + bytearray(num_blocks)
         self._states = np.frombuffer(self._state, dtype=np.uint8)  # the same memory
         self._quarantine: dict[WorkerId, dict[LeaseId, BlockTable]] = {}
@@ -131,19 +137,32 @@ class BlockPool:
         if count <= have:
             ids = stack[have - count :]
             del stack[have - count :]
+            self._mark(ids, _LIVE)
         else:
             fresh = count - have
             if fresh > self.end - self._bump:
                 raise PoolExhausted(f"needs {many(count, 'block')}; {self.num_free:,} free")
-            ids = stack[:]
-            del stack[:]
-            ids.extend(range(self._bump, self._bump + fresh))
-            self._bump += fresh
+            ids = self._never_given(fresh)
+            if have:
+                self._mark(stack, _LIVE)
+                ids = stack + ids
+                del stack[:]
         self.num_free -= count
-        self._mark(ids, _LIVE)
         if self.write_listener is not None:
             self.write_listener.given(ids)
         return ids
+
+    def _never_given(self, count: int) -> BlockTable:
+        """Take the next ids that were never given: a slice of some that are counted in advance."""
+        start, end = self._bump, self._bump + count
+        at = len(self._ahead) - (self._ahead_until - start)
+        if end > self._ahead_until:
+            self._ahead_until = min(max(end, start + _AHEAD), self.end)
+            ids = np.arange(start, self._ahead_until, dtype=np.int32)
+            self._ahead, at = array("i", ids.tobytes()), 0
+        self._bump = end
+        self._state[start:end] = bytes((_LIVE,)) * count
+        return self._ahead[at : at + count]
 
     def release(self, ids: BlockTable) -> int:
         """Let one owner of each block go; free those that had no other.  O(blocks).
@@ -186,6 +205,7 @@ class BlockPool:
         self.num_quarantined = len(aside)
         used = np.flatnonzero(self._states)
         self._bump = int(used[-1]) + 1 if len(used) else self.first
+        self._ahead, self._ahead_until = array("i"), self._bump
         free = np.flatnonzero(self._states[: self._bump] == _FREE)[::-1]
         self._stack = array("i", free.astype(np.int32).tobytes())
         self.num_free = len(self._stack) + self.end - self._bump

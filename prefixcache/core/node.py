@@ -256,7 +256,7 @@ class Node:
             return self.blocks[:]
         table = array("i")
         for part in reversed(parts):
-            table.extend(part)
+            table += part
         return table
 
 

@@ -74,6 +74,8 @@ from prefixcache.core.node import (
 from prefixcache.core.policies.lru import Lru
 from prefixcache.types import BLOCK_ID_BYTES, TOKEN_BYTES, BlockId, BlockTable
 
+_NO_BLOCKS: BlockTable = array("i")
+"""Those of a node that is no longer part of the tree; never changed."""
 SWEPT = 3
 """`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
 _NODE_BYTES = 540
@@ -390,7 +392,7 @@ class RadixTree:
             if root.retired:
                 self.forgotten_evictable += size
             if not children:
-                self._offer(node)
+                self._offer(node, root)
             elif len(children) == 1 and below is not None and self._merge(below):
                 node = below
             above = node.parent
@@ -526,7 +528,7 @@ class RadixTree:
             if keep > 0:
                 out.extend(node.blocks[keep:])
                 self._evict_tail(node, keep)
-                self._offer(node)
+                self._offer(node, node.root)
             else:
                 out.extend(node.blocks)
                 self._evict_leaf(node)
@@ -563,9 +565,9 @@ class RadixTree:
                 return node
         return None
 
-    def _offer(self, node: Node) -> None:
+    def _offer(self, node: Node, root: Root) -> None:
         """Let a leaf that has just become evictable be evicted: in its turn, or first of all."""
-        if node.root.retired:
+        if root.retired:
             if node.queued != SWEPT:
                 node.queued = SWEPT
                 self._sweeps.append(iter((node,)))
@@ -632,7 +634,7 @@ class RadixTree:
         if not children:
             above.children = None
             if above.is_evictable:
-                self._offer(above)
+                self._offer(above, above.root)
         elif len(children) == 1:
             self._merge(next(iter(children.values())))
 
@@ -773,8 +775,7 @@ class RadixTree:
             node.last_used = above.last_used
         top.children[node.tokens[:width]] = node
         above.parent = above.children = above.mark = None
-        above.tokens = b""
-        above.blocks = array("i")
+        above.tokens, above.blocks = b"", _NO_BLOCKS
         self.num_nodes -= 1
         return True
 

@@ -72,4 +72,4 @@ def test_the_calls_of_a_step_do_not_grow_with_the_prompt(cache: PrefixCache) -> 
             cache.commit(ME, grant.lease, len(SYSTEM) + size, now=1.0)
             cache.release(ME, grant.lease, now=1.0)
         counts.append(len(made))
-    assert counts[1] <= counts[0] + 4, counts
+    assert counts[1] <= counts[0] + 6, counts
