@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from sortedcontainers import SortedList
 
@@ -298,19 +298,30 @@ class Root(Node):
         return self
 
 
-class Match(NamedTuple):
+class Match:
     """Where a descent ended.  `lock` continues from here; valid until the tree changes."""
 
-    node: Node
-    used: int
-    """Blocks of the node's run that matched."""
-    end: int
-    """Bytes of the tokens that matched in whole blocks."""
-    partial_block: BlockId | None
-    """The block whose first tokens match best what follows."""
-    partial_tokens: int
-    near: Node | None = None
-    """The child that holds that block, where the node's whole run matched."""
+    __slots__ = ("end", "near", "node", "partial_block", "partial_tokens", "used")
+
+    def __init__(
+        self,
+        node: Node,
+        used: int,
+        end: int,
+        partial_block: BlockId | None = None,
+        partial_tokens: int = 0,
+        near: Node | None = None,
+    ) -> None:
+        self.node = node
+        self.used = used
+        """Blocks of the node's run that matched."""
+        self.end = end
+        """Bytes of the tokens that matched in whole blocks."""
+        self.partial_block = partial_block
+        """The block whose first tokens match best what follows."""
+        self.partial_tokens = partial_tokens
+        self.near = near
+        """The child that holds that block, where the node's whole run matched."""
 
     def num_unprotected(self) -> int:
         """Count the matched blocks that no lease protects now.  Changes nothing.  O(nodes)."""
@@ -325,16 +336,21 @@ class Match(NamedTuple):
         return count
 
 
-class Inserted(NamedTuple):
+class Inserted:
     """Answer of `RadixTree.insert`."""
 
-    node: Node
-    """The node that the caller's lock is on now."""
-    num_existing: int
-    """Leading blocks that somebody else had indexed already."""
-    num_indexed: int
-    absorbed: list[int]
-    """Blocks of tails that the new run made superfluous.  They have left the tree."""
+    __slots__ = ("absorbed", "node", "num_existing", "num_indexed")
+
+    def __init__(
+        self, node: Node, num_existing: int, num_indexed: int, absorbed: list[int]
+    ) -> None:
+        self.node = node
+        """The node that the caller's lock is on now."""
+        self.num_existing = num_existing
+        """Leading blocks that somebody else had indexed already."""
+        self.num_indexed = num_indexed
+        self.absorbed = absorbed
+        """Blocks of tails that the new run made superfluous.  They have left the tree."""
 
 
 def blocks_below(root: Root) -> BlockTable:

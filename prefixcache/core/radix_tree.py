@@ -177,7 +177,7 @@ class RadixTree:
         while True:
             children = node.children
             if not children or off >= end:
-                return Match(node, len(node.blocks), off, None, 0)
+                return Match(node, len(node.blocks), off)
             child = children.get(tokens[off : off + width]) if off + width <= end else None
             if child is None:
                 break
@@ -201,7 +201,7 @@ class RadixTree:
         near, same = children.nearest(tokens[off : off + width if off + width <= end else end])
         partial = same // TOKEN_BYTES
         if not partial or near is None:
-            return Match(node, len(node.blocks), off, None, 0)
+            return Match(node, len(node.blocks), off)
         return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial, near)
 
     def place(self, node: Node, end: int, at: int) -> tuple[Match, bytes]:
@@ -221,7 +221,7 @@ class RadixTree:
         if at < end:
             start = used * self.block_bytes
             after = node.tokens[start : start + self.block_bytes]
-        return Match(node, used, at, None, 0), after
+        return Match(node, used, at), after
 
     def remembered(self, match: Match, tokens: bytes) -> int:
         """Count the bytes after the resident match that ghosts remember.  Changes nothing."""
@@ -330,21 +330,16 @@ class RadixTree:
 
     def lock_node(self, node: Node) -> None:
         """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
+        root, size = node.in_root, 0  # a root is always locked
         while True:
-            ref = node.lock_ref
+            ref, above = node.lock_ref, node.parent
             node.lock_ref = ref + 1
-            if ref:
-                return
-            root, above = node.in_root, node.parent
-            if root is None or above is None:
-                return
-            size = len(node.blocks)
-            self.evictable -= size
-            root.evictable -= size
-            root.sums.evictable -= size
-            if root.retired:
-                self.forgotten_evictable -= size
+            if ref or above is None:
+                break
+            size += len(node.blocks)
             node = above
+        if root is not None and size:
+            self._count_evictable(root, -size)
 
     def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
         """Take one lock back, and that on its tail; what becomes unprotected counts as used now.
@@ -369,36 +364,40 @@ class RadixTree:
         return None
 
     def _unlock(self, node: Node, stamp: int) -> None:
+        root, size = node.root, 0
         below: Node | None = None
         while True:
             if node.last_used < stamp:
                 node.last_used = stamp
             else:
                 stamp = node.last_used
-            if node.lock_ref < 1:
+            ref = node.lock_ref
+            if ref < 1:
                 raise AssertionError(
                     f"unlocked a node that is not locked: {node.tokens[:64].hex()}"
                 )
-            node.lock_ref -= 1
-            if node.lock_ref:
-                return
-            root, children = node.in_root, node.children
-            if root is None:
-                raise AssertionError("a root is always locked")
-            size = len(node.blocks)
-            self.evictable += size
-            root.evictable += size
-            root.sums.evictable += size
-            if root.retired:
-                self.forgotten_evictable += size
+            node.lock_ref = ref - 1
+            if ref > 1:
+                break
+            size += len(node.blocks)
+            children, above = node.children, node.parent
             if not children:
                 self._offer(node, root)
             elif len(children) == 1 and below is not None and self._merge(below):
                 node = below
-            above = node.parent
             if above is None:
-                return
+                break
             below, node = node, above
+        if size:
+            self._count_evictable(root, size)
+
+    def _count_evictable(self, root: Root, more: int) -> None:
+        """Count blocks that have become unprotected; below 0: that are protected now."""
+        self.evictable += more
+        root.evictable += more
+        root.sums.evictable += more
+        if root.retired:
+            self.forgotten_evictable += more
 
     def _absorb(self, tail: Node, stamp: int) -> BlockTable:
         """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
