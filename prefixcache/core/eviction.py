@@ -153,16 +153,15 @@ class LeafQueue:
 
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
-        heap = self._heap
+        heap, key_of = self._heap, self._key
         while heap:
             key, _, node = heappop(heap)
             node.queued = 0
             if not node.is_evictable:
                 continue
-            if self._key(node) > key:
-                self.push(node)
-                continue
-            return node
+            if key_of(node) <= key:
+                return node
+            self.push(node)
         return None
 
     def _rebuild(self) -> None:

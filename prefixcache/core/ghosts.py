@@ -144,7 +144,7 @@ class Ghosts:
 
     def forget(self) -> list[Node]:
         """Drop the oldest ghosts over the limit; give the nodes that lost one.  Amortised O(1)."""
-        bereft = []
+        bereft: list[Node] = []
         fifo = self._fifo
         while self.num_blocks > self.limit and fifo:
             serial, ghost = fifo.popleft()
@@ -192,16 +192,13 @@ class Ghosts:
 
     def _count(self, ghost: Node, sign: int) -> None:
         """Add or subtract a ghost's blocks."""
-        size = sign * self._size(ghost)
+        size = sign * -(-len(ghost.tokens) // self.block_bytes)
         self.num_blocks += size
         step = ghost.last_used // self._step
         if left := self._living.get(step, 0) + size:
             self._living[step] = left
         else:
             del self._living[step]
-
-    def _size(self, ghost: Node) -> int:
-        return -(-len(ghost.tokens) // self.block_bytes)
 
 
 _STEPS = 512

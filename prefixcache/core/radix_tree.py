@@ -75,7 +75,7 @@ from prefixcache.core.policies.lru import Lru
 from prefixcache.types import BLOCK_ID_BYTES, TOKEN_BYTES, BlockId, BlockTable
 
 _NO_BLOCKS: BlockTable = array("i")
-"""Those of a node that is no longer part of the tree; never changed."""
+"""Those of a ghost, and of a node that is no longer part of the tree; never changed."""
 SWEPT = 3
 """`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
 _NODE_BYTES = 540
@@ -519,18 +519,18 @@ class RadixTree:
                 node = self.queue.pop()
                 if node is None:
                     break
-            size = len(node.blocks)
+            root, size = node.root, len(node.blocks)
             keep = size - need
-            if not node.root.retired:
+            if not root.retired:
                 self.last_evicted = node.last_used
-                self.num_evicted += min(size, need)
+                self.num_evicted += need if keep > 0 else size
             if keep > 0:
-                out.extend(node.blocks[keep:])
-                self._evict_tail(node, keep)
-                self._offer(node, node.root)
+                out += node.blocks[keep:]
+                self._evict_tail(root, node, keep)
+                self._offer(node, root)
             else:
-                out.extend(node.blocks)
-                self._evict_leaf(node)
+                out += node.blocks
+                self._evict_leaf(root, node)
         return out
 
     def drop_namespace(self, root: Root) -> None:
@@ -573,23 +573,24 @@ class RadixTree:
         else:
             self.queue.push(node)
 
-    def _evict_tail(self, node: Node, keep: int) -> None:
+    def _evict_tail(self, root: Root, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
         if self.listener is not None:
             self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
-        node.root.num_changes += 1
+        root.num_changes += 1
         if node.pinned and self.pins is not None:
             self.pins.trimmed(node, size)
         mark = None if self._lost is None else self._lost(node, size)
-        self._uncount(node.root, size)
-        if self.ghosts.limit and not node.root.retired:
-            ghost = Node(node.tokens[cut:], array("i"), node, node.created)
-            ghost.ghosts, node.ghosts = node.ghosts, None
-            ghost.divergence, node.divergence = node.divergence, None
+        self._uncount(root, size)
+        if self.ghosts.limit and not root.retired:
+            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.created)
+            ghost.divergence = node.divergence
             ghost.mark = mark
-            self.ghosts.adopt_children(ghost)
+            if node.ghosts:
+                ghost.ghosts, node.ghosts = node.ghosts, None
+                self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
         elif self._forgotten is not None:
             self._forgotten(mark, size)
@@ -598,7 +599,7 @@ class RadixTree:
         node.divergence = None
         self._forget()
 
-    def _evict_leaf(self, node: Node) -> None:
+    def _evict_leaf(self, root: Root, node: Node) -> None:
         """Take a whole leaf out; it becomes a ghost."""
         above = node.parent
         if above is None:
@@ -607,13 +608,13 @@ class RadixTree:
             self._tell_removed(node, node.blocks)
         size = len(node.blocks)
         mark = None if self._lost is None else self._lost(node, size)
-        self._uncount(node.root, size)
+        self._uncount(root, size)
         self._detach(node)
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
-        node.blocks = array("i")
+        node.blocks = _NO_BLOCKS
         node.mark = mark
-        if self.ghosts.limit and not node.root.retired:
+        if self.ghosts.limit and not root.retired:
             node.parent = above
             self.ghosts.bury(above, node)
             self._forget()
@@ -694,11 +695,10 @@ class RadixTree:
 
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
-        above = node.parent
-        if above is None or above.children is None:
+        root, above = node.in_root, node.parent
+        if root is None or above is None or above.children is None:
             raise AssertionError("only a child can be detached")
         above.children.drop(node.tokens[: self.block_bytes])
-        root = node.root
         root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
