@@ -8,7 +8,7 @@ One child needs no order; up to a few hundred a sorted list is the fastest; beyo
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -67,7 +67,7 @@ class Children(dict[bytes, Child]):
     >>> from prefixcache.types import pack
     >>> siblings = Children()
     >>> for tokens in ([1, 1], [1, 2], [3, 3]):
-    ...     siblings.put(pack(tokens), tokens)
+    ...     _ = siblings.put(pack(tokens), tokens)
     >>> siblings.nearest(pack([1, 7]))[1]
     4
     """
@@ -77,19 +77,24 @@ class Children(dict[bytes, Child]):
     def __init__(self) -> None:
         self._order: Any = None  # None, a list, or a SortedList
 
-    def put(self, key: bytes, child: Child) -> None:
-        """Add a child under a new key.  O(log n)."""
-        self[key] = child
+    def put(self, key: bytes, child: Child) -> Child | None:
+        """Add a child under a new key; give the one with the largest key below it.  O(log n)."""
         order = self._order
         if order is None:
-            if len(self) > 1:
-                self._order = sorted(self)
-        elif type(order) is list:
-            insort(order, key)
+            if not self:
+                self[key] = child
+                return None
+            order = self._order = list(self)
+        self[key] = child
+        if type(order) is list:
+            at = bisect_left(order, key)
+            order.insert(at, key)
             if len(order) > _LIST_UNTIL:
                 self._order = SortedList(order)
         else:
+            at = order.bisect_left(key)
             order.add(key)
+        return self[order[at - 1]] if at else None
 
     def sort(self) -> None:
         """Bring the order up to date after keys were set in bulk.  O(n log n)."""

@@ -643,20 +643,17 @@ class RadixTree:
     def _adopt(self, node: Node, child: Node, absorbed: list[int]) -> Node:
         """Make a node with blocks a child, locked instead of `node`; drop the tail it covers."""
         child.lock_ref = 1
-        children = node.children
         first = child.tokens[: self.block_bytes]
-        if children is None:
-            children = node.children = Children()
-        elif children:
-            tail = children.before(first)
-            if tail is not None and not tail.lock_ref and first.startswith(tail.tokens):
-                absorbed.extend(tail.blocks)
-                if self.listener is not None:
-                    self._tell_removed(tail, tail.blocks)
-                self._leave(tail)
-                self._uncount(tail.root, len(tail.blocks))
-                self._detach(tail)
-        children.put(first, child)
+        if node.children is None:
+            node.children = Children()
+        tail = node.children.put(first, child)
+        if tail is not None and not tail.lock_ref and first.startswith(tail.tokens):
+            absorbed.extend(tail.blocks)
+            if self.listener is not None:
+                self._tell_removed(tail, tail.blocks)
+            self._leave(tail)
+            self._uncount(tail.root, len(tail.blocks))
+            self._detach(tail)
         self.num_nodes += 1
         root, size = child.in_root or node.root, len(child.blocks)
         self.num_blocks += size
