@@ -37,7 +37,9 @@ def take(cache: PrefixCache, tokens: list[int], space: Namespace = A, now: float
 
 
 def queue(cache: PrefixCache, size: int, space: Namespace = A, wait_s: float = 50.0) -> TicketId:
-    answer = cache.acquire(ME, space, pack([hash(space) % 97] * size), wait_s=wait_s, now=0.0)
+    answer = cache.acquire(
+        ME, space, pack([1000 + ord(space.tenant)] * size), wait_s=wait_s, now=0.0
+    )
     assert isinstance(answer, Waiting)
     assert answer.owner is None
     return answer.ticket
