@@ -252,7 +252,7 @@ class RadixTree:
             if not node.children:
                 return None
             near = match.near
-            if near is None:
+            if near is None and len(tokens) - match.end <= TOKEN_BYTES:  # not looked for yet
                 near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
             node, at = near or next(iter(node.children.values())), 0
         run = node.tokens[at : at + into + limit]

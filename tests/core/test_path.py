@@ -60,6 +60,12 @@ def test_a_plain_hit_takes_at_most_40_calls_in_10_files(cache: PrefixCache) -> N
     assert grant.num_cached == 992
     assert len(made) <= 40, made
     assert len({file for file, _ in made}) <= 10, made
+    with calls() as made:
+        cache.commit(ME, grant.lease, 1037 + 200, pack([7] * 200), now=1.0)
+    assert len(made) <= 24, made
+    with calls() as made:
+        cache.release(ME, grant.lease, now=1.0)
+    assert len(made) <= 28, made
 
 
 def test_the_calls_of_a_step_do_not_grow_with_the_prompt(cache: PrefixCache) -> None:
