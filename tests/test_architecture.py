@@ -74,7 +74,12 @@ FLOORS = {
         "prefixcache_kernels",
         "prefixcache_worker",
     ),
-    "prefixcache_vllm": (*WORDS, "prefixcache.client", "prefixcache_vllm"),
+    "prefixcache_vllm": (
+        *WORDS,
+        "prefixcache.client",
+        "prefixcache_kernels",
+        "prefixcache_vllm",
+    ),
     "prefixcache_bench": ("prefixcache",),
 } | dict.fromkeys(WORDS, WORDS)
 """What each part may import of the project: itself and what lies below."""

@@ -64,6 +64,9 @@ class Session(SessionCore[LeaseState]):
         if message is not None:
             self.sent.append(message)
 
+    def hang_up(self) -> None:
+        """Do nothing: there is no stream to close."""
+
     def make_lease(self, grant: Grant, sent_at: float) -> LeaseState:
         return self.enlist(LeaseState(grant, self, sent_at))
 

@@ -145,12 +145,3 @@ def test_a_model_is_named_by_its_weights_and_all_that_computes_with_them() -> No
         pages.model_of(engine(compute_hash=lambda: "f" * 20)),
     }
     assert len(others | {plain}) == 6
-
-
-def test_pages_are_the_pools_bytes() -> None:
-    layout = pages.layout_of(engine(), cache(spec(page_size_bytes=96), layers=2))
-    buffer = torch.zeros(2 * 5 * 96, dtype=torch.int8)
-    pages.pages(buffer, layout, 5)[1, 3] = 7
-    begin = (1 * 5 + 3) * 96
-    assert buffer[begin : begin + 96].eq(7).all()
-    assert int(buffer.ne(0).sum()) == 96

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -85,7 +87,8 @@ class Standing(Protocol):
         """The pool."""
         ...
 
-    def acquire(self, tokens: bytes, **terms: Any) -> Any:
+    @property
+    def acquire(self) -> Callable[..., Any]:
         """Lease blocks, and wait for them."""
         ...
 
@@ -133,6 +136,8 @@ class Counts:
     reused_tokens: int = 0
     lost: int = 0
     """Leases that ended while somebody computed under them."""
+    waited_for_room: int = 0
+    """Times a step waited for an answer of the service; no other wait is known."""
     messages: int = 0
     ops: int = 0
 
@@ -221,6 +226,7 @@ class Leases:
         self.block_size = session.pool.block_size
         self.held: dict[str, Held] = {}
         self._batch: Asking = session.batch()
+        self._answered = threading.Condition()
         self._unended: set[str] = set()
         """Requests that let go of their blocks, which are not given back yet."""
         self._tries = 0
@@ -366,6 +372,30 @@ class Leases:
             return True
         return self.is_alone and self._take_spare(held, num_tokens)
 
+    def wait_for_room(self, name: str, num_tokens: int, seconds: float) -> bool:
+        """Do what gets a request room for so many tokens, and wait for it; tell if it came.
+
+        For an engine that would take room from another of its requests otherwise: what was granted
+        and is not computed yet is given back, and the answer to what is asked for now, or was
+        asked for ahead, may be on its way.
+        """
+        held = self.held.get(name)
+        if held is None or held.lease is None or self._is_over(held):
+            return False
+        if held.growing is None and not self.is_alone:
+            held.asked = max(held.asked, min(num_tokens + self.bounds.reserve, held.most))
+            self._extend(held, max(held.asked, num_tokens))
+        self.give_back_unused()
+        self.flush()
+        self.counts.waited_for_room += 1
+        deadline = time.monotonic() + seconds
+        with self._answered:
+            while not (found := self.has_room(name, num_tokens)) and held.growing is not None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._answered.wait(left):
+                    break
+        return found
+
     def settle(
         self, name: str, num_valid: int, tokens: Sequence[int], *, is_last: bool = False
     ) -> None:
@@ -392,11 +422,15 @@ class Leases:
         short = held.asked - num_tokens < self.bounds.ahead and held.asked < held.most
         if short and not is_last and held.growing is None:
             held.asked = min(num_tokens + self.bounds.ahead + self.bounds.reserve, held.most)
-            reply = self._batch.extend(lease, held.asked, wait_s=self.bounds.wait_s)
-            held.growing = reply
-            reply.listener = partial(self._grown, held)
-            if reply.done:
-                self._grown(held, reply)
+            self._extend(held, held.asked)
+
+    def _extend(self, held: Held, num_tokens: int) -> None:
+        """Ask for room with the next `flush`."""
+        reply = self._batch.extend(held.lease, num_tokens, wait_s=self.bounds.wait_s)
+        held.growing = reply
+        reply.listener = partial(self._grown, held)
+        if reply.done:
+            self._grown(held, reply)
 
     def _refused(self, held: Held, error: CacheError) -> None:
         """Hear, in the thread that reads the answers, that a commit was refused."""
@@ -406,7 +440,9 @@ class Leases:
 
     def _grown(self, held: Held, reply: Reply[Any]) -> None:
         """Hear, in the thread that reads the answers, whether there is more room."""
-        held.growing = None
+        with self._answered:
+            held.growing = None
+            self._answered.notify_all()
         if reply.error is None:
             return
         held.asked = 0 if held.lease is None else len(held.lease.block_table) * self.block_size

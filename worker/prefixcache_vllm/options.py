@@ -20,9 +20,7 @@ class Options:
     """Settings of one engine."""
 
     connect: str | None = None
-    """The service's address; by default this machine's."""
-    key: str | None = None
-    """File with the key that proves who this engine is, where the service asks for one."""
+    """The service's address; by default this machine's.  The environment says who the engine is."""
     weights: str = ""
     """Names the weights where the model's name does not: another name shares nothing with it."""
     reserve: int = 64
@@ -47,7 +45,7 @@ class Options:
         wait = self.wait_s
         if not isinstance(wait, int | float) or isinstance(wait, bool) or not 0 <= wait < 1e9:
             raise InvalidRequest(f"{SECTION}.wait_s is {wait!r}: seconds are expected")
-        for name in ("connect", "key", "weights"):
+        for name in ("connect", "weights"):
             text = getattr(self, name)
             if not isinstance(text, str) and (text is not None or name == "weights"):
                 raise InvalidRequest(f"{SECTION}.{name} is {text!r}: a text is expected")

@@ -18,12 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-
 from prefixcache.errors import Unsupported
-from prefixcache.pool import map_pool
-from prefixcache.types import Layout, PoolHandle
+from prefixcache.types import Layout
 
 TESTED: Final = ("0.32",)
 """Versions of vLLM whose inner hooks were tested."""
@@ -157,14 +153,3 @@ def model_of(vllm_config: Any, weights: str = "") -> str:
     parts = (name, model.revision, model.quantization, model.dtype, weights)
     told = [str(part).removeprefix("torch.") for part in parts if part]
     return f"{'@'.join(told)}#{model.compute_hash()[:16]}"
-
-
-def map_bytes(handle: PoolHandle) -> Tensor:
-    """Map the pool: int8 [num_bytes].  The tensor keeps the mapping alive."""
-    memory = map_pool(handle)
-    return torch.frombuffer(memory, dtype=torch.int8, count=handle.num_bytes, offset=handle.offset)
-
-
-def pages(buffer: Tensor, layout: Layout, num_blocks: int) -> Tensor:
-    """View such bytes as pages: int8 [planes, num_blocks, page_bytes]."""
-    return buffer.view(layout.planes, num_blocks, layout.page_bytes)

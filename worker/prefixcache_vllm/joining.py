@@ -1,0 +1,50 @@
+"""How a process of vLLM's joins the service: the engine's core, which leases, and its workers."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import prefixcache
+from prefixcache.client import Client, Session
+from prefixcache.errors import Unsupported
+from prefixcache_vllm import pages
+from prefixcache_vllm.options import Options
+
+
+def join(
+    vllm_config: Any, kv_cache_config: Any, role: str, *, in_place: bool
+) -> tuple[Client, Session]:
+    """Attach to the service, with the layout of vLLM's KV.  Whoever calls it closes the client.
+
+    Args:
+        vllm_config: vLLM's `VllmConfig`.
+        kv_cache_config: vLLM's `KVCacheConfig`, with the order it has settled on.
+        role: for people: appears in snapshots.
+        in_place: whether vLLM computes in the pool itself.
+
+    Raises:
+        Unsupported: settings or a model that cannot be served; all of them are named.
+        LayoutMismatch: the pool holds another format, or blocks of another size.
+        ServiceUnavailable: nobody serves there.
+    """
+    pages.check(vllm_config, in_place=in_place)
+    layout = pages.layout_of(vllm_config, kv_cache_config)
+    options = Options.of(vllm_config)
+    client = prefixcache.connect(options.connect)
+    try:
+        session = client.attach(
+            pages.model_of(vllm_config, options.weights),
+            layout,
+            block_size=pages.only_spec(kv_cache_config).block_size,
+            name=f"vllm-{role}-{os.getpid()}",
+        )
+        if in_place and session.pool.first_block < 1:
+            raise Unsupported(
+                "the pool lends block 0, which vLLM writes to where it has nothing to say: start "
+                "the service with --first-block 1"
+            )
+    except BaseException:
+        client.close()
+        raise
+    return client, session

@@ -1,0 +1,139 @@
+"""vLLM's schedulers, with leased blocks.
+
+    --scheduler-cls prefixcache_vllm.scheduler.LeaseScheduler
+
+A waiting request asks the service for its blocks; until they are granted the scheduler passes on to
+the next.  After each step one message tells the service what was written, what is given back and
+what room will be needed; nobody waits for its answer.  A lease that is lost drops the output of the
+step that ran under it, and the request is computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from itertools import islice
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from prefixcache_vllm.joining import join
+from prefixcache_vllm.leases import Bounds, Leases
+from prefixcache_vllm.manager import LeasedKVCacheManager
+from prefixcache_vllm.options import Options
+
+log = logging.getLogger("vllm.prefixcache")
+
+PAUSE_S = 0.005
+"""How long a step with nothing to compute waits for a lease before it looks for new requests."""
+
+
+class Leasing:
+    """Mixed into a scheduler of vLLM's."""
+
+    kv_cache_manager: LeasedKVCacheManager
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
+        self._client, session = join(vllm_config, kv_cache_config, "engine", in_place=True)
+        options = Options.of(vllm_config)
+        bounds = Bounds(
+            max_tokens=vllm_config.model_config.max_model_len,
+            reserve=options.reserve,
+            ahead=options.ahead,
+            window=options.window,
+            wait_s=options.wait_s,
+            spare_blocks=options.spare_blocks,
+        )
+        self.leases = Leases(session, bounds)
+        self.kv_cache_manager = LeasedKVCacheManager.of(self.kv_cache_manager, self.leases)
+        # Blocks that are let go of may be lent to another process at once, and no stream orders its
+        # writes behind ours: they are given back when the last step that writes there has ended.
+        self.defer_block_free = vllm_config.max_concurrent_batches > 1
+        log.info(
+            "prefixcache: leasing from %d blocks of %d tokens",
+            session.pool.num_blocks,
+            session.pool.block_size,
+        )
+
+    def add_request(self, request: Any) -> None:
+        """Queue a request, and ask for its blocks at once if few are before it."""
+        super().add_request(request)  # type: ignore[misc]
+        if self.leases.has_window and request.status == RequestStatus.WAITING:
+            self.kv_cache_manager.ask(request)
+            self.leases.flush()
+
+    def _handle_blocked_waiting_request(self, request: Any) -> bool:
+        if not super()._handle_blocked_waiting_request(request):  # type: ignore[misc]
+            return False
+        if request.num_stale_output_tokens and not request.drop_stale_output:
+            return False  # its blocks may not be asked for before it knows all of its tokens
+        manager = self.kv_cache_manager
+        if request.request_id not in self.leases.held and not self.leases.has_window:
+            return False
+        if manager.is_ready(request):
+            return True
+        refused = manager.ask(request).refused
+        if refused is not None:
+            log.warning("prefixcache: %s cannot be served: %s", request.request_id, refused)
+            # vLLM ends what is named here as a request that failed.
+            self.grammar_compile_error_reqs.add(request.request_id)  # type: ignore[attr-defined]
+        return False
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan a step: only requests whose leases stand take part."""
+        self._preempt_lost(drop_output=False)
+        self.leases.flush()
+        if not self.running and self.waiting:  # type: ignore[attr-defined]
+            # vLLM would ask again every millisecond, each time with an empty step for its workers,
+            # which spin for it: they would slow down who computes what everybody waits for.
+            first = islice(self.waiting, self.leases.bounds.window)  # type: ignore[attr-defined]
+            self.leases.pause([request.request_id for request in first], PAUSE_S)
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        self.leases.flush()
+        return output
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Take a step's tokens in, and tell the service what it wrote."""
+        # What a step read or wrote after a lease's deadline may be another's.
+        self._preempt_lost(drop_output=True)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
+        for name in scheduler_output.num_scheduled_tokens:
+            request = self.requests.get(name)  # type: ignore[attr-defined]
+            if request is not None and request.status == RequestStatus.RUNNING:
+                self.kv_cache_manager.settle(request)
+        self.leases.flush()
+        return outputs
+
+    def _preempt_lost(self, *, drop_output: bool) -> None:
+        for name in self.leases.lost():
+            request = self.requests.get(name)  # type: ignore[attr-defined]
+            self.kv_cache_manager.drop(name)
+            if request is None or request not in self.running:  # type: ignore[attr-defined]
+                continue
+            log.info("prefixcache: %s lost its lease and is computed again", name)
+            self.running.remove(request)  # type: ignore[attr-defined]
+            self._preempt_request(  # type: ignore[attr-defined]
+                request, time.monotonic(), drop_stale_output=drop_output
+            )
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """End requests from outside, and give their blocks back."""
+        result = super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+        self.leases.flush()
+        return result
+
+    def shutdown(self) -> None:
+        """Leave the service."""
+        self._client.close()
+        super().shutdown()  # type: ignore[misc]
+
+
+class LeaseScheduler(Leasing, Scheduler):
+    """One step at a time."""
+
+
+class LeaseAsyncScheduler(Leasing, AsyncScheduler):
+    """The next step is planned while one runs."""

@@ -1,0 +1,126 @@
+"""vLLM's worker with its KV cache in the pool.
+
+    --worker-cls prefixcache_vllm.worker.CPUWorker
+
+vLLM allocates one buffer for the KV of all layers and makes views of it.  While it does so for the
+model (and not when it profiles, with caches of its own), the buffer is the pool's: mapped memory on
+a CPU, imported memory on a GPU.  It is not cleared: others read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+from vllm.v1.kv_cache_interface import create_kv_cache_views
+from vllm.v1.worker.cpu_worker import CPUWorker as VllmCPUWorker
+from vllm.v1.worker.gpu_worker import Worker as VllmGPUWorker
+
+import prefixcache
+from prefixcache.client import Client, Session
+from prefixcache.errors import LayoutMismatch
+from prefixcache_kernels import map_pages
+from prefixcache_vllm import pages
+from prefixcache_vllm.joining import join
+from prefixcache_vllm.options import Options
+
+ALLOCATING: Final = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
+"""Modules that call `allocate_kv_cache` by that name: of the first and of the second runner."""
+
+
+@contextmanager
+def allocation_by(allocate: Callable[..., dict[str, torch.Tensor]]) -> Iterator[None]:
+    """Have vLLM's runners call this where they allocate the KV cache."""
+    with ExitStack() as stack:
+        for name in ALLOCATING:
+            module: Any = import_module(name)
+            if not hasattr(module, "allocate_kv_cache"):
+                continue
+            stack.callback(setattr, module, "allocate_kv_cache", module.allocate_kv_cache)
+            module.allocate_kv_cache = allocate
+        yield
+
+
+def views_of_pool(session: Session, kv_cache_config: Any, layout: Any, size: int | None) -> Any:
+    """Give each layer's view of the pool, by the layer's name.
+
+    Raises:
+        LayoutMismatch: vLLM's blocks are not the pool's, one for one.
+    """
+    handle = session.pool
+    (whole,) = kv_cache_config.kv_cache_tensors
+    if (whole.size, kv_cache_config.num_blocks) != (handle.num_bytes, handle.num_blocks):
+        raise LayoutMismatch(
+            f"vLLM wants {kv_cache_config.num_blocks:,} blocks in {whole.size:,} bytes, the pool "
+            f"has {handle.num_blocks:,} in {handle.num_bytes:,}: leave --num-gpu-blocks-override "
+            "and --kv-cache-memory-bytes out, the pool decides"
+        )
+    buffer = map_pages(handle).view(-1).view(torch.int8)
+    views = create_kv_cache_views(
+        buffer,
+        pages.only_spec(kv_cache_config),
+        kv_cache_config.num_blocks,
+        layout,
+        whole,
+        kernel_block_size=size,
+    )
+    return dict(zip(whole.layers, views, strict=True))
+
+
+class PoolMemory:
+    """Mixed into a worker of vLLM's: its blocks are the pool's, in number and in place."""
+
+    vllm_config: Any
+    _client: Client
+    _session: Session
+
+    def bytes_of_pool(self) -> int:
+        """Bytes that make vLLM count as many blocks as the pool has."""
+        page_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())  # type: ignore[attr-defined]
+        with prefixcache.connect(Options.of(self.vllm_config).connect) as client:
+            return int(client.snapshot().num_blocks * page_bytes)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Map the pool, and make vLLM's views of it."""
+        self._client, self._session = join(
+            self.vllm_config, kv_cache_config, "worker", in_place=True
+        )
+
+        def allocate(
+            config: Any, device: Any, layout: Any, kernel_block_sizes: list[int] | None = None
+        ) -> dict[str, torch.Tensor]:
+            del device
+            size = kernel_block_sizes[0] if kernel_block_sizes else None
+            made: dict[str, torch.Tensor] = views_of_pool(self._session, config, layout, size)
+            return made
+
+        with allocation_by(allocate):
+            super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """Leave; the memory stays mapped until the process ends."""
+        if hasattr(self, "_client"):
+            self._client.close()
+        super().shutdown()  # type: ignore[misc]
+
+
+class CPUWorker(PoolMemory, VllmCPUWorker):
+    """vLLM's worker for CPUs, on a pool in shared memory."""
+
+    def determine_available_memory(self) -> int:
+        """Give the pool's bytes: they are there, so whether they would fit is no question."""
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+        return self.bytes_of_pool()
+
+
+class GPUWorker(PoolMemory, VllmGPUWorker):
+    """vLLM's worker for GPUs, on a pool in the memory of its GPU.  Not tested on a device yet."""
+
+    def determine_available_memory(self) -> int:
+        """Have vLLM profile itself, and give the pool's bytes."""
+        super().determine_available_memory()
+        return self.bytes_of_pool()
