@@ -90,6 +90,7 @@ def test_the_command_says_which_core_runs_and_what_to_do_about_a_stale_one(built
         run = subprocess.run(
             [sys.executable, "-c", "from prefixcache.cli.main import main; main()", "--version"],
             cwd=built.parent,
+            env={name: value for name, value in os.environ.items() if "PREFIXCACHE" not in name},
             capture_output=True,
             text=True,
             check=True,

@@ -48,6 +48,12 @@ BENCHMARKS = (
         options=("--full",),
     ),
     Benchmark(
+        "prefixcache_bench.speed.core",
+        "The core",
+        "A whole request that goes on from a stored chat, as plain Python and compiled, and by "
+        "SGLang's tree in Rust where `$PREFIXCACHE_SGLANG_PYTHON` names a Python that has it.",
+    ),
+    Benchmark(
         "prefixcache_bench.speed.rpc",
         "The wire",
         "The service against a stub with the same messages and no cache behind it.",
