@@ -217,6 +217,15 @@ def test_a_module_is_named_by_a_word_of_the_glossary(name: str) -> None:
     assert name.rpartition(".")[2] in entries, f"explain {name} in docs/glossary.md, or rename it"
 
 
+@pytest.mark.parametrize("part", ["cli", "client", "core", "service"])
+def test_folders_of_tests_mirror_those_of_the_source(part: str) -> None:
+    """Who changes a file looks for its tests in the folder of the same name."""
+    tests = (ROOT / "tests" / part).rglob("test_*.py")
+    folders = {path.parent.relative_to(ROOT / "tests") for path in tests}
+    assert folders
+    assert not [str(one) for one in folders if not (ROOT / "prefixcache" / one).is_dir()]
+
+
 def loaded_by(code: str) -> set[str]:
     """Top-level modules that are loaded after running `code` in a fresh interpreter."""
     path = [str(ROOT)] + [str(ROOT / part) for part in ("kernels", "worker", "bench")]
