@@ -50,18 +50,7 @@ def fields(now: Status) -> dict[str, Any]:
         "draining": info.draining,
     }
     plain["workers"] = [
-        {
-            "worker": worker.worker,
-            "pid": worker.pid,
-            "state": worker.state,
-            "since_s": worker.since_s,
-            "leases": worker.leases,
-            "in_hand": worker.in_hand,
-            "stalled_s": worker.stalled_s,
-            "untaken": worker.untaken,
-            "oldest_untaken_s": worker.oldest_untaken_s,
-            "uncommitted_s": worker.uncommitted_s,
-        }
+        {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
         for worker in now.workers
     ]
     plain["verbs"] = {

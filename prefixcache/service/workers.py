@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import structlog
 
@@ -150,6 +150,24 @@ class Visitor:
 Asker: TypeAlias = "Worker | Visitor"
 
 
+class WorkerStatus(NamedTuple):
+    """What is shown of one worker, under the names that `WorkerInfo` has for it."""
+
+    worker: str
+    """Its name, as the asker is shown it."""
+    pid: int
+    state: str
+    since_s: float
+    """For how long it has been in that state."""
+    leases: int
+    has_session: bool
+    in_hand: int
+    stalled_s: float
+    untaken: int
+    oldest_untaken_s: float
+    uncommitted_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What all attached workers tell of themselves, together."""
@@ -223,11 +241,23 @@ class Workers:
         """Give the workers that are attached, and the last ones that were.  O(workers)."""
         return [*self._attached.values(), *self._past]
 
-    def uncommitted_s(self, worker: Worker, now: float) -> float:
-        """Give how long a worker has had tokens to compute, and committed nothing.  O(1)."""
+    def status(self, worker: Worker, asker: Identity, now: float) -> WorkerStatus:
+        """Tell of a worker what somebody is shown who may see it.  O(1)."""
         cache = self._backing.cache
         since = None if cache is None else cache.uncommitted_since(worker.id)
-        return 0.0 if since is None else now - max(since, worker.committed_at)
+        return WorkerStatus(
+            worker=worker.name_for(asker),
+            pid=worker.pid,
+            state=worker.state,
+            since_s=now - worker.since,
+            leases=0 if cache is None else cache.count_leases(worker.id),
+            has_session=worker.hang_up is not None,
+            in_hand=worker.in_hand,
+            stalled_s=worker.stalled_s(now),
+            untaken=worker.untaken,
+            oldest_untaken_s=worker.oldest_untaken_s(now),
+            uncommitted_s=0.0 if since is None else now - max(since, worker.committed_at),
+        )
 
     def progress(self) -> Progress:
         """Sum up what the attached workers tell of themselves.  O(workers)."""

@@ -158,20 +158,8 @@ class Dashboard:
             "requests_per_s": handlers.sampler.requests_per_s(),
             "verbs": [_fields(rate) for rate in handlers.sampler.rates()],
             "workers": [
-                {
-                    "worker": worker.name_for(LOCAL),
-                    "pid": worker.pid,
-                    "leases": 0 if cache is None else cache.count_leases(worker.id),
-                    "state": worker.state,
-                    "since_s": round(now - worker.since, 1),
-                    "session": worker.hang_up is not None,
-                    "in_hand": worker.in_hand,
-                    "stalled_s": round(worker.stalled_s(now), 1),
-                    "untaken": worker.untaken,
-                    "oldest_untaken_s": round(worker.oldest_untaken_s(now), 1),
-                    "uncommitted_s": round(handlers.workers.uncommitted_s(worker, now), 1),
-                    "namespaces": [shown(space) for space in islice(worker.namespaces, 4)],
-                }
+                _rounded(handlers.workers.status(worker, LOCAL, now)._asdict())
+                | {"namespaces": [shown(space) for space in islice(worker.namespaces, 4)]}
                 for worker in islice(reversed(handlers.workers.roll()), _ROWS)
             ],
         }
@@ -257,6 +245,14 @@ class Dashboard:
 def _fields(row: Any) -> dict[str, Any]:
     """Give the fields of a row as they are; `asdict` copies them deeply, which takes long."""
     return {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+
+
+def _rounded(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give times to the tenth of a second: the page shows no more."""
+    return {
+        name: round(value, 1) if isinstance(value, float) else value
+        for name, value in fields.items()
+    }
 
 
 def _json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Steering: what is kept and who may hold how much."""
+"""The verbs that say what is kept and who may hold how much."""
 
 from __future__ import annotations
 

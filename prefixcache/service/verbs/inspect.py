@@ -1,4 +1,4 @@
-"""Looking: lookup, explain, tree, check, and the state of the whole.  Nothing changes."""
+"""The verbs that look: lookup, explain, tree, check, the state of the whole.  Nothing changes."""
 
 from __future__ import annotations
 
@@ -196,7 +196,6 @@ class InspectVerbs(Verbs):
     ) -> Generator[None, None, None]:
         """Tell of the workers all of whose namespaces the caller may see."""
         now, steps = monotonic(), 0
-        cache = self.backing.cache
         for worker in self.workers.roll():
             steps += 1 if identity.sees_all else 1 + len(worker.namespaces)
             if steps >= _ROWS_IN_ONE_GO:
@@ -206,19 +205,7 @@ class InspectVerbs(Verbs):
                 continue
             if not (identity.sees_all or all(map(identity.sees, worker.namespaces))):
                 continue
-            message.workers.add(
-                worker=worker.name_for(identity),
-                pid=worker.pid,
-                state=worker.state,
-                since_s=now - worker.since,
-                leases=0 if cache is None else cache.count_leases(worker.id),
-                has_session=worker.hang_up is not None,
-                in_hand=worker.in_hand,
-                stalled_s=worker.stalled_s(now),
-                untaken=worker.untaken,
-                oldest_untaken_s=worker.oldest_untaken_s(now),
-                uncommitted_s=self.workers.uncommitted_s(worker, now),
-            )
+            message.workers.add(**self.workers.status(worker, identity, now)._asdict())
 
     def _write_flights(
         self, identity: Identity, message: pb.SnapshotResponse

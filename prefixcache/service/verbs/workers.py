@@ -1,4 +1,4 @@
-"""Coming and going: attach, detach, renew."""
+"""The verbs of workers: attach, detach, renew."""
 
 from __future__ import annotations
 
