@@ -1,4 +1,4 @@
-"""Grafting: a whole index put into an empty tree at once, as after a restart.
+"""Bulk load: a whole index put into an empty tree at once, as after a restart.
 
 ```
 runs, parents first      1 ── SSSS SSAA ── 0 1        root ── [SSSS] 0 ─┬─ [SSAA|AAAA] 1 2

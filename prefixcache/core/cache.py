@@ -711,7 +711,7 @@ class PrefixCache:
             return Pinned(0, 0, 0, 0, 0.0, pinned, pins.max_pinned)
         answer = lessor.pins.pin(lessor.tree.match(root, tokens), ttl_s, now)
         if answer.num_blocks:
-            self._shelter()
+            self._protect()
         return answer
 
     def unpin(self, namespace: Namespace, tokens: bytes = b"") -> Unpinned:
@@ -751,7 +751,7 @@ class PrefixCache:
         lessor = self._lessor
         answer = lessor.blocks.quotas.set(scope, max_held, guaranteed)
         if guaranteed or lessor.blocks.quotas.shares:
-            self._shelter()
+            self._protect()
         if isinstance(lessor.tree.queue, ProtectedQueue):
             lessor.tree.queue.unprotect_all()
         lessor.serve(now)
@@ -761,7 +761,7 @@ class PrefixCache:
         """Say what a namespace or a tenant may hold, and holds.  Changes nothing."""
         return self._lessor.blocks.quotas.get(scope)
 
-    def _shelter(self) -> None:
+    def _protect(self) -> None:
         tree = self._lessor.tree
         if not isinstance(tree.queue, ProtectedQueue):
             tree.queue = ProtectedQueue(tree, self._lessor.blocks.quotas)

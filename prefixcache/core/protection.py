@@ -45,7 +45,7 @@ from prefixcache.types import TOKEN_BYTES, Namespace, PinInfo, Pinned, Unpinned
 _MOST_MOVED = 256
 """Blocks of each that go back in one go: always the oldest, and more than go at a time."""
 
-SHELTERED = 2
+PROTECTED = 2
 """`node.queued` of a leaf that waits here, and not in the policy's queue."""
 
 
@@ -79,7 +79,7 @@ class ProtectedQueue:
         while True:
             if self._returning:
                 self._go_on_returning()
-            if (node := self._pop_unsheltered()) is not None:
+            if (node := self._pop_unprotected()) is not None:
                 return node
             if not self._returning:
                 break
@@ -88,7 +88,7 @@ class ProtectedQueue:
                 return node
         return None
 
-    def _pop_unsheltered(self) -> Node | None:
+    def _pop_unprotected(self) -> Node | None:
         while (node := self._inner.pop()) is not None:
             if node.pinned:
                 self._keep(self._pins, node)
@@ -102,7 +102,7 @@ class ProtectedQueue:
 
     def unprotect(self, node: Node) -> None:
         """Give a leaf whose pin has ended back to the policy's order, if it waited here."""
-        if node.queued == SHELTERED:
+        if node.queued == PROTECTED:
             node.queued = 0
             if node.is_evictable:
                 self._inner.push(node)
@@ -124,7 +124,7 @@ class ProtectedQueue:
     def _keep(self, kept: LeafQueue, node: Node) -> None:
         if not node.queued:
             kept.push(node)
-        node.queued = SHELTERED
+        node.queued = PROTECTED
 
     def _sharer(self, node: Node) -> Account | None:
         """Give the account whose share covers a leaf; None if none does."""

@@ -424,7 +424,7 @@ def test_leaves_go_back_in_parts_when_a_quota_is_set():
         big = cache.acquire(ME, other, pack(range(4 * (8192 - num_leaves))), now=0.0).lease
         cache.commit(ME, big, 4 * (8192 - num_leaves), now=0.0)
         cache.release(ME, big, now=0.0)
-        cache.acquire(ME, other, pack([1, 2, 3]), now=0.0)  # all leaves wait in the shelter now
+        cache.acquire(ME, other, pack([1, 2, 3]), now=0.0)  # all leaves wait behind protection now
         cost = calls(lambda: cache.set_quota(HERE, max_held=None, guaranteed=0, now=0.0))
         cost = max(cost, calls(lambda: cache.acquire(ME, other, pack([1, 2, 4]), now=0.0)))
         assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 0  # the oldest of all

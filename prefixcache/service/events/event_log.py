@@ -157,9 +157,9 @@ class EventLog:
         self._most, self._most_bytes = ring, ring_bytes
         self._next = time_ns() // 1000
         self._fresh = asyncio.Event()
-        self._reciting = 0
-        self._recital: Replay | None = None
-        self._recited: Generator[None, None, None] | None = None
+        self._num_replaying = 0
+        self._replay: Replay | None = None
+        self._replaying: Generator[None, None, None] | None = None
         self._width = self._piece = 1
         self._linger: asyncio.TimerHandle | None = None
         self._dropped: list[dict[Any, Any] | deque[Any]] = []
@@ -176,7 +176,7 @@ class EventLog:
         """Hear of a run.  O(blocks), a copy, in pieces."""
         if not self._active:
             return
-        if self._recital is not None and not self._recital.is_stored(namespace, parent, blocks):
+        if self._replay is not None and not self._replay.is_stored(namespace, parent, blocks):
             return
         piece, width = self._piece, self._width
         for at in range(0, len(blocks), piece):
@@ -190,8 +190,8 @@ class EventLog:
         """Hear of blocks that leave."""
         if not self._active:
             return
-        if self._recital is not None:
-            blocks = self._recital.removed(namespace, blocks)
+        if self._replay is not None:
+            blocks = self._replay.removed(namespace, blocks)
         for end in range(len(blocks), 0, -_CHUNK):  # the last of a prefix first
             self._hear(("removed", namespace, None, b"", blocks[max(0, end - _CHUNK) : end]))
 
@@ -199,8 +199,8 @@ class EventLog:
         """Hear of a reset."""
         if not self._active:
             return
-        if self._recital is not None:
-            self._recital.cleared(namespace)
+        if self._replay is not None:
+            self._replay.cleared(namespace)
         self._hear(("cleared", namespace, None, b"", array("i")))
 
     def left(self, namespace: Namespace) -> None:
@@ -291,20 +291,20 @@ class EventLog:
         self._active = True
         self._empty_ring()
         self._next += 1  # who watched before there was anything to hear starts anew
-        self._reciting = 1 << 62  # all of it, however much it is
+        self._num_replaying = 1 << 62  # all of it, however much it is
         if self._observed is None:
             cache.observe(IsolatedListener(self, self._fail))
             self._observed = cache
         self._width = cache.block_size * TOKEN_BYTES
         self._piece = max(1, min(_CHUNK, _MESSAGE_BYTES // (2 * self._width)))
-        self._recital = cache.replay(self)
-        self._recited = self._recital.run()
+        self._replay = cache.replay(self)
+        self._replaying = self._replay.run()
         if self._digest is None:
             self._digest = asyncio.get_running_loop().create_task(self._work())
 
     async def _settle(self) -> None:
         """Wait until what was indexed when the first came is hashed."""
-        while self._reciting:
+        while self._num_replaying:
             await self._news()
 
     async def _news(self) -> None:
@@ -347,8 +347,8 @@ class EventLog:
 
     def _forget(self) -> None:
         self._active = False
-        self._reciting = 0
-        self._recital = self._recited = None
+        self._num_replaying = 0
+        self._replay = self._replaying = None
         self._dropped += [self._raw, self._blocks, self._ring]
         self._raw, self._blocks, self._ring = deque(), {}, deque()
         self._ring_bytes = 0
@@ -381,9 +381,9 @@ class EventLog:
         """Make events of what was heard, a bounded part at a time."""
         try:
             await asyncio.sleep(_DELAY_S)
-            while self._raw or self._recited is not None:
+            while self._raw or self._replaying is not None:
                 if not self._raw:
-                    self._go_on_reciting()
+                    self._go_on_replaying()
                 blocks = 0
                 while self._raw and blocks < _CHUNK:
                     entry = self._raw.popleft()
@@ -395,13 +395,13 @@ class EventLog:
         finally:
             self._digest = None
 
-    def _go_on_reciting(self) -> None:
+    def _go_on_replaying(self) -> None:
         """Hear of the next runs that were indexed when the first came."""
-        assert self._recited is not None
-        for _ in self._recited:
+        assert self._replaying is not None
+        for _ in self._replaying:
             return
-        self._recital = self._recited = None
-        self._reciting = len(self._raw)
+        self._replay = self._replaying = None
+        self._num_replaying = len(self._raw)
 
     def _take(self, entry: _Entry) -> int:
         """Make an event of an entry; of a large reset, of its next part.
@@ -431,8 +431,8 @@ class EventLog:
             else:
                 self._blocks.pop(namespace, None)
                 event = Cleared(time(), namespace, hashes)
-        if self._reciting:
-            self._reciting -= 1
+        if self._num_replaying:
+            self._num_replaying -= 1
         elif event is not None:
             self._keep(event)
             self._next += 1

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefixcache.core.bulk_load import Run as Graft
+from prefixcache.core.bulk_load import Run as StoredRun
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.persistence.manifest import MAX_RUN, Manifest
 from prefixcache.service.persistence.stamps import MAX_NAMESPACES, Stamps
@@ -28,7 +28,7 @@ _Sizes = npt.NDArray[np.int64]
 class Recovery(NamedTuple):
     """What was found."""
 
-    runs: list[Graft]
+    runs: list[StoredRun]
     """For the tree, parents first."""
     kept: list[tuple[int, npt.NDArray[np.int32]]]
     """The rows that these are, and which of their blocks hold."""
@@ -195,7 +195,7 @@ def _gather(
         if size:
             end = start + size
             table = array("i", raw[4 * start : 4 * end])
-            runs.append(Graft(namespaces[space], parent, tokens[: size * width], table))
+            runs.append(StoredRun(namespaces[space], parent, tokens[: size * width], table))
             kept.append((number, blocks[start:end]))
     holding = {number for number, _ in kept}
     lost = [row[0] for row in rows if row[0] not in holding]

@@ -1,7 +1,7 @@
 """Shadow caches: what would another block size, policy or size have brought, on live requests?
 
 ```
-event loop ── deque.append ──► tape ── thread, 20 × a second ──► pipe ──► process: up to 4 caches
+event loop ── deque.append ──► log ── thread, 20 × a second ───► pipe ──► process: up to 4 caches
                   └─ too far behind: off, counted, until it has caught up            │ sums, as JSON
 event loop ◄─────────────────────────────────────────────────────────────────────────┘ once a second
 ```
@@ -72,7 +72,7 @@ class ShadowCaches:
         self._cache: PrefixCache | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._tape: deque[Entry] = deque()
+        self._oplog: deque[Entry] = deque()
         self._stop = threading.Event()
         self._has_failed = False
         """Whether the thread has come to an end that nobody foresaw."""
@@ -80,7 +80,7 @@ class ShadowCaches:
         self.results: list[dict[str, Any]] = []
         """What the process told last; see `ShadowCache.told`."""
         self.writing_s = 0.0
-        """CPU time of the thread that writes the tape."""
+        """CPU time of the thread that writes the oplog."""
         self.num_dropped = 0
         """Requests that the shadows have not seen."""
 
@@ -102,7 +102,7 @@ class ShadowCaches:
         self._cache = cache
         self._thread = threading.Thread(target=self._run, name="shadows", daemon=True)
         self._thread.start()
-        cache.record(self._tape.append)
+        cache.record(self._oplog.append)
         log.info("shadow caches started", shadows=[spec.name for spec in self._settings.shadow])
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class ShadowCaches:
             asyncio.get_running_loop().remove_reader(process.stdout.fileno())
             if self._cache is not None:
                 self._cache.record(None)
-            self._tape.clear()
+            self._oplog.clear()
             self._stop.set()
             return
         *lines, self._answers = (self._answers + (told or b"")).split(b"\n")
@@ -159,7 +159,7 @@ class ShadowCaches:
             self.results = json.loads(lines[-1])["shadows"]
 
     def _drop(self, entry: Entry) -> None:
-        """Stand in for the tape while the process is too far behind."""
+        """Stand in for the log while the process is too far behind."""
         if entry[0] == GRANTED:
             self.num_dropped += 1
 
@@ -178,7 +178,7 @@ class ShadowCaches:
         assert self._process is not None
         assert self._process.stdin is not None
         assert self._cache is not None
-        tape = self._tape
+        oplog = self._oplog
         pipe = self._process.stdin.fileno()
         os.set_blocking(pipe, False)
         with contextlib.suppress(OSError):
@@ -190,7 +190,7 @@ class ShadowCaches:
         while not last_words:
             self.writing_s = thread_time()
             last_words = self._stop.wait(_SOON_S if behind else _EVERY_S)
-            entries = [tape.popleft() for _ in range(len(tape))]
+            entries = [oplog.popleft() for _ in range(len(oplog))]
             # Also without entries: the time goes on, and the process answers.
             chunk = write_chunk(monotonic(), entries)
             if entries or not behind:
@@ -206,8 +206,8 @@ class ShadowCaches:
                 log.warning("shadow caches cannot keep up, requests are left out")
             elif is_off and not waiting:
                 is_off = False
-                tape.append((CUT, 0, 0, b"", None))
-                self._cache.record(tape.append)
+                oplog.append((CUT, 0, 0, b"", None))
+                self._cache.record(oplog.append)
 
 
 def write_shadows(shadows: ShadowCaches, message: pb.SnapshotResponse) -> None:

@@ -1,4 +1,4 @@
-"""A piece of a tape as bytes: columns, so that neither side loops over fields.
+"""A piece of the log of operations as bytes: columns, so that neither side loops over fields.
 
 ```
 t f64 · records u32 · payload u64 · names u32 │ names, JSON │ kinds u8 │ leases i64 │ numbers i64 │
@@ -20,13 +20,13 @@ from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace
 
 CUT: Final = 255
-"""A kind beside those of `core.tape`: something was left out here; all leases end."""
+"""A kind beside those of `core.oplog`: something was left out here; all leases end."""
 
 _HEADER = struct.Struct("<dIQI")
 
 
 class Chunk(NamedTuple):
-    """Some entries of a tape, by column."""
+    """Some entries of the log, by column."""
 
     now: float
     namespaces: list[Namespace]

@@ -1,9 +1,9 @@
 """The process beside the service that plays the live requests in other caches.
 
-Started by `caches.py`, which describes the pipe.  It reads chunks of a tape from its standard
-input, plays them in up to four caches without any memory behind them, and writes one JSON object
-per second to its standard output: what each would have reused, and what the service did reuse, of
-the same requests.  It ends with its input, that is, with the service.
+Started by `caches.py`, which describes the pipe.  It reads chunks of the log of operations from its
+standard input, plays them in up to four caches without any memory behind them, and writes one JSON
+object per second to its standard output: what each would have reused, and what the service did
+reuse, of the same requests.  It ends with its input, that is, with the service.
 """
 
 from __future__ import annotations
@@ -162,10 +162,10 @@ def make(configuration: dict[str, Any]) -> ShadowCache:
     )
 
 
-def run(shadows: list[ShadowCache], tape: IO[bytes], told: IO[bytes]) -> None:
-    """Play until the tape ends."""
+def run(shadows: list[ShadowCache], oplog: IO[bytes], told: IO[bytes]) -> None:
+    """Play until the log ends."""
     due = monotonic()
-    while (chunk := read_chunk(tape)) is not None:
+    while (chunk := read_chunk(oplog)) is not None:
         spaces = chunk.namespaces
         at = 0
         view = chunk.payload

@@ -222,9 +222,9 @@ def test_the_index_may_change_while_the_first_watcher_is_told_of_it(
         mirror = Mirror()
         task = asyncio.create_task(follow(mirror))
         await asyncio.sleep(0)
-        assert log._recital is not None
+        assert log._replay is not None
         during = 0
-        while log._recital is not None:
+        while log._replay is not None:
             disturb(cache, draw, 2, held)
             during += 1
             await asyncio.sleep(0.001 if log._digest is None else 0)

@@ -347,7 +347,7 @@ def test_requests_that_a_stopped_process_cannot_take_are_left_out_and_counted(
         assert service.stop() == 0
 
 
-def test_an_op_never_fails_because_of_the_tape() -> None:
+def test_an_op_never_fails_because_of_the_log() -> None:
     """A step that fails puts nothing on the tape; what is on it has happened."""
     cache, tape = PrefixCache(4, 4), []
     cache.record(tape.append)
