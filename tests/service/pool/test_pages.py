@@ -68,6 +68,13 @@ def test_a_layout_is_read_as_it_is_written_as_a_text_and_on_the_wire(layout: Lay
     assert replace(layout) == layout
 
 
+def test_our_own_form_is_the_same_bytes_on_the_wire_as_ever() -> None:
+    """A client that knows four fields writes this, and reads it."""
+    message = pb.Layout()
+    codec.write_layout(Layout(30, 3, 64, "bfloat16"), message)
+    assert message.SerializeToString() == bytes([0x08, 30, 0x10, 3, 0x18, 64, 0x20, 1])
+
+
 def test_the_short_form_is_a_plane_of_keys_and_one_of_values_in_each_layer() -> None:
     layout = Layout(30, 3, 64, "bfloat16")
     assert (layout.planes, layout.format) == (60, "prefixcache")
