@@ -235,6 +235,10 @@ class Namespace(NamedTuple):
         return f"{named} (salted)" if self.salt else named
 
 
+_NO_DTYPE: Final = ("", "bfloat16")
+"""What stands where nobody gave one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the bytes of a block lie in the pool: one page in each of its planes.
@@ -296,10 +300,10 @@ class Layout:
             InvalidRequest: As said.
         """
         check_format(self.format)
-        if self.num_layers or self.num_kv_heads or self.head_dim:
+        if self.num_layers or self.num_kv_heads or self.head_dim or self.dtype not in _NO_DTYPE:
             raise InvalidRequest(
-                f"pages of the format {self.format} have no layers, heads or head size that we "
-                "know of: give planes, page_bytes and format alone"
+                f"pages of the format {self.format} have no layers, heads, head size or type that "
+                "we know of: give planes, page_bytes and format alone"
             )
         for name, number, most in (
             ("planes", _whole("planes", self.planes), MAX_PLANES),

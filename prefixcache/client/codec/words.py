@@ -100,21 +100,21 @@ def read_layout(message: pb.Layout) -> Layout:
     Raises:
         InvalidRequest: it is no layout, or two.
     """
-    if message.format or message.planes or message.page_bytes:
-        return Layout(
-            message.num_layers,
-            message.num_kv_heads,
-            message.head_dim,
-            planes=message.planes,
-            page_bytes=message.page_bytes,
-            format=message.format,
-        )
-    return Layout(
+    layout = Layout(
         message.num_layers,
         message.num_kv_heads,
         message.head_dim,
         _DTYPE_NAMES.get(message.dtype, ""),
+        planes=message.planes,
+        page_bytes=message.page_bytes,
+        format=message.format,
     )
+    if message.dtype and not layout.is_ours:
+        raise errors.InvalidRequest(
+            f"{layout} has an element type beside the name of its format: only the format says "
+            "what is in its pages"
+        )
+    return layout
 
 
 def write_pool(word: PoolHandle, message: pb.PoolHandle) -> None:

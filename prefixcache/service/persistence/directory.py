@@ -131,7 +131,7 @@ class StateDirectory:
         )
 
     def open_pool(
-        self, layout: Layout, num_blocks: int, block_size: int, first_block: int
+        self, layout: Layout, num_blocks: int, block_size: int, first_block: int = 0
     ) -> PoolFile | None:
         """Take over the pool, or make a new one.  None if that cannot be done here.
 

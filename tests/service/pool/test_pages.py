@@ -75,6 +75,34 @@ def test_our_own_form_is_the_same_bytes_on_the_wire_as_ever() -> None:
     assert message.SerializeToString() == bytes([0x08, 30, 0x10, 3, 0x18, 64, 0x20, 1])
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (pb.Layout(planes=3), "3 planes of 0 bytes.* need the name of their format"),
+        (pb.Layout(page_bytes=3), "0 planes of 3 bytes.* need the name of their format"),
+        (pb.Layout(format="f"), "planes is 0"),
+        (pb.Layout(format="f", planes=3), "page_bytes is 0"),
+        (pb.Layout(format="f", planes=3, page_bytes=8, head_dim=4), "no layers"),
+        (pb.Layout(format="f", planes=3, page_bytes=8, dtype=1), "an element type beside"),
+        (pb.Layout(format="f", planes=3, page_bytes=8, dtype=3), "no layers.* type"),
+        (pb.Layout(format="a\x1b[2J", planes=3, page_bytes=8), r"U\+001B at 1"),
+    ],
+)
+def test_half_a_layout_on_the_wire_is_refused_and_nothing_of_it_ignored(
+    message: pb.Layout, told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        codec.read_layout(message)
+
+
+def test_our_own_format_may_be_named_on_the_wire() -> None:
+    message = pb.Layout(num_layers=2, num_kv_heads=3, head_dim=4, dtype=3)
+    want = Layout(2, 3, 4, "float32")
+    for planes in (0, 4):
+        message.format, message.planes = "prefixcache", planes
+        assert codec.read_layout(message) == want
+
+
 def test_the_short_form_is_a_plane_of_keys_and_one_of_values_in_each_layer() -> None:
     layout = Layout(30, 3, 64, "bfloat16")
     assert (layout.planes, layout.format) == (60, "prefixcache")
@@ -99,6 +127,7 @@ def test_the_short_form_is_a_plane_of_keys_and_one_of_values_in_each_layer() -> 
         ({"planes": 3, "page_bytes": 256, "format": "f" * (MAX_FORMAT + 1)}, "201 characters"),
         ({"planes": 3, "page_bytes": 256, "format": 7}, "is a text, not 7"),
         ({"num_layers": 3, "planes": 3, "page_bytes": 256, "format": "f"}, "no layers"),
+        ({"dtype": "float32", "planes": 3, "page_bytes": 256, "format": "f"}, "no layers.* type"),
         ({"num_layers": 60, "num_kv_heads": 12288, "head_dim": "vllm"}, "pages are given by name"),
     ],
 )
