@@ -108,6 +108,8 @@ class HollowCache:
         wait_s: float = 0.0,
         request_id: str = "",
         attached: bool = True,
+        reuse: bool = True,
+        min_partial: int = 0,
     ) -> Grant:
         """Read all tokens and give a table for them."""
         np.frombuffer(tokens, np.uint32).sum()
