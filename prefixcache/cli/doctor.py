@@ -15,7 +15,7 @@ from prefixcache.errors import NotFound
 from prefixcache.outline import Order, Outline
 
 if TYPE_CHECKING:
-    from prefixcache.cli.findings import Finding, Times
+    from prefixcache.cli.checks import Finding, Times
     from prefixcache.cli.status import Status
     from prefixcache.client import Client
     from prefixcache.types import Checked
@@ -69,29 +69,29 @@ def doctor(
 
 
 def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Finding]:
-    from prefixcache.cli import findings
+    from prefixcache.cli import checks
 
     now, times = _time(client)
     outline = _outline(client)
     return chain(
-        findings.versions(now),
-        findings.core(now),
-        findings.invariants(_check(client, deep=deep)),
-        findings.sizes(now),
-        findings.ledger(now),
-        findings.partings(now, outline),
-        findings.workers(now),
-        findings.progress(now, stalled_after_s),
-        findings.clocks(times),
-        findings.shared_memory(now),
-        findings.state(now),
-        findings.failures(now),
+        checks.versions(now),
+        checks.core(now),
+        checks.invariants(_check(client, deep=deep)),
+        checks.sizes(now),
+        checks.ledger(now),
+        checks.partings(now, outline),
+        checks.workers(now),
+        checks.progress(now, stalled_after_s),
+        checks.clocks(times),
+        checks.shared_memory(now),
+        checks.state(now),
+        checks.failures(now),
     )
 
 
 def _time(client: Client) -> tuple[Status, Times]:
     """Read the status some times, and the clocks with it."""
-    from prefixcache.cli import findings, status
+    from prefixcache.cli import checks, status
 
     took = []
     first = last = status.read(client)
@@ -103,7 +103,7 @@ def _time(client: Client) -> tuple[Status, Times]:
         ended = time.monotonic()
         took.append(ended - asked)
     theirs = last.info.uptime_s - first.info.uptime_s
-    return last, findings.Times(tuple(took), ended - begun, theirs)
+    return last, checks.Times(tuple(took), ended - begun, theirs)
 
 
 def _outline(client: Client) -> Outline | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -88,7 +87,9 @@ def quota(
                         "worker attaches to it"
                     )
     if as_json:
-        view.print_json({"quotas": [quota_fields(info, snapshot.block_size) for info in infos]})
+        view.print_json(
+            {"quotas": [view.quota_fields(info, snapshot.block_size) for info in infos]}
+        )
     elif infos:
         view.print_table([_HEAD, *(_row(info, snapshot.block_size) for info in infos)])
     else:
@@ -166,9 +167,3 @@ def _row(info: QuotaInfo, block_size: int) -> tuple[str, ...]:
         f"{info.num_stored:,}",
         f"{info.guaranteed:,}",
     )
-
-
-def quota_fields(info: QuotaInfo, block_size: int) -> dict[str, Any]:
-    """Give the fields of a quota, without the salt of its namespace."""
-    space = None if info.namespace is None else view.namespace_fields(info.namespace)
-    return asdict(info) | {"namespace": space, "num_held_tokens": info.num_held * block_size}

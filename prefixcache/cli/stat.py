@@ -62,7 +62,7 @@ def stat(
 
     Example: prefixcache stat --mark before; ./my-run; prefixcache stat --since before
     """
-    from prefixcache.cli import marks, state, status
+    from prefixcache.cli import marks, status
 
     rest = {"--since": since, "--once": once, "--count": count, "--interval": interval}
     for option, given in (("--mark", mark), ("--since", since), ("--once", once)):
@@ -74,16 +74,16 @@ def stat(
             now = status.read(client)
             marks.keep(mark, now)
             told = {"mark": mark, **marks.counters(now)}
-            _tell(told, f"{mark}: {state.sums(now.snapshot)}", as_json=as_json)
+            _tell(told, f"{mark}: {status.sums(now.snapshot)}", as_json=as_json)
         elif since is not None:
             now = status.read(client)
             _print_since(since, marks.difference(since, now), now, as_json=as_json)
         elif once or (as_json and count is None and interval is None):
             now = status.read(client)
             if as_json:
-                view.print_json(state.fields(now))
+                view.print_json(status.fields(now))
             else:
-                state.show(now)
+                status.show(now)
         else:
             rows(lambda: status.read(client), interval or 1.0, count, as_json=as_json)
 

@@ -1,10 +1,13 @@
-"""What a service tells of itself at one moment: the snapshot, how it was started, its workers."""
+"""What a service tells of itself at one moment: read, as plain values, and as a table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from prefixcache.cli import view
+from prefixcache.texts import many
 from prefixcache.types import PoolHandle, Snapshot
 
 if TYPE_CHECKING:
@@ -58,3 +61,147 @@ def read(client: Client) -> Status:
     info = message.service
     pool = codec.read_pool(info.pool) if info.HasField("pool") else None
     return Status(codec.read_snapshot(message), pool, info, message.workers, message)
+
+
+def fields(now: Status) -> dict[str, Any]:
+    """Give all of a status as plain values."""
+    snapshot, info, pool = now.snapshot, now.info, now.pool
+    shown: dict[str, Any] = {
+        "ledger": view.ledger_fields(snapshot.ledger),
+        "num_leases": snapshot.num_leases,
+        "leases": [
+            asdict(lease) | {"namespace": view.namespace_fields(lease.namespace)}
+            for lease in snapshot.leases
+        ],
+        "namespaces": [
+            view.namespace_fields(namespace) | {"ledger": view.ledger_fields(ledger)}
+            for namespace, ledger in snapshot.namespaces.items()
+        ],
+        "pins": [
+            asdict(pin) | {"namespace": view.namespace_fields(pin.namespace)}
+            for pin in snapshot.pins
+        ],
+        "quotas": [view.quota_fields(one, snapshot.block_size) for one in snapshot.quotas],
+    }
+    plain = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
+    plain["service"] = {
+        "version": info.version,
+        "core": info.core,
+        "pid": info.pid,
+        "uptime_s": info.uptime_s,
+        "listening": list(info.listening),
+        "pool": None if pool is None else asdict(pool) | {"layout": str(pool.layout)},
+        "memory_bytes": info.memory_bytes,
+        "policy": info.policy,
+        "partial": now.partial,
+        "ttl_s": info.ttl_s,
+        "workers": info.workers,
+        "sessions": info.sessions,
+        "draining": info.draining,
+    }
+    plain["workers"] = [
+        {field.name: getattr(worker, field.name) for field in worker.DESCRIPTOR.fields}
+        for worker in now.workers
+    ]
+    plain["verbs"] = {
+        verb.verb: {
+            "count": verb.count,
+            "refused": verb.refused,
+            "per_s": verb.per_s,
+            "p50_s": verb.p50_s if verb.HasField("p50_s") else None,
+            "p99_s": verb.p99_s if verb.HasField("p99_s") else None,
+        }
+        for verb in now.message.verbs
+    }
+    return plain
+
+
+def show(now: Status) -> None:
+    """Print all of a status."""
+    snapshot, info, pool = now.snapshot, now.info, now.pool
+    where = "no layout yet" if pool is None else f"{pool.layout} in {pool.name or 'no memory'}"
+    if pool is not None and pool.first_block:
+        where += f" · {many(pool.first_block, 'block', 'are')} never lent"
+    state = "draining" if info.draining else "serving"
+    view.print_table(
+        [
+            ("service", f"{state} for {info.uptime_s:,.0f} s at {', '.join(info.listening)}"),
+            ("core", info.core or "pure Python"),
+            ("pool", f"{many(snapshot.num_blocks, 'block')} of {snapshot.block_size} · {where}"),
+            ("blocks", _blocks(snapshot)),
+            (
+                "workers",
+                f"{info.workers:,} · leases {snapshot.num_leases:,} · waiting {snapshot.waiting:,}",
+            ),
+            *_memory(snapshot),
+            ("requests", sums(snapshot)),
+            ("tokens", view.show_ledger(snapshot.ledger)),
+        ]
+    )
+    if busy := [one for one in now.workers if view.show_progress(one)]:
+        view.tell("workers at work")
+        view.print_table(((one.worker, view.show_progress(one)) for one in busy), indent="  ")
+    if len(snapshot.namespaces) > 1:
+        view.tell("namespaces")
+        view.print_table(
+            (
+                (view.show_namespace(namespace), view.show_ledger(ledger))
+                for namespace, ledger in snapshot.namespaces.items()
+            ),
+            indent="  ",
+        )
+    if snapshot.leases:
+        shown = len(snapshot.leases)
+        more = snapshot.num_leases > shown
+        view.tell(f"leases: the oldest {shown:,} of {snapshot.num_leases:,}" if more else "leases")
+        view.print_table((_LEASE_HEAD, *_lease_rows(snapshot)), indent="  ")
+
+
+def sums(snapshot: Snapshot) -> str:
+    """Write what only grows."""
+    return (
+        f"{snapshot.requests:,} · evicted blocks {snapshot.evicted:,} · "
+        f"remembered {snapshot.ghosts:,}"
+    )
+
+
+def _blocks(snapshot: Snapshot) -> str:
+    total = snapshot.num_blocks or 1
+    parts = [
+        f"{name} {getattr(snapshot, name):,} ({getattr(snapshot, name) / total:.1%})"
+        for name in ("free", "private", "indexed", "quarantined")
+    ]
+    return " · ".join(parts) + f" · evictable {snapshot.evictable:,}"
+
+
+def _memory(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Write what the service itself needs: for the index, and for people."""
+    if not snapshot.max_history_bytes and not snapshot.index_bytes:
+        return []  # it does not say
+    from prefixcache.config import format_size
+
+    index, history = snapshot.index_bytes, snapshot.history_bytes
+    tokens = snapshot.indexed * snapshot.block_size
+    each = f" ({index / tokens:.1f} B a token)" if tokens else ""
+    most = format_size(snapshot.max_history_bytes) if snapshot.max_history_bytes else "0"
+    return [
+        ("memory", f"index {format_size(index)}{each} · history {format_size(history)} of {most}")
+    ]
+
+
+_LEASE_HEAD = ("lease", "worker", "tokens", "committed", "blocks", "ends in", "namespace")
+
+
+def _lease_rows(snapshot: Snapshot) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(lease.lease),
+            lease.worker,
+            f"{lease.num_tokens:,}",
+            f"{lease.num_committed:,}",
+            f"{lease.num_blocks:,}",
+            f"{lease.expires_in_s:.0f} s",
+            view.show_namespace(lease.namespace),
+        )
+        for lease in snapshot.leases
+    ]

@@ -19,7 +19,7 @@ from prefixcache.plain_json import json_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from prefixcache.cli.screen import Screen
+    from prefixcache.cli.top_screen import Screen
     from prefixcache.client import Client
 
 _TREE_EVERY_S = 2.0
@@ -60,12 +60,12 @@ def top(
 
     Example: prefixcache top --tokenizer /models/my-model
     """
-    from prefixcache.cli import screen, status
+    from prefixcache.cli import status, top_screen
 
     if svg is not None:
         view.refuse_beside("--svg", {"--json": as_json})
     with view.open_client(connect) as client:
-        shown = screen.Screen(tokenizer, sort)
+        shown = top_screen.Screen(tokenizer, sort)
         if once or svg is not None:
             _look(client, shown)
             if as_json:
@@ -128,12 +128,12 @@ def _watch(client: Client, shown: Screen, interval_s: float) -> None:
     """Show it until q or Ctrl-C; a service that does not answer is waited for."""
     from rich.live import Live
 
-    from prefixcache.cli import keys
+    from prefixcache.cli import keypress
 
     console = _console_of_terminal()
     try:
         with (
-            keys.pressed() as pressed,
+            keypress.pressed() as pressed,
             Live(console=console, screen=True, auto_refresh=False) as live,
         ):
             due = 0.0

@@ -7,7 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,7 @@ import typer
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
 from prefixcache.texts import escape
-from prefixcache.types import Ledger, Namespace, Snapshot
+from prefixcache.types import Ledger, Namespace, QuotaInfo, Snapshot
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -164,6 +164,12 @@ def show_namespace(namespace: Namespace) -> str:
     """Name a namespace for people; a salt is a secret, so only that there is one."""
     shown = Namespace(namespace.model, namespace.adapter, namespace.tenant)
     return f"{shown} (salted)" if namespace.salt else str(shown)
+
+
+def quota_fields(info: QuotaInfo, block_size: int) -> dict[str, Any]:
+    """Give the fields of a quota, without the salt of its namespace."""
+    space = None if info.namespace is None else namespace_fields(info.namespace)
+    return asdict(info) | {"namespace": space, "num_held_tokens": info.num_held * block_size}
 
 
 def ledger_fields(ledger: Ledger) -> dict[str, int]:

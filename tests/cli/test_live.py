@@ -16,11 +16,11 @@ from rich.cells import cell_len
 import prefixcache
 from cli.running import At, call, run
 from patience import PATIENCE_S
-from prefixcache.cli import findings
-from prefixcache.cli.findings import WRONG
+from prefixcache.cli import checks
+from prefixcache.cli.checks import WRONG
 from prefixcache.cli.plugins import OWN, summary
-from prefixcache.cli.screen import Screen
 from prefixcache.cli.status import read
+from prefixcache.cli.top_screen import Screen
 from prefixcache.client import Inbox, Session
 from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
@@ -199,12 +199,12 @@ def test_a_worker_that_takes_nothing_is_seen_wherever_workers_are_shown(
 
 
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:
-    (broken,) = findings.invariants(Checked(3, "block 7 is indexed twice\nroot\n└─ 7"))
+    (broken,) = checks.invariants(Checked(3, "block 7 is indexed twice\nroot\n└─ 7"))
     assert broken.level == "wrong"
     assert "block 7" in broken.text
-    (partly,) = findings.invariants(Checked(100_000, left_out=("pins: too many",)))
+    (partly,) = checks.invariants(Checked(100_000, left_out=("pins: too many",)))
     assert (partly.level, "pins" in partly.text, "--deep" in partly.advice) == ("ok", True, True)
-    fast, stopped = findings.clocks(findings.Times((0.001, 0.002), 1.0, 9.0))
+    fast, stopped = checks.clocks(checks.Times((0.001, 0.002), 1.0, 9.0))
     assert (fast.level, stopped.level) == ("ok", "wrong")
 
 

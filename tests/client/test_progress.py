@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import prefixcache
-from prefixcache.cli import findings
+from prefixcache.cli import checks
 from prefixcache.cli.status import read
 from prefixcache.client import Client, Inbox, Session, connect_async
 from prefixcache.client.ops import Step
@@ -47,7 +47,7 @@ def info(client: Client) -> Any:
 
 
 def wrong(client: Client, after_s: float = 0.0) -> list[str]:
-    found = findings.progress(read(client), after_s)
+    found = checks.progress(read(client), after_s)
     return [one.text for one in found if one.level == "wrong"]
 
 
@@ -118,7 +118,7 @@ def test_a_worker_that_computes_but_never_commits_is_hinted_at(
     client: Client, session: Session
 ) -> None:
     def hints() -> list[str]:
-        return [one.text for one in findings.progress(read(client), 0.0) if one.level == "note"]
+        return [one.text for one in checks.progress(read(client), 0.0) if one.level == "note"]
 
     assert hints() == []
     with session.acquire(list(range(50, 60))) as lease:

@@ -22,7 +22,7 @@ from rich.console import Group
 from rich.text import Text
 
 from prefixcache.cli import decoder as decoding
-from prefixcache.cli import stat, state, tree, view
+from prefixcache.cli import stat, status, tree, view
 from prefixcache.cli.status import Status
 from prefixcache.outline import Branch, Order, Outline
 from prefixcache.texts import is_plain, many
@@ -131,7 +131,7 @@ class Screen:
         """Give all that is shown as plain values."""
         assert self._now is not None
         recent = self._recent()
-        return state.fields(self._now) | {
+        return status.fields(self._now) | {
             "blocks": self.blocks(),
             "window_s": recent.seconds,
             "recent": stat.row_fields(recent),
