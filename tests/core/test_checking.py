@@ -82,6 +82,7 @@ def test_nothing_is_called_wrong_while_everything_changes(seed: int):
     storm.cache.check()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("partial", list(Partial))
 def test_every_verb_may_come_between_two_steps(partial: Partial):

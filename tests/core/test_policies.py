@@ -417,6 +417,7 @@ def test_hazard_learns_to_wait_for_what_returns_after_a_pause() -> None:
     assert hazard > 2 * max(1, lru)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [3, 8, 20, 50])
 def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int) -> None:
     for seed in range(10):
@@ -438,6 +439,7 @@ def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int) -> None:
             hazard.serve(cut)
 
 
+@pytest.mark.slow
 def test_hazard_falls_back_to_lru_where_its_guess_is_worse() -> None:
     rng = random.Random(3)
     recent: list[list[int]] = []

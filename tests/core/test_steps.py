@@ -207,6 +207,7 @@ SEES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", SEES)
 def test_a_snapshot_of_thousands_of_rows_is_made_and_written_in_parts(scope: str):
     def told(num_namespaces: int) -> tuple[int, int]:
@@ -265,6 +266,7 @@ def test_pins_on_one_long_path_are_told_in_parts():
     assert gone >= 599 * 600 // 2 // 1000  # a path of 600 nodes is told alone
 
 
+@pytest.mark.slow
 def test_an_outline_of_thousands_of_namespaces_is_made_in_parts():
     def drawn(num_namespaces: int, **scope: Any) -> int:
         cache = in_many_namespaces(num_namespaces)
@@ -306,6 +308,7 @@ def test_many_leases_expire_in_parts():
     cache.check()
 
 
+@pytest.mark.slow
 def test_a_worker_that_leaves_with_thousands_of_leases_is_ended_in_parts():
     def left(num_leases: int) -> int:
         cache = crowded(num_leases, full=False)
@@ -435,6 +438,7 @@ def test_leaves_go_back_in_parts_when_a_quota_is_set():
     assert set_again(4000) <= set_again(600) * 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["commits", "ends", "is overtaken"])
 def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
     def called(num_waiting: int) -> int:
@@ -470,6 +474,7 @@ def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
     assert many <= few * 1.2
 
 
+@pytest.mark.slow
 def test_a_release_beside_thousands_in_line_and_a_quota_looks_at_them_in_parts():
     def released(num_namespaces: int) -> int:
         cache = crowded(4)

@@ -34,11 +34,16 @@ class Mutant(NamedTuple):
     """One fault in one module."""
 
     line: int
-    function: int
-    """First line of the function that it is in, decorators included; 0: of none."""
+    function: str
+    """The function that it is in, as `Class.method`; of one inside another, the outer; "": none."""
     what: str
     """The line's code before and after."""
     code: CodeType
+
+    @property
+    def name(self) -> str:
+        """What is the same in each version of the module: it is known by this."""
+        return f"{self.function}: {self.what}"
 
 
 class _Change(NamedTuple):
@@ -48,33 +53,46 @@ class _Change(NamedTuple):
     field: str
     value: object
     line: int
-    function: int
+    place: _Place
     removed: ast.AST | None = None
     """The statement that goes."""
 
 
+class _Place(NamedTuple):
+    """What a node is in."""
+
+    function: str = ""
+    within: str = ""
+    """The classes, and the function."""
+    statement: ast.AST | None = None
+
+
 def count(source: str) -> int:
     """Count the mutants of a module, without making them."""
-    return sum(1 for _ in _changes(ast.parse(source), 0))
+    return sum(1 for _ in _changes(ast.parse(source), _Place()))
 
 
 def mutants(source: str, path: str, only: int | None = None) -> Iterator[Mutant]:
     """Give every mutant of a module, in the order of its syntax tree, one at a time; or one.
 
-    Left alone: annotations, docstrings, messages, `__slots__`, what is imported for types alone,
-    and what asserts, which is a test itself.
+    Left alone is what no behaviour follows from: annotations, docstrings, messages, decorators,
+    `__slots__`, `__all__`, `__repr__`, names deleted early, what is imported for types alone; and
+    what asserts (`strict=True` does), which is a test itself.
     """
     tree = ast.parse(source)
-    for number, change in enumerate(list(_changes(tree, 0))):
+    for number, change in enumerate(list(_changes(tree, _Place()))):
         if only is not None and number != only:
             continue
         old = getattr(change.node, change.field)
-        before = _text(change.removed or change.node)
+        shown = change.node
+        if isinstance(shown, ast.Constant) and change.place.statement:
+            shown = change.place.statement  # a number alone says nothing
+        before = _text(change.removed or shown)
         setattr(change.node, change.field, change.value)
         ast.fix_missing_locations(tree)
-        after = "removed" if change.removed else _text(change.node)
+        after = "removed" if change.removed else _text(shown)
         what = f"{before}  ->  {after}"
-        yield Mutant(change.line, change.function, what, compile(tree, path, "exec"))
+        yield Mutant(change.line, change.place.function, what, compile(tree, path, "exec"))
         setattr(change.node, change.field, old)
 
 
@@ -83,14 +101,18 @@ def _text(node: ast.AST) -> str:
     return (lines[0] if lines else "")[:90]
 
 
-def _changes(node: ast.AST, function: int) -> Iterator[_Change]:
+def _changes(node: ast.AST, place: _Place) -> Iterator[_Change]:
     if _is_left_alone(node):
         return
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        function = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        within = f"{place.within}.{node.name}".lstrip(".")
+        is_class = isinstance(node, ast.ClassDef)
+        place = _Place(place.function or ("" if is_class else within), within)
+    if isinstance(node, ast.stmt):
+        place = place._replace(statement=node)
     if hasattr(node, "lineno"):
         for field, value in _faults(node):
-            yield _Change(node, field, value, node.lineno, function)
+            yield _Change(node, field, value, node.lineno, place)
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
             continue
@@ -98,9 +120,9 @@ def _changes(node: ast.AST, function: int) -> Iterator[_Change]:
         for at, child in enumerate(many):
             if isinstance(value, list) and field in ("body", "orelse") and _can_go(child):
                 rest: list[ast.stmt] = [*many[:at], ast.Pass(), *many[at + 1 :]]
-                yield _Change(node, field, rest, child.lineno, function, child)
+                yield _Change(node, field, rest, child.lineno, place, child)
             if isinstance(child, ast.AST):
-                yield from _changes(child, function)
+                yield from _changes(child, place)
 
 
 def _is_left_alone(node: ast.AST) -> bool:
@@ -108,12 +130,17 @@ def _is_left_alone(node: ast.AST) -> bool:
         return True
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return True
-    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__slots__":
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__slots__", "__all__"):
         return True
-    return isinstance(node, ast.FunctionDef) and any(
-        isinstance(one, ast.Assert)
-        or (isinstance(one, ast.Name) and one.id == "AssertionError" and "check" in node.name)
-        for one in ast.walk(node)
+    if isinstance(node, ast.keyword) and node.arg in ("strict", "repr", "slots"):
+        return True
+    return isinstance(node, ast.FunctionDef) and (
+        node.name in ("__repr__", "__str__")
+        or any(
+            isinstance(one, ast.Assert)
+            or (isinstance(one, ast.Name) and one.id == "AssertionError" and "check" in node.name)
+            for one in ast.walk(node)
+        )
     )
 
 
@@ -123,7 +150,9 @@ def _can_go(statement: ast.stmt) -> bool:
         return all(isinstance(one, ast.Attribute | ast.Subscript) for one in statement.targets)
     if isinstance(statement, ast.Expr):
         return isinstance(statement.value, ast.Call)
-    return isinstance(statement, ast.AugAssign | ast.Delete | ast.Break | ast.Continue)
+    if isinstance(statement, ast.Delete):
+        return not all(isinstance(one, ast.Name) for one in statement.targets)
+    return isinstance(statement, ast.AugAssign | ast.Break | ast.Continue)
 
 
 def _faults(node: ast.AST) -> Iterator[tuple[str, object]]:

@@ -1,31 +1,37 @@
-"""How many small faults in the core do its tests notice?  A seeded sample, in processes of its own.
+"""How many small faults in the core do its tests notice?  A seeded sample, each in a process.
 
 ```
-learn    run the examples once: which test calls which function, and for how long
-for each mutant of the sample:  fork ─► its module is compiled from the changed tree
-                                        the tests that call its function, the fastest first,
-                                        then some of the walks; the first that fails ends it
-noticed: a test fails, or the module, or time is over.   survived: all pass.
+learn    run the examples and some of the walks once: which test calls which function, how long
+for each mutant of the sample:  fork ─► its function gets the code of the changed tree
+                                        the tests that call the function, the fastest first;
+                                        the first that fails ends it
+noticed: a test fails, or the process, or a test takes many times as long.   survived: all pass.
 ```
 
-Nothing is written to the sources: a mutant is only ever a code object in a forked process.
+The process that forks has imported and collected all, so a mutant costs no more than its tests.
+One that is in no function, or in a default, has its module made anew, in a process that had not
+imported it.  Nothing is written to the sources: a mutant is only ever a code object in a forked
+process.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
 import resource
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
+from inspect import CO_OPTIMIZED
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import hypothesis  # noqa: F401 - here, so that no fork imports it again
@@ -33,55 +39,24 @@ import numpy as np  # noqa: F401
 import pytest
 import sortedcontainers  # noqa: F401
 
+from mutation.equivalent import EQUIVALENT
 from mutation.mutants import Mutant, count, mutants
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-MOST_SECONDS_OF_EXAMPLES = 15.0
+MOST_SECONDS_OF_TESTS = 8.0
+WALKS = "test_machine.py"
 NUM_WALKS = 12
-LIMIT_S = 180.0
-"""Guards against a mutant that hangs: all the tests of one take a tenth."""
+MOST_EVENTS = 100_000
+"""Of one test, looked at to learn what it calls; more would take longer than all tests do."""
+LIMIT_S = 600.0
+MOST_TIMES_AS_LONG = 10
+"""These two guard against a mutant that hangs: the second in seconds of the processor."""
 MOST_MEMORY = 6 << 30
-
-
-class Learn:
-    """A plugin of pytest: which functions of the core each test calls, and its seconds."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, set[tuple[str, int]]] = defaultdict(set)
-        self.seconds: dict[str, float] = {}
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        called = self.calls[item.nodeid]
-        known: set[CodeType] = set()
-
-        def note(frame: FrameType, event: str, _: object) -> None:
-            code = frame.f_code
-            if event == "call" and code not in known:
-                known.add(code)
-                if code.co_filename.startswith(str(CORE)):
-                    called.add((code.co_filename, code.co_firstlineno))
-
-        began = time.process_time()
-        sys.setprofile(note)
-        try:
-            yield
-        finally:
-            sys.setprofile(None)
-            self.seconds[item.nodeid] = time.process_time() - began
-
-
-class Collect:
-    """A plugin of pytest: the names of all tests."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self.names = [item.nodeid for item in items]
+EVERY = 10
+"""Mutants between two lines of progress."""
 
 
 class Choice(NamedTuple):
@@ -91,39 +66,171 @@ class Choice(NamedTuple):
     number: int
 
 
-def learn(tests: list[str]) -> Learn:
-    """Run the examples, and see what they call."""
-    plugin = Learn()
-    options = [one for one in OPTIONS if one != "-x"]
-    code = pytest.main([*options, "-m", "not slow", *tests], plugins=[plugin])
-    if code:
-        raise SystemExit("the tests fail without a mutant; nothing can be said")
-    return plugin
+class Learnt:
+    """Which functions of the core each test calls, and its seconds of the processor."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        self.seconds: dict[str, float] = {}
+
+    def tests_for(self, mutant: Mutant, path: Path) -> list[str]:
+        """Give the tests that may notice a mutant, the fastest first."""
+        chosen, left = [], MOST_SECONDS_OF_TESTS
+        for name in sorted(self.seconds, key=self.seconds.__getitem__):
+            calls = self.calls[name]
+            key = (str(path), mutant.function)
+            if key in calls if mutant.function else any(file == str(path) for file, _ in calls):
+                left -= self.seconds[name]
+                if left < 0:
+                    break
+                chosen.append(name)
+        return chosen
+
+    def run(self, item: pytest.Item, following: pytest.Item | None) -> None:
+        """Run a test, and see what it calls."""
+        called = self.calls[item.nodeid]
+        known: set[CodeType] = set()
+        left = MOST_EVENTS
+
+        def note(frame: FrameType, event: str, _: object) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                sys.setprofile(None)
+            code = frame.f_code
+            if event == "call" and code not in known:
+                known.add(code)
+                if code.co_filename.startswith(str(CORE)):
+                    called.add((code.co_filename, code.co_qualname.partition(".<locals>")[0]))
+
+        began = time.process_time()
+        sys.setprofile(note)
+        try:
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        finally:
+            sys.setprofile(None)
+        self.seconds[item.nodeid] = time.process_time() - began
+
+    def write(self, path: Path) -> None:
+        """Keep it."""
+        calls = {name: sorted(called) for name, called in self.calls.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seconds": self.seconds, "calls": calls}))
+
+    @classmethod
+    def read(cls, path: Path) -> Learnt:
+        """Read what was kept."""
+        learnt, told = cls(), json.loads(path.read_text())
+        learnt.seconds = told["seconds"]
+        for name, calls in told["calls"].items():
+            learnt.calls[name] = {(file, function) for file, function in calls}
+        return learnt
 
 
-def walks(tests: list[str], seed: int) -> list[str]:
-    """Choose some of the slow tests."""
-    found = Collect()
-    pytest.main([*OPTIONS, "--collect-only", "-m", "slow", *tests], plugins=[found])
-    return random.Random(seed).sample(found.names, min(NUM_WALKS, len(found.names)))
+class Loop:
+    """A plugin of pytest: in place of its loop over the tests, one of ours, all collected."""
+
+    def __init__(self, body: Callable[[pytest.Session], None]) -> None:
+        self._body = body
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run ours."""
+        self._body(session)
+        return True
 
 
-def tests_for(mutant: Mutant, path: Path, learnt: Learn, slow: list[str]) -> list[str]:
-    """Give the tests that may notice a mutant, the fastest first, then the slow ones."""
-    chosen, left = [], MOST_SECONDS_OF_EXAMPLES
-    for name in sorted(learnt.seconds, key=learnt.seconds.__getitem__):
-        calls = learnt.calls[name]
-        key = (str(path), mutant.function)
-        if key in calls if mutant.function else any(file == str(path) for file, _ in calls):
-            left -= learnt.seconds[name]
-            if left < 0:
-                break
-            chosen.append(name)
-    return chosen + slow
+def learn(session: pytest.Session, plan: Path, seed: int) -> None:
+    """Run, in a process of its own, the tests that the plan does not know."""
+    examples = [item for item in session.items if not item.get_closest_marker("slow")]
+    walks = [item for item in session.items if item.path.name == WALKS]
+    walks = random.Random(seed).sample(walks, min(NUM_WALKS, len(walks)))
+    old = Learnt.read(plan) if plan.exists() else Learnt()
+    chosen = [item for item in examples + walks if item.nodeid not in old.seconds]
+    there = {item.nodeid for item in session.items}
+    for gone in set(old.seconds) - there:
+        del old.seconds[gone]
+    child = os.fork()
+    if not child:
+        for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+            old.run(item, following)
+        if not session.testsfailed:
+            old.write(plan)
+        os._exit(min(session.testsfailed, 1))
+    if os.waitpid(child, 0)[1]:
+        sys.stderr.write("the tests of the core fail without a mutant: nothing can be said\n")
+        os._exit(1)
+
+
+def functions(code: CodeType) -> Iterator[CodeType]:
+    """Give the code of each function of a module and of its classes, in order."""
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            if one.co_flags & CO_OPTIMIZED:
+                yield one
+            else:
+                yield from functions(one)
+
+
+def put_into_living(original: CodeType, changed: CodeType) -> bool:
+    """Give a living function the code that it has in a changed module.
+
+    False, and nothing is changed, if the fault is elsewhere.
+    """
+    befores, afters = list(functions(original)), list(functions(changed))
+    if len(befores) != len(afters):
+        return False
+    pairs = [pair for pair in zip(befores, afters, strict=True) if pair[0] != pair[1]]
+    if len(pairs) != 1:
+        return False
+    before, after = pairs[0]
+    living = [
+        one for one in gc.get_objects() if isinstance(one, FunctionType) and one.__code__ == before
+    ]
+    if not living or before.co_freevars != after.co_freevars:
+        return False
+    for one in living:
+        one.__code__ = after
+    return True
+
+
+def _run_tests(session: pytest.Session, names: list[str], learnt: Learnt) -> None:
+    """Run tests until one fails, in a forked process, which this ends."""
+    there = {item.nodeid: item for item in session.items}
+    items = [there[name] for name in names if name in there]
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        limit = time.process_time() + 3 + MOST_TIMES_AS_LONG * learnt.seconds[item.nodeid]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), resource.RLIM_INFINITY))
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.testsfailed:
+            os._exit(1)
+    os._exit(0)
+
+
+def _in_fork(session: pytest.Session, choice: Choice, learnt: Learnt) -> bool | None:
+    """Say whether a mutant is noticed; None: only in a process that has not imported it."""
+    source = choice.path.read_text()
+    mutant = next(mutants(source, str(choice.path), choice.number))
+    child = os.fork()
+    if not child:
+        code = 2
+        try:
+            os.setsid()
+            if put_into_living(compile(source, str(choice.path), "exec"), mutant.code):
+                code = 1
+                _run_tests(session, learnt.tests_for(mutant, choice.path), learnt)
+        finally:
+            os._exit(code)
+    code = _ended(child)
+    return None if code == 2 else code != 0
 
 
 def is_noticed(mutant: Mutant, path: Path, tests: list[str]) -> bool:
-    """Run tests against a mutant, in a process of its own."""
+    """Run tests against a mutant whose module is imported anew, in a process of its own."""
     child = os.fork()
     if not child:
         os.setsid()
@@ -157,7 +264,7 @@ def _ended(child: int) -> int:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.05)
+        time.sleep(0.01)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return -signal.SIGKILL
@@ -175,87 +282,135 @@ def sample(paths: list[Path], per_file: int, seed: int) -> list[Choice]:
     return found
 
 
+class Result(NamedTuple):
+    """What became of one mutant."""
+
+    file: str
+    line: int
+    name: str
+    state: str
+    """`noticed`, `survived` or `equivalent`."""
+
+    @property
+    def text(self) -> str:
+        """Say it in a line."""
+        return f"{self.file}:{self.line}: {self.name}"
+
+
+def _result(choice: Choice, is_noticed: bool) -> Result:
+    mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
+    file = str(choice.path.relative_to(CORE))
+    return Result(file, mutant.line, mutant.name, "noticed" if is_noticed else "survived")
+
+
+def is_equivalent(choice: Choice) -> bool:
+    """Whether a mutant is known to be no fault."""
+    mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
+    return f"{choice.path.relative_to(CORE)}: {mutant.name}" in EQUIVALENT
+
+
+def table(results: list[Result]) -> str:
+    """Write what survived, and the score of each file and of all."""
+    lines = [f"survived  {one.text}" for one in sorted(results) if one.state == "survived"]
+    lines += ["", f"{'file':26}{'mutants':>9}{'equivalent':>12}{'noticed':>9}{'share':>9}"]
+    files = sorted({one.file for one in results})
+    for name in [*files, "all"]:
+        states = [one.state for one in results if name in (one.file, "all")]
+        noticed, faults = states.count("noticed"), len(states) - states.count("equivalent")
+        share = f"{100 * noticed / faults:.1f} %" if faults else "-"
+        lines.append(f"{name:26}{len(states):>9}{len(states) - faults:>12}{noticed:>9}{share:>9}")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Parse the command line; run; print what survived, and the score."""
     parser = argparse.ArgumentParser(description=__doc__, add_help=True)
-    parser.add_argument("--per-file", type=int, default=20, help="mutants of each file")
+    parser.add_argument("--per-file", type=int, default=10, help="mutants of each file")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plan", type=Path, help="keep here, and take from here, what was learnt")
+    parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("files", nargs="*", help="files of the core, e.g. quota.py; default: all")
     options = parser.parse_args()
     every = sorted(path for path in CORE.rglob("*.py") if path.name != "__init__.py")
     paths = [one for one in every if not options.files or one.name in options.files]
     chosen = sample(paths, options.per_file, options.seed)
     os.chdir(ROOT)
-    plan = _plan(options.seed)
-    _control(chosen[0].path, plan)
-    shares = [chosen[number :: options.processes] for number in range(options.processes)]
-    children = []
-    for share in shares:
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            os.close(read)
-            _work(share, plan, write)
-            os._exit(0)
-        os.close(write)
-        children.append((child, os.fdopen(read)))
-    survived = []
-    for child, lines in children:
-        survived += [line.rstrip("\n") for line in lines]
-        if os.waitpid(child, 0)[1]:
-            raise SystemExit("a process that ran mutants has failed")
-    sys.stdout.write("".join(f"{line}\n" for line in sorted(survived)))
-    noticed = len(chosen) - len(survived)
-    share = 100 * noticed / len(chosen)
-    sys.stdout.write(f"{noticed} of {len(chosen)} mutants noticed: {share:.1f} %\n")
+    with tempfile.TemporaryDirectory() as folder:
+        plan = options.plan or Path(folder, "plan.json")
+        results = _results(chosen, plan, options.seed)
+    sys.stdout.write(table(results))
+    if options.json:
+        rows = [one._asdict() for one in results]
+        told = {"seed": options.seed, "per_file": options.per_file, "mutants": rows}
+        options.json.write_text(json.dumps(told, indent=1))
 
 
-def _plan(seed: int) -> tuple[Learn, list[str]]:
-    """Learn in a process of its own: this one never imports the core, so each fork does."""
+def _results(chosen: list[Choice], plan: Path, seed: int) -> list[Result]:
+    """Run all mutants; tell of progress, and of each that survives, on standard error."""
+    results = [
+        _result(one, False)._replace(state="equivalent") for one in chosen if is_equivalent(one)
+    ]
+    left = [one for one in chosen if not is_equivalent(one)]
+    began = time.monotonic()
+
+    def note(choice: Choice, noticed: bool) -> None:
+        results.append(result := _result(choice, noticed))
+        if not noticed:
+            sys.stderr.write(f"survived  {result.text}\n")
+        if len(results) % EVERY == 0:
+            survived = sum(one.state == "survived" for one in results)
+            took = f"{time.monotonic() - began:.0f} s"
+            sys.stderr.write(f"{len(results)} of {len(chosen)}, {survived} survived, {took}\n")
+
+    anew = []
+    for number, noticed in _server(left, plan, seed):
+        if noticed is None:
+            anew.append(left[number])
+        else:
+            note(left[number], noticed)
+    learnt = Learnt.read(plan)
+    if anew:
+        _control(anew[0].path, learnt)
+    for choice in anew:
+        mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
+        note(choice, is_noticed(mutant, choice.path, learnt.tests_for(mutant, choice.path)))
+    return results
+
+
+def _server(chosen: list[Choice], plan: Path, seed: int) -> Iterator[tuple[int, bool | None]]:
+    """Give what becomes of each mutant, from a process that imports and collects all once."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         os.close(read)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        learnt = learn(["tests/core"])
-        told = {
-            "seconds": learnt.seconds,
-            "calls": {name: sorted(calls) for name, calls in learnt.calls.items()},
-            "walks": walks(["tests/core"], seed),
-        }
-        with os.fdopen(write, "w") as file:
-            json.dump(told, file)
-        os._exit(0)
+
+        def body(session: pytest.Session) -> None:
+            learn(session, plan, seed)
+            learnt = Learnt.read(plan)
+            gc.collect()
+            gc.freeze()
+            with os.fdopen(write, "w", buffering=1) as told:
+                for number, choice in enumerate(chosen):
+                    told.write(json.dumps([number, _in_fork(session, choice, learnt)]) + "\n")
+            os._exit(0)
+
+        pytest.main([*OPTIONS, "tests/core"], plugins=[Loop(body)])
+        os._exit(1)
     os.close(write)
-    with os.fdopen(read) as file:
-        text = file.read()
-    if os.waitpid(child, 0)[1] or not text:
-        raise SystemExit("the tests of the core fail without a mutant: nothing can be said")
-    told = json.loads(text)
-    learnt = Learn()
-    learnt.seconds = told["seconds"]
-    for name, calls in told["calls"].items():
-        learnt.calls[name] = {(file, line) for file, line in calls}
-    return learnt, told["walks"]
+    with os.fdopen(read) as lines:
+        for line in lines:
+            number, noticed = json.loads(line)
+            yield number, noticed
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the process that runs the mutants has failed")
 
 
-def _control(path: Path, plan: tuple[Learn, list[str]]) -> None:
+def _control(path: Path, learnt: Learnt) -> None:
     """See that a mutant without a fault is not noticed: what is noticed are faults alone."""
-    same = Mutant(1, 0, "nothing", compile(path.read_text(), str(path), "exec"))
-    if is_noticed(same, path, tests_for(same, path, *plan)):
+    same = Mutant(1, "", "nothing", compile(path.read_text(), str(path), "exec"))
+    if is_noticed(same, path, learnt.tests_for(same, path)):
         raise SystemExit(f"the tests fail with {path.name} as it is: nothing can be said")
-
-
-def _work(share: list[Choice], plan: tuple[Learn, list[str]], write: int) -> None:
-    """Run mutants one by one; write a line for each that survives."""
-    with os.fdopen(write, "w", buffering=1) as survived:
-        for path, number in share:
-            mutant = next(mutants(path.read_text(), str(path), number))
-            if not is_noticed(mutant, path, tests_for(mutant, path, *plan)):
-                line = f"{path.relative_to(CORE)}:{mutant.line}: {mutant.what}"
-                survived.write(f"{line}\n")
-                sys.stderr.write(f"survived: {line}\n")
 
 
 if __name__ == "__main__":

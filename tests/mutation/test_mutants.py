@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mutation import run
+from mutation.equivalent import EQUIVALENT
 from mutation.mutants import Mutant, mutants
-from mutation.run import Learn, is_noticed, sample
+from mutation.run import Learnt, Result, is_noticed, put_into_living, sample, table
 
 SOURCE = dedent('''
     """Not 1 of these + words changes."""
@@ -33,8 +34,8 @@ def texts(source: str) -> list[str]:
 def test_each_kind_of_fault_is_made_once_and_messages_asserts_and_annotations_are_left_alone():
     source = SOURCE.replace('    assert size < 10, "not changed"\n', "")
     assert texts(source) == [
-        "3  ->  4",
-        "1  ->  2",
+        "LIMIT: int = 3  ->  LIMIT: int = 4",
+        "def grown(size: int, by: int=1) -> int:  ->  def grown(size: int, by: int=2) -> int:",
         "if size < LIMIT and (not by):  ->  if not (size < LIMIT and (not by)):",
         "size < LIMIT and (not by)  ->  size < LIMIT or not by",
         "size < LIMIT  ->  size <= LIMIT",
@@ -42,12 +43,53 @@ def test_each_kind_of_fault_is_made_once_and_messages_asserts_and_annotations_ar
         "max(size, pow(size, by)) + 5  ->  max(size, pow(size, by)) - 5",
         "max(size, pow(size, by))  ->  min(size, pow(size, by))",
         "pow(size, by)  ->  pow(by, size)",
-        "5  ->  6",
+        "return max(size, pow(size, by)) + 5  ->  return max(size, pow(size, by)) + 6",
     ]
 
 
 def test_a_function_that_asserts_is_a_test_itself_and_has_no_mutants() -> None:
-    assert texts(SOURCE) == ["3  ->  4"]
+    assert texts(SOURCE) == ["LIMIT: int = 3  ->  LIMIT: int = 4"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class A:\n    def __repr__(self):\n        return str(1 + self.x)\n",
+        "class A:\n    __slots__ = ('a', 1)\n",
+        "__all__ = ['a' + 'b']\n",
+        "@dataclass(slots=True, frozen=True)\nclass A:\n    a: int\n",
+        "for one in zip(a, strict=True):\n    pass\n",
+        "del a\n",
+    ],
+)
+def test_what_no_behaviour_follows_from_has_no_mutants(source: str) -> None:
+    assert texts(source) == []
+
+
+def test_a_mutant_is_known_by_its_function_wherever_that_stands() -> None:
+    source = (
+        "class A:\n    def f(self):\n        def g():\n            return 3\n        return g\n"
+    )
+    names = [one.name for one in mutants(source, "m.py")]
+    assert names == [one.name for one in mutants("\n\n" + source, "m.py")]
+    assert names == [
+        "A.f: return 3  ->  return None",
+        "A.f: return 3  ->  return 4",
+        "A.f: return g  ->  return None",
+    ]
+    [constant] = mutants("class A:\n    LIMIT = 3\n", "m.py")
+    assert constant.name == ": LIMIT = 3  ->  LIMIT = 4"
+
+
+def test_every_mutant_that_is_called_no_fault_is_there_and_says_why() -> None:
+    names = {
+        f"{path.relative_to(run.CORE)}: {one.name}"
+        for path in run.CORE.rglob("*.py")
+        if any(name.startswith(f"{path.relative_to(run.CORE)}: ") for name in EQUIVALENT)
+        for one in mutants(path.read_text(), str(path))
+    }
+    assert set(EQUIVALENT) <= names
+    assert all(len(reason) > 10 for reason in EQUIVALENT.values())
 
 
 def test_a_mutant_has_its_one_fault_and_the_next_one_has_it_no_more() -> None:
@@ -74,16 +116,57 @@ def test_a_seed_draws_the_same_mutants_again_and_no_more_than_there_are(tmp_path
 
 
 def test_those_tests_are_run_that_call_the_function_the_fastest_first() -> None:
-    learnt = Learn()
+    learnt = Learnt()
     learnt.seconds = {"slow": 2.0, "quick": 1.0, "elsewhere": 0.1, "too long": 100.0}
     for name in ("slow", "quick", "too long"):
-        learnt.calls[name].add(("m.py", 7))
-    learnt.calls["elsewhere"].add(("m.py", 20))
+        learnt.calls[name].add(("m.py", "f"))
+    learnt.calls["elsewhere"].add(("m.py", "g"))
     [mutant, *_] = mutants("\n" * 6 + "def f(a):\n    return a < 1\n", "m.py")
-    assert mutant.function == 7
-    assert run.tests_for(mutant, Path("m.py"), learnt, ["walk"]) == ["quick", "slow", "walk"]
+    assert mutant.function == "f"
+    assert learnt.tests_for(mutant, Path("m.py")) == ["quick", "slow"]
     [constant] = mutants("LIMIT = 1\n", "m.py")
-    assert run.tests_for(constant, Path("m.py"), learnt, [])[0] == "elsewhere"
+    assert learnt.tests_for(constant, Path("m.py"))[0] == "elsewhere"
+
+
+def test_what_was_learnt_is_read_back(tmp_path: Path) -> None:
+    learnt = Learnt()
+    learnt.seconds["a"] = 0.5
+    learnt.calls["a"].add(("m.py", "f"))
+    learnt.write(tmp_path / "plan.json")
+    again = Learnt.read(tmp_path / "plan.json")
+    assert (again.seconds, again.calls) == (learnt.seconds, learnt.calls)
+
+
+def test_a_living_function_gets_the_changed_code_and_a_default_is_left_to_a_new_process() -> None:
+    source = dedent("""
+        class A:
+            def f(self, by=1):
+                return super().__sizeof__() * 0 + self.two() + by
+
+            def two(self):
+                return 2
+    """)
+    there: dict[str, Any] = {}
+    original = compile(source, "m.py", "exec")
+    exec(original, there)  # noqa: S102 - the class above
+    living = there["A"]()
+    found = {one.what: one.code for one in mutants(source, "m.py")}
+    assert not put_into_living(original, found["def f(self, by=1):  ->  def f(self, by=2):"])
+    assert living.f() == 3
+    assert put_into_living(original, found["return 2  ->  return 3"])
+    assert living.f() == 4
+
+
+def test_the_table_leaves_what_is_no_fault_out_of_the_share() -> None:
+    states = ["noticed", "noticed", "noticed", "survived", "equivalent"]
+    results = [Result("a.py", line, "f: x", state) for line, state in enumerate(states)]
+    told = table([*results, Result("b.py", 1, "g: y", "noticed")]).split("\n")
+    assert told[0] == "survived  a.py:3: f: x"
+    assert [line.split() for line in told[3:6]] == [
+        ["a.py", "5", "1", "3", "75.0", "%"],
+        ["b.py", "1", "0", "1", "100.0", "%"],
+        ["all", "6", "1", "4", "80.0", "%"],
+    ]
 
 
 @pytest.fixture
