@@ -49,8 +49,8 @@ test: $(VENV)/.model   ## All tests.
 quick: $(VENV)/.installed   ## The examples of the core, its limits on imports and names, and the doctests: while you work.
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not hypothesis" tests/core tests/test_architecture.py tests/client/test_session_core.py prefixcache
 
-mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=20 of each file, SEED=1; FILES="quota.py" for some.
-	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),20) --seed $(or $(SEED),1) $(FILES)
+mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=10 of each file, SEED=1; FILES="quota.py" for some; JSON=file.
+	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),10) --seed $(or $(SEED),1) $(if $(JSON),--json $(JSON),) $(FILES)
 
 lint: $(VENV)/.installed   ## Format, lint, types.
 	$(BIN)/ruff format --check .

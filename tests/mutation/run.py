@@ -388,6 +388,8 @@ def _server(chosen: list[Choice], plan: Path, seed: int) -> Iterator[tuple[int, 
         def body(session: pytest.Session) -> None:
             learn(session, plan, seed)
             learnt = Learnt.read(plan)
+            took = f"{sum(learnt.seconds.values()):.0f} s of the processor"
+            sys.stderr.write(f"{len(learnt.seconds)} tests pass, in {took}\n")
             gc.collect()
             gc.freeze()
             with os.fdopen(write, "w", buffering=1) as told:
