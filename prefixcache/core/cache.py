@@ -863,7 +863,7 @@ class PrefixCache:
     ) -> Generator[None, None, Outline]:
         """Sum the trees up, and keep their largest or hottest branches.  Changes nothing.
 
-        O(runs + namespaces), in steps of some hundred: between them other verbs may be called.
+        O(runs + namespaces), in steps of some dozen: between them other verbs may be called.
 
         Args:
             namespaces: Which; all, if None.  One that stores nothing is left out.
@@ -915,7 +915,7 @@ class PrefixCache:
         tenant: str | None = None,
         sees: Callable[[Namespace], bool] | None = None,
     ) -> Generator[None, None, Snapshot]:
-        """Give what `snapshot` gives, in steps of some hundred rows.
+        """Give what `snapshot` gives, in steps of some dozen rows.
 
         Between them other verbs may be called.  The numbers are those of the first step's moment;
         each row is as it is when its turn comes, and what has ended by then is left out.
@@ -945,7 +945,7 @@ class PrefixCache:
     def block_map(self, num_cells: int = 1024) -> Generator[None, None, tuple[int, ...]]:
         """Draw the pool: per cell the index in `blockmap.STATES` of what most of its blocks are.
 
-        O(runs + blocks), in steps of some hundred runs: between them other verbs may be called.
+        O(runs + blocks), in steps of some dozen runs: between them other verbs may be called.
         """
         return introspect.block_map(self._lessor, num_cells)
 

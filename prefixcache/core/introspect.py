@@ -7,7 +7,7 @@ sum   root ─ walk down: own numbers ─ walk up: add to the branch above
 keep  a heap of the outermost branches that are kept; over the bound, the least goes into `more`
 ```
 
-The walk is a generator that pauses after some hundred runs, and so does what makes branches of
+The walk is a generator that pauses after some dozen runs, and so does what makes branches of
 them, so that a service can answer others in between.  The tree may change meanwhile: a run that is
 no longer where it was found is left out and counted.  A small tree is summed up in one go, exactly.
 
@@ -24,7 +24,7 @@ map      L L F F C C L L F F F F        are needed, and shows what most of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from math import log1p
 
 import numpy as np
@@ -35,7 +35,8 @@ from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 
-_PAUSE_EVERY = 256
+_PAUSE_EVERY = 16
+_SORTED_IN_ONE_GO = 256
 _SHOWN_BYTES = 32 * TOKEN_BYTES
 
 
@@ -137,7 +138,7 @@ class Walk:
         most: int | None,
         now: float,
     ) -> Generator[None, None, Outline]:
-        """Walk, pausing after some hundred runs; the generator's value is the outline.
+        """Walk, pausing after some dozen runs; the generator's value is the outline.
 
         O(runs + namespaces); memory O(`max_branches` + siblings on the path + namespaces).
 
@@ -161,6 +162,9 @@ class Walk:
             heappush(tops, (weight, len(tops), top))
         while self._num_kept > self._max_branches:
             self._prune(max(self._max_branches, self._num_kept - _PAUSE_EVERY))
+            yield
+        while self._outermost:
+            del self._outermost[-_PAUSE_EVERY:]
             yield
         namespaces: list[NamespaceOutline] = []
         while tops and len(namespaces) != most:
@@ -242,30 +246,45 @@ class Walk:
                 heappush(self._outermost, (above.weight(self._order), above.serial, above))
 
     def _branches(self, top: _Sum, now: float) -> Generator[None, None, tuple[Branch, ...]]:
+        clock, oldest = self._lessor.tree.clock, 1
         order: list[_Sum] = []
         stack = [top]
         while stack:
             one = stack.pop()
             order.append(one)
+            if one.runs and one.above is not None:
+                oldest = max(oldest, clock - one.last)
             if self._is_pause():
                 yield
-            below = []
-            for each in one.kept.values():
-                below.append((each.weight(self._order), each.serial, each))
-                if self._is_pause():
-                    yield
-            below.sort()
-            stack.extend([each for _, _, each in below])
-        clock = self._lessor.tree.clock
-        ages = [clock - one.last for one in order if one.runs and one.above is not None]
-        oldest = max([1, *ages])
+            stack.extend((yield from self._sorted(one.kept.values())))
+        order.reverse()
         branches = []
-        for one in order:
+        while order:
+            one = order.pop()  # and is freed here, not all of them at once in the end
             heat = 1.0 - log1p(max(0, clock - one.last)) / log1p(oldest)
             branches.append(self._branch(one, heat, now))
+            one.kept = {}
             if self._is_pause():
                 yield
         return tuple(branches)
+
+    def _sorted(self, sums: Iterable[_Sum]) -> Generator[None, None, Iterable[_Sum]]:
+        """Sort runs by the order, the least first: many of them in parts, which are merged."""
+        parts: list[list[tuple[tuple[float, ...], int, _Sum]]] = [[]]
+        for each in sums:
+            if len(parts[-1]) == _SORTED_IN_ONE_GO:
+                parts[-1].sort()
+                parts.append([])
+            parts[-1].append((each.weight(self._order), each.serial, each))
+            if self._is_pause():
+                yield
+        parts[-1].sort()
+        found = []
+        for _, _, each in merge(*parts):
+            found.append(each)
+            if self._is_pause():
+                yield
+        return found
 
     def _branch(self, one: _Sum, heat: float, now: float) -> Branch:
         resident = not one.is_ghost and one.above is not None
@@ -304,7 +323,7 @@ _FREE, _PRIVATE, _LEASED, _CACHED, _QUARANTINED = range(len(STATES))
 def block_map(lessor: Lessor, num_cells: int) -> Generator[None, None, tuple[int, ...]]:
     """Draw the pool in at most `num_cells` cells.  Changes nothing.
 
-    O(runs + blocks), in steps of some hundred runs: between them other verbs may be called, so the
+    O(runs + blocks), in steps of some dozen runs: between them other verbs may be called, so the
     picture is of those moments together.
 
     Returns:

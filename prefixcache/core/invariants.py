@@ -62,7 +62,7 @@ def check(lessor: Lessor) -> None:
         raise AssertionError(f"{error}\n{drawn}") from error
 
 
-_AT_ONCE = 64
+_AT_ONCE = 16
 """Runs or leases that are looked at in one go."""
 _SMALL = 2000
 """Entries of a list up to which it is checked in one go; a longer one is left out."""
@@ -75,7 +75,7 @@ _BLOCKS_IN_ONE_GO = 4096
 
 
 def check_in_steps(lessor: Lessor) -> Generator[None, None, Checked]:
-    """Walk everything in steps, while it changes.  O(everything), in steps of some dozens.
+    """Walk everything in steps, while it changes.  O(everything), in steps of some dozen.
 
     Raises:
         AssertionError: an invariant does not hold; the message has the trees, if they are small.

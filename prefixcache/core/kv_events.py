@@ -13,7 +13,7 @@ anybody, and is not told either.  A tree without a listener pays one comparison 
 
 **A replay.**  A listener that comes late hears what is indexed, as if it was stored just now.
 
-It is a walk that pauses after some hundred runs, and others change the trees meanwhile.  What the
+It is a walk that pauses after some dozen runs, and others change the trees meanwhile.  What the
 listener has been told so far is always the upper part of each tree: a change below it is told, one
 elsewhere is not, since the walk will come there.
 
@@ -29,6 +29,7 @@ changes so each time is walked in one go in the end.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Generator, Mapping
 from typing import Protocol
 
@@ -108,7 +109,9 @@ class IndexListeners:
             listener.left(namespace)
 
 
-_PAUSE_EVERY = 256
+_PAUSE_EVERY = 16
+_BLOCKS_IN_ONE_GO = 512
+"""Of one run."""
 _MOST_WALKS = 8
 """Of one tree, before it is walked without a pause."""
 
@@ -166,24 +169,31 @@ class Replay:
                     node = above
                 if above is None or not node.blocks:
                     continue  # evicted
-                self._tell(root, above, node, told)
-            if node.children:
+            if node is not root and self._tell(root, node, told):
+                stack.append(node)  # it may be split or cut before its next part is told
+                self._steps = _PAUSE_EVERY
+            elif node.children:
                 stack.extend(node.children.values())
             self._steps += 1
-            if pauses and self._steps % _PAUSE_EVERY == 0:
+            if pauses and self._steps >= _PAUSE_EVERY:
+                self._steps = 0
                 yield
         return moved and not root.retired
 
-    def _tell(self, root: Root, above: Node, node: Node, told: set[int]) -> None:
-        blocks = node.blocks
+    def _tell(self, root: Root, node: Node, told: set[int]) -> bool:
+        """Tell the next part of a run; say whether there is more of it.  O(part)."""
+        blocks, above = node.blocks, node.parent
+        assert above is not None
         if blocks[-1] in told:
-            return
-        first = next(index for index, block in enumerate(blocks) if block not in told)
+            return False
+        first = bisect_left(blocks, 1, key=lambda block: block not in told)
         if first:
             parent: BlockId | None = BlockId(blocks[first - 1])
         else:
             parent = BlockId(above.blocks[-1]) if above.blocks else None
-        rest = blocks[first:]
-        tokens = node.tokens[first * self._block_bytes :]
-        self._listener.stored(root.namespace, parent, tokens, rest)
-        told.update(rest)
+        end = first + _BLOCKS_IN_ONE_GO
+        part = blocks[first:end]
+        tokens = node.tokens[first * self._block_bytes : end * self._block_bytes]
+        self._listener.stored(root.namespace, parent, tokens, part)
+        told.update(part)
+        return end < len(blocks)

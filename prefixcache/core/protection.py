@@ -168,7 +168,7 @@ _MOST_ENDED = 16_384
 _DROPPED = 512
 """Deadlines of pins that have ended, which are dropped in one go."""
 
-_PAUSE_EVERY = 200
+_PAUSE_EVERY = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -352,7 +352,7 @@ class Pins:
     ) -> Generator[None, None, tuple[PinInfo, ...]]:
         """Describe the pins of such namespaces, each as it is when its turn comes.
 
-        O(pins + nodes on their paths), in steps of some hundred: between them other verbs may be
+        O(pins + nodes on their paths), in steps of some dozen: between them other verbs may be
         called.
         """
         found, steps = [], 0

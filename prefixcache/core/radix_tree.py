@@ -822,7 +822,7 @@ class RadixTree:
         """
         name = _name(node)
         children = node.children or Children()
-        below = sum(1 for child in children.values() if child.lock_ref)
+        below = sum([1 for child in children.values() if child.lock_ref])
         if node.parent is not None:
             width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"

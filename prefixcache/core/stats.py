@@ -108,7 +108,7 @@ MOST_LEASES: Final = 1000
 """Listed in one snapshot."""
 _MOST_LOOKED_AT: Final = 8 * MOST_LEASES
 """For who may see some of a tenant's namespaces only."""
-_PAUSE_EVERY = 200
+_PAUSE_EVERY = 16
 """Rows that are told in one go."""
 
 
@@ -135,7 +135,7 @@ def snapshot(
 ) -> Generator[None, None, Snapshot]:
     """Give the numbers of this moment, then rows: each as it is when its turn comes.
 
-    In steps of some hundred rows: between them other verbs may be called.  What has ended by then
+    In steps of some dozen rows: between them other verbs may be called.  What has ended by then
     is left out.
     """
     head = counts(lessor, now).fields()

@@ -23,7 +23,7 @@ Deliver: TypeAlias = "Callable[[Outcome], None]"
 _SLACK_S = 0.001
 """The event loop rounds to milliseconds; waking up early would only mean waking up twice."""
 
-MOST_ENDS = 256
+MOST_ENDS = 64
 """Leases that end in one go; others are served before the next ones."""
 
 log = structlog.get_logger(__name__)

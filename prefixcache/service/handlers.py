@@ -47,7 +47,7 @@ class Handlers(WorkerVerbs, LeaseVerbs, InspectVerbs, AdminVerbs):
         self.answers = KeptAnswers()
         workers.on_leave = lambda worker: self.answers.forget_worker(worker.key)
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
-        self.verbs["tree"] = (self.tree, codec.write_outline)
+        self.verbs["tree"] = (self.tree, self.write_tree)
         self.verbs["check"] = (self.check, lambda answer, message: message.CopyFrom(answer))
         for name, (handler, write) in self.verbs.items():
             self.verbs[name] = (_checked(handler), write)

@@ -4,6 +4,7 @@ Each case is done once beside few and once beside many leases, namespaces or blo
 """
 
 from contextlib import suppress
+from itertools import pairwise
 from math import inf
 from random import Random
 from typing import Any
@@ -635,6 +636,29 @@ def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
     assert told(4000) <= told(600) + 5
 
 
+def test_who_comes_late_is_told_of_a_long_run_in_parts():
+    """Each part below the one before; the tree may change between any two."""
+    cache = PrefixCache(8192, 4)
+    cache.attach(ME, HERE, now=0.0)
+    tokens = pack(range(4 * 2000))
+    lease = cache.acquire(ME, HERE, tokens, now=0.0).lease
+    cache.commit(ME, lease, 4 * 2000, now=0.0)
+    cache.release(ME, lease, now=0.0)
+    heard = Strict()
+    heard.replay = cache.replay(heard)
+    cache.observe(heard)
+    sizes = [0]
+    for number, _ in enumerate(heard.replay.run()):
+        sizes.append(len(heard.known))
+        if number == 1:  # a branch leaves what is told, another one what is not
+            for at in (4 * 100, 4 * 1900):
+                branch = cache.acquire(ME, HERE, tokens[: 4 * at] + pack([7] * 4), now=0.0)
+                cache.commit(ME, branch.lease, at + 4, now=0.0)
+                cache.release(ME, branch.lease, now=0.0)
+    assert max(after - before for before, after in pairwise(sizes)) <= 513
+    assert len(heard.known) == 2002
+
+
 class Strict:
     """A journal that takes nothing that does not fit to what it has been told."""
 
@@ -668,6 +692,7 @@ def test_trees_may_change_in_every_way_while_they_are_told(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kv_events, "_PAUSE_EVERY", 1)
+    monkeypatch.setattr(kv_events, "_BLOCKS_IN_ONE_GO", 1 + seed % 3)
     draw, cache = Random(seed), PrefixCache(90, 4, num_ghosts=8)
     cache.attach(ME, HERE, now=0.0)
     held: list[LeaseId] = []

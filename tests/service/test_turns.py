@@ -14,15 +14,18 @@ from core.effort import calls, most_in_one_go
 from patience import PATIENCE_S
 from prefixcache.client import codec
 from prefixcache.config import load
+from prefixcache.outline import Branch, Extent, NamespaceOutline, Outline
+from prefixcache.service import turns as service_turns
 from prefixcache.service.auth.identity import LOCAL
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.grpc import session
-from prefixcache.service.grpc.unary import in_pieces
+from prefixcache.service.grpc.pieces import in_pieces
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.http.metrics import Scrape
 from prefixcache.service.turns import Turns
+from prefixcache.service.verbs.inspect import Seen
 from prefixcache.service.workers import Visitor, Workers
 from prefixcache.types import Layout, Ledger, Namespace, PinInfo, Reset, Snapshot, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -44,6 +47,12 @@ def whole(num_blocks: int = 64) -> Handlers:
 @pytest.fixture
 def handlers() -> Handlers:
     return whole()
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step takes all the time of a slice."""
+    monkeypatch.setattr(service_turns, "_SLICE_NS", 0)
 
 
 def message(num_ops: int) -> pb.OpBatch:
@@ -167,6 +176,7 @@ async def answered(handlers: Handlers, *fills: Fill) -> tuple[list[str], int]:
     return [result.WhichOneof("result") for result in results.results], had
 
 
+@pytest.mark.usefixtures("slow")
 def test_an_op_that_is_answered_in_steps_keeps_its_place(handlers: Handlers) -> None:
     """Others are served meanwhile; the ops after it run when it is done."""
     told, had = asyncio.run(answered(handlers, renew, snapshot, renew, reset_sealed, renew))
@@ -212,7 +222,7 @@ def test_a_salt_that_is_named_as_it_is_shown_is_looked_for_in_parts() -> None:
 def test_a_snapshot_that_is_serialised_in_pieces_is_the_same() -> None:
     ledgers = {Namespace("m", adapter=str(n)): Ledger(hit=n, cold=1) for n in range(700)}
     pins = tuple(PinInfo(space, 4, 1, 9.0) for space in ledgers)
-    told = Snapshot(*range(9), (), 0, 0, 700, Ledger(cold=7), ledgers, pins=pins)
+    told = Snapshot(nodes=700, ledger=Ledger(cold=7), namespaces=ledgers, pins=pins)
     whole_one = pb.SnapshotResponse()
     list(codec.write_snapshot(told, whole_one))
     message = pb.SnapshotResponse()
@@ -220,6 +230,91 @@ def test_a_snapshot_that_is_serialised_in_pieces_is_the_same() -> None:
     most, answer = most_in_one_go(steps)
     assert pb.SnapshotResponse.FromString(answer) == whole_one
     assert most < calls(lambda: list(codec.write_snapshot(told, message))) / 3
+
+
+def a_branch(tokens: bytes = b"") -> Branch:
+    return Branch(
+        *(0, 0, 4, 1, tokens, Extent(1, 1, 4), Extent(), 0, 0, False, False, None, 0.5, None),
+        *(None, 0),
+    )
+
+
+def test_an_outline_that_is_serialised_in_pieces_is_the_same() -> None:
+    """Of one large tree and many small ones; no step costs what the whole does."""
+
+    def tree(name: str, num_branches: int) -> NamespaceOutline:
+        branches = tuple([replace(a_branch(), start=start) for start in range(num_branches)])
+        return NamespaceOutline(Namespace("m", adapter=name), branches)
+
+    trees = (tree("large", 2000), *[tree(str(number), 1) for number in range(300)])
+    for outline in (Outline(4, trees, 3), Outline(4, (), 0)):
+        whole_one, message = pb.TreeResponse(), pb.TreeResponse()
+        list(codec.write_outline(outline, whole_one))
+        most, answer = most_in_one_go(in_pieces(codec.write_outline(outline, message), message))
+        assert pb.TreeResponse.FromString(answer) == whole_one
+        assert most < 2000
+
+
+class Told(bytes):
+    """A part of a row that says when the row is freed."""
+
+    num_freed = 0
+
+    def __del__(self) -> None:
+        Told.num_freed += 1
+
+
+class ToldLedger(Ledger):
+    def __del__(self) -> None:
+        Told.num_freed += 1
+
+
+def some_snapshot(handlers: Handlers) -> Generator[None, None, None]:
+    rows = {Namespace("m", adapter=str(n)): ToldLedger(hit=n) for n in range(700)}
+    seen = Seen(Snapshot(namespaces=rows), LOCAL)
+    return handlers.write_snapshot(seen, pb.SnapshotResponse())
+
+
+def some_outline(handlers: Handlers) -> Generator[None, None, None]:
+    branches = tuple([a_branch(Told(b"1234")) for _ in range(700)])
+    outline = Outline(4, (NamespaceOutline(Namespace("m"), branches),), 0)
+    return handlers.write_tree(outline, pb.TreeResponse())
+
+
+@pytest.mark.parametrize("some", [some_snapshot, some_outline])
+def test_what_was_told_is_freed_in_steps(
+    handlers: Handlers, some: Callable[[Handlers], Generator[None, None, None]]
+) -> None:
+    """Nothing but the writing holds it once it is written, and lets go of a few rows at a time."""
+    Told.num_freed = most = before = 0
+    for _ in some(handlers):
+        most, before = max(most, Told.num_freed - before), Told.num_freed
+    assert Told.num_freed == 700
+    assert most <= 64
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_a_slice_is_as_many_steps_as_fit_in_its_time(
+    monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    ticks = clock(service_turns._SLICE_NS // num_steps + 1)
+    monkeypatch.setattr(service_turns, "clock", lambda: next(ticks))
+    steps: list[int] = []
+
+    def walk() -> Generator[None, None, None]:
+        for number in range(12):
+            steps.append(number)
+            yield
+
+    async def main() -> None:
+        walking = asyncio.create_task(Turns().run(walk()))
+        seen = []
+        while not walking.done():
+            await asyncio.sleep(0)
+            seen.append(len(steps))
+        assert seen == [*range(num_steps, 13, num_steps), *seen[12 // num_steps :]]
+
+    asyncio.run(main())
 
 
 def test_an_op_that_fails_in_its_steps_fails_alone(
@@ -236,6 +331,7 @@ def test_an_op_that_fails_in_its_steps_fails_alone(
     assert told == ["renew", "error", "renew"]
 
 
+@pytest.mark.usefixtures("slow")
 def test_who_asks_for_much_at_once_takes_one_step_at_a_time() -> None:
     """A hundred walks take as many turns as one after the other; others wait for one step."""
     steps: list[int] = []
@@ -262,6 +358,7 @@ def test_who_asks_for_much_at_once_takes_one_step_at_a_time() -> None:
     assert steps == list(range(100)) * 5  # each in turn
 
 
+@pytest.mark.usefixtures("slow")
 def test_tenants_take_turns_however_much_one_of_them_asks_for() -> None:
     steps: list[str] = []
 
@@ -284,6 +381,7 @@ def test_tenants_take_turns_however_much_one_of_them_asks_for() -> None:
     assert steps.count("red") <= 250
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_turn_that_is_hung_up_goes_to_the_next() -> None:
     """Cancelled while it waits, in the moment in which it has its turn, and in its step."""
 

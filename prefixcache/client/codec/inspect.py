@@ -36,9 +36,9 @@ FATES: Final = {
 }
 _FATE_NAMES = {number: name for name, number in FATES.items()}
 
-_PAUSE_EVERY: Final = 200
+_PAUSE_EVERY: Final = 16
 """Rows that are written in one go."""
-_BRANCHES_IN_ONE_GO: Final = 128
+_BRANCHES_IN_ONE_GO: Final = 8
 
 ORDERS: Final = {
     Order.TOKENS: pb.TREE_ORDER_TOKENS,
@@ -126,7 +126,7 @@ def _read_past(message: pb.PastRequest) -> PastRequest:
 
 
 def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> Generator[None, None, None]:
-    """Fill `message`, all but `service`, pausing after some hundred rows.  O(rows)."""
+    """Fill `message`, all but `service`, pausing after some dozen rows.  O(rows)."""
     for name in _WHOLE_COUNTS:
         setattr(message, name, getattr(answer, name))
     if answer.eviction_age_s is not None:
@@ -210,7 +210,7 @@ def read_order(number: Any) -> Order:
 
 
 def write_outline(answer: Outline, message: pb.TreeResponse) -> Generator[None, None, None]:
-    """Fill `message`, pausing after some hundred branches.  O(branches)."""
+    """Fill `message`, pausing after some branches.  O(branches)."""
     steps = 0
     message.block_size = answer.block_size
     message.num_moved = answer.num_moved

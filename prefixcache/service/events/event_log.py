@@ -41,6 +41,7 @@ from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.backing import Backing
 from prefixcache.service.failures import Failures
 from prefixcache.service.isolated_listener import IsolatedListener
+from prefixcache.service.turns import Slice
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 HASH_BYTES = 32
@@ -49,11 +50,11 @@ _RING_BYTES = 64 << 20
 """What the events in the ring may take; over it, the oldest go first."""
 _EVENT_BYTES = 512
 """What an event takes beside its hashes and tokens."""
-_CHUNK = 512
-"""Blocks that are hashed, or told, before the loop is given back."""
+_CHUNK = 64
+"""Blocks of an event, and events of a message, at most: what is made in one go."""
 _MESSAGE_BYTES = 1 << 20
 """Of events in one message, about."""
-_DROPPED = 2048
+_DROPPED = 512
 """Blocks, and events with each of their hashes, that are freed in one go once nobody watches."""
 _DROP_EVERY_S = 0.001
 _DELAY_S = 0.01
@@ -382,12 +383,12 @@ class EventLog:
         try:
             await asyncio.sleep(_DELAY_S)
             while self._raw or self._replaying is not None:
-                if not self._raw:
-                    self._go_on_replaying()
-                blocks = 0
-                while self._raw and blocks < _CHUNK:
-                    entry = self._raw.popleft()
-                    blocks += 1 + len(entry[4]) + self._take(entry)
+                mine = Slice()
+                while not mine.is_over and (self._raw or self._replaying is not None):
+                    if self._raw:
+                        self._take(self._raw.popleft())
+                    else:
+                        self._go_on_replaying()
                 self._wake()
                 await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for this task
@@ -403,13 +404,8 @@ class EventLog:
         self._replay = self._replaying = None
         self._num_replaying = len(self._raw)
 
-    def _take(self, entry: _Entry) -> int:
-        """Make an event of an entry; of a large reset, of its next part.
-
-        Returns:
-            Blocks that it took beyond those in the entry.
-        """
-        more = 0
+    def _take(self, entry: _Entry) -> None:
+        """Make an event of an entry; of a large reset, of its next part."""
         kind, namespace, parent, tokens, blocks = entry
         event: Event | None
         if kind == "stored":
@@ -423,8 +419,7 @@ class EventLog:
             event = Removed(time(), namespace, hashes) if hashes else None
         else:
             own = self._blocks.get(namespace, {})
-            more = min(_CHUNK, len(own))
-            hashes = tuple([own.popitem()[1].hash for _ in range(more)][::-1])
+            hashes = tuple([own.popitem()[1].hash for _ in range(min(_CHUNK, len(own)))][::-1])
             if own:
                 self._raw.appendleft(entry)
                 event = Removed(time(), namespace, hashes)
@@ -437,7 +432,6 @@ class EventLog:
             self._keep(event)
             self._next += 1
             self.num_events += 1
-        return more
 
     def _keep(self, event: Event) -> None:
         """Put an event into the ring.  Amortised O(1).  The newest stays however large it is."""

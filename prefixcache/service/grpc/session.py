@@ -245,7 +245,9 @@ class SessionStream:
         """Answer an op in steps: others are served in between, and then the ops that follow it."""
         try:
             answer = yield from steps
-            yield from write(answer, getattr(result, verb)) or ()
+            writing = write(answer, getattr(result, verb)) or ()
+            answer = None  # who writes it frees it, a part at a time
+            yield from writing
         except Exception as error:  # noqa: BLE001 - whatever it is, it is this op's alone
             result.ClearField(verb)
             self._refuse(result, verb, error)

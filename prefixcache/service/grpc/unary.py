@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
@@ -24,6 +24,7 @@ from prefixcache.service.auth.identity import Identity
 from prefixcache.service.auth.standing import STANDING
 from prefixcache.service.deliveries import Outcome
 from prefixcache.service.grpc.bad_request import BadRequest, reader
+from prefixcache.service.grpc.pieces import in_pieces
 from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.grpc.watch import watch
 from prefixcache.service.handlers import Handlers
@@ -39,9 +40,6 @@ _LOOKS = frozenset(
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
-
-_LONG = ("namespaces", "pins")
-"""Rows of a snapshot of which there may be tens of thousands."""
 
 _calls = itertools.count(1)
 
@@ -171,8 +169,8 @@ def _serve(
         response = response_class()
         writing = write(answer, response)
         if writing.__class__ is GeneratorType:
-            if response_class is pb.SnapshotResponse:
-                writing = in_pieces(writing, response)
+            answer = None  # who writes it frees it, a part at a time
+            writing = in_pieces(writing, response)
             response = await handlers.turns.run(writing, identity.tenant or "") or response
         if asked is not None:
             handlers.keep(asker, asked, response)
@@ -185,26 +183,6 @@ def _note_proof(worker: Worker) -> None:
     """Remember what the caller of a worker's calls showed last: without it, it ends."""
     if (standing := STANDING.get()) is not None:
         worker.proof = standing.proof
-
-
-def in_pieces(
-    steps: Generator[None, None, None], message: pb.SnapshotResponse
-) -> Generator[None, None, bytes]:
-    """Serialise the rows that are many as they are written: all of them at once take long.
-
-    Pieces of a message one after the other are the message: their rows are joined.
-    """
-    pieces = []
-    for _ in steps:
-        for name in _LONG:
-            rows = getattr(message, name)
-            if rows:
-                piece = pb.SnapshotResponse()
-                getattr(piece, name).extend(rows)
-                pieces.append(piece.SerializeToString())
-                del rows[:]
-        yield
-    return b"".join([*pieces, message.SerializeToString()])
 
 
 def _serialized(answer: Any) -> bytes:

@@ -37,7 +37,7 @@ _CELLS = 1200
 _ROWS = 100
 """Leases, flights and namespaces that are listed; how many there are is told besides."""
 
-_IN_ONE_GO = 50
+_IN_ONE_GO = 8
 """Branches that are written in one go."""
 
 _HISTORY_POINTS = 600

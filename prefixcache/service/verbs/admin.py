@@ -17,7 +17,7 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 T = TypeVar("T")
 
-_LOOKED_AT: Final = 200
+_LOOKED_AT: Final = 32
 """Namespaces whose salts are compared in one go."""
 
 log = structlog.get_logger(__name__)
@@ -47,7 +47,7 @@ class AdminVerbs(Verbs):
     def _with_sealed(
         self, asker: Asker, named: Namespace, do: Callable[[Namespace], T]
     ) -> Generator[None, None, T]:
-        """Find a namespace without its salt, looking at some hundred in one go.
+        """Find a namespace without its salt, looking at some dozen in one go.
 
         Raises:
             NotFound: it is named so by somebody else, or is not there.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from itertools import chain
 from time import monotonic
 
 import structlog
@@ -16,6 +17,7 @@ from prefixcache.outline import Branch, Outline
 from prefixcache.service.auth.identity import Identity
 from prefixcache.service.auth.redaction import redact
 from prefixcache.service.shadow.caches import write_shadows
+from prefixcache.service.turns import let_go
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.workers import Asker, Worker
 from prefixcache.types import Explanation, Lookup, Namespace, Snapshot
@@ -27,9 +29,9 @@ MAX_BRANCHES = 20_000
 MOST_TOLD_BYTES = 1 << 20
 """Of a recent request's prompt: its first 262,144 tokens."""
 
-_PAUSE_EVERY = 256
+_PAUSE_EVERY = 16
 """Branches that are copied in one go."""
-_ROWS_IN_ONE_GO = 200
+_ROWS_IN_ONE_GO = 16
 """Workers or flights that are told in one go, the namespaces counted that must be looked at."""
 _CHECKED_IN_ONE_GO = 500
 """Runs and leases, unless the caller lets everybody wait for more: 15 ms."""
@@ -102,6 +104,13 @@ class InspectVerbs(Verbs):
         )
         return outline if request.HasField("namespace") else without_salted_tokens(outline)
 
+    def write_tree(self, answer: Outline, message: pb.TreeResponse) -> Generator[None, None, None]:
+        """Fill `message`, in steps; free what nobody else holds."""
+        yield from codec.write_outline(answer, message)
+        branches = list(chain.from_iterable([tree.branches for tree in answer.namespaces]))
+        del answer
+        yield from let_go(branches)
+
     def check(
         self, asker: Asker, request: pb.CheckRequest
     ) -> Generator[None, None, pb.CheckResponse]:
@@ -147,14 +156,18 @@ class InspectVerbs(Verbs):
     def write_snapshot(
         self, answer: Seen, message: pb.SnapshotResponse
     ) -> Generator[None, None, None]:
-        """Fill `message` with what its caller may see, in steps."""
-        yield from codec.write_snapshot(answer.snapshot, message)
-        yield from self._write_workers(answer.identity, message)
-        yield from self._write_flights(answer.identity, message)
+        """Fill `message` with what its caller may see, in steps; free what nobody else holds."""
+        told, identity = answer.snapshot, answer.identity
+        yield from codec.write_snapshot(told, message)
+        rows = [*told.leases, *told.namespaces.values(), *told.pins, *told.quotas]
+        del answer, told
+        yield from let_go(rows)
+        yield from self._write_workers(identity, message)
+        yield from self._write_flights(identity, message)
         self._write_watched(message)
         self._write_service(message.service)
-        if not answer.identity.sees_all:
-            redact(message, answer.identity)
+        if not identity.sees_all:
+            redact(message, identity)
 
     def _write_service(self, info: pb.ServiceInfo) -> None:
         info.version = __version__
