@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import Unsupported
 from prefixcache_vllm import pages
 from prefixcache_vllm.options import Options
+
+FIRST_BLOCK: Final = 1
+"""What vLLM's block tables call no block, and its kernels may write to, is 0."""
 
 
 def join(
@@ -39,10 +42,10 @@ def join(
             block_size=pages.only_spec(kv_cache_config).block_size,
             name=f"vllm-{role}-{os.getpid()}",
         )
-        if in_place and session.pool.first_block < 1:
+        if in_place and session.pool.first_block != FIRST_BLOCK:
             raise Unsupported(
-                "the pool lends block 0, which vLLM writes to where it has nothing to say: start "
-                "the service with --first-block 1"
+                f"the pool lends blocks from {session.pool.first_block} on, and vLLM writes to block 0 "
+                f"where it has nothing to say: start the service with --first-block {FIRST_BLOCK}"
             )
     except BaseException:
         client.close()

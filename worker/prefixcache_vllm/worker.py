@@ -24,7 +24,7 @@ from prefixcache.client import Client, Session
 from prefixcache.errors import LayoutMismatch
 from prefixcache_kernels import map_pages
 from prefixcache_vllm import pages
-from prefixcache_vllm.joining import join
+from prefixcache_vllm.joining import FIRST_BLOCK, join
 from prefixcache_vllm.options import Options
 
 ALLOCATING: Final = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
@@ -81,7 +81,7 @@ class PoolMemory:
         """Bytes that make vLLM count as many blocks as the pool has."""
         page_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())  # type: ignore[attr-defined]
         with prefixcache.connect(Options.of(self.vllm_config).connect) as client:
-            return int(client.snapshot().num_blocks * page_bytes)
+            return int((client.snapshot().num_blocks + FIRST_BLOCK) * page_bytes)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Map the pool, and make vLLM's views of it."""
@@ -109,6 +109,12 @@ class PoolMemory:
 
 class CPUWorker(PoolMemory, VllmCPUWorker):
     """vLLM's worker for CPUs, on a pool in shared memory."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        # A size that is said is not asked of the memory that is free: the pool has its own already.
+        if vllm_config.cache_config.kv_cache_memory_bytes is None:
+            vllm_config.cache_config.kv_cache_memory_bytes = 1
+        super().__init__(vllm_config, *args, **kwargs)
 
     def determine_available_memory(self) -> int:
         """Give the pool's bytes: they are there, so whether they would fit is no question."""
