@@ -44,8 +44,8 @@ def join(
         )
         if in_place and session.pool.first_block != FIRST_BLOCK:
             raise Unsupported(
-                f"the pool lends blocks from {session.pool.first_block} on, and vLLM writes to block 0 "
-                f"where it has nothing to say: start the service with --first-block {FIRST_BLOCK}"
+                f"the pool lends from block {session.pool.first_block} on, and vLLM writes to block"
+                f" 0 what nobody reads: start the service with --first-block {FIRST_BLOCK}"
             )
     except BaseException:
         client.close()
