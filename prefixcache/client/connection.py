@@ -20,7 +20,7 @@ from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
-class Attached(Protocol):
+class OpenedSession(Protocol):
     """What a connection needs to know of its sessions."""
 
     key: str
@@ -105,19 +105,19 @@ class Connection:
                 request.block_size = check_block_size(block_size)
         return request
 
-    def attached(self, session: Attached, request: pb.AttachRequest) -> None:
+    def attached(self, session: OpenedSession, request: pb.AttachRequest) -> None:
         """Note a new session, and that the service has heard of those that are finished."""
         told = set(request.finished)
         self.finished[:] = [key for key in self.finished if key not in told]
         self._sessions.append(session)
 
-    def pass_on(self, session: Attached) -> None:
+    def pass_on(self, session: OpenedSession) -> None:
         """Let the next attach say that nothing writes to the blocks of a lost session any more."""
         key, session.key = session.key, ""
         if key:
             self.finished.append(key)
 
-    def drop(self, session: Attached) -> None:
+    def drop(self, session: OpenedSession) -> None:
         """Forget a session that is over."""
         self._sessions[:] = [other for other in self._sessions if other is not session]
 

@@ -23,7 +23,7 @@ from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable, Namespace
 
 
-class Run(NamedTuple):
+class StoredRun(NamedTuple):
     """Blocks in a row."""
 
     namespace: Namespace
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     blocks: BlockTable
 
 
-def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run]) -> int:
+def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[StoredRun]) -> int:
     """Index runs in an empty tree.  O(runs · log siblings), plus one pass over the block ids.
 
     All are unprotected; their order of eviction is that of the runs.  A run whose parent is not
@@ -88,7 +88,7 @@ def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Run]) 
     return _enter(tree, nodes)
 
 
-def _pieces(run: Run, cuts: list[int], width: int) -> list[tuple[bytes, BlockTable]]:
+def _pieces(run: StoredRun, cuts: list[int], width: int) -> list[tuple[bytes, BlockTable]]:
     ends = [*cuts, len(run.blocks)]
     return [
         (run.tokens[start * width : end * width], run.blocks[start:end])
@@ -96,7 +96,7 @@ def _pieces(run: Run, cuts: list[int], width: int) -> list[tuple[bytes, BlockTab
     ]
 
 
-def _count_followers(runs: list[Run]) -> np.ndarray:
+def _count_followers(runs: list[StoredRun]) -> np.ndarray:
     """Count, per block, the runs that begin behind it, and whether its own run goes on."""
     parents = np.array([run.parent for run in runs], np.int64)
     blocks = np.frombuffer(b"".join([run.blocks.tobytes() for run in runs]), np.int32)
@@ -109,7 +109,7 @@ def _count_followers(runs: list[Run]) -> np.ndarray:
     return followers
 
 
-def _cuts(runs: list[Run], followers: np.ndarray) -> list[list[int]]:
+def _cuts(runs: list[StoredRun], followers: np.ndarray) -> list[list[int]]:
     """Give, per run, after how many blocks another run begins."""
     blocks = np.frombuffer(b"".join([run.blocks.tobytes() for run in runs]), np.int32)
     ends = np.cumsum([len(run.blocks) for run in runs])

@@ -981,7 +981,9 @@ class PrefixCache:
         """
         self._lessor.oplog = put
 
-    def restore(self, runs: Sequence[bulk_load.Run], aside: BlockTable, worker: WorkerId) -> int:
+    def restore(
+        self, runs: Sequence[bulk_load.StoredRun], aside: BlockTable, worker: WorkerId
+    ) -> int:
         """Take over what an earlier life of the pool left.  Only while the cache is empty.
 
         O(num_blocks + runs · log siblings).

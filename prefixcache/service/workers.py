@@ -169,7 +169,7 @@ class WorkerStatus(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class JointProgress:
     """What all attached workers tell of themselves, together."""
 
     in_hand: int
@@ -259,10 +259,10 @@ class Workers:
             uncommitted_s=0.0 if since is None else now - max(since, worker.committed_at),
         )
 
-    def progress(self) -> Progress:
+    def progress(self) -> JointProgress:
         """Sum up what the attached workers tell of themselves.  O(workers)."""
         now, workers = time.monotonic(), self._attached.values()
-        return Progress(
+        return JointProgress(
             in_hand=sum(one.in_hand for one in workers),
             untaken=sum(one.untaken for one in workers),
             longest_stalled_s=max((one.stalled_s(now) for one in workers), default=0.0),

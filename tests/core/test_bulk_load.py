@@ -12,7 +12,7 @@ from core.rules import NAMES, Rules, step
 from core.test_machine import Seeded
 from core.transcript import Transcript
 from core.world import Shape, World
-from prefixcache.core.bulk_load import Run
+from prefixcache.core.bulk_load import StoredRun
 from prefixcache.core.cache import PrefixCache
 from prefixcache.types import Grant, Namespace, Partial, WorkerId, pack
 
@@ -28,10 +28,10 @@ def grown(seed: int, block_size: int) -> World:
     return world
 
 
-def cut(transcript: Transcript, draw: random.Random) -> list[Run]:
+def cut(transcript: Transcript, draw: random.Random) -> list[StoredRun]:
     """Cut what a transcript knows into runs, at random, each after the one it goes on from."""
     size = transcript.block_size
-    runs: list[Run] = []
+    runs: list[StoredRun] = []
     ends: dict[int, int] = {}
     for block, (namespace, prefix) in sorted(
         transcript.prefixes.items(), key=lambda item: len(item[1][1])
@@ -46,7 +46,9 @@ def cut(transcript: Transcript, draw: random.Random) -> list[Run]:
             runs[number] = runs[number]._replace(tokens=runs[number].tokens + tokens)
         else:
             number = len(runs)
-            runs.append(Run(namespace, -1 if above is None else above, tokens, array("i", [block])))
+            runs.append(
+                StoredRun(namespace, -1 if above is None else above, tokens, array("i", [block]))
+            )
         ends[block] = number
     return sorted(runs, key=lambda run: len(transcript.prefixes[run.blocks[0]][1]))
 
@@ -104,11 +106,11 @@ def test_orphans_and_what_is_there_already_are_left_out() -> None:
     space, other = Namespace("m"), Namespace("o")
     cache = PrefixCache(8, 2)
     runs = [
-        Run(space, -1, pack([1, 2, 3, 4]), array("i", [0, 1])),
-        Run(space, -1, pack([1, 2]), array("i", [2])),
-        Run(space, 5, pack([7, 7]), array("i", [3])),
-        Run(other, 1, pack([7, 7]), array("i", [4])),
-        Run(space, 1, pack([5]), array("i", [6])),
+        StoredRun(space, -1, pack([1, 2, 3, 4]), array("i", [0, 1])),
+        StoredRun(space, -1, pack([1, 2]), array("i", [2])),
+        StoredRun(space, 5, pack([7, 7]), array("i", [3])),
+        StoredRun(other, 1, pack([7, 7]), array("i", [4])),
+        StoredRun(space, 1, pack([5]), array("i", [6])),
     ]
     assert cache.restore(runs, array("i"), WorkerId(-3)) == 3
     cache.check()

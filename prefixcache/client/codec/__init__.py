@@ -15,7 +15,7 @@ from prefixcache.client.codec.admin import (
     read_quota,
     write_quota,
 )
-from prefixcache.client.codec.failures import (
+from prefixcache.client.codec.errors import (
     FOREIGN_ERRORS,
     STATUS_CODES,
     check_seconds,

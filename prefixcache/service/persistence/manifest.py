@@ -47,7 +47,7 @@ MAX_RUN: Final = 2**62
 """Ids of runs are below; what is beyond was not written by us."""
 
 
-class Run(NamedTuple):
+class ManifestRow(NamedTuple):
     """A row of the manifest: blocks in a row that were stored together."""
 
     id: int
@@ -164,15 +164,15 @@ class Manifest:
         return found
 
     def runs(self) -> list[tuple[int, int, int, int, int, bytes, bytes, bytes, bytes]]:
-        """Give all rows, as `Run` has them, in the order in which they were stored."""
-        columns = ", ".join(Run._fields)
+        """Give all rows, as `ManifestRow` has them, in the order in which they were stored."""
+        columns = ", ".join(ManifestRow._fields)
         return self._base.execute(f"SELECT {columns} FROM runs ORDER BY id").fetchall()  # noqa: S608 - our own names
 
     def write(
         self,
         namespaces: Iterable[tuple[int, Namespace]],
-        added: Iterable[Run],
-        grown: Iterable[Run],
+        added: Iterable[ManifestRow],
+        grown: Iterable[ManifestRow],
         gone: Iterable[int],
         cleared: Iterable[tuple[int, int]],
     ) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from prefixcache.core.bulk_load import Run as StoredRun
+from prefixcache.core.bulk_load import StoredRun
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.persistence.manifest import MAX_RUN, Manifest
 from prefixcache.service.persistence.stamps import MAX_NAMESPACES, Stamps

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import structlog
 
 from prefixcache.service.persistence.checksums import NUM_FACTS, Checksums
-from prefixcache.service.persistence.manifest import MAX_RUN, Manifest, Run
+from prefixcache.service.persistence.manifest import MAX_RUN, Manifest, ManifestRow
 from prefixcache.service.persistence.stamps import MAX_NAMESPACES, Stamps
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
@@ -85,12 +85,12 @@ class Named(NamedTuple):
 Event = Stored | Removed | Cleared | Named
 
 
-class Batch(NamedTuple):
+class Transaction(NamedTuple):
     """What one transaction does."""
 
     named: list[Named]
-    added: list[Run]
-    grown: list[Run]
+    added: list[ManifestRow]
+    grown: list[ManifestRow]
     """Blocks that are added to the end of the run of that id."""
     gone: list[int]
     cleared: list[tuple[int, int]]
@@ -146,7 +146,7 @@ class ManifestWriter:
         self._alive: dict[int, int] = {}
         self._growing: dict[int, tuple[int, int]] = {}
         self._next = 1
-        self._unwritten = Batch([], [], [], [], [])
+        self._unwritten = Transaction([], [], [], [], [])
 
     def start(self, runs: list[tuple[int, npt.NDArray[np.int32]]], lost: list[int]) -> None:
         """Begin to write.
@@ -156,7 +156,7 @@ class ManifestWriter:
             lost: ids of runs of which nothing holds, to be removed.
         """
         self._next = 1 + max((number for number in lost if number < MAX_RUN), default=0)
-        self._unwritten = Batch([], [], [], lost, [])
+        self._unwritten = Transaction([], [], [], lost, [])
         for number, blocks in runs:
             self._run_of[blocks] = number
             self._alive[number] = len(blocks)
@@ -299,7 +299,7 @@ class ManifestWriter:
             self._has_ended = True
             log.exception("the state is kept no more, the service goes on", cause=repr(error))
             self._queue.clear()
-            self._unwritten = Batch([], [], [], [], [])
+            self._unwritten = Transaction([], [], [], [], [])
             self._bytes_out = self._bytes_in
 
     def _write_all(self) -> None:
@@ -327,13 +327,13 @@ class ManifestWriter:
                 log.error("the state cannot be written, the service goes on", cause=str(error))
             self.failure = str(error) or type(error).__name__
             return
-        self._unwritten = Batch([], [], [], [], [])
+        self._unwritten = Transaction([], [], [], [], [])
         self.num_written += sum(len(run.blocks) // 4 for run in (*batch.added, *batch.grown))
         if self.failure:
             log.info("the state can be written again")
             self.failure = ""
 
-    def _prepare(self) -> Batch:
+    def _prepare(self) -> Transaction:
         """Take events, leave out what has gone already, and compute the checksums of the rest."""
         events: list[tuple[int, bool, Stored]] = []
         gone: set[int] = set()
@@ -359,7 +359,7 @@ class ManifestWriter:
         runs = self._with_sums([(number, event) for number, _, event in fresh])
         added = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if not grows]
         grown = [run for run, (_, grows, _) in zip(runs, fresh, strict=True) if grows]
-        return Batch(named, added, grown, sorted(gone - new), cleared)
+        return Transaction(named, added, grown, sorted(gone - new), cleared)
 
     def _enter(self, event: Stored) -> tuple[int, bool]:
         """Choose the run of new blocks: the one that they alone continue, or one of their own.
@@ -397,13 +397,13 @@ class ManifestWriter:
                     del self._alive[number]
                     gone.add(number)
 
-    def _with_sums(self, events: list[tuple[int, Stored]]) -> list[Run]:
+    def _with_sums(self, events: list[tuple[int, Stored]]) -> list[ManifestRow]:
         """Compute the checksums: one call for all blocks that are filled alike."""
         by_fill: dict[int, list[int]] = {}
         for place, (_, event) in enumerate(events):
             fill = min(len(event.tokens), self._width) // TOKEN_BYTES
             by_fill.setdefault(fill, []).append(place)
-        runs: dict[int, Run] = {}
+        runs: dict[int, ManifestRow] = {}
         for fill, places in by_fill.items():
             group = [events[place][1] for place in places]
             facts, tokens = describe(
@@ -418,7 +418,7 @@ class ManifestWriter:
             at = 0
             for place, event in zip(places, group, strict=True):
                 end = at + 2 * len(event.blocks)
-                runs[place] = Run(events[place][0], *event, sums=sums[at:end])
+                runs[place] = ManifestRow(events[place][0], *event, sums=sums[at:end])
                 at = end
         return [runs[place] for place in range(len(events))]
 
