@@ -8,11 +8,14 @@ Anthropic       system beside messages; blocks text, image, tool_use, tool_resul
 completions     prompt, or text: a text, token ids, or a list of either
 token ids       tokens, prompt_token_ids, input_ids, token_ids
 data sets       conversations, conversation: from and value, or role and content
+beside a text   system; image, images, video … of a data set; extra_body of a client
 a batch's line  any of these below body or request
 a list          messages, token ids, texts
 ```
 A key that is null is as good as absent.  `model`, the adapter and `cache_salt` say what may be
 shared at all.  An image, a recording or a file becomes a stand-in that its content alone decides.
+What decides a prompt and is not in it is named (`left_out`); where it leaves open what the prompt
+is, the record is refused.
 """
 
 from __future__ import annotations
@@ -78,6 +81,32 @@ _MEDIA: Final = {
 _THOUGHTS: Final = {"thinking", "redacted_thinking", "reasoning"}
 _SOURCES: Final = ("url", "data", "file_data", "file_id", "image_url", "file_url", "text", "source")
 _WRAPPERS: Final = ("body", "request", "params")
+_BESIDE: Final = {
+    "image": "image",
+    "images": "image",
+    "video": "video",
+    "videos": "video",
+    "audio": "recording",
+    "audios": "recording",
+}
+"""Media that stand beside a text, not in it, and their kinds."""
+_UNPLACED: Final = ("multi_modal_data", "mm_data", "multi_modal_uuids", "prompt_embeds")
+"""Of an engine's own form: the ids, or the text, are the same for other pictures."""
+_MEDIA_BEFORE: Final = "media before the content"
+"""Parts that were read already, in a message."""
+_NOT_READ: Final = {
+    "suffix": "suffixes",
+    "truncate_prompt_tokens": "prompts that were cut",
+    "mm_processor_kwargs": "settings for images",
+    "previous_response_id": "earlier responses that are named by id",
+    "conversation": "conversations that are named by id",
+    "toolConfig": "tools in a form that is not read",
+    "chat_template": "chat templates of their own",
+}
+"""What decides a prompt and is not read, and what to call it."""
+_NAMED: Final = (str, int, dict)
+DECIDES: Final = frozenset({*PLACE, *_BESIDE, *_UNPLACED, "extra_body"})
+"""What may stand beside token ids and says what they mean."""
 _DEEPEST: Final = 4
 
 
@@ -141,6 +170,9 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"a request is a JSON object or list, not {_show(value)}")
     fields = {key: one for key, one in value.items() if one is not None}
+    more = fields.pop("extra_body", None)  # as a client was given it
+    if isinstance(more, dict):
+        fields |= {key: one for key, one in more.items() if one is not None}
     for wrapper in _WRAPPERS:
         inner = fields.get(wrapper)
         if isinstance(inner, str) and inner.lstrip().startswith("{"):
@@ -149,23 +181,37 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
             except ValueError as error:
                 raise InvalidRequest(f"{wrapper} is no JSON: {error}") from None
         if isinstance(inner, dict) and deepest:
-            return _read({"model": fields.get("model")} | inner, deepest - 1)
+            outer = {key: fields[key] for key in PLACE if key in fields}
+            given = {key: one for key, one in inner.items() if one is not None}
+            return _read(outer | given, deepest - 1)
     model, adapter, salt = _place(fields)
     return [replace(one, model=model, adapter=adapter, salt=salt) for one in _unplaced(fields)]
 
 
 def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
+    for name in _UNPLACED:
+        if fields.get(name):
+            raise InvalidRequest(
+                f"{name} decides what the prompt is, and where it stands in it is not said: give "
+                "messages with parts"
+            )
     for name in IDS:
         if name in fields:
+            _refuse_media(fields, name)
             return _ids(fields[name], name)
     for name in CHATS:
-        if name in fields:
+        if name in fields and not (name == "conversation" and _is_named(fields)):
             return [_chat(fields, name)]
+    if "instruction" in fields:
+        raise InvalidRequest(
+            "an instruction with its input is no prompt before a template has made it one: give "
+            "messages or prompt"
+        )
     if isinstance(fields.get("input"), str) or _is_items(fields.get("input")):
         return [_responses(fields)]
     for name in ("prompt", "input", "text"):
         if name in fields:
-            return _prompts(fields[name], name)
+            return _completion(fields, name)
     names = ", ".join(ascii(name[:40])[1:-1] for name in list(fields)[:8]) or "nothing"
     raise InvalidRequest(
         f"it has {names}, but neither token ids nor a chat: give messages, prompt, input, "
@@ -173,10 +219,66 @@ def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
     )
 
 
+def _is_named(fields: dict[str, Any]) -> bool:
+    """Whether a conversation is one that the server has, and the input goes on with it."""
+    return "input" in fields and not isinstance(fields["conversation"], list)
+
+
+def _completion(fields: dict[str, Any], name: str) -> list[LoggedRequest]:
+    """Read `prompt` and its like: a text, ids, messages, or a list of them, with what is beside."""
+    value = fields[name]
+    if _is_items(value):
+        return [_chat(fields, name)]
+    if isinstance(value, str) and (fields.get("system") or _beside(fields)):
+        return [_chat(fields | {name: [{"role": "user", "content": value}]}, name)]
+    _refuse_media(fields, name)
+    left_out = _not_read(fields, name)
+    if fields.get("system"):
+        left_out += ("system prompts beside token ids",)
+    return [replace(one, left_out=left_out) for one in _prompts(value, name)]
+
+
+def _refuse_media(fields: dict[str, Any], name: str) -> None:
+    if _beside(fields):
+        raise InvalidRequest(
+            f"{name} has images or recordings beside it, and does not say where they stand: give "
+            "messages with parts"
+        )
+
+
+def _beside(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give the media that stand beside a text, as parts."""
+    parts = []
+    for name, medium in _BESIDE.items():
+        value = fields.get(name)
+        if isinstance(value, dict) and "voice" in value:
+            continue  # how the answer is to be spoken
+        media = value if isinstance(value, list) else [value]
+        parts += [
+            {"type": medium, "digest": _digest(medium, {name: one}, name)}
+            for one in media
+            if one not in (None, "", [], {})
+        ]
+    return parts
+
+
+def _not_read(fields: dict[str, Any], *read: str) -> tuple[str, ...]:
+    found = {
+        kind
+        for name, kind in _NOT_READ.items()
+        if name not in read and isinstance(fields.get(name), _NAMED) and fields[name]
+    }
+    if isinstance(fields.get("prompt"), dict):
+        found.add("stored prompts that are named by id")
+    return tuple(sorted(found))
+
+
 def _list(value: list[Any], name: str) -> list[LoggedRequest]:
     if value and all(isinstance(one, dict) for one in value):
         if all("role" in one or "from" in one for one in value):
-            return [LoggedRequest(messages=tuple(_messages(value)))]
+            left_out: list[str] = []
+            messages = tuple(_messages(value, left_out))
+            return [LoggedRequest(messages=messages, left_out=tuple(left_out))]
         raise InvalidRequest(f"{name} is a list of objects that are no messages; give one of them")
     return _prompts(value, name)
 
@@ -218,7 +320,7 @@ def _place(fields: dict[str, Any]) -> Iterable[str]:
     """Say within what a request may share: model, adapter, salt."""
     lora = fields.get("lora_request")
     adapter = [fields.get(name) for name in ("adapter", "lora_name", "lora_path")]
-    adapter.append(lora.get("lora_name") if isinstance(lora, dict) else None)
+    adapter += [lora.get("lora_name"), lora.get("name")] if isinstance(lora, dict) else [lora]
     found = {
         "model": fields.get("model"),
         "adapter": next((one for one in adapter if one is not None), None),
@@ -231,8 +333,11 @@ def _place(fields: dict[str, Any]) -> Iterable[str]:
 
 
 def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
-    left_out: list[str] = []
-    messages = list(_messages(fields[name], left_out))
+    left_out = list(_not_read(fields, name))
+    given = fields[name]
+    if parts := _beside(fields):
+        given = _with_parts(given, parts)
+    messages = list(_messages(given, left_out))
     system = fields.get("system")
     if system not in (None, ""):
         messages.insert(0, {"role": "system", "content": _content(system, "system", left_out)})
@@ -247,8 +352,8 @@ def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
     options = fields.get("chat_template_kwargs", {})
     if not isinstance(options, dict):
         raise InvalidRequest(f"chat_template_kwargs is {_show(options)}; it takes an object")
-    if fields.get("chat_template"):
-        left_out.append("chat templates of their own")
+    if isinstance(effort := fields.get("reasoning_effort"), str):
+        options = {"reasoning_effort": effort} | options
     return LoggedRequest(
         messages=tuple(messages),
         tools=tuple(_tools(fields)),
@@ -256,25 +361,33 @@ def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
         options=options,
         generation_prompt=generation,
         continues=continues,
-        is_logged_chat=name != "messages",
+        is_logged_chat=name in CHATS[1:],
         left_out=tuple(left_out),
     )
 
 
 def _responses(fields: dict[str, Any]) -> LoggedRequest:
-    left_out: list[str] = []
-    if fields.get("previous_response_id"):
-        left_out.append("earlier responses that are named by id")
+    left_out = list(_not_read(fields))
     given = fields["input"]
     messages: list[dict[str, Any]] = []
-    if "instructions" in fields:
-        content = _content(fields["instructions"], "instructions", left_out)
-        messages.append({"role": "system", "content": content})
+    for name in ("instructions", "system"):
+        if fields.get(name):
+            content = _content(fields[name], name, left_out)
+            messages.append({"role": "system", "content": content})
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     messages += _messages([_item(one) for one in items], left_out)
+    effort = fields.get("reasoning")
+    options = {"reasoning_effort": effort["effort"]} if _has_effort(effort) else {}
     return LoggedRequest(
-        messages=tuple(messages), tools=tuple(_tools(fields)), left_out=tuple(left_out)
+        messages=tuple(messages),
+        tools=tuple(_tools(fields)),
+        options=options,
+        left_out=tuple(left_out),
     )
+
+
+def _has_effort(reasoning: Any) -> bool:
+    return isinstance(reasoning, dict) and isinstance(reasoning.get("effort"), str)
 
 
 def _is_items(value: Any) -> bool:
@@ -332,6 +445,16 @@ def _messages(given: Any, left_out: list[str] | None = None) -> Iterable[dict[st
         yield from _message(one, where, [] if left_out is None else left_out)
 
 
+def _with_parts(messages: Any, parts: list[dict[str, Any]]) -> Any:
+    """Put media that stand beside a chat before the first thing that its user says."""
+    if not isinstance(messages, list):
+        return messages
+    for index, one in enumerate(messages):
+        if isinstance(one, dict) and (one.get("role") or one.get("from")) in ("user", "human"):
+            return [*messages[:index], one | {_MEDIA_BEFORE: parts}, *messages[index + 1 :]]
+    raise InvalidRequest("there are images or recordings beside messages of which none is a user's")
+
+
 def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterable[dict[str, Any]]:
     """Give a message as templates take it; several if it holds results of tools."""
     made = {key: one for key, one in fields.items() if one is not None}
@@ -377,6 +500,12 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
         parts = made["refusal"]
     made.pop("content", None)
     content = _content(parts, f"{where}: content", left_out)
+    media = [*made.pop(_MEDIA_BEFORE, ()), *_beside(made)]
+    if media:
+        for name in _BESIDE:
+            made.pop(name, None)
+        said = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        content = [*media, *(said or [])]
     if content is None and not made.get("tool_calls"):
         content = ""
     for one in results:

@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.logged_request import read_logged
 from prefixcache.types import Namespace, unpack
 from prefixcache_bench.experiments.readers import lines, tokenizers, transcripts
 from prefixcache_bench.experiments.readers.load import load
@@ -205,12 +206,34 @@ def asked(*lines: object) -> Trace:
 QUESTION = {"role": "user", "content": "Q"}
 WORDS = "You book journeys. " * 20
 TOOL = {"type": "function", "function": {"name": "f"}}
+ASKED = {"role": "user", "content": WORDS}
+ANSWERED = {"from": "gpt", "value": "ok"}
 DIFFERENT: dict[str, Callable[[int], dict[str, object]]] = {
     "tools": lambda n: {"tools": [{**TOOL, "function": {"name": f"{n}f", "description": WORDS}}]},
     "functions": lambda n: {"functions": [{"name": f"{n}f", "description": WORDS}]},
     "documents": lambda n: {"documents": [{"text": f"{n}{WORDS}"}]},
     "models": lambda n: {"model": f"m{n}"},
     "adapters": lambda n: {"model": "m", "lora_request": {"lora_name": f"a{n}"}},
+    "adapters by name": lambda n: {"model": "m", "lora_request": f"a{n}"},
+    "salts of a client": lambda n: {"model": "m", "extra_body": {"cache_salt": f"s{n}"}},
+    "images of a data set": lambda n: {"images": [f"{n}.png"], "messages": [ASKED]},
+    "a picture of a data set": lambda n: {
+        "messages": None,
+        "image": f"{n}.png",
+        "conversations": [{"from": "human", "value": f"<image>{WORDS}"}, ANSWERED],
+    },
+    "images of a message": lambda n: {"messages": [{**ASKED, "images": [f"A{n}"]}]},
+    "system beside a text": lambda n: {"system": f"{n}{WORDS}", "prompt": WORDS, "messages": None},
+    "system beside an input": lambda n: {"system": f"{n}{WORDS}", "input": "Q", "messages": None},
+    "tools of a preference": lambda n: {
+        "messages": None,
+        "prompt": [ASKED],
+        "tools": [{**TOOL, "function": {"name": f"{n}f", "description": WORDS}}],
+    },
+    "batches of a model": lambda n: {
+        "model": f"m{n}",
+        "body": {"model": None, "messages": [{"role": "user", "content": WORDS}]},
+    },
     "salts": lambda n: {"model": "m", "cache_salt": f"s{n}"},
     "system": lambda n: {"system": f"{n}{WORDS}"},
     "batches": lambda n: {
@@ -226,6 +249,51 @@ def test_requests_that_differ_in_what_comes_first_share_next_to_nothing(kind: st
     assert reused(trace) <= 0.05
     same = asked(*({"messages": messages} | DIFFERENT[kind](0) for _ in range(6)))
     assert reused(same) > 0.75
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": "Q", "multi_modal_data": {"image": "a.png"}}, "multi_modal_data"),
+        ({"prompt_token_ids": [1, 2], "multi_modal_data": {"image": "a"}}, "multi_modal_data"),
+        ({"tokens": [1, 2], "images": ["a.png"]}, "images or recordings beside it"),
+        ({"prompt": "Q", "prompt_embeds": "AAAA"}, "prompt_embeds"),
+        ({"instruction": "Translate", "input": "Q", "output": "A"}, "instruction"),
+        ({"image": "a.png", "messages": [{"role": "system", "content": "S"}]}, "none is a user's"),
+    ],
+)
+def test_what_leaves_open_what_the_prompt_is_is_refused(
+    fields: dict[str, object], named: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=named):
+        read_logged(fields)
+    if "tokens" in fields or "prompt_token_ids" in fields:
+        with pytest.raises(InvalidRequest):
+            asked(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"prompt": "Q", "suffix": "end"}, "suffixes"),
+        ({"messages": [QUESTION], "truncate_prompt_tokens": 4}, "prompts that were cut"),
+        ({"messages": [QUESTION], "toolConfig": {"tools": []}}, "tools in a form"),
+        ({"input": "Q", "prompt": {"id": "p"}}, "stored prompts"),
+        ({"input": "Q", "conversation": "c"}, "conversations that are named"),
+        ({"messages": [QUESTION], "reasoning_effort": "low"}, "options of a chat template"),
+        ({"input": "Q", "reasoning": {"effort": "low"}}, "options of a chat template"),
+        ([{"role": "assistant", "content": [{"type": "thinking"}]}, QUESTION], "thoughts"),
+    ],
+)
+def test_what_decides_a_prompt_and_is_not_read_is_said(fields: object, kind: str) -> None:
+    (said,) = asked(fields).not_counted
+    assert said.startswith(f"1 of 1 requests have {kind}")
+
+
+def test_a_format_of_answers_is_no_form_of_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"model": "m", "format": "json", "messages": [QUESTION]}))
+    assert len(list(load(str(path)))) == 1
 
 
 @pytest.mark.parametrize(

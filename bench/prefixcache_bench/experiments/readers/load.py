@@ -192,8 +192,11 @@ def _see_line(line: bytes) -> Form | None:
         return Form.JSONL if flat and not isinstance(flat[0], str | dict) else Form.CHAT
     if not isinstance(fields, dict):
         return None
-    if "format" in fields:
-        return Form.KVTRACE if str(fields["format"]).startswith("kvtrace") else Form.AGENTIC
+    named = str(fields.get("format"))  # as other forms call theirs of an answer
+    if named.startswith("kvtrace"):
+        return Form.KVTRACE
+    if named.startswith("delta-hash"):
+        return Form.AGENTIC
     if "hash_ids" in fields:
         return Form.MOONCAKE
     if fields.keys() & set(logged_request.IDS):

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import IDS, PLACE, LoggedRequest, read_logged
+from prefixcache.logged_request import DECIDES, IDS, LoggedRequest, read_logged
 from prefixcache.plain_json import json_text
 from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
@@ -35,9 +35,9 @@ def read(source: Source) -> Trace:
             raise KeyError("tokens")
         if not isinstance(ids, str | list):
             raise ValueError(f"tokens is a {type(ids).__name__}, not a list of ids or base64")
-        placed = {name: fields[name] for name in PLACE if name in fields}
+        beside = {name: fields[name] for name in DECIDES if name in fields}
         try:
-            logged = read_logged({**placed, "tokens": [0] if isinstance(ids, str) else ids})
+            logged = read_logged({**beside, "tokens": [0] if isinstance(ids, str) else ids})
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
         prompts = [one.tokens or b"" for one in logged]
