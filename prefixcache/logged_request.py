@@ -376,18 +376,15 @@ def _responses(fields: dict[str, Any]) -> LoggedRequest:
             messages.append({"role": "system", "content": content})
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     messages += _messages([_item(one) for one in items], left_out)
-    effort = fields.get("reasoning")
-    options = {"reasoning_effort": effort["effort"]} if _has_effort(effort) else {}
+    reasoning = fields.get("reasoning")
+    effort = reasoning.get("effort") if isinstance(reasoning, dict) else None
+    options = {"reasoning_effort": effort} if isinstance(effort, str) else {}
     return LoggedRequest(
         messages=tuple(messages),
         tools=tuple(_tools(fields)),
         options=options,
         left_out=tuple(left_out),
     )
-
-
-def _has_effort(reasoning: Any) -> bool:
-    return isinstance(reasoning, dict) and isinstance(reasoning.get("effort"), str)
 
 
 def _is_items(value: Any) -> bool:
@@ -502,8 +499,7 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
     content = _content(parts, f"{where}: content", left_out)
     media = [*made.pop(_MEDIA_BEFORE, ()), *_beside(made)]
     if media:
-        for name in _BESIDE:
-            made.pop(name, None)
+        made = {key: one for key, one in made.items() if key not in _BESIDE}
         said = [{"type": "text", "text": content}] if isinstance(content, str) else content
         content = [*media, *(said or [])]
     if content is None and not made.get("tool_calls"):
