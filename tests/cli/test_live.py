@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from rich.cells import cell_len
 import prefixcache
 from cli.running import At, call, run
 from patience import PATIENCE_S
+from prefixcache import core_build
 from prefixcache.cli import checks
 from prefixcache.cli.checks import WRONG
 from prefixcache.cli.plugins import OWN, summary
@@ -196,6 +198,20 @@ def test_a_worker_that_takes_nothing_is_seen_wherever_workers_are_shown(
     assert told["uncommitted_s"] > 0  # it holds a lease, and computes nothing
     session.watch_inbox(Inbox)
     session.renew()
+
+
+def test_what_the_core_runs_as_is_told_and_one_of_other_sources_is_wrong(at: At) -> None:
+    kind = core_build.kind()
+    assert f"the service's core is {kind}." in " ".join(at.call("doctor").out.split())
+    assert re.search(rf"^core +{kind}$", at.call("stat", "--once").out, re.MULTILINE)
+    assert at.call("stat", "--json").fields["service"]["core"] == kind
+    with prefixcache.connect(at.target) as client:
+        now = read(client)
+    assert list(checks.core(now)) == []
+    now.info.core = core_build.STALE
+    (stale,) = checks.core(now)
+    assert stale.level == WRONG
+    assert "make compiled" in stale.advice
 
 
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:

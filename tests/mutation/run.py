@@ -41,6 +41,7 @@ import sortedcontainers  # noqa: F401
 
 from mutation.equivalent import EQUIVALENT
 from mutation.mutants import Mutant, count, mutants
+from prefixcache import core_build
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
@@ -331,6 +332,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("files", nargs="*", help="files of the core, e.g. quota.py; default: all")
     options = parser.parse_args()
+    if core_build.kind() != core_build.PURE:
+        parser.error("the core is compiled: no mutant would run; `make pure` first")
     every = sorted(path for path in CORE.rglob("*.py") if path.name != "__init__.py")
     paths = [one for one in every if not options.files or one.name in options.files]
     chosen = sample(paths, options.per_file, options.seed)
