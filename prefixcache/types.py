@@ -325,13 +325,16 @@ class Layout:
         """Bytes of one token: keys and values of all layers.
 
         Raises:
-            InvalidRequest: The pages are another's: only bytes of whole blocks are known.
+            InvalidRequest: The pages are another's: only bytes of whole blocks are known; or a
+                newer service named a type that this version does not know.
         """
         if not self.is_ours:
             raise InvalidRequest(
                 f"{self} does not tell bytes of one token, only of whole blocks: give a layout as "
                 "LAYERSxKV_HEADSxHEAD_DIM:TYPE"
             )
+        if self.dtype not in DTYPE_BYTES:
+            raise InvalidRequest("this version does not know the element type of the pool")
         width = self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
         return 2 * self.num_layers * width
 

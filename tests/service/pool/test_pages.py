@@ -408,6 +408,48 @@ def test_a_state_of_other_pages_is_a_cold_start(tmp_path: Path) -> None:
             assert service.stop() == 0
 
 
+def revived(
+    state: Path, first_block: int = 0, layout: Layout = OURS
+) -> tuple[Backing, PrefixCache]:
+    given = {"memory": NUM_BLOCKS * layout.block_bytes(SIZE), "block_size": SIZE, "layout": layout}
+    backing = Backing(load({**given, "state": state, "first_block": first_block}))
+    assert backing.cache is not None
+    backing.cache.attach(ME, MINE, now=0.0)
+    return backing, backing.cache
+
+
+def granted(cache: PrefixCache, tokens: range) -> Grant:
+    grant = cache.acquire(ME, MINE, pack(tokens), now=0.0)
+    assert isinstance(grant, Grant)
+    return grant
+
+
+def test_kept_pages_of_another_order_are_believed_byte_for_byte(tmp_path: Path) -> None:
+    """A changed byte is noticed wherever in a page it is: also behind a tail's last token."""
+    backing, cache = revived(tmp_path / "state", layout=THEIRS)
+    assert backing.handle is not None
+    memory = map_pool(backing.handle)
+    pages = pages_of(memory, backing.handle)
+    pages[:] = np.random.default_rng(1).integers(0, 256, pages.shape, np.uint8)
+    tables = []
+    for start in range(0, 500, 100):
+        stored = granted(cache, range(start, start + 10))  # two whole blocks, and two tokens
+        cache.commit(ME, stored.lease, 10, now=0.0)
+        cache.release(ME, stored.lease, now=0.0)
+        tables.append(stored.block_table)
+    backing.close()
+    pages[2, tables[1][1], -1] ^= 1
+    pages[1, tables[2][2], -1] ^= 1
+    pages[0, tables[3][0], 0] ^= 128
+    del pages
+    memory.close()
+    backing, cache = revived(tmp_path / "state", layout=THEIRS)
+    found = [cache.lookup(MINE, pack(range(start, start + 11))) for start in range(0, 500, 100)]
+    assert [one.num_hit for one in found] == [8, 4, 8, 0, 8]
+    assert [one.num_partial for one in found] == [2, 0, 0, 0, 2]
+    backing.close()
+
+
 # ----------------------------------------------------------------------- blocks that are never lent
 
 
@@ -429,20 +471,6 @@ def test_blocks_before_the_first_are_never_lent_and_counted_nowhere(tmp_path: Pa
                 assert sorted(lease.block_table) == list(range(1, NUM_BLOCKS))
                 lease.commit(len(tokens))
         assert not client.check().failure
-
-
-def revived(state: Path, first_block: int) -> tuple[Backing, PrefixCache]:
-    given = {"memory": NUM_BLOCKS * OURS.block_bytes(SIZE), "block_size": SIZE, "layout": OURS}
-    backing = Backing(load({**given, "state": state, "first_block": first_block}))
-    assert backing.cache is not None
-    backing.cache.attach(ME, MINE, now=0.0)
-    return backing, backing.cache
-
-
-def granted(cache: PrefixCache, tokens: range) -> Grant:
-    grant = cache.acquire(ME, MINE, pack(tokens), now=0.0)
-    assert isinstance(grant, Grant)
-    return grant
 
 
 @pytest.mark.parametrize("was_written", [False, True])
