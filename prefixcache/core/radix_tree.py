@@ -313,8 +313,11 @@ class RadixTree:
         if len(node.blocks) > 1:
             node = self._split(node, 1)
         self.clock += 1
-        self.lock_node(node)
-        self._unlock(node, self.clock)
+        node.last_used = self.clock
+        if not node.lock_ref and node.parent is not None:
+            node.parent.last_used = self.clock
+            if not node.children:
+                self._offer(node, node.root)
 
     def split_leaf(self, node: Node, used: int) -> None:
         """Let a leaf have only the blocks after its first `used` ones."""
