@@ -178,27 +178,27 @@ class RadixTree:
             children = node.children
             if not children or off >= end:
                 return Match(node, len(node.blocks), off)
-            child = children.get(tokens[off : off + width]) if off + width <= end else None
+            first = off + width
+            child = children.get(tokens[off:first]) if first <= end else None
             if child is None:
                 break
             run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
-                blocks = child.blocks
-                if size != len(blocks) * width:  # a leaf with a tail
-                    whole = size - size % width
-                    used = whole // width
-                    partial = (size - whole) // TOKEN_BYTES
-                    return Match(child, used, off + whole, BlockId(blocks[used]), partial)
+                if size % width:  # a leaf with a tail
+                    used = size // width
+                    partial = size % width // TOKEN_BYTES
+                    block = BlockId(child.blocks[used])
+                    return Match(child, used, off + used * width, block, partial)
                 off += size
                 node = child
                 continue
             same = common_prefix(tokens, off, run, 0, size if size <= end - off else end - off)
             used = same // width
             partial = (same - used * width) // TOKEN_BYTES
-            block = BlockId(child.blocks[used]) if partial else None
-            return Match(child, used, off + used * width, block, partial)
-        near, same = children.nearest(tokens[off : off + width if off + width <= end else end])
+            source = BlockId(child.blocks[used]) if partial else None
+            return Match(child, used, off + used * width, source, partial)
+        near, same = children.nearest(tokens[off : first if first <= end else end])
         partial = same // TOKEN_BYTES
         if not partial or near is None:
             return Match(node, len(node.blocks), off)
@@ -333,16 +333,17 @@ class RadixTree:
 
     def lock_node(self, node: Node) -> None:
         """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
-        root, size = node.in_root, 0  # a root is always locked
-        while True:
-            ref, above = node.lock_ref, node.parent
-            node.lock_ref = ref + 1
-            if ref or above is None:
+        size = 0
+        at: Node | None = node
+        while at is not None:
+            ref = at.lock_ref
+            at.lock_ref = ref + 1
+            if ref:
                 break
-            size += len(node.blocks)
-            node = above
-        if root is not None and size:
-            self._count_evictable(root, -size)
+            size += len(at.blocks)
+            at = at.parent
+        if size:
+            self._count_evictable(node.root, -size)
 
     def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
         """Take one lock back, and that on its tail; what becomes unprotected counts as used now.
@@ -368,29 +369,27 @@ class RadixTree:
 
     def _unlock(self, node: Node, stamp: int) -> None:
         root, size = node.root, 0
+        at: Node | None = node
         below: Node | None = None
-        while True:
-            if node.last_used < stamp:
-                node.last_used = stamp
+        while at is not None:
+            if at.last_used < stamp:
+                at.last_used = stamp
             else:
-                stamp = node.last_used
-            ref = node.lock_ref
-            if ref < 1:
-                raise AssertionError(
-                    f"unlocked a node that is not locked: {node.tokens[:64].hex()}"
-                )
-            node.lock_ref = ref - 1
-            if ref > 1:
+                stamp = at.last_used
+            at.lock_ref = ref = at.lock_ref - 1
+            if ref:
+                if ref < 0:
+                    raise AssertionError(
+                        f"unlocked a node that is not locked: {at.tokens[:64].hex()}"
+                    )
                 break
-            size += len(node.blocks)
-            children, above = node.children, node.parent
+            size += len(at.blocks)
+            children = at.children
             if not children:
-                self._offer(node, root)
+                self._offer(at, root)
             elif len(children) == 1 and below is not None and self._merge(below):
-                node = below
-            if above is None:
-                break
-            below, node = node, above
+                at = below
+            below, at = at, at.parent
         if size:
             self._count_evictable(root, size)
 
