@@ -303,19 +303,30 @@ class RequestLog:
         return self.record_bytes + self.prompt_bytes
 
     def add(self, record: _Row, prompt: bytes) -> None:
-        """Remember a request.  Amortised O(1); the prompt is not copied.
-
-        Over the budget the oldest lose their prompts; over half of it, or their number, they go.
-        """
-        records, prompts = self._records, self._prompts
+        """Remember a request.  Amortised O(1); the prompt is not copied."""
+        records, size = self._records, self.record_bytes + record[_NUM_BYTES]
         records.append(record)
-        prompts.append(prompt)
-        size, prompt_bytes = self.record_bytes + record[_NUM_BYTES], self.prompt_bytes + len(prompt)
-        while size > self.max_bytes >> 1 or len(records) > _MOST_REQUESTS:
+        self._prompts.append(prompt)
+        self.record_bytes = size
+        self.prompt_bytes += len(prompt)
+        most = self.max_bytes
+        if size > most >> 1 or size + self.prompt_bytes > most or len(records) > _MOST_REQUESTS:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Let go of the oldest, and of an eighth of the budget more: each has long been cold.
+
+        Over the budget they lose their prompts; over half of it, or their number, they go.
+        """
+        records, prompts, limit = self._records, self._prompts, self.max_bytes
+        size, prompt_bytes = self.record_bytes, self.prompt_bytes
+        if size > limit >> 1 or size + prompt_bytes > limit:
+            limit -= limit >> 3
+        while size > limit >> 1 or len(records) > _MOST_REQUESTS:
             if len(prompts) == len(records):
                 prompt_bytes -= len(prompts.popleft())
             size -= records.popleft()[_NUM_BYTES]
-        while size + prompt_bytes > self.max_bytes:
+        while size + prompt_bytes > limit:
             prompt_bytes -= len(prompts.popleft())
         self.record_bytes, self.prompt_bytes = size, prompt_bytes
 
