@@ -38,6 +38,7 @@ _KV_HEADS = (
     "num_key_value_heads",
     "num_kv_heads",
     "n_head_kv",
+    "num_attention_groups",
     "n_kv_heads",
     "kv_n_heads",
     "multi_query_group_num",
@@ -67,8 +68,8 @@ _ATTENTION = (
 
 _RECURRENT = re.compile(
     r"mamba|(^|_)(ssm|rwkv|lru|rnn|lstm|gla)_|rwkv|^state_size$|^conv_(kernel|L_cache)|^time_(mix|step)"
-    r"|^linear_(attn|num|key|value|conv)|^full_attention_(interval|idxs)|^attn_layer_"
-    r"|^hybrid_(layer|attention)|^recurrent|^retention|^shortconv"
+    r"|^linear_(attn|num|key|value|conv)|^full_att(entio)?n_(interval|idxs|layers)|^attn_layer_"
+    r"|^hybrid_(layer|attention)|^(use_)?(recurrent|retention)|^shortconv|^mb_per_layer$"
 )
 """Fields that only models with recurrent, convolutional or linear-attention layers have."""
 _RECURRENT_MODELS = re.compile(r"mamba|rwkv|xlstm|retnet|recurrent_gemma|griffin|jamba|zamba|lfm2")
@@ -80,10 +81,14 @@ _DIFFERING = (
     "use_cla",
     "global_head_dim",
     "attention_k_eq_v",
+    "num_self_decoder_layers",
+    "per_layer_config",
 )
 """Fields of models whose layers do not all keep keys and values of one shape, of their own."""
 _ABOUT_HEADS = re.compile(r"head_(dim|size)$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$")
 
+_ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers")
+"""Fields of models of which a part reads both ways."""
 _ENCODER_MODELS = re.compile(
     r"^(albert|bart|bert|big_bird|bigbird_pegasus|blenderbot.*|camembert|canine|clip.*|convbert|"
     r"data2vec.*|deberta.*|distilbert|electra|ernie|esm|flaubert|fnet|funnel|ibert|layoutlm.*|led|"
@@ -170,8 +175,9 @@ class _Config:
     def refuse_what_has_no_layout(self, outer: Mapping[str, Any]) -> None:
         """Refuse, by the field that tells, models that keep something else than keys and values."""
         for fields in (outer, self.fields):
-            if fields.get("is_encoder_decoder"):
-                self._refuse(fields, "is_encoder_decoder", "an encoder's part is no prefix")
+            for name in _ENCODERS:
+                if fields.get(name):
+                    self._refuse(fields, name, "an encoder's part is no prefix")
             kind = fields.get("model_type")
             if isinstance(kind, str) and _RECURRENT_MODELS.search(kind):
                 self._refuse(fields, "model_type", "its layers keep a state, not tokens")
