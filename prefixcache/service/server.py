@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import signal
 import time
@@ -61,6 +62,13 @@ _COLLECTOR = (1000, 5, 20_000)
 five thousand.  Nodes live long, and nothing of the tree ends in a cycle, so a walk over all of it
 (generation 2) is worth its pause only once in a hundred million allocations."""
 
+_KEPT_BYTES = 64 << 20
+"""What the allocator may keep for itself: four copies of the largest message."""
+_MAPPED_BYTES = 32 << 20
+"""From this size on it maps memory for one object, the most that it can be told."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
+
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 log = structlog.get_logger(__name__)
@@ -82,9 +90,22 @@ def run(
         CacheError: the service cannot start; the message says what to do.
     """
     logging.set_up(settings.log_level)
+    keep_freed_memory()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(settings, announce, make_backing))
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what a large message took, and not give it back after each.
+
+    It is read into memory that is new and gets zeroed page by page otherwise, on the event loop:
+    three quarters of what a message of 16 MB takes there.  Does nothing without glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 async def _serve(

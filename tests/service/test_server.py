@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -527,3 +528,34 @@ def test_threads_that_use_no_session_share_one_client(service: ServiceProcess) -
         for thread in threads:
             thread.join()
         assert seen == [64] * 8
+
+
+LARGE_MESSAGES = """
+import resource, sys
+from prefixcache.service.server import keep_freed_memory
+
+def read_message():
+    return len([b"x" * (15 << 20) for _ in range(3)])
+
+def pages_made():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    read_message()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1:]:
+    keep_freed_memory()
+read_message()
+read_message()
+print(pages_made())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_what_a_large_message_took_is_kept_for_the_next_one() -> None:
+    """New memory is made page by page, while the event loop waits."""
+
+    def pages(*keeps: str) -> int:
+        command = [sys.executable, "-c", LARGE_MESSAGES, *keeps]
+        return int(subprocess.check_output(command, timeout=PATIENCE_S))
+
+    assert pages("keep") < 1000 < pages()

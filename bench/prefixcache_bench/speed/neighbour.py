@@ -221,6 +221,35 @@ def long_prompt(client: Client, draw: Random) -> Load:
     return load
 
 
+def late_watchers(client: Client, draw: Random) -> Load:
+    """Have 64,000 blocks in 20,000 branches watched; one watcher after the other comes late."""
+    branches(client, draw)
+    session = client.attach("m", parse_layout(LAYOUT))
+    for _ in range(22):
+        store(session, tokens_of(draw, 2000 * BLOCK))
+    first = client.watch()
+    threading.Thread(target=lambda: drain(first), daemon=True).start()
+    sleep(2)
+
+    def load() -> object:
+        told = 0
+        for message in client.watch():
+            told += sum(len(event.stored.block_hashes) for event in message.events)
+            if told >= 64_000:
+                break
+        return first
+
+    return load
+
+
+def longest_explained(client: Client, draw: Random) -> Load:
+    """Explain a prompt of 4,000,000 tokens, as long as a message may be; a fourth is stored."""
+    session = client.attach("m", parse_layout(LAYOUT))
+    tokens = tokens_of(draw, 4_000_000)
+    store(session, tokens[:4_000_000])
+    return lambda: client.explain(HERE, tokens)
+
+
 def many_leases_left(client: Client, draw: Random) -> Load:
     """Have a second client that holds 60,000 leases; it leaves, without a word."""
     leaver = prefixcache.connect(f"unix:{client.address.path}", timeout_s=60.0)
@@ -274,7 +303,9 @@ CASES: dict[str, Callable[[Client, Random], Load]] = {
     "trees of 20,000 branches": many_branches,
     "check of 20,000 runs, 5,000 leases": checked,
     "first watch of 20,000 branches": first_watch,
+    "late watchers of 64,000 blocks": late_watchers,
     "prompts of 1,000,000 tokens": long_prompt,
+    "explain of 4,000,000 tokens": longest_explained,
     "60,000 leases left at once": many_leases_left,
     "4,000 in line, a quota, releases": many_in_line,
 }
