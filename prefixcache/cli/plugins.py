@@ -1,7 +1,8 @@
 """All commands, imported when they are called, not before: ours, and those of other packages.
 
 A package adds `NAME = "module:command"` to the group `prefixcache.commands`; the command is a
-function with typer's annotations, or a `typer.Typer`.  Ours are named in `OWN` in the same way.
+function with typer's annotations, or a `typer.Typer`; a function may have `context_settings`, for
+one that hands arguments on.  Ours are named in `OWN` in the same way.
 """
 
 from __future__ import annotations
@@ -117,7 +118,10 @@ class Placeholder(PlainCommand):
                         add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
                     ),
                 )
-                command.command(self._entry.name, cls=PlainCommand)(function)
+                settings = getattr(function, "context_settings", None)
+                command.command(self._entry.name, cls=PlainCommand, context_settings=settings)(
+                    function
+                )
             command = typer.main.get_command(command)
         return command.make_context(*args, **kwargs)
 

@@ -42,6 +42,10 @@ def cache(*specs: Any, order: str = "LBHNC", layers: int = 30) -> Any:
     )
 
 
+def settings(**known: Any) -> Any:
+    return SimpleNamespace(to_dict=lambda: {"_name_or_path": object(), **known})
+
+
 def engine(**changes: Any) -> Any:
     model = {
         "model": "tiny",
@@ -53,7 +57,7 @@ def engine(**changes: Any) -> Any:
         "runner_type": "generate",
         "enable_prompt_embeds": False,
         "enable_sleep_mode": False,
-        "compute_hash": lambda: "0123456789abcdef0123",
+        "hf_config": settings(rope_theta=1e4),
     }
     whole: dict[str, Any] = {
         "speculative_config": None,
@@ -136,12 +140,13 @@ def test_settings_that_cannot_go_with_a_shared_pool_are_all_told_at_once() -> No
 
 def test_a_model_is_named_by_its_weights_and_all_that_computes_with_them() -> None:
     plain = pages.model_of(engine())
-    assert plain == "tiny@bfloat16#0123456789abcdef"
+    assert plain.startswith("tiny@bfloat16#")
+    assert plain == pages.model_of(engine(hf_config=settings(rope_theta=1e4)))
     others = {
         pages.model_of(engine(), weights="step-5"),
         pages.model_of(engine(revision="main")),
         pages.model_of(engine(quantization="awq")),
         pages.model_of(engine(dtype=torch.float32)),
-        pages.model_of(engine(compute_hash=lambda: "f" * 20)),
+        pages.model_of(engine(hf_config=settings(rope_theta=1e6))),
     }
     assert len(others | {plain}) == 6

