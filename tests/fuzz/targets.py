@@ -31,7 +31,7 @@ from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.persistence.directory import StateDirectory
-from prefixcache.service.persistence.manifest import Manifest, Run, key_of
+from prefixcache.service.persistence.manifest import Manifest, ManifestRow, key_of
 from prefixcache.service.persistence.recovery import recover
 from prefixcache.service.persistence.stamps import Stamps
 from prefixcache.service.persistence.writer import describe
@@ -191,7 +191,7 @@ class States:
     COLUMNS = (
         *(("meta", name) for name in ("format", "layout", "num_blocks", "block_size", "seed")),
         *(("namespaces", name) for name in ("number", "key", "model", "tenant", "salt")),
-        *(("runs", name) for name in Run._fields),
+        *(("runs", name) for name in ManifestRow._fields),
     )
     TABLES = (
         "DROP TABLE runs",

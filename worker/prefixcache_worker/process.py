@@ -17,7 +17,6 @@ cases it gives its blocks back.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import sys
@@ -47,6 +46,9 @@ from prefixcache_worker.request_line import (
 )
 
 _IDLE_S: Final = 1.0
+
+_SHAPE: Final = ("num_layers", "num_kv_heads", "head_dim", "dtype")
+"""What a layout of our own format is made of."""
 
 
 def joiner(client: Client, model: Model, name: str) -> Join:
@@ -159,6 +161,7 @@ class WorkerProcess:
             ) from self._failure
 
     def _ready(self) -> dict[str, Any]:
+        layout = self.model.layout
         return {
             "event": "ready",
             "pid": os.getpid(),
@@ -168,7 +171,7 @@ class WorkerProcess:
             "network": self.model.kind,
             "probe_gap": self.model.gap,
             "attention": describe(),
-            "layout": dataclasses.asdict(self.model.layout),
+            "layout": {name: getattr(layout, name) for name in _SHAPE},
             "block_size": self.pool.block_size if self.pool else 0,
             "num_blocks": self.pool.num_blocks if self.pool else 0,
             "chunk": self.engine.chunk,
