@@ -14,7 +14,16 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.history import WINDOW_S, Divergence
 from prefixcache.core.node import Node
 from prefixcache.errors import InvalidRequest, NotFound
-from prefixcache.types import Explanation, Grant, Namespace, Partial, WorkerId, pack
+from prefixcache.types import (
+    Explanation,
+    Grant,
+    LeaseId,
+    Ledger,
+    Namespace,
+    Partial,
+    WorkerId,
+    pack,
+)
 
 ME, CHAT = WorkerId(1), Namespace("chat")
 
@@ -254,6 +263,18 @@ def test_requests_are_bounded_in_number_too() -> None:
     for number in range(history._MOST_REQUESTS + 10):
         serve(cache, [1] * 10, request_id=f"r{number}")
     assert len(cache._lessor.history.request_log) == history._MOST_REQUESTS
+
+
+def test_over_its_budget_a_log_lets_go_of_an_eighth_and_of_no_more() -> None:
+    log = history.RequestLog(max_bytes=80_000)
+    record = history.GrantRecord("", "w", LeaseId(1), CHAT, Ledger(), 0.0, None, b"", None, 600)
+    sizes = []
+    for _ in range(500):
+        log.add(record, bytes(2000))
+        sizes.append(log.num_bytes)
+    assert max(sizes) > 77_000
+    assert max(sizes) <= 80_000
+    assert 70_000 - 2600 < min(sizes[40:]) <= 70_000  # and not one by one
 
 
 def test_a_history_of_nothing_remembers_nothing_and_decides_nothing() -> None:

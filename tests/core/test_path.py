@@ -68,6 +68,11 @@ def test_a_plain_hit_takes_at_most_40_calls_in_10_files(cache: PrefixCache) -> N
     assert len(made) <= 28, made
 
 
+def test_a_namespace_is_looked_up_without_a_python_call() -> None:
+    assert Namespace.__hash__ is tuple.__hash__
+    assert Namespace.__eq__ is tuple.__eq__
+
+
 def test_the_calls_of_a_step_do_not_grow_with_the_prompt(cache: PrefixCache) -> None:
     counts = []
     for size in (37, 3700):
