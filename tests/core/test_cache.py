@@ -441,3 +441,35 @@ def test_another_prompt_under_a_known_id_resumes_nothing(cache: PrefixCache):
     cache.commit(BOB, first.lease, 12, now=0.0)
     cache.release(BOB, first.lease, now=0.0)
     assert acquire(cache, BOB, [7] * 10, request_id="q").ledger.resumed == 0
+
+
+def test_a_look_up_without_partial_reuse_promises_none():
+    cache = PrefixCache(32, 4, partial=Partial.OFF)
+    cache.attach(ALICE, CHAT, now=0.0)
+    serve(cache, ALICE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    told = cache.lookup(CHAT, pack([1, 2, 3, 4, 5, 6, 99]))
+    assert (told.num_hit, told.num_partial, told.num_pending) == (4, 0, 0)
+
+
+def test_rolling_back_to_where_one_is_gives_back_nothing_and_says_the_length(cache: PrefixCache):
+    grant = acquire(cache, ALICE, [1] * 6)
+    cache.commit(ALICE, grant.lease, 6, now=0.0)
+    update = cache.truncate(ALICE, grant.lease, 6, now=0.0)
+    assert (update.keep, list(update.blocks)) == (2, [])
+
+
+def test_a_snapshot_for_one_tenant_or_for_some_namespaces_counts_those_alone():
+    cache = PrefixCache(32, 4)
+    spaces = [Namespace("a", tenant="x"), Namespace("b", tenant="x"), Namespace("c", tenant="y")]
+    for space in spaces:
+        cache.attach(ALICE, space, now=0.0)
+        grant = cache.acquire(ALICE, space, pack([1] * 5), now=0.0)
+        assert isinstance(grant, Grant)
+    assert cache.snapshot(now=0.0).num_namespaces == 3
+    for told, wanted in (
+        (cache.snapshot(now=0.0, tenant="x"), 2),
+        (cache.snapshot(now=0.0, sees=lambda space: space.model != "b"), 2),
+        (cache.snapshot(now=0.0, tenant="x", sees=lambda space: space.model != "b"), 1),
+    ):
+        assert told.num_namespaces == len(told.namespaces) == len(told.leases) == wanted
+        assert told.ledger == Ledger(cold=5 * wanted)

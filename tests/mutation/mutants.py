@@ -98,7 +98,7 @@ def mutants(source: str, path: str, only: int | None = None) -> Iterator[Mutant]
 
 def _text(node: ast.AST) -> str:
     lines = ast.unparse(node).splitlines()
-    return (lines[0] if lines else "")[:90]
+    return (lines[0] if lines else "")[:200]
 
 
 def _changes(node: ast.AST, place: _Place) -> Iterator[_Change]:
@@ -155,6 +155,11 @@ def _can_go(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.AugAssign | ast.Break | ast.Continue)
 
 
+def _is_no(value: ast.expr) -> bool:
+    """Whether None in its place would say the same."""
+    return isinstance(value, ast.Constant) and (value.value is None or value.value is False)
+
+
 def _faults(node: ast.AST) -> Iterator[tuple[str, object]]:
     """Give (field, other value) for each fault that a node can have."""
     if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPS:
@@ -169,7 +174,7 @@ def _faults(node: ast.AST) -> Iterator[tuple[str, object]]:
         node.test, ast.Compare | ast.Constant
     ):
         yield "test", ast.UnaryOp(ast.Not(), node.test)
-    elif isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
+    elif isinstance(node, ast.Return) and node.value and not _is_no(node.value):
         yield "value", ast.Constant(None)
     elif isinstance(node, ast.Call):
         if isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-MOST_SECONDS_OF_TESTS = 8.0
+MOST_SECONDS_OF_EXAMPLES = MOST_SECONDS_OF_WALKS = 4.0
 WALKS = "test_machine.py"
 NUM_WALKS = 12
 MOST_EVENTS = 100_000
@@ -66,6 +66,10 @@ class Choice(NamedTuple):
     path: Path
     number: int
 
+    def make(self) -> Mutant:
+        """Make it.  O(its module)."""
+        return next(mutants(self.path.read_text(), str(self.path), self.number))
+
 
 class Learnt:
     """Which functions of the core each test calls, and its seconds of the processor."""
@@ -75,16 +79,21 @@ class Learnt:
         self.seconds: dict[str, float] = {}
 
     def tests_for(self, mutant: Mutant, path: Path) -> list[str]:
-        """Give the tests that may notice a mutant, the fastest first."""
-        chosen, left = [], MOST_SECONDS_OF_TESTS
-        for name in sorted(self.seconds, key=self.seconds.__getitem__):
-            calls = self.calls[name]
-            key = (str(path), mutant.function)
-            if key in calls if mutant.function else any(file == str(path) for file, _ in calls):
-                left -= self.seconds[name]
-                if left < 0:
-                    break
-                chosen.append(name)
+        """Give the tests that may notice a mutant, the fastest first, then walks."""
+        chosen: list[str] = []
+        key = (str(path), mutant.function)
+        kinds = ((False, MOST_SECONDS_OF_EXAMPLES), (True, MOST_SECONDS_OF_WALKS))
+        for are_walks, left in kinds:
+            for name in sorted(self.seconds, key=self.seconds.__getitem__):
+                calls = self.calls[name]
+                is_called = (
+                    key in calls if mutant.function else any(file == str(path) for file, _ in calls)
+                )
+                if is_called and (WALKS in name) == are_walks:
+                    left -= self.seconds[name]
+                    if left < 0:
+                        break
+                    chosen.append(name)
         return chosen
 
     def run(self, item: pytest.Item, following: pytest.Item | None) -> None:
@@ -173,7 +182,16 @@ def functions(code: CodeType) -> Iterator[CodeType]:
                 yield from functions(one)
 
 
-def put_into_living(original: CodeType, changed: CodeType) -> bool:
+def living_functions(folder: Path) -> list[FunctionType]:
+    """Find each function that was made from the modules in a folder, wherever it is kept."""
+    return [
+        one
+        for one in gc.get_objects()
+        if isinstance(one, FunctionType) and one.__code__.co_filename.startswith(str(folder))
+    ]
+
+
+def put_into_living(living: list[FunctionType], original: CodeType, changed: CodeType) -> bool:
     """Give a living function the code that it has in a changed module.
 
     False, and nothing is changed, if the fault is elsewhere.
@@ -185,12 +203,10 @@ def put_into_living(original: CodeType, changed: CodeType) -> bool:
     if len(pairs) != 1:
         return False
     before, after = pairs[0]
-    living = [
-        one for one in gc.get_objects() if isinstance(one, FunctionType) and one.__code__ == before
-    ]
-    if not living or before.co_freevars != after.co_freevars:
+    found = [one for one in living if one.__code__ == before]
+    if not found or before.co_freevars != after.co_freevars:
         return False
-    for one in living:
+    for one in found:
         one.__code__ = after
     return True
 
@@ -212,18 +228,23 @@ def _run_tests(session: pytest.Session, names: list[str], learnt: Learnt) -> Non
     os._exit(0)
 
 
-def _in_fork(session: pytest.Session, choice: Choice, learnt: Learnt) -> bool | None:
-    """Say whether a mutant is noticed; None: only in a process that has not imported it."""
-    source = choice.path.read_text()
-    mutant = next(mutants(source, str(choice.path), choice.number))
+def _in_fork(
+    session: pytest.Session,
+    mutant: Mutant,
+    path: Path,
+    learnt: Learnt,
+    living: list[FunctionType],
+) -> bool | None:
+    """Say whether a mutant is noticed; None: only a process that has not imported it can tell."""
+    tests = learnt.tests_for(mutant, path)
     child = os.fork()
     if not child:
         code = 2
         try:
             os.setsid()
-            if put_into_living(compile(source, str(choice.path), "exec"), mutant.code):
+            if put_into_living(living, compile(path.read_text(), str(path), "exec"), mutant.code):
                 code = 1
-                _run_tests(session, learnt.tests_for(mutant, choice.path), learnt)
+                _run_tests(session, tests, learnt)
         finally:
             os._exit(code)
     code = _ended(child)
@@ -298,16 +319,8 @@ class Result(NamedTuple):
         return f"{self.file}:{self.line}: {self.name}"
 
 
-def _result(choice: Choice, is_noticed: bool) -> Result:
-    mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
-    file = str(choice.path.relative_to(CORE))
-    return Result(file, mutant.line, mutant.name, "noticed" if is_noticed else "survived")
-
-
-def is_equivalent(choice: Choice) -> bool:
-    """Whether a mutant is known to be no fault."""
-    mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
-    return f"{choice.path.relative_to(CORE)}: {mutant.name}" in EQUIVALENT
+def _result(path: Path, mutant: Mutant, state: str) -> Result:
+    return Result(str(path.relative_to(CORE)), mutant.line, mutant.name, state)
 
 
 def table(results: list[Result]) -> str:
@@ -350,14 +363,18 @@ def main() -> None:
 
 def _results(chosen: list[Choice], plan: Path, seed: int) -> list[Result]:
     """Run all mutants; tell of progress, and of each that survives, on standard error."""
-    results = [
-        _result(one, False)._replace(state="equivalent") for one in chosen if is_equivalent(one)
-    ]
-    left = [one for one in chosen if not is_equivalent(one)]
+    results, left = [], []
+    for choice in chosen:
+        mutant = choice.make()
+        if f"{choice.path.relative_to(CORE)}: {mutant.name}" in EQUIVALENT:
+            results.append(_result(choice.path, mutant, "equivalent"))
+        else:
+            left.append((choice.path, mutant))
     began = time.monotonic()
 
-    def note(choice: Choice, noticed: bool) -> None:
-        results.append(result := _result(choice, noticed))
+    def note(path: Path, mutant: Mutant, noticed: bool) -> None:
+        result = _result(path, mutant, "noticed" if noticed else "survived")
+        results.append(result)
         if not noticed:
             sys.stderr.write(f"survived  {result.text}\n")
         if len(results) % EVERY == 0:
@@ -370,17 +387,18 @@ def _results(chosen: list[Choice], plan: Path, seed: int) -> list[Result]:
         if noticed is None:
             anew.append(left[number])
         else:
-            note(left[number], noticed)
+            note(*left[number], noticed)
     learnt = Learnt.read(plan)
     if anew:
-        _control(anew[0].path, learnt)
-    for choice in anew:
-        mutant = next(mutants(choice.path.read_text(), str(choice.path), choice.number))
-        note(choice, is_noticed(mutant, choice.path, learnt.tests_for(mutant, choice.path)))
+        _control(anew[0][0], learnt)
+    for path, mutant in anew:
+        note(path, mutant, is_noticed(mutant, path, learnt.tests_for(mutant, path)))
     return results
 
 
-def _server(chosen: list[Choice], plan: Path, seed: int) -> Iterator[tuple[int, bool | None]]:
+def _server(
+    left: list[tuple[Path, Mutant]], plan: Path, seed: int
+) -> Iterator[tuple[int, bool | None]]:
     """Give what becomes of each mutant, from a process that imports and collects all once."""
     read, write = os.pipe()
     child = os.fork()
@@ -393,11 +411,11 @@ def _server(chosen: list[Choice], plan: Path, seed: int) -> Iterator[tuple[int, 
             learnt = Learnt.read(plan)
             took = f"{sum(learnt.seconds.values()):.0f} s of the processor"
             sys.stderr.write(f"{len(learnt.seconds)} tests pass, in {took}\n")
-            gc.collect()
-            gc.freeze()
+            living = living_functions(CORE)
             with os.fdopen(write, "w", buffering=1) as told:
-                for number, choice in enumerate(chosen):
-                    told.write(json.dumps([number, _in_fork(session, choice, learnt)]) + "\n")
+                for number, (path, mutant) in enumerate(left):
+                    noticed = _in_fork(session, mutant, path, learnt, living)
+                    told.write(json.dumps([number, noticed]) + "\n")
             os._exit(0)
 
         pytest.main([*OPTIONS, "tests/core"], plugins=[Loop(body)])

@@ -11,7 +11,15 @@ import pytest
 from mutation import run
 from mutation.equivalent import EQUIVALENT
 from mutation.mutants import Mutant, mutants
-from mutation.run import Learnt, Result, is_noticed, put_into_living, sample, table
+from mutation.run import (
+    Learnt,
+    Result,
+    is_noticed,
+    living_functions,
+    put_into_living,
+    sample,
+    table,
+)
 
 SOURCE = dedent('''
     """Not 1 of these + words changes."""
@@ -147,14 +155,17 @@ def test_a_living_function_gets_the_changed_code_and_a_default_is_left_to_a_new_
                 return 2
     """)
     there: dict[str, Any] = {}
-    original = compile(source, "m.py", "exec")
+    original = compile(source, "/nowhere/m.py", "exec")
     exec(original, there)  # noqa: S102 - the class above
-    living = there["A"]()
-    found = {one.what: one.code for one in mutants(source, "m.py")}
-    assert not put_into_living(original, found["def f(self, by=1):  ->  def f(self, by=2):"])
-    assert living.f() == 3
-    assert put_into_living(original, found["return 2  ->  return 3"])
-    assert living.f() == 4
+    kept = there["A"]()
+    living = living_functions(Path("/nowhere"))
+    assert {one.__name__ for one in living} == {"f", "two"}
+    found = {one.what: one.code for one in mutants(source, "/nowhere/m.py")}
+    default = found["def f(self, by=1):  ->  def f(self, by=2):"]
+    assert not put_into_living(living, original, default)
+    assert kept.f() == 3
+    assert put_into_living(living, original, found["return 2  ->  return 3"])
+    assert kept.f() == 4
 
 
 def test_the_table_leaves_what_is_no_fault_out_of_the_share() -> None:
