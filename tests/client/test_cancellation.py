@@ -294,6 +294,7 @@ def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
     assert not core._pending
 
 
+@pytest.mark.slow
 def test_a_callback_that_would_wait_for_its_own_thread_is_told(service: ServiceProcess) -> None:
     with (
         prefixcache.connect(service.target) as client,

@@ -115,6 +115,7 @@ def test_a_forked_child_leaves_by_itself(service: ServiceProcess) -> None:
         lease.release()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_connection_is_pickled_or_copied(service: ServiceProcess) -> None:
     with prefixcache.connect(service.target) as client:
         session = client.attach("model", LAYOUT)

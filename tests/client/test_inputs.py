@@ -294,6 +294,7 @@ def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+@pytest.mark.slow
 def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
     service: ServiceProcess,
 ) -> None:

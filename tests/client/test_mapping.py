@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_a_forked_child_has_not_the_pool_and_one_that_is_executed_no_descriptor(
     sockets: Path,
 ) -> None:

@@ -108,6 +108,7 @@ def test_a_worker_that_takes_nothing_is_named(client: Client, session: Session) 
     assert wrong(client) == []
 
 
+@pytest.mark.slow
 def test_heartbeats_tell_what_lies_in_the_inbox(client: Client, session: Session) -> None:
     session.watch_inbox(lambda: Inbox(7, 1.0))
     while info(client).untaken != 7:  # the next one tells
@@ -165,6 +166,7 @@ def test_who_has_gone_is_stuck_no_more(client: Client, target: str) -> None:
     assert wrong(client) == []
 
 
+@pytest.mark.slow
 def test_old_clients_that_tell_nothing_are_well(client: Client, session: Session) -> None:
     assert pb.RenewRequest.FromString(b"").untaken == 0
     renew(session, Told())
