@@ -24,6 +24,7 @@ def without_time(row: Row) -> Row:
     return {name: row[name] for name in COLUMNS if name not in {"cpu_s", "same_as_infinite"}}
 
 
+@pytest.mark.slow
 def test_every_row_of_a_sweep_equals_a_replay_of_its_own(small: Trace) -> None:
     working_set = ceilings(small, GRID.block_sizes).working_set
     rows: list[Row] = []

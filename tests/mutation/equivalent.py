@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 EQUIVALENT: dict[str, str] = {
-    "kv_events.py: Replay._walk: if pauses and self._steps % _PAUSE_EVERY == 0:"
-    "  ->  if pauses and self._steps % _PAUSE_EVERY == 1:": "it pauses as often, one step later",
     "history.py: IdleClock.note: half = self._most // 2  ->  half = self._most // 3": (
         "how many readings go at once is nobody's promise; their bytes stay within the budget"
     ),

