@@ -116,3 +116,35 @@ def test_orphans_and_what_is_there_already_are_left_out() -> None:
     cache.check()
     assert cache.lookup(space, pack([1, 2, 3, 4, 5, 6])).num_partial == 1
     assert cache.lookup(other, pack([7, 7, 7])).num_hit == 0
+
+
+def test_each_run_goes_on_where_the_one_above_it_ended_however_they_are_cut() -> None:
+    space = Namespace("m")
+    cache = PrefixCache(16, 2)
+    runs = [
+        StoredRun(space, -1, pack([1, 2]), array("i", [0])),
+        StoredRun(space, 0, pack([3, 4]), array("i", [1])),
+        StoredRun(space, 1, pack([5, 6]), array("i", [2])),
+        StoredRun(space, 2, pack([7, 8]), array("i", [3])),
+        StoredRun(space, 2, pack([9, 9]), array("i", [4])),
+        StoredRun(space, 4, pack([1]), array("i", [5])),
+    ]
+    assert cache.restore(runs, array("i"), WorkerId(-3)) == 6
+    cache.check()
+    assert cache.lookup(space, pack([1, 2, 3, 4, 5, 6, 7, 8, 0])).num_hit == 8
+    told = cache.lookup(space, pack([1, 2, 3, 4, 5, 6, 9, 9, 1, 0]))
+    assert (told.num_hit, told.num_partial) == (8, 1)
+
+
+def test_a_tail_that_a_fuller_sibling_holds_too_is_left_out() -> None:
+    space = Namespace("m")
+    cache = PrefixCache(16, 4)
+    runs = [
+        StoredRun(space, -1, pack([1, 2, 3, 4]), array("i", [0])),
+        StoredRun(space, 0, pack([5]), array("i", [1])),
+        StoredRun(space, 0, pack([5, 6, 7, 8]), array("i", [2])),
+        StoredRun(space, 0, pack([6, 6]), array("i", [3])),
+    ]
+    assert cache.restore(runs, array("i"), WorkerId(-3)) == 3
+    cache.check()
+    assert {block for block, _ in index(cache, space)} == {0, 2, 3}

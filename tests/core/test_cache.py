@@ -3,7 +3,7 @@
 import pytest
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.errors import InvalidRequest, LeaseExpired, NotFound, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, LeaseExpired, NotFound, PoolExhausted
 from prefixcache.types import (
     Copy,
     Grant,
@@ -473,3 +473,30 @@ def test_a_snapshot_for_one_tenant_or_for_some_namespaces_counts_those_alone():
     ):
         assert told.num_namespaces == len(told.namespaces) == len(told.leases) == wanted
         assert told.ledger == Ledger(cold=5 * wanted)
+
+
+def test_rolling_back_inside_a_tail_that_forks_share_keeps_it_and_says_the_length(
+    cache: PrefixCache,
+):
+    grant = acquire(cache, ALICE, [1] * 6)
+    cache.commit(ALICE, grant.lease, 6, now=0.0)
+    [child] = cache.fork(ALICE, grant.lease, 1, now=0.0)
+    update = cache.truncate(ALICE, child.lease, 5, now=0.0)
+    assert (update.keep, list(update.blocks)) == (2, [])
+    cache.check()
+
+
+def test_of_two_that_wait_under_one_id_with_other_prompts_the_second_is_told(cache: PrefixCache):
+    held = acquire(cache, BOB, [9] * 128)
+    waiting = [
+        cache.acquire(ALICE, CHAT, pack(tokens), wait_s=9.0, request_id="same", now=0.0)
+        for tokens in ([1] * 8, [2] * 8)
+    ]
+    assert all(isinstance(one, Waiting) for one in waiting)
+    cache.release(BOB, held.lease, now=1.0)
+    cache.expire(now=1.0)
+    told = dict(cache.take_outcomes())
+    first, second = (told[one.ticket] for one in waiting if isinstance(one, Waiting))
+    assert isinstance(first, Grant)
+    assert isinstance(second, CacheError)
+    cache.check()

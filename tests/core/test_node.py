@@ -1,0 +1,85 @@
+"""Children in order, however many; and the length of a common prefix, however long."""
+
+from __future__ import annotations
+
+from array import array
+from random import Random
+
+import pytest
+
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.node import Children, Node, Root, common_prefix
+from prefixcache.core.policies import POLICIES
+from prefixcache.types import Grant, Namespace, WorkerId, pack
+
+ROOT = Root(Namespace("m"))
+
+
+def child(key: bytes) -> Node:
+    return Node(key, array("i"), ROOT, 0)
+
+
+def shared(a: bytes, b: bytes) -> int:
+    """Count the equal leading bytes of whole tokens."""
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return same & ~3
+
+
+@pytest.mark.parametrize(("seed", "most"), [(0, 5), (1, 40), (2, 700), (3, 1200)])
+def test_neighbours_are_those_of_a_sorted_list_whatever_comes_and_goes(
+    seed: int, most: int
+) -> None:
+    draw, children = Random(seed), Children()
+    there: dict[bytes, Node] = {}
+    for number in range(3 * most):
+        key = pack([draw.randrange(60), draw.randrange(60)])
+        if key in there and draw.random() < 0.4:
+            children.drop(key)
+            del there[key]
+        elif key not in there and len(there) < most:
+            below = [one for one in there if one < key]
+            before = children.put(key, there.setdefault(key, child(key)))
+            assert before is (there[max(below)] if below else None)
+        if number % (1 + most // 40):
+            continue
+        keys = sorted(there)
+        for at, one in enumerate(keys[:50]):
+            assert children.before(one) is (there[keys[at - 1]] if at else None)
+            following = there[keys[at + 1]] if at + 1 < len(keys) else None
+            assert children.after(one) is following
+        asked = pack([draw.randrange(60), 99])
+        found, size = children.nearest(asked)
+        assert size == max((shared(asked, one) for one in there), default=0)
+        assert (found is None) == (size == 0)
+        if found is not None:
+            assert shared(found.tokens, asked) == size
+    assert dict(children) == there
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 255, 256, 257, 500, 768, 1024, 5000])
+def test_a_common_prefix_ends_at_the_first_byte_that_differs(size: int) -> None:
+    same = bytes(Random(size).randrange(256) for _ in range(size))
+    assert common_prefix(b"?" + same, 1, b"??" + same, 2, size) == size
+    for at in {0, 1, size // 3, size // 2, size - 2, size - 1} & set(range(size)):
+        other = bytearray(same)
+        other[at] ^= 1 << (at % 8)
+        assert common_prefix(b"?" + same, 1, b"??" + bytes(other), 2, size) == at
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "hazard"])
+def test_a_queue_of_leaves_forgets_those_that_were_held_again(policy: str) -> None:
+    cache, space = PrefixCache(64, 1, policy=policy, ttl_s=1e9), Namespace("m")
+    cache.attach(worker := WorkerId(1), space, now=0.0)
+    for number in range(1500):
+        grant = cache.acquire(worker, space, pack([number % 7, 1, 2]), now=float(number))
+        assert isinstance(grant, Grant)
+        cache.commit(worker, grant.lease, 3, now=float(number))
+        cache.release(worker, grant.lease, now=float(number))
+    assert len(cache._lessor.tree.queue) <= 1024 + 64
+
+
+def test_each_policy_remembers_as_many_evicted_blocks_as_its_paper_says() -> None:
+    limits = {name: PrefixCache(128, 4, policy=name)._lessor.tree.ghosts.limit for name in POLICIES}
+    assert limits == dict.fromkeys(POLICIES, 128) | {"w-tinylfu": 512, "hazard": 2546}
