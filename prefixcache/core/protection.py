@@ -9,7 +9,9 @@ inner queue ───► neither ─► evicted          │
 ```
 
 Put around the policy's queue when the first pin or share is made; without one, nothing is between
-the tree and its queue.  Leaves that are neither come out exactly in the policy's order.
+the tree and its queue.  Leaves that are neither come out exactly in the policy's order.  A leaf
+that is protected when it becomes evictable is kept here at once; one that is protected
+later, when it comes to the top.
 
 **Pins.**  prefixes that are evicted last, for a time, under a cap.
 
@@ -69,8 +71,19 @@ class ProtectedQueue:
         """What waited here under other shares: it goes back, the oldest of each first, in parts."""
 
     def push(self, node: Node) -> None:
-        """Add a leaf that has just become evictable.  As the inner queue."""
-        self._inner.push(node)
+        """Add a leaf that has just become evictable, where it belongs.  O(log leaves)."""
+        if node.queued or not self._sheltered(node):
+            self._inner.push(node)
+
+    def _sheltered(self, node: Node) -> bool:
+        """Keep a leaf that is protected; say whether it is."""
+        if node.pinned:
+            self._keep(self._pins, node)
+        elif (account := self._sharer(node)) is not None:
+            self._keep(self._shares.setdefault(account, LeafQueue(Lru())), node)
+        else:
+            return False
+        return True
 
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first.  O(log leaves) amortised, plus O(shares)."""
@@ -90,14 +103,11 @@ class ProtectedQueue:
 
     def _pop_unprotected(self) -> Node | None:
         while (node := self._inner.pop()) is not None:
-            if node.pinned:
-                self._keep(self._pins, node)
-            elif (account := self._sharer(node)) is not None:
-                self._keep(self._shares.setdefault(account, LeafQueue(Lru())), node)
-            else:
-                if self._quotas.shares:
-                    self._cut_to_excess(node)
-                return node
+            if self._sheltered(node):
+                continue
+            if self._quotas.shares:
+                self._cut_to_excess(node)
+            return node
         return None
 
     def unprotect(self, node: Node) -> None:

@@ -414,6 +414,30 @@ def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
     assert [pin.expires_in_s for pin in cache.snapshot(now=1.0).pins] == [9.0]
 
 
+def test_an_eviction_costs_the_same_beside_many_leaves_of_anothers_share():
+    """They wait where they are protected from the beginning: it does not pass them all."""
+
+    def evicts(num_leaves: int) -> int:
+        cache = PrefixCache(8192, 4)
+        other = Namespace("m", tenant="t")
+        cache.attach(ME, HERE, now=0.0)
+        cache.attach(ME, other, now=0.0)
+        cache.set_quota(HERE, max_held=None, guaranteed=8000, now=0.0)
+        for number in range(num_leaves):
+            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
+            cache.commit(ME, lease, 4, now=0.0)
+            cache.release(ME, lease, now=0.0)
+        big = cache.acquire(ME, other, pack(range(4 * (8192 - num_leaves))), now=0.0).lease
+        cache.commit(ME, big, 4 * (8192 - num_leaves), now=0.0)
+        cache.release(ME, big, now=0.0)
+        cost = calls(lambda: cache.acquire(ME, other, pack([1, 2, 3]), now=0.0))
+        assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 4
+        cache.check()
+        return cost
+
+    assert evicts(4000) <= evicts(600) * 1.1
+
+
 def test_leaves_go_back_in_parts_when_a_quota_is_set():
     def set_again(num_leaves: int) -> int:
         cache = PrefixCache(8192, 4)
