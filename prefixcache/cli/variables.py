@@ -18,13 +18,16 @@ CLIENT: Final = (
 KERNELS: Final = ("CACHE", "CFLAGS", "CHECK", "NATIVE")
 """Of the kernels: the library in C, and what is looked at on a GPU."""
 
+BUILD: Final = ("COMPILED",)
+"""Of who makes a wheel with the compiled core."""
+
 
 def known() -> set[str]:
     """Give all names, without what they begin with."""
     from prefixcache.cli.serve import serve
 
     settings = (name.upper() for name in inspect.signature(serve).parameters)
-    return {*settings, *CLIENT, *KERNELS}
+    return {*settings, *CLIENT, *KERNELS, *BUILD}
 
 
 def unknown(environment: Iterable[str]) -> Iterator[str]:
