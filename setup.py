@@ -5,6 +5,7 @@ Everything else about the package is in pyproject.toml.  The same sources are co
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def extensions() -> list:
     sys.path.insert(0, str(Path(__file__).parent))
     from prefixcache import core_build
 
+    for former in Path("build").glob("lib.*"):  # a wheel takes whatever lies there
+        shutil.rmtree(former)
     sources = [str(path.relative_to(Path.cwd())) for path in core_build.sources()]
     # What the core does not import need not be installed: nothing is said of what is only read.
     return mypycify(["--follow-imports=silent", *sources], group_name=core_build.library())

@@ -12,7 +12,8 @@ SGLang    match, lock                               insert 293 tokens      unloc
 The figure of a round is the median of its jobs, in microseconds.  The core is compiled in a folder
 of its own, which takes a minute; `--pure` leaves it out.  `--base` is a checkout of another commit.
 SGLang's tree in Rust, as its scheduler calls it, without an allocator and without leases, is
-measured where `--sglang` or `$PREFIXCACHE_SGLANG_PYTHON` names a Python that has it.
+measured where `--sglang` or `$PREFIXCACHE_SGLANG_PYTHON` names a Python that has it, such as that
+of a venv with the wheel `sglang`.
 """
 
 from __future__ import annotations
