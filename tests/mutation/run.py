@@ -187,7 +187,8 @@ def living_functions(folder: Path) -> list[FunctionType]:
     return [
         one
         for one in gc.get_objects()
-        if isinstance(one, FunctionType) and one.__code__.co_filename.startswith(str(folder))
+        if type(one) is FunctionType  # isinstance would ask lazy objects of torch for their class
+        and one.__code__.co_filename.startswith(str(folder))
     ]
 
 
