@@ -176,6 +176,9 @@ def test_without_the_service_what_runs_goes_on_and_what_comes_takes_spare_blocks
     assert before.is_done
     assert all(one.is_done for one in after), "what they need is more than the spare blocks at once"
     assert engine.num_dropped == 0
+    large = engine.leases.ask("large", [1] * 61, left=3)
+    assert engine.leases.ready("large") is None
+    assert "start this engine again once there is a service" in str(large.refused)
 
 
 def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: Machine) -> None:

@@ -306,8 +306,12 @@ class Leases:
         if held is None or held.refused is not None:
             return None
         if held.lease is None and held.future is None:
-            if self.is_alone and self._take_spare(held, held.prompt + 1):
-                return held
+            if self.is_alone:
+                if self._take_spare(held, held.prompt + 1):
+                    return held
+                if (refused := self._never_fits(held)) is not None:
+                    held.refused = refused
+                    return None
             del self.held[name]
             return None
         if held.future is not None:
@@ -546,6 +550,17 @@ class Leases:
         elif was and not self._is_alone:
             log.warning("another service has taken the pool over: all that was held is lost")
             self._spare = []
+
+    def _never_fits(self, held: Held) -> InvalidRequest | None:
+        """Refuse what waits for blocks that will never be there, however many requests end."""
+        needed = -(-(held.prompt + 1) // self.block_size)
+        left = len(self._spare) + sum(one.num_blocks for one in self.held.values())
+        if needed <= left:
+            return None
+        return InvalidRequest(
+            f"the service is gone, and {held.name} needs {many(needed, 'block')} of "
+            f"{many(left, 'block')} that are left: start this engine again once there is a service"
+        )
 
     def _take_spare(self, held: Held, num_tokens: int) -> bool:
         missing = -(-num_tokens // self.block_size) - held.num_blocks
