@@ -23,14 +23,13 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from prefixcache.client import Reply
-from prefixcache.client.lease import LeaseState
+from prefixcache.client import Lease, Reply, Session
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -39,66 +38,9 @@ from prefixcache.errors import (
     ServiceUnavailable,
 )
 from prefixcache.texts import many
-from prefixcache.types import BlockTable, Copy, PoolHandle, pack
+from prefixcache.types import BlockTable, Copy, pack
 
 log = logging.getLogger(__name__)
-
-
-class Asking(Protocol):
-    """What a batch of the client is used for here."""
-
-    @property
-    def step(self) -> Any:
-        """What it will send."""
-        ...
-
-    def acquire_later(self, tokens: bytes, **terms: Any) -> Future[Any]:
-        """Lease blocks."""
-        ...
-
-    def commit(self, lease: Any, num_tokens: int, new_tokens: bytes) -> Reply[Any]:
-        """Make valid tokens visible."""
-        ...
-
-    def extend(self, lease: Any, num_tokens: int, *, wait_s: float) -> Reply[Any]:
-        """Make room."""
-        ...
-
-    def release(self, lease: Any) -> Reply[Any]:
-        """End a lease."""
-        ...
-
-
-class Standing(Protocol):
-    """What a session of the client is used for here."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether it stands."""
-        ...
-
-    @property
-    def memory_is_abandoned(self) -> bool:
-        """Whether the service is dead."""
-        ...
-
-    @property
-    def pool(self) -> PoolHandle:
-        """The pool."""
-        ...
-
-    @property
-    def acquire(self) -> Callable[..., Any]:
-        """Lease blocks, and wait for them."""
-        ...
-
-    def batch(self) -> Any:
-        """Open a step."""
-        ...
-
-    def post(self, batch: Any, on_error: Callable[[CacheError], object] | None = None) -> None:
-        """Send a step."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +115,8 @@ class Held:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.future: Future[Any] | None = None
-        self.lease: LeaseState | None = None
+        self.future: Future[Lease] | None = None
+        self.lease: Lease | None = None
         self.num_cached = 0
         self.copies: tuple[Copy, ...] = ()
         self.refused: InvalidRequest | None = None
@@ -219,20 +161,20 @@ class Leases:
         PoolExhausted: there is no room for the spare blocks.
     """
 
-    def __init__(self, session: Standing, bounds: Bounds) -> None:
+    def __init__(self, session: Session, bounds: Bounds) -> None:
         self.session = session
         self.bounds = bounds
         self.counts = Counts()
         self.block_size = session.pool.block_size
         self.held: dict[str, Held] = {}
-        self._batch: Asking = session.batch()
+        self._batch = session.batch()
         self._answered = threading.Condition()
         self._unended: set[str] = set()
         """Requests that let go of their blocks, which are not given back yet."""
         self._tries = 0
         self._is_alone = False
         self._spare: list[int] = []
-        self._spare_lease: Any = None
+        self._spare_lease: Lease | None = None
         if bounds.spare_blocks:
             # A namespace that nobody else has: nothing is ever found in it.
             self._spare_lease = session.acquire(
@@ -253,6 +195,7 @@ class Leases:
         salt: str | None = None,
         adapter: str | None = None,
         reuse: bool = True,
+        wait_s: float | None = None,
     ) -> Held:
         """Ask for a request's lease with the next `flush`, unless that was done.
 
@@ -263,6 +206,7 @@ class Leases:
             salt: a secret that keeps it apart.
             adapter: that computes it.
             reuse: whether what others computed may be used.
+            wait_s: how long the service lets it wait; None: as long as the bounds say.
         """
         held = self.held.get(name)
         if held is None:
@@ -281,12 +225,12 @@ class Leases:
         held.future = self._batch.acquire_later(
             pack(array("I", tokens)),
             reserve=max(0, held.asked - num_tokens),
-            wait_s=self.bounds.wait_s,
+            wait_s=self.bounds.wait_s if wait_s is None else wait_s,
             request_id=name if is_first else f"{name}/{self._tries}",
             salt=salt,
             adapter=adapter,
-            **({} if reuse else {"reuse": False}),
-            **({"min_partial": self.bounds.min_partial} if self.bounds.min_partial else {}),
+            reuse=reuse,
+            min_partial=self.bounds.min_partial,
         )
         self.counts.asked += 1
         return held
@@ -388,7 +332,7 @@ class Leases:
             return False
         if held.growing is None and not self.is_alone:
             held.asked = max(held.asked, min(num_tokens + self.bounds.reserve, held.most))
-            self._extend(held, max(held.asked, num_tokens))
+            self._extend(held, held.lease, max(held.asked, num_tokens))
         self.give_back_unused()
         self.flush()
         self.counts.waited_for_room += 1
@@ -420,17 +364,17 @@ class Leases:
             valid > held.committed and (is_last or held.committed < held.prompt <= valid)
         ):
             new = pack(array("I", tokens[held.known : valid]))
-            reply = self._batch.commit(lease, valid, new)
+            committed = self._batch.commit(lease, valid, new)
             held.known, held.committed = max(held.known, valid), valid
-            reply.tell_error(partial(self._refused, held))
+            committed.tell_error(partial(self._refused, held))
         short = held.asked - num_tokens < self.bounds.ahead and held.asked < held.most
         if short and not is_last and held.growing is None:
             held.asked = min(num_tokens + self.bounds.ahead + self.bounds.reserve, held.most)
-            self._extend(held, held.asked)
+            self._extend(held, lease, held.asked)
 
-    def _extend(self, held: Held, num_tokens: int) -> None:
+    def _extend(self, held: Held, lease: Lease, num_tokens: int) -> None:
         """Ask for room with the next `flush`."""
-        reply = self._batch.extend(held.lease, num_tokens, wait_s=self.bounds.wait_s)
+        reply = self._batch.extend(lease, num_tokens, wait_s=self.bounds.wait_s)
         held.growing = reply
         reply.listener = partial(self._grown, held)
         if reply.done:

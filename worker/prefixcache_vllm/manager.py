@@ -208,7 +208,7 @@ class LeasedKVCacheManager(KVCacheManager):
 
     def reset_prefix_cache(self) -> bool:
         """Have the service forget this model's prefixes, for all engines."""
-        self.leases.session.reset()  # type: ignore[attr-defined]
+        self.leases.session.reset()
         if self.prefix_cache_stats is not None:
             self.prefix_cache_stats.reset = True
         return True

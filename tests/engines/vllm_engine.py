@@ -1,0 +1,134 @@
+"""One vLLM engine in one process, for tests: a line of JSON in, a line out.
+
+    python vllm_engine.py MODEL_FOLDER MODE [SERVICE]
+
+Run by the Python of an environment with vLLM.  It knows nothing of the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+BLOCK_SIZE = 32
+VOCABULARY = 512
+
+
+def write_model(folder: Path) -> None:
+    """Write a tiny Llama with random weights: its answers depend on every token before them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+
+
+def options_for(mode: str, service: str) -> dict[str, Any]:
+    """Give what an engine of a mode is started with."""
+    if mode == "connector":
+        return {
+            "kv_transfer_config": {
+                "kv_connector": "PrefixcacheConnector",
+                "kv_connector_module_path": "prefixcache_vllm.connector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"connect": service},
+            }
+        }
+    if mode == "in-place":
+        return {
+            "scheduler_cls": "prefixcache_vllm.scheduler.LeaseScheduler",
+            "worker_cls": "prefixcache_vllm.worker.CPUWorker",
+            "enable_prefix_caching": False,
+            "additional_config": {"prefixcache": {"connect": service, "spare_blocks": 16}},
+        }
+    return {}
+
+
+def main() -> None:
+    """Start the engine, and answer."""
+    folder, mode, *rest = sys.argv[1:]
+    if mode == "write":
+        write_model(Path(folder))
+        return
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints is no answer
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=folder,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        block_size=BLOCK_SIZE,
+        max_model_len=1024,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=64 << 20,
+        distributed_executor_backend="uni",
+        disable_log_stats=False,
+        **options_for(mode, rest[0] if rest else ""),
+    )
+    print(json.dumps({"ready": True}), file=out, flush=True)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        core = engine.llm_engine.engine_core.engine_core
+        if "counts" in ask:
+            told = counts(core)
+        elif "reset" in ask:
+            told = {"reset": engine.reset_prefix_cache(reset_connector=True)}
+        else:
+            told = generate(engine, SamplingParams, ask)
+        print(json.dumps(told), file=out, flush=True)
+    engine.llm_engine.engine_core.shutdown()
+
+
+def generate(engine: Any, params: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    """Answer prompts."""
+    sampling = params(
+        temperature=0, max_tokens=ask["max_tokens"], detokenize=False, ignore_eos=True
+    )
+    prompts = [{"prompt_token_ids": tokens} for tokens in ask["prompts"]]
+    for prompt in prompts:
+        if ask.get("salt"):
+            prompt["cache_salt"] = ask["salt"]
+    answers = engine.generate(prompts, sampling, use_tqdm=False)
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "cached": [answer.num_cached_tokens for answer in answers],
+    }
+
+
+def counts(core: Any) -> dict[str, Any]:
+    """Tell what the scheduler's side has done."""
+    scheduler = core.scheduler
+    connector = getattr(scheduler, "connector", None)
+    side = getattr(connector, "_scheduler", None)
+    leases = scheduler.leases if side is None else side.leases
+    told: dict[str, Any] = {"shares": leases is not None}
+    if leases is not None:
+        told |= {name: getattr(leases.counts, name) for name in leases.counts.__slots__}
+        told["held"] = len(leases.held)
+    if side is not None:
+        told |= {"loaded": side.num_loaded, "saved": side.num_saved}
+    return told
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,581 @@
+"""Connector mode: pages are copied between vLLM's own cache and the pool.
+
+```
+vllm serve MODEL --kv-transfer-config '{"kv_connector": "PrefixcacheConnector",
+    "kv_connector_module_path": "prefixcache_vllm.connector",
+    "kv_role": "kv_both", "kv_load_failure_policy": "recompute"}'
+```
+```
+scheduler   get_num_new_matched_tokens ─► ask; nothing until it is granted
+            build_connector_meta       ─► which pages to copy in before the step, and out after it
+worker      start_load_kv, wait_for_save: one indexed copy a layer; then it says what it has saved
+scheduler   update_connector_output    ─► commit what is saved, give back what is finished
+```
+A cache, and nothing that anybody depends on: whatever goes wrong (no room, no service, a lease that
+is over), the request is computed as if there were no pool.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from prefixcache.client import Client, Session
+from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, Unsupported
+from prefixcache.types import PoolHandle
+from prefixcache_kernels import map_pages
+from prefixcache_vllm import pages
+from prefixcache_vllm.joining import join
+from prefixcache_vllm.leases import Bounds, Held, Leases
+from prefixcache_vllm.options import Options
+
+log = logging.getLogger("vllm.prefixcache")
+
+REJOIN_S: Final = 0.5
+"""How often an engine without its service looks whether it is back."""
+PAUSE_S: Final = 0.005
+"""How long a step with nothing to compute waits for a lease."""
+
+Pairs = list[tuple[int, int]]
+
+
+@dataclass
+class Copies(KVConnectorMetadata):
+    """What the worker copies in one step.
+
+    Attributes:
+        step: the step's number.
+        pool: where the pages are.
+        loads: page of the pool, block of vLLM.
+        saves: block of vLLM, page of the pool.
+        until: monotonic seconds after which the leases may be over, and nothing is copied.
+    """
+
+    step: int = 0
+    pool: PoolHandle | None = None
+    loads: Pairs = field(default_factory=list)
+    saves: Pairs = field(default_factory=list)
+    until: float = 0.0
+
+
+@dataclass
+class Copied(KVConnectorWorkerMetadata):
+    """What the worker has copied.
+
+    Attributes:
+        step: the last step whose saves are in the pool.
+        unsaved: steps whose saves are not.
+    """
+
+    step: int
+    unsaved: frozenset[int] = frozenset()
+
+    def aggregate(self, other: Copied) -> Copied:
+        """Give what all ranks have copied."""
+        return Copied(min(self.step, other.step), self.unsaved | other.unsaved)
+
+
+@dataclass(eq=False)
+class Shared:
+    """One request, as far as it is shared."""
+
+    request: Any
+    held: Held | None = None
+    """Once it is granted."""
+    is_unshared: bool = False
+    """Whether it goes on as if there were no pool."""
+    waits: bool = False
+    """Whether it waits for what another computes."""
+    saved: int = 0
+    """Whole blocks that the pool holds, or will after a step that is under way."""
+    due: list[tuple[int, int]] = field(default_factory=list)
+    """Steps under way, and how many tokens can be read once they are saved."""
+    valid: int = 0
+    """Tokens that the pool holds."""
+    matched: int = 0
+    """Whole blocks that vLLM was told of last."""
+    last_step: int = 0
+    """In which something was copied for it."""
+    is_finished: bool = False
+
+
+class PrefixcacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """The pool of prefixcache behind vLLM's own cache."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        pages.check(vllm_config, in_place=False)
+        if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+            raise InvalidRequest(
+                "a page that cannot be loaded would end its request: say "
+                '"kv_load_failure_policy": "recompute" in --kv-transfer-config'
+            )
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
+        else:
+            self._worker = WorkerSide(kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Whether a preempted request must be computed again to be handed over: this is a cache."""
+        return False
+
+    # ---------------------------------------------------------------------------------- worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn where vLLM's own pages are."""
+        self._worker.register(kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Copy pages in."""
+        self._worker.load(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Do nothing: all is there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Do nothing: pages are copied when the step is over."""
+
+    def wait_for_save(self) -> None:
+        """Copy pages out."""
+        self._worker.save(self._get_connector_metadata())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Give the blocks whose pages may be another's: vLLM computes them again."""
+        return self._worker.take_failed()
+
+    def build_connector_worker_meta(self) -> Copied | None:
+        """Say what is saved."""
+        return self._worker.take_copied()
+
+    # ------------------------------------------------------------------------------- scheduler
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """Say how many tokens can be copied in; None while the lease is not there."""
+        return self._scheduler.match(request, num_computed_tokens), False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Note which pages go into which blocks."""
+        self._scheduler.admit(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Copies:
+        """Say what the worker copies in this step."""
+        return self._scheduler.plan(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Take what the worker has copied."""
+        self._scheduler.copied(connector_output.kv_connector_worker_meta)
+
+    def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, None]:
+        """Give back what a request held, as soon as its last step is saved."""
+        self._scheduler.finish(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[Sequence[int], ...]
+    ) -> tuple[bool, None]:
+        """Do the same, for models with one group of layers."""
+        return self.request_finished(request, block_ids[0])
+
+    def reset_cache(self) -> bool:
+        """Forget what this model's engines have stored, as vLLM does when weights change."""
+        return self._scheduler.reset()
+
+    def shutdown(self) -> None:
+        """End the session."""
+        if self._role == KVConnectorRole.SCHEDULER:
+            self._scheduler.close()
+        else:
+            self._worker.close()
+
+
+# ------------------------------------------------------------------------------------- scheduler
+
+
+class Link:
+    """A session with the service, whether it is there or not.
+
+    Args:
+        vllm_config: of the engine.
+        kv_cache_config: of the engine.
+    """
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._configs = vllm_config, kv_cache_config
+        self._client: Client | None = None
+        self._found: Session | None = None
+        self._is_closed = threading.Event()
+        self._looking: threading.Thread | None = None
+
+    def join(self) -> Session:
+        """Connect and attach.
+
+        Raises:
+            LayoutMismatch: the service has a pool of another format.
+            CacheError: that did not work.
+        """
+        client, session = join(*self._configs, "connector", in_place=False)
+        former, self._client = self._client, client
+        if former is not None:
+            former.close()
+        return session
+
+    def look(self) -> None:
+        """Begin to look for a service in the background."""
+        if self._looking is None and not self._is_closed.is_set():
+            self._looking = threading.Thread(target=self._look, name="rejoin", daemon=True)
+            self._looking.start()
+
+    def _look(self) -> None:
+        while not self._is_closed.wait(REJOIN_S):
+            try:
+                self._found = self.join()
+            except LayoutMismatch as error:
+                log.warning("prefixcache: another pool answers now, and is not shared: %s", error)
+                return
+            except CacheError:
+                continue
+            return
+
+    def take(self) -> Session | None:
+        """Give the session that was found since, once."""
+        if self._found is None:
+            return None
+        found, self._found, self._looking = self._found, None, None
+        return found
+
+    def close(self) -> None:
+        """End the session, and look no more."""
+        self._is_closed.set()
+        if self._client is not None:
+            self._client.close()
+
+
+class SchedulerSide:
+    """What the scheduler's process knows: who holds which pages, and what is copied when."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        options = Options.of(vllm_config)
+        self._size = int(pages.only_spec(kv_cache_config).block_size)
+        self._bounds = Bounds(
+            max_tokens=vllm_config.model_config.max_model_len,
+            reserve=options.reserve,
+            ahead=options.ahead,
+            window=options.window,
+            wait_s=options.wait_s,
+            min_partial=self._size,  # whole pages only
+        )
+        self._link = Link(vllm_config, kv_cache_config)
+        self._leases: Leases | None = None
+        self._requests: dict[str, Shared] = {}
+        self._popped: list[tuple[int, Leases, Held]] = []
+        """What is given back once a step is saved."""
+        self._loads: Pairs = []
+        self._step = self._acknowledged = 0
+        self._is_idle = False
+        self.num_loaded = self.num_saved = 0
+        try:
+            self._leases = Leases(self._link.join(), self._bounds)
+        except LayoutMismatch:
+            raise
+        except CacheError as error:
+            log.warning("prefixcache: going on without sharing until there is a service: %s", error)
+            self._link.look()
+
+    @property
+    def leases(self) -> Leases | None:
+        """What the requests hold; None while there is no service."""
+        return self._leases
+
+    # ----------------------------------------------------------------------- before the first step
+
+    def match(self, request: Any, num_computed: int) -> int | None:
+        """Say how many tokens beyond `num_computed` can be copied in; None: not known yet."""
+        shared = self._requests.get(request.request_id)
+        if shared is None:
+            shared = self._requests[request.request_id] = Shared(request)
+            shared.is_unshared = self._leases is None or not can_share(request)
+        if shared.is_unshared or self._leases is None:
+            return 0
+        if shared.held is None and not self._granted(shared, self._leases):
+            return 0 if shared.is_unshared else None
+        # One token is left to compute, for its logits: also of one that was preempted.
+        shared.matched = min(shared.valid, int(request.num_tokens) - 1) // self._size
+        return max(0, shared.matched * self._size - num_computed)
+
+    def _granted(self, shared: Shared, leases: Leases) -> bool:
+        """Take the lease if it is there; ask for it if that was not done."""
+        name = shared.request.request_id
+        if name not in leases.held:
+            # Nobody waits for room here; but for what another computes just now.
+            self._ask(leases, shared, wait_s=0.0)
+            leases.flush()
+            return False
+        if self._is_idle:
+            leases.pause([name], PAUSE_S)
+        held = leases.ready(name)
+        if held is None:
+            shared.is_unshared = name not in leases.held or leases.held[name].refused is not None
+            if shared.is_unshared:
+                leases.end(leases.pop(name))
+            return False
+        lease = held.lease
+        if lease is not None and lease.num_pending >= self._size and not shared.waits:
+            shared.waits = True
+            leases.end(leases.pop(name))
+            self._ask(leases, shared, wait_s=self._bounds.wait_s)
+            leases.flush()
+            return False
+        shared.held = leases.start(name)
+        shared.saved = held.num_cached // self._size
+        shared.valid = shared.saved * self._size
+        return True
+
+    def _ask(self, leases: Leases, shared: Shared, *, wait_s: float) -> None:
+        request = shared.request
+        leases.ask(
+            request.request_id,
+            request.all_token_ids,
+            left=request.max_tokens,
+            salt=request.cache_salt,
+            adapter=adapter_of(request),
+            wait_s=wait_s,
+        )
+
+    def admit(self, request: Any, blocks: Sequence[int], num_external: int) -> None:
+        """Note which pages go into which blocks of vLLM."""
+        shared = self._requests.get(request.request_id)
+        if not num_external or shared is None or shared.held is None:
+            return
+        first = shared.matched - num_external // self._size
+        table = shared.held.table
+        self._loads += [(table[at], blocks[at]) for at in range(first, shared.matched)]
+        shared.last_step = self._step + 1
+
+    # ------------------------------------------------------------------------------- step by step
+
+    def plan(self, scheduler_output: Any) -> Copies:
+        """Say what the worker copies in the step that begins."""
+        self._step += 1
+        self._is_idle = not scheduler_output.total_num_scheduled_tokens
+        loads, self._loads = self._loads, []
+        self._rejoin()
+        leases = self._leases
+        if leases is None:  # what was to be loaded is told as not loaded
+            return Copies(self._step, None, loads)
+        for name in leases.lost():
+            self._leave(self._requests[name])
+        plan = Copies(self._step, leases.session.pool, loads)
+        resolve = scheduler_output.kv_connector_block_state.resolve_block_ids
+        until = [time.monotonic() + 3600.0]
+        for name, count in scheduler_output.num_scheduled_tokens.items():
+            shared = self._requests.get(name)
+            if shared is None or shared.held is None:
+                continue
+            request, table = shared.request, shared.held.table
+            whole = min(request.num_computed_tokens + count, request.num_tokens) // self._size
+            whole = min(whole, len(table))
+            if whole > shared.saved:
+                blocks = resolve(name)[0]
+                plan.saves += [(blocks[at], table[at]) for at in range(shared.saved, whole)]
+                shared.saved = whole
+                shared.due.append((self._step, whole * self._size))
+                shared.last_step = self._step
+            if shared.last_step == self._step and shared.held.lease is not None:
+                until.append(shared.held.lease.deadline)
+        plan.until = min(until)
+        self.num_loaded += len(plan.loads)
+        self.num_saved += len(plan.saves)
+        leases.flush()
+        return plan
+
+    def copied(self, done: Copied | None) -> None:
+        """Commit what the worker has saved."""
+        if done is None:
+            return
+        self._acknowledged = max(self._acknowledged, done.step)
+        for name, shared in list(self._requests.items()):
+            while shared.due and shared.due[0][0] <= self._acknowledged:
+                step, tokens = shared.due.pop(0)
+                if step in done.unsaved:
+                    self._leave(shared)
+                elif self._leases is not None and shared.held is not None:
+                    shared.valid = tokens
+                    self._leases.settle(name, tokens, shared.request.all_token_ids)
+            if shared.is_finished:
+                self._end(shared)
+        self._give_back()
+
+    def finish(self, name: str) -> None:
+        """Note that a request has finished, or was aborted."""
+        shared = self._requests.get(name)
+        if shared is None:
+            return
+        shared.is_finished = True
+        self._end(shared)
+        self._give_back()
+
+    def _end(self, shared: Shared) -> None:
+        if shared.due:
+            return
+        del self._requests[shared.request.request_id]
+        self._leave(shared)
+
+    def _leave(self, shared: Shared) -> None:
+        """Let a request hold nothing any more; it may go on without."""
+        shared.is_unshared, shared.held = True, None
+        shared.due.clear()
+        if self._leases is None:
+            return
+        held = self._leases.pop(shared.request.request_id)
+        if held is not None:
+            self._popped.append((shared.last_step, self._leases, held))
+
+    def _give_back(self) -> None:
+        """Give back pages that no step under way copies."""
+        still = []
+        for step, leases, held in self._popped:
+            if step > self._acknowledged:
+                still.append((step, leases, held))
+            else:
+                leases.end(held)
+        self._popped = still
+        if self._leases is not None:
+            self._leases.flush()
+
+    # --------------------------------------------------------------------------------- membership
+
+    def _rejoin(self) -> None:
+        leases = self._leases
+        if leases is not None and not leases.session.alive:
+            log.warning(
+                "prefixcache: the service is gone; going on without sharing until it is back"
+            )
+            for shared in list(self._requests.values()):
+                self._leave(shared)
+            self._leases, self._popped = None, []
+            self._link.look()
+        found = self._link.take()
+        if found is not None:
+            log.warning("prefixcache: the service is back; sharing again")
+            self._leases = Leases(found, self._bounds)
+
+    def reset(self) -> bool:
+        """Forget what is stored."""
+        if self._leases is not None:
+            self._leases.session.reset()
+        return True
+
+    def close(self) -> None:
+        """End the session."""
+        self._link.close()
+
+
+def can_share(request: Any) -> bool:
+    """Whether its tokens say all that its keys and values depend on."""
+    return not (request.mm_features or request.prompt_embeds is not None or request.pooling_params)
+
+
+def adapter_of(request: Any) -> str | None:
+    """Name the adapter that computes a request; None: none does."""
+    lora = request.lora_request
+    return None if lora is None else f"{lora.lora_name}#{lora.lora_path}"
+
+
+# ----------------------------------------------------------------------------------------- worker
+
+
+class WorkerSide:
+    """What a worker's process knows: vLLM's pages and the pool's."""
+
+    def __init__(self, kv_cache_config: Any) -> None:
+        order = str(kv_cache_config.kv_cache_layout)
+        if not order.startswith("LB"):
+            raise Unsupported(
+                f"vLLM's order of KV is {order}, where a layer's page of a block is not in one "
+                "piece: set VLLM_KV_CACHE_LAYOUT=LBHNC"
+            )
+        self._names = [
+            name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers
+        ]
+        self._page_bytes = pages.only_spec(kv_cache_config).page_size_bytes
+        self._layers: list[torch.Tensor] = []
+        self._mapped: PoolHandle | None = None
+        self._pool: torch.Tensor | None = None
+        self._copied: Copied | None = None
+        self._failed: set[int] = set()
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Take vLLM's tensors as pages of bytes."""
+        for name in self._names:
+            whole = kv_caches[name]
+            # In memory a layer's blocks lie one after another, whatever the order of its axes is.
+            flat = whole.as_strided((whole.numel(),), (1,), whole.storage_offset())
+            self._layers.append(flat.view(torch.uint8).view(-1, self._page_bytes))
+
+    def load(self, plan: Copies) -> None:
+        """Copy pages in; what came too late is told by `take_failed`."""
+        if not plan.loads:
+            return
+        there, blocks = torch.tensor(plan.loads).T
+        pool = self._map(plan)
+        if pool is not None:
+            for plane, own in zip(pool, self._layers, strict=True):
+                own[blocks.to(own.device)] = plane[there.to(plane.device)].to(own.device)
+        # Looked at afterwards: what is read of a lease that is over may be another's.
+        if pool is None or time.monotonic() > plan.until:
+            self._failed.update(blocks.tolist())
+
+    def save(self, plan: Copies) -> None:
+        """Copy pages out, unless the leases may be over."""
+        self._copied = Copied(plan.step)
+        if not plan.saves:
+            return
+        pool = self._map(plan)
+        if pool is None or time.monotonic() > plan.until:
+            self._copied = Copied(plan.step, frozenset([plan.step]))
+            return
+        blocks, there = torch.tensor(plan.saves).T
+        for plane, own in zip(pool, self._layers, strict=True):
+            plane[there.to(plane.device)] = own[blocks.to(own.device)].to(plane.device)
+
+    def _map(self, plan: Copies) -> torch.Tensor | None:
+        if plan.pool != self._mapped:
+            self._pool, self._mapped = None, plan.pool
+            if plan.pool is not None:
+                try:
+                    self._pool = map_pages(plan.pool)
+                except CacheError as error:
+                    log.warning("prefixcache: the pool cannot be mapped: %s", error)
+        return self._pool
+
+    def take_failed(self) -> set[int]:
+        """Give the blocks that were not loaded, once."""
+        failed, self._failed = self._failed, set()
+        return failed
+
+    def take_copied(self) -> Copied | None:
+        """Give what the last step saved, once."""
+        copied, self._copied = self._copied, None
+        return copied
+
+    def close(self) -> None:
+        """Let go of the pool."""
+        self._pool = None
