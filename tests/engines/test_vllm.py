@@ -23,7 +23,18 @@ from service.service_process import ServiceProcess
 pytestmark = needs_vllm
 
 SIZE = 32
-SERVE = ("--memory", "6MiB", "--block-size", str(SIZE), "--ttl", "4", "--log-level", "warning")
+SERVE = (
+    "--memory",
+    "6MiB",
+    "--block-size",
+    str(SIZE),
+    "--ttl",
+    "4",
+    "--first-block",
+    "1",
+    "--log-level",
+    "warning",
+)
 """96 blocks: 3,072 tokens."""
 
 
@@ -36,7 +47,6 @@ class Stage:
     """A service, an engine without it, and two of each mode that share its pool."""
 
     def __init__(self, folder: Path, modes: tuple[str, ...]) -> None:
-        self.folder = folder
         self.target = f"unix:{folder}/s"
         self.service = ServiceProcess(self.target, *SERVE)
         self.alone = VllmProcess(folder / "model", "alone")
@@ -45,6 +55,8 @@ class Stage:
             for mode in modes
             for number in (1, 2)
         }
+
+    def wait(self) -> None:
         for engine in (self.alone, *self.engines.values()):
             assert engine.ready.result(600) == {"ready": True}
 
@@ -78,7 +90,7 @@ class Stage:
         self.service.close()
 
 
-MODES = ("connector",)
+MODES = ("connector", "in-place")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +98,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("v")
     write_model(folder / "model")
     made = Stage(folder, MODES)
-    yield made
-    made.close()
+    try:
+        made.wait()
+        yield made
+    finally:
+        made.close()
 
 
 @pytest.mark.parametrize("mode", MODES)
