@@ -101,6 +101,7 @@ class AsyncClient(Connection):
         salt: str = "",
         tenant: str = "",
         name: str = "",
+        group: str = "",
         keep_alive: bool = True,
     ) -> AsyncSession:
         """Join a namespace as a new worker; see `Client.attach`.
@@ -112,7 +113,7 @@ class AsyncClient(Connection):
         self.guard()
         await asyncio.to_thread(self.address.probe, self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)
-        request = self.attach_request(namespace, layout, block_size, name)
+        request = self.attach_request(namespace, layout, block_size, name, group)
         session = AsyncSession(self)
         await session._open(request, keep_alive=keep_alive)
         self.attached(session, request)

@@ -87,6 +87,7 @@ class Client(Connection):
         salt: str = "",
         tenant: str = "",
         name: str = "",
+        group: str = "",
         keep_alive: bool = True,
     ) -> Session:
         """Join a namespace as a new worker.  Opens a session and starts its heartbeats.
@@ -104,6 +105,9 @@ class Client(Connection):
             salt: a secret that keeps this namespace apart.
             tenant: whose prompts these are.
             name: for people: appears in snapshots and messages.
+            group: of workers in several processes that write to each other's blocks: a name that
+                they share and nobody else can guess.  When one of them dies, what it had leased is
+                lent to nobody before all of them have ended.
             keep_alive: whether to send heartbeats; without them leases end after their ttl.
 
         Raises:
@@ -113,7 +117,7 @@ class Client(Connection):
         self.guard()
         self.address.probe(self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)
-        request = self.attach_request(namespace, layout, block_size, name)
+        request = self.attach_request(namespace, layout, block_size, name, group)
         session = Session(self, request, keep_alive=keep_alive)
         self.attached(session, request)
         return session

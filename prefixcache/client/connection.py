@@ -85,7 +85,12 @@ class Connection:
             raise ServiceUnavailable("this client is closed: connect again")
 
     def attach_request(
-        self, namespace: Namespace, layout: Layout, block_size: int | None, name: str
+        self,
+        namespace: Namespace,
+        layout: Layout,
+        block_size: int | None,
+        name: str,
+        group: str = "",
     ) -> pb.AttachRequest:
         """Build an attach.  It passes on the keys of lost sessions whose leases nobody uses.
 
@@ -97,7 +102,11 @@ class Connection:
             self.drop(session)
         with codec.no_foreign_errors("attach"):
             request = pb.AttachRequest(
-                name=name, pid=os.getpid(), host=this_host(), finished=self.finished
+                name=name,
+                pid=os.getpid(),
+                host=this_host(),
+                finished=self.finished,
+                group=group,
             )
             codec.write_namespace(namespace, request.namespace)
             codec.write_layout(layout, request.layout)

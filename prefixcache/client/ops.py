@@ -238,6 +238,7 @@ class Terms(TypedDict, total=False):
     adapter: str | None
     reuse: bool
     min_partial: int
+    for_room: bool
 
 
 class Lessee(Clocked, Protocol[L_co]):
@@ -279,6 +280,7 @@ class BatchOps(Generic[L]):
         adapter: str | None = None,
         reuse: bool = True,
         min_partial: int = 0,
+        for_room: bool = True,
     ) -> Reply[L]:
         """Lease blocks for a prompt: match, pin and allocate in one atomic step.
 
@@ -293,6 +295,8 @@ class BatchOps(Generic[L]):
             reuse: if False, every token is computed, whatever is stored: for the logits of a
                 prompt.  What is committed is shared as always.
             min_partial: tokens of a partly matching block from which on it is worth its copy.
+            for_room: if False, `wait_s` is for a prefix that another computes: without room it is
+                refused at once, for who can do without.
 
         Raises:
             PoolExhausted: not enough blocks; `retry_after_s` is a hint.
@@ -305,9 +309,13 @@ class BatchOps(Generic[L]):
             with codec.no_foreign_errors("acquire"):
                 codec.write_namespace(self._lessee.named(salt, adapter), named)
         terms: dict[str, Any] = {}
-        if not reuse or min_partial:
+        if not reuse or min_partial or not for_room:
             self._lessee.refuse_unheard_terms()
-            terms = {"recompute": not reuse, "min_partial": min_partial}
+            terms = {
+                "recompute": not reuse,
+                "min_partial": min_partial,
+                "not_for_room": not for_room,
+            }
         reply: Reply[L] = self.step.ask(
             "acquire", tokens=packed, reserve=reserve, wait_s=wait_s, request_id=request_id, **terms
         )

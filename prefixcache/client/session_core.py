@@ -293,8 +293,8 @@ class SessionCore(ABC, Generic[L]):
         """
         if not self._reuses_as_asked:
             raise InvalidRequest(
-                "this service is not told how much to reuse (`reuse`, `min_partial`): serve with "
-                "this version"
+                "this service is not told how much to reuse (`reuse`, `min_partial`), nor what to "
+                "wait for (`for_room`): serve with this version"
             )
 
     def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:

@@ -336,6 +336,7 @@ class PrefixCache:
         attached: bool = True,
         reuse: bool = True,
         min_partial: int = 0,
+        for_room: bool = True,
     ) -> Grant | Waiting:
         """Match, protect and allocate, in one step.
 
@@ -356,6 +357,8 @@ class PrefixCache:
                 (for who wants the logits of the prompt).  What it commits is shared as always.
             min_partial: Tokens in a partly matching block from which on it is copied; 0 and 1 copy
                 for a single token, more than a block has for none.
+            for_room: If False, it waits for a prefix only: where there is no room it is refused at
+                once (for who can do without).
             now: The time.
 
         Returns:
@@ -379,7 +382,9 @@ class PrefixCache:
         if not attached:
             lessor.make_way(namespace)
             lessor.root(namespace)
-        request = Request(worker, namespace, tokens, reserve, request_id, reuse, min_partial)
+        request = Request(
+            worker, namespace, tokens, reserve, request_id, reuse, min_partial, for_room
+        )
         return lessor.acquire(member, request, wait_s, now)
 
     def take_outcomes(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:

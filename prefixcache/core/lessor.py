@@ -182,7 +182,7 @@ class Lessor:
                 )
             outcome = self.attempt(member, request, now, wait=wait_s > 0)
         except PoolExhausted as short:
-            if wait_s <= 0:
+            if wait_s <= 0 or not request.for_room:
                 raise
             waiting.line.refuse_if_full(short, tenant)
             ticket = waiting.enter(request, tenant, now + wait_s)
@@ -408,7 +408,7 @@ class Lessor:
             if wait and ticket.in_line:
                 return False
             try:
-                if not wait:
+                if not wait or not ticket.waits_for_room:
                     raise short
                 self.waiting.line.refuse_if_full(short, ticket.tenant)
             except PoolExhausted as refused:

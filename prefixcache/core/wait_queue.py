@@ -62,6 +62,8 @@ class Request:
     """Whether what is stored of the prompt may be used; if not, all of it is computed."""
     min_partial: int = 0
     """Fewer tokens than these in a partly matching block are not worth its copy."""
+    for_room: bool = True
+    """Whether it waits for room, too, and not only for a prefix in flight."""
     num_blocks: int = 0
     """Those that the prompt and what is reserved fill."""
     first_end: int = -1
@@ -107,6 +109,11 @@ class Ticket:
     """Of that root at that time."""
     need: int = 0
     """Blocks that it needed at that time: until the root changes, not fewer."""
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether it may stand in line.  Who grows waits for nothing else."""
+        return isinstance(self.request, Extension) or self.request.for_room
 
 
 class FairQueue:

@@ -39,6 +39,9 @@ from prefixcache.types import Ended, LeaseId, TicketId, WorkerId
 MAX_NAME = 128
 """Characters of a worker's name."""
 
+MAX_GROUP = 256
+"""Workers of one group, those included that have ended and wait for others."""
+
 _STEMS = 4096
 """Names that several workers wished for, whose next number is remembered."""
 
@@ -84,6 +87,8 @@ class Worker:
     proof: Proof | None = None
     """What a worker without a stream showed last; None where nobody has to prove anything."""
     pid: int = 0
+    group: str = ""
+    """Of workers that write to each other's blocks; "" if it writes alone."""
     process: Process | None = None
     """Where it lives, if that is watched."""
     seen_at: float = 0.0
@@ -109,6 +114,8 @@ class Worker:
     """When the oldest of them came, as it told last."""
     committed_at: float = 0.0
     """When it last committed anything."""
+    is_outlived: bool = False
+    """Whether its process has ended, and others of its group may write on."""
 
     def stalled_s(self, now: float) -> float:
         """Give how long it has made no step with requests in hand; 0 if it tells of none.  O(1)."""
@@ -138,6 +145,16 @@ class Worker:
         if not self.tenant or identity.tenant == self.tenant:
             return self.name
         return f"{self.tenant}/{self.name}"
+
+
+@dataclass(slots=True)
+class Group:
+    """Workers that write to each other's blocks."""
+
+    writers: set[str] = field(default_factory=set)
+    """Keys of those that may write."""
+    outlived: list[Worker] = field(default_factory=list)
+    """Those whose processes have ended, and whose blocks wait for the writers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +243,7 @@ class Workers:
         self.num_streams = 0
         """How many of the attached ones hold a session open."""
         self._lost: dict[str, Worker] = {}
+        self._groups: dict[tuple[Identity, str], Group] = {}
         self._leaving: list[Worker] = []
         """Of the lost ones, those whose leases have not all ended yet."""
         deliveries.on_end = self._have_ended
@@ -288,8 +306,17 @@ class Workers:
         pid: int,
         host: str,
         hang_up: Callable[[], object] | None,
+        group: str = "",
     ) -> Worker:
         """Register a new worker, and watch its process where that can be done.
+
+        Args:
+            identity: who it is.
+            name: what it wishes to be called.
+            pid: its process, as it says.
+            host: where that counts.
+            hang_up: ends its stream; None for one without.
+            group: of workers of this identity that write to each other's blocks; "" for none.
 
         Raises:
             InvalidRequest: the name cannot be shown.
@@ -299,10 +326,16 @@ class Workers:
             raise InvalidRequest(
                 f"a worker's name has up to {MAX_NAME} characters, this has {len(name)}"
             )
+        members = self._groups.get((identity, group))
+        if members and len(members.writers) + len(members.outlived) >= MAX_GROUP:
+            raise InvalidRequest(f"this group has {MAX_GROUP} workers, and takes no more")
         self.shares.take(identity.tenant or "")
         shown = self._names.take(identity.tenant or "", name)
         key = secrets.token_hex(16)
-        worker = Worker(WorkerId(next(self._next)), shown, key, hang_up, identity, pid=pid)
+        if group:
+            self._groups.setdefault((identity, group), Group()).writers.add(key)
+        number = WorkerId(next(self._next))
+        worker = Worker(number, shown, key, hang_up, identity, pid=pid, group=group)
         worker.seen_at = worker.since = time.monotonic()
         if pid and host and host == self._host:
             self._watch(worker)
@@ -322,7 +355,8 @@ class Workers:
         """
         process = worker.process
         dead = process is not None and process.is_dead
-        if dead and not gone and process is not None and not process.is_survived:
+        survived = worker.is_outlived or (process is not None and process.is_survived)
+        if dead and not gone and not survived:
             return Ended()  # who watches it is looking for what it forked, and says at once
         if self._attached.pop(worker.key, None) is None:
             return Ended()
@@ -372,6 +406,8 @@ class Workers:
         """Whether a worker holds blocks that it may still write to, or is about to."""
         cache = self._backing.cache
         assert cache is not None
+        if worker.group and not worker.is_outlived:
+            return True  # to the blocks of others
         return cache.is_leaving(worker.id) or cache.count_quarantined(worker.id) > 0
 
     def _have_ended(self) -> None:
@@ -416,6 +452,7 @@ class Workers:
 
     def close(self) -> None:
         """Stop watching; nobody's blocks change."""
+        self._groups.clear()
         for worker in (*self._attached.values(), *self._lost.values()):
             self._forget(worker)
         self._processes.close()
@@ -439,13 +476,39 @@ class Workers:
         return handle.name if handle is not None and handle.kind == "shm" else ""
 
     def _died(self, worker: Worker) -> None:
-        """Free all that a worker held: its process has ended, and nothing goes on."""
+        """Free all that a worker held: its process has ended, and nothing goes on.
+
+        If others of its group may write on, it waits for them.
+        """
+        group = self._stop_writing(worker)
+        worker.is_outlived = group is not None
         if worker.key in self._attached:
-            self.leave(worker, gone=True)
+            self.leave(worker, gone=not worker.is_outlived)
             if worker.hang_up is not None:
                 worker.hang_up()
-        elif worker.key in self._lost:
+        elif worker.key in self._lost and not worker.is_outlived:
             self._absolve(worker, "its process ended")
+        if group is not None:
+            group.outlived = [one for one in (*group.outlived, worker) if one.key in self._lost]
+
+    def _stop_writing(self, worker: Worker) -> Group | None:
+        """Note that a worker writes no more; absolve its group if it was the last.  Idempotent.
+
+        Returns:
+            Its group, if others of it may write on.
+        """
+        name = worker.identity, worker.group
+        group = self._groups.get(name)
+        if group is None:
+            return None
+        group.writers.discard(worker.key)
+        if group.writers:
+            return group
+        del self._groups[name]
+        for one in group.outlived:
+            if one.key in self._lost:
+                self._absolve(one, "all processes of its group ended")
+        return None
 
     def _left_heirs(self, worker: Worker) -> None:
         """End a worker whose process has ended; its blocks wait for what that has forked."""
@@ -472,6 +535,7 @@ class Workers:
 
     def _forget(self, worker: Worker) -> None:
         """Let go of all that was kept for a worker.  Once."""
+        self._stop_writing(worker)
         self._names.free(worker.tenant, worker.name)
         self.shares.give(worker.tenant)
         if worker.forget is not None:

@@ -161,7 +161,7 @@ class Status(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., kind: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "name", "worker_key", "pid", "host", "finished", "block_size")
+    __slots__ = ("namespace", "layout", "name", "worker_key", "pid", "host", "finished", "block_size", "group")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class AttachRequest(_message.Message):
     HOST_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: Layout
     name: str
@@ -178,7 +179,8 @@ class AttachRequest(_message.Message):
     host: str
     finished: _containers.RepeatedScalarFieldContainer[str]
     block_size: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ..., block_size: _Optional[int] = ...) -> None: ...
+    group: str
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ..., block_size: _Optional[int] = ..., group: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
     __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name", "reuses_as_asked")
@@ -203,7 +205,7 @@ class AttachResponse(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ..., acquires_by_name: _Optional[bool] = ..., reuses_as_asked: _Optional[bool] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id", "recompute", "min_partial")
+    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id", "recompute", "min_partial", "not_for_room")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +215,7 @@ class AcquireRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     MIN_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    NOT_FOR_ROOM_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     namespace: Namespace
     namespace_index: int
@@ -222,7 +225,8 @@ class AcquireRequest(_message.Message):
     request_id: str
     recompute: bool
     min_partial: int
-    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ..., recompute: _Optional[bool] = ..., min_partial: _Optional[int] = ...) -> None: ...
+    not_for_room: bool
+    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ..., recompute: _Optional[bool] = ..., min_partial: _Optional[int] = ..., not_for_room: _Optional[bool] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("grant",)

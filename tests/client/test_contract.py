@@ -540,3 +540,21 @@ def test_what_comes_back_from_quarantine_goes_to_who_waits(cache: Backend) -> No
     assert not waiting.done()
     lease.release()
     assert len(waiting.result(PATIENCE_S).block_table) == 2
+
+
+def test_who_can_do_without_waits_for_a_prefix_and_not_for_room(cache: Backend) -> None:
+    session = cache.attach()
+    owner = session.acquire(prompt(8))
+    crowd = session.acquire(prompt(4 * (NUM_BLOCKS - 4), seed=1))
+    with pytest.raises(PoolExhausted):
+        session.acquire_later(prompt(20, seed=2), wait_s=30.0, for_room=False).result(PATIENCE_S)
+    shares = session.acquire_later(prompt(8) + pack([5]), wait_s=30.0, for_room=False)
+    starves = session.acquire_later(prompt(8) + pack(range(20)), wait_s=30.0, for_room=False)
+    cache.pass_time(0.1)
+    assert not shares.done()
+    assert not starves.done()
+    owner.commit(8)
+    assert shares.result(PATIENCE_S).ledger.joined == 8
+    with pytest.raises(PoolExhausted):  # what it waited for is there, and no room for the rest
+        starves.result(PATIENCE_S)
+    crowd.release()

@@ -255,6 +255,7 @@ class Rules:
         # Who asks for less than everything does not wait for a flight here: see test_reuse.
         reuse = bool(wait_s) or not self.chance(12)
         min_partial = 0 if wait_s else self.draw.below(world.shape.block_size + 2)
+        for_room = not (wait_s and self.chance(25))
         earlier = [
             view
             for view in world.leases.values()
@@ -272,7 +273,7 @@ class Rules:
         line = (
             f"cache.acquire({worker!r}, {namespace!r}, pack({list(tokens)}), reserve={reserve}, "
             f"wait_s={wait_s}, request_id={request_id!r}, reuse={reuse}, "
-            f"min_partial={min_partial}, now={world.now})"
+            f"min_partial={min_partial}, for_room={for_room}, now={world.now})"
         )
         before = world.snapshot()
         found = world.cache.lookup(namespace, pack(tokens))
@@ -290,6 +291,7 @@ class Rules:
                 request_id=request_id,
                 reuse=reuse,
                 min_partial=min_partial,
+                for_room=for_room,
                 now=world.now,
             ),
         )
@@ -319,6 +321,7 @@ class Rules:
             )
             assert (
                 not wait_s
+                or not for_room
                 or "wait for room already" in str(answer)
                 or self.is_hopeless(namespace, world.blocks_for(len(tokens) + reserve))
             )
@@ -328,6 +331,7 @@ class Rules:
             assert wait_s > 0
             assert answer.ticket not in world.tickets
             if answer.owner is None:
+                assert for_room
                 blocks = hit // world.shape.block_size
                 assert answer.num_pending == 0
                 closed = world.cache._lessor.waiting.line.is_blocked_by_head(None)

@@ -144,6 +144,7 @@ class Machine:
                     attached=not named,
                     reuse=not request.recompute,
                     min_partial=request.min_partial,
+                    for_room=not request.not_for_room,
                     now=now,
                 )
             case "cancel":

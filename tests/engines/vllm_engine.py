@@ -56,7 +56,7 @@ def options_for(mode: str, service: str) -> dict[str, Any]:
             "scheduler_cls": "prefixcache_vllm.scheduler.LeaseScheduler",
             "worker_cls": "prefixcache_vllm.worker.CPUWorker",
             "enable_prefix_caching": False,
-            "additional_config": {"prefixcache": {"connect": service, "spare_blocks": 16}},
+            "additional_config": {"prefixcache": {"connect": service, "spare_blocks": 4}},
         }
     return {}
 
@@ -121,7 +121,7 @@ def counts(core: Any) -> dict[str, Any]:
     connector = getattr(scheduler, "connector", None)
     side = getattr(connector, "_scheduler", None)
     leases = scheduler.leases if side is None else side.leases
-    told: dict[str, Any] = {"shares": leases is not None}
+    told: dict[str, Any] = {"shares": leases is not None and leases.session.alive}
     if leases is not None:
         told |= {name: getattr(leases.counts, name) for name in leases.counts.__slots__}
         told["held"] = len(leases.held)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import sys
 from importlib import import_module
 from typing import Any
@@ -98,7 +99,7 @@ def told_of(thing: Any) -> dict[str, str]:
     """Give the signature and the digest of something."""
     thing = thing.fget if isinstance(thing, property) else inspect.unwrap(thing)
     try:
-        signature = str(inspect.signature(thing))
+        signature = re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
     except (TypeError, ValueError):
         signature = ""
     digest = hashlib.blake2b(inspect.getsource(thing).encode(), digest_size=8).hexdigest()

@@ -228,3 +228,101 @@ def test_a_mapping_is_found_whatever_the_process_is_called(tmp_path: Path) -> No
         finally:
             Path("/proc/self/comm").write_text(before.strip())
     assert processes.maps(os.getpid(), str(path)) is False
+
+
+# ------------------------------------------------------------------------------------- groups
+
+MEMBER = """
+import sys, time
+import prefixcache
+from prefixcache.types import Layout
+target, group, count, *shape = sys.argv[1:]
+layout = Layout(int(shape[0]), int(shape[1]), int(shape[2]), shape[3])
+client = prefixcache.connect(target)
+session = client.attach("tiny", layout, group=group)
+if int(count):
+    session.acquire([7] * int(count))
+print("ready", flush=True)
+input()
+"""
+"""A worker that holds blocks for so many tokens, or none, and writes to its group's."""
+
+
+def member(target: str, group: str, count: int = 0) -> subprocess.Popen[str]:
+    shape = [str(LAYOUT.num_layers), str(LAYOUT.num_kv_heads), str(LAYOUT.head_dim), LAYOUT.dtype]
+    process = subprocess.Popen(
+        [sys.executable, "-c", MEMBER, target, group, str(count), *shape],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_dead_worker_leased_waits_for_the_others_of_its_group(
+    service: ServiceProcess,
+) -> None:
+    with prefixcache.connect(service.target) as client:
+        holder = member(service.target, "g", 32)
+        writers = [member(service.target, "g") for _ in range(2)]
+        stranger = member(service.target, "another")
+        end(holder)
+        eventually(lambda: quarantined(client) == 8)
+        end(writers[0])
+        with client.attach("tiny", LAYOUT, name="other") as session:
+            for n in range(20):  # time for many looks
+                with session.acquire([1000 + n] * (56 * 4)) as lease:
+                    lease.commit(56 * 4)
+            assert quarantined(client) == 8
+        end(writers[1])
+        eventually(lambda: quarantined(client) == 0)
+        end(stranger)
+
+
+def test_a_worker_whose_group_has_ended_before_it_waits_for_nobody(
+    service: ServiceProcess,
+) -> None:
+    with prefixcache.connect(service.target) as client:
+        holder, writer = member(service.target, "g", 32), member(service.target, "g")
+        end(writer)
+        eventually(lambda: client.snapshot().private == 8)
+        end(holder)
+        eventually(lambda: client.snapshot().free == 64)
+        assert quarantined(client) == 0
+        # Who says that it writes no more is believed, whoever else there is.
+        writer = member(service.target, "g")
+        with client.attach("tiny", LAYOUT, group="g") as session:
+            session.acquire([7] * 32)
+        assert client.snapshot().free == 64
+        end(writer)
+
+
+def test_a_writer_that_loses_its_stream_is_waited_for_all_the_same(
+    service: ServiceProcess,
+) -> None:
+    """It has attached, and holds nothing; but it maps the pool, and its process lives."""
+    with prefixcache.connect(service.target) as client:
+        holder, writer = member(service.target, "g", 32), member(service.target, "g")
+        # A second writer of the same process as this test: its stream ends, the process does not.
+        with prefixcache.connect(service.target) as other:
+            session = other.attach("tiny", LAYOUT, group="g")
+            session._call.cancel()
+            eventually(lambda: not session.alive)
+            end(holder)
+            end(writer)
+            eventually(lambda: quarantined(client) == 8)
+            with client.attach("tiny", LAYOUT, name="other") as looker:
+                for n in range(20):  # time for many looks
+                    with looker.acquire([1000 + n] * (56 * 4)) as lease:
+                        lease.commit(56 * 4)
+                assert quarantined(client) == 8
+            session.close()
+            with other.attach("tiny", LAYOUT):  # passes on that the former one writes no more
+                eventually(lambda: quarantined(client) == 0)

@@ -97,8 +97,6 @@ class Shared:
     """Once it is granted."""
     is_unshared: bool = False
     """Whether it goes on as if there were no pool."""
-    waits: bool = False
-    """Whether it waits for what another computes."""
     saved: int = 0
     """Whole blocks that the pool holds, or will after a step that is under way."""
     due: list[tuple[int, int]] = field(default_factory=list)
@@ -126,7 +124,7 @@ class PrefixcacheConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(vllm_config, kv_cache_config)
         else:
-            self._worker = WorkerSide(kv_cache_config)
+            self._worker = WorkerSide(vllm_config, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -325,7 +323,15 @@ class SchedulerSide:
         name = shared.request.request_id
         if name not in leases.held:
             # Nobody waits for room here; but for what another computes just now.
-            self._ask(leases, shared, wait_s=0.0)
+            request = shared.request
+            leases.ask(
+                name,
+                request.all_token_ids,
+                left=request.max_tokens,
+                salt=request.cache_salt,
+                adapter=adapter_of(request),
+                for_room=False,
+            )
             leases.flush()
             return False
         if self._is_idle:
@@ -336,28 +342,10 @@ class SchedulerSide:
             if shared.is_unshared:
                 leases.end(leases.pop(name))
             return False
-        lease = held.lease
-        if lease is not None and lease.num_pending >= self._size and not shared.waits:
-            shared.waits = True
-            leases.end(leases.pop(name))
-            self._ask(leases, shared, wait_s=self._bounds.wait_s)
-            leases.flush()
-            return False
         shared.held = leases.start(name)
         shared.saved = held.num_cached // self._size
         shared.valid = shared.saved * self._size
         return True
-
-    def _ask(self, leases: Leases, shared: Shared, *, wait_s: float) -> None:
-        request = shared.request
-        leases.ask(
-            request.request_id,
-            request.all_token_ids,
-            left=request.max_tokens,
-            salt=request.cache_salt,
-            adapter=adapter_of(request),
-            wait_s=wait_s,
-        )
 
     def admit(self, request: Any, blocks: Sequence[int], num_external: int) -> None:
         """Note which pages go into which blocks of vLLM."""
@@ -505,7 +493,9 @@ def adapter_of(request: Any) -> str | None:
 class WorkerSide:
     """What a worker's process knows: vLLM's pages and the pool's."""
 
-    def __init__(self, kv_cache_config: Any) -> None:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._configs = vllm_config, kv_cache_config
+        self._client: Client | None = None
         order = str(kv_cache_config.kv_cache_layout)
         if not order.startswith("LB"):
             raise Unsupported(
@@ -558,10 +548,14 @@ class WorkerSide:
 
     def _map(self, plan: Copies) -> torch.Tensor | None:
         if plan.pool != self._mapped:
-            self._pool, self._mapped = None, plan.pool
+            self.close()
+            self._mapped = plan.pool
             if plan.pool is not None:
                 try:
-                    self._pool = map_pages(plan.pool)
+                    # What its engine leased is lent to nobody while this process may write there.
+                    self._client, session = join(*self._configs, "worker", in_place=False)
+                    if session.pool == plan.pool:
+                        self._pool = map_pages(plan.pool)
                 except CacheError as error:
                     log.warning("prefixcache: the pool cannot be mapped: %s", error)
         return self._pool
@@ -579,3 +573,6 @@ class WorkerSide:
     def close(self) -> None:
         """Let go of the pool."""
         self._pool = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None

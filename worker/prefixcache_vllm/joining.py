@@ -15,6 +15,16 @@ FIRST_BLOCK: Final = 1
 """What vLLM's block tables call no block, and its kernels may write to, is 0."""
 
 
+def group_of(vllm_config: Any) -> str:
+    """Name the processes of one engine: its core leases blocks, and its workers write to them.
+
+    Each engine makes up a number for itself, which all of its processes are told.
+    """
+    transfer = vllm_config.kv_transfer_config
+    parts = ["vllm", vllm_config.instance_id, None if transfer is None else transfer.engine_id]
+    return "-".join(str(part) for part in parts if part)
+
+
 def join(
     vllm_config: Any, kv_cache_config: Any, role: str, *, in_place: bool
 ) -> tuple[Client, Session]:
@@ -41,6 +51,7 @@ def join(
             layout,
             block_size=pages.only_spec(kv_cache_config).block_size,
             name=f"vllm-{role}-{os.getpid()}",
+            group=group_of(vllm_config),
         )
         if in_place and session.pool.first_block != FIRST_BLOCK:
             raise Unsupported(

@@ -195,7 +195,7 @@ class Leases:
         salt: str | None = None,
         adapter: str | None = None,
         reuse: bool = True,
-        wait_s: float | None = None,
+        for_room: bool = True,
     ) -> Held:
         """Ask for a request's lease with the next `flush`, unless that was done.
 
@@ -206,7 +206,7 @@ class Leases:
             salt: a secret that keeps it apart.
             adapter: that computes it.
             reuse: whether what others computed may be used.
-            wait_s: how long the service lets it wait; None: as long as the bounds say.
+            for_room: whether it waits for room, too, and not only for what another computes.
         """
         held = self.held.get(name)
         if held is None:
@@ -225,12 +225,13 @@ class Leases:
         held.future = self._batch.acquire_later(
             pack(array("I", tokens)),
             reserve=max(0, held.asked - num_tokens),
-            wait_s=self.bounds.wait_s if wait_s is None else wait_s,
+            wait_s=self.bounds.wait_s,
             request_id=name if is_first else f"{name}/{self._tries}",
             salt=salt,
             adapter=adapter,
             reuse=reuse,
             min_partial=self.bounds.min_partial,
+            for_room=for_room,
         )
         self.counts.asked += 1
         return held

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
@@ -19,13 +20,11 @@ from vllm.v1.kv_cache_interface import create_kv_cache_views
 from vllm.v1.worker.cpu_worker import CPUWorker as VllmCPUWorker
 from vllm.v1.worker.gpu_worker import Worker as VllmGPUWorker
 
-import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import LayoutMismatch
 from prefixcache_kernels import map_pages
 from prefixcache_vllm import pages
-from prefixcache_vllm.joining import FIRST_BLOCK, join
-from prefixcache_vllm.options import Options
+from prefixcache_vllm.joining import join
 
 ALLOCATING: Final = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.attn_utils")
 """Modules that call `allocate_kv_cache` by that name: of the first and of the second runner."""
@@ -78,16 +77,29 @@ class PoolMemory:
     _session: Session
 
     def bytes_of_pool(self) -> int:
-        """Bytes that make vLLM count as many blocks as the pool has."""
-        page_bytes = sum(spec.page_size_bytes for spec in self.get_kv_cache_spec().values())  # type: ignore[attr-defined]
-        with prefixcache.connect(Options.of(self.vllm_config).connect) as client:
-            return int((client.snapshot().num_blocks + FIRST_BLOCK) * page_bytes)
+        """Attach; give the bytes that make vLLM count as many blocks as the pool has."""
+        specs = self.get_kv_cache_spec()  # type: ignore[attr-defined]
+        # What vLLM will settle on, as far as it is settled now: all layers are of one kind, or the
+        # engine's core refuses them.
+        kinds = {type(spec).__name__: spec for spec in specs.values()}
+        foreseen = SimpleNamespace(
+            kv_cache_groups=[
+                SimpleNamespace(kv_cache_spec=spec, layer_names=list(specs))
+                for spec in kinds.values()
+            ],
+            kv_cache_layout=self.vllm_config.cache_config.kv_cache_layout,
+        )
+        self._client, self._session = join(self.vllm_config, foreseen, "worker", in_place=True)
+        return self._session.pool.num_bytes
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Map the pool, and make vLLM's views of it."""
-        self._client, self._session = join(
-            self.vllm_config, kv_cache_config, "worker", in_place=True
-        )
+        layout = pages.layout_of(self.vllm_config, kv_cache_config)
+        if layout != self._session.pool.layout:
+            raise LayoutMismatch(
+                f"vLLM's KV lies as {layout}, not as it looked at first: "
+                f"{self._session.pool.layout}"
+            )
 
         def allocate(
             config: Any, device: Any, layout: Any, kernel_block_sizes: list[int] | None = None

@@ -51,6 +51,7 @@ class LeaseVerbs(Verbs):
             attached=not request.HasField("namespace"),
             reuse=not request.recompute,
             min_partial=request.min_partial,
+            for_room=not request.not_for_room,
             now=monotonic(),
         )
         if self.recorder is not None:

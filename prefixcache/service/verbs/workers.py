@@ -65,7 +65,9 @@ class WorkerVerbs(Verbs):
         worker = (
             asker
             if isinstance(asker, Worker)
-            else self.workers.join(asker.identity, request.name, request.pid, request.host, hang_up)
+            else self.workers.join(
+                asker.identity, request.name, request.pid, request.host, hang_up, request.group
+            )
         )
         attached = worker.namespaces
         if namespace not in attached and (idle := attached.idle()) is not None:
