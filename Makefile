@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help vllm-environment demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help vllm-environment vllm demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,10 @@ $(VLLM)/.installed: worker/prefixcache_vllm/constraints.txt worker/prefixcache_v
 	@touch $@
 
 vllm-environment: $(VLLM)/.installed   ## An environment of its own with vLLM for CPUs, and prefixcache: .venv-vllm.
+
+vllm: $(VENV)/.model $(VLLM)/.installed   ## Three vLLM engines on one pool, chats over HTTP, kills, and vLLM alone.  QUICK=1: a tiny model; DTYPE=bfloat16.
+	@mkdir -p out
+	$(BIN)/python -m prefixcache_vllm.demo --python $(VLLM)/bin/python $(if $(QUICK),--quick,) $(if $(DTYPE),--dtype $(DTYPE),) --report out/vllm.json
 
 demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
 	@mkdir -p out

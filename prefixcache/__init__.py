@@ -41,12 +41,10 @@ if TYPE_CHECKING:
         AsyncSession,
         Client,
         Lease,
-        MediaItem,
         Session,
         Tls,
         connect,
         connect_async,
-        media_keys,
     )
 
 __version__ = "0.1.0"
@@ -63,7 +61,6 @@ __all__ = [
     "LayoutMismatch",
     "Lease",
     "LeaseExpired",
-    "MediaItem",
     "Namespace",
     "NotFound",
     "PermissionDenied",
@@ -76,7 +73,6 @@ __all__ = [
     "Unsupported",
     "connect",
     "connect_async",
-    "media_keys",
     "pack",
     "unpack",
 ]

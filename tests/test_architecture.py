@@ -80,6 +80,14 @@ FLOORS = {
         "prefixcache_kernels",
         "prefixcache_vllm",
     ),
+    "prefixcache_vllm.demo": (
+        *WORDS,
+        "prefixcache.client",
+        "prefixcache_kernels",
+        "prefixcache_vllm",
+        "prefixcache_worker.smollm2",
+        "prefixcache_worker.demo",
+    ),
     "prefixcache_bench": ("prefixcache",),
 } | dict.fromkeys(WORDS, WORDS)
 """What each part may import of the project: itself and what lies below."""

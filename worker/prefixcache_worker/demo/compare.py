@@ -58,6 +58,7 @@ def first_difference(
     logits: Sequence[TopTwo],
     *,
     start: int = 0,
+    tie: float = TIE,
 ) -> Difference | None:
     """Find the first token at which two answers to the same prompt differ; None if they are equal.
 
@@ -67,22 +68,29 @@ def first_difference(
         unshared: the answer of the unshared run to the prompt and the `start` tokens.
         logits: the unshared run's two best tokens at each of its steps.
         start: tokens of the answer that are part of the prompt of this comparison.
+        tie: logits no further apart are a numerical tie.
     """
     for i in range(max(len(shared), len(unshared))):
         ours = shared[i] if i < len(shared) else None
         theirs = unshared[i] if i < len(unshared) else None
         if ours != theirs:
-            return _judge(request, start + i, ours, theirs, logits[i] if i < len(logits) else None)
+            top = logits[i] if i < len(logits) else None
+            return _judge(request, start + i, ours, theirs, top, tie)
     return None
 
 
 def _judge(
-    request: str, position: int, ours: int | None, theirs: int | None, top: TopTwo | None
+    request: str,
+    position: int,
+    ours: int | None,
+    theirs: int | None,
+    top: TopTwo | None,
+    most: float,
 ) -> Difference:
     if top is None or ours is None or theirs != top.best:
         return Difference(request, position, ours, theirs, None, None, tie=False)
     logit = top.second_logit if top.second == ours else None
-    tie = logit is not None and top.best_logit - logit <= TIE
+    tie = logit is not None and top.best_logit - logit <= most
     return Difference(request, position, ours, theirs, logit, top.best_logit, tie)
 
 

@@ -80,10 +80,20 @@ class Child:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=errors,
-                env=_environment(),
+                env=self.environment(),
                 start_new_session=True,
                 limit=LINE_BYTES,
             )
+
+    def environment(self) -> dict[str, str]:
+        """Give what it runs in: one thread, and the modules that this process sees."""
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
 
     def complaint(self) -> str:
         """Give the last lines of its standard error, for a message about its failure."""
@@ -249,14 +259,3 @@ async def stopping(children: Sequence[Child]) -> AsyncIterator[None]:
     finally:
         # Shielded: a second Ctrl-C must not leave processes behind.
         await asyncio.shield(asyncio.gather(*(child.stop() for child in children)))
-
-
-def _environment() -> dict[str, str]:
-    """One thread each, and the modules that this process sees, also in a checkout."""
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
-from prefixcache_worker.demo.compare import Difference, Verdict, first_difference
+from prefixcache_worker.demo.compare import TIE, Difference, Verdict, first_difference
 from prefixcache_worker.demo.crash import Killable, attempts, crash
 from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.record import Request, Run
@@ -218,6 +218,8 @@ async def without_cache(
     dispatcher: Dispatcher,
     run: Run,
     on_compared: Callable[[Request, Sequence[Difference]], None],
+    *,
+    tie: float = TIE,
 ) -> Verdict:
     """Give the prompts of the shared run to workers without a cache, and compare every answer.
 
@@ -226,13 +228,14 @@ async def without_cache(
         dispatcher: with workers that have no cache, and `log_logits` set.
         run: filled with the requests of this run.
         on_compared: told of each answer and of its differences.
+        tie: logits no further apart are a numerical tie.
     """
     slots = asyncio.Semaphore(IN_HAND * len(dispatcher.workers))
     differences: list[Difference] = []
 
     async def again(request: Request) -> None:
         async with slots:
-            found = await _compare(request, dispatcher, run)
+            found = await _compare(request, dispatcher, run, tie)
         differences.extend(found)
         on_compared(request, found)
 
@@ -242,7 +245,9 @@ async def without_cache(
     return Verdict(len(shared), sum(len(request.answer) for request in shared), tuple(differences))
 
 
-async def _compare(shared: Request, dispatcher: Dispatcher, run: Run) -> list[Difference]:
+async def _compare(
+    shared: Request, dispatcher: Dispatcher, run: Run, tie: float
+) -> list[Difference]:
     """Compare one answer; after a numerical tie, the rest of it from where the runs agree again."""
     found: list[Difference] = []
     start = 0
@@ -261,7 +266,7 @@ async def _compare(shared: Request, dispatcher: Dispatcher, run: Run) -> list[Di
         # A replay may answer longer than what is left of the shared answer: its limit is the same.
         answer = replay.answer[: dispatcher.answer_tokens - start]
         difference = first_difference(
-            shared.id, shared.answer[start:], answer, replay.logits, start=start
+            shared.id, shared.answer[start:], answer, replay.logits, start=start, tie=tie
         )
         if difference is None:
             break

@@ -1,0 +1,1 @@
+"""The demo of vLLM on one pool: engines that are real servers, asked over HTTP."""
