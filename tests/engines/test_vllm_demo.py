@@ -90,6 +90,12 @@ def test_what_is_no_answer_is_refused(line: str) -> None:
         list(stream.ask(port, stream.completion([1], 1), "a"))
 
 
+def test_an_answer_that_ends_before_its_end_is_no_answer() -> None:
+    lines = [f"data: {json.dumps(event)}" for event in EVENTS[:1]]
+    with server_that_says(*lines) as (port, _), pytest.raises(ConnectionError, match="breaks off"):
+        list(stream.ask(port, stream.completion([1], 1), "a"))
+
+
 def test_a_server_that_says_no_is_quoted() -> None:
     with (
         server_that_says("too long", status=400) as (port, _),
@@ -137,7 +143,7 @@ def test_an_engine_tells_a_request_as_a_worker_does(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
 
     lines = [f"data: {json.dumps(event)}" for event in EVENTS]
-    with server_that_says(*lines) as (port, asked):
+    with server_that_says(*lines, "data: [DONE]") as (port, asked):
         asyncio.run(main(port))
     assert [event["event"] for event in heard.events] == [*["token"] * 3, "started", "finished"]
     assert heard.events[3]["ledger"] == known._asdict()

@@ -18,6 +18,7 @@ from typing import Any, Final
 from prefixcache.plain_json import json_text
 
 HOST: Final = "127.0.0.1"
+LAST: Final = b"data: [DONE]"
 PATIENCE_S: Final = 900.0
 """A server that says nothing for so long hangs."""
 
@@ -63,7 +64,7 @@ def ask(port: int, request: Mapping[str, Any], request_id: str) -> Iterator[Piec
 
     Raises:
         Refused: It answers with an error, or in a way that is not understood.
-        OSError: It is gone.
+        OSError: It is gone, or ends before the answer does.
     """
     connection = HTTPConnection(HOST, port, timeout=PATIENCE_S)
     try:
@@ -77,9 +78,12 @@ def ask(port: int, request: Mapping[str, Any], request_id: str) -> Iterator[Piec
         if answer.status != 200:
             raise Refused(f"{answer.status}: {answer.read(1000).decode(errors='replace')}")
         for line in answer:
+            if line.strip() == LAST:
+                return
             piece = read_event(line)
             if piece is not None:
                 yield piece
+        raise ConnectionError("the answer breaks off")  # a server that was killed ends it, no more
     except HTTPException as error:
         raise ConnectionError(f"the answer breaks off: {error!r}") from error
     finally:
