@@ -27,11 +27,15 @@ MODES: Final = ("in-place", "connector")
 TESTED: Final = ("0.32",)
 """Versions of vLLM whose inner hooks were tested."""
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
-OURS: Final = (
-    *("--scheduler-cls", "--worker-cls", "--kv-transfer-config", "--num-gpu-blocks-override"),
-    *("--kv-cache-memory-bytes", "--enable-prefix-caching"),
-)
-"""Flags of vLLM that this command decides about."""
+OURS: Final = {
+    "in-place": (
+        *("--scheduler-cls", "--worker-cls", "--kv-transfer-config", "--num-gpu-blocks-override"),
+        *("--kv-cache-memory-bytes", "--enable-prefix-caching"),
+    ),
+    "connector": ("--kv-transfer-config",),
+}
+"""Flags of vLLM that this command decides about, in each mode.  A connector's engine has a cache of
+its own, as large as the user says."""
 START_S: Final = 120.0
 """How long a service may take to listen: it allocates its pool first."""
 
@@ -78,7 +82,7 @@ def vllm(
     check_vllm()
     given, settings = without_settings(list(context.args))
     for flag in given:
-        if flag.partition("=")[0].replace("_", "-") in OURS:
+        if flag.partition("=")[0].replace("_", "-") in OURS[mode]:
             raise InvalidRequest(f"{flag} is for this command to decide: leave it out")
     target = connect or default_target()
     options = {"connect": target} | ({"weights": weights} if weights else {})
