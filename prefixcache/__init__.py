@@ -41,10 +41,12 @@ if TYPE_CHECKING:
         AsyncSession,
         Client,
         Lease,
+        MediaItem,
         Session,
         Tls,
         connect,
         connect_async,
+        media_keys,
     )
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ __all__ = [
     "LayoutMismatch",
     "Lease",
     "LeaseExpired",
+    "MediaItem",
     "Namespace",
     "NotFound",
     "PermissionDenied",
@@ -73,6 +76,7 @@ __all__ = [
     "Unsupported",
     "connect",
     "connect_async",
+    "media_keys",
     "pack",
     "unpack",
 ]

@@ -190,7 +190,18 @@ def _check_integer(index: int, token: object) -> None:
 
 
 def _out_of_range(index: int, token: int) -> InvalidRequest:
-    return InvalidRequest(f"token {index} is {token:,}: token ids are from 0 to {MAX_TOKEN:,}")
+    number = shown_number(token)
+    return InvalidRequest(f"token {index} is {number}: token ids are from 0 to {MAX_TOKEN:,}")
+
+
+def shown_number(number: int) -> str:
+    """Write an integer that somebody handed in; Python refuses to write the largest ones.
+
+    >>> shown_number(-4096), shown_number(10**5000)
+    ('-4,096', 'a number of 16,610 bits')
+    """
+    bits = number.bit_length()
+    return f"{number:,}" if bits <= 256 else f"a number of {bits:,} bits"
 
 
 def _check_one_row(shape: tuple[int, ...]) -> None:
@@ -199,7 +210,10 @@ def _check_one_row(shape: tuple[int, ...]) -> None:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # it has a number in it that Python refuses to write
+        text = f"{type(value).__name__} of a very large number"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

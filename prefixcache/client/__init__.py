@@ -8,6 +8,7 @@ from prefixcache.client.async_client import AsyncClient, connect_async
 from prefixcache.client.async_session import AsyncBatch, AsyncLease, AsyncSession
 from prefixcache.client.client import Client, connect
 from prefixcache.client.credentials import Tls
+from prefixcache.client.media import MediaItem, media_keys
 from prefixcache.client.ops import Reply
 from prefixcache.client.progress import Inbox
 from prefixcache.client.session import Batch, Lease, Session
@@ -21,9 +22,11 @@ __all__ = [
     "Client",
     "Inbox",
     "Lease",
+    "MediaItem",
     "Reply",
     "Session",
     "Tls",
     "connect",
     "connect_async",
+    "media_keys",
 ]

@@ -66,6 +66,8 @@ def test_sequences_and_generators_are_ids_and_bytes_are_packed_already() -> None
         (-1, "token {} is -1"),
         (2**32, "token {} is 4,294,967,296"),
         (2**70, "token {} is 1,180,"),
+        pytest.param(10**5000, "token {} is a number of 16,610 bits", id="vast"),
+        pytest.param([10**5000], "token {} is list of a very large number", id="[vast]"),
         ([1], r"token {} is \[1\]"),
     ],
     ids=str,
