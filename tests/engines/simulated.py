@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from core.oracle import Memory
-from prefixcache.client import codec
+from prefixcache.client import MediaItem, codec
 from prefixcache.client.lease import LeaseState
 from prefixcache.client.session import Batch
 from prefixcache.client.session_core import SessionCore
@@ -235,6 +235,7 @@ class Job:
     prompt: list[int]
     num_new: int
     salt: str = ""
+    media: tuple[MediaItem, ...] = ()
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     is_done: bool = False
@@ -242,6 +243,14 @@ class Job:
     @property
     def left(self) -> int:
         return len(self.prompt) + self.num_new - len(self.tokens)
+
+    def seen(self, upto: int) -> tuple[int, ...]:
+        """What its keys and values depend on: its tokens, and the images in their places."""
+        seen = list(self.tokens)
+        for offset, length, digest in self.media:
+            for at in range(length):
+                seen[offset + at] = int.from_bytes(digest) * length + at
+        return tuple(seen[:upto])
 
 
 class Engine:
@@ -267,7 +276,7 @@ class Engine:
             self.ask(job)
 
     def ask(self, job: Job) -> None:
-        self.leases.ask(job.name, job.tokens, left=job.left, salt=job.salt or None)
+        self.leases.ask(job.name, job.tokens, left=job.left, salt=job.salt or None, media=job.media)
 
     def abort(self, job: Job) -> None:
         for queue in (self.waiting, self.running):
@@ -337,14 +346,14 @@ class Engine:
         table = held.table
         for position in range(job.computed, upto):
             slot = table[position // size], position % size
-            memory.write(*slot, (space, tuple(job.tokens[: position + 1])))
+            memory.write(*slot, (space, job.seen(position + 1)))
 
     def finish(self) -> None:
         """Take what was computed: what was read under a lease that is over counts no more."""
         self.evict_lost()
         for job, held, upto in self.in_step:
             table = held.table
-            wrong = self.machine.memory.wrong(table, (job.salt,), tuple(job.tokens[:upto]))
+            wrong = self.machine.memory.wrong(table, (job.salt,), job.seen(upto))
             assert not wrong, f"{job.name}: {wrong}"
             job.computed = upto
             if upto == len(job.tokens):

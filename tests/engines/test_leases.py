@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from engines.simulated import TTL_S, Engine, Job, Machine
+from prefixcache.client import MediaItem
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import pack
 from prefixcache_vllm.leases import Bounds
 
 SIZE = 4
+CAT, DOG = b"c" * 32, b"d" * 32
 BOUNDS = Bounds(max_tokens=64, reserve=6, ahead=4, window=2, wait_s=20.0)
 
 
@@ -36,6 +38,22 @@ def test_what_one_engine_computed_another_reads_to_the_token(machine: Machine) -
     assert first.is_done
     assert second.is_done
     assert two.leases.counts.reused_tokens == 9  # all but the last one of its prompt
+    machine.check_idle()
+
+
+def test_an_image_is_read_by_who_shows_the_same_one_and_its_text_by_all(machine: Machine) -> None:
+    engine = Engine(machine, "one", BOUNDS)
+    prompt = [1, 2, 3, 4, 5, *[9] * 8, 6, 7]
+    read = []
+    for count, shown in enumerate((CAT, DOG, CAT)):
+        one = Job(f"r{count}", list(prompt), 3, media=(MediaItem(5, 8, shown),))
+        engine.add(one)
+        engine.run()
+        read.append(engine.leases.counts.reused_tokens)
+    assert read == [0, 5, 5 + 14]
+    refused = engine.leases.ask("r9", prompt, left=1, media=[MediaItem(5, 99, CAT)]).refused
+    assert isinstance(refused, InvalidRequest)
+    engine.leases.pop("r9")
     machine.check_idle()
 
 
@@ -278,7 +296,8 @@ class Storm:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         self.draw = random.Random(seed)
         size = self.draw.choice([1, 2, 4])
-        self.machine = Machine(monkeypatch, self.draw.choice([24, 40, 200]) // size + 12, size)
+        # The longest request fits beside what both engines keep for bad times.
+        self.machine = Machine(monkeypatch, self.draw.choice([24, 40, 200]) // size + 14, size)
         spare = self.draw.choice([0, 0, 4])
         self.bounds = Bounds(
             max_tokens=40,
@@ -299,9 +318,18 @@ class Storm:
         prompt = [self.draw.choice([1, 2]) for _ in range(self.draw.randrange(1, 16))]
         if self.jobs and self.draw.random() < 0.7:
             earlier = self.draw.choice(self.jobs)[1]
-            prompt = [*earlier.tokens[: self.draw.randrange(1, 20)], *prompt][:20]
+            start = earlier.tokens[: self.draw.randrange(1, 20)]
+            prompt = [*start, *prompt][:20]
+            media = [item for item in earlier.media if item.offset + item.length <= len(start)]
+        else:
+            start, media = [], []
+        if self.draw.random() < 0.4 and len(start) < len(prompt):
+            # Its placeholder is an id that texts have as well.
+            length = self.draw.randrange(1, len(prompt) - len(start) + 1)
+            media.append(MediaItem(len(start), length, self.draw.choice([CAT, DOG])))
+            prompt[len(start) : len(start) + length] = [1] * length
         salt = self.draw.choice(["", "", "", "s"])
-        one = Job(f"r{self.count}", prompt, self.draw.randrange(1, 10), salt)
+        one = Job(f"r{self.count}", prompt, self.draw.randrange(1, 10), salt, tuple(media))
         engine.add(one)
         self.jobs.append((engine, one))
 
@@ -360,7 +388,10 @@ class Storm:
         assert all(one.is_done for _, one in self.jobs), "a request never ends"
         for engine in self.engines:
             engine.close()
-            self.machine.deliver(engine.session)
+        while any(one.session.sent and one.session.alive for one in self.engines):
+            # What one gives back is granted to another, who has no use for it any more.
+            for engine in self.engines:
+                self.machine.deliver(engine.session)
         self.machine.check_idle()
 
 

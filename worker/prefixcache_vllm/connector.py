@@ -41,6 +41,7 @@ from prefixcache_vllm import pages
 from prefixcache_vllm.joining import join
 from prefixcache_vllm.leases import Bounds, Held, Leases
 from prefixcache_vllm.options import Options
+from prefixcache_vllm.request_key import adapter_of, can_share, media_of
 
 log = logging.getLogger("vllm.prefixcache")
 
@@ -330,6 +331,7 @@ class SchedulerSide:
                 left=request.max_tokens,
                 salt=request.cache_salt,
                 adapter=adapter_of(request),
+                media=media_of(request),
                 for_room=False,
             )
             leases.flush()
@@ -474,17 +476,6 @@ class SchedulerSide:
     def close(self) -> None:
         """End the session."""
         self._link.close()
-
-
-def can_share(request: Any) -> bool:
-    """Whether its tokens say all that its keys and values depend on."""
-    return not (request.mm_features or request.prompt_embeds is not None or request.pooling_params)
-
-
-def adapter_of(request: Any) -> str | None:
-    """Name the adapter that computes a request; None: none does."""
-    lora = request.lora_request
-    return None if lora is None else f"{lora.lora_name}#{lora.lora_path}"
 
 
 # ----------------------------------------------------------------------------------------- worker

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from prefixcache.client import Lease, Reply, Session
+from prefixcache.client import Lease, MediaItem, Reply, Session, media_keys
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -194,6 +194,7 @@ class Leases:
         left: int,
         salt: str | None = None,
         adapter: str | None = None,
+        media: Iterable[MediaItem] = (),
         reuse: bool = True,
         for_room: bool = True,
     ) -> Held:
@@ -205,6 +206,7 @@ class Leases:
             left: how many may follow.
             salt: a secret that keeps it apart.
             adapter: that computes it.
+            media: which image, recording or file stands where in its prompt.
             reuse: whether what others computed may be used.
             for_room: whether it waits for room, too, and not only for what another computes.
         """
@@ -219,11 +221,16 @@ class Leases:
         held.asked = min(num_tokens + self.bounds.reserve, held.most)
         if self.is_alone or not self.session.alive:
             return held
+        try:
+            key = media_keys(array("I", tokens), media)
+        except InvalidRequest as error:
+            held.refused = error
+            return held
         self._tries += 1
         # The same id while the former lease is out would mean that one.
         is_first = name not in self._unended
         held.future = self._batch.acquire_later(
-            pack(array("I", tokens)),
+            key,
             reserve=max(0, held.asked - num_tokens),
             wait_s=self.bounds.wait_s,
             request_id=name if is_first else f"{name}/{self._tries}",
