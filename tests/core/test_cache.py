@@ -2,6 +2,7 @@
 
 import pytest
 
+from core.innards import table_of
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, InvalidRequest, LeaseExpired, NotFound, PoolExhausted
 from prefixcache.types import (
@@ -304,6 +305,14 @@ def test_bad_input_is_refused_and_changes_nothing(cache: PrefixCache, tokens: by
     assert cache.snapshot(now=0.0) == before
 
 
+@pytest.mark.parametrize(("tokens", "message"), [(b"", "0 bytes"), (b"12345", "5 bytes")])
+def test_who_only_asks_is_told_of_bad_input_too(cache: PrefixCache, tokens: bytes, message: str):
+    with pytest.raises(InvalidRequest, match=message):
+        cache.lookup(CHAT, tokens)
+    with pytest.raises(InvalidRequest, match=message):
+        cache.explain(CHAT, tokens, now=0.0)
+
+
 @pytest.mark.parametrize(("blocks", "size"), [(0, 16), (4, 0), (4, 3), (4, 2048)])
 def test_impossible_pools_are_refused(blocks: int, size: int):
     with pytest.raises(InvalidRequest):
@@ -500,3 +509,67 @@ def test_of_two_that_wait_under_one_id_with_other_prompts_the_second_is_told(cac
     assert isinstance(first, Grant)
     assert isinstance(second, CacheError)
     cache.check()
+
+
+def test_rolling_back_inside_a_block_of_ones_own_goes_on_in_that_block():
+    cache = PrefixCache(8, 4, partial=Partial.BLOCKS)
+    cache.attach(ALICE, CHAT, now=0.0)
+    grant = acquire(cache, ALICE, [1, 2, 3, 4, 5, 6, 7])
+    cache.commit(ALICE, grant.lease, 7, now=0.0)
+    update = cache.truncate(ALICE, grant.lease, 6, now=0.0)
+    assert (update.keep, list(update.blocks), update.copies) == (1, [grant.block_table[1]], ())
+    assert list(table_of(cache, ALICE, grant.lease, 0.0)) == list(grant.block_table)
+    cache.extend(ALICE, grant.lease, 8, now=0.0)
+    cache.commit(ALICE, grant.lease, 8, pack([8, 9]), now=0.0)
+    told = acquire(cache, ALICE, [1, 2, 3, 4, 5, 6, 8, 9, 0])
+    assert list(told.block_table[:2]) == list(grant.block_table)
+    cache.check()
+
+
+def test_a_lease_lives_no_longer_than_its_time_although_its_worker_never_renewed():
+    """The clock may begin at 0, and a time may be shorter than a second."""
+    cache = PrefixCache(8, 4, ttl_s=0.25)
+    cache.attach(ALICE, CHAT, now=0.0)
+    acquire(cache, ALICE, [1, 2, 3])
+    assert cache.next_deadline() == 0.25
+    cache.expire(now=0.25)
+    assert cache.num_leases == 1
+    cache.expire(now=0.26)
+    assert cache.num_leases == 0
+    assert cache.count_quarantined(ALICE) == 1
+
+
+@pytest.mark.parametrize(("num_blocks", "is_copied"), [(2, False), (3, True)])
+def test_a_block_is_copied_only_if_there_is_room_for_both(num_blocks: int, is_copied: bool):
+    cache = PrefixCache(num_blocks, 4)
+    cache.attach(ALICE, CHAT, now=0.0)
+    serve(cache, ALICE, [1, 2, 3, 4, *range(50, 50 + 4 * (num_blocks - 1))])
+    grant = acquire(cache, ALICE, [1, 2, 9, 9, 9, 9])
+    assert len(grant.copies) == is_copied
+    assert grant.num_cached == (2 if is_copied else 0)
+    cache.check()
+
+
+def test_who_computed_the_same_and_more_stands_on_the_blocks_of_who_was_first(cache: PrefixCache):
+    first, second = (acquire(cache, who, [1, 2, 3, 4, 5, 6, 7, 8]) for who in (ALICE, BOB))
+    cache.commit(ALICE, first.lease, 6, now=0.0)
+    cache.release(ALICE, first.lease, now=0.0)  # one run: a whole block, and a tail
+    cache.check()
+    cache.commit(BOB, second.lease, 8, now=0.0)
+    cache.check()
+    told = acquire(cache, ALICE, [1, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert list(told.block_table[:2]) == [first.block_table[0], second.block_table[1]]
+    cache.check()
+
+
+def test_nobody_is_told_to_come_back_when_there_is_nothing_to_wait_for():
+    cache = PrefixCache(2, 4, ttl_s=10.0)
+    cache.attach(ALICE, CHAT, now=0.0)
+    acquire(cache, ALICE, [1] * 8)
+    with pytest.raises(PoolExhausted) as full:
+        cache.acquire(ALICE, CHAT, pack([2]), now=4.0)
+    assert full.value.retry_after_s == 6.0
+    assert cache.expire(now=10.5).num_quarantined == 2
+    with pytest.raises(PoolExhausted) as full:
+        cache.acquire(ALICE, CHAT, pack([2]), now=11.0)
+    assert full.value.retry_after_s == 0.0

@@ -13,10 +13,10 @@ from core.world import World
 from prefixcache.core import invariants
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Node
-from prefixcache.types import Checked, LeaseId, Namespace, Partial, WorkerId, pack
+from prefixcache.types import Checked, Grant, LeaseId, Namespace, Partial, WorkerId, pack
 
 ME = WorkerId(1)
-HERE = Namespace("m")
+HERE, GONE = Namespace("m"), Namespace("gone")
 
 
 @pytest.fixture
@@ -204,3 +204,96 @@ def test_a_block_that_is_never_lent_has_no_owner() -> None:
     cache._lessor.blocks.pool._stack.append(1)
     with pytest.raises(AssertionError, match="block 1"):
         cache.check()
+
+
+def still_life() -> PrefixCache:
+    """One of each: a tail, forks that share one, a copy's source, a duplicate, ghosts, a reset."""
+    cache = PrefixCache(32, 4, partial=Partial.TAILS, num_ghosts=50)
+    for space in (HERE, GONE):
+        cache.attach(ME, space, now=0.0)
+    for first in (1, 2):
+        held = cache.acquire(ME, HERE, pack([first] * 10), now=0.0)
+        assert isinstance(held, Grant)
+        cache.commit(ME, held.lease, 10, now=0.0)
+    cache.fork(ME, held.lease, 2, now=0.0)
+    cache.acquire(ME, HERE, pack([1] * 9 + [3]), now=0.0)
+    twins = [cache.acquire(ME, HERE, pack([5] * 8), now=0.0) for _ in range(2)]
+    for twin in twins:
+        assert isinstance(twin, Grant)
+        cache.commit(ME, twin.lease, 8, now=0.0)
+    gone = cache.acquire(ME, GONE, pack([6] * 6), now=0.0)
+    assert isinstance(gone, Grant)
+    cache.commit(ME, gone.lease, 6, now=0.0)
+    cache.reset(GONE)
+    for first in range(10, 20):
+        use = cache.acquire(ME, HERE, pack([first] * 8), now=0.0)
+        assert isinstance(use, Grant)
+        cache.commit(ME, use.lease, 8, now=0.0)
+        cache.release(ME, use.lease, now=0.0)
+    cache.check()
+    return cache
+
+
+def nodes_of(cache: PrefixCache) -> list[Node]:
+    tree = cache._lessor.tree
+    stack: list[Node] = [*cache._lessor.roots.values(), *tree.retired]
+    found: list[Node] = []
+    while stack:
+        found.append(node := stack.pop())
+        stack.extend((node.children or {}).values())
+    return found
+
+
+@pytest.mark.parametrize("at_once", [1, 16, 1000])
+def test_in_what_nobody_changes_nothing_is_suspected(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariants, "_AT_ONCE", at_once)
+    monkeypatch.setattr(invariants, "_CONFIRMED", 0)  # else all would be looked at in one go
+    cache = still_life()
+    _, told = most_in_one_go(cache.check_in_steps())
+    assert told.left_out == ()
+    assert told.num_runs == cache.snapshot(now=0.0).nodes
+
+
+@pytest.mark.parametrize("more", [-2, -1, 1, 2])
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_each_lock_and_each_owner_of_each_kind_is_counted(
+    more: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invariants, "_AT_ONCE", at_once)
+    cache = still_life()
+    nodes, pool = nodes_of(cache), cache._lessor.blocks.pool
+    locked = [node for node in nodes if node.lock_ref]
+    assert len(locked) > 5
+    assert pool.refs
+    for node in locked:
+        node.lock_ref += more
+        finds_fault(cache)
+        node.lock_ref -= more
+    for block in list(pool.refs):
+        pool.refs[block] += more
+        finds_fault(cache)
+        pool.refs[block] -= more
+    for lease in cache._lessor.leases.all():
+        lease.num_private += more
+        finds_fault(cache)
+        lease.num_private -= more
+    cache.check()
+
+
+def finds_fault(cache: PrefixCache) -> None:
+    for check in (cache.check, lambda: list(cache.check_in_steps())):
+        with pytest.raises(AssertionError):
+            check()
+
+
+def test_a_list_is_as_long_as_its_check_is_work() -> None:
+    """Leases by account are looked at once for each tenant."""
+    cache = PrefixCache(8192, 4)
+    for tenant in ("a", "b", "c"):
+        cache.attach(ME, Namespace("m", tenant=tenant), now=0.0)
+    for number in range(800):
+        cache.acquire(ME, Namespace("m", tenant="a"), pack([number]), now=0.0)
+    _, told = most_in_one_go(cache.check_in_steps())
+    assert [one.partition(":")[0] for one in told.left_out] == ["leases by account"]

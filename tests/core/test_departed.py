@@ -206,6 +206,12 @@ def reset_each_time(cache: PrefixCache, number: int) -> None:
     cache.reset(SPACE)
 
 
+def come_back(cache: PrefixCache, number: int) -> None:
+    """Ask again for what was evicted a moment ago: it is a ghost, and then it is none."""
+    at = 1000 * (number % 2)
+    cache.release(ME, ask(cache, SPACE, range(at, at + 80), number / 1e4), now=number / 1e4)
+
+
 def one_tenant_each(cache: PrefixCache, number: int) -> None:
     """A tenant for each request, as who runs without identities may name them."""
     if number == 0:
@@ -233,6 +239,7 @@ def levels_for_hours(cache: PrefixCache, number: int) -> None:
 
 CASES = [
     *[(policy, habit) for policy in POLICIES for habit in (ask_the_same, use_once)],
+    ("lru", come_back),
     *[("lru", one) for one in (give_up_waiting, go_back_and_forth, reset_each_time)],
     *[("lru", one) for one in (one_tenant_each, one_worker_each)],
     ("priority", levels_for_hours),

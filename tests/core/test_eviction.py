@@ -8,7 +8,9 @@ import pytest
 
 from core.oracle import LeafLru, Tokens
 from core.replay import Replay
-from prefixcache.types import Namespace, pack
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.policies import POLICIES
+from prefixcache.types import Grant, Namespace, WorkerId, pack
 
 NAMESPACES = (Namespace("a"), Namespace("b"))
 
@@ -46,3 +48,18 @@ def test_hits_equal_those_of_a_block_by_block_leaf_lru(block_size: int, capacity
             assert snapshot.indexed == len(naive.last_used), f"request {number} of seed {seed}"
             assert snapshot.evicted == naive.num_evicted, f"request {number} of seed {seed}"
         ours.cache.check()
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "hazard"])
+def test_leaves_that_were_reset_do_not_wait_for_their_turn(policy: str) -> None:
+    """They are evicted before all others: the policy's queue would never come to them."""
+    cache, me, space = PrefixCache(8, 1, policy=policy, ttl_s=1e9), WorkerId(1), Namespace("m")
+    for _ in range(1400):
+        cache.attach(me, space, now=0.0)
+        grant = cache.acquire(me, space, pack([1, 2]), now=0.0)
+        assert isinstance(grant, Grant)
+        cache.commit(me, grant.lease, 2, now=0.0)
+        cache.release(me, grant.lease, now=0.0)
+        cache.reset(space)
+    assert len(cache._lessor.tree.queue) <= 1024 + 1
+    cache.check()

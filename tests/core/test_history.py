@@ -395,3 +395,52 @@ def test_the_index_tells_what_it_takes_and_the_history_beside_it() -> None:
 def below(node: Node) -> list[Node]:
     children = list((node.children or {}).values())
     return children + [one for child in children for one in below(child)]
+
+
+def test_a_prompt_that_parted_nowhere_is_the_same_again_nowhere() -> None:
+    cache = made(256)
+    serve(cache, list(range(20)), request_id="only")
+    told = cache.explain_request("only", may_see_all, now=1.0)
+    assert (told.parted_at, told.resumes_at, told.num_same, told.num_parted) == (None, None, 0, 0)
+    assert told.elsewhere == ()
+    told = cache.explain(Namespace("unknown"), pack(range(20)), now=1.0)
+    assert (told.parted_at, told.resumes_at, told.num_same, told.num_parted) == (None, None, 0, 0)
+    assert (told.ledger.cold, told.ledger.reused, told.extra_blocks) == (20, 0, None)
+
+
+def test_a_namespace_that_has_one_token_more_has_more() -> None:
+    cache = made(256)
+    serve(cache, [5])
+    assert cache.explain(Namespace("new"), pack([5, 6]), now=0.0).elsewhere == ((CHAT, 1),)
+    assert cache.explain(Namespace("new"), pack([6, 5]), now=0.0).elsewhere == ()
+    assert cache.explain(CHAT, pack([5, 6]), now=0.0).elsewhere == ()
+
+
+def test_tokens_are_the_same_again_where_tokens_begin_and_not_in_between() -> None:
+    """The bytes of one token and the next can hold those of a third, askew."""
+    cache, same = made(256), [0x01010101] * 16 + list(range(500, 530))
+    serve(cache, [7] * 8 + [0x01010100, *same])
+    told = cache.explain(CHAT, pack([7] * 8 + [9, *same]), now=0.0)
+    assert (told.parted_at, told.resumes_at, told.num_same) == (8, 9, 46)
+
+
+def test_missing_memory_is_told_in_sixteenths_of_the_pool_and_then_in_larger_steps() -> None:
+    steps = [size for size, _ in made(16).snapshot(now=0.0).shortage]
+    assert steps == [*range(1, 17), 20, 24, 32, 48, 64, 96, 128, 192, 256, 512]
+
+
+def test_an_outline_tells_where_most_requests_parted_and_how_many() -> None:
+    cache = made(256)
+    for last in ([1] * 8, [2] * 8, [7, 7, 3, 3, 3, 3, 3, 3], [7, 4, 4, 4, 4, 4, 4, 4]):
+        serve(cache, [7] * 8 + last)
+    walk = cache.outline(now=0.0)
+    while True:
+        try:
+            next(walk)
+        except StopIteration as end:
+            [part] = end.value.namespaces
+            break
+    told = [(one.parted_at, one.num_parted) for one in part.branches if one.num_tokens == 8]
+    assert told[0][0] == 8
+    assert told[0][1] == cache.explain(CHAT, pack([7] * 8 + [9]), now=0.0).num_parted > 0
+    assert set(told[1:]) == {(None, 0)}

@@ -173,3 +173,18 @@ def test_the_tree_may_change_while_it_is_walked() -> None:
 def test_bounds_below_one_are_refused(bounds: dict[str, int]) -> None:
     with pytest.raises(InvalidRequest, match="at least 1"):
         filled().outline(now=0.0, **bounds)
+
+
+def count_pauses(walk: Generator[None, None, object]) -> int:
+    return sum(1 for _ in walk)
+
+
+@pytest.mark.parametrize("kept", [100, 1000])
+def test_others_have_their_turn_after_some_dozen_runs_and_not_after_each(kept: int) -> None:
+    cache = filled(1024)
+    for i in range(640):
+        cache.release(ME, store(cache, [i] * 4), now=1.0)
+    pauses = count_pauses(cache.outline(max_branches=kept, now=2.0))
+    shown = min(kept, 640)
+    assert (640 + 4 * shown) // 16 <= pauses <= (640 + 4 * shown) // 16 + 640 // 8
+    assert count_pauses(cache.block_map(64)) in (640 // 16, 640 // 16 + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Hashable
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from core.test_eviction import random_sequences
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import EvictionPolicy, Queue
-from prefixcache.core.node import Node
+from prefixcache.core.node import Node, Root
 from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
 from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard
@@ -417,10 +418,12 @@ def test_hazard_learns_to_wait_for_what_returns_after_a_pause() -> None:
     assert hazard > 2 * max(1, lru)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("capacity", [3, 8, 20, 50])
-def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int) -> None:
-    for seed in range(10):
+@pytest.mark.parametrize(
+    ("capacity", "seeds"),
+    [(3, 1), (8, 2), *[pytest.param(size, 10, marks=pytest.mark.slow) for size in (3, 8, 20, 50)]],
+)
+def test_the_shadow_of_hazard_is_exactly_an_lru(capacity: int, seeds: int) -> None:
+    for seed in range(seeds):
         rng = random.Random(f"{seed} {capacity}")
         hazard, lru = Tiny("hazard", capacity), Tiny("lru", capacity)
         tree = hazard.cache._lessor.tree
@@ -454,3 +457,96 @@ def test_hazard_falls_back_to_lru_where_its_guess_is_worse() -> None:
     total = sum(map(len, requests))
     lru, hazard = (hits_of(policy, requests, 30) for policy in ("lru", "hazard"))
     assert hazard > lru - 0.01 * total
+
+
+# ---------------------------------------------------------------------- numbers of the papers
+
+
+def test_arc_takes_back_at_once_even_the_first_block_that_it_ever_evicted() -> None:
+    tiny = Tiny("arc", 4)
+    tiny.serve(*"abcde")
+    assert tiny.holds("a") == 0
+    tiny.serve("a")  # its second use: in T2 now
+    tiny.serve(*"fghi")
+    assert tiny.holds("a") == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_uses_are_counted_one_by_one_or_not_at_all(policy: str) -> None:
+    tiny = Tiny(policy, 8)
+    for number in range(1, 4):
+        tiny.serve("ab")
+        root = tiny.cache._lessor.roots[SPACE]
+        [run] = (root.children or {}).values()
+        assert tiny.cache._lessor.tree.policy.uses(run) == (number if policy == "lfu" else None)
+
+
+def test_attention_costs_as_much_as_the_linear_layers_at_32768_tokens() -> None:
+    policy = policy_named("cost-aware")
+    leaf = Node(bytes(4 * 32_768), array("i", [0]), Root(SPACE), 0)
+    assert policy.key(leaf) == 0.0  # nobody used it: restored
+    leaf.mark = (1, 0.0)
+    assert policy.key(leaf) == 2.0
+    leaf.mark = (3, 5.0)
+    assert policy.key(leaf) == 5.0 + 3 * 2.0
+
+
+@every_policy
+def test_a_policy_that_is_told_of_no_pool_is_that_of_one_block(policy: str) -> None:
+    assert POLICIES[policy]().num_blocks == policy_named(policy).num_blocks == 1
+
+
+@pytest.mark.parametrize(("later", "kept"), [(99.5, 1), (100.0, 0), (100.5, 0)])
+def test_a_level_ends_at_its_time_and_not_a_moment_later(later: float, kept: int) -> None:
+    tiny = Tiny("priority", 3)
+    tiny.serve("a", level=9)
+    until = tiny.now + 100.0
+    tiny.serve("b", "c")
+    tiny.now = tiny.now + later - 100.0 + (until - tiny.now) - 1.0
+    tiny.serve("d")
+    assert tiny.holds("a") == kept
+
+
+def test_the_last_leaf_there_is_can_be_had_at_the_very_moment_its_level_ends() -> None:
+    tiny = Tiny("priority", 1)
+    tiny.serve("a", level=9)
+    tiny.now += 99.0
+    assert tiny.serve("x") == 0
+    assert (tiny.holds("a"), tiny.holds("x")) == (0, 1)
+
+
+@pytest.mark.parametrize("capacity", [2, 4, 7])
+def test_sieve_is_a_list_with_a_hand(capacity: int) -> None:
+    """Held against the list itself, block by block."""
+    draw, tiny = random.Random(capacity), Tiny("sieve", capacity)
+    there: list[list[int | bool]] = []  # [what, used since the hand came by], oldest first
+    hand = 0
+    for number in range(400):
+        what = min(draw.randrange(3 * capacity), draw.randrange(3 * capacity))
+        found = [one for one in there if one[0] == what]
+        assert tiny.serve(what) == len(found), f"request {number}"
+        if found:
+            found[0][1] = True
+            continue
+        if len(there) == capacity:
+            hand %= capacity
+            while there[hand][1]:
+                there[hand][1] = False
+                hand = (hand + 1) % capacity
+            del there[hand]
+        there.append([what, False])
+
+
+@every_policy
+def test_what_is_pinned_after_it_was_queued_can_still_be_had(policy: str) -> None:
+    tiny = Tiny(policy, 8, max_pinned=9)
+    for letter in "abcdefgh":
+        tiny.serve(letter)
+    for number in range(3):
+        pinned = [letter for letter in "abcdefgh" if tiny.holds(letter)]
+        for letter in pinned[::2]:
+            tiny.cache.pin(SPACE, pack([ord(letter)]), ttl_s=1e6, now=tiny.now)
+        tiny.serve([100 * number + one for one in range(8)])  # all that there is
+        tiny.cache.check()
+        assert tiny.cache.snapshot(now=tiny.now).pinned == 0
+        tiny.serve(*"abcdefgh")

@@ -347,3 +347,39 @@ def test_shares_beyond_the_pool_are_refused() -> None:
     with pytest.raises(InvalidRequest, match="5 guaranteed blocks and 6 of others are more than"):
         cache.set_quota("b", max_held=None, guaranteed=5, now=0.0)
     assert cache.set_quota("a", max_held=None, guaranteed=10, now=0.0).guaranteed == 10
+
+
+def test_a_pin_counts_what_nobody_had_pinned_on_the_whole_way_down() -> None:
+    cache = pool(16, max_pinned=8)
+    for end in ([3, 4], [5, 6]):
+        store(cache, [1, 2, *end])
+    lease = take(cache, [1, 2, 9])
+    told = cache.pin(A, pack([1, 2, 3, 4]), ttl_s=50.0, now=0.0)
+    assert (told.num_blocks, told.num_new, told.num_leased, told.pinned) == (4, 4, 2, 4)
+    told = cache.pin(A, pack([1, 2, 5, 6]), ttl_s=50.0, now=0.0)
+    assert (told.num_blocks, told.num_new, told.num_leased, told.pinned) == (4, 2, 2, 6)
+    cache.release(ME, lease, now=0.0)
+    cache.check()
+
+
+def test_of_very_many_pins_those_that_wait_to_end_are_pins_no_more() -> None:
+    cache = pool(512, max_pinned=512)
+    for number in range(300):
+        lease = take(cache, [number])
+        cache.commit(ME, lease, 1, now=0.0)
+        cache.release(ME, lease, now=0.0)
+        cache.pin(A, pack([number]), ttl_s=50.0, now=0.0)
+    told = cache.unpin(A)
+    assert told.num_pins == 300
+    assert 0 < told.num_blocks < 300
+    assert cache.unpin(A).num_pins == 0
+    assert cache.snapshot(now=0.0).pins == ()
+    cache.check()
+    assert cache.pin(A, pack([299]), ttl_s=50.0, now=0.0).num_blocks == 1
+    while cache.snapshot(now=1.0).pinned > 1:
+        before = cache.snapshot(now=1.0).pinned
+        cache.expire(now=1.0)
+        assert cache.snapshot(now=1.0).pinned < before
+    [pin] = cache.snapshot(now=1.0).pins
+    assert pin.num_tokens == 1
+    cache.check()

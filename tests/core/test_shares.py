@@ -109,3 +109,13 @@ def test_against_the_sums(limit: int, steps: list[tuple[str, object, int]]) -> N
                     shares.take(what, count)
         assert {who: shares.used(who) for who in TENANTS} == used
         shares.check_counts()
+
+
+@pytest.mark.parametrize(
+    ("tenants", "others"), [("ab", "1 is kept for the other tenant."), ("abc", "2 other tenants.")]
+)
+def test_a_refusal_counts_the_others(tenants: str, others: str) -> None:
+    shares = make(2 * len(tenants), *tenants)
+    with pytest.raises(PoolExhausted) as full:
+        shares.take("a", 2 * len(tenants))
+    assert others in str(full.value)

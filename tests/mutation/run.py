@@ -17,6 +17,7 @@ process.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from inspect import CO_OPTIMIZED
 from pathlib import Path
@@ -47,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-MOST_SECONDS_OF_EXAMPLES = MOST_SECONDS_OF_WALKS = 4.0
+MOST_SECONDS_OF_EXAMPLES, MOST_SECONDS_OF_WALKS = 10.0, 4.0
 WALKS = "test_machine.py"
 NUM_WALKS = 12
 MOST_EVENTS = 100_000
@@ -56,6 +58,7 @@ LIMIT_S = 600.0
 MOST_TIMES_AS_LONG = 10
 """These two guard against a mutant that hangs: the second in seconds of the processor."""
 MOST_MEMORY = 6 << 30
+_PR_SET_PDEATHSIG = 1
 EVERY = 10
 """Mutants between two lines of progress."""
 
@@ -160,7 +163,7 @@ def learn(session: pytest.Session, plan: Path, seed: int) -> None:
     there = {item.nodeid for item in session.items}
     for gone in set(old.seconds) - there:
         del old.seconds[gone]
-    child = os.fork()
+    child = fork()
     if not child:
         for item, following in zip(chosen, [*chosen[1:], None], strict=True):
             old.run(item, following)
@@ -170,6 +173,17 @@ def learn(session: pytest.Session, plan: Path, seed: int) -> None:
     if os.waitpid(child, 0)[1]:
         sys.stderr.write("the tests of the core fail without a mutant: nothing can be said\n")
         os._exit(1)
+
+
+def fork() -> int:
+    """Fork; the child ends when this process does, however that ends."""
+    parent = os.getpid()
+    child = os.fork()
+    if not child and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+    return child
 
 
 def functions(code: CodeType) -> Iterator[CodeType]:
@@ -238,7 +252,7 @@ def _in_fork(
 ) -> bool | None:
     """Say whether a mutant is noticed; None: only a process that has not imported it can tell."""
     tests = learnt.tests_for(mutant, path)
-    child = os.fork()
+    child = fork()
     if not child:
         code = 2
         try:
@@ -254,7 +268,7 @@ def _in_fork(
 
 def is_noticed(mutant: Mutant, path: Path, tests: list[str]) -> bool:
     """Run tests against a mutant whose module is imported anew, in a process of its own."""
-    child = os.fork()
+    child = fork()
     if not child:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
@@ -286,6 +300,8 @@ def _ended(child: int) -> int:
     while time.monotonic() < until:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
+            with suppress(ProcessLookupError):
+                os.killpg(child, signal.SIGKILL)  # what its tests have left
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
     os.killpg(child, signal.SIGKILL)
@@ -402,7 +418,7 @@ def _server(
 ) -> Iterator[tuple[int, bool | None]]:
     """Give what becomes of each mutant, from a process that imports and collects all once."""
     read, write = os.pipe()
-    child = os.fork()
+    child = fork()
     if not child:
         os.close(read)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

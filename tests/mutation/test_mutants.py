@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -212,3 +215,27 @@ def test_a_mutant_that_hangs_is_noticed(project: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run, "LIMIT_S", 3.0)
     path = project / "grown_by.py"
     assert is_noticed(mutant_of(project, "a + 1  ->  a - 1"), path, [str(project / "test_it.py")])
+
+
+def test_who_is_killed_leaves_no_process_behind() -> None:
+    """Each of them holds the end of one pipe: it is at its end when the last one has gone."""
+    program = dedent("""
+        import os, time
+        from mutation.run import fork
+        if not fork():
+            if not fork():
+                os.setsid()
+                print("there", flush=True)
+            time.sleep(600)
+        time.sleep(600)
+    """)
+    path = os.pathsep.join([str(run.ROOT), str(run.ROOT / "tests")])
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as runner:
+        assert runner.stdout is not None
+        assert runner.stdout.readline() == b"there\n"
+        runner.kill()
+        assert runner.stdout.read() == b""
