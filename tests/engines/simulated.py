@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
-
-import pytest
+from typing import Any, Protocol
 
 from core.oracle import Memory
 from prefixcache.client import MediaItem, codec
@@ -81,10 +79,17 @@ class Session(SessionCore[LeaseState]):
         return reply.result()  # type: ignore[return-value]
 
 
+class Patches(Protocol):
+    """What a clock is put in place with: pytest's `monkeypatch`, or another."""
+
+    def setattr(self, name: str, value: object) -> None:
+        """Put something in the place of what a dotted name says."""
+
+
 class Machine:
     """One service, its pool, and a clock that the test moves."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, num_blocks: int, size: int) -> None:
+    def __init__(self, monkeypatch: Patches, num_blocks: int, size: int) -> None:
         self.cache = PrefixCache(num_blocks, size, ttl_s=TTL_S)
         self.size = size
         self.memory = Memory(size)

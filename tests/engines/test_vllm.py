@@ -7,8 +7,9 @@ vLLM is named: `PREFIXCACHE_VLLM_PYTHON=.venv-vllm/bin/python`.
 from __future__ import annotations
 
 import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ import prefixcache
 from engines.vllm_process import VllmProcess, needs_vllm, write_model
 from patience import PATIENCE_S
 from prefixcache.client import Client
+from prefixcache.types import Snapshot
 from service.service_process import ServiceProcess
 
 pytestmark = needs_vllm
 
-SIZE, SPARE = 32, 4
+SIZE, SPARE = 32, 16
 SERVE = (
     "--memory",
     "6MiB",
@@ -59,6 +61,7 @@ class Stage:
         }
 
     def wait(self) -> None:
+        """Wait until all of them are there: that takes most of the time."""
         for engine in (self.alone, *self.engines.values()):
             assert engine.ready.result(600) == {"ready": True}
 
@@ -68,9 +71,20 @@ class Stage:
     def client(self) -> Client:
         return prefixcache.connect(self.target)
 
-    def check_idle(self) -> None:
+    def told(self) -> Snapshot:
+        with self.client() as client:
+            return client.snapshot()
+
+    def until(self, true: Callable[[Snapshot], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not true(told := self.told()):
+            assert time.monotonic() < deadline, told
+            time.sleep(0.01)
+
+    def check_idle(self, *, lost_spare: int = 0) -> None:
         """Nobody holds anything but what is kept for bad times, and every invariant holds."""
-        spare = 0 if self.is_lost else sum(name.startswith("in-place") for name in self.engines)
+        in_place = [one for name, one in self.engines.items() if name.startswith("in-place")]
+        spare = 0 if self.is_lost else sum(one.process.poll() is None for one in in_place)
         with self.client() as client:
             deadline = time.monotonic() + PATIENCE_S
             while True:
@@ -81,7 +95,12 @@ class Stage:
                     "quarantined": told.quarantined,
                     "waiting": told.waiting,
                 }
-                kept = {"leases": spare, "private": SPARE * spare, "quarantined": 0, "waiting": 0}
+                kept = {
+                    "leases": spare - lost_spare,
+                    "private": SPARE * (spare - lost_spare),
+                    "quarantined": SPARE * lost_spare,
+                    "waiting": 0,
+                }
                 if held == kept or time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
@@ -150,20 +169,59 @@ def test_more_than_the_pool_holds_is_answered_all_the_same(stage: Stage, mode: s
     stage.check_idle()
 
 
-def test_without_the_service_a_connector_goes_on_and_shares_again_when_it_is_back(
+def test_a_stopped_engine_drops_what_it_read_and_computes_it_again(stage: Stage) -> None:
+    """Meanwhile its leases end, and another engine uses the blocks that it shared."""
+    first, second = stage.pair("in-place")
+    prompt = text("stopped", 300)
+    answer = second.generate_later(prompt, max_tokens=600)
+    stage.until(lambda told: told.num_leases == 3)
+    second.signal(signal.SIGSTOP)
+    try:
+        stage.until(lambda told: told.num_leases == 1 and told.quarantined > SPARE)
+        for at in range(4):
+            first.generate(text(("meanwhile", at), 900), max_tokens=2)
+    finally:
+        second.signal(signal.SIGCONT)
+    want = stage.alone.generate(prompt, max_tokens=600)
+    assert answer.result(600)["tokens"] == want["tokens"]
+    assert second.counts()["lost"] >= 1
+    stage.check_idle(lost_spare=1)
+
+
+def test_who_waits_for_an_engine_that_is_killed_takes_over(stage: Stage) -> None:
+    first, second = stage.pair("in-place")
+    prompts = [text(("killed", at), 600) for at in range(3)]
+    before = stage.told().num_leases
+    second.generate_later(*prompts, max_tokens=100)
+    stage.until(lambda told: told.num_leases > before)
+    second.signal(signal.SIGSTOP)
+    answer = first.generate_later([*prompts[2], 9])
+    time.sleep(1.0)
+    second.signal(signal.SIGKILL)
+    want = stage.alone.generate([*prompts[2], 9])
+    assert answer.result(600)["tokens"] == want["tokens"]
+    second.process.wait()
+    stage.check_idle()
+
+
+def test_without_the_service_all_go_on_and_connectors_share_again_when_it_is_back(
     stage: Stage,
 ) -> None:
     first, second = stage.pair("connector")
-    prompt = text("lost", 500)
-    answer = first.generate_later(prompt, max_tokens=60)
-    time.sleep(0.3)
+    in_place, _ = stage.pair("in-place")
+    prompt, short = text("lost", 300), text("short", 40)
+    answers = [one.generate_later(prompt, max_tokens=400) for one in (first, in_place)]
+    time.sleep(0.5)
     stage.is_lost = True
     stage.service.signal(9)
     stage.service.wait()
-    want = stage.alone.generate(prompt, max_tokens=60)["tokens"]
-    assert answer.result(600)["tokens"] == want
-    assert second.generate(prompt, max_tokens=60)["tokens"] == want
+    want = stage.alone.generate(prompt, max_tokens=400)["tokens"]
+    assert [answer.result(600)["tokens"] for answer in answers] == [want, want]
+    assert second.generate(prompt, max_tokens=400)["tokens"] == want
     assert second.counts()["shares"] is False
+    # In spare blocks, and in those that the first request left behind.
+    want = stage.alone.generate(short, max_tokens=40)["tokens"]
+    assert in_place.generate(short, max_tokens=40)["tokens"] == want
     stage.service.close()
     stage.service = ServiceProcess(stage.target, *SERVE)
     _until_sharing(first, second)

@@ -56,7 +56,7 @@ def options_for(mode: str, service: str) -> dict[str, Any]:
             "scheduler_cls": "prefixcache_vllm.scheduler.LeaseScheduler",
             "worker_cls": "prefixcache_vllm.worker.CPUWorker",
             "enable_prefix_caching": False,
-            "additional_config": {"prefixcache": {"connect": service, "spare_blocks": 4}},
+            "additional_config": {"prefixcache": {"connect": service, "spare_blocks": 16}},
         }
     return {}
 

@@ -110,9 +110,11 @@ class Leasing:
     def _preempt_lost(self, *, drop_output: bool) -> None:
         for name in self.leases.lost():
             request = self.requests.get(name)  # type: ignore[attr-defined]
-            self.kv_cache_manager.drop(name)
             if request is None or request not in self.running:  # type: ignore[attr-defined]
+                self.kv_cache_manager.drop(name)
                 continue
+            # vLLM frees its blocks, and late if a step that is under way may write to them: given
+            # back at once, they could be another's by then.
             log.info("prefixcache: %s lost its lease and is computed again", name)
             self.running.remove(request)  # type: ignore[attr-defined]
             self._preempt_request(  # type: ignore[attr-defined]
