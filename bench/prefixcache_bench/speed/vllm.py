@@ -105,7 +105,8 @@ def memory_bytes(session: int) -> int:
 
 
 def measure(servers: dict[str, Server], rounds: int) -> dict[str, Any]:
-    """Take all measurements, the engines in turn."""
+    """Take all measurements of the engines that there are, in turn."""
+    kinds = {kind: names for kind, names in KINDS.items() if names[0] in servers}
     noise = random.Random(0)
     firsts: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
     rates: dict[tuple[str, int], list[float]] = {}
@@ -115,8 +116,8 @@ def measure(servers: dict[str, Server], rounds: int) -> dict[str, Any]:
 
     for turn in range(rounds):
         for length in LENGTHS:
-            for kind in _turned(list(KINDS), turn):
-                first, *others = KINDS[kind]
+            for kind in _turned(list(kinds), turn):
+                first, *others = kinds[kind]
                 text = prompt(length)
                 steps = [(COLD, first), *((OTHERS, one) for one in others), (OWN, first)]
                 for what, name in steps:
@@ -182,7 +183,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"memory, shared pages divided: {each}"])
 
 
-async def run(model: Model, rounds: int) -> dict[str, Any]:
+async def run(model: Model, rounds: int, *, connectors: bool = True) -> dict[str, Any]:
     """Start all, measure, end all."""
 
     def say(text: str) -> None:
@@ -194,6 +195,7 @@ async def run(model: Model, rounds: int) -> dict[str, Any]:
         servers = {
             name: Server(name, words, folder, clock=time.monotonic, tell=lambda *_: None)
             for name, words in commands(model, target_in(folder)).items()
+            if connectors or name not in KINDS["connector"]
         }
         async with stopping([*servers.values(), service]):
             await service.ready()
@@ -209,6 +211,7 @@ def main() -> None:
     parser.add_argument("--python", default=os.environ.get("PREFIXCACHE_VLLM_PYTHON", ""))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--no-connectors", action="store_true", help="three engines, not five")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     missing = why_not(asked.python or ".venv-vllm/bin/python")
@@ -222,7 +225,7 @@ def main() -> None:
         sequences=8,
         memory="512MiB",
     )
-    found = asyncio.run(run(model, asked.rounds))
+    found = asyncio.run(run(model, asked.rounds, connectors=not asked.no_connectors))
     if asked.json:
         asked.json.write_text(json_text(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))

@@ -30,7 +30,7 @@ from prefixcache_worker.demo.view import PlainView, View
 PIPE_WIDTH: Final = 160
 PYTHON: Final = ".venv-vllm/bin/python"
 QUICK_TOKENS: Final = 12
-QUICK_CHUNK: Final = 16
+QUICK_CHUNK: Final = 8
 WRONG, USAGE = 1, 2
 
 
@@ -196,6 +196,7 @@ def _run(execute: Callable[[], Any]) -> Any:
 
         def end(number: int) -> None:
             if not received:
+                sys.stderr.write("ending all that was started …\n")
                 task.cancel()
             received.append(number)
 

@@ -39,7 +39,7 @@ START_S: Final = 900.0
 """How long an engine may take to answer: guards against hanging only."""
 STILL_S: Final = 15.0
 """How often one that starts is spoken of."""
-STOP_S: Final = 30.0
+STOP_S: Final = 12.0
 """How long it may take to end by itself."""
 NUM_TOPS: Final = 2
 _ENGINE: Final = re.compile(r"vllm-engine-(\d+)")
