@@ -397,7 +397,7 @@ class Workers:
                 self._leaving.append(worker)
             if worker.process is None:  # a watched process is waited for, however long it hangs
                 worker.forget = asyncio.get_running_loop().call_later(
-                    self._settings.quarantine, self._absolve, worker, "quarantine time is over"
+                    self._settings.quarantine, self._stopped, worker, "quarantine time is over"
                 )
         self._deliveries.settle()
         return ended
@@ -448,7 +448,7 @@ class Workers:
         """Take the word of clients that lost workers of theirs write to nothing any more."""
         for key in keys:
             if worker := self._lost.get(key):
-                self._absolve(worker, "its client says that it has stopped")
+                self._stopped(worker, "its client says that it has stopped")
 
     def close(self) -> None:
         """Stop watching; nobody's blocks change."""
@@ -480,16 +480,37 @@ class Workers:
 
         If others of its group may write on, it waits for them.
         """
+        if worker.key not in self._attached:
+            self._stopped(worker, "its process ended")
+            return
         group = self._stop_writing(worker)
         worker.is_outlived = group is not None
-        if worker.key in self._attached:
-            self.leave(worker, gone=not worker.is_outlived)
-            if worker.hang_up is not None:
-                worker.hang_up()
-        elif worker.key in self._lost and not worker.is_outlived:
-            self._absolve(worker, "its process ended")
+        self.leave(worker, gone=group is None)
+        if worker.hang_up is not None:
+            worker.hang_up()
         if group is not None:
-            group.outlived = [one for one in (*group.outlived, worker) if one.key in self._lost]
+            self._wait_for(group, worker)
+
+    def _stopped(self, worker: Worker, why: str) -> None:
+        """Take it that a lost worker writes no more: free its blocks, once its group does not, too.
+
+        It speaks for its own process, and not for the others that write to its blocks.
+        """
+        if worker.key not in self._lost or worker.is_outlived:
+            return
+        group = self._stop_writing(worker)
+        if group is None:
+            self._absolve(worker, why)
+            return
+        worker.is_outlived = True
+        if not self._may_be_writing(worker):
+            del self._lost[worker.key]
+            self._forget(worker)
+        self._wait_for(group, worker)
+
+    def _wait_for(self, group: Group, worker: Worker) -> None:
+        """Keep a worker's blocks, if it left any, until its group has ended.  O(group)."""
+        group.outlived = [one for one in (*group.outlived, worker) if one.key in self._lost]
 
     def _stop_writing(self, worker: Worker) -> Group | None:
         """Note that a worker writes no more; absolve its group if it was the last.  Idempotent.

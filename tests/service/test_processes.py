@@ -98,9 +98,11 @@ def quarantined(client: Client) -> int:
     return client.snapshot().quarantined
 
 
-def take_and_fall_silent(stub: Any, pid: int) -> None:
+def take_and_fall_silent(stub: Any, pid: int, group: str = "") -> None:
     """Attach by unary calls, take blocks, and never be heard of again."""
-    request = pb.AttachRequest(namespace=pb.Namespace(model="tiny"), pid=pid, host=this_host())
+    request = pb.AttachRequest(
+        namespace=pb.Namespace(model="tiny"), pid=pid, host=this_host(), group=group
+    )
     codec.write_layout(LAYOUT, request.layout)
     answer = stub.Attach(request)
     stub.Acquire(pb.AcquireRequest(worker_key=answer.worker_key, tokens=pack(range(32))))
@@ -325,4 +327,58 @@ def test_a_writer_that_loses_its_stream_is_waited_for_all_the_same(
                 assert quarantined(client) == 8
             session.close()
             with other.attach("tiny", LAYOUT):  # passes on that the former one writes no more
+                eventually(lambda: quarantined(client) == 0)
+
+
+def test_a_stopped_writer_is_waited_for_until_it_is_killed(service: ServiceProcess) -> None:
+    with (
+        grpc.insecure_channel(service.target) as channel,
+        prefixcache.connect(service.target) as client,
+    ):
+        holder, writer = member(service.target, "g", 32), member(service.target, "g")
+        os.kill(writer.pid, signal.SIGSTOP)
+        end(holder)
+        eventually(lambda: quarantined(client) == 8)
+        # Another is silent for a ttl, and its quarantine is over: so long nothing came back.
+        take_and_fall_silent(PrefixCacheStub(channel), 1)  # type: ignore[no-untyped-call]
+        eventually(lambda: quarantined(client) == 16)
+        eventually(lambda: quarantined(client) == 8)
+        end(writer)
+        eventually(lambda: quarantined(client) == 0)
+
+
+def test_who_cannot_be_watched_waits_for_those_of_its_group_that_can(
+    service: ServiceProcess,
+) -> None:
+    with (
+        grpc.insecure_channel(service.target) as channel,
+        prefixcache.connect(service.target) as client,
+    ):
+        stub: Any = PrefixCacheStub(channel)  # type: ignore[no-untyped-call]
+        writer = member(service.target, "g")
+        take_and_fall_silent(stub, 1, "g")
+        eventually(lambda: quarantined(client) == 8)
+        take_and_fall_silent(stub, 1)
+        eventually(lambda: quarantined(client) == 16)
+        eventually(lambda: quarantined(client) == 8)
+        end(writer)
+        eventually(lambda: quarantined(client) == 0)
+
+
+def test_a_client_speaks_for_its_own_process_and_not_for_its_group(
+    service: ServiceProcess,
+) -> None:
+    """It lost its stream and attaches again: it writes no more, but its workers may."""
+    with prefixcache.connect(service.target) as client:
+        writer = member(service.target, "g")
+        with prefixcache.connect(service.target) as holder:
+            session = holder.attach("tiny", LAYOUT, group="g")
+            session.acquire([7] * 32)
+            session._call.cancel()
+            eventually(lambda: quarantined(client) == 8)
+            session.close()
+            with holder.attach("tiny", LAYOUT) as again:
+                again.lookup([7])
+                assert quarantined(client) == 8
+                end(writer)
                 eventually(lambda: quarantined(client) == 0)
