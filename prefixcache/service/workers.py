@@ -299,6 +299,22 @@ class Workers:
         worker.seen_at = time.monotonic()
         return worker
 
+    def check_new(self, identity: Identity, name: str, group: str) -> None:
+        """Check that a worker of an identity can be registered.  Changes nothing.
+
+        Raises:
+            InvalidRequest: the name cannot be shown, or the group is full.
+            PoolExhausted: there are too many workers.
+        """
+        if len(name) > MAX_NAME:
+            raise InvalidRequest(
+                f"a worker's name has up to {MAX_NAME} characters, this has {len(name)}"
+            )
+        members = self._groups.get((identity, group))
+        if members and len(members.writers) + len(members.outlived) >= MAX_GROUP:
+            raise InvalidRequest(f"this group has {MAX_GROUP} workers, and takes no more")
+        self.shares.check(identity.tenant or "")
+
     def join(
         self,
         identity: Identity,
@@ -319,16 +335,8 @@ class Workers:
             group: of workers of this identity that write to each other's blocks; "" for none.
 
         Raises:
-            InvalidRequest: the name cannot be shown.
             PoolExhausted: there are too many workers.
         """
-        if len(name) > MAX_NAME:
-            raise InvalidRequest(
-                f"a worker's name has up to {MAX_NAME} characters, this has {len(name)}"
-            )
-        members = self._groups.get((identity, group))
-        if members and len(members.writers) + len(members.outlived) >= MAX_GROUP:
-            raise InvalidRequest(f"this group has {MAX_GROUP} workers, and takes no more")
         self.shares.take(identity.tenant or "")
         shown = self._names.take(identity.tenant or "", name)
         key = secrets.token_hex(16)

@@ -12,8 +12,8 @@ import pytest
 
 import prefixcache
 from prefixcache.client import Client, codec
-from prefixcache.errors import InvalidRequest, PoolExhausted
-from prefixcache.types import Namespace, pack
+from prefixcache.errors import InvalidRequest, NotFound, PoolExhausted
+from prefixcache.types import Layout, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.speed import crowd, timing
 from service.service_process import LAYOUT, ServiceProcess, running, sizes
@@ -146,6 +146,24 @@ def test_one_large_message_of_snapshots_is_cut_short(client: Client) -> None:
     assert told[0] is None
     assert isinstance(told[1], InvalidRequest)
     assert "1 snapshot in 64 ops" in str(told[1])
+
+
+@pytest.mark.parametrize("char", ["m", "ü", "漢", "\U0001d11e"])
+def test_an_error_that_repeats_a_long_name_is_told_and_not_the_transport_s(
+    client: Client, char: str
+) -> None:
+    with pytest.raises(NotFound, match="no recent request"):
+        client.recount(char * 1024)
+
+
+def test_who_is_refused_does_not_settle_the_layout_for_all(tmp_path: Path) -> None:
+    with (
+        running(f"unix:{tmp_path}/l.sock", "--memory", "1MiB", "--block-size", "4") as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        with pytest.raises(InvalidRequest, match="a worker's name has up to 128 characters"):
+            client.attach("m", Layout(9, 1, 4, "float32"), name="n" * 300)
+        client.attach("m", LAYOUT)
 
 
 def test_a_crowd_of_streams_and_leases_leaves_nothing_behind() -> None:

@@ -41,6 +41,9 @@ _LOOKS = frozenset(
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
 
+MOST_ERROR_BYTES = 1500
+"""Of an error's text."""
+
 _calls = itertools.count(1)
 
 
@@ -75,12 +78,13 @@ def service(
         tracer = domains[""].tracer
         return call if tracer is None else tracer.traced(verb, call)
 
+    max_ops = domains[""].settings.max_ops
     methods: dict[str, Any] = {}
     for verb, rpc in unary.RPCS.items():
         name = rpc.path.rpartition("/")[2]
         methods[name] = grpc.unary_unary_rpc_method_handler(
             gated(verb, rpc.response),
-            request_deserializer=reader(rpc.request),
+            request_deserializer=reader(rpc.request, max_ops),
             response_serializer=_serialized,
         )
 
@@ -90,7 +94,7 @@ def service(
 
     methods["Session"] = grpc.stream_stream_rpc_method_handler(
         session,
-        request_deserializer=reader(pb.OpBatch),
+        request_deserializer=reader(pb.OpBatch, max_ops),
         response_serializer=pb.OpResults.SerializeToString,
     )
 
@@ -100,7 +104,7 @@ def service(
 
     methods["Watch"] = grpc.unary_stream_rpc_method_handler(
         watching,
-        request_deserializer=reader(pb.WatchRequest),
+        request_deserializer=reader(pb.WatchRequest, max_ops),
         response_serializer=pb.WatchResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(unary.SERVICE, methods)
@@ -261,6 +265,7 @@ class _Call:
 
 async def refuse(context: Any, error: CacheError) -> Never:
     """End a call with the error's status, and its class and retry hint as details."""
+    text = shorten(str(error))
     info = error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=unary.ERROR_DOMAIN)
     details = [_any(info)]
     if isinstance(error, PoolExhausted) and error.retry_after_s > 0:
@@ -268,10 +273,26 @@ async def refuse(context: Any, error: CacheError) -> Never:
         retry.retry_delay.FromMicroseconds(int(error.retry_after_s * 1e6))
         details.append(_any(retry))
     status = rpc_status.to_status(
-        status_pb2.Status(code=codec.STATUS_CODES[error.code], message=str(error), details=details)
+        status_pb2.Status(code=codec.STATUS_CODES[error.code], message=text, details=details)
     )
     await context.abort(status.code, status.details, status.trailing_metadata)
     raise AssertionError("abort always raises")
+
+
+def shorten(text: str) -> str:
+    """Take what is too much out of the middle of an error's text.
+
+    It travels twice in the trailers of a call, each byte that is not ASCII as three; a client takes
+    no more than 8 KiB of them, and else would be told of those, and not of the error.
+
+    >>> len(shorten("ü" * 4000).encode()) <= MOST_ERROR_BYTES, shorten("no namespace m")
+    (True, 'no namespace m')
+    """
+    data = text.encode()
+    if len(data) <= MOST_ERROR_BYTES:
+        return text
+    half = MOST_ERROR_BYTES // 2 - 4
+    return f"{data[:half].decode(errors='ignore')} … {data[-half:].decode(errors='ignore')}"
 
 
 def _any(message: Any) -> AnyMessage:

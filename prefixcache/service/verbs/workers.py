@@ -55,6 +55,8 @@ class WorkerVerbs(Verbs):
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)
+        if not isinstance(asker, Worker):  # who is refused must not settle the layout for all
+            self.workers.check_new(asker.identity, request.name, request.group)
         fresh = self.backing.cache is None
         cache = self.backing.settle_layout(codec.read_layout(request.layout), request.block_size)
         if fresh:
