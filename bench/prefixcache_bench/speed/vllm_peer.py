@@ -23,6 +23,7 @@ MEMORY_BYTES: Final = 1 << 30
 ABSENT: Final = f"not measured: neither --vllm nor ${PYTHON_VARIABLE} names a Python that has vLLM"
 _THREADS: Final = 1
 _QUOTED_LINES: Final = 3
+_END_S: Final = 20
 
 
 class VllmFailed(RuntimeError):
@@ -106,6 +107,7 @@ class Vllm:
     def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
         self._process = process
         self._log = log
+        self.pid = process.pid
         self.about: dict[str, Any] = self._answer()
         """Its version, torch's, threads, whether the model is compiled, tokens per block."""
         if self.about["threads"] != _THREADS:
@@ -117,17 +119,28 @@ class Vllm:
         Raises:
             VllmFailed: it ended, or its answer is not whole.
         """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says it
-            self._process.stdin.write(json_text({"prompts": prompts, "count": count}) + "\n")
-            self._process.stdin.flush()
-        made = [Generated.read(told) for told in self._answer()]
+        made = [Generated.read(told) for told in self._ask(prompts=prompts, count=count)]
         if [(one.prompt, one.generated) for one in made] != [(len(p), count) for p in prompts]:
             raise VllmFailed(
                 f"asked for {count} tokens after prompts of {[len(p) for p in prompts]} tokens, "
                 f"vLLM gave {[one.generated for one in made]} after {[one.prompt for one in made]}"
             )
         return made
+
+    def counts(self) -> dict[str, int]:
+        """Give the steps planned so far and, of an engine that leases, what it asked the service.
+
+        Raises:
+            VllmFailed: it ended.
+        """
+        return {str(name): int(number) for name, number in self._ask(counts=True).items()}
+
+    def _ask(self, **what: Any) -> Any:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says it
+            self._process.stdin.write(json_text(what) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
@@ -143,7 +156,15 @@ class Vllm:
 
 
 @contextlib.contextmanager
-def vllm(python: str, model: str, dtype: str, max_requests: int) -> Iterator[Vllm]:
+def vllm(
+    python: str,
+    model: str,
+    dtype: str,
+    max_requests: int,
+    *,
+    keep_path: bool = False,
+    **settings: Any,
+) -> Iterator[Vllm]:
     """Run vLLM with its prefix cache on, one thread, in a process of its own, until the end.
 
     Args:
@@ -151,6 +172,8 @@ def vllm(python: str, model: str, dtype: str, max_requests: int) -> Iterator[Vll
         model: folder of the model.
         dtype: what it computes in.
         max_requests: how many it decodes side by side.
+        keep_path: whether it finds modules where `$PYTHONPATH` says.
+        settings: further ones of vLLM's; they count before those made here.
 
     Raises:
         VllmFailed: there is no such Python, it has no vLLM, or vLLM does not start.
@@ -166,7 +189,7 @@ def vllm(python: str, model: str, dtype: str, max_requests: int) -> Iterator[Vll
         "kv_cache_memory_bytes": MEMORY_BYTES,
         "skip_tokenizer_init": True,
         "disable_log_stats": False,  # else no request has times
-    }
+    } | settings
     command = [python, "-P", vllm_engine.__file__, json_text(options)]
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
@@ -177,7 +200,7 @@ def vllm(python: str, model: str, dtype: str, max_requests: int) -> Iterator[Vll
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=_environment(python),
+                env=environment(python, keep_path=keep_path),
             )
         except OSError as error:
             raise VllmFailed(f"{python} does not start: {error.strerror}") from error
@@ -186,16 +209,20 @@ def vllm(python: str, model: str, dtype: str, max_requests: int) -> Iterator[Vll
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
     assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(BrokenPipeError):  # what an engine that ended was not told
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
+    try:
+        process.wait(_END_S)  # what it has leased, it gives back
+    except subprocess.TimeoutExpired:
+        process.kill()
+    assert process.stdout is not None
     process.stdout.close()
     process.wait()
 
 
-def _environment(python: str) -> dict[str, str]:
+def environment(python: str, *, keep_path: bool = False) -> dict[str, str]:
+    """Give what a process of vLLM's runs in: one thread, and nothing asked of a network."""
     found = os.environ | {
         "OMP_NUM_THREADS": str(_THREADS),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else a thread on every core
@@ -203,7 +230,8 @@ def _environment(python: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    found.pop("PYTHONPATH", None)
+    if not keep_path:
+        found.pop("PYTHONPATH", None)
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
     if openmp.exists():  # comes with vLLM's wheel for CPUs, which wants it loaded first
         found["LD_PRELOAD"] = ":".join(filter(None, [found.get("LD_PRELOAD"), str(openmp)]))
