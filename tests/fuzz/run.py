@@ -23,6 +23,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 import prefixcache
 from fuzz import plane
 from fuzz.wire import BATCHES, throw
+from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -99,7 +100,7 @@ def over_the_wire(seconds: float, target: str) -> tuple[int, str]:
                 return
             count += 1
             try:
-                answers = list(stream(iter([hello, batch]), timeout=5.0))
+                answers = list(stream(iter([hello, batch]), timeout=PATIENCE_S))
             except grpc.RpcError as error:
                 expected = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED)
                 if error.code() not in expected:
