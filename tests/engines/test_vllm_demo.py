@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 
 from prefixcache.types import LeaseId, LeaseInfo, Ledger, Namespace, Snapshot
-from prefixcache_vllm.demo import environments, ladder, stream, verdict
+from prefixcache_vllm.demo import environments, ladder, stream, tiny, verdict
 from prefixcache_vllm.demo.outage import Outage
 from prefixcache_vllm.demo.runner import Outcome, Rest
 from prefixcache_vllm.demo.servers import SHARED, Model, Server, environment, members, shared_by
+from prefixcache_worker.demo import chats
 from prefixcache_worker.demo.compare import Difference, Verdict
 from prefixcache_worker.demo.record import Death, Request, Run
+from prefixcache_worker.demo.scenario import CRASH
 from service.service_process import ROOT
 
 PYTHON = os.environ.get("PREFIXCACHE_VLLM_PYTHON", "")
@@ -215,6 +217,14 @@ def test_engines_differ_from_vllm_alone_in_what_is_ours_only(tmp_path: Path) -> 
 def test_a_missing_environment_is_said_with_the_command_that_makes_it() -> None:
     for python in ("/nowhere/python", sys.executable):
         assert "make vllm-environment" in environments.why_not(python)
+
+
+def test_the_tiny_models_chats_differ_in_the_crashs_system_prompt_only() -> None:
+    short, made = chats.load().quick(), tiny.chats(chats.load())
+    assert [chat.turns for chat in made.chats] == [chat.turns for chat in short.chats]
+    for chat, other in zip(made.chats, short.chats, strict=True):
+        assert (chat.assistant == other.assistant) == (chat.assistant.name != CRASH)
+        assert chat.assistant == made.assistants[chat.assistant.name]
 
 
 # -------------------------------------------------------------------------------------- the figures

@@ -137,8 +137,8 @@ def _setup(python: str, dtype: str, folder: Path, *, quick: bool) -> runner.Setu
     if quick:
         return replace(
             setup,
-            workload=workload.quick(),
-            # Short steps: so small a model has computed a prompt before anybody waits for it.
+            workload=tiny.chats(workload),
+            # Short steps, for the same reason as the longer prompt.
             model=replace(model, memory="128MiB", chunk=QUICK_CHUNK),
             answer_tokens=QUICK_TOKENS,
             ladders=runner.QUICK_LADDERS,

@@ -15,11 +15,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.record import Request
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS: Final = 160
+"""Enough for a small model to be still answering when the service dies."""
 
 
 @dataclass(slots=True)

@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from prefixcache_worker.demo.chats import Workload
+from prefixcache_worker.demo.scenario import CRASH
+
+TIMES: Final = 3
 TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json")
+
+
+def chats(workload: Workload) -> Workload:
+    """Give the short workload, with a longer system prompt for the crash.
+
+    So small a model would have computed the real one before anybody waits for it.
+    """
+    short = workload.quick()
+    known = short.assistants[CRASH]
+    longer = replace(known, system="\n".join([known.system] * TIMES))
+    return Workload(
+        {**short.assistants, CRASH: longer},
+        tuple(
+            replace(chat, assistant=longer) if chat.assistant == known else chat
+            for chat in short.chats
+        ),
+    )
 
 
 def write(folder: Path, tokenizer_of: Path) -> Path:
