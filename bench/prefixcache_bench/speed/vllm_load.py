@@ -74,20 +74,19 @@ class Tally:
 
 
 def left_behind(counts: Counts, leases: int) -> list[str]:
-    """Say what an idle pool should not have.
+    """Say what an idle pool should not have.  A lease of spare blocks is a flight that never lands.
 
-    >>> left_behind(Counts(num_leases=2), 2)
+    >>> left_behind(Counts(num_leases=2, num_flights=2), 2)
     []
     >>> left_behind(Counts(num_leases=3, quarantined=4, waiting=1, num_flights=1), 0)
-    ['3 leases, not 0', '4 quarantined', '1 waiting', '1 flights']
+    ['3 leases, not 0', '4 quarantined', '1 waiting', '1 flights, not 0']
     """
     found = [f"{counts.num_leases} leases, not {leases}"] if counts.num_leases != leases else []
-    rows = (
-        ("quarantined", counts.quarantined),
-        ("waiting", counts.waiting),
-        ("flights", counts.num_flights),
-    )
-    return found + [f"{number} {name}" for name, number in rows if number]
+    rows = (("quarantined", counts.quarantined), ("waiting", counts.waiting))
+    found += [f"{number} {name}" for name, number in rows if number]
+    if counts.num_flights != leases:
+        found.append(f"{counts.num_flights} flights, not {leases}")
+    return found
 
 
 def settled(client: Client, leases: int) -> list[str]:
@@ -235,8 +234,8 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
         ended = [f"engines ended: {what}" for what in settled(client, 0)]
         ledger = client.snapshot().ledger
     say(
-        f"{tally.completed:,} requests in {tally.turns} turns, {took:.0f} s; {tally.failed} failed;"
-        f" {tally.tokens:,} tokens generated; {ledger}"
+        f"{tally.completed:,} requests in {tally.turns} turns of one engine, {took:.0f} s;"
+        f" {tally.failed} failed; {tally.tokens:,} tokens generated; {ledger}"
     )
     wrong = [f"{tally.failed} requests failed"] if tally.failed else []
     return wrong + idle + ended
