@@ -384,6 +384,17 @@ def test_one_thing_that_did_not_hold_fails_the_demo(broken: Any) -> None:
     assert verdict.last_line(promises, figures_of(one)).startswith("FAILED: 1 of ")
 
 
+def test_a_toy_may_be_killed_too_late_and_nothing_else_may() -> None:
+    one = outcome()
+    assert one.shared.death is not None
+    one.shared.death = replace(one.shared.death, in_prefill=False, takeover_ms=None)
+    assert not all(each.held for each in verdict.judge(one, figures_of(one)))
+    assert all(each.held for each in verdict.judge(one, figures_of(one), may_be_late=True))
+    break_takeover(one)
+    one.shared.death = replace(one.shared.death, in_prefill=True)
+    assert not all(each.held for each in verdict.judge(one, figures_of(one), may_be_late=True))
+
+
 def test_too_much_that_is_computed_twice_fails_the_demo() -> None:
     figures = figures_of(outcome()) | {"tokens_over_ideal_percent": 2.5}
     assert not all(promise.held for promise in verdict.judge(outcome(), figures))

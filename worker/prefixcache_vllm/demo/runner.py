@@ -75,6 +75,8 @@ class Setup:
     engines: tuple[str, ...] = ("vllm-1", "vllm-2", "vllm-3")
     answer_tokens: int = 24
     ladders: int = LADDERS
+    may_be_late: bool = False
+    """Whether the model is too fast to be killed in mid-prefill for sure."""
 
     def transcripts(self) -> dict[str, Transcript]:
         """Begin every chat."""

