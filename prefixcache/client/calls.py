@@ -103,7 +103,9 @@ def check(max_runs: int = 0) -> Call[Checked]:
         max_runs: Up to so many runs and leases are checked in one go, while everybody waits, about
             30 microseconds for each. Then nothing is left out. 0: 500.
     """
-    return Call("check", pb.CheckRequest(max_runs=max_runs), codec.read_check)
+    request = pb.CheckRequest()
+    codec.put(request, max_runs=max_runs)
+    return Call("check", request, codec.read_check)
 
 
 @codec.no_foreign_errors("reset")
@@ -158,8 +160,8 @@ def set_quota(
     call = quota(scope)
     call.request.set = True
     if max_held is not None:
-        call.request.max_held = max_held
-    call.request.guaranteed = guaranteed
+        codec.put(call.request, max_held=max_held)
+    codec.put(call.request, guaranteed=guaranteed)
     return call
 
 
@@ -186,12 +188,8 @@ def outline(
         max_depth: runs below the root beyond which all is summed up.
         ghosts: whether evicted runs are shown.
     """
-    request = pb.TreeRequest(
-        order=codec.ORDERS[order],
-        max_branches=max_branches,
-        max_depth=max_depth or 0,
-        without_ghosts=not ghosts,
-    )
+    request = pb.TreeRequest(order=codec.ORDERS[order], without_ghosts=not ghosts)
+    codec.put(request, max_branches=max_branches, max_depth=max_depth or 0)
     if namespace is not None:
         codec.write_namespace(namespace, request.namespace)
     return Call("tree", request, codec.read_outline)
@@ -215,7 +213,8 @@ def watch(
         InvalidRequest: the service sends no token ids.
         ServiceUnavailable: the connection is lost.
     """
-    request = pb.WatchRequest(from_sequence=from_sequence, tokens=tokens)
+    request = pb.WatchRequest(tokens=tokens)
+    codec.put(request, from_sequence=from_sequence)
     if namespace is not None:
         codec.write_namespace(namespace, request.namespace)
     return request

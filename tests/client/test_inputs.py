@@ -18,7 +18,7 @@ import torch
 
 import prefixcache
 from patience import PATIENCE_S
-from prefixcache.client import connect_async
+from prefixcache.client import calls, connect_async
 from prefixcache.config import load, parse_layout
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.types import Layout, Namespace, pack, unpack
@@ -220,6 +220,21 @@ def test_no_odd_word_of_a_client_raises_an_error_of_others(service: ServiceProce
                 with pytest.raises(CacheError):
                     call()
         assert client.snapshot().num_blocks == 64
+
+
+@pytest.mark.parametrize("odd", [2**64, -1, 1.5, "3"])
+def test_a_number_that_no_message_holds_is_named_with_its_field(odd: Any) -> None:
+    asked: dict[str, Callable[[], Any]] = {
+        "max_held": lambda: calls.set_quota("t", max_held=odd),
+        "guaranteed": lambda: calls.set_quota("t", max_held=None, guaranteed=odd),
+        "max_branches": lambda: calls.outline(max_branches=odd),
+        "max_depth": lambda: calls.outline(max_depth=odd),
+        "max_runs": lambda: calls.check(odd),
+        "from_sequence": lambda: calls.watch(odd),
+    }
+    for field, ask in asked.items():
+        with pytest.raises(InvalidRequest, match=re.escape(f"{field} is {odd!r}")):
+            ask()
 
 
 def test_an_attachment_is_shown_in_one_short_line(service: ServiceProcess) -> None:

@@ -21,6 +21,7 @@ from prefixcache.client.codec.errors import (
     check_seconds,
     make_error,
     no_foreign_errors,
+    put,
     read_error,
     write_error,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "check_seconds",
     "make_error",
     "no_foreign_errors",
+    "put",
     "read_attach",
     "read_check",
     "read_error",

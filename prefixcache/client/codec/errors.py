@@ -71,6 +71,17 @@ def no_foreign_errors(what: str) -> Iterator[None]:
         raise InvalidRequest(f"{what}: {error}") from None
 
 
+def put(message: Any, **fields: Any) -> None:
+    """Set numbers of a message.
+
+    Raises:
+        InvalidRequest: the message cannot hold one; it is named with what it is.
+    """
+    for name, value in fields.items():
+        with no_foreign_errors(f"{name} is {value!a:.60}"):
+            setattr(message, name, value)
+
+
 def check_seconds(name: str, seconds: Any) -> None:
     """Refuse a time that nobody can wait.
 
