@@ -36,7 +36,7 @@ import prefixcache
 from prefixcache.client import Client
 from prefixcache.types import Counts
 from prefixcache_bench.speed.served import served
-from prefixcache_bench.speed.vllm_engines import ABSENT, DTYPE, Say, commit, device, layout_of
+from prefixcache_bench.speed.vllm import ABSENT, DTYPE, Say, commit, device, layout_of
 from prefixcache_bench.speed.vllm_peer import (
     BLOCK_SIZE,
     PYTHON_VARIABLE,
