@@ -8,6 +8,8 @@ from typing import Any, Final
 import prefixcache
 from prefixcache.client import Client, Session
 from prefixcache.errors import Unsupported
+from prefixcache.texts import many
+from prefixcache.types import PoolHandle
 from prefixcache_vllm import pages
 from prefixcache_vllm.options import Options
 
@@ -62,3 +64,19 @@ def join(
         client.close()
         raise
     return client, session
+
+
+def check_room(pool: PoolHandle, max_tokens: int, spare_blocks: int) -> None:
+    """Refuse an engine whose longest request would wait for ever for blocks.
+
+    Raises:
+        Unsupported: As said, with what to do.
+    """
+    needed = -(-max_tokens // pool.block_size)
+    usable = pool.num_blocks - pool.first_block - spare_blocks
+    if needed > usable:
+        raise Unsupported(
+            f"a request of --max-model-len {max_tokens:,} needs {many(needed, 'block')} of "
+            f"{pool.block_size} tokens, and the pool lends {usable:,} beside {spare_blocks:,} that "
+            "are spare: give the service more memory, or vLLM a smaller --max-model-len"
+        )

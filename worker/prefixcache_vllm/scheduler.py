@@ -19,7 +19,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from prefixcache_vllm.joining import join
+from prefixcache_vllm.joining import check_room, join
 from prefixcache_vllm.leases import Bounds, Leases
 from prefixcache_vllm.manager import LeasedKVCacheManager
 from prefixcache_vllm.options import Options
@@ -47,6 +47,7 @@ class Leasing:
             wait_s=options.wait_s,
             spare_blocks=options.spare_blocks,
         )
+        check_room(session.pool, bounds.max_tokens, bounds.spare_blocks)
         self.leases = Leases(session, bounds)
         self.kv_cache_manager = LeasedKVCacheManager.of(self.kv_cache_manager, self.leases)
         # Blocks that are let go of may be lent to another process at once, and no stream orders its
