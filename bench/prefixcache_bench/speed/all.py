@@ -18,6 +18,12 @@ from importlib import metadata
 from pathlib import Path
 
 DOCUMENT = Path("docs/benchmarks.md")
+HEAD = """# Benchmarks
+
+Written by `make bench`. The machine is shared and noisy: trust the ratios, which compare runs of
+the same minute. Each section says of which run it is;
+`python -m prefixcache_bench.speed.all --only NAME` renews those of that name.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 if one fails."""
     parser = argparse.ArgumentParser(prog="prefixcache_bench.speed.all", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller runs of each benchmark")
-    parser.add_argument("--only", help="run those whose module name contains this")
+    parser.add_argument("--only", help="renew those whose module name contains this")
     parser.add_argument("--output", type=Path, default=DOCUMENT)
     options = parser.parse_args(argv)
     chosen = [one for one in BENCHMARKS if not options.only or options.only in one.module]
     if not chosen:
         parser.error(f"no benchmark is called {options.only!r}")
-    parts = [_head()]
+    sections = {} if not options.output.exists() else sections_of(options.output.read_text())
     failed = 0
     for benchmark in chosen:
         print(f"==> {benchmark.shown(quick=options.quick)}", flush=True)
@@ -118,29 +124,40 @@ def main(argv: list[str] | None = None) -> int:
         print(done.stdout, end="", flush=True)
         failed += done.returncode != 0
         took = time.monotonic() - started
-        parts.append(
-            f"## {benchmark.title}\n\n{benchmark.about}\n\n"
+        sections[benchmark.title] = (
+            f"{benchmark.about}\n\n"
             f"```\n$ {benchmark.shown(quick=options.quick)}\n{done.stdout.rstrip()}\n```\n\n"
-            f"{took:.0f} s.\n"
+            f"{took:.0f} s · {_run()}\n"
         )
     if failed:
         print(f"{failed} of {len(chosen)} benchmarks failed; {options.output} is left as it was")
         return 1
-    if not options.only:
-        options.output.write_text("\n".join(parts), encoding="utf-8")
-        print(f"written: {options.output}")
+    options.output.write_text(written(sections), encoding="utf-8")
+    print(f"written: {options.output}")
     return 0
 
 
-def _head() -> str:
+def sections_of(text: str) -> dict[str, str]:
+    """Give the sections of the document by their titles, each with the run that it is of."""
+    _, *found = text.split("\n## ")
+    titled = [one.partition("\n\n") for one in found]
+    return {title: f"{body.rstrip()}\n" for title, _, body in titled}
+
+
+def written(sections: dict[str, str]) -> str:
+    """Write the document: what `make bench` runs, in its order, and then what else was there."""
+    titles = [one.title for one in BENCHMARKS if one.title in sections]
+    titles += [title for title in sections if title not in titles]
+    return "\n".join([HEAD, *(f"## {title}\n\n{sections[title]}" for title in titles)])
+
+
+def _run() -> str:
     versions = ", ".join(
         f"{name} {metadata.version(name)}" for name in ("grpcio", "torch", "triton", "transformers")
     )
     return (
-        "# Benchmarks\n\nWritten by `make bench`. The machine is shared and noisy: trust the "
-        "ratios, which compare runs of the same minute.\n\n"
         f"{datetime.now(UTC):%Y-%m-%d} · commit {_commit()} · {_processor()} · "
-        f"Python {platform.python_version()} · {versions}\n"
+        f"Python {platform.python_version()} · {versions}"
     )
 
 
