@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE_S
 from service.service_process import ROOT, environment
 
 PYTHON = os.environ.get("PREFIXCACHE_VLLM_PYTHON", "")
@@ -120,7 +121,7 @@ class VllmProcess:
                 self.process.stdin.close()
         if self.process.poll() is None:
             try:
-                self.process.wait(60)
+                self.process.wait(PATIENCE_S)
             except subprocess.TimeoutExpired:
                 self.process.send_signal(signal.SIGKILL)
                 self.process.wait()
