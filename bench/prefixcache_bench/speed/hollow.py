@@ -110,6 +110,7 @@ class HollowCache:
         attached: bool = True,
         reuse: bool = True,
         min_partial: int = 0,
+        for_room: bool = True,
     ) -> Grant:
         """Read all tokens and give a table for them."""
         np.frombuffer(tokens, np.uint32).sum()
