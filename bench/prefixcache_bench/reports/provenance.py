@@ -16,19 +16,19 @@ def provenance() -> dict[str, str]:
     program = Path(sys.argv[0]).name or "python"
     return {
         "command": shlex.join([program, *sys.argv[1:]]),
-        "commit": _commit(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "commit": commit(),
+        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Name the commit; `-dirty` if the code differs from it (results that were redrawn do not)."""
-    commit = _git("describe", "--always")
+    name = _git("describe", "--always")
     changed = _git(
         "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs"
     )
-    return commit + ("-dirty" if changed else "") if commit else "unknown"
+    return name + ("-dirty" if changed else "") if name else "unknown"
 
 
 def _git(*arguments: str) -> str:
@@ -40,7 +40,8 @@ def _git(*arguments: str) -> str:
     return found.stdout.strip()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

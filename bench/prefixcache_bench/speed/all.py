@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+from prefixcache_bench.reports.provenance import commit, processor
+
 DOCUMENT = Path("docs/benchmarks.md")
 HEAD = """# Benchmarks
 
@@ -156,29 +158,9 @@ def _run() -> str:
         f"{name} {metadata.version(name)}" for name in ("grpcio", "torch", "triton", "transformers")
     )
     return (
-        f"{datetime.now(UTC):%Y-%m-%d} · commit {_commit()} · {_processor()} · "
-        f"Python {platform.python_version()} · {versions}"
+        f"{datetime.now(UTC):%Y-%m-%d} · commit {commit()} · "
+        f"{os.cpu_count()} cores of {processor()} · Python {platform.python_version()} · {versions}"
     )
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607 - the git of whoever runs this
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    else:
-        model = platform.machine()
-    return f"{len(os.sched_getaffinity(0))} cores of {model}"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -44,6 +43,7 @@ from typing import Any, Final
 
 import prefixcache
 from prefixcache.plain_json import json_text
+from prefixcache_bench.reports.provenance import commit, processor
 from prefixcache_bench.speed.served import served
 from prefixcache_bench.speed.vllm_peer import (
     BLOCK_SIZE,
@@ -540,7 +540,7 @@ class Say:
     def about(self, options: argparse.Namespace, about: dict[str, Any], eager: bool) -> None:
         """Say what runs."""
         self(
-            f"{datetime.now(UTC):%Y-%m-%d} · commit {commit()} · {device()} · "
+            f"{datetime.now(UTC):%Y-%m-%d} · commit {commit()} · {processor()} · "
             f"vLLM {about['version']} · torch {about['torch']} · {DTYPE} · "
             f"{'eager' if eager else 'compiled'} · seed {options.seed}"
         )
@@ -617,24 +617,6 @@ class Say:
             f"messages, {what}: {spent['messages']} with {spent['ops']} ops in {spent['steps']} "
             f"steps, {spent['messages'] / max(1, spent['steps']):.2f} a step"
         )
-
-
-def commit() -> str:
-    """Name the code."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607 - the git of whoever runs this
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def device() -> str:
-    """Name the processor."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
-    return f"{len(os.sched_getaffinity(0))} cores of {(names or [platform.machine()])[0]}"
 
 
 def with_section(document: str, section: str) -> str:

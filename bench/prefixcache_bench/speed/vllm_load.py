@@ -35,8 +35,9 @@ from typing import Any, Final
 import prefixcache
 from prefixcache.client import Client
 from prefixcache.types import Counts
+from prefixcache_bench.reports.provenance import commit, processor
 from prefixcache_bench.speed.served import served
-from prefixcache_bench.speed.vllm import ABSENT, DTYPE, Say, commit, device, layout_of
+from prefixcache_bench.speed.vllm import ABSENT, DTYPE, Say, layout_of
 from prefixcache_bench.speed.vllm_peer import (
     BLOCK_SIZE,
     PYTHON_VARIABLE,
@@ -224,7 +225,7 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
                 )
                 for index in range(ENGINES)
             ]
-            say(f"{commit()} · {device()} · {ENGINES} engines in place, {options.minutes} minutes")
+            say(f"{commit()} · {processor()} · {ENGINES} engines in place, {options.minutes} min")
             began = time.monotonic()
             while time.monotonic() - began < 60 * options.minutes:
                 for told in turn(options, addresses, model, tally.turns, Path(folder)):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -23,6 +20,7 @@ from prefixcache_vllm.demo import ladder, runner, tiny, verdict
 from prefixcache_vllm.demo.environments import why_not
 from prefixcache_vllm.demo.servers import Model
 from prefixcache_worker.demo import chats, picture, report, summary
+from prefixcache_worker.demo.ending import first_error, run_to_end
 from prefixcache_worker.demo.failure import DemoError
 from prefixcache_worker.demo.live import LiveView
 from prefixcache_worker.demo.view import PlainView, View
@@ -89,10 +87,10 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     """
     view = _view(console, setup)
     try:
-        outcome = _run(lambda: runner.execute(setup, view))
+        outcome = run_to_end(lambda: runner.execute(setup, view))
     except* (DemoError, CacheError) as group:
         view.close()
-        console.print(Text(f"FAILED: {_first(group)}", style="bold red"))
+        console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
         raise typer.Exit(WRONG) from None
     finally:
         view.close()
@@ -185,39 +183,3 @@ def _promises(promises: Sequence[verdict.Held]) -> Table:
         mark = Text("held", style="green") if promise.held else Text("BROKEN", style="bold red")
         table.add_row(mark, promise.name, Text(promise.seen, style="dim"))
     return table
-
-
-def _run(execute: Callable[[], Any]) -> Any:
-    """Run it; Ctrl-C, SIGTERM and SIGHUP end it in order, with the shell's exit codes."""
-    received: list[int] = []
-
-    async def main() -> Any:
-        task = asyncio.current_task()
-        assert task is not None
-
-        def end(number: int) -> None:
-            if not received:
-                sys.stderr.write("ending all that was started …\n")
-                task.cancel()
-            received.append(number)
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, end, number)
-        return await execute()
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        sys.stderr.write("stopped; no process was left behind\n")
-        raise typer.Exit(128 + received[0]) from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Give the first error of a group of groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -16,6 +12,7 @@ from rich.text import Text
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
 from prefixcache_worker.demo import chats, picture, report, runner, summary
+from prefixcache_worker.demo.ending import first_error, run_to_end
 from prefixcache_worker.demo.failure import DemoError
 from prefixcache_worker.demo.live import LiveView
 from prefixcache_worker.demo.transcript import Transcript
@@ -74,10 +71,10 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     """
     view = _view(console, setup)
     try:
-        outcome = _run(lambda: runner.execute(setup, view))
+        outcome = run_to_end(lambda: runner.execute(setup, view))
     except* (DemoError, CacheError) as group:
         view.close()
-        console.print(Text(f"FAILED: {_first(group)}", style="bold red"))
+        console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
         raise typer.Exit(WRONG) from None
     finally:
         view.close()
@@ -119,38 +116,3 @@ def _view(console: Console, setup: runner.Setup) -> View:
     if console.is_terminal:
         return LiveView(console, setup.workers, setup.workload.num_requests)
     return PlainView(console)
-
-
-def _run(execute: Callable[[], Any]) -> Any:
-    """Run it; Ctrl-C, SIGTERM and SIGHUP end it in order, with the shell's exit codes."""
-    received: list[int] = []
-
-    async def main() -> Any:
-        task = asyncio.current_task()
-        assert task is not None
-
-        def end(number: int) -> None:
-            if not received:
-                task.cancel()
-            received.append(number)
-
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, end, number)
-        return await execute()
-
-    try:
-        return asyncio.run(main())
-    except asyncio.CancelledError:
-        if not received:
-            raise
-        sys.stderr.write("stopped; no process was left behind\n")
-        raise typer.Exit(128 + received[0]) from None
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Give the first error of a group of groups."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
