@@ -54,7 +54,7 @@ test: $(VENV)/.model   ## All tests.
 QUICK = tests/core tests/test_architecture.py tests/client tests/service/verbs tests/service/pool/test_model_layout.py \
   tests/service/auth/test_admission.py tests/service/auth/test_paths.py tests/service/grpc/test_listener.py \
   tests/cli/test_names.py tests/cli/test_tree.py tests/experiments tests/demo tests/mutation \
-  tests/worker/test_chat_template.py tests/worker/test_request_line.py tests/worker/test_sampling.py \
+  tests/prompts/test_chat_template.py tests/worker/test_request_line.py tests/worker/test_sampling.py \
   tests/worker/test_text.py prefixcache --ignore tests/experiments/test_commands.py --ignore tests/demo/test_runner.py
 
 quick: $(VENV)/.installed   ## Examples of all packages that need no model and few processes, the limits on imports and names, the doctests: while you work.

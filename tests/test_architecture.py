@@ -41,14 +41,13 @@ WORDS = (
     "prefixcache.config",
     "prefixcache.extras",
     "prefixcache.core_build",
-    "prefixcache.logged_request",
-    "prefixcache.template_sandbox",
-    "prefixcache.chat_template",
 )
 WIRE = "prefixcache.v1"
+PROMPTS = "prefixcache.prompts"
 FLOORS = {
     "prefixcache.core": (*WORDS, "prefixcache.core"),
     "prefixcache.v1": (WIRE,),
+    "prefixcache.prompts": (*WORDS, PROMPTS),
     "prefixcache.client": (*WORDS, WIRE, "prefixcache.client"),
     "prefixcache.service": (
         *WORDS,
@@ -60,6 +59,7 @@ FLOORS = {
     "prefixcache.cli": (
         *WORDS,
         WIRE,
+        PROMPTS,
         "prefixcache.core",
         "prefixcache.client",
         "prefixcache.service",
@@ -70,6 +70,7 @@ FLOORS = {
     "prefixcache_worker": (
         *WORDS,
         WIRE,
+        PROMPTS,
         "prefixcache.client",
         "prefixcache_kernels",
         "prefixcache_worker",
@@ -213,7 +214,7 @@ def test_no_folders_of_the_service_import_each_other_in_a_circle() -> None:
         raise AssertionError(" imports ".join(circle.args[1])) from None
 
 
-NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service")
+NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service", "prefixcache.prompts")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_module_is_named_by_a_word_of_the_glossary(name: str) -> None:
     assert name.rpartition(".")[2] in entries, f"explain {name} in docs/glossary.md, or rename it"
 
 
-@pytest.mark.parametrize("part", ["cli", "client", "core", "service"])
+@pytest.mark.parametrize("part", ["cli", "client", "core", "prompts", "service"])
 def test_folders_of_tests_mirror_those_of_the_source(part: str) -> None:
     """Who changes a file looks for its tests in the folder of the same name."""
     tests = (ROOT / "tests" / part).rglob("test_*.py")

@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixcache.chat_template import ChatTemplate, Prompt, prompt_of
 from prefixcache.errors import InvalidRequest
 from prefixcache.extras import how_to_install
-from prefixcache.logged_request import LoggedRequest, read_logged
 from prefixcache.model_folders import places
+from prefixcache.prompts.chat_template import ChatTemplate, Prompt, prompt_of
+from prefixcache.prompts.logged_request import LoggedRequest, read_logged
 from prefixcache.texts import is_plain
 from prefixcache.types import Namespace, unpack
 from prefixcache.user_folders import is_file

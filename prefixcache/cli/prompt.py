@@ -6,7 +6,7 @@ FILE.bin                         packed little-endian uint32
 {"messages": […], "tools": […]}  a request in any form that is logged, through the model's template
 any text                         through the model's tokenizer
 ```
-The forms of requests: see `prefixcache.logged_request`.
+The forms of requests: see `prefixcache.prompts.logged_request`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 from prefixcache.bounded_files import read_file, read_stream
-from prefixcache.chat_template import tell
 from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.streams import say
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import read_logged
+from prefixcache.prompts.chat_template import tell
+from prefixcache.prompts.logged_request import read_logged
 from prefixcache.types import TOKEN_BYTES, pack
 
 OpenDecoder = Callable[[], "Decoder | None"]

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import read_logged
+from prefixcache.prompts.logged_request import read_logged
 from prefixcache.types import Namespace, unpack
 from prefixcache_bench.experiments.readers import lines, tokenizers, transcripts
 from prefixcache_bench.experiments.readers.load import load

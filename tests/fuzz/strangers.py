@@ -21,7 +21,7 @@ from fuzz.odd import changed, json_line, toml
 from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.prompt import read_prompt
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import read_logged
+from prefixcache.prompts.logged_request import read_logged
 from prefixcache.service.auth.identity import Identities, Proof
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.texts import MAX_TEXT, check_text, escape, escape_all, is_plain

@@ -21,9 +21,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from prefixcache.chat_template import ChatTemplate, Prompt, prompt_of
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
-from prefixcache.logged_request import LoggedRequest, read_logged
+from prefixcache.prompts.chat_template import ChatTemplate, Prompt, prompt_of
+from prefixcache.prompts.logged_request import LoggedRequest, read_logged
 from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout, unpack
 from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
 from prefixcache_kernels.cpu.library import library

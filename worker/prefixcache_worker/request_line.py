@@ -27,7 +27,7 @@ from itertools import count
 from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import read_logged
+from prefixcache.prompts.logged_request import read_logged
 from prefixcache.texts import check_text
 from prefixcache.types import unpack
 from prefixcache_worker.model import Model

@@ -6,8 +6,8 @@ import json
 from enum import StrEnum
 from pathlib import Path
 
-from prefixcache import logged_request
 from prefixcache.errors import InvalidRequest
+from prefixcache.prompts import logged_request
 from prefixcache_bench.experiments.readers import hashed, kvtrace, token_lines
 from prefixcache_bench.experiments.readers.lines import Source, is_array
 from prefixcache_bench.experiments.traces import Trace

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import DECIDES, IDS, LoggedRequest, read_logged
 from prefixcache.plain_json import json_text
+from prefixcache.prompts.logged_request import DECIDES, IDS, LoggedRequest, read_logged
 from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
 from prefixcache_bench.experiments.traces import Request, Trace

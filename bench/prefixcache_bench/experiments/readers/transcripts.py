@@ -27,8 +27,8 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import MEDIA_TOKENS, LoggedRequest, read_logged, stand_in
 from prefixcache.plain_json import json_text
+from prefixcache.prompts.logged_request import MEDIA_TOKENS, LoggedRequest, read_logged, stand_in
 from prefixcache.types import TOKEN_BYTES, Namespace
 from prefixcache_bench.experiments.readers.lines import Source, given, is_array, seconds
 from prefixcache_bench.experiments.readers.tokenizers import ChatLayout, named

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import LoggedRequest, stand_in
+from prefixcache.prompts.logged_request import LoggedRequest, stand_in
 from prefixcache.types import pack
 
 LONGEST_TEXT: Final = 64 << 20
@@ -53,7 +53,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: Mapping[str, str]) -> None:
-        from prefixcache.template_sandbox import Sandbox
+        from prefixcache.prompts.template_sandbox import Sandbox
 
         self._sandbox = Sandbox(source, LONGEST_TEXT, MOST_STEPS)
         self._special = dict(special)

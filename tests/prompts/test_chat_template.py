@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from prefixcache.chat_template import ChatTemplate, prompt_of
 from prefixcache.errors import InvalidRequest
-from prefixcache.logged_request import MEDIA_TOKENS, read_logged
+from prefixcache.prompts.chat_template import ChatTemplate, prompt_of
+from prefixcache.prompts.logged_request import MEDIA_TOKENS, read_logged
+from prefixcache_worker import smollm2
 
 PLAIN = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + '|' }}{% endfor %}"
@@ -52,8 +52,8 @@ SAID = {"role": "assistant", "content": "Gut, danke. "}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(demo_folder: Path) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(demo_folder)
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(smollm2.folder(quiet=True))
 
 
 def written(template: str, **request: Any) -> str:

@@ -1,0 +1,1 @@
+"""From a request as servers log it to the token ids of its prompt."""
