@@ -21,7 +21,8 @@ from prefixcache.service.verbs.inspect import InspectVerbs
 from prefixcache.service.verbs.leases import LeaseVerbs
 from prefixcache.service.verbs.request_texts import check_texts
 from prefixcache.service.verbs.workers import WorkerVerbs
-from prefixcache.service.workers import Asker, Worker, Workers
+from prefixcache.service.worker import Asker, Worker
+from prefixcache.service.workers import Workers
 from prefixcache.types import LeaseId
 
 Verb: TypeAlias = "tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]"

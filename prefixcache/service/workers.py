@@ -21,7 +21,6 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeAlias
 
 import structlog
 
@@ -29,21 +28,19 @@ from prefixcache.client.address import this_host
 from prefixcache.config import ServeSettings
 from prefixcache.core.shares import Shares
 from prefixcache.errors import CacheError, InvalidRequest, NotFound
-from prefixcache.service.attachments import Attachments
-from prefixcache.service.auth.identity import LOCAL, Identities, Identity, Proof
+from prefixcache.service.auth.identity import Identities, Identity
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import MOST_ENDS, Deliveries
+from prefixcache.service.names import Names
 from prefixcache.service.processes import Process, Processes, User
-from prefixcache.types import Ended, LeaseId, TicketId, WorkerId
+from prefixcache.service.worker import Worker, WorkerStatus
+from prefixcache.types import Ended, WorkerId
 
 MAX_NAME = 128
 """Characters of a worker's name."""
 
 MAX_GROUP = 256
 """Workers of one group, those included that have ended and wait for others."""
-
-_STEMS = 4096
-"""Names that several workers wished for, whose next number is remembered."""
 
 _MOST_SILENT = 16
 """Workers that end in one go since nothing was heard of them."""
@@ -61,93 +58,6 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
-class Handed:
-    """A lease on its way to calls that waited for it: several may have asked with one id."""
-
-    num_calls: int = 0
-    """Those whose callers have not collected it yet, nor hung up."""
-    is_taken: bool = False
-    """Whether somebody has been told of it."""
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """One attached worker."""
-
-    id: WorkerId
-    """Its number, which the service handed out: the key of all that it holds."""
-    name: str
-    """What people are shown; it decides nothing."""
-    key: str
-    """The right to act for it."""
-    hang_up: Callable[[], object] | None
-    """Ends its stream; None for a worker that uses unary calls."""
-    identity: Identity = LOCAL
-    """Who it is: what it may see and use."""
-    proof: Proof | None = None
-    """What a worker without a stream showed last; None where nobody has to prove anything."""
-    pid: int = 0
-    group: str = ""
-    """Of workers that write to each other's blocks; "" if it writes alone."""
-    process: Process | None = None
-    """Where it lives, if that is watched."""
-    seen_at: float = 0.0
-    """When a worker without a stream gave its last sign of life."""
-    namespaces: Attachments = field(default_factory=Attachments)
-    tickets: dict[int, TicketId] = field(default_factory=dict)
-    """Its acquires that wait, by op id."""
-    handed: dict[LeaseId, Handed] = field(default_factory=dict)
-    """Leases on their way to calls that waited."""
-    forget: asyncio.TimerHandle | None = None
-    """Once lost, if its process cannot be watched: ends the quarantine at last."""
-    state: str = "attached"
-    """Then `left` (it said so), `died` (its process ended) or `lost` (it may still be writing)."""
-    since: float = 0.0
-    """When it came into that state."""
-    in_hand: int = 0
-    """Requests it has in hand, as it told last."""
-    stepped_at: float = 0.0
-    """When it made its last step, as it told last."""
-    untaken: int = 0
-    """Requests that were handed to it and it has not taken, as it told last."""
-    untaken_since: float = 0.0
-    """When the oldest of them came, as it told last."""
-    committed_at: float = 0.0
-    """When it last committed anything."""
-    is_outlived: bool = False
-    """Whether its process has ended, and others of its group may write on."""
-
-    def stalled_s(self, now: float) -> float:
-        """Give how long it has made no step with requests in hand; 0 if it tells of none.  O(1)."""
-        return now - max(self.stepped_at, self.since) if self._tells and self.in_hand else 0.0
-
-    def oldest_untaken_s(self, now: float) -> float:
-        """Give how long the oldest request has lain before it; 0 if it tells of none.  O(1)."""
-        return now - max(self.untaken_since, self.since) if self._tells and self.untaken else 0.0
-
-    def take(self, lease: LeaseId) -> None:
-        """Note that somebody is told of a lease: no call that was hung up gives it back.  O(1)."""
-        if self.handed and (handed := self.handed.get(lease)) is not None:
-            handed.is_taken = True
-
-    @property
-    def _tells(self) -> bool:
-        """Whether what it told still holds: it is attached."""
-        return self.state == "attached"
-
-    @property
-    def tenant(self) -> str:
-        """Whose it is."""
-        return self.identity.tenant or ""
-
-    def name_for(self, identity: Identity) -> str:
-        """Give its name as somebody is shown it: with the tenant, if he sees several."""
-        if not self.tenant or identity.tenant == self.tenant:
-            return self.name
-        return f"{self.tenant}/{self.name}"
-
-
-@dataclass(slots=True)
 class Group:
     """Workers that write to each other's blocks."""
 
@@ -158,34 +68,6 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Visitor:
-    """Somebody who only asks, without being a worker."""
-
-    identity: Identity
-
-
-Asker: TypeAlias = "Worker | Visitor"
-
-
-class WorkerStatus(NamedTuple):
-    """What is shown of one worker, under the names that `WorkerInfo` has for it."""
-
-    worker: str
-    """Its name, as the asker is shown it."""
-    pid: int
-    state: str
-    since_s: float
-    """For how long it has been in that state."""
-    leases: int
-    has_session: bool
-    in_hand: int
-    stalled_s: float
-    untaken: int
-    oldest_untaken_s: float
-    uncommitted_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class JointProgress:
     """What all attached workers tell of themselves, together."""
 
@@ -193,37 +75,6 @@ class JointProgress:
     untaken: int
     longest_stalled_s: float
     oldest_untaken_s: float
-
-
-class Names:
-    """What workers are called where people look: no two of a tenant are called the same at a time.
-
-    Each tenant has names of its own, so that nobody learns from his what workers others have; who
-    sees several tenants sees the tenant beside the name.  O(1) each, amortised.
-    """
-
-    def __init__(self) -> None:
-        self._taken: set[tuple[str, str]] = set()
-        self._counts: dict[tuple[str, str], int] = {}
-        """Where to look for the next number of workers that wished for the same."""
-
-    def take(self, tenant: str, wish: str) -> str:
-        """Give a name that no worker of the tenant has; the one that is wished for, if it can."""
-        found = wish
-        if not wish or (tenant, wish) in self._taken:
-            stem = f"{wish}~" if wish else "w"
-            number = self._counts.pop((tenant, stem), 0) + 1
-            while (tenant, found := f"{stem}{number}") in self._taken:
-                number += 1
-            self._counts[tenant, stem] = number
-            if len(self._counts) > _STEMS:
-                del self._counts[next(iter(self._counts))]
-        self._taken.add((tenant, found))
-        return found
-
-    def free(self, tenant: str, name: str) -> None:
-        """Let others have a name.  Idempotent."""
-        self._taken.discard((tenant, name))
 
 
 class Workers:

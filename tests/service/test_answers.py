@@ -21,7 +21,8 @@ from prefixcache.service.grpc import session
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe import sampler
 from prefixcache.service.verbs import inspect
-from prefixcache.service.workers import Visitor, Workers
+from prefixcache.service.worker import Visitor
+from prefixcache.service.workers import Workers
 from prefixcache.types import Grant, Layout, LeaseId, Ledger, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 

@@ -26,7 +26,8 @@ from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.http.metrics import Scrape
 from prefixcache.service.turns import Turns
 from prefixcache.service.verbs.inspect import Seen
-from prefixcache.service.workers import Visitor, Workers
+from prefixcache.service.worker import Visitor
+from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Ledger, Namespace, PinInfo, Reset, Snapshot, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 

@@ -28,7 +28,7 @@ from prefixcache.service.deliveries import Outcome
 from prefixcache.service.grpc.bad_request import BadRequest
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import SUM, clock, empty_row
-from prefixcache.service.workers import Visitor, Worker
+from prefixcache.service.worker import Visitor, Worker
 from prefixcache.types import Grant, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 

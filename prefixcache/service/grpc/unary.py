@@ -29,7 +29,7 @@ from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.grpc.watch import watch
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import clock
-from prefixcache.service.workers import Asker, Handed, Visitor, Worker
+from prefixcache.service.worker import Asker, Handed, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 

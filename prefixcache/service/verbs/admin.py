@@ -11,7 +11,7 @@ import structlog
 from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.service.verbs.base import Verbs
-from prefixcache.service.workers import Asker
+from prefixcache.service.worker import Asker
 from prefixcache.types import Namespace, Pinned, QuotaInfo, Reset, Unpinned
 from prefixcache.v1 import prefixcache_pb2 as pb
 

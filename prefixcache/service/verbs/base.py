@@ -19,7 +19,8 @@ from prefixcache.service.observe.latency import LatencyHistograms
 from prefixcache.service.observe.sampler import Sampler
 from prefixcache.service.shadow.caches import ShadowCaches
 from prefixcache.service.turns import Turns
-from prefixcache.service.workers import Asker, Worker, Workers
+from prefixcache.service.worker import Asker, Worker
+from prefixcache.service.workers import Workers
 from prefixcache.types import Namespace
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from prefixcache.service.auth.redaction import redact
 from prefixcache.service.shadow.caches import write_shadows
 from prefixcache.service.turns import let_go
 from prefixcache.service.verbs.base import Verbs
-from prefixcache.service.workers import Asker, Worker
+from prefixcache.service.worker import Asker, Worker
 from prefixcache.types import Explanation, Lookup, Namespace, Snapshot
 from prefixcache.v1 import prefixcache_pb2 as pb
 

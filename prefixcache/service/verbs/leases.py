@@ -8,7 +8,7 @@ from time import monotonic
 from prefixcache.client.codec.leases import write_fork
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
-from prefixcache.service.workers import Worker
+from prefixcache.service.worker import Worker
 from prefixcache.texts import many
 from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb

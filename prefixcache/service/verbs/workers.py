@@ -14,7 +14,7 @@ from prefixcache.client import codec
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.verbs.request_texts import check_texts
-from prefixcache.service.workers import Asker, Worker
+from prefixcache.service.worker import Asker, Worker
 from prefixcache.types import Ended
 from prefixcache.v1 import prefixcache_pb2 as pb
 

@@ -13,7 +13,7 @@ import prefixcache
 from prefixcache.client import Client
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, NotFound
-from prefixcache.service.workers import Names
+from prefixcache.service.names import Names
 from prefixcache.types import Grant, LeaseId, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache.v1.prefixcache_pb2_grpc import PrefixCacheStub
