@@ -86,6 +86,7 @@ FLOORS = {
         "prefixcache.client",
         "prefixcache_kernels",
         "prefixcache_vllm",
+        "prefixcache_worker.child",
         "prefixcache_worker.smollm2",
         "prefixcache_worker.demo",
     ),

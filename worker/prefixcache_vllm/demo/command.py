@@ -19,6 +19,7 @@ from prefixcache.plain_json import json_text
 from prefixcache_vllm.demo import ladder, runner, tiny, verdict
 from prefixcache_vllm.demo.environments import why_not
 from prefixcache_vllm.demo.servers import Model
+from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.demo import chats, picture, report, summary
 from prefixcache_worker.demo.ending import first_error, run_to_end
 from prefixcache_worker.demo.failure import DemoError
@@ -88,7 +89,7 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     view = _view(console, setup)
     try:
         outcome = run_to_end(lambda: runner.execute(setup, view))
-    except* (DemoError, CacheError) as group:
+    except* (DemoError, ProcessFailed, CacheError) as group:
         view.close()
         console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
         raise typer.Exit(WRONG) from None

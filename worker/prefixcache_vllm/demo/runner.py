@@ -42,11 +42,10 @@ from prefixcache_vllm.demo.servers import (
     target_in,
     told_commands,
 )
+from prefixcache_worker.child import ProcessFailed, stopping
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
 from prefixcache_worker.demo.compare import TIE, Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
-from prefixcache_worker.demo.failure import ProcessFailed
-from prefixcache_worker.demo.processes import stopping
 from prefixcache_worker.demo.record import Request, Run
 from prefixcache_worker.demo.scenario import Scenario, without_cache
 from prefixcache_worker.demo.transcript import ChatTokenizer, Transcript

@@ -32,8 +32,7 @@ import prefixcache_kernels
 import prefixcache_vllm
 from prefixcache.types import Ledger, Snapshot
 from prefixcache_vllm.demo.stream import Refused, ask, completion, is_healthy
-from prefixcache_worker.demo.failure import ProcessFailed
-from prefixcache_worker.demo.processes import Child
+from prefixcache_worker.child import Child, ProcessFailed
 
 START_S: Final = 900.0
 """How long an engine may take to answer: guards against hanging only."""

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
+from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.demo import chats, picture, report, runner, summary
 from prefixcache_worker.demo.ending import first_error, run_to_end
 from prefixcache_worker.demo.failure import DemoError
@@ -72,7 +73,7 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     view = _view(console, setup)
     try:
         outcome = run_to_end(lambda: runner.execute(setup, view))
-    except* (DemoError, CacheError) as group:
+    except* (DemoError, ProcessFailed, CacheError) as group:
         view.close()
         console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
         raise typer.Exit(WRONG) from None

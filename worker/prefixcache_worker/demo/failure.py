@@ -1,8 +1,7 @@
-"""What can go wrong in the demo itself, beside a wrong answer.
+"""What can go wrong in the demo itself, beside a wrong answer and a process that fails.
 
 ```
 DemoError
-├── ProcessFailed   the service or a worker did not start, or ended by itself
 ├── RequestFailed   a worker refused a request, or no worker is left
 ├── CrashMissed     there was nothing to kill, or the dead worker's leases have not ended
 └── WorkerDied      the worker ended before it had answered; the request is sent again
@@ -14,10 +13,6 @@ from __future__ import annotations
 
 class DemoError(Exception):
     """Base of the demo's own failures."""
-
-
-class ProcessFailed(DemoError):
-    """A process of the demo ended, or said nothing, when it should have been ready."""
 
 
 class RequestFailed(DemoError):

@@ -16,11 +16,12 @@ from typing import Any, Final
 import prefixcache
 from prefixcache.pool import PoolFile
 from prefixcache.types import Layout
+from prefixcache_worker.child import ProcessFailed, stopping
+from prefixcache_worker.child_worker import WORKER, ChildWorker
 from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
-from prefixcache_worker.demo.failure import ProcessFailed
-from prefixcache_worker.demo.processes import WORKER, Service, Worker, stopping
+from prefixcache_worker.demo.processes import service_in, worker_in
 from prefixcache_worker.demo.record import Run
 from prefixcache_worker.demo.scenario import Scenario, without_cache
 from prefixcache_worker.demo.transcript import Transcript
@@ -77,7 +78,7 @@ async def _shared(setup: Setup, view: View, folder: Path) -> Run:
     run = Run(shared=True, workers=list(setup.workers))
     clock = _Clock()
     dispatcher = Dispatcher({}, clock, setup.answer_tokens, on_sent=view.sent)
-    service = Service(folder, MEMORY, setup.model)
+    service = service_in(folder, MEMORY, setup.model)
     workers = _workers(setup, folder, service.target, dispatcher, clock, view)
     async with stopping([*workers, service]):
         await service.ready()
@@ -149,16 +150,16 @@ def _workers(
     dispatcher: Dispatcher,
     clock: Callable[[], float],
     view: View,
-) -> list[Worker]:
-    def tell(worker: Worker, event: dict[str, Any], now: float) -> None:
+) -> list[ChildWorker]:
+    def tell(worker: ChildWorker, event: dict[str, Any], now: float) -> None:
         if event["event"] in ("alone", "joined"):
             view.say(f"{worker.name}: {event}")
         dispatcher.hear(worker.name, event, now)
 
     return [
-        Worker(
-            name,
+        worker_in(
             folder,
+            name,
             command=setup.command,
             model=setup.model,
             target=target,
@@ -169,11 +170,11 @@ def _workers(
     ]
 
 
-async def _all_ready(workers: Sequence[Worker], dispatcher: Dispatcher, view: View) -> None:
+async def _all_ready(workers: Sequence[ChildWorker], dispatcher: Dispatcher, view: View) -> None:
     began_s = time.monotonic()
     view.say(f"{len(workers)} workers are loading the model, one thread each")
 
-    async def ready(worker: Worker) -> None:
+    async def ready(worker: ChildWorker) -> None:
         await worker.ready()
         seconds = time.monotonic() - began_s
         gap = float(worker.about.get("probe_gap", 0.0))
@@ -189,7 +190,7 @@ async def _all_ready(workers: Sequence[Worker], dispatcher: Dispatcher, view: Vi
         dispatcher.workers[worker.name] = worker
 
 
-async def _guard(worker: Worker) -> None:
+async def _guard(worker: ChildWorker) -> None:
     """Fail if a worker ends that nobody has killed."""
     await worker.gone.wait()
     if not worker.killed:

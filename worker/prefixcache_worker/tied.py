@@ -23,7 +23,7 @@ def main(parent: int, command: list[str]) -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it ended before the line above
             sys.exit(1)
-    os.execv(command[0], command)  # noqa: S606 - the demo's own command line
+    os.execv(command[0], command)  # noqa: S606 - the parent's own command line
 
 
 if __name__ == "__main__":

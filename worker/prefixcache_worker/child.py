@@ -1,0 +1,122 @@
+"""A child process: started, watched, ended; it never outlives who started it.
+
+```
+parent ─┬─ prefixcache serve                      stdin: nothing
+        ├─ prefixcache worker --name w1           stdin: requests, stdout: events, one JSON a line
+        └─ prefixcache worker --name w2           stderr: a file
+```
+A normal end, an error and Ctrl-C take the children down in order; if the parent itself is killed,
+the kernel sends them SIGTERM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Final
+
+LINE_BYTES: Final = 1 << 24
+"""Longest line that is read from a child."""
+
+STOP_S: Final = 5.0
+"""How long a process may take to end by itself before it is killed."""
+
+_TIED: Final = Path(__file__).with_name("tied.py")
+
+
+class ProcessFailed(Exception):
+    """A child ended, or said nothing, when it should have been ready."""
+
+
+class Child:
+    """One process, and what it writes.
+
+    Args:
+        name: what people call it.
+        arguments: its command line.
+        folder: where its standard error is kept.
+        threads: that its libraries may start.
+    """
+
+    def __init__(
+        self, name: str, arguments: Sequence[str], folder: Path, *, threads: int = 1
+    ) -> None:
+        self.name = name
+        self.arguments = list(arguments)
+        self.threads = threads
+        self.errors = folder / f"{name}.stderr"
+        self.process: asyncio.subprocess.Process | None = None
+        self.killed = False
+        """Whether its parent has killed it."""
+
+    @property
+    def pid(self) -> int:
+        """The process id; 0 before the start."""
+        return self.process.pid if self.process else 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.returncode is None
+
+    async def start(self, *, stdin: int, stdout: int) -> None:
+        """Start the process, in a session of its own so that Ctrl-C reaches the parent alone."""
+        with self.errors.open("wb") as errors:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-S", str(_TIED), str(os.getpid())),
+                *self.arguments,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=errors,
+                env=self.environment(),
+                start_new_session=True,
+                limit=LINE_BYTES,
+            )
+
+    def environment(self) -> dict[str, str]:
+        """Give what it runs in: so many threads, and the modules that this process sees."""
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": str(self.threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def complaint(self) -> str:
+        """Give the last lines of its standard error, for a message about its failure."""
+        text = self.errors.read_text(errors="replace") if self.errors.exists() else ""
+        return "\n".join(text.strip().splitlines()[-15:])
+
+    def kill(self) -> None:
+        """Send SIGKILL: the process gets no chance to say or clean up anything."""
+        if self.process is not None:
+            self.killed = True
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+
+    async def stop(self) -> None:
+        """End the process: SIGTERM, a few seconds of patience, SIGKILL.  Idempotent."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.terminate()
+        try:
+            await asyncio.wait_for(self.process.wait(), STOP_S)
+        except TimeoutError:
+            self.kill()
+            await self.process.wait()
+
+
+@contextlib.asynccontextmanager
+async def stopping(children: Sequence[Child]) -> AsyncIterator[None]:
+    """Take all `children` down at the end, whatever happened, all at the same time."""
+    try:
+        yield
+    finally:
+        # Shielded: a second Ctrl-C must not leave processes behind.
+        await asyncio.shield(asyncio.gather(*(child.stop() for child in children)))
