@@ -23,7 +23,7 @@ map      L L F F C C L L F F F F        are needed, and shows what most of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from heapq import heappop, heappush, merge
 from math import log1p
 
@@ -100,6 +100,15 @@ class _Sum:
         return (not self.is_ghost, self.leases > 0, self.last, self.tokens)
 
 
+_Weighed = tuple[tuple[float, ...], int, _Sum]
+
+
+def _taken(part: list[_Weighed]) -> Iterator[_Weighed]:
+    """Take the last of a list until it is empty: what is read is freed, not all in the end."""
+    while part:
+        yield part.pop()
+
+
 class Walk:
     """One walk below some roots.
 
@@ -125,7 +134,7 @@ class Walk:
         self._max_branches = max_branches
         self._max_depth = max_depth
         self._ghosts = ghosts
-        self._outermost: list[tuple[tuple[float, ...], int, _Sum]] = []
+        self._outermost: list[_Weighed] = []
         self._serial = 0
         self._num_kept = 0
         self._steps = 0
@@ -148,7 +157,7 @@ class Walk:
             most: How many of them are shown, the first by the order; None: all.
             now: The time.
         """
-        tops: list[tuple[tuple[float, ...], int, _Sum]] = []
+        tops: list[_Weighed] = []
         roots = self._lessor.roots
         for space in spaces:
             if self._is_pause():
@@ -270,17 +279,17 @@ class Walk:
 
     def _sorted(self, sums: Iterable[_Sum]) -> Generator[None, None, Iterable[_Sum]]:
         """Sort runs by the order, the least first: many of them in parts, which are merged."""
-        parts: list[list[tuple[tuple[float, ...], int, _Sum]]] = [[]]
+        parts: list[list[_Weighed]] = [[]]
         for each in sums:
             if len(parts[-1]) == _SORTED_IN_ONE_GO:
-                parts[-1].sort()
+                parts[-1].sort(reverse=True)
                 parts.append([])
             parts[-1].append((each.weight(self._order), each.serial, each))
             if self._is_pause():
                 yield
-        parts[-1].sort()
+        parts[-1].sort(reverse=True)
         found = []
-        for _, _, each in merge(*parts):
+        for _, _, each in merge(*[_taken(part) for part in parts]):
             found.append(each)
             if self._is_pause():
                 yield

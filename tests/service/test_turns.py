@@ -66,6 +66,12 @@ def message(num_ops: int) -> pb.OpBatch:
     return batch
 
 
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have the loop for one round at a time."""
+    monkeypatch.setattr(service_turns, "_OTHERS_NS", 0)
+
+
 async def turns(handlers: Handlers, num_ops: int) -> tuple[int, list[int]]:
     """Count how often another task has its turn while a message is answered; give the answers."""
     stream: Any = session.SessionStream(handlers, None, LOCAL)
@@ -109,7 +115,12 @@ def clock(step_ns: int) -> Iterator[int]:
     ],
 )
 def test_others_have_their_turn_between_slices(
-    handlers: Handlers, monkeypatch: pytest.MonkeyPatch, op_ns: int, num_ops: int, slices: int
+    handlers: Handlers,
+    one_round: None,
+    monkeypatch: pytest.MonkeyPatch,
+    op_ns: int,
+    num_ops: int,
+    slices: int,
 ) -> None:
     """By the number of ops and by the time they take; answers stay in order, and none is lost."""
     ticks = clock(op_ns)
@@ -443,3 +454,29 @@ def test_what_a_service_does_every_second_costs_the_same_beside_many_namespaces(
     few, many = cost(4), cost(40)
     for what, most in few.items():
         assert many[what] <= most * 1.15 + 200, what
+
+
+def test_a_call_waits_for_one_slice_and_not_for_one_in_each_of_its_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, slices = 0, 0
+    monkeypatch.setattr(service_turns, "clock", lambda: now)
+    monkeypatch.setattr(service_turns, "_SLICE_NS", 0)
+
+    def walk() -> Generator[None, None, None]:
+        nonlocal slices
+        while not now:
+            slices += 1
+            yield
+
+    async def call() -> None:
+        nonlocal now
+        for _ in range(6):
+            await asyncio.sleep(0)
+        now = service_turns._OTHERS_NS
+
+    async def both() -> None:
+        await asyncio.gather(Turns().run(walk()), call())
+
+    asyncio.run(both())
+    assert slices == 1

@@ -41,7 +41,7 @@ from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.backing import Backing
 from prefixcache.service.failures import Failures
 from prefixcache.service.isolated_listener import IsolatedListener
-from prefixcache.service.turns import Slice
+from prefixcache.service.turns import Slice, give_way
 from prefixcache.types import TOKEN_BYTES, BlockId, BlockTable, Namespace
 
 HASH_BYTES = 32
@@ -390,7 +390,7 @@ class EventLog:
                     else:
                         self._go_on_replaying()
                 self._wake()
-                await asyncio.sleep(0)
+                await give_way()
         except Exception as error:  # noqa: BLE001 - whatever it is, nobody waits for this task
             self._fail(error)
         finally:

@@ -64,8 +64,8 @@ def _trees(
     _take_branches(message, bodies)
     pieces = []
     for number, (tree, parts) in enumerate(zip(message.namespaces, bodies, strict=True), 1):
-        body = b"".join([tree.SerializeToString(), *parts])
-        pieces += [_TREE, _varint(len(body)), body]
+        parts.append(tree.SerializeToString())
+        pieces += [_TREE, _varint(sum(map(len, parts))), *parts]
         if number % _TREES_IN_ONE_GO == 0:
             yield
     del message.namespaces[:]

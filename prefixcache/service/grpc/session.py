@@ -28,6 +28,7 @@ from prefixcache.service.deliveries import Outcome
 from prefixcache.service.grpc.bad_request import BadRequest
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import SUM, clock, empty_row
+from prefixcache.service.turns import give_way
 from prefixcache.service.worker import Visitor, Worker
 from prefixcache.types import Grant, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -119,7 +120,7 @@ class SessionStream:
             if self._num_bytes > ANSWER_BYTES:
                 await self._write(results)
                 results = pb.OpResults()
-            await asyncio.sleep(0)
+            await give_way()
             results.MergeFrom(self._late)
             self._late.Clear()
         if tracer is not None:
