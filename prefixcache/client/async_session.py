@@ -13,7 +13,6 @@ message into the outbox and awaits a future, so that cancelling it ends its own 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from prefixcache.client.lease import GONE, LeaseState
 from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
-from prefixcache.types import Grant, Released, TokensLike
+from prefixcache.types import Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 P = ParamSpec("P")
@@ -43,9 +42,7 @@ class AsyncBatch(BatchOps["AsyncLease"]):
     may be answered later: `await batch.wait(reply)`.  If the block raises, nothing is sent.
     """
 
-    def __init__(self, session: AsyncSession) -> None:
-        super().__init__(session)
-        self._session = session
+    _session: AsyncSession
 
     def acquire_later(
         self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
@@ -107,6 +104,40 @@ def _of_lease(
     return described_by(add, run, skip=2)
 
 
+class AsyncLease(LeaseState):
+    """A lease on blocks; see `Lease`.  Async context manager; leaving it releases."""
+
+    _session: AsyncSession
+
+    commit = _of_lease(AsyncBatch.commit)
+    extend = _of_lease(AsyncBatch.extend)
+    truncate = _of_lease(AsyncBatch.truncate)
+    fork = _of_lease(AsyncBatch.fork)
+
+    def release(self) -> Coroutine[Any, Any, Released]:
+        """End the lease.  Idempotent.  What was committed stays cached until it is evicted.
+
+        Sent by this call itself: a task that is cancelled before it runs has released as well.
+        """
+        self._session.guard()
+        batch = self._session.batch()
+        reply = batch.release(self)
+        self._session.send(batch.step)
+        return self._released_by(batch.step, reply)
+
+    async def _released_by(self, step: Step, reply: Reply[Released]) -> Released:
+        await self._session._outcome(step)
+        return reply.result()
+
+    async def __aenter__(self) -> AsyncLease:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not (self.released or self._session.is_inherited):
+            with suppress(*GONE):
+                await self.release()
+
+
 class AsyncSession(SessionCore["AsyncLease"]):
     """One worker's life at the service; see `Session`.  For one event loop of one process.
 
@@ -116,6 +147,8 @@ class AsyncSession(SessionCore["AsyncLease"]):
         attachment: what attach answered: worker, pool, ttl.
         signs: the signs of life that the service has answered.
     """
+
+    lease_type = AsyncLease
 
     def __init__(self, client: Connection) -> None:
         super().__init__(client)
@@ -200,10 +233,6 @@ class AsyncSession(SessionCore["AsyncLease"]):
 
     # ------------------------------------------------------------------------ sending, receiving
 
-    def make_lease(self, grant: Grant, sent_at: float) -> AsyncLease:
-        """Wrap a grant; for batches."""
-        return self.enlist(AsyncLease(grant, self, sent_at))
-
     def emit(self, message: bytes | None) -> None:
         """Put a message into the outbox, which the writer empties.  Never waits."""
         if message is not None:
@@ -232,8 +261,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
         waiting = [reply for reply in replies if not reply.done]
         if not waiting:
             return
-        limit_s = self._client.timeout_s + max(reply.wait_s for reply in waiting)
-        limit_s = min(limit_s, threading.TIMEOUT_MAX)
+        limit_s = self.patience(waiting)
         answered: asyncio.Future[bool] = self._loop.create_future()
         missing = len(waiting)
 
@@ -256,9 +284,7 @@ class AsyncSession(SessionCore["AsyncLease"]):
         finally:
             timer.cancel()
         if not in_time:
-            # Whatever the service still does with these ops is undone when it sees the stream end.
-            self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
-            self._call.cancel()
+            self.give_up(limit_s)
 
     async def _write(self) -> None:
         try:
@@ -309,42 +335,6 @@ class AsyncSession(SessionCore["AsyncLease"]):
         while self._lost is None:
             await asyncio.sleep(self.attachment.ttl_s / 3)
             self.send(self.renewal()[0])
-
-
-class AsyncLease(LeaseState):
-    """A lease on blocks; see `Lease`.  Async context manager; leaving it releases."""
-
-    def __init__(self, grant: Grant, session: AsyncSession, sent_at: float) -> None:
-        super().__init__(grant, session, sent_at)
-        self._session = session
-
-    commit = _of_lease(AsyncBatch.commit)
-    extend = _of_lease(AsyncBatch.extend)
-    truncate = _of_lease(AsyncBatch.truncate)
-    fork = _of_lease(AsyncBatch.fork)
-
-    def release(self) -> Coroutine[Any, Any, Released]:
-        """End the lease.  Idempotent.  What was committed stays cached until it is evicted.
-
-        Sent by this call itself: a task that is cancelled before it runs has released as well.
-        """
-        self._session.guard()
-        batch = self._session.batch()
-        reply = batch.release(self)
-        self._session.send(batch.step)
-        return self._released_by(batch.step, reply)
-
-    async def _released_by(self, step: Step, reply: Reply[Released]) -> Released:
-        await self._session._outcome(step)
-        return reply.result()
-
-    async def __aenter__(self) -> AsyncLease:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if not (self.released or self._session.is_inherited):
-            with suppress(*GONE):
-                await self.release()
 
 
 def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:

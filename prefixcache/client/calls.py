@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from prefixcache.client import codec
+from prefixcache.client import codec, unary
 from prefixcache.outline import Order, Outline
 from prefixcache.types import (
     Checked,
@@ -62,23 +62,35 @@ def described_by(described: Callable[..., Any], method: F, *, skip: int = 0) -> 
     return method
 
 
-@codec.no_foreign_errors("lookup")
+def _call(verb: str, **fields: Any) -> Call[Any]:
+    """Describe a call by the fields of its request.
+
+    Raises:
+        InvalidRequest: no message can hold one of them; it is named.
+    """
+    request = unary.RPCS[verb].request()
+    codec.put(request, **fields)
+    return Call(verb, request, codec.READ[verb])
+
+
+def _about(namespace: Namespace, verb: str, **fields: Any) -> Call[Any]:
+    """Describe a call about a namespace; see `_call`."""
+    call = _call(verb, **fields)
+    with codec.no_foreign_errors(verb):
+        codec.write_namespace(namespace, call.request.namespace)
+    return call
+
+
 def lookup(namespace: Namespace, tokens: TokensLike) -> Call[Lookup]:
     """Ask what `acquire` would find there.  Takes nothing; needs no session."""
-    request = pb.LookupRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return Call("lookup", request, codec.read_lookup)
+    return _about(namespace, "lookup", tokens=pack(tokens))
 
 
-@codec.no_foreign_errors("explain")
 def explain(namespace: Namespace, tokens: TokensLike) -> Call[Explanation]:
     """Ask why each token would or would not be reused there.  Needs no session."""
-    request = pb.ExplainRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return Call("explain", request, codec.read_explain)
+    return _about(namespace, "explain", tokens=pack(tokens))
 
 
-@codec.no_foreign_errors("recount")
 def recount(request: str, namespace: Namespace | None = None) -> Call[Explanation]:
     """Ask why a request that was granted lately was answered as it was.
 
@@ -89,13 +101,11 @@ def recount(request: str, namespace: Namespace | None = None) -> Call[Explanatio
     Raises:
         NotFound: the service remembers no such request.
     """
-    message = pb.ExplainRequest(request_id=request)
-    if namespace is not None:
-        codec.write_namespace(namespace, message.namespace)
-    return Call("explain", message, codec.read_explain)
+    if namespace is None:
+        return _call("explain", request_id=request)
+    return _about(namespace, "explain", request_id=request)
 
 
-@codec.no_foreign_errors("check")
 def check(max_runs: int = 0) -> Call[Checked]:
     """Have the service check every invariant, in steps: others are served meanwhile.
 
@@ -103,49 +113,34 @@ def check(max_runs: int = 0) -> Call[Checked]:
         max_runs: Up to so many runs and leases are checked in one go, while everybody waits, about
             30 microseconds for each. Then nothing is left out. 0: 500.
     """
-    request = pb.CheckRequest()
-    codec.put(request, max_runs=max_runs)
-    return Call("check", request, codec.read_check)
+    return _call("check", max_runs=max_runs)
 
 
-@codec.no_foreign_errors("reset")
 def reset(namespace: Namespace) -> Call[Reset]:
     """Make a namespace forget what it has stored.  Needs no session."""
-    request = pb.ResetRequest()
-    codec.write_namespace(namespace, request.namespace)
-    return Call("reset", request, codec.read_reset)
+    return _about(namespace, "reset")
 
 
-@codec.no_foreign_errors("pin")
 def pin(namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Call[Pinned]:
     """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
     codec.check_seconds("ttl_s", ttl_s)
-    request = pb.PinRequest(tokens=pack(tokens), ttl_s=ttl_s)
-    codec.write_namespace(namespace, request.namespace)
-    return Call("pin", request, codec.read_pin)
+    return _about(namespace, "pin", tokens=pack(tokens), ttl_s=ttl_s)
 
 
-@codec.no_foreign_errors("unpin")
 def unpin(namespace: Namespace, tokens: TokensLike = b"") -> Call[Unpinned]:
     """End the pin of exactly this prefix, or all pins of a namespace.  Needs no session."""
-    request = pb.UnpinRequest(tokens=pack(tokens))
-    codec.write_namespace(namespace, request.namespace)
-    return Call("unpin", request, codec.read_unpin)
+    return _about(namespace, "unpin", tokens=pack(tokens))
 
 
-@codec.no_foreign_errors("quota")
 def quota(scope: Namespace | str) -> Call[QuotaInfo]:
     """Ask what a namespace, or a tenant by name, may hold, and holds.  Needs no session."""
-    request = pb.QuotaRequest()
     if isinstance(scope, str):
-        request.tenant = scope
-    else:
-        request.namespace.SetInParent()
-        codec.write_namespace(scope, request.namespace)
-    return Call("quota", request, codec.read_quota)
+        return _call("quota", tenant=scope)
+    call = _about(scope, "quota")
+    call.request.namespace.SetInParent()
+    return call
 
 
-@codec.no_foreign_errors("quota")
 def set_quota(
     scope: Namespace | str, *, max_held: int | None, guaranteed: int = 0
 ) -> Call[QuotaInfo]:
@@ -158,16 +153,15 @@ def set_quota(
             evictable ones.
     """
     call = quota(scope)
-    call.request.set = True
+    codec.put(call.request, set=True, guaranteed=guaranteed)
     if max_held is not None:
         codec.put(call.request, max_held=max_held)
-    codec.put(call.request, guaranteed=guaranteed)
     return call
 
 
 def snapshot() -> Call[Snapshot]:
     """Ask for the state of the whole cache.  Needs no session."""
-    return Call("snapshot", pb.SnapshotRequest(), codec.read_snapshot)
+    return _call("snapshot")
 
 
 @codec.no_foreign_errors("outline")
@@ -188,11 +182,16 @@ def outline(
         max_depth: runs below the root beyond which all is summed up.
         ghosts: whether evicted runs are shown.
     """
-    request = pb.TreeRequest(order=codec.ORDERS[order], without_ghosts=not ghosts)
-    codec.put(request, max_branches=max_branches, max_depth=max_depth or 0)
+    call = _call(
+        "tree",
+        order=codec.ORDERS[order],
+        without_ghosts=not ghosts,
+        max_branches=max_branches,
+        max_depth=max_depth or 0,
+    )
     if namespace is not None:
-        codec.write_namespace(namespace, request.namespace)
-    return Call("tree", request, codec.read_outline)
+        codec.write_namespace(namespace, call.request.namespace)
+    return call
 
 
 @codec.no_foreign_errors("watch")

@@ -80,7 +80,7 @@ class LeaseState:
         ttl_s: how long the lease lives after a sign of life.
     """
 
-    def __init__(self, grant: Grant, clock: Clocked, sent_at: float) -> None:
+    def __init__(self, grant: Grant, session: Clocked, sent_at: float) -> None:
         self.id = grant.lease
         self.num_cached = grant.num_cached
         self.num_pending = grant.num_pending
@@ -88,7 +88,7 @@ class LeaseState:
         self.ledger = grant.ledger
         self.ttl_s = grant.ttl_s
         self._table = grant.block_table
-        self._clock = clock
+        self._session = session
         self._sent_at = sent_at
         self._lifetime_s = lifetime_of(grant.ttl_s)
         self._released = False
@@ -105,7 +105,7 @@ class LeaseState:
     @property
     def deadline(self) -> float:
         """Monotonic seconds after which this lease must not be used any more."""
-        return self._clock.signs.deadline(self._sent_at, self._lifetime_s)
+        return self._session.signs.deadline(self._sent_at, self._lifetime_s)
 
     @property
     def released(self) -> bool:

@@ -265,9 +265,9 @@ class BatchOps(Generic[L]):
     Every method gives a reply: `reply.result()` is the answer or raises the op's own error.
     """
 
-    def __init__(self, lessee: Lessee[L]) -> None:
-        self._lessee = lessee
-        self.step = Step(lessee.ids)
+    def __init__(self, session: Lessee[L]) -> None:
+        self._session = session
+        self.step = Step(session.ids)
 
     def acquire(
         self,
@@ -307,10 +307,10 @@ class BatchOps(Generic[L]):
         if salt is not None or adapter is not None:
             named = pb.Namespace()
             with codec.no_foreign_errors("acquire"):
-                codec.write_namespace(self._lessee.named(salt, adapter), named)
+                codec.write_namespace(self._session.named(salt, adapter), named)
         terms: dict[str, Any] = {}
         if not reuse or min_partial or not for_room:
-            self._lessee.refuse_unheard_terms()
+            self._session.refuse_unheard_terms()
             terms = {
                 "recompute": not reuse,
                 "min_partial": min_partial,
@@ -322,7 +322,7 @@ class BatchOps(Generic[L]):
         if named is not None and not reply.done:
             self.step.message.ops[-1].acquire.namespace.CopyFrom(named)
         reply.request_id = request_id
-        reply.finish = partial(self._lessee.make_lease, sent_at=time.monotonic())
+        reply.finish = partial(self._session.make_lease, sent_at=time.monotonic())
         return reply
 
     def commit(self, lease: L, num_tokens: int, new_tokens: TokensLike = b"") -> Reply[Committed]:
@@ -353,7 +353,7 @@ class BatchOps(Generic[L]):
     def fork(self, lease: L, n: int) -> Reply[list[L]]:
         """Make `n` children that share every block.  `extend` a child before it writes."""
         reply: Reply[list[L]] = self._on(lease, "fork", count=n, shared_table=True)
-        make = partial(self._lessee.make_lease, sent_at=time.monotonic())
+        make = partial(self._session.make_lease, sent_at=time.monotonic())
         reply.finish = lambda grants: [make(grant) for grant in grants]
         return reply
 

@@ -26,7 +26,7 @@ from prefixcache.client.lease import GONE, LeaseState
 from prefixcache.client.ops import BatchOps, Reply, Step, Terms
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
-from prefixcache.types import Grant, Released, TokensLike
+from prefixcache.types import Released, TokensLike
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 P = ParamSpec("P")
@@ -40,9 +40,7 @@ class Batch(BatchOps["Lease"]):
     may be answered later: `wait(reply)` waits for it.  If the block raises, nothing is sent.
     """
 
-    def __init__(self, session: Session) -> None:
-        super().__init__(session)
-        self._session = session
+    _session: Session
 
     def acquire_later(
         self, tokens: TokensLike, *, wait_s: float = 60.0, **terms: Unpack[Terms]
@@ -100,6 +98,39 @@ def _of_lease(
     return described_by(add, run, skip=2)
 
 
+class Lease(LeaseState):
+    """A lease on blocks.  Context manager; leaving it releases, whatever happened.
+
+    Every call raises `LeaseExpired` once the lease is past its deadline, and `ServiceUnavailable`
+    once the service is lost.
+    """
+
+    _session: Session
+
+    commit = _of_lease(Batch.commit)
+    extend = _of_lease(Batch.extend)
+    truncate = _of_lease(Batch.truncate)
+    fork = _of_lease(Batch.fork)
+
+    def release(self) -> Released:
+        """End the lease.  Idempotent.  What was committed stays cached until it is evicted."""
+        try:
+            with self._session.batch() as batch:
+                reply = batch.release(self)
+        except BaseException:  # Ctrl-C before it was sent; a second release does no harm
+            self._session.give_back([self.id])
+            raise
+        return reply.result()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not (self.released or self._session.is_inherited):
+            with suppress(*GONE):
+                self.release()
+
+
 class Session(SessionCore["Lease"]):
     """One worker's life at the service.  Safe to use from several threads, in one process.
 
@@ -107,6 +138,8 @@ class Session(SessionCore["Lease"]):
         attachment: what attach answered: worker, pool, ttl.
         signs: the signs of life that the service has answered.
     """
+
+    lease_type = Lease
 
     def __init__(self, client: Connection, request: pb.AttachRequest, *, keep_alive: bool) -> None:
         super().__init__(client)
@@ -173,10 +206,6 @@ class Session(SessionCore["Lease"]):
 
     # ------------------------------------------------------------------------ sending, receiving
 
-    def make_lease(self, grant: Grant, sent_at: float) -> Lease:
-        """Wrap a grant; for batches."""
-        return self.enlist(Lease(grant, self, sent_at))
-
     def emit(self, message: bytes | None) -> None:
         """Put a message into the queue that gRPC's thread empties.  Never waits."""
         self._outbox.put(message)
@@ -204,14 +233,11 @@ class Session(SessionCore["Lease"]):
             raise
 
     def _await(self, replies: Sequence[Reply[Any]]) -> None:
-        limit_s = self._client.timeout_s + max((reply.wait_s for reply in replies), default=0.0)
-        limit_s = min(limit_s, threading.TIMEOUT_MAX)
+        limit_s = self.patience(replies)
         with self._arrived:
             answered = self._arrived.wait_for(lambda: all(r.done for r in replies), limit_s)
         if not answered:
-            # Whatever the service still does with these ops is undone when it sees the stream end.
-            self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
-            self._call.cancel()
+            self.give_up(limit_s)
 
     def _read(self) -> None:
         error: CacheError | str = "this client can no longer read its answers"
@@ -242,38 +268,3 @@ class Session(SessionCore["Lease"]):
     def _beat(self) -> None:
         while not self._over.wait(self.attachment.ttl_s / 3):
             self.send(self.renewal()[0])
-
-
-class Lease(LeaseState):
-    """A lease on blocks.  Context manager; leaving it releases, whatever happened.
-
-    Every call raises `LeaseExpired` once the lease is past its deadline, and `ServiceUnavailable`
-    once the service is lost.
-    """
-
-    def __init__(self, grant: Grant, session: Session, sent_at: float) -> None:
-        super().__init__(grant, session, sent_at)
-        self._session = session
-
-    commit = _of_lease(Batch.commit)
-    extend = _of_lease(Batch.extend)
-    truncate = _of_lease(Batch.truncate)
-    fork = _of_lease(Batch.fork)
-
-    def release(self) -> Released:
-        """End the lease.  Idempotent.  What was committed stays cached until it is evicted."""
-        try:
-            with self._session.batch() as batch:
-                reply = batch.release(self)
-        except BaseException:  # Ctrl-C before it was sent; a second release does no harm
-            self._session.give_back([self.id])
-            raise
-        return reply.result()
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not (self.released or self._session.is_inherited):
-            with suppress(*GONE):
-                self.release()

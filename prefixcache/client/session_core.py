@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +37,7 @@ from prefixcache.client.progress import Inbox, Progress
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
 from prefixcache.pool import memory_is_abandoned
 from prefixcache.texts import many
-from prefixcache.types import Attachment, LeaseId, Namespace, PoolHandle
+from prefixcache.types import Attachment, Grant, LeaseId, Namespace, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 L = TypeVar("L", bound=LeaseState)
@@ -50,9 +51,12 @@ class SessionCore(ABC, Generic[L]):
         signs: the signs of life that the service has answered.
         key: the right to act for this worker, until it was passed on or is over.
         leases: those that somebody still has in hand.
+        lease_type: what a grant becomes.
     """
 
     attachment: Attachment
+    lease_type: type[L]
+    _call: Any
     _namespace: Namespace
     _acquires_by_name: bool
     _reuses_as_asked: bool
@@ -315,8 +319,9 @@ class SessionCore(ABC, Generic[L]):
                 f"serve with --block-size {request.block_size}"
             )
 
-    def enlist(self, lease: L) -> L:
-        """Remember that somebody has a lease in hand, and give it back."""
+    def make_lease(self, grant: Grant, sent_at: float) -> L:
+        """Wrap a grant into this session's kind of lease, and remember that somebody has it."""
+        lease = self.lease_type(grant, self, sent_at)
         self.leases.add(lease)
         return lease
 
@@ -442,6 +447,16 @@ class SessionCore(ABC, Generic[L]):
             except KeyError:  # another thread has taken the last one
                 break
             self._refuse((reply,), self._lost)
+
+    def patience(self, replies: Iterable[Reply[Any]]) -> float:
+        """Give how many seconds to wait for replies: the client's limit, and what they chose."""
+        limit_s = self._client.timeout_s + max((reply.wait_s for reply in replies), default=0.0)
+        return min(limit_s, threading.TIMEOUT_MAX)
+
+    def give_up(self, limit_s: float) -> None:
+        """Lose a service that did not answer; what it still does is undone as the stream ends."""
+        self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
+        self._call.cancel()
 
     def ended(self, cause: str, *, answers: bool) -> CacheError:
         """Give the error of a stream that ended: what was lost, and what to do."""

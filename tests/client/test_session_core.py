@@ -143,8 +143,7 @@ class Client(SessionCore[LeaseState]):
     def hang_up(self) -> None:
         pass
 
-    def make_lease(self, grant: Grant, sent_at: float) -> LeaseState:
-        return self.enlist(LeaseState(grant, self, sent_at))
+    lease_type = LeaseState
 
 
 class Scene:

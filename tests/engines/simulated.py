@@ -65,8 +65,7 @@ class Session(SessionCore[LeaseState]):
     def hang_up(self) -> None:
         """Do nothing: there is no stream to close."""
 
-    def make_lease(self, grant: Grant, sent_at: float) -> LeaseState:
-        return self.enlist(LeaseState(grant, self, sent_at))
+    lease_type = LeaseState
 
     def batch(self) -> Batch:
         return Batch(self)  # type: ignore[arg-type]

@@ -57,14 +57,12 @@ from prefixcache.client.codec.words import (
     POOL_KINDS,
     read_fields,
     read_layout,
-    read_ledger,
     read_namespace,
     read_pool,
     seal,
     show_namespace,
     write_fields,
     write_layout,
-    write_ledger,
     write_namespace,
     write_pool,
 )
@@ -83,36 +81,22 @@ __all__ = [
     "no_foreign_errors",
     "put",
     "read_attach",
-    "read_check",
     "read_error",
-    "read_explain",
     "read_layout",
-    "read_ledger",
-    "read_lookup",
     "read_namespace",
     "read_order",
     "read_outline",
-    "read_pin",
     "read_pool",
-    "read_quota",
-    "read_reset",
     "read_snapshot",
-    "read_unpin",
     "seal",
     "show_namespace",
     "write_error",
     "write_layout",
-    "write_ledger",
     "write_namespace",
     "write_outline",
     "write_pool",
     "write_snapshot",
 ]
-
-read_lookup = read_fields(Lookup)
-read_pin = read_fields(Pinned)
-read_reset = read_fields(Reset)
-read_unpin = read_fields(Unpinned)
 
 WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
     "acquire": write_acquire,
@@ -137,6 +121,7 @@ READ: Final[dict[str, Callable[[Any], Any]]] = {
     "attach": lambda message: message,
     "acquire": read_acquire,
     "cancel": read_nothing,
+    "check": read_check,
     "commit": read_commit,
     "extend": read_update,
     "fork": read_fork,
@@ -144,12 +129,13 @@ READ: Final[dict[str, Callable[[Any], Any]]] = {
     "release": read_release,
     "renew": read_nothing,
     "detach": read_detach,
-    "lookup": read_lookup,
+    "lookup": read_fields(Lookup),
     "explain": read_explain,
-    "reset": read_reset,
-    "pin": read_pin,
-    "unpin": read_unpin,
+    "reset": read_fields(Reset),
+    "pin": read_fields(Pinned),
+    "unpin": read_fields(Unpinned),
     "quota": read_quota,
     "snapshot": read_snapshot,
+    "tree": read_outline,
 }
 """How a client reads the answer of each verb."""

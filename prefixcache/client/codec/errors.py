@@ -72,14 +72,16 @@ def no_foreign_errors(what: str) -> Iterator[None]:
 
 
 def put(message: Any, **fields: Any) -> None:
-    """Set numbers of a message.
+    """Set fields of a message.
 
     Raises:
         InvalidRequest: the message cannot hold one; it is named with what it is.
     """
     for name, value in fields.items():
-        with no_foreign_errors(f"{name} is {value!a:.60}"):
+        try:
             setattr(message, name, value)
+        except FOREIGN_ERRORS as error:
+            raise InvalidRequest(f"{name} is {value!a:.60}: {error}") from None
 
 
 def check_seconds(name: str, seconds: Any) -> None:
