@@ -196,6 +196,8 @@ def prompt_of(
         tokens = _with_media(text, media, encode)
     if not tokens:
         raise InvalidRequest("the prompt is empty")
+    if request.unread:
+        left_out[f"fields that are not read: {', '.join(request.unread)}"] += 1
     return Prompt(tokens, left_out)
 
 

@@ -5,17 +5,18 @@ OpenAI chat     messages with text, parts, null or no content, tool_calls; tools
                 documents, chat_template_kwargs, add_generation_prompt, continue_final_message
 Responses       input (a text, or items), instructions, tools
 Anthropic       system beside messages; blocks text, image, tool_use, tool_result
-completions     prompt, or text: a text, token ids, or a list of either
+completions     prompt, text or inputs: a text, token ids, or a list of either
 token ids       tokens, prompt_token_ids, input_ids, token_ids
 data sets       conversations, conversation: from and value, or role and content
-beside a text   system; image, images, video … of a data set; extra_body of a client
-a batch's line  any of these below body or request
+beside a text   system; image, images, image_data … of a data set or SGLang; extra_body of a client
+a batch's line  any of these below body or request; of a tracer, below input or inputs
+as text         messages, tools and options as JSON text
 a list          messages, token ids, texts
 ```
 A key that is null is as good as absent.  `model`, the adapter and `cache_salt` say what may be
 shared at all.  An image, a recording or a file becomes a stand-in that its content alone decides.
-What decides a prompt and is not in it is named (`left_out`); where it leaves open what the prompt
-is, the record is refused.
+What decides a prompt and is not in it is named (`left_out`), and so is any field that is not known
+(`unread`); where it is left open what the prompt is, the record is refused.
 """
 
 from __future__ import annotations
@@ -33,9 +34,20 @@ from prefixcache.types import pack
 
 IDS: Final = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
 CHATS: Final = ("messages", "conversations", "conversation")
-KEYS: Final = frozenset({*IDS, *CHATS, "prompt", "input", "text", "body", "request", "params"})
+_TEXT_NAMES: Final = ("prompt", "input", "inputs", "text")
+_WRAPPERS: Final = ("body", "request", "params")
+KEYS: Final = frozenset({*IDS, *CHATS, *_TEXT_NAMES, *_WRAPPERS})
 """An object with none of these is no request."""
-PLACE: Final = ("model", "adapter", "lora_name", "lora_path", "lora_request", "cache_salt")
+_MODEL: Final = ("model", "model_name", "model_id", "modelId")
+_ADAPTER: Final = (
+    *("adapter", "adapter_name", "adapter_id"),
+    *("lora_name", "lora_id", "lora", "lora_request", "lora_path"),
+)
+_ADAPTER_INSIDE: Final = (
+    *("lora_name", "name", "adapter_name", "lora_path", "path", "lora_id", "id", "lora_int_id"),
+)
+_SALT: Final = ("cache_salt", "extra_key")
+PLACE: Final = (*_MODEL, *_ADAPTER, *_SALT)
 """What says within what a request may share."""
 
 MEDIA_TOKENS: Final = 256
@@ -80,7 +92,14 @@ _MEDIA: Final = {
 }
 _THOUGHTS: Final = {"thinking", "redacted_thinking", "reasoning"}
 _SOURCES: Final = ("url", "data", "file_data", "file_id", "image_url", "file_url", "text", "source")
-_WRAPPERS: Final = ("body", "request", "params")
+_SETTINGS: Final = (
+    *("detail", "fps", "num_frames", "min_pixels", "max_pixels", "resized_height"),
+    *("resized_width", "title", "context"),
+)
+"""What stands beside a medium and makes other tokens of it."""
+_NO_CONTENT: Final = frozenset(
+    {*_SETTINGS, "type", "media_type", "mime_type", "format", "cache_control", "filename", "uuid"}
+)
 _BESIDE: Final = {
     "image": "image",
     "images": "image",
@@ -88,11 +107,18 @@ _BESIDE: Final = {
     "videos": "video",
     "audio": "recording",
     "audios": "recording",
+    "image_data": "image",
+    "video_data": "video",
+    "audio_data": "recording",
 }
 """Media that stand beside a text, not in it, and their kinds."""
-_UNPLACED: Final = ("multi_modal_data", "mm_data", "multi_modal_uuids", "prompt_embeds")
+_UNPLACED: Final = (
+    *("multi_modal_data", "multimodal_data", "mm_data", "multi_modal_uuids"),
+    *("prompt_embeds", "input_embeds", "inputs_embeds"),
+)
 """Of an engine's own form: the ids, or the text, are the same for other pictures."""
 _MEDIA_BEFORE: Final = "media before the content"
+_HELD: Final = "digest of a medium beside the message"
 """Parts that were read already, in a message."""
 _NOT_READ: Final = {
     "suffix": "suffixes",
@@ -102,12 +128,56 @@ _NOT_READ: Final = {
     "conversation": "conversations that are named by id",
     "toolConfig": "tools in a form that is not read",
     "chat_template": "chat templates of their own",
+    "template": "templates of their own",
+    "context": "earlier turns as token ids",
+    "history": "earlier turns beside a prompt",
+    "input_prefix": "texts before a gap",
+    "input_suffix": "texts behind a gap",
+    "input_extra": "texts of other files",
 }
 """What decides a prompt and is not read, and what to call it."""
-_NAMED: Final = (str, int, dict)
+_NAMED: Final = (str, int, dict, list)
+_TOOLS: Final = ("tools", "functions", "documents")
+_SYSTEM: Final = ("system", "system_prompt", "system_instruction", "instructions")
+_OF_A_CHAT: Final = (
+    *("chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
+    *("reasoning_effort", "reasoning"),
+)
+_AS_TEXT: Final = (*CHATS, "chat_template_kwargs")
+"""What data sets hold as JSON text; `tools` and `documents`, too."""
+_SAID: Final = ("content", "value", "text", "parts", "message")
+"""Where the words of a message may be."""
+_ELSEWHERE: Final = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning")
+"""What a message may have in the place of words."""
 DECIDES: Final = frozenset({*PLACE, *_BESIDE, *_UNPLACED, "extra_body"})
 """What may stand beside token ids and says what they mean."""
 _DEEPEST: Final = 4
+_SAMPLING: Final = """
+temperature top_p top_k min_p typical_p n best_of seed echo stream stream_options use_beam_search
+early_stopping max_tokens max_new_tokens max_completion_tokens max_output_tokens min_tokens stop
+stop_sequences stop_token_ids stop_ids ignore_eos presence_penalty frequency_penalty
+repetition_penalty length_penalty logit_bias logprobs top_logprobs prompt_logprobs log_logits
+sampling_params response_format guided_json guided_regex guided_choice guided_grammar format
+structured_outputs text_format tool_choice parallel_tool_calls modalities audio verbosity
+skip_special_tokens spaces_between_special_tokens include_stop_str_in_output return_token_ids
+kv_transfer_params service_tier store background include truncation prediction priority timeout
+wait_s keep_alive safety_identifier prompt_cache_key prompt_cache_retention
+"""
+_OF_THE_LOG: Final = """
+id request_id custom_id conversation_id conversation_hash session_id trace_id question_id user
+user_id uid uuid index idx key name title method url t ts time date timestamp created created_at
+start_time end_time duration latency metadata tags source dataset language lang turn turns country
+state header hashed_ip response responses output outputs completion completions answer answers
+choices usage object status error finish_reason system_fingerprint chosen rejected score rating
+label category redacted toxic openai_moderation detoxify_moderation input_length output_length
+"""
+IDLE: Final = frozenset((_SAMPLING + _OF_THE_LOG).split())
+"""What may stand beside a prompt and decides nothing of it."""
+_READ: Final = frozenset(
+    {*KEYS, *DECIDES, *_NOT_READ, *_TOOLS, *_SYSTEM, *_OF_A_CHAT, "instruction"}
+)
+_MOST_NAMES: Final = 8
+_EMPTY: Final[tuple[Any, ...]] = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +205,8 @@ class LoggedRequest:
     salt: str = ""
     left_out: tuple[str, ...] = ()
     """What is not in the prompt, as plural nouns: `("thoughts",)`."""
+    unread: tuple[str, ...] = ()
+    """Fields beside the prompt that are not known, up to 8: one of them may decide it."""
 
 
 def read_logged(value: Any) -> list[LoggedRequest]:
@@ -155,6 +227,11 @@ def read_logged(value: Any) -> list[LoggedRequest]:
         raise InvalidRequest("the request is nested too deeply") from None
 
 
+def plain_name(name: str) -> str:
+    """Give the name of somebody's field as it can be shown."""
+    return ascii(name[:40])[1:-1]
+
+
 def stand_in(digest: str) -> bytes:
     """Give the packed tokens that stand for a medium: equal for equal content, in no vocabulary."""
     size = 4 * MEDIA_TOKENS
@@ -170,22 +247,46 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"a request is a JSON object or list, not {_show(value)}")
     fields = {key: one for key, one in value.items() if one is not None}
-    more = fields.pop("extra_body", None)  # as a client was given it
+    more = _parsed(fields.pop("extra_body", None), "extra_body")  # as a client was given it
     if isinstance(more, dict):
         fields |= {key: one for key, one in more.items() if one is not None}
-    for wrapper in _WRAPPERS:
+    for wrapper in (*_WRAPPERS, "input", "inputs"):
         inner = fields.get(wrapper)
-        if isinstance(inner, str) and inner.lstrip().startswith("{"):
-            try:
-                inner = json.loads(inner)
-            except ValueError as error:
-                raise InvalidRequest(f"{wrapper} is no JSON: {error}") from None
-        if isinstance(inner, dict) and deepest:
+        if wrapper in _WRAPPERS:
+            inner = _parsed(inner, wrapper)
+        if isinstance(inner, dict) and deepest and _wraps(wrapper, inner, fields):
             outer = {key: fields[key] for key in PLACE if key in fields}
             given = {key: one for key, one in inner.items() if one is not None}
             return _read(outer | given, deepest - 1)
+    for name in _AS_TEXT:
+        if name in fields and name != "conversation":
+            fields[name] = _parsed(fields[name], name)
     model, adapter, salt = _place(fields)
-    return [replace(one, model=model, adapter=adapter, salt=salt) for one in _unplaced(fields)]
+    unknown = sorted(map(plain_name, fields.keys() - _READ - IDLE))
+    more = {
+        "model": model,
+        "adapter": adapter,
+        "salt": salt,
+        "unread": tuple(unknown[:_MOST_NAMES]),
+    }
+    return [replace(one, **more) for one in _unplaced(fields)]
+
+
+def _wraps(wrapper: str, inner: dict[str, Any], fields: dict[str, Any]) -> bool:
+    """Whether the request is inside, as an object that is called `input` may be one itself."""
+    if (fields.keys() - {wrapper, *_WRAPPERS}) & KEYS:
+        return wrapper in _WRAPPERS and not inner.keys().isdisjoint(KEYS)
+    return wrapper in _WRAPPERS or not inner.keys().isdisjoint(KEYS)
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """Give what a text of JSON says; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise InvalidRequest(f"{name} is no JSON: {error}") from None
 
 
 def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
@@ -209,10 +310,10 @@ def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
         )
     if isinstance(fields.get("input"), str) or _is_items(fields.get("input")):
         return [_responses(fields)]
-    for name in ("prompt", "input", "text"):
+    for name in _TEXT_NAMES:
         if name in fields:
             return _completion(fields, name)
-    names = ", ".join(ascii(name[:40])[1:-1] for name in list(fields)[:8]) or "nothing"
+    names = ", ".join(map(plain_name, list(fields)[:_MOST_NAMES])) or "nothing"
     raise InvalidRequest(
         f"it has {names}, but neither token ids nor a chat: give messages, prompt, input, "
         "conversations or tokens"
@@ -229,12 +330,14 @@ def _completion(fields: dict[str, Any], name: str) -> list[LoggedRequest]:
     value = fields[name]
     if _is_items(value):
         return [_chat(fields, name)]
-    if isinstance(value, str) and (fields.get("system") or _beside(fields)):
+    if isinstance(value, str) and (_system(fields) or _beside(fields)):
         return [_chat(fields | {name: [{"role": "user", "content": value}]}, name)]
     _refuse_media(fields, name)
     left_out = _not_read(fields, name)
-    if fields.get("system"):
+    if _system(fields):
         left_out += ("system prompts beside token ids",)
+    if any(fields.get(one) for one in _TOOLS):
+        left_out += ("tools or documents beside a text",)
     return [replace(one, left_out=left_out) for one in _prompts(value, name)]
 
 
@@ -257,9 +360,14 @@ def _beside(fields: dict[str, Any]) -> list[dict[str, Any]]:
         parts += [
             {"type": medium, "digest": _digest(medium, {name: one}, name)}
             for one in media
-            if one not in (None, "", [], {})
+            if one not in _EMPTY
         ]
     return parts
+
+
+def _system(fields: dict[str, Any]) -> Any:
+    """Give the system prompt that stands beside a prompt, or None."""
+    return next((fields[name] for name in _SYSTEM if fields.get(name)), None)
 
 
 def _not_read(fields: dict[str, Any], *read: str) -> tuple[str, ...]:
@@ -268,6 +376,8 @@ def _not_read(fields: dict[str, Any], *read: str) -> tuple[str, ...]:
         for name, kind in _NOT_READ.items()
         if name not in read and isinstance(fields.get(name), _NAMED) and fields[name]
     }
+    if isinstance(fields.get("conversation"), list):
+        found.discard(_NOT_READ["conversation"])
     if isinstance(fields.get("prompt"), dict):
         found.add("stored prompts that are named by id")
     return tuple(sorted(found))
@@ -318,18 +428,23 @@ def _packed(value: Any, name: str) -> bytes:
 
 def _place(fields: dict[str, Any]) -> Iterable[str]:
     """Say within what a request may share: model, adapter, salt."""
-    lora = fields.get("lora_request")
-    adapter = [fields.get(name) for name in ("adapter", "lora_name", "lora_path")]
-    adapter += [lora.get("lora_name"), lora.get("name")] if isinstance(lora, dict) else [lora]
-    found = {
-        "model": fields.get("model"),
-        "adapter": next((one for one in adapter if one is not None), None),
-        "salt": fields.get("cache_salt"),
-    }
+    found = {"model": _first(fields, _MODEL), "salt": _first(fields, _SALT)}
+    adapter = _first(fields, _ADAPTER)
+    if isinstance(adapter, dict):
+        adapter = _first(adapter, _ADAPTER_INSIDE)
+        if adapter is None:
+            raise InvalidRequest("an adapter is an object that does not name it")
+    if isinstance(adapter, int) and not isinstance(adapter, bool):
+        adapter = str(adapter)
+    found = {"model": found["model"], "adapter": adapter, "salt": found["salt"]}
     for name, one in found.items():
         if one is not None and not isinstance(one, str):
             raise InvalidRequest(f"{name} is {_show(one)}; it takes a text")
     return [_whole(one or "", name) for name, one in found.items()]
+
+
+def _first(fields: dict[str, Any], names: Iterable[str]) -> Any:
+    return next((fields[name] for name in names if fields.get(name) not in _EMPTY), None)
 
 
 def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
@@ -338,8 +453,8 @@ def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
     if parts := _beside(fields):
         given = _with_parts(given, parts)
     messages = list(_messages(given, left_out))
-    system = fields.get("system")
-    if system not in (None, ""):
+    system = _system(fields)
+    if system is not None:
         messages.insert(0, {"role": "system", "content": _content(system, "system", left_out)})
     continues = _flag(fields, "continue_final_message", default=False)
     asked = fields.get("add_generation_prompt")
@@ -443,13 +558,49 @@ def _messages(given: Any, left_out: list[str] | None = None) -> Iterable[dict[st
 
 
 def _with_parts(messages: Any, parts: list[dict[str, Any]]) -> Any:
-    """Put media that stand beside a chat before the first thing that its user says."""
+    """Put media that stand beside a chat where it says so, else before its user's first words."""
     if not isinstance(messages, list):
         return messages
+    left = list(parts)
+    held = [
+        one | {"content": _filled(one["content"], left)}
+        if isinstance(one, dict) and isinstance(one.get("content"), list)
+        else one
+        for one in messages
+    ]
+    if not left:
+        return held
+    if len(left) < len(parts):
+        raise InvalidRequest(
+            f"{len(parts)} images or recordings stand beside messages that have places for "
+            f"{len(parts) - len(left)}"
+        )
     for index, one in enumerate(messages):
         if isinstance(one, dict) and (one.get("role") or one.get("from")) in ("user", "human"):
             return [*messages[:index], one | {_MEDIA_BEFORE: parts}, *messages[index + 1 :]]
     raise InvalidRequest("there are images or recordings beside messages of which none is a user's")
+
+
+def _filled(content: list[Any], media: list[dict[str, Any]]) -> list[Any]:
+    """Put the next of these media into each part that has none of its own, and take it out."""
+    held = list(content)
+    for at, part in enumerate(held):
+        medium = _MEDIA.get(part["type"]) if _is_hollow(part) else None
+        found = next((one for one in media if one["type"] == medium), None)
+        if found is not None:
+            media.remove(found)
+            held[at] = {"type": medium, _HELD: found["digest"]}
+    return held
+
+
+def _is_hollow(part: Any) -> bool:
+    """Whether a part says that there is a medium, and not which."""
+    return (
+        isinstance(part, dict)
+        and isinstance(part.get("type"), str)
+        and part["type"] in _MEDIA
+        and _source(part, part["type"]) in _EMPTY
+    )
 
 
 def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterable[dict[str, Any]]:
@@ -460,13 +611,11 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise InvalidRequest(f"{_show(speaker)} speaks, who is neither human nor gpt")
         made["role"] = SPEAKERS[speaker]
-        if "value" in made:
-            made["content"] = made.pop("value")
     role = made.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where}: role is {_show(role)}; it takes a text such as user")
     _whole(role, f"{where}: role")
-    parts = made.get("content")
+    parts = _said(made, where)
     results: list[dict[str, Any]] = []
     if isinstance(parts, list):
         calls = [one for one in parts if isinstance(one, dict) and one.get("type") == "tool_use"]
@@ -495,9 +644,10 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
         made["tool_calls"] = [_call(one, where) for one in calls_given]
     if parts is None and isinstance(made.get("refusal"), str):
         parts = made["refusal"]
-    made.pop("content", None)
-    content = _content(parts, f"{where}: content", left_out)
     media = [*made.pop(_MEDIA_BEFORE, ()), *_beside(made)]
+    if media and isinstance(parts, list):
+        parts = _filled(parts, media)
+    content = _content(parts, f"{where}: content", left_out)
     if media:
         made = {key: one for key, one in made.items() if key not in _BESIDE}
         said = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -510,6 +660,28 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
         yield {"role": "tool", "content": told or "", "tool_call_id": name}
     if not results or content or made.get("tool_calls"):
         yield {"role": role, "content": content} | {k: v for k, v in made.items() if k != "role"}
+
+
+def _said(made: dict[str, Any], where: str) -> Any:
+    """Take the words of a message out of it, wherever they are."""
+    found = next((name for name in _SAID if made.get(name) not in _EMPTY), None)
+    if found is not None:
+        said = made[found]
+        for name in ("content", found):
+            made.pop(name, None)
+        return said
+    said = made.pop("content", None)
+    if said is None and not any(made.get(name) for name in (*_ELSEWHERE, *_BESIDE, _MEDIA_BEFORE)):
+        others = sorted(
+            name
+            for name, one in made.items()
+            if isinstance(one, str | list | dict) and one and name not in {"role", *IDLE}
+        )
+        if others and "tool_call_id" not in others:
+            raise InvalidRequest(
+                f"{where} has no content, but {', '.join(map(plain_name, others[:_MOST_NAMES]))}"
+            )
+    return said
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -533,6 +705,10 @@ def _content(value: Any, name: str, left_out: list[str]) -> str | list[dict[str,
         return None
     if isinstance(value, str):
         return _whole(value, name)
+    if isinstance(value, dict) and isinstance(value.get("parts"), list):
+        value = value["parts"]
+    elif isinstance(value, dict) and isinstance(value.get("type"), str):
+        value = [value]
     if not isinstance(value, list):
         raise InvalidRequest(f"{name} is {_show(value)}; it takes a text, a list of parts, or null")
     parts: list[dict[str, Any]] = []
@@ -542,11 +718,16 @@ def _content(value: Any, name: str, left_out: list[str]) -> str | list[dict[str,
             continue
         if not isinstance(part, dict):
             raise InvalidRequest(f"{name} holds {_show(part)}; a part is an object")
+        if _HELD in part:
+            parts.append({"type": part["type"], "digest": part[_HELD]})
+            continue
         kind = part.get("type") or next((one for one in ("text", *_MEDIA) if one in part), None)
         if not isinstance(kind, str):
             raise InvalidRequest(f"{name} holds a part of type {_show(kind)}; it takes a text")
         if kind in _TEXTS:
-            text = part.get("refusal" if kind == "refusal" else "text")
+            text = part.get("refusal" if kind == "refusal" else "text", part.get("content"))
+            if text is None and "text" not in part:
+                raise InvalidRequest(f"{name} holds a part of type {_show(kind)} without a text")
             if text is not None and not isinstance(text, str):
                 raise InvalidRequest(f"{name}: a part's text is {_show(text)}; it takes a text")
             parts.append({"type": "text", "text": _whole(text or "", name)})
@@ -564,21 +745,49 @@ def _content(value: Any, name: str, left_out: list[str]) -> str | list[dict[str,
 
 
 def _digest(medium: str, part: dict[str, Any], kind: str) -> str:
-    """Name a medium by its content: the same in every form that it may be logged in."""
-    found: Any = part.get(kind, part)
+    """Name a medium by its content: the same in every form that it may be logged in.
+
+    Raises:
+        InvalidRequest: it has none.
+    """
+    found = _source(part, kind)
+    if found in _EMPTY:
+        raise InvalidRequest(f"{kind} has no content: a url, data, an id")
+    if not isinstance(found, str):
+        found = json_text(found, sort_keys=True)
+    if found.startswith("data:"):
+        found = found.partition(",")[2]
+    held = part.get(kind)
+    inside = held if isinstance(held, dict) else {}
+    told = {
+        name: one for name in _SETTINGS if (one := inside.get(name, part.get(name))) is not None
+    }
+    if told.pop("detail", "auto") != "auto":
+        told["detail"] = inside.get("detail", part.get("detail"))
+    if told:
+        found += "\0" + json_text(told, sort_keys=True)
+    seen = blake2b(found.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return f"{medium}:{seen}"
+
+
+def _source(part: dict[str, Any], kind: str) -> Any:
+    """Give what a medium is: its data, where it lies, its name; empty if it does not say."""
+    found: Any = part.get(kind)
+    if found is None:
+        found = {name: one for name, one in part.items() if name != kind}
     for _ in range(_DEEPEST):
         if not isinstance(found, dict):
             break
         inner = next((found[name] for name in _SOURCES if found.get(name) is not None), None)
         if inner is None:
+            found = {
+                name: one
+                for name, one in found.items()
+                if name not in _NO_CONTENT and one not in _EMPTY
+            }
             break
         found = inner
-    if not isinstance(found, str):
-        found = json_text(found, sort_keys=True)
-    if found.startswith("data:"):
-        found = found.partition(",")[2]
-    seen = blake2b(found.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return f"{medium}:{seen}"
+    return part.get("uuid") if found in _EMPTY else found
 
 
 def _flag(fields: dict[str, Any], name: str, *, default: bool) -> bool:

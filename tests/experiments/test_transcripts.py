@@ -208,6 +208,20 @@ WORDS = "You book journeys. " * 20
 TOOL = {"type": "function", "function": {"name": "f"}}
 ASKED = {"role": "user", "content": WORDS}
 ANSWERED = {"from": "gpt", "value": "ok"}
+
+
+def said(words: str) -> dict[str, object]:
+    return {"type": "text", "text": words}
+
+
+def user(words: str) -> dict[str, object]:
+    return {"role": "user", "content": words}
+
+
+def shows(*parts: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": [*parts, said("Q")]}]}
+
+
 DIFFERENT: dict[str, Callable[[int], dict[str, object]]] = {
     "tools": lambda n: {"tools": [{**TOOL, "function": {"name": f"{n}f", "description": WORDS}}]},
     "functions": lambda n: {"functions": [{"name": f"{n}f", "description": WORDS}]},
@@ -223,6 +237,57 @@ DIFFERENT: dict[str, Callable[[int], dict[str, object]]] = {
         "conversations": [{"from": "human", "value": f"<image>{WORDS}"}, ANSWERED],
     },
     "images of a message": lambda n: {"messages": [{**ASKED, "images": [f"A{n}"]}]},
+    "images of an engine's form": lambda n: {
+        "messages": None,
+        "text": WORDS,
+        "image_data": [f"A{n}"],
+    },
+    "a picture where the message has its place": lambda n: {
+        "images": [f"{n}.png"],
+        "messages": [{"role": "user", "content": [{"type": "image"}, said(WORDS)]}],
+    },
+    "pictures that are named alone": lambda n: {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": None, "uuid": f"u{n}"}, said(WORDS)],
+            }
+        ]
+    },
+    "the same picture in another size": lambda n: {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": "v"}, "fps": n + 1},
+                    said(WORDS),
+                ],
+            }
+        ]
+    },
+    "adapters by path": lambda n: {"lora_request": {"lora_int_id": 1, "lora_path": f"/{n}"}},
+    "adapters by number": lambda n: {"lora_request": {"lora_int_id": n + 1}},
+    "adapters by id": lambda n: {"adapter_id": f"a{n}"},
+    "adapters whose name is empty": lambda n: {"lora_name": "", "lora_path": f"/{n}"},
+    "models of another service": lambda n: {"modelId": f"m{n}"},
+    "salts of another engine": lambda n: {"extra_key": f"s{n}"},
+    "salts of a client, as text": lambda n: {"extra_body": f'{{"cache_salt": "s{n}"}}'},
+    "system under other names": lambda n: {"system_instruction": {"parts": [{"text": f"{n}S"}]}},
+    "messages as text": lambda n: {"messages": json.dumps([user(f"{n}{WORDS}")])},
+    "what a tracer was given": lambda n: {
+        "messages": None,
+        "input": {"messages": [user(f"{n}{WORDS}")]},
+    },
+    "words of messages under another name": lambda n: {
+        "messages": [{"role": "user", "text": f"{n}{WORDS}"}]
+    },
+    "words in parts of another form": lambda n: {
+        "messages": [{"role": "user", "parts": [{"type": "text", "content": f"{n}{WORDS}"}]}]
+    },
+    "settings beside messages": lambda n: {
+        "messages": [user(f"{n}{WORDS}")],
+        "params": {"temperature": 0},
+    },
     "system beside a text": lambda n: {"system": f"{n}{WORDS}", "prompt": WORDS, "messages": None},
     "system beside an input": lambda n: {"system": f"{n}{WORDS}", "input": "Q", "messages": None},
     "tools of a preference": lambda n: {
@@ -260,6 +325,16 @@ def test_requests_that_differ_in_what_comes_first_share_next_to_nothing(kind: st
         ({"prompt": "Q", "prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"instruction": "Translate", "input": "Q", "output": "A"}, "instruction"),
         ({"image": "a.png", "messages": [{"role": "system", "content": "S"}]}, "none is a user's"),
+        (shows({"type": "image"}), "image has no content"),
+        (shows({"type": "image_url", "image_url": {"url": ""}}), "image_url has no content"),
+        (shows({"type": "image_url", "image_url": {"detail": "low"}}), "image_url has no content"),
+        (shows({"type": "image"}, {"type": "image"}) | {"images": ["a"]}, "image has no content"),
+        (shows({"type": "image"}) | {"images": ["a", "b"]}, "2 images .* have places for 1"),
+        (shows({"type": "text", "words": "Q"}), "without a text"),
+        ({"messages": [{"role": "user", "words": "Q"}]}, "message 1 has no content, but words"),
+        ({"prompt": "Q", "lora_request": {"rank": 8}}, "an adapter .* that does not name it"),
+        ({"prompt": "Q", "multimodal_data": ["A"]}, "multimodal_data"),
+        ({"messages": "[{"}, "messages is no JSON"),
     ],
 )
 def test_what_leaves_open_what_the_prompt_is_is_refused(
@@ -277,6 +352,11 @@ def test_what_leaves_open_what_the_prompt_is_is_refused(
     [
         ({"prompt": "Q", "suffix": "end"}, "suffixes"),
         ({"messages": [QUESTION], "truncate_prompt_tokens": 4}, "prompts that were cut"),
+        ({"prompt": "Q", "tools": [TOOL]}, "tools or documents beside a text"),
+        ({"prompt": "Q", "context": [1, 2]}, "earlier turns as token ids"),
+        ({"prompt": "Q", "history": [["a", "b"]]}, "earlier turns beside a prompt"),
+        ({"prompt": "Q", "template": "{{ .Prompt }}"}, "templates of their own"),
+        ({"messages": [QUESTION | {"thinking": "hm"}]}, "thoughts"),
         ({"messages": [QUESTION], "toolConfig": {"tools": []}}, "tools in a form"),
         ({"input": "Q", "prompt": {"id": "p"}}, "stored prompts"),
         ({"input": "Q", "conversation": "c"}, "conversations that are named"),
@@ -288,6 +368,23 @@ def test_what_leaves_open_what_the_prompt_is_is_refused(
 def test_what_decides_a_prompt_and_is_not_read_is_said(fields: object, kind: str) -> None:
     (said,) = asked(fields).not_counted
     assert said.startswith(f"1 of 1 requests have {kind}")
+
+
+def test_a_field_that_is_not_known_is_said_by_name() -> None:
+    lines = [
+        {"messages": [QUESTION], "expert": n, "temperature": 0, "id": "r", "\x1b[2J": 1}
+        for n in range(3)
+    ]
+    named = {"messages": [{**QUESTION, "name": "ada", "weight": 1}], "tenant": "t"}
+    (note,) = (one for one in asked(*lines, {"prompt": "Q"}, named).notes if "not read" in one)
+    assert note == (
+        "4 of 5 requests have fields that are not read, and may decide what is shared: "
+        "\\x1b[2J, expert, name, tenant"
+    )
+    many = {"messages": [QUESTION]} | {f"field{n}": 1 for n in range(1000)}
+    (note,) = (one for one in asked(*[many] * 3).notes if "not read" in one)
+    assert len(note) < 200
+    assert not any("not read" in one for one in asked({"messages": [QUESTION], "n": 1}).notes)
 
 
 def test_a_format_of_answers_is_no_form_of_a_trace(tmp_path: Path) -> None:

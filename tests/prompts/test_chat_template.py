@@ -140,6 +140,13 @@ EQUAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
      {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "q"}]}),
     ({"conversation": [ASKED], "turn": 1}, {"messages": [ASKED]}),
     ({"custom_id": "r", "body": {"messages": [ASKED], "tools": None}}, {"messages": [ASKED]}),
+    ({"messages": [{"role": "user", "content": "", "parts": [{"type": "text", "text": "q"}]}]},
+     {"messages": [{"role": "user", "content": "q"}]}),
+    ({"messages": '[{"role": "user", "content": "q"}]', "chat_template_kwargs": "{}"},
+     {"messages": [{"role": "user", "content": "q"}]}),
+    ({"messages": [{"role": "user", "content": {"type": "text", "text": "q"}}]},
+     {"messages": [{"role": "user", "content": "q"}]}),
+    ({"messages": [ASKED], "system_prompt": "S"}, {"messages": [ASKED], "system": "S"}),
     ({"messages": [{"role": "assistant", "content": None, "refusal": "no"}]},
      {"messages": [{"role": "assistant", "content": "no"}]}),
 ]  # fmt: skip
@@ -269,3 +276,10 @@ def test_a_record_nested_without_end_is_refused() -> None:
 def test_what_is_no_request_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRequest):
         read_logged(value)
+
+
+def test_a_field_that_is_not_known_is_told_by_name() -> None:
+    (logged,) = read_logged({"messages": [ASKED], "expert": 7, "temperature": 0})
+    made = ChatTemplate(PLAIN, SPECIAL)
+    told = prompt_of(logged, lambda: made, lambda text, special: list(text.encode())).left_out
+    assert list(told) == ["fields that are not read: expert"]

@@ -308,12 +308,13 @@ infinite memory; such rows are not replayed again and are marked `same_as_infini
   `input_ids` and `token_ids` are other names of `tokens`, which may also be a list of prompts.
   Without `namespace`, `model`, the adapter and `cache_salt` are it.
 * `chat`: logged requests and chats, as JSON lines or as one JSON array, also one that breaks off:
-  OpenAI's `messages`, Anthropic's, Responses' `input`, completions' `prompt` (a text, ids, or a
-  list of either), ShareGPT's and other data sets' `conversations` or `conversation` (`from`,
-  `value` or `role`, `content`), a batch's lines with any of these below `body`, `request` or
-  `params`. `--tokenizer` is `tiktoken`, `tiktoken:ENCODING` or the folder of a Hugging Face
-  tokenizer. Times are seconds or ISO dates in `t`, `timestamp` or `created`. What has none gets
-  one, is counted and said: `--rate` chats a second, `--think` seconds before each next turn.
+  OpenAI's `messages`, Anthropic's, Responses' `input`, completions' `prompt`, `text` or `inputs`
+  (a text, ids, or a list of either), ShareGPT's and other data sets' `conversations` or
+  `conversation` (`from`, `value` or `role`, `content`), a batch's lines with any of these below
+  `body`, `request` or `params`, a tracer's below `input`; messages, tools and options also as JSON
+  text. `--tokenizer` is `tiktoken`, `tiktoken:ENCODING` or the folder of a Hugging Face tokenizer.
+  Times are seconds or ISO dates in `t`, `timestamp` or `created`. What has none gets one, is
+  counted and said: `--rate` chats a second, `--think` seconds before each next turn.
 * `kvtrace`: `NAME.convs.jsonl.gz` (tokens, or a skeleton of common prefixes) and
   `NAME.requests.jsonl.gz` in one folder; `--system one|four` puts system prompts before them.
 * `mooncake`: `{"timestamp": 27482, "input_length": 700, "output_length": 52, "hash_ids": [46,
@@ -340,13 +341,16 @@ with or without a byte order mark. Nothing is guessed in silence:
 
 | of the request | in the replay |
 |---|---|
-| `model`, adapter, `cache_salt` | the namespace; without `model` the file's name |
+| `model`, adapter, `cache_salt` or `extra_key` | the namespace; without `model` the file's name |
 | `tools`, `functions`, then `documents` | first in the prompt, as JSON |
 | `system`, `instructions`, system messages | the first messages, wherever they are logged |
 | text, results of tools, `tool_calls` | tokens in their place; calls as JSON |
 | images, recordings, videos, files | 256 tokens each, equal for equal content only; told |
+| … that stand beside the messages | where a part has none of its own, else before the first words |
+| … without content anywhere | the record is refused |
 | answers | each was a request, if the last message is one; not with `continue_final_message` |
-| thoughts, responses named by id, `chat_template_kwargs` | not counted; told |
+| thoughts, earlier turns or responses named by id, `chat_template_kwargs` | not counted; told |
+| a field that is not known, beside the prompt or in a message | not read; told by its name |
 
 What is told stands on stderr and beside every figure: how many requests have it. A replay lays
 messages out as ChatML, whatever the model; `explain` and the worker write a chat with

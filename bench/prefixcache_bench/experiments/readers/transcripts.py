@@ -28,7 +28,14 @@ from typing import Any, Final, NamedTuple
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.prompts.logged_request import MEDIA_TOKENS, LoggedRequest, read_logged, stand_in
+from prefixcache.prompts.logged_request import (
+    IDLE,
+    MEDIA_TOKENS,
+    LoggedRequest,
+    plain_name,
+    read_logged,
+    stand_in,
+)
 from prefixcache.types import TOKEN_BYTES, Namespace
 from prefixcache_bench.experiments.readers.lines import Source, given, is_array, seconds
 from prefixcache_bench.experiments.readers.tokenizers import ChatLayout, named
@@ -40,7 +47,10 @@ _SYSTEM: Final = frozenset({"system", "developer"})
 _ASKING: Final = frozenset({"user", "tool"})
 _MEDIA: Final = f"images, recordings or files, counted as stand-ins of {MEDIA_TOKENS} tokens"
 _OPTIONS: Final = "options of a chat template, which are not counted"
-_THOUGHTS: Final = ("reasoning_content", "reasoning")
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+_LAID_OUT: Final = frozenset({"role", "content", "tool_calls", *_THOUGHTS})
+_OF_A_MESSAGE: Final = frozenset({"tool_call_id", "type", "weight", "annotations", "cache_control"})
+_MOST_NAMES: Final = 8
 
 
 class _Chat(NamedTuple):
@@ -51,6 +61,8 @@ class _Chat(NamedTuple):
     turns: list[tuple[bytes, int]]
     """(All that exists after it, tokens of the prompt) of each request."""
     not_in: set[str]
+    unread: set[str]
+    """Fields that are not known, of the record or its messages."""
 
 
 def read(
@@ -78,6 +90,8 @@ def read(
     requests: list[tuple[float, int, int, Request]] = []
     left_out: Counter[str] = Counter()
     made_up = 0
+    unread: dict[str, None] = {}
+    with_unread = 0
     for number, chats in enumerate(_records(source, layout)):
         began = chats[0].began
         t = number / rate if began is None else began
@@ -93,6 +107,10 @@ def read(
                 requests.append((t, number, served, request))
                 served += 1
             left_out.update(dict.fromkeys(chat.not_in, len(chat.turns)))
+            if chat.unread:
+                with_unread += len(chat.turns)
+                if len(unread) <= _MOST_NAMES:
+                    unread |= dict.fromkeys(sorted(chat.unread))
     requests.sort(key=lambda entry: entry[:3])
     first = requests[0][0] if requests else 0.0
     found = [request._replace(t=request.t - first) for *_, request in requests]
@@ -101,6 +119,12 @@ def read(
         notes.append(
             f"{made_up} of {len(found)} requests have no time of their own: {rate:g} chats begin a "
             f"second, and a turn follows after {think_s:g} s on average (--rate, --think)"
+        )
+    if unread:
+        names = ", ".join([*list(unread)[:_MOST_NAMES], *["..."] * (len(unread) > _MOST_NAMES)])
+        notes.append(
+            f"{with_unread:,} of {len(found):,} requests have fields that are not read, and may "
+            f"decide what is shared: {names}"
         )
     return Trace(
         source.name,
@@ -146,7 +170,9 @@ def _chat(began: float | None, name: str, logged: LoggedRequest, layout: ChatLay
     turns = list(_requests(logged, layout))
     if not all(prompt for _, prompt in turns):
         raise ValueError("the prompt is empty")
-    return _Chat(began, space, turns, set(_not_in(logged)))
+    in_messages = {name for one in logged.messages for name in one} - _LAID_OUT - _OF_A_MESSAGE
+    unread = {*logged.unread, *(plain_name(one) for one in in_messages - (IDLE - {"name"}))}
+    return _Chat(began, space, turns, set(_not_in(logged)), unread)
 
 
 def _in_turns(chat: LoggedRequest) -> LoggedRequest:
