@@ -49,10 +49,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "prefixcache" / "core"
 OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-MOST_SECONDS_OF_EXAMPLES, MOST_SECONDS_OF_WALKS = 10.0, 4.0
+MOST_SECONDS_OF_EXAMPLES, MOST_SECONDS_OF_WALKS = 20.0, 6.0
 WALKS = "test_machine.py"
 NUM_WALKS = 12
-MOST_EVENTS = 100_000
+MOST_CALLS = 300_000
 """Of one test, looked at to learn what it calls; more would take longer than all tests do."""
 LIMIT_S = 600.0
 MOST_TIMES_AS_LONG = 10
@@ -82,15 +82,20 @@ class Learnt:
         self.seconds: dict[str, float] = {}
 
     def tests_for(self, mutant: Mutant, path: Path) -> list[str]:
-        """Give the tests that may notice a mutant, the fastest first, then walks."""
+        """Give the tests that may notice a mutant, the fastest first, then walks.
+
+        Of one in no function: those that call any function of its module, or are of its name.
+        """
         chosen: list[str] = []
-        key = (str(path), mutant.function)
+        key, of_its_name = (str(path), mutant.function), f"/test_{path.name}::"
         kinds = ((False, MOST_SECONDS_OF_EXAMPLES), (True, MOST_SECONDS_OF_WALKS))
         for are_walks, left in kinds:
             for name in sorted(self.seconds, key=self.seconds.__getitem__):
                 calls = self.calls[name]
                 is_called = (
-                    key in calls if mutant.function else any(file == str(path) for file, _ in calls)
+                    key in calls
+                    if mutant.function
+                    else of_its_name in name or any(file == str(path) for file, _ in calls)
                 )
                 if is_called and (WALKS in name) == are_walks:
                     left -= self.seconds[name]
@@ -103,25 +108,25 @@ class Learnt:
         """Run a test, and see what it calls."""
         called = self.calls[item.nodeid]
         known: set[CodeType] = set()
-        left = MOST_EVENTS
+        left = MOST_CALLS
 
-        def note(frame: FrameType, event: str, _: object) -> None:
+        def note(frame: FrameType, _event: str, _arg: object) -> None:
             nonlocal left
             left -= 1
             if not left:
-                sys.setprofile(None)
+                sys.settrace(None)
             code = frame.f_code
-            if event == "call" and code not in known:
+            if code not in known:
                 known.add(code)
-                if code.co_filename.startswith(str(CORE)):
+                if code.co_filename.startswith(f"{CORE}{os.sep}"):
                     called.add((code.co_filename, code.co_qualname.partition(".<locals>")[0]))
 
         began = time.process_time()
-        sys.setprofile(note)
+        sys.settrace(note)  # of calls alone; tests that count calls set a profile of their own
         try:
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         finally:
-            sys.setprofile(None)
+            sys.settrace(None)
         self.seconds[item.nodeid] = time.process_time() - began
 
     def write(self, path: Path) -> None:
@@ -268,6 +273,8 @@ def _in_fork(
 
 def is_noticed(mutant: Mutant, path: Path, tests: list[str]) -> bool:
     """Run tests against a mutant whose module is imported anew, in a process of its own."""
+    if not tests:
+        return False  # pytest without names would run all tests there are
     child = fork()
     if not child:
         os.setsid()

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from core.effort import calls
 from mutation import run
 from mutation.equivalent import EQUIVALENT
 from mutation.mutants import Mutant, mutants
@@ -23,6 +25,7 @@ from mutation.run import (
     sample,
     table,
 )
+from prefixcache.core.account import Account, Sums
 
 SOURCE = dedent('''
     """Not 1 of these + words changes."""
@@ -133,6 +136,27 @@ def test_those_tests_are_run_that_call_the_function_the_fastest_first() -> None:
     assert learnt.tests_for(mutant, Path("m.py")) == ["quick", "slow"]
     [constant] = mutants("LIMIT = 1\n", "m.py")
     assert learnt.tests_for(constant, Path("m.py"))[0] == "elsewhere"
+
+
+def test_a_constant_that_no_function_reads_is_tried_by_the_tests_of_its_file_or_by_none() -> None:
+    learnt = Learnt()
+    learnt.seconds = {"tests/core/test_m.py::test_it": 1.0, "tests/core/test_mm.py::test_it": 1.0}
+    [constant] = mutants("LIMIT = 1\n", "m.py")
+    assert learnt.tests_for(constant, Path("m.py")) == ["tests/core/test_m.py::test_it"]
+    assert learnt.tests_for(constant, Path("n.py")) == []
+    assert not is_noticed(constant, Path("n.py"), [])
+
+
+def test_what_a_test_calls_is_learnt_also_of_one_that_counts_calls() -> None:
+    def protocol(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        calls(Sums)
+        Account("t", None)
+
+    hook = SimpleNamespace(pytest_runtest_protocol=protocol)
+    item: Any = SimpleNamespace(nodeid="it", config=SimpleNamespace(hook=hook))
+    learnt = Learnt()
+    learnt.run(item, None)
+    assert {name for _, name in learnt.calls["it"]} == {"Sums.__init__", "Account.__init__"}
 
 
 def test_what_was_learnt_is_read_back(tmp_path: Path) -> None:
