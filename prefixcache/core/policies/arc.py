@@ -10,7 +10,8 @@ from prefixcache.core.eviction import LanePolicy, Mark, register
 if TYPE_CHECKING:
     from prefixcache.core.node import Node
 
-_T1, _T2, _B1, _B2 = 0, 1, 2, 3
+_T1, _T2, _B1 = 0, 1, 2
+"""Of what is in the ghost list of T1 or T2, the mark is larger by `_B1`."""
 
 
 @register
@@ -21,7 +22,7 @@ class Arc(LanePolicy):
     evicted from T2 the opposite; the target `p` of T1 moves by as much.
 
     Source: Megiddo and Modha, *ARC: a self-tuning, low overhead replacement cache*, FAST 2003.
-    State: the list per run, four sizes, `p`.  The lengths of the ghost lists are kept by counting
+    State: the list per run, three sizes, `p`.  The lengths of the ghost lists are kept by counting
     what was evicted since, not by unlinking.  O(nodes on the path) a use, O(log leaves) an
     eviction.
     """
@@ -31,7 +32,10 @@ class Arc(LanePolicy):
 
     def __init__(self, num_blocks: int = 1) -> None:
         super().__init__(num_blocks)
-        self._sizes = [0, 0, 0, 0]
+        self._num_once = 0
+        """Blocks in T1."""
+        self._ghosts = [0, 0]
+        """Blocks in B1 and in B2."""
         self._clocks = [0, 0]
         """Blocks ever evicted from T1 and from T2."""
         self._p = 0.0
@@ -39,46 +43,46 @@ class Arc(LanePolicy):
 
     def used(self, node: Node, stamp: int) -> None:
         """Move new blocks of the path to T1, the others to T2; learn from those that came back."""
-        sizes, capacity = self._sizes, self.num_blocks
         while node.parent is not None:
             mark, size = node.mark, len(node.blocks)
             if mark is None:
                 node.mark = _ONCE
-                sizes[_T1] += size
+                self._num_once += size
             elif mark[0] == _T1:
                 node.mark = _AGAIN
-                sizes[_T1] -= size
-                sizes[_T2] += size
+                self._num_once -= size
             elif mark[0] >= _B1:
-                self._return(node, mark[0], mark[1], size, capacity)
+                self._return(node, mark[0] - _B1, mark[1], size)
             node = node.parent
 
-    def _return(self, node: Node, ghost: int, at: int, size: int, capacity: int) -> None:
+    def _return(self, node: Node, which: int, at: int, size: int) -> None:
         """Take a run back that was evicted; it counts as remembered if its list reaches so far."""
-        sizes = self._sizes
-        limit = capacity - (sizes[_T1] if ghost == _B1 else sizes[_B1])
-        if self._clocks[ghost - _B1] - at > max(0, limit):
+        ghosts = self._ghosts
+        if self._clocks[which] - at > self._room(which):
             node.mark = _ONCE
-            sizes[_T1] += size
+            self._num_once += size
             return
-        b1, b2 = max(1, sizes[_B1]), max(1, sizes[_B2])
-        if ghost == _B1:
-            self._p = min(float(capacity), self._p + size * max(1.0, b2 / b1))
+        step = size * max(1.0, ghosts[1 - which] / max(1, ghosts[which]))
+        if which == _T1:
+            self._p = min(float(self.num_blocks), self._p + step)
         else:
-            self._p = max(0.0, self._p - size * max(1.0, b1 / b2))
-        sizes[ghost] = max(0, sizes[ghost] - size)
+            self._p = max(0.0, self._p - step)
+        ghosts[which] = max(0, ghosts[which] - size)
         node.mark = _AGAIN
-        sizes[_T2] += size
+
+    def _room(self, which: int) -> int:
+        """Give how many ghosts of T1, or of T2, may be remembered now."""
+        return self.num_blocks - (self._num_once if which == _T1 else self._ghosts[0])
 
     def lost(self, node: Node, num_blocks: int) -> Mark:
         """Move evicted blocks to the ghost list of theirs (in steps of 1/64 of a pool)."""
         if node.mark is None or node.mark[0] >= _B1:
             return None
-        which, sizes = node.mark[0], self._sizes
-        sizes[which] -= num_blocks
+        which, ghosts = node.mark[0], self._ghosts
+        if which == _T1:
+            self._num_once -= num_blocks
         self._clocks[which] += num_blocks
-        room = self.num_blocks - (sizes[_T1] if which == _T1 else sizes[_B1])
-        sizes[_B1 + which] = min(sizes[_B1 + which] + num_blocks, max(0, room))
+        ghosts[which] = min(ghosts[which] + num_blocks, self._room(which))
         return (_B1 + which, self._clocks[which] // self._grain * self._grain)
 
     def revived(self, ghost: Node) -> None:
@@ -92,7 +96,7 @@ class Arc(LanePolicy):
         """Take from T1 while it is larger than its target."""
         if heads[_T1] is None or heads[_T2] is None:
             return _T1 if heads[_T2] is None else _T2
-        return _T1 if self._sizes[_T1] > self._p else _T2
+        return _T1 if self._num_once > self._p else _T2
 
 
 _ONCE, _AGAIN = (_T1, 0), (_T2, 0)
