@@ -256,6 +256,53 @@ def test_in_what_nobody_changes_nothing_is_suspected(
     assert told.num_runs == cache.snapshot(now=0.0).nodes
 
 
+@pytest.mark.parametrize("fault", [a_block_that_is_lost, a_reference_too_many])
+def test_a_wrong_owner_is_suspected_and_too_many_runs_to_confirm_it_are_told(
+    fault: Callable[[Storm], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storm = Storm(1)
+    fault(storm)
+    num_runs = storm.cache.snapshot(now=0.0).nodes
+    size = num_runs + storm.cache._lessor.leases.count
+    monkeypatch.setattr(invariants, "_CONFIRMED", size - 1)
+    _, told = most_in_one_go(storm.cache.check_in_steps())
+    assert told.num_runs == num_runs
+    [why] = told.left_out
+    assert why.startswith(
+        "what differed in each of 6 walks, but may have changed each time: the ow"
+    )
+    assert why.count("the owners of block") <= 3
+    monkeypatch.setattr(invariants, "_CONFIRMED", size)
+    with pytest.raises(AssertionError):
+        list(storm.cache.check_in_steps())
+
+
+def test_runs_that_were_not_counted_are_suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invariants, "_CONFIRMED", 0)
+    for sums in ("the number of runs, ", "the counts of namespace 'm'"):
+        cache = still_life()
+        tree, root = cache._lessor.tree, cache._lessor.roots[HERE]
+        if "runs" in sums:
+            tree.num_nodes += 1
+        else:
+            for counted in (tree, root, root.sums):  # so all sums over it are right
+                counted.num_blocks += 1
+        _, told = most_in_one_go(cache.check_in_steps())
+        assert [sums in why for why in told.left_out] == [True]
+
+
+def test_a_lease_that_is_wrong_in_itself_is_found_wherever_it_stands() -> None:
+    cache = still_life()
+    for lease in cache._lessor.leases.all():
+        lease.start += 4
+        finds_fault(cache)
+        lease.start -= 4
+        lease.private_from += 1
+        finds_fault(cache)
+        lease.private_from -= 1
+    cache.check()
+
+
 @pytest.mark.parametrize("more", [-2, -1, 1, 2])
 @pytest.mark.parametrize("at_once", [1, 1000])
 def test_each_lock_and_each_owner_of_each_kind_is_counted(

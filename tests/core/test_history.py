@@ -341,6 +341,55 @@ def test_what_is_missing_in_the_middle_is_found_too() -> None:
     assert (told.parted_at, told.resumes_at, told.num_same) == (40, 40, 50)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_where_a_prompt_goes_on_as_the_stored_one_is_where_a_walk_over_all_pairs_finds_it(
+    seed: int,
+) -> None:
+    """Something is left out, put in or exchanged: what follows is the same, token by token."""
+    draw, cache = random.Random(seed), made(4096)
+    shared = [7] * draw.randrange(1, 20)
+    ours, theirs = ([500 + who] * draw.choice([0, 1, 2, 7, 40]) for who in (1, 2))
+    size = draw.choice([24, 40, 300])
+    same = [1000 + at for at in range(size)]
+    ours_end, theirs_end = ([600 + who] * draw.choice([0, 3, 50]) for who in (1, 2))
+    if not (ours or theirs):
+        ours = [501]
+    stored = [*shared, *theirs, *same, *theirs_end]
+    asked = [*shared, *ours, *same, *ours_end]
+    serve(cache, stored)
+    told = cache.explain(CHAT, pack(asked), now=0.0)
+    assert told.parted_at == len(shared)
+    assert told.resumes_at == len(shared) + len(ours)
+    assert told.num_same == size
+    again = serve(cache, asked, request_id="again")
+    assert again.ledger.reused == len(shared)
+    assert recounted(cache, "again")[:2] == (told.parted_at, told.resumes_at)
+
+
+def recounted(cache: PrefixCache, name: str) -> tuple[int | None, int | None, int]:
+    told = cache.explain_request(name, may_see_all, now=0.0)
+    return told.parted_at, told.resumes_at, told.num_parted
+
+
+def test_after_the_fact_it_counts_who_else_parted_there() -> None:
+    cache = made(256)
+    serve(cache, [*range(20), *range(500, 540)])
+    for number in range(3):
+        serve(cache, [*range(20), *range(600 + 100 * number, 640 + 100 * number)], request_id="r")
+    assert recounted(cache, "r") == (20, None, 3)
+
+
+@pytest.mark.parametrize(("num_same", "resumes"), [(15, False), (16, True)])
+def test_fewer_than_sixteen_tokens_in_a_row_are_the_same_by_chance(
+    num_same: int, resumes: bool
+) -> None:
+    cache = made(256)
+    same = list(range(800, 800 + num_same))
+    serve(cache, [*range(20), 500, *same, 501])
+    told = cache.explain(CHAT, pack([*range(20), 600, *same, 601]), now=0.0)
+    assert (told.resumes_at, told.num_same) == ((21, 16) if resumes else (None, 0))
+
+
 def test_different_prompts_are_not_the_same_again() -> None:
     cache = made(256)
     serve(cache, [*range(20), *range(500, 560)])

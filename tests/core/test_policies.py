@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from prefixcache.core.node import Node, Root
 from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
 from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard
+from prefixcache.core.policies.lru_list import LruList
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId, pack
 
@@ -197,6 +199,38 @@ def test_retired_namespaces_tails_and_forgotten_ghosts_leave_no_trace_in_the_cou
         if number % 37 == 36:
             cache.reset(namespace)
         cache.check()
+
+
+COUNTED: dict[str, tuple[tuple[str, int], ...]] = {
+    "arc": (("_num_once", 0),),
+    "2q": (("_num_in", 0),),
+    "s3fifo": (("_num_small", 0),),
+    "w-tinylfu": (("_num_window", 0), ("_protected", 2)),
+    "slru": (("_again", 1),),
+}
+"""What a policy counts, and what the marks of such blocks begin with."""
+
+
+@pytest.mark.parametrize("policy", COUNTED)
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_policy_counts_is_what_a_walk_over_the_marks_finds(policy: str, seed: int) -> None:
+    rng = random.Random(f"{policy} {seed}")
+    tiny = Tiny(policy, 40)
+    counting: Any = tiny.cache._lessor.tree.policy
+    for _, tokens, _ in random_sequences(rng, 150, 30):
+        tiny.serve(list(tokens))
+        found: dict[int, int] = {}
+        stack: list[Node] = list((tiny.cache._lessor.roots[SPACE].children or {}).values())
+        while stack:
+            node = stack.pop()
+            if node.mark is not None:
+                found[node.mark[0]] = found.get(node.mark[0], 0) + len(node.blocks)
+            stack.extend((node.children or {}).values())
+        for name, kind in COUNTED[policy]:
+            counted = getattr(counting, name)
+            if isinstance(counted, LruList):
+                counted = sum(counted._counts.values())  # those that fell out keep their mark
+            assert counted == found.get(kind, 0), name
 
 
 def test_an_unknown_policy_is_refused_with_the_list_of_those_there_are() -> None:

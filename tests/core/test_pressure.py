@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from core.oracle import LeafLru
@@ -290,7 +292,69 @@ def test_what_is_not_pinned_still_goes_exactly_by_least_recent_use() -> None:
     assert cache.lookup(B, pack([900 + n for n in range(num_pinned)])).num_hit == num_pinned - 1
 
 
+@pytest.mark.parametrize("later", [0.0, 20.0])
+def test_a_pin_is_told_with_the_time_that_is_left(later: float) -> None:
+    cache = pool(8, max_pinned=8)
+    store(cache, [1, 2])
+    cache.pin(A, pack([1, 2]), ttl_s=50.0, now=10.0)
+    [pin] = cache.snapshot(now=10.0 + later).pins
+    assert (pin.namespace, pin.num_tokens, pin.num_blocks) == (A, 2, 2)
+    assert pin.expires_in_s == 50.0 - later
+
+
 # ---------------------------------------------------------------------------------------- quotas
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("is_tenant", [True, False])
+def test_who_is_within_a_share_goes_after_all_others_and_who_is_beyond_it_in_its_turn(
+    seed: int, is_tenant: bool
+) -> None:
+    """Held against a list: prompts of one block, the least recently used first."""
+    draw, cache = Random(seed), pool(12, max_pinned=12)
+    shares = {A: 0, B: 0, C: 0}
+    there: list[tuple[Namespace, int]] = []  # the oldest first
+    pinned: set[tuple[Namespace, int]] = set()
+
+    def goes_next() -> tuple[Namespace, int]:
+        stored = {space: sum(one[0] == space for one in there) for space in shares}
+        free = [one for one in there if one not in pinned]
+        beyond = [one for one in free if stored[one[0]] > shares[one[0]]]
+        return (beyond or free or there)[0]
+
+    for number in range(400):
+        what = draw.random()
+        space = draw.choice([A, A, B, C])
+        if what < 0.03:
+            # One share at a time: which of two goes first, when nothing else is left, is open.
+            shares = dict.fromkeys(shares, 0)
+            shares[space] = draw.randrange(1, 6)
+            for one in (A, B, C):
+                scope = one.tenant if is_tenant else one
+                cache.set_quota(scope, max_held=None, guaranteed=shares[one], now=0.0)
+        elif what < 0.06 and (others := [one for one in there if not shares[one[0]]]):
+            # What waits in a share when it is pinned counts there until it comes to the top.
+            pinned.add(one := draw.choice(others))
+            cache.pin(one[0], pack([one[1]]), ttl_s=1e6, now=0.0)
+        elif what < 0.08 and pinned:
+            one = pinned.pop()
+            cache.unpin(one[0], pack([one[1]]))
+        else:
+            entry = (space, draw.randrange(12))
+            found = entry in there
+            if found:
+                there.remove(entry)
+            elif len(there) == 11:  # the scratch block of a request's last token needs one, too
+                gone = goes_next()
+                there.remove(gone)
+                pinned.discard(gone)
+            there.append(entry)
+            lease = take(cache, [entry[1], 99], space)
+            cache.commit(ME, lease, 1, now=0.0)
+            cache.release(ME, lease, now=0.0)
+        held = {one for one in there if cache.lookup(one[0], pack([one[1], 99])).num_hit}
+        assert held == set(there), f"step {number}"
+        cache.check()
 
 
 def test_nobody_takes_the_guaranteed_share_of_another() -> None:

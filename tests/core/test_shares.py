@@ -25,6 +25,13 @@ def test_one_user_may_have_all() -> None:
         shares.take("")
 
 
+def test_the_only_tenant_of_a_file_has_nothing_kept_for_it_and_all_may_have_all() -> None:
+    shares = make(10, "a")
+    shares.take("b", 10)
+    shares.give("b", 10)
+    shares.take("a", 10)
+
+
 def test_a_refusal_is_a_sentence_also_where_there_is_one():
     shares = make(4, "a", "b")
     shares.take("a", 1)
@@ -112,10 +119,15 @@ def test_against_the_sums(limit: int, steps: list[tuple[str, object, int]]) -> N
 
 
 @pytest.mark.parametrize(
-    ("tenants", "others"), [("ab", "1 is kept for the other tenant."), ("abc", "2 other tenants.")]
+    ("tenants", "others"),
+    [
+        ("ab", "of the 12 of --max-leases 3 are kept for the other tenant."),
+        ("abc", "of the 18 of --max-leases 6 are kept for the 2 other tenants."),
+        ("bc", "of the 12 of --max-leases 6 are kept for the 2 other tenants."),
+    ],
 )
 def test_a_refusal_counts_the_others(tenants: str, others: str) -> None:
-    shares = make(2 * len(tenants), *tenants)
+    shares = make(6 * len(tenants), *tenants)
     with pytest.raises(PoolExhausted) as full:
-        shares.take("a", 2 * len(tenants))
+        shares.take("a", 6 * len(tenants))
     assert others in str(full.value)
