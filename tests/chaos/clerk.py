@@ -60,6 +60,8 @@ FIELDS: tuple[dict[str, Any], ...] = (
     *({"max_new_tokens": odd} for odd in (0, -1, "5", 1.5, True, [], 10**40, 10**12)),
     *({"temperature": odd} for odd in (float("nan"), float("inf"), -1, "hot", {}, 10**400)),
     *({"seed": odd} for odd in (2**70, 1.0, "x")),
+    *({"sample": odd} for odd in (-1, 2**31, "x")),
+    *({"generated": odd} for odd in (5, [True], [-1], [2**32], [97], [3] * 2000)),
     *({"stop": odd} for odd in (5, [5], {}, "a\ud83d", ["a"] * 2000, "a" * 5000)),
     *({"stop_ids": odd} for odd in (7, [float("inf")], [-1], ["a"], [True])),
     *({"wait_s": odd} for odd in (float("nan"), -1, "x", 10**9)),

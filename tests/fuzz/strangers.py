@@ -144,6 +144,7 @@ LOGGED: tuple[Any, ...] = (
 WORKER_LINES: tuple[dict[str, Any], ...] = (
     {"id": "a", "messages": CHAT, "tools": TOOLS, "max_new_tokens": 3, "stop": ["x"]},
     {"id": 7, "tokens": [1, 2], "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop_ids": [3]},
+    {"id": "d", "tokens": [1], "temperature": 1, "sample": 2, "generated": [2, 3]},
     {"id": "c", "prompt": "hello", "wait_s": 1, "log_logits": True, "stop": "x"},
 )
 """Lines as a worker reads them."""

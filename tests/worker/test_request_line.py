@@ -56,6 +56,11 @@ def model(demo_folder: Path) -> Model:
         ({"stop_ids": [1e999]}, "an id of stop_ids is inf"),
         ({"seed": 2**70}, "seed is 1180591620717411303424; it takes one from"),
         ({"seed": 1.0}, "seed is 1.0; it takes a whole number"),
+        ({"sample": -1}, "sample is -1; it takes one from 0"),
+        ({"generated": 5}, "generated is 5; it takes token ids"),
+        ({"generated": [True]}, "an id of generated is true; it takes a whole number"),
+        ({"generated": [2**32]}, "an id of generated is 4294967296; it takes one from 0"),
+        ({"generated": [7] * 129}, "129 tokens are generated, more than the 128"),
         ({"temperature": "hot"}, "temperature is 'hot'; it takes a number"),
         ({"temperature": float("nan")}, "temperature is nan; it takes a number from 0 on"),
         ({"wait_s": float("inf")}, "wait_s is inf; it takes a number from 0 to 86400"),
@@ -204,6 +209,19 @@ def test_a_name_is_free_again_when_its_request_has_ended(model: Model) -> None:
     engine.submit(Request("a", [1, 2], 2))
     engine.close()
     engine.submit(Request("a", [1, 2], 2))
+
+
+def test_a_line_goes_on_with_an_answer_that_another_worker_has_begun(model: Model) -> None:
+    line = b'{"id":"a","prompt":"Hello","max_new_tokens":9,"temperature":1,"seed":3,"sample":1%s}'
+    whole = served(model, [line % b""])
+    [want] = [one for one in whole if one["event"] == "finished"]
+    begun = json.dumps(want["tokens"][:4]).encode()
+    then = served(model, [line % b',"generated":%s' % begun])
+    [done] = [one for one in then if one["event"] == "finished"]
+    assert (done["tokens"], done["text"]) == (want["tokens"], want["text"])
+    told = {one["event"]: one for one in then}
+    assert (told["started"]["seed"], told["started"]["max_new_tokens"]) == (3, 9)
+    assert sum(one["event"] == "token" for one in then) == 5
 
 
 def test_an_error_that_nobody_foresaw_fails_its_line(

@@ -35,7 +35,7 @@ from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import Event, Failed, Finished, Request, Token
-from prefixcache_worker.sampling import top_two
+from prefixcache_worker.sampling import choose, top_two
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
 
@@ -108,7 +108,8 @@ class Engine:
         """Hand over a request.  From any thread; returns at once.
 
         Raises:
-            InvalidRequest: a request of this id is in hand.
+            InvalidRequest: a request of this id is in hand, or what it has generated is no
+                answer's beginning.
         """
         if request.id in self._ids:
             raise InvalidRequest(
@@ -118,8 +119,13 @@ class Engine:
         limit = self.model.max_tokens
         room = limit - len(request.tokens) if limit else request.max_new_tokens
         stream = TextStream(self.model.tokenizer, request.stop_strings)
+        if any(not 0 <= token < self.model.vocab_size for token in request.generated):
+            raise InvalidRequest(
+                f"generated token ids must lie between 0 and {self.model.vocab_size - 1}"
+            )
+        job = Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room))
         self._ids.add(request.id)
-        self.inbox.put(Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room)))
+        self.inbox.put(job)
         self.wake()
 
     def cancel(self, request_id: str) -> None:
@@ -236,6 +242,9 @@ class Engine:
             if job.retry_at > now:
                 break  # later requests must not starve it
             self._queue.popleft()
+            if job.reason:  # who began it was lost between its last token and saying so
+                events.append(finished(job))
+                continue
             home = self.membership.home()
             if failed := self._hopeless(job, home):
                 events.append(failed)
@@ -397,24 +406,13 @@ class Engine:
         return True
 
     def _choose(self, jobs: Sequence[Job], logits: Tensor) -> Iterator[Event]:
-        greedy = logits.argmax(-1).tolist() if jobs else []
         now = time.monotonic()
-        for job, row, best in zip(jobs, logits, greedy, strict=True):
-            token = best if job.sampler.sampling.greedy else job.sampler.choose(row)
+        samplers = [job.sampler for job in jobs]
+        tokens = choose(samplers, logits, [job.num_generated for job in jobs])
+        for job, row, token in zip(jobs, logits, tokens, strict=True):
             top = top_two(row) if job.request.log_logits else None
-            job.tokens.append(token)
             job.first_s = job.first_s or now
-            text = ""
-            if token in job.stop_ids:
-                job.reason = "stop"
-            else:
-                text = job.stream.push(token)
-                if job.stream.stopped:
-                    job.reason = "stop"
-                elif not job.num_left:
-                    job.reason = "length"
-            if job.reason:
-                text += job.stream.finish()
+            text = job.add(token)
             yield Token(job.request.id, token, text, top)
 
     def _settle(self, jobs: Sequence[Job]) -> None:

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from prefixcache.errors import InvalidRequest
 from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
 from prefixcache_worker.sampling import Sampler
@@ -51,6 +52,13 @@ class Job:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request.sampling)
         self.tokens = list(self.request.tokens)
+        for number, token in enumerate(self.request.generated, 1):
+            self.add(token)
+            if self.reason and number < len(self.request.generated):
+                raise InvalidRequest(
+                    f"token {number} of {len(self.request.generated)} generated ones, {token}, "
+                    f"ends the answer ({self.reason}): what follows it is of another one"
+                )
 
     @property
     def num_prompt(self) -> int:
@@ -59,7 +67,7 @@ class Job:
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Tokens of the answer so far, also what another worker began."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -76,6 +84,23 @@ class Job:
     def answered(self) -> bool:
         """Whether the blocks that were asked for are here, or refused."""
         return self.future is not None and self.future.done()
+
+    def add(self, token: int) -> str:
+        """Take the answer's next token; give the text that can be shown because of it.
+
+        Sets `reason` if it is the last one.
+        """
+        self.tokens.append(token)
+        text = ""
+        if token in self.stop_ids:
+            self.reason = "stop"
+        else:
+            text = self.stream.push(token)
+            if self.stream.stopped:
+                self.reason = "stop"
+            elif not self.num_left:
+                self.reason = "length"
+        return text + self.stream.finish() if self.reason else text
 
     def grant(self, claim: Claim) -> None:
         """Take the blocks that were asked for."""
@@ -114,6 +139,7 @@ def started(job: Job, claim: Claim) -> Started:
         waited_s=time.monotonic() - job.submitted_s,
         max_new_tokens=job.max_new_tokens,
         left_out=job.request.left_out or None,
+        seed=None if job.sampler.sampling.greedy else job.sampler.seed,
     )
 
 

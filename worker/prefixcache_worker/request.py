@@ -38,12 +38,20 @@ class Request:
     left_out: tuple[str, ...] = ()
     """What of the request is not in the prompt, for example tools that the template does not
     show."""
+    generated: Sequence[int] = ()
+    """The answer's first tokens, where another worker has begun it: it goes on behind them, as if
+    nothing had been."""
 
     def __post_init__(self) -> None:
         if not self.tokens or self.max_new_tokens < 1 or self.wait_s < 0:
             raise InvalidRequest(
                 f"request {self.id!r}: {len(self.tokens)} prompt tokens, {self.max_new_tokens} new "
                 f"ones, waiting {self.wait_s} s; at least 1, 1 and 0 make sense"
+            )
+        if len(self.generated) > self.max_new_tokens:
+            raise InvalidRequest(
+                f"request {self.id!r}: {len(self.generated)} tokens are generated, more than the "
+                f"{self.max_new_tokens} that its answer may have"
             )
 
 
@@ -55,6 +63,7 @@ class Started:
     ledger: Ledger
     num_prompt: int
     num_cached: int
+    """Tokens whose keys and values are there: of the prompt, and of what was generated before."""
     num_to_compute: int
     shared: bool
     """Whether its blocks are in the shared pool."""
@@ -64,6 +73,8 @@ class Started:
     """Tokens that the answer may have; blocks are reserved for as many."""
     left_out: tuple[str, ...] | None = None
     """What of the request is not in the prompt; None: nothing."""
+    seed: int | None = None
+    """By which its tokens are drawn; None: the most likely ones are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,8 @@ class Finished:
 
     id: str
     tokens: tuple[int, ...]
-    """The generated tokens; with a stop token, if that was the reason."""
+    """The whole answer, also what another worker began; with a stop token, if that was the
+    reason."""
     text: str
     reason: str
     """`stop` (token or string), `length`, or `cancelled`."""

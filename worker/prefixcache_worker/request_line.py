@@ -12,6 +12,8 @@ top_p           a number above 0, up to 1; else 1
 seed            a whole number of 64 bits; else another one every time
 stop            a text or up to 1,024 of them
 stop_ids        up to 1,024 token ids; else the model's own
+generated       token ids: the beginning of the answer, which goes on behind them
+sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
 log_logits      true or false; else false
 ```
@@ -45,7 +47,7 @@ _CHAT: Final = {
 }
 _FIELDS: Final = {
     *("id", "max_new_tokens", "temperature", "top_p", "seed", "stop", "stop_ids", "wait_s"),
-    *("log_logits", *_PROMPTS, *_CHAT),
+    *("log_logits", "generated", "sample", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -130,6 +132,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
             temperature=_number(fields, "temperature", 0.0),
             top_p=_number(fields, "top_p", 1.0),
             seed=_whole(fields["seed"], "seed", -(2**63), 2**63 - 1) if "seed" in fields else None,
+            sample=_whole(fields.get("sample", 0), "sample", 0, 2**31 - 1),
         ),
         stop_ids=_stop_ids(fields),
         stop_strings=tuple(
@@ -138,6 +141,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         wait_s=_number(fields, "wait_s", 30.0, most=86_400.0),
         log_logits=_flag(fields, "log_logits"),
         left_out=left_out,
+        generated=_generated(fields),
     )
 
 
@@ -175,6 +179,13 @@ def _stop_ids(fields: dict[str, Any]) -> tuple[int, ...] | None:
     if not isinstance(given, list) or len(given) > _MOST_STOPS:
         raise InvalidRequest(f"stop_ids is {_show(given)}; it takes up to 1,024 token ids")
     return tuple(_whole(one, "an id of stop_ids", 0, 2**32 - 1) for one in given)
+
+
+def _generated(fields: dict[str, Any]) -> tuple[int, ...]:
+    given = fields.get("generated", [])
+    if not isinstance(given, list):
+        raise InvalidRequest(f"generated is {_show(given)}; it takes token ids")
+    return tuple(_whole(one, "an id of generated", 0, 2**32 - 1) for one in given)
 
 
 def _list(stops: Any) -> list[Any]:

@@ -11,6 +11,7 @@ the same minute:
 first token   generate (DynamicCache) on a prompt │  the engine through a real service: cold, then
                                                   │  warm (all but the last 16 tokens are cached)
 decoding      steps of generate on a batch        │  steps of the engine with as many requests
+sampled       the engine, most likely tokens      │  the engine, drawing them: of all, of a nucleus
 shared        the engine, each sequence reading   │  the engine, by the group plan: the prefix of
               all of its keys                     │  1,000 tokens is read once a step
 chats         worker processes on one pool        │  the same, each on a pool of its own
@@ -36,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +65,7 @@ from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.process import joiner
 from prefixcache_worker.request import Failed, Finished, Request, Token
+from prefixcache_worker.sampling import Sampling
 
 TTFT_LENGTHS: Final = (256, 1000, 2000)
 WARM_TAIL: Final = 16
@@ -72,9 +74,17 @@ DECODE_CONTEXT: Final = 200
 SHARED_TOKENS: Final = 1000
 SHARED_TAIL: Final = 40
 SKIPPED_STEPS: Final = 3
+WAYS: Final = {
+    "greedy": Sampling(),
+    "drawn": Sampling(1.0, seed=1),
+    "top_p 0.95": Sampling(1.0, top_p=0.95, seed=1),
+    "at 0.7, top_p 0.9": Sampling(0.7, top_p=0.9, seed=1),
+}
+"""How tokens are chosen; the first is what the others are compared to."""
 GOALS: Final = {
     "decode at batch 1": 1.4,
     "decode at batch 8": 1.25,
+    "sampled decode at batch 8": 0.95,
     "shared decode at batch 8": 1.2,
     "cold first token": 1.0,
     "warm first token at 1,000": 5.0,
@@ -185,18 +195,25 @@ def measure_ttft(
 
 
 def engine_steps(
-    made: Engine, prompts: list[list[int]], count: int, name: str, cached: int = 0
+    made: Engine,
+    prompts: list[list[int]],
+    count: int,
+    name: str,
+    cached: int = 0,
+    *,
+    sampling: Sampling = WAYS["greedy"],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Decode `count` tokens of all prompts side by side; the duration of each full step."""
     # The first prompts decode already while the last ones are computed.
     count += sum(len(prompt) - cached for prompt in prompts) // made.chunk + 2
     for i, prompt in enumerate(prompts):
-        made.submit(Request(f"{name}.{i}", prompt, count, stop_ids=(), wait_s=0.0))
+        made.submit(Request(f"{name}.{i}", prompt, count, sampling, stop_ids=(), wait_s=0.0))
     durations = []
     while not made.idle:
-        started = time.perf_counter()
+        started = clock()
         events = made.step()
-        spent = time.perf_counter() - started
+        spent = clock() - started
         if sum(isinstance(event, Token) for event in events) == len(prompts):
             durations.append(spent)
         if made.stalled and not made.idle:
@@ -229,6 +246,34 @@ def measure_decode(
                     "generate_tokens_per_s": theirs.fields(),
                     "engine_tokens_per_s": ours.fields(),
                     "engine_to_generate": ours.median / theirs.median,
+                }
+            )
+    return rows
+
+
+def measure_sampled(
+    model: Model, rounds: int, steps: int, draw: random.Random
+) -> list[dict[str, Any]]:
+    """Measure decoding by each way of choosing tokens, in turn, in this thread's own time."""
+    rows = []
+    with engine(model) as made:
+        for batch in BATCHES:
+            speeds = {way: Series() for way in WAYS}
+            for number in range(2 * rounds):
+                prompts = [tokens(draw, DECODE_CONTEXT) for _ in range(batch)]
+                for way, sampling in WAYS.items():
+                    name = f"{way}.{batch}.{number}"
+                    taken = engine_steps(
+                        made, prompts, steps, name, sampling=sampling, clock=time.thread_time
+                    )
+                    speeds[way].values.append(batch / statistics.median(taken[SKIPPED_STEPS:]))
+            progress(f"sampled decoding: batch {batch}")
+            greedy = speeds["greedy"].median
+            rows.append(
+                {
+                    "batch": batch,
+                    "tokens_per_s": {way: one.fields() for way, one in speeds.items()},
+                    "to_greedy": {way: one.median / greedy for way, one in speeds.items()},
                 }
             )
     return rows
@@ -417,6 +462,21 @@ def report(result: dict[str, Any]) -> None:
                 for row in rows
             ],
         )
+    if rows := result.get("sampled"):
+        print("decoding by how tokens are chosen, tokens per second of this thread, and to greedy")
+        table(
+            ["batch", *WAYS],
+            [
+                [
+                    str(row["batch"]),
+                    *(
+                        f"{row['tokens_per_s'][way]['median']:.0f} ({row['to_greedy'][way]:.3f})"
+                        for way in WAYS
+                    ),
+                ]
+                for row in rows
+            ],
+        )
     if rows := result.get("shared"):
         print(
             f"decoding behind one prefix of {SHARED_TOKENS:,} tokens, tokens per second in all: "
@@ -504,6 +564,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
     ratios: dict[str, float] = {}
     for row in result.get("decode", []):
         ratios[f"decode at batch {row['batch']}"] = row["engine_to_generate"]
+    for row in result.get("sampled", []):
+        ratios[f"sampled decode at batch {row['batch']}"] = min(row["to_greedy"].values())
     for row in result.get("shared", []):
         ratios[f"shared decode at batch {row['batch']}"] = row["together_to_apart"]
     for row in result.get("ttft", []):
@@ -549,7 +611,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m prefixcache_bench.speed.serving", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
-    parser.add_argument("--only", choices=("ttft", "decode", "shared", "chats", "vllm"))
+    parser.add_argument("--only", choices=("ttft", "decode", "sampled", "shared", "chats", "vllm"))
     parser.add_argument(
         "--vllm",
         metavar="PYTHON",
@@ -578,13 +640,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.only != "chats":
         model = Model.load(folder, dtype=dtype, threads=1)
         steps = 16 if options.quick else 32
-        if options.only not in ("shared", "vllm"):
+        if options.only in (None, "ttft", "decode"):
             baseline = Generate(folder, dtype)
             if options.only != "decode":
                 result["ttft"] = measure_ttft(model, baseline, rounds, draw)
             if options.only != "ttft":
                 result["decode"] = measure_decode(model, baseline, rounds, steps, draw)
             del baseline
+        if options.only in (None, "sampled"):
+            result["sampled"] = measure_sampled(model, rounds, steps, draw)
         if options.only in (None, "shared"):
             result["shared"] = measure_shared(model, rounds, steps, draw)
         if options.only in (None, "vllm"):
