@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,13 @@ from typing import Any
 
 import pytest
 
-from prefixcache_bench.speed import vllm
-from prefixcache_bench.speed.vllm import KINDS, Chats, Memory, Series, VllmFailed
+from prefixcache_bench.speed import vllm, vllm_chats, vllm_fleet
+from prefixcache_bench.speed.vllm import KINDS
+from prefixcache_bench.speed.vllm_chats import Chats
 from prefixcache_bench.speed.vllm_engine import Steps
-from prefixcache_bench.speed.vllm_peer import PYTHON_VARIABLE, Generated
+from prefixcache_bench.speed.vllm_figures import Say, Series, ratio_of
+from prefixcache_bench.speed.vllm_fleet import Fleet, Memory
+from prefixcache_bench.speed.vllm_peer import PYTHON_VARIABLE, Generated, VllmFailed
 
 NAMES = dict.fromkeys(kind for kind, _ in KINDS)
 
@@ -39,26 +44,57 @@ class Engine:
         return made
 
 
+def time_first_tokens(placed: list[Engine], rounds: int) -> dict[int, dict[str, Series]]:
+    copying = [Engine(placed[0].pool), Engine(placed[1].pool)]
+    engines: Any = (Engine(set()), placed, copying)
+    return vllm.first_tokens(*engines, rounds, random.Random(1), Say())
+
+
 def test_each_kind_is_timed_as_often_as_there_are_rounds_and_what_is_cold_is_new() -> None:
     shared: set[tuple[int, ...]] = set()
     placed = [Engine(shared), Engine(shared)]
-    copying = [Engine(shared), Engine(shared)]
-    found = vllm.first_tokens(Engine(set()), placed, copying, 3, random.Random(1))  # type: ignore[arg-type]
+    found = time_first_tokens(placed, 3)
     for row in found.values():
         assert {kind: len(series.values) for kind, series in row.items()} == dict.fromkeys(NAMES, 3)
-    assert all(len(engine.asked) > 3 for engine in placed + copying)  # they change places
+    assert all(len(engine.asked) > 3 for engine in placed)  # they change places
+
+
+def test_each_engine_was_asked_all_before_anything_counts() -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Named(Engine):
+        def generate(self, prompts: list[list[int]], count: int) -> list[Generated]:
+            seen = tuple(prompts[0]) in self.pool
+            asked.append((f"{id(self)}{'warm' if seen else 'cold'}", len(prompts[0])))
+            return super().generate(prompts, count)
+
+    shared: set[tuple[int, ...]] = set()
+    placed: list[Engine] = [Named(shared), Named(shared)]
+    time_first_tokens(placed, 0)
+    assert {what for what, _ in asked} == {
+        f"{id(one)}{how}" for one in placed for how in ("warm", "cold")
+    }
 
 
 def test_engines_that_do_not_share_are_no_measurement() -> None:
-    placed = [Engine(set()), Engine(set())]
     with pytest.raises(VllmFailed, match="no cached prefill"):
-        vllm.first_tokens(Engine(set()), placed, [], 1, random.Random(1))  # type: ignore[arg-type]
+        time_first_tokens([Engine(set()), Engine(set())], 1)
     with pytest.raises(VllmFailed, match="no cached prefill"):
-        vllm.first_tokens(Engine(set(), forgets=True), placed, [], 1, random.Random(1))  # type: ignore[arg-type]
+        time_first_tokens([Engine(set(), forgets=True), Engine(set())], 1)
+
+
+def test_decoding_that_waits_for_its_prompt_is_no_measurement() -> None:
+    forgetful: Any = Engine(set(), forgets=True)
+    good: Any = Engine(set())
+    found = vllm.decoding(good, Engine(set()), 2, 5, random.Random(1), Say())  # type: ignore[arg-type]
+    assert {batch: len(row["alone"].values) for batch, row in found.items()} == {1: 2, 8: 2, 16: 2}
+    assert found[8]["in place"].median == 8 * found[1]["in place"].median
+    with pytest.raises(VllmFailed, match="no cached prefill"):
+        vllm.decoding(good, forgetful, 1, 5, random.Random(1), Say())
 
 
 def test_a_chat_never_stays_where_it_was_and_grows_from_turn_to_turn() -> None:
-    script = vllm.turns(random.Random(3), chats=4, length=5)
+    script = vllm_chats.turns(random.Random(3), chats=4, length=5, engines=3)
     assert len(script) == 20
     for chat in range(4):
         mine = [turn for turn in script if turn.chat == chat]
@@ -68,7 +104,7 @@ def test_a_chat_never_stays_where_it_was_and_grows_from_turn_to_turn() -> None:
             assert after.prompt[: len(before.prompt)] == before.prompt
             assert 20 <= len(after.prompt) - len(before.prompt) <= 50
     assert len({tuple(turn.prompt[:200]) for turn in script}) == 1
-    assert script == vllm.turns(random.Random(3), chats=4, length=5)
+    assert script == vllm_chats.turns(random.Random(3), chats=4, length=5, engines=3)
 
 
 def test_a_chats_first_turn_counts_among_all_and_not_among_later_ones() -> None:
@@ -82,31 +118,43 @@ def test_a_chats_first_turn_counts_among_all_and_not_among_later_ones() -> None:
 
 def test_ratios_are_of_the_same_round() -> None:
     noisy = Series([100.0, 2.0, 3.0])
-    assert vllm.ratio_of(noisy, Series([100.0, 2.0, 3.0])) == 1
+    assert ratio_of(noisy, Series([100.0, 2.0, 3.0])) == 1
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        vllm.ratio_of(noisy, Series([1.0]))
+        ratio_of(noisy, Series([1.0]))
 
 
-def test_the_pool_counts_once() -> None:
-    status = "VmRSS:\t 900 kB\nRssAnon:\t 100 kB\nRssShmem:\t 700 kB\n"
-    assert Memory.of([status] * 3, pool=7) == Memory(300 << 10, 7)
+def test_a_page_that_three_map_counts_once() -> None:
+    each = "Rss:\t 900 kB\nPss_Anon:\t 100 kB\nPss_File:\t 9 kB\nPss_Shmem:\t 200 kB\n"
+    assert Memory.of([each] * 3) == Memory(own=300 << 10, shared=600 << 10)
+
+
+def chats_of(computed: Engine, *, quick: bool = True) -> dict[str, Chats]:
+    systems: Any = {"in place": [computed] * 3, "private caches": [Engine(set()) for _ in range(3)]}
+    return vllm.play_and_say(systems, SimpleNamespace(quick=quick, seed=0), Say())  # type: ignore[arg-type]
+
+
+def test_all_systems_play_the_same_chats_after_a_warm_up_that_counts_for_none() -> None:
+    engine = Engine(set())
+    found = chats_of(engine)
+    assert {name: len(chats.first_ms) for name, chats in found.items()} == dict.fromkeys(found, 9)
+    assert {name: len(chats.later_ms) for name, chats in found.items()} == dict.fromkeys(found, 6)
+    assert len({chats.prompt for chats in found.values()}) == 1
+    assert len(engine.asked) == 9 + 3 * 4
 
 
 def test_a_section_is_replaced_and_its_neighbours_stay(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
     document.write_text("# Benchmarks\n\n## Serving\n\ntext\n")
-    vllm.publish(["first"], ["--seed", "1"], document)
+    vllm.publish("Some part", ["first"], "python -m some --seed 1", document)
     once = document.read_text()
-    assert once.startswith(
-        "# Benchmarks\n\n## Serving\n\ntext\n\n## vLLM on a shared pool\n\n```\n"
-    )
-    assert "$ python -m prefixcache_bench.speed.vllm --seed 1\nfirst\n```\n" in once
+    assert once.startswith("# Benchmarks\n\n## Serving\n\ntext\n\n## Some part\n\n```\n")
+    assert "$ python -m some --seed 1\nfirst\n```\n" in once
     document.write_text(once + "\n## After\n\nmore\n")
-    vllm.publish(["second"], [], document)
+    vllm.publish("Some part", ["second"], "python -m some", document)
     twice = document.read_text()
     assert "first" not in twice
     assert "second\n```\n\n## After\n\nmore\n" in twice
-    assert twice.count(vllm.HEADING) == 1
+    assert twice.count("## Some part") == 1
 
 
 def test_without_an_environment_it_says_how_to_make_one(
@@ -119,7 +167,76 @@ def test_without_an_environment_it_says_how_to_make_one(
 
 def test_a_python_that_is_none_is_named() -> None:
     with pytest.raises(VllmFailed, match="nowhere/python does not start: No such file"):
-        vllm.layout_of("nowhere/python", "model")
+        vllm_fleet.layout_of("nowhere/python", "model")
+
+
+class Parts:
+    """Parts for show, of which one ends as told; `made` are the fleets that they got."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> None:
+        self.left: list[str] = []
+        self.error = error
+        parts = {name: (f"Part {name}", self.part(name)) for name in ("one", "two", "three")}
+        monkeypatch.setattr(vllm, "PARTS", parts)
+        monkeypatch.setattr(vllm, "layout_of", lambda *_: "pages:1x1:show")
+        monkeypatch.setattr(vllm, "fleet", self.fleet)
+
+    def part(self, name: str) -> Any:
+        def run(made: Fleet, options: Any, say: Say) -> dict[str, Any]:
+            say.goal(f"{name} of it", 1.0, 2.0)
+            if name == "two" and self.error is not None:
+                raise self.error
+            return {"figures": Series([1.0])}
+
+        return run
+
+    @contextlib.contextmanager
+    def fleet(self, *_: Any, **__: Any) -> Iterator[Any]:
+        yield SimpleNamespace(left=lambda: self.left)
+
+
+@pytest.mark.parametrize(
+    "error", [VllmFailed("it broke"), ZeroDivisionError("it broke"), SystemExit("it broke")]
+)
+def test_a_part_that_fails_is_told_and_loses_no_other(
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    Parts(monkeypatch, error)
+    document, figures = tmp_path / "benchmarks.md", tmp_path / "figures.json"
+    document.write_text("# Benchmarks\n\n## Part two\n\nbefore\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vllm, "DOCUMENT", document)
+    assert vllm.main(["--python", "python", "--json", str(figures), "--publish"]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: two: it broke" in said
+    assert said.endswith("2 of 3 parts measured; goals: 3 met, 0 missed; FAILED: two\n")
+    found = json.loads(figures.read_text())["parts"]
+    assert found["one"] == found["three"] == {"figures": {"values": [1.0]}}
+    assert found["two"] == {"failed": "it broke"}
+    published = document.read_text()
+    assert "## Part two\n\nbefore\n" in published
+    assert "goal met: three of it" in published
+
+
+def test_only_the_parts_that_are_named_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Parts(monkeypatch, None)
+    assert vllm.main(["--python", "python", "--only", "three", "--only", "one"]) == 0
+    said = capsys.readouterr().out
+    assert "two of it" not in said
+    assert said.endswith("2 of 2 parts measured; goals: 2 met, 0 missed\n")
+
+
+def test_what_a_part_leaves_in_the_pool_fails_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Parts(monkeypatch, None).left = ["3 leases, not 0"]
+    assert vllm.main(["--python", "python", "--only", "one"]) == 1
+    assert "FAILED: one: left in the pool: 3 leases, not 0" in capsys.readouterr().out
 
 
 def test_steps_that_compute_nothing_do_not_count() -> None:
@@ -133,6 +250,9 @@ def test_steps_that_compute_nothing_do_not_count() -> None:
     for _ in range(3):
         scheduler.schedule()
     assert steps.told() == {"steps": 2}
+    pool = SimpleNamespace(cached_block_hash_to_block={"a block": 1})
+    scheduler.kv_cache_manager = SimpleNamespace(block_pool=pool)
+    assert steps.told() == {"steps": 2, "kv_blocks": 1}
 
 
 def test_figures_are_written_as_json() -> None:

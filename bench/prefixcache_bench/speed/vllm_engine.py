@@ -6,7 +6,8 @@ Run by the Python that has vLLM, which need not be the one that has prefixcache:
 here but vLLM and the standard library.  The first line says what runs; then each line
 `{"prompts": [[1, 2]], "count": 5}` is generated as one batch and answered with what vLLM itself
 counted and timed of each request, and a line `{"counts": true}` with the steps that its scheduler
-has planned and, if it leases its blocks, with what it has asked the service.
+has planned, the blocks of KV that its own cache has and, if it leases its blocks, with what it has
+asked the service.
 """
 
 from __future__ import annotations
@@ -51,8 +52,12 @@ class Steps:
         return output
 
     def told(self) -> dict[str, int]:
-        """Give the steps, and what was asked of the service meanwhile."""
+        """Give the steps, the blocks of its own cache, what was asked of the service meanwhile."""
         found = {"steps": self.steps}
+        manager = getattr(self._scheduler, "kv_cache_manager", None)
+        kept = getattr(getattr(manager, "block_pool", None), "cached_block_hash_to_block", None)
+        if kept is not None:
+            found["kv_blocks"] = len(kept)
         connector = getattr(self._scheduler, "connector", None)
         side = getattr(connector, "_scheduler", None) or self._scheduler
         leases = getattr(side, "leases", None)

@@ -34,10 +34,11 @@ from typing import Any, Final
 
 import prefixcache
 from prefixcache.client import Client
-from prefixcache.types import Counts
 from prefixcache_bench.reports.provenance import commit, processor
 from prefixcache_bench.speed.served import served
-from prefixcache_bench.speed.vllm import ABSENT, DTYPE, Say, layout_of
+from prefixcache_bench.speed.vllm import ABSENT
+from prefixcache_bench.speed.vllm_figures import Say
+from prefixcache_bench.speed.vllm_fleet import DTYPE, layout_of, left_behind
 from prefixcache_bench.speed.vllm_peer import (
     BLOCK_SIZE,
     PYTHON_VARIABLE,
@@ -72,22 +73,6 @@ class Tally:
         self.failed += told["failed"]
         self.tokens += told["total_output_tokens"]
         self.turns += 1
-
-
-def left_behind(counts: Counts, leases: int) -> list[str]:
-    """Say what an idle pool should not have.  A lease of spare blocks is a flight that never lands.
-
-    >>> left_behind(Counts(num_leases=2, num_flights=2), 2)
-    []
-    >>> left_behind(Counts(num_leases=3, quarantined=4, waiting=1, num_flights=1), 0)
-    ['3 leases, not 0', '4 quarantined', '1 waiting', '1 flights, not 0']
-    """
-    found = [f"{counts.num_leases} leases, not {leases}"] if counts.num_leases != leases else []
-    rows = (("quarantined", counts.quarantined), ("waiting", counts.waiting))
-    found += [f"{number} {name}" for name, number in rows if number]
-    if counts.num_flights != leases:
-        found.append(f"{counts.num_flights} flights, not {leases}")
-    return found
 
 
 def settled(client: Client, leases: int) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ ABSENT: Final = f"not measured: neither --vllm nor ${PYTHON_VARIABLE} names a Py
 _THREADS: Final = 1
 _QUOTED_LINES: Final = 3
 _END_S: Final = 20
+_SILENCE_S: Final = 900.0
+"""Longer than this no answer takes on any machine: it hangs, and is ended."""
 
 
 class VllmFailed(RuntimeError):
@@ -117,7 +120,7 @@ class Vllm:
         """Generate `count` tokens for each prompt, all as one batch.  It blocks until all are done.
 
         Raises:
-            VllmFailed: it ended, or its answer is not whole.
+            VllmFailed: it ended or hung, or its answer is not whole.
         """
         made = [Generated.read(told) for told in self._ask(prompts=prompts, count=count)]
         if [(one.prompt, one.generated) for one in made] != [(len(p), count) for p in prompts]:
@@ -144,7 +147,11 @@ class Vllm:
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None
+        hangs = threading.Timer(_SILENCE_S, self._process.kill)
+        hangs.daemon = True
+        hangs.start()
         line = self._process.stdout.readline()
+        hangs.cancel()
         if line.endswith("\n"):
             return json.loads(line)
         code = self._process.wait()
