@@ -3,6 +3,7 @@
 Each case is done once beside few and once beside many leases, namespaces or blocks of others.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from math import inf
@@ -23,6 +24,13 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 ME = WorkerId(1)
 HERE = Namespace("m")
+OTHER = Namespace("m", tenant="t")
+
+
+def store(cache: PrefixCache, tokens: Sequence[int], space: Namespace = HERE) -> None:
+    lease = cache.acquire(ME, space, pack(tokens), now=0.0).lease
+    cache.commit(ME, lease, len(tokens), now=0.0)
+    cache.release(ME, lease, now=0.0)
 
 
 def crowded(num_leases: int, num_blocks: int = 8192, *, full: bool = True) -> PrefixCache:
@@ -378,9 +386,7 @@ def test_all_pins_of_a_namespace_end_in_parts(verb: str):
     def ended(num_pins: int) -> int:
         cache = crowded(0, num_blocks=32_768, full=False)
         for number in range(num_pins):
-            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
-            cache.commit(ME, lease, 4, now=0.0)
-            cache.release(ME, lease, now=0.0)
+            store(cache, [number, 1, 2, 3])
             cache.pin(HERE, pack([number, 1, 2, 3]), ttl_s=5.0, now=0.0)
         answers: list[Any] = []
         costs = [calls(lambda: answers.append(getattr(cache, verb)(HERE)))]
@@ -399,9 +405,7 @@ def test_all_pins_of_a_namespace_end_in_parts(verb: str):
 def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
     cache = crowded(0, num_blocks=32_768, full=False)
     for number in range(600):
-        lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
-        cache.commit(ME, lease, 4, now=0.0)
-        cache.release(ME, lease, now=0.0)
+        store(cache, [number, 1, 2, 3])
         cache.pin(HERE, pack([number, 1, 2, 3]), ttl_s=50.0, now=0.0)
     cache.unpin(HERE)
     assert cache.snapshot(now=1.0).pins == ()
@@ -414,23 +418,24 @@ def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
     assert [pin.expires_in_s for pin in cache.snapshot(now=1.0).pins] == [9.0]
 
 
+def beside_guaranteed(num_leaves: int) -> PrefixCache:
+    """A full cache: one namespace stores that many leaves, all guaranteed, another the rest."""
+    cache = PrefixCache(8192, 4)
+    cache.attach(ME, HERE, now=0.0)
+    cache.attach(ME, OTHER, now=0.0)
+    cache.set_quota(HERE, max_held=None, guaranteed=8000, now=0.0)
+    for number in range(num_leaves):
+        store(cache, [number, 1, 2, 3])
+    store(cache, range(4 * (8192 - num_leaves)), OTHER)
+    return cache
+
+
 def test_an_eviction_costs_the_same_beside_many_leaves_of_anothers_share():
     """They wait where they are protected from the beginning: it does not pass them all."""
 
     def evicts(num_leaves: int) -> int:
-        cache = PrefixCache(8192, 4)
-        other = Namespace("m", tenant="t")
-        cache.attach(ME, HERE, now=0.0)
-        cache.attach(ME, other, now=0.0)
-        cache.set_quota(HERE, max_held=None, guaranteed=8000, now=0.0)
-        for number in range(num_leaves):
-            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
-            cache.commit(ME, lease, 4, now=0.0)
-            cache.release(ME, lease, now=0.0)
-        big = cache.acquire(ME, other, pack(range(4 * (8192 - num_leaves))), now=0.0).lease
-        cache.commit(ME, big, 4 * (8192 - num_leaves), now=0.0)
-        cache.release(ME, big, now=0.0)
-        cost = calls(lambda: cache.acquire(ME, other, pack([1, 2, 3]), now=0.0))
+        cache = beside_guaranteed(num_leaves)
+        cost = calls(lambda: cache.acquire(ME, OTHER, pack([1, 2, 3]), now=0.0))
         assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 4
         cache.check()
         return cost
@@ -440,21 +445,10 @@ def test_an_eviction_costs_the_same_beside_many_leaves_of_anothers_share():
 
 def test_leaves_go_back_in_parts_when_a_quota_is_set():
     def set_again(num_leaves: int) -> int:
-        cache = PrefixCache(8192, 4)
-        other = Namespace("m", tenant="t")
-        cache.attach(ME, HERE, now=0.0)
-        cache.attach(ME, other, now=0.0)
-        cache.set_quota(HERE, max_held=None, guaranteed=8000, now=0.0)
-        for number in range(num_leaves):
-            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
-            cache.commit(ME, lease, 4, now=0.0)
-            cache.release(ME, lease, now=0.0)
-        big = cache.acquire(ME, other, pack(range(4 * (8192 - num_leaves))), now=0.0).lease
-        cache.commit(ME, big, 4 * (8192 - num_leaves), now=0.0)
-        cache.release(ME, big, now=0.0)
-        cache.acquire(ME, other, pack([1, 2, 3]), now=0.0)  # all leaves wait behind protection now
+        cache = beside_guaranteed(num_leaves)
+        cache.acquire(ME, OTHER, pack([1, 2, 3]), now=0.0)  # all leaves wait behind protection now
         cost = calls(lambda: cache.set_quota(HERE, max_held=None, guaranteed=0, now=0.0))
-        cost = max(cost, calls(lambda: cache.acquire(ME, other, pack([1, 2, 4]), now=0.0)))
+        cost = max(cost, calls(lambda: cache.acquire(ME, OTHER, pack([1, 2, 4]), now=0.0)))
         assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 0  # the oldest of all
         assert cache.lookup(HERE, pack([1, 1, 2, 3, 4])).num_hit == 4
         cache.check()
@@ -618,9 +612,7 @@ def test_an_outline_of_thousands_of_branches_is_made_and_written_in_parts(salted
         space = Namespace("m", salt="s" if salted else "")
         cache.attach(ME, space, now=0.0)
         for number in range(num_branches):
-            lease = cache.acquire(ME, space, pack([number, 1, 2, 3]), now=0.0).lease
-            cache.commit(ME, lease, 4, now=0.0)
-            cache.release(ME, lease, now=0.0)
+            store(cache, [number, 1, 2, 3], space)
         # Four times as many as are kept are in the heap when the walk is through.
         steps = cache.outline(max_branches=num_branches // 2, now=1.0)
         made, outline = most_in_one_go(without_salted_tokens(steps))
@@ -649,9 +641,7 @@ def test_who_comes_late_is_told_of_thousands_of_runs_in_parts():
     def told(num_runs: int) -> int:
         cache = crowded(0, full=False)
         for number in range(num_runs):
-            lease = cache.acquire(ME, HERE, pack([number, 1, 2, 3]), now=0.0).lease
-            cache.commit(ME, lease, 4, now=0.0)
-            cache.release(ME, lease, now=0.0)
+            store(cache, [number, 1, 2, 3])
         ear = Ear()
         most, _ = most_in_one_go(cache.replay(ear).run())
         assert ear.runs == num_runs

@@ -373,15 +373,20 @@ class Engine:
         self.in_step = []
         self.leases.flush()
 
+    def step(self, times: int = 1) -> None:
+        """Make a step, or some; the service hears of each, and is heard."""
+        for _ in range(times):
+            self.begin()
+            self.machine.deliver(self.session)
+            self.finish()
+            self.machine.deliver(self.session)
+
     def run(self, most: int = 2000) -> None:
         """Make steps until all is done."""
         for _ in range(most):
             if not self.running and not self.waiting:
                 return
-            self.begin()
-            self.machine.deliver(self.session)
-            self.finish()
-            self.machine.deliver(self.session)
+            self.step()
         raise AssertionError(f"{len(self.waiting)} wait, {len(self.running)} run: no end is near")
 
     def close(self) -> None:

@@ -94,11 +94,7 @@ def test_who_waits_for_a_prefix_lets_others_pass_and_reads_it(machine: Machine) 
     waits, passes = job("waits", length=40, num_new=2), job("passes", seed=3)
     two.add(waits)
     two.add(passes)
-    for _ in range(20):
-        two.begin()
-        machine.deliver(two.session)
-        two.finish()
-        machine.deliver(two.session)
+    two.step(20)
     assert passes.is_done
     assert not waits.is_done
     one.run()
@@ -136,11 +132,7 @@ def test_a_stopped_engine_drops_what_it_computed_and_its_blocks_come_back(
     one, two = Engine(machine, "one", BOUNDS), Engine(machine, "two", BOUNDS)
     stopped = job("stopped", num_new=20)
     one.add(stopped)
-    for _ in range(4):
-        one.begin()
-        machine.deliver(one.session)
-        one.finish()
-        machine.deliver(one.session)
+    one.step(4)
     one.begin()
     machine.pass_time(2 * TTL_S, silent=one.session)
     assert machine.cache.snapshot(now=machine.now).quarantined
@@ -164,10 +156,7 @@ def test_under_pressure_everybody_gets_to_the_end(monkeypatch: pytest.MonkeyPatc
         if all(one.is_done for one in jobs):
             break
         for engine in engines:
-            engine.begin()
-            machine.deliver(engine.session)
-            engine.finish()
-            machine.deliver(engine.session)
+            engine.step()
         machine.pass_time(0.1)
     assert all(one.is_done for one in jobs)
     assert sum(engine.num_preempted for engine in engines)
@@ -181,11 +170,7 @@ def test_without_the_service_what_runs_goes_on_and_what_comes_takes_spare_blocks
     engine = Engine(machine, "one", bounds)
     before, after = job("before", num_new=30), [job(f"{at}", seed=at) for at in range(1, 6)]
     engine.add(before)
-    for _ in range(3):
-        engine.begin()
-        machine.deliver(engine.session)
-        engine.finish()
-        machine.deliver(engine.session)
+    engine.step(3)
     machine.die()
     machine.now += 10 * TTL_S  # no lease lives so long, but nobody lends its blocks any more
     for one in after:
@@ -202,11 +187,7 @@ def test_without_the_service_what_runs_goes_on_and_what_comes_takes_spare_blocks
 def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: Machine) -> None:
     engine = Engine(machine, "one", replace(BOUNDS, spare_blocks=20))
     engine.add(job("a", num_new=20))
-    for _ in range(3):
-        engine.begin()
-        machine.deliver(engine.session)
-        engine.finish()
-        machine.deliver(engine.session)
+    engine.step(3)
     machine.die()
     engine.begin()
     engine.finish()
@@ -224,11 +205,7 @@ def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: 
 def test_a_lease_that_the_service_does_not_know_any_more_is_lost(machine: Machine) -> None:
     engine = Engine(machine, "one", BOUNDS)
     engine.add(job("a", num_new=20))
-    for _ in range(3):
-        engine.begin()
-        machine.deliver(engine.session)
-        engine.finish()
-        machine.deliver(engine.session)
+    engine.step(3)
     lease = engine.leases.held["a"].lease
     assert lease is not None
     machine.cache.release(engine.session.worker, lease.id, now=machine.now)
@@ -380,10 +357,7 @@ class Storm:
             for engine in self.engines:
                 if engine.in_step:
                     engine.finish()
-                engine.begin()
-                self.machine.deliver(engine.session)
-                engine.finish()
-                self.machine.deliver(engine.session)
+                engine.step()
             self.machine.pass_time(0.5)
         assert all(one.is_done for _, one in self.jobs), "a request never ends"
         for engine in self.engines:

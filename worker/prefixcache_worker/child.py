@@ -15,9 +15,9 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 LINE_BYTES: Final = 1 << 24
 """Longest line that is read from a child."""
@@ -52,6 +52,8 @@ class Child:
         self.process: asyncio.subprocess.Process | None = None
         self.killed = False
         """Whether its parent has killed it."""
+        self.gone = asyncio.Event()
+        """Set by who reads what it writes, when that ends."""
 
     @property
     def pid(self) -> int:
@@ -92,6 +94,16 @@ class Child:
         text = self.errors.read_text(errors="replace") if self.errors.exists() else ""
         return "\n".join(text.strip().splitlines()[-15:])
 
+    async def guard(self) -> None:
+        """Wait for its end.
+
+        Raises:
+            ProcessFailed: it has ended, and its parent has not killed it.
+        """
+        await self.gone.wait()
+        if not self.killed:
+            raise ProcessFailed(f"{self.name} ended by itself:\n{self.complaint()}")
+
     def kill(self) -> None:
         """Send SIGKILL: the process gets no chance to say or clean up anything."""
         if self.process is not None:
@@ -120,3 +132,13 @@ async def stopping(children: Sequence[Child]) -> AsyncIterator[None]:
     finally:
         # Shielded: a second Ctrl-C must not leave processes behind.
         await asyncio.shield(asyncio.gather(*(child.stop() for child in children)))
+
+
+@contextlib.asynccontextmanager
+async def beside(*jobs: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Run `jobs` beside the body; if one fails, the body is cancelled and the failure raised."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+        yield
+        for task in tasks:
+            task.cancel()

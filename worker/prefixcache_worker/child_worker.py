@@ -47,7 +47,6 @@ class ChildWorker(Child):
         self._reader: asyncio.Task[None] | None = None
         self.about: dict[str, Any] = {}
         """What it said of itself when it was ready."""
-        self.gone = asyncio.Event()
 
     async def ready(self, timeout_s: float = 180.0) -> None:
         """Start it, wait until its model is loaded, then listen to its events.

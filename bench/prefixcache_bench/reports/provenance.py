@@ -13,9 +13,10 @@ from pathlib import Path
 
 def provenance() -> dict[str, str]:
     """Give the command, the commit, the machine and the time of this run."""
-    program = Path(sys.argv[0]).name or "python"
+    module = sys.modules["__main__"].__spec__
+    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name or "python"]
     return {
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": shlex.join([*program, *sys.argv[1:]]),
         "commit": commit(),
         "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -24,11 +24,8 @@ the answers differ.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prefixcache.plain_json import json_text
 from prefixcache.types import DTYPE_ALIASES, Layout
+from prefixcache_bench.reports.provenance import provenance
 from prefixcache_kernels import TORCH_DTYPES, Plan, SharedPool, paged_attention, store_kv
 
 HEADS: Final = 9
@@ -241,12 +239,6 @@ def cases(*, quick: bool, dtypes: list[str], tables: list[str]) -> Iterator[Case
                         yield Case(dtype, lengths, table, batch, context)
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    return ran.stdout.strip() or "unknown"
-
-
 def _three(values: tuple[float, float, float]) -> str:
     return "/".join(f"{value:.2f}" for value in values)
 
@@ -268,13 +260,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print numbers, not a table")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    head: dict[str, Any] = {
-        "command": " ".join(
-            ["python -m prefixcache_bench.speed.decode", *(arguments or sys.argv[1:])]
-        ),
+    head: dict[str, Any] = provenance() | {
         "seed": options.seed,
-        "commit": _commit(),
-        "machine": f"{os.cpu_count()} cores, {options.threads} used, {platform.machine()}",
+        "threads": options.threads,
         "torch": torch.__version__,
     }
     if not options.json:

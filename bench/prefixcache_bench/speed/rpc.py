@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import contextlib
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ from prefixcache.client.address import this_host
 from prefixcache.plain_json import json_text
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
+from prefixcache_bench.reports.provenance import provenance
 
 LAYOUT = Layout(30, 3, 64, "bfloat16")
 BLOCK_SIZE = 16
@@ -479,17 +479,6 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     return rows
 
 
-def _commit() -> str:
-    told = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - git from the path, as everywhere
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return told.stdout.strip()
-
-
 def main() -> None:
     """Run the benchmark, or one of its servers."""
     parser = argparse.ArgumentParser(
@@ -512,11 +501,8 @@ def main() -> None:
     found = asyncio.run(compare(cases, options.seconds, options.rounds))
     rows = report(cases, found)
     if options.json:
-        head = {
-            "command": " ".join(sys.argv),
-            "commit": _commit(),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python "
-            f"{platform.python_version()}, grpcio {grpc.__version__}",
+        head = provenance() | {
+            "grpcio": grpc.__version__,
             "seconds": options.seconds,
             "rounds": options.rounds,
         }

@@ -30,10 +30,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -50,6 +48,7 @@ import transformers
 import prefixcache
 from prefixcache.plain_json import json_text
 from prefixcache.types import DTYPE_ALIASES
+from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.chatload import Load, play, service, workers
 from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
@@ -589,16 +588,9 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def about(options: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Say what was run, with what, on what."""
-    git = ["git", "describe", "--always", "--dirty"]
-    told = subprocess.run(
-        git, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return {
-        "command": "python -m prefixcache_bench.speed.serving " + " ".join(sys.argv[1:]),
+    return provenance() | {
         "seed": options.seed,
-        "commit": told.stdout.strip(),
-        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "dtype": dtype,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -19,18 +19,13 @@ from prefixcache.plain_json import json_text
 from prefixcache_vllm.demo import ladder, runner, tiny, verdict
 from prefixcache_vllm.demo.environments import why_not
 from prefixcache_vllm.demo.servers import Model
-from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.demo import chats, picture, report, summary
-from prefixcache_worker.demo.ending import first_error, run_to_end
-from prefixcache_worker.demo.failure import DemoError
-from prefixcache_worker.demo.live import LiveView
-from prefixcache_worker.demo.view import PlainView, View
+from prefixcache_worker.demo.ending import USAGE, WRONG, play
+from prefixcache_worker.demo.live import open_console, open_view
 
-PIPE_WIDTH: Final = 160
 PYTHON: Final = ".venv-vllm/bin/python"
 QUICK_TOKENS: Final = 12
 QUICK_CHUNK: Final = 8
-WRONG, USAGE = 1, 2
 
 
 def demo(
@@ -60,9 +55,7 @@ def demo(
     engine in mid-prefill and then the service, and compares every answer with a plain vLLM's.
     Exit code 0 only if all of it held.
     """
-    console = Console(stderr=as_json)
-    if not console.is_terminal:
-        console = Console(stderr=as_json, width=PIPE_WIDTH)
+    console = open_console(stderr=as_json)
     missing = why_not(python)
     if missing:
         console.print(Text(missing, style="bold red"))
@@ -86,15 +79,8 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     Raises:
         typer.Exit: the demo could not be run (1), or was told to end (128 + the signal).
     """
-    view = _view(console, setup)
-    try:
-        outcome = run_to_end(lambda: runner.execute(setup, view))
-    except* (DemoError, ProcessFailed, CacheError) as group:
-        view.close()
-        console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
-        raise typer.Exit(WRONG) from None
-    finally:
-        view.close()
+    view = open_view(console, setup.engines, setup.workload.num_requests)
+    outcome = play(console, view, lambda: runner.execute(setup, view))
     found = report.header(setup.model.folder) | report.figures(
         outcome.shared, outcome.unshared, outcome.verdict
     )
@@ -144,12 +130,6 @@ def _setup(python: str, dtype: str, folder: Path, *, quick: bool) -> runner.Setu
             may_be_late=True,
         )
     return setup
-
-
-def _view(console: Console, setup: runner.Setup) -> View:
-    if console.is_terminal:
-        return LiveView(console, setup.engines, setup.workload.num_requests)
-    return PlainView(console)
 
 
 def _first_tokens(figures: dict[str, Any]) -> Table:

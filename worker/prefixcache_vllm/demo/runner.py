@@ -14,13 +14,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +41,7 @@ from prefixcache_vllm.demo.servers import (
     target_in,
     told_commands,
 )
-from prefixcache_worker.child import ProcessFailed, stopping
+from prefixcache_worker.child import beside, stopping
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
 from prefixcache_worker.demo.compare import TIE, Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
@@ -215,7 +214,7 @@ class _Play:
                 engine.seen(snapshot, self.clock())
 
         watch = Watch(client, self.clock, tell)
-        async with _background(watch.run(), *(_guard(engine) for engine in engines)):
+        async with beside(watch.run(), *(engine.guard() for engine in engines)):
             snapshot = await watch.look()
             layout = parse_layout(self.command[self.command.index("--layout") + 1])
             run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
@@ -308,7 +307,7 @@ class _Play:
                 f"{seen.answered_before} of up to {outage.ANSWER_TOKENS} tokens"
             )
 
-        async with _background(*(_guard(engine) for engine in engines)):
+        async with beside(*(engine.guard() for engine in engines)):
             await outage.kill_while_answering(
                 seen,
                 dispatcher,
@@ -345,7 +344,7 @@ class _Play:
         with prefixcache.connect(target_in(self.folder)) as client:
             async with stopping(engines):
                 await self._all_ready(engines, dispatcher)
-                async with _background(*(_guard(engine) for engine in engines)):
+                async with beside(*(engine.guard() for engine in engines)):
                     for number, engine in enumerate(engines):
                         prompt = self._prompt(assistant, ladder.QUESTIONS[number])
                         request = self._request(f"outage/{number + 4}", assistant, prompt)
@@ -370,7 +369,7 @@ class _Play:
         async with stopping([alone]):
             await self._all_ready([alone], dispatcher)
             longer.workers["alone"] = alone
-            async with _background(_guard(alone)):
+            async with beside(alone.guard()):
                 self.clock.restart()
                 first = await without_cache(
                     self.run.requests, dispatcher, self.unshared, view.compared, tie=tie
@@ -499,20 +498,3 @@ async def _doctor(target: str) -> list[str]:
     except (ValueError, KeyError):
         return [f"doctor says {err.decode(errors='replace').strip()[-500:]}"]
     return [f"doctor: {one['text']}" for one in findings if one["level"] == "wrong"]
-
-
-async def _guard(server: Server) -> None:
-    """Fail if a server ends that nobody has killed."""
-    await server.gone.wait()
-    if not server.killed:
-        raise ProcessFailed(f"{server.name} ended by itself:\n{server.complaint()}")
-
-
-@contextlib.asynccontextmanager
-async def _background(*jobs: Any) -> AsyncIterator[None]:
-    """Run `jobs` beside the body; if one fails, the body is cancelled and the failure raised."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(job) for job in jobs]
-        yield
-        for task in tasks:
-            task.cancel()

@@ -203,7 +203,6 @@ class Server(Child):
         """Requests that no lease was seen of, by the length of their prompts."""
         self._granted: dict[str, float] = {}
         self._tries = 0
-        self.gone = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
         self.traces: set[Path] = set()
         """Shared memory that it had."""

@@ -11,22 +11,14 @@ from rich.text import Text
 
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
-from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.demo import chats, picture, report, runner, summary
-from prefixcache_worker.demo.ending import first_error, run_to_end
-from prefixcache_worker.demo.failure import DemoError
-from prefixcache_worker.demo.live import LiveView
+from prefixcache_worker.demo.ending import USAGE, WRONG, play
+from prefixcache_worker.demo.live import open_console, open_view
 from prefixcache_worker.demo.transcript import Transcript
-from prefixcache_worker.demo.view import PlainView, View
-
-PIPE_WIDTH: Final = 160
-"""Columns of tables where there is no terminal to ask."""
 
 TOKENS: Final = 24
 QUICK_TOKENS: Final = 16
 """How long answers may become."""
-
-WRONG, USAGE = 1, 2
 
 
 def demo(
@@ -49,9 +41,7 @@ def demo(
     mid-prefill, then plays the same chats without any cache and compares every token.
     Exit code 0 only if all answers are identical.
     """
-    console = Console(stderr=as_json)
-    if not console.is_terminal:
-        console = Console(stderr=as_json, width=PIPE_WIDTH)
+    console = open_console(stderr=as_json)
     try:
         setup = _setup(model, quick=quick, num_workers=workers)
     except (CacheError, OSError, ValueError) as error:
@@ -70,15 +60,8 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     Raises:
         typer.Exit: the demo could not be run (1), or was told to end (128 + the signal).
     """
-    view = _view(console, setup)
-    try:
-        outcome = run_to_end(lambda: runner.execute(setup, view))
-    except* (DemoError, ProcessFailed, CacheError) as group:
-        view.close()
-        console.print(Text(f"FAILED: {first_error(group)}", style="bold red"))
-        raise typer.Exit(WRONG) from None
-    finally:
-        view.close()
+    view = open_view(console, setup.workers, setup.workload.num_requests)
+    outcome = play(console, view, lambda: runner.execute(setup, view))
     result = report.header(setup.model) | report.figures(
         outcome.shared, outcome.unshared, outcome.verdict
     )
@@ -111,9 +94,3 @@ def _setup(model: str, *, quick: bool, num_workers: int) -> runner.Setup:
     return runner.Setup(
         workload, transcripts, path, names, answer_tokens=QUICK_TOKENS if quick else TOKENS
     )
-
-
-def _view(console: Console, setup: runner.Setup) -> View:
-    if console.is_terminal:
-        return LiveView(console, setup.workers, setup.workload.num_requests)
-    return PlainView(console)

@@ -6,9 +6,36 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import typer
+from rich.console import Console
+from rich.text import Text
+
+from prefixcache.errors import CacheError
+from prefixcache_worker.child import ProcessFailed
+from prefixcache_worker.demo.failure import DemoError
+from prefixcache_worker.demo.view import View
+
+WRONG: Final = 1
+USAGE: Final = 2
+"""Exit codes."""
+
+
+def play(console: Console, view: View, execute: Callable[[], Any]) -> Any:
+    """Run a demo to its end, and close its view; a demo that cannot be run says why in one line.
+
+    Raises:
+        typer.Exit: it could not be run (1), or was told to end (128 + the signal).
+    """
+    try:
+        return run_to_end(execute)
+    except* (DemoError, ProcessFailed, CacheError) as group:
+        view.close()
+        console.print(Text(f"FAILED: {_first_error(group)}", style="bold red"))
+        raise typer.Exit(WRONG) from None
+    finally:
+        view.close()
 
 
 def run_to_end(execute: Callable[[], Any]) -> Any:
@@ -39,7 +66,7 @@ def run_to_end(execute: Callable[[], Any]) -> Any:
         raise typer.Exit(128 + received[0]) from None
 
 
-def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Give the first error of a group of groups."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):

@@ -17,10 +17,25 @@ from prefixcache.texts import many
 from prefixcache.types import Snapshot
 from prefixcache_worker.demo.compare import Difference
 from prefixcache_worker.demo.record import Death, Request
-from prefixcache_worker.demo.view import obituary, request_table
+from prefixcache_worker.demo.view import PlainView, View, obituary, request_table
 
+PIPE_WIDTH: Final = 160
+"""Columns of tables where there is no terminal to ask."""
 FRAMES_PER_S: Final = 5
 NUM_LATEST: Final = 12
+
+
+def open_console(*, stderr: bool) -> Console:
+    """Give where people read: as wide as the terminal, or as tables need in a pipe."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=PIPE_WIDTH)
+
+
+def open_view(console: Console, workers: Sequence[str], num_requests: int) -> View:
+    """Give the moving view in a terminal, plain lines in a pipe."""
+    if console.is_terminal:
+        return LiveView(console, workers, num_requests)
+    return PlainView(console)
 
 
 class LiveView:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,7 @@ from typing import Any, Final
 import prefixcache
 from prefixcache.pool import PoolFile
 from prefixcache.types import Layout
-from prefixcache_worker.child import ProcessFailed, stopping
+from prefixcache_worker.child import beside, stopping
 from prefixcache_worker.child_worker import WORKER, ChildWorker
 from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
@@ -89,7 +88,7 @@ async def _shared(setup: Setup, view: View, folder: Path) -> Run:
             watch = Watch(client, clock, view.pool)
             about = workers[-1].about
             layout = Layout(**about["layout"])
-            async with _background(watch.run(), *(_guard(worker) for worker in workers)):
+            async with beside(watch.run(), *(worker.guard() for worker in workers)):
                 snapshot = await watch.look()
                 run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
                 run.block_bytes = snapshot.block_size * layout.token_bytes
@@ -123,7 +122,7 @@ async def _unshared(setup: Setup, view: View, folder: Path, shared: Run) -> tupl
     workers = _workers(replace(setup, workers=names), folder, None, dispatcher, clock, view)
     async with stopping(workers):
         await _all_ready(workers, dispatcher, view)
-        async with _background(*(_guard(worker) for worker in workers)):
+        async with beside(*(worker.guard() for worker in workers)):
             clock.restart()
             verdict = await without_cache(shared.requests, dispatcher, run, view.compared)
             run.seconds = clock()
@@ -188,20 +187,3 @@ async def _all_ready(workers: Sequence[ChildWorker], dispatcher: Dispatcher, vie
             group.create_task(ready(worker))
     for worker in workers:
         dispatcher.workers[worker.name] = worker
-
-
-async def _guard(worker: ChildWorker) -> None:
-    """Fail if a worker ends that nobody has killed."""
-    await worker.gone.wait()
-    if not worker.killed:
-        raise ProcessFailed(f"{worker.name} ended by itself:\n{worker.complaint()}")
-
-
-@contextlib.asynccontextmanager
-async def _background(*jobs: Any) -> AsyncIterator[None]:
-    """Run `jobs` beside the body; if one fails, the body is cancelled and the failure raised."""
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(job) for job in jobs]
-        yield
-        for task in tasks:
-            task.cancel()
