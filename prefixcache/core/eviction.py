@@ -41,6 +41,10 @@ Mark = Any
 """What a policy knows about the blocks of a run; immutable, compared by `==`."""
 
 
+_MOST_DEAD = 256
+"""Entries that are dropped one by one: of more, all are dropped at once, which costs a tenth."""
+
+
 class Queue(Protocol):
     """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again."""
 
@@ -125,15 +129,21 @@ def policy_named(name: str, num_blocks: int = 1) -> EvictionPolicy:
 class LeafQueue:
     """The unprotected leaves in order of eviction: a heap with lazily corrected keys.
 
-    A node is in the heap at most once (`node.queued`).  Entries of nodes that were merged away,
-    got children or were locked again stay until they come to the top, or until they are the
-    majority: then the heap is rebuilt from the living ones, which keeps it O(leaves).
+    A node is in the queue at most once: `node.queued` is the queue's mark.  Entries of nodes that
+    were merged away, got children, were locked again or went to another queue stay until they come
+    to the top, or until they are the majority, or too many of them come to the top at once: then
+    the heap is rebuilt from the living ones, which keeps it O(leaves).
+
+    Args:
+        policy: Says the order.
+        mark: What `node.queued` is of the leaves in this queue.
     """
 
-    __slots__ = ("_heap", "_key", "_rebuild_at", "_serial")
+    __slots__ = ("_heap", "_key", "_mark", "_rebuild_at", "_serial")
 
-    def __init__(self, policy: EvictionPolicy) -> None:
+    def __init__(self, policy: EvictionPolicy, mark: int = 1) -> None:
         self._key = policy.key
+        self._mark = mark
         self._heap: list[tuple[float, int, Node]] = []
         self._serial = 0
         self._rebuild_at = 1024
@@ -145,7 +155,7 @@ class LeafQueue:
         """Add a leaf that has just become evictable.  O(log leaves), amortised."""
         if node.queued:
             return
-        node.queued = 1
+        node.queued = self._mark
         self._serial += 1
         heappush(self._heap, (self._key(node), self._serial, node))
         if len(self._heap) > self._rebuild_at:
@@ -153,26 +163,34 @@ class LeafQueue:
 
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
-        heap, key_of = self._heap, self._key
+        heap, key_of, mark, num_dead = self._heap, self._key, self._mark, 0
         while heap:
             key, _, node = heappop(heap)
-            node.queued = 0
-            if not node.is_evictable:
+            if node.queued != mark or not node.is_evictable:
+                if node.queued == mark:
+                    node.queued = 0
+                num_dead += 1
+                if num_dead % _MOST_DEAD == 0:
+                    self._rebuild()
+                    heap = self._heap
                 continue
+            node.queued = 0
             if key_of(node) <= key:
                 return node
             self.push(node)
+            heap = self._heap
         return None
 
     def _rebuild(self) -> None:
         """Drop the entries that can no longer be evicted.  O(heap), once per doubling."""
-        kept: dict[Node, tuple[float, int, Node]] = {}
-        for entry in self._heap:
-            if entry[2].is_evictable:
-                kept[entry[2]] = entry
+        mark = self._mark
+        mine = {entry[2]: entry for entry in self._heap if entry[2].queued == mark}
+        living = []
+        for node, entry in mine.items():
+            if node.is_evictable:
+                living.append(entry)
             else:
-                entry[2].queued = False
-        living = list(kept.values())
+                node.queued = 0
         heapify(living)
         self._heap = living
         self._rebuild_at = max(1024, 2 * len(living))

@@ -65,7 +65,7 @@ class ProtectedQueue:
         self._tree = tree
         self._inner = tree.queue
         self._quotas = quotas
-        self._pins = LeafQueue(Lru())
+        self._pins = LeafQueue(Lru(), PROTECTED)
         self._shares: dict[Account, LeafQueue] = {}
         self._returning: list[LeafQueue] = []
         """What waited here under other shares: it goes back, the oldest of each first, in parts."""
@@ -78,9 +78,9 @@ class ProtectedQueue:
     def _sheltered(self, node: Node) -> bool:
         """Keep a leaf that is protected; say whether it is."""
         if node.pinned:
-            self._keep(self._pins, node)
+            self._pins.push(node)
         elif (account := self._sharer(node)) is not None:
-            self._keep(self._shares.setdefault(account, LeafQueue(Lru())), node)
+            self._shares.setdefault(account, LeafQueue(Lru(), PROTECTED)).push(node)
         else:
             return False
         return True
@@ -110,6 +110,16 @@ class ProtectedQueue:
             return node
         return None
 
+    def protect(self, node: Node) -> None:
+        """Keep a leaf that is pinned from now on, if it waited in the policy's order.
+
+        Else it is looked at when it comes to the top there, and thousands of them one after the
+        other by the first eviction.  O(log leaves).  Queues of other policies keep theirs.
+        """
+        if node.queued == 1 and isinstance(self._inner, LeafQueue) and node.is_evictable:
+            node.queued = 0
+            self._pins.push(node)
+
     def unprotect(self, node: Node) -> None:
         """Give a leaf whose pin has ended back to the policy's order, if it waited here."""
         if node.queued == PROTECTED:
@@ -123,18 +133,13 @@ class ProtectedQueue:
         O(shares).
         """
         self._returning += [*self._shares.values(), self._pins]
-        self._shares, self._pins = {}, LeafQueue(Lru())
+        self._shares, self._pins = {}, LeafQueue(Lru(), PROTECTED)
 
     def _go_on_returning(self) -> None:
         """Give back more leaves than are evicted, the oldest first: none is evicted too early."""
         for kept in self._returning:
             self._move(kept, _MOST_MOVED)
         self._returning = [kept for kept in self._returning if len(kept)]
-
-    def _keep(self, kept: LeafQueue, node: Node) -> None:
-        if not node.queued:
-            kept.push(node)
-        node.queued = PROTECTED
 
     def _sharer(self, node: Node) -> Account | None:
         """Give the account whose share covers a leaf; None if none does."""
@@ -450,6 +455,8 @@ class Pins:
                 self._blocks.force(at.root.namespace.tenant, len(at.blocks))
             at.pinned += 1
             at = at.parent
+        if isinstance(queue := self._tree.queue, ProtectedQueue):
+            queue.protect(node)
 
     def _uncover(self, node: Node) -> tuple[int, int]:
         """Take one pin from a path.

@@ -418,6 +418,24 @@ def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
     assert [pin.expires_in_s for pin in cache.snapshot(now=1.0).pins] == [9.0]
 
 
+def test_an_eviction_costs_the_same_beside_many_older_leaves_that_are_pinned():
+    """They wait where they are protected from the time of their pin: it does not move them all."""
+
+    def evicts(num_leaves: int) -> int:
+        cache = PrefixCache(8192, 4, max_pinned=8000)
+        cache.attach(ME, HERE, now=0.0)
+        for number in range(num_leaves):
+            store(cache, [number, 1, 2, 3])
+            cache.pin(HERE, pack([number, 1, 2, 3]), ttl_s=50.0, now=0.0)
+        store(cache, range(7, 7 + 4 * (8192 - num_leaves)))
+        cost = calls(lambda: cache.acquire(ME, HERE, pack([1, 2, 3]), now=0.0))
+        assert cache.lookup(HERE, pack([0, 1, 2, 3, 4])).num_hit == 4
+        cache.check()
+        return cost
+
+    assert evicts(6000) <= evicts(600) * 1.1
+
+
 def beside_guaranteed(num_leaves: int) -> PrefixCache:
     """A full cache: one namespace stores that many leaves, all guaranteed, another the rest."""
     cache = PrefixCache(8192, 4)
