@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.prompts.logged_request import LoggedRequest, stand_in
+from prefixcache.prompts.logged_request import LoggedRequest, plain_name, stand_in
 from prefixcache.types import pack
 
 LONGEST_TEXT: Final = 64 << 20
@@ -197,7 +197,7 @@ def prompt_of(
     if not tokens:
         raise InvalidRequest("the prompt is empty")
     if request.unread:
-        left_out[f"fields that are not read: {', '.join(request.unread)}"] += 1
+        left_out[f"fields that are not read: {', '.join(map(plain_name, request.unread))}"] += 1
     return Prompt(tokens, left_out)
 
 

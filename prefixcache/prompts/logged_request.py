@@ -169,7 +169,7 @@ user_id uid uuid index idx key name title method url t ts time date timestamp cr
 start_time end_time duration latency metadata tags source dataset language lang turn turns country
 state header hashed_ip response responses output outputs completion completions answer answers
 choices usage object status error finish_reason system_fingerprint chosen rejected score rating
-label category redacted toxic openai_moderation detoxify_moderation input_length output_length
+label category type redacted toxic openai_moderation detoxify_moderation input_length output_length
 """
 IDLE: Final = frozenset((_SAMPLING + _OF_THE_LOG).split())
 """What may stand beside a prompt and decides nothing of it."""
@@ -261,8 +261,8 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
     for name in _AS_TEXT:
         if name in fields and name != "conversation":
             fields[name] = _parsed(fields[name], name)
-    model, adapter, salt = _place(fields)
-    unknown = sorted(map(plain_name, fields.keys() - _READ - IDLE))
+    model, adapter, salt = place_of(fields)
+    unknown = sorted(fields.keys() - _READ - IDLE)
     more = {
         "model": model,
         "adapter": adapter,
@@ -426,8 +426,15 @@ def _packed(value: Any, name: str) -> bytes:
     return pack(value)
 
 
-def _place(fields: dict[str, Any]) -> Iterable[str]:
-    """Say within what a request may share: model, adapter, salt."""
+def place_of(fields: dict[str, Any]) -> tuple[str, str, str]:
+    """Say within what a request may share: model, adapter, salt; empty where it does not say.
+
+    Raises:
+        InvalidRequest: one of them is no name.
+
+    >>> place_of({"model": "m", "lora_request": {"lora_int_id": 7}})
+    ('m', '7', '')
+    """
     found = {"model": _first(fields, _MODEL), "salt": _first(fields, _SALT)}
     adapter = _first(fields, _ADAPTER)
     if isinstance(adapter, dict):
@@ -440,7 +447,8 @@ def _place(fields: dict[str, Any]) -> Iterable[str]:
     for name, one in found.items():
         if one is not None and not isinstance(one, str):
             raise InvalidRequest(f"{name} is {_show(one)}; it takes a text")
-    return [_whole(one or "", name) for name, one in found.items()]
+    model, adapter, salt = (_whole(one or "", name) for name, one in found.items())
+    return model, adapter, salt
 
 
 def _first(fields: dict[str, Any], names: Iterable[str]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from prefixcache_bench.experiments.readers import lines
 from prefixcache_bench.experiments.readers.load import Form, load
 
 DEEP = b'{"tokens": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+LINE = b'{"tokens": [1, 2]}\n'
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
@@ -52,6 +56,27 @@ def test_other_encodings_are_named_with_what_to_do(tmp_path: Path, encoding: str
     path = put(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, encoding=encoding)
     with pytest.raises(InvalidRequest, match=f"is {encoding[:6].upper()}; .* iconv -f UTF-"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (gzip.compress(gzip.compress(LINE)), "gzip within gzip: .*gunzip"),
+        (lzma.compress(LINE), "packed with xz"),
+        (bz2.compress(LINE), "packed with bzip2"),
+        (b"\x28\xb5\x2f\xfd" + bytes(99), "packed with zstd: unpack it, zstd -d"),
+        (b"PK\x03\x04" + bytes(26) + b"\n" + LINE * 9, "a zip archive"),
+        (b"PAR1" + bytes(99), "Parquet: write its rows"),
+        (json.dumps(json.loads(LINE), indent=2).encode(), r"several lines each; .* jq -c \."),
+        (b'{"t": 1,\n"tokens": [1]}\n' * 3, "several lines each"),
+    ],
+)
+def test_what_is_packed_otherwise_is_named_with_what_to_do(
+    tmp_path: Path, data: bytes, named: str
+) -> None:
+    (tmp_path / "t.jsonl").write_bytes(data)
+    with pytest.raises(InvalidRequest, match=named):
+        load(str(tmp_path / "t.jsonl"))
 
 
 @pytest.mark.parametrize("form", [None, *Form])
@@ -202,6 +227,46 @@ def test_what_is_no_id_is_a_broken_line(tmp_path: Path) -> None:
     odd = [[1, 2, None], [1, 2, 1.5], [1, 2, True], [1, 2, ""], None, "abc", [[1], 2, 3], []]
     path = put(tmp_path / "m.jsonl", moon(0, [1, 2, 3]), *(moon(1, one) for one in odd))  # type: ignore[arg-type]
     assert [one.number for one in load(path).broken] == list(range(2, 10))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"model": "m"},
+        {"lora_name": "a"},
+        {"lora_request": {"lora_int_id": 7}},
+        {"cache_salt": "s"},
+        {"extra_key": "s"},
+    ],
+)
+def test_hashes_of_other_models_adapters_and_salts_share_nothing(
+    tmp_path: Path, place: dict[str, Any]
+) -> None:
+    agentic = {"t_ms": 1, "trace": "s", "i": 0, "input_length": 128, "keep": 0, "tail": [1, 2]}
+    header = {"format": "delta-hash-v1"}
+    for lines_ in ([moon(0, [1, 2, 3])], [header, agentic]):
+        one, other = load(put(tmp_path / "t.jsonl", *lines_, lines_[-1] | place))
+        assert one.tokens == other.tokens
+        assert one.namespace != other.namespace
+
+
+@pytest.mark.parametrize(
+    "line", [moon(0, [1, 2, 3]), {"tokens": [1, 2]}, {"messages": [{"role": "user"}]}]
+)
+def test_a_field_that_is_not_read_is_told_in_every_form(
+    tmp_path: Path, line: dict[str, Any]
+) -> None:
+    path = put(tmp_path / "t.jsonl", line, line | {"expert": 7, "block_size": 64})
+    told = [one for one in load(path).notes if "not read" in one]
+    assert told == [
+        "1 of 2 lines have fields that are not read, and may decide what is shared: block_size, "
+        "expert"
+    ]
+
+
+def test_the_text_of_ids_may_stand_beside_them(tmp_path: Path) -> None:
+    path = put(tmp_path / "t.jsonl", {"prompt": "hello", "prompt_token_ids": [1, 2]})
+    assert [unpack(one.tokens).tolist() for one in load(path)] == [[1, 2]]
 
 
 def test_sessions_without_times_follow_their_delays(tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ def test_a_field_that_is_not_known_is_said_by_name() -> None:
     named = {"messages": [{**QUESTION, "name": "ada", "weight": 1}], "tenant": "t"}
     (note,) = (one for one in asked(*lines, {"prompt": "Q"}, named).notes if "not read" in one)
     assert note == (
-        "4 of 5 requests have fields that are not read, and may decide what is shared: "
+        "4 of 5 lines have fields that are not read, and may decide what is shared: "
         "\\x1b[2J, expert, name, tenant"
     )
     many = {"messages": [QUESTION]} | {f"field{n}": 1 for n in range(1000)}

@@ -9,6 +9,7 @@ size, or texts: only which are equal matters.
 **Sessions**: the same with `session_id` and `delay` (ms) where `timestamp` is missing: a request
 follows the one before of its session after that delay.
 
+Model, adapter and salt, where a line has them, say what may be shared at all, as in every form.
 How many tokens a block has is said by no line.  It is taken from the form, or named by the caller,
 and tried against all lines: ceil(input_length / tokens) is the number of ids.
 
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.prompts.logged_request import IDLE, PLACE, place_of
 from prefixcache.types import TOKEN_BYTES, Namespace, pack, unpack
 from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
 from prefixcache_bench.experiments.traces import FILL, Request, Trace
@@ -31,6 +33,10 @@ from prefixcache_bench.experiments.traces import FILL, Request, Trace
 MOONCAKE_UNIT = 512
 BAILIAN_UNIT = 16
 AGENTIC_UNIT = 64
+_READ = {
+    *("timestamp", "input_length", "hash_ids", "output_length", "chat_id", "parent_chat_id"),
+    *("session_id", "delay", "t_ms", "trace", "i", "keep", "tail", *PLACE, *IDLE),
+}
 _LIST_COST = 10
 """Memory of an id in a list, in that of a packed one."""
 _UNITS = [2**power for power in range(1, 21)]
@@ -41,6 +47,7 @@ Ids = bytes | list[int | str]
 
 class _Line(NamedTuple):
     number: int
+    space: Namespace
     t: float | None
     session: str | None
     delay: float
@@ -83,13 +90,24 @@ def read_mooncake(source: Source, unit: int | None = None) -> Trace:
         named = None if session is None else str(session)
         packed = _packed(ids)
         source.spend(len(ids) if isinstance(packed, bytes) else _LIST_COST * len(ids))
-        return _Line(source.number, t, named, delay or 0.0, packed, len(ids), length, answer)
+        space = _space(source, fields)
+        return _Line(source.number, space, t, named, delay or 0.0, packed, len(ids), length, answer)
 
     lines = list(source.parse(make))
     unit = asked or seen_unit
     fitting = _check_fit(source, lines, unit, asked is None)
     kept = [line for line, fits in zip(lines, fitting, strict=True) if fits]
     return _trace(source, kept, unit)
+
+
+def _space(source: Source, fields: dict[str, Any], session: str = "") -> Namespace:
+    """Say within what a line may share, and leave unread what says nothing that is known."""
+    try:
+        model, adapter, salt = place_of(fields)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
+    source.leave_unread(fields.keys() - _READ)
+    return Namespace(model or source.name, adapter, salt=f"{salt}/{session}" if salt else session)
 
 
 def check_unit(unit: int | None) -> int | None:
@@ -136,9 +154,8 @@ def _check_fit(source: Source, lines: list[_Line], unit: int, assumed: bool) -> 
 
 
 def _trace(source: Source, lines: list[_Line], unit: int) -> Trace:
-    notes: list[str] = []
+    notes = source.unread()
     packed = _interned([line.ids for line in lines])
-    space = Namespace(source.name)
     before: dict[str, float] = {}
     requests, answers = [], []
     derived = late = started = 0
@@ -154,7 +171,7 @@ def _trace(source: Source, lines: list[_Line], unit: int) -> Trace:
             before[line.session] = t
         late += t < latest
         latest = max(latest, t)
-        requests.append(Request(t, space, tokens, len(tokens) // TOKEN_BYTES, line.length))
+        requests.append(Request(t, line.space, tokens, len(tokens) // TOKEN_BYTES, line.length))
         answers.append(line.answer)
     order = list(range(len(requests)))
     if derived:
@@ -250,7 +267,7 @@ def read_agentic(source: Source, unit: int | None = None) -> Trace:
         tokens = named or asked or AGENTIC_UNIT
         if not length or len(ids) // TOKEN_BYTES * tokens > length:
             raise ValueError(f"{len(ids) // TOKEN_BYTES} blocks of {tokens} exceed {length} tokens")
-        space = Namespace(source.name, salt=str(session))
+        space = _space(source, fields, str(session))
         return Request(t, space, ids, len(ids) // TOKEN_BYTES, length)
 
     found = [request for request in source.parse(make) if request is not None]
@@ -264,4 +281,5 @@ def read_agentic(source: Source, unit: int | None = None) -> Trace:
         named or asked or AGENTIC_UNIT,
         source.broken,
         num_lines=source.num_lines,
+        notes=source.unread(),
     )

@@ -13,12 +13,13 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.prompts.logged_request import plain_name
 from prefixcache.types import TOKEN_BYTES
 from prefixcache_bench.experiments.traces import BrokenLine, Request
 
@@ -42,12 +43,23 @@ _OTHER_ENCODINGS = {
     b"\xfe\xff": "UTF-16",
 }
 _GZIP_MAGIC = b"\x1f\x8b"
+_PACKED = {
+    _GZIP_MAGIC: "gzip within gzip: unpack it once, gunzip",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it, zstd -d",
+    b"\xfd7zXZ\x00": "packed with xz: unpack it, unxz",
+    b"BZh": "packed with bzip2: unpack it, bunzip2",
+    b"PK\x03\x04": "a zip archive: unpack it, unzip",
+    b"PAR1": "Parquet: write its rows as a JSON object a line, with to_json(lines=True)",
+    b"ARROW1": "Arrow: write its rows as a JSON object a line, with to_json(lines=True)",
+    b"SQLite format 3\x00": "a SQLite database: write its rows as a JSON object a line",
+}
 _GZIP = 16 + zlib.MAX_WBITS
 _PIECE = 1 << 18
 _LONGEST_REASON = 200
 _LATEST = 1e12
 """Seconds, before or after zero: 30,000 years."""
 _LARGEST = 2**40
+_MOST_NAMES = 8
 
 Item = TypeVar("Item")
 
@@ -61,7 +73,7 @@ class Source:
         path: A file, or `-` for stdin.
 
     Raises:
-        InvalidRequest: it cannot be opened or read, or it is UTF-16 or UTF-32.
+        InvalidRequest: it cannot be opened or read, or it is UTF-16 or UTF-32, or packed otherwise.
     """
 
     def __init__(self, path: str) -> None:
@@ -71,6 +83,8 @@ class Source:
         """Lines, or records, so far; blank ones do not count."""
         self.number = 0
         """Of the line, or record, that is being read."""
+        self._unread: dict[str, None] = {}
+        self._with_unread = 0
         self._tokens = 0
         if path == "-":
             raw = cast("io.BufferedReader", sys.stdin.buffer)
@@ -85,6 +99,7 @@ class Source:
             self._pieces = _unzipped(raw) if zipped else iter(lambda: raw.read(_PIECE), b"")
             self._head = self._read_head().removeprefix(_BOM)
             _refuse_other_encodings(path, self._head)
+            _refuse_other_packing(path, self._head)
         except OSError as error:
             self.__exit__()
             raise InvalidRequest(f"cannot read {path}: {error.strerror}") from None
@@ -240,6 +255,23 @@ class Source:
             reason = reason[:_LONGEST_REASON] + " ..."
         self.broken.append(BrokenLine(number, reason, unit))
 
+    def leave_unread(self, names: Iterable[str]) -> None:
+        """Count a line that has fields of these names, which nobody reads, if there are any."""
+        found = sorted(map(plain_name, names))
+        self._with_unread += bool(found)
+        if len(self._unread) <= _MOST_NAMES:
+            self._unread |= dict.fromkeys(found)
+
+    def unread(self) -> list[str]:
+        """Say which fields nobody has read, as notes of the trace."""
+        if not self._unread:
+            return []
+        names = list(self._unread)[:_MOST_NAMES] + ["..."] * (len(self._unread) > _MOST_NAMES)
+        return [
+            f"{self._with_unread:,} of {self.num_lines:,} lines have fields that are not read, and "
+            f"may decide what is shared: {', '.join(names)}"
+        ]
+
     def _read_head(self) -> bytes:
         head = b""
         while len(head) < 1 << 16 and (more := self._more(0)):
@@ -375,6 +407,12 @@ def _refuse_other_encodings(path: str, head: bytes) -> None:
         raise InvalidRequest(
             f"{path} is {found}; a trace is UTF-8. Convert it: iconv -f {found} -t UTF-8"
         )
+
+
+def _refuse_other_packing(path: str, head: bytes) -> None:
+    for magic, told in _PACKED.items():
+        if head.startswith(magic):
+            raise InvalidRequest(f"{path} is {told}")
 
 
 def _unzipped(raw: io.BufferedReader) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -83,6 +84,10 @@ def _from_source(
 ) -> Trace:
     with Source(path) as source:
         head = source.head()
+        if _is_spread(head):
+            raise InvalidRequest(
+                f"{path} holds JSON objects of several lines each; write one a line: jq -c . FILE"
+            )
         if not head.strip():
             breaks = f"; {source.broken[0]}" if source.broken else ""
             blank = f" but {len(head)} bytes of blank lines" if head else ""
@@ -137,6 +142,22 @@ def _what_is(head: bytes) -> str:
         names = ", ".join(ascii(name) for name in list(value)[:8]) or "none"
         return f"the fields of its first line are {names}"
     return f"its first line is a JSON {type(value).__name__}, not an object ({shown})"
+
+
+def _is_spread(head: bytes) -> bool:
+    """Whether it begins with an object that goes on in the next lines."""
+    first, _, rest = head.lstrip().partition(b"\n")
+    if not first.startswith(b"{") or not rest.strip():
+        return False
+    with suppress(ValueError, RecursionError):
+        json.loads(first)
+        return False
+    if first.strip() == b"{":
+        return True
+    with suppress(ValueError, RecursionError):
+        _, end = json.JSONDecoder().raw_decode(head.decode("utf-8", "replace").lstrip())
+        return end > len(first)
+    return False
 
 
 def _exists(path: str) -> bool:

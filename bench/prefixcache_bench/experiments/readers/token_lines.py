@@ -4,7 +4,8 @@
 of packed little-endian uint32.  `prompt`: how many of them the client sent (default: all); the
 others were generated, and are stored after the request.  `prompt_token_ids`, `input_ids` and
 `token_ids` are other names of `tokens`, which may be a list of prompts; null is as good as absent.
-Without `namespace`, `model`, an adapter and `cache_salt` are it, as servers log them.
+Without `namespace`, `model`, an adapter and `cache_salt` are it, as servers log them; a text that
+stands as `prompt` beside the ids is what they are of.
 A line that is a list is its `tokens`.
 """
 
@@ -16,12 +17,13 @@ from typing import Any, TextIO
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.prompts.logged_request import DECIDES, IDS, LoggedRequest, read_logged
+from prefixcache.prompts.logged_request import DECIDES, IDLE, IDS, LoggedRequest, read_logged
 from prefixcache.types import TOKEN_BYTES, Namespace, unpack
 from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
 from prefixcache_bench.experiments.traces import Request, Trace
 
 _FIELDS = ("model", "adapter", "tenant", "salt")
+_READ = {"namespace", "prompt", *IDS, *DECIDES, *IDLE}
 
 
 def read(source: Source) -> Trace:
@@ -47,7 +49,9 @@ def read(source: Source) -> Trace:
         space = _namespace(named) if named is not None else _space(logged[0])
         space = spaces.setdefault(space, space)
         t = seconds(fields, "t", "timestamp", "created") or 0.0
-        whole = len(prompts) > 1 or given(fields, "prompt") is None
+        sent = given(fields, "prompt")
+        whole = len(prompts) > 1 or sent is None or isinstance(sent, str)
+        source.leave_unread(fields.keys() - _READ)
         return [
             _request(t, space, tokens, None if whole else count(fields, "prompt"))
             for tokens in prompts
@@ -55,7 +59,13 @@ def read(source: Source) -> Trace:
 
     parts = list(source.parse(make, lists=True))
     found = sorted((one for part in parts for one in part), key=lambda request: request.t)
-    return Trace(source.name, found, broken=source.broken, num_lines=source.num_lines)
+    return Trace(
+        source.name,
+        found,
+        broken=source.broken,
+        num_lines=source.num_lines,
+        notes=source.unread(),
+    )
 
 
 def write(requests: Iterable[Request], file: TextIO, *, packed: bool = False) -> int:
@@ -99,7 +109,7 @@ def _space(logged: LoggedRequest) -> Namespace:
 def _namespace(named: Any) -> Namespace:
     if isinstance(named, str):
         return Namespace(named)
-    if isinstance(named, dict):
+    if isinstance(named, dict) and named.keys() <= set(_FIELDS):
         return Namespace(**{name: str(given(named, name) or "") for name in _FIELDS})
     if not isinstance(named, list) or not 1 <= len(named) <= len(_FIELDS):
         raise ValueError(f"a namespace is a name or [{', '.join(_FIELDS)}], not {named!r}")

@@ -32,7 +32,6 @@ from prefixcache.prompts.logged_request import (
     IDLE,
     MEDIA_TOKENS,
     LoggedRequest,
-    plain_name,
     read_logged,
     stand_in,
 )
@@ -50,7 +49,6 @@ _OPTIONS: Final = "options of a chat template, which are not counted"
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
 _LAID_OUT: Final = frozenset({"role", "content", "tool_calls", *_THOUGHTS})
 _OF_A_MESSAGE: Final = frozenset({"tool_call_id", "type", "weight", "annotations", "cache_control"})
-_MOST_NAMES: Final = 8
 
 
 class _Chat(NamedTuple):
@@ -90,10 +88,9 @@ def read(
     requests: list[tuple[float, int, int, Request]] = []
     left_out: Counter[str] = Counter()
     made_up = 0
-    unread: dict[str, None] = {}
-    with_unread = 0
     for number, chats in enumerate(_records(source, layout)):
         began = chats[0].began
+        source.leave_unread({name for chat in chats for name in chat.unread})
         t = number / rate if began is None else began
         served = 0
         for chat in chats:
@@ -107,10 +104,6 @@ def read(
                 requests.append((t, number, served, request))
                 served += 1
             left_out.update(dict.fromkeys(chat.not_in, len(chat.turns)))
-            if chat.unread:
-                with_unread += len(chat.turns)
-                if len(unread) <= _MOST_NAMES:
-                    unread |= dict.fromkeys(sorted(chat.unread))
     requests.sort(key=lambda entry: entry[:3])
     first = requests[0][0] if requests else 0.0
     found = [request._replace(t=request.t - first) for *_, request in requests]
@@ -120,12 +113,7 @@ def read(
             f"{made_up} of {len(found)} requests have no time of their own: {rate:g} chats begin a "
             f"second, and a turn follows after {think_s:g} s on average (--rate, --think)"
         )
-    if unread:
-        names = ", ".join([*list(unread)[:_MOST_NAMES], *["..."] * (len(unread) > _MOST_NAMES)])
-        notes.append(
-            f"{with_unread:,} of {len(found):,} requests have fields that are not read, and may "
-            f"decide what is shared: {names}"
-        )
+    notes += source.unread()
     return Trace(
         source.name,
         found,
@@ -171,7 +159,7 @@ def _chat(began: float | None, name: str, logged: LoggedRequest, layout: ChatLay
     if not all(prompt for _, prompt in turns):
         raise ValueError("the prompt is empty")
     in_messages = {name for one in logged.messages for name in one} - _LAID_OUT - _OF_A_MESSAGE
-    unread = {*logged.unread, *(plain_name(one) for one in in_messages - (IDLE - {"name"}))}
+    unread = {*logged.unread, *in_messages - (IDLE - {"name"})}
     return _Chat(began, space, turns, set(_not_in(logged)), unread)
 
 
