@@ -145,6 +145,9 @@ WORKER_LINES: tuple[dict[str, Any], ...] = (
     {"id": "a", "messages": CHAT, "tools": TOOLS, "max_new_tokens": 3, "stop": ["x"]},
     {"id": 7, "tokens": [1, 2], "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop_ids": [3]},
     {"id": "d", "tokens": [1], "temperature": 1, "sample": 2, "generated": [2, 3]},
+    {"id": "e", "tokens": [1], "top_k": 3, "min_p": 0.1, "presence_penalty": 1, "min_tokens": 1}
+    | {"frequency_penalty": 1, "repetition_penalty": 1.2, "logit_bias": {"1": -5}}
+    | {"ignore_eos": True, "logprobs": True, "top_logprobs": 3},
     {"id": "c", "prompt": "hello", "wait_s": 1, "log_logits": True, "stop": "x"},
 )
 """Lines as a worker reads them."""

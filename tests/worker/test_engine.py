@@ -280,6 +280,53 @@ def test_the_two_best_logits_of_each_step_are_told(tiny: Model, want: list[list[
     assert all(e.top and e.top.logits[0] >= e.top.logits[1] for e in told)
 
 
+def test_each_token_is_told_with_its_logprob_by_the_model_itself(
+    tiny: Model, want: list[list[int]]
+) -> None:
+    engine = Engine(tiny, None, None)
+    biased = Sampling(logit_bias=((5, 100.0),))
+    engine.submit(Request("plain", PROMPTS[0], NEW, logprobs=3))
+    engine.submit(Request("biased", PROMPTS[0], NEW, biased, logprobs=0))
+    engine.submit(Request("silent", PROMPTS[0], NEW))
+    told = [e for e in engine.run() if isinstance(e, Token)]
+    for event in (e for e in told if e.id == "plain"):
+        assert event.logprobs is not None
+        assert event.logprobs.top[0] == (event.token, event.logprobs.logprob)
+        assert len(event.logprobs.top) == 3
+    first = next(e.logprobs for e in told if e.id == "biased")
+    assert first is not None
+    assert first.logprob < -1  # the model would not have said so
+    assert first.top == ()
+    assert not any(e.logprobs for e in told if e.id == "silent")
+
+
+def test_nothing_ends_an_answer_before_it_has_min_tokens(
+    tiny: Model, want: list[list[int]]
+) -> None:
+    engine = Engine(tiny, None, None)
+    stop = want[0][0]
+    ended = answers(engine, Request("a", PROMPTS[0], NEW, stop_ids=(stop,)))["a"]
+    assert len(ended.tokens) == 1
+    how = Sampling(min_tokens=7)
+    later = answers(engine, Request("a", PROMPTS[0], NEW, how, stop_ids=(stop, 10**6)))["a"]
+    assert stop not in later.tokens[:7]
+    with pytest.raises(InvalidRequest, match="every token ends the answer"):
+        engine.submit(Request("b", PROMPTS[0], NEW, how, stop_ids=tuple(range(97))))
+
+
+def test_what_prompt_and_answer_have_said_is_penalised(tiny: Model) -> None:
+    prompt = random_tokens(30)
+    how = Sampling(repetition_penalty=100.0)
+    said = answers(Engine(tiny, None, None), Request("a", prompt, NEW, how))["a"].tokens
+    assert len(set(said)) == NEW
+    assert not set(said) & set(prompt)
+
+
+def test_a_bias_for_a_token_that_is_none_is_refused(tiny: Model) -> None:
+    with pytest.raises(InvalidRequest, match="logit_bias must lie between 0 and 96"):
+        Engine(tiny, None, None).submit(Request("a", [1], 1, Sampling(logit_bias=((97, 1.0),))))
+
+
 # ------------------------------------------------------------------------------ losing the service
 
 

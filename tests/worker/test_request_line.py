@@ -26,6 +26,7 @@ from prefixcache_worker.request_line import (
     read_object,
     read_request,
 )
+from prefixcache_worker.sampling import Sampling
 from worker.zoo import build
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -56,6 +57,26 @@ def model(demo_folder: Path) -> Model:
         ({"stop_ids": [1e999]}, "an id of stop_ids is inf"),
         ({"seed": 2**70}, "seed is 1180591620717411303424; it takes one from"),
         ({"seed": 1.0}, "seed is 1.0; it takes a whole number"),
+        ({"top_k": -2}, "top_k is -2; it takes one from -1"),
+        ({"top_k": 1.0}, "top_k is 1.0; it takes a whole number"),
+        ({"min_p": 1.5}, "min_p is 1.5; it takes a number from 0 to 1"),
+        ({"presence_penalty": 3}, "presence_penalty is 3; it takes a number from -2 to 2"),
+        ({"frequency_penalty": "x"}, "frequency_penalty is 'x'; it takes a number"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0.0 is not above 0"),
+        ({"repetition_penalty": -1}, "repetition_penalty is -1; it takes a number from 0 to 100"),
+        ({"logit_bias": [1]}, "logit_bias is [1]; it takes an object of up to 1,024"),
+        ({"logit_bias": {"x": 1}}, "logit_bias names 'x'; it takes token ids"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias names '-1'; it takes token ids"),
+        ({"logit_bias": {"1": 1e9}}, "logit_bias is 1000000000.0; it takes a number from -100"),
+        ({"logit_bias": {"1": None}}, "logit_bias is None; it takes a number"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "up to 1,024 token ids"),
+        ({"min_tokens": -1}, "min_tokens is -1; it takes one from 0"),
+        ({"min_tokens": 4, "max_new_tokens": 3}, "min_tokens is 4, and its answer may have 3"),
+        ({"ignore_eos": 1}, "ignore_eos is 1; it takes true or false"),
+        ({"ignore_eos": 1, "stop_ids": [1]}, "ignore_eos is 1; it takes true or false"),
+        ({"logprobs": 5}, "logprobs is 5; it takes true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs is 21; it takes one from 0 to 20"),
+        ({"top_logprobs": 2}, "top_logprobs is 2; it goes with logprobs"),
         ({"sample": -1}, "sample is -1; it takes one from 0"),
         ({"generated": 5}, "generated is 5; it takes token ids"),
         ({"generated": [True]}, "an id of generated is true; it takes a whole number"),
@@ -209,6 +230,20 @@ def test_a_name_is_free_again_when_its_request_has_ended(model: Model) -> None:
     engine.submit(Request("a", [1, 2], 2))
     engine.close()
     engine.submit(Request("a", [1, 2], 2))
+
+
+def test_each_field_of_sampling_comes_to_the_request(model: Model) -> None:
+    line = (
+        b'{"prompt":"a","temperature":1,"top_p":0.5,"seed":-1,"sample":2,"top_k":3,"min_p":0.1,'
+        b'"presence_penalty":-2,"frequency_penalty":2,"repetition_penalty":1.5,"min_tokens":4,'
+        b'"logit_bias":{"7":-100,"8":1.5},"ignore_eos":true,"logprobs":true,"top_logprobs":5}'
+    )
+    request = read_request(read_object(line), model)
+    bias = ((7, -100.0), (8, 1.5))
+    assert request.sampling == Sampling(1.0, 0.5, -1, 2, 3, 0.1, -2.0, 2.0, 1.5, bias, 4)
+    assert (request.stop_ids, request.logprobs) == ((), 5)
+    plain = read_request(read_object(b'{"prompt":"a","top_k":-1,"logprobs":false}'), model)
+    assert (plain.sampling, plain.stop_ids, plain.logprobs) == (Sampling(), None, None)
 
 
 def test_a_line_goes_on_with_an_answer_that_another_worker_has_begun(model: Model) -> None:

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_worker.draws import Place, exponentials
-from prefixcache_worker.sampling import Sampler, Sampling, choose, top_two
+from prefixcache_worker.sampling import Sampler, Sampling, choose, logprobs, top_two
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0, 2.5])
 
@@ -76,15 +76,24 @@ def test_temperatures_near_nothing_and_without_end_draw_a_token(temperature: flo
     assert drawn == ({1} if temperature < 1 else {0, 1, 2, 3, 4})
 
 
-def sorted_nucleus(shares: Tensor, top_p: float) -> list[int]:
-    """Sort all, and walk from the best one until `top_p` is filled."""
-    order = sorted(range(len(shares)), key=lambda token: (-float(shares[token]), token))
-    kept, filled = [], np.float64(0)
+def by_share(shares: Tensor) -> list[int]:
+    """Sort all tokens, the most likely one first."""
+    return sorted(range(len(shares)), key=lambda token: (-float(shares[token]), token))
+
+
+def sorted_nucleus(shares: Tensor, top_p: float, top_k: int = 0, min_p: float = 0.0) -> list[int]:
+    """Sort all, leave out what `min_p` and `top_k` do, and walk until `top_p` of it is filled."""
+    order = by_share(shares)
+    floor = torch.tensor(min_p) * shares.max()
+    order = [token for token in order if shares[token] >= floor][: top_k or None]
+    shares = shares.double()
+    whole = float(shares[order].sum()) if top_k or min_p else 1.0
+    kept, filled = [], 0.0
     for token in order:
-        if filled >= top_p:
+        if top_p < 1.0 and filled >= top_p * whole:
             break
         kept.append(token)
-        filled += np.float64(float(shares[token]))
+        filled += float(shares[token])
     return kept
 
 
@@ -118,20 +127,28 @@ def raced(shares: Tensor, place: Place, attempt: int) -> int:
 @given(
     a_distribution(),
     st.floats(0.1, 3.0),
-    st.sampled_from([1e-9, 0.01, 0.3, 0.9, 0.99, 1 - 1e-9, 1.0]),
+    st.sampled_from([1e-9, 0.01, 0.3, 0.9, 0.99, 1 - 1e-9, 1.0, 1.0]),
+    st.sampled_from([0, 0, 1, 3, 50, 2000]),
+    st.sampled_from([0.0, 0.0, 0.001, 0.2, 1.0]),
     st.integers(-(2**63), 2**63 - 1),
     st.integers(0, 10**6),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_choice_is_that_of_sorting_all(
-    shares: Tensor, temperature: float, top_p: float, seed: int, position: int
+    shares: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int,
+    position: int,
 ) -> None:
     logits = shares.log()
-    sampling = Sampling(temperature, top_p, seed, sample=3)
+    sampling = Sampling(temperature, top_p, seed, sample=3, top_k=top_k, min_p=min_p)
     [got] = draw(sampling, 1, logits, first=position)
     warmed = torch.softmax(logits / temperature, -1)
-    order = sorted(range(len(warmed)), key=lambda token: (-float(warmed[token]), token))
-    kept = set(sorted_nucleus(warmed, top_p)) if top_p < 1 else set(order)
+    order = by_share(warmed)
+    kept = set(sorted_nucleus(warmed, top_p, top_k, min_p))
     left = warmed.clone()
     for attempt in range(1000):
         want = raced(left, Place(seed, 3, position), attempt)
@@ -157,7 +174,7 @@ def test_rows_of_a_step_are_chosen_as_each_alone() -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(5, 300, generator=generator)
     kinds = [
-        Sampling(),
+        Sampling(logit_bias=((7, 20.0),)),
         Sampling(1.0, seed=1),
         Sampling(0.5, 0.2, seed=1),
         Sampling(),
@@ -193,6 +210,50 @@ def test_what_cannot_be_is_never_drawn() -> None:
     assert set(draw(Sampling(2.0, seed=0), 300, logits)) == {2, 3, 4}
 
 
+def test_top_k_and_min_p_keep_the_most_likely_ones() -> None:
+    # The probabilities are about .50, .30, .18, .02, .01.
+    assert set(draw(Sampling(1.0, top_k=2, seed=0), 300)) == {1, 4}
+    assert set(draw(Sampling(1.0, top_k=1, seed=0), 300)) == {1}
+    assert set(draw(Sampling(1.0, min_p=0.3, seed=0), 300)) == {1, 4, 2}
+    # Of the first two, which together have .80, the first one fills 60 %.
+    assert set(draw(Sampling(1.0, top_k=2, top_p=0.6, seed=0), 300)) == {1}
+    assert set(draw(Sampling(1.0, top_p=0.6, seed=0), 300)) == {1, 4}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bias_and_penalties_change_what_is_chosen(temperature: float) -> None:
+    bias = Sampling(temperature, seed=0, logit_bias=((3, 100.0), (1, -100.0)))
+    assert draw(bias, 20) == [3] * 20
+    penalised = Sampling(temperature, seed=0, frequency_penalty=2.0)
+    sampler = Sampler(penalised)
+    said: list[int] = []
+    for position in range(60):
+        [token] = choose([sampler], LOGITS[None], [position])
+        sampler.add(token)
+        said.append(token)
+    assert len(set(said)) == 5
+    assert max(map(said.count, range(5))) < 20
+
+
+def test_a_token_that_would_end_the_answer_too_early_is_not_chosen() -> None:
+    for how in (Sampling(min_tokens=2), Sampling(1.0, seed=1, min_tokens=2)):
+        sampler = Sampler(how, stop_ids=(1, 4))
+        rows = LOGITS.expand(40, -1)
+        assert not set(choose([sampler] * 40, rows, [1] * 40)) & {1, 4}
+        assert 1 in choose([sampler] * 40, rows, range(2, 42))
+
+
+def test_logprobs_are_those_of_the_model_itself() -> None:
+    want = torch.log_softmax(LOGITS, -1)
+    told = logprobs(LOGITS, 2, 2)
+    assert told.logprob == pytest.approx(float(want[2]))
+    assert [token for token, _ in told.top] == [1, 4]
+    assert [value for _, value in told.top] == pytest.approx([float(want[1]), float(want[4])])
+    assert logprobs(LOGITS, 0, 0).top == ()
+    rare = torch.tensor([1.0, -math.inf, 0.0])
+    assert [token for token, _ in logprobs(rare, 0, 20).top] == [0, 2]
+
+
 def test_the_two_best_logits_come_best_first() -> None:
     top = top_two(LOGITS)
     assert (top.tokens, top.logits) == ((1, 4), (3.0, 2.5))
@@ -205,8 +266,14 @@ def test_the_two_best_logits_come_best_first() -> None:
         *({"top_p": odd} for odd in (0.0, 1.5, float("nan"))),
         *({"seed": odd} for odd in (2**63, -(2**63) - 1)),
         *({"sample": odd} for odd in (-1, 2**31)),
+        *({"top_k": -1}, {"min_tokens": -1}),
+        *({"min_p": odd} for odd in (-0.1, 1.1, float("nan"))),
+        *({"presence_penalty": odd} for odd in (-2.1, 2.1, float("nan"))),
+        *({"frequency_penalty": odd} for odd in (-2.1, 2.1, float("nan"))),
+        *({"repetition_penalty": odd} for odd in (0.0, -1.0, 101.0, float("nan"))),
+        *({"logit_bias": ((1, odd),)} for odd in (101.0, float("nan"), -float("inf"))),
     ],
 )
-def test_senseless_settings_are_refused(wrong: dict[str, float]) -> None:
+def test_senseless_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(wrong))):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        Sampling(**wrong)

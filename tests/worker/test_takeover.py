@@ -46,7 +46,12 @@ def killed(engine: Engine) -> None:
     engine.membership.shared.session._call.cancel()
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+PENALISED = Sampling(1.1, 0.9, 7, top_k=400, min_p=0.001, frequency_penalty=0.5, min_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), SAMPLED, PENALISED], ids=["greedy", "sampled", "penalised"]
+)
 def test_killed_at_any_token_an_answer_is_the_same(
     spoken: Model, service: Service, client: Client, sampling: Sampling
 ) -> None:

@@ -70,6 +70,19 @@ def test_streamed_text_is_the_text_up_to_the_first_stop_string(text: str, stops:
     assert any(text[len(done.text) :].startswith(stop) for stop in stops)
 
 
+def test_in_the_text_of_the_first_tokens_no_stop_string_is_looked_for() -> None:
+    def spoken(min_tokens: int) -> tuple[str, bool]:
+        made = TextStream(Bytes(), ("bb",), min_tokens)
+        shown = "".join(made.push(token) for token in b"abbabbabb")
+        assert shown + made.finish() == made.text
+        return made.text, made.stopped
+
+    assert spoken(0) == ("a", True)
+    assert spoken(2) == ("abba", True)
+    assert spoken(3) == ("abba", True)
+    assert spoken(8) == ("abbabbabb", False)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(demo_folder: Path) -> Any:
     import transformers

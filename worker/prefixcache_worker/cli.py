@@ -40,7 +40,7 @@ def worker(
     """Serve a model on the shared pool: JSON-lines requests in, JSON-lines events out.
 
     A request has messages, prompt (a text) or tokens, and may have id, tools, max_new_tokens,
-    temperature, top_p, seed, sample, generated, stop, stop_ids, wait_s; {"cancel": ID} ends one.
+    temperature, top_p, seed, stop and more (docs/worker.md); {"cancel": ID} ends one.
 
     Example: echo '{"prompt": "Once upon a time", "max_new_tokens": 32}' | prefixcache worker
     """

@@ -35,7 +35,7 @@ from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import Event, Failed, Finished, Request, Token
-from prefixcache_worker.sampling import choose, top_two
+from prefixcache_worker.sampling import choose, logprobs, top_two
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
 
@@ -115,15 +115,23 @@ class Engine:
             raise InvalidRequest(
                 f"a request {request.id!a} is in hand: give each one an id of its own"
             )
-        stop_ids = self.model.stop_ids if request.stop_ids is None else request.stop_ids
+        given = self.model.stop_ids if request.stop_ids is None else request.stop_ids
+        stop_ids = frozenset(token for token in given if token < self.model.vocab_size)
         limit = self.model.max_tokens
         room = limit - len(request.tokens) if limit else request.max_new_tokens
-        stream = TextStream(self.model.tokenizer, request.stop_strings)
+        how = request.sampling
+        if any(not 0 <= token < self.model.vocab_size for token, _ in how.logit_bias):
+            raise InvalidRequest(
+                f"token ids of logit_bias must lie between 0 and {self.model.vocab_size - 1}"
+            )
+        if how.min_tokens and len(stop_ids) >= self.model.vocab_size:
+            raise InvalidRequest("every token ends the answer, and min_tokens lets none of them")
+        stream = TextStream(self.model.tokenizer, request.stop_strings, how.min_tokens)
         if any(not 0 <= token < self.model.vocab_size for token in request.generated):
             raise InvalidRequest(
                 f"generated token ids must lie between 0 and {self.model.vocab_size - 1}"
             )
-        job = Job(request, stream, frozenset(stop_ids), min(request.max_new_tokens, room))
+        job = Job(request, stream, stop_ids, min(request.max_new_tokens, room))
         self._ids.add(request.id)
         self.inbox.put(job)
         self.wake()
@@ -412,8 +420,10 @@ class Engine:
         for job, row, token in zip(jobs, logits, tokens, strict=True):
             top = top_two(row) if job.request.log_logits else None
             job.first_s = job.first_s or now
+            wanted = job.request.logprobs
+            told = None if wanted is None else logprobs(row, token, wanted)
             text = job.add(token)
-            yield Token(job.request.id, token, text, top)
+            yield Token(job.request.id, token, text, top, told)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """Tell each store what is valid and what is done with, in one message per store."""

@@ -50,7 +50,7 @@ class Job:
     """Why it is finished; empty: it is not."""
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.request.sampling)
+        self.sampler = Sampler(self.request.sampling, self.request.tokens, self.stop_ids)
         self.tokens = list(self.request.tokens)
         for number, token in enumerate(self.request.generated, 1):
             self.add(token)
@@ -91,6 +91,7 @@ class Job:
         Sets `reason` if it is the last one.
         """
         self.tokens.append(token)
+        self.sampler.add(token)
         text = ""
         if token in self.stop_ids:
             self.reason = "stop"

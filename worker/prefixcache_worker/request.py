@@ -11,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger
-from prefixcache_worker.sampling import Sampling, TopTwo
+from prefixcache_worker.sampling import Logprobs, Sampling, TopTwo
+
+MOST_LOGPROBS: Final = 20
+"""Of the most likely tokens of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Request:
     """How long to wait for a prefix that another worker is computing; 0: compute it as well."""
     log_logits: bool = False
     """Tell the two best logits of every step."""
+    logprobs: int | None = None
+    """Tell the log-probability of each token, and of so many of the most likely ones; None: not."""
     left_out: tuple[str, ...] = ()
     """What of the request is not in the prompt, for example tools that the template does not
     show."""
@@ -47,6 +52,16 @@ class Request:
             raise InvalidRequest(
                 f"request {self.id!r}: {len(self.tokens)} prompt tokens, {self.max_new_tokens} new "
                 f"ones, waiting {self.wait_s} s; at least 1, 1 and 0 make sense"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InvalidRequest(
+                f"request {self.id!r}: the {self.logprobs} most likely tokens; from 0 to "
+                f"{MOST_LOGPROBS} can be told"
+            )
+        if self.sampling.min_tokens > self.max_new_tokens:
+            raise InvalidRequest(
+                f"request {self.id!r}: min_tokens is {self.sampling.min_tokens}, and its answer "
+                f"may have {self.max_new_tokens}"
             )
         if len(self.generated) > self.max_new_tokens:
             raise InvalidRequest(
@@ -86,6 +101,7 @@ class Token:
     text: str
     """What can be shown because of it; perhaps nothing yet."""
     top: TopTwo | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +160,8 @@ Event = Started | Token | Finished | Failed | Alone | Joined
 def to_json(event: Event) -> dict[str, Any]:
     """Turn an event into the object that `prefixcache worker` writes on a line.
 
-    Times become milliseconds; the two best logits become `[[token, logit], [token, logit]]`.
+    Times become milliseconds; the two best logits become `[[token, logit], [token, logit]]`, and
+    so do the most likely tokens.
 
     >>> to_json(Token("a", 7, "x"))
     {'event': 'token', 'id': 'a', 'token': 7, 'text': 'x'}
@@ -156,6 +173,9 @@ def to_json(event: Event) -> dict[str, Any]:
             out[f"{item.name[:-2]}_ms"] = round(value * 1e3, 3)
         elif isinstance(value, TopTwo):
             out["top"] = [list(pair) for pair in zip(value.tokens, value.logits, strict=True)]
+        elif isinstance(value, Logprobs):
+            out["logprob"] = value.logprob
+            out["top_logprobs"] = [list(pair) for pair in value.top]
         elif isinstance(value, Ledger):
             out["ledger"] = value._asdict()
         elif value is not None:

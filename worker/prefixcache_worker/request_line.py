@@ -9,9 +9,18 @@ tokens          token ids
 max_new_tokens  a whole number from 1 to what the model takes; else 128, or what there is room for
 temperature     a number from 0 on; else 0, which takes the most likely token
 top_p           a number above 0, up to 1; else 1
+top_k           a whole number from -1 on; else 0, which is all tokens, as is -1
+min_p           a number from 0 to 1; else 0
 seed            a whole number of 64 bits; else another one every time
+presence_penalty, frequency_penalty   a number from -2 to 2; else 0
+repetition_penalty                    a number above 0, up to 100; else 1
+logit_bias      an object of up to 1,024 token ids with numbers from -100 to 100
+min_tokens      a whole number from 0 to max_new_tokens; else 0
 stop            a text or up to 1,024 of them
 stop_ids        up to 1,024 token ids; else the model's own
+ignore_eos      true: not the model's own; else false
+logprobs        true or false; else false
+top_logprobs    a whole number from 0 to 20, with logprobs; else 0
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
@@ -33,13 +42,15 @@ from prefixcache.prompts.logged_request import read_logged
 from prefixcache.texts import check_text
 from prefixcache.types import unpack
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Request
-from prefixcache_worker.sampling import Sampling
+from prefixcache_worker.request import MOST_LOGPROBS, Request
+from prefixcache_worker.sampling import MOST_REPETITION, Sampling
 
 LONGEST_LINE: Final = 32 << 20
 """Bytes.  A prompt of a million token ids has a quarter of that."""
 _LONGEST_ID: Final = 200
 _MOST_STOPS: Final = 1024
+_MOST_BIASED: Final = 1024
+_TOKEN: Final = re.compile(r"\d{1,10}", re.ASCII)
 _PROMPTS: Final = ("messages", "prompt", "tokens")
 _CHAT: Final = {
     *("tools", "functions", "documents", "system", "chat_template_kwargs"),
@@ -47,7 +58,9 @@ _CHAT: Final = {
 }
 _FIELDS: Final = {
     *("id", "max_new_tokens", "temperature", "top_p", "seed", "stop", "stop_ids", "wait_s"),
-    *("log_logits", "generated", "sample", *_PROMPTS, *_CHAT),
+    *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
+    *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
+    *("logprobs", "top_logprobs", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -133,6 +146,13 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
             top_p=_number(fields, "top_p", 1.0),
             seed=_whole(fields["seed"], "seed", -(2**63), 2**63 - 1) if "seed" in fields else None,
             sample=_whole(fields.get("sample", 0), "sample", 0, 2**31 - 1),
+            top_k=max(0, _whole(fields.get("top_k", 0), "top_k", -1, 2**31 - 1)),
+            min_p=_number(fields, "min_p", 0.0, most=1.0),
+            presence_penalty=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
+            frequency_penalty=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
+            repetition_penalty=_number(fields, "repetition_penalty", 1.0, most=MOST_REPETITION),
+            logit_bias=_logit_bias(fields.get("logit_bias", {})),
+            min_tokens=_whole(fields.get("min_tokens", 0), "min_tokens", 0, 2**31 - 1),
         ),
         stop_ids=_stop_ids(fields),
         stop_strings=tuple(
@@ -140,6 +160,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         ),
         wait_s=_number(fields, "wait_s", 30.0, most=86_400.0),
         log_logits=_flag(fields, "log_logits"),
+        logprobs=_logprobs(fields),
         left_out=left_out,
         generated=_generated(fields),
     )
@@ -174,7 +195,8 @@ def _new_tokens(fields: dict[str, Any], num_prompt: int, model: Model) -> int:
 
 def _stop_ids(fields: dict[str, Any]) -> tuple[int, ...] | None:
     if "stop_ids" not in fields:
-        return None
+        return () if _flag(fields, "ignore_eos") else None
+    _flag(fields, "ignore_eos")  # what is given stands in the place of the model's own
     given = fields["stop_ids"]
     if not isinstance(given, list) or len(given) > _MOST_STOPS:
         raise InvalidRequest(f"stop_ids is {_show(given)}; it takes up to 1,024 token ids")
@@ -186,6 +208,28 @@ def _generated(fields: dict[str, Any]) -> tuple[int, ...]:
     if not isinstance(given, list):
         raise InvalidRequest(f"generated is {_show(given)}; it takes token ids")
     return tuple(_whole(one, "an id of generated", 0, 2**32 - 1) for one in given)
+
+
+def _logit_bias(given: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(given, dict) or len(given) > _MOST_BIASED:
+        raise InvalidRequest(
+            f"logit_bias is {_show(given)}; it takes an object of up to 1,024 token ids"
+        )
+    found: dict[int, float] = {}
+    for name, bias in given.items():
+        if not _TOKEN.fullmatch(name):
+            raise InvalidRequest(f"logit_bias names {_show(name)}; it takes token ids")
+        found[int(name)] = _number({"logit_bias": bias}, "logit_bias", 0.0, -100.0, 100.0)
+    return tuple(found.items())
+
+
+def _logprobs(fields: dict[str, Any]) -> int | None:
+    num_top = _whole(fields.get("top_logprobs", 0), "top_logprobs", 0, MOST_LOGPROBS)
+    if _flag(fields, "logprobs"):
+        return num_top
+    if num_top:
+        raise InvalidRequest(f"top_logprobs is {num_top}; it goes with logprobs, which is not set")
+    return None
 
 
 def _list(stops: Any) -> list[Any]:
@@ -212,13 +256,15 @@ def _whole(value: Any, name: str, least: int, most: int) -> int:
     return value
 
 
-def _number(fields: dict[str, Any], name: str, default: float, most: float = math.inf) -> float:
+def _number(
+    fields: dict[str, Any], name: str, default: float, least: float = 0.0, most: float = math.inf
+) -> float:
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidRequest(f"{name} is {_show(value)}; it takes a number")
-    if not 0 <= value <= min(most, 1e300) or not math.isfinite(value):
+    if not least <= value <= min(most, 1e300) or not math.isfinite(value):
         bound = f" to {most:g}" if math.isfinite(most) else " on"
-        raise InvalidRequest(f"{name} is {_show(value)}; it takes a number from 0{bound}")
+        raise InvalidRequest(f"{name} is {_show(value)}; it takes a number from {least:g}{bound}")
     return float(value)
 
 

@@ -25,11 +25,15 @@ class TextStream:
     Args:
         tokenizer: of the model; None gives no text at all.
         stop_strings: the answer ends before the first of these; what is shown never contains one.
+        min_tokens: in the text of so many tokens they are not looked for.
     """
 
-    def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_strings: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stop_strings if stop)
+        self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._before = 0  # tokens[before:read] are decoded again: spaces depend on neighbours
         self._read = 0
@@ -70,6 +74,9 @@ class TextStream:
 
     def _show(self, fresh: str) -> str:
         text = self._held + fresh
+        if len(self._tokens) <= self._min_tokens:
+            self.text += text
+            return text
         for stop in self._stops:
             at = text.find(stop)
             if at >= 0:
