@@ -16,7 +16,7 @@ from prefixcache.core.inflight import Inflight, JoinGain
 from prefixcache.core.lease import Lease, LeaseTable, Worker
 from prefixcache.core.ledger import Tallies, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
-from prefixcache.core.node import Match, Root
+from prefixcache.core.node import Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
@@ -285,10 +285,10 @@ class Lessor:
             )
         return lease.grant
 
-    def admit(self, need: int, account: Account, now: float, match: Match | None = None) -> None:
+    def admit(self, need: int, account: Account, now: float) -> None:
         """Let `need` blocks through, or say with numbers who holds what, and when to come again."""
         try:
-            self.blocks.admit(need, account, match)
+            self.blocks.admit(need, account)
         except PoolExhausted as short:
             raise self.refusal(short, account.tenant, now) from None
         if self.tick is not None:

@@ -14,7 +14,7 @@ import ctypes
 import gc
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import structlog
@@ -311,15 +311,22 @@ def _describe(state: Condition) -> str:
     )
 
 
+@contextlib.contextmanager
+def _needs(flag: str, extra: str) -> Iterator[None]:
+    """Say what to install where what is imported inside is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InvalidRequest(
+            f"{flag} needs {error.name}, which is not installed: {how_to_install(extra)}"
+        ) from None
+
+
 def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | None:
     if settings.events is None:
         return None
-    try:
+    with _needs("--events", "events"):
         from prefixcache.service.events.publisher import Publisher
-    except ModuleNotFoundError as error:
-        raise InvalidRequest(
-            f"--events needs {error.name}, which is not installed: {how_to_install('events')}"
-        ) from None
     return Publisher(
         handlers.backing,
         handlers.failures,
@@ -332,12 +339,8 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
 def _make_tracer(settings: ServeSettings, failures: Failures) -> Tracer | None:
     if settings.trace is None:
         return None
-    try:
+    with _needs("--trace", "tracing"):
         from prefixcache.service.observe.tracing import Tracer
-    except ModuleNotFoundError as error:
-        raise InvalidRequest(
-            f"--trace needs {error.name}, which is not installed: {how_to_install('tracing')}"
-        ) from None
     return Tracer(settings.trace, failures)
 
 

@@ -350,7 +350,7 @@ class IdentityFiles(_Folder):
         assert all(size > 0 for size in identities.domains.values())
         for tenant in identities.tenants:
             assert is_plain(tenant), ascii(tenant)
-        identities.of_token("x\ud800y")
+        identities.of(Proof.by_token("x\ud800y"))
         identities.of(Proof(certificate=("\x00",)))
 
 

@@ -216,10 +216,6 @@ class Identities:
             return self._by_digest.get(proof.digest)
         return self.of(proof)
 
-    def of_token(self, token: str) -> Identity | None:
-        """Give whom a bearer token proves; None if nobody."""
-        return self.of(Proof.by_token(token))
-
     def _add_domain(self, where: str, entry: Any) -> None:
         if not isinstance(entry, dict) or set(entry) != {"name", "memory"}:
             raise InvalidRequest(f"{where} is a table of a name and its memory")

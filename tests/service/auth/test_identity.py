@@ -16,7 +16,7 @@ from prefixcache.client import Client
 from prefixcache.client.codec import write_namespace
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from prefixcache.service.auth import identity as module
-from prefixcache.service.auth.identity import Identities, Identity
+from prefixcache.service.auth.identity import Identities, Identity, Proof
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.auth.keys import TOKENS, identities
@@ -253,7 +253,7 @@ def test_every_digest_is_compared_in_constant_time(
     monkeypatch.setattr(module.hmac, "compare_digest", counting)
     for token in ("", "wrong", TOKENS["acme"], TOKENS["boss"]):
         compared.clear()
-        identity = found.of_token(token)
+        identity = found.of(Proof.by_token(token))
         assert len(compared) == 3  # all of them, also after one that fits
         assert (identity is not None) == (token in TOKENS.values())
 
