@@ -22,6 +22,7 @@ SOURCES = {
     "prefixcache": ROOT / "prefixcache",
     "prefixcache_kernels": ROOT / "kernels" / "prefixcache_kernels",
     "prefixcache_worker": ROOT / "worker" / "prefixcache_worker",
+    "prefixcache_serving": ROOT / "worker" / "prefixcache_serving",
     "prefixcache_vllm": ROOT / "worker" / "prefixcache_vllm",
     "prefixcache_bench": ROOT / "bench" / "prefixcache_bench",
 }
@@ -74,6 +75,19 @@ FLOORS = {
         "prefixcache.client",
         "prefixcache_kernels",
         "prefixcache_worker",
+    ),
+    "prefixcache_serving": (
+        *WORDS,
+        PROMPTS,
+        "prefixcache.client",
+        "prefixcache.service.http.http_connections",
+        "prefixcache.cli.decoder",
+        "prefixcache_worker.child",
+        "prefixcache_worker.child_service",
+        "prefixcache_worker.child_worker",
+        "prefixcache_worker.smollm2",
+        "prefixcache_worker.text",
+        "prefixcache_serving",
     ),
     "prefixcache_vllm": (
         *WORDS,
@@ -215,7 +229,10 @@ def test_no_folders_of_the_service_import_each_other_in_a_circle() -> None:
         raise AssertionError(" imports ".join(circle.args[1])) from None
 
 
-NAMED = ("prefixcache.core", "prefixcache.client", "prefixcache.service", "prefixcache.prompts")
+NAMED = (
+    *("prefixcache.core", "prefixcache.client", "prefixcache.service", "prefixcache.prompts"),
+    *("prefixcache_serving", "prefixcache_serving.__main__"),
+)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +283,9 @@ except SystemExit as stop:
         ("import prefixcache.client", {"pydantic", "structlog", "uvloop", "typer"}),
         (HELP, {"grpc", "pydantic", "structlog", "uvloop", "prefixcache_worker"}),
         ("import prefixcache.service.server", set()),
+        ("import prefixcache_serving.running", {"pydantic"}),
     ],
-    ids=["the words", "the core", "the client", "prefixcache --help", "the service"],
+    ids=["the words", "the core", "the client", "prefixcache --help", "the service", "the front"],
 )
 def test_starting_loads_no_more_than_is_needed(code: str, unwanted: set[str]) -> None:
     loaded = loaded_by(code)

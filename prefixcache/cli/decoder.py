@@ -62,7 +62,7 @@ class Decoder:
         if not is_file(path):
             raise InvalidRequest(f"there is no {_FILE} in {self.folder}; give the model's folder")
         try:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
+            self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the library raises Exception itself
             raise InvalidRequest(f"{path} is no tokenizer: {error}") from None
 
@@ -72,7 +72,7 @@ class Decoder:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Give the text of token ids, special ones included."""
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def prompt(self, request: LoggedRequest) -> Prompt:
         """Turn a logged request into tokens; a chat through the model's own template.
@@ -94,7 +94,7 @@ class Decoder:
     def _ids(self, text: str, special: bool = True) -> list[int]:
         if any("\ud800" <= char <= "\udfff" for char in text):  # JSON can escape such a half
             raise InvalidRequest("the prompt holds half a character (U+D800 to U+DFFF): no text")
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
 
     @cached_property
     def _template(self) -> ChatTemplate:

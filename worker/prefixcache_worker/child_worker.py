@@ -91,7 +91,7 @@ class ChildWorker(Child):
         assert self.process is not None
         assert self.process.stdout is not None
         async for line in self.process.stdout:
-            if line.startswith(b"{"):
+            if line.startswith(b"{") and line.endswith(b"\n"):  # not what a kill has cut
                 yield json.loads(line)
 
     async def _listen(self, events: AsyncIterator[dict[str, Any]]) -> None:

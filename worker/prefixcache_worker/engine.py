@@ -257,13 +257,18 @@ class Engine:
             if failed := self._hopeless(job, home):
                 events.append(failed)
                 continue
+            try:
+                job.future = home.claim(
+                    job.tokens,
+                    reserve=job.num_left,
+                    wait_s=job.request.wait_s,
+                    request_id=f"{job.request.id}/{job.num_restarts}",
+                    salt=job.request.salt,
+                )
+            except CacheError as error:  # a service of an earlier version hears of no salt
+                events.append(Failed(job.request.id, type(error).__name__, str(error)))
+                continue
             job.store = home
-            job.future = home.claim(
-                job.tokens,
-                reserve=job.num_left,
-                wait_s=job.request.wait_s,
-                request_id=f"{job.request.id}/{job.num_restarts}",
-            )
             job.future.add_done_callback(lambda _: self.wake())
             self._asked.append(job)
 

@@ -43,6 +43,8 @@ class Request:
     left_out: tuple[str, ...] = ()
     """What of the request is not in the prompt, for example tools that the template does not
     show."""
+    salt: str | None = None
+    """Keeps its prefix apart: what is behind another salt, or behind none, is not shared."""
     generated: Sequence[int] = ()
     """The answer's first tokens, where another worker has begun it: it goes on behind them, as if
     nothing had been."""

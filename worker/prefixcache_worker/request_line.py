@@ -24,6 +24,7 @@ top_logprobs    a whole number from 0 to 20, with logprobs; else 0
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
+salt            a secret text of up to 200 characters: who has another one, or none, shares nothing
 log_logits      true or false; else false
 ```
 One of `messages`, `prompt` and `tokens` is there.  Null is as good as left out.
@@ -60,7 +61,7 @@ _FIELDS: Final = {
     *("id", "max_new_tokens", "temperature", "top_p", "seed", "stop", "stop_ids", "wait_s"),
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
-    *("logprobs", "top_logprobs", *_PROMPTS, *_CHAT),
+    *("logprobs", "top_logprobs", "salt", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -163,6 +164,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         logprobs=_logprobs(fields),
         left_out=left_out,
         generated=_generated(fields),
+        salt=_salt(fields),
     )
 
 
@@ -201,6 +203,14 @@ def _stop_ids(fields: dict[str, Any]) -> tuple[int, ...] | None:
     if not isinstance(given, list) or len(given) > _MOST_STOPS:
         raise InvalidRequest(f"stop_ids is {_show(given)}; it takes up to 1,024 token ids")
     return tuple(_whole(one, "an id of stop_ids", 0, 2**32 - 1) for one in given)
+
+
+def _salt(fields: dict[str, Any]) -> str | None:
+    if "salt" not in fields:
+        return None
+    salt = _text(fields["salt"], "salt", _LONGEST_ID)
+    check_text(salt, "salt")
+    return salt
 
 
 def _generated(fields: dict[str, Any]) -> tuple[int, ...]:

@@ -72,7 +72,13 @@ class Store(Protocol):
         """Whether other workers use the same pool."""
 
     def claim(
-        self, tokens: Sequence[int], *, reserve: int, wait_s: float, request_id: str
+        self,
+        tokens: Sequence[int],
+        *,
+        reserve: int,
+        wait_s: float,
+        request_id: str,
+        salt: str | None = None,
     ) -> Future[Claim]:
         """Ask for the blocks of a prompt and of `reserve` more tokens.  Does not block."""
         ...
@@ -140,7 +146,13 @@ class PrivateStore:
         self._free = list(range(self.num_blocks - 1, -1, -1))
 
     def claim(
-        self, tokens: Sequence[int], *, reserve: int, wait_s: float, request_id: str
+        self,
+        tokens: Sequence[int],
+        *,
+        reserve: int,
+        wait_s: float,
+        request_id: str,
+        salt: str | None = None,
     ) -> Future[Claim]:
         """Take blocks from the free list; the future is done at once."""
         answer: Future[Claim] = Future()
@@ -196,11 +208,17 @@ class SharedStore:
         self._fence: Fence[None] = Fence.of(pool.blocks)
 
     def claim(
-        self, tokens: Sequence[int], *, reserve: int, wait_s: float, request_id: str
+        self,
+        tokens: Sequence[int],
+        *,
+        reserve: int,
+        wait_s: float,
+        request_id: str,
+        salt: str | None = None,
     ) -> Future[Claim]:
         """Ask the service for a lease; done when its answer arrives."""
         future: Future[Claim] = self.session.acquire_later(  # type: ignore[assignment]
-            pack(tokens), reserve=reserve, wait_s=wait_s, request_id=request_id
+            pack(tokens), reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt
         )
         return future
 

@@ -53,6 +53,7 @@ class HttpConnection(H11Protocol):
     """One connection.  Subclasses made by `within` know their bound."""
 
     bound: Bound
+    stall_s: float
     _idle: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
@@ -98,7 +99,7 @@ class HttpConnection(H11Protocol):
         """Wait for who does not read so long and no longer."""
         super().pause_writing()
         if self._stalled is None:
-            self._stalled = self.loop.call_later(STALL_S, self.end)
+            self._stalled = self.loop.call_later(self.stall_s, self.end)
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -114,6 +115,6 @@ class HttpConnection(H11Protocol):
         self._idle = self._stalled = None
 
 
-def within(bound: Bound) -> type[HttpConnection]:
-    """Give the class of the connections of one server."""
-    return type("BoundConnection", (HttpConnection,), {"bound": bound})
+def within(bound: Bound, *, stall_s: float = STALL_S) -> type[HttpConnection]:
+    """Give the class of the connections of one server; `stall_s` is how long readers may stall."""
+    return type("BoundConnection", (HttpConnection,), {"bound": bound, "stall_s": stall_s})

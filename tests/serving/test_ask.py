@@ -1,0 +1,108 @@
+"""A body as what the workers are asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefixcache_serving.ask import Ask, read_ask
+from prefixcache_serving.fields import CHAT, COMPLETIONS
+from prefixcache_serving.refusals import Refused
+from prefixcache_serving.served_model import ServedModel
+from serving.bench import ABOUT, save_tokenizer
+
+
+@pytest.fixture
+def model(tokenizer_folder: Path) -> ServedModel:
+    return ServedModel("m", tokenizer_folder, ABOUT)
+
+
+def chat(model: ServedModel, *messages: Any, **more: Any) -> Ask:
+    return read_ask({"model": "m", "messages": list(messages), **more}, CHAT, model)
+
+
+USER = {"role": "user", "content": "w5"}
+
+
+def test_tenants_and_salts_make_namespaces_that_nobody_else_has(model: ServedModel) -> None:
+    def salt(tenant: str, given: str | None) -> Any:
+        body = {"model": "m", "prompt": "w5", "cache_salt": given}
+        return read_ask(body, COMPLETIONS, model, tenant).lines()[0].get("salt")
+
+    assert salt("", None) is None  # all workers of the machine share
+    pairs = [("a", None), ("b", None), ("", "a"), ("", "b"), ("a", "b"), ("ab", None), ("", "ab")]
+    made = [salt(*pair) for pair in pairs]
+    assert len(set(made)) == len(pairs)
+    assert made == [salt(*pair) for pair in pairs]
+
+
+def test_what_decides_the_choice_of_a_token_goes_to_the_worker(model: ServedModel) -> None:
+    how = {"top_k": 5, "min_p": 0.1, "min_tokens": 2, "logit_bias": {"7": 1.0}, "seed": 3}
+    (first, second) = chat(model, USER, n=2, ignore_eos=True, max_tokens=9, **how).lines()
+    assert first == {
+        "tokens": [0, 5, 1],
+        "max_new_tokens": 9,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "ignore_eos": True,
+        **how,
+    }
+    assert second == first | {"sample": 1}
+
+
+def test_a_nucleus_of_nothing_takes_the_most_likely_token(model: ServedModel) -> None:
+    (line,) = chat(model, USER, top_p=0).lines()
+    assert "temperature" not in line
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ([7], "messages[0]"),
+        ([{"content": "x"}], "messages[0].role"),
+        ([{"role": "boss", "content": "x"}], "messages[0].role"),
+        ([{"role": "user"}], "messages[0].content"),
+        ([USER, {"role": "user", "content": "x", "weight": 1}], "messages[1].weight"),
+        ([{"role": "user", "content": 7}], "messages"),
+        ([{"role": "user", "content": "\ud800"}], "messages"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+            "messages[0].content",
+        ),
+        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "messages"),
+    ],
+)
+def test_messages_that_would_not_be_seen_are_refused_by_place(
+    model: ServedModel, messages: list[Any], param: str
+) -> None:
+    with pytest.raises(Refused) as told:
+        chat(model, *messages)
+    assert told.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logit_bias": {"97": 1}}, "logit_bias"),
+        ({"max_tokens": 600}, "max_tokens"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(
+    model: ServedModel, more: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(Refused) as told:
+        chat(model, USER, **more)
+    assert told.value.param == param
+
+
+def test_a_template_that_leaves_something_out_is_told(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, "{{ messages[-1]['content'] }}")
+    told = chat(ServedModel("m", tmp_path, ABOUT), {"role": "system", "content": "w9"}, USER)
+    assert told.left_out == ("messages that the template does not show in full",)

@@ -1,0 +1,326 @@
+"""A request as it is asked of the workers: prompts as tokens, how many answers, how chosen.
+
+```
+body ──► fields.read ──► prompts: template, tokenizer ──► Ask ──► one Journey per answer
+```
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+from prefixcache.errors import CacheError
+from prefixcache.prompts.logged_request import LoggedRequest, read_logged
+from prefixcache.types import unpack
+from prefixcache_serving.fields import CHAT, MOST_ANSWERS, read, show, text
+from prefixcache_serving.refusals import Refused, refusal_of
+from prefixcache_serving.served_model import ServedModel
+
+DEFAULT_CHAT_TOKENS: Final = 1024
+"""How long a chat's answer may become unless asked: blocks are reserved for as many."""
+DEFAULT_COMPLETION_TOKENS: Final = 16
+"""OpenAI's."""
+
+_ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
+_KEYS: Final = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
+_HOW: Final = (
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
+    *("top_k", "min_p", "min_tokens"),
+)
+_HARMLESS_LOSSES: Final = {"messages that the template does not show in full", "thoughts"}
+"""What templates leave out by design, of earlier turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is asked of the workers."""
+
+    kind: str
+    prompts: tuple[list[int], ...]
+    num_answers: int
+    """To each prompt."""
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    num_logprobs: int | None
+    """How many of the most likely tokens are told with each one; None: none, and not its own."""
+    salt: str | None
+    """Keeps the prompts of a tenant, and those behind a `cache_salt`, apart."""
+    how: dict[str, Any]
+    """What else decides the choice of a token, by the names that workers know."""
+    ignore_eos: bool
+    stream: bool
+    include_usage: bool
+    left_out: tuple[str, ...]
+    """What of the messages the template does not show."""
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Give what a worker is sent for each answer, prompt by prompt, without an id."""
+        more = dict(self.how)
+        if self.salt is not None:
+            more["salt"] = self.salt
+        if self.ignore_eos:
+            more["ignore_eos"] = True
+        if self.num_logprobs is not None:
+            more |= {"logprobs": True, "top_logprobs": self.num_logprobs}
+        if self.temperature > 0:
+            more |= {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return [
+            {"tokens": prompt, "max_new_tokens": self.max_new_tokens, **more}
+            | ({"sample": sample} if sample and self.temperature > 0 else {})
+            for prompt in self.prompts
+            for sample in range(self.num_answers)
+        ]
+
+
+def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
+    """Turn a body into what is asked.  O(bytes); tokenises, so long ones belong into a thread.
+
+    Args:
+        body: parsed JSON.
+        kind: `chat` or `completions`.
+        model: of whom it is asked.
+        tenant: whose it is.
+
+    Raises:
+        Refused: with the field that it is about.
+    """
+    found = read(body, kind)
+    if "model" not in found:
+        raise Refused("you must name a model", param="model", code="missing_field")
+    if found["model"] != model.name:
+        raise Refused(
+            f"the model {show(found['model'])} is not served here; {show(model.name)} is",
+            param="model",
+            code="model_not_found",
+            status=404,
+        )
+    if "stream_options" in found and not found.get("stream"):
+        raise Refused(
+            "stream_options goes with stream: true", param="stream_options", code="invalid_value"
+        )
+    if kind == CHAT:
+        source = "messages"
+        requests, left_out = _chat(found, model)
+    else:
+        source = "prompt"
+        requests, left_out = _completion(found, model), ()
+    num_answers = found.get("n", 1)
+    if len(requests) * num_answers > MOST_ANSWERS:
+        raise Refused(
+            f"{len(requests):,} prompts with {num_answers} answers each; at most {MOST_ANSWERS} "
+            "answers to one request: send several",
+            param="n" if num_answers > 1 else source,
+            code="invalid_value",
+        )
+    top_p = found.get("top_p", 1.0)
+    new_tokens = _new_tokens(found, kind, source, max(map(len, requests)), model)
+    return Ask(
+        kind=kind,
+        prompts=tuple(requests),
+        num_answers=num_answers,
+        max_new_tokens=new_tokens,
+        # A nucleus of nothing still has its first token.
+        temperature=found.get("temperature", 1.0) if top_p > 0 else 0.0,
+        top_p=top_p or 1.0,
+        seed=found.get("seed", secrets.randbits(63)),
+        stop=found.get("stop", ()),
+        num_logprobs=_logprobs(found, kind),
+        salt=_salt(tenant, found.get("cache_salt", "")),
+        how=_how(found, new_tokens, model),
+        ignore_eos=found.get("ignore_eos", False),
+        stream=found.get("stream", False),
+        include_usage=found.get("stream_options", False),
+        left_out=left_out,
+    )
+
+
+def _salt(tenant: str, salt: str) -> str | None:
+    """Make one secret of both; None where there is neither, so that all workers share."""
+    if not (tenant or salt):
+        return None
+    digest = blake2b(digest_size=24, person=b"pfxcache-front")
+    for part in (tenant.encode(), salt.encode()):
+        digest.update(len(part).to_bytes(4, "little") + part)  # no two pairs give the same bytes
+    return digest.hexdigest()
+
+
+def _logprobs(found: dict[str, Any], kind: str) -> int | None:
+    if kind != CHAT:
+        given: int | None = found.get("logprobs")
+        return given
+    if found.get("logprobs"):
+        return int(found.get("top_logprobs", 0))
+    if found.get("top_logprobs"):
+        raise Refused(
+            "top_logprobs goes with logprobs: true", param="top_logprobs", code="invalid_value"
+        )
+    return None
+
+
+def _how(found: dict[str, Any], new_tokens: int, model: ServedModel) -> dict[str, Any]:
+    how: dict[str, Any] = {name: found[name] for name in _HOW if name in found}
+    if how.get("min_tokens", 0) > new_tokens:
+        raise Refused(
+            f"min_tokens is {how['min_tokens']:,}, and the answer may have {new_tokens:,}",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    for token in how.get("logit_bias", ()):
+        if int(token) >= model.vocab_size:
+            raise Refused(
+                f"logit_bias names {token}; token ids are from 0 to {model.vocab_size - 1:,}",
+                param="logit_bias",
+                code="invalid_value",
+            )
+    return how
+
+
+def _new_tokens(
+    found: dict[str, Any], kind: str, source: str, longest: int, model: ServedModel
+) -> int:
+    room = model.room(longest)
+    if room < 1:
+        raise Refused(
+            f"this model takes {model.max_tokens:,} tokens, prompt and answer together; the "
+            f"{source} has {longest:,}",
+            param=source,
+            code="context_length_exceeded",
+        )
+    names = [name for name in ("max_completion_tokens", "max_tokens") if name in found]
+    if len(names) == 2 and found[names[0]] != found[names[1]]:
+        raise Refused(
+            "max_completion_tokens and max_tokens differ; give one of them",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if not names:
+        default = DEFAULT_CHAT_TOKENS if kind == CHAT else DEFAULT_COMPLETION_TOKENS
+        return min(default, room)
+    asked = int(found[names[0]])
+    if asked > room:
+        raise Refused(
+            f"{names[0]} is {asked:,}; this model takes {model.max_tokens:,} tokens, and the "
+            f"{source} has {longest:,}: at most {room:,}",
+            param=names[0],
+            code="context_length_exceeded",
+        )
+    return asked
+
+
+def _chat(found: dict[str, Any], model: ServedModel) -> tuple[list[list[int]], tuple[str, ...]]:
+    if "messages" not in found:
+        raise Refused("messages are missing", param="messages", code="missing_field")
+    messages = found["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise Refused(
+            f"messages is {show(messages)}; it takes a list of at least one",
+            param="messages",
+            code="invalid_value",
+        )
+    options = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+    given = {name: found[name] for name in options if name in found}
+    checked = [_message(one, f"messages[{at}]") for at, one in enumerate(messages)]
+    try:
+        (logged,) = read_logged({"messages": checked, **given})
+        _refuse_media(logged)
+        made = model.decoder.prompt(logged)
+    except CacheError as error:
+        raise refusal_of(error, "messages") from None
+    if lost := sorted(set(made.left_out) - _HARMLESS_LOSSES):
+        raise Refused(
+            f"this model's template cannot show everything: {', '.join(lost)}",
+            param="messages",
+            code="unsupported_field",
+        )
+    return [unpack(made.tokens).tolist()], tuple(sorted(made.left_out))
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """Check one message more strictly than logs are read; `developer` is what was `system`."""
+    if not isinstance(message, dict):
+        raise Refused(
+            f"{where} is {show(message)}; it takes an object", param=where, code="invalid_value"
+        )
+    kept = {key: value for key, value in message.items() if value is not None}
+    for key in kept:
+        if key not in _KEYS:
+            raise Refused(
+                f"unknown field {show(key)} in {where}: it would have no effect here",
+                param=f"{where}.{key[:64]}",
+                code="unknown_field",
+            )
+    role = kept.get("role")
+    if role not in _ROLES or not isinstance(role, str):
+        raise Refused(
+            f"{where}.role is {show(role)}; it takes {', '.join(_ROLES)}",
+            param=f"{where}.role",
+            code="invalid_value",
+        )
+    if role != "assistant" and "content" not in kept:
+        raise Refused(f"{where} has no content", param=f"{where}.content", code="missing_field")
+    return kept | {"role": "system" if role == "developer" else role}
+
+
+def _refuse_media(logged: LoggedRequest) -> None:
+    for at, message in enumerate(logged.messages):
+        content = message["content"]
+        for part in content if isinstance(content, list) else ():
+            if part["type"] != "text":
+                raise Refused(
+                    f"messages[{at}] holds a part of type {part['type']}; the model reads text",
+                    param=f"messages[{at}].content",
+                    code="unsupported_field",
+                )
+
+
+def _completion(found: dict[str, Any], model: ServedModel) -> list[list[int]]:
+    if "prompt" not in found:
+        raise Refused("a prompt is missing", param="prompt", code="missing_field")
+    given = found["prompt"]
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, list) or not given:
+        raise Refused(
+            f"prompt is {show(given)}; it takes a text, token ids, or a list of either",
+            param="prompt",
+            code="invalid_value",
+        )
+    if type(given[0]) is int:
+        given = [given]
+    if len(given) > MOST_ANSWERS:
+        raise Refused(
+            f"prompt holds {len(given):,} of them; at most {MOST_ANSWERS} at a time",
+            param="prompt",
+            code="invalid_value",
+        )
+    return [_tokens(one, model) for one in given]
+
+
+def _tokens(prompt: Any, model: ServedModel) -> list[int]:
+    if isinstance(prompt, str):
+        try:
+            tokens = model.decoder.encode(text(2**31)(prompt, "prompt"))
+        except CacheError as error:
+            raise refusal_of(error, "prompt") from None
+        if not tokens:
+            raise Refused("the prompt is empty", param="prompt", code="invalid_value")
+        return tokens
+    if not isinstance(prompt, list) or not prompt or set(map(type, prompt)) != {int}:
+        raise Refused(
+            f"prompt holds {show(prompt)}; it takes texts or lists of token ids",
+            param="prompt",
+            code="invalid_value",
+        )
+    if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+        raise Refused(
+            f"prompt holds a token id that is none; they are from 0 to {model.vocab_size - 1:,}",
+            param="prompt",
+            code="invalid_value",
+        )
+    return prompt

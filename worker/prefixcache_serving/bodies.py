@@ -1,0 +1,197 @@
+"""Answers and chunks as OpenAI's clients read them.
+
+```
+chat          {"object": "chat.completion", "choices": [{"message": ...}], "usage": ...}
+  stream      {"object": "chat.completion.chunk", "choices": [{"delta": ...}]}
+completions   {"object": "text_completion", "choices": [{"text": ...}]}, streamed or not
+```
+The role travels with the first token: whoever measures the first chunk measures the first token.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from prefixcache_serving.ask import Ask
+from prefixcache_serving.fields import CHAT
+from prefixcache_serving.journey import Journey
+from prefixcache_serving.meter import cached_of
+from prefixcache_serving.served_model import ServedModel
+
+_IMPOSSIBLE: Final = -9999.0
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer as far as it was told."""
+
+    index: int
+    text: str = ""
+    num_tokens: int = 0
+    reason: str | None = None
+    has_begun: bool = False
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability."""
+
+    token: int
+    logprob: float
+    top: list[list[float]]
+    """Of the most likely tokens: token and log-probability, best first."""
+    offset: int
+    """Characters of the answer that were told before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What can be told of an answer now."""
+
+    index: int
+    text: str
+    num_tokens: int
+    reason: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass
+class Bodies:
+    """The bodies of one request.
+
+    Args:
+        ask: what was asked.
+        model: of whom.
+    """
+
+    ask: Ask
+    model: ServedModel
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+    choices: list[Choice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.ask.kind == CHAT else "cmpl"
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        count = len(self.ask.prompts) * self.ask.num_answers
+        self.choices = [Choice(index) for index in range(count)]
+
+    def take(self, piece: Piece) -> None:
+        """Note what is told."""
+        choice = self.choices[piece.index]
+        choice.text += piece.text
+        choice.num_tokens += piece.num_tokens
+        choice.reason = piece.reason
+        choice.logprobs += piece.logprobs
+
+    def whole(self, journeys: Sequence[Journey]) -> dict[str, Any]:
+        """Give the answer that is not streamed."""
+        is_chat = self.ask.kind == CHAT
+        choices = [
+            {
+                "index": one.index,
+                "logprobs": self._logprobs(one.logprobs),
+                "finish_reason": one.reason,
+            }
+            | (
+                {"message": {"role": "assistant", "content": one.text, "refusal": None}}
+                if is_chat
+                else {"text": one.text}
+            )
+            for one in self.choices
+        ]
+        kind = "chat.completion" if is_chat else "text_completion"
+        return self._head(kind) | {"choices": choices, "usage": self.usage(journeys)}
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """Give a chunk of the stream."""
+        choice = self.choices[piece.index]
+        told: dict[str, Any]
+        if self.ask.kind == CHAT:
+            delta: dict[str, Any] = {} if choice.has_begun else {"role": "assistant", "content": ""}
+            if piece.text:
+                delta["content"] = piece.text
+            told = {"delta": delta}
+        else:
+            told = {"text": piece.text}
+        choice.has_begun = True
+        told |= {
+            "index": piece.index,
+            "logprobs": self._logprobs(piece.logprobs),
+            "finish_reason": piece.reason,
+        }
+        usage = {"usage": None} if self.ask.include_usage else {}
+        return self._head(self._chunk_kind) | {"choices": [told]} | usage
+
+    def last_chunk(self, journeys: Sequence[Journey]) -> dict[str, Any]:
+        """Give the chunk that tells the usage."""
+        return self._head(self._chunk_kind) | {"choices": [], "usage": self.usage(journeys)}
+
+    def usage(self, journeys: Sequence[Journey]) -> dict[str, Any]:
+        """Count: each prompt once, each answer's tokens, and what of the prompts was cached."""
+        ledgers = [one.ledger for one in journeys[:: self.ask.num_answers]]
+        prompt = sum(map(len, self.ask.prompts))
+        completion = sum(choice.num_tokens for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(cached_of(one) for one in ledgers if one is not None)
+            },
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if self.ask.num_logprobs is None:
+            return None
+        if self.ask.kind == CHAT:
+            told = [
+                self._entry(one.token, one.logprob)
+                | {"top_logprobs": [self._entry(int(token), value) for token, value in one.top]}
+                for one in tokens
+            ]
+            return {"content": told, "refusal": None}
+        return {
+            "tokens": [self._text(one.token) for one in tokens],
+            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "top_logprobs": [
+                {
+                    self._text(int(token)): _finite(value)
+                    for token, value in reversed([*one.top, [one.token, one.logprob]])
+                }
+                for one in tokens
+            ],
+            "text_offset": [one.offset for one in tokens],
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._text(token)
+        # A token may be a part of a character: what its bytes are, its text does not say.
+        told = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": _finite(logprob), "bytes": told}
+
+    def _text(self, token: int) -> str:
+        return self.model.decoder.decode([token])
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.ask.kind == CHAT else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model.name,
+            "system_fingerprint": self.model.fingerprint,
+        }
+
+
+def _finite(logprob: float | None) -> float:
+    """Write what cannot be as OpenAI does: JSON has no word for minus infinity."""
+    return max(_IMPOSSIBLE, logprob) if logprob is not None else _IMPOSSIBLE

@@ -1,0 +1,198 @@
+"""The fleet: the workers are started, watched, replaced, and handed over when they are drained.
+
+```
+start ──► ready ──► in the team ──┬─ ended by itself ───────► its answers go on elsewhere; another
+            │                     ├─ stopped, or silent ────► its answers go on elsewhere; it
+            │ fails               │                           comes back, or is replaced
+            ▼                     └─ drained ───────────────► its answers go on elsewhere; another
+        again, later and later
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from prefixcache_serving.meter import Meter
+from prefixcache_serving.router import Router, Station
+from prefixcache_worker.child import ProcessFailed
+from prefixcache_worker.child_worker import ChildWorker
+
+LOOK_S: Final = 0.1
+"""How often it is looked whether workers are stopped or silent."""
+STOPPED_LOOKS: Final = 3
+"""Looks in a row at which a process is stopped, until its answers go on elsewhere."""
+SILENT_S: Final = 20.0
+"""How long a worker that computes may say nothing, beside ..."""
+SILENT_TOKEN_S: Final = 0.05
+"""... so long for each token of the prompts that it computes."""
+LOST_S: Final = 30.0
+"""How long a stopped or silent worker is waited for before it is killed."""
+READY_S: Final = 600.0
+"""How long a worker may take to load its model."""
+LONGEST_PAUSE_S: Final = 30.0
+"""Between two starts of a worker that fails again and again."""
+
+
+class Make(Protocol):
+    """Makes a worker, not started yet."""
+
+    def __call__(self, name: str, tell: Callable[[dict[str, Any]], None]) -> ChildWorker:
+        """Give one of that name, which tells its events."""
+        ...
+
+
+class Fleet:
+    """The workers.
+
+    Args:
+        names: of the workers.
+        make: makes one.
+        router: has the answers.
+        meter: counts the starts.
+        say: tells people what happens, a line each.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        make: Make,
+        router: Router,
+        meter: Meter,
+        say: Callable[[str], None],
+    ) -> None:
+        self.names = names
+        self.workers: dict[str, ChildWorker] = {}
+        """Those that run, or are being started."""
+        self.about: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        """What the first worker said of itself when it was ready."""
+        self._make = make
+        self._router = router
+        self._meter = meter
+        self._say = say
+        self._is_closing = False
+
+    @property
+    def num_ready(self) -> int:
+        """Workers that are given requests."""
+        return sum(station.is_open for station in self._router.stations.values())
+
+    async def run(self) -> None:
+        """Keep all workers running, until cancelled.
+
+        Raises:
+            ProcessFailed: the first start of a worker failed: the next one would, too.
+        """
+        async with asyncio.TaskGroup() as group:
+            for name in self.names:
+                group.create_task(self._keep(name))
+            group.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """End all workers.  Idempotent."""
+        self._is_closing = True
+        await asyncio.gather(*(worker.stop() for worker in list(self.workers.values())))
+
+    async def renew(self, name: str) -> None:
+        """Replace a worker by a new one; what it has goes on elsewhere.
+
+        Returns when the new one is ready.
+        """
+        worker, station = self.workers.get(name), self._router.stations.get(name)
+        if worker is None or station is None:
+            return
+        self._say(f"{name} (pid {worker.pid}) is drained")
+        self._router.open(station, False)
+        self._router.hand_over(station)
+        await worker.stop()
+        while self._router.stations.get(name) in (None, station):
+            await asyncio.sleep(LOOK_S)
+
+    async def _keep(self, name: str) -> None:
+        """Run a worker of this name, and another one after each end."""
+        pause_s = 0.0
+        while not self._is_closing:
+            began_s = time.monotonic()
+            worker = self._make(name, lambda event: self._router.hear(name, event))
+            self.workers[name] = worker
+            self._meter.started.inc()
+            try:
+                await worker.ready(READY_S)
+                if not self.about.done():
+                    self.about.set_result(worker.about)
+                self._say(
+                    f"{name} (pid {worker.pid}) is ready after {time.monotonic() - began_s:.1f} s"
+                )
+                self._router.join(worker, int(worker.about["max_batch"]))
+                pause_s = 0.0
+                await worker.gone.wait()
+            except ProcessFailed as failure:
+                if not self.about.done():
+                    raise
+                pause_s = min(LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
+                self._say(f"{failure}; again in {pause_s:.0f} s")
+            finally:
+                self._router.part(name, died=not self._is_closing)
+                await asyncio.shield(worker.stop())
+            if not self._is_closing and pause_s == 0.0:
+                self._say(f"{name} (pid {worker.pid}) has ended; another one takes its place")
+            await asyncio.sleep(pause_s)
+
+    async def _watch(self) -> None:
+        """Look for workers that are stopped, or that compute and say nothing."""
+        looks: dict[str, int] = {}
+        lost: dict[str, _Lost] = {}
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            for name, station in list(self._router.stations.items()):
+                worker = self.workers[name]
+                is_stopped = _is_stopped(worker.pid)
+                looks[name] = looks.get(name, 0) + 1 if is_stopped else 0
+                found = lost.get(name)
+                if found is not None and found.station is station:
+                    is_back = not is_stopped if found.is_stopped else station.heard_s > found.since
+                    if is_back:
+                        del lost[name]
+                        self._say(f"{name} (pid {worker.pid}) is back")
+                        self._router.open(station, True)
+                    elif now - found.since > LOST_S:
+                        self._say(f"{name} (pid {worker.pid}) is killed")
+                        worker.kill()
+                elif looks[name] >= STOPPED_LOOKS or _is_silent(station, now):
+                    lost[name] = _Lost(station, now, is_stopped)
+                    what = "is stopped" if is_stopped else "computes and says nothing"
+                    self._say(f"{name} (pid {worker.pid}) {what}: its answers go on elsewhere")
+                    self._router.open(station, False)
+                    self._router.hand_over(station)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """A worker that does not go on."""
+
+    station: Station
+    since: float
+    is_stopped: bool
+
+
+def _is_silent(station: Station, now: float) -> bool:
+    """Whether a worker should have said something since long."""
+    computing = [one for one in station.journeys.values() if one.ledger is not None]
+    if not computing:
+        return False
+    patience_s = SILENT_S + SILENT_TOKEN_S * sum(one.due for one in computing)
+    return now - station.heard_s > patience_s
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal (Linux; elsewhere nobody can tell)."""
+    with contextlib.suppress(OSError, IndexError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return False

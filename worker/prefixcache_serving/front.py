@@ -1,0 +1,365 @@
+"""The front: what is behind each path.
+
+```
+POST /v1/chat/completions   POST /v1/completions       an answer, whole or as a stream
+GET  /v1/models             GET  /v1/models/{id}
+GET  /health                whether requests are answered (no key needed)
+GET  /metrics               for Prometheus
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from itertools import count
+from typing import Any, Final
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prefixcache.errors import CacheError
+from prefixcache.plain_json import json_text
+from prefixcache_serving.ask import Ask, read_ask
+from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
+from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
+from prefixcache_serving.fields import CHAT, COMPLETIONS, show
+from prefixcache_serving.journey import Journey
+from prefixcache_serving.keys import Keys
+from prefixcache_serving.meter import CONTENT_TYPE, Meter
+from prefixcache_serving.refusals import Refused, refusal_of
+from prefixcache_serving.router import Router
+from prefixcache_serving.served_model import ServedModel
+from prefixcache_worker.text import TextStream
+
+QUIET_S: Final = 15.0
+"""After so long without a token a stream is given a comment, so that nobody takes it for dead."""
+_PIECES_AHEAD: Final = 16
+"""Pieces of all answers of a stream that wait to be sent."""
+_LONG_BODY: Final = 16 << 10
+"""Bytes from which on a body is read beside the event loop."""
+
+
+class Front:
+    """The HTTP side of one model.
+
+    Args:
+        model: what is served.
+        router: who computes.
+        keys: who may ask.
+        meter: what is counted.
+    """
+
+    def __init__(self, model: ServedModel, router: Router, keys: Keys, meter: Meter) -> None:
+        self.model = model
+        self.router = router
+        self.keys = keys
+        self.meter = meter
+        self.num_open = 0
+        """Requests for answers that are under way."""
+        self._bodies = BodyReader(model.most_body_bytes)
+        self._numbers = count(1)
+
+    def app(self) -> ASGIApp:
+        """Give the application."""
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", _Answers(self, CHAT), methods=["POST"]),
+                Route("/v1/completions", _Answers(self, COMPLETIONS), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{id:path}", self._one_model),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+            ],
+            exception_handlers={HTTPException: _as_openai, Refused: _as_openai, Exception: _fault},
+        )
+
+    # ------------------------------------------------------------------------------- what is short
+
+    async def _models(self, request: Request) -> Response:
+        self._tenant(request.scope)
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        self._tenant(request.scope)
+        if (name := request.path_params["id"]) != self.model.name:
+            raise Refused(
+                f"the model {show(name)} is not served here; {show(self.model.name)} is",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        return JSONResponse(self._card())
+
+    async def _health(self, request: Request) -> Response:
+        if self.router.is_draining:
+            return PlainTextResponse("draining\n", 503)
+        ready = any(one.is_open for one in self.router.stations.values())
+        return PlainTextResponse("serving\n" if ready else "no worker\n", 200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        self._tenant(request.scope)
+        return Response(self.meter.exposition(), headers={"content-type": CONTENT_TYPE})
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self.model.name,
+            "object": "model",
+            "created": self.model.created,
+            "owned_by": "prefixcache",
+            "max_model_len": self.model.max_tokens,
+        }
+
+    def _tenant(self, scope: Scope) -> str:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return self.keys.tenant(given.decode("latin-1"))
+
+    # --------------------------------------------------------------------------------- the answers
+
+    async def ask(self, kind: str, scope: Scope, receive: Receive) -> tuple[Ask, list[Journey]]:
+        """Read a request and hand its answers to the router.
+
+        Raises:
+            Refused: with what is wrong.
+            ClientGone: the client left.
+        """
+        tenant = self._tenant(scope)
+        async with self._bodies.reading(scope, receive) as data:
+            if len(data) < _LONG_BODY:
+                asked = read_ask(parse(data), kind, self.model, tenant)
+            else:
+                asked = await asyncio.to_thread(
+                    lambda: read_ask(parse(data), kind, self.model, tenant)
+                )
+        stop_ids = frozenset() if asked.ignore_eos else self.model.stop_ids
+        journeys = [
+            Journey(f"r{next(self._numbers)}", line, stop_ids, tenant) for line in asked.lines()
+        ]
+        self.router.admit(journeys)
+        return asked, journeys
+
+    async def pieces(
+        self, ask: Ask, journeys: Sequence[Journey]
+    ) -> AsyncGenerator[Piece | None, None]:
+        """Give the pieces of all answers as they come; None after each `QUIET_S` without one.
+
+        Whoever closes it gives the answers up.
+
+        Raises:
+            Refused: one of them failed.
+        """
+        ready: asyncio.Queue[Piece | Refused] = asyncio.Queue(_PIECES_AHEAD)
+        tasks = [
+            asyncio.create_task(self._tell(ask, index, journey, ready))
+            for index, journey in enumerate(journeys)
+        ]
+        left = len(tasks)
+        try:
+            while left:
+                try:
+                    piece = await asyncio.wait_for(ready.get(), QUIET_S)
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(piece, Refused):
+                    raise piece
+                left -= piece.reason is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            for journey in journeys:
+                self.router.leave(journey)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _tell(
+        self, ask: Ask, index: int, journey: Journey, ready: asyncio.Queue[Piece | Refused]
+    ) -> None:
+        """Turn one answer's tokens into pieces, at the pace at which they are taken."""
+        stream = TextStream(self.model.tokenizer, ask.stop, ask.how.get("min_tokens", 0))
+        num_told = 0
+        try:
+            while True:
+                tokens, reason = await journey.read()
+                self.router.has_read(journey)
+                text, used = "", 0
+                told: list[TokenLogprob] = []
+                for token in tokens:
+                    at = len(stream.text)
+                    if token not in journey.stop_ids:
+                        text += stream.push(token)
+                        if journey.logprobs:
+                            told.append(TokenLogprob(token, *journey.logprobs[num_told + used], at))
+                    used += 1
+                    if stream.stopped:
+                        reason = "stop"
+                        self.router.leave(journey)
+                        break
+                if reason:
+                    text += stream.finish()
+                num_told += used
+                if used or reason:
+                    await ready.put(Piece(index, text, used, reason or None, tuple(told)))
+                if reason:
+                    return
+        except Refused as refusal:
+            await ready.put(refusal)
+        except Exception:
+            # Who waits for the rest of the answer must not wait for ever.
+            await ready.put(Refused("a fault of ours", status=500, code="internal_error"))
+            raise
+
+
+class _Answers:
+    """One of the two paths that answer."""
+
+    def __init__(self, front: Front, kind: str) -> None:
+        self._front = front
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, until it is done or the client leaves."""
+        front = self._front
+        front.num_open += 1
+        status = 499
+        try:
+            ask, journeys = await front.ask(self._kind, scope, receive)
+            status = await self._answer(ask, journeys, scope, receive, send)
+        except ClientGone:
+            front.meter.gone.inc()
+        except CacheError as error:
+            refusal = refusal_of(error)
+            status = refusal.status
+            await JSONResponse(refusal.body, status, refusal.headers)(scope, receive, send)
+        finally:
+            front.num_open -= 1
+            front.meter.answered.labels(self._kind, str(status)).inc()
+
+    async def _answer(
+        self, ask: Ask, journeys: list[Journey], scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        """Send the answer; what is under way ends as soon as the client leaves."""
+        told = asyncio.create_task(self._send(ask, journeys, scope, receive, send))
+        gone = asyncio.create_task(_gone(receive))
+        try:
+            await asyncio.wait({told, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not told.done():
+                raise ClientGone
+            return told.result()
+        finally:
+            for task in (told, gone):
+                task.cancel()
+            with suppress(asyncio.CancelledError, Refused):
+                await told
+            for journey in journeys:
+                self._front.router.leave(journey)
+
+    async def _send(
+        self, ask: Ask, journeys: list[Journey], scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        began_s = time.monotonic()
+        front = self._front
+        bodies = Bodies(ask, front.model)
+        headers = {"x-request-id": bodies.id}
+        if ask.left_out:
+            headers["x-prefixcache-left-out"] = ", ".join(ask.left_out)
+        stream = _Stream(send, headers)
+        async with aclosing(front.pieces(ask, journeys)) as pieces:
+            is_first = True
+            try:
+                async for piece in pieces:
+                    if piece is None:
+                        if ask.stream:
+                            await stream.comment()
+                        continue
+                    if is_first:
+                        front.meter.first_s.observe(time.monotonic() - began_s)
+                        is_first = False
+                    bodies.take(piece)
+                    if ask.stream:
+                        await stream.event(bodies.chunk(piece))
+            except Refused as refusal:
+                if not stream.has_begun:
+                    raise
+                await stream.event(refusal.body)
+                await stream.end()
+                return refusal.status
+        if not ask.stream:
+            await JSONResponse(bodies.whole(journeys), headers=headers)(scope, receive, send)
+            return 200
+        if ask.include_usage:
+            await stream.event(bodies.last_chunk(journeys))
+        await stream.done()
+        return 200
+
+
+class _Stream:
+    """Server-sent events.
+
+    The status is sent with the first one: what fails before has a status of its own.
+    """
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        told = headers | {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+        }
+        self._headers = [(key.encode(), value.encode("latin-1")) for key, value in told.items()]
+        self.has_begun = False
+
+    async def event(self, value: dict[str, Any]) -> None:
+        """Send one; returns when its reader has room for it."""
+        await self._write(f"data: {json_text(value)}\n\n".encode())
+
+    async def comment(self) -> None:
+        """Say that there is nothing to say."""
+        await self._write(b": waiting\n\n")
+
+    async def done(self) -> None:
+        """Say that all was said, and end."""
+        await self._write(b"data: [DONE]\n\n")
+        await self.end()
+
+    async def end(self) -> None:
+        """End, without a word."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _write(self, data: bytes) -> None:
+        if not self.has_begun:
+            self.has_begun = True
+            await self._send(
+                {"type": "http.response.start", "status": 200, "headers": self._headers}
+            )
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _gone(receive: Receive) -> None:
+    while True:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+async def _as_openai(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        what = "no such path" if error.status_code == 404 else str(error.detail)
+        error = Refused(
+            f"{what}: {request.method} {show(request.url.path)}",
+            status=error.status_code,
+            code="unknown_url" if error.status_code == 404 else None,
+        )
+    assert isinstance(error, Refused)
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    told = Refused("a fault of ours; it is in the log", status=500, code="internal_error")
+    return JSONResponse(told.body, 500)

@@ -1,0 +1,126 @@
+"""One answer on its way, over as many workers as it takes.
+
+```
+             worker 1, attempt 0          worker 2, attempt 1
+prompt ──►   t0 t1 t2  ╳ killed    ──►    (prompt, t0 t1 t2) t3 t4 ... ──► reason
+read         ──────────────────────────────────────► by one consumer, at its own pace
+```
+Who goes on is told what was generated; what is cached of that is not computed again.  A worker's
+events name the attempt, so that what an old one still says is nobody's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from prefixcache.types import Ledger
+from prefixcache_serving.refusals import Refused
+
+BEHIND: Final = 256
+"""Tokens that a reader may be behind; then the answer is set down until it has read half of them,
+and holds nothing meanwhile."""
+
+
+@dataclass(eq=False)
+class Journey:
+    """An answer.
+
+    Args:
+        id: unique in the front.
+        line: what a worker is sent, but for the id and what was generated.
+        stop_ids: tokens that end it.
+        tenant: whose it is.
+    """
+
+    id: str
+    line: Mapping[str, Any]
+    stop_ids: frozenset[int]
+    tenant: str = ""
+    tokens: list[int] = field(default_factory=list)
+    """Generated so far, on whichever worker."""
+    logprobs: list[tuple[float, list[list[float]]]] = field(default_factory=list)
+    """Of each token, where they were asked for: its own, and the most likely ones' with theirs."""
+    attempt: int = 0
+    num_deaths: int = 0
+    """Workers that ended by themselves with it in hand."""
+    due: int = 0
+    """Tokens that still have to run through the model before the next one comes."""
+    ledger: Ledger | None = None
+    """Of the prompt, as the first worker that had blocks for it told."""
+    is_set_down: bool = False
+    worker: str = ""
+    """Who has it now; empty: nobody."""
+    _reason: str = ""
+    _failure: Refused | None = None
+    _num_read: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.due = self.num_context
+
+    @property
+    def name(self) -> str:
+        """What the worker that has it now calls it."""
+        return f"{self.id}.{self.attempt}"
+
+    @property
+    def num_context(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.line["tokens"]) + len(self.tokens)
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens that the reader has not taken."""
+        return len(self.tokens) - self._num_read
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will be added any more."""
+        return bool(self._reason) or self._failure is not None
+
+    def next_line(self) -> dict[str, Any]:
+        """Give what the next worker is sent."""
+        more = {"generated": list(self.tokens)} if self.tokens else {}
+        return {"id": self.name, **self.line, **more}
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take the next token, as a worker told it."""
+        self.tokens.append(int(event["token"]))
+        if "logprob" in event:
+            self.logprobs.append((event["logprob"], event.get("top_logprobs", [])))
+        self.due = 1
+        self._changed.set()
+
+    def ended_by(self) -> str:
+        """Say why it is at its end, although no worker has said so; empty: it is not."""
+        if self.tokens and self.tokens[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.line["max_new_tokens"] else ""
+
+    def finish(self, reason: str) -> None:
+        """End it: `stop` or `length`."""
+        self._reason = self._reason or reason
+        self._changed.set()
+
+    def fail(self, refusal: Refused) -> None:
+        """End it without an answer."""
+        self._failure = self._failure or refusal
+        self._changed.set()
+
+    async def read(self) -> tuple[list[int], str]:
+        """Wait for more; give the tokens since the last call, and why there will be no more.
+
+        Raises:
+            Refused: it failed; what came before was given.
+        """
+        while not (self.num_unread or self.is_over):
+            self._changed.clear()
+            await self._changed.wait()
+        fresh = self.tokens[self._num_read :]
+        if not fresh and self._failure is not None:
+            raise self._failure
+        self._num_read = len(self.tokens)
+        return fresh, self._reason

@@ -1,0 +1,309 @@
+"""The router: who computes what.  By load alone, as all workers share one cache.
+
+```
+admit ──► queue, a line per tenant ──► worker with the least to do ──► tokens ──► finished
+   │ full: 429                  ▲          │ killed, hangs, is drained; the reader is slow
+   ▼                            └──────────┘ with what was generated
+```
+Load is the tokens that still have to be computed plus `SEQUENCE_COST` for each sequence in hand: a
+prompt of a thousand tokens is not one of ten, and one of which all but a block is cached is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from prefixcache.types import Ledger
+from prefixcache_serving.journey import BEHIND, Journey
+from prefixcache_serving.meter import Meter
+from prefixcache_serving.refusals import Refused
+from prefixcache_worker.child import ProcessFailed
+
+SEQUENCE_COST: Final = 32
+"""Tokens to compute that a decoding sequence counts as."""
+
+MOST_DEATHS: Final = 3
+"""Workers that may die with a request in hand before it is given up: it may be what kills them."""
+
+_FORGET_S: Final = 30.0
+"""How soon a measured rate is forgotten."""
+_LONGEST_RETRY_S: Final = 60.0
+
+
+class Recipient(Protocol):
+    """The part of a worker process that the router uses."""
+
+    name: str
+
+    def send(self, line: dict[str, Any]) -> None:
+        """Hand over one line; returns at once."""
+
+
+@dataclass(eq=False)
+class Station:
+    """A worker as the router sees it."""
+
+    recipient: Recipient
+    seats: int
+    """Requests that it computes at a time."""
+    journeys: dict[str, Journey] = field(default_factory=dict)
+    """In hand, by what the worker calls them."""
+    is_open: bool = True
+    """Whether it is given more."""
+    heard_s: float = field(default_factory=time.monotonic)
+    """When it last said something, or got something to do."""
+
+    @property
+    def load(self) -> float:
+        """What it has to do."""
+        due = sum(journey.due for journey in self.journeys.values())
+        return due + SEQUENCE_COST * len(self.journeys)
+
+
+class Router:
+    """Hands answers to workers and hears their events.  Belongs to one event loop.
+
+    Args:
+        meter: counts what happens.
+        longest_queue: answers that may wait.
+        tenants: who may ask; each has a part of the queue that the others cannot take.
+    """
+
+    def __init__(self, meter: Meter, *, longest_queue: int, tenants: Iterable[str] = ()) -> None:
+        self.stations: dict[str, Station] = {}
+        self.meter = meter
+        self.longest_queue = longest_queue
+        self.is_draining = False
+        self._tenants = set(tenants) or {""}
+        self._lines: dict[str, deque[Journey]] = {}
+        self._urgent: deque[Journey] = deque()
+        """Those that were begun already."""
+        self._turn = 0
+        self._rate = 0.0
+        self._rated_s = time.monotonic()
+
+    # ------------------------------------------------------------------------------ from requests
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that no worker has."""
+        return len(self._urgent) + sum(len(line) for line in self._lines.values())
+
+    @property
+    def num_running(self) -> int:
+        """Answers that workers have."""
+        return sum(len(station.journeys) for station in self.stations.values())
+
+    def admit(self, journeys: list[Journey]) -> None:
+        """Take all answers of one request, or none of them.
+
+        Raises:
+            Refused: 429 if they find no place in the queue, 503 while nothing is begun any more.
+        """
+        if self.is_draining:
+            raise Refused("going down: nothing new is begun", status=503, retry_after_s=5.0)
+        tenant = journeys[0].tenant
+        free = sum(max(0, one.seats - len(one.journeys)) for one in self._open())
+        room = self._room_for(tenant) + (free if not self.num_waiting else 0)
+        if len(journeys) > room:
+            if len(journeys) > self.longest_queue:
+                raise Refused(
+                    f"{len(journeys)} answers at once; the queue takes {self.longest_queue}",
+                    code="invalid_value",
+                )
+            self.meter.refused.inc()
+            raise Refused(
+                f"the queue is full: {self.num_waiting} answers wait and {self.num_running} are "
+                "being computed; come again later",
+                code="rate_limit_exceeded",
+                status=429,
+                retry_after_s=self._wait_s(),
+            )
+        self._lines.setdefault(tenant, deque()).extend(journeys)
+        self._serve()
+
+    def leave(self, journey: Journey) -> None:
+        """Give an answer up: nobody reads it any more, or its reader has enough.  Idempotent."""
+        journey.finish("cancelled")
+        self._take_back(journey)
+        for line in (self._urgent, *self._lines.values()):
+            if journey in line:
+                line.remove(journey)
+        self._serve()
+
+    def has_read(self, journey: Journey) -> None:
+        """Take an answer up again that was set down for its slow reader, if it has caught up."""
+        if journey.is_set_down and journey.num_unread <= BEHIND // 2 and not journey.is_over:
+            journey.is_set_down = False
+            self._again(journey)
+            self._serve()
+
+    # ------------------------------------------------------------------------------- from workers
+
+    def join(self, recipient: Recipient, seats: int) -> Station:
+        """Take a worker into the team."""
+        station = self.stations[recipient.name] = Station(recipient, seats)
+        self._serve()
+        return station
+
+    def part(self, name: str, *, died: bool) -> None:
+        """Take a worker off the team; what it had goes to others.
+
+        Args:
+            name: the worker's.
+            died: by itself, so that what it had in hand may be the reason.
+        """
+        station = self.stations.pop(name, None)
+        if station is not None:
+            self.hand_over(station, died=died)
+
+    def hand_over(self, station: Station, *, died: bool = False) -> None:
+        """Give what a worker has in hand to others; it is told to forget it."""
+        for journey in list(station.journeys.values()):
+            journey.num_deaths += died
+            self._take_back(journey)
+            self.meter.moved.inc()
+            if journey.num_deaths >= MOST_DEATHS:
+                journey.fail(
+                    Refused(
+                        f"{journey.num_deaths} workers died while they computed this answer; it is "
+                        "given up",
+                        status=500,
+                        code="worker_died",
+                    )
+                )
+            else:
+                self._again(journey)
+        self._serve()
+
+    def open(self, station: Station, is_open: bool) -> None:
+        """Let a worker be given more, or not."""
+        station.is_open = is_open
+        self._serve()
+
+    def hear(self, name: str, event: Mapping[str, Any]) -> None:
+        """Take an event of a worker; of an attempt that is another's by now, nothing is taken."""
+        station = self.stations.get(name)
+        if station is None:
+            return
+        station.heard_s = time.monotonic()
+        journey = station.journeys.get(str(event.get("id", "")))
+        if journey is None:
+            self.meter.late.inc(event["event"] == "token")
+            return
+        match event["event"]:
+            case "started":
+                journey.due = int(event["num_to_compute"])
+                if journey.attempt and journey.ledger is not None:
+                    self.meter.recomputed.inc(journey.due)
+                if journey.ledger is None:
+                    journey.ledger = Ledger(**event["ledger"])
+                    self.meter.count_prompt(journey.ledger)
+            case "token":
+                journey.add(event)
+                self.meter.generated.inc()
+                if journey.num_unread > BEHIND:
+                    self._take_back(journey)
+                    journey.is_set_down = True
+                    self.meter.set_down.inc()
+                    self._serve()
+            case "finished":
+                del station.journeys[journey.name]
+                self._count_one()
+                journey.worker = ""
+                journey.finish(str(event["reason"]))
+                self._serve()
+            case "failed":
+                del station.journeys[journey.name]
+                journey.worker = ""
+                journey.fail(_refusal(event))
+                self._serve()
+
+    # -------------------------------------------------------------------------------------- inside
+
+    def _open(self) -> list[Station]:
+        return [one for one in self.stations.values() if one.is_open]
+
+    def _take_back(self, journey: Journey) -> None:
+        """Take an answer from its worker, if one has it; what that still says of it is dropped."""
+        station = self.stations.get(journey.worker)
+        if station is not None and station.journeys.pop(journey.name, None) is not None:
+            self._send(station, {"cancel": journey.name})
+        journey.worker = ""
+        journey.attempt += 1
+
+    def _again(self, journey: Journey) -> None:
+        journey.due = journey.num_context
+        if reason := journey.ended_by():
+            journey.finish(reason)
+        elif not journey.is_over:
+            self._urgent.append(journey)
+
+    def _serve(self) -> None:
+        """Give what waits to whoever has a seat, the least loaded first.  O(workers) each."""
+        while True:
+            free = [one for one in self._open() if len(one.journeys) < one.seats]
+            if not free or (journey := self._next()) is None:
+                return
+            self._turn += 1
+            order = free[self._turn % len(free) :] + free[: self._turn % len(free)]
+            station = min(order, key=lambda one: one.load)
+            if not station.journeys:
+                station.heard_s = time.monotonic()
+            journey.worker = station.recipient.name
+            station.journeys[journey.name] = journey
+            self._send(station, journey.next_line())
+
+    def _send(self, station: Station, line: dict[str, Any]) -> None:
+        try:
+            station.recipient.send(line)
+        except ProcessFailed:
+            station.is_open = False  # it is gone; whoever watches it says so in a moment
+
+    def _next(self) -> Journey | None:
+        """Take the next answer: those that were begun first, then a tenant after the other."""
+        if self._urgent:
+            return self._urgent.popleft()
+        for tenant, line in self._lines.items():
+            if line:
+                journey = line.popleft()
+                del self._lines[tenant]
+                if line:
+                    self._lines[tenant] = line  # behind the others
+                return journey
+        return None
+
+    def _room_for(self, tenant: str) -> int:
+        """How many answers of a tenant still find a place: half of the queue is kept in parts."""
+        part = self.longest_queue // (2 * len(self._tenants))
+        kept = sum(
+            max(0, part - len(self._lines.get(other, ())))
+            for other in self._tenants
+            if other != tenant
+        )
+        waiting = sum(len(line) for line in self._lines.values())
+        return max(0, self.longest_queue - kept - waiting)
+
+    def _count_one(self) -> None:
+        now = time.monotonic()
+        kept = max(0.0, 1.0 - (now - self._rated_s) / _FORGET_S)
+        self._rate = self._rate * kept + 1.0 / _FORGET_S
+        self._rated_s = now
+
+    def _wait_s(self) -> float:
+        """When there will be room, by the rate at which answers were finished of late."""
+        rate = self._rate * max(0.0, 1.0 - (time.monotonic() - self._rated_s) / _FORGET_S)
+        if rate <= 0:
+            return 1.0
+        return min(_LONGEST_RETRY_S, max(1.0, self.num_waiting / rate))
+
+
+def _refusal(event: Mapping[str, Any]) -> Refused:
+    message = str(event.get("message", "the worker refused it"))
+    if event.get("error") == "InvalidRequest":
+        return Refused(message, code="invalid_value")
+    return Refused(message, status=500, code="worker_failed")

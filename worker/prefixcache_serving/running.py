@@ -1,0 +1,265 @@
+"""One run of `prefixcache up`: service, front and workers, from the first to the last of them.
+
+```
+keys, address, model  ──►  service, if none answers  ──►  workers  ──►  front
+        checked first         ended last                                 SIGTERM: 503, what runs
+                                                                         finishes, then all end
+```
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import prefixcache
+from prefixcache.client.address import default_target
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.texts import escape, many
+from prefixcache_serving.fleet import Fleet
+from prefixcache_serving.front import Front
+from prefixcache_serving.front_server import FrontServer, read_address
+from prefixcache_serving.keys import Keys
+from prefixcache_serving.meter import Meter
+from prefixcache_serving.router import Router
+from prefixcache_serving.served_model import ServedModel, folder_of
+from prefixcache_worker.child import ProcessFailed
+from prefixcache_worker.child_service import ChildService
+from prefixcache_worker.child_worker import WORKER, ChildWorker
+
+EXIT_FAILED: Final = 1
+_TELL_S: Final = 5.0
+"""How often it is said that workers are still loading."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is served, where, and by how many; see the options of `prefixcache up`."""
+
+    model: str
+    name: str
+    num_workers: int
+    http: str
+    api_keys: Path | None
+    longest_queue: int
+    grace_s: float
+    target: str | None
+    memory: str | None
+    block_size: int | None
+    dtype: str
+    threads: int
+    chunk: int
+    max_batch: int
+    command: tuple[str, ...] = WORKER
+    """The command line of a worker."""
+
+    def worker_options(self, folder: Path) -> list[str]:
+        """Give the options of `prefixcache worker`."""
+        return [
+            *("--model", str(folder), "--dtype", self.dtype),
+            *("--chunk", str(self.chunk), "--max-batch", str(self.max_batch)),
+        ]
+
+    def service_options(self, folder: Path) -> list[str]:
+        """Give the options of `prefixcache serve`."""
+        options = ["--model", str(folder), "--dtype", self.dtype]
+        if self.memory is not None:
+            options += ["--memory", self.memory]
+        if self.block_size is not None:
+            options += ["--block-size", str(self.block_size)]
+        return options
+
+
+def say(line: str) -> None:
+    """Tell people what happens."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{escape(line) if chr(10) not in line else line}\n")
+        sys.stderr.flush()
+
+
+def run(setup: Setup) -> int:
+    """Serve until told to end; give the exit code.
+
+    Raises:
+        CacheError: what was asked for cannot be had.
+    """
+    keys = Keys(setup.api_keys)
+    server = FrontServer(
+        read_address(setup.http, has_keys=not keys.is_open), has_keys=not keys.is_open
+    )
+    folder = folder_of(setup.model)
+    try:
+        asyncio.run(_Run(setup, keys, server, folder).main())
+    except BaseExceptionGroup as group:
+        failures = group.subgroup(ProcessFailed)
+        if failures is None:
+            raise
+        say(f"prefixcache: {first_error(failures)}")
+        return EXIT_FAILED
+    except ProcessFailed as failure:
+        say(f"prefixcache: {failure}")
+        return EXIT_FAILED
+    return 0
+
+
+def first_error(group: BaseException) -> BaseException:
+    """Give the first error of a group of groups."""
+    while isinstance(group, BaseExceptionGroup):
+        group = group.exceptions[0]
+    return group
+
+
+class _Run:
+    def __init__(self, setup: Setup, keys: Keys, server: FrontServer, folder: Path) -> None:
+        self._setup = setup
+        self._keys = keys
+        self._server = server
+        self._folder = folder
+        self._told = asyncio.Event()
+        self._renewing: set[asyncio.Task[None]] = set()
+
+    async def main(self) -> None:
+        setup = self._setup
+        url = self._server.bind()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        is_serving = False
+
+        def end() -> None:
+            if is_serving and not self._told.is_set():
+                self._told.set()
+                return
+            task.cancel()  # while loading, or the second time
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end)
+        try:
+            async with AsyncExitStack() as stack:
+                stack.push_async_callback(self._server.close)
+                work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx-up-")))
+                target = await self._service(stack, work)
+                meter = Meter()
+                router = Router(
+                    meter, longest_queue=setup.longest_queue, tenants=self._keys.tenants
+                )
+                fleet = self._fleet(work, target, router, meter)
+                stack.push_async_callback(fleet.stop)
+                async with asyncio.TaskGroup() as group:
+                    running = group.create_task(fleet.run())
+                    front = await self._front(fleet, router, meter)
+                    _watch(meter, router, fleet, front)
+                    loop.add_signal_handler(signal.SIGHUP, self._renew, group, fleet)
+                    is_serving = True
+                    say(f"{url}  model {front.model.name}, {many(setup.num_workers, 'worker')}")
+                    if not self._server.address.path:
+                        say(_example(url, front.model.name, has_keys=not self._keys.is_open))
+                    await self._told.wait()
+                    await self._drain(router, front)
+                    running.cancel()
+                    for one in self._renewing:
+                        one.cancel()
+        except asyncio.CancelledError:
+            say("ended; no process was left behind")
+
+    async def _service(self, stack: AsyncExitStack, work: Path) -> str:
+        """Find the service, or start one; give its address."""
+        setup = self._setup
+        target = setup.target or default_target()
+        try:
+            await asyncio.to_thread(lambda: prefixcache.connect(target).close())
+        except ServiceUnavailable:
+            pass
+        else:
+            for option, value in (("--memory", setup.memory), ("--block-size", setup.block_size)):
+                if value is not None:
+                    raise InvalidRequest(
+                        f"{option} is for a service that is started here; one answers at {target} "
+                        "already: leave it out, or give another address with --connect"
+                    )
+            say(f"service: the one at {target}")
+            return target
+        service = ChildService(work, target, setup.service_options(self._folder))
+        stack.push_async_callback(service.stop)
+        await service.ready()
+        for line in service.output.read_text(errors="replace").splitlines():
+            say(f"service: {line}")
+        return target
+
+    def _fleet(self, work: Path, target: str, router: Router, meter: Meter) -> Fleet:
+        setup = self._setup
+
+        def make(name: str, tell: Callable[[dict[str, Any]], None]) -> ChildWorker:
+            return ChildWorker(
+                name,
+                work,
+                tell,
+                target=target,
+                options=setup.worker_options(self._folder),
+                command=setup.command,
+                threads=setup.threads,
+            )
+
+        names = [f"w{number}" for number in range(1, setup.num_workers + 1)]
+        return Fleet(names, make, router, meter, say)
+
+    async def _front(self, fleet: Fleet, router: Router, meter: Meter) -> Front:
+        """Wait for the first worker, then answer."""
+        setup = self._setup
+        began_s = time.monotonic()
+        say(f"{many(setup.num_workers, 'worker')} load {setup.model} ({setup.dtype})")
+        while not fleet.about.done():
+            await asyncio.wait([fleet.about], timeout=_TELL_S)
+            if not fleet.about.done():
+                say(f"still loading after {time.monotonic() - began_s:.0f} s")
+        name = setup.name or setup.model.rstrip("/").rpartition("/")[2]
+        model = ServedModel(name, self._folder, fleet.about.result())
+        front = Front(model, router, self._keys, meter)
+        await self._server.start(front.app())
+        return front
+
+    def _renew(self, group: asyncio.TaskGroup, fleet: Fleet) -> None:
+        if self._renewing:
+            say("the workers are being replaced already")
+            return
+
+        async def all_of_them() -> None:
+            for name in fleet.names:
+                await fleet.renew(name)
+            say("all workers are new")
+
+        task = group.create_task(all_of_them())
+        self._renewing.add(task)
+        task.add_done_callback(self._renewing.discard)
+
+    async def _drain(self, router: Router, front: Front) -> None:
+        router.is_draining = True
+        say(f"ending: {many(front.num_open, 'request')} under way, nothing new is begun")
+        deadline = time.monotonic() + self._setup.grace_s
+        while front.num_open and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if front.num_open:
+            say(f"{many(front.num_open, 'request')} did not finish in {self._setup.grace_s:g} s")
+
+
+def _watch(meter: Meter, router: Router, fleet: Fleet, front: Front) -> None:
+    meter.watch("workers_ready", "Workers that are given requests.", lambda: fleet.num_ready)
+    meter.watch("answers_waiting", "Answers that no worker has.", lambda: router.num_waiting)
+    meter.watch("answers_running", "Answers that workers have.", lambda: router.num_running)
+    meter.watch("requests_open", "Requests under way.", lambda: front.num_open)
+
+
+def _example(url: str, name: str, *, has_keys: bool) -> str:
+    key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
+    return (
+        f"try it: curl {url}/chat/completions -H 'content-type: application/json'{key} -d "
+        f"""'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+    )
