@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from prefixcache.bounded_files import read_file
 from prefixcache.errors import InvalidRequest
 from prefixcache.extras import how_to_install
 from prefixcache.model_folders import places
@@ -36,6 +37,8 @@ TokenizerPath = Annotated[
 ]
 
 _FILE = "tokenizer.json"
+_LONGEST = 64 << 20
+"""Bytes of a model's template, or of the configuration that it is in."""
 
 
 def _absent() -> str:
@@ -98,20 +101,36 @@ class Decoder:
 
     @cached_property
     def _template(self) -> ChatTemplate:
+        told = _text(self.folder / "tokenizer_config.json")
         try:
-            config = json.loads((self.folder / "tokenizer_config.json").read_text())
-        except (OSError, ValueError, RecursionError):
-            config = {}
-        apart = self.folder / "chat_template.jinja"
+            config = {} if told is None else json.loads(told)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"{self.folder}/tokenizer_config.json is no JSON: {error}"
+            ) from None
         try:
             return ChatTemplate.of_config(
                 config if isinstance(config, dict) else {},
-                apart.read_text() if apart.is_file() else None,
+                _text(self.folder / "chat_template.jinja"),
             )
         except ModuleNotFoundError:
             raise InvalidRequest(f"a chat's template needs jinja2, {_absent()}") from None
         except InvalidRequest as error:
             raise InvalidRequest(f"{self.folder}: {error}") from None
+
+
+def _text(path: Path) -> str | None:
+    """Give the text of a model's file, which is UTF-8 whatever the locale; None if it is not there.
+
+    Raises:
+        InvalidRequest: it cannot be read.
+    """
+    if not is_file(path):
+        return None
+    try:
+        return read_file(path, _LONGEST).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{path} is not UTF-8: {error.reason}") from None
 
 
 def open_decoder(path: Path | None, namespace: Namespace | None = None) -> Decoder | None:

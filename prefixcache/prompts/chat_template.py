@@ -47,14 +47,18 @@ class ChatTemplate:
     Args:
         source: In Jinja's language.
         special: The model's special tokens by name, such as `bos_token`.
+        with_tools: What the model has for requests with tools, if another one.
 
     Raises:
         InvalidRequest: it is no template, or jinja2 is missing.
     """
 
-    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special: Mapping[str, str], with_tools: str | None = None
+    ) -> None:
         from prefixcache.prompts.template_sandbox import Sandbox
 
+        self._with_tools = None if with_tools is None else ChatTemplate(with_tools, special)
         self._sandbox = Sandbox(source, LONGEST_TEXT, MOST_STEPS)
         self._special = dict(special)
 
@@ -69,15 +73,21 @@ class ChatTemplate:
             name: value["content"] if isinstance(value, dict) else value
             for name, value in config.items()
             if name.endswith("_token")
-            and (isinstance(value, str) or (isinstance(value, dict) and "content" in value))
+            and isinstance(value.get("content") if isinstance(value, dict) else value, str)
         }
         source: Any = template or config.get("chat_template")
         if isinstance(source, list):  # several, by name
-            named = {one.get("name"): one.get("template") for one in source}
-            source = named.get("default")
+            source = {
+                one["name"]: one.get("template")
+                for one in source
+                if isinstance(one, dict) and isinstance(one.get("name"), str)
+            }
+        with_tools = None
+        if isinstance(source, dict):
+            source, with_tools = source.get("default"), source.get("tool_use")
         if not isinstance(source, str):
             raise InvalidRequest("the model has no chat template; give text or token ids")
-        return cls(source, special)
+        return cls(source, special, with_tools if isinstance(with_tools, str) else None)
 
     def render(self, request: LoggedRequest) -> tuple[str, dict[str, str], Counter[str]]:
         """Write a chat's prompt; give it, the digests of media by their marks in it, what it lacks.
@@ -85,6 +95,8 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses, or goes beyond its bounds.
         """
+        if request.tools and self._with_tools is not None:
+            return self._with_tools.render(request)
         media: dict[str, str] = {}
         nonce = secrets.token_hex(8)
 

@@ -117,9 +117,9 @@ _UNPLACED: Final = (
     *("prompt_embeds", "input_embeds", "inputs_embeds"),
 )
 """Of an engine's own form: the ids, or the text, are the same for other pictures."""
-_MEDIA_BEFORE: Final = "media before the content"
-_HELD: Final = "digest of a medium beside the message"
-"""Parts that were read already, in a message."""
+_MEDIA_BEFORE: Final[Any] = object()
+_HELD: Final[Any] = object()
+"""Keys of what was read already: media before a message, a part's digest.  No JSON has them."""
 _NOT_READ: Final = {
     "suffix": "suffixes",
     "truncate_prompt_tokens": "prompts that were cut",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import prefixcache
 from cli.conftest import REST, SYSTEM
-from cli.running import At
+from cli.running import At, call, run
 from prefixcache.client import Session
 from prefixcache.types import pack
 from service.service_process import LAYOUT
@@ -138,3 +139,44 @@ def test_what_is_no_prompt_is_refused_in_one_line(
     assert (told.code, told.out) == (code, "")
     assert text in told.err
     assert told.err.count("\n") == 1
+
+
+def chat_in(path: Path, folder: Path, **files: bytes) -> list[str]:
+    """Leave a model's folder with these files, and a chat; give the words that encode it."""
+    path.mkdir()
+    (path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_bytes(content)
+    (path / "chat").write_text('{"messages": [{"role": "user", "content": "hello"}]}')
+    return ["encode", str(path / "chat"), "--tokenizer", str(path)]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config__json", "chat_template__jinja"])
+def test_a_models_template_is_utf_8_whatever_the_locale(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    template = "{% for m in messages %}\u00e4 {{ m.content }} <|end|> {% endfor %}"
+    content = template if "jinja" in name else json.dumps({"chat_template": template})
+    words = chat_in(tmp_path / "m", folder, **{name: content.replace("\\u00e4", "ä").encode()})
+    plain = run(*words)
+    other = run(*words, LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (other.code, other.out, other.err) == (0, plain.out, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("chat_template__jinja", b"\xff\xfe{{ x", "jinja is not UTF-8"),
+        ("tokenizer_config__json", b'{"chat_template": "x",', "is no JSON"),
+        ("tokenizer_config__json", b"[5]", "has no chat template"),
+        ("tokenizer_config__json", b'{"chat_template": [5, "x", {}]}', "has no chat template"),
+        ("tokenizer_config__json", b'{"chat_template": [{"name": []}]}', "has no chat template"),
+    ],
+)
+def test_a_broken_template_of_a_model_is_refused_by_what_is_wrong(
+    folder: Path, tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    answer = call(*chat_in(tmp_path / "m", folder, **{name: content}))
+    assert answer.code == 2
+    assert told in answer.err
+    assert "unforeseen" not in answer.err

@@ -355,6 +355,36 @@ def test_dates_are_times(tmp_path: Path) -> None:
     assert [one.t for one in load(path)] == [0.0, 7.0]
 
 
+@pytest.mark.parametrize(
+    "times",
+    [("1700000000", "1700000007.0"), (" 2023-04-09 00:02:53 UTC", "2023-04-09 00:03:00UTC")],
+)
+def test_a_time_may_be_a_text(tmp_path: Path, times: tuple[str, str]) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    path = put(tmp_path / "a.jsonl", *(chat | {"timestamp": one} for one in times))
+    assert [one.t for one in load(path)] == [0.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("time", "told"),
+    [
+        (1_700_000_000_000, "in ms it were of 2023-11-14: write seconds"),
+        (1_700_000_000_000_000, "in µs it were of 2023-11-14"),
+        (1_700_000_000_000_000_000, "in ns it were of 2023-11-14"),
+        ("1700000000000", "in ms it were of 2023-11-14"),
+        (10**40, "which is no time$"),
+        ("noon", "'noon', neither a date nor a number"),
+        ("nan", "timestamp is nan, which is no time$"),
+    ],
+)
+def test_a_time_in_another_unit_is_refused_with_the_unit(
+    tmp_path: Path, time: Any, told: str
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "a"}], "timestamp": time}
+    with pytest.raises(InvalidRequest, match=told):
+        load(put(tmp_path / "a.jsonl", chat))
+
+
 HELLO = {"role": "user", "content": "hello"}
 
 

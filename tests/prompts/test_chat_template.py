@@ -283,3 +283,26 @@ def test_a_field_that_is_not_known_is_told_by_name() -> None:
     made = ChatTemplate(PLAIN, SPECIAL)
     told = prompt_of(logged, lambda: made, lambda text, special: list(text.encode())).left_out
     assert list(told) == ["fields that are not read: expert"]
+
+
+def test_a_model_may_have_a_template_for_requests_with_tools() -> None:
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
+    ]
+    for source in (named, {one["name"]: one["template"] for one in named}):
+        made = ChatTemplate.of_config({"chat_template": source, "bos_token": {"content": 5}})
+        (bare,) = read_logged({"messages": [ASKED]})
+        (with_tools,) = read_logged({"messages": [ASKED], "tools": [TOOL]})
+        assert made.render(bare)[0] == "plain"
+        assert made.render(with_tools)[0] == TOOL["function"]["name"]
+
+
+@pytest.mark.parametrize(
+    "name", ["media before the content", "digest of a medium beside the message"]
+)
+def test_what_was_read_already_is_known_by_what_no_record_can_say(name: str) -> None:
+    for odd in (5, "x", [5], {"type": 5}):
+        message = {"role": "user", "content": [{"type": "text", "text": "Q", name: odd}], name: odd}
+        (logged,) = read_logged({"messages": [message]})
+        assert logged.messages[0]["content"] == [{"type": "text", "text": "Q"}]

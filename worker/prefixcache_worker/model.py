@@ -216,8 +216,6 @@ class Model:
         source = getattr(self.tokenizer, "chat_template", None)
         if not source:
             raise Unsupported(f"model {self.name!r} has no chat template; send `tokens` instead")
-        if isinstance(source, dict):
-            source = source.get("default")
         special = getattr(self.tokenizer, "special_tokens_map", {})
         return ChatTemplate.of_config({**special, "chat_template": source})
 

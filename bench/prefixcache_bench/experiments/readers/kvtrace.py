@@ -142,7 +142,7 @@ def _heads(folder: Path, system: str, number: int) -> list[bytes]:
         return [b""] * number
     path = folder / SYSTEM_PROMPTS
     try:
-        prompts = [pack(prompt) for prompt in json.loads(path.read_text())]
+        prompts = [pack(prompt) for prompt in json.loads(path.read_bytes())]
         first_four = prompts[0], prompts[1], prompts[2], prompts[3]
     except (OSError, *UNREADABLE) as error:
         raise InvalidRequest(f"cannot read the system prompts {path}: {reason_of(error)}") from None

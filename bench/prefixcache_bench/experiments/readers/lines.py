@@ -58,6 +58,8 @@ _PIECE = 1 << 18
 _LONGEST_REASON = 200
 _LATEST = 1e12
 """Seconds, before or after zero: 30,000 years."""
+_OUR_DAYS = (6e8, 4.1e9)
+"""Seconds: from 1989 to 2099."""
 _LARGEST = 2**40
 _MOST_NAMES = 8
 
@@ -320,7 +322,7 @@ def given(fields: dict[str, Any], *names: str) -> Any:
 def seconds(fields: dict[str, Any], *names: str, scale: float = 1.0) -> float | None:
     """Give a time of a line in seconds; None if it has none.
 
-    A text is a date as ISO 8601 has it, in UTC if it names no zone.
+    A text is a date as ISO 8601 has it, in UTC if it names no zone; else a number.
 
     Raises:
         ValueError: it is neither that nor a finite number.
@@ -333,14 +335,33 @@ def seconds(fields: dict[str, Any], *names: str, scale: float = 1.0) -> float | 
         if value is None:
             continue
         if isinstance(value, str):
-            date = datetime.fromisoformat(value)
-            return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+            try:
+                date = datetime.fromisoformat(value.strip().removesuffix("UTC").rstrip())
+                return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+            except ValueError:
+                value = _number(name, value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r}, not a number")
         if not math.isfinite(value) or abs(value) * scale > _LATEST:
-            raise ValueError(f"{name} is {value}, which is no time")
+            raise ValueError(f"{name} is {value}, which is no time{_meant(value)}")
         return value * scale
     return None
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text[:60]!a}, neither a date nor a number") from None
+
+
+def _meant(value: float) -> str:
+    """Say which unit makes a date of our days of a number that is none in seconds."""
+    for unit, scale in (("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
+        if _OUR_DAYS[0] < value * scale < _OUR_DAYS[1]:
+            day = datetime.fromtimestamp(value * scale, UTC).date()
+            return f"; in {unit} it were of {day}: write seconds"
+    return ""
 
 
 def count(fields: dict[str, Any], name: str) -> int:
