@@ -327,6 +327,137 @@ def test_a_bias_for_a_token_that_is_none_is_refused(tiny: Model) -> None:
         Engine(tiny, None, None).submit(Request("a", [1], 1, Sampling(logit_bias=((97, 1.0),))))
 
 
+# ------------------------------------------------------------------------------ room for an answer
+
+
+LONG = 120
+
+
+def long_requests(tag: str, count: int) -> list[Request]:
+    return [
+        Request(f"{tag}{i}", random_tokens(40, seed=100 + i), LONG, stop_ids=())
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefixcache_worker.engine.RESERVE", 32)
+    monkeypatch.setattr("prefixcache_worker.engine.AHEAD", 16)
+    monkeypatch.setattr("prefixcache_worker.engine.GROW_S", 0.1)
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_room_for_an_answer_is_asked_for_in_steps_and_ahead(tiny: Model, client: Client) -> None:
+    [request] = long_requests("a", 1)
+    want = answers(Engine(tiny, None, None), request)["a0"].tokens
+    engine = engine_at(client, tiny)
+    engine.submit(request)
+    waited, held = 0, set()
+    while not engine.idle:
+        told = engine.step()
+        [claim] = [job.claim for job in engine._running] or [None]
+        held.add(len(claim.block_table) if claim else 0)
+        waited += bool(claim) and not any(isinstance(event, Token) for event in told)
+        time.sleep(0.005)  # as long as a model takes, so that the answer is there
+    assert sorted(held - {0})[:2] == [5, 8]  # of 16 tokens: for 40 + 32, for 65 + 16 + 32
+    assert max(held) == 10
+    assert waited <= 1, "it never stood still for room"
+    engine.submit(request)
+    assert finished(list(engine.run()))["a0"].tokens == want
+
+
+@pytest.mark.usefixtures("short_steps")
+@pytest.mark.parametrize("shared", [True, False])
+def test_answers_that_grow_in_a_full_pool_wait_and_none_is_lost(
+    tiny: Model, client: Client, shared: bool
+) -> None:
+    """Fourteen of 10 blocks each, in 85: they begin with 5 each, and cannot all go on."""
+    requests = long_requests("a", 14)
+    plain = Engine(tiny, None, None)
+    want = {key: done.tokens for key, done in answers(plain, *requests).items()}
+    engine = engine_at(client, tiny) if shared else Engine(tiny, None, None, private_tokens=85 * 16)
+    done = answers(engine, *requests)
+    assert {key: one.tokens for key, one in done.items()} == want
+    restarts = [done[f"a{i}"].num_restarts for i in range(14)]
+    assert restarts == sorted(restarts), "it is the youngest who give way"
+    assert (restarts[0], restarts[-1]) == (0, 1), "and get room for all of their answers then"
+    engine.close()
+    eventually(lambda: holds_nothing(client))
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_workers_that_fill_a_pool_together_all_get_on(tiny: Model, client: Client) -> None:
+    engines = [engine_at(client, tiny) for _ in range(3)]
+    parts = [long_requests(f"{n}.", 6) for n in range(3)]
+    want = answers(Engine(tiny, None, None), *parts[0])
+    found: list[dict[str, Finished]] = [{}, {}, {}]
+
+    def serve(n: int) -> None:
+        found[n] = answers(engines[n], *parts[n])
+
+    threads = [threading.Thread(target=serve, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    for n in range(3):
+        got = [found[n][f"{n}.{i}"].tokens for i in range(6)]
+        assert got == [want[f"0.{i}"].tokens for i in range(6)]
+        engines[n].close()
+    eventually(lambda: holds_nothing(client))
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_while_all_wait_for_room_no_processor_time_is_spent(tiny: Model, client: Client) -> None:
+    engine = engine_at(client, tiny)
+    [request] = long_requests("a", 1)
+    session, pool = joiner(client, tiny, "")()
+    engine.submit(request)
+    while not engine._running:
+        engine.step()
+        engine.wait(0.1)
+    with session.acquire(random_tokens(16 * 60, seed=9), reserve=16 * 20):
+        while not engine.stalled:
+            engine.step()
+        assert [job.starved for job in engine._running] == [True]
+        started, steps = time.monotonic(), 0
+        while time.monotonic() - started < 0.4:
+            engine.step()
+            engine.wait(0.2)
+            steps += 1
+        assert steps < 12
+    done = finished(list(engine.run()))
+    assert done["a0"].tokens == answers(Engine(tiny, None, None), request)["a0"].tokens
+    engine.close()
+    session.close()
+    pool.close()
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_who_is_cancelled_while_it_waits_for_room_leaves_nothing(
+    tiny: Model, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixcache_worker.engine.GROW_S", 60.0)
+    engine = engine_at(client, tiny)
+    session, pool = joiner(client, tiny, "")()
+    [request] = long_requests("a", 1)
+    engine.submit(request)
+    while not engine._running:
+        engine.step()
+        engine.wait(0.1)
+    with session.acquire(random_tokens(16 * 60, seed=9), reserve=16 * 20):
+        while not engine.stalled:
+            engine.step()
+        engine.cancel("a0")
+        assert finished(list(engine.run()))["a0"].reason == "cancelled"
+        eventually(lambda: len(client.snapshot().leases) == 1)
+    engine.close()
+    session.close()
+    pool.close()
+    eventually(lambda: holds_nothing(client))
+
+
 # ------------------------------------------------------------------------------ losing the service
 
 

@@ -2,14 +2,17 @@
 
 ```
 submit ──► queue ──► asked ──► granted ──► prefill, chunk by chunk ──► decode ──► finished
-             ▲         │ waits for another worker's prefix,    │
-             │         │ or for blocks, without blocking       │ blocks lost: begins again
-             └─────────┴───────────────────────────────────────┘
+             ▲         │ waits for another worker's prefix,    │ asks for room ahead, and waits
+             │         │ or for blocks, without blocking       │ if it must
+             └─────────┴───────────────────────────────────────┘ blocks lost: begins again
 one step:  decode tokens of all ── then prefill tokens, up to `chunk` in all ── one forward pass ──
            tokens chosen ── one message: what is now valid, what is done with
 ```
 A prompt of which little is left (its prefix was cached) does not wait behind the chunk of a long
 one: its step leaves the long ones out, every other step at most.
+Room for the answer comes in steps of `RESERVE` tokens.  Who cannot go on waits in line, before
+those that have not begun; if nothing comes, the youngest gives its blocks back, and begins again
+when there is room for all of its answer.
 What is not cached is computed, nothing else.  Slots are committed after the forward pass that wrote
 them has returned.  A lost service ends sharing, not answers: see `membership`.
 """
@@ -44,6 +47,15 @@ PRIVATE_TOKENS: Final = 32768
 
 QUICK_TOKENS: Final = 64
 """A prompt with no more than these to compute does not wait behind a long one's chunk."""
+
+RESERVE: Final = 256
+"""Tokens of an answer for which room is asked at a time."""
+
+AHEAD: Final = 32
+"""With less room than this, more is asked for, so that it is there when it is needed."""
+
+GROW_S: Final = 1.0
+"""How long to wait for it, until somebody gives way."""
 
 MOST_RESTARTS: Final = 8
 LONGEST_RETRY_S: Final = 1.0
@@ -153,7 +165,11 @@ class Engine:
     @property
     def stalled(self) -> bool:
         """Whether a step can compute nothing before `wait` returns."""
-        return not (self._running or self.inbox or any(job.answered for job in self._asked))
+        return not (
+            self.inbox
+            or any(job.answered for job in self._asked)
+            or any(not job.starved for job in self._running)
+        )
 
     @property
     def sharing(self) -> bool:
@@ -260,7 +276,7 @@ class Engine:
             try:
                 job.future = home.claim(
                     job.tokens,
-                    reserve=job.num_left,
+                    reserve=job.num_left if job.reserves_all else min(job.num_left, RESERVE),
                     wait_s=job.request.wait_s,
                     request_id=f"{job.request.id}/{job.num_restarts}",
                     salt=job.request.salt,
@@ -406,17 +422,23 @@ class Engine:
         return pieces
 
     def _has_room(self, job: Job, count: int, store: Store) -> bool:
-        """See that the next tokens have slots; normally `reserve` has seen to it."""
-        assert job.claim is not None
-        if job.num_valid + count <= len(job.claim.block_table) * store.pool.block_size:
-            return True
-        try:
-            store.extend(job.claim, len(job.tokens) + job.num_left)
-        except CacheError:
-            self._restart(job)
-            job.retry_at = time.monotonic() + RETRY_S
-            return False
-        return True
+        """See that the next tokens have slots, and that more are asked for in time."""
+        end = job.num_valid + count
+        if (told := job.growing) is not None and told.done():
+            job.growing = None
+            error = told.exception()
+            gives_way = not isinstance(error, PoolExhausted) or job is self._running[-1]
+            if error is not None and end > job.num_slots and gives_way:
+                job.reserves_all = True
+                self._restart(job)
+                return False
+        whole = len(job.tokens) + job.num_left
+        if job.growing is None and job.num_slots < min(whole, end + AHEAD):
+            assert job.claim is not None
+            wanted = min(whole, end + AHEAD + RESERVE)
+            job.growing = store.extend(job.claim, wanted, wait_s=GROW_S)
+            job.growing.add_done_callback(lambda _: self.wake())
+        return end <= job.num_slots
 
     def _choose(self, jobs: Sequence[Job], logits: Tensor) -> Iterator[Event]:
         now = time.monotonic()

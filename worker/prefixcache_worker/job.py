@@ -34,6 +34,11 @@ class Job:
     store: Store | None = None
     future: Future[Claim] | None = None
     claim: Claim | None = None
+    growing: Future[None] | None = None
+    """Asked for room behind what its claim has."""
+    reserves_all: bool = False
+    """Whether it asks for the whole answer's room with its prompt: it has lost its blocks before,
+    since others had what it needed to go on."""
     num_valid: int = 0
     """Tokens whose keys and values are in the claim's blocks."""
     num_told: int = 0
@@ -103,6 +108,19 @@ class Job:
                 self.reason = "length"
         return text + self.stream.finish() if self.reason else text
 
+    @property
+    def num_slots(self) -> int:
+        """Tokens that its blocks have room for."""
+        if self.claim is None or self.store is None:
+            return 0
+        return len(self.claim.block_table) * self.store.pool.block_size
+
+    @property
+    def starved(self) -> bool:
+        """Whether it cannot go on before there is room, and that is not answered yet."""
+        waits = self.growing is not None and not self.growing.done()
+        return waits and self.num_valid >= self.num_slots
+
     def grant(self, claim: Claim) -> None:
         """Take the blocks that were asked for."""
         self.claim, self.future = claim, None
@@ -111,7 +129,7 @@ class Job:
 
     def begin_again(self) -> None:
         """Forget the blocks; what was generated becomes a part of the prompt."""
-        self.claim = self.future = self.store = None
+        self.claim = self.future = self.store = self.growing = None
         self.num_valid = self.num_told = self.num_committed = 0
 
     def due_commit(self, block_size: int) -> Commit | None:

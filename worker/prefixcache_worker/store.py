@@ -2,8 +2,8 @@
 
 ```
                    claim                  per step                         end
-SharedStore    Future[Lease] ──► commit, commit, extend: one message ──► release: same message
-PrivateStore   Future[Claim] ──► nothing                             ──► blocks to the free list
+SharedStore    Future[Lease] ──► commits: one message; room, ahead   ──► release: same message
+PrivateStore   Future[Claim] ──► room                                ──► blocks to the free list
 ```
 """
 
@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -87,8 +87,11 @@ class Store(Protocol):
         """Pass on what a step wrote and what is done with; give the claims that are lost."""
         ...
 
-    def extend(self, claim: Claim, num_tokens: int) -> None:
-        """Make room for `num_tokens` tokens in all.  Raises PoolExhausted."""
+    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
+        """Ask for room for `num_tokens` tokens in all.  Does not block.
+
+        Waits in line for `wait_s`, before those that have no blocks yet; then PoolExhausted.
+        """
         ...
 
     @property
@@ -169,11 +172,16 @@ class PrivateStore:
             self._free.extend(claim.block_table)
         return []
 
-    def extend(self, claim: Claim, num_tokens: int) -> None:
-        """Add blocks to a claim."""
+    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
+        """Add blocks to a claim; the future is done at once."""
+        answer: Future[None] = Future()
         missing = -(-num_tokens // self.block_size) - len(claim.block_table)
-        if missing > 0:
-            claim.block_table.extend(self._take(missing))
+        try:
+            claim.block_table.extend(self._take(max(0, missing)))
+            answer.set_result(None)
+        except CacheError as error:
+            answer.set_exception(error)
+        return answer
 
     @property
     def num_free(self) -> int:
@@ -246,9 +254,14 @@ class SharedStore:
             return []
         return [claim for claim, reply in replies if reply.error is not None]
 
-    def extend(self, claim: Claim, num_tokens: int) -> None:
-        """Ask for more room; one round trip."""
-        claim.extend(num_tokens)  # type: ignore[attr-defined]
+    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
+        """Ask the service for room; done when its answer arrives, and the table has grown."""
+        batch = self.session.batch()
+        reply: Any = batch.extend(claim, num_tokens, wait_s=wait_s)  # type: ignore[arg-type]
+        answer: Future[None] = Future()
+        self.session.promise(reply, answer, answer.set_running_or_notify_cancel)
+        self.session.post(batch)
+        return answer
 
     @property
     def alive(self) -> bool:
