@@ -326,7 +326,8 @@ class BlockManager:
             copies = (Copy(cut, BlockId(owned[0]), left),)
         self.pool.release(shared)
         if lease.tail_is_shared:
-            self._let_go_of_shared_tail(lease)
+            lease.tail_is_shared = False
+            self.pool.release(array("i", [lease.own_table().pop()]))
         if not copies and keep * self.block_size < lease.start:
             self.release_copy_source(lease)  # the block it was copied to is given up
         self._step_back(lease, keep, left)
@@ -418,11 +419,6 @@ class BlockManager:
         """Note that a lease will not write to its indexed tail any more."""
         if self.pool.write_listener is not None and lease.tail is not None:
             self.pool.write_listener.ended(lease.tail.blocks[-1:])
-
-    def _let_go_of_shared_tail(self, lease: Lease) -> None:
-        lease.tail_is_shared = False
-        lease.private_from -= 1
-        self.pool.release(array("i", [lease.own_table().pop()]))
 
     def _unlock(self, node: Node, tail: Node | None = None) -> None:
         absorbed = self.tree.unlock(node, tail)

@@ -369,7 +369,7 @@ class History:
 
     def __init__(self, num_blocks: int, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.is_kept = max_bytes > 0
+        self.is_kept = bool(max_bytes)
         """Whether anything is remembered of requests."""
         self.idle_clock = IdleClock(max_bytes // 8)
         self.divergence = Divergence(max_bytes // 4)

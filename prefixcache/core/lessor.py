@@ -236,8 +236,8 @@ class Lessor:
             self.tick(now)
         # Nothing fails from here on.  The ledger first: a lock may split the run it looks at.
         partial = 0 if source is None else match.partial_tokens
-        joined = 0 if request.first_end < 0 else max(0, match.end - request.first_end)
-        ledger = settle(tree, stored, tokens, partial=partial, joined=joined // TOKEN_BYTES)
+        since = 0 if request.first_end < 0 else max(0, match.end - request.first_end) // TOKEN_BYTES
+        ledger = settle(tree, stored, tokens, partial=partial, joined=since)
         if not request.reuse:
             ledger = unused(ledger)
         begun = member.begun.pop(request.request_id, None) if member.begun else None

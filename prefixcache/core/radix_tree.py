@@ -824,6 +824,7 @@ class RadixTree:
         """
         name = _name(node)
         children = node.children or Children()
+        assert node.ghosts is None or node.ghosts, f"{name}: a list of no ghosts"
         below = sum([1 for child in children.values() if child.lock_ref])
         if node.parent is not None:
             width = self.block_bytes

@@ -390,6 +390,29 @@ def test_fewer_than_sixteen_tokens_in_a_row_are_the_same_by_chance(
     assert (told.resumes_at, told.num_same) == ((21, 16) if resumes else (None, 0))
 
 
+@pytest.mark.parametrize("skip", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512])
+def test_it_is_looked_for_behind_so_many_other_tokens(skip: int) -> None:
+    cache, same = made(1024), list(range(800, 816))
+    serve(cache, [*range(20), *same, 500])
+    told = cache.explain(CHAT, pack([*range(20), *[600] * skip, *same, 601]), now=0.0)
+    assert (told.resumes_at, told.num_same) == (20 + skip, 16)
+
+
+def test_readings_of_the_clock_are_bounded_and_the_last_ones_stay() -> None:
+    clock = history.IdleClock(max_bytes=0)
+    for second in range(5000):
+        clock.note(second, float(second))
+        assert clock.num_bytes <= 16 * 512
+    assert clock.idle_s(4990, now=5000.0) == 10.0
+    assert clock.idle_s(10, now=5000.0) is None
+
+
+def test_what_would_have_needed_more_than_any_step_is_counted_in_the_last_one() -> None:
+    depths = history.MissDepths(10)
+    depths.note(10**9, 7)
+    assert depths.steps()[-1] == (320, 7)
+
+
 def test_different_prompts_are_not_the_same_again() -> None:
     cache = made(256)
     serve(cache, [*range(20), *range(500, 560)])

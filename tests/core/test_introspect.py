@@ -101,6 +101,23 @@ def test_ghosts_are_shown_unless_they_are_not_wanted() -> None:
     assert not any(one.is_ghost for one in part.branches)
 
 
+def test_uses_are_told_of_what_is_stored_if_the_policy_counts_them() -> None:
+    cache = PrefixCache(4, 4, policy="lfu")
+    cache.attach(ME, CHAT, now=0.0)
+    for _ in range(2):
+        cache.release(ME, store(cache, [1] * 8), now=1.0)
+    cache.release(ME, store(cache, [3] * 12), now=1.0)  # evicts the second block of the first
+    lease = store(cache, [2] * 4, now=2.0)
+    (part,) = finish(cache.outline(now=3.0)).namespaces
+    told = {(one.tokens[:1], one.is_ghost): one.num_uses for one in part.branches}
+    assert told[b"\2", False] == 0
+    assert {told[key] for key in told if key[1]} == {None}
+    assert part.branches[0].num_uses is None
+    cache.release(ME, lease, now=3.0)
+    (part,) = finish(cache.outline(now=3.0)).namespaces
+    assert [one.num_uses for one in part.branches if one.tokens == pack([2] * 4)] == [1]
+
+
 def test_what_is_over_the_bounds_is_summed_up() -> None:
     cache = filled()
     for i in range(40):

@@ -9,6 +9,11 @@ from prefixcache.types import Grant, Namespace, WorkerId, pack
 ME, HERE = WorkerId(1), Namespace("m")
 
 
+def test_each_kind_has_a_number_of_its_own() -> None:
+    """The numbers are written down: a recorder of another version reads them."""
+    assert (GRANTED, COMMITTED, ENDED, FORKED, TRUNCATED, RESET) == (0, 1, 2, 3, 4, 5)
+
+
 def test_every_verb_that_changes_a_lease_is_there_with_its_numbers() -> None:
     cache = PrefixCache(64, 4)
     log: list[Entry] = []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from core.test_eviction import random_sequences
+from prefixcache.core.bulk_load import StoredRun
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import EvictionPolicy, Queue
 from prefixcache.core.node import Node, Root
@@ -231,6 +232,45 @@ def test_what_a_policy_counts_is_what_a_walk_over_the_marks_finds(policy: str, s
             if isinstance(counted, LruList):
                 counted = sum(counted._counts.values())  # those that fell out keep their mark
             assert counted == found.get(kind, 0), name
+
+
+@every_policy
+def test_what_was_restored_is_evicted_in_its_order_like_what_was_stored(policy: str) -> None:
+    cache = PrefixCache(7, 1, policy=policy, partial=Partial.OFF)
+    runs = [
+        StoredRun(SPACE, -1, pack([1, 2]), array("i", [0, 1])),
+        StoredRun(SPACE, -1, pack([5]), array("i", [2])),
+        StoredRun(SPACE, 1, pack([3]), array("i", [3])),  # goes on from the first: younger than 5
+        StoredRun(SPACE, -1, pack([6]), array("i", [4])),
+    ]
+    assert cache.restore(runs, array("i"), WorkerId(-3)) == 5
+    cache.attach(ME, SPACE, now=0.0)
+    grant = cache.acquire(ME, SPACE, pack([8, 9, 10]), now=0.0)
+    assert isinstance(grant, Grant)
+    left = [cache.lookup(SPACE, pack([*one, 99])).num_hit for one in ([1, 2, 3], [5], [6])]
+    assert sum(left) == 4
+    if policy == "lru":
+        assert left == [3, 0, 1]
+    cache.release(ME, grant.lease, now=0.0)
+    assert isinstance(cache.acquire(ME, SPACE, pack([20] * 7), now=0.0), Grant)
+    cache.check()
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_ends_of_levels_and_ghosts_are_kept_for_what_is_there_alone(later: bool) -> None:
+    tiny = Tiny("priority", 3)
+    for number in range(1500):
+        tiny.serve("ab"[number % 2] if later else number, level=9)
+    policy: Any = tiny.cache._lessor.tree.policy
+    assert len(policy._lanes._ends) <= 1024 + 1
+    assert len(tiny.cache._lessor.tree.ghosts._fifo) <= 1024 + 1
+
+
+def test_a_request_that_came_again_after_it_was_evicted_leaves_nothing_behind() -> None:
+    tiny = Tiny("lru", 2)
+    for number in range(3000):
+        tiny.serve([number % 3])
+    assert len(tiny.cache._lessor.tree.ghosts._fifo) <= 1024 + 1
 
 
 def test_an_unknown_policy_is_refused_with_the_list_of_those_there_are() -> None:

@@ -118,6 +118,28 @@ def test_a_wait_for_room_ends_at_its_deadline_with_the_arithmetic() -> None:
     assert "needs 3 blocks; 1 free, 0 evictable; 3 blocks held by 1 lease (" in str(error)
 
 
+def test_what_is_larger_than_the_cap_has_no_pin_to_wait_for() -> None:
+    cache = pool(8, max_pinned=2)
+    store(cache, [1, 2, 3])
+    with pytest.raises(PoolExhausted, match=r"pinning 3 blocks, 3 of them new, would make 3") as no:
+        cache.pin(A, pack([1, 2, 3]), ttl_s=30.0, now=10.0)
+    assert no.value.retry_after_s == 0.0
+
+
+def test_who_waited_for_a_flight_may_stand_in_line_next() -> None:
+    cache = pool(8)
+    flight = take(cache, [1, 2])
+    waiting = cache.acquire(ME, A, pack([1, 2, 3]), wait_s=50.0, now=0.0)
+    assert isinstance(waiting, Waiting)
+    assert waiting.owner == flight
+    full = take(cache, [7] * 6, B)
+    cache.commit(ME, flight, 2, now=1.0)
+    assert cache.take_outcomes() == []  # its prefix is there, and no room for the rest
+    assert cache.counts(now=1.0).waiting == 1
+    cache.release(ME, full, now=2.0)
+    assert served(cache) == [waiting.ticket]
+
+
 def test_who_takes_from_the_line_may_wait_for_a_flight_next() -> None:
     cache = pool(8)
     full = take(cache, list(range(8)))

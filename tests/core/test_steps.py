@@ -733,7 +733,7 @@ def test_trees_may_change_in_every_way_while_they_are_told(
         if held and (len(held) > 4 or draw.random() < 0.4):
             cache.release(ME, held.pop(draw.randrange(len(held))), now=0.0)
             return
-        if draw.random() < 0.01:
+        if draw.random() < 0.03:
             cache.reset(HERE)
         prompt = [token for _ in range(draw.randrange(1, 9)) for token in [draw.randrange(3)] * 4]
         grant = cache.acquire(ME, HERE, pack([*prompt, 9]), now=0.0)
