@@ -42,6 +42,7 @@ _KV_HEADS = (
     "n_kv_heads",
     "kv_n_heads",
     "multi_query_group_num",
+    "num_query_groups",
     "num_key_value_heads_per_layer",
 )
 _HEAD_DIM = ("head_dim", "kv_channels", "attention_head_dim", "d_head", "d_kv")
@@ -85,6 +86,10 @@ _DIFFERING = (
     "per_layer_config",
 )
 """Fields of models whose layers do not all keep keys and values of one shape, of their own."""
+_LOOK_AHEAD_MODELS = re.compile(r"llada|diffusion|^(dream|sdar)($|_)", re.IGNORECASE)
+"""Models that write all tokens of a stretch at once, each with a look at the others."""
+_OF_SOME_LAYERS = re.compile(r"att(entio)?n|layer")
+"""Fields that hold settings of their own for some of the layers."""
 _ABOUT_HEADS = re.compile(r"head_(dim|size)$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$")
 
 _ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers")
@@ -186,6 +191,8 @@ class _Config:
             self._refuse(
                 self.fields, "model_type", "an encoder reads both ways: no prefix is final"
             )
+        if isinstance(kind, str) and _LOOK_AHEAD_MODELS.search(kind):
+            self._refuse(self.fields, "model_type", "tokens look ahead: no prefix is final")
         for name in ("use_bidirectional_attention", "prefix_lm"):
             if self.fields.get(name) is True:
                 self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
@@ -266,6 +273,13 @@ class _Config:
             read = name in _HEAD_DIM or name in _KV_HEADS
             if not read and value not in (derived, [derived] * layers):
                 self._refuse(self.fields, name, f"{derived} for all layers was derived")
+        for name, value in self.fields.items():
+            if not isinstance(value, dict) or not _OF_SOME_LAYERS.search(name):
+                continue
+            said = [value[one] for one in _KV_HEADS if value.get(one) is not None]
+            widths = [value[one] for one in _HEAD_DIM if value.get(one) is not None]
+            if any(one != kv_heads for one in said) or any(one != head_dim for one in widths):
+                self._refuse(self.fields, name, "its layers keep different shapes")
 
     def _is_decoder(self, outer: Mapping[str, Any]) -> bool:
         classes = outer.get("architectures") or self.fields.get("architectures")
@@ -372,6 +386,11 @@ def _text_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Give the fields of the text model, which may stand inside those of a multimodal one."""
     while (name := next((one for one in _TEXT_MODELS if config.get(one) is not None), "")) != "":
         inner = config[name]
+        other = next((one for one in _TEXT_MODELS if config.get(one) not in (None, inner)), None)
+        if other is not None:
+            raise InvalidRequest(
+                f"{path}: {name} and {other} are two text models; give --layout instead"
+            )
         if not isinstance(inner, dict) or not inner:
             raise InvalidRequest(
                 f"{path}: {name} tells nothing of the text model; give --layout instead"

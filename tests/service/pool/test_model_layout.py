@@ -62,6 +62,11 @@ def test_heads_of_every_grouping(
     assert layout == Layout(32, heads, width, "bfloat16")
 
 
+def test_groups_of_queries_are_heads_of_keys(tmp_path: Path) -> None:
+    config = {**LLAMA, "num_key_value_heads": None, "num_query_groups": 4}
+    assert read(tmp_path, config).num_kv_heads == 4
+
+
 def test_layers_that_share_the_keys_of_earlier_ones_are_not_counted(tmp_path: Path) -> None:
     assert read(tmp_path, {**LLAMA, "num_kv_shared_layers": 15}).num_layers == 17
 
@@ -103,6 +108,12 @@ def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
         ("encoder_layers", 4),
         ("num_encoder_layers", 4),
         ("num_attention_groups", 1),
+        ("num_query_groups", 4),
+        ("attention_other_setting", {"num_attention_groups": 4}),
+        ("attn_settings_of_some", {"head_dim": 64}),
+        ("model_type", "llada"),
+        ("model_type", "Dream"),
+        ("llm_config", {"num_hidden_layers": 8}),
         ("mamba_d_state", 16),
         ("ssm_state_size", 16),
         ("conv_L_cache", 3),
@@ -145,6 +156,8 @@ def test_what_is_no_uniform_layout_is_refused_by_the_field_that_says_so(
     config = {**LLAMA, field: value}
     if field in ("multi_query", "num_key_value_heads_per_layer"):
         del config["num_key_value_heads"]
+    if field == "llm_config":
+        config["text_config"] = LLAMA
     what = {"num_key_value_heads": "heads", "hidden_size": "width", "dtype": "type"}
     with pytest.raises(InvalidRequest, match=f"config.json.*{what.get(field, field)}") as refused:
         read(tmp_path, config)
