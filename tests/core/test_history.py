@@ -407,6 +407,25 @@ def test_readings_of_the_clock_are_bounded_and_the_last_ones_stay() -> None:
     assert clock.idle_s(10, now=5000.0) is None
 
 
+def test_a_request_that_computed_nothing_yet_is_not_remembered_as_begun() -> None:
+    cache = made(64)
+    for number, size in enumerate((0, 5, 8)):
+        grant = cache.acquire(ME, CHAT, pack([number] * 8), now=0.0, request_id=f"r{number}")
+        assert isinstance(grant, Grant)
+        cache.commit(ME, grant.lease, size, now=0.0)
+        cache.release(ME, grant.lease, now=0.0)
+    assert set(cache._lessor.leases.workers[ME].begun) == {"r1", "r2"}
+
+
+def test_deadlines_of_leases_that_ended_are_forgotten() -> None:
+    cache = made(64)
+    for number in range(9000):
+        grant = cache.acquire(ME, CHAT, pack([number % 3]), now=0.0)
+        assert isinstance(grant, Grant)
+        cache.release(ME, grant.lease, now=0.0)
+    assert len(cache._lessor.leases._deadlines) <= 4096 + 3
+
+
 def test_what_would_have_needed_more_than_any_step_is_counted_in_the_last_one() -> None:
     depths = history.MissDepths(10)
     depths.note(10**9, 7)

@@ -58,6 +58,25 @@ def test_neighbours_are_those_of_a_sorted_list_whatever_comes_and_goes(
     assert dict(children) == there
 
 
+@pytest.mark.parametrize("size", [1, 2, 700])
+def test_an_order_that_lost_a_key_or_has_one_too_many_is_not_in_order(size: int) -> None:
+    children, keys = Children[Node](), [pack([number, 0]) for number in range(size)]
+    for key in keys:
+        children.put(key, child(key))
+    assert all(children.is_in_order(key) for key in keys)
+    for key in keys[:: 1 + size // 5]:
+        dict.__setitem__(children, other := pack([size, 7]), child(other))
+        assert not children.is_in_order(key)
+        dict.__delitem__(children, other)
+        if size > 1:
+            children._order.remove(key)
+            children._order.append(other) if size == 2 else children._order.add(other)
+            assert not children.is_in_order(key)
+            children._order.remove(other)
+            children._order.append(key) if size == 2 else children._order.add(key)
+            children.sort()
+
+
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 255, 256, 257, 500, 768, 1024, 5000])
 def test_a_common_prefix_ends_at_the_first_byte_that_differs(size: int) -> None:
     same = bytes(Random(size).randrange(256) for _ in range(size))

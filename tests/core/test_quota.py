@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefixcache.core.account import Account
+from prefixcache.core.node import Root
 from prefixcache.core.quota import MAX_QUOTAS, Quotas
 from prefixcache.errors import InvalidRequest, QuotaExceeded
 from prefixcache.types import Namespace, QuotaInfo
@@ -105,6 +106,15 @@ def test_an_account_about_which_nothing_is_said_any_more_is_gone() -> None:
     assert quotas.limited() == quotas.tenants() == quotas.namespaces(None) == []
     assert quotas.get(HERE) == QuotaInfo("t", HERE, None, 0, 0, 0)
     assert not quotas.any_limit
+
+
+def test_of_a_namespace_that_is_closed_nobody_answers_for_what_is_still_cached() -> None:
+    quotas = Quotas(100)
+    quotas.account(HERE).adopt(root := Root(HERE))
+    assert root.account is quotas.account(HERE)
+    quotas.close(HERE)
+    assert root.account is None
+    assert quotas.tenants() == quotas.namespaces(None) == []
 
 
 def test_a_tenant_that_holds_something_is_not_forgotten_with_its_quota() -> None:

@@ -508,6 +508,7 @@ class World:
         everything = [ledger for ledgers in self.ledgers.values() for ledger in ledgers]
         fresh = sum(not ledger.resumed for ledger in everything)
         assert (snapshot.requests, snapshot.ledger) == (fresh, _sum(everything))
+        assert sum(tokens for _, tokens in snapshot.shortage) == snapshot.ledger.evicted
         self.verify_counts(fresh, _sum(everything))
 
     def verify_counts(self, fresh: int, everything: Ledger) -> None:
