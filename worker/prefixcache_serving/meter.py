@@ -5,7 +5,7 @@ Each front has a registry of its own; nothing in it names a client, a prompt or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import (
@@ -16,6 +16,8 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from prefixcache.types import Ledger
 
@@ -60,9 +62,31 @@ class Meter:
         """Show a number that is asked for when somebody looks."""
         Gauge(f"prefixcache_front_{name}", what, registry=self._registry).set_function(value)
 
+    def watch_each(
+        self, name: str, what: str, label: str, values: Callable[[], Mapping[str, float]]
+    ) -> None:
+        """Show numbers by a label, likewise."""
+        self._registry.register(_Each(f"prefixcache_front_{name}", what, label, values))
+
     def exposition(self) -> bytes:
         """Write all of it, as Prometheus reads it."""
         return generate_latest(self._registry)
+
+
+class _Each(Collector):
+    """Numbers by a label, read when somebody looks."""
+
+    def __init__(
+        self, name: str, what: str, label: str, values: Callable[[], Mapping[str, float]]
+    ) -> None:
+        self._name, self._what, self._label, self._values = name, what, label, values
+
+    def collect(self) -> Iterator[Metric]:
+        """Read them."""
+        family = GaugeMetricFamily(self._name, self._what, labels=[self._label])
+        for one, value in self._values().items():
+            family.add_metric([one], value)
+        yield family
 
 
 def cached_of(ledger: Ledger) -> int:

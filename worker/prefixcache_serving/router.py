@@ -98,6 +98,10 @@ class Router:
         """Answers that workers have."""
         return sum(len(station.journeys) for station in self.stations.values())
 
+    def answers(self) -> dict[str, int]:
+        """Count the answers that each worker has."""
+        return {name: len(station.journeys) for name, station in self.stations.items()}
+
     def admit(self, journeys: list[Journey]) -> None:
         """Take all answers of one request, or none of them.
 

@@ -254,6 +254,7 @@ def _watch(meter: Meter, router: Router, fleet: Fleet, front: Front) -> None:
     meter.watch("workers_ready", "Workers that are given requests.", lambda: fleet.num_ready)
     meter.watch("answers_waiting", "Answers that no worker has.", lambda: router.num_waiting)
     meter.watch("answers_running", "Answers that workers have.", lambda: router.num_running)
+    meter.watch_each("worker_answers", "Answers that a worker has.", "worker", router.answers)
     meter.watch("requests_open", "Requests under way.", lambda: front.num_open)
 
 

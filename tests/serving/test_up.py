@@ -1,0 +1,268 @@
+"""`prefixcache up` as people run it: real processes, a tiny model, and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patience import PATIENCE_S
+from worker.zoo import save
+
+pytestmark = pytest.mark.slow
+
+COUNT = 200
+PROMPT = [5, 9, 2, 14] * 8
+MARK = "PREFIXCACHE_UP_TEST"
+
+
+class Up:
+    """One run of it."""
+
+    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+        self.mark = uuid.uuid4().hex
+        roots = (".", "kernels", "worker", "tests")
+        path = os.pathsep.join(str(Path(__file__).parents[2] / root) for root in roots)
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "prefixcache_serving", "--model", str(model)),
+                *("--name", "tiny", "--dtype", "float32", "--http", "127.0.0.1:0"),
+                *("--connect", f"unix:{folder}/s.sock", *options),
+            ],
+            env=os.environ | {"PYTHONPATH": path, MARK: self.mark},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.said.extend(iter(self.process.stderr.readline, ""))
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "".join(self.said)
+            assert self.process.poll() is None, "".join(self.said)
+            time.sleep(0.01)
+        return found
+
+    def says(self, pattern: str, since: int = 0) -> re.Match[str]:
+        def look() -> re.Match[str] | None:
+            return re.search(pattern, "".join(self.said[since:]))
+
+        found: re.Match[str] = self.until(look)
+        return found
+
+    def connect(self) -> http.client.HTTPConnection:
+        port = int(self.says(r"http://127\.0\.0\.1:(\d+)/v1")[1])
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+
+    def stream(self, **more: Any) -> Stream:
+        connection = self.connect()
+        told = {"model": "tiny", "prompt": PROMPT, "max_tokens": COUNT, "stream": True}
+        body = json.dumps(told | {"stream_options": {"include_usage": True}} | more)
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200
+        return Stream(connection, answer)
+
+    def meters(self) -> dict[str, float]:
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name.removeprefix("prefixcache_front_"): float(value) for name, value in pairs}
+
+    def busy(self) -> tuple[str, int] | None:
+        """The worker that has an answer, and its pid; None if none has."""
+        for name, value in self.meters().items():
+            if name.startswith("worker_answers{") and value:
+                worker = name.split('"')[1]
+                pids = re.findall(rf"{worker} \(pid (\d+)\) is ready", "".join(self.said))
+                return worker, int(pids[-1])
+        return None
+
+    def alive(self) -> list[int]:
+        """Processes of this run, itself included."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    marked = f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes()
+                    dead = " Z " in (entry / "stat").read_text()
+                except OSError:
+                    continue
+                if marked and not dead:
+                    found.append(int(entry.name))
+        return found
+
+    def end(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.end_by_itself()
+
+    def end_by_itself(self) -> int:
+        code = self.process.wait(PATIENCE_S)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+class Stream:
+    """A streamed completion, read piece by piece."""
+
+    def __init__(
+        self, connection: http.client.HTTPConnection, answer: http.client.HTTPResponse
+    ) -> None:
+        self._connection = connection
+        self._answer = answer
+        self.text = ""
+        self.usage: dict[str, Any] = {}
+        self.is_done = False
+
+    def read(self, num_events: int = 10**9) -> str:
+        for _ in range(num_events):
+            line = self._answer.readline()
+            while line == b"\n" or line.startswith(b":"):
+                line = self._answer.readline()
+            if not line:
+                self._answer.close()
+                self._connection.close()
+                break
+            if line == b"data: [DONE]\n":
+                self.is_done = True
+                continue
+            chunk = json.loads(line[6:])
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                self.text += choice["text"]
+            self.usage = chunk["usage"] or self.usage
+        return self.text
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def up(model: Path) -> Iterator[Up]:
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        found = Up(model, Path(folder), "--memory", "8MiB")
+        try:
+            for name in ("w1", "w2"):
+                found.says(rf"{name} \(pid \d+\) is ready")
+            yield found
+        finally:
+            found.end()
+
+
+TERMS = {"greedy": {"temperature": 0}, "seeded": {"temperature": 1.0, "seed": 5}}
+
+
+@pytest.mark.parametrize("kind", TERMS)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_worker_that_is_lost_in_a_stream_changes_nothing_of_it(
+    up: Up, kind: str, how: signal.Signals
+) -> None:
+    """Killed, stopped, told to end: the other one goes on; then there are two again."""
+    before = up.meters()
+    for attempt in range(20):  # on a bad day the answer is whole before the signal is sent
+        prompt = [*PROMPT, 10 + attempt, int(how), len(kind)]
+        stream = up.stream(prompt=prompt, **TERMS[kind])
+        stream.read(20)
+        since = len(up.said)
+        if (found := up.busy()) is not None:
+            name, pid = found
+            os.kill(pid, how)
+        got = stream.read()
+        after = up.meters()
+        if after["moved_total"] > before["moved_total"]:
+            break
+    assert after["moved_total"] - before["moved_total"] == 1
+    assert after["recomputed_tokens_total"] - before["recomputed_tokens_total"] <= 17
+    assert stream.is_done
+    assert stream.usage["completion_tokens"] == COUNT
+    assert up.stream(prompt=prompt, **TERMS[kind]).read() == got
+    if how == signal.SIGSTOP:
+        up.says(rf"{name} \(pid {pid}\) is stopped", since)
+        os.kill(pid, signal.SIGCONT)
+        up.says(rf"{name} \(pid {pid}\) is back", since)
+    else:
+        up.says(rf"{name} \(pid \d+\) is ready", since)
+    up.until(lambda: up.meters()["workers_ready"] == 2)
+
+
+def test_a_rolling_restart_loses_no_stream(up: Up) -> None:
+    stream = up.stream(temperature=0)
+    stream.read(5)
+    since = len(up.said)
+    up.process.send_signal(signal.SIGHUP)
+    got = stream.read()
+    assert stream.is_done
+    up.says("all workers are new", since)
+    assert len(re.findall(r"is ready", "".join(up.said[since:]))) == 2
+    assert up.stream(temperature=0).read() == got
+
+
+def test_a_prompt_is_cached_for_all_workers(up: Up) -> None:
+    prompt = [7, 8, 9] * 20
+    told = [up.stream(prompt=prompt, max_tokens=2) for _ in range(4)]
+    for stream in told:
+        stream.read()
+    for stream in [up.stream(prompt=prompt, max_tokens=2) for _ in range(4)]:
+        stream.read()
+        assert stream.usage["prompt_tokens_details"]["cached_tokens"] == len(prompt) - 1
+
+
+def test_told_to_end_it_finishes_what_runs_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        up = Up(model, Path(folder), "--memory", "8MiB", "--workers", "1")
+        try:
+            up.says(r"w1 \(pid \d+\) is ready")
+            stream = up.stream(temperature=0)
+            stream.read(5)
+            up.process.send_signal(signal.SIGTERM)
+            up.says("nothing new is begun")
+            stream.read()
+            assert stream.usage["completion_tokens"] == COUNT
+        finally:
+            code = up.end()
+    assert code == 0
+    assert up.alive() == []
+
+
+def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Path) -> None:
+    service = next(line for line in up.said if "listening at" in line).split("unix:")[1].strip()
+    for options, wanted in (
+        (["--connect", f"unix:{service}", "--memory", "1GiB"], "--memory is for a service"),
+        (["--connect", f"unix:{service}", "--dtype", "bfloat16"], "did not start"),
+        (["--http", "0.0.0.0:0"], "--api-keys"),
+        (["--api-keys", str(tmp_path / "none")], "cannot read"),
+        (["--model", str(tmp_path / "nothing")], "on no known place"),
+    ):
+        one = Up(model, tmp_path, *options)
+        assert one.end_by_itself() != 0
+        assert wanted in "".join(one.said), options
+        assert "Traceback" not in "".join(one.said)
+        assert one.alive() == []
