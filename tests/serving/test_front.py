@@ -12,8 +12,9 @@ import pytest
 
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
-from prefixcache_serving.body_reader import BodyReader
+from prefixcache_serving.body_reader import BodyReader, parse
 from prefixcache_serving.front_server import FrontServer, read_address
+from prefixcache_serving.refusals import Refused
 from serving.bench import Bench, completion, continuation, events, read_answer, words
 
 PROMPT = [5, 9, 2, 14]
@@ -382,6 +383,12 @@ def test_a_body_that_does_not_come_ends(
         writer.close()
 
     play(test, tokenizer_folder)
+
+
+@pytest.mark.parametrize("wrong", [b'{"a": {"b": [NaN]}}', b"-Infinity", b'[{"a": 1, "a": 1}]'])
+def test_what_other_readers_would_read_otherwise_is_refused(wrong: bytes) -> None:
+    with pytest.raises(Refused):
+        parse(wrong)
 
 
 def test_all_bodies_together_are_bounded() -> None:

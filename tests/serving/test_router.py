@@ -100,6 +100,23 @@ def test_what_an_old_worker_still_says_is_dropped() -> None:
     assert read(journey) == (continuation(PROMPT, 6), "length")
 
 
+def test_nor_is_it_taken_from_the_same_worker_when_it_has_the_answer_again() -> None:
+    router, workers = a_router("w1")
+    journey = a_journey()
+    router.admit([journey])
+    worker = workers["w1"]
+    worker.step()
+    (old,) = [line["id"] for line in worker.lines]
+    router.open(router.stations["w1"], False)  # it is stopped, and has said more than was read
+    router.hand_over(router.stations["w1"])
+    router.open(router.stations["w1"], True)
+    assert worker.lines[-1]["generated"] == continuation(PROMPT, 1)
+    worker.tell({"event": "token", "id": old, "token": 77})
+    for _ in range(5):
+        worker.step()
+    assert read(journey) == (continuation(PROMPT, 6), "length")
+
+
 def test_an_answer_whose_last_token_came_needs_nobody_to_say_so() -> None:
     router, workers = a_router("w1", "w2")
     journey = a_journey(count=1)

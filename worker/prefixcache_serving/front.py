@@ -149,8 +149,6 @@ class Front:
     ) -> AsyncGenerator[Piece | None, None]:
         """Give the pieces of all answers as they come; None after each `QUIET_S` without one.
 
-        Whoever closes it gives the answers up.
-
         Raises:
             Refused: one of them failed.
         """
@@ -174,8 +172,6 @@ class Front:
         finally:
             for task in tasks:
                 task.cancel()
-            for journey in journeys:
-                self.router.leave(journey)
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tell(
