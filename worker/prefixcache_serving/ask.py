@@ -20,7 +20,7 @@ from prefixcache_serving.refusals import Refused, refusal_of
 from prefixcache_serving.served_model import ServedModel
 
 DEFAULT_CHAT_TOKENS: Final = 1024
-"""How long a chat's answer may become unless asked: blocks are reserved for as many."""
+"""How long a chat's answer may become unless asked: a small model may never end by itself."""
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's."""
 
