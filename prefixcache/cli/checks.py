@@ -283,8 +283,8 @@ def workers(now: Status) -> Iterator[Finding]:
     snapshot = now.snapshot
     lost = [one for one in now.workers if one.state == "lost"]
     attached = [one for one in now.workers if one.state == "attached"]
-    if lost or snapshot.quarantined:
-        names = ", ".join(f"{one.worker} (pid {one.pid})" for one in lost) or "one that has gone"
+    names = ", ".join(f"{one.worker} (pid {one.pid})" for one in lost) or "one that has gone"
+    if snapshot.quarantined:
         yield Finding(
             "workers",
             WRONG,
@@ -292,6 +292,13 @@ def workers(now: Status) -> Iterator[Finding]:
             f"went silent "
             "and may still be writing to them.",
             "End its process: the blocks come back at once. Else they do after --quarantine.",
+        )
+    elif lost:
+        yield Finding(
+            "workers",
+            NOTE,
+            f"{names} went silent, and holds no block: nobody misses anything.",
+            "If its process hangs, end it.",
         )
     died = [one for one in now.workers if one.state == "died" and one.since_s < 600]
     text = f"{many(len(attached), 'worker', 'are')} attached"
@@ -302,7 +309,7 @@ def workers(now: Status) -> Iterator[Finding]:
         yield Finding(
             "workers", NOTE, f"{text}. Their blocks came back.", "Look into their logs for why."
         )
-    else:
+    elif not lost:
         yield Finding("workers", OK, f"{text}; none was lost.")
 
 

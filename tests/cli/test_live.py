@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.cells import cell_len
@@ -26,7 +28,7 @@ from prefixcache.cli.top_screen import Screen
 from prefixcache.client import Inbox, Session
 from prefixcache.outline import Order
 from prefixcache.pool import PoolFile
-from prefixcache.types import Checked
+from prefixcache.types import Checked, Counts
 from service.service_process import LAYOUT, command, environment
 
 HEAVY = (
@@ -212,6 +214,19 @@ def test_what_the_core_runs_as_is_told_and_one_of_other_sources_is_wrong(at: At)
     (stale,) = checks.core(now)
     assert stale.level == WRONG
     assert "make compiled" in stale.advice
+
+
+def test_who_went_silent_is_wrong_only_while_blocks_are_in_quarantine_for_it() -> None:
+    lost = SimpleNamespace(worker="w-1", pid=7, state="lost", since_s=1.0)
+    found = {}
+    for quarantined in (0, 4):
+        now: Any = SimpleNamespace(snapshot=Counts(quarantined=quarantined), workers=[lost])
+        (found[quarantined],) = checks.workers(now)
+    assert (found[0].level, found[4].level) == ("note", "wrong")
+    assert "w-1 (pid 7) went silent, and holds no block" in found[0].text
+    assert found[4].text.startswith("4 blocks are in quarantine because of w-1 (pid 7)")
+    (none,) = checks.workers(SimpleNamespace(snapshot=Counts(), workers=[]))  # type: ignore[arg-type]
+    assert none.level == "ok"
 
 
 def test_a_broken_invariant_and_a_stopped_clock_are_wrong() -> None:

@@ -31,7 +31,7 @@ from prefixcache.types import (
     WorkerId,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
-from prefixcache_vllm.leases import Bounds, Held, Leases
+from prefixcache_vllm.leases import Bounds, Held, Leases, Room
 
 LAYOUT = Layout(1, 1, 8, "float32")
 MODEL = Namespace("model")
@@ -310,9 +310,12 @@ class Engine:
         assert not self.in_step
         self.evict_lost()
         for job in list(self.running):
-            if job not in self.running or self._schedule(job, chunk):
+            if job not in self.running:
                 continue
-            if not self.leases.give_back_unused():
+            room = self.leases.room(job.name, min(job.computed + chunk, len(job.tokens)))
+            if room is Room.THERE:
+                self._schedule(job, chunk)
+            elif room is Room.MISSING:
                 self.preempt(self.running[-1])  # whoever came last; it may be this one
         for job in list(self.waiting):
             if len(self.running) >= self.max_running:
@@ -334,12 +337,10 @@ class Engine:
         for job, held, upto in self.in_step:
             self._compute(job, held, upto)
 
-    def _schedule(self, job: Job, chunk: int) -> bool:
+    def _schedule(self, job: Job, chunk: int) -> None:
         upto = min(job.computed + chunk, len(job.tokens))
-        if not self.leases.has_room(job.name, upto):
-            return False
-        self.in_step.append((job, self.leases.held[job.name], upto))
-        return True
+        if self.leases.has_room(job.name, upto):
+            self.in_step.append((job, self.leases.held[job.name], upto))
 
     def _compute(self, job: Job, held: Held, upto: int) -> None:
         memory, size = self.machine.memory, self.machine.size

@@ -21,13 +21,13 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from prefixcache.client import Lease, MediaItem, Reply, Session, media_keys
 from prefixcache.errors import (
@@ -41,6 +41,9 @@ from prefixcache.texts import many
 from prefixcache.types import BlockTable, Copy, pack
 
 log = logging.getLogger(__name__)
+
+PATIENCE_STEPS: Final = 8
+"""So many steps a request sits out before another one gives way: its answer may be under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,20 @@ class Counts:
     reused_tokens: int = 0
     lost: int = 0
     """Leases that ended while somebody computed under them."""
-    waited_for_room: int = 0
-    """Times a step waited for an answer of the service; no other wait is known."""
+    sat_out: int = 0
+    """Times a request sat a step out, since the room it needs had not come yet."""
     messages: int = 0
     ops: int = 0
+
+
+class Room(Enum):
+    """Whether a request has the blocks for its next tokens."""
+
+    THERE = "there"
+    COMING = "coming"
+    """Asked for: it sits this step out."""
+    MISSING = "missing"
+    """It has not come in time: another request must give way."""
 
 
 class Held:
@@ -111,6 +124,7 @@ class Held:
         "num_cached",
         "prompt",
         "refused",
+        "sat_out",
     )
 
     def __init__(self, name: str) -> None:
@@ -130,6 +144,8 @@ class Held:
         self.asked = self.most = 0
         """Tokens that room was asked for; and that it will ever need."""
         self.growing: Reply[Any] | None = None
+        self.sat_out = 0
+        """Steps in a row that it sat out."""
         self._extra: BlockTable = array("i")
         """Spare blocks, after those of the lease."""
 
@@ -328,29 +344,37 @@ class Leases:
             return True
         return self.is_alone and self._take_spare(held, num_tokens)
 
-    def wait_for_room(self, name: str, num_tokens: int, seconds: float) -> bool:
-        """Do what gets a request room for so many tokens, and wait for it; tell if it came.
+    def room(self, name: str, num_tokens: int) -> Room:
+        """Tell whether a request's blocks hold so many tokens in all, or will; waits for nothing.
 
-        For an engine that would take room from another of its requests otherwise: what was granted
-        and is not computed yet is given back, and the answer to what is asked for now, or was
-        asked for ahead, may be on its way.
+        Where they do not yet, it asks for more with the next `flush`, unless that was done, and
+        gives back, for that, what was granted and is not computed yet.  O(1), but then.
         """
         held = self.held.get(name)
-        if held is None or held.lease is None or self._is_over(held):
-            return False
-        if held.growing is None and not self.is_alone:
-            held.asked = max(held.asked, min(num_tokens + self.bounds.reserve, held.most))
-            self._extend(held, held.lease, max(held.asked, num_tokens))
-        self.give_back_unused()
-        self.flush()
-        self.counts.waited_for_room += 1
-        deadline = time.monotonic() + seconds
+        if held is None:
+            return Room.MISSING
+        if self.has_room(name, min(num_tokens, held.most)):
+            held.sat_out = 0
+            return Room.THERE
+        if held.lease is None or self.is_alone or self._is_over(held):
+            return Room.MISSING
+        if not held.sat_out:
+            if held.growing is None:
+                held.asked = max(held.asked, min(num_tokens + self.bounds.reserve, held.most))
+                self._extend(held, held.lease, max(held.asked, num_tokens))
+            self.give_back_unused()
+        elif held.sat_out >= PATIENCE_STEPS or held.growing is None:
+            held.sat_out = 0
+            return Room.MISSING
+        held.sat_out += 1
+        self.counts.sat_out += 1
+        return Room.COMING
+
+    def pause_for_room(self, seconds: float) -> None:
+        """With nothing to compute, wait until a request that sits out has its answer."""
         with self._answered:
-            while not (found := self.has_room(name, num_tokens)) and held.growing is not None:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._answered.wait(left):
-                    break
-        return found
+            if any(held.sat_out and held.growing is not None for held in self.held.values()):
+                self._answered.wait(seconds)
 
     def settle(
         self, name: str, num_valid: int, tokens: Sequence[int], *, is_last: bool = False

@@ -3,7 +3,7 @@
 ```
 scheduler                          here                           leases
 get_computed_blocks       ──►  what the lease came with       ──►  ready
-allocate_slots            ──►  blocks it was not told of yet  ──►  has_room, wait_for_room
+allocate_slots            ──►  blocks it was not told of yet  ──►  has_room
 take_kv_cache_block_copies ─►  copies of the admitted         ──►  copies
 update_from_output        ──►  settle                         ──►  commit, extend ahead
 free, pop_blocks_for_free ──►  the last commit, and the end   ──►  settle, pop, end
@@ -21,9 +21,6 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 
 from prefixcache_vllm.leases import Held, Leases
-
-ROOM_WAIT_S = 0.05
-"""How long a step waits for room that was asked for before vLLM preempts a request."""
 
 
 class EndedBlocks:
@@ -119,9 +116,7 @@ class LeasedKVCacheManager(KVCacheManager):
             + num_lookahead_tokens,
             self.max_model_len,
         )
-        if not self.leases.has_room(name, need) and not self.leases.wait_for_room(
-            name, need, ROOM_WAIT_S
-        ):
+        if not self.leases.has_room(name, need):
             return None
         held = self.leases.start(name)
         copies, held.copies = held.copies, ()

@@ -16,11 +16,12 @@ from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from prefixcache_vllm.joining import check_room, join
-from prefixcache_vllm.leases import Bounds, Leases
+from prefixcache_vllm.leases import Bounds, Leases, Room
 from prefixcache_vllm.manager import LeasedKVCacheManager
 from prefixcache_vllm.options import Options
 
@@ -86,8 +87,11 @@ class Leasing:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step: only requests whose leases stand take part."""
         self._preempt_lost(drop_output=False)
+        may_compute = self._make_room()
         self.leases.flush()
-        if not self.running and self.waiting:  # type: ignore[attr-defined]
+        if self.running and not may_compute:  # type: ignore[attr-defined]
+            self.leases.pause_for_room(PAUSE_S)
+        elif not self.running and self.waiting:  # type: ignore[attr-defined]
             # vLLM would ask again every millisecond, each time with an empty step for its workers,
             # which spin for it: they would slow down who computes what everybody waits for.
             first = islice(self.waiting, self.leases.bounds.window)  # type: ignore[attr-defined]
@@ -107,6 +111,41 @@ class Leasing:
                 self.kv_cache_manager.settle(request)
         self.leases.flush()
         return outputs
+
+    def _make_room(self) -> bool:
+        """Have requests sit out whose room has not come yet; tell whether any other runs.
+
+        Where it does not come in time the last request gives way, as in vLLM: not to the one that
+        needs its blocks, but to the service, which lends them to whoever waits longest.
+        """
+        running: list[Any] = self.running  # type: ignore[attr-defined]
+        may_compute = False
+        for request in list(running):
+            if request.status != RequestStatus.RUNNING:
+                continue  # it has given way
+            need = request.num_tokens_with_spec + request.num_output_placeholders
+            room = self.leases.room(request.request_id, need)
+            if room is Room.MISSING and not self.leases.is_alone:
+                self._preempt_last()
+                if request.status != RequestStatus.RUNNING:
+                    continue
+                room = self.leases.room(request.request_id, need)
+            if room is Room.COMING:
+                # vLLM leaves it out of the step that comes, and not of the next.
+                request.next_decode_eligible_step = self.current_step + 2  # type: ignore[attr-defined]
+            else:
+                may_compute = True
+        return may_compute
+
+    def _preempt_last(self) -> None:
+        running: list[Any] = self.running  # type: ignore[attr-defined]
+        if self.policy == SchedulingPolicy.PRIORITY:  # type: ignore[attr-defined]
+            last = max(running, key=lambda one: (one.priority, one.arrival_time))
+        else:
+            last = running[-1]
+        if self._request_blocks_can_be_freed(last):  # type: ignore[attr-defined]
+            running.remove(last)
+            self._preempt_request(last, time.monotonic())  # type: ignore[attr-defined]
 
     def _preempt_lost(self, *, drop_output: bool) -> None:
         for name in self.leases.lost():

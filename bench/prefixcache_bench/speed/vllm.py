@@ -328,12 +328,12 @@ def say_memory(found: Mapping[str, tuple[Memory, Kept]], say: Say) -> None:
 
 def say_messages(what: str, before: dict[str, int], after: dict[str, int], say: Say) -> None:
     """Say how many messages a step takes, and whether one waited."""
-    names = ("steps", "messages", "ops", "waited_for_room")
+    names = ("steps", "messages", "ops", "sat_out")
     spent = {name: after[name] - before[name] for name in names}
     say(
         f"messages, {what}: {spent['messages']} with {spent['ops']} ops in {spent['steps']} "
         f"steps, {spent['messages'] / max(1, spent['steps']):.2f} a step; "
-        f"{spent['waited_for_room']} steps waited for an answer"
+        f"{spent['sat_out']} times a request sat one out for want of room"
     )
 
 

@@ -6,8 +6,9 @@ Run by the Python that has vLLM, which need not be the one that has prefixcache:
 here but vLLM and the standard library.  The first line says what runs; then each line
 `{"prompts": [[1, 2]], "count": 5}` is generated as one batch and answered with what vLLM itself
 counted and timed of each request, and a line `{"counts": true}` with the steps that its scheduler
-has planned, the blocks of KV that its own cache has and, if it leases its blocks, with what it has
-asked the service.
+has planned, the requests that it preempted, the blocks of KV that its own cache has and, if it
+leases its blocks, with what it has asked the service.  A line `{"jobs": […]}` plays requests that
+come and are aborted at steps of its own: see `play`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -37,13 +39,20 @@ def told(output: Any) -> dict[str, Any]:
 
 
 class Steps:
-    """Counts the steps that a scheduler plans, idle ones apart."""
+    """Counts the steps that a scheduler plans, idle ones apart, and the requests it preempts."""
 
     def __init__(self, scheduler: Any) -> None:
         self._plan = scheduler.schedule
+        self._preempt = scheduler._preempt_request
         self._scheduler = scheduler
-        self.steps = 0
+        self.steps = self.preempted = 0
         scheduler.schedule = self.schedule
+        scheduler._preempt_request = self.preempt
+
+    def preempt(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a request's blocks away; it is computed again."""
+        self.preempted += 1
+        return self._preempt(*args, **kwargs)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step."""
@@ -53,7 +62,7 @@ class Steps:
 
     def told(self) -> dict[str, int]:
         """Give the steps, the blocks of its own cache, what was asked of the service meanwhile."""
-        found = {"steps": self.steps}
+        found = {"steps": self.steps, "preempted": self.preempted}
         manager = getattr(self._scheduler, "kv_cache_manager", None)
         kept = getattr(getattr(manager, "block_pool", None), "cached_block_hash_to_block", None)
         if kept is not None:
@@ -64,6 +73,57 @@ class Steps:
         if leases is not None:
             found |= {name: getattr(leases.counts, name) for name in leases.counts.__slots__}
         return found
+
+
+def play(engine: Any, make: Any, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Play requests step by step; give each when it has ended, or was aborted.
+
+    Args:
+        engine: vLLM's `LLMEngine`, in this process.
+        make: makes sampling parameters.
+        jobs: of each its `name`, `prompt`, `count` of tokens to generate, perhaps its `salt`, the
+            step that it comes `at`, and perhaps the step, or the number of its tokens, that it is
+            `aborted_at` or `aborted_after`; in the order in which they come.  Steps in which
+            nothing is there to do are left out.
+    """
+    to_come = list(reversed(jobs))
+    told: dict[str, dict[str, Any]] = {}
+    aborts: dict[int, list[str]] = {}
+    most: dict[str, int] = {}
+    step = 0
+    while to_come or told:
+        if not told:
+            step = max(step, to_come[-1]["at"])
+        while to_come and to_come[-1]["at"] <= step:
+            job = to_come.pop()
+            name = job["name"]
+            prompt = {"prompt_token_ids": job["prompt"]}
+            if job.get("salt"):
+                prompt["cache_salt"] = job["salt"]
+            engine.add_request(
+                name,
+                prompt,
+                make(max_tokens=job["count"], temperature=0, ignore_eos=True, detokenize=False),
+            )
+            told[name] = {"name": name, "tokens": [], "cached": None, "aborted": False}
+            if job.get("aborted_at") is not None:
+                aborts.setdefault(max(step, job["aborted_at"]), []).append(name)
+            most[name] = job.get("aborted_after") or job["count"]
+        for name in aborts.pop(step, ()):
+            if name in told:
+                engine.abort_request([name])
+                yield told.pop(name) | {"aborted": True}
+        for output in engine.step():
+            one = told.get(output.request_id)
+            if one is None:
+                continue
+            one["tokens"] = list(output.outputs[0].token_ids)
+            one["cached"] = output.num_cached_tokens
+            if output.finished:
+                yield told.pop(output.request_id)
+            elif len(one["tokens"]) >= most[output.request_id]:
+                aborts.setdefault(step + 1, []).append(output.request_id)
+        step += 1
 
 
 def main() -> None:
@@ -88,6 +148,10 @@ def main() -> None:
         ask = json.loads(line)
         if "counts" in ask:
             print(encoder.encode(steps.told()), file=answers, flush=True)
+            continue
+        if "jobs" in ask:
+            for one in play(peer.llm_engine, vllm.SamplingParams, ask["jobs"]):
+                print(encoder.encode(one), file=answers, flush=True)
             continue
         settings = vllm.SamplingParams(
             max_tokens=ask["count"], temperature=0.0, ignore_eos=True, detokenize=False

@@ -111,7 +111,7 @@ def left_behind(counts: Counts, leases: int) -> list[str]:
     return found
 
 
-def layout_of(python: str, model: str) -> str:
+def layout_of(python: str, model: str, dtype: str = DTYPE) -> str:
     """Ask vLLM how it keeps the model's KV.
 
     Raises:
@@ -119,7 +119,7 @@ def layout_of(python: str, model: str) -> str:
     """
     command = [
         *(python, "-m", "prefixcache_vllm.description", "in-place", model),
-        *("--dtype", DTYPE, "--block-size", str(BLOCK_SIZE)),
+        *("--dtype", dtype, "--block-size", str(BLOCK_SIZE)),
     ]
     try:
         done = subprocess.run(

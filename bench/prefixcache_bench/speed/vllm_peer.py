@@ -8,7 +8,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -138,12 +138,28 @@ class Vllm:
         """
         return {str(name): int(number) for name, number in self._ask(counts=True).items()}
 
+    def play(self, jobs: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Play requests that come and go at its steps; give each when it has ended.
+
+        Args:
+            jobs: as `vllm_engine.play` takes them.
+
+        Raises:
+            VllmFailed: it ended.
+        """
+        self._tell(jobs=list(jobs))
+        for _ in jobs:
+            yield self._answer()
+
     def _ask(self, **what: Any) -> Any:
+        self._tell(**what)
+        return self._answer()
+
+    def _tell(self, **what: Any) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the missing answer says it
             self._process.stdin.write(json_text(what) + "\n")
             self._process.stdin.flush()
-        return self._answer()
 
     def _answer(self) -> Any:
         assert self._process.stdout is not None

@@ -36,26 +36,50 @@ def write(folder: Path, tokenizer_of: Path) -> Path:
 
     Its answers are no words, and depend on every token before them.
     """
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     folder.mkdir()
     for name in TOKENIZER:
         shutil.copy(tokenizer_of / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    write_weights(folder, len(tokenizer), begin=tokenizer.bos_token_id, end=tokenizer.eos_token_id)
+    return folder
+
+
+def write_weights(
+    folder: Path,
+    vocabulary: int,
+    *,
+    layers: int = 2,
+    width: int = 128,
+    begin: int | None = 1,
+    end: int | None = 2,
+) -> None:
+    """Write a Llama with random weights, float32, without a tokenizer.  The same every time.
+
+    Args:
+        folder: for it.
+        vocabulary: how many tokens there are.
+        layers: how many.
+        width: of what goes from layer to layer; a multiple of 64, the width of a head.
+        begin: the token that prompts begin with.
+        end: the one that answers end with.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(7)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=4096,
         initializer_range=0.3,
         tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=begin,
+        eos_token_id=end,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
-    return folder
