@@ -139,8 +139,8 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
         node.root.evictable += size
         node.root.sums.evictable += size
         above = node.parent
-        if above is not None and above.last_used < node.last_used:
-            above.last_used = node.last_used
+        if above is not None:
+            above.last_used = max(above.last_used, node.last_used)
     tree.num_nodes += len(nodes)
     tree.num_blocks += total
     tree.evictable += total

@@ -462,6 +462,8 @@ def test_what_another_lease_computes_now_is_told() -> None:
     assert isinstance(grant, Grant)
     told = cache.explain(CHAT, pack(range(50)), now=0.0)
     assert (told.num_pending, told.ledger.cold) == (40, 50)
+    assert cache.lookup(CHAT, pack(range(50))).num_pending == 40
+    assert cache.lookup(CHAT, pack(range(1, 50))).num_pending == 0
 
 
 def test_the_index_tells_what_it_takes_and_the_history_beside_it() -> None:

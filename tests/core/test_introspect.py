@@ -81,6 +81,17 @@ def test_an_outline_draws_runs_below_what_they_share() -> None:
     cache.release(ME, lease, now=6.0)
 
 
+def test_the_last_used_is_the_hottest_and_the_one_used_longest_ago_is_cold() -> None:
+    cache = filled()
+    for number in range(5):
+        cache.release(ME, store(cache, [number] * 8), now=float(number))
+    (part,) = finish(cache.outline(order=Order.HEAT, now=9.0)).namespaces
+    heats = [one.heat for one in part.branches[1:]]
+    assert heats == sorted(heats, reverse=True)
+    assert (heats[0], heats[-1]) == (1.0, 0.0)
+    assert 0.0 < heats[1] < 1.0
+
+
 def test_by_heat_the_last_used_comes_first_and_by_tokens_the_largest() -> None:
     cache = filled()
     cache.release(ME, store(cache, [1] * 40), now=1.0)

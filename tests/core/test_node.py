@@ -68,6 +68,10 @@ def test_an_order_that_lost_a_key_or_has_one_too_many_is_not_in_order(size: int)
         dict.__setitem__(children, other := pack([size, 7]), child(other))
         assert not children.is_in_order(key)
         dict.__delitem__(children, other)
+        if size == 2:
+            children._order.reverse()
+            assert not all(children.is_in_order(one) for one in keys)
+            children.sort()
         if size > 1:
             children._order.remove(key)
             children._order.append(other) if size == 2 else children._order.add(other)

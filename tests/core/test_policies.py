@@ -381,6 +381,16 @@ def test_arc_grows_the_list_whose_ghosts_return() -> None:
     assert tiny.holds("d") == 1  # it is in T2 now
 
 
+@pytest.mark.parametrize(("policy", "share"), [("s3fifo", 10), ("w-tinylfu", 100)])
+@pytest.mark.parametrize("num_blocks", [1, 5, 9, 10, 19, 20, 100, 300, 1000])
+def test_the_share_of_what_is_new_is_rounded_down_and_at_least_a_block(
+    policy: str, share: int, num_blocks: int
+) -> None:
+    made: Any = policy_named(policy, num_blocks)
+    limit = made._limit if policy == "s3fifo" else made._window_limit
+    assert limit == (1 if num_blocks < share else num_blocks // share)
+
+
 def test_s3fifo_lets_what_was_used_once_go_early() -> None:
     tiny = Tiny("s3fifo", 10)
     tiny.serve(*"aaabbb")

@@ -42,9 +42,7 @@ class CostAware(EvictionPolicy):
 
     def lost(self, node: Node, num_blocks: int) -> Mark:
         """Raise the level to that of what goes."""
-        key = self.key(node)
-        if key > self._level:
-            self._level = key
+        self._level = max(self._level, self.key(node))
 
     def key(self, node: Node) -> float:
         """Give H of the leaf's last block."""
