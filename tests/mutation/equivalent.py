@@ -86,6 +86,20 @@ EQUIVALENT: dict[str, str] = {
     "heap[0][0] > indexed):  ->  if not heap or (indexed is not None and heap[0][1] > indexed):": (
         "who is called too early is tried, and waits on"
     ),
+    "shares.py: Shares.__init__: self._kept = 0  ->  self._kept = 1": (
+        "it is asked for known tenants alone, and whoever makes them known sets it"
+    ),
+    "policies/w_tinylfu.py: WTinyLfu.__init__: self._epoch = 0  ->  self._epoch = 1": (
+        "a clock, of which only differences count"
+    ),
+    "policies/hazard.py: AgeGrid.age: if cell < 0:  ->  if cell < 1:": (
+        "the first cell is that of the youngest age: nothing grows older into it"
+    ),
+    "bulk_load.py: _is_superfluous: len(node.tokens) >= tree.block_bytes"
+    "  ->  len(node.tokens) > tree.block_bytes": "no two whole blocks below a run are the same",
+    "introspect.py: block_map: cells = np.concatenate([painted, np.full(short, len(STATES), "
+    "np.uint8)]).reshape(-1, each)  ->  cells = np.concatenate([painted, np.full(short, "
+    "len(STATES), np.uint8)]).reshape(-2, each)": "numpy takes each negative size for the open one",
     "ledger.py: settle: stored < left  ->  stored <= left": (
         "of equals nothing is left that ghosts could be counted in"
     ),

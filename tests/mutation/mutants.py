@@ -32,7 +32,7 @@ _SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 _PACE = frozenset(
     {
         *("_rebuild_at", "_tidy_at", "_many_roots", "_FEW_ROOTS", "_PAUSE_EVERY", "_AHEAD"),
-        *("_SPARE", "_SPARE_DEADLINES", "_SPARE_NUMBERS", "_STALE", "_serial"),
+        *("_SPARE", "_SPARE_DEADLINES", "_SPARE_NUMBERS", "_STALE", "_serial", "walks"),
     }
 )
 """Names of what says when to tidy up or to pause, and of numbers that are only told apart: one more
