@@ -67,10 +67,12 @@ class Bodies:
     Args:
         ask: what was asked.
         model: of whom.
+        explains: tell the fate of each prompt's tokens, and who computed.
     """
 
     ask: Ask
     model: ServedModel
+    explains: bool = False
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     choices: list[Choice] = field(default_factory=list)
@@ -106,7 +108,8 @@ class Bodies:
             for one in self.choices
         ]
         kind = "chat.completion" if is_chat else "text_completion"
-        return self._head(kind) | {"choices": choices, "usage": self.usage(journeys)}
+        told = {"choices": choices, "usage": self.usage(journeys)}
+        return self._head(kind) | told | self._explained(journeys)
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """Give a chunk of the stream."""
@@ -130,7 +133,8 @@ class Bodies:
 
     def last_chunk(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Give the chunk that tells the usage."""
-        return self._head(self._chunk_kind) | {"choices": [], "usage": self.usage(journeys)}
+        told = {"choices": [], "usage": self.usage(journeys)}
+        return self._head(self._chunk_kind) | told | self._explained(journeys)
 
     def usage(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Count: each prompt once, each answer's tokens, and what of the prompts was cached."""
@@ -145,6 +149,19 @@ class Bodies:
                 "cached_tokens": sum(cached_of(one) for one in ledgers if one is not None)
             },
         }
+
+    def _explained(self, journeys: Sequence[Journey]) -> dict[str, Any]:
+        if not self.explains:
+            return {}
+        told = [
+            {
+                "index": index,
+                "ledger": None if one.ledger is None else one.ledger._asdict(),
+                "workers": one.workers,
+            }
+            for index, one in enumerate(journeys)
+        ]
+        return {"prefixcache": told}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.ask.num_logprobs is None:

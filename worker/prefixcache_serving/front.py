@@ -38,6 +38,8 @@ from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
 from prefixcache_worker.text import TextStream
 
+EXPLAIN: Final = "x-prefixcache-explain"
+"""A request with this header is told the ledger of its prompts, and who computed."""
 QUIET_S: Final = 15.0
 """After so long without a token a stream is given a comment, so that nobody takes it for dead."""
 _PIECES_AHEAD: Final = 16
@@ -261,7 +263,7 @@ class _Answers:
     ) -> int:
         began_s = time.monotonic()
         front = self._front
-        bodies = Bodies(ask, front.model)
+        bodies = Bodies(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
         headers = {"x-request-id": bodies.id}
         if ask.left_out:
             headers["x-prefixcache-left-out"] = ", ".join(ask.left_out)

@@ -53,6 +53,8 @@ class Journey:
     is_set_down: bool = False
     worker: str = ""
     """Who has it now; empty: nobody."""
+    workers: list[str] = field(default_factory=list)
+    """All who had it, in their order."""
     _reason: str = ""
     _failure: Refused | None = None
     _num_read: int = 0

@@ -259,6 +259,7 @@ class Router:
             if not station.journeys:
                 station.heard_s = time.monotonic()
             journey.worker = station.recipient.name
+            journey.workers.append(journey.worker)
             station.journeys[journey.name] = journey
             self._send(station, journey.next_line())
 

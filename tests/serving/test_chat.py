@@ -1,0 +1,80 @@
+"""`prefixcache chat` against a front whose workers are played."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patience import PATIENCE_S
+from prefixcache.client.address import Address
+from prefixcache.errors import ServiceUnavailable
+from prefixcache_serving.chat import Endpoint, chat
+from serving.bench import Bench, continuation, words
+
+
+def talk(
+    folder: Path, target: str, lines: str, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Bench:
+    """Say some lines."""
+
+    async def main() -> Bench:
+        bench = Bench(folder)
+        async with asyncio.timeout(PATIENCE_S), bench.listening(target), bench.stepping(1e-3):
+            monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+            terms = {"temperature": 0.0, "max_tokens": 3, "key_file": None} | options
+            await asyncio.to_thread(lambda: chat(http=str(bench.address), model="", **terms))
+        return bench
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("where", ["tcp", "unix"])
+def test_a_chat_goes_on_with_what_was_said(
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    target = "127.0.0.1:0" if where == "tcp" else f"unix:{tmp_path}/f.sock"
+    bench = talk(tokenizer_folder, target, "w5\n\nw7\n", monkeypatch, system="w9")
+    first = continuation([2, 9, 0, 5, 1], 3)
+    second = continuation([2, 9, 0, 5, 1, *first, 0, 7, 1], 3)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == words(first)
+    assert told[1].startswith("[cached 4 of 5 · 3 tokens · w")
+    assert told[2] == words(second)
+    assert bench.router.num_running == 0
+
+
+def test_what_is_refused_is_said_and_the_chat_goes_on(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["w5"] * 600)
+    talk(tokenizer_folder, "127.0.0.1:0", f"{long}\nw5\n", monkeypatch, system="")
+    out, err = capsys.readouterr()
+    assert "this model takes 512 tokens" in err
+    assert out.startswith(words(continuation([0, 5, 1], 3)))
+
+
+def test_where_nobody_answers_it_says_how_to_start_one(tmp_path: Path) -> None:
+    with pytest.raises(ServiceUnavailable, match="prefixcache up"):
+        Endpoint(Address.parse(f"{tmp_path}/none.sock"), "").model()
+
+
+def test_the_ledger_is_told_to_who_asks(tokenizer_folder: Path) -> None:
+    async def main() -> None:
+        bench = Bench(tokenizer_folder)
+        async with asyncio.timeout(PATIENCE_S), bench.listening(), bench.stepping(1e-3):
+            body = {"model": "played", "prompt": [5] * 40, "max_tokens": 2, "n": 2}
+            _, _, told = await bench.post(body, **{"x-prefixcache-explain": "1"})
+            assert [one["ledger"]["hit"] for one in told["prefixcache"]] == [16, 16]
+            assert all(len(one["workers"]) == 1 for one in told["prefixcache"])
+            _, _, told = await bench.post(body)
+            assert "prefixcache" not in told
+
+    asyncio.run(main())

@@ -1,0 +1,214 @@
+"""`prefixcache chat`: talk to an endpoint in the terminal, and see what each answer cost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from prefixcache.bounded_files import read_file
+from prefixcache.client.address import Address
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.plain_json import json_text
+from prefixcache.private_files import check_secret
+from prefixcache.texts import escape
+from prefixcache_serving.front import EXPLAIN
+
+_TIMEOUT_S: Final = 600.0
+_LONGEST_KEYS: Final = 1 << 20
+
+
+def chat(
+    http: Annotated[
+        str, typer.Option("--http", metavar="ADDRESS", help="Of `prefixcache up`.")
+    ] = "127.0.0.1:8000",
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Default: the one that is served.")
+    ] = "",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What it is told first.")] = "",
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0: the most likely.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Whose first word is the API key. Default: $OPENAI_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Talk to a served model; each answer says what was cached, who computed, how long it took.
+
+    Ctrl-C ends an answer, or, where none is being given, the chat; so does the end of the input.
+
+    Example: prefixcache chat --system "You are brief."
+    """
+    endpoint = Endpoint(Address.parse(http), _key(key_file))
+    name = model or endpoint.model()
+    messages = [{"role": "system", "content": system}] if system else []
+    while (said := _ask()) is not None:
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        body = {
+            "model": name,
+            "messages": messages,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+        }
+        try:
+            text = _show(endpoint.stream(body))
+        except InvalidRequest as error:
+            typer.echo(str(error), err=True)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": text})
+
+
+class Endpoint:
+    """Where requests go.
+
+    Args:
+        address: of the front.
+        key: that is shown; empty: none.
+    """
+
+    def __init__(self, address: Address, key: str) -> None:
+        self._address = address
+        self._headers = {"content-type": "application/json", EXPLAIN: "1"}
+        if key:
+            self._headers["authorization"] = f"Bearer {key}"
+
+    def model(self) -> str:
+        """Ask what is served.
+
+        Raises:
+            ServiceUnavailable: nobody answers.
+            InvalidRequest: it is refused, with why.
+        """
+        connection, answer = self._request("GET", "/v1/models", None)
+        try:
+            return str(json.loads(answer.read())["data"][0]["id"])
+        finally:
+            connection.close()
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give the chunks of an answer; whoever stops taking them ends it.
+
+        Raises:
+            ServiceUnavailable: nobody answers.
+            InvalidRequest: it is refused, or cannot go on, with why.
+        """
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        connection, answer = self._request("POST", "/v1/chat/completions", body | more)
+        try:
+            while (line := answer.readline()) != b"data: [DONE]\n":
+                if not line:
+                    raise ServiceUnavailable("the answer broke off")
+                if line.startswith(b"data: "):
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise InvalidRequest(chunk["error"]["message"])
+                    yield chunk
+        finally:
+            connection.close()
+
+    def _request(
+        self, method: str, path: str, body: dict[str, Any] | None
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        connection = _Connection(self._address)
+        try:
+            data = None if body is None else json_text(body)
+            connection.request(method, path, data, self._headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise InvalidRequest(json.loads(answer.read())["error"]["message"])
+        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+            connection.close()
+            raise ServiceUnavailable(
+                f"no endpoint answers at {self._address} ({error}); start one with: prefixcache up"
+            ) from None
+        except CacheError:
+            connection.close()
+            raise
+        return connection, answer
+
+
+class _Connection(http.client.HTTPConnection):
+    """To an address, which may be a Unix socket."""
+
+    def __init__(self, address: Address) -> None:
+        super().__init__(address.host or "localhost", address.port or None, timeout=_TIMEOUT_S)
+        self._path = address.path
+
+    def connect(self) -> None:
+        """Connect."""
+        if not self._path:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_TIMEOUT_S)
+        self.sock.connect(self._path)
+
+
+def summary(chunk: dict[str, Any], seconds: float) -> str:
+    """Say what an answer cost, by the chunk that tells its usage.
+
+    >>> usage = {"prompt_tokens": 984, "completion_tokens": 7}
+    >>> usage["prompt_tokens_details"] = {"cached_tokens": 983}
+    >>> summary({"usage": usage, "prefixcache": [{"workers": ["w1", "w2"]}]}, 0.5)
+    'cached 983 of 984 · 7 tokens · w1, then w2 · 0.50 s'
+    """
+    usage = chunk["usage"]
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    workers = [", then ".join(one["workers"]) for one in chunk.get("prefixcache", [])]
+    parts = [
+        f"cached {cached:,} of {usage['prompt_tokens']:,}",
+        f"{usage['completion_tokens']:,} tokens",
+        *workers,
+        f"{seconds:.2f} s",
+    ]
+    return " · ".join(parts)
+
+
+def _ask() -> str | None:
+    """Read what is said next; None: nothing any more."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _show(chunks: Iterator[dict[str, Any]]) -> str:
+    """Write an answer as it comes, and what it cost; give its text."""
+    began_s = time.monotonic()
+    text = ""
+    try:
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                part = choice["delta"].get("content") or ""
+                text += part
+                typer.echo("\n".join(map(escape, part.split("\n"))), nl=False)
+            if chunk.get("usage"):
+                typer.echo(f"\n[{summary(chunk, time.monotonic() - began_s)}]")
+    except KeyboardInterrupt:
+        typer.echo("\n[ended]")
+    return text
+
+
+def _key(path: Path | None) -> str:
+    if path is None:
+        return os.environ.get("OPENAI_API_KEY", "")
+    check_secret(path, "--key-file")
+    words = read_file(path, _LONGEST_KEYS).decode("utf-8", "replace").split()
+    if not words:
+        raise InvalidRequest(f"--key-file {path} is empty")
+    return words[0]
