@@ -274,6 +274,33 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
         assert (tmp_path / name).read_text() != "precious"
 
 
+def test_no_folder_is_made_by_a_misspelt_name(tmp_path: Path) -> None:
+    nowhere = tmp_path / "no" / "such"
+    for command, *arguments in (
+        (sweep, SMALL, "--capacity", "inf", "-o", nowhere / "s"),
+        (curve, SMALL, "-o", nowhere / "c"),
+        (replay, SMALL, "--picture", nowhere / "r"),
+        (generate, "tree", "--count", 1, "-o", nowhere / "g.jsonl"),
+    ):
+        with pytest.raises(CacheError, match=f"there is no folder {nowhere} to write into"):
+            run(command, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written_is_refused_by_name() -> None:
+    with pytest.raises(CacheError, match="cannot write the picture /proc/x"):
+        run(replay, SMALL, "--picture", "/proc/x")
+
+
+def test_nothing_is_a_number_that_was_given(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="block size 0 is not a power of two"):
+        run(replay, SMALL, "--block-size", 0)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"prompt": [1, 2]}\n{"messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(CacheError, match=r"--rate 0\.0 .* are more than 0"):
+        run(replay, chats, "--rate", 0)
+
+
 def test_without_matplotlib_the_figures_are_there_and_a_note(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,15 +180,19 @@ def finish(trace: Trace) -> None:
 
 
 def refuse_overwriting(paths: Iterable[Path], force: bool) -> None:
-    """Refuse to write over files that are there.
+    """Refuse to write over files that are there, or into folders that are not.
 
     Raises:
         InvalidRequest: one is, and `force` is not given; or it can be no file.
     """
+    paths = list(paths)
     try:
+        nowhere = [path.parent for path in paths if not path.parent.is_dir()]
         there = [str(path) for path in paths if path.exists()]
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"cannot write there: {error}") from None
+    if nowhere:
+        raise InvalidRequest(f"there is no folder {nowhere[0]} to write into; make it first")
     if there and not force:
         raise InvalidRequest(f"{', '.join(there)}: there already; --force overwrites")
 
@@ -218,6 +222,9 @@ def draw(name: str, path: Path, *what: Any) -> list[Path]:
         name: The function of `pictures`.
         path: Where to, without ending.
         what: What the function draws.
+
+    Raises:
+        InvalidRequest: the files cannot be written.
     """
     from prefixcache_bench.reports import pictures
 
@@ -226,6 +233,8 @@ def draw(name: str, path: Path, *what: Any) -> list[Path]:
     except pictures.PictureMissing as error:
         typer.echo(f"no picture: {error}", err=True)
         return []
+    except OSError as error:
+        raise InvalidRequest(f"cannot write the picture {path}: {error.strerror}") from None
     for file in files:
         typer.echo(f"wrote {file}", err=True)
     return files

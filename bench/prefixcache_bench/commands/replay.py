@@ -89,7 +89,7 @@ def replay(
         options.refuse_overwriting(options.pictures(picture), force)
     mode = Partial(options.partials(partial)[0])
     trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
-    block_size = block_size or max(16, trace.unit)
+    block_size = max(16, trace.unit) if block_size is None else block_size
     working_set = 0
     if asked.kind == "percent":
         working_set = curve(trace, trace.unit).working_set * trace.unit

@@ -81,7 +81,7 @@ def read(
     Raises:
         InvalidRequest: there is no such tokenizer, or no such pace.
     """
-    rate, think_s = rate or 1.0, MEAN_PAUSE_S if think_s is None else think_s
+    rate, think_s = 1.0 if rate is None else rate, MEAN_PAUSE_S if think_s is None else think_s
     if not 1e-9 <= rate <= 1e9 or not 0 <= think_s <= 1e9:
         raise InvalidRequest(f"--rate {rate} and --think {think_s} are more than 0, up to 1e9")
     layout = ChatLayout(named(tokenizer))
