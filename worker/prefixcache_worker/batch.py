@@ -31,6 +31,8 @@ class Piece:
     """The sequence's blocks in order; `array('i')` and lists will do."""
     logits: bool = True
     """Whether the logits after the last of them are wanted."""
+    num_rows: int = 1
+    """After how many of them, counted from the last one, if they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class Batch:
             tokens.extend(piece.tokens)
             starts.append(len(tokens))
             if piece.logits:
-                rows.append(len(tokens) - 1)
+                rows.extend(range(len(tokens) - piece.num_rows, len(tokens)))
         num = len(tokens)
         query_start = torch.tensor(starts, dtype=torch.int32).to(device, non_blocking=True)
         counts = (query_start[1:] - query_start[:-1]).long()

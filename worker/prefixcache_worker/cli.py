@@ -33,6 +33,10 @@ def worker(
     max_batch: Annotated[
         int, typer.Option(min=1, metavar="N", help="Requests in hand at a time.")
     ] = 16,
+    drafts: Annotated[
+        int,
+        typer.Option(min=0, max=15, metavar="N", help="Tokens a step looked up in what was said."),
+    ] = 0,
     solo: Annotated[
         bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
     ] = False,
@@ -62,4 +66,12 @@ def worker(
 
     transformers.utils.logging.disable_progress_bar()
     loaded = Model.load(model, dtype=dtype, threads=threads)
-    WorkerProcess(loaded, connect, solo=solo, name=name, chunk=chunk, max_batch=max_batch).run()
+    WorkerProcess(
+        loaded,
+        connect,
+        solo=solo,
+        name=name,
+        chunk=chunk,
+        max_batch=max_batch,
+        drafts=drafts,
+    ).run()

@@ -32,6 +32,7 @@ from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, ServiceUnavailable
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Piece
+from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.forward import Forward
 from prefixcache_worker.inbox import Inbox
 from prefixcache_worker.job import Job, finished, started
@@ -58,6 +59,9 @@ GROW_S: Final = 1.0
 """How long to wait for it, until somebody gives way."""
 
 MOST_RESTARTS: Final = 8
+DRAFT_ROWS: Final = 16
+"""Tokens of a step, drafts included, that cost hardly more than one for each sequence."""
+
 LONGEST_RETRY_S: Final = 1.0
 
 
@@ -72,6 +76,7 @@ class Engine:
         max_batch: requests in hand at a time; more wait in the queue.
         join: how to find the service again when it is lost; None: never.
         private_tokens: size of the pool for the time without a service.
+        drafts: most tokens a step that are looked up and run with an answer's last one; 0: none.
         grouped: decode by the group plan; False: every sequence reads all of its keys, to compare.
     """
 
@@ -85,6 +90,7 @@ class Engine:
         max_batch: int = 16,
         join: Join | None = None,
         private_tokens: int = PRIVATE_TOKENS,
+        drafts: int = 0,
         grouped: bool = True,
     ) -> None:
         if chunk < max_batch or max_batch < 1:
@@ -96,6 +102,7 @@ class Engine:
         self.model = model
         self.chunk = chunk
         self.max_batch = max_batch
+        self.drafts = drafts
         shared = SharedStore(session, pool) if session is not None and pool is not None else None
         self.membership = Membership(model.layout, shared, join, private_tokens, self.wake)
         self.inbox: Inbox[Job | str] = Inbox()
@@ -144,6 +151,8 @@ class Engine:
                 f"generated token ids must lie between 0 and {self.model.vocab_size - 1}"
             )
         job = Job(request, stream, stop_ids, min(request.max_new_tokens, room))
+        if self.drafts and not how.penalised:  # a penalty is known when the token before it is
+            job.drafts = Drafts(job.tokens)
         self._ids.add(request.id)
         self.inbox.put(job)
         self.wake()
@@ -363,17 +372,16 @@ class Engine:
             if not pieces:
                 continue
             pieces, logits = self._forward.run(store, jobs, pieces)
-            choosing = [job for job, piece in pieces if piece.logits]
             lost = self._lost_meanwhile([job for job, _ in pieces], store)
             if lost:
+                rows = [job for job, piece in pieces if piece.logits for _ in range(piece.num_rows)]
+                logits = logits[[n for n, job in enumerate(rows) if id(job) not in lost]]
                 pieces = [(job, piece) for job, piece in pieces if id(job) not in lost]
-                logits = logits[[n for n, job in enumerate(choosing) if id(job) not in lost]]
-                choosing = [job for job in choosing if id(job) not in lost]
             for job, piece in pieces:
                 self.num_computed += len(piece.tokens)
-                job.num_valid += len(piece.tokens)
+                job.num_valid += len(piece.tokens) - (piece.num_rows - 1)
                 job.num_computed += len(piece.tokens)
-            events.extend(self._choose(choosing, logits))
+            events.extend(self._choose([one for one in pieces if one[1].logits], logits))
             done.extend(job for job, _ in pieces)
         events.extend(finished(job) for job in done if job.reason)
         return done
@@ -405,18 +413,22 @@ class Engine:
         self._passed_over = has_quick_prompt and len(quick) < len(jobs) and not self._passed_over
         if self._passed_over:
             jobs = quick
+        decoding = sum(job.num_due == 1 for job in jobs)
+        guesses = min(self.drafts, min(DRAFT_ROWS, self.chunk) // max(1, decoding) - 1)
         for job in sorted(jobs, key=lambda job: job.num_due > 1):  # stable: decoding ones first
             count = min(job.num_due, budget)
             if not count or not self._has_room(job, count, store):
                 continue
-            budget -= count
             assert job.claim is not None
             end = job.num_valid + count
+            draft = job.draft(guesses)
+            budget -= count + len(draft)
             piece = Piece(
-                job.tokens[job.num_valid : end],
+                job.tokens[job.num_valid : end] + draft,
                 job.num_valid,
                 job.claim.block_table,
                 logits=end == len(job.tokens),
+                num_rows=1 + len(draft),
             )
             pieces.append((job, piece))
         return pieces
@@ -440,17 +452,30 @@ class Engine:
             job.growing.add_done_callback(lambda _: self.wake())
         return end <= job.num_slots
 
-    def _choose(self, jobs: Sequence[Job], logits: Tensor) -> Iterator[Event]:
+    def _choose(self, pieces: Sequence[tuple[Job, Piece]], logits: Tensor) -> Iterator[Event]:
+        """Choose each piece's next token, and those behind it as far as its draft was right."""
         now = time.monotonic()
-        samplers = [job.sampler for job in jobs]
-        tokens = choose(samplers, logits, [job.num_generated for job in jobs])
-        for job, row, token in zip(jobs, logits, tokens, strict=True):
-            top = top_two(row) if job.request.log_logits else None
+        rows = [(job, at) for job, piece in pieces for at in range(piece.num_rows)]
+        samplers = [job.sampler for job, _ in rows]
+        chosen = choose(samplers, logits, [job.num_generated + at for job, at in rows])
+        row = 0
+        for job, piece in pieces:
             job.first_s = job.first_s or now
-            wanted = job.request.logprobs
-            told = None if wanted is None else logprobs(row, token, wanted)
-            text = job.add(token)
-            yield Token(job.request.id, token, text, top, told)
+            drafted = piece.tokens[len(piece.tokens) - piece.num_rows + 1 :]
+            for at, token in enumerate(chosen[row : row + piece.num_rows]):
+                if at:
+                    job.num_valid += 1  # what was drafted is what was chosen: it is in its slot
+                yield self._told(job, logits[row + at], token)
+                if job.reason or at == len(drafted) or token != drafted[at]:
+                    break
+            row += piece.num_rows
+
+    def _told(self, job: Job, logits: Tensor, token: int) -> Token:
+        """Take a token for a job's answer, and tell it."""
+        top = top_two(logits) if job.request.log_logits else None
+        wanted = job.request.logprobs
+        told = None if wanted is None else logprobs(logits, token, wanted)
+        return Token(job.request.id, token, job.add(token), top, told)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """Tell each store what is valid and what is done with, in one message per store."""

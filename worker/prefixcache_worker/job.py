@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
 from prefixcache_worker.sampling import Sampler
@@ -39,6 +40,8 @@ class Job:
     reserves_all: bool = False
     """Whether it asks for the whole answer's room with its prompt: it has lost its blocks before,
     since others had what it needed to go on."""
+    drafts: Drafts | None = None
+    """Where to look up what may come next; None: nowhere."""
     num_valid: int = 0
     """Tokens whose keys and values are in the claim's blocks."""
     num_told: int = 0
@@ -97,6 +100,8 @@ class Job:
         """
         self.tokens.append(token)
         self.sampler.add(token)
+        if self.drafts is not None:
+            self.drafts.add(token)
         text = ""
         if token in self.stop_ids:
             self.reason = "stop"
@@ -121,6 +126,13 @@ class Job:
         waits = self.growing is not None and not self.growing.done()
         return waits and self.num_valid >= self.num_slots
 
+    def draft(self, most: int) -> list[int]:
+        """Give up to `most` tokens that may come next, with slots, and room in the answer."""
+        if self.drafts is None or self.num_due != 1:
+            return []
+        room = min(self.num_slots - self.num_valid, self.num_left) - 1
+        return self.drafts.propose(self.tokens, min(most, room))
+
     def grant(self, claim: Claim) -> None:
         """Take the blocks that were asked for."""
         self.claim, self.future = claim, None
@@ -137,7 +149,8 @@ class Job:
         if self.claim is None or self.num_valid == self.num_committed:
             return None
         in_prompt = self.num_committed < self.num_told
-        if not (in_prompt or self.reason or self.num_valid % block_size == 0):
+        whole = self.num_valid // block_size > self.num_committed // block_size
+        if not (in_prompt or self.reason or whole):
             return None
         fresh = self.tokens[self.num_told : self.num_valid]
         self.num_told = max(self.num_told, self.num_valid)

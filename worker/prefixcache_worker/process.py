@@ -95,6 +95,7 @@ class WorkerProcess:
         name: for people: appears in the service's snapshots.
         chunk: tokens per step.
         max_batch: requests in hand at a time.
+        drafts: most tokens a step that are looked up and tried for an answer.
         lines: where requests come from.
         out: where events go.
 
@@ -111,6 +112,7 @@ class WorkerProcess:
         name: str = "",
         chunk: int = 256,
         max_batch: int = 16,
+        drafts: int = 0,
         lines: Iterable[bytes] | None = None,
         out: IO[bytes] | None = None,
     ) -> None:
@@ -130,7 +132,9 @@ class WorkerProcess:
             session, pool = join()
         self.worker = str(session.attachment.worker) if session is not None else ""
         self.pool = pool
-        self.engine = Engine(model, pool, session, chunk=chunk, max_batch=max_batch, join=join)
+        self.engine = Engine(
+            model, pool, session, chunk=chunk, max_batch=max_batch, join=join, drafts=drafts
+        )
 
     def run(self) -> None:
         """Serve until the input ends and all is answered, or until SIGTERM or Ctrl-C."""
