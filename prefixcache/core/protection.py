@@ -48,7 +48,9 @@ _MOST_MOVED = 256
 """Blocks of each that go back in one go: always the oldest, and more than go at a time."""
 
 PROTECTED = 2
-"""`node.queued` of a leaf that waits here, and not in the policy's queue."""
+"""`node.queued` of a leaf that waits within a share, and not in the policy's queue."""
+PINNED = 4
+"""… of one that is pinned, wherever it waited before."""
 
 
 class ProtectedQueue:
@@ -65,7 +67,7 @@ class ProtectedQueue:
         self._tree = tree
         self._inner = tree.queue
         self._quotas = quotas
-        self._pins = LeafQueue(Lru(), PROTECTED)
+        self._pins = LeafQueue(Lru(), PINNED)
         self._shares: dict[Account, LeafQueue] = {}
         self._returning: list[LeafQueue] = []
         """What waited here under other shares: it goes back, the oldest of each first, in parts."""
@@ -111,18 +113,22 @@ class ProtectedQueue:
         return None
 
     def protect(self, node: Node) -> None:
-        """Keep a leaf that is pinned from now on, if it waited in the policy's order.
+        """Keep a leaf that is pinned from now on, if it waited in the policy's order or a share.
 
         Else it is looked at when it comes to the top there, and thousands of them one after the
-        other by the first eviction.  O(log leaves).  Queues of other policies keep theirs.
+        other by the first eviction; and a share would count it among what may go.  O(log leaves).
+        In queues of other policies it waits until then.
         """
-        if node.queued == 1 and isinstance(self._inner, LeafQueue) and node.is_evictable:
+        is_ours = node.queued == PROTECTED or (
+            node.queued == 1 and isinstance(self._inner, LeafQueue)
+        )
+        if is_ours and node.is_evictable:
             node.queued = 0
             self._pins.push(node)
 
     def unprotect(self, node: Node) -> None:
         """Give a leaf whose pin has ended back to the policy's order, if it waited here."""
-        if node.queued == PROTECTED:
+        if node.queued == PINNED:
             node.queued = 0
             if node.is_evictable:
                 self._inner.push(node)
@@ -133,7 +139,7 @@ class ProtectedQueue:
         O(shares).
         """
         self._returning += [*self._shares.values(), self._pins]
-        self._shares, self._pins = {}, LeafQueue(Lru(), PROTECTED)
+        self._shares, self._pins = {}, LeafQueue(Lru(), PINNED)
 
     def _go_on_returning(self) -> None:
         """Give back more leaves than are evicted, the oldest first: none is evicted too early."""

@@ -354,9 +354,8 @@ def test_who_is_within_a_share_goes_after_all_others_and_who_is_beyond_it_in_its
             for one in (A, B, C):
                 scope = one.tenant if is_tenant else one
                 cache.set_quota(scope, max_held=None, guaranteed=shares[one], now=0.0)
-        elif what < 0.06 and (others := [one for one in there if not shares[one[0]]]):
-            # What waits in a share when it is pinned counts there until it comes to the top.
-            pinned.add(one := draw.choice(others))
+        elif what < 0.06 and there:
+            pinned.add(one := draw.choice(there))
             cache.pin(one[0], pack([one[1]]), ttl_s=1e6, now=0.0)
         elif what < 0.08 and pinned:
             one = pinned.pop()
