@@ -12,7 +12,7 @@ from engines.simulated import TTL_S, Engine, Job, Machine
 from prefixcache.client import MediaItem
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import pack
-from prefixcache_vllm.leases import Bounds
+from prefixcache_vllm.leases import PATIENCE_STEPS, Bounds, Room
 
 SIZE = 4
 CAT, DOG = b"c" * 32, b"d" * 32
@@ -160,6 +160,38 @@ def test_under_pressure_everybody_gets_to_the_end(monkeypatch: pytest.MonkeyPatc
         machine.pass_time(0.1)
     assert all(one.is_done for one in jobs)
     assert sum(engine.num_preempted for engine in engines)
+    machine.check_idle()
+
+
+def test_who_has_no_block_for_its_next_token_sits_out_until_it_comes_or_another_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(monkeypatch, 6, SIZE)
+    bounds = replace(BOUNDS, reserve=0, ahead=0)
+    one, two = (Engine(machine, name, bounds).leases for name in ("one", "two"))
+    for leases, name, length in ((one, "a", 8), (two, "b", 12)):
+        leases.ask(name, [length] * length, left=20)
+        leases.flush()
+        machine.deliver(machine.sessions[0 if leases is one else 1])
+        assert leases.ready(name)
+        leases.start(name)
+    assert one.room("a", 8) is Room.THERE
+    assert one.room("a", 13) is Room.COMING  # asks for two blocks, and one is free
+    one.flush()
+    machine.deliver(machine.sessions[0])
+    steps = [one.room("a", 13) for _ in range(PATIENCE_STEPS)]
+    assert steps == [Room.COMING] * (PATIENCE_STEPS - 1) + [Room.MISSING]
+    assert one.room("a", 13) is Room.COMING
+    two.end(two.pop("b"))
+    two.flush()
+    machine.deliver(machine.sessions[1])
+    machine.deliver(machine.sessions[0])
+    assert one.room("a", 13) is Room.THERE
+    assert one.counts.sat_out == PATIENCE_STEPS + 1
+    assert one.counts.asked == 1
+    one.end(one.pop("a"))
+    one.flush()
+    machine.deliver(machine.sessions[0])
     machine.check_idle()
 
 

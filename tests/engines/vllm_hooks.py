@@ -63,6 +63,7 @@ HOOKS = {
         "Scheduler.update_from_output",
     ),
     CORE + "sched.async_scheduler": ("AsyncScheduler",),
+    CORE + "sched.request_queue": ("SchedulingPolicy",),
     CORE + "sched.output": ("KVConnectorBlockState", "SchedulerOutput"),
     "vllm.v1.request": ("Request", "RequestStatus"),
     "vllm.v1.engine.core": ("EngineCore._initialize_kv_caches",),
