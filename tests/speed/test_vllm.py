@@ -6,23 +6,26 @@ import contextlib
 import itertools
 import json
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prefixcache_bench.speed import vllm, vllm_chats, vllm_fleet
-from prefixcache_bench.speed.vllm import KINDS
+from prefixcache_bench.speed import vllm, vllm_chats, vllm_engine, vllm_fleet
 from prefixcache_bench.speed.vllm_chats import Chats
 from prefixcache_bench.speed.vllm_engine import Steps
 from prefixcache_bench.speed.vllm_figures import Say, Series, ratio_of
 from prefixcache_bench.speed.vllm_fleet import Fleet, Memory
 from prefixcache_bench.speed.vllm_peer import PYTHON_VARIABLE, Generated, VllmFailed
 
-NAMES = dict.fromkeys(kind for kind, _ in KINDS)
+NAMES = (
+    *("alone, cold", "alone, its own", "in place, cold", "in place, its own"),
+    *("in place, another's", "connector, cold", "connector, its own", "connector, another's"),
+)
 
 
 class Engine:
@@ -45,8 +48,8 @@ class Engine:
 
 
 def time_first_tokens(placed: list[Engine], rounds: int) -> dict[int, dict[str, Series]]:
-    copying = [Engine(placed[0].pool), Engine(placed[1].pool)]
-    engines: Any = (Engine(set()), placed, copying)
+    pool: set[tuple[int, ...]] = set()
+    engines: Any = (Engine(set()), {"in place": placed, "connector": [Engine(pool), Engine(pool)]})
     return vllm.first_tokens(*engines, rounds, random.Random(1), Say())
 
 
@@ -81,6 +84,42 @@ def test_engines_that_do_not_share_are_no_measurement() -> None:
         time_first_tokens([Engine(set()), Engine(set())], 1)
     with pytest.raises(VllmFailed, match="no cached prefill"):
         time_first_tokens([Engine(set(), forgets=True), Engine(set())], 1)
+
+
+def test_what_is_cached_is_a_part_of_what_is_cold_of_its_kind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = {256: {name: Series([8.0]) for name in NAMES}}
+    found[256]["in place, another's"] = Series([2.0])
+    found[256]["in place, cold"] = Series([16.0])
+    vllm.say_first_tokens(found, ["in place", "connector"], Say())
+    lines = {
+        line[:24].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line
+    }
+    assert {lines[name] for name in NAMES if not name.startswith("in place")} == {"1.000"}
+    assert (lines["in place, another's"], lines["in place, cold"]) == ("0.125", "2.000")
+
+
+def test_a_library_that_answers_every_name_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        __slots__ = ()
+
+        def __getattr__(self, name: str) -> str:
+            return f"function {name}"
+
+    ffi: Any = ModuleType("llvmlite.binding.ffi")
+    ffi._lib_wrapper = Library
+    for name, module in (
+        ("llvmlite", ModuleType("llvmlite")),
+        ("llvmlite.binding", ModuleType("llvmlite.binding")),
+        ("llvmlite.binding.ffi", ffi),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    library = Library()
+    assert hasattr(library, "__dict__")
+    vllm_engine.hide_kernels()
+    assert not hasattr(library, "__dict__")
+    assert library.add == "function add"
 
 
 def test_decoding_that_waits_for_its_prompt_is_no_measurement() -> None:

@@ -2,6 +2,7 @@
 
     python -m prefixcache_bench.speed.vllm [--python PYTHON] [--quick] [--seed 0] [--rounds 11]
                                            [--eager] [--only PART] [--json FILE] [--publish]
+                                           [--lmcache PYTHON]
 
 Needs an environment with vLLM: `make vllm-environment` makes one in .venv-vllm.  Each engine is a
 process of one thread with the demo's model; the service is a process of its own.  Engines wait
@@ -15,6 +16,7 @@ decoding      batches of 1, 8 and 16: in place, and vLLM alone, which takes the 
 chats         each turn on another of three engines: in place, and each with a cache of its own;
               then their memory: each one's own, the pool once, and the KV that they keep
 files         the same beside vLLM's own offloading to files that all share, or why it does not run
+lmcache       first tokens and the same chats, in place and through a server of LMCache's
 ```
 What was cold and what cached vLLM says itself (`num_cached_tokens`); it is checked.  Times are
 vLLM's: from a request's entry, before it asks for a lease, to its first token.  Figures are min /
@@ -33,7 +35,7 @@ import random
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +64,7 @@ from prefixcache_bench.speed.vllm_peer import (
 )
 
 DOCUMENT: Final = Path("docs/benchmarks.md")
-POOL: Final = "1GiB"
+POOL_GB: Final = 1
 LENGTHS: Final = (256, 1000, 2000)
 BATCHES: Final = (1, 8, MAX_REQUESTS)
 STEPS: Final = 64
@@ -77,16 +79,11 @@ ABSENT: Final = (
     " makes one, .venv-vllm/bin/python (3.5 GB, minutes)"
 )
 
-KINDS: Final = (
-    ("alone, cold", "alone, cold"),
-    ("alone, its own", "alone, cold"),
-    ("in place, cold", "alone, cold"),
-    ("in place, its own", "in place, cold"),
-    ("in place, another's", "in place, cold"),
-    ("connector, cold", "alone, cold"),
-    ("connector, another's", "connector, cold"),
+LMCACHE_VARIABLE: Final = "PREFIXCACHE_LMCACHE_PYTHON"
+LMCACHE_ABSENT: Final = (
+    f"beside LMCache: not measured: neither --lmcache nor ${LMCACHE_VARIABLE} names a Python that "
+    "has vLLM and LMCache (docs/vllm.md says how to make one)"
 )
-"""What is timed, and of what it is a part."""
 
 Ask = tuple[str, Vllm, list[int]]
 """A kind, who is asked, and what."""
@@ -95,48 +92,49 @@ Figures = dict[str, Any]
 
 
 def round_of(
-    alone: Vllm,
-    placed: Sequence[Vllm],
-    copying: Sequence[Vllm],
-    prompts: list[list[int]],
-    turn: int,
+    alone: Vllm, pairs: Mapping[str, Sequence[Vllm]], draw: random.Random, length: int, turn: int
 ) -> list[list[Ask]]:
-    """Give what is asked in one round: new prompts, and engines that change places."""
-    first, second = placed if turn % 2 else reversed(placed)
-    later: list[Ask] = [
-        ("in place, its own", first, prompts[1]),
-        ("in place, another's", second, prompts[1]),
-    ]
-    asks: list[list[Ask]] = [
-        [("alone, cold", alone, prompts[0]), ("alone, its own", alone, prompts[0])],
-        [("in place, cold", first, prompts[1]), *(later if turn % 4 < 2 else later[::-1])],
-    ]
-    first, second = copying if turn % 2 else reversed(copying)
-    asks.append(
-        [("connector, cold", first, prompts[2]), ("connector, another's", second, prompts[2])]
-    )
+    """Give what is asked in one round: new prompts, and engines that change places.
+
+    Args:
+        alone: vLLM with a cache of its own.
+        pairs: two engines that share, of each kind.
+        draw: what draws the prompts.
+        length: tokens of each.
+        turn: which round.
+    """
+    prompt = tokens(draw, length)
+    asks: list[list[Ask]] = [[("alone, cold", alone, prompt), ("alone, its own", alone, prompt)]]
+    for kind, (one, two) in pairs.items():
+        prompt = tokens(draw, length)
+        first, second = (one, two) if turn % 2 else (two, one)
+        later: list[Ask] = [
+            (f"{kind}, its own", first, prompt),
+            (f"{kind}, another's", second, prompt),
+        ]
+        later = later if turn % 4 < 2 else later[::-1]
+        asks.append([(f"{kind}, cold", first, prompt), *later])
+    draw.shuffle(asks)
     return asks
 
 
 def first_tokens(
     alone: Vllm,
-    placed: Sequence[Vllm],
-    copying: Sequence[Vllm],
+    pairs: Mapping[str, Sequence[Vllm]],
     rounds: int,
     draw: random.Random,
     say: Say,
 ) -> dict[int, dict[str, Series]]:
-    """Time first tokens, in milliseconds.
+    """Time first tokens, in milliseconds, of each kind.
 
     Raises:
         VllmFailed: a cold prompt was cached, or a cached one was not.
     """
-    found: dict[int, dict[str, Series]] = {n: {k: Series() for k, _ in KINDS} for n in LENGTHS}
+    found: dict[int, dict[str, Series]] = {length: {} for length in LENGTHS}
     for turn in range(-WARM_UPS, rounds):
-        say.progress(f"first-token: {round_name(turn, rounds)}")
+        say.progress(f"first tokens: {round_name(turn, rounds)}")
         for length in LENGTHS:
-            asks = round_of(alone, placed, copying, [tokens(draw, length) for _ in range(3)], turn)
-            draw.shuffle(asks)
+            asks = round_of(alone, pairs, draw, length, turn)
             for kind, engine, prompt in [ask for one in asks for ask in one]:
                 told = engine.generate([prompt], 1)[0]
                 if kind.endswith("cold"):
@@ -144,7 +142,8 @@ def first_tokens(
                 else:
                     warm(told, length)
                 if turn >= 0:
-                    found[length][kind].values.append(1e3 * told.first_token_s)
+                    series = found[length].setdefault(kind, Series())
+                    series.values.append(1e3 * told.first_token_s)
     return found
 
 
@@ -183,21 +182,13 @@ def decoding(
 def first_token_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figures:
     """Time first tokens: alone, in place, by connector."""
     engines = made.start(alone=1, in_place=2, connector=2)
-    alone, placed = engines["alone"][0], engines["in_place"]
+    alone, placed, copying = engines["alone"][0], engines["in_place"], engines["connector"]
     say_about(options, alone, say)
     before = placed[0].counts()
-    found = first_tokens(
-        alone, placed, engines["connector"], options.rounds, drawing(options, "first-token"), say
-    )
-    say(f"\n{'first token, ms':24}" + "".join(f"{n:>18,} tokens{'of cold':>9}" for n in LENGTHS))
-    for kind, base in KINDS:
-        cells = [
-            f"{found[n][kind].shown():>25}{ratio_of(found[n][kind], found[n][base]):9.3f}"
-            for n in LENGTHS
-        ]
-        say(f"{kind:24}" + "".join(cells))
-    for n in LENGTHS:
-        row = found[n]
+    pairs = {"in place": placed, "connector": copying}
+    found = first_tokens(alone, pairs, options.rounds, drawing(options, "first-token"), say)
+    say_first_tokens(found, pairs, say)
+    for n, row in found.items():
         another = row["in place, another's"]
         own = ratio_of(another, row["in place, its own"])
         say.goal(f"{n:,} tokens in place, another's of its own", own, OWN_GOAL)
@@ -237,8 +228,8 @@ def chats_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figures:
     placed, alone = engines["in_place"], engines["alone"]
     say_about(options, alone[0], say)
     played = play_and_say({"in place": placed, "private caches": alone}, options, say)
-    memory = {
-        "in place": (made.memory_of(placed, service=True), made.kept_in_pool()),
+    memory: dict[str, tuple[Memory, Kept | None]] = {
+        "in place": (made.memory_of(placed, made.service_pid), made.kept_in_pool()),
         "private caches": (made.memory_of(alone), made.kept_by(alone)),
     }
     say_memory(memory, say)
@@ -258,8 +249,8 @@ def files_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figures:
         say_about(options, files[0], say)
         played = play_and_say({"in place": placed, name: files}, options, say)
         written = sum(one.stat().st_size for one in Path(folder).rglob("*") if one.is_file())
-        memory = {
-            "in place": (made.memory_of(placed, service=True), made.kept_in_pool()),
+        memory: dict[str, tuple[Memory, Kept | None]] = {
+            "in place": (made.memory_of(placed, made.service_pid), made.kept_in_pool()),
             name: (made.memory_of(files), made.kept_by(files)),
         }
         say_memory(memory, say)
@@ -267,11 +258,36 @@ def files_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figures:
     return {"chats": played, "memory_bytes": memory, "file_bytes": written, "refused": refused}
 
 
+def lmcache_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figures:
+    """Time first tokens and play the chats beside engines that share through LMCache's server."""
+    if not options.lmcache:
+        say(LMCACHE_ABSENT)
+        return {"refused": [LMCACHE_ABSENT]}
+    engines = made.start(alone=1, in_place=ENGINES)
+    alone, placed = engines["alone"][0], engines["in_place"]
+    copying, server = made.start_lmcache(ENGINES, options.lmcache, POOL_GB)
+    say_about(options, copying[0], say)
+    pairs = {"in place": placed[:2], "LMCache": copying[:2]}
+    found = first_tokens(alone, pairs, options.rounds, drawing(options, "first-token"), say)
+    say_first_tokens(found, pairs, say)
+    for n, row in found.items():
+        ratio = ratio_of(row["in place, another's"], row["LMCache, another's"])
+        say(f"{n:,} tokens, another's, in place of LMCache: {ratio:.3f}")
+    played = play_and_say({"in place": placed, "LMCache": copying}, options, say)
+    memory: dict[str, tuple[Memory, Kept | None]] = {
+        "in place": (made.memory_of(placed, made.service_pid), made.kept_in_pool()),
+        "LMCache": (made.memory_of(copying, server), None),
+    }
+    say_memory(memory, say)
+    return {"first_token_ms": found, "chats": played, "memory_bytes": memory}
+
+
 PARTS: Final[dict[str, tuple[str, Callable[[Fleet, argparse.Namespace, Say], Figures]]]] = {
     "first-token": ("vLLM on a shared pool: first tokens", first_token_part),
     "decoding": ("vLLM on a shared pool: decoding", decoding_part),
     "chats": ("vLLM on a shared pool: chats that move, and memory", chats_part),
     "files": ("vLLM on a shared pool: beside shared files", files_part),
+    "lmcache": ("vLLM on a shared pool: beside LMCache", lmcache_part),
 }
 """The parts, each with the title of its section in the document of all benchmarks."""
 
@@ -313,17 +329,36 @@ def play_and_say(
     return found
 
 
-def say_memory(found: Mapping[str, tuple[Memory, Kept]], say: Say) -> None:
+def say_first_tokens(found: dict[int, dict[str, Series]], pairs: Iterable[str], say: Say) -> None:
+    """Say the times to the first token, each as a part of the cold one of its kind."""
+    rows = [("alone, cold", "alone, cold"), ("alone, its own", "alone, cold")]
+    for kind in pairs:
+        rows.append((f"{kind}, cold", "alone, cold"))
+        rows += [(f"{kind}, {whose}", f"{kind}, cold") for whose in ("its own", "another's")]
+    say(f"\n{'first token, ms':24}" + "".join(f"{n:>18,} tokens{'of cold':>9}" for n in found))
+    for kind, base in rows:
+        cells = [
+            f"{row[kind].shown():>25}{ratio_of(row[kind], row[base]):9.3f}"
+            for row in found.values()
+        ]
+        say(f"{kind:24}" + "".join(cells))
+    say("of cold: of the cold one of its kind; cold ones: of vLLM's alone")
+
+
+def say_memory(found: Mapping[str, tuple[Memory, Kept | None]], say: Say) -> None:
     """Say what the engines take."""
     say(
         f"\n{'memory, MiB':24}{'processes':>11}{'pool, once':>12}{'sum':>9}"
         f"{'KV kept':>10}{'room for KV':>13}"
     )
     for name, (memory, kept) in found.items():
-        parts = (memory.own, memory.shared, memory.own + memory.shared, kept.kept, kept.room)
-        own, shared, both, kv, room = [f"{part / 2**20:,.0f}" for part in parts]
+        parts = (memory.own, memory.shared, memory.own + memory.shared)
+        own, shared, both = [f"{part / 2**20:,.0f}" for part in parts]
+        kv = room = "-"
+        if kept is not None:
+            kv, room = [f"{part / 2**20:,.0f}" for part in (kept.kept, kept.room)]
         say(f"{name:24}{own:>11}{shared:>12}{both:>9}{kv:>10}{room:>13}")
-    say(f"of {ENGINES} engines and, in place, the service; pages that were touched, each once")
+    say(f"of {ENGINES} engines and their server, if any; pages that were touched, each once")
 
 
 def say_messages(what: str, before: dict[str, int], after: dict[str, int], say: Say) -> None:
@@ -362,7 +397,7 @@ def run_part(part: str, options: argparse.Namespace, model: str, layout: str, sa
         CacheError: the service failed.
     """
     eager = options.eager or options.quick
-    with fleet(options.python, model, layout, POOL, eager=eager, say=say) as made:
+    with fleet(options.python, model, layout, f"{POOL_GB}GiB", eager=eager, say=say) as made:
         found = PARTS[part][1](made, options, say)
         if left := made.left():
             raise VllmFailed(f"left in the pool: {'; '.join(left)}")
@@ -432,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print, publish if asked to."""
     parser = argparse.ArgumentParser(prog="prefixcache_bench.speed.vllm", allow_abbrev=False)
     parser.add_argument("--python", default=os.environ.get(PYTHON_VARIABLE), metavar="PYTHON")
+    parser.add_argument("--lmcache", default=os.environ.get(LMCACHE_VARIABLE), metavar="PYTHON")
     parser.add_argument(
         "--quick", action="store_true", help="two rounds, eager, short answers, few chats"
     )

@@ -38,6 +38,23 @@ def told(output: Any) -> dict[str, Any]:
     }
 
 
+def hide_kernels() -> None:
+    """Let vLLM 0.32 start on a CPU after llvmlite was imported, as LMCache does.
+
+    It looks for kernels in everything that has a `__dict__`, and llvmlite's library answers each
+    name with a C function: of special names it says now that there is none.
+    """
+    library: Any = importlib.import_module("llvmlite.binding.ffi")._lib_wrapper
+    answer = library.__getattr__
+
+    def get(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return answer(self, name)
+
+    library.__getattr__ = get
+
+
 class Steps:
     """Counts the steps that a scheduler plans, idle ones apart, and the requests it preempts."""
 
@@ -131,6 +148,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # vLLM writes its log where the answers go
     encoder = json.JSONEncoder(allow_nan=False)
+    if "LMCache" in sys.argv[1]:
+        hide_kernels()
     vllm: Any = importlib.import_module("vllm")
     torch: Any = importlib.import_module("torch")
     peer = vllm.LLM(**json.loads(sys.argv[1]))

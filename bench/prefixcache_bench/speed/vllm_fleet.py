@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import socket
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ DTYPE: Final = "bfloat16"
 MAX_REQUESTS: Final = 16
 _STARTING: Final = 2
 """Engines that start at a time: as many as the smallest machine has cores."""
+_START_S: Final = 300.0
 
 
 def offloading(folder: str) -> dict[str, Any]:
@@ -176,7 +180,7 @@ class Fleet:
         self._python = python
         self._model = model
         self._layout = layout
-        self.target, self._service_pid = service
+        self.target, self.service_pid = service
         self.eager = eager
         self._say = say
 
@@ -223,6 +227,36 @@ class Fleet:
                 return name, engines, refused
         return "", [], refused
 
+    def start_lmcache(self, count: int, python: str, memory_gb: int) -> tuple[list[Vllm], int]:
+        """Start engines that share through a server of LMCache's, in its mode of many processes.
+
+        Args:
+            count: of the engines.
+            python: the one that has vLLM and LMCache.
+            memory_gb: of the server, for KV.
+
+        Returns:
+            The engines, and the server's process.
+
+        Raises:
+            VllmFailed: the server or an engine does not start, or they do not share.
+        """
+        self._say.progress(f"{count} engines start: LMCache")
+        port, pid = self._stack.enter_context(lmcache_server(python, memory_gb))
+        settings = {
+            "kv_transfer_config": {
+                "kv_connector": "LMCacheMPConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "lmcache.mp.host": "tcp://127.0.0.1",
+                    "lmcache.mp.port": port,
+                },
+            }
+        }
+        engines = self._started(self._stack, [settings] * count, python)
+        share(engines)
+        return engines, pid
+
     def kept_in_pool(self) -> Kept:
         """Give what the pool has of KV: once, whoever computed it."""
         with prefixcache.connect(self.target) as client:
@@ -239,9 +273,9 @@ class Fleet:
         blocks = sum(engine.counts()["kv_blocks"] for engine in engines)
         return Kept(blocks * block_bytes(self._layout), len(engines) * MEMORY_BYTES)
 
-    def memory_of(self, engines: Sequence[Vllm], *, service: bool = False) -> Memory:
-        """Measure running engines, and the service if they lease from it."""
-        pids = [engine.pid for engine in engines] + [self._service_pid] * service
+    def memory_of(self, engines: Sequence[Vllm], server: int | None = None) -> Memory:
+        """Measure running engines, and the process of the server that holds what they share."""
+        pids = [engine.pid for engine in engines] + ([] if server is None else [server])
         return Memory.of(Path(f"/proc/{pid}/smaps_rollup").read_text("utf-8") for pid in pids)
 
     def left(self) -> list[str]:
@@ -255,9 +289,12 @@ class Fleet:
             return left_behind(client.snapshot(), 0) + ([failure] if failure else [])
 
     def _started(
-        self, stack: contextlib.ExitStack, settings: Sequence[Mapping[str, Any]]
+        self,
+        stack: contextlib.ExitStack,
+        settings: Sequence[Mapping[str, Any]],
+        python: str | None = None,
     ) -> list[Vllm]:
-        waiting = [self._engine(one) for one in settings]
+        waiting = [self._engine(python or self._python, one) for one in settings]
         with ThreadPoolExecutor(_STARTING) as starting:
             tried = [starting.submit(engine.__enter__) for engine in waiting]
         for engine, outcome in zip(waiting, tried, strict=True):
@@ -265,9 +302,11 @@ class Fleet:
                 stack.push(engine)
         return [outcome.result() for outcome in tried]
 
-    def _engine(self, settings: Mapping[str, Any]) -> contextlib.AbstractContextManager[Vllm]:
+    def _engine(
+        self, python: str, settings: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[Vllm]:
         return vllm(
-            self._python,
+            python,
             self._model,
             DTYPE,
             MAX_REQUESTS,
@@ -309,6 +348,60 @@ def share(engines: Sequence[Vllm]) -> None:
     engines[0].generate([prompt], 1)
     goes_on = engines[1].generate([prompt + tokens(draw, 50)], 1)
     warm(goes_on[0], len(prompt))
+
+
+@contextlib.contextmanager
+def lmcache_server(python: str, memory_gb: int) -> Iterator[tuple[int, int]]:
+    """Run LMCache's server until the end; give its port and its process.
+
+    Raises:
+        VllmFailed: it does not start.
+    """
+    port = free_port()
+    command = [
+        *(str(Path(python).parent / "lmcache"), "server", "--host", "127.0.0.1"),
+        *("--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(free_port())),
+        *("--chunk-size", str(BLOCK_SIZE), "--supported-transfer-mode", "auto"),
+        *("--l1-size-gb", str(memory_gb), "--l1-init-size-gb", str(memory_gb)),
+        *("--eviction-policy", "LRU", "--disable-observability"),
+    ]
+    quiet = {"LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        try:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment(python) | quiet
+            )
+        except OSError as error:
+            raise VllmFailed(f"{command[0]} does not start: {error.strerror}") from error
+        try:
+            deadline = time.monotonic() + _START_S
+            while not listens(port):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    last = log.read().strip().splitlines()[-3:]
+                    raise VllmFailed(f"LMCache's server did not start: {' / '.join(last)}")
+                time.sleep(0.5)
+            yield port, process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    """Find a port of this machine's that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as asking:
+        return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextlib.contextmanager

@@ -1,33 +1,34 @@
 """Load two vLLM engines on one pool for minutes by vLLM's own benchmark, and look for leaks.
 
     python -m prefixcache_bench.speed.vllm_load [--python PYTHON] [--minutes 10] [--concurrency 8]
-                                                [--seed 0]
+                                                [--seed 0] [--guidellm PROGRAM]
 
 A service, and two engines in place that `prefixcache vllm` starts, each behind vLLM's HTTP server.
 `vllm bench serve` asks both at once, in turns of 64 requests, with prefixes that both engines see:
-what one has computed, the other reads.  It goes on until the time is over, and a turn is finished.
+what one has computed, the other reads; where there is a GuideLLM, every other turn is its.  It goes
+on until the time is over, and a turn is finished.
 
-Exit code 0 only if no request failed and nothing is left behind: with the engines idle no lease but
-those of their spare blocks, and when they have ended none at all; nobody waits, nothing is
-quarantined, and all invariants of the pool hold.  (GuideLLM 0.8.1 is not used: what it requires,
-`datasets` and `sanic` among it, is not part of an environment with vLLM.)
+Exit code 0 only if all requests were answered and nothing is left behind: with the engines idle no
+lease but those of their spare blocks, and when they have ended none at all; nobody waits, nothing
+is quarantined, and all invariants of the pool hold.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +39,7 @@ from prefixcache_bench.reports.provenance import commit, processor
 from prefixcache_bench.speed.served import served
 from prefixcache_bench.speed.vllm import ABSENT
 from prefixcache_bench.speed.vllm_figures import Say
-from prefixcache_bench.speed.vllm_fleet import DTYPE, layout_of, left_behind
+from prefixcache_bench.speed.vllm_fleet import DTYPE, free_port, layout_of, left_behind
 from prefixcache_bench.speed.vllm_peer import (
     BLOCK_SIZE,
     PYTHON_VARIABLE,
@@ -49,30 +50,73 @@ from prefixcache_bench.speed.vllm_peer import (
 ENGINES: Final = 2
 REQUESTS: Final = 64
 """Of one engine in one turn."""
-START_S, SETTLE_S = 600.0, 30.0
+GUIDELLM_VARIABLE: Final = "PREFIXCACHE_GUIDELLM"
+START_S, SETTLE_S, TURN_S = 600.0, 60.0, 1800.0
+"""Longer than this nothing takes on any machine: it hangs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a turn of one engine made of its requests."""
+
+    completed: int
+    failed: int
+    tokens: int
+
+    @classmethod
+    def by_vllm(cls, told: Mapping[str, Any]) -> Told:
+        """Read what `vllm bench serve --save-result` writes.
+
+        >>> Told.by_vllm({"completed": 3, "failed": 1, "total_output_tokens": 90})
+        Told(completed=3, failed=1, tokens=90)
+        """
+        return cls(told["completed"], told["failed"], told["total_output_tokens"])
+
+    @classmethod
+    def by_guidellm(cls, told: Mapping[str, Any]) -> Told:
+        """Read what `guidellm run --output kind=json` writes; what it did not wait for, failed."""
+        metrics = told["benchmarks"][0]["metrics"]
+        totals = metrics["request_totals"]
+        tokens = metrics["output_token_count"]["successful"]["total_sum"]
+        return cls(totals["successful"], totals["total"] - totals["successful"], int(tokens))
 
 
 @dataclass(slots=True)
 class Tally:
-    """What the turns said."""
+    """What the turns of one program said."""
 
     completed: int = 0
     failed: int = 0
     tokens: int = 0
     turns: int = 0
 
-    def take(self, told: Mapping[str, Any]) -> None:
-        """Add a turn: what `vllm bench serve --save-result` writes.
+    def take(self, told: Told) -> None:
+        """Add a turn of one engine.
 
         >>> tally = Tally()
-        >>> tally.take({"completed": 3, "failed": 1, "total_output_tokens": 90})
+        >>> tally.take(Told(completed=3, failed=1, tokens=90))
         >>> tally
         Tally(completed=3, failed=1, tokens=90, turns=1)
         """
-        self.completed += told["completed"]
-        self.failed += told["failed"]
-        self.tokens += told["total_output_tokens"]
+        self.completed += told.completed
+        self.failed += told.failed
+        self.tokens += told.tokens
         self.turns += 1
+
+    def wrong(self, name: str) -> list[str]:
+        """Say what is wrong: every turn asks the same number of requests.
+
+        >>> Tally(completed=127, failed=1, turns=2).wrong("vllm bench serve")
+        ['vllm bench serve: 1 failed and 127 were answered of 128 requests']
+        >>> Tally(completed=64, turns=1).wrong("vllm bench serve")
+        []
+        """
+        asked = self.turns * REQUESTS
+        if self.completed == asked and not self.failed:
+            return []
+        return [
+            f"{name}: {self.failed} failed and {self.completed} were answered of {asked} requests"
+        ]
 
 
 def settled(client: Client, leases: int) -> list[str]:
@@ -82,13 +126,6 @@ def settled(client: Client, leases: int) -> list[str]:
         time.sleep(0.5)
     failure = client.check().failure
     return [*found, failure] if failure else found
-
-
-def free_port() -> int:
-    """Find a port of this machine's that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -158,33 +195,56 @@ def bench_command(
     ]
 
 
-def turn(
-    options: argparse.Namespace, addresses: list[str], model: str, number: int, folder: Path
-) -> list[dict[str, Any]]:
+def guidellm_command(
+    program: str, address: str, model: str, concurrency: int, seed: int, result: Path
+) -> list[str]:
+    """Write one turn of GuideLLM's: chats of two turns, with prefixes that the same seed gives."""
+    return [
+        *(program, "run", "--disable-console", "--seed", f"kind=static,value={seed}"),
+        *("--backend", f"kind=openai_http,target={address},model=demo"),
+        *("--profile", f"kind=concurrent,streams={concurrency}"),
+        *("--constraint", f"kind=max_requests,count={REQUESTS}"),
+        *("--tokenizer", f"kind=huggingface_auto,model={model}"),
+        "--data",
+        "kind=synthetic_text,prompt_tokens=64,output_tokens=32,turns=2,prefix_tokens=512,"
+        "prefix_count=8",
+        *("--output", f"kind=json,path={result}"),
+    ]
+
+
+def turn(commands: Mapping[Path, list[str]], python: str) -> list[dict[str, Any]]:
     """Ask all engines at once, and wait until all have answered.
 
+    Args:
+        commands: one for each engine, by the file that it writes what it found to.
+        python: the one that has vLLM.
+
     Raises:
-        VllmFailed: vLLM's benchmark did not end well.
+        VllmFailed: a program did not end well.
     """
-    results = [folder / f"turn-{number}-{index}.json" for index in range(len(addresses))]
-    running = [
-        subprocess.Popen(
-            bench_command(
-                options.python, address, model, options.concurrency, options.seed + number, result
-            ),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=served_environment(options.python),
-        )
-        for address, result in zip(addresses, results, strict=True)
-    ]
-    said = [process.communicate()[0] for process in running]
-    for process, text in zip(running, said, strict=True):
+    said = [result.with_suffix(".log") for result in commands]
+    with contextlib.ExitStack() as stack:
+        running = [
+            subprocess.Popen(
+                command,
+                stdout=stack.enter_context(log.open("w", encoding="utf-8")),
+                stderr=subprocess.STDOUT,
+                env=served_environment(python),
+            )
+            for command, log in zip(commands.values(), said, strict=True)
+        ]
+        deadline = time.monotonic() + TURN_S
+        for process in running:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    for process, command, log in zip(running, commands.values(), said, strict=True):
         if process.returncode:
-            last = " / ".join(text.strip().splitlines()[-3:])
-            raise VllmFailed(f"vllm bench serve ended with {process.returncode}: {last}")
-    return [json.loads(result.read_text(encoding="utf-8")) for result in results]
+            last = " / ".join(log.read_text("utf-8", "replace").strip().splitlines()[-3:])
+            raise VllmFailed(f"{Path(command[0]).name} ended with {process.returncode}: {last}")
+    return [json.loads(result.read_text(encoding="utf-8")) for result in commands]
 
 
 def load(options: argparse.Namespace, say: Say) -> list[str]:
@@ -197,34 +257,81 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
 
     model = str(smollm2.folder())
     memory = ("--memory", "1GiB", "--block-size", str(BLOCK_SIZE), "--first-block", "1")
-    tally = Tally()
+    tallies = {"vllm bench serve": Tally()} | ({"guidellm": Tally()} if options.guidellm else {})
     with (
         served(*memory, layout=layout_of(options.python, model)) as (target, _),
         tempfile.TemporaryDirectory(prefix="prefixcache-load-") as folder,
         prefixcache.connect(target) as client,
     ):
         with contextlib.ExitStack() as stack:
-            addresses = [
-                stack.enter_context(
-                    engine(options.python, model, target, Path(folder) / f"engine-{index}.log")
-                )
-                for index in range(ENGINES)
-            ]
+            say.progress(f"{ENGINES} engines start")
+            addresses = started(stack, options.python, model, target, Path(folder))
             say(f"{commit()} · {processor()} · {ENGINES} engines in place, {options.minutes} min")
             began = time.monotonic()
-            while time.monotonic() - began < 60 * options.minutes:
-                for told in turn(options, addresses, model, tally.turns, Path(folder)):
-                    tally.take(told)
+            for number in itertools.count():
+                if time.monotonic() - began >= 60 * options.minutes and number >= len(tallies):
+                    break
+                name = list(tallies)[number % len(tallies)]
+                say.progress(f"turn {number + 1}: {name}")
+                found = turn(
+                    commands(options, name, addresses, model, number, Path(folder)), options.python
+                )
+                read = Told.by_guidellm if name == "guidellm" else Told.by_vllm
+                for told in found:
+                    tallies[name].take(read(told))
             took = time.monotonic() - began
             idle = [f"engines idle: {what}" for what in settled(client, ENGINES)]
+            say.progress("engines end")
         ended = [f"engines ended: {what}" for what in settled(client, 0)]
-        ledger = client.snapshot().ledger
-    say(
-        f"{tally.completed:,} requests in {tally.turns} turns of one engine, {took:.0f} s;"
-        f" {tally.failed} failed; {tally.tokens:,} tokens generated; {ledger}"
-    )
-    wrong = [f"{tally.failed} requests failed"] if tally.failed else []
+        counts = client.snapshot()
+    for name, tally in tallies.items():
+        say(
+            f"{name}: {tally.completed:,} requests in {tally.turns} turns of one engine; "
+            f"{tally.failed} failed; {tally.tokens:,} tokens generated"
+        )
+    say(f"{took:.0f} s; {counts.ledger}")
+    wrong = [what for name, tally in tallies.items() for what in tally.wrong(name)]
     return wrong + idle + ended
+
+
+def started(
+    stack: contextlib.ExitStack, python: str, model: str, target: str, folder: Path
+) -> list[str]:
+    """Start the engines, side by side; give their addresses.
+
+    Raises:
+        VllmFailed: one does not answer.
+    """
+    engines = [
+        engine(python, model, target, folder / f"engine-{index}.log") for index in range(ENGINES)
+    ]
+    with ThreadPoolExecutor(ENGINES) as starting:
+        tried = [starting.submit(one.__enter__) for one in engines]
+    for one, outcome in zip(engines, tried, strict=True):
+        if outcome.exception() is None:
+            stack.push(one)
+    return [outcome.result() for outcome in tried]
+
+
+def commands(
+    options: argparse.Namespace,
+    name: str,
+    addresses: Sequence[str],
+    model: str,
+    number: int,
+    folder: Path,
+) -> dict[Path, list[str]]:
+    """Write what a turn runs, by the file that it writes: the same seed at every engine."""
+    program, written = (
+        (options.guidellm, guidellm_command)
+        if name == "guidellm"
+        else (options.python, bench_command)
+    )
+    results = [folder / f"turn-{number}-{index}.json" for index in range(len(addresses))]
+    return {
+        result: written(program, address, model, options.concurrency, options.seed + number, result)
+        for address, result in zip(addresses, results, strict=True)
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,6 +341,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--concurrency", type=int, default=8, help="requests at once, per engine")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--guidellm",
+        default=os.environ.get(GUIDELLM_VARIABLE),
+        metavar="PROGRAM",
+        help="GuideLLM 0.8, in an environment of its own",
+    )
     options = parser.parse_args(argv)
     if not options.python:
         print(ABSENT, file=sys.stderr)
