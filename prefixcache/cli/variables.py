@@ -11,7 +11,8 @@ _PREFIX: Final = "PREFIXCACHE_"
 
 CLIENT: Final = (
     *("TARGET", "TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_NAME"),
-    *("TOKENIZER", "TRACES", "TRACEBACK", "SOAK", "VLLM_PYTHON"),
+    *("TOKENIZER", "TRACES", "TRACEBACK", "SOAK"),
+    *("VLLM_PYTHON", "LMCACHE_PYTHON", "SGLANG_PYTHON", "GUIDELLM"),
 )
 """Of the commands that ask a service, and of experiments."""
 

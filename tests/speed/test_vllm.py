@@ -181,6 +181,20 @@ def test_all_systems_play_the_same_chats_after_a_warm_up_that_counts_for_none() 
     assert len(engine.asked) == 9 + 3 * 4
 
 
+def test_a_goal_is_met_or_missed_only_where_one_was_set() -> None:
+    shared: set[tuple[int, ...]] = set()
+    systems: Any = {name: [Engine(shared)] * 3 for name in ("in place", "a peer")}
+    options: Any = SimpleNamespace(quick=True, seed=0)
+    for goal, judged, line in (
+        (0.25, 1, "goal MISSED: p99 in place of a peer 1.000 (at most 0.25)"),
+        (None, 0, "p99 in place of a peer: 1.000"),
+    ):
+        say = Say()
+        vllm.play_and_say(systems, options, say, goal=goal)
+        assert say.lines[-1] == line
+        assert say.met + say.missed == judged
+
+
 def test_a_section_is_replaced_and_its_neighbours_stay(tmp_path: Path) -> None:
     document = tmp_path / "benchmarks.md"
     document.write_text("# Benchmarks\n\n## Serving\n\ntext\n")
@@ -284,14 +298,15 @@ def test_steps_that_compute_nothing_do_not_count() -> None:
     def schedule() -> Any:
         return SimpleNamespace(total_num_scheduled_tokens=next(planned))
 
-    scheduler = SimpleNamespace(schedule=schedule)
+    scheduler = SimpleNamespace(schedule=schedule, _preempt_request=lambda request: request)
     steps = Steps(scheduler)
     for _ in range(3):
         scheduler.schedule()
-    assert steps.told() == {"steps": 2}
+    assert scheduler._preempt_request("one") == "one"
+    assert steps.told() == {"steps": 2, "preempted": 1}
     pool = SimpleNamespace(cached_block_hash_to_block={"a block": 1})
     scheduler.kv_cache_manager = SimpleNamespace(block_pool=pool)
-    assert steps.told() == {"steps": 2, "kv_blocks": 1}
+    assert steps.told() == {"steps": 2, "preempted": 1, "kv_blocks": 1}
 
 
 def test_figures_are_written_as_json() -> None:
