@@ -229,6 +229,11 @@ def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: 
     machine.now += 2 * TTL_S
     engine.finish()
     assert engine.num_dropped == 1
+    (waiting,) = engine.waiting
+    for _ in range(2):  # not before it has given its former blocks back
+        engine.begin()
+        engine.finish()
+    assert "start this engine again" in str(engine.leases.held[waiting.name].refused)
     machine.is_abandoned = True  # that one is dead as well; the spare blocks were the first one's
     engine.begin()
     assert not engine.running
@@ -273,6 +278,25 @@ def test_what_never_fits_is_refused_for_good(machine: Machine) -> None:
     assert isinstance(engine.leases.held["long"].refused, InvalidRequest)
     machine.deliver(engine.session)
     engine.abort(engine.waiting[0])
+    machine.check_idle()
+
+
+def test_who_waits_for_what_others_keep_to_spare_is_told_with_numbers_each_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = Machine(monkeypatch, 12, SIZE)
+    Engine(machine, "other", replace(BOUNDS, spare_blocks=8))
+    engine = Engine(machine, "one", BOUNDS)
+    engine.add(job("long", length=20))
+    engine.leases.flush()
+    machine.deliver(engine.session)
+    machine.pass_time(2 * BOUNDS.wait_s)
+    assert engine.leases.ready("long") is None
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("long has no lease yet, and asks again: needs ")
+    assert "8 blocks held by 1 lease" in said
+    assert "long" not in engine.leases.held  # it may ask again
+    machine.end(machine.sessions[0])
     machine.check_idle()
 
 

@@ -13,7 +13,8 @@ requests, their tokens, and how many of them hold valid keys and values: no engi
 **When the service is dead** nobody lends the pool's blocks any more.  Then all that is held stays
 held, past any deadline, and blocks that were leased ahead for that time, the *spare* ones, go to
 requests that grow or begin.  Once they have ended, what only they could see is spare again.  When
-another service takes the same memory over, everything is lost.
+another service takes the same memory over, everything is lost, and whatever comes is refused: only
+an engine that is started again leases from that one.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class Held:
         "prompt",
         "refused",
         "sat_out",
+        "stands_in_line",
     )
 
     def __init__(self, name: str) -> None:
@@ -135,6 +137,8 @@ class Held:
         self.copies: tuple[Copy, ...] = ()
         self.refused: InvalidRequest | None = None
         self.is_started = False
+        self.stands_in_line = True
+        """Whether it waits for room, too."""
         self.is_broken = False
         """Whether the service refused what was said of the lease."""
         self.prompt = self.known = 0
@@ -189,6 +193,8 @@ class Leases:
         """Requests that let go of their blocks, which are not given back yet."""
         self._tries = 0
         self._is_alone = False
+        self._is_taken_over = False
+        """Whether another service has taken the dead one's memory over."""
         self._spare: list[int] = []
         self._spare_lease: Lease | None = None
         if bounds.spare_blocks:
@@ -242,6 +248,7 @@ class Leases:
         except InvalidRequest as error:
             held.refused = error
             return held
+        held.stands_in_line = for_room
         self._tries += 1
         # The same id while the former lease is out would mean that one.
         is_first = name not in self._unended
@@ -280,6 +287,12 @@ class Leases:
                 if (refused := self._never_fits(held)) is not None:
                     held.refused = refused
                     return None
+            elif self._is_taken_over:
+                held.refused = InvalidRequest(
+                    "another service has taken over the memory that this engine computes in: "
+                    "start this engine again to join it"
+                )
+                return None
             del self.held[name]
             return None
         if held.future is not None:
@@ -303,7 +316,9 @@ class Leases:
         except InvalidRequest as error:
             held.refused = error
         except CacheError as error:
-            log.debug("%s has no lease yet: %s", held.name, error)
+            is_told = held.stands_in_line and isinstance(error, PoolExhausted)
+            level = logging.WARNING if is_told else logging.DEBUG
+            log.log(level, "%s has no lease yet, and asks again: %s", held.name, error)
         else:
             held.lease = lease
             held.num_cached = held.committed = lease.num_cached
@@ -525,6 +540,7 @@ class Leases:
             )
         elif was and not self._is_alone:
             log.warning("another service has taken the pool over: all that was held is lost")
+            self._is_taken_over = True
             self._spare = []
 
     def _never_fits(self, held: Held) -> InvalidRequest | None:
