@@ -103,7 +103,7 @@ def check_in_steps(lessor: Lessor) -> Generator[None, None, Checked]:
 def _check_lists(lessor: Lessor) -> Iterator[str]:
     """Check each list that is short in one go; say which ones are not."""
     leases, quotas = lessor.leases, lessor.blocks.quotas
-    num_tenants = sum(1 for _ in quotas.tenants())
+    num_tenants = len(list(quotas.tenants()))
     lists: tuple[tuple[str, int, Callable[[], None]], ...] = (
         (
             "prefixes in flight",

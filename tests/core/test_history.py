@@ -407,6 +407,26 @@ def test_readings_of_the_clock_are_bounded_and_the_last_ones_stay() -> None:
     assert clock.idle_s(10, now=5000.0) is None
 
 
+def test_readings_of_the_clock_are_taken_a_second_after_the_last_one_and_not_earlier() -> None:
+    clock = history.IdleClock(max_bytes=0)
+    for stamp, now, taken in ((1, 5.0, 1), (2, 5.5, 1), (3, 6.0, 2), (4, 6.75, 2), (5, 7.0, 3)):
+        clock.note(stamp, now)
+        assert clock.num_bytes == 16 * taken
+    assert [clock.idle_s(stamp, now=10.0) for stamp in (1, 2, 3, 4, 5)] == [5.0, 4.0, 4.0, 3.0, 3.0]
+    assert clock.idle_s(6, now=10.0) == 3.0  # at most a second younger than the last reading
+
+
+def test_what_happened_before_the_first_reading_is_told_until_readings_are_dropped() -> None:
+    clock = history.IdleClock(max_bytes=0)
+    assert clock.idle_s(1, now=1.0) is None
+    for second in range(10, 266):
+        clock.note(second, float(second))
+    assert clock.idle_s(3, now=300.0) == 290.0
+    clock.note(266, 266.0)
+    assert clock.idle_s(3, now=300.0) is None
+    assert clock.idle_s(10, now=300.0) == 290.0
+
+
 def test_a_request_that_computed_nothing_yet_is_not_remembered_as_begun() -> None:
     cache = made(64)
     for number, size in enumerate((0, 5, 8)):

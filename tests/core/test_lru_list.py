@@ -54,3 +54,15 @@ def test_uses_that_own_nothing_any_more_are_forgotten() -> None:
     assert there.fell_at(0) == 5
     there.leave(0, 1)
     assert not there._fell
+
+
+def test_uses_are_sorted_out_only_where_most_of_them_own_nothing_any_more() -> None:
+    there, order = LruList(), None
+    for stamp in range(1000):
+        there.enter(stamp, 2)
+        order = order or there._order
+        assert there._order is order  # all own something: to look at each again would find nothing
+    for stamp in range(1000):
+        there.leave(stamp, 2)
+    there.enter(1000, 1)
+    assert list(there._order) == [1000]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Hashable
+from itertools import pairwise, product
+from math import exp
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from prefixcache.core.eviction import EvictionPolicy, Queue
 from prefixcache.core.node import Node, Root
 from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
-from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard
+from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard, Hazards
 from prefixcache.core.policies.lru_list import LruList
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Grant, LeaseId, Namespace, Partial, WorkerId, pack
@@ -634,3 +636,61 @@ def test_what_is_pinned_after_it_was_queued_can_still_be_had(policy: str) -> Non
         tiny.cache.check()
         assert tiny.cache.snapshot(now=tiny.now).pinned == 0
         tiny.serve(*"abcdefgh")
+
+
+@pytest.mark.parametrize("policy", [one for one in POLICIES if one != "hazard"])
+def test_the_queue_knows_how_many_leaves_wait_in_it_and_gives_each_once(policy: str) -> None:
+    tiny = Tiny(policy, 100)
+    tiny.serve(*range(40))
+    queue: Any = tiny.cache._lessor.tree.queue
+    queue = getattr(queue, "_inner", queue)
+    before, given = len(queue), set()
+    while (node := queue.pop()) is not None:
+        given.add(node.tokens)
+        assert node.queued == 0
+        assert len(queue) <= before  # a leaf that is spared waits on
+        before = len(queue)
+    assert given == {pack([number]) for number in range(40)}
+    assert len(queue) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hazard_estimates_and_weighs_as_its_formulas_say(seed: int) -> None:
+    """Kinds lean on their group by 12 requests, that on all by 8, those on 0.3 / age."""
+    draw, table = random.Random(seed), Hazards(2, 3, num_blocks=100)
+    edges = [0.0, *(2.0 * 1.35**age for age in range(24))]
+    assert table.edges == pytest.approx(edges)
+    widths = [after - before for before, after in pairwise(edges)]
+    middles = [(after + before) / 2 for before, after in pairwise(edges)]
+    for kind, age in product(range(6), range(24)):
+        table.exposed[kind][age] = exposed = draw.choice([0.0, draw.uniform(0, 500)])
+        table.returned[kind][age] = exposed * draw.choice([0.0, 0.5, 1.0])
+    for run in (0.5, 1.0, 7.0):
+        found, worth, size = table.estimate(run), table.worth(run), max(1.0, run)
+        hazard = [[0.0] * 24 for _ in range(6)]
+        for age in range(24):
+            prior = 1 - exp(-0.3 * widths[age] / (middles[age] + edges[1]))
+            returned, exposed = (
+                [row[age] for row in each] for each in (table.returned, table.exposed)
+            )
+            shared = (sum(returned) + 8 * size * prior) / (sum(exposed) + 8 * size)
+            if age == 23:
+                shared = min(shared, 0.02)
+            for group in (range(3), range(3, 6)):
+                near = (sum(returned[kind] for kind in group) + 12 * size * shared) / (
+                    sum(exposed[kind] for kind in group) + 12 * size
+                )
+                for kind in group:
+                    own = (returned[kind] + 12 * size * near) / (exposed[kind] + 12 * size)
+                    hazard[kind][age] = min(0.98, own)
+        for kind in range(6):
+            assert found[kind].tolist() == pytest.approx(hazard[kind])
+            for age in range(24):
+                alive, hits, held, best = 1.0, 0.0, 0.0, 0.0
+                for later in range(age, 24):
+                    chance = hazard[kind][later]
+                    hits += alive * chance
+                    held += alive * widths[later] * (1 - chance / 2)
+                    alive *= 1 - chance
+                    best = max(best, hits / held)
+                assert worth[kind][age] == pytest.approx(best, rel=1e-6)

@@ -174,3 +174,18 @@ def test_blocks_that_nobody_has_used_are_not_wiped() -> None:
         cache.attach(ALICE, space, now=0.0)
         serve(cache, [1, 2], space)
     assert wiped == []
+
+
+def test_so_many_pins_end_in_one_go_and_the_others_with_the_next() -> None:
+    cache = made(100, 4)
+    for number in range(3):
+        serve(cache, [number] * 8)
+        cache.pin(CHAT, pack([number] * 8), ttl_s=5.0 + number, now=0.0)
+    pins = cache._lessor.pins
+    pins.expire(5.0, most=10)
+    assert len(pins) == 3  # at its time a pin is still there
+    pins.expire(20.0, most=0)
+    assert (len(pins), pins.num_pinned) == (3, 6)
+    for left in (2, 1, 0):
+        pins.expire(20.0, most=1)
+        assert (len(pins), pins.num_pinned) == (left, 2 * left)

@@ -103,4 +103,21 @@ EQUIVALENT: dict[str, str] = {
     "ledger.py: settle: stored < left  ->  stored <= left": (
         "of equals nothing is left that ghosts could be counted in"
     ),
+    "block_pool.py: LastTenant._number: self._last += 1  ->  self._last += 2": (
+        "numbers of tenants are only told apart"
+    ),
+    "block_manager.py: BlockManager.plan: def plan(self, match: Match, num_blocks: int, "
+    "account: Account, min_partial: int=0) -> tuple[int, BlockId | None]:  ->  def plan(self, "
+    "match: Match, num_blocks: int, account: Account, min_partial: int=1) -> "
+    "tuple[int, BlockId | None]:": "what is there in part is at least one token",
+    "cache.py: PrefixCache.__init__: if not 1 <= block_size <= 1024 or block_size & block_size - 1:"
+    "  ->  if not 1 <= block_size <= 1025 or block_size & block_size - 1:": (
+        "1,025 is no power of two"
+    ),
+    "introspect.py: Walk._branches: one.kept = {}  ->  removed": (
+        "when memory is given back is a matter of speed"
+    ),
+    "introspect.py: Walk._is_pause: self._steps += 1  ->  self._steps -= 1": (
+        "it counts down, and pauses as often"
+    ),
 }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import hashlib
 import json
 import os
 import random
@@ -130,19 +131,36 @@ class Learnt:
         self.seconds[item.nodeid] = time.process_time() - began
 
     def write(self, path: Path) -> None:
-        """Keep it."""
+        """Keep it, and of which tree and code it is."""
         calls = {name: sorted(called) for name, called in self.calls.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"seconds": self.seconds, "calls": calls}))
+        path.write_text(json.dumps({"of": digest(), "seconds": self.seconds, "calls": calls}))
 
     @classmethod
     def read(cls, path: Path) -> Learnt:
-        """Read what was kept."""
+        """Read what was kept.
+
+        Raises:
+            ValueError: it is none, or was learnt of another tree or of other code.
+        """
         learnt, told = cls(), json.loads(path.read_text())
+        if not isinstance(told, dict) or told.get("of") != digest():
+            raise ValueError(
+                f"{path} was not learnt of this code in {ROOT}; remove it, or name another file"
+            )
         learnt.seconds = told["seconds"]
         for name, calls in told["calls"].items():
             learnt.calls[name] = {(file, function) for file, function in calls}
         return learnt
+
+
+def digest() -> str:
+    """Tell this tree, its package and the tests of the core from any other.  O(their bytes)."""
+    told = hashlib.sha256()
+    for folder in (ROOT / "prefixcache", ROOT / "tests" / "core"):
+        for path in sorted(folder.rglob("*.py")):
+            told.update(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return told.hexdigest()
 
 
 class Loop:
@@ -165,9 +183,6 @@ def learn(session: pytest.Session, plan: Path, seed: int) -> None:
     walks = random.Random(seed).sample(walks, min(NUM_WALKS, len(walks)))
     old = Learnt.read(plan) if plan.exists() else Learnt()
     chosen = [item for item in examples + walks if item.nodeid not in old.seconds]
-    there = {item.nodeid for item in session.items}
-    for gone in set(old.seconds) - there:
-        del old.seconds[gone]
     child = fork()
     if not child:
         for item, following in zip(chosen, [*chosen[1:], None], strict=True):
@@ -371,6 +386,11 @@ def main() -> None:
     options = parser.parse_args()
     if core_build.kind() != core_build.PURE:
         parser.error("the core is compiled: no mutant would run; `make pure` first")
+    if options.plan and options.plan.exists():
+        try:
+            Learnt.read(options.plan)
+        except ValueError as wrong:
+            parser.error(str(wrong))
     every = sorted(path for path in CORE.rglob("*.py") if path.name != "__init__.py")
     paths = [one for one in every if not options.files or one.name in options.files]
     chosen = sample(paths, options.per_file, options.seed)

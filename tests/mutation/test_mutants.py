@@ -186,6 +186,33 @@ def test_what_was_learnt_is_read_back(tmp_path: Path) -> None:
     assert (again.seconds, again.calls) == (learnt.seconds, learnt.calls)
 
 
+@pytest.mark.parametrize("of", ["another tree", "other code", "no plan"])
+def test_what_was_learnt_of_another_tree_or_of_other_code_is_refused(
+    of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    for name in ("prefixcache", "tests/core"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "b" / name).mkdir(parents=True)
+        for tree in "ab":
+            (tmp_path / tree / name / "m.py").write_text("a = 1\n")
+    monkeypatch.setattr(run, "ROOT", tmp_path / "a")
+    Learnt().write(plan)
+    Learnt.read(plan)
+    if of == "another tree":
+        monkeypatch.setattr(run, "ROOT", tmp_path / "b")
+    elif of == "other code":
+        (tmp_path / "a" / "tests" / "core" / "m.py").write_text("a = 2\n")
+    else:
+        plan.write_text("[]")
+    before = plan.read_text()
+    monkeypatch.setattr(sys, "argv", ["mutants", "--plan", str(plan)])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "remove it, or name another file" in capsys.readouterr().err
+    assert plan.read_text() == before
+
+
 def test_a_living_function_gets_the_changed_code_and_a_default_is_left_to_a_new_process() -> None:
     source = dedent("""
         class A:

@@ -146,8 +146,7 @@ class Hazards:
         upto_held = np.concatenate([held[:, 1:], np.zeros_like(held[:, :1])], axis=1)
         gain = hits[:, :, None] - upto_hits[:, None, :]
         time = held[:, :, None] - upto_held[:, None, :]
-        time[:, self._impossible] = 1.0
-        gain[:, self._impossible] = 0.0
+        time[:, self._impossible] = 1.0  # the gain up to an earlier age is none, or less
         best: Floats = (gain / time).max(axis=2)
         return best
 
