@@ -124,7 +124,7 @@ def _setup(python: str, dtype: str, folder: Path, *, quick: bool) -> runner.Setu
             setup,
             workload=tiny.chats(workload),
             # Short steps, for the same reason as the longer prompt.
-            model=replace(model, memory="128MiB", chunk=QUICK_CHUNK),
+            model=replace(model, memory="512MiB", chunk=QUICK_CHUNK),
             answer_tokens=QUICK_TOKENS,
             ladders=runner.QUICK_LADDERS,
             may_be_late=True,

@@ -11,6 +11,8 @@ from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.scenario import CRASH
 
 TIMES: Final = 3
+LAYERS, WIDTH = 6, 512
+"""A smaller one would have computed a prompt before anybody could be killed in the midst of it."""
 TOKENIZER: Final = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -42,7 +44,14 @@ def write(folder: Path, tokenizer_of: Path) -> Path:
     for name in TOKENIZER:
         shutil.copy(tokenizer_of / name, folder / name)
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    write_weights(folder, len(tokenizer), begin=tokenizer.bos_token_id, end=tokenizer.eos_token_id)
+    write_weights(
+        folder,
+        len(tokenizer),
+        layers=LAYERS,
+        width=WIDTH,
+        begin=tokenizer.bos_token_id,
+        end=tokenizer.eos_token_id,
+    )
     return folder
 
 
