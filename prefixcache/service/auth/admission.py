@@ -5,10 +5,12 @@ headers ─► who is it? ─┬─ proven ──► a place among --max-calls, 
                        ├─ unproven, Health/Check ──► one of a few places, for a few seconds
                        └─ unproven, all else ──────► UNAUTHENTICATED, at once
 ```
-It stands before every service of a server, so nothing is answered without proof because somebody
-forgot to ask.  gRPC reads a unary call's message before it calls the handler, and would wait for it
-as long as the caller likes: so here every call is a stream to gRPC (on the wire there is no
-difference), and the message is read with a time limit once its caller is known.
+It stands before every service of a server, and before what no service knows, so nothing is answered
+without proof because somebody forgot to ask.
+
+gRPC reads a unary call's message before it calls the handler, and would wait for it as long as the
+caller likes: so here every call is a stream to gRPC (on the wire there is no difference), and the
+message is read with a time limit once its caller is known.
 """
 
 from __future__ import annotations
@@ -86,9 +88,7 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Give the handler of a call, with the admission before it."""
-        handler = await continuation(details)
-        if handler is None:
-            return None
+        handler = await continuation(details) or _UNKNOWN
         admitted = self._check if details.method == CHECK else self._proven
 
         async def run(_: Any, context: Any) -> None:
@@ -137,6 +137,14 @@ class Admission(grpc.aio.ServerInterceptor):
             await _serve(handler, context, _UNPROVEN_S, lambda: None)
         finally:
             places.num_unproven -= 1
+
+
+async def _answer_unknown(asked: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, "no such method")
+
+
+_UNKNOWN: Any = grpc.stream_stream_rpc_method_handler(_answer_unknown)
+"""What is called that nobody has: whoever proves himself is told so."""
 
 
 async def _serve(

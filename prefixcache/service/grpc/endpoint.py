@@ -29,6 +29,8 @@ from prefixcache.service.grpc.listener import Listener
 from prefixcache.service.grpc.unary import refuse
 
 _HANDSHAKE_MS = 10_000
+_MOST_PENDING = 1 << 14
+"""Calls of which gRPC has read no more than the headers: beyond it, it ends some, whosever."""
 _IDLE_MS = 60_000
 """After this long without a call a connection is closed; clients open another when they need it."""
 
@@ -102,6 +104,8 @@ def _server(
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", 16 * 1024),
             ("grpc.max_concurrent_streams", settings.max_workers * 2),
+            ("grpc.server.max_pending_requests", _MOST_PENDING),
+            ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
             ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
             ("grpc.http2.settings_timeout", _HANDSHAKE_MS),
             # A session is a call: only connections without any are idle.

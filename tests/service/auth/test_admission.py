@@ -27,6 +27,8 @@ OTHERS = (
     unary.WATCH_PATH,
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/grpc.channelz.v1.Channelz/GetServers",
+    "/prefixcache.v1.PrefixCache/NobodyHasThis",
 )
 
 
@@ -107,6 +109,31 @@ def test_nothing_but_the_health_check_is_answered_without_proof(
         next(call)
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
     call.cancel()
+
+
+def test_who_proves_himself_is_told_that_nobody_has_a_method(service: ServiceProcess) -> None:
+    proof = (("authorization", f"Bearer {TOKENS['acme']}"),)
+    with grpc.insecure_channel(service.target) as channel:
+        method: Any = channel.unary_unary("/prefixcache.v1.PrefixCache/NobodyHasThis", bytes, bytes)
+        with pytest.raises(grpc.RpcError) as refused:
+            method(b"", metadata=proof, timeout=PATIENCE_S)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_all_of_many_calls_at_once_are_answered(tmp_path: Path) -> None:
+    """Left to itself gRPC ends some at random, of a thousand that nobody has looked at yet."""
+    proof = (("authorization", f"Bearer {TOKENS['acme']}"),)
+    flags = ("--identities", str(identities(tmp_path)), "--max-calls", "4096")
+    with (
+        running(f"unix:{tmp_path}/s.sock", *sizes(64, 4), *flags) as service,
+        grpc.insecure_channel(service.target) as channel,
+    ):
+        rpc = unary.RPCS["snapshot"]
+        ask = unary.asking(channel, "snapshot")
+        ask(rpc.request(), metadata=proof, timeout=PATIENCE_S)
+        calls = [ask.future(rpc.request(), metadata=proof, timeout=PATIENCE_S) for _ in range(2000)]
+        failed = [call.code() for call in calls if call.exception() is not None]
+    assert failed == []
 
 
 def test_the_health_check_is(stranger: grpc.Channel) -> None:
