@@ -28,6 +28,20 @@ def test_what_guidellm_did_not_wait_for_failed() -> None:
     assert told == Told(completed=12, failed=3, tokens=96)
 
 
+def test_why_a_request_failed_is_told_with_the_number() -> None:
+    written = guidellm(successful=63, errored=1, incomplete=0)
+    written["benchmarks"][0]["requests"] = {
+        "successful": [],
+        "errored": [{"info": {"error": "Server disconnected"}}],
+        "incomplete": None,
+    }
+    tally = Tally()
+    tally.take(Told.by_guidellm(written))
+    assert tally.wrong("guidellm") == [
+        "guidellm: 1 failed and 63 were answered of 64 requests; errored: Server disconnected"
+    ]
+
+
 @pytest.mark.parametrize(("completed", "failed"), [(REQUESTS - 1, 1), (REQUESTS - 1, 0), (0, 0)])
 def test_a_request_that_was_not_answered_is_wrong(completed: int, failed: int) -> None:
     tally = Tally()

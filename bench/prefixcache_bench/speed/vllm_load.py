@@ -29,7 +29,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,15 +62,18 @@ class Told:
     completed: int
     failed: int
     tokens: int
+    errors: tuple[str, ...] = ()
+    """What the program says of those that failed."""
 
     @classmethod
     def by_vllm(cls, told: Mapping[str, Any]) -> Told:
         """Read what `vllm bench serve --save-result` writes.
 
         >>> Told.by_vllm({"completed": 3, "failed": 1, "total_output_tokens": 90})
-        Told(completed=3, failed=1, tokens=90)
+        Told(completed=3, failed=1, tokens=90, errors=())
         """
-        return cls(told["completed"], told["failed"], told["total_output_tokens"])
+        errors = tuple(one for one in told.get("errors", ()) if one)
+        return cls(told["completed"], told["failed"], told["total_output_tokens"], errors)
 
     @classmethod
     def by_guidellm(cls, told: Mapping[str, Any]) -> Told:
@@ -78,7 +81,14 @@ class Told:
         metrics = told["benchmarks"][0]["metrics"]
         totals = metrics["request_totals"]
         tokens = metrics["output_token_count"]["successful"]["total_sum"]
-        return cls(totals["successful"], totals["total"] - totals["successful"], int(tokens))
+        requests = told["benchmarks"][0].get("requests") or {}
+        errors = tuple(
+            f"{kind}: {one['info'].get('error') or 'without a reason'}"
+            for kind in ("errored", "incomplete")
+            for one in requests.get(kind) or ()
+        )
+        failed = totals["total"] - totals["successful"]
+        return cls(totals["successful"], failed, int(tokens), errors)
 
 
 @dataclass(slots=True)
@@ -89,6 +99,7 @@ class Tally:
     failed: int = 0
     tokens: int = 0
     turns: int = 0
+    errors: list[str] = field(default_factory=list)
 
     def take(self, told: Told) -> None:
         """Add a turn of one engine.
@@ -96,12 +107,13 @@ class Tally:
         >>> tally = Tally()
         >>> tally.take(Told(completed=3, failed=1, tokens=90))
         >>> tally
-        Tally(completed=3, failed=1, tokens=90, turns=1)
+        Tally(completed=3, failed=1, tokens=90, turns=1, errors=[])
         """
         self.completed += told.completed
         self.failed += told.failed
         self.tokens += told.tokens
         self.turns += 1
+        self.errors += told.errors
 
     def wrong(self, name: str) -> list[str]:
         """Say what is wrong: every turn asks the same number of requests.
@@ -114,9 +126,9 @@ class Tally:
         asked = self.turns * REQUESTS
         if self.completed == asked and not self.failed:
             return []
-        return [
-            f"{name}: {self.failed} failed and {self.completed} were answered of {asked} requests"
-        ]
+        why = "".join(f"; {one[:500]}" for one in dict.fromkeys(self.errors))
+        answered = f"{self.completed} were answered of {asked} requests"
+        return [f"{name}: {self.failed} failed and {answered}{why}"]
 
 
 def settled(client: Client, leases: int) -> list[str]:
