@@ -75,6 +75,8 @@ SPEAKERS: Final = {
     "developer": "developer",
 }
 _TEXTS: Final = {"text", "input_text", "output_text", "refusal"}
+_ABOUT_PARTS: Final = {"type", "id", "cache_control", "annotations", "citations", "logprobs"}
+"""What may stand in a part that has no text: it says nothing else, as one with null for it."""
 _MEDIA: Final = {
     "image_url": "image",
     "image": "image",
@@ -734,7 +736,7 @@ def _content(value: Any, name: str, left_out: list[str]) -> str | list[dict[str,
             raise InvalidRequest(f"{name} holds a part of type {_show(kind)}; it takes a text")
         if kind in _TEXTS:
             text = part.get("refusal" if kind == "refusal" else "text", part.get("content"))
-            if text is None and "text" not in part:
+            if text is None and "text" not in part and part.keys() - _ABOUT_PARTS:
                 raise InvalidRequest(f"{name} holds a part of type {_show(kind)} without a text")
             if text is not None and not isinstance(text, str):
                 raise InvalidRequest(f"{name}: a part's text is {_show(text)}; it takes a text")
