@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import grpc
 import grpc.aio
 
-from prefixcache.client import calls, unary
+from prefixcache.client import calls, codec, unary
 from prefixcache.client.address import Address, default_target
 from prefixcache.client.async_session import AsyncSession, refuse_other_loop
 from prefixcache.client.connection import Connection
@@ -110,6 +110,7 @@ class AsyncClient(Connection):
             LayoutMismatch: the pool has another layout or block size; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
+        codec.check_flag("keep_alive", keep_alive)
         self.guard()
         await asyncio.to_thread(self.address.probe, self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)

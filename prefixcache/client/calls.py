@@ -182,6 +182,7 @@ def outline(
         max_depth: runs below the root beyond which all is summed up.
         ghosts: whether evicted runs are shown.
     """
+    codec.check_flag("ghosts", ghosts)
     call = _call(
         "tree",
         order=codec.ORDERS[order],

@@ -7,7 +7,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from prefixcache.client import calls, unary
+from prefixcache.client import calls, codec, unary
 from prefixcache.client.address import Address, default_target
 from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
@@ -114,6 +114,7 @@ class Client(Connection):
             LayoutMismatch: the pool has another layout or block size; the message names both.
             ServiceUnavailable: the service is gone, or about to go.
         """
+        codec.check_flag("keep_alive", keep_alive)
         self.guard()
         self.address.probe(self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)

@@ -309,6 +309,9 @@ class BatchOps(Generic[L]):
             with codec.no_foreign_errors("acquire"):
                 codec.write_namespace(self._session.named(salt, adapter), named)
         terms: dict[str, Any] = {}
+        if reuse is not True or for_room is not True:
+            codec.check_flag("reuse", reuse)
+            codec.check_flag("for_room", for_room)
         if not reuse or min_partial or not for_room:
             self._session.refuse_unheard_terms()
             terms = {

@@ -222,6 +222,34 @@ def test_no_odd_word_of_a_client_raises_an_error_of_others(service: ServiceProce
         assert client.snapshot().num_blocks == 64
 
 
+@pytest.mark.parametrize("odd", ["no", "", 0, 1, None, []])
+def test_a_yes_or_no_that_is_neither_is_named(service: ServiceProcess, odd: Any) -> None:
+    """To Python the text "no" is true."""
+
+    async def attach() -> None:
+        async with await connect_async(service.target) as client:
+            await client.attach("model", LAYOUT, keep_alive=odd)
+
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        asked: dict[str, list[Callable[[], Any]]] = {
+            "reuse": [lambda: session.acquire([1], reuse=odd)],
+            "for_room": [lambda: session.acquire([1], for_room=odd)],
+            "ghosts": [lambda: client.outline(ghosts=odd)],
+            "keep_alive": [
+                lambda: client.attach("model", LAYOUT, keep_alive=odd),
+                lambda: asyncio.run(attach()),
+            ],
+        }
+        for name, ways in asked.items():
+            for ask in ways:
+                with pytest.raises(InvalidRequest, match=f"{name} is .*; it must be True or False"):
+                    ask()
+        assert client.snapshot().num_leases == 0
+
+
 @pytest.mark.parametrize("odd", [2**64, -1, 1.5, "3"])
 def test_a_number_that_no_message_holds_is_named_with_its_field(odd: Any) -> None:
     asked: dict[str, Callable[[], Any]] = {

@@ -18,6 +18,7 @@ from prefixcache.client.codec.admin import (
 from prefixcache.client.codec.errors import (
     FOREIGN_ERRORS,
     STATUS_CODES,
+    check_flag,
     check_seconds,
     make_error,
     no_foreign_errors,
@@ -76,6 +77,7 @@ __all__ = [
     "READ",
     "STATUS_CODES",
     "WRITE",
+    "check_flag",
     "check_seconds",
     "make_error",
     "no_foreign_errors",

@@ -84,6 +84,16 @@ def put(message: Any, **fields: Any) -> None:
             raise InvalidRequest(f"{name} is {value!a:.60}: {error}") from None
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither true nor false: a text that says no is true to Python.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!a:.60}; it must be True or False")
+
+
 def check_seconds(name: str, seconds: Any) -> None:
     """Refuse a time that nobody can wait.
 
