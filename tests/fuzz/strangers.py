@@ -341,8 +341,11 @@ class IdentityFiles(_Folder):
         if data[:1] == b"\0":
             path.write_bytes(data[1:])
         else:
-            odd = changed(IDENTITIES, data)
-            path.write_text(toml(odd), errors="replace")
+            try:
+                written = toml(changed(IDENTITIES, data))
+            except RecursionError:
+                return  # deeper than our own writer goes: bytes, above, make such files
+            path.write_text(written, errors="replace")
         path.chmod(0o600)
         identities = _or_refusal(Identities, path)
         if identities is None:
