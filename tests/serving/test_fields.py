@@ -14,6 +14,7 @@ from prefixcache_serving.fields import (
     FIELDS,
     OF,
     REFUSED,
+    RESPONSES,
     USED,
     Field,
     read,
@@ -56,15 +57,27 @@ RIGHT: dict[str, Any] = {
     "repetition_penalty": 1.2,
     "min_tokens": 3,
     "top_logprobs": 3,
+    "input": "x",
+    "instructions": "x",
+    "max_output_tokens": 5,
+    "include": ["message.output_text.logprobs"],
+    "text": {"format": {"type": "text"}, "verbosity": None},
+    "max_tool_calls": 5,
+    "reasoning": {"effort": "none", "summary": None},
 }
 """A value of each field that has an effect, or is accepted without one."""
 
-CASES = [(kind, field) for kind in (CHAT, COMPLETIONS) for field in OF[kind].values()]
+KINDS = (CHAT, COMPLETIONS, RESPONSES)
+CASES = [(kind, field) for kind in KINDS for field in OF[kind].values()]
 
 
 @pytest.mark.parametrize(
     ("kind", "schema"),
-    [(CHAT, "CreateChatCompletionRequest"), (COMPLETIONS, "CreateCompletionRequest")],
+    [
+        (CHAT, "CreateChatCompletionRequest"),
+        (COMPLETIONS, "CreateCompletionRequest"),
+        (RESPONSES, "CreateResponse"),
+    ],
 )
 def test_every_field_of_openai_s_requests_is_in_the_table(kind: str, schema: str) -> None:
     from serving import openai_schema
@@ -85,11 +98,13 @@ def test_a_field_has_its_effect_or_is_listed_or_is_refused_by_name(kind: str, fi
             assert read({field.name: harmless}, kind) == {}
         return
     right = {"logprobs": True if kind == CHAT else 3} | RIGHT
+    if kind == RESPONSES:
+        right["stream_options"] = {"include_obfuscation": True}
     found = read({field.name: right[field.name]}, kind)
     assert set(found) == ({field.name} if field.effect == USED else set())
 
 
-@pytest.mark.parametrize("kind", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -119,6 +134,23 @@ def test_a_wrong_value_is_refused_by_name(kind: str, name: str, value: Any) -> N
             read({name: value}, kind)
         assert (told.value.param or "").partition(".")[0] == name
         assert told.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("store", odd) for odd in (True, 0)),
+        *(("include", odd) for odd in ("x", [7], ["file_search_call.results"])),
+        *(("reasoning", odd) for odd in (7, {"effort": "low"}, {"summary": "auto"}, {"x": 1})),
+        *(("text", odd) for odd in ("x", {"format": {"type": "json_object"}}, {"x": 1})),
+        *(("truncation", odd) for odd in ("auto", True)),
+        *(("background", odd) for odd in (True, 1)),
+        *(("previous_response_id", odd) for odd in ("resp_1", 7)),
+        *(("stream_options", odd) for odd in ({"include_usage": True}, True)),
+    ],
+)
+def test_what_needs_a_memory_or_another_model_is_refused_by_name(name: str, value: Any) -> None:
+    test_a_wrong_value_is_refused_by_name(RESPONSES, name, value)
 
 
 def test_the_page_has_the_table_of_the_code() -> None:

@@ -8,14 +8,24 @@ body ──► fields.read ──► prompts: template, tokenizer ──► Ask 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, Final
 
 from prefixcache.errors import CacheError
 from prefixcache.prompts.logged_request import LoggedRequest, read_logged
 from prefixcache.types import unpack
-from prefixcache_serving.fields import CHAT, MOST_ANSWERS, read, show, text
+from prefixcache_serving import responses
+from prefixcache_serving.fields import (
+    CHAT,
+    COMPLETIONS,
+    LOGPROBS,
+    MOST_ANSWERS,
+    RESPONSES,
+    read,
+    show,
+    text,
+)
 from prefixcache_serving.refusals import Refused, refusal_of
 from prefixcache_serving.served_model import ServedModel
 
@@ -30,6 +40,9 @@ _HOW: Final = (
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
     *("top_k", "min_p", "min_tokens"),
 )
+_HOW_LONG: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
+_SOURCES: Final = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input"}
+"""Where a body has its prompt."""
 _HARMLESS_LOSSES: Final = {"messages that the template does not show in full", "thoughts"}
 """What templates leave out by design, of earlier turns."""
 
@@ -58,6 +71,8 @@ class Ask:
     include_usage: bool
     left_out: tuple[str, ...]
     """What of the messages the template does not show."""
+    told_again: dict[str, Any] = field(default_factory=dict)
+    """Fields of the request that its answer repeats."""
 
     def lines(self) -> list[dict[str, Any]]:
         """Give what a worker is sent for each answer, prompt by prompt, without an id."""
@@ -83,7 +98,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
 
     Args:
         body: parsed JSON.
-        kind: `chat` or `completions`.
+        kind: `chat`, `completions` or `responses`.
         model: of whom it is asked.
         tenant: whose it is.
 
@@ -104,12 +119,14 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         raise Refused(
             "stream_options goes with stream: true", param="stream_options", code="invalid_value"
         )
-    if kind == CHAT:
-        source = "messages"
-        requests, left_out = _chat(found, model)
+    source = _SOURCES[kind]
+    left_out: tuple[str, ...] = ()
+    if kind == COMPLETIONS:
+        requests = _completion(found, model)
+    elif kind == CHAT:
+        requests, left_out = _chat(_messages(found), source, found, model)
     else:
-        source = "prompt"
-        requests, left_out = _completion(found, model), ()
+        requests, left_out = _chat(responses.messages(found), source, found, model)
     num_answers = found.get("n", 1)
     if len(requests) * num_answers > MOST_ANSWERS:
         raise Refused(
@@ -137,6 +154,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         stream=found.get("stream", False),
         include_usage=found.get("stream_options", False),
         left_out=left_out,
+        told_again=found if kind == RESPONSES else {},
     )
 
 
@@ -151,15 +169,14 @@ def _salt(tenant: str, salt: str) -> str | None:
 
 
 def _logprobs(found: dict[str, Any], kind: str) -> int | None:
-    if kind != CHAT:
+    if kind == COMPLETIONS:
         given: int | None = found.get("logprobs")
         return given
-    if found.get("logprobs"):
+    asks, how = ("logprobs", "logprobs: true") if kind == CHAT else ("include", LOGPROBS)
+    if found.get(asks):
         return int(found.get("top_logprobs", 0))
     if found.get("top_logprobs"):
-        raise Refused(
-            "top_logprobs goes with logprobs: true", param="top_logprobs", code="invalid_value"
-        )
+        raise Refused(f"top_logprobs goes with {how}", param="top_logprobs", code="invalid_value")
     return None
 
 
@@ -192,7 +209,7 @@ def _new_tokens(
             param=source,
             code="context_length_exceeded",
         )
-    names = [name for name in ("max_completion_tokens", "max_tokens") if name in found]
+    names = [name for name in _HOW_LONG if name in found]
     if len(names) == 2 and found[names[0]] != found[names[1]]:
         raise Refused(
             "max_completion_tokens and max_tokens differ; give one of them",
@@ -200,7 +217,7 @@ def _new_tokens(
             code="invalid_value",
         )
     if not names:
-        default = DEFAULT_CHAT_TOKENS if kind == CHAT else DEFAULT_COMPLETION_TOKENS
+        default = DEFAULT_COMPLETION_TOKENS if kind == COMPLETIONS else DEFAULT_CHAT_TOKENS
         return min(default, room)
     asked = int(found[names[0]])
     if asked > room:
@@ -213,7 +230,7 @@ def _new_tokens(
     return asked
 
 
-def _chat(found: dict[str, Any], model: ServedModel) -> tuple[list[list[int]], tuple[str, ...]]:
+def _messages(found: dict[str, Any]) -> list[dict[str, Any]]:
     if "messages" not in found:
         raise Refused("messages are missing", param="messages", code="missing_field")
     messages = found["messages"]
@@ -223,26 +240,33 @@ def _chat(found: dict[str, Any], model: ServedModel) -> tuple[list[list[int]], t
             param="messages",
             code="invalid_value",
         )
+    return [_message(one, f"messages[{at}]") for at, one in enumerate(messages)]
+
+
+def _chat(
+    messages: list[dict[str, Any]], source: str, found: dict[str, Any], model: ServedModel
+) -> tuple[list[list[int]], tuple[str, ...]]:
+    """Put messages through the template; `source` is the field that they came from."""
     options = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
     given = {name: found[name] for name in options if name in found}
-    checked = [_message(one, f"messages[{at}]") for at, one in enumerate(messages)]
+    checked = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
     try:
         (logged,) = read_logged({"messages": checked, **given})
         _refuse_media(logged)
         made = model.decoder.prompt(logged)
     except CacheError as error:
-        raise refusal_of(error, "messages") from None
+        raise refusal_of(error, source) from None
     if lost := sorted(set(made.left_out) - _HARMLESS_LOSSES):
         raise Refused(
             f"this model's template cannot show everything: {', '.join(lost)}",
-            param="messages",
+            param=source,
             code="unsupported_field",
         )
     return [unpack(made.tokens).tolist()], tuple(sorted(made.left_out))
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    """Check one message more strictly than logs are read; `developer` is what was `system`."""
+    """Check one message more strictly than logs are read."""
     if not isinstance(message, dict):
         raise Refused(
             f"{where} is {show(message)}; it takes an object", param=where, code="invalid_value"
@@ -264,7 +288,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         )
     if role != "assistant" and "content" not in kept:
         raise Refused(f"{where} has no content", param=f"{where}.content", code="missing_field")
-    return kept | {"role": "system" if role == "developer" else role}
+    return kept
 
 
 def _refuse_media(logged: LoggedRequest) -> None:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from prefixcache_serving.ask import Ask
 from prefixcache_serving.fields import CHAT
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.meter import cached_of
+from prefixcache_serving.refusals import Refused
 from prefixcache_serving.served_model import ServedModel
 
 _IMPOSSIBLE: Final = -9999.0
@@ -70,6 +71,8 @@ class Bodies:
         explains: tell the fate of each prompt's tokens, and who computed.
     """
 
+    ends_with_done: ClassVar[bool] = True
+
     ask: Ask
     model: ServedModel
     explains: bool = False
@@ -109,7 +112,20 @@ class Bodies:
         ]
         kind = "chat.completion" if is_chat else "text_completion"
         told = {"choices": choices, "usage": self.usage(journeys)}
-        return self._head(kind) | told | self._explained(journeys)
+        return self._head(kind) | told | (explained(journeys) if self.explains else {})
+
+    def events(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Give the chunks of what was taken last."""
+        yield self.chunk(piece)
+
+    def last(self, journeys: Sequence[Journey]) -> Iterator[dict[str, Any]]:
+        """Give what is behind the last chunk with an answer."""
+        if self.ask.include_usage:
+            yield self.last_chunk(journeys)
+
+    def failure(self, refusal: Refused) -> Iterator[dict[str, Any]]:
+        """Give the event that ends a stream which cannot go on."""
+        yield refusal.body
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """Give a chunk of the stream."""
@@ -134,7 +150,7 @@ class Bodies:
     def last_chunk(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Give the chunk that tells the usage."""
         told = {"choices": [], "usage": self.usage(journeys)}
-        return self._head(self._chunk_kind) | told | self._explained(journeys)
+        return self._head(self._chunk_kind) | told | (explained(journeys) if self.explains else {})
 
     def usage(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Count: each prompt once, each answer's tokens, and what of the prompts was cached."""
@@ -150,26 +166,17 @@ class Bodies:
             },
         }
 
-    def _explained(self, journeys: Sequence[Journey]) -> dict[str, Any]:
-        if not self.explains:
-            return {}
-        told = [
-            {
-                "index": index,
-                "ledger": None if one.ledger is None else one.ledger._asdict(),
-                "workers": one.workers,
-            }
-            for index, one in enumerate(journeys)
-        ]
-        return {"prefixcache": told}
-
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.ask.num_logprobs is None:
             return None
         if self.ask.kind == CHAT:
             told = [
-                self._entry(one.token, one.logprob)
-                | {"top_logprobs": [self._entry(int(token), value) for token, value in one.top]}
+                told_token(self.model, one.token, one.logprob)
+                | {
+                    "top_logprobs": [
+                        told_token(self.model, int(token), value) for token, value in one.top
+                    ]
+                }
                 for one in tokens
             ]
             return {"content": told, "refusal": None}
@@ -186,12 +193,6 @@ class Bodies:
             "text_offset": [one.offset for one in tokens],
         }
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._text(token)
-        # A token may be a part of a character: what its bytes are, its text does not say.
-        told = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": _finite(logprob), "bytes": told}
-
     def _text(self, token: int) -> str:
         return self.model.decoder.decode([token])
 
@@ -207,6 +208,27 @@ class Bodies:
             "model": self.model.name,
             "system_fingerprint": self.model.fingerprint,
         }
+
+
+def explained(journeys: Sequence[Journey]) -> dict[str, Any]:
+    """Tell, for each answer, the fate of its prompt's tokens, and who computed."""
+    told = [
+        {
+            "index": index,
+            "ledger": None if one.ledger is None else one.ledger._asdict(),
+            "workers": one.workers,
+        }
+        for index, one in enumerate(journeys)
+    ]
+    return {"prefixcache": told}
+
+
+def told_token(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
+    """Tell a token and its log-probability."""
+    text = model.decoder.decode([token])
+    # A token may be a part of a character: what its bytes are, its text does not say.
+    told = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": _finite(logprob), "bytes": told}
 
 
 def _finite(logprob: float | None) -> float:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from prefixcache_serving.refusals import Refused
 
 USED, ACCEPTED, REFUSED = "used", "accepted", "refused"
-CHAT, COMPLETIONS = "chat", "completions"
+CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
 
 Check = Callable[[Any, str], Any]
 """From a value and its field's name to what is meant; raises Refused."""
@@ -26,6 +26,8 @@ Check = Callable[[Any, str], Any]
 _MOST_STOPS: Final = 16
 _LONGEST_STOP: Final = 1024
 _MOST_BIASED: Final = 1024
+LOGPROBS: Final = "message.output_text.logprobs"
+_THOUGHTS: Final = "reasoning.encrypted_content"
 MOST_ANSWERS: Final = 128
 """Answers to one request, over all of its prompts."""
 
@@ -163,6 +165,47 @@ def stream_options(value: Any, name: str) -> bool:
     return value.get("include_usage") is True
 
 
+def stream_obfuscation(value: Any, name: str) -> None:
+    """Take the options of a stream of events, which always tells its usage."""
+    for key, one in object_(value, name).items():
+        if key != "include_obfuscation":
+            raise Refused(
+                f"unknown field {show(key)} in {name}", param=f"{name}.{key}", code="unknown_field"
+            )
+        if one is not None:
+            flag(one, f"{name}.{key}")
+
+
+def included(value: Any, name: str) -> bool:
+    """Take what an answer is to have besides; give whether that is its log-probabilities."""
+    if not isinstance(value, list):
+        raise wrong(name, value, "a list")
+    for one in value:
+        if one not in (LOGPROBS, _THOUGHTS):
+            raise wrong(name, one, f"{LOGPROBS}, or {_THOUGHTS}, of which there are none")
+    return LOGPROBS in value
+
+
+def only(**taken: Any) -> Check:
+    """Take an object of settings, each of which can have one value, which is how it is anyway."""
+
+    def check(value: Any, name: str) -> dict[str, Any]:
+        for key, one in object_(value, name).items():
+            if one is None or (key in taken and one == taken[key]):
+                continue
+            where = f"{name}.{key[:64]}"
+            if key in taken:
+                raise Refused(
+                    f"{where} is {show(one)}: the model has no such setting",
+                    param=where,
+                    code="unsupported_field",
+                )
+            raise Refused(f"unknown field {show(key)} in {name}", param=where, code="unknown_field")
+        return dict(value)
+
+    return check
+
+
 def biases(value: Any, name: str) -> dict[str, float]:
     """Take numbers by token id."""
     if len(object_(value, name)) > _MOST_BIASED:
@@ -181,41 +224,59 @@ def texts_by_name(value: Any, name: str) -> dict[str, Any]:
 
 
 BOTH: Final = (CHAT, COMPLETIONS)
+ALL: Final = (*BOTH, RESPONSES)
 _SEED: Final = whole(-(2**63), 2**63 - 1)
 _TOKENS: Final = whole(1, 2**31 - 1)
 _NO_TOOLS: Final = "answers are not parsed for tool calls yet"
+_NOTHING_STORED: Final = "nothing is stored"
 _NO_GRAMMAR: Final = "answers are not held to a grammar yet"
 _TOP_K: Final = whole(-1, 2**31 - 1)
 _PENALTY: Final = number(-2, 2)
 
 
 def _rows() -> list[Field]:
-    def used(name: str, what: str, check: Check, bodies: tuple[str, ...] = BOTH) -> Field:
+    def used(name: str, what: str, check: Check, bodies: tuple[str, ...] = ALL) -> Field:
         return Field(name, USED, what, bodies, check)
 
-    def accepted(name: str, what: str, check: Check, bodies: tuple[str, ...] = BOTH) -> Field:
+    def accepted(name: str, what: str, check: Check, bodies: tuple[str, ...] = ALL) -> Field:
         return Field(name, ACCEPTED, what, bodies, check)
 
     def refused(name: str, why: str, *harmless: Any, bodies: tuple[str, ...] = (CHAT,)) -> Field:
         return Field(name, REFUSED, why, bodies, anything, harmless)
 
-    chat, completions = (CHAT,), (COMPLETIONS,)
+    chat, completions, responses = (CHAT,), (COMPLETIONS,), (RESPONSES,)
+    chats = (CHAT, RESPONSES)
     return [
         used("model", "the served model's name", text(1024)),
         used("messages", "through the model's template; parts of text", anything, chat),
         used("prompt", "a text, token ids, or a list of either", anything, completions),
+        used("input", "a text, or items: messages, calls, their outputs", anything, responses),
+        used("instructions", "a system message before them", text(2**31), responses),
         used("max_completion_tokens", "how long the answer may become", _TOKENS, chat),
-        used("max_tokens", "the same, by its older name", _TOKENS),
+        used("max_output_tokens", "how long the answer may become", _TOKENS, responses),
+        used("max_tokens", "the same, by its older name", _TOKENS, BOTH),
         used("temperature", "0 takes the most likely token; 1 by default", number(0, 2)),
         used("top_p", "the nucleus that is drawn from", number(0, 1)),
-        used("n", "answers to each prompt; the prompt is computed once", whole(1, MOST_ANSWERS)),
+        used(
+            "n", "answers to each prompt; the prompt is computed once", whole(1, MOST_ANSWERS), BOTH
+        ),
         used("seed", "the same seed, the same answer, on any worker", _SEED),
         used("stop", f"up to {_MOST_STOPS} texts; none of them is ever shown", stops),
         used("stream", "server-sent events", flag),
-        used("stream_options", "include_usage; include_obfuscation has no effect", stream_options),
+        used(
+            "stream_options",
+            "include_usage; include_obfuscation has no effect",
+            stream_options,
+            BOTH,
+        ),
+        accepted(
+            "stream_options", "include_obfuscation has no effect", stream_obfuscation, responses
+        ),
         used("logprobs", "of each token", flag, chat),
         used("logprobs", "of each token and of so many more", whole(0, 5), completions),
         used("top_logprobs", "of the most likely tokens; with logprobs", whole(0, 20), chat),
+        used("include", f"{LOGPROBS}; {_THOUGHTS} has no effect", included, responses),
+        used("top_logprobs", f"likewise; with {LOGPROBS}", whole(0, 20), responses),
         used("frequency_penalty", "of what the answer has", _PENALTY),
         used("presence_penalty", "likewise", _PENALTY),
         used("logit_bias", "by token id, from -100 to 100", biases),
@@ -225,22 +286,30 @@ def _rows() -> list[Field]:
         used("min_tokens", "before it nothing ends the answer (of vLLM)", whole(0, 2**31 - 1)),
         used("cache_salt", "who has another one shares nothing (of vLLM)", text(1024, 1)),
         used("ignore_eos", "go on behind the model's own end (of vLLM)", flag),
-        used("chat_template_kwargs", "options of the template (of vLLM)", object_, chat),
+        used("chat_template_kwargs", "options of the template (of vLLM)", object_, chats),
         used("add_generation_prompt", "begin an answer; true (of vLLM)", flag, chat),
         used("continue_final_message", "go on with the last message (of vLLM)", flag, chat),
         accepted("user", "nobody is told", text(1024)),
-        accepted("safety_identifier", "nobody is told", text(64), chat),
+        accepted("safety_identifier", "nobody is told", text(64), chats),
         accepted("metadata", "nothing is stored", texts_by_name, chat),
+        used("metadata", "told again with the answer; nothing is stored", texts_by_name, responses),
         accepted("store", "nothing is stored", flag, chat),
-        accepted("service_tier", "there is one", one_of("auto", "default"), chat),
-        accepted("prompt_cache_key", "no routing is needed: all share one pool", text(1024), chat),
-        accepted("prompt_cache_retention", "what is used stays longest", text(64), chat),
+        accepted("service_tier", "there is one", one_of("auto", "default"), chats),
+        accepted("prompt_cache_key", "no routing is needed: all share one pool", text(1024), chats),
+        accepted("prompt_cache_retention", "what is used stays longest", text(64), chats),
+        accepted("max_tool_calls", "no tools are built in", whole(1, 2**31 - 1), responses),
+        accepted(
+            "reasoning",
+            "effort none: the model has no such setting",
+            only(effort="none"),
+            responses,
+        ),
         refused("best_of", "only the answers that are returned are made", 1, bodies=completions),
         refused(
             "echo", "log-probabilities of a prompt are not computed", False, bodies=completions
         ),
         refused("suffix", "the model goes on with a text, it fills none", "", bodies=completions),
-        refused("stop_token_ids", "give texts in stop", [], bodies=BOTH),
+        refused("stop_token_ids", "give texts in stop", [], bodies=ALL),
         refused("response_format", _NO_GRAMMAR, {"type": "text"}),
         refused("tools", _NO_TOOLS, []),
         refused("tool_choice", _NO_TOOLS, "none"),
@@ -253,6 +322,29 @@ def _rows() -> list[Field]:
         refused("reasoning_effort", "the model has no such setting", "none"),
         refused("verbosity", "the model has no such setting", "medium"),
         refused("web_search_options", "nothing is searched"),
+        *_of_responses(),
+    ]
+
+
+def _of_responses() -> list[Field]:
+    """What else OpenAI's responses have, most of which needs a memory of earlier ones."""
+
+    def refused(name: str, why: str, *harmless: Any) -> Field:
+        return Field(name, REFUSED, why, (RESPONSES,), anything, harmless)
+
+    plain = only(format={"type": "text"}, verbosity="medium")
+    return [
+        Field("text", USED, "format text, verbosity medium", (RESPONSES,), plain),
+        refused("tools", _NO_TOOLS, []),
+        refused("tool_choice", _NO_TOOLS, "none", "auto"),
+        refused("parallel_tool_calls", _NO_TOOLS, True, False),
+        refused("store", f"{_NOTHING_STORED}; it is false by default", False),
+        refused("previous_response_id", f"{_NOTHING_STORED}: send all of the input"),
+        refused("conversation", f"{_NOTHING_STORED}: send all of the input"),
+        refused("background", f"{_NOTHING_STORED}: wait for the answer, or stream it", False),
+        refused("prompt", f"{_NOTHING_STORED}: send instructions and input"),
+        refused("context_management", "send what the model is to read"),
+        refused("truncation", "what is too long is refused", "disabled"),
     ]
 
 
@@ -260,7 +352,7 @@ FIELDS: Final = tuple(_rows())
 """The table, in the order in which the documents show it."""
 
 OF: Final[Mapping[str, Mapping[str, Field]]] = {
-    body: {field.name: field for field in FIELDS if body in field.bodies} for body in BOTH
+    body: {field.name: field for field in FIELDS if body in field.bodies} for body in ALL
 }
 
 
@@ -269,7 +361,7 @@ def read(body: Any, kind: str) -> dict[str, Any]:
 
     Args:
         body: parsed JSON.
-        kind: `chat` or `completions`.
+        kind: `chat`, `completions` or `responses`.
 
     Raises:
         Refused: it is no object, or a field is unknown, wrong, or not served; the message and
@@ -303,7 +395,7 @@ def table() -> str:
     """Write the table for the documents, in Markdown."""
     lines = ["| field | of | | |", "|---|---|---|---|"]
     for field in FIELDS:
-        of = "both" if field.bodies == BOTH else field.bodies[0]
+        of = "all" if field.bodies == ALL else ", ".join(field.bodies)
         harmless = ""
         if field.harmless:
             harmless = f"; {' or '.join(map(show, field.harmless))} is taken"

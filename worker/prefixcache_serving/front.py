@@ -2,6 +2,7 @@
 
 ```
 POST /v1/chat/completions   POST /v1/completions       an answer, whole or as a stream
+POST /v1/responses                                     likewise; nothing is stored
 GET  /v1/models             GET  /v1/models/{id}
 GET  /health                whether requests are answered (no key needed)
 GET  /metrics               for Prometheus
@@ -29,11 +30,12 @@ from prefixcache.plain_json import json_text
 from prefixcache_serving.ask import Ask, read_ask
 from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
-from prefixcache_serving.fields import CHAT, COMPLETIONS, show
+from prefixcache_serving.fields import CHAT, COMPLETIONS, RESPONSES, show
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.keys import Keys
 from prefixcache_serving.meter import CONTENT_TYPE, Meter
 from prefixcache_serving.refusals import Refused, refusal_of
+from prefixcache_serving.response_bodies import ResponseBodies
 from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
 from prefixcache_worker.text import TextStream
@@ -74,6 +76,7 @@ class Front:
             routes=[
                 Route("/v1/chat/completions", _Answers(self, CHAT), methods=["POST"]),
                 Route("/v1/completions", _Answers(self, COMPLETIONS), methods=["POST"]),
+                Route("/v1/responses", _Answers(self, RESPONSES), methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{id:path}", self._one_model),
                 Route("/health", self._health),
@@ -215,7 +218,7 @@ class Front:
 
 
 class _Answers:
-    """One of the two paths that answer."""
+    """One of the paths that answer."""
 
     def __init__(self, front: Front, kind: str) -> None:
         self._front = front
@@ -263,7 +266,8 @@ class _Answers:
     ) -> int:
         began_s = time.monotonic()
         front = self._front
-        bodies = Bodies(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
+        made = ResponseBodies if ask.kind == RESPONSES else Bodies
+        bodies = made(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
         headers = {"x-request-id": bodies.id}
         if ask.left_out:
             headers["x-prefixcache-left-out"] = ", ".join(ask.left_out)
@@ -281,19 +285,23 @@ class _Answers:
                         is_first = False
                     bodies.take(piece)
                     if ask.stream:
-                        await stream.event(bodies.chunk(piece))
+                        for event in bodies.events(piece):
+                            await stream.event(event)
             except Refused as refusal:
                 if not stream.has_begun:
                     raise
-                await stream.event(refusal.body)
+                for event in bodies.failure(refusal):
+                    await stream.event(event)
                 await stream.end()
                 return refusal.status
         if not ask.stream:
             await JSONResponse(bodies.whole(journeys), headers=headers)(scope, receive, send)
             return 200
-        if ask.include_usage:
-            await stream.event(bodies.last_chunk(journeys))
-        await stream.done()
+        for event in bodies.last(journeys):
+            await stream.event(event)
+        if bodies.ends_with_done:
+            await stream.done()
+        await stream.end()
         return 200
 
 
@@ -314,17 +322,17 @@ class _Stream:
         self.has_begun = False
 
     async def event(self, value: dict[str, Any]) -> None:
-        """Send one; returns when its reader has room for it."""
-        await self._write(f"data: {json_text(value)}\n\n".encode())
+        """Send one, by its type if it has one; returns when its reader has room for it."""
+        name = f"event: {value['type']}\n" if "type" in value else ""
+        await self._write(f"{name}data: {json_text(value)}\n\n".encode())
 
     async def comment(self) -> None:
         """Say that there is nothing to say."""
         await self._write(b": waiting\n\n")
 
     async def done(self) -> None:
-        """Say that all was said, and end."""
+        """Say that all was said."""
         await self._write(b"data: [DONE]\n\n")
-        await self.end()
 
     async def end(self) -> None:
         """End, without a word."""
