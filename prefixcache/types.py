@@ -106,7 +106,7 @@ def pack(tokens: TokensLike) -> bytes:
     if isinstance(tokens, list | tuple | range):
         return _pack_each(tokens)
     if isinstance(tokens, str):
-        raise InvalidRequest(f"token ids are numbers, not the text {_shown(tokens)}: encode it")
+        raise InvalidRequest(f"token ids are numbers, not the text {shown(tokens)}: encode it")
     if isinstance(tokens, memoryview) and isinstance(tokens.obj, bytes | bytearray):
         if tokens.format != "B" or tokens.ndim != 1:
             raise InvalidRequest(
@@ -123,12 +123,27 @@ def pack(tokens: TokensLike) -> bytes:
             return _pack_each(list(tokens))
         except TypeError as error:
             raise InvalidRequest(f"token ids are a sequence of integers: {error}") from None
-    if hasattr(tokens, "cpu") and "int" in str(dtype):
-        tokens = tokens.cpu()  # a tensor, which may be on a device
     try:
+        if hasattr(tokens, "as_strided") and "int" in str(dtype):
+            tokens = _at_hand(tokens)
         return _pack_array(tokens)
     except TypeError:  # an element type that numpy does not know
         raise InvalidRequest(f"token ids are integers, not {dtype}") from None
+    except RuntimeError as error:  # PyTorch's, of which the first line says what is wrong
+        why = str(error).strip().partition("\n")[0][:200]
+        raise InvalidRequest(f"token ids of a tensor that has none in its memory: {why}") from None
+
+
+def _at_hand(tensor: Any) -> Any:
+    """Give a tensor as an array on the host, or PyTorch's error if its memory is not its shape's.
+
+    NumPy does not look: it gives what lies elsewhere.
+    """
+    whole = tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).cpu()
+    array = whole.numpy()
+    if array.size and array.ctypes.data != whole.data_ptr():
+        raise RuntimeError("it has no memory")
+    return array
 
 
 def _pack_array(tokens: Any) -> bytes:
@@ -186,7 +201,7 @@ def _check_integer(index: int, token: object) -> None:
         or isinstance(token, bool)
         or "int" not in str(getattr(token, "dtype", "int"))
     ):
-        raise InvalidRequest(f"token {index} is {_shown(token)}: token ids are integers")
+        raise InvalidRequest(f"token {index} is {shown(token)}: token ids are integers")
 
 
 def _out_of_range(index: int, token: int) -> InvalidRequest:
@@ -209,7 +224,16 @@ def _check_one_row(shape: tuple[int, ...]) -> None:
         raise InvalidRequest(f"token ids of one prompt are one row; these have the shape {shape}")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Write what somebody handed in, whatever it is, in few characters.
+
+    Of a tensor its type alone: to write one that let go of its memory ends the process.
+
+    >>> shown("8"), shown([10**5000])
+    ("'8'", 'list of a very large number')
+    """
+    if hasattr(value, "untyped_storage"):
+        return f"a {type(value).__name__} of {getattr(value, 'dtype', '?')}"
     try:
         text = repr(value)
     except ValueError:  # it has a number in it that Python refuses to write
@@ -298,7 +322,7 @@ class Layout:
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if self.page_bytes or (self.planes and not (self.format and self.num_layers)):
             raise InvalidRequest(
-                f"pages ({_shown(self.planes)} planes of {_shown(self.page_bytes)} bytes) need the "
+                f"pages ({shown(self.planes)} planes of {shown(self.page_bytes)} bytes) need the "
                 f"name of their format, and that is not {OUR_FORMAT}: ours is given as layers, KV "
                 "heads, head size and type"
             )
@@ -325,7 +349,7 @@ class Layout:
         ):
             if not 1 <= number <= most:
                 raise InvalidRequest(
-                    f"{name} is {_shown(number)}: a whole number from 1 to {most:,} is expected"
+                    f"{name} is {shown(number)}: a whole number from 1 to {most:,} is expected"
                 )
             object.__setattr__(self, name, number)
 
@@ -368,7 +392,7 @@ def _whole(name: str, number: object) -> int:
     if isinstance(number, SupportsIndex) and not isinstance(number, bool):
         return number.__index__()
     raise InvalidRequest(
-        f"{name} of a layout is {_shown(number)}: whole numbers are expected; pages are given by "
+        f"{name} of a layout is {shown(number)}: whole numbers are expected; pages are given by "
         "name, as Layout(planes=30, page_bytes=24576, format=...)"
     )
 
@@ -380,7 +404,7 @@ def check_format(text: str) -> None:
         InvalidRequest: As said, without repeating what cannot be shown.
     """
     if not isinstance(text, str):
-        raise InvalidRequest(f"the name of a format is a text, not {_shown(text)}")
+        raise InvalidRequest(f"the name of a format is a text, not {shown(text)}")
     if not 1 <= len(text) <= MAX_FORMAT:
         raise InvalidRequest(
             f"the name of a format has {len(text):,} characters: 1 to {MAX_FORMAT} are expected"

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import shown
 
 FP8: Final = torch.float8_e4m3fn
 """The one eight-bit type that caches may have: 4 bits of exponent, 3 of mantissa, at most 448."""
@@ -136,19 +137,19 @@ def check_scalars(scale: Any, window: Any, softcap: Any) -> tuple[float, int | N
         return scale, None, None
     if type(scale) is not float:
         if not isinstance(scale, Real) or isinstance(scale, bool):
-            raise InvalidRequest(f"scale is {scale!r}, not a number")
+            raise InvalidRequest(f"scale is {shown(scale)}, not a number")
         scale = _real(scale)
     if not -LARGEST <= scale <= LARGEST:  # also not NaN
         raise InvalidRequest(f"scale is {scale:g}, not between -{LARGEST:g} and {LARGEST:g}")
     if window is not None:
         if not isinstance(window, Integral) or isinstance(window, bool):
-            raise InvalidRequest(f"window is {window!r}, not an integer or None")
+            raise InvalidRequest(f"window is {shown(window)}, not an integer or None")
         window = int(window)
         if not 1 <= window <= LONGEST:
             raise InvalidRequest(f"a window of {window} tokens: not between 1 and {LONGEST}")
     if softcap is not None:
         if not isinstance(softcap, Real) or isinstance(softcap, bool):
-            raise InvalidRequest(f"softcap is {softcap!r}, not a number or None")
+            raise InvalidRequest(f"softcap is {shown(softcap)}, not a number or None")
         softcap = _real(softcap)
         if not 1 / LARGEST <= softcap <= LARGEST:
             raise InvalidRequest(

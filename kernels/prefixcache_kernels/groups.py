@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import is_plain
+from prefixcache_kernels.checks import check_tensors, is_plain, same_memory
 
 Tables: TypeAlias = npt.NDArray[np.int32]
 
@@ -168,7 +168,7 @@ class GroupPlan:
             cost: When sharing pays.
 
         Raises:
-            InvalidRequest: `tables` and `limits` do not fit together.
+            InvalidRequest: `tables` and `limits` do not fit together, or are something else.
 
         >>> tables = torch.tensor([[7, 8, 1], [5, 6, 0], [7, 8, 2]], dtype=torch.int32)
         >>> plan = GroupPlan.build(tables, [2, 1, 2])
@@ -177,7 +177,17 @@ class GroupPlan:
         >>> plan.runs
         (Run(row=0, first=0, blocks=2, start=1, end=3, level=0),)
         """
-        rows: Tables = tables.numpy() if isinstance(tables, Tensor) else tables
+        if isinstance(tables, Tensor):
+            check_tensors(tables=tables)
+            if not tables.is_cpu or tables.dtype != torch.int32:
+                raise InvalidRequest(f"tables of {tables.dtype} on {tables.device}: not int32, cpu")
+            tables = same_memory(tables).numpy()
+        if not isinstance(tables, np.ndarray) or not isinstance(limits, list | tuple):
+            kinds = f"{type(tables).__name__} and {type(limits).__name__}"
+            raise InvalidRequest(f"tables and limits are {kinds}: not a tensor and a list")
+        if not set(map(type, limits)) <= {int}:
+            raise InvalidRequest("limits that are not all of the class int")
+        rows: Tables = tables
         if rows.ndim != 2 or rows.dtype != np.int32 or len(rows) != len(limits):
             raise InvalidRequest(
                 f"tables {list(rows.shape)} of {rows.dtype} with {len(limits)} limits: not "

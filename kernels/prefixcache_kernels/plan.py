@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import shown
 from prefixcache_kernels.checks import check_step, check_tensors
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import Run
@@ -192,7 +193,7 @@ class Plan:
         check_tensors(block_tables=block_tables, query_start=query_start, context_lens=context_lens)
         check_step(block_tables, query_start, context_lens)
         if not isinstance(block_size, int) or block_size < 1:
-            raise InvalidRequest(f"block_size is {block_size!r}, not a number of tokens")
+            raise InvalidRequest(f"block_size is {shown(block_size)}, not a number of tokens")
         for given in (block_tables, query_start, context_lens):
             if not given.is_cpu:
                 raise InvalidRequest(f"a plan for a CPU of tables or lengths on {given.device}")

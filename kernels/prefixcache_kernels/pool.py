@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.pool import epoch_of, map_pool
-from prefixcache.types import Layout, PoolHandle
+from prefixcache.types import Layout, PoolHandle, shown
 from prefixcache_kernels.imported import DeviceMemory, open_device
 
 TORCH_DTYPES: Final = {
@@ -102,8 +102,8 @@ class SharedPool:
         sizes = (num_blocks, block_size, layout.num_layers, layout.num_kv_heads, layout.head_dim)
         if not all(type(size) is int and size >= 1 for size in sizes):
             raise InvalidRequest(
-                f"no pool has {num_blocks!r} blocks of {block_size!r} tokens of {layout}: "
-                "sizes are integers, at least 1"
+                f"no pool has {shown(num_blocks)} blocks of {shown(block_size)} tokens of "
+                f"{layout}: sizes are integers, at least 1"
             )
         handle = PoolHandle("none", "", num_blocks, block_size, layout, 0, 0)
         return cls(handle, torch.zeros(_shape(handle), dtype=TORCH_DTYPES[layout.dtype]))
@@ -167,7 +167,7 @@ class SharedPool:
             return layer
         if not self._keys:
             raise InvalidRequest("the pool is closed: its memory was let go of")
-        raise InvalidRequest(f"layer {layer!r} is none of 0 to {len(self._keys) - 1}")
+        raise InvalidRequest(f"layer {shown(layer)} is none of 0 to {len(self._keys) - 1}")
 
     @property
     def current(self) -> bool:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache.types import shown
 from prefixcache_kernels.checks import (
     LONGEST,
     NUMBERS,
@@ -46,9 +47,11 @@ class Rotary:
 
     def __post_init__(self) -> None:
         """Refuse angles that are no numbers."""
+        if not isinstance(self.frequencies, tuple):
+            raise InvalidRequest(f"frequencies are a {type(self.frequencies).__name__}, no tuple")
         for each in self.frequencies:
             if isinstance(each, bool) or not isinstance(each, int | float):
-                raise InvalidRequest(f"a frequency is {each!r}, not a number of radians")
+                raise InvalidRequest(f"a frequency is {shown(each)}, not a number of radians")
             if not -1e6 <= each <= 1e6:
                 raise InvalidRequest(f"a frequency is {each:g} radians per position")
 
@@ -75,13 +78,13 @@ class Rotary:
         kind = config.get("rope_type") or config.get("type") or "default"
         if not isinstance(kind, str) or kind not in ("default", "linear", "llama3"):
             raise Unsupported(
-                f"cached keys of a model with rope_type {kind!r} cannot be moved; "
+                f"cached keys of a model with rope_type {shown(kind)} cannot be moved; "
                 "default, linear and llama3 can"
             )
         theta = _positive(config, "rope_theta", 10000.0)
         share = _positive(config, "partial_rotary_factor", 1.0)
         if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 0 < share <= 1:
-            raise InvalidRequest(f"heads of {head_dim!r}, of which {share:g} is turned")
+            raise InvalidRequest(f"heads of {shown(head_dim)}, of which {share:g} is turned")
         pairs = int(head_dim * share) // 2
         if pairs < 1:
             raise InvalidRequest(f"heads of {head_dim} and theta {theta:g} make no pair to turn")
@@ -109,9 +112,11 @@ def _positive(config: Mapping[str, Any], name: str, default: float | None = None
     if given is None and name not in config:
         raise InvalidRequest(f"the rotary embedding needs the field {name!r}")
     if isinstance(given, bool) or not isinstance(given, int | float):
-        raise InvalidRequest(f"the rotary embedding's {name} is {given!r}, not a number")
+        raise InvalidRequest(f"the rotary embedding's {name} is {shown(given)}, not a number")
     if not 1e-9 <= given <= 1e30:
-        raise InvalidRequest(f"the rotary embedding's {name} is {given!r}, not above 0 and finite")
+        raise InvalidRequest(
+            f"the rotary embedding's {name} is {shown(given)}, not above 0 and finite"
+        )
     return float(given)
 
 
@@ -186,7 +191,7 @@ def check_rotation(blocks: Tensor, slots: Tensor, delta: int, angles: Rotary) ->
     if not isinstance(angles, Rotary):
         raise InvalidRequest(f"angles are a {type(angles).__name__}, not a Rotary")
     if isinstance(delta, bool) or not isinstance(delta, int) or abs(delta) > LONGEST:
-        raise InvalidRequest(f"delta is {delta!r}, not an integer of at most {LONGEST}")
+        raise InvalidRequest(f"delta is {shown(delta)}, not an integer of at most {LONGEST}")
     if slots.dim() != 1 or not blocks.is_contiguous():
         raise InvalidRequest(
             f"slots {list(slots.shape)} of blocks {list(blocks.shape)}: not [n] and contiguous "

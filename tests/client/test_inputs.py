@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import prefixcache
+from kernels.strange_tensors import NOT_PLAIN, made
 from patience import PATIENCE_S
 from prefixcache.client import calls, connect_async
 from prefixcache.config import load, parse_layout
@@ -59,7 +60,7 @@ def test_sequences_and_generators_are_ids_and_bytes_are_packed_already() -> None
         (True, "token {} is True"),
         (False, "token {} is False"),
         (np.True_, "token {} is .*True"),
-        (torch.tensor(True), "token {} is .*True"),
+        (torch.tensor(True), "token {} is a Tensor of torch.bool"),
         (1.0, "token {} is 1.0"),
         (np.float32(1), "token {} is .*1.0"),
         ("1", "token {} is '1'"),
@@ -137,6 +138,19 @@ def test_a_negative_id_is_refused_by_its_place_whatever_its_width(kind: str) -> 
 def test_what_is_no_row_of_ids_is_refused(tokens: Any) -> None:
     with pytest.raises(InvalidRequest, match="token"):
         pack(tokens)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_PLAIN.keys() - {"rows of bytes"}))
+def test_a_tensor_that_has_not_the_memory_of_its_ids_is_refused(name: str) -> None:
+    """NumPy gave what lies elsewhere: a prompt of whatever was there."""
+    ids = torch.arange(70, 78)
+    tokens = made(name, ids)
+    if name in ("a list", "an array", "derived"):
+        assert pack(tokens) == pack(ids)
+        return
+    with pytest.raises(InvalidRequest, match="token") as error:
+        pack(tokens)
+    assert str(error.value).isprintable()
 
 
 def test_a_layout_knows_its_element_types() -> None:

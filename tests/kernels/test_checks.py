@@ -5,6 +5,7 @@ Each ill-formed call is made in a process of its own, so that a crash is seen fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -432,6 +433,7 @@ def call_with_strange_tensors(name: str) -> None:
     slots, new = torch.tensor([1, 5]), torch.randn(2, 2, 16)
     whole = step()
     parts = ("block_tables", "query_start", "context_lens")
+    options = ("scale", "window", "softcap")
     plan = Plan.build(*[whole[part] for part in parts], 4)
     grouped = GroupedPlan.build(*[whole[part] for part in parts], 4, GroupPlan.alone(2))
     paged_attention(**whole, plan=plan)
@@ -463,6 +465,21 @@ def call_with_strange_tensors(name: str) -> None:
         (rotate_keys, {"blocks": made(name, blocks), "slots": slots, "delta": 1, "angles": turn}),
         (rotate_keys, {"blocks": blocks, "slots": made(name, slots), "delta": 1, "angles": turn}),
     ]
+    if name not in ("a list", "an array"):  # which these may be
+        table = whole["block_tables"]
+        calls += [
+            (GroupPlan.build, {"tables": made(name, table), "limits": [1, 1]}),
+            (GroupPlan.build, {"tables": table, "limits": made(name, slots)}),
+            (Rotary, {"frequencies": made(name, torch.ones(1))}),
+        ]
+    number = None  # where one number is expected: to write such a tensor ends the process, too
+    with contextlib.suppress(RuntimeError, IndexError, TypeError):
+        number = NOT_PLAIN[name](torch.ones(()))
+    if isinstance(number, torch.Tensor):
+        turning = {"blocks": blocks, "slots": slots, "delta": number, "angles": turn}
+        batch = {part: whole[part] for part in parts} | {"block_size": number}
+        calls += [(paged_attention, whole | {part: number}) for part in options]
+        calls += [(rotate_keys, turning), (Plan.build, batch)]
     for run, arguments in calls:
         if any(value is None for value in arguments.values()):
             continue  # there is no such tensor of this shape or type
