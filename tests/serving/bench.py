@@ -80,10 +80,22 @@ class Played:
         """Compute a token of each request in hand; tell of it."""
         for name, (line, made) in list(self.jobs.items()):
             known = [*line["tokens"], *line.get("generated", [])]
+            scored = "prompt_logprobs" in line
             if not made:
-                cached = min(16, len(line["tokens"]) - 1)
+                cached = 0 if scored else min(16, len(line["tokens"]) - 1)
                 ledger = {"hit": cached, "cold": len(line["tokens"]) - cached}
                 self.tell({"event": "started", "id": name, "ledger": ledger, "num_to_compute": 3})
+            if scored and not made:
+                told = [-float(token) for token in line["tokens"][1:]]
+                top = [[[5, -0.25]]] * len(told)
+                self.tell(
+                    {"event": "scored", "id": name, "start": 1}
+                    | {"logprobs": told, "top_logprobs": top}
+                )
+            if not line["max_new_tokens"]:
+                del self.jobs[name]
+                self.tell({"event": "finished", "id": name, "reason": "length"})
+                continue
             made.append(next_token(known + made, line.get("seed", 0) + line.get("sample", 0)))
             more = {"logprob": -0.5, "top_logprobs": [[5, -0.25]]} if line.get("logprobs") else {}
             self.tell({"event": "token", "id": name, "token": made[-1], **more})

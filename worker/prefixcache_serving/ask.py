@@ -55,6 +55,8 @@ class Ask:
     prompts: tuple[list[int], ...]
     num_answers: int
     """To each prompt."""
+    num_tries: int
+    """Answers that are made to each prompt; the best ones are given."""
     max_new_tokens: int
     temperature: float
     top_p: float
@@ -73,6 +75,13 @@ class Ask:
     """What of the messages the template does not show."""
     told_again: dict[str, Any] = field(default_factory=dict)
     """Fields of the request that its answer repeats."""
+    echoes: tuple[str, ...] | None = None
+    """The prompts' texts, where they are told before the answers."""
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether log-probabilities of the prompts are told."""
+        return self.echoes is not None and self.num_logprobs is not None
 
     def lines(self) -> list[dict[str, Any]]:
         """Give what a worker is sent for each answer, prompt by prompt, without an id."""
@@ -83,13 +92,17 @@ class Ask:
             more["ignore_eos"] = True
         if self.num_logprobs is not None:
             more |= {"logprobs": True, "top_logprobs": self.num_logprobs}
+        elif self.num_tries > self.num_answers:
+            more["logprobs"] = True
         if self.temperature > 0:
             more |= {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        scored = {"prompt_logprobs": self.num_logprobs} if self.scores_prompts else {}
         return [
             {"tokens": prompt, "max_new_tokens": self.max_new_tokens, **more}
             | ({"sample": sample} if sample and self.temperature > 0 else {})
+            | ({} if sample else scored)
             for prompt in self.prompts
-            for sample in range(self.num_answers)
+            for sample in range(self.num_tries)
         ]
 
 
@@ -127,12 +140,13 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         requests, left_out = _chat(_messages(found), source, found, model)
     else:
         requests, left_out = _chat(responses.messages(found), source, found, model)
-    num_answers = found.get("n", 1)
-    if len(requests) * num_answers > MOST_ANSWERS:
+    num_answers, num_tries = _num_answers(found)
+    if len(requests) * num_tries > MOST_ANSWERS:
+        name = "best_of" if "best_of" in found else "n"
         raise Refused(
-            f"{len(requests):,} prompts with {num_answers} answers each; at most {MOST_ANSWERS} "
+            f"{len(requests):,} prompts with {num_tries} answers each; at most {MOST_ANSWERS} "
             "answers to one request: send several",
-            param="n" if num_answers > 1 else source,
+            param=name if num_tries > 1 else source,
             code="invalid_value",
         )
     top_p = found.get("top_p", 1.0)
@@ -141,6 +155,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         kind=kind,
         prompts=tuple(requests),
         num_answers=num_answers,
+        num_tries=num_tries,
         max_new_tokens=new_tokens,
         # A nucleus of nothing still has its first token.
         temperature=found.get("temperature", 1.0) if top_p > 0 else 0.0,
@@ -155,6 +170,35 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         include_usage=found.get("stream_options", False),
         left_out=left_out,
         told_again=found if kind == RESPONSES else {},
+        echoes=_echoes(found, requests, model) if found.get("echo") else None,
+    )
+
+
+def _num_answers(found: dict[str, Any]) -> tuple[int, int]:
+    """Give how many answers are told of each prompt, and how many are made."""
+    told = int(found.get("n", 1))
+    made = int(found.get("best_of", told))
+    why = ""
+    if made < told:
+        why = f"best_of is {made}, and n is {told}; it takes at least as many"
+    elif made > told and found.get("stream"):
+        why = (
+            f"best_of is {made}, and n is {told}: which are the best is known at their end, so "
+            "they cannot be streamed"
+        )
+    if why:
+        raise Refused(why, param="best_of", code="invalid_value")
+    return told, made
+
+
+def _echoes(found: dict[str, Any], prompts: list[list[int]], model: ServedModel) -> tuple[str, ...]:
+    given = found["prompt"]
+    texts = [given] if isinstance(given, str) else given
+    return tuple(
+        text if isinstance(text, str) else model.decoder.decode(prompt)
+        for text, prompt in zip(
+            texts if len(texts) == len(prompts) else [None], prompts, strict=True
+        )
     )
 
 
@@ -202,14 +246,21 @@ def _new_tokens(
     found: dict[str, Any], kind: str, source: str, longest: int, model: ServedModel
 ) -> int:
     room = model.room(longest)
-    if room < 1:
+    names = [name for name in _HOW_LONG if name in found]
+    wants_none = names == ["max_tokens"] and found["max_tokens"] == 0
+    if wants_none and not found.get("echo"):
+        raise Refused(
+            "max_tokens is 0: there would be nothing to tell, unless the prompt is echoed",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    if room < (0 if wants_none else 1):
         raise Refused(
             f"this model takes {model.max_tokens:,} tokens, prompt and answer together; the "
             f"{source} has {longest:,}",
             param=source,
             code="context_length_exceeded",
         )
-    names = [name for name in _HOW_LONG if name in found]
     if len(names) == 2 and found[names[0]] != found[names[1]]:
         raise Refused(
             "max_completion_tokens and max_tokens differ; give one of them",

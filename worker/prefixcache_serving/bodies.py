@@ -43,11 +43,13 @@ class TokenLogprob:
     """A token's log-probability."""
 
     token: int
-    logprob: float
-    top: list[list[float]]
-    """Of the most likely tokens: token and log-probability, best first."""
+    logprob: float | None
+    """None: minus infinity, for which JSON has no word."""
+    top: list[list[float]] | None
+    """Of the most likely tokens: token and log-probability, best first.  None: it is a prompt's
+    first token, which nothing comes before, and has no log-probability."""
     offset: int
-    """Characters of the answer that were told before it."""
+    """Characters that were told before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Bodies:
     def __post_init__(self) -> None:
         prefix = "chatcmpl" if self.ask.kind == CHAT else "cmpl"
         self.id = f"{prefix}-{uuid.uuid4().hex}"
-        count = len(self.ask.prompts) * self.ask.num_answers
+        count = len(self.ask.prompts) * self.ask.num_tries
         self.choices = [Choice(index) for index in range(count)]
 
     def take(self, piece: Piece) -> None:
@@ -99,7 +101,7 @@ class Bodies:
         is_chat = self.ask.kind == CHAT
         choices = [
             {
-                "index": one.index,
+                "index": index,
                 "logprobs": self._logprobs(one.logprobs),
                 "finish_reason": one.reason,
             }
@@ -108,7 +110,7 @@ class Bodies:
                 if is_chat
                 else {"text": one.text}
             )
-            for one in self.choices
+            for index, one in enumerate(self._best(journeys))
         ]
         kind = "chat.completion" if is_chat else "text_completion"
         told = {"choices": choices, "usage": self.usage(journeys)}
@@ -154,7 +156,7 @@ class Bodies:
 
     def usage(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Count: each prompt once, each answer's tokens, and what of the prompts was cached."""
-        ledgers = [one.ledger for one in journeys[:: self.ask.num_answers]]
+        ledgers = [one.ledger for one in journeys[:: self.ask.num_tries]]
         prompt = sum(map(len, self.ask.prompts))
         completion = sum(choice.num_tokens for choice in self.choices)
         return {
@@ -166,6 +168,20 @@ class Bodies:
             },
         }
 
+    def _best(self, journeys: Sequence[Journey]) -> list[Choice]:
+        """Give the answers that are told: of each prompt's, those that the model finds likeliest.
+
+        By the mean log-probability of their tokens: a long one is not at a disadvantage.
+        """
+        made, told = self.ask.num_tries, self.ask.num_answers
+        if made == told:
+            return self.choices
+        best: list[Choice] = []
+        for first in range(0, len(self.choices), made):
+            tries = self.choices[first : first + made]
+            best += sorted(tries, key=lambda one: -_mean(journeys[one.index], one))[:told]
+        return best
+
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if self.ask.num_logprobs is None:
             return None
@@ -174,7 +190,7 @@ class Bodies:
                 told_token(self.model, one.token, one.logprob)
                 | {
                     "top_logprobs": [
-                        told_token(self.model, int(token), value) for token, value in one.top
+                        told_token(self.model, int(token), value) for token, value in one.top or ()
                     ]
                 }
                 for one in tokens
@@ -182,19 +198,20 @@ class Bodies:
             return {"content": told, "refusal": None}
         return {
             "tokens": [self._text(one.token) for one in tokens],
-            "token_logprobs": [_finite(one.logprob) for one in tokens],
+            "token_logprobs": [None if one.top is None else _finite(one.logprob) for one in tokens],
             "top_logprobs": [
-                {
-                    self._text(int(token)): _finite(value)
-                    for token, value in reversed([*one.top, [one.token, one.logprob]])
-                }
-                for one in tokens
+                None if one.top is None else self._by_text(one, one.top) for one in tokens
             ],
             "text_offset": [one.offset for one in tokens],
         }
 
+    def _by_text(self, one: TokenLogprob, top: list[list[float]]) -> dict[str, float]:
+        """Give the log-probabilities of the most likely tokens and of the one that is there."""
+        told = {self._text(one.token): _finite(one.logprob)}
+        return told | {self._text(int(token)): _finite(value) for token, value in reversed(top)}
+
     def _text(self, token: int) -> str:
-        return self.model.decoder.decode([token])
+        return self.model.text_of(token)
 
     @property
     def _chunk_kind(self) -> str:
@@ -223,12 +240,18 @@ def explained(journeys: Sequence[Journey]) -> dict[str, Any]:
     return {"prefixcache": told}
 
 
-def told_token(model: ServedModel, token: int, logprob: float) -> dict[str, Any]:
+def told_token(model: ServedModel, token: int, logprob: float | None) -> dict[str, Any]:
     """Tell a token and its log-probability."""
-    text = model.decoder.decode([token])
+    text = model.text_of(token)
     # A token may be a part of a character: what its bytes are, its text does not say.
     told = None if "\ufffd" in text else list(text.encode())
     return {"token": text, "logprob": _finite(logprob), "bytes": told}
+
+
+def _mean(journey: Journey, choice: Choice) -> float:
+    """Give the mean log-probability of an answer's tokens."""
+    told = [_finite(logprob) for logprob, _ in journey.logprobs[: choice.num_tokens]]
+    return sum(told) / max(1, len(told))
 
 
 def _finite(logprob: float | None) -> float:

@@ -227,6 +227,7 @@ BOTH: Final = (CHAT, COMPLETIONS)
 ALL: Final = (*BOTH, RESPONSES)
 _SEED: Final = whole(-(2**63), 2**63 - 1)
 _TOKENS: Final = whole(1, 2**31 - 1)
+_NONE_TOO: Final = whole(0, 2**31 - 1)
 _NO_TOOLS: Final = "answers are not parsed for tool calls yet"
 _NOTHING_STORED: Final = "nothing is stored"
 _NO_GRAMMAR: Final = "answers are not held to a grammar yet"
@@ -254,7 +255,8 @@ def _rows() -> list[Field]:
         used("instructions", "a system message before them", text(2**31), responses),
         used("max_completion_tokens", "how long the answer may become", _TOKENS, chat),
         used("max_output_tokens", "how long the answer may become", _TOKENS, responses),
-        used("max_tokens", "the same, by its older name", _TOKENS, BOTH),
+        used("max_tokens", "the same, by its older name", _TOKENS, chat),
+        used("max_tokens", "how long the answer may become; 0 with echo", _NONE_TOO, completions),
         used("temperature", "0 takes the most likely token; 1 by default", number(0, 2)),
         used("top_p", "the nucleus that is drawn from", number(0, 1)),
         used(
@@ -275,6 +277,13 @@ def _rows() -> list[Field]:
         used("logprobs", "of each token", flag, chat),
         used("logprobs", "of each token and of so many more", whole(0, 5), completions),
         used("top_logprobs", "of the most likely tokens; with logprobs", whole(0, 20), chat),
+        used("echo", "the prompt before its answer; with logprobs of both", flag, completions),
+        used(
+            "best_of",
+            "of so many answers the n whose tokens are the likeliest on average; not as a stream",
+            whole(1, MOST_ANSWERS),
+            completions,
+        ),
         used("include", f"{LOGPROBS}; {_THOUGHTS} has no effect", included, responses),
         used("top_logprobs", f"likewise; with {LOGPROBS}", whole(0, 20), responses),
         used("frequency_penalty", "of what the answer has", _PENALTY),
@@ -303,10 +312,6 @@ def _rows() -> list[Field]:
             "effort none: the model has no such setting",
             only(effort="none"),
             responses,
-        ),
-        refused("best_of", "only the answers that are returned are made", 1, bodies=completions),
-        refused(
-            "echo", "log-probabilities of a prompt are not computed", False, bodies=completions
         ),
         refused("suffix", "the model goes on with a text, it fills none", "", bodies=completions),
         refused("stop_token_ids", "give texts in stop", [], bodies=ALL),

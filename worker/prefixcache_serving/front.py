@@ -146,7 +146,8 @@ class Front:
         journeys = [
             Journey(f"r{next(self._numbers)}", line, stop_ids, tenant) for line in asked.lines()
         ]
-        self.router.admit(journeys)
+        if waiting := [journey for journey in journeys if not journey.is_over]:
+            self.router.admit(waiting)
         return asked, journeys
 
     async def pieces(
@@ -159,7 +160,9 @@ class Front:
         """
         ready: asyncio.Queue[Piece | Refused] = asyncio.Queue(_PIECES_AHEAD)
         tasks = [
-            asyncio.create_task(self._tell(ask, index, journey, ready))
+            asyncio.create_task(
+                self._tell(ask, index, journey, journeys[index - index % ask.num_tries], ready)
+            )
             for index, journey in enumerate(journeys)
         ]
         left = len(tasks)
@@ -180,23 +183,41 @@ class Front:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _tell(
-        self, ask: Ask, index: int, journey: Journey, ready: asyncio.Queue[Piece | Refused]
+        self,
+        ask: Ask,
+        index: int,
+        journey: Journey,
+        first: Journey,
+        ready: asyncio.Queue[Piece | Refused],
     ) -> None:
-        """Turn one answer's tokens into pieces, at the pace at which they are taken."""
+        """Turn one answer's tokens into pieces, at the pace at which they are taken.
+
+        The first answer to a prompt tells, for the others too, how likely the prompt is.
+        """
         stream = TextStream(self.model.tokenizer, ask.stop, ask.how.get("min_tokens", 0))
-        num_told = 0
+        num_told = offset = 0
         try:
+            if ask.echoes is not None:
+                echo = ask.echoes[index // ask.num_tries]
+                offset = len(echo)
+                scores: tuple[TokenLogprob, ...] = ()
+                if ask.scores_prompts:
+                    await first.read_scores()
+                    scores = await asyncio.to_thread(self._echoed, first)
+                await ready.put(Piece(index, echo, 0, logprobs=scores))
             while True:
                 tokens, reason = await journey.read()
                 self.router.has_read(journey)
                 text, used = "", 0
                 told: list[TokenLogprob] = []
                 for token in tokens:
-                    at = len(stream.text)
-                    if token not in journey.stop_ids:
+                    at = offset + len(stream.text)
+                    is_shown = token not in journey.stop_ids
+                    if is_shown:
                         text += stream.push(token)
-                        if journey.logprobs:
-                            told.append(TokenLogprob(token, *journey.logprobs[num_told + used], at))
+                    # Beside an echo it is counted which tokens are the answer's: all are told.
+                    if journey.logprobs and (is_shown or ask.echoes is not None):
+                        told.append(TokenLogprob(token, *journey.logprobs[num_told + used], at))
                     used += 1
                     if stream.stopped:
                         reason = "stop"
@@ -215,6 +236,17 @@ class Front:
             # Who waits for the rest of the answer must not wait for ever.
             await ready.put(Refused("a fault of ours", status=500, code="internal_error"))
             raise
+
+    def _echoed(self, journey: Journey) -> tuple[TokenLogprob, ...]:
+        """Give the log-probabilities of a prompt; of its first token there is none.  O(tokens)."""
+        stream = TextStream(self.model.tokenizer)
+        told: list[TokenLogprob] = []
+        for token, (logprob, top) in zip(
+            journey.line["tokens"], [(None, None), *journey.scores], strict=True
+        ):
+            told.append(TokenLogprob(token, logprob, top, len(stream.text)))
+            stream.push(token)
+        return tuple(told)
 
 
 class _Answers:

@@ -43,6 +43,8 @@ class Journey:
     """Generated so far, on whichever worker."""
     logprobs: list[tuple[float, list[list[float]]]] = field(default_factory=list)
     """Of each token, where they were asked for: its own, and the most likely ones' with theirs."""
+    scores: list[tuple[float, list[list[float]]]] = field(default_factory=list)
+    """Likewise of the prompt's tokens from the second one on."""
     attempt: int = 0
     num_deaths: int = 0
     """Workers that ended by themselves with it in hand."""
@@ -62,6 +64,8 @@ class Journey:
 
     def __post_init__(self) -> None:
         self.due = self.num_context
+        if reason := self.ended_by():
+            self.finish(reason)
 
     @property
     def name(self) -> str:
@@ -72,6 +76,12 @@ class Journey:
     def num_context(self) -> int:
         """Tokens of the prompt and of the answer so far."""
         return len(self.line["tokens"]) + len(self.tokens)
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still to come."""
+        wanted = "prompt_logprobs" in self.line
+        return wanted and len(self.scores) < len(self.line["tokens"]) - 1
 
     @property
     def num_unread(self) -> int:
@@ -86,7 +96,10 @@ class Journey:
     def next_line(self) -> dict[str, Any]:
         """Give what the next worker is sent."""
         more = {"generated": list(self.tokens)} if self.tokens else {}
-        return {"id": self.name, **self.line, **more}
+        line = {"id": self.name, **self.line, **more}
+        if self.scores and not self.is_scoring:
+            del line["prompt_logprobs"]  # so that the prompt is not computed again
+        return line
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Take the next token, as a worker told it."""
@@ -96,11 +109,19 @@ class Journey:
         self.due = 1
         self._changed.set()
 
+    def add_scores(self, event: Mapping[str, Any]) -> None:
+        """Take log-probabilities of the prompt; who goes on tells all of them again."""
+        known = len(self.scores) + 1 - int(event["start"])
+        told = zip(event["logprobs"][known:], event["top_logprobs"][known:], strict=True)
+        self.scores.extend(told)
+        self._changed.set()
+
     def ended_by(self) -> str:
         """Say why it is at its end, although no worker has said so; empty: it is not."""
         if self.tokens and self.tokens[-1] in self.stop_ids:
             return "stop"
-        return "length" if len(self.tokens) >= self.line["max_new_tokens"] else ""
+        is_whole = len(self.tokens) >= self.line["max_new_tokens"] and not self.is_scoring
+        return "length" if is_whole else ""
 
     def finish(self, reason: str) -> None:
         """End it: `stop` or `length`."""
@@ -111,6 +132,18 @@ class Journey:
         """End it without an answer."""
         self._failure = self._failure or refusal
         self._changed.set()
+
+    async def read_scores(self) -> None:
+        """Wait until the log-probabilities of the prompt are there.  From any task.
+
+        Raises:
+            Refused: it failed.
+        """
+        while self.is_scoring and not self.is_over:
+            self._changed.clear()
+            await self._changed.wait()
+        if self.is_scoring:
+            raise self._failure or Refused("given up", status=503)
 
     async def read(self) -> tuple[list[int], str]:
         """Wait for more; give the tokens since the last call, and why there will be no more.

@@ -193,10 +193,10 @@ class ResponseBodies:
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         return [
             self._entry(one.token, one.logprob)
-            | {"top_logprobs": [self._entry(int(token), value) for token, value in one.top]}
+            | {"top_logprobs": [self._entry(int(token), value) for token, value in one.top or ()]}
             for one in tokens
         ]
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         told = told_token(self.model, token, logprob)
         return told | {"bytes": told["bytes"] or []}  # a list in any case, by OpenAI's schema

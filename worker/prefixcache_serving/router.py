@@ -207,6 +207,8 @@ class Router:
                 if journey.ledger is None:
                     journey.ledger = Ledger(**event["ledger"])
                     self.meter.count_prompt(journey.ledger)
+            case "scored":
+                journey.add_scores(event)
             case "token":
                 journey.add(event)
                 self.meter.generated.inc()

@@ -59,6 +59,13 @@ class ServedModel:
         self.fingerprint = f"{about['model']}/{about['layout']['dtype']}"
         """The same for the same weights and arithmetic."""
         self.created = int(time.time())
+        self._texts: dict[int, str] = {}
+
+    def text_of(self, token: int) -> str:
+        """Give the text of one token; what was asked once is known."""
+        if token not in self._texts:
+            self._texts[token] = self.decoder.decode([token])
+        return self._texts[token]
 
     def room(self, num_prompt: int) -> int:
         """How long the answer to a prompt of so many tokens may become."""

@@ -33,6 +33,8 @@ class Piece:
     """Whether the logits after the last of them are wanted."""
     num_rows: int = 1
     """After how many of them, counted from the last one, if they are."""
+    num_drafts: int = 0
+    """How many of them, at the end, are only what may come."""
 
 
 @dataclass(frozen=True, slots=True)

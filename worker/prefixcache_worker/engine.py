@@ -38,8 +38,9 @@ from prefixcache_worker.inbox import Inbox
 from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Event, Failed, Finished, Request, Token
+from prefixcache_worker.request import Event, Failed, Finished, Request, Scored, Token
 from prefixcache_worker.sampling import choose, logprobs, top_two
+from prefixcache_worker.scores import score
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
 
@@ -61,6 +62,9 @@ GROW_S: Final = 1.0
 MOST_RESTARTS: Final = 8
 DRAFT_ROWS: Final = 16
 """Tokens of a step, drafts included, that cost hardly more than one for each sequence."""
+
+SCORED_ROWS: Final = 256
+"""Tokens of prompts in a step after which logits are wanted: each is as wide as the vocabulary."""
 
 LONGEST_RETRY_S: Final = 1.0
 
@@ -289,6 +293,7 @@ class Engine:
                     wait_s=job.request.wait_s,
                     request_id=f"{job.request.id}/{job.num_restarts}",
                     salt=job.request.salt,
+                    reuse=not job.is_scoring,
                 )
             except CacheError as error:  # a service of an earlier version hears of no salt
                 events.append(Failed(job.request.id, type(error).__name__, str(error)))
@@ -301,7 +306,7 @@ class Engine:
         size = home.pool.block_size
         needed = -(-(len(job.tokens) + job.num_left) // size)
         message = ""
-        if job.num_left < 1:
+        if job.num_left < min(1, job.request.max_new_tokens):
             message = (
                 f"a prompt of {job.num_prompt} tokens leaves no room for an answer: "
                 f"{self.model.name} takes {self.model.max_tokens} tokens"
@@ -379,9 +384,11 @@ class Engine:
                 pieces = [(job, piece) for job, piece in pieces if id(job) not in lost]
             for job, piece in pieces:
                 self.num_computed += len(piece.tokens)
-                job.num_valid += len(piece.tokens) - (piece.num_rows - 1)
+                job.num_valid += len(piece.tokens) - piece.num_drafts
                 job.num_computed += len(piece.tokens)
-            events.extend(self._choose([one for one in pieces if one[1].logits], logits))
+            wanted = [one for one in pieces if one[1].logits]
+            events.extend(self._score(wanted, logits))
+            events.extend(self._choose(wanted, logits))
             done.extend(job for job, _ in pieces)
         events.extend(finished(job) for job in done if job.reason)
         return done
@@ -407,7 +414,7 @@ class Engine:
     def _pieces(self, jobs: Sequence[Job], store: Store) -> list[tuple[Job, Piece]]:
         """Choose the tokens of a step: everybody's next one, then prompts in their order."""
         pieces: list[tuple[Job, Piece]] = []
-        budget = self.chunk
+        budget, rows_left = self.chunk, SCORED_ROWS
         quick = [job for job in jobs if job.num_due <= QUICK_TOKENS]
         has_quick_prompt = any(job.num_due > 1 for job in quick)
         self._passed_over = has_quick_prompt and len(quick) < len(jobs) and not self._passed_over
@@ -416,19 +423,22 @@ class Engine:
         decoding = sum(job.num_due == 1 for job in jobs)
         guesses = min(self.drafts, min(DRAFT_ROWS, self.chunk) // max(1, decoding) - 1)
         for job in sorted(jobs, key=lambda job: job.num_due > 1):  # stable: decoding ones first
-            count = min(job.num_due, budget)
+            count = min(job.num_due, budget, rows_left if job.is_scoring else budget)
             if not count or not self._has_room(job, count, store):
                 continue
             assert job.claim is not None
             end = job.num_valid + count
             draft = job.draft(guesses)
+            num_rows = job.num_rows(end, len(draft))
             budget -= count + len(draft)
+            rows_left -= num_rows if job.is_scoring else 0
             piece = Piece(
                 job.tokens[job.num_valid : end] + draft,
                 job.num_valid,
                 job.claim.block_table,
-                logits=end == len(job.tokens),
-                num_rows=1 + len(draft),
+                logits=num_rows > 0,
+                num_rows=num_rows,
+                num_drafts=len(draft),
             )
             pieces.append((job, piece))
         return pieces
@@ -452,23 +462,50 @@ class Engine:
             job.growing.add_done_callback(lambda _: self.wake())
         return end <= job.num_slots
 
+    def _score(self, pieces: Sequence[tuple[Job, Piece]], logits: Tensor) -> Iterator[Event]:
+        """Tell the log-probabilities of prompts that ask for them."""
+        row = 0
+        for job, piece in pieces:
+            row += piece.num_rows
+            if not job.is_scoring:
+                continue
+            assert job.request.prompt_logprobs is not None
+            start = piece.start + len(piece.tokens) - piece.num_rows + 1
+            tokens = job.tokens[start : min(start + piece.num_rows, job.num_prompt)]
+            rows = logits[row - piece.num_rows :][: len(tokens)]
+            job.num_scored = start + len(tokens)
+            told = score(rows, tokens, job.request.prompt_logprobs)
+            yield Scored(job.request.id, start, told)
+
     def _choose(self, pieces: Sequence[tuple[Job, Piece]], logits: Tensor) -> Iterator[Event]:
         """Choose each piece's next token, and those behind it as far as its draft was right."""
         now = time.monotonic()
-        rows = [(job, at) for job, piece in pieces for at in range(piece.num_rows)]
-        samplers = [job.sampler for job, _ in rows]
-        chosen = choose(samplers, logits, [job.num_generated + at for job, at in rows])
-        row = 0
+        rows: list[tuple[Job, int, int]] = []
+        end, choosing = 0, []
         for job, piece in pieces:
+            end += piece.num_rows
+            if job.num_due:  # only its prompt was scored so far
+                continue
+            if not job.num_left:
+                job.reason = "length"  # it wants no more than that
+                continue
+            count = 1 + piece.num_drafts
+            choosing.append((job, piece, len(rows)))
+            rows.extend((job, at, end - count + at) for at in range(count))
+        if len(rows) < len(logits):
+            logits = logits[[row for _, _, row in rows]]
+        samplers = [job.sampler for job, _, _ in rows]
+        chosen = choose(samplers, logits, [job.num_generated + at for job, at, _ in rows])
+        for job, piece, row in choosing:
             job.first_s = job.first_s or now
-            drafted = piece.tokens[len(piece.tokens) - piece.num_rows + 1 :]
-            for at, token in enumerate(chosen[row : row + piece.num_rows]):
+            count = 1 + piece.num_drafts
+            drafted = piece.tokens[len(piece.tokens) - piece.num_drafts :]
+            for at, token in enumerate(chosen[row : row + count]):
                 if at:
                     job.num_valid += 1  # what was drafted is what was chosen: it is in its slot
                 yield self._told(job, logits[row + at], token)
                 if job.reason or at == len(drafted) or token != drafted[at]:
                     break
-            row += piece.num_rows
 
     def _told(self, job: Job, logits: Tensor, token: int) -> Token:
         """Take a token for a job's answer, and tell it."""

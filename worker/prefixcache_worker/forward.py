@@ -79,5 +79,5 @@ class Forward:
         model = self.model
         reads = decode_reads(lengths, batch.groups, block_size, model.layout, model.windows)
         for (job, piece), read in zip(pieces, reads, strict=True):
-            if len(piece.tokens) == piece.num_rows:
+            if len(piece.tokens) == 1 + piece.num_drafts:
                 job.kv_reads += read

@@ -48,6 +48,8 @@ class Job:
     num_committed: int = 0
     num_computed: int = 0
     num_restarts: int = 0
+    num_scored: int = field(init=False)
+    """Tokens of the prompt whose log-probability was told, or is not asked for."""
     kv_reads: KvReads = field(default_factory=KvReads)
     """Of the steps in which it decoded."""
     submitted_s: float = field(default_factory=time.monotonic)
@@ -60,6 +62,7 @@ class Job:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.request.sampling, self.request.tokens, self.stop_ids)
         self.tokens = list(self.request.tokens)
+        self.num_scored = self.num_prompt if self.request.prompt_logprobs is None else 1
         for number, token in enumerate(self.request.generated, 1):
             self.add(token)
             if self.reason and number < len(self.request.generated):
@@ -87,6 +90,20 @@ class Job:
     def num_due(self) -> int:
         """Tokens that must run through the model before the next one can be chosen."""
         return len(self.tokens) - self.num_valid
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are still to be told: all of it is computed."""
+        return self.num_scored < self.num_prompt
+
+    def num_rows(self, end: int, num_drafts: int) -> int:
+        """After how many of a step's tokens, up to `end` and drafts behind it, logits are wanted.
+
+        Counted from the last one; 0: after none.
+        """
+        if self.is_scoring:
+            return max(0, end - max(self.num_valid, self.num_scored - 1))
+        return 1 + num_drafts if end == len(self.tokens) else 0
 
     @property
     def answered(self) -> bool:
@@ -128,7 +145,7 @@ class Job:
 
     def draft(self, most: int) -> list[int]:
         """Give up to `most` tokens that may come next, with slots, and room in the answer."""
-        if self.drafts is None or self.num_due != 1:
+        if self.drafts is None or self.num_due != 1 or self.is_scoring:
             return []
         room = min(self.num_slots - self.num_valid, self.num_left) - 1
         return self.drafts.propose(self.tokens, min(most, room))

@@ -1,8 +1,9 @@
 """What is asked of a worker, and what it tells.
 
 ```
-Request ──► Started ──► Token, Token, ... ──► Finished
-       └──────────────────────────────────► Failed
+Request ──► Started ──► Scored, ... ──► Token, Token, ... ──► Finished
+       │                └ if asked for                 │
+       └───────────────────────────────────────────────┴──► Failed
 ```
 """
 
@@ -40,6 +41,8 @@ class Request:
     """Tell the two best logits of every step."""
     logprobs: int | None = None
     """Tell the log-probability of each token, and of so many of the most likely ones; None: not."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens, for which all of it is computed, whatever is cached."""
     left_out: tuple[str, ...] = ()
     """What of the request is not in the prompt, for example tools that the template does not
     show."""
@@ -50,16 +53,18 @@ class Request:
     nothing had been."""
 
     def __post_init__(self) -> None:
-        if not self.tokens or self.max_new_tokens < 1 or self.wait_s < 0:
+        least = 1 if self.prompt_logprobs is None else 0
+        if not self.tokens or self.max_new_tokens < least or self.wait_s < 0:
             raise InvalidRequest(
                 f"request {self.id!r}: {len(self.tokens)} prompt tokens, {self.max_new_tokens} new "
-                f"ones, waiting {self.wait_s} s; at least 1, 1 and 0 make sense"
+                f"ones, waiting {self.wait_s} s; at least 1, {least} and 0 make sense"
             )
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise InvalidRequest(
-                f"request {self.id!r}: the {self.logprobs} most likely tokens; from 0 to "
-                f"{MOST_LOGPROBS} can be told"
-            )
+        for told in (self.logprobs, self.prompt_logprobs):
+            if told is not None and not 0 <= told <= MOST_LOGPROBS:
+                raise InvalidRequest(
+                    f"request {self.id!r}: the {told} most likely tokens; from 0 to "
+                    f"{MOST_LOGPROBS} can be told"
+                )
         if self.sampling.min_tokens > self.max_new_tokens:
             raise InvalidRequest(
                 f"request {self.id!r}: min_tokens is {self.sampling.min_tokens}, and its answer "
@@ -92,6 +97,16 @@ class Started:
     """What of the request is not in the prompt; None: nothing."""
     seed: int | None = None
     """By which its tokens are drawn; None: the most likely ones are taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Tokens of the prompt were computed, as far as their log-probabilities are asked for."""
+
+    id: str
+    start: int
+    """Place in the prompt of the first that is told; the very first token has none."""
+    logprobs: tuple[Logprobs, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +171,7 @@ class Joined:
     block_size: int
 
 
-Event = Started | Token | Finished | Failed | Alone | Joined
+Event = Started | Scored | Token | Finished | Failed | Alone | Joined
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -178,6 +193,9 @@ def to_json(event: Event) -> dict[str, Any]:
         elif isinstance(value, Logprobs):
             out["logprob"] = value.logprob
             out["top_logprobs"] = [list(pair) for pair in value.top]
+        elif isinstance(event, Scored) and item.name == "logprobs":
+            out["logprobs"] = [one.logprob for one in event.logprobs]
+            out["top_logprobs"] = [[list(pair) for pair in one.top] for one in event.logprobs]
         elif isinstance(value, Ledger):
             out["ledger"] = value._asdict()
         elif value is not None:

@@ -6,7 +6,8 @@ messages        a chat as servers log it; with it go tools, functions, documents
                 chat_template_kwargs, add_generation_prompt, continue_final_message
 prompt          a text
 tokens          token ids
-max_new_tokens  a whole number from 1 to what the model takes; else 128, or what there is room for
+max_new_tokens  a whole number from 1 (with prompt_logprobs from 0) to what the model takes; else
+                128, or what there is room for
 temperature     a number from 0 on; else 0, which takes the most likely token
 top_p           a number above 0, up to 1; else 1
 top_k           a whole number from -1 on; else 0, which is all tokens, as is -1
@@ -21,6 +22,7 @@ stop_ids        up to 1,024 token ids; else the model's own
 ignore_eos      true: not the model's own; else false
 logprobs        true or false; else false
 top_logprobs    a whole number from 0 to 20, with logprobs; else 0
+prompt_logprobs a whole number from 0 to 20: of the prompt, which is computed whole; else not
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
@@ -61,7 +63,7 @@ _FIELDS: Final = {
     *("id", "max_new_tokens", "temperature", "top_p", "seed", "stop", "stop_ids", "wait_s"),
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
-    *("logprobs", "top_logprobs", "salt", *_PROMPTS, *_CHAT),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "salt", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -162,6 +164,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         wait_s=_number(fields, "wait_s", 30.0, most=86_400.0),
         log_logits=_flag(fields, "log_logits"),
         logprobs=_logprobs(fields),
+        prompt_logprobs=_prompt_logprobs(fields),
         left_out=left_out,
         generated=_generated(fields),
         salt=_salt(fields),
@@ -186,7 +189,8 @@ def _new_tokens(fields: dict[str, Any], num_prompt: int, model: Model) -> int:
     room = model.max_tokens - num_prompt if model.max_tokens else 2**31 - 1
     if "max_new_tokens" not in fields:
         return max(1, min(_DEFAULT_NEW, room))
-    asked = _whole(fields["max_new_tokens"], "max_new_tokens", 1, 2**63 - 1)
+    least = 0 if "prompt_logprobs" in fields else 1
+    asked = _whole(fields["max_new_tokens"], "max_new_tokens", least, 2**63 - 1)
     if asked > room > 0:
         raise InvalidRequest(
             f"max_new_tokens is {asked:,}; the model takes {model.max_tokens:,} tokens, and the "
@@ -240,6 +244,12 @@ def _logprobs(fields: dict[str, Any]) -> int | None:
     if num_top:
         raise InvalidRequest(f"top_logprobs is {num_top}; it goes with logprobs, which is not set")
     return None
+
+
+def _prompt_logprobs(fields: dict[str, Any]) -> int | None:
+    if "prompt_logprobs" not in fields:
+        return None
+    return _whole(fields["prompt_logprobs"], "prompt_logprobs", 0, MOST_LOGPROBS)
 
 
 def _list(stops: Any) -> list[Any]:

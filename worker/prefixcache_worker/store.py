@@ -79,8 +79,12 @@ class Store(Protocol):
         wait_s: float,
         request_id: str,
         salt: str | None = None,
+        reuse: bool = True,
     ) -> Future[Claim]:
-        """Ask for the blocks of a prompt and of `reserve` more tokens.  Does not block."""
+        """Ask for the blocks of a prompt and of `reserve` more tokens.  Does not block.
+
+        Without `reuse`, nothing that is stored is in them: all tokens are to be computed.
+        """
         ...
 
     def settle(self, commits: Sequence[Commit], releases: Sequence[Claim]) -> list[Claim]:
@@ -156,6 +160,7 @@ class PrivateStore:
         wait_s: float,
         request_id: str,
         salt: str | None = None,
+        reuse: bool = True,
     ) -> Future[Claim]:
         """Take blocks from the free list; the future is done at once."""
         answer: Future[Claim] = Future()
@@ -223,10 +228,16 @@ class SharedStore:
         wait_s: float,
         request_id: str,
         salt: str | None = None,
+        reuse: bool = True,
     ) -> Future[Claim]:
         """Ask the service for a lease; done when its answer arrives."""
         future: Future[Claim] = self.session.acquire_later(  # type: ignore[assignment]
-            pack(tokens), reserve=reserve, wait_s=wait_s, request_id=request_id, salt=salt
+            pack(tokens),
+            reserve=reserve,
+            wait_s=wait_s,
+            request_id=request_id,
+            salt=salt,
+            reuse=reuse,
         )
         return future
 
