@@ -9,12 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_LISTENING = "listening at "
+
 
 @contextmanager
-def served(*flags: str, layout: str = "2x2x16:float32") -> Iterator[tuple[str, int]]:
-    """Start `prefixcache serve` at a Unix socket of its own; give its address and process id."""
+def served(*flags: str, layout: str = "2x2x16:float32", at: str = "") -> Iterator[tuple[str, int]]:
+    """Start `prefixcache serve`; give its address and process id.
+
+    Args:
+        flags: More options.
+        layout: Of its pool.
+        at: Where it listens, 127.0.0.1:0 for any port; a Unix socket of its own, if not given.
+    """
     with tempfile.TemporaryDirectory(prefix="prefixcache-") as folder:
-        target = f"unix:{Path(folder)}/bench.sock"
+        target = at or f"unix:{Path(folder)}/bench.sock"
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target),
@@ -25,9 +33,10 @@ def served(*flags: str, layout: str = "2x2x16:float32") -> Iterator[tuple[str, i
         )
         assert process.stdout is not None
         try:
-            if not any(line.startswith("listening") for line in process.stdout):
+            told = next((line for line in process.stdout if line.startswith(_LISTENING)), "")
+            if not told:
                 raise SystemExit("the service did not start")
-            yield target, process.pid
+            yield told.removeprefix(_LISTENING).strip(), process.pid
         finally:
             process.terminate()
             try:

@@ -26,15 +26,17 @@ import grpc.aio
 from prefixcache.core.shares import Shares
 from prefixcache.errors import CacheError, PoolExhausted, Unauthenticated
 from prefixcache.service.auth.authenticator import Authenticator, IdentityFile
+from prefixcache.service.auth.connections import Connections
 from prefixcache.service.auth.identity import Identities
 from prefixcache.service.auth.standing import STANDING, OpenCalls, Standing
+from prefixcache.service.auth.unproven_calls import UnprovenCalls
 
 CHECK = "/grpc.health.v1.Health/Check"
 """All that is answered without proof: load balancers have none."""
 
-_UNPROVEN = 16
+_CHECKS = 16
 """Health checks at the same time."""
-_UNPROVEN_S = 5.0
+_CHECK_S = 5.0
 _MESSAGE_S = 10.0
 """How long a caller may take to send the one message of a call."""
 
@@ -47,13 +49,18 @@ class Places:
     Args:
         identity_file: Whose tenants have a share each.
         max_calls: How many there may be.
+        connections: Those that they come over.
     """
 
-    def __init__(self, identity_file: IdentityFile, max_calls: int) -> None:
+    def __init__(
+        self, identity_file: IdentityFile, max_calls: int, connections: Connections
+    ) -> None:
         self._identity_file = identity_file
         self._known: Identities | None = None
         self.calls = Shares(max_calls, "--max-calls", "calls")
-        self.num_unproven = 0
+        self.refused = UnprovenCalls(connections)
+        self.checks = UnprovenCalls(connections)
+        self.num_checks = 0
 
     def take(self, tenant: str) -> None:
         """Take a place for a call of a proven caller.  O(1), but when the file has changed.
@@ -103,6 +110,10 @@ class Admission(grpc.aio.ServerInterceptor):
             standing = Standing(self._authenticator, context)
             tenant = standing.identity.tenant or ""
             self._places.take(tenant)
+        except Unauthenticated as error:
+            if not self._places.refused.allow(context.peer()):
+                return _drop(context)
+            await self._refuse(context, error)
         except CacheError as error:
             await self._refuse(context, error)
         task = asyncio.current_task()
@@ -129,14 +140,22 @@ class Admission(grpc.aio.ServerInterceptor):
 
     async def _check(self, handler: Any, context: Any) -> None:
         places = self._places
-        if places.num_unproven >= _UNPROVEN:
-            error = PoolExhausted(f"{_UNPROVEN} health checks at the same time", retry_after_s=1.0)
+        if not places.checks.allow(context.peer()):
+            return _drop(context)
+        if places.num_checks >= _CHECKS:
+            error = PoolExhausted(f"{_CHECKS} health checks at the same time", retry_after_s=1.0)
             await self._refuse(context, error)
-        places.num_unproven += 1
+        places.num_checks += 1
         try:
-            await _serve(handler, context, _UNPROVEN_S, lambda: None)
+            await _serve(handler, context, _CHECK_S, lambda: None)
         finally:
-            places.num_unproven -= 1
+            places.num_checks -= 1
+
+
+def _drop(context: Any) -> None:
+    """End a call in the cheapest way: its connection is shut, so that hardly anybody reads it."""
+    context.set_code(grpc.StatusCode.UNAVAILABLE)
+    context.set_details("too many calls without proof; come again in a second")
 
 
 async def _answer_unknown(asked: Any, context: Any) -> None:

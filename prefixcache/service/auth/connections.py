@@ -4,6 +4,7 @@
 TCP address      most ─┬─ proven: its caller made a call that was let in     a share per tenant
 (gRPC's bound)         ├─ unproven: up to a quarter, for 10 s; over it, the silent and the oldest go
                        └─ as many more: room for who comes until the next look
+               while calls without proof come by the thousand: fewer who connect are let in
 Unix socket      most ─── over half of them, the newest go of the process that has the most
 ```
 gRPC accepts connections itself, bounds them by number alone, and shows only a call's peer.  So this
@@ -33,12 +34,16 @@ import structlog
 
 from prefixcache.core.shares import Shares
 from prefixcache.service.auth.identity import Identities, Identity
+from prefixcache.service.newcomers import Newcomers
 
 PROVE_S = 10.0
 """How long a connection may take until a call over it is let in."""
 
-_MOST_UNPROVEN = 1024
-"""At one address, however many connections there may be."""
+MOST_STREAMS = 100
+"""Calls at a time over one connection, where strangers can connect: more wait in the client."""
+_MOST_UNPROVEN = 64
+"""At one address, however many connections there may be.  What all send is less than gRPC keeps
+unread, so that it ends nobody's call for it."""
 _FEW = 8
 """Connections that any one process may have at a Unix socket, however many others have."""
 
@@ -47,6 +52,8 @@ _PRESSED_S = 0.02
 """The same while there are more than there may be."""
 _AT_A_TIME = 64
 _LOG_EVERY_S = 10.0
+_MOST_CALLS = 1000
+"""Calls without proof a second, a fifth of the event loop's time; beyond, fewer are let in."""
 
 _PEERCRED = struct.Struct("iII")
 _RECEIVED = struct.Struct("Q")
@@ -67,6 +74,8 @@ class _Connection:
     inode: int
     peer: Peer
     since: float
+    num_calls: int = 0
+    """Calls over it that brought no proof."""
     is_ended: bool = False
     """Whether it was shut down, and gRPC is about to close it."""
 
@@ -111,6 +120,13 @@ class Connections:
         """By port, or path."""
         self._seen: dict[int, tuple[_Address, _Connection] | None] = {}
         """All sockets of the process by inode; None: no caller's."""
+        self._by_peer: dict[Peer, tuple[_Address, _Connection]] = {}
+        """Those of them that came by TCP."""
+        self._search_at = 0.0
+        """When connections may be searched for again."""
+        self._gone: set[Peer] = set()
+        """Searched for since the last look, and not there any more."""
+        self._newcomers = Newcomers(_MOST_CALLS)
         self._proofs: dict[Peer, _Proof] = {}
         self._by_name: dict[str, _Proof] = {}
         self.shares = Shares(0, "the limit of open files (ulimit -n)", "connections over TCP")
@@ -161,6 +177,45 @@ class Connections:
         self.shares.take(identity.tenant or "")
         self._proofs[peer] = self._by_name[name] = _Proof(name, peer, identity, monotonic())
 
+    def count_unproven(self, name: str) -> int:
+        """Count a call without proof; give how many that are over its connection, as far as known.
+
+        0 where it came over one that has proven something, or not by TCP.  O(1), but for the first
+        call over a connection: O(open files).
+        """
+        if name in self._by_name or (peer := _read_peer(name)) is None:
+            return 0
+        self._newcomers.count()
+        found = self._find(peer)
+        if found is None:
+            return 1
+        found[1].num_calls += 1
+        return found[1].num_calls
+
+    def shut(self, name: str) -> None:
+        """Shut the connection that a call without proof came over, if it can be found in time."""
+        peer = _read_peer(name)
+        found = None if peer is None else self._find(peer)
+        if found is None or found[1].is_ended:
+            return
+        found[0].num_ended += _end(found[1])
+        self._newcomers.count(MOST_STREAMS)  # calls that it has sent are still handed out
+        self._tell()
+
+    def _find(self, peer: Peer) -> tuple[_Address, _Connection] | None:
+        """Find a connection, if need be among those that have come since the last look."""
+        found = self._by_peer.get(peer)
+        if found is not None or peer in self._gone or monotonic() < self._search_at:
+            return found
+        began = monotonic()
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names alone
+            self._survey(int(name))
+        ended = monotonic()
+        self._search_at = ended + 4 * (ended - began)
+        if peer not in self._by_peer:
+            self._gone.add(peer)
+        return self._by_peer.get(peer)
+
     async def patrol(self) -> None:
         """End what has to go, for ever.  Each look is O(open files), a few at a time."""
         while True:
@@ -179,23 +234,24 @@ class Connections:
         for number, name in enumerate(os.listdir("/proc/self/fd")):  # noqa: PTH208 - names alone
             if number % _AT_A_TIME == _AT_A_TIME - 1:
                 await asyncio.sleep(0)
-            fd = int(name)
-            try:
-                status = os.fstat(fd)
-            except OSError:
-                continue  # closed meanwhile
-            if not stat.S_ISSOCK(status.st_mode):
+            inode, known = self._survey(int(name))
+            if not inode:
                 continue
-            known = self._seen.get(status.st_ino)
-            if known is None:
-                known = self._read(fd, status.st_ino)
-            seen[status.st_ino] = known
+            seen[inode] = known
             if known is not None and not known[1].is_ended:
-                known[1].fd = fd
                 known[0].connections.append(known[1])
+        for inode, known in self._seen.items():
+            if known is not None and known[1].since >= began:
+                seen.setdefault(inode, known)  # it came while this looked
         self._seen = seen
+        self._gone.clear()
+        self._by_peer = {
+            known[1].peer: known
+            for known in seen.values()
+            if known is not None and not known[0].is_unix
+        }
         await self._match(began)
-        is_pressed = False
+        is_pressed = self._newcomers.pace()
         for address in self._addresses.values():
             surplus = self._crowd(address) if address.is_unix else self._unproven(address)
             for number, connection in enumerate(surplus):
@@ -206,17 +262,40 @@ class Connections:
         self._tell()
         return is_pressed
 
+    def _survey(self, fd: int) -> tuple[int, tuple[_Address, _Connection] | None]:
+        """Give a socket's inode, 0 if it is none, and whose it is; None: no caller's."""
+        try:
+            status = os.fstat(fd)
+        except OSError:
+            return 0, None  # closed meanwhile
+        if not stat.S_ISSOCK(status.st_mode):
+            return 0, None
+        inode = status.st_ino
+        known = self._seen.get(inode)
+        if known is None:
+            self._seen[inode] = known = self._read(fd, inode)
+            if known is not None and not known[0].is_unix:
+                self._by_peer[known[1].peer] = known
+        if known is not None:
+            known[1].fd = fd
+        return inode, known
+
     def _read(self, fd: int, inode: int) -> tuple[_Address, _Connection] | None:
         """Give whose socket it is; None: no caller's."""
         try:
             with _borrow(fd) as one:
-                here, there = one.getsockname(), one.getpeername()
+                here = one.getsockname()
                 address = self._addresses.get(here[1] if isinstance(here, tuple) else here)
                 if address is None:
                     return None
+                if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    if not address.is_unix:
+                        self._newcomers.add(fd)
+                    return None
+                there = one.getpeername()
                 peer = _process_of(one) if address.is_unix else (_plain(there[0]), there[1])
         except OSError:
-            return None  # it listens, or its other end has gone
+            return None  # its other end has gone
         return address, _Connection(fd, inode, peer, monotonic())
 
     async def _match(self, began: float) -> None:

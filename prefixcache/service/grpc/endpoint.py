@@ -21,7 +21,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.service.auth.admission import Admission, Places
 from prefixcache.service.auth.authenticator import Authenticator, IdentityFile
 from prefixcache.service.auth.certificates import Certificates
-from prefixcache.service.auth.connections import Connections
+from prefixcache.service.auth.connections import MOST_STREAMS, Connections
 from prefixcache.service.auth.identity import Socket
 from prefixcache.service.auth.standing import OpenCalls
 from prefixcache.service.descriptors import Descriptors
@@ -76,13 +76,16 @@ def make_endpoints(
         certificates=certificates,
         is_guarded=identities is not None,
     )
-    places = Places(identity_file, settings.max_calls)
+    places = Places(identity_file, settings.max_calls, connections)
 
     def endpoint(listener: Listener, own: Socket | None = None) -> Endpoint:
         authenticator = Authenticator(identity_file, own, connections if listener.has_tcp else None)
         guards = () if identities is None else (Admission(authenticator, places, calls, refuse),)
         most = descriptors.front if own is None else descriptors.own
-        return Endpoint(listener, authenticator, _server(settings, guards, most), most)
+        streams = settings.max_workers * 2
+        if guards and listener.has_tcp:
+            streams = MOST_STREAMS
+        return Endpoint(listener, authenticator, _server(settings, guards, most, streams), most)
 
     endpoints = [endpoint(front)]
     for socket in identities.sockets if identities is not None else ():
@@ -92,7 +95,10 @@ def make_endpoints(
 
 
 def _server(
-    settings: ServeSettings, guards: Sequence[grpc.aio.ServerInterceptor], most: int
+    settings: ServeSettings,
+    guards: Sequence[grpc.aio.ServerInterceptor],
+    most: int,
+    most_streams: int,
 ) -> grpc.aio.Server:
     return grpc.aio.server(
         # Where callers prove who they are, their calls are counted once that is known: gRPC's own
@@ -103,7 +109,9 @@ def _server(
             ("grpc.max_receive_message_length", settings.max_message),
             ("grpc.max_send_message_length", -1),
             ("grpc.max_metadata_size", 16 * 1024),
-            ("grpc.max_concurrent_streams", settings.max_workers * 2),
+            ("grpc.max_concurrent_streams", most_streams),
+            # Who makes more calls waits for his own; gRPC would refuse some of them, by lot.
+            ("grpc.http.overload_protection", 0),
             ("grpc.server.max_pending_requests", _MOST_PENDING),
             ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
             ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),

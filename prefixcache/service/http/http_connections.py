@@ -2,6 +2,7 @@
 
 ```
 accept ─► more than there may be? the longest idle one goes; none idle: the new one goes
+   └ more than 200 come a second: fewer are let in
    └ 10 s without a whole request, or between two ─► closed
    └ 10 s in which an answer is not read ──────────► closed, whatever is left of it
 ```
@@ -15,10 +16,13 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from prefixcache.service.newcomers import Newcomers
+
 IDLE_S = 10.0
 """How long a request's head, and the time until the next one, may take."""
 STALL_S = 10.0
 """How long an answer may wait for its reader."""
+_MOST_A_SECOND = 200
 
 
 class Bound:
@@ -30,6 +34,7 @@ class Bound:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.newcomers = Newcomers(_MOST_A_SECOND)
         self._open: dict[HttpConnection, None] = {}
         """In the order in which they came."""
 
@@ -70,6 +75,7 @@ class HttpConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, if there is room."""
         super().connection_made(transport)
+        self.bound.newcomers.count()
         if not self.bound.enter(self):
             self.end()
             return

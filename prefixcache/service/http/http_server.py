@@ -32,6 +32,7 @@ from prefixcache.service.handlers import Handlers
 from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.http.http_connections import Bound, within
 from prefixcache.service.http.metrics import CONTENT_TYPE, Scrape, exposition
+from prefixcache.service.http.turns import Turns
 
 ASSETS = Path(__file__).parent / "web"
 """The page: all that a browser needs, in the package."""
@@ -39,6 +40,9 @@ ASSETS = Path(__file__).parent / "web"
 _BACKLOG = 32
 _LAST_PORT = 65_535
 _LAST_WORDS_S = 1
+_LOOK_EVERY_S = 0.25
+_PRESSED_S = 0.02
+"""How often newcomers are counted; the second while there are more than there may be."""
 
 SECURITY = (
     # The page brings everything along and talks to nobody else.
@@ -110,6 +114,7 @@ class HttpServer:
         self._bound = Bound(max_connections)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
+        self._patrol: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Begin to answer; give the URL.
@@ -128,7 +133,7 @@ class HttpServer:
                 f"cannot listen for HTTP at {address}: {error.strerror}"
             ) from None
         port = listening.getsockname()[1]
-        app = Guard(Starlette(routes=self._routes()), port)
+        app = Guard(Starlette(routes=self._routes()), port, Turns(self._bound.limit))
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -141,7 +146,9 @@ class HttpServer:
             timeout_graceful_shutdown=_LAST_WORDS_S,
         )
         self._server = _Server(config)
+        self._bound.newcomers.add(listening.fileno())
         self._task = asyncio.create_task(self._server.serve([listening]))
+        self._patrol = asyncio.create_task(self._look())
         return f"http://{Address(host=address.host, port=port)}"
 
     async def close(self) -> None:
@@ -151,7 +158,14 @@ class HttpServer:
         self._dashboard.close()
         self._server.should_exit = True
         await self._task
-        self._server = self._task = None
+        if self._patrol is not None:
+            self._patrol.cancel()
+        self._server = self._task = self._patrol = None
+
+    async def _look(self) -> None:
+        while True:
+            is_pressed = self._bound.newcomers.pace()
+            await asyncio.sleep(_PRESSED_S if is_pressed else _LOOK_EVERY_S)
 
     def _routes(self) -> list[BaseRoute]:
         page = self._dashboard
@@ -209,10 +223,11 @@ class _Server(uvicorn.Server):
 
 
 class Guard:
-    """Answers only our own names and only questions; tells browsers to be careful."""
+    """Answers only our own names and only questions, in turn; tells browsers to be careful."""
 
-    def __init__(self, app: ASGIApp, port: int) -> None:
+    def __init__(self, app: ASGIApp, port: int, turns: Turns) -> None:
         self._app = app
+        self._turns = turns
         names = ("127.0.0.1", "localhost", "[::1]")
         self._hosts = {f"{name}:{port}".encode() for name in names}
         if port == 80:
@@ -237,4 +252,13 @@ class Guard:
                 message["headers"] = [*message["headers"], *SECURITY]
             await send(message)
 
-        await self._app(scope, receive, careful)
+        if scope["path"] == "/live":
+            await self._app(scope, receive, careful)
+            return
+        if self._turns.is_full:
+            told = "too many ask at the same time: come again in a second\n"
+            await PlainTextResponse(told, 503, {"retry-after": "1"})(scope, receive, send)
+            return
+        async with self._turns.turn():
+            if (await receive())["type"] != "http.disconnect":
+                await self._app(scope, receive, careful)

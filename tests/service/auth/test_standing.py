@@ -20,6 +20,7 @@ from prefixcache.errors import CacheError, NotFound, Unauthenticated
 from prefixcache.service.auth import authenticator as module
 from prefixcache.service.auth.admission import Admission, Places
 from prefixcache.service.auth.authenticator import Authenticator, IdentityFile
+from prefixcache.service.auth.connections import Connections
 from prefixcache.service.auth.standing import OpenCalls, Standing
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -282,7 +283,8 @@ def test_a_call_whose_answer_is_made_is_answered_whatever_changes_meanwhile(
         raise error
 
     call = Call("c.acme")
-    admission = Admission(Authenticator(identity_file), Places(identity_file, 8), calls, refuse)
+    places = Places(identity_file, 8, Connections())
+    admission = Admission(Authenticator(identity_file), places, calls, refuse)
 
     async def serve() -> None:
         details = SimpleNamespace(method="/prefixcache.v1.PrefixCache/Snapshot")

@@ -73,6 +73,25 @@ def test_a_flood_of_connections_takes_no_descriptor_from_workers(
         assert get(url_of(service) + "/metrics")[0] == 200
 
 
+def test_who_asks_for_metrics_without_a_pause_keeps_nobody_else_out(
+    service: ServiceProcess,
+) -> None:
+    """Nor does who asks and leaves: what nobody waits for is not made."""
+    ask = b"GET /metrics HTTP/1.1\r\nHost: HOST\r\n\r\n"
+    for _ in range(10):
+        with connections(service, 30, ask):
+            pass
+    with (
+        connections(service, 30, ask * 100),
+        prefixcache.connect(service.target) as client,
+        client.attach("tiny", LAYOUT) as session,
+    ):
+        for _ in range(100):
+            with session.acquire(range(8)) as lease:
+                lease.commit(8)
+    eventually(lambda: get(url_of(service) + "/healthz")[:2] == (200, "serving\n"))
+
+
 def test_who_opens_more_pages_than_there_may_be_is_told(service: ServiceProcess) -> None:
     with connections(service, FILES // 8, SAID["a page that stays open"]) as held:
         firsts = [one.recv(64).split(b"\r\n")[0] for one in held]
