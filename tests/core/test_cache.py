@@ -295,6 +295,27 @@ def test_explain_names_the_fate_of_each_token_and_the_place_of_parting(cache: Pr
 
 
 @pytest.mark.parametrize(
+    ("stored", "asked", "again"),
+    [
+        # All of what comes behind the parting, no token more than has to be the same.
+        ([99, *range(20, 36)], [*range(20, 36)], (0, 16)),
+        ([99, *range(20, 36)], [*range(20, 35)], (None, 0)),
+        # Its bytes are found a byte too early, inside of a token, and then where they are.
+        ([99, *[0] * 20], [5, *[0] * 18], (1, 18)),
+        ([*[0] * 3, 1 << 24, *[0] * 20], [5, 6, *[0] * 18], (2, 18)),
+    ],
+)
+def test_explain_tells_where_a_prompt_is_the_same_again_as_what_is_stored(
+    cache: PrefixCache, stored: list[int], asked: list[int], again: tuple[int | None, int]
+):
+    serve(cache, ALICE, [*SYSTEM, *stored])
+    told = cache.explain(CHAT, pack([*SYSTEM, *asked]), now=0.0)
+    at, same = again
+    parted = len(SYSTEM)
+    assert (told.resumes_at, told.num_same) == (None if at is None else parted + at, same)
+
+
+@pytest.mark.parametrize(
     ("tokens", "message"),
     [(b"", "0 bytes"), (b"123", "3 bytes"), (pack([1] * 200), "200 tokens need 50 blocks")],
 )

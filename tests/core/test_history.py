@@ -55,6 +55,16 @@ def test_requests_that_part_at_a_place_are_counted_for_an_hour() -> None:
     assert cache.explain(CHAT, asked, now=60.0 * 300).num_parted == 0
 
 
+def test_the_hour_goes_by_minute_by_minute() -> None:
+    cache = made(256)
+    serve(cache, [7] * 10 + [1] * 4, now=0.0)
+    for second in (0.0, 59.0, 60.0, 119.0):
+        serve(cache, [7] * 10 + [100 + int(second)] * 4, now=second)
+    asked = pack([7] * 10 + [99])
+    counted = [cache.explain(CHAT, asked, now=now).num_parted for now in (3599, 3600, 3660)]
+    assert counted == [4, 2, 0]
+
+
 @given(
     steps=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 900)), max_size=60),
     later=st.integers(0, 5000),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from core.innards import indexed_below, root_of, state
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.introspect import draw
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, NamespaceOutline, Order, Outline
 from prefixcache.types import Namespace, WorkerId, pack
@@ -218,3 +219,17 @@ def test_others_have_their_turn_after_some_dozen_runs_and_not_after_each(kept: i
     shown = min(kept, 640)
     assert (640 + 4 * shown) // 16 <= pauses <= (640 + 4 * shown) // 16 + 640 // 8
     assert count_pauses(cache.block_map(64)) in (640 // 16, 640 // 16 + 1)
+
+
+def test_a_drawing_tells_what_is_stored_what_is_a_ghost_and_what_is_held() -> None:
+    cache = PrefixCache(4, 4)
+    cache.attach(ME, CHAT, now=0.0)
+    cache.release(ME, store(cache, [7] * 16, now=1.0), now=1.0)
+    held = store(cache, [9] * 8, now=2.0)
+    assert draw(root_of(cache, CHAT)).splitlines() == [
+        "chat",
+        "└─ 7 7 7 7 7 7 … (8 tokens) blocks 0 1  last 1",
+        "   └─ 7 7 7 7 7 7 … (8 tokens) ghost",
+        "└─ 9 9 9 9 9 9 … (8 tokens) blocks 2 3  ref 1",
+    ]
+    cache.release(ME, held, now=3.0)

@@ -113,3 +113,12 @@ def test_a_lease_ends_after_its_deadline_and_not_at_it_unless_its_worker_renews(
     assert table.leases.due(12.0, most=10) == []
     assert table.leases.ends_at(renewed) == table.leases.next_deadline() == 20.0
     assert table.leases.lives(renewed)
+
+
+def test_of_a_worker_so_many_ends_are_remembered_and_the_oldest_go_first() -> None:
+    table = Table()
+    leases = [table.open("a") for _ in range(258)]
+    for number, lease in enumerate(leases, 1):
+        table.leases.close(lease, 10.0, 0)
+        assert len(table.member.expired) == min(number, 256)
+    assert list(table.member.expired) == [lease.id for lease in leases[2:]]

