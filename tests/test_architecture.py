@@ -80,6 +80,7 @@ FLOORS = {
         *WORDS,
         PROMPTS,
         "prefixcache.client",
+        "prefixcache.service.http.embedded_server",
         "prefixcache.service.http.http_connections",
         "prefixcache.cli.decoder",
         "prefixcache_worker.child",

@@ -7,16 +7,12 @@ read, which a browser does not send to another origin without asking.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -24,7 +20,8 @@ from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.private_files import check_path
-from prefixcache.service.http.http_connections import Bound, within
+from prefixcache.service.http.embedded_server import EmbeddedServer, own_names
+from prefixcache.service.http.http_connections import Bound
 from prefixcache_serving.refusals import Refused
 
 MOST_CONNECTIONS: Final = 512
@@ -61,8 +58,7 @@ class FrontServer:
         self.address = address
         self._has_keys = has_keys
         self._bound = Bound(MOST_CONNECTIONS)
-        self._server: _Server | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._server: EmbeddedServer | None = None
         self._socket: socket.socket | None = None
 
     def bind(self) -> str:
@@ -90,26 +86,16 @@ class FrontServer:
         assert self._socket is not None
         if not (self._has_keys or self.address.path):
             app = _OwnNames(app, self.address.port)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            http=within(self._bound, stall_s=STALL_S),
-            ws="none",
-            server_header=False,
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=_LAST_WORDS_S,
+        self._server = EmbeddedServer(
+            app, self._bound, backlog=_BACKLOG, last_words_s=_LAST_WORDS_S, stall_s=STALL_S
         )
-        self._server = _Server(config)
-        self._task = asyncio.create_task(self._server.serve([self._socket]))
+        self._server.begin(self._socket)
 
     async def close(self) -> None:
         """Stop answering.  Idempotent."""
-        if self._server is not None and self._task is not None:
-            self._server.should_exit = True
-            await self._task
-            self._server = self._task = None
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -117,24 +103,12 @@ class FrontServer:
                 Path(self.address.path).unlink(missing_ok=True)
 
 
-class _Server(uvicorn.Server):
-    """A server whose process has its own way of ending."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to it."""
-        yield
-
-
 class _OwnNames:
     """Answers only to the names of the loopback device."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self._app = app
-        names = ("127.0.0.1", "localhost", "[::1]")
-        self._hosts = {f"{name}:{port}".encode() for name in names}
-        if port == 80:
-            self._hosts |= {name.encode() for name in names}
+        self._hosts = own_names(port)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""

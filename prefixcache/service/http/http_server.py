@@ -12,12 +12,10 @@ same origin.  Such a request names that host, so only our own names are answered
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -30,7 +28,8 @@ from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.http.dashboard import Dashboard
-from prefixcache.service.http.http_connections import Bound, within
+from prefixcache.service.http.embedded_server import EmbeddedServer, own_names
+from prefixcache.service.http.http_connections import Bound
 from prefixcache.service.http.metrics import CONTENT_TYPE, Scrape, exposition
 from prefixcache.service.http.turns import Turns
 
@@ -112,8 +111,7 @@ class HttpServer:
         self._handlers = domains[""]
         self._dashboard = Dashboard(domains[""])
         self._bound = Bound(max_connections)
-        self._server: _Server | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._server: EmbeddedServer | None = None
         self._patrol: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -134,33 +132,23 @@ class HttpServer:
             ) from None
         port = listening.getsockname()[1]
         app = Guard(Starlette(routes=self._routes()), port, Turns(self._bound.limit))
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            http=within(self._bound),
-            ws="none",
-            server_header=False,
-            backlog=_BACKLOG,
-            timeout_graceful_shutdown=_LAST_WORDS_S,
+        self._server = EmbeddedServer(
+            app, self._bound, backlog=_BACKLOG, last_words_s=_LAST_WORDS_S
         )
-        self._server = _Server(config)
+        self._server.begin(listening)
         self._bound.newcomers.add(listening.fileno())
-        self._task = asyncio.create_task(self._server.serve([listening]))
         self._patrol = asyncio.create_task(self._look())
         return f"http://{Address(host=address.host, port=port)}"
 
     async def close(self) -> None:
         """Stop answering.  Idempotent."""
-        if self._server is None or self._task is None:
+        if self._server is None:
             return
         self._dashboard.close()
-        self._server.should_exit = True
-        await self._task
+        await self._server.close()
         if self._patrol is not None:
             self._patrol.cancel()
-        self._server = self._task = self._patrol = None
+        self._server = self._patrol = None
 
     async def _look(self) -> None:
         while True:
@@ -213,25 +201,13 @@ class _Live:
             self._viewers -= 1
 
 
-class _Server(uvicorn.Server):
-    """A server among others of one process, which has its own way of ending."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to the service."""
-        yield
-
-
 class Guard:
     """Answers only our own names and only questions, in turn; tells browsers to be careful."""
 
     def __init__(self, app: ASGIApp, port: int, turns: Turns) -> None:
         self._app = app
         self._turns = turns
-        names = ("127.0.0.1", "localhost", "[::1]")
-        self._hosts = {f"{name}:{port}".encode() for name in names}
-        if port == 80:
-            self._hosts |= {name.encode() for name in names}
+        self._hosts = own_names(port)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
