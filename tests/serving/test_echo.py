@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +15,11 @@ from prefixcache_serving.ask import read_ask
 from prefixcache_serving.fields import COMPLETIONS
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.refusals import Refused
-from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
-from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import to_json
-from prefixcache_worker.request_line import read_request
 from serving.bench import ABOUT, STOP, Bench, completion, continuation, events, words
+from serving.real import post
 from worker.zoo import build, random_tokens
-
-
-class Worker:
-    """An engine without a service that takes the lines of a worker's input."""
-
-    def __init__(self, model: Model, router: Router) -> None:
-        self.name = "real"
-        self._router = router
-        self._model = model
-        self._engine = Engine(model, None, None, chunk=32)
-
-    def send(self, line: dict[str, Any]) -> None:
-        if "cancel" in line:
-            self._engine.cancel(line["cancel"])
-        else:
-            self._engine.submit(read_request(line, self._model))
-
-    def step(self) -> None:
-        for event in self._engine.step():
-            self._router.hear(self.name, json.loads(json.dumps(to_json(event))))
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +31,6 @@ def network() -> Any:
 @pytest.fixture(scope="module")
 def model(network: Any) -> Model:
     return Model.of(build("llama"), name="tiny")
-
-
-@asynccontextmanager
-async def serving(folder: Path, model: Model) -> AsyncIterator[Bench]:
-    """A front with a real engine."""
-    bench = Bench(folder, workers=0)
-    worker = Worker(model, bench.router)
-    bench.router.join(worker, 8)
-    bench.workers = [worker]  # type: ignore[list-item]
-    async with asyncio.timeout(PATIENCE_S), bench.listening(), bench.stepping(1e-3):
-        yield bench
-
-
-def post(folder: Path, model: Model, body: dict[str, Any]) -> dict[str, Any]:
-    async def main() -> dict[str, Any]:
-        async with serving(folder, model) as bench:
-            status, _, told = await bench.post(body)
-        assert status == 200, told
-        return dict(told)
-
-    return asyncio.run(main())
 
 
 def played(folder: Path, *bodies: dict[str, Any]) -> list[tuple[int, Any]]:

@@ -66,6 +66,9 @@ RIGHT: dict[str, Any] = {
     "reasoning": {"effort": "none", "summary": None},
     "echo": True,
     "best_of": 3,
+    "use_beam_search": True,
+    "length_penalty": -0.5,
+    "early_stopping": "never",
 }
 """A value of each field that has an effect, or is accepted without one."""
 
@@ -121,6 +124,8 @@ def test_a_field_has_its_effect_or_is_listed_or_is_refused_by_name(kind: str, fi
         *(("user", odd) for odd in (7, "x" * 2000)),
         *(("best_of", odd) for odd in (0, 129, True, 1.5, "1")),
         *(("echo", odd) for odd in (0, "yes")),
+        *(("early_stopping", odd) for odd in (0, "always")),
+        *(("length_penalty", odd) for odd in (11, "1")),
         *(("frequency_penalty", odd) for odd in (2.1, -2.1, False, "0")),
         *(("logit_bias", odd) for odd in ([], {"x": 1}, {"5": 101}, {"-1": 1}, {"5": "1"})),
         *(("logprobs", odd) for odd in (6, -1, "yes", 0.5)),

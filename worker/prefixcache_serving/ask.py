@@ -43,6 +43,23 @@ _HOW: Final = (
 _HOW_LONG: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _SOURCES: Final = {CHAT: "messages", COMPLETIONS: "prompt", RESPONSES: "input"}
 """Where a body has its prompt."""
+_BESIDE_BEAMS: Final[dict[str, tuple[Any, ...]]] = {
+    "temperature": (0, 1),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "stop": ((),),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "stream": (False,),
+    "echo": (False,),
+}
+"""Fields that do not go with a search for the likeliest answers, unless they ask for nothing."""
 _HARMLESS_LOSSES: Final = {"messages that the template does not show in full", "thoughts"}
 """What templates leave out by design, of earlier turns."""
 
@@ -78,6 +95,15 @@ class Ask:
     echoes: tuple[str, ...] | None = None
     """The prompts' texts, where they are told before the answers."""
 
+    search: dict[str, Any] | None = None
+    """How the likeliest answers are searched, by the names that workers know; None: they are drawn,
+    or made token by token."""
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt that come from workers."""
+        return self.num_tries if self.search is None else self.num_answers
+
     @property
     def scores_prompts(self) -> bool:
         """Whether log-probabilities of the prompts are told."""
@@ -85,7 +111,7 @@ class Ask:
 
     def lines(self) -> list[dict[str, Any]]:
         """Give what a worker is sent for each answer, prompt by prompt, without an id."""
-        more = dict(self.how)
+        more = dict(self.how) if self.search is None else dict(self.search)
         if self.salt is not None:
             more["salt"] = self.salt
         if self.ignore_eos:
@@ -149,16 +175,17 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
             param=name if num_tries > 1 else source,
             code="invalid_value",
         )
+    search = _search(found, num_answers, num_tries, model)
     top_p = found.get("top_p", 1.0)
     new_tokens = _new_tokens(found, kind, source, max(map(len, requests)), model)
     return Ask(
         kind=kind,
         prompts=tuple(requests),
         num_answers=num_answers,
-        num_tries=num_tries,
+        num_tries=num_tries if search is None else 1,
         max_new_tokens=new_tokens,
         # A nucleus of nothing still has its first token.
-        temperature=found.get("temperature", 1.0) if top_p > 0 else 0.0,
+        temperature=found.get("temperature", 1.0) if top_p > 0 and search is None else 0.0,
         top_p=top_p or 1.0,
         seed=found.get("seed", secrets.randbits(63)),
         stop=found.get("stop", ()),
@@ -170,6 +197,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         include_usage=found.get("stream_options", False),
         left_out=left_out,
         told_again=found if kind == RESPONSES else {},
+        search=search,
         echoes=_echoes(found, requests, model) if found.get("echo") else None,
     )
 
@@ -181,7 +209,7 @@ def _num_answers(found: dict[str, Any]) -> tuple[int, int]:
     why = ""
     if made < told:
         why = f"best_of is {made}, and n is {told}; it takes at least as many"
-    elif made > told and found.get("stream"):
+    elif made > told and found.get("stream") and not found.get("use_beam_search"):
         why = (
             f"best_of is {made}, and n is {told}: which are the best is known at their end, so "
             "they cannot be streamed"
@@ -189,6 +217,38 @@ def _num_answers(found: dict[str, Any]) -> tuple[int, int]:
     if why:
         raise Refused(why, param="best_of", code="invalid_value")
     return told, made
+
+
+def _search(
+    found: dict[str, Any], told: int, width: int, model: ServedModel
+) -> dict[str, Any] | None:
+    """Read a beam search; what makes or tells single tokens does not go with it."""
+    names: tuple[str, ...] = ("length_penalty", "early_stopping")
+    terms = {name: found[name] for name in names if name in found}
+    if not found.get("use_beam_search"):
+        for name in terms:
+            raise Refused(
+                f"{name} goes with use_beam_search: true", param=name, code="invalid_value"
+            )
+        return None
+    for name, neutral in _BESIDE_BEAMS.items():
+        value = found.get(name, neutral[0])
+        is_flag = isinstance(value, bool)
+        if not any(value == one and isinstance(one, bool) == is_flag for one in neutral):
+            raise Refused(
+                f"{name} does not go with use_beam_search, which takes the likeliest answers as a "
+                "whole, at their end",
+                param=name,
+                code="invalid_value",
+            )
+    if width > model.most_beams:
+        raise Refused(
+            f"{width} beams; a worker computes {model.most_beams} sequences at a time "
+            "(prefixcache up --max-batch)",
+            param="best_of" if "best_of" in found else "n",
+            code="invalid_value",
+        )
+    return {"beams": width, "n": told, **terms}
 
 
 def _echoes(found: dict[str, Any], prompts: list[list[int]], model: ServedModel) -> tuple[str, ...]:

@@ -85,7 +85,7 @@ class Bodies:
     def __post_init__(self) -> None:
         prefix = "chatcmpl" if self.ask.kind == CHAT else "cmpl"
         self.id = f"{prefix}-{uuid.uuid4().hex}"
-        count = len(self.ask.prompts) * self.ask.num_tries
+        count = len(self.ask.prompts) * self.ask.num_choices
         self.choices = [Choice(index) for index in range(count)]
 
     def take(self, piece: Piece) -> None:
@@ -174,7 +174,7 @@ class Bodies:
         By the mean log-probability of their tokens: a long one is not at a disadvantage.
         """
         made, told = self.ask.num_tries, self.ask.num_answers
-        if made == told:
+        if made == told or self.ask.search is not None:
             return self.choices
         best: list[Choice] = []
         for first in range(0, len(self.choices), made):

@@ -138,6 +138,11 @@ def one_of(*words: str) -> Check:
     return check
 
 
+def early_stopping(value: Any, name: str) -> bool | str:
+    """Take when a beam search ends."""
+    return value if value == "never" else flag(value, name)
+
+
 def object_(value: Any, name: str) -> dict[str, Any]:
     """Take an object."""
     if not isinstance(value, dict):
@@ -286,6 +291,9 @@ def _rows() -> list[Field]:
         ),
         used("include", f"{LOGPROBS}; {_THOUGHTS} has no effect", included, responses),
         used("top_logprobs", f"likewise; with {LOGPROBS}", whole(0, 20), responses),
+        used("use_beam_search", "the n likeliest answers as a whole (of vLLM)", flag, BOTH),
+        used("length_penalty", "with it: above 0 longer ones win (of vLLM)", number(-10, 10), BOTH),
+        used("early_stopping", "with it: true, false, 'never' (of vLLM)", early_stopping, BOTH),
         used("frequency_penalty", "of what the answer has", _PENALTY),
         used("presence_penalty", "likewise", _PENALTY),
         used("logit_bias", "by token id, from -100 to 100", biases),

@@ -162,10 +162,12 @@ class Front:
         tasks = [
             asyncio.create_task(
                 self._tell(ask, index, journey, journeys[index - index % ask.num_tries], ready)
+                if ask.search is None
+                else self._tell_found(ask, index, journey, ready)
             )
             for index, journey in enumerate(journeys)
         ]
-        left = len(tasks)
+        left = len(ask.prompts) * ask.num_choices
         try:
             while left:
                 try:
@@ -236,6 +238,24 @@ class Front:
             # Who waits for the rest of the answer must not wait for ever.
             await ready.put(Refused("a fault of ours", status=500, code="internal_error"))
             raise
+
+    async def _tell_found(
+        self, ask: Ask, index: int, journey: Journey, ready: asyncio.Queue[Piece | Refused]
+    ) -> None:
+        """Tell the answers of a search, which come at its end, all at once."""
+        try:
+            await journey.read()
+            if len(journey.beams) < ask.num_answers:
+                raise Refused("the worker found too few answers", status=500, code="worker_failed")
+            for number, found in enumerate(journey.beams):
+                stream = TextStream(self.model.tokenizer)
+                tokens = [int(token) for token in found["tokens"]]
+                shown = [token for token in tokens if token not in journey.stop_ids]
+                text = "".join(map(stream.push, shown)) + stream.finish()
+                place = index * ask.num_answers + number
+                await ready.put(Piece(place, text, len(tokens), str(found["reason"])))
+        except Refused as refusal:
+            await ready.put(refusal)
 
     def _echoed(self, journey: Journey) -> tuple[TokenLogprob, ...]:
         """Give the log-probabilities of a prompt; of its first token there is none.  O(tokens)."""

@@ -45,6 +45,8 @@ class Journey:
     """Of each token, where they were asked for: its own, and the most likely ones' with theirs."""
     scores: list[tuple[float, list[list[float]]]] = field(default_factory=list)
     """Likewise of the prompt's tokens from the second one on."""
+    beams: list[Mapping[str, Any]] = field(default_factory=list)
+    """The likeliest answers, best first, where they were searched."""
     attempt: int = 0
     num_deaths: int = 0
     """Workers that ended by themselves with it in hand."""
@@ -82,6 +84,11 @@ class Journey:
         """Whether log-probabilities of the prompt are still to come."""
         wanted = "prompt_logprobs" in self.line
         return wanted and len(self.scores) < len(self.line["tokens"]) - 1
+
+    @property
+    def num_lanes(self) -> int:
+        """Sequences that it is in a worker."""
+        return int(self.line.get("beams", 1))
 
     @property
     def num_unread(self) -> int:

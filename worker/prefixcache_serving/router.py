@@ -61,7 +61,7 @@ class Station:
     def load(self) -> float:
         """What it has to do."""
         due = sum(journey.due for journey in self.journeys.values())
-        return due + SEQUENCE_COST * len(self.journeys)
+        return due + SEQUENCE_COST * sum(one.num_lanes for one in self.journeys.values())
 
 
 class Router:
@@ -217,7 +217,10 @@ class Router:
                     journey.is_set_down = True
                     self.meter.set_down.inc()
                     self._serve()
+            case "searched":  # nothing can be told yet, but it goes on
+                journey.due = 1
             case "finished":
+                journey.beams = event.get("beams") or []
                 del station.journeys[journey.name]
                 self._count_one()
                 journey.worker = ""

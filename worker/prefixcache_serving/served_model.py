@@ -55,6 +55,8 @@ class ServedModel:
         self.max_tokens = int(about["max_tokens"])
         """Tokens of prompt and answer together; 0: the model has no limit of its own."""
         self.vocab_size = int(about["vocab_size"])
+        self.most_beams = int(about["max_batch"])
+        """Sequences that a worker computes at a time."""
         self.stop_ids = frozenset(int(one) for one in about["stop_ids"])
         self.fingerprint = f"{about['model']}/{about['layout']['dtype']}"
         """The same for the same weights and arithmetic."""

@@ -23,6 +23,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Final
 
 import torch
@@ -30,15 +32,26 @@ from torch import Tensor
 
 from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, ServiceUnavailable
+from prefixcache.types import Copy, TableUpdate
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Piece
+from prefixcache_worker.beams import Beams
 from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.forward import Forward
 from prefixcache_worker.inbox import Inbox
 from prefixcache_worker.job import Job, finished, started
 from prefixcache_worker.membership import Join, Membership
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import Event, Failed, Finished, Request, Scored, Token
+from prefixcache_worker.request import (
+    Event,
+    Failed,
+    Finished,
+    Request,
+    Scored,
+    Searched,
+    Token,
+)
+from prefixcache_worker.samples import lanes_of
 from prefixcache_worker.sampling import choose, logprobs, top_two
 from prefixcache_worker.scores import score
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
@@ -58,6 +71,9 @@ AHEAD: Final = 32
 
 GROW_S: Final = 1.0
 """How long to wait for it, until somebody gives way."""
+
+SOON_S: Final = 0.02
+"""How long to wait for the room of a search's next step: as a rule it is there at once."""
 
 MOST_RESTARTS: Final = 8
 DRAFT_ROWS: Final = 16
@@ -109,11 +125,15 @@ class Engine:
         self.drafts = drafts
         shared = SharedStore(session, pool) if session is not None and pool is not None else None
         self.membership = Membership(model.layout, shared, join, private_tokens, self.wake)
-        self.inbox: Inbox[Job | str] = Inbox()
+        self.inbox: Inbox[list[Job] | str] = Inbox()
         """What was submitted, or cancelled, and no step has taken yet."""
-        self._ids: set[str] = set()
-        """Of the requests in hand: what they hold is theirs by it, and who cancels names it."""
+        self._open: dict[str, int] = {}
+        """Answers to come of each request in hand, by its id: what they hold is theirs by it, and
+        who cancels names it."""
         self._queue: deque[Job] = deque()
+        self._held: dict[str, list[Job]] = {}
+        """Further answers, which wait until the first one's lane has computed their prompt."""
+        self._searches: dict[str, Beams] = {}
         self._asked: list[Job] = []
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
@@ -134,7 +154,7 @@ class Engine:
             InvalidRequest: a request of this id is in hand, or what it has generated is no
                 answer's beginning.
         """
-        if request.id in self._ids:
+        if request.id in self._open:
             raise InvalidRequest(
                 f"a request {request.id!a} is in hand: give each one an id of its own"
             )
@@ -154,11 +174,22 @@ class Engine:
             raise InvalidRequest(
                 f"generated token ids must lie between 0 and {self.model.vocab_size - 1}"
             )
-        job = Job(request, stream, stop_ids, min(request.max_new_tokens, room))
-        if self.drafts and not how.penalised:  # a penalty is known when the token before it is
-            job.drafts = Drafts(job.tokens)
-        self._ids.add(request.id)
-        self.inbox.put(job)
+        if request.beams is not None and request.beams.width > self.max_batch:
+            raise InvalidRequest(
+                f"beams is {request.beams.width}; this worker computes {self.max_batch} "
+                "sequences at a time (--max-batch)"
+            )
+        jobs = []
+        for lane, each in enumerate(lanes_of(request)):
+            if lane:
+                stream = TextStream(self.model.tokenizer, request.stop_strings, how.min_tokens)
+            job = Job(each, stream, stop_ids, min(request.max_new_tokens, room), lane=lane)
+            # A penalty is known when the token before it is; beams are not drafted.
+            if self.drafts and not how.penalised and request.beams is None:
+                job.drafts = Drafts(job.tokens)
+            jobs.append(job)
+        self._open[request.id] = len(jobs)
+        self.inbox.put(jobs)
         self.wake()
 
     def cancel(self, request_id: str) -> None:
@@ -173,16 +204,17 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request is in hand."""
-        return not (self.inbox or self._queue or self._asked or self._running)
+        return not (self.inbox or self._queue or self._asked or self._running or self._held)
 
     @property
     def stalled(self) -> bool:
         """Whether a step can compute nothing before `wait` returns."""
-        return not (
-            self.inbox
-            or any(job.answered for job in self._asked)
-            or any(not job.starved for job in self._running)
-        )
+        if self.inbox or any(job.answered for job in self._asked):
+            return False
+        starved = [job for job in self._running if job.starved]
+        # Lanes of a search wait for one another.
+        waiting = {job.request.id for job in starved if job.request.beams is not None}
+        return all(job.starved or job.request.id in waiting for job in self._running)
 
     @property
     def sharing(self) -> bool:
@@ -210,7 +242,9 @@ class Engine:
             self._drop(job)
         self._asked, self._running = [], []
         self._queue.clear()
-        self._ids.clear()
+        self._held.clear()
+        self._searches.clear()
+        self._open.clear()
         self._settle([])
         self._close_old()
 
@@ -227,13 +261,24 @@ class Engine:
         self._running = [job for job in self._running if not job.reason]
         self._close_old()
         self._report()
-        self._ids.difference_update(one.id for one in events if isinstance(one, Finished | Failed))
+        for event in events:
+            if isinstance(event, Finished | Failed):
+                self._count_off(event.id)
         return events
+
+    def _count_off(self, request_id: str) -> None:
+        """Note that an answer was told."""
+        self._open[request_id] -= 1
+        if not self._open[request_id]:
+            del self._open[request_id]
+            self._searches.pop(request_id, None)
 
     def _report(self) -> None:
         """Let the service know that a step is made, and what is in hand."""
         if (shared := self.membership.shared) is not None:
-            shared.session.report(len(self._queue) + len(self._asked) + len(self._running))
+            held = sum(map(len, self._held.values()))
+            in_hand = len(self._queue) + len(self._asked) + len(self._running) + held
+            shared.session.report(in_hand)
             shared.session.watch_inbox(self.inbox.untaken)
 
     # ------------------------------------------------------------------------------- admission
@@ -241,14 +286,28 @@ class Engine:
     def _read_inbox(self, events: list[Event]) -> None:
         while self.inbox:
             item = self.inbox.take()
-            if isinstance(item, Job):
-                self._queue.append(item)
+            if isinstance(item, list):
+                first, *others = item
+                self._queue.append(first)
+                if others:
+                    self._held[first.request.id] = others
+                if first.request.beams is not None:
+                    search = Beams(first.request.beams, first, first.request.n)
+                    self._searches[first.request.id] = search
                 continue
-            for job in [*self._queue, *self._asked, *self._running]:
-                if job.request.id == item:
-                    self._abandon(job)
-                    job.reason = "cancelled"
-                    events.append(finished(job))
+            self._let_go(item)
+            jobs = [*self._queue, *self._asked, *self._running]
+            found = [job for job in jobs if job.request.id == item]
+            for job in found:
+                self._abandon(job)
+                job.reason = "cancelled"
+            told = found[:1] if item in self._searches else found  # lanes of a search: once
+            events.extend(finished(job) for job in told)
+
+    def _let_go(self, request_id: str) -> None:
+        """Queue the answers that waited for the first one's lane, before whoever came later."""
+        if others := self._held.pop(request_id, None):
+            self._queue.extendleft(reversed(others))
 
     def _abandon(self, job: Job) -> None:
         """Take a job out of every list and give its blocks back."""
@@ -269,7 +328,17 @@ class Engine:
 
     @property
     def _has_seat(self) -> bool:
-        return len(self._asked) + len(self._running) < self.max_batch
+        """Whether the next one of the queue finds a place; a search's lanes come one by one."""
+        to_come = sum(search.num_missing for search in self._searches_in_hand())
+        next_one = self._queue[0].request.beams if self._queue else None
+        wanted = 1 if next_one is None else next_one.width
+        return len(self._asked) + len(self._running) + to_come + wanted <= self.max_batch
+
+    def _searches_in_hand(self) -> list[Beams]:
+        if not self._searches:
+            return []
+        firsts = {job.request.id for job in [*self._asked, *self._running]}
+        return [search for name, search in self._searches.items() if name in firsts]
 
     def _ask(self, events: list[Event]) -> None:
         """Ask for blocks, first come, first served."""
@@ -291,12 +360,12 @@ class Engine:
                     job.tokens,
                     reserve=job.num_left if job.reserves_all else min(job.num_left, RESERVE),
                     wait_s=job.request.wait_s,
-                    request_id=f"{job.request.id}/{job.num_restarts}",
+                    request_id=f"{job.request.id}/{job.lane}/{job.num_restarts}",
                     salt=job.request.salt,
                     reuse=not job.is_scoring,
                 )
             except CacheError as error:  # a service of an earlier version hears of no salt
-                events.append(Failed(job.request.id, type(error).__name__, str(error)))
+                events.append(self._failed(job, type(error).__name__, str(error)))
                 continue
             job.store = home
             job.future.add_done_callback(lambda _: self.wake())
@@ -321,7 +390,12 @@ class Engine:
             message = f"token ids must lie between 0 and {self.model.vocab_size - 1}"
         elif job.num_restarts > MOST_RESTARTS:
             message = f"lost its blocks {job.num_restarts} times; given up"
-        return Failed(job.request.id, "InvalidRequest", message) if message else None
+        return self._failed(job, "InvalidRequest", message) if message else None
+
+    def _failed(self, job: Job, error: str, message: str) -> Failed:
+        """Tell that an answer cannot be given; others to the same prompt try for themselves."""
+        self._let_go(job.request.id)
+        return Failed(job.request.id, error, message, job.sample)
 
     def _take(self, events: list[Event]) -> None:
         """Take the blocks that were granted, and make the copies that belong to them."""
@@ -340,7 +414,7 @@ class Engine:
                 self._ask_again(job, 0.0)
                 continue
             except CacheError as error:
-                events.append(Failed(job.request.id, type(error).__name__, str(error)))
+                events.append(self._failed(job, type(error).__name__, str(error)))
                 continue
             job.grant(claim)
             if claim.copies:
@@ -359,9 +433,19 @@ class Engine:
         self._queue.appendleft(job)
 
     def _restart(self, job: Job) -> None:
-        """Its blocks are lost: queue it again, with what it has generated as part of its prompt."""
-        self._running = [other for other in self._running if other is not job]
-        self._drop(job)
+        """Its blocks are lost: queue it again, with what it has generated as part of its prompt.
+
+        A search begins anew as a whole.
+        """
+        if not any(job is other for other in self._running):
+            return  # with another lane of its search, already
+        search = self._searches.get(job.request.id)
+        lanes = [job] if search is None else search.lanes
+        self._running = [other for other in self._running if other not in lanes]
+        for lane in lanes:
+            self._drop(lane)
+        if search is not None:
+            job = search.begin_again()
         job.num_restarts += 1
         self._queue.appendleft(job)
 
@@ -390,7 +474,11 @@ class Engine:
             events.extend(self._score(wanted, logits))
             events.extend(self._choose(wanted, logits))
             done.extend(job for job, _ in pieces)
-        events.extend(finished(job) for job in done if job.reason)
+        for job in done:
+            if job.reason and (search := self._searches.get(job.request.id)) is None:
+                events.append(finished(job))
+            elif job.reason and search is not None and job is search.lanes[0]:
+                events.append(search.finished(self.model.tokenizer))
         return done
 
     def _lost_meanwhile(self, jobs: Sequence[Job], store: Store) -> set[int]:
@@ -409,7 +497,8 @@ class Engine:
         ]
         for job in reversed(lost):  # so that the first is the first again
             self._restart(job)
-        return {id(job) for job in lost}
+        # With a lane, its whole search.
+        return {id(job) for job in jobs if not any(job is other for other in self._running)}
 
     def _pieces(self, jobs: Sequence[Job], store: Store) -> list[tuple[Job, Piece]]:
         """Choose the tokens of a step: everybody's next one, then prompts in their order."""
@@ -422,7 +511,10 @@ class Engine:
             jobs = quick
         decoding = sum(job.num_due == 1 for job in jobs)
         guesses = min(self.drafts, min(DRAFT_ROWS, self.chunk) // max(1, decoding) - 1)
+        halted = self._halted(store)
         for job in sorted(jobs, key=lambda job: job.num_due > 1):  # stable: decoding ones first
+            if job.request.id in halted:
+                continue
             count = min(job.num_due, budget, rows_left if job.is_scoring else budget)
             if not count or not self._has_room(job, count, store):
                 continue
@@ -443,24 +535,64 @@ class Engine:
             pieces.append((job, piece))
         return pieces
 
+    def _halted(self, store: Store) -> set[str]:
+        """Name the searches of which a lane has no room: the others wait for it."""
+        halted = set()
+        for search in self._searches_in_hand():
+            lanes = search.lanes
+            if lanes[0].store is not store or lanes[0].num_due > 1:
+                continue
+            rooms = [self._has_room(lane, 1, store) for lane in lanes]  # all of them are asked for
+            if not all(rooms):
+                halted.add(search.first.request.id)
+        return halted
+
     def _has_room(self, job: Job, count: int, store: Store) -> bool:
         """See that the next tokens have slots, and that more are asked for in time."""
         end = job.num_valid + count
         if (told := job.growing) is not None and told.done():
             job.growing = None
             error = told.exception()
-            gives_way = not isinstance(error, PoolExhausted) or job is self._running[-1]
-            if error is not None and end > job.num_slots and gives_way:
+            gives_way = not isinstance(error, PoolExhausted) or self._is_youngest(job)
+            if error is None:
+                self._copy(store, told.result().copies)
+                job.tail_is_shared = False
+            elif job.lacks_room(end) and gives_way:
                 job.reserves_all = True
                 self._restart(job)
                 return False
+        if job.claim is None:  # its search has just begun anew
+            return False
         whole = len(job.tokens) + job.num_left
-        if job.growing is None and job.num_slots < min(whole, end + AHEAD):
-            assert job.claim is not None
+        if job.request.beams is not None:  # what most of them reserve they would never use
+            self._grow([job], end, store)
+        elif job.growing is None and job.num_slots < min(whole, end + AHEAD):
             wanted = min(whole, end + AHEAD + RESERVE)
-            job.growing = store.extend(job.claim, wanted, wait_s=GROW_S)
+            [job.growing] = store.extend([(job.claim, wanted)], wait_s=GROW_S)
             job.growing.add_done_callback(lambda _: self.wake())
-        return end <= job.num_slots
+        return not job.lacks_room(end)
+
+    def _is_youngest(self, job: Job) -> bool:
+        """Whether none of the others began after it, but for lanes of the same search."""
+        return self._running[-1].request.id == job.request.id
+
+    def _grow(self, lanes: Sequence[Job], end: int, store: Store) -> list[Future[TableUpdate]]:
+        """Ask for room up to `end` for those that have none, in one message."""
+        asking = [job for job in lanes if job.growing is None and job.lacks_room(end)]
+        if not asking:
+            return []
+        claims = [(job.claim, end) for job in asking if job.claim is not None]
+        answers = store.extend(claims, wait_s=GROW_S)
+        for job, answer in zip(asking, answers, strict=True):
+            job.growing = answer
+            answer.add_done_callback(lambda _: self.wake())
+        return answers
+
+    def _copy(self, store: Store, copies: Sequence[Copy]) -> None:
+        """Make the copies that belong to a claim, before it is written to."""
+        if copies:
+            rows = [(copy.src, copy.dst, copy.num_tokens) for copy in copies]
+            copy_blocks(store.pool.blocks, torch.tensor(rows, dtype=torch.int64))
 
     def _score(self, pieces: Sequence[tuple[Job, Piece]], logits: Tensor) -> Iterator[Event]:
         """Tell the log-probabilities of prompts that ask for them."""
@@ -482,6 +614,7 @@ class Engine:
         now = time.monotonic()
         rows: list[tuple[Job, int, int]] = []
         end, choosing = 0, []
+        searching: dict[str, dict[int, int]] = {}
         for job, piece in pieces:
             end += piece.num_rows
             if job.num_due:  # only its prompt was scored so far
@@ -489,9 +622,16 @@ class Engine:
             if not job.num_left:
                 job.reason = "length"  # it wants no more than that
                 continue
+            if job.request.beams is not None:
+                searching.setdefault(job.request.id, {})[id(job)] = end - 1
+                continue
             count = 1 + piece.num_drafts
             choosing.append((job, piece, len(rows)))
             rows.extend((job, at, end - count + at) for at in range(count))
+        for name, found in searching.items():
+            search = self._searches[name]
+            search.first.first_s = search.first.first_s or now
+            yield from self._search(search, logits[[found[id(lane)] for lane in search.lanes]])
         if len(rows) < len(logits):
             logits = logits[[row for _, _, row in rows]]
         samplers = [job.sampler for job, _, _ in rows]
@@ -507,12 +647,27 @@ class Engine:
                 if job.reason or at == len(drafted) or token != drafted[at]:
                     break
 
+    def _search(self, search: Beams, logits: Tensor) -> Iterator[Event]:
+        """Take a search a token further: who goes on, who is forked, who is released."""
+        first = search.first
+        yield Searched(first.request.id, search.lanes[0].num_generated + 1)
+        moves = search.step(logits)
+        if not moves:
+            for lane in search.lanes:
+                lane.reason = "stop"
+            return
+        before = search.lanes
+        for lane in search.go_on(moves):
+            self._drop(lane)
+        others = [job for job in self._running if job not in before]
+        self._running = others + search.lanes
+
     def _told(self, job: Job, logits: Tensor, token: int) -> Token:
         """Take a token for a job's answer, and tell it."""
         top = top_two(logits) if job.request.log_logits else None
         wanted = job.request.logprobs
         told = None if wanted is None else logprobs(logits, token, wanted)
-        return Token(job.request.id, token, job.add(token), top, told)
+        return Token(job.request.id, token, job.add(token), top, told, job.sample)
 
     def _settle(self, jobs: Sequence[Job]) -> None:
         """Tell each store what is valid and what is done with, in one message per store."""
@@ -523,18 +678,33 @@ class Engine:
             releases.setdefault(id(store), []).append(claim)
         self._releases = []
         for job in jobs:
-            assert job.store is not None
-            stores[id(job.store)] = job.store
+            if job.store is not None:  # else its text has ended, and its search goes on
+                stores[id(job.store)] = job.store
         for key, store in stores.items():
             mine = [job for job in jobs if job.store is store]
             due = [job.due_commit(store.pool.block_size) for job in mine]
             done = [job.claim for job in mine if job.reason and job.claim is not None]
-            lost = store.settle(
-                [commit for commit in due if commit is not None], releases.get(key, []) + done
+            searches = [one for one in self._searches_in_hand() if one.store is store]
+            forks = [(one, fork) for one in searches for fork in one.due_forks()]
+            settled = store.settle(
+                [commit for commit in due if commit is not None],
+                releases.get(key, []) + done,
+                [fork for _, fork in forks],
             )
             for job in mine:
-                if not job.reason and any(claim is job.claim for claim in lost):
+                if not job.reason and any(claim is job.claim for claim in settled.lost):
                     self._restart(job)
+            for (search, fork), claims in zip(forks, settled.forked, strict=True):
+                if not search.take(fork, claims):
+                    self._releases.extend((store, claim) for claim in claims)
+                    self._restart(search.lanes[0])
+            for search in searches:
+                first = search.lanes[0]
+                if first.claim is not None and first.store is store and not first.reason:
+                    futures.wait(self._grow(search.lanes, first.num_valid + 1, store), SOON_S)
+        for job in jobs:
+            if not job.lane and (job.reason or job.num_committed >= job.num_prompt):
+                self._let_go(job.request.id)
 
     # --------------------------------------------------------------------- the service's absence
 
@@ -545,7 +715,8 @@ class Engine:
         now = time.monotonic()
         shared = self.membership.shared
         for job in reversed(self._running[:]):  # so that the first is the first again
-            assert job.claim is not None
+            if job.claim is None:
+                continue  # a search's lane: it was begun anew with another one
             late = job.store is shared and now > job.claim.deadline
             assert job.store is not None
             unsafe_now = job.store is unsafe or not job.store.pool.current

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import TableUpdate
 from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
@@ -35,8 +36,14 @@ class Job:
     store: Store | None = None
     future: Future[Claim] | None = None
     claim: Claim | None = None
-    growing: Future[None] | None = None
+    growing: Future[TableUpdate] | None = None
     """Asked for room behind what its claim has."""
+    lane: int = 0
+    """Which of the answers to its request it is."""
+    is_forked: bool = False
+    """Whether others go on from what it has computed: all of that is to be committed."""
+    tail_is_shared: bool = False
+    """Whether its last block is another's as well: it needs one of its own before it writes."""
     reserves_all: bool = False
     """Whether it asks for the whole answer's room with its prompt: it has lost its blocks before,
     since others had what it needed to go on."""
@@ -138,10 +145,19 @@ class Job:
         return len(self.claim.block_table) * self.store.pool.block_size
 
     @property
+    def sample(self) -> int | None:
+        """Which of several answers it is; None: there is one, or they are searched together."""
+        return self.lane if self.request.n > 1 and self.request.beams is None else None
+
+    def lacks_room(self, end: int) -> bool:
+        """Whether its tokens up to `end` have no slots that it may write to."""
+        return end > self.num_slots or self.tail_is_shared
+
+    @property
     def starved(self) -> bool:
         """Whether it cannot go on before there is room, and that is not answered yet."""
         waits = self.growing is not None and not self.growing.done()
-        return waits and self.num_valid >= self.num_slots
+        return waits and self.lacks_room(self.num_valid + 1)
 
     def draft(self, most: int) -> list[int]:
         """Give up to `most` tokens that may come next, with slots, and room in the answer."""
@@ -156,10 +172,19 @@ class Job:
         self.num_valid = self.num_committed = claim.num_cached
         self.num_told = len(self.tokens)
 
+    def go_on_from(self, parent: Job, claim: Claim, tokens: list[int]) -> None:
+        """Take the place of a fork of another lane; what this one has itself is released."""
+        self.store, self.claim, self.growing = parent.store, claim, None
+        self.tokens = tokens
+        self.num_valid = self.num_told = self.num_committed = parent.num_valid
+        assert parent.store is not None
+        self.tail_is_shared = parent.num_valid % parent.store.pool.block_size > 0
+
     def begin_again(self) -> None:
         """Forget the blocks; what was generated becomes a part of the prompt."""
         self.claim = self.future = self.store = self.growing = None
         self.num_valid = self.num_told = self.num_committed = 0
+        self.is_forked = self.tail_is_shared = False
 
     def due_commit(self, block_size: int) -> Commit | None:
         """Say what the store should be told now: chunks of the prompt, full blocks, the end."""
@@ -167,7 +192,7 @@ class Job:
             return None
         in_prompt = self.num_committed < self.num_told
         whole = self.num_valid // block_size > self.num_committed // block_size
-        if not (in_prompt or self.reason or whole):
+        if not (in_prompt or self.reason or whole or self.is_forked):
             return None
         fresh = self.tokens[self.num_told : self.num_valid]
         self.num_told = max(self.num_told, self.num_valid)
@@ -189,6 +214,7 @@ def started(job: Job, claim: Claim) -> Started:
         max_new_tokens=job.max_new_tokens,
         left_out=job.request.left_out or None,
         seed=None if job.sampler.sampling.greedy else job.sampler.seed,
+        sample=job.sample,
     )
 
 
@@ -207,4 +233,5 @@ def finished(job: Job) -> Finished:
         num_restarts=job.num_restarts,
         kv_read_bytes=round(job.kv_reads.read_bytes),
         kv_alone_bytes=job.kv_reads.alone_bytes,
+        sample=job.sample,
     )

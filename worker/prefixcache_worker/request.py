@@ -16,7 +16,11 @@ from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger
+from prefixcache_worker.beam_search import Beam, BeamSearch
 from prefixcache_worker.sampling import Logprobs, Sampling, TopTwo
+
+MOST_SAMPLES: Final = 128
+"""Answers to one request."""
 
 MOST_LOGPROBS: Final = 20
 """Of the most likely tokens of a step."""
@@ -48,6 +52,10 @@ class Request:
     show."""
     salt: str | None = None
     """Keeps its prefix apart: what is behind another salt, or behind none, is not shared."""
+    n: int = 1
+    """How many answers are told: as many samples, or the best of so many beams."""
+    beams: BeamSearch | None = None
+    """Search for the likeliest answers as a whole; None: choose token by token."""
     generated: Sequence[int] = ()
     """The answer's first tokens, where another worker has begun it: it goes on behind them, as if
     nothing had been."""
@@ -70,10 +78,37 @@ class Request:
                 f"request {self.id!r}: min_tokens is {self.sampling.min_tokens}, and its answer "
                 f"may have {self.max_new_tokens}"
             )
+        if not 1 <= self.n <= MOST_SAMPLES:
+            raise InvalidRequest(f"request {self.id!r}: n is {self.n}; from 1 to {MOST_SAMPLES}")
+        if self.n > 1 and self.generated:
+            raise InvalidRequest(
+                f"request {self.id!r}: n is {self.n}, and what is generated is of one answer"
+            )
+        if self.beams is not None:
+            self._check_beams(self.beams.width)
         if len(self.generated) > self.max_new_tokens:
             raise InvalidRequest(
                 f"request {self.id!r}: {len(self.generated)} tokens are generated, more than the "
                 f"{self.max_new_tokens} that its answer may have"
+            )
+
+    def _check_beams(self, width: int) -> None:
+        if self.n > width:
+            raise InvalidRequest(
+                f"request {self.id!r}: n is {self.n}, and beams {width}: no more are found"
+            )
+        beside = {
+            "sampling": self.sampling != Sampling(),
+            "stop": bool(self.stop_strings),
+            "logprobs": self.logprobs is not None,
+            "prompt_logprobs": self.prompt_logprobs is not None,
+            "log_logits": self.log_logits,
+            "generated": bool(self.generated),
+        }
+        if found := [name for name, is_asked in beside.items() if is_asked]:
+            raise InvalidRequest(
+                f"request {self.id!r}: {found[0]} does not go with beams, which take the "
+                "likeliest texts as a whole"
             )
 
 
@@ -97,6 +132,8 @@ class Started:
     """What of the request is not in the prompt; None: nothing."""
     seed: int | None = None
     """By which its tokens are drawn; None: the most likely ones are taken."""
+    sample: int | None = None
+    """Which of several answers it is of; None: there is one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +156,17 @@ class Token:
     """What can be shown because of it; perhaps nothing yet."""
     top: TopTwo | None = None
     logprobs: Logprobs | None = None
+    sample: int | None = None
+    """Which of several answers it is of; None: there is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A beam search has come a token further."""
+
+    id: str
+    num_tokens: int
+    """Of each text that goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +192,10 @@ class Finished:
     """Keys and values that its decode steps read; what several sequences read once, divided."""
     kv_alone_bytes: int = 0
     """What they would have read without sharing."""
+    sample: int | None = None
+    """Which of several answers it is; None: there is one."""
+    beams: tuple[Beam, ...] | None = None
+    """The likeliest texts, best first, of which the first is the answer; None: not searched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +205,8 @@ class Failed:
     id: str
     error: str
     message: str
+    sample: int | None = None
+    """Which of several answers cannot be given; None: there is one, or none of them can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +225,7 @@ class Joined:
     block_size: int
 
 
-Event = Started | Scored | Token | Finished | Failed | Alone | Joined
+Event = Started | Scored | Token | Searched | Finished | Failed | Alone | Joined
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -196,6 +250,8 @@ def to_json(event: Event) -> dict[str, Any]:
         elif isinstance(event, Scored) and item.name == "logprobs":
             out["logprobs"] = [one.logprob for one in event.logprobs]
             out["top_logprobs"] = [[list(pair) for pair in one.top] for one in event.logprobs]
+        elif isinstance(event, Finished) and item.name == "beams" and value is not None:
+            out["beams"] = [dataclasses.asdict(beam) for beam in event.beams or ()]
         elif isinstance(value, Ledger):
             out["ledger"] = value._asdict()
         elif value is not None:

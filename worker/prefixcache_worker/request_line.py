@@ -23,6 +23,10 @@ ignore_eos      true: not the model's own; else false
 logprobs        true or false; else false
 top_logprobs    a whole number from 0 to 20, with logprobs; else 0
 prompt_logprobs a whole number from 0 to 20: of the prompt, which is computed whole; else not
+n               a whole number from 1 to 128: answers, each of which draws other numbers; else 1
+beams           a whole number from 1 to 64: so many are searched, the n best told; else not
+length_penalty  a number from -10 to 10, with beams; else 1
+early_stopping  true, false or "never", with beams; else false
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
@@ -44,8 +48,9 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.prompts.logged_request import read_logged
 from prefixcache.texts import check_text
 from prefixcache.types import unpack
+from prefixcache_worker.beam_search import MOST_BEAMS, MOST_LENGTH_PENALTY, BeamSearch
 from prefixcache_worker.model import Model
-from prefixcache_worker.request import MOST_LOGPROBS, Request
+from prefixcache_worker.request import MOST_LOGPROBS, MOST_SAMPLES, Request
 from prefixcache_worker.sampling import MOST_REPETITION, Sampling
 
 LONGEST_LINE: Final = 32 << 20
@@ -63,7 +68,8 @@ _FIELDS: Final = {
     *("id", "max_new_tokens", "temperature", "top_p", "seed", "stop", "stop_ids", "wait_s"),
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
-    *("logprobs", "top_logprobs", "prompt_logprobs", "salt", *_PROMPTS, *_CHAT),
+    *("logprobs", "top_logprobs", "prompt_logprobs", "salt", "n", "beams", "length_penalty"),
+    *("early_stopping", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -165,6 +171,8 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         log_logits=_flag(fields, "log_logits"),
         logprobs=_logprobs(fields),
         prompt_logprobs=_prompt_logprobs(fields),
+        n=_whole(fields.get("n", 1), "n", 1, MOST_SAMPLES),
+        beams=_beams(fields),
         left_out=left_out,
         generated=_generated(fields),
         salt=_salt(fields),
@@ -250,6 +258,22 @@ def _prompt_logprobs(fields: dict[str, Any]) -> int | None:
     if "prompt_logprobs" not in fields:
         return None
     return _whole(fields["prompt_logprobs"], "prompt_logprobs", 0, MOST_LOGPROBS)
+
+
+def _beams(fields: dict[str, Any]) -> BeamSearch | None:
+    if "beams" not in fields:
+        if beside := [name for name in ("length_penalty", "early_stopping") if name in fields]:
+            raise InvalidRequest(f"{beside[0]} goes with beams, which are not asked for")
+        return None
+    early = fields.get("early_stopping", False)
+    if early != "never":
+        early = _flag(fields, "early_stopping")
+    most = MOST_LENGTH_PENALTY
+    return BeamSearch(
+        _whole(fields["beams"], "beams", 1, MOST_BEAMS),
+        _number(fields, "length_penalty", 1.0, -most, most),
+        early,
+    )
 
 
 def _list(stops: Any) -> list[Any]:

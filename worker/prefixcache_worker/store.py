@@ -21,7 +21,7 @@ import torch
 
 from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
-from prefixcache.types import Copy, Layout, Ledger, PoolHandle, pack
+from prefixcache.types import BlockId, Copy, Layout, Ledger, PoolHandle, TableUpdate, pack
 from prefixcache_kernels import TORCH_DTYPES, SharedPool
 from prefixcache_kernels.fence import Fence
 
@@ -62,6 +62,27 @@ class Commit:
     new_tokens: Sequence[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A claim is to have `count` others beside it, on the blocks of what it has committed.
+
+    Each is extended before it is written to, and gets a last block of its own with that.
+    """
+
+    claim: Claim
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What came of a step's message."""
+
+    lost: list[Claim] = field(default_factory=list)
+    """Claims that have ended meanwhile."""
+    forked: list[list[Claim]] = field(default_factory=list)
+    """Of each fork, its claims; none, if it was refused."""
+
+
 class Store(Protocol):
     """Gives claims and takes them back."""
 
@@ -87,14 +108,19 @@ class Store(Protocol):
         """
         ...
 
-    def settle(self, commits: Sequence[Commit], releases: Sequence[Claim]) -> list[Claim]:
-        """Pass on what a step wrote and what is done with; give the claims that are lost."""
+    def settle(
+        self, commits: Sequence[Commit], releases: Sequence[Claim], forks: Sequence[Fork] = ()
+    ) -> Settled:
+        """Pass on what a step wrote, who is forked, and what is done with, in this order."""
         ...
 
-    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
-        """Ask for room for `num_tokens` tokens in all.  Does not block.
+    def extend(
+        self, claims: Sequence[tuple[Claim, int]], *, wait_s: float
+    ) -> list[Future[TableUpdate]]:
+        """Ask for room for so many tokens of each claim, in all.  Does not block.
 
-        Waits in line for `wait_s`, before those that have no blocks yet; then PoolExhausted.
+        Waits in line for `wait_s`, before those that have no blocks yet; then PoolExhausted.  The
+        copies of an answer are to be made before the claim is written to.
         """
         ...
 
@@ -112,6 +138,9 @@ class PrivateClaim:
     num_cached: int = 0
     copies: tuple[Copy, ...] = ()
     deadline: float = math.inf
+    num_committed: int = 0
+    tail_is_shared: bool = False
+    """Whether its last block is another's as well, and copied before it is written to."""
 
 
 @dataclass(eq=False)
@@ -131,6 +160,8 @@ class PrivateStore:
     alive: bool = field(default=True, init=False)
     pool: SharedPool = field(init=False)
     _free: list[int] = field(init=False)
+    _others: dict[int, int] = field(default_factory=dict, init=False)
+    """Of blocks that forks share: how many have it beside the first."""
 
     def __post_init__(self) -> None:
         handle = PoolHandle("none", "", self.num_blocks, self.block_size, self.layout, 0, 0)
@@ -171,22 +202,79 @@ class PrivateStore:
             answer.set_exception(error)
         return answer
 
-    def settle(self, commits: Sequence[Commit], releases: Sequence[Claim]) -> list[Claim]:
-        """Take blocks back.  There is nobody to tell of commits."""
+    def settle(
+        self, commits: Sequence[Commit], releases: Sequence[Claim], forks: Sequence[Fork] = ()
+    ) -> Settled:
+        """Fork claims, and take blocks back.  There is nobody else to tell of commits."""
+        for commit in commits:
+            assert isinstance(commit.claim, PrivateClaim)
+            commit.claim.num_committed = commit.num_tokens
+        forked = [self._fork(fork.claim, fork.count) for fork in forks]
         for claim in releases:
-            self._free.extend(claim.block_table)
-        return []
+            self._give_back(claim.block_table)
+        return Settled(forked=forked)
 
-    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
-        """Add blocks to a claim; the future is done at once."""
-        answer: Future[None] = Future()
-        missing = -(-num_tokens // self.block_size) - len(claim.block_table)
-        try:
-            claim.block_table.extend(self._take(max(0, missing)))
-            answer.set_result(None)
-        except CacheError as error:
-            answer.set_exception(error)
-        return answer
+    def extend(
+        self, claims: Sequence[tuple[Claim, int]], *, wait_s: float
+    ) -> list[Future[TableUpdate]]:
+        """Add blocks to claims; the futures are done at once."""
+        answers = []
+        for claim, num_tokens in claims:
+            answer: Future[TableUpdate] = Future()
+            try:
+                answer.set_result(self._extend(claim, num_tokens))
+            except CacheError as error:
+                answer.set_exception(error)
+            answers.append(answer)
+        return answers
+
+    def _extend(self, claim: Claim, num_tokens: int) -> TableUpdate:
+        assert isinstance(claim, PrivateClaim)
+        table = claim.block_table
+        keep = len(table) - claim.tail_is_shared
+        fresh = self._take(max(0, -(-num_tokens // self.block_size) - keep))
+        copies: tuple[Copy, ...] = ()
+        if claim.tail_is_shared and fresh:
+            source = table.pop()
+            copies = (
+                Copy(BlockId(source), BlockId(fresh[0]), claim.num_committed % self.block_size),
+            )
+            claim.tail_is_shared = False
+            # Lent again it may be at once: whoever gets it writes after the copy is made.
+            self._give_back(array("i", [source]))
+        table.extend(fresh)
+        return TableUpdate(keep, fresh, copies)
+
+    def _fork(self, claim: Claim, count: int) -> list[Claim]:
+        assert isinstance(claim, PrivateClaim)
+        committed = claim.num_committed
+        shared = claim.block_table[: -(-committed // self.block_size)]
+        for block in shared:
+            self._others[block] = self._others.get(block, 0) + count
+        return [
+            PrivateClaim(
+                shared[:],
+                claim.ledger,
+                num_cached=committed,
+                num_committed=committed,
+                tail_is_shared=committed % self.block_size > 0,
+            )
+            for _ in range(count)
+        ]
+
+    def _give_back(self, blocks: array[int]) -> None:
+        """Put blocks on the free list, but for those that somebody else has."""
+        others = self._others
+        if not others:
+            self._free.extend(blocks)
+            return
+        for block in blocks:
+            if block not in others:
+                self._free.append(block)
+            elif others[block] == 1:
+                del others[block]
+            else:
+                others[block] -= 1
 
     @property
     def num_free(self) -> int:
@@ -241,13 +329,16 @@ class SharedStore:
         )
         return future
 
-    def settle(self, commits: Sequence[Commit], releases: Sequence[Claim]) -> list[Claim]:
-        """Send a step's commits and releases in one message; give the leases that had ended.
+    def settle(
+        self, commits: Sequence[Commit], releases: Sequence[Claim], forks: Sequence[Fork] = ()
+    ) -> Settled:
+        """Send a step's commits, forks and releases in one message; tell what came of them.
 
-        Once the session is lost there is nobody to tell, and no lease is known to have ended.
+        Once the session is lost there is nobody to tell, no lease is known to have ended, and no
+        fork is granted.
         """
-        if not (commits or releases) or not self.session.alive:
-            return []
+        if not (commits or releases or forks) or not self.session.alive:
+            return Settled(forked=[[] for _ in forks])
         # What the step wrote is there, and what it read is read, before anybody hears of it.
         self._fence.push(None)
         self._fence.drain()
@@ -259,20 +350,32 @@ class SharedStore:
                 )
                 for commit in commits
             ]
+            forked = [batch.fork(fork.claim, fork.count) for fork in forks]  # type: ignore[arg-type]
             for claim in releases:
                 batch.release(claim)  # type: ignore[arg-type]
         if not self.session.alive:
-            return []
-        return [claim for claim, reply in replies if reply.error is not None]
+            return Settled(forked=[[] for _ in forks])
+        return Settled(
+            [claim for claim, reply in replies if reply.error is not None],
+            [[] if reply.error is not None else list(reply.result()) for reply in forked],
+        )
 
-    def extend(self, claim: Claim, num_tokens: int, *, wait_s: float) -> Future[None]:
-        """Ask the service for room; done when its answer arrives, and the table has grown."""
+    def extend(
+        self, claims: Sequence[tuple[Claim, int]], *, wait_s: float
+    ) -> list[Future[TableUpdate]]:
+        """Ask the service for room, in one message; done when its answers arrive.
+
+        The tables have grown then.
+        """
         batch = self.session.batch()
-        reply: Any = batch.extend(claim, num_tokens, wait_s=wait_s)  # type: ignore[arg-type]
-        answer: Future[None] = Future()
-        self.session.promise(reply, answer, answer.set_running_or_notify_cancel)
+        answers = []
+        for claim, num_tokens in claims:
+            reply: Any = batch.extend(claim, num_tokens, wait_s=wait_s)  # type: ignore[arg-type]
+            answer: Future[TableUpdate] = Future()
+            self.session.promise(reply, answer, answer.set_running_or_notify_cancel)
+            answers.append(answer)
         self.session.post(batch)
-        return answer
+        return answers
 
     @property
     def alive(self) -> bool:

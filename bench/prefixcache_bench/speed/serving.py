@@ -14,6 +14,7 @@ decoding      steps of generate on a batch        │  steps of the engine with 
 sampled       the engine, most likely tokens      │  the engine, drawing them: of all, of a nucleus
 shared        the engine, each sequence reading   │  the engine, by the group plan: the prefix of
               all of its keys                     │  1,000 tokens is read once a step
+beams         a step of a search, width 4         │  the part of it that calls of the service take
 chats         worker processes on one pool        │  the same, each on a pool of its own
 vllm          vLLM in a process of its own Python │  the engine: first tokens and decoding
 ```
@@ -49,6 +50,8 @@ import prefixcache
 from prefixcache.plain_json import json_text
 from prefixcache.types import DTYPE_ALIASES
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.beams import fields as beam_fields
+from prefixcache_bench.speed.beams import measure_beams
 from prefixcache_bench.speed.chatload import Load, play, service, workers
 from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
@@ -87,6 +90,7 @@ GOALS: Final = {
     "shared decode at batch 8": 1.2,
     "cold first token": 1.0,
     "warm first token at 1,000": 5.0,
+    "beam step to its service calls": 20.0,
     "moving chats, 3 workers": 4.0,
 }
 
@@ -493,6 +497,20 @@ def report(result: dict[str, Any]) -> None:
                 for row in rows
             ],
         )
+    if row := result.get("beams"):
+        print(
+            f"beam search behind {row['prompt_tokens']:,} tokens, width {row['width']}, "
+            f"{row['steps']} steps: min / median / max"
+        )
+        table(
+            ["a step, ms", "its service calls, ms", "of the step, %"],
+            [
+                [
+                    " / ".join(f"{value:.1f}" for value in row[name].values())
+                    for name in ("step_ms", "calls_ms", "calls_percent")
+                ]
+            ],
+        )
     if rows := result.get("chats"):
         print("chats: later turns' time to first token as the client sees it, 8 in flight")
         table(
@@ -567,6 +585,8 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
         ratios[f"sampled decode at batch {row['batch']}"] = min(row["to_greedy"].values())
     for row in result.get("shared", []):
         ratios[f"shared decode at batch {row['batch']}"] = row["together_to_apart"]
+    if row := result.get("beams"):
+        ratios["beam step to its service calls"] = 100 / row["calls_percent"]["median"]
     for row in result.get("ttft", []):
         ratio = row["generate_to_cold"]
         ratios["cold first token"] = min(ratio, ratios.get("cold first token", ratio))
@@ -603,7 +623,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m prefixcache_bench.speed.serving", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
-    parser.add_argument("--only", choices=("ttft", "decode", "sampled", "shared", "chats", "vllm"))
+    parser.add_argument(
+        "--only", choices=("ttft", "decode", "sampled", "shared", "beams", "chats", "vllm")
+    )
     parser.add_argument(
         "--vllm",
         metavar="PYTHON",
@@ -643,6 +665,10 @@ def main(argv: list[str] | None = None) -> int:
             result["sampled"] = measure_sampled(model, rounds, steps, draw)
         if options.only in (None, "shared"):
             result["shared"] = measure_shared(model, rounds, steps, draw)
+        if options.only in (None, "beams"):
+            with engine(model) as made:
+                result["beams"] = beam_fields(measure_beams(made, rounds, steps, draw))
+            progress("beams")
         if options.only in (None, "vllm"):
             result["vllm"] = {"failed": ABSENT}
             if options.vllm:
