@@ -36,6 +36,7 @@ class EngineWorker:
 
     def __init__(self, name: str, model: Model, target: str, router: Router) -> None:
         self.name = name
+        self.pid = os.getpid()
         self.events: list[dict[str, Any]] = []
         self._model = model
         self._router = router

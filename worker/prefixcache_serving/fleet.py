@@ -2,7 +2,7 @@
 
 ```
 start ──► ready ──► in the team ──┬─ ended by itself ───────► its answers go on elsewhere; another
-            │                     ├─ stopped, or silent ────► its answers go on elsewhere; it
+            │                     ├─ stopped, or stuck ─────► its answers go on elsewhere; it
             │ fails               │                           comes back, or is replaced
             ▼                     └─ drained ───────────────► its answers go on elsewhere; another
         again, later and later
@@ -24,16 +24,14 @@ from prefixcache_serving.router import Router, Station
 from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.child_worker import ChildWorker
 
-LOOK_S: Final = 0.1
-"""How often it is looked whether workers are stopped or silent."""
-STOPPED_LOOKS: Final = 3
+LOOK_S: Final = 0.03
+"""How often it is looked whether workers are stopped or stuck."""
+STOPPED_LOOKS: Final = 2
 """Looks in a row at which a process is stopped, until its answers go on elsewhere."""
-SILENT_S: Final = 20.0
-"""How long a worker that computes may say nothing, beside ..."""
-SILENT_TOKEN_S: Final = 0.05
-"""... so long for each token of the prompts that it computes."""
+LATE_S: Final = 0.5
+"""A look that is so much too late says nothing about the workers: nobody has listened to them."""
 LOST_S: Final = 30.0
-"""How long a stopped or silent worker is waited for before it is killed."""
+"""How long a stopped or stuck worker is waited for before it is killed."""
 READY_S: Final = 600.0
 """How long a worker may take to load its model."""
 LONGEST_PAUSE_S: Final = 30.0
@@ -129,7 +127,9 @@ class Fleet:
                 self._say(
                     f"{name} (pid {worker.pid}) is ready after {time.monotonic() - began_s:.1f} s"
                 )
-                self._router.join(worker, int(worker.about["max_batch"]))
+                self._router.join(
+                    worker, int(worker.about["max_batch"]), int(worker.about["chunk"])
+                )
                 pause_s = 0.0
                 await worker.gone.wait()
             except ProcessFailed as failure:
@@ -145,12 +145,16 @@ class Fleet:
             await asyncio.sleep(pause_s)
 
     async def _watch(self) -> None:
-        """Look for workers that are stopped, or that compute and say nothing."""
+        """Look for workers that are stopped, or that make no step although they have to."""
         looks: dict[str, int] = {}
         lost: dict[str, _Lost] = {}
+        last = time.monotonic()
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
+            if (late := now - last - LOOK_S) > LATE_S:
+                self._router.pardon(late)
+            last = now
             for name, station in list(self._router.stations.items()):
                 worker = self.workers[name]
                 is_stopped = _is_stopped(worker.pid)
@@ -165,12 +169,12 @@ class Fleet:
                     elif now - found.since > LOST_S:
                         self._say(f"{name} (pid {worker.pid}) is killed")
                         worker.kill()
-                elif looks[name] >= STOPPED_LOOKS or _is_silent(station, now):
+                elif looks[name] >= STOPPED_LOOKS or station.is_stuck(now):
                     lost[name] = _Lost(station, now, is_stopped)
-                    what = "is stopped" if is_stopped else "computes and says nothing"
+                    what = "is stopped" if is_stopped else "makes no step"
                     self._say(f"{name} (pid {worker.pid}) {what}: its answers go on elsewhere")
                     self._router.open(station, False)
-                    self._router.hand_over(station)
+                    self._router.hand_over(station, is_lost=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,15 +184,6 @@ class _Lost:
     station: Station
     since: float
     is_stopped: bool
-
-
-def _is_silent(station: Station, now: float) -> bool:
-    """Whether a worker should have said something since long."""
-    computing = [one for one in station.journeys.values() if one.ledger is not None]
-    if not computing:
-        return False
-    patience_s = SILENT_S + SILENT_TOKEN_S * sum(one.due for one in computing)
-    return now - station.heard_s > patience_s
 
 
 def _is_stopped(pid: int) -> bool:

@@ -54,6 +54,9 @@ class Journey:
     """Tokens that still have to run through the model before the next one comes."""
     ledger: Ledger | None = None
     """Of the prompt, as the first worker that had blocks for it told."""
+    is_hurried: bool = False
+    """Whether the next worker is not to wait for a prefix that another one is computing: that one
+    may be whom it was taken from, which still holds its lease, of little more than is cached."""
     is_set_down: bool = False
     worker: str = ""
     """Who has it now; empty: nobody."""
@@ -102,8 +105,11 @@ class Journey:
 
     def next_line(self) -> dict[str, Any]:
         """Give what the next worker is sent."""
-        more = {"generated": list(self.tokens)} if self.tokens else {}
-        line = {"id": self.name, **self.line, **more}
+        line = {"id": self.name, **self.line}
+        if self.tokens:
+            line["generated"] = list(self.tokens)
+        if self.is_hurried:
+            line["wait_s"] = 0
         if self.scores and not self.is_scoring:
             del line["prompt_logprobs"]  # so that the prompt is not computed again
         return line

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from prefixcache.types import Ledger
 from prefixcache_serving.journey import BEHIND, Journey
 from prefixcache_serving.meter import Meter
+from prefixcache_serving.pace import Pace
 from prefixcache_serving.refusals import Refused
 from prefixcache_worker.child import ProcessFailed
 
@@ -39,6 +40,10 @@ class Recipient(Protocol):
 
     name: str
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
     def send(self, line: dict[str, Any]) -> None:
         """Hand over one line; returns at once."""
 
@@ -50,12 +55,38 @@ class Station:
     recipient: Recipient
     seats: int
     """Requests that it computes at a time."""
+    chunk: int = 256
+    """Tokens that it computes in a step, at most."""
     journeys: dict[str, Journey] = field(default_factory=dict)
     """In hand, by what the worker calls them."""
     is_open: bool = True
     """Whether it is given more."""
     heard_s: float = field(default_factory=time.monotonic)
-    """When it last said something, or got something to do."""
+    """When it last said something that its engine must have said, or got something to do."""
+    pace: Pace = field(default_factory=Pace)
+    num_generated: int = 0
+    """Tokens that it has told."""
+
+    @property
+    def num_next(self) -> int:
+        """Tokens of its next step, as far as is known here."""
+        return min(self.chunk, sum(journey.due for journey in self.journeys.values()))
+
+    def hear(self, now: float, num_tokens: int | None) -> None:
+        """Note that its engine has said something, after a step of so many tokens.
+
+        Args:
+            now: when.
+            num_tokens: None: as many as it had to compute; 0: there was no step.
+        """
+        if self.journeys and num_tokens != 0:
+            self.pace.take(now - self.heard_s, num_tokens or self.num_next)
+        self.heard_s = now
+
+    def is_stuck(self, now: float) -> bool:
+        """Whether its engine must have said something by now."""
+        silent_s = now - self.heard_s
+        return bool(self.journeys) and silent_s > self.pace.patience_s(self.num_next)
 
     @property
     def load(self) -> float:
@@ -78,6 +109,12 @@ class Router:
         self.meter = meter
         self.longest_queue = longest_queue
         self.is_draining = False
+        self.num_generated = 0
+        """Tokens of all answers."""
+        self.num_moved = 0
+        """Answers that went on on another worker."""
+        self.num_computed_again = 0
+        """Tokens that were computed again because of that."""
         self._tenants = set(tenants) or {""}
         self._lines: dict[str, deque[Journey]] = {}
         self._urgent: deque[Journey] = deque()
@@ -97,6 +134,10 @@ class Router:
     def num_running(self) -> int:
         """Answers that workers have."""
         return sum(len(station.journeys) for station in self.stations.values())
+
+    def generated(self) -> dict[str, int]:
+        """Count the tokens that each worker has told since it was started."""
+        return {name: station.num_generated for name, station in self.stations.items()}
 
     def answers(self) -> dict[str, int]:
         """Count the answers that each worker has."""
@@ -148,9 +189,9 @@ class Router:
 
     # ------------------------------------------------------------------------------- from workers
 
-    def join(self, recipient: Recipient, seats: int) -> Station:
+    def join(self, recipient: Recipient, seats: int, chunk: int = 256) -> Station:
         """Take a worker into the team."""
-        station = self.stations[recipient.name] = Station(recipient, seats)
+        station = self.stations[recipient.name] = Station(recipient, seats, chunk)
         self._serve()
         return station
 
@@ -165,11 +206,19 @@ class Router:
         if station is not None:
             self.hand_over(station, died=died)
 
-    def hand_over(self, station: Station, *, died: bool = False) -> None:
-        """Give what a worker has in hand to others; it is told to forget it."""
+    def hand_over(self, station: Station, *, died: bool = False, is_lost: bool = False) -> None:
+        """Give what a worker has in hand to others; it is told to forget it.
+
+        Args:
+            station: the worker's.
+            died: by itself, so that what it had in hand may be the reason.
+            is_lost: it lives and does nothing: what it was computing, nobody should wait for.
+        """
         for journey in list(station.journeys.values()):
+            journey.is_hurried = is_lost or bool(journey.tokens)
             journey.num_deaths += died
             self._take_back(journey)
+            self.num_moved += 1
             self.meter.moved.inc()
             if journey.num_deaths >= MOST_DEATHS:
                 journey.fail(
@@ -184,6 +233,11 @@ class Router:
                 self._again(journey)
         self._serve()
 
+    def pardon(self, seconds: float) -> None:
+        """Let no worker be blamed for a time in which nobody here has listened."""
+        for station in self.stations.values():
+            station.heard_s += seconds
+
     def open(self, station: Station, is_open: bool) -> None:
         """Let a worker be given more, or not."""
         station.is_open = is_open
@@ -194,7 +248,8 @@ class Router:
         station = self.stations.get(name)
         if station is None:
             return
-        station.heard_s = time.monotonic()
+        if event["event"] != "failed":  # that may be of the thread that reads requests
+            station.hear(time.monotonic(), event.get("num_tokens"))
         journey = station.journeys.get(str(event.get("id", "")))
         if journey is None:
             self.meter.late.inc(event["event"] == "token")
@@ -203,6 +258,7 @@ class Router:
             case "started":
                 journey.due = int(event["num_to_compute"])
                 if journey.attempt and journey.ledger is not None:
+                    self.num_computed_again += journey.due
                     self.meter.recomputed.inc(journey.due)
                 if journey.ledger is None:
                     journey.ledger = Ledger(**event["ledger"])
@@ -211,6 +267,8 @@ class Router:
                 journey.add_scores(event)
             case "token":
                 journey.add(event)
+                station.num_generated += 1
+                self.num_generated += 1
                 self.meter.generated.inc()
                 if journey.num_unread > BEHIND:
                     self._take_back(journey)

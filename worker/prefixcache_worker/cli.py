@@ -37,6 +37,13 @@ def worker(
         int,
         typer.Option(min=0, max=15, metavar="N", help="Tokens a step looked up in what was said."),
     ] = 0,
+    tell_steps: Annotated[
+        bool,
+        typer.Option(
+            "--tell-steps",
+            help="Tell steps of which nothing else is told; and each second, if there was none.",
+        ),
+    ] = False,
     solo: Annotated[
         bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
     ] = False,
@@ -74,4 +81,5 @@ def worker(
         chunk=chunk,
         max_batch=max_batch,
         drafts=drafts,
+        tells_steps=tell_steps,
     ).run()

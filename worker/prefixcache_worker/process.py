@@ -9,6 +9,7 @@ stdout  {"event": "ready", "worker": "w1", "layout": {...}, ...}
         {"event": "token", "id": "a", "token": 28120, "text": "Hello"}
         {"event": "finished", "id": "a", "text": "Hello!", "tokens": [...], "ttft_ms": 31.2, ...}
         {"event": "alone", ...}  {"event": "joined", ...}   when the service goes and comes back
+        {"event": "step", "num_tokens": 256}   with --tell-steps, if there is nothing else to tell
 ```
 The fields of a request: see `request_line`.
 At the end of its input it finishes what it has in hand; SIGTERM and Ctrl-C end it at once.  In both
@@ -21,6 +22,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import IO, Any, Final
@@ -96,6 +98,8 @@ class WorkerProcess:
         chunk: tokens per step.
         max_batch: requests in hand at a time.
         drafts: most tokens a step that are looked up and tried for an answer.
+        tells_steps: tell also a step of which there is nothing else to tell, and once a second that
+            there was none: who hears neither knows that the engine is stuck.
         lines: where requests come from.
         out: where events go.
 
@@ -113,6 +117,7 @@ class WorkerProcess:
         chunk: int = 256,
         max_batch: int = 16,
         drafts: int = 0,
+        tells_steps: bool = False,
         lines: Iterable[bytes] | None = None,
         out: IO[bytes] | None = None,
     ) -> None:
@@ -120,6 +125,10 @@ class WorkerProcess:
         self._lines = read_lines(sys.stdin.fileno()) if lines is None else lines
         self._out = sys.stdout.buffer if out is None else out
         self._writing = threading.Lock()
+        self._tells_steps = tells_steps
+        self._told_s = time.monotonic()
+        self._num_told = 0
+        """Tokens that the engine had computed when something was told of a step."""
         self._ended = threading.Event()
         self._stopped = False
         self._failure: BaseException | None = None
@@ -147,8 +156,11 @@ class WorkerProcess:
             while not (self._stopped or self._failure) and not (
                 self._ended.is_set() and engine.idle
             ):
-                for event in engine.step():
+                events = engine.step()
+                for event in events:
                     self._write(to_json(event))
+                if self._tells_steps:
+                    self._tell_step(is_told=bool(events))
                 if engine.stalled:
                     engine.wait(_IDLE_S)
         except BrokenPipeError:
@@ -163,6 +175,14 @@ class WorkerProcess:
                 "the worker cannot read requests any more and ends: "
                 f"{type(self._failure).__name__}: {self._failure}"
             ) from self._failure
+
+    def _tell_step(self, *, is_told: bool) -> None:
+        now, count = time.monotonic(), self.engine.num_computed - self._num_told
+        if not is_told and (count or now - self._told_s >= _IDLE_S):
+            self._write({"event": "step", "num_tokens": count})
+            is_told = True
+        if is_told:
+            self._told_s, self._num_told = now, self.engine.num_computed
 
     def _ready(self) -> dict[str, Any]:
         layout = self.model.layout
