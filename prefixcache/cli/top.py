@@ -12,6 +12,8 @@ import typer
 
 from prefixcache.cli import decoder as decoding
 from prefixcache.cli import stat, view
+from prefixcache.cli.front import read_front
+from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Order
 from prefixcache.plain_json import json_text
@@ -50,6 +52,15 @@ def top(
         Path | None,
         typer.Option(metavar="FILE", help="Draw one screen as a picture.", show_default=False),
     ] = None,
+    front: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Of `prefixcache up`: show its workers, too.  A key is taken from "
+            "$OPENAI_API_KEY.",
+            show_default=False,
+        ),
+    ] = None,
     tokenizer: decoding.TokenizerPath = None,
     connect: view.Connect = None,
     as_json: view.AsJson = False,
@@ -66,6 +77,7 @@ def top(
         view.refuse_beside("--svg", {"--json": as_json})
     with view.open_client(connect) as client:
         shown = top_screen.Screen(tokenizer, sort)
+        shown.front_address = None if front is None else Address.parse(front)
         if once or svg is not None:
             _look(client, shown)
             if as_json:
@@ -93,6 +105,9 @@ def _look(client: Client, shown: Screen) -> None:
     from prefixcache.cli import status
 
     shown.take(status.read(client), time.monotonic())
+    if shown.front_address is not None:
+        shown.front = None  # what it once said is not what it says
+        shown.front = read_front(shown.front_address)
     if shown.wants_trees(_TREE_EVERY_S):
         try:
             shown.outline = client.outline(

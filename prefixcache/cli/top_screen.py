@@ -5,6 +5,7 @@
 │ pool     ███████████▓▓▒        free · cached · pinned … │   states of the pool
 │ tokens   ██████████▓▓░··       hit · partial …          │   the last minute
 │ verbs    acquire 120/s  p50 0.2 ms  p99 1.1 ms           │
+│ front    w1 ready 3 of 16 answers  41.2 tokens/s         │   with --front
 │ prefixes ▇ 12,400  now  ● "You are a …"                  │   hottest or largest
 │ leases, flights, workers                                 │   who holds what, for how long
 └──────────────────────────────────────────────────────────┘
@@ -24,6 +25,7 @@ from rich.text import Text
 from prefixcache.cli import decoder as decoding
 from prefixcache.cli import stat, status, tree, view
 from prefixcache.cli.status import Status
+from prefixcache.client.address import Address
 from prefixcache.outline import Branch, Order, Outline
 from prefixcache.texts import is_plain, many
 from prefixcache.types import Ledger, Namespace
@@ -60,6 +62,9 @@ class Screen:
         self.trouble = ""
         """Why the service does not answer; empty if it does."""
         self.outline: Outline | None = None
+        self.front_address: Address | None = None
+        self.front: dict[str, Any] | None = None
+        """What the front said of its workers; None: it was not asked."""
         self._tokenizer = tokenizer
         self._readers: dict[Namespace, decoding.Decoder | None] = {}
         self._now: Status | None = None
@@ -131,33 +136,37 @@ class Screen:
         """Give all that is shown as plain values."""
         assert self._now is not None
         recent = self._recent()
-        return status.fields(self._now) | {
-            "blocks": self.blocks(),
-            "window_s": recent.seconds,
-            "recent": stat.row_fields(recent),
-            "flights": [
-                {
-                    "lease": flight.lease,
-                    "worker": flight.worker,
-                    "num_tokens": flight.num_tokens,
-                    "num_committed": flight.num_committed,
-                    "num_waiting": flight.num_waiting,
-                }
-                for flight in self._now.message.flights
-            ],
-            "prefixes": [
-                view.namespace_fields(namespace)
-                | {
-                    "num_tokens": branch.below.tokens,
-                    "num_blocks": branch.below.blocks,
-                    "heat": branch.heat,
-                    "idle_s": branch.idle_s,
-                    "num_locks": branch.num_locks,
-                    "text": decoding.preview(self._reader(namespace), branch.tokens, 80),
-                }
-                for namespace, branch in self.hottest()[:20]
-            ],
-        }
+        return (
+            status.fields(self._now)
+            | {
+                "blocks": self.blocks(),
+                "window_s": recent.seconds,
+                "recent": stat.row_fields(recent),
+                "flights": [
+                    {
+                        "lease": flight.lease,
+                        "worker": flight.worker,
+                        "num_tokens": flight.num_tokens,
+                        "num_committed": flight.num_committed,
+                        "num_waiting": flight.num_waiting,
+                    }
+                    for flight in self._now.message.flights
+                ],
+                "prefixes": [
+                    view.namespace_fields(namespace)
+                    | {
+                        "num_tokens": branch.below.tokens,
+                        "num_blocks": branch.below.blocks,
+                        "heat": branch.heat,
+                        "idle_s": branch.idle_s,
+                        "num_locks": branch.num_locks,
+                        "text": decoding.preview(self._reader(namespace), branch.tokens, 80),
+                    }
+                    for namespace, branch in self.hottest()[:20]
+                ],
+            }
+            | ({} if self.front is None else {"front": self.front})
+        )
 
     # ------------------------------------------------------------------------------------ lines
 
@@ -168,6 +177,7 @@ class Screen:
         small = height is not None and height < 30
         head = list(self._head(self._now, width, most_verbs=1 if small else 4))[:height]
         lists = [
+            list(self.rows_of_front()),
             list(self._prefixes(width)),
             list(self._leases(self._now, width)),
             list(self._flights(self._now, width)),
@@ -245,6 +255,25 @@ class Screen:
             row += f"{'●' if branch.num_locks else ' '} "
             room = width - len(row)
             yield Text(row + decoding.preview(self._reader(namespace), branch.tokens, room))
+
+    def rows_of_front(self) -> Iterator[Text]:
+        """Write the front's workers, a row each; nothing if it was not asked."""
+        if (front := self.front) is None:
+            return
+        yield Text(
+            f"front: {front['tokens_per_s']:,.1f} tokens/s, {front['waiting']:,} of "
+            f"{front['longest_queue']:,} wait, {front['moved']:,} went on elsewhere"
+            + (", draining" if front["is_draining"] else ""),
+            style="bold",
+        )
+        for one in front["workers"]:
+            text = f"  {one['worker']:<14} {one['state']:<9}"
+            if one["state"] == "starting":
+                yield Text(text, style="yellow")
+                continue
+            text += f" {one['running']:>3,} of {one['seats']:,} answers"
+            text += f" {one['tokens_per_s']:>8,.1f} tokens/s  pid {one['pid']}"
+            yield Text(text, style="" if one["state"] == "ready" else "bold red")
 
     def _leases(self, now: Status, width: int) -> Iterator[Text]:
         leases = now.snapshot.leases

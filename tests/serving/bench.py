@@ -60,6 +60,7 @@ class Played:
 
     def __init__(self, name: str, hear: Callable[[str, dict[str, Any]], None]) -> None:
         self.name = name
+        self.pid = 1
         self.lines: list[dict[str, Any]] = []
         self.cancelled: list[str] = []
         self.jobs: dict[str, tuple[dict[str, Any], list[int]]] = {}
@@ -143,7 +144,7 @@ class Bench:
         has_keys = not self.keys.is_open
         server = FrontServer(Address.parse(target), has_keys=has_keys)
         server.bind()
-        await server.start(self.front.app())
+        await server.start(self.front.app(), self.front.board.close)
         self.address = server.address
         try:
             yield server.address

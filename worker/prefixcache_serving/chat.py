@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from prefixcache.bounded_files import read_file
+from prefixcache.cli.front import KEY_VARIABLE, FrontConnection
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.plain_json import json_text
@@ -66,8 +66,8 @@ def chat(
         }
         try:
             text = _show(endpoint.stream(body))
-        except InvalidRequest as error:
-            typer.echo(str(error), err=True)
+        except (InvalidRequest, ServiceUnavailable) as error:
+            typer.echo(f"\n{error}", err=True)  # the chat is here: it can be asked again
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": text})
@@ -124,7 +124,7 @@ class Endpoint:
     def _request(
         self, method: str, path: str, body: dict[str, Any] | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        connection = _Connection(self._address)
+        connection = FrontConnection(self._address, _TIMEOUT_S)
         try:
             data = None if body is None else json_text(body)
             connection.request(method, path, data, self._headers)
@@ -140,23 +140,6 @@ class Endpoint:
             connection.close()
             raise
         return connection, answer
-
-
-class _Connection(http.client.HTTPConnection):
-    """To an address, which may be a Unix socket."""
-
-    def __init__(self, address: Address) -> None:
-        super().__init__(address.host or "localhost", address.port or None, timeout=_TIMEOUT_S)
-        self._path = address.path
-
-    def connect(self) -> None:
-        """Connect."""
-        if not self._path:
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_TIMEOUT_S)
-        self.sock.connect(self._path)
 
 
 def summary(chunk: dict[str, Any], seconds: float) -> str:
@@ -206,7 +189,7 @@ def _show(chunks: Iterator[dict[str, Any]]) -> str:
 
 def _key(path: Path | None) -> str:
     if path is None:
-        return os.environ.get("OPENAI_API_KEY", "")
+        return os.environ.get(KEY_VARIABLE, "")
     check_secret(path, "--key-file")
     words = read_file(path, _LONGEST_KEYS).decode("utf-8", "replace").split()
     if not words:

@@ -6,6 +6,8 @@ POST /v1/responses                                     likewise; nothing is stor
 GET  /v1/models             GET  /v1/models/{id}
 GET  /health                whether requests are answered (no key needed)
 GET  /metrics               for Prometheus
+GET  /                      the page: a lane per worker, and a box to ask something
+GET  /workers               what it shows, once; /workers/live: as it changes
 ```
 """
 
@@ -16,18 +18,28 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from itertools import count
+from pathlib import Path
 from typing import Any, Final
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.responses import (
+    FileResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
+from prefixcache.service.http.browser_headers import Careful
 from prefixcache_serving.ask import Ask, read_ask
+from prefixcache_serving.board import MOST_VIEWERS, Board
 from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
 from prefixcache_serving.fields import CHAT, COMPLETIONS, RESPONSES, show
@@ -40,6 +52,8 @@ from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
 from prefixcache_worker.text import TextStream
 
+PAGE: Final = Path(__file__).parent / "web"
+"""All that a browser needs; nothing of it is secret."""
 EXPLAIN: Final = "x-prefixcache-explain"
 """A request with this header is told the ledger of its prompts, and who computed."""
 QUIET_S: Final = 15.0
@@ -58,13 +72,23 @@ class Front:
         router: who computes.
         keys: who may ask.
         meter: what is counted.
+        workers: the names of all workers, also of those that are not there now.
     """
 
-    def __init__(self, model: ServedModel, router: Router, keys: Keys, meter: Meter) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        router: Router,
+        keys: Keys,
+        meter: Meter,
+        *,
+        workers: Sequence[str] = (),
+    ) -> None:
         self.model = model
         self.router = router
         self.keys = keys
         self.meter = meter
+        self.board = Board(router, model.name, workers)
         self.num_open = 0
         """Requests for answers that are under way."""
         self._bodies = BodyReader(model.most_body_bytes)
@@ -81,6 +105,10 @@ class Front:
                 Route("/v1/models/{id:path}", self._one_model),
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
+                Route("/workers", self._workers),
+                Route("/workers/live", self._workers_live),
+                Mount("/page", Careful(StaticFiles(directory=PAGE))),
+                Route("/", Careful(_page)),
             ],
             exception_handlers={HTTPException: _as_openai, Refused: _as_openai, Exception: _fault},
         )
@@ -111,6 +139,20 @@ class Front:
     async def _metrics(self, request: Request) -> Response:
         self._tenant(request.scope)
         return Response(self.meter.exposition(), headers={"content-type": CONTENT_TYPE})
+
+    async def _workers(self, request: Request) -> Response:
+        self._tenant(request.scope)
+        return JSONResponse(self.board.state())
+
+    async def _workers_live(self, request: Request) -> Response:
+        self._tenant(request.scope)
+        if self.board.num_viewers >= MOST_VIEWERS:
+            raise Refused(
+                f"{self.board.num_viewers} pages are open, and no more can be: close one",
+                status=503,
+                retry_after_s=10.0,
+            )
+        return StreamingResponse(self.board.live(), media_type="text/event-stream")
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -397,6 +439,12 @@ class _Stream:
                 {"type": "http.response.start", "status": 200, "headers": self._headers}
             )
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def _page(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["method"] not in ("GET", "HEAD"):
+        raise HTTPException(405)
+    await FileResponse(PAGE / "index.html")(scope, receive, send)
 
 
 async def _gone(receive: Receive) -> None:

@@ -7,9 +7,11 @@ read, which a browser does not send to another origin without asking.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +39,12 @@ def read_address(target: str, *, has_keys: bool) -> Address:
     Raises:
         InvalidRequest: it is no address, or others could reach it and nobody is asked for a key.
     """
-    address = Address.parse(f"127.0.0.1{target}" if target.startswith(":") else target)
+    if target.isascii() and target.isdecimal():
+        raise InvalidRequest(f"--http {target}: the host is missing; write 127.0.0.1:{target}")
+    try:
+        address = Address.parse(f"127.0.0.1{target}" if target.startswith(":") else target)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"--http: {error}") from None
     if not (address.path or has_keys or is_loopback(address.host)):
         raise InvalidRequest(
             f"--http {target}: other machines could reach it, and anybody could ask: give "
@@ -57,6 +64,7 @@ class FrontServer:
     def __init__(self, address: Address, *, has_keys: bool) -> None:
         self.address = address
         self._has_keys = has_keys
+        self._end: Callable[[], None] = lambda: None
         self._bound = Bound(MOST_CONNECTIONS)
         self._server: EmbeddedServer | None = None
         self._socket: socket.socket | None = None
@@ -72,17 +80,27 @@ class FrontServer:
         try:
             self._socket = _unix(address) if address.path else _tcp(address)
         except OSError as error:
-            raise ServiceUnavailable(
-                f"cannot listen for HTTP at {address}: {error.strerror}"
-            ) from None
+            if error.errno == errno.EADDRINUSE:
+                raise ServiceUnavailable(
+                    f"somebody listens at {address} already: give another --http, "
+                    f"{address.host}:0 takes any port that is free"
+                ) from None
+            why = os.strerror(error.errno) if error.errno else str(error)
+            raise ServiceUnavailable(f"cannot listen for HTTP at {address}: {why}") from None
         if address.path:
             return str(address)
         port = int(self._socket.getsockname()[1])
         self.address = Address(host=address.host, port=port)
         return f"http://{self.address}/v1"
 
-    async def start(self, app: ASGIApp) -> None:
-        """Begin to answer."""
+    async def start(self, app: ASGIApp, end: Callable[[], None] = lambda: None) -> None:
+        """Begin to answer.
+
+        Args:
+            app: answers.
+            end: is called when no more is to be answered; ends what would not end by itself.
+        """
+        self._end = end
         assert self._socket is not None
         if not (self._has_keys or self.address.path):
             app = _OwnNames(app, self.address.port)
@@ -94,6 +112,7 @@ class FrontServer:
     async def close(self) -> None:
         """Stop answering.  Idempotent."""
         if self._server is not None:
+            self._end()
             await self._server.close()
             self._server = None
         if self._socket is not None:

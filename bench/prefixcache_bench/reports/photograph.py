@@ -1,9 +1,11 @@
-"""Photographs of the live page: a real service, real worker processes, a real browser.
+"""Photographs of the live pages: a real service, real worker processes, a real browser.
 
 `python -m prefixcache_bench.reports.photograph` starts `prefixcache serve --http`, three worker
 processes that lease and commit the prompts of generated chats, few-shot and agent requests without
 computing them, kills one of the workers, and takes pictures in headless Chromium: light, dark, and
-as wide as a telephone.  Needs Debian's chromium and chromium-driver, and selenium.
+as wide as a telephone.  Then it starts `prefixcache up` with three workers of the demo's model,
+asks them, kills one, and takes pictures of its lanes when an answer has moved.  Needs Debian's
+chromium and chromium-driver, and selenium.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ import prefixcache
 from prefixcache.errors import CacheError, PoolExhausted
 from prefixcache.types import Layout, unpack
 from prefixcache_bench.experiments.generators import Kind, Shape, generate
+from prefixcache_bench.speed.endpoint import endpoint
 
 LAYOUT = Layout(30, 3, 64, "bfloat16")
 PLACE = Path(__file__).resolve().parents[3] / "docs" / "operations"
@@ -30,6 +35,10 @@ SHOTS = (
     ("page-light", 1440, 1500, "light"),
     ("page-dark", 1440, 1500, "dark"),
     ("page-phone", 412, 1900, "dark"),
+)
+LANES = (
+    ("lanes-light", 1200, 900, "light"),
+    ("lanes-dark", 1200, 900, "dark"),
 )
 BROWSER = (
     "--headless=new",
@@ -163,6 +172,56 @@ def photograph(place: Path, seconds: float) -> None:
             service.wait()
 
 
+QUESTIONS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a lighthouse and a fox.",
+    "Name ten rivers of Europe, each with a sentence.",
+    "How do I clean a bicycle chain?",
+    "What should I see in Lisbon in two days?",
+)
+
+
+def photograph_lanes(place: Path, shots: Sequence[tuple[str, int, int, str]] = LANES) -> None:
+    """Take pictures of the front's page while an answer goes on elsewhere."""
+    with endpoint("--workers", "3", "--memory", "1GiB") as up, contextlib.ExitStack() as stack:
+        for name, width, height, theme in shots:
+            up.wait_ready()
+            profile = stack.enter_context(tempfile.TemporaryDirectory())
+            driver = browser(width, height, Path(profile))
+            try:
+                driver.get(f"http://127.0.0.1:{up.port}/?theme={theme}")
+                for question in QUESTIONS:
+                    stack.callback(up.send(_told(question)).close)
+                driver.execute_script(
+                    "document.getElementById('prompt').value = arguments[0];"
+                    "document.getElementById('most').value = 200;"
+                    "document.getElementById('send').click()",
+                    "Tell me about the history of the bicycle.",
+                )
+                _until(driver, "return document.getElementById('answer').textContent.length > 250")
+                busiest = max(up.workers(), key=lambda one: int(one["running"]))
+                os.kill(int(busiest["pid"]), signal.SIGKILL)
+                _until(driver, "return document.querySelector('.chip.moved') !== null")
+                time.sleep(1)
+                shot = place / f"{name}.png"
+                driver.save_screenshot(str(shot))
+                print(f"{shot.name}: {shot.stat().st_size / 1000:.0f} kB")
+            finally:
+                driver.quit()
+
+
+def _told(question: str) -> dict[str, Any]:
+    return {"model": "smollm2", "prompt": question, "max_tokens": 400, "ignore_eos": True}
+
+
+def _until(driver: Any, script: str) -> None:
+    deadline = time.monotonic() + 120
+    while not driver.execute_script(script):
+        if time.monotonic() > deadline:
+            raise CacheError(f"the page does not come to: {script}")
+        time.sleep(0.05)
+
+
 def _url(service: subprocess.Popen[str]) -> str:
     assert service.stdout is not None
     for line in service.stdout:
@@ -176,14 +235,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=PLACE, help="folder for the pictures")
     parser.add_argument("--seconds", type=float, default=25, help="load before the pictures")
+    parser.add_argument("--only", choices=("page", "lanes"), help="the service's, or the front's")
     parser.add_argument("--work", nargs=3, metavar=("TARGET", "NAME", "SEED"))
     arguments = parser.parse_args()
     if arguments.work:
         target, name, seed = arguments.work
         work(target, name, int(seed))
-    else:
-        os.environ.setdefault("SE_AVOID_STATS", "true")
+        return
+    os.environ.setdefault("SE_AVOID_STATS", "true")
+    if arguments.only != "lanes":
         photograph(arguments.out, arguments.seconds)
+    if arguments.only != "page":
+        photograph_lanes(arguments.out)
 
 
 if __name__ == "__main__":

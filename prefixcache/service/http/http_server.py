@@ -21,12 +21,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.http.browser_headers import Careful
 from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.http.embedded_server import EmbeddedServer, own_names
 from prefixcache.service.http.http_connections import Bound
@@ -42,19 +43,6 @@ _LAST_WORDS_S = 1
 _LOOK_EVERY_S = 0.25
 _PRESSED_S = 0.02
 """How often newcomers are counted; the second while there are more than there may be."""
-
-SECURITY = (
-    # The page brings everything along and talks to nobody else.
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-        b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
-)
 
 
 def read_address(target: str) -> Address:
@@ -205,7 +193,7 @@ class Guard:
     """Answers only our own names and only questions, in turn; tells browsers to be careful."""
 
     def __init__(self, app: ASGIApp, port: int, turns: Turns) -> None:
-        self._app = app
+        self._app = Careful(app)
         self._turns = turns
         self._hosts = own_names(port)
 
@@ -222,14 +210,8 @@ class Guard:
             answer = PlainTextResponse("this page is for reading\n", 405, {"allow": "GET, HEAD"})
             await answer(scope, receive, send)
             return
-
-        async def careful(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *SECURITY]
-            await send(message)
-
         if scope["path"] == "/live":
-            await self._app(scope, receive, careful)
+            await self._app(scope, receive, send)
             return
         if self._turns.is_full:
             told = "too many ask at the same time: come again in a second\n"
@@ -237,4 +219,4 @@ class Guard:
             return
         async with self._turns.turn():
             if (await receive())["type"] != "http.disconnect":
-                await self._app(scope, receive, careful)
+                await self._app(scope, receive, send)

@@ -1,0 +1,66 @@
+"""What a front of `prefixcache up` says of its workers, over HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from typing import Any, Final
+
+from prefixcache.client.address import Address
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
+
+KEY_VARIABLE: Final = "OPENAI_API_KEY"
+"""Where the API key is looked for."""
+_TIMEOUT_S: Final = 5.0
+_LONGEST: Final = 1 << 22
+
+
+class FrontConnection(http.client.HTTPConnection):
+    """To an address, which may be a Unix socket.
+
+    Args:
+        address: of the front.
+        timeout_s: how long it may say nothing.
+    """
+
+    def __init__(self, address: Address, timeout_s: float) -> None:
+        super().__init__(address.host or "localhost", address.port or None, timeout=timeout_s)
+        self._path = address.path
+
+    def connect(self) -> None:
+        """Connect."""
+        if not self._path:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def read_front(address: Address) -> dict[str, Any]:
+    """Ask a front for its workers, the queue, and what is under way.
+
+    Raises:
+        ServiceUnavailable: nobody answers there, or somebody else.
+        InvalidRequest: it wants a key, or another one.
+    """
+    connection = FrontConnection(address, _TIMEOUT_S)
+    headers = {}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["authorization"] = f"Bearer {key}"
+    try:
+        connection.request("GET", "/workers", headers=headers)
+        answer = connection.getresponse()
+        told = json.loads(answer.read(_LONGEST))
+        if answer.status == 401:
+            raise InvalidRequest(f"the front at {address} wants an API key, in ${KEY_VARIABLE}")
+        _ = told["workers"], told["waiting"], told["tokens_per_s"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        raise ServiceUnavailable(
+            f"no front of `prefixcache up` answers at {address} ({error or type(error).__name__})"
+        ) from None
+    finally:
+        connection.close()
+    return dict(told)
