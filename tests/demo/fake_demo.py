@@ -56,7 +56,8 @@ def main():
         )
     except typer.Exit as end:
         sys.exit(end.exit_code)
-    sys.exit(0 if result["identical"] else 1)
+    survived = result["sentence"] is None or result["sentence"]["survived"]
+    sys.exit(0 if result["identical"] and survived else 1)
 
 
 if __name__ == "__main__":

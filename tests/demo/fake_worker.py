@@ -34,7 +34,9 @@ def next_token(tokens):
 
 
 def serve(request, session, known):
-    tokens, limit = request["tokens"], request["max_new_tokens"]
+    generated = request.get("generated", [])
+    tokens = request["tokens"] + generated
+    limit = request["max_new_tokens"] - len(generated)
     lease = None
     began_s = time.monotonic()
     cached, ledger = 0, Ledger(cold=len(tokens))
@@ -44,7 +46,14 @@ def serve(request, session, known):
     fates = ("hit", "partial", "joined", "cold", "evicted", "granularity")
     stated = {fate: getattr(ledger, fate) for fate in fates}
     waited_ms = (time.monotonic() - began_s) * 1e3
-    say(event="started", id=request["id"], ledger=stated, num_cached=cached, waited_ms=waited_ms)
+    say(
+        event="started",
+        id=request["id"],
+        ledger=stated,
+        num_cached=cached,
+        waited_ms=waited_ms,
+        num_to_compute=len(tokens) - cached,
+    )
     chunk = len(tokens) if known.swift else CHUNK
     for end in [*range(cached + chunk, len(tokens), chunk), len(tokens)]:
         time.sleep(0 if known.swift else CHUNK_S if session is not None else SOLO_CHUNK_S)
@@ -59,16 +68,16 @@ def serve(request, session, known):
         extra = {"top": [[token, 9.0], [token + 1, second]]} if request["log_logits"] else {}
         say(event="token", id=request["id"], token=token, text=chr(token), **extra)
         answer.append(token)
+        if lease is not None and len(answer) > 1:
+            lease.commit(len(tokens) + len(answer) - 1, prefixcache.pack(answer[-2:-1]))
         time.sleep(TOKEN_S)
     if lease is not None:
-        new = prefixcache.pack(answer)
-        lease.commit(len(tokens) + limit - 1, new)
         lease.release()
     say(
         event="finished",
         id=request["id"],
-        tokens=answer,
-        text="".join(map(chr, answer)),
+        tokens=generated + answer,
+        text="".join(map(chr, generated + answer)),
         reason="length",
         num_computed=len(tokens) - cached + limit - 1,
         kv_read_bytes=64 * (len(tokens) - cached // 2) * limit,  # as if two shared what was cached

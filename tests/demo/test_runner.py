@@ -116,6 +116,12 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(star
     assert report["separate_caches_bytes"] > report["pool_bytes_used"]
     death = report["killed_worker"]
     assert death["worker"] == "w3"
+    sentence = report["sentence"]
+    assert sentence["worker"] != sentence["heir"]
+    assert sentence["survived"]
+    assert 1 <= sentence["num_again"] <= sentence["block_size"] + 1
+    assert 0 < sentence["num_before"] < sentence["num_tokens"]
+    assert f"{sentence['num_again']} computed again" in output
     assert death["leases"] >= 1
     assert death["blocks_returned"] > 0
     assert death["takeover_ms"] is not None

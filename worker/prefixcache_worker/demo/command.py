@@ -38,7 +38,8 @@ def demo(
     """Show the whole product on a real model, and that its answers are exact.
 
     Starts the service and the workers, plays chats that share system prompts, kills a worker in
-    mid-prefill, then plays the same chats without any cache and compares every token.
+    mid-prefill, then plays the same chats without any cache and compares every token.  At the end
+    a worker is killed in mid-sentence, and another one goes on.
     Exit code 0 only if all answers are identical.
     """
     console = open_console(stderr=as_json)
@@ -50,7 +51,9 @@ def demo(
     result = run_and_report(console, setup, to)
     if as_json:
         typer.echo(json_text(result, indent=1))
-    if not result["identical"] or result["pool_blocks_leaked"]:
+    sentence = result["sentence"]
+    has_broken_off = sentence is not None and not sentence["survived"]
+    if not result["identical"] or result["pool_blocks_leaked"] or has_broken_off:
         raise typer.Exit(WRONG)
 
 
@@ -63,14 +66,14 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     view = open_view(console, setup.workers, setup.workload.num_requests)
     outcome = play(console, view, lambda: runner.execute(setup, view))
     result = report.header(setup.model) | report.figures(
-        outcome.shared, outcome.unshared, outcome.verdict
+        outcome.shared, outcome.unshared, outcome.verdict, outcome.sentence
     )
     report.write(to, result)
     drawing = to.with_suffix(".png")
     picture.draw(drawing, outcome.shared, outcome.unshared, result)
     if console.is_terminal:
         summary.show_requests(console, outcome.shared)
-    summary.show_totals(console, outcome.shared, outcome.verdict, result)
+    summary.show_totals(console, outcome.shared, outcome.verdict, result, outcome.sentence)
     console.print(f"report {to}, picture {drawing}", soft_wrap=True)
     return result
 

@@ -62,6 +62,7 @@ class Dispatcher:
         on_sent, on_finished: told of each request.
         interrupted: requests that died with their worker, in the order of their ends.
         reserved: a worker that gets only what is sent to it by name.
+        overhear: told of each event, with its worker and when.
     """
 
     workers: dict[str, Recipient]
@@ -73,6 +74,7 @@ class Dispatcher:
     on_finished: Callable[[Request], None] = lambda request: None
     interrupted: list[Interrupted] = field(default_factory=list)
     reserved: str | None = None
+    overhear: Callable[[str, Mapping[str, Any], float], None] = lambda worker, event, now: None
     _pending: dict[str, Pending] = field(default_factory=dict)
     _last: dict[str, str] = field(default_factory=dict)
     _turn: int = 0
@@ -105,6 +107,7 @@ class Dispatcher:
 
     def hear(self, worker: str, event: Mapping[str, Any], now: float) -> None:
         """Take an event that `worker` told at `now`."""
+        self.overhear(worker, event, now)
         pending = self._pending.get(str(event.get("id", "")))
         if pending is None or pending.worker != worker or pending.done.done():
             return

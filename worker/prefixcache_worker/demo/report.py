@@ -23,6 +23,7 @@ from prefixcache.plain_json import json_text
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.ideal import ideal_tokens, num_blocks
 from prefixcache_worker.demo.record import Death, Fate, Request, Run, prompt_tokens
+from prefixcache_worker.demo.sentence import Sentence
 
 LONG: Final = range(900, 1201)
 """System prompts of about 1,000 tokens: the size for which a ratio of TTFT is stated."""
@@ -49,7 +50,9 @@ def header(model: str) -> dict[str, Any]:
     }
 
 
-def figures(shared: Run, unshared: Run, verdict: Verdict) -> dict[str, Any]:
+def figures(
+    shared: Run, unshared: Run, verdict: Verdict, sentence: Sentence | None = None
+) -> dict[str, Any]:
     """Compute everything that the demo states.  O(requests² n log n), some 10 ms.
 
     `tokens_computed` counts the prompt tokens that were computed and kept; what a killed worker had
@@ -87,6 +90,7 @@ def figures(shared: Run, unshared: Run, verdict: Verdict) -> dict[str, Any]:
         "ttft_unshared_ms_median": _median([r.ttft_ms for r in unshared.requests]),
         "ttft_at_1000_tokens": ttft_long(requests),
         "killed_worker": _killed(shared.death),
+        "sentence": None if sentence is None else told_of(sentence),
         "pool_bytes_used": shared.blocks_used * shared.block_bytes,
         "separate_caches_bytes": separate * shared.block_bytes,
         "pool_blocks_used": shared.blocks_used,
@@ -132,6 +136,11 @@ def write(path: Path, report: dict[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json_text(report, indent=1) + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def told_of(sentence: Sentence) -> dict[str, Any]:
+    """Give what became of the answer whose worker was killed in mid-sentence."""
+    return asdict(sentence) | {"survived": sentence.survived}
 
 
 def _killed(death: Death | None) -> dict[str, Any] | None:

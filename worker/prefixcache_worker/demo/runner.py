@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,12 +18,14 @@ from prefixcache.pool import PoolFile
 from prefixcache.types import Layout
 from prefixcache_worker.child import beside, stopping
 from prefixcache_worker.child_worker import WORKER, ChildWorker
+from prefixcache_worker.demo import sentence
 from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
 from prefixcache_worker.demo.processes import service_in, worker_in
-from prefixcache_worker.demo.record import Run
+from prefixcache_worker.demo.record import Request, Run
 from prefixcache_worker.demo.scenario import Scenario, without_cache
+from prefixcache_worker.demo.sentence import Sentence
 from prefixcache_worker.demo.transcript import Transcript
 from prefixcache_worker.demo.view import View
 from prefixcache_worker.demo.watch import Watch
@@ -51,10 +54,12 @@ class Outcome:
     shared: Run
     unshared: Run
     verdict: Verdict
+    sentence: Sentence | None
+    """None: of two workers none was left for it."""
 
 
 async def execute(setup: Setup, view: View) -> Outcome:
-    """Play the chats with one shared cache and then without any; compare.
+    """Play the chats with one shared cache and then without any; compare; kill in mid-sentence.
 
     Leaves no process and no shared memory behind, however it ends.
 
@@ -65,15 +70,32 @@ async def execute(setup: Setup, view: View) -> Outcome:
     """
     folder = Path(tempfile.mkdtemp(prefix="prefixcache-demo-"))
     try:
-        shared = await _shared(setup, view, folder)
-        unshared, verdict = await _unshared(setup, view, folder, shared)
-        return Outcome(shared, unshared, verdict)
+        async with _sharing(setup, view, folder) as team:
+            prompt = _last_prompt(setup, team) if len(team.living) > 1 else []
+            unshared, verdict, expected = await _unshared(setup, view, folder, team.run, prompt)
+            last = await _in_mid_sentence(team, prompt, expected, view) if prompt else None
+            return Outcome(team.run, unshared, verdict, last)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         PoolFile.sweep()  # only if the service had to be killed is there anything to find
 
 
-async def _shared(setup: Setup, view: View, folder: Path) -> Run:
+@dataclass(frozen=True, slots=True)
+class _Team:
+    """Who shares a cache, after the chats were played."""
+
+    run: Run
+    dispatcher: Dispatcher
+    workers: list[ChildWorker]
+
+    @property
+    def living(self) -> list[ChildWorker]:
+        return [worker for worker in self.workers if not worker.killed]
+
+
+@contextlib.asynccontextmanager
+async def _sharing(setup: Setup, view: View, folder: Path) -> AsyncIterator[_Team]:
+    """Play the chats with one shared cache; the service and who lives are there until the end."""
     run = Run(shared=True, workers=list(setup.workers))
     clock = _Clock()
     dispatcher = Dispatcher({}, clock, setup.answer_tokens, on_sent=view.sent)
@@ -84,31 +106,45 @@ async def _shared(setup: Setup, view: View, folder: Path) -> Run:
         await _all_ready(workers, dispatcher, view)
         for line in service.output.read_text(errors="replace").splitlines():
             view.say(line)
-        with prefixcache.connect(service.target) as client:
-            watch = Watch(client, clock, view.pool)
-            about = workers[-1].about
-            layout = Layout(**about["layout"])
-            async with beside(watch.run(), *(worker.guard() for worker in workers)):
-                snapshot = await watch.look()
-                run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
-                run.block_bytes = snapshot.block_size * layout.token_bytes
-                clock.restart()
-                scenario = Scenario(setup.workload, setup.transcripts, dispatcher, watch, view, run)
-                victim = workers[-1] if len(workers) > 1 else None
-                await scenario.execute(
-                    victim,
-                    victim_name=workers[-1].name,
-                    worker_id=str(about["worker"]),
-                    chunk=int(about["chunk"]),
-                )
-                run.seconds = clock()
-                at_rest = await watch.rest(timeout_s=5)
-                run.blocks_used = at_rest.indexed
-                run.blocks_leaked = at_rest.private + at_rest.quarantined
-    return run
+        async with beside(*(worker.guard() for worker in workers)):
+            with prefixcache.connect(service.target) as client:
+                watch = Watch(client, clock, view.pool)
+                async with beside(watch.run()):
+                    await _play(setup, view, run, dispatcher, watch, workers, clock)
+            yield _Team(run, dispatcher, workers)
 
 
-async def _unshared(setup: Setup, view: View, folder: Path, shared: Run) -> tuple[Run, Verdict]:
+async def _play(
+    setup: Setup,
+    view: View,
+    run: Run,
+    dispatcher: Dispatcher,
+    watch: Watch,
+    workers: Sequence[ChildWorker],
+    clock: _Clock,
+) -> None:
+    about = workers[-1].about
+    snapshot = await watch.look()
+    run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
+    run.block_bytes = snapshot.block_size * Layout(**about["layout"]).token_bytes
+    clock.restart()
+    scenario = Scenario(setup.workload, setup.transcripts, dispatcher, watch, view, run)
+    await scenario.execute(
+        workers[-1] if len(workers) > 1 else None,
+        victim_name=workers[-1].name,
+        worker_id=str(about["worker"]),
+        chunk=int(about["chunk"]),
+    )
+    run.seconds = clock()
+    at_rest = await watch.rest(timeout_s=5)
+    run.blocks_used = at_rest.indexed
+    run.blocks_leaked = at_rest.private + at_rest.quarantined
+
+
+async def _unshared(
+    setup: Setup, view: View, folder: Path, shared: Run, prompt: Sequence[int]
+) -> tuple[Run, Verdict, Request]:
+    """Compare all answers; have also `prompt` answered, if there is one."""
     view.phase(
         5,
         "Without a cache",
@@ -126,7 +162,31 @@ async def _unshared(setup: Setup, view: View, folder: Path, shared: Run) -> tupl
             clock.restart()
             verdict = await without_cache(shared.requests, dispatcher, run, view.compared)
             run.seconds = clock()
-    return run, verdict
+            said = Request("sentence", "sentence", 0, "sentence", tuple(prompt), len(prompt))
+            if prompt:
+                dispatcher.answer_tokens = sentence.TOKENS
+                await dispatcher.ask(said)
+    return run, verdict, said
+
+
+def _last_prompt(setup: Setup, team: _Team) -> list[int]:
+    """Give a question that nobody has asked yet, behind the longest of the chats."""
+    longest = max(team.run.requests, key=lambda request: len(request.prompt))
+    return setup.transcripts[longest.chat].say(sentence.QUESTION)
+
+
+async def _in_mid_sentence(
+    team: _Team, prompt: Sequence[int], expected: Request, view: View
+) -> Sentence:
+    view.phase(
+        6,
+        "In mid-sentence",
+        "A worker is killed with SIGKILL while it answers; another one goes on with its sentence.",
+    )
+    victim, heir, *_ = team.living
+    return await sentence.outlive(
+        team.dispatcher, victim, heir, prompt, expected, team.run.block_size, view
+    )
 
 
 class _Clock:

@@ -6,6 +6,7 @@
 3  all together      chats interleaved; several workers get the same cold system prompt at once
 4  the crash         a worker is killed in mid-prefill in the middle of all this
 5  without a cache   the same prompts again; every answer must be the same, token for token
+6  in mid-sentence   a worker is killed while it answers; another one goes on: see `sentence`
 ```
 """
 

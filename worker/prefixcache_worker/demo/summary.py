@@ -11,6 +11,7 @@ from rich.text import Text
 
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.record import Run
+from prefixcache_worker.demo.sentence import Sentence
 from prefixcache_worker.demo.view import obituary, request_table
 
 _MEGABYTE = 1e6
@@ -22,7 +23,13 @@ def show_requests(console: Console, run: Run) -> None:
     console.print(request_table(run.requests, console.width))
 
 
-def show_totals(console: Console, run: Run, verdict: Verdict, report: dict[str, Any]) -> None:
+def show_totals(
+    console: Console,
+    run: Run,
+    verdict: Verdict,
+    report: dict[str, Any],
+    sentence: Sentence | None = None,
+) -> None:
     """Print what it all came to."""
     console.print()
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -35,6 +42,10 @@ def show_totals(console: Console, run: Run, verdict: Verdict, report: dict[str, 
     if run.death is not None:
         console.print()
         console.print(Text("\n".join(obituary(run.death))))
+    if sentence is not None:
+        console.print()
+        console.print(Text(f"“{sentence.text.strip()}”"))
+        console.print(Text(sentence.told(), style="" if sentence.survived else "bold red"))
     console.print()
     for difference in verdict.differences:
         console.print(Text(str(difference), style="yellow" if difference.tie else "bold red"))

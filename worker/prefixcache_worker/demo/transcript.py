@@ -56,12 +56,16 @@ class Transcript:
         self._tokens: list[int] = []
 
     def ask(self, turn: int) -> list[int]:
-        """Append the user's words of `turn` and give the whole prompt's ids.
+        """Append the user's words of `turn` and give the whole prompt's ids."""
+        return self.say(self.chat.turns[turn])
+
+    def say(self, words: str) -> list[int]:
+        """Append words of the user and give the whole prompt's ids.
 
         O(new text), and the whole text once where a template rewrites what came before (some drop
         earlier reasoning): then the history is tokenised anew and shares less.
         """
-        self._messages.append({"role": "user", "content": self.chat.turns[turn]})
+        self._messages.append({"role": "user", "content": words})
         text = self._render(self._messages)
         if self._text and text.startswith(self._text):
             self._tokens += self._encode(text[len(self._text) :])
