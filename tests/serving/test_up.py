@@ -70,9 +70,12 @@ class Up:
         found: re.Match[str] = self.until(look)
         return found
 
+    @property
+    def port(self) -> int:
+        return int(self.says(r"http://127\.0\.0\.1:(\d+)/v1")[1])
+
     def connect(self) -> http.client.HTTPConnection:
-        port = int(self.says(r"http://127\.0\.0\.1:(\d+)/v1")[1])
-        return http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
 
     def stream(self, **more: Any) -> Stream:
         connection = self.connect()
@@ -252,12 +255,27 @@ def test_told_to_end_it_finishes_what_runs_and_leaves_nothing(model: Path, tmp_p
     assert up.alive() == []
 
 
+def test_ended_while_it_loads_it_says_so_and_leaves_nothing(model: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        up = Up(model, Path(folder), "--memory", "8MiB")
+        up.says("2 workers load")
+        up.process.send_signal(signal.SIGINT)
+        assert up.end_by_itself() == 0
+    assert "no process was left behind" in "".join(up.said)
+    assert "Traceback" not in "".join(up.said)
+    assert up.alive() == []
+
+
 def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Path) -> None:
     service = next(line for line in up.said if "listening at" in line).split("unix:")[1].strip()
     for options, wanted in (
         (["--connect", f"unix:{service}", "--memory", "1GiB"], "--memory is for a service"),
         (["--connect", f"unix:{service}", "--dtype", "bfloat16"], "did not start"),
         (["--http", "0.0.0.0:0"], "--api-keys"),
+        (["--http", "8000"], "write 127.0.0.1:8000"),
+        (["--http", f"127.0.0.1:{up.port}"], "somebody listens"),
+        (["--dtype", "float16"], "float32 or bfloat16"),
+        (["--chunk", "4"], "--max-batch"),
         (["--api-keys", str(tmp_path / "none")], "cannot read"),
         (["--model", str(tmp_path / "nothing")], "on no known place"),
     ):
@@ -266,3 +284,27 @@ def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Pat
         assert wanted in "".join(one.said), options
         assert "Traceback" not in "".join(one.said)
         assert one.alive() == []
+
+
+def test_a_service_that_is_killed_is_started_again_and_joined(up: Up) -> None:
+    (service,) = (pid for pid in up.alive() if b"\0serve\0" in _command(pid))
+    stream = up.stream(temperature=0)
+    stream.read(5)
+    since = len(up.said)
+    os.kill(service, signal.SIGKILL)
+    stream.read()
+    assert stream.usage["completion_tokens"] == COUNT
+    up.says("the service is there again", since)
+    prompt = [11, 12, 13] * 20
+
+    def cached() -> int:
+        told = up.stream(prompt=prompt, max_tokens=2)
+        told.read()
+        return int(told.usage["prompt_tokens_details"]["cached_tokens"])
+
+    # What one of them has computed, all have, as soon as they have found it.
+    up.until(lambda: [cached() for _ in range(4)] == [len(prompt) - 1] * 4)
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -36,8 +36,11 @@ from prefixcache_worker.child_service import ChildService
 from prefixcache_worker.child_worker import WORKER, ChildWorker
 
 EXIT_FAILED: Final = 1
+DTYPES: Final = ("float32", "bfloat16")
 _TELL_S: Final = 5.0
 """How often it is said that workers are still loading."""
+_LONGEST_PAUSE_S: Final = 30.0
+"""Between two starts of a service that ends again and again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,25 @@ class Setup:
     command: tuple[str, ...] = WORKER
     """The command line of a worker."""
 
+    def check(self) -> None:
+        """Look at what workers would refuse, but only once they have loaded.
+
+        Raises:
+            InvalidRequest: with what is wrong.
+        """
+        if self.dtype not in DTYPES:
+            raise InvalidRequest(f"--dtype {self.dtype!a}: it takes {' or '.join(DTYPES)}")
+        if self.chunk < self.max_batch:
+            raise InvalidRequest(
+                f"--chunk {self.chunk} is less than --max-batch {self.max_batch}: in a step each "
+                "request has a token at least"
+            )
+
     def worker_options(self, folder: Path) -> list[str]:
         """Give the options of `prefixcache worker`."""
         return [
             *("--model", str(folder), "--dtype", self.dtype),
-            *("--chunk", str(self.chunk), "--max-batch", str(self.max_batch)),
+            *("--chunk", str(self.chunk), "--max-batch", str(self.max_batch), "--tell-steps"),
         ]
 
     def service_options(self, folder: Path) -> list[str]:
@@ -91,6 +108,7 @@ def run(setup: Setup) -> int:
     Raises:
         CacheError: what was asked for cannot be had.
     """
+    setup.check()
     keys = Keys(setup.api_keys)
     server = FrontServer(
         read_address(setup.http, has_keys=not keys.is_open), has_keys=not keys.is_open
@@ -123,6 +141,8 @@ class _Run:
         self._keys = keys
         self._server = server
         self._folder = folder
+        self._service_child: ChildService | None = None
+        """The service, if it was started here."""
         self._told = asyncio.Event()
         self._renewing: set[asyncio.Task[None]] = set()
 
@@ -154,7 +174,7 @@ class _Run:
                 fleet = self._fleet(work, target, router, meter)
                 stack.push_async_callback(fleet.stop)
                 async with asyncio.TaskGroup() as group:
-                    running = group.create_task(fleet.run())
+                    running = group.create_task(self._keep(fleet))
                     front = await self._front(fleet, router, meter)
                     _watch(meter, router, fleet, front)
                     loop.add_signal_handler(signal.SIGHUP, self._renew, group, fleet)
@@ -169,6 +189,13 @@ class _Run:
                         one.cancel()
         except asyncio.CancelledError:
             say("ended; no process was left behind")
+
+    async def _keep(self, fleet: Fleet) -> None:
+        """Keep the workers running, and the service, if it is ours."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fleet.run())
+            if self._service_child is not None:
+                group.create_task(_keep_service(self._service_child))
 
     async def _service(self, stack: AsyncExitStack, work: Path) -> str:
         """Find the service, or start one; give its address."""
@@ -187,7 +214,9 @@ class _Run:
                     )
             say(f"service: the one at {target}")
             return target
-        service = ChildService(work, target, setup.service_options(self._folder))
+        service = self._service_child = ChildService(
+            work, target, setup.service_options(self._folder)
+        )
         stack.push_async_callback(service.stop)
         await service.ready()
         for line in service.output.read_text(errors="replace").splitlines():
@@ -222,8 +251,8 @@ class _Run:
                 say(f"still loading after {time.monotonic() - began_s:.0f} s")
         name = setup.name or setup.model.rstrip("/").rpartition("/")[2]
         model = ServedModel(name, self._folder, fleet.about.result())
-        front = Front(model, router, self._keys, meter)
-        await self._server.start(front.app())
+        front = Front(model, router, self._keys, meter, workers=fleet.names)
+        await self._server.start(front.app(), front.board.close)
         return front
 
     def _renew(self, group: asyncio.TaskGroup, fleet: Fleet) -> None:
@@ -250,11 +279,29 @@ class _Run:
             say(f"{many(front.num_open, 'request')} did not finish in {self._setup.grace_s:g} s")
 
 
+async def _keep_service(service: ChildService) -> None:
+    """Start the service again whenever it ends; workers go on alone meanwhile, and join it."""
+    pause_s = 0.0
+    while True:
+        assert service.process is not None
+        await service.process.wait()
+        say("the service has ended: the workers go on alone until it is there again")
+        try:
+            await asyncio.sleep(pause_s)
+            await service.ready()
+            say("the service is there again")
+            pause_s = 0.0
+        except ProcessFailed as failure:
+            pause_s = min(_LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
+            say(f"{failure}; again in {pause_s:.0f} s")
+
+
 def _watch(meter: Meter, router: Router, fleet: Fleet, front: Front) -> None:
     meter.watch("workers_ready", "Workers that are given requests.", lambda: fleet.num_ready)
     meter.watch("answers_waiting", "Answers that no worker has.", lambda: router.num_waiting)
     meter.watch("answers_running", "Answers that workers have.", lambda: router.num_running)
     meter.watch_each("worker_answers", "Answers that a worker has.", "worker", router.answers)
+    meter.watch_each("worker_tokens", "Tokens it has generated.", "worker", router.generated)
     meter.watch("requests_open", "Requests under way.", lambda: front.num_open)
 
 

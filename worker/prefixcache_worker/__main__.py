@@ -1,8 +1,14 @@
 """`python -m prefixcache_worker` is `prefixcache worker`."""
 
+import sys
+
 import typer
 
+from prefixcache.errors import CacheError
 from prefixcache_worker.cli import worker
 
 if __name__ == "__main__":
-    typer.run(worker)
+    try:
+        typer.run(worker)
+    except CacheError as error:
+        sys.exit(f"prefixcache: {error}")
