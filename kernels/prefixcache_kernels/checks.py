@@ -146,7 +146,7 @@ def check_scalars(scale: Any, window: Any, softcap: Any) -> tuple[float, int | N
             raise InvalidRequest(f"window is {shown(window)}, not an integer or None")
         window = int(window)
         if not 1 <= window <= LONGEST:
-            raise InvalidRequest(f"a window of {window} tokens: not between 1 and {LONGEST}")
+            raise InvalidRequest(f"a window of {shown(window)} tokens: not between 1 and {LONGEST}")
     if softcap is not None:
         if not isinstance(softcap, Real) or isinstance(softcap, bool):
             raise InvalidRequest(f"softcap is {shown(softcap)}, not a number or None")

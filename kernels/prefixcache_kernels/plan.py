@@ -35,7 +35,7 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import shown
-from prefixcache_kernels.checks import check_step, check_tensors
+from prefixcache_kernels.checks import LONGEST, check_step, check_tensors
 from prefixcache_kernels.cpu.tasks import Tasks
 from prefixcache_kernels.groups import Run
 
@@ -192,7 +192,7 @@ class Plan:
         """
         check_tensors(block_tables=block_tables, query_start=query_start, context_lens=context_lens)
         check_step(block_tables, query_start, context_lens)
-        if not isinstance(block_size, int) or block_size < 1:
+        if not isinstance(block_size, int) or not 1 <= block_size <= LONGEST:
             raise InvalidRequest(f"block_size is {shown(block_size)}, not a number of tokens")
         for given in (block_tables, query_start, context_lens):
             if not given.is_cpu:

@@ -37,6 +37,9 @@ from prefixcache_kernels.checks import (
     same_memory,
 )
 
+_WIDEST = 1 << 16
+"""Numbers of one head."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
@@ -53,7 +56,7 @@ class Rotary:
             if isinstance(each, bool) or not isinstance(each, int | float):
                 raise InvalidRequest(f"a frequency is {shown(each)}, not a number of radians")
             if not -1e6 <= each <= 1e6:
-                raise InvalidRequest(f"a frequency is {each:g} radians per position")
+                raise InvalidRequest(f"a frequency is {shown(each)} radians per position")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int) -> Rotary:
@@ -83,7 +86,8 @@ class Rotary:
             )
         theta = _positive(config, "rope_theta", 10000.0)
         share = _positive(config, "partial_rotary_factor", 1.0)
-        if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 0 < share <= 1:
+        is_size = isinstance(head_dim, int) and not isinstance(head_dim, bool)
+        if not is_size or not 0 < head_dim <= _WIDEST or not 0 < share <= 1:
             raise InvalidRequest(f"heads of {shown(head_dim)}, of which {share:g} is turned")
         pairs = int(head_dim * share) // 2
         if pairs < 1:

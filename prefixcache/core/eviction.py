@@ -21,14 +21,21 @@ and exactly as many blocks as it was asked for; whatever a policy answers decide
 
 **No call looks at all leaves.**  The queues below keep them in heaps whose keys may be stale, and
 correct a key only when it comes to the top.  That is right for every key that can only grow while a
-node lives (a time of use, a count, an insertion order).
+node lives (a time of use, a count, an insertion order).  What is dead in a heap is dropped when it
+comes to the top, or some dozen entries at a time once there is much of it: never all in one go.
+
+```
+old    ▓░▓▓░░▓░▓  ── the last entry: living? ──►  fresh   ▓▓▓▓     the first of both goes first
+                            └ dead: dropped
+```
+A heap without its last entry is a heap still, and so both lists are heaps all the way.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from heapq import heapify, heappop, heappush
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from prefixcache.errors import InvalidRequest
 
@@ -41,12 +48,27 @@ Mark = Any
 """What a policy knows about the blocks of a run; immutable, compared by `==`."""
 
 
-_MOST_DEAD = 256
-"""Entries that are dropped one by one: of more, all are dropped at once, which costs a tenth."""
+_MOST_DEAD = 2048
+"""Entries of leaves that were locked since, which nobody looks for …"""
+_DEAD_SHARE = 16
+"""… or the part of all of them that may be, if that is more."""
+_LEAST = 1024
+"""Entries from which on it is looked whether most are dead."""
+LOOKED_AT = 24
+"""Entries that are looked at in one go."""
+
+
+def tell_locked(queue: Queue, node: Node) -> None:
+    """Tell a queue that a leaf in it is protected now, if it wants to hear of that."""
+    if (locked := getattr(queue, "locked", None)) is not None:
+        locked(node)
 
 
 class Queue(Protocol):
-    """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again."""
+    """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again.
+
+    It may have `locked(node)`: a leaf in here is protected now, and what stands for it is dead.
+    """
 
     def push(self, node: Node) -> None:
         """Add a leaf that has just become evictable, or that was given and has blocks left."""
@@ -126,74 +148,187 @@ def policy_named(name: str, num_blocks: int = 1) -> EvictionPolicy:
     return POLICIES[name](num_blocks)
 
 
+Entry: TypeAlias = "tuple[float, int, Node]"
+"""A leaf's place in a heap: its key when it came, a number of its own, and the leaf."""
+
+
+class Heap:
+    """A heap that is looked through in parts, while it is used.  Entries are told apart by number.
+
+    >>> heap = Heap()
+    >>> for number in range(3):
+    ...     heappush(heap.fresh, (float(number), number, None))
+    >>> heap.begin()
+    >>> heap.last()[1], len(heap)
+    (2, 2)
+    >>> heap.pop()[1]
+    0
+    """
+
+    __slots__ = ("fresh", "old")
+
+    def __init__(self) -> None:
+        self.fresh: list[Entry] = []
+        self.old: list[Entry] = []
+        """What has not been looked at since `begin`."""
+
+    def __len__(self) -> int:
+        return len(self.fresh) + len(self.old)
+
+    def begin(self) -> None:
+        """Look through all of it from now on.  Nothing may be left of the last time."""
+        self.old, self.fresh = self.fresh, []
+
+    def last(self) -> Entry:
+        """Remove and give some entry that has not been looked at: there must be one.  O(1)."""
+        return self.old.pop()
+
+    def first(self) -> Entry | None:
+        """Give the first of all; None if there is none.  O(1)."""
+        if self.old and (not self.fresh or self.old[0] < self.fresh[0]):
+            return self.old[0]
+        return self.fresh[0] if self.fresh else None
+
+    def pop(self) -> Entry:
+        """Remove and give the first of all: there must be one.  O(log entries)."""
+        if self.old and (not self.fresh or self.old[0] < self.fresh[0]):
+            return heappop(self.old)
+        return heappop(self.fresh)
+
+
+class Tidying:
+    """When a queue is looked through for what is dead, and how far: some entries with each push.
+
+    Entries die when their leaves are locked; what is in hand of a queue is never more than a
+    fraction dead, or few, however many leaves are locked one after the other.
+    """
+
+    __slots__ = ("_at", "_num_dead", "_num_since", "is_on", "seen")
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.seen: set[Node] = set()
+        """Leaves that have an entry among what was looked at already."""
+        self._at = _LEAST
+        self._num_dead = 0
+        """Entries that may be dead …"""
+        self._num_since = 0
+        """… of these, such as may have died since it was begun."""
+
+    def note_dead(self) -> None:
+        """Count an entry whose leaf was locked."""
+        self._num_dead += 1
+        self._num_since += 1
+
+    def note_living(self) -> None:
+        """Count one whose leaf came back."""
+        self._num_dead = max(0, self._num_dead - 1)
+        self._num_since = max(0, self._num_since - 1)
+
+    def is_due(self, num_entries: int) -> bool:
+        """Whether some of so many entries should be looked at now.  O(1)."""
+        return (
+            num_entries > self._at or self._num_dead > max(_MOST_DEAD, num_entries // _DEAD_SHARE)
+        ) and num_entries > _LEAST
+
+    def begin(self) -> None:
+        """Begin with all that there is."""
+        self.is_on, self._num_since = True, 0
+
+    def end(self, num_entries: int) -> None:
+        """All of it was looked at, and so many entries are left."""
+        self.is_on, self.seen = False, set()
+        self._at = max(_LEAST, 2 * num_entries)
+        self._num_dead = self._num_since
+
+
 class LeafQueue:
     """The unprotected leaves in order of eviction: a heap with lazily corrected keys.
 
     A node is in the queue at most once: `node.queued` is the queue's mark.  Entries of nodes that
     were merged away, got children, were locked again or went to another queue stay until they come
-    to the top, or until they are the majority, or too many of them come to the top at once: then
-    the heap is rebuilt from the living ones, which keeps it O(leaves).
+    to the top, or are found when the queue is looked through: it has O(leaves) of them.
 
     Args:
         policy: Says the order.
         mark: What `node.queued` is of the leaves in this queue.
     """
 
-    __slots__ = ("_heap", "_key", "_mark", "_rebuild_at", "_serial")
+    __slots__ = ("_heap", "_key", "_mark", "_serial", "_tidying")
 
     def __init__(self, policy: EvictionPolicy, mark: int = 1) -> None:
         self._key = policy.key
         self._mark = mark
-        self._heap: list[tuple[float, int, Node]] = []
+        self._heap = Heap()
         self._serial = 0
-        self._rebuild_at = 1024
+        self._tidying = Tidying()
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def push(self, node: Node) -> None:
-        """Add a leaf that has just become evictable.  O(log leaves), amortised."""
+        """Add a leaf that has just become evictable.  O(log leaves)."""
         if node.queued:
+            if node.queued == self._mark:
+                self._tidying.note_living()
             return
         node.queued = self._mark
         self._serial += 1
-        heappush(self._heap, (self._key(node), self._serial, node))
-        if len(self._heap) > self._rebuild_at:
-            self._rebuild()
+        heappush(self._heap.fresh, (self._key(node), self._serial, node))
+        if self._tidying.is_on:
+            self._tidying.seen.add(node)
+        if self._tidying.is_due(len(self._heap)):
+            self._tidy()
 
     def pop(self) -> Node | None:
-        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
-        heap, key_of, mark, num_dead = self._heap, self._key, self._mark, 0
-        while heap:
-            key, _, node = heappop(heap)
-            if node.queued != mark or not node.is_evictable:
-                if node.queued == mark:
-                    node.queued = 0
-                num_dead += 1
-                if num_dead % _MOST_DEAD == 0:
-                    self._rebuild()
-                    heap = self._heap
+        """Remove and give the leaf that goes first; None if there is none.
+
+        O(log leaves) for each entry that it finds dead: a fraction of them at most.
+        """
+        heap, key_of, mark = self._heap, self._key, self._mark
+        while heap.old or heap.fresh:
+            key, _, node = heap.pop()
+            if node.queued != mark:
                 continue
             node.queued = 0
-            if key_of(node) <= key:
+            if not node.is_evictable:
+                self._tidying.note_living()  # it is dead, and gone
+            elif key_of(node) <= key:
                 return node
-            self.push(node)
-            heap = self._heap
+            else:
+                self.push(node)
         return None
 
-    def _rebuild(self) -> None:
-        """Drop the entries that can no longer be evicted.  O(heap), once per doubling."""
-        mark = self._mark
-        mine = {entry[2]: entry for entry in self._heap if entry[2].queued == mark}
-        living = []
-        for node, entry in mine.items():
+    def locked(self, node: Node) -> None:
+        """Take note that a leaf in here is protected now; look at some entries if many are.
+
+        O(log leaves).
+        """
+        if node.queued == self._mark:
+            self._tidying.note_dead()
+            if self._tidying.is_due(len(self._heap)):
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Look at some entries, and drop those that are dead.  O(log leaves)."""
+        heap, tidying, mark = self._heap, self._tidying, self._mark
+        if not tidying.is_on:
+            heap.begin()
+            tidying.begin()
+        for _ in range(LOOKED_AT):
+            if not heap.old:
+                tidying.end(len(heap))
+                return
+            entry = heap.last()
+            node = entry[2]
+            if node.queued != mark or node in tidying.seen:
+                continue
             if node.is_evictable:
-                living.append(entry)
+                tidying.seen.add(node)
+                heappush(heap.fresh, entry)
             else:
                 node.queued = 0
-        heapify(living)
-        self._heap = living
-        self._rebuild_at = max(1024, 2 * len(living))
+                tidying.note_living()
 
 
 class LanePolicy(EvictionPolicy, ABC):
@@ -228,30 +363,35 @@ class Lanes:
     by now.
     """
 
-    __slots__ = ("_heaps", "_policy", "_rebuild_at", "_serial", "_size")
+    __slots__ = ("_heaps", "_policy", "_serial", "_size", "_tidying")
 
     def __init__(self, policy: LanePolicy) -> None:
         self._policy = policy
-        self._heaps: list[list[tuple[float, int, Node]]] = [[] for _ in range(policy.num_lanes)]
+        self._heaps = [Heap() for _ in range(policy.num_lanes)]
         self._serial = 0
         self._size = 0
-        self._rebuild_at = 1024
+        self._tidying = Tidying()
 
     def __len__(self) -> int:
         return self._size
 
     def push(self, node: Node) -> None:
-        """Add a leaf to its lane.  O(log leaves), amortised."""
+        """Add a leaf to its lane.  O(log leaves)."""
         node.queued = 1
         self._serial += 1
         self._size += 1
         policy = self._policy
-        heappush(self._heaps[policy.lane(node)], (policy.key(node), self._serial, node))
-        if self._size > self._rebuild_at:
-            self._rebuild()
+        heappush(self._heaps[policy.lane(node)].fresh, (policy.key(node), self._serial, node))
+        if self._tidying.is_on:
+            self._tidying.seen.add(node)
+        if self._tidying.is_due(self._size):
+            self._tidy()
 
     def pop(self) -> Node | None:
-        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
+        """Remove and give the leaf that goes first; None if there is none.
+
+        O(log leaves) for each entry that it finds dead: a fraction of them at most.
+        """
         policy, heaps = self._policy, self._heaps
         while True:
             heads = [self.head(lane) for lane in range(len(heaps))]
@@ -267,7 +407,7 @@ class Lanes:
     def _take(self, lane: int) -> Node:
         """Remove the head of a lane that has one."""
         self._size -= 1
-        return heappop(self._heaps[lane])[2]
+        return self._heaps[lane].pop()[2]
 
     def respite(self, lane: int) -> bool:
         """Let the policy spare the head of a lane before anything is evicted; False if it does not.
@@ -283,27 +423,45 @@ class Lanes:
     def head(self, lane: int) -> Node | None:
         """Give the first living leaf of a lane; drop what is dead above it."""
         heap, policy = self._heaps[lane], self._policy
-        while heap:
-            key, _, node = heap[0]
+        while (first := heap.first()) is not None:
+            key, _, node = first
             evictable = node.is_evictable
             if evictable and policy.lane(node) == lane and policy.key(node) <= key:
                 return node
-            heappop(heap)
+            heap.pop()
             self._size -= 1
             if evictable:
                 self.push(node)
+            else:
+                self._tidying.note_living()  # it is dead, and gone
         return None
 
-    def _rebuild(self) -> None:
-        """Keep one entry per living leaf.  O(entries), once per doubling."""
-        leaves = {node: None for heap in self._heaps for _, _, node in heap if node.is_evictable}
-        for heap in self._heaps:
-            heap.clear()
-        self._size = len(leaves)
-        for node in leaves:
-            self._serial += 1
-            lane = self._policy.lane(node)
-            self._heaps[lane].append((self._policy.key(node), self._serial, node))
-        for heap in self._heaps:
-            heapify(heap)
-        self._rebuild_at = max(1024, 2 * len(leaves))
+    def locked(self, node: Node) -> None:
+        """Take note that a leaf in here is protected now; look at some entries if many are.
+
+        What stands for it is dead: once it comes back it is pushed again.  O(log leaves).
+        """
+        if node.queued == 1:
+            self._tidying.note_dead()
+            if self._tidying.is_due(self._size):
+                self._tidy()
+
+    def _tidy(self) -> None:
+        """Look at some entries; keep one for each living leaf, where it belongs.  O(log leaves)."""
+        heaps, policy, tidying = self._heaps, self._policy, self._tidying
+        if not tidying.is_on:
+            for heap in heaps:
+                heap.begin()
+            tidying.begin()
+        for _ in range(LOOKED_AT):
+            heap = next((one for one in heaps if one.old), heaps[0])
+            if not heap.old:
+                tidying.end(self._size)
+                return
+            _, serial, node = heap.last()
+            if node.is_evictable and node not in tidying.seen:
+                tidying.seen.add(node)
+                heappush(heaps[policy.lane(node)].fresh, (policy.key(node), serial, node))
+            else:
+                self._size -= 1
+                tidying.note_living()

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from prefixcache.core.account import Account
-from prefixcache.core.eviction import LeafQueue
+from prefixcache.core.eviction import LeafQueue, tell_locked
 from prefixcache.core.node import Match, Node, Root
 from prefixcache.core.policies.lru import Lru
 from prefixcache.core.quota import Quotas
@@ -101,6 +101,24 @@ class ProtectedQueue:
         for kept in [*self._shares.values(), self._pins]:
             if (node := kept.pop()) is not None:
                 return node
+        return None
+
+    def locked(self, node: Node) -> None:
+        """Pass on that a leaf is protected now.  O(log leaves)."""
+        if node.queued == PINNED:
+            self._pins.locked(node)
+        elif node.queued != PROTECTED:
+            tell_locked(self._inner, node)
+        elif (kept := self._share_of(node)) is not None:
+            kept.locked(node)
+
+    def _share_of(self, node: Node) -> LeafQueue | None:
+        """Give the share in which a leaf waits, or may."""
+        at = node.root.account
+        while at is not None:
+            if (kept := self._shares.get(at)) is not None:
+                return kept
+            at = at.above
         return None
 
     def _pop_unprotected(self) -> Node | None:

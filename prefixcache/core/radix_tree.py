@@ -59,7 +59,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from prefixcache.core.eviction import EvictionPolicy, Mark, Queue
+from prefixcache.core.eviction import EvictionPolicy, Mark, Queue, tell_locked
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
@@ -344,6 +344,8 @@ class RadixTree:
             at = at.parent
         if size:
             self._count_evictable(node.root, -size)
+            if node.queued and node.queued != SWEPT:
+                tell_locked(self.queue, node)
 
     def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
         """Take one lock back, and that on its tail; what becomes unprotected counts as used now.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from core.test_eviction import random_sequences
+from prefixcache.core import eviction
 from prefixcache.core.bulk_load import StoredRun
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import EvictionPolicy, Queue
@@ -126,6 +127,64 @@ def test_no_eviction_looks_at_all_leaves(policy: str, monkeypatch: pytest.Monkey
     for number in range(4000, 4100):
         tiny.serve(number)
     assert 1 <= looks / 100 < 60
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], int]:
+    """Count how many leaves are looked at in one step."""
+    original = Node.is_evictable.fget
+    assert original is not None
+    num_looks = 0
+
+    def counting(node: Node) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return original(node)
+
+    def looks_of(step: Callable[[], object]) -> int:
+        before = num_looks
+        step()
+        return num_looks - before
+
+    monkeypatch.setattr(Node, "is_evictable", property(counting))
+    monkeypatch.setattr(eviction, "_MOST_DEAD", 100)
+    return looks_of
+
+
+@pytest.mark.pure_core
+@pytest.mark.parametrize("policy", ["lru", "slru", "priority"])  # each kind of queue
+def test_no_single_step_looks_at_more_than_a_few_leaves(
+    policy: str, looks: Callable[[Callable[[], object]], int]
+) -> None:
+    """Leaves come, are used again, and are leased in any order: nothing is tidied up in one go."""
+    tiny, rng = Tiny(policy, 4000), random.Random(policy)
+    most = max(looks(lambda n=number: tiny.serve(n)) for number in range(4000))
+    for number in range(4000, 5000):
+        most = max(most, looks(lambda n=number: tiny.serve(n)))
+        again = rng.randrange(number - 3000, number)
+        most = max(most, looks(lambda n=again: tiny.serve(n)))
+    assert most < 100
+    tiny.cache.check()
+
+
+@pytest.mark.pure_core
+@pytest.mark.parametrize("policy", ["lru", "slru", "priority"])  # each kind of queue
+@pytest.mark.parametrize("first", ["oldest", "youngest"])
+def test_who_needs_room_beside_thousands_of_leased_leaves_looks_at_a_few(
+    policy: str, first: str, looks: Callable[[Callable[[], object]], int]
+) -> None:
+    """They would all go before the one that can."""
+    tiny = Tiny(policy, 4000)
+    for number in range(4000):
+        tiny.serve(number)
+    numbers = range(1900) if first == "oldest" else range(1899, -1, -1)
+    held = []
+    most = max(looks(lambda n=number: held.append(tiny.open([n])[0])) for number in numbers)
+    most = max(most, looks(lambda: tiny.serve(9000)))
+    for lease in held:
+        most = max(most, looks(lambda one=lease: tiny.cache.release(ME, one, now=tiny.now)))
+    assert most < 500
+    tiny.cache.check()
 
 
 def test_a_policy_of_ones_own_is_a_plain_class_and_so_may_its_queue_be(

@@ -55,8 +55,8 @@ def step(num: int = 2) -> dict[str, Any]:
 
 LARGE = torch.tensor([8.0, 8.0])
 ILL_FORMED: list[dict[str, Any]] = [
-    *({"window": w} for w in (8.0, INF, NAN, True, "8", 0, -1, 2**31, 2**70)),
-    *({"scale": s} for s in (None, "1", NAN, INF, -INF, 1e38, True, 10**400)),
+    *({"window": w} for w in (8.0, INF, NAN, True, "8", 0, -1, 2**31, 2**70, 10**5000)),
+    *({"scale": s} for s in (None, "1", NAN, INF, -INF, 1e38, True, 10**400, 10**5000)),
     *({"softcap": c} for c in (0, 0.0, -1.0, NAN, INF, 1e31, 1e-31, "30", True)),
     *({name: LARGE} for name in ("context_lens", "query_start")),
     {"query_start": torch.tensor([0.0, 1.0, 2.0])},
@@ -329,7 +329,7 @@ def test_copies_and_turns_take_their_own_types_only() -> None:
     for wrong in (blocks.int(), blocks.bool()):
         with pytest.raises(InvalidRequest):
             rotate_keys(wrong, slot, 1, angles)
-    for delta in (1.5, 2**31, None):
+    for delta in (1.5, 2**31, None, 10**5000):
         with pytest.raises(InvalidRequest, match="delta"):
             rotate_keys(blocks, slot, delta, angles)  # type: ignore[arg-type]
     for config in (
@@ -340,8 +340,12 @@ def test_copies_and_turns_take_their_own_types_only() -> None:
     ):
         with pytest.raises(InvalidRequest):
             Rotary.from_config(config, 16)
-    with pytest.raises(InvalidRequest):
-        Rotary((NAN,))
+    for head_dim in (0, 1.5, 10**5000):
+        with pytest.raises(InvalidRequest):
+            Rotary.from_config({}, head_dim)  # type: ignore[arg-type]
+    for frequency in (NAN, 10**5000):
+        with pytest.raises(InvalidRequest):
+            Rotary((frequency,))
 
 
 @PATHS

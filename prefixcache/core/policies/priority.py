@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heappush
 from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
-from prefixcache.core.eviction import LanePolicy, Lanes, Queue, register
+from prefixcache.core.eviction import LOOKED_AT, Heap, LanePolicy, Lanes, Queue, Tidying, register
 from prefixcache.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -102,34 +102,42 @@ class Priority(LanePolicy):
 class _TimedLanes(Lanes):
     """Lanes that look at a leaf again when its level's time is over."""
 
-    __slots__ = ("_ends", "_tidy_at")
+    __slots__ = ("_ends", "_looking")
 
     def __init__(self, policy: Priority) -> None:
         super().__init__(policy)
-        self._ends: list[tuple[float, int, Node]] = []
-        self._tidy_at = 1024
+        self._ends = Heap()
+        self._looking = Tidying()
 
     def push(self, node: Node) -> None:
         super().push(node)
         if node.mark is not None and node.mark[1] < inf:
-            heappush(self._ends, (node.mark[1], self._serial, node))
-            if len(self._ends) > self._tidy_at:
-                self._tidy()
+            heappush(self._ends.fresh, (node.mark[1], self._serial, node))
+            if self._looking.is_on:
+                self._looking.seen.add(node)
+            if self._looking.is_due(len(self._ends)):
+                self._tidy_ends()
 
     def expire(self, now: float) -> None:
         """Put leaves whose time is over into their new lane.  Amortised O(log leaves)."""
-        while self._ends and self._ends[0][0] <= now:
-            node = heappop(self._ends)[2]
+        while (first := self._ends.first()) is not None and first[0] <= now:
+            node = self._ends.pop()[2]
             if node.is_evictable:
                 super().push(node)
 
-    def _tidy(self) -> None:
-        """Keep one end per living leaf: that of its present level.  O(ends), once per doubling."""
-        living = {
-            node: (until, serial, node)
-            for until, serial, node in self._ends
-            if node.is_evictable and node.mark is not None and node.mark[1] == until
-        }
-        self._ends = list(living.values())
-        heapify(self._ends)
-        self._tidy_at = max(1024, 2 * len(self._ends))
+    def _tidy_ends(self) -> None:
+        """Look at some ends; keep one per living leaf, that of its present level."""
+        ends, looking = self._ends, self._looking
+        if not looking.is_on:
+            ends.begin()
+            looking.begin()
+        for _ in range(LOOKED_AT):
+            if not ends.old:
+                looking.end(len(ends))
+                return
+            entry = ends.last()
+            until, _, node = entry
+            is_present = node.mark is not None and node.mark[1] == until
+            if node.is_evictable and is_present and node not in looking.seen:
+                looking.seen.add(node)
+                heappush(ends.fresh, entry)
