@@ -43,6 +43,10 @@ def refuse_pickle(self: object, protocol: Any) -> NoReturn:
     )
 
 
+_MOST_FINISHED = 1024
+"""Lost sessions that one attach speaks for; the next one speaks for others."""
+
+
 class Connection:
     """One client's connection: where to, for whom, and which of its sessions came to nothing.
 
@@ -105,7 +109,7 @@ class Connection:
                 name=name,
                 pid=os.getpid(),
                 host=this_host(),
-                finished=self.finished,
+                finished=self.finished[:_MOST_FINISHED],
                 group=group,
             )
             codec.write_namespace(namespace, request.namespace)

@@ -227,8 +227,8 @@ class Workers:
         self._past.append(worker)
         self.on_leave(worker)
         tickets, worker.tickets = worker.tickets, {}
-        for ticket in tickets.values():
-            if worker.hang_up is None:  # no stream whose end tells those calls
+        for op, ticket in tickets.items():
+            if op < 0:  # a call of its own, also with a session's key: no stream's end tells it
                 self._deliveries.refuse(
                     ticket, NotFound(f"{worker.name} left while this call waited")
                 )
@@ -303,10 +303,15 @@ class Workers:
                     self._deliveries.settle()
                     await asyncio.sleep(0)
 
-    def finished(self, keys: Iterable[str]) -> None:
-        """Take the word of clients that lost workers of theirs write to nothing any more."""
+    def finished(self, keys: Iterable[str], identity: Identity) -> None:
+        """Take the word of a client that lost workers of its own write to nothing any more.
+
+        A key is of no use to whoever else has got hold of it.
+        """
+        who = identity.name, identity.tenant
         for key in keys:
-            if worker := self._lost.get(key):
+            worker = self._lost.get(key)
+            if worker is not None and (worker.identity.name, worker.identity.tenant) == who:
                 self._stopped(worker, "its client says that it has stopped")
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ class Messages:
         self._handlers = Handlers(
             settings, backing, deliveries, Workers(backing, deliveries, settings)
         )
-        self._read = reader(pb.OpBatch)
+        self._read = reader(pb.OpBatch, 4096)
 
     def __call__(self, data: bytes) -> None:
         self._loop.run_until_complete(self._take(data))
@@ -101,7 +101,7 @@ class Messages:
 
 def answers(data: bytes) -> None:
     """What a client does with whatever a service sends."""
-    results = reader(pb.OpResults)(data)
+    results = reader(pb.OpResults, 4096)(data)
     if isinstance(results, BadRequest):
         return
     for result in results.results:

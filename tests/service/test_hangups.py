@@ -235,3 +235,35 @@ def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_be
     assert heard == ["no 1", "no 2", "no 3"]
     deliveries.enter(TicketId(4), lambda outcome: [][1])
     deliveries.refuse(TicketId(4), PoolExhausted("no 4"))  # no more than that
+
+
+def test_a_call_that_waits_with_a_session_s_key_is_answered_when_the_session_ends(
+    tmp_path: Path,
+) -> None:
+    """It has no stream of its own whose end would tell it, and no ticket any more."""
+    with (
+        running(f"unix:{tmp_path}/s.sock", *sizes(64, 4)) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        session = client.attach("tiny", LAYOUT)
+        session.acquire(range(128))
+        rpc = unary.RPCS["acquire"]
+        method: Any = client.channel.unary_unary(
+            rpc.path, rpc.request.SerializeToString, rpc.response.FromString
+        )
+        call = method.future(
+            rpc.request(
+                worker_key=session.key,
+                namespace=pb.Namespace(model="tiny"),
+                tokens=pack(range(1000, 1200)),
+                wait_s=50.0,
+            ),
+            timeout=PATIENCE_S,
+        )
+        eventually(lambda: client.snapshot().waiting == 1)
+        session.close()
+        error = call.exception(PATIENCE_S)
+        assert (error.code(), "left while this call waited" in error.details()) == (
+            grpc.StatusCode.NOT_FOUND,
+            True,
+        )

@@ -15,6 +15,8 @@ from google.protobuf.message import DecodeError
 
 SMALL_BYTES: Final = 1 << 16
 """Up to here a message is read without counting its parts: whatever they are, they are few."""
+_MOST_PARTS: Final = 2048
+"""Of a message beside its ops: an attach that speaks for a thousand lost workers has most."""
 _PARTS_OF_OP: Final = 16
 """An op, its fields, and those of what they hold: no verb has more."""
 
@@ -25,14 +27,15 @@ class BadRequest(str):
     __slots__ = ()
 
 
-def reader(message_class: Any, max_ops: int = 4096) -> Callable[[bytes], Any]:
+def reader(message_class: Any, max_ops: int = 0) -> Callable[[bytes], Any]:
     """Give a function that reads messages of a class, or gives `BadRequest`.
 
     Args:
         message_class: Its messages.
-        max_ops: How many ops one of them may have.
+        max_ops: How many ops one of them may have; 0: it is no batch.
     """
-    most_parts = 1024 + _PARTS_OF_OP * max_ops
+    most_parts = _MOST_PARTS + _PARTS_OF_OP * max_ops
+    less = "ops at a time (--max-ops)" if max_ops else "of them"
     parse = message_class.FromString
     descriptor = message_class.DESCRIPTOR
     name = descriptor.name
@@ -42,7 +45,7 @@ def reader(message_class: Any, max_ops: int = 4096) -> Callable[[bytes], Any]:
             if len(data) > SMALL_BYTES and count_parts(data, descriptor, most_parts) > most_parts:
                 return BadRequest(
                     f"{len(data):,} bytes of {name} with more than {most_parts:,} fields: send "
-                    "fewer ops at a time (--max-ops)"
+                    f"fewer {less}"
                 )
             return parse(data)
         except DecodeError as error:

@@ -84,7 +84,7 @@ def service(
         name = rpc.path.rpartition("/")[2]
         methods[name] = grpc.unary_unary_rpc_method_handler(
             gated(verb, rpc.response),
-            request_deserializer=reader(rpc.request, max_ops),
+            request_deserializer=reader(rpc.request),
             response_serializer=_serialized,
         )
 
@@ -104,7 +104,7 @@ def service(
 
     methods["Watch"] = grpc.unary_stream_rpc_method_handler(
         watching,
-        request_deserializer=reader(pb.WatchRequest, max_ops),
+        request_deserializer=reader(pb.WatchRequest),
         response_serializer=pb.WatchResponse.SerializeToString,
     )
     return grpc.method_handlers_generic_handler(unary.SERVICE, methods)

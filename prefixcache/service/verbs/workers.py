@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from time import monotonic
+from typing import Final
 
 import structlog
 
@@ -17,6 +18,9 @@ from prefixcache.service.verbs.request_texts import check_texts
 from prefixcache.service.worker import Asker, Worker
 from prefixcache.types import Ended
 from prefixcache.v1 import prefixcache_pb2 as pb
+
+MOST_FINISHED: Final = 1024
+"""Lost workers that one attach speaks for."""
 
 _LEASES = 2**31
 """A worker's leases are numbered from somewhere below this, where nobody expects it."""
@@ -45,11 +49,17 @@ class WorkerVerbs(Verbs):
 
         Raises:
             LayoutMismatch: the pool holds another layout, or blocks of another size.
-            InvalidRequest: a text cannot be kept or shown, or the layout is none.
+            InvalidRequest: a text cannot be kept or shown, the layout is none, or it speaks for
+                too many lost workers.
             NotFound: it names another tenant, or a model that it may not use.
             ServiceUnavailable: the service is about to end.
         """
         self._refuse_if_draining()
+        if len(request.finished) > MOST_FINISHED:  # before its texts are looked at
+            raise InvalidRequest(
+                f"an attach speaks for {len(request.finished):,} lost workers; up to "
+                f"{MOST_FINISHED:,} are heard at a time: name the others with the next one"
+            )
         check_texts(request)
         namespace = codec.read_namespace(request.namespace)
         if not namespace.model:
@@ -83,7 +93,7 @@ class WorkerVerbs(Verbs):
             first_lease=1 + secrets.randbelow(_LEASES),
             now=monotonic(),
         )
-        self.workers.finished(request.finished)
+        self.workers.finished(request.finished, worker.identity)
         return Attached(worker, index)
 
     def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ import pytest
 import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import Client
-from prefixcache.client.codec import write_namespace
+from prefixcache.client.address import this_host
+from prefixcache.client.codec import write_layout, write_namespace
 from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied, Unauthenticated
 from prefixcache.service.auth import identity as module
 from prefixcache.service.auth.identity import Identities, Identity, Proof
+from prefixcache.service.verbs.workers import MOST_FINISHED
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
+from prefixcache.v1.prefixcache_pb2_grpc import PrefixCacheStub
 from service.auth.keys import TOKENS, identities
 from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
@@ -184,6 +189,41 @@ def test_a_worker_key_is_of_no_use_to_another_identity(
         with pytest.raises(NotFound):
             bolt.call(verb, message)
     acme.call("detach", pb.DetachRequest(worker_key=key))
+
+
+def test_a_lost_worker_s_key_ends_its_quarantine_for_its_own_identity_alone(
+    acme: Client, bolt: Client, boss: Client
+) -> None:
+    """Its process may still be writing: the word of whoever else has the key counts for nothing."""
+    before = boss.snapshot().quarantined
+    first = pb.AttachRequest(
+        namespace=pb.Namespace(model="tiny"), pid=os.getpid(), host=this_host()
+    )
+    write_layout(LAYOUT, first.layout)
+    acquire = pb.AcquireRequest(tokens=pack([7000, 7001, 7002, 7003]))
+    batch = pb.OpBatch(ops=[pb.Op(id=1, attach=first), pb.Op(id=2, acquire=acquire)])
+    more = threading.Event()
+    stub: Any = PrefixCacheStub(acme.channel)  # type: ignore[no-untyped-call]
+    call = stub.Session(
+        itertools.chain([batch], (batch for _ in iter(more.wait, True))),
+        metadata=(("authorization", f"Bearer {TOKENS['acme']}"),),
+    )
+    key = next(call).results[0].attach.worker_key
+    call.cancel()
+    more.set()
+    eventually(lambda: boss.snapshot().quarantined > before)
+    held = boss.snapshot().quarantined
+    request = pb.AttachRequest(namespace=pb.Namespace(model="tiny"), finished=[key])
+    write_layout(LAYOUT, request.layout)
+    for stranger in (bolt, boss):
+        own = stranger.call("attach", request).worker_key
+        stranger.call("detach", pb.DetachRequest(worker_key=own))
+        assert boss.snapshot().quarantined == held
+    acme.call("detach", pb.DetachRequest(worker_key=acme.call("attach", request).worker_key))
+    assert boss.snapshot().quarantined == before
+    request.finished[:] = [key] * (MOST_FINISHED + 1)
+    with pytest.raises(InvalidRequest, match="1,025 lost workers; up to 1,024"):
+        acme.call("attach", request)
 
 
 def test_a_lease_of_another_tenant_is_not_found(acme: Client, bolt: Client, boss: Client) -> None:

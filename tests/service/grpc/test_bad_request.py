@@ -9,6 +9,7 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from prefixcache.service.grpc.bad_request import BadRequest, count_parts, reader
+from prefixcache.service.verbs.workers import MOST_FINISHED
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 NO_END = 1 << 60
@@ -83,13 +84,20 @@ def test_a_message_that_ends_anywhere_or_has_any_byte_changed_raises_nothing_els
     ],
 )
 def test_a_message_of_tiny_parts_is_refused_before_it_is_read(message: Any, body: bytes) -> None:
-    told = reader(message)(body)
+    is_batch = message is pb.OpBatch
+    told = reader(message, 4096 if is_batch else 0)(body)
     assert isinstance(told, BadRequest)
-    assert "more than 66,560 fields: send fewer ops at a time (--max-ops)" in told
+    most, fewer = ("67,584", "ops at a time (--max-ops)") if is_batch else ("2,048", "of them")
+    assert f"more than {most} fields: send fewer {fewer}" in told
 
 
 def test_as_many_ops_as_are_allowed_are_read_with_all_their_fields() -> None:
     batch = pb.OpBatch(ops=[pb.Op(id=2**63, acquire=FULL)] * 4096)
-    assert reader(pb.OpBatch)(batch.SerializeToString()) == batch
+    assert reader(pb.OpBatch, 4096)(batch.SerializeToString()) == batch
     alone = pb.OpBatch(ops=[pb.Op(id=1, acquire=pb.AcquireRequest(tokens=bytes(8 << 20)))])
-    assert reader(pb.OpBatch)(alone.SerializeToString()) == alone
+    assert reader(pb.OpBatch, 4096)(alone.SerializeToString()) == alone
+
+
+def test_an_attach_that_speaks_for_as_many_lost_workers_as_are_heard_is_read() -> None:
+    attach = pb.AttachRequest(finished=["0" * 64] * MOST_FINISHED)
+    assert reader(pb.AttachRequest)(attach.SerializeToString()) == attach
