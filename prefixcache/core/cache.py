@@ -387,6 +387,51 @@ class PrefixCache:
         )
         return lessor.acquire(member, request, wait_s, now)
 
+    def clear_way(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: bytes,
+        *,
+        now: float,
+        reserve: int = 0,
+        request_id: str = "",
+        reuse: bool = True,
+        min_partial: int = 0,
+    ) -> bool:
+        """Evict some of the blocks that an `acquire` with these arguments is about to need.
+
+        One that needs tens of thousands in a full cache takes long; after this has been called
+        until it says no, it does not.  Between the calls anything else may be done.  Nothing is
+        evicted for what would be refused, or would wait.  O(tokens that match).
+
+        Returns:
+            Whether to call again before it is asked for.
+
+        Raises:
+            InvalidRequest, NotFound: as `acquire` says.
+        """
+        lessor = self._lessor
+        member = lessor.leases.worker(worker)
+        self._check_prompt(tokens)
+        if reserve < 0 or (request_id and request_id in member.requests):
+            return False
+        if lessor.waiting.tickets and lessor.waiting.line.is_blocked_by_head(None):
+            return False
+        request = Request(worker, namespace, tokens, reserve, request_id, reuse, min_partial)
+        return lessor.clear_way(request, now)
+
+    def clear_way_to_extend(
+        self, worker: WorkerId, lease: LeaseId, num_tokens: int, *, now: float
+    ) -> bool:
+        """Evict some of the blocks that an `extend` is about to need, as `clear_way` does.
+
+        Raises:
+            NotFound, LeaseExpired: the lease is not there (any more).
+        """
+        own = self._lessor.leases.get(worker, lease, now)
+        return self._lessor.clear_way(Extension(worker, own, num_tokens), now)
+
     def take_outcomes(self) -> list[tuple[TicketId, Grant | TableUpdate | CacheError]]:
         """Take the outcomes of waiting requests since the last call."""
         settled, self._lessor.settled = self._lessor.settled, []

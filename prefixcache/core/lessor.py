@@ -50,6 +50,8 @@ _MOST_WORK = 128
 _TRY = 8
 """Looks that trying a request counts as, and once more for each `_TRIED_BYTES` of its prompt."""
 _TRIED_BYTES = 8192
+MOST_EVICTED = 256
+"""Blocks that are evicted in one go for a request that can be made a little later."""
 
 
 class Lessor:
@@ -266,6 +268,47 @@ class Lessor:
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
         return grant
+
+    def clear_way(self, request: Request | Extension, now: float) -> bool:
+        """Evict some of the blocks that a request will need, if those are more than a few.
+
+        It may be called again and again before the request is made, with anything else in between:
+        then that evicts few, however large it is.  Nothing of what it reuses goes.  A request that
+        would be refused, or would wait, evicts nothing.  O(tokens that match + `MOST_EVICTED`).
+
+        Returns:
+            Whether to call again.
+        """
+        blocks, tree, pool = self.blocks, self.tree, self.blocks.pool
+        try:
+            if isinstance(request, Extension):
+                beside = request.lease.node
+                need = blocks.blocks_missing(request.lease, request.num_tokens)
+                if need - pool.num_free <= MOST_EVICTED:
+                    return False
+                blocks.admit(need, request.lease.account)
+            else:
+                need = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
+                root = self.roots.get(request.namespace)
+                if root is None or need - pool.num_free <= MOST_EVICTED:
+                    return False
+                limit = len(request.tokens) - TOKEN_BYTES if request.reuse else 0
+                match = tree.match(root, request.tokens, limit)
+                if request.reuse and self.inflight.find(root, match, request.tokens) is not None:
+                    return False
+                self.leases.admit(request.namespace.tenant)
+                account = root.account or blocks.quotas.account(request.namespace)
+                need, _ = blocks.plan(match, need, account, request.min_partial)
+                beside = match.near or match.node
+        except CacheError:
+            return False  # whoever makes it is told
+        if need - pool.num_free <= MOST_EVICTED:
+            return False
+        if self.tick is not None:
+            self.tick(now)
+        evicted = tree.evict_beside(beside, MOST_EVICTED)
+        pool.release(evicted)
+        return bool(evicted)
 
     @staticmethod
     def earlier(member: Worker, request: Request) -> Grant | None:
@@ -524,6 +567,9 @@ class Lessor:
                 line.refused.append(ticket)
                 continue
             most -= _price(ticket)
+            if now < ticket.deadline and self.clear_way(ticket.request, now):
+                line.look_again()  # it is tried next time, and the time after that
+                break
             if self.retry(ticket, now, wait=now < ticket.deadline):
                 most -= len(line.refused) // _TRY
                 line.note_bypass(line.refused)

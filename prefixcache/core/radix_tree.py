@@ -537,6 +537,16 @@ class RadixTree:
                 self._evict_leaf(root, node)
         return out
 
+    def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
+        """Evict as `evict` does, but nothing on the path to the end of `node`.
+
+        O(nodes on the path + leaves touched · log leaves).
+        """
+        self.lock_node(node)
+        out = self.evict(num_blocks)
+        self._unlock(node, 0)
+        return out
+
     def drop_namespace(self, root: Root) -> None:
         """Let nothing below `root` be found any more.  Amortised O(1).
 

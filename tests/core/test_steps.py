@@ -17,7 +17,7 @@ from prefixcache.client import codec
 from prefixcache.core import kv_events, protection, stats
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.kv_events import Replay
-from prefixcache.errors import CacheError, NotFound, PoolExhausted
+from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted
 from prefixcache.service.verbs.inspect import without_salted_tokens
 from prefixcache.types import BlockId, Grant, LeaseId, Namespace, Waiting, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -528,6 +528,106 @@ def test_a_release_beside_thousands_in_line_and_a_quota_looks_at_them_in_parts()
         return max(costs)
 
     assert released(3000) <= released(600) * 1.2
+
+
+VAST = pack(range(1_000_000, 1_000_000 + 4 * 3900))
+"""More than nine tenths of a pool of 4,096 blocks."""
+OWN = VAST[: 4 * 4 * 40]
+
+
+def asked_for_all(verb: str, *, in_parts: bool) -> tuple[list[int], Any, int]:
+    """Ask a cache full of leaves for nearly all of it, of which a part is cached: the oldest part.
+
+    Returns:
+        What each step costs, the answer, and how many blocks were evicted.
+    """
+    cache = PrefixCache(4096, 4)
+    cache.attach(ME, HERE, now=0.0)
+    lease = cache.acquire(ME, HERE, OWN, now=0.0).lease
+    cache.commit(ME, lease, len(OWN) // 4, now=0.0)
+    if verb == "acquire":
+        cache.release(ME, lease, now=0.0)
+    for number in range(4096 - 40):
+        store(cache, [number] * 4)
+    answers: list[Any] = []
+    size = len(VAST) // 4
+
+    def clear() -> None:
+        if verb == "acquire":
+            answers.append(cache.clear_way(ME, HERE, VAST, now=1.0))
+        else:
+            answers.append(cache.clear_way_to_extend(ME, lease, size, now=1.0))
+
+    def ask() -> None:
+        if verb == "acquire":
+            answers.append(cache.acquire(ME, HERE, VAST, now=1.0))
+        else:
+            answers.append(cache.extend(ME, lease, size, now=1.0))
+
+    costs = []
+    while in_parts:
+        costs.append(calls(clear))
+        cache.check()
+        in_parts = answers[-1]
+    costs.append(calls(ask))
+    cache.check()
+    return costs, answers[-1], cache.snapshot(now=1.0).evicted
+
+
+@pytest.mark.parametrize("verb", ["acquire", "extend"])
+def test_room_for_a_vast_request_is_made_in_parts(verb: str):
+    """Whoever asks for the whole cache lets others have their turn while it is emptied for him."""
+    [whole], want, evicted = asked_for_all(verb, in_parts=False)
+    parts, got, evicted_in_parts = asked_for_all(verb, in_parts=True)
+    assert len(parts) > 10
+    assert max(parts) < whole / 8
+    assert evicted == evicted_in_parts
+    if verb == "acquire":
+        assert got.ledger == want.ledger
+        assert want.ledger.hit == 40 * 4
+
+
+def test_no_way_is_made_for_what_would_be_refused_or_wait():
+    cache = PrefixCache(4096, 4)
+    cache.attach(ME, HERE, now=0.0)
+    for number in range(4000):
+        store(cache, [number] * 4)
+    holder = cache.acquire(ME, HERE, pack(range(9_000, 9_000 + 4 * 300)), now=0.0).lease
+    before = cache.snapshot(now=0.0).evicted
+    assert not cache.clear_way(ME, HERE, VAST, now=0.0)  # too much is held
+    joined = pack(range(9_000, 9_000 + 4 * 2000))
+    assert not cache.clear_way(ME, HERE, joined, now=0.0)  # it is being computed: it would wait
+    with pytest.raises(InvalidRequest):
+        cache.clear_way(ME, HERE, b"", now=0.0)
+    with pytest.raises(NotFound):
+        cache.clear_way(WorkerId(7), HERE, VAST, now=0.0)
+    assert cache.snapshot(now=0.0).evicted == before
+    cache.release(ME, holder, now=0.0)
+    assert cache.clear_way(ME, HERE, VAST, now=0.0)
+
+
+def test_room_for_a_vast_request_in_line_is_made_in_parts():
+    def served(size: int) -> int:
+        cache = PrefixCache(4096, 4)
+        cache.attach(ME, HERE, now=0.0)
+        holder = cache.acquire(ME, HERE, pack(range(9_000, 9_000 + 4 * 300)), now=0.0).lease
+        for number in range(4096 - 300):
+            store(cache, [number] * 4)
+        prompt = VAST[: 4 * 4 * size]
+        waiting = cache.acquire(ME, HERE, prompt, wait_s=9.0, reserve=4 * (3900 - size), now=0.0)
+        assert isinstance(waiting, Waiting)
+        costs = [calls(lambda: cache.release(ME, holder, now=0.1))]
+        while not (settled := cache.take_outcomes()):
+            assert cache.next_deadline() == -inf
+            costs.append(calls(lambda: cache.expire(now=0.1, most=100)))
+            cache.check()
+        [(ticket, grant)] = settled
+        assert (ticket, isinstance(grant, Grant)) == (waiting.ticket, True)
+        assert len(costs) > 10
+        return max(costs)
+
+    assert served(3900) < 60_000
+    assert served(10) < 60_000
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -12,7 +12,7 @@ import pytest
 
 from core.effort import calls, most_in_one_go
 from patience import PATIENCE_S
-from prefixcache.client import codec
+from prefixcache.client import codec, unary
 from prefixcache.config import load
 from prefixcache.outline import Branch, Extent, NamespaceOutline, Outline
 from prefixcache.service import turns as service_turns
@@ -20,6 +20,7 @@ from prefixcache.service.auth.identity import LOCAL
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.grpc import session
+from prefixcache.service.grpc import unary as unary_calls
 from prefixcache.service.grpc.pieces import in_pieces
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.http.dashboard import Dashboard
@@ -28,7 +29,17 @@ from prefixcache.service.turns import Turns
 from prefixcache.service.verbs.inspect import Seen
 from prefixcache.service.worker import Visitor
 from prefixcache.service.workers import Workers
-from prefixcache.types import Layout, Ledger, Namespace, PinInfo, Reset, Snapshot, WorkerId, pack
+from prefixcache.types import (
+    Grant,
+    Layout,
+    Ledger,
+    Namespace,
+    PinInfo,
+    Reset,
+    Snapshot,
+    WorkerId,
+    pack,
+)
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 LAYOUT = Layout(1, 1, 2, "float32")
@@ -194,6 +205,75 @@ def test_an_op_that_is_answered_in_steps_keeps_its_place(handlers: Handlers) -> 
     told, had = asyncio.run(answered(handlers, renew, snapshot, renew, reset_sealed, renew))
     assert told == ["renew", "snapshot", "renew", "reset", "renew"]
     assert had >= 8
+
+
+def vast(op: Any) -> None:
+    op.acquire.tokens = pack(range(10_000, 10_000 + 4 * 2000))
+
+
+def grow(op: Any) -> None:
+    """The first lease of all, which was numbered by chance, grows."""
+    op.extend.num_tokens = 4 * 2000
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("way", ["session", "unary"])
+@pytest.mark.parametrize("verb", ["acquire", "extend"])
+def test_others_have_their_turn_while_a_cache_is_emptied_for_one_request(
+    verb: str, way: str
+) -> None:
+    """It evicts two thousand leaves: some hundred at a time."""
+    handlers = whole(2048)
+
+    async def ask() -> tuple[list[pb.OpResult], int]:
+        stream: Any = session.SessionStream(handlers, None, LOCAL)
+        task = asyncio.current_task()
+        lease = pb.AcquireRequest(tokens=pack([1, 2, 3]))
+        hello = batch_of(attach, lambda op: op.acquire.CopyFrom(lease))
+        told = (await stream.answer(hello, task)).results
+        lease_id, key = told[1].acquire.grant.lease, told[0].attach.worker_key
+        cache = handlers.backing.cache
+        assert cache is not None
+        me, space = stream._worker.id, Namespace("m")
+        for number in range(2047):
+            one = cache.acquire(me, space, pack([number] * 4), now=0.0)
+            assert isinstance(one, Grant)
+            cache.commit(me, one.lease, 4, now=0.0)
+            cache.release(me, one.lease, now=0.0)
+        batch = batch_of(renew, vast if verb == "acquire" else grow, renew)
+        if verb == "extend":
+            batch.ops[1].extend.lease = lease_id
+        had = 0
+
+        async def other() -> None:
+            nonlocal had
+            while True:
+                had += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.create_task(other())
+        await asyncio.sleep(0)
+        had = 0
+        if way == "session":
+            results = list((await stream.answer(batch, task)).results)
+        else:
+            request = getattr(batch.ops[1], verb)
+            request.worker_key = key
+            serve = unary_calls._serve(handlers, verb, unary.RPCS[verb].response)
+            answer = await serve(request, None, LOCAL)
+            results = [pb.OpResult(id=2, **{verb: answer})]
+        beside.cancel()
+        cache.check()
+        return results, had
+
+    results, had = asyncio.run(ask())
+    assert had >= 7
+    answer = getattr(next(one for one in results if one.id == 2), verb)
+    grown = answer.grant.block_table if verb == "acquire" else answer.blocks
+    assert len(grown) >= 4 * 1999
+    if way == "session":
+        assert [one.id for one in results] == [1, 2, 3]
+        assert [one.WhichOneof("result") for one in results] == ["renew", verb, "renew"]
 
 
 def test_what_an_op_settled_in_its_steps_is_told_before_the_next_op(

@@ -227,6 +227,20 @@ def long_prompt(client: Client, draw: Random) -> Load:
     return load
 
 
+def vast_requests(client: Client, draw: Random) -> Load:
+    """Fill the cache with 60,000 prompts of one block each; ask for nearly all blocks at once."""
+    for _ in range(3):
+        branches(client, draw)
+    session = client.attach("m", parse_layout(LAYOUT))
+
+    def load() -> object:
+        session.acquire(tokens_of(draw, 62_500 * BLOCK)).release()
+        branches(client, draw)
+        return None
+
+    return load
+
+
 def late_watchers(client: Client, draw: Random) -> Load:
     """Have 64,000 blocks in 20,000 branches watched; one watcher after the other comes late."""
     branches(client, draw)
@@ -311,6 +325,7 @@ CASES: dict[str, Callable[[Client, Random], Load]] = {
     "first watch of 20,000 branches": first_watch,
     "late watchers of 64,000 blocks": late_watchers,
     "prompts of 1,000,000 tokens": long_prompt,
+    "62,500 blocks asked for, evicted": vast_requests,
     "explain of 4,000,000 tokens": longest_explained,
     "60,000 leases left at once": many_leases_left,
     "4,000 in line, a quota, releases": many_in_line,

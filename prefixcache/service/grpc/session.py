@@ -12,6 +12,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Generator, Iterator
 from functools import partial
+from itertools import chain
 from types import GeneratorType
 from typing import Any
 
@@ -60,7 +61,9 @@ class SessionStream:
         self._late = pb.OpResults()
         self._flushing: asyncio.Task[None] | None = None
         self._steps: Generator[None, None, None] | None = None
-        """Of the op that is answered now, where that takes several."""
+        """Of the op that is answered now, or made way for, where that takes several."""
+        self._again: pb.Op | None = None
+        """The op for which way was made: it is run next."""
         # Of the message that is answered now; bytes of results that are not yet written.
         self._num_ops = self._num_snapshots = self._num_bytes = 0
 
@@ -140,11 +143,18 @@ class SessionStream:
         rows, unknown = self._handlers.latency.rows, empty_row()
         start = began = clock()
         count = 0
-        for op in ops:
+        for op in ops if self._again is None else chain((self._again,), ops):
             if self._worker is not None and self._worker.tickets:
                 self._catch_up(results)
-            count += 1
             verb = op.WhichOneof("op")
+            if op is self._again:
+                self._again = None
+            elif self._worker is not None and verb is not None:
+                self._steps = self._handlers.clear_way(self._worker, verb, getattr(op, verb))
+                if self._steps is not None:
+                    self._again = op
+                    break
+            count += 1
             if verb == "snapshot" and self._is_one_too_many(self._num_ops + count):
                 refused = InvalidRequest(
                     f"more than {_MOST_SNAPSHOTS} snapshot in {_SLICE} ops: "

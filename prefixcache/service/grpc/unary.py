@@ -151,6 +151,9 @@ def _serve(
             else:
                 asker = find(request.worker_key, identity)
                 _note_proof(asker)
+                if (steps := handlers.clear_way(asker, verb, request)) is not None:
+                    await handlers.turns.run(steps, identity.tenant or "")
+                    asker = find(request.worker_key, identity)
             asked = question(asker.key, verb, request) if isinstance(asker, Worker) else None
             if asked is not None:
                 assert isinstance(asker, Worker)

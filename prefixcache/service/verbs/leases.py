@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
 
 from prefixcache.client.codec.leases import write_fork
-from prefixcache.errors import InvalidRequest
+from prefixcache.core.cache import PrefixCache
+from prefixcache.core.lessor import MOST_EVICTED
+from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.worker import Worker
 from prefixcache.texts import many
-from prefixcache.types import Committed, Grant, LeaseId, Released, TableUpdate, Waiting
+from prefixcache.types import (
+    TOKEN_BYTES,
+    Committed,
+    Grant,
+    LeaseId,
+    Released,
+    TableUpdate,
+    Waiting,
+)
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
@@ -24,6 +37,53 @@ class Forked:
 
 class LeaseVerbs(Verbs):
     """Everything that a lease goes through."""
+
+    def clear_way(
+        self, worker: Worker, verb: str | None, request: Any
+    ) -> Generator[None, None, None] | None:
+        """Give the steps to take before a request that may evict very many blocks.
+
+        In one go those would keep everybody waiting.  None, in O(1), for all that cannot.
+        """
+        if verb == "acquire":
+            num_tokens = len(request.tokens) // TOKEN_BYTES + request.reserve
+        elif verb == "extend":
+            num_tokens = request.num_tokens
+        else:
+            return None
+        cache = self.backing.cache
+        if cache is None or num_tokens <= MOST_EVICTED * cache.block_size:
+            return None
+        return self._clear_way(cache, worker, verb, request)
+
+    def _clear_way(
+        self, cache: PrefixCache, worker: Worker, verb: str, request: Any
+    ) -> Generator[None, None, None]:
+        """Evict a few hundred blocks a step; whoever then makes the request is told what is wrong.
+
+        Others may take what came free meanwhile: after twice as many as there are it is enough.
+        """
+        most = 2 * (cache.num_blocks // MOST_EVICTED + 1)
+        with suppress(CacheError):
+            for _ in range(most):
+                if verb == "extend":
+                    goes_on = cache.clear_way_to_extend(
+                        worker.id, LeaseId(request.lease), request.num_tokens, now=monotonic()
+                    )
+                else:
+                    goes_on = cache.clear_way(
+                        worker.id,
+                        self._named(worker, request),
+                        request.tokens,
+                        reserve=request.reserve,
+                        request_id=request.request_id,
+                        reuse=not request.recompute,
+                        min_partial=request.min_partial,
+                        now=monotonic(),
+                    )
+                if not goes_on:
+                    return
+                yield
 
     def acquire(self, worker: Worker, request: pb.AcquireRequest) -> Grant | Waiting:
         """Lease blocks for a prompt.
