@@ -48,7 +48,7 @@ Mark = Any
 """What a policy knows about the blocks of a run; immutable, compared by `==`."""
 
 
-_MOST_DEAD = 2048
+_MOST_DEAD = 512
 """Entries of leaves that were locked since, which nobody looks for …"""
 _DEAD_SHARE = 16
 """… or the part of all of them that may be, if that is more."""

@@ -141,6 +141,7 @@ class ProtectedQueue:
             node.queued == 1 and isinstance(self._inner, LeafQueue)
         )
         if is_ours and node.is_evictable:
+            self.locked(node)  # what stands for it there is dead
             node.queued = 0
             self._pins.push(node)
 

@@ -433,7 +433,8 @@ def test_an_eviction_costs_the_same_beside_many_older_leaves_that_are_pinned():
         cache.check()
         return cost
 
-    assert evicts(6000) <= evicts(600) * 1.1
+    # Of what stands for them where they waited some hundred entries may be left, not thousands.
+    assert evicts(6000) <= evicts(600) * 2
 
 
 def beside_guaranteed(num_leaves: int) -> PrefixCache:
