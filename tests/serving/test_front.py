@@ -478,7 +478,7 @@ def test_metrics_tell_what_was_served(tokenizer_folder: Path) -> None:
     async def test(bench: Bench) -> None:
         async with bench.stepping():
             await bench.post(completion([7] * 40, 6))
-        await bench.post(completion(PROMPT, 6, best_of=3))
+        await bench.post(completion(PROMPT, 6, suffix="x"))
         _, _, data = await bench.exchange("GET", "/metrics")
         lines = data.decode().splitlines()
         assert 'prefixcache_front_requests_total{path="completions",status="200"} 1.0' in lines
