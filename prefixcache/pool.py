@@ -442,6 +442,34 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
         EpochMismatch: The file is no pool, or a pool of another life or size.
         LayoutMismatch: The pool has another shape than the handle says.
     """
+    fd = open_pool(handle)
+    try:
+        # It keeps this very file open, and with it the lock.
+        memory = mmap.mmap(
+            fd, handle.offset + handle.num_bytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    finally:
+        os.close(fd)
+    keep_from_children(memory)
+    return memory
+
+
+def keep_from_children(memory: mmap.mmap) -> None:
+    """Let no child have a pool's memory by a fork.
+
+    The service takes the death of a process for the end of its writes: a child would go on writing
+    into blocks that are another's by then.
+    """
+    memory.madvise(mmap.MADV_DONTFORK)
+    _mapped.add(memory)
+
+
+def open_pool(handle: PoolHandle) -> int:
+    """Open a pool's file, and lock its epoch until the file is closed; give its descriptor.
+
+    Raises:
+        Unsupported, NotFound, EpochMismatch, LayoutMismatch: As `map_pool`.
+    """
     if handle.kind == "cuda-ipc":
         raise Unsupported(
             "this pool lives on a GPU (cuda-ipc): prefixcache_kernels.SharedPool.map opens it"
@@ -466,17 +494,18 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
             raise EpochMismatch(
                 f"{handle.name} has {size} bytes, the handle speaks of {expected}. Attach again."
             )
-        # Before the header is read; `mmap` keeps this very file open, and with it the lock.
+        # Before the header is read.
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, handle.epoch, 1, 0))
         check_header(os.pread(fd, _HEAD.size, 0), handle)
-        memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-    finally:
+    except BaseException:
         os.close(fd)
-    # The service takes the death of a process for the end of its writes, so no child may have the
-    # memory by a fork: it would go on writing into blocks that are another's by then.
-    memory.madvise(mmap.MADV_DONTFORK)
-    _mapped.add(memory)
-    return memory
+        raise
+    return fd
+
+
+def shape_of(handle: PoolHandle) -> tuple[Layout, int, int]:
+    """Give what two pools have in common whose blocks lie in the same places."""
+    return handle.layout, handle.num_blocks, handle.block_size
 
 
 def pages_of(memory: mmap.mmap | bytearray, handle: PoolHandle) -> npt.NDArray[np.uint8]:

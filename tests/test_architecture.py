@@ -38,6 +38,7 @@ WORDS = (
     "prefixcache.model_folders",
     "prefixcache.user_folders",
     "prefixcache.pool",
+    "prefixcache.movable_pool",
     "prefixcache.device",
     "prefixcache.config",
     "prefixcache.extras",

@@ -186,7 +186,7 @@ class Step:
         self.message.ops[-1].attach.CopyFrom(request)
         return reply
 
-    def renew(self, told: Told) -> Reply[None]:
+    def renew(self, told: Told) -> Reply[Any]:
         """Add a sign of life."""
         reply = self.ask("renew")
         message = self.message.ops[-1].renew

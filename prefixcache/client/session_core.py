@@ -77,6 +77,7 @@ class SessionCore(ABC, Generic[L]):
         self._pid = os.getpid()
         self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
         self._progress = Progress()
+        self._told_in_line: Callable[[int], object] = lambda num_in_line: None
 
     @property
     def pool(self) -> PoolHandle:
@@ -222,15 +223,25 @@ class SessionCore(ABC, Generic[L]):
         """
         self._progress.watch(look)
 
-    def renewal(self) -> tuple[Step, Reply[None]]:
+    def watch_line(self, told: Callable[[int], object]) -> None:
+        """Hear with each sign of life how many wait in line for blocks; 0: nobody.
+
+        Counted are leases that wait to grow, as one, and namespaces whose requests wait for more
+        than their own quota.  For who holds blocks that others need more.  `told` is called by the
+        thread that reads the answers: it must not wait, and not raise.
+        """
+        self._told_in_line = told
+
+    def renewal(self) -> tuple[Step, Reply[Any]]:
         """Make a sign of life."""
         step = Step(self.ids)
         reply = step.renew(self._progress.told())
         reply.finish = partial(self._renewed, time.monotonic())
         return step, reply
 
-    def _renewed(self, sent_at: float, _: None) -> None:
+    def _renewed(self, sent_at: float, num_in_line: int) -> None:
         self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
+        self._told_in_line(num_in_line)
 
     @contextmanager
     def attaching(self, request: pb.AttachRequest) -> Iterator[Step]:

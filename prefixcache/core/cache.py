@@ -271,6 +271,15 @@ class PrefixCache:
         """
         self._lessor.leases.worker(worker).renewed_until = now + self._lessor.leases.ttl_s
 
+    @property
+    def num_in_line(self) -> int:
+        """Count who is first in line for blocks, one for each namespace; but for full quotas.
+
+        O(namespaces in line).
+        """
+        line = self._lessor.waiting.line
+        return sum(not ticket.over_quota for ticket in line.heads()) if line else 0
+
     def detach(self, worker: WorkerId, *, now: float, gone: bool, most: int | None = None) -> Ended:
         """End a worker's session and its leases; its waiting requests are dropped.
 

@@ -381,8 +381,10 @@ class RenewRequest(_message.Message):
     def __init__(self, worker_key: _Optional[str] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ...) -> None: ...
 
 class RenewResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("num_in_line",)
+    NUM_IN_LINE_FIELD_NUMBER: _ClassVar[int]
+    num_in_line: int
+    def __init__(self, num_in_line: _Optional[int] = ...) -> None: ...
 
 class DetachRequest(_message.Message):
     __slots__ = ("worker_key",)

@@ -56,7 +56,7 @@ ANSWERS: list[tuple[str, Any]] = [
     ("fork", (GRANT, BARE)),
     ("release", Released(0)),
     ("release", Released(4)),
-    ("renew", None),
+    ("renew", 3),
     ("cancel", None),
     ("detach", Ended()),
     ("detach", Ended((LeaseId(1), LeaseId(2**40)), 3, 4)),

@@ -17,6 +17,7 @@ from prefixcache.client import Client, Inbox, Session, connect_async
 from prefixcache.client.ops import Step
 from prefixcache.client.progress import Told
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.service_process import LAYOUT, running, sizes
 
@@ -171,3 +172,26 @@ def test_old_clients_that_tell_nothing_are_well(client: Client, session: Session
     assert pb.RenewRequest.FromString(b"").untaken == 0
     renew(session, Told())
     assert wrong(client) == []
+
+
+def test_a_sign_of_life_tells_how_many_wait_in_line_but_for_full_quotas(
+    client: Client, session: Session
+) -> None:
+    heard: list[int] = []
+    session.watch_line(heard.append)
+    with client.attach("full", LAYOUT) as full:
+        client.set_quota(Namespace("full"), max_held=30)
+        with full.acquire(list(range(40))):
+            waits = full.acquire_later(list(range(100, 200)))
+            full.snapshot()
+            session.renew()
+            assert waits.cancel()
+    with session.acquire(list(range(200))), client.attach("other", LAYOUT) as other:
+        futures = [other.acquire_later([at] * 100) for at in (1, 2)]
+        other.snapshot()
+        session.renew()
+        for future in futures:
+            assert future.cancel()
+        other.snapshot()
+        session.renew()
+    assert heard == [0, 1, 0]

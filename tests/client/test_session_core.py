@@ -106,7 +106,8 @@ class Service:
             case "lookup":
                 return cache.lookup(NAMESPACE, request.tokens)
             case "renew":
-                return cache.renew(WORKER, now=NOW)
+                cache.renew(WORKER, now=NOW)
+                return cache.num_in_line
         raise AssertionError(verb)
 
     def settle(self, results: pb.OpResults) -> None:

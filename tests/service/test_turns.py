@@ -288,7 +288,7 @@ def test_what_an_op_settled_in_its_steps_is_told_before_the_next_op(
 
     monkeypatch.setattr(handlers.deliveries, "settle", lambda: done.append("settle"))
     monkeypatch.setitem(handlers.verbs, "reset", (reset, codec.WRITE["reset"]))
-    renewed = (lambda *_: done.append("renew"), codec.WRITE["renew"])
+    renewed = (lambda *_: done.append("renew") or 0, codec.WRITE["renew"])
     monkeypatch.setitem(handlers.verbs, "renew", renewed)
     asyncio.run(answered(handlers, reset_sealed, renew))
     at = done.index("reset")

@@ -44,6 +44,7 @@ from prefixcache.client.codec.leases import (
     read_fork,
     read_nothing,
     read_release,
+    read_renew,
     read_update,
     write_acquire,
     write_commit,
@@ -51,6 +52,7 @@ from prefixcache.client.codec.leases import (
     write_fork,
     write_nothing,
     write_release,
+    write_renew,
     write_update,
 )
 from prefixcache.client.codec.words import (
@@ -108,7 +110,7 @@ WRITE: Final[dict[str, Callable[[Any, Any], None]]] = {
     "fork": write_fork,
     "truncate": write_update,
     "release": write_release,
-    "renew": write_nothing,
+    "renew": write_renew,
     "detach": write_detach,
     "lookup": write_fields,
     "explain": write_explain,
@@ -129,7 +131,7 @@ READ: Final[dict[str, Callable[[Any], Any]]] = {
     "fork": read_fork,
     "truncate": read_update,
     "release": read_release,
-    "renew": read_nothing,
+    "renew": read_renew,
     "detach": read_detach,
     "lookup": read_fields(Lookup),
     "explain": read_explain,

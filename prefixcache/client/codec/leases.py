@@ -120,12 +120,23 @@ def read_release(message: pb.ReleaseResponse) -> Released:
     return Released(message.num_freed)
 
 
-def write_nothing(answer: None, message: pb.RenewResponse | pb.CancelResponse) -> None:
+def write_renew(answer: int, message: pb.RenewResponse) -> None:
+    """Fill `message` with how many are in line."""
+    message.SetInParent()
+    message.num_in_line = answer
+
+
+def read_renew(message: pb.RenewResponse) -> int:
+    """Read what `write_renew` wrote."""
+    return int(message.num_in_line)
+
+
+def write_nothing(answer: None, message: pb.CancelResponse) -> None:
     """Say in `message` that the op was done; there is nothing else to say."""
     message.SetInParent()
 
 
-def read_nothing(message: pb.RenewResponse | pb.CancelResponse) -> None:
+def read_nothing(message: pb.CancelResponse) -> None:
     """Read what `write_nothing` wrote."""
 
 

@@ -112,8 +112,8 @@ class WorkerVerbs(Verbs):
         """End a worker that says it writes to nothing any more."""
         return self.workers.leave(worker, gone=True)
 
-    def renew(self, worker: Worker, request: pb.RenewRequest) -> None:
-        """Take a sign of life, and what the worker tells of its progress.
+    def renew(self, worker: Worker, request: pb.RenewRequest) -> int:
+        """Take a sign of life, and what the worker tells of its progress; tell who is in line.
 
         Raises:
             InvalidRequest: it tells of a time that is none.
@@ -125,3 +125,4 @@ class WorkerVerbs(Verbs):
         self._cache().renew(worker.id, now=now)
         worker.in_hand, worker.stepped_at = request.in_hand, now - request.stalled_s
         worker.untaken, worker.untaken_since = request.untaken, now - request.oldest_untaken_s
+        return self._cache().num_in_line
