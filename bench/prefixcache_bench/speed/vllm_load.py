@@ -179,7 +179,9 @@ def served_environment(python: str) -> dict[str, str]:
     """Give what an engine behind a server runs in: with its core in a process of its own."""
     found = environment(python, keep_path=True)
     del found["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    return found
+    # As long as clients keep an idle connection (5 s) vLLM does, too: who sends a request in that
+    # moment gets no answer, and says so.
+    return found | {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60"}
 
 
 def answers(url: str) -> bool:
