@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +28,8 @@ from prefixcache_vllm.options import SECTION, Options
 MODES: Final = ("in-place", "connector")
 TESTED: Final = ("0.32",)
 """Versions of vLLM whose inner hooks were tested."""
+VLLM_PORT: Final = "8000"
+"""Where vLLM listens if nobody says where."""
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 OURS: Final = {
     "in-place": (
@@ -81,15 +85,17 @@ def vllm(
         raise InvalidRequest(f"--mode is {mode!r}: {' or '.join(MODES)} is expected")
     check_vllm()
     given, settings = without_settings(list(context.args))
-    for flag in given:
-        if flag.partition("=")[0].replace("_", "-") in OURS[mode]:
-            raise InvalidRequest(f"{flag} is for this command to decide: leave it out")
+    for word in given:
+        if flag_of(word) in OURS[mode]:
+            raise InvalidRequest(f"{word} is for this command to decide: leave it out")
     target = connect or default_target()
     options = {"connect": target} | ({"weights": weights} if weights else {})
     if mode == "in-place" and spare_blocks:
         options["spare_blocks"] = spare_blocks  # type: ignore[assignment]
     settings[SECTION] = settings.get(SECTION, {}) | options
     Options.read(settings[SECTION])
+    if not show:
+        check_port(given)
     served = reach(target)
     told = ask_vllm(mode, model, [*given, "--additional-config", json_text(settings)], served)
     serve = serve_command(target, told, mode, memory)
@@ -132,6 +138,54 @@ def check_vllm() -> None:
     raise Unsupported(f"vLLM is not installed in {sys.prefix}: {how_to_install('vllm')}")
 
 
+def flag_of(word: str) -> str:
+    """Give the flag that a word of vLLM's command line is about, as vLLM reads it; "" if none.
+
+    >>> flag_of("--block_size=64"), flag_of("--kv-transfer-config.kv_role"), flag_of("8001")
+    ('--block-size', '--kv-transfer-config', '')
+    """
+    if not word.startswith("--"):
+        return ""
+    return word.partition("=")[0].partition(".")[0].replace("_", "-")
+
+
+def value_of(flag: str, arguments: list[str], default: str) -> str:
+    """Give what was said after a flag, the last time.
+
+    >>> value_of("--port", ["--port", "1", "--port=2"], "8000")
+    '2'
+    """
+    for at in range(len(arguments) - 1, -1, -1):
+        word = arguments[at]
+        if flag_of(word) == flag:
+            said = word.partition("=")[2] if "=" in word else " ".join(arguments[at + 1 : at + 2])
+            return said or default
+    return default
+
+
+def check_port(arguments: list[str]) -> None:
+    """Refuse a port at which somebody listens: vLLM would say so after it was asked for minutes.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    flags = {flag_of(word) for word in arguments}
+    port = value_of("--port", arguments, VLLM_PORT)
+    if flags & {"--uds", "--config"} or not port.isdigit():
+        return  # there is none, or vLLM knows better
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((value_of("--host", arguments, "127.0.0.1"), int(port)))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise InvalidRequest(
+                    f"somebody listens at port {port} already: name another one with --port"
+                ) from None
+        except OverflowError:
+            raise InvalidRequest(f"--port {port} is no port: 1 to 65535 are") from None
+
+
 def without_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take `--additional-config` out of vLLM's arguments: ours are added to it.
 
@@ -143,9 +197,11 @@ def without_settings(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     words = iter(arguments)
     for word in words:
         flag, equals, text = word.partition("=")
-        if flag.replace("_", "-") != "--additional-config":
+        if flag_of(word) != "--additional-config":
             rest.append(word)
             continue
+        if "." in flag:
+            raise InvalidRequest(f"{flag}: say it in --additional-config, as one JSON object")
         text = text if equals else next(words, "")
         try:
             settings = json.loads(text)
@@ -173,7 +229,7 @@ def ask_vllm(mode: str, model: str, arguments: list[str], served: int | None) ->
         InvalidRequest: vLLM refuses its arguments; it has said why.
     """
     typer.echo(f"asking vLLM how it keeps the KV of {model} …", err=True)
-    chosen = any(word.partition("=")[0] == "--block-size" for word in arguments)
+    chosen = any(flag_of(word) == "--block-size" for word in arguments)
     if not chosen:
         size = served or (CPU_BLOCK_SIZE if not Path("/dev/nvidiactl").exists() else GPU_BLOCK_SIZE)
         arguments = [*arguments, "--block-size", str(size)]
@@ -188,6 +244,8 @@ def ask_vllm(mode: str, model: str, arguments: list[str], served: int | None) ->
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise InvalidRequest(f"vLLM does not take these arguments: {last}")
     told: dict[str, Any] = json.loads(done.stdout)
+    if "failed" in told:
+        raise InvalidRequest(f"vLLM does not serve {model} as it is told: {told['failed']}")
     if "refused" in told:
         raise Unsupported(told["refused"])
     return told
@@ -208,7 +266,7 @@ def engine_command(
 ) -> list[str]:
     """Write the command that starts vLLM."""
     words = ["vllm", "serve", model, *given]
-    flags = {word.partition("=")[0] for word in given}
+    flags = {flag_of(word) for word in given}
     if not flags & {"--host", "--uds"}:
         words += ["--host", "127.0.0.1"]  # vLLM's own default is all interfaces
     if "--block-size" not in flags:
@@ -251,13 +309,16 @@ def start(command: list[str], target: str) -> None:
             start_new_session=True,
         )
     deadline = time.monotonic() + START_S
-    while reach(target) is None:
-        if process.poll() is not None or time.monotonic() > deadline:
-            last = (path.read_text(encoding="utf-8").strip().splitlines() or ["it says nothing"])[
-                -1
-            ]
-            raise ServiceUnavailable(f"the service did not start ({path}): {last}")
-        time.sleep(0.1)
+    try:
+        while reach(target) is None:
+            if process.poll() is not None or time.monotonic() > deadline:
+                said = path.read_text(encoding="utf-8").strip().splitlines() or ["it says nothing"]
+                raise ServiceUnavailable(f"the service did not start ({path}): {said[-1]}")
+            time.sleep(0.1)
+    except BaseException:  # Ctrl-C too: nobody is there to use it
+        process.terminate()
+        process.wait()
+        raise
     typer.echo(f"the service is process {process.pid}; `kill {process.pid}` ends it", err=True)
 
 

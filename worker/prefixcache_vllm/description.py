@@ -55,7 +55,7 @@ def expected_cache(config: Any) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
     from vllm.v1.attention.selector import get_attn_backend
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, get_kv_quant_mode
 
     model, cache = config.model_config, config.cache_config
     for what, found in (
@@ -70,17 +70,37 @@ def expected_cache(config: Any) -> Any:
         num_kv_heads=model.get_num_kv_heads(config.parallel_config),
         head_size=model.get_head_size(),
         dtype=kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
+        kv_quant_mode=get_kv_quant_mode(cache.cache_dtype),
     )
     with set_current_vllm_config(config):
         backend = get_attn_backend(spec.head_size, model.dtype, cache.cache_dtype)
     orders = backend.supported_kv_cache_layouts()
     if not orders:
         raise Unsupported(f"{backend.get_name()} does not say in which order it keeps KV")
+    steps = [getattr(size, "base", size) for size in backend.get_supported_kernel_block_sizes()]
+    if not any(spec.block_size % step == 0 for step in steps):
+        raise Unsupported(
+            f"--block-size {spec.block_size}: {backend.get_name()} takes multiples of "
+            f"{' or '.join(map(str, sorted(steps)))}"
+        )
     layers = range(model.get_num_layers(config.parallel_config))
     return SimpleNamespace(
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec, layer_names=layers)],
         kv_cache_layout=os.environ.get("VLLM_KV_CACHE_LAYOUT") or orders[0].name,
     )
+
+
+def reason_of(error: Exception) -> str:
+    r"""Say in one line why vLLM does not take what it was told.
+
+    >>> reason_of(ValueError("no such model: m\nsee the documentation"))
+    'no such model: m'
+    """
+    told = getattr(error, "errors", None)  # pydantic's
+    if callable(told):
+        return "; ".join(str(one["msg"]) for one in told())
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def main() -> None:
@@ -92,6 +112,8 @@ def main() -> None:
         told = describe(model, arguments, in_place=mode == "in-place")
     except CacheError as error:
         told = {"refused": str(error)}
+    except Exception as error:  # noqa: BLE001 - whatever vLLM says of what it was told
+        told = {"failed": reason_of(error)}
     answers.write(json_text(told) + "\n")
     answers.close()
 

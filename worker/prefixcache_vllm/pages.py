@@ -73,6 +73,7 @@ def refusals(vllm_config: Any, *, in_place: bool) -> Iterator[str]:
     for flag in (
         "tensor_parallel_size",
         "pipeline_parallel_size",
+        "data_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
