@@ -65,6 +65,11 @@ class Session(SessionCore[LeaseState]):
     def hang_up(self) -> None:
         """Do nothing: there is no stream to close."""
 
+    def close(self) -> None:
+        """Leave, and say that nothing is written any more."""
+        self.lose(ServiceUnavailable("the session is closed"))
+        self.machine.end(self)
+
     lease_type = LeaseState
 
     def batch(self) -> Batch:
@@ -95,9 +100,13 @@ class Machine:
         self.now = 100.0
         self.is_abandoned = False
         self.sessions: list[Session] = []
-        clock = SimpleNamespace(monotonic=lambda: self.now)
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self._sleep)
         for module in ("lease", "ops", "session_core", "progress"):
             monkeypatch.setattr(f"prefixcache.client.{module}.time", clock)
+        monkeypatch.setattr("prefixcache_vllm.leases.time", clock)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
 
     def attach(self, name: str) -> Session:
         worker = WorkerId(1 + len(self.sessions))
@@ -163,7 +172,8 @@ class Machine:
             case "release":
                 return cache.release(worker, lease, now=now)
             case "renew":
-                return cache.renew(worker, now=now)
+                cache.renew(worker, now=now)
+                return cache.num_in_line
         raise AssertionError(verb)
 
     def settle(self) -> None:
@@ -201,6 +211,13 @@ class Machine:
         self.is_abandoned = True
         for session in self.sessions:
             session.lose(ServiceUnavailable("the service is gone"))
+
+    def cut(self, session: Session) -> None:
+        """End a session whose process lives, and may still write."""
+        session.lose(ServiceUnavailable("the stream broke"))
+        session.tickets.clear()
+        self.cache.detach(session.worker, now=self.now, gone=False)
+        self.settle()
 
     def end(self, session: Session) -> None:
         """End a process that has a session, and all that it holds."""

@@ -213,7 +213,7 @@ def test_without_the_service_what_runs_goes_on_and_what_comes_takes_spare_blocks
     assert engine.num_dropped == 0
     large = engine.leases.ask("large", [1] * 61, left=3)
     assert engine.leases.ready("large") is None
-    assert "start this engine again once there is a service" in str(large.refused)
+    assert "of 13 blocks that are left: ask again once there is a service" in str(large.refused)
 
 
 def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: Machine) -> None:
@@ -230,13 +230,37 @@ def test_when_another_service_takes_the_memory_over_everything_is_lost(machine: 
     engine.finish()
     assert engine.num_dropped == 1
     (waiting,) = engine.waiting
-    for _ in range(2):  # not before it has given its former blocks back
+    for _ in range(2):
         engine.begin()
         engine.finish()
+    assert waiting.name not in engine.leases.held  # it waits until the engine has joined that one
+    engine.leases.never_joins = "start this engine again"
+    engine.begin()
     assert "start this engine again" in str(engine.leases.held[waiting.name].refused)
+    engine.leases.pop(waiting.name)
     machine.is_abandoned = True  # that one is dead as well; the spare blocks were the first one's
     engine.begin()
     assert not engine.running
+
+
+def test_a_session_that_a_living_service_has_ended_loses_all_at_once(machine: Machine) -> None:
+    """What its leases protected may be another's by now, long before their deadlines."""
+    engine = Engine(machine, "one", replace(BOUNDS, spare_blocks=4))
+    for name in "abcde":
+        engine.add(job(name, num_new=20, seed=ord(name)))
+    engine.step(3)
+    assert len(engine.running) == 3
+    machine.cut(engine.session)
+    engine.begin()
+    assert not engine.running
+    assert engine.num_dropped == 3
+    engine.leases.let_go()
+    engine.leases.flush()
+    assert engine.session.is_spent  # so that attaching again lifts the quarantine
+    assert machine.cache.snapshot(now=machine.now).quarantined
+    assert not engine.leases.has_room("a", 1)
+    machine.end(engine.session)
+    machine.check_idle()
 
 
 def test_a_lease_that_the_service_does_not_know_any_more_is_lost(machine: Machine) -> None:
@@ -281,20 +305,67 @@ def test_what_never_fits_is_refused_for_good(machine: Machine) -> None:
     machine.check_idle()
 
 
-def test_who_waits_for_what_others_keep_to_spare_is_told_with_numbers_each_time(
+def test_who_waits_for_room_gets_what_others_keep_to_spare_and_they_lease_it_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine(monkeypatch, 12, SIZE)
+    other = Engine(machine, "other", replace(BOUNDS, spare_blocks=8))
+    engine = Engine(machine, "one", BOUNDS)
+    large = job("large", length=20)
+    engine.add(large)
+    engine.leases.flush()
+    machine.deliver(engine.session)
+    assert machine.cache.num_in_line == 1
+    machine.pass_time(4.0)  # some signs of life
+    assert other.leases._spare == []
+    engine.run()
+    assert large.is_done
+    machine.pass_time(4.0)
+    assert len(other.leases._spare) == 8
+    machine.die()
+    assert other.leases.is_alone
+    other.add(job("after"))
+    other.run()
+    assert other.num_dropped == 0
+
+
+def test_spare_blocks_whose_lease_ended_while_the_engine_was_stopped_come_back(
+    machine: Machine,
+) -> None:
+    engine = Engine(machine, "one", replace(BOUNDS, spare_blocks=8))
+    machine.pass_time(2 * TTL_S, silent=engine.session)
+    assert machine.cache.snapshot(now=machine.now).quarantined == 8
+    machine.pass_time(4.0)
+    snapshot = machine.cache.snapshot(now=machine.now)
+    assert (snapshot.quarantined, snapshot.num_leases) == (0, 1)
+    assert len(engine.leases._spare) == 8
+
+
+def test_a_line_that_is_gone_with_the_next_sign_of_life_costs_no_spare_blocks(
+    machine: Machine,
+) -> None:
+    engine = Engine(machine, "one", replace(BOUNDS, spare_blocks=8))
+    for told in (1, 0, 2, 0):
+        engine.leases._hear_of_line(told)
+    machine.deliver(engine.session)
+    assert len(engine.leases._spare) == 8
+
+
+def test_who_waits_for_what_others_hold_is_told_with_numbers_each_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = Machine(monkeypatch, 12, SIZE)
-    Engine(machine, "other", replace(BOUNDS, spare_blocks=8))
-    engine = Engine(machine, "one", BOUNDS)
-    engine.add(job("long", length=20))
+    other, engine = Engine(machine, "other", BOUNDS), Engine(machine, "one", BOUNDS)
+    other.add(job("theirs", length=24, num_new=30))
+    other.step(3)
+    engine.add(job("long", length=20, seed=7))
     engine.leases.flush()
     machine.deliver(engine.session)
     machine.pass_time(2 * BOUNDS.wait_s)
     assert engine.leases.ready("long") is None
     (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert said.startswith("long has no lease yet, and asks again: needs ")
-    assert "8 blocks held by 1 lease" in said
+    assert "blocks held by 1 lease" in said
     assert "long" not in engine.leases.held  # it may ask again
     machine.end(machine.sessions[0])
     machine.check_idle()

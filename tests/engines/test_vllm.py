@@ -81,7 +81,7 @@ class Stage:
             assert time.monotonic() < deadline, told
             time.sleep(0.01)
 
-    def check_idle(self, *, lost_spare: int = 0) -> None:
+    def check_idle(self) -> None:
         """Nobody holds anything but what is kept for bad times, and every invariant holds."""
         in_place = [one for name, one in self.engines.items() if name.startswith("in-place")]
         spare = 0 if self.is_lost else sum(one.process.poll() is None for one in in_place)
@@ -96,9 +96,9 @@ class Stage:
                     "waiting": told.waiting,
                 }
                 kept = {
-                    "leases": spare - lost_spare,
-                    "private": SPARE * (spare - lost_spare),
-                    "quarantined": SPARE * lost_spare,
+                    "leases": spare,
+                    "private": SPARE * spare,
+                    "quarantined": 0,
                     "waiting": 0,
                 }
                 if held == kept or time.monotonic() > deadline:
@@ -185,7 +185,7 @@ def test_a_stopped_engine_drops_what_it_read_and_computes_it_again(stage: Stage)
     want = stage.alone.generate(prompt, max_tokens=600)
     assert answer.result(600)["tokens"] == want["tokens"]
     assert second.counts()["lost"] >= 1
-    stage.check_idle(lost_spare=1)
+    stage.check_idle()
 
 
 def test_who_waits_for_an_engine_that_is_killed_takes_over(stage: Stage) -> None:
@@ -204,33 +204,62 @@ def test_who_waits_for_an_engine_that_is_killed_takes_over(stage: Stage) -> None
     stage.check_idle()
 
 
-def test_without_the_service_all_go_on_and_connectors_share_again_when_it_is_back(
-    stage: Stage,
-) -> None:
+def test_an_engine_whose_session_is_lost_attaches_again_and_goes_on(stage: Stage) -> None:
+    """The service lives, and lends what the engine computed under to others."""
+    first, _ = stage.pair("in-place")
+    prompt = text("cut", 300)
+    answer = first.generate_later(prompt, max_tokens=400)
+    stage.until(lambda told: "engine" in answering(told, len(prompt)))
+    first.signal(signal.SIGUSR1)
+    want = stage.alone.generate(prompt, max_tokens=400)
+    assert answer.result(600)["tokens"] == want["tokens"]
+    assert first.counts()["lost"] >= 1
+    assert first.generate(prompt)["cached"] == [299]
+    stage.check_idle()
+
+
+def test_without_the_service_all_go_on_and_share_again_when_it_is_back(stage: Stage) -> None:
     first, second = stage.pair("connector")
     in_place, _ = stage.pair("in-place")
     prompt, short = text("lost", 300), text("short", 40)
     answers = [one.generate_later(prompt, max_tokens=400) for one in (first, in_place)]
-    time.sleep(0.5)
+    stage.until(lambda told: {"connector", "engine"} <= answering(told, len(prompt)))
     stage.is_lost = True
     stage.service.signal(9)
     stage.service.wait()
     want = stage.alone.generate(prompt, max_tokens=400)["tokens"]
-    assert [answer.result(600)["tokens"] for answer in answers] == [want, want]
+    got = [answer.result(600)["tokens"] for answer in answers]
+    assert [len(one[0]) for one in got] == [400, 400]
+    assert got == [want, want]
     assert second.generate(prompt, max_tokens=400)["tokens"] == want
     assert second.counts()["shares"] is False
     # In spare blocks, and in those that the first request left behind.
     want = stage.alone.generate(short, max_tokens=40)["tokens"]
     assert in_place.generate(short, max_tokens=40)["tokens"] == want
+    running = in_place.generate_later(short, max_tokens=400)
+    in_place.signal(signal.SIGSTOP)
     stage.service.close()
     stage.service = ServiceProcess(stage.target, *SERVE)
+    in_place.signal(signal.SIGCONT)
+    stage.is_lost = False
     _until_sharing(first, second)
     other = text("back", 200)
     first.generate(other)
     told: dict[str, Any] = second.generate(other)
     assert told["cached"] == [192]
-    assert told["tokens"] == stage.alone.generate(other)["tokens"]
+    want = stage.alone.generate(other)["tokens"]
+    assert told["tokens"] == want
+    # What ran meanwhile in the dead service's memory was computed again in the new one's.
+    assert running.result(600)["tokens"] == stage.alone.generate(short, max_tokens=400)["tokens"]
+    _until_sharing(in_place)
+    assert in_place.generate(other) == {"tokens": want, "cached": [192]}
     stage.check_idle()
+
+
+def answering(told: Snapshot, num_prompt: int) -> set[str]:
+    """The roles of those that have computed a prompt, and go on with it."""
+    leases = [one for one in told.leases if one.num_committed >= num_prompt // SIZE * SIZE > 0]
+    return {one.worker.split("-")[1] for one in leases}
 
 
 def _until_sharing(*engines: VllmProcess) -> None:

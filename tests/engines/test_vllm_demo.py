@@ -191,6 +191,26 @@ def test_a_lease_in_a_snapshot_is_a_request_that_has_begun(tmp_path: Path) -> No
     assert event["waited_ms"] == pytest.approx(500)
 
 
+def test_of_an_engine_that_is_killed_is_told_what_its_requests_had_found_not_what_they_computed(
+    tmp_path: Path,
+) -> None:
+    heard = Heard()
+    known = {"cmpl-c.1-e1-1-0": Ledger(hit=3, cold=37)}
+
+    async def main() -> None:
+        server = Server("e1", [sys.executable, "-c", "input()"], tmp_path, clock=lambda: 1.0,
+                        tell=heard.tell, ledger=known.get)  # fmt: skip
+        await server.start(stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL)
+        server._asked = {"c/1": ("c.1-e1-1", 0.5), "c/2": ("c.2-e1-2", 0.6)}
+        server.kill()
+        await server.stop()
+
+    asyncio.run(main())
+    (event,) = heard.events  # nothing had been granted for the other
+    assert (event["event"], event["id"]) == ("started", "c/1")
+    assert event["ledger"] == Ledger(hit=3, cold=37)._asdict()
+
+
 def test_shared_memory_of_a_process_is_found() -> None:
     script = (
         "from multiprocessing.shared_memory import SharedMemory as M\n"
@@ -284,7 +304,7 @@ def outcome() -> Outcome:
     run.death = Death("c", 7, 1.0, True, 1, 1, 1, 5.0, 30.0, "b", "r")
     running = request("running", (1, 2), 0)
     running.answer = [1, 2, 3, 4]
-    seen = Outage(2, running, request("new", (1,), 0), None)
+    seen = Outage(2, running, request("new", (1,), 0))
     seen.again = [request("first", (1, 2, 3), 0), request("second", (1, 2, 3), 2)]
     clean = Rest("at the end", 0, 0, 0, 0, ())
     return Outcome(run, run, same, same, [rungs(0, 3, 3, 3)], seen, [clean])

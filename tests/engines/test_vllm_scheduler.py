@@ -24,3 +24,4 @@ def test_steps_that_overlap_are_read_rightly_and_nothing_is_left(tmp_path: Path)
     lines = [line for line in run.stdout.splitlines() if "checked" in line]
     assert len(lines) == 2 * len(SEEDS)
     assert all("'lost': 0" not in line and "'reused': 0" not in line for line in lines)
+    assert all("'moved': 0" not in line for line in lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def main() -> None:
         disable_log_stats=False,
         **options_for(mode, rest[0] if rest else ""),
     )
+    if mode == "in-place":
+        signal.signal(signal.SIGUSR1, lambda *_: cut_off(engine))
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in sys.stdin:
         ask = json.loads(line)
@@ -97,6 +100,11 @@ def main() -> None:
             told = generate(engine, SamplingParams, ask)
         print(json.dumps(told), file=out, flush=True)
     engine.llm_engine.engine_core.shutdown()
+
+
+def cut_off(engine: Any) -> None:
+    """End the stream of the scheduler's session, as a broken connection does."""
+    engine.llm_engine.engine_core.engine_core.scheduler.leases.session._call.cancel()
 
 
 def generate(engine: Any, params: Any, ask: dict[str, Any]) -> dict[str, Any]:

@@ -63,25 +63,31 @@ HOOKS = {
         "Scheduler.update_from_output",
     ),
     CORE + "sched.async_scheduler": ("AsyncScheduler",),
+    CORE + "sched.interface": ("PauseState",),
     CORE + "sched.request_queue": ("SchedulingPolicy",),
     CORE + "sched.output": ("KVConnectorBlockState", "SchedulerOutput"),
     "vllm.v1.request": ("Request", "RequestStatus"),
-    "vllm.v1.engine.core": ("EngineCore._initialize_kv_caches",),
+    "vllm.v1.outputs": ("KVConnectorOutput", "ModelRunnerOutput"),
+    "vllm.v1.engine.core": ("EngineCore._initialize_kv_caches", "EngineCore.step"),
     "vllm.v1.kv_cache_interface": (
         "AttentionSpec",
         "FullAttentionSpec",
         "KVCacheConfig",
         "KVCacheTensor",
         "create_kv_cache_views",
+        "get_kv_quant_mode",
     ),
     "vllm.v1.attention.backends.cpu_attn": ("_get_attn_isa",),
     "vllm.v1.worker.utils": ("allocate_kv_cache",),
     "vllm.v1.worker.cpu_worker": (
+        "CPUWorker.__init__",
         "CPUWorker._should_warm_up_model",
         "CPUWorker.determine_available_memory",
     ),
     "vllm.v1.worker.gpu_worker": (
         "Worker.determine_available_memory",
+        "Worker.execute_model",
+        "Worker.get_kv_cache_spec",
         "Worker.initialize_from_config",
         "Worker.shutdown",
     ),
@@ -89,10 +95,23 @@ HOOKS = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base": (
         "KVConnectorBase_V1",
         "KVConnectorMetadata",
+        "KVConnectorRole",
         "KVConnectorWorkerMetadata",
         "SupportsHMA",
     ),
     "vllm.distributed.kv_transfer.kv_connector.factory": ("KVConnectorFactory",),
+    "vllm.multimodal.inputs": ("MultiModalFeatureSpec", "PlaceholderRange"),
+    "vllm.engine.arg_utils": (
+        "AsyncEngineArgs.from_cli_args",
+        "AsyncEngineArgs.create_engine_config",
+    ),
+    "vllm.entrypoints.launchers.cli_args": ("make_arg_parser",),
+    "vllm.utils.torch_utils": ("kv_cache_dtype_str_to_dtype",),
+    "vllm.v1.attention.selector": ("get_attn_backend",),
+    "vllm.v1.attention.backend": (
+        "AttentionBackend.get_supported_kernel_block_sizes",
+        "MultipleOf",
+    ),
 }
 
 

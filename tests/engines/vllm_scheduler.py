@@ -4,7 +4,8 @@
 
 Two engines on one simulated service.  The asynchronous scheduler plans a step while the one before
 it is still under way; a step writes to memory when it ends, so that blocks which are given back too
-soon, or told to others too soon, are read wrongly by somebody.
+soon, or told to others too soon, are read wrongly by somebody.  Sessions break, services die and
+others come with other memory, to which a runner moves when it is told to, or cannot.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from vllm.v1.kv_cache_interface import (
     KVCacheTensor,
 )
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 import prefixcache_vllm.scheduler as ours
 from engines.simulated import TTL_S, Machine, Session, alone, answer_to
+from prefixcache_vllm.moving import asked_of, with_answer
 
 SIZE, NUM_BLOCKS = 32, 40
 
@@ -92,11 +94,51 @@ class Runner:
         return ModelRunnerOutput(req_ids=names, req_id_to_index=index, sampled_token_ids=sampled)
 
 
+class Stage:
+    """The service that there is now, or the dead one."""
+
+    def __init__(self) -> None:
+        self.machine = Machine(Patches(), NUM_BLOCKS, SIZE)
+
+    def restart(self) -> None:
+        """Let another service come, with memory of its own."""
+        former = self.machine
+        self.machine = Machine(Patches(), NUM_BLOCKS, SIZE)
+        self.machine.now = former.now
+
+
+class Link:
+    """In the place of the scheduler's: it looks at the stage."""
+
+    refusal = group = ""
+    stage: Stage
+
+    def __init__(self, *_: Any, make: Any, **__: Any) -> None:
+        self.make = make
+        self.looks = False
+
+    def join(self) -> Any:
+        """Attach to the service."""
+        return self.make(self.stage.machine.attach("engine"))
+
+    def look(self) -> None:
+        """Look for a service from now on."""
+        self.looks = True
+
+    def take(self) -> Any:
+        """Give what a service lends, if there is one."""
+        if not self.looks or self.stage.machine.is_abandoned:
+            return None
+        self.looks = False
+        return self.join()
+
+
 class Engine:
     """One scheduler and its runner, with as many steps under way as it may have."""
 
-    def __init__(self, machine: Machine, folder: str, name: str, *, is_async: bool) -> None:
-        self.machine, self.session = machine, machine.attach(name)
+    def __init__(self, stage: Stage, folder: str, draw: random.Random, *, is_async: bool) -> None:
+        self.stage, self.draw = stage, draw
+        self.num_moved = self.num_failed = 0
         arguments = EngineArgs(
             model=folder,
             skip_tokenizer_init=True,
@@ -120,16 +162,21 @@ class Engine:
             kv_cache_groups=[KVCacheGroupSpec(["l"], spec)],
             kv_cache_layout="LBHNC",
         )
-        joined: tuple[Any, Session] = (SimpleNamespace(close=lambda: None), self.session)
-        ours.join = lambda *_, **__: joined  # type: ignore[assignment]
+        Link.stage = stage
+        ours.Link = Link  # type: ignore[assignment, misc]
         made = ours.LeaseAsyncScheduler if is_async else ours.LeaseScheduler
         grammar = SimpleNamespace(accept_tokens=lambda request, tokens: True)
         self.scheduler: Any = made(config, cache, grammar, block_size=SIZE)
-        self.runner = Runner(machine)
+        self.runner = Runner(stage.machine)
         self.under_way: deque[SchedulerOutput] = deque()
         self.most_under_way = 2 if is_async else 1
         self.requests: dict[str, Request] = {}
         self.prompts: dict[str, tuple[list[int], int]] = {}
+
+    @property
+    def session(self) -> Session:
+        """The scheduler's."""
+        return self.scheduler.leases.session  # type: ignore[no-any-return]
 
     def add(self, name: str, prompt: list[int], num_new: int) -> None:
         """Take a request."""
@@ -146,7 +193,10 @@ class Engine:
                 self.under_way.append(step)
             else:
                 empty = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+                if asked_of(step) is not None:
+                    empty = self._moved(empty)
                 self.scheduler.update_from_output(step, empty)
+                self._end_requests()
 
     def end_step(self) -> None:
         """Let the oldest step that is under way end."""
@@ -154,11 +204,26 @@ class Engine:
             step = self.under_way.popleft()
             output = self.runner.execute(step, self._may_read)
             self.scheduler.update_from_output(step, output)
-            for name in [one for one, request in self.requests.items() if request.is_finished()]:
-                request = self.requests.pop(name)
-                prompt, num_new = self.prompts.pop(name)
-                got = list(request.all_token_ids)
-                assert got == alone(prompt, num_new), f"{name}: {got[len(prompt) :]}"
+            self._end_requests()
+
+    def _end_requests(self) -> None:
+        for name in [one for one, request in self.requests.items() if request.is_finished()]:
+            request = self.requests.pop(name)
+            prompt, num_new = self.prompts.pop(name)
+            if request.status == RequestStatus.FINISHED_ERROR:
+                self.num_failed += 1  # there was no service, and no room without one
+                continue
+            got = list(request.all_token_ids)
+            assert got == alone(prompt, num_new), f"{name}: {got[len(prompt) :]}"
+
+    def _moved(self, output: ModelRunnerOutput) -> ModelRunnerOutput:
+        """Move to the memory of the service that was found, mostly."""
+        assert not self.under_way, "a step would write to what is put in the place of its memory"
+        if self.draw.random() < 0.3:
+            return with_answer(output, "no")  # type: ignore[no-any-return]
+        self.runner.machine = self.scheduler._found.session.machine
+        self.num_moved += 1
+        return with_answer(output, "")  # type: ignore[no-any-return]
 
     def _may_read(self, name: str) -> bool:
         """Whether what it reads counts: it runs, under a lease that stands."""
@@ -170,10 +235,15 @@ class Engine:
 
     def abort(self, name: str) -> None:
         """End a request from outside."""
-        from vllm.v1.request import RequestStatus
-
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         del self.requests[name], self.prompts[name]
+
+
+def _deliver(engine: Engine) -> None:
+    """Let the service, if it lives, hear an engine, and be heard."""
+    machine = engine.session.machine
+    if not machine.is_abandoned:
+        machine.deliver(engine.session)
 
 
 def _float32() -> Any:
@@ -185,13 +255,15 @@ def _float32() -> Any:
 def run(folder: str, seed: int, *, is_async: bool) -> dict[str, int]:
     """Do anything in any order, then everything to its end."""
     draw = random.Random(seed)
-    machine = Machine(Patches(), NUM_BLOCKS, SIZE)
-    engines = [Engine(machine, folder, f"e{at}", is_async=is_async) for at in range(2)]
+    stage = Stage()
+    engines = [Engine(stage, folder, draw, is_async=is_async) for at in range(2)]
     prompts: list[list[int]] = [[draw.randrange(3, 500) for _ in range(200)] for _ in range(3)]
     for turn in range(1500):
         engine = draw.choice(engines)
+        machine = stage.machine
         match draw.choices(
-            ["add", "plan", "end", "deliver", "wait", "stop", "abort"], [4, 30, 30, 25, 2, 1, 1]
+            ["add", "plan", "end", "deliver", "wait", "stop", "abort", "cut", "die", "back"],
+            [40, 300, 300, 250, 20, 10, 10, 3, 3, 15],
         )[0]:
             case "add" if turn < 1000 and len(engine.requests) < 8:
                 shared = draw.choice(prompts)[: draw.randrange(1, 200)]
@@ -202,7 +274,7 @@ def run(folder: str, seed: int, *, is_async: bool) -> dict[str, int]:
             case "end":
                 engine.end_step()
             case "deliver":
-                machine.deliver(engine.session)
+                _deliver(engine)
             case "wait":
                 machine.pass_time(draw.random())
             case "stop":
@@ -210,40 +282,52 @@ def run(folder: str, seed: int, *, is_async: bool) -> dict[str, int]:
                 # It wakes, plans its next step, and only then ends what was under way; meanwhile
                 # the other one uses what it can get.
                 engine.plan()
-                machine.deliver(engine.session)
+                _deliver(engine)
                 other = engines[engines[0] is engine]
                 for at in range(3):
                     other.add(f"s{turn}-{at}", [draw.randrange(3, 500) for _ in range(200)], 4)
                 for _ in range(8):
                     other.plan()
-                    machine.deliver(other.session)
+                    _deliver(other)
                     other.end_step()
-                    machine.deliver(other.session)
+                    _deliver(other)
             case "abort" if engine.requests:
                 engine.abort(draw.choice(sorted(engine.requests)))
-        machine.cache.check()
+            case "cut" if engine.session.alive and engine.session.machine is machine:
+                machine.cut(engine.session)
+            case "die" if not machine.is_abandoned:
+                machine.die()
+            case "back" if machine.is_abandoned:
+                stage.restart()
+        stage.machine.cache.check()
+    if stage.machine.is_abandoned:
+        stage.restart()
     for _ in range(4000):
         if not any(engine.requests for engine in engines):
             break
         for engine in engines:
             engine.plan()
-            machine.deliver(engine.session)
+            _deliver(engine)
             engine.end_step()
-            machine.deliver(engine.session)
-        machine.pass_time(0.05)
+            _deliver(engine)
+        stage.machine.pass_time(0.05)
     for engine in engines:
         assert not engine.requests, f"never ended: {sorted(engine.requests)}"
         while engine.under_way:
             engine.end_step()
         engine.scheduler.leases.flush()
-        machine.deliver(engine.session)
-    machine.check_idle()
+        _deliver(engine)
+        if not engine.session.alive:
+            engine.session.close()  # nobody came who would have had it join
+    stage.machine.check_idle()
     counts = [engine.scheduler.leases.counts for engine in engines]
     return {
         "checked": sum(engine.runner.num_checked for engine in engines),
         "reused": sum(one.reused_tokens for one in counts),
         "lost": sum(one.lost for one in counts),
         "granted": sum(one.granted for one in counts),
+        "moved": sum(engine.num_moved for engine in engines),
+        "failed": sum(engine.num_failed for engine in engines),
     }
 
 

@@ -18,7 +18,6 @@ is over), the request is computed as if there were no pool.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,20 +32,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from prefixcache.client import Client, Session
+from prefixcache.client import Client
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, Unsupported
 from prefixcache.types import PoolHandle
 from prefixcache_kernels import map_pages
 from prefixcache_vllm import pages
 from prefixcache_vllm.joining import join
 from prefixcache_vllm.leases import Bounds, Held, Leases
+from prefixcache_vllm.link import Link
 from prefixcache_vllm.options import Options
 from prefixcache_vllm.request_key import adapter_of, can_share, media_of
 
 log = logging.getLogger("vllm.prefixcache")
 
-REJOIN_S: Final = 0.5
-"""How often an engine without its service looks whether it is back."""
 PAUSE_S: Final = 0.005
 """How long a step with nothing to compute waits for a lease."""
 
@@ -62,6 +60,7 @@ class Copies(KVConnectorMetadata):
         pool: where the pages are.
         loads: page of the pool, block of vLLM.
         saves: block of vLLM, page of the pool.
+        group: of the engine's processes that write there.
         until: monotonic seconds after which the leases may be over, and nothing is copied.
     """
 
@@ -70,6 +69,7 @@ class Copies(KVConnectorMetadata):
     loads: Pairs = field(default_factory=list)
     saves: Pairs = field(default_factory=list)
     until: float = 0.0
+    group: str = ""
 
 
 @dataclass
@@ -208,65 +208,6 @@ class PrefixcacheConnector(KVConnectorBase_V1, SupportsHMA):
 # ------------------------------------------------------------------------------------- scheduler
 
 
-class Link:
-    """A session with the service, whether it is there or not.
-
-    Args:
-        vllm_config: of the engine.
-        kv_cache_config: of the engine.
-    """
-
-    def __init__(self, vllm_config: Any, kv_cache_config: Any) -> None:
-        self._configs = vllm_config, kv_cache_config
-        self._client: Client | None = None
-        self._found: Session | None = None
-        self._is_closed = threading.Event()
-        self._looking: threading.Thread | None = None
-
-    def join(self) -> Session:
-        """Connect and attach.
-
-        Raises:
-            LayoutMismatch: the service has a pool of another format.
-            CacheError: that did not work.
-        """
-        client, session = join(*self._configs, "connector", in_place=False)
-        former, self._client = self._client, client
-        if former is not None:
-            former.close()
-        return session
-
-    def look(self) -> None:
-        """Begin to look for a service in the background."""
-        if self._looking is None and not self._is_closed.is_set():
-            self._looking = threading.Thread(target=self._look, name="rejoin", daemon=True)
-            self._looking.start()
-
-    def _look(self) -> None:
-        while not self._is_closed.wait(REJOIN_S):
-            try:
-                self._found = self.join()
-            except LayoutMismatch as error:
-                log.warning("prefixcache: another pool answers now, and is not shared: %s", error)
-                return
-            except CacheError:
-                continue
-            return
-
-    def take(self) -> Session | None:
-        """Give the session that was found since, once."""
-        if self._found is None:
-            return None
-        found, self._found, self._looking = self._found, None, None
-        return found
-
-    def close(self) -> None:
-        """End the session, and look no more."""
-        self._is_closed.set()
-        if self._client is not None:
-            self._client.close()
-
-
 class SchedulerSide:
     """What the scheduler's process knows: who holds which pages, and what is copied when."""
 
@@ -281,7 +222,13 @@ class SchedulerSide:
             wait_s=options.wait_s,
             min_partial=self._size,  # whole pages only
         )
-        self._link = Link(vllm_config, kv_cache_config)
+        self._link = Link(
+            vllm_config,
+            kv_cache_config,
+            "connector",
+            in_place=False,
+            make=lambda session: Leases(session, self._bounds),
+        )
         self._leases: Leases | None = None
         self._requests: dict[str, Shared] = {}
         self._popped: list[tuple[int, Leases, Held]] = []
@@ -291,7 +238,7 @@ class SchedulerSide:
         self._is_idle = False
         self.num_loaded = self.num_saved = 0
         try:
-            self._leases = Leases(self._link.join(), self._bounds)
+            self._leases = self._link.join()
         except LayoutMismatch:
             raise
         except CacheError as error:
@@ -335,8 +282,10 @@ class SchedulerSide:
                 for_room=False,
             )
             leases.flush()
-            return False
-        if self._is_idle:
+            if len(self._requests) > 1:
+                return False
+        # With nothing else to compute, a step that has no tokens would only come in between.
+        if self._is_idle or len(self._requests) == 1:
             leases.pause([name], PAUSE_S)
         held = leases.ready(name)
         if held is None:
@@ -372,7 +321,7 @@ class SchedulerSide:
             return Copies(self._step, None, loads)
         for name in leases.lost():
             self._leave(self._requests[name])
-        plan = Copies(self._step, leases.session.pool, loads)
+        plan = Copies(self._step, leases.session.pool, loads, group=self._link.group)
         resolve = scheduler_output.kv_connector_block_state.resolve_block_ids
         until = [time.monotonic() + 3600.0]
         for name, count in scheduler_output.num_scheduled_tokens.items():
@@ -465,7 +414,7 @@ class SchedulerSide:
         found = self._link.take()
         if found is not None:
             log.warning("prefixcache: the service is back; sharing again")
-            self._leases = Leases(found, self._bounds)
+            self._leases = found
 
     def reset(self) -> bool:
         """Forget what is stored."""
@@ -498,7 +447,7 @@ class WorkerSide:
         ]
         self._page_bytes = pages.only_spec(kv_cache_config).page_size_bytes
         self._layers: list[torch.Tensor] = []
-        self._mapped: PoolHandle | None = None
+        self._mapped: tuple[PoolHandle | None, str] = None, ""
         self._pool: torch.Tensor | None = None
         self._copied: Copied | None = None
         self._failed: set[int] = set()
@@ -538,13 +487,15 @@ class WorkerSide:
             plane[there.to(plane.device)] = own[blocks.to(own.device)].to(plane.device)
 
     def _map(self, plan: Copies) -> torch.Tensor | None:
-        if plan.pool != self._mapped:
+        if (plan.pool, plan.group) != self._mapped:
             self.close()
-            self._mapped = plan.pool
+            self._mapped = plan.pool, plan.group
             if plan.pool is not None:
                 try:
                     # What its engine leased is lent to nobody while this process may write there.
-                    self._client, session = join(*self._configs, "worker", in_place=False)
+                    self._client, session = join(
+                        *self._configs, "worker", in_place=False, group=plan.group
+                    )
                     if session.pool == plan.pool:
                         self._pool = map_pages(plan.pool)
                 except CacheError as error:

@@ -17,18 +17,23 @@ FIRST_BLOCK: Final = 1
 """What vLLM's block tables call no block, and its kernels may write to, is 0."""
 
 
-def group_of(vllm_config: Any) -> str:
+def group_of(vllm_config: Any, times: int = 0) -> str:
     """Name the processes of one engine: its core leases blocks, and its workers write to them.
 
     Each engine makes up a number for itself, which all of its processes are told.
+
+    Args:
+        vllm_config: of the engine.
+        times: how often it has joined again.  Each time they are another group: when all have left
+            the former one, nobody writes any more to what was leased in it.
     """
     transfer = vllm_config.kv_transfer_config
     parts = ["vllm", vllm_config.instance_id, None if transfer is None else transfer.engine_id]
-    return "-".join(str(part) for part in parts if part)
+    return "-".join(str(part) for part in (*parts, times) if part)
 
 
 def join(
-    vllm_config: Any, kv_cache_config: Any, role: str, *, in_place: bool
+    vllm_config: Any, kv_cache_config: Any, role: str, *, in_place: bool, group: str = ""
 ) -> tuple[Client, Session]:
     """Attach to the service, with the layout of vLLM's KV.  Whoever calls it closes the client.
 
@@ -37,6 +42,7 @@ def join(
         kv_cache_config: vLLM's `KVCacheConfig`, with the order it has settled on.
         role: for people: appears in snapshots.
         in_place: whether vLLM computes in the pool itself.
+        group: of the engine's processes; by default the one they join in first.
 
     Raises:
         Unsupported: settings or a model that cannot be served; all of them are named.
@@ -44,26 +50,44 @@ def join(
         ServiceUnavailable: nobody serves there.
     """
     pages.check(vllm_config, in_place=in_place)
-    layout = pages.layout_of(vllm_config, kv_cache_config)
-    options = Options.of(vllm_config)
-    client = prefixcache.connect(options.connect)
+    client = prefixcache.connect(Options.of(vllm_config).connect)
     try:
-        session = client.attach(
-            pages.model_of(vllm_config, options.weights),
-            layout,
-            block_size=pages.only_spec(kv_cache_config).block_size,
-            name=f"vllm-{role}-{os.getpid()}",
-            group=group_of(vllm_config),
+        return client, attach(
+            client, vllm_config, kv_cache_config, role, in_place=in_place, group=group
         )
-        if in_place and session.pool.first_block != FIRST_BLOCK:
-            raise Unsupported(
-                f"the pool lends from block {session.pool.first_block} on, and vLLM writes to block"
-                f" 0 what nobody reads: start the service with --first-block {FIRST_BLOCK}"
-            )
     except BaseException:
         client.close()
         raise
-    return client, session
+
+
+def attach(
+    client: Client,
+    vllm_config: Any,
+    kv_cache_config: Any,
+    role: str,
+    *,
+    in_place: bool,
+    group: str = "",
+) -> Session:
+    """Attach once more, by a client that `join` has made, and in another group.
+
+    Raises:
+        CacheError: as `join`.
+    """
+    session = client.attach(
+        pages.model_of(vllm_config, Options.of(vllm_config).weights),
+        pages.layout_of(vllm_config, kv_cache_config),
+        block_size=pages.only_spec(kv_cache_config).block_size,
+        name=f"vllm-{role}-{os.getpid()}",
+        group=group or group_of(vllm_config),
+    )
+    if in_place and session.pool.first_block != FIRST_BLOCK:
+        session.close()
+        raise Unsupported(
+            f"the pool lends from block {session.pool.first_block} on, and vLLM writes to block"
+            f" 0 what nobody reads: start the service with --first-block {FIRST_BLOCK}"
+        )
+    return session
 
 
 def check_room(pool: PoolHandle, max_tokens: int, spare_blocks: int) -> None:

@@ -12,9 +12,14 @@ requests, their tokens, and how many of them hold valid keys and values: no engi
 
 **When the service is dead** nobody lends the pool's blocks any more.  Then all that is held stays
 held, past any deadline, and blocks that were leased ahead for that time, the *spare* ones, go to
-requests that grow or begin.  Once they have ended, what only they could see is spare again.  When
-another service takes the same memory over, everything is lost, and whatever comes is refused: only
-an engine that is started again leases from that one.
+requests that grow or begin.  Once they have ended, what only they could see is spare again.  While
+the service lives, they are lent to who waits for room, and leased again when nobody does.
+
+**When only the session is lost**, and somebody owns the pool (the same service, or another that has
+taken the dead one's memory over), everything is lost at once: what the leases protected may be lent
+to others by now.
+
+In both cases these leases are over when the engine has others, of a service that it has joined.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -45,6 +51,8 @@ log = logging.getLogger(__name__)
 
 PATIENCE_STEPS: Final = 8
 """So many steps a request sits out before another one gives way: its answer may be under way."""
+OWNER_ENDS_S: Final = 0.1
+"""How much later than its sockets the locks of a killed service may go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,18 +201,21 @@ class Leases:
         """Requests that let go of their blocks, which are not given back yet."""
         self._tries = 0
         self._is_alone = False
-        self._is_taken_over = False
-        """Whether another service has taken the dead one's memory over."""
+        self._has_looked = False
+        """Whether it was given time to become known that the service is dead."""
+        self.never_joins = ""
+        """Why the engine will not join another service, as far as that is known."""
         self._spare: list[int] = []
         self._spare_lease: Lease | None = None
+        self._sparing = threading.Lock()
+        """For the spare ones: signs of life are answered in another thread."""
+        self._asked_spare: Future[Lease] | None = None
+        self._num_in_line = 0
+        """That was told last."""
         if bounds.spare_blocks:
-            # A namespace that nobody else has: nothing is ever found in it.
-            self._spare_lease = session.acquire(
-                pack([0]),
-                reserve=bounds.spare_blocks * self.block_size - 1,
-                salt=secrets.token_hex(16),
-            )
+            self._spare_lease = session.acquire(pack([0]), **self._spare_terms())
             self._spare = list(self._spare_lease.block_table)
+            session.watch_line(self._hear_of_line)
 
     # ------------------------------------------------------------------------ before the first step
 
@@ -287,11 +298,8 @@ class Leases:
                 if (refused := self._never_fits(held)) is not None:
                     held.refused = refused
                     return None
-            elif self._is_taken_over:
-                held.refused = InvalidRequest(
-                    "another service has taken over the memory that this engine computes in: "
-                    "start this engine again to join it"
-                )
+            elif self.never_joins and not self.session.alive:
+                held.refused = InvalidRequest(f"the service is lost: {self.never_joins}")
                 return None
             del self.held[name]
             return None
@@ -331,8 +339,11 @@ class Leases:
         """With nothing to compute, wait until one of these requests has its answer.
 
         An engine that asks again at once, all the time, takes the processor from whoever computes
-        what it waits for.
+        what it waits for.  Without a service there is nothing to wait for but time.
         """
+        if not self.session.alive:
+            time.sleep(seconds)
+            return
         futures = []
         for name in names:
             held = self.held.get(name)
@@ -459,10 +470,10 @@ class Leases:
     def _is_over(self, held: Held) -> bool:
         if held.is_broken:
             return True
-        if self._is_alone:
+        if self.is_alone:
             return False
-        if held.lease is None:
-            return True  # spare blocks, and the service is no longer known to be dead
+        if held.lease is None or not self.session.alive:
+            return True
         try:
             held.lease.check()
         except LeaseExpired:
@@ -510,6 +521,19 @@ class Leases:
             self.end(self.pop(name))
         return bool(idle)
 
+    def let_go(self) -> None:
+        """End what requests hold that are not computed, and the spare blocks: the session is lost.
+
+        Attaching again tells the service that nothing is written to their blocks any more, once
+        those are ended as well that are computed.
+        """
+        for name in [name for name, held in self.held.items() if not held.is_started]:
+            self.end(self.pop(name))
+        with self._sparing:
+            lease, self._spare_lease, self._spare = self._spare_lease, None, []
+        if lease is not None:
+            self._batch.release(lease)
+
     def flush(self) -> None:
         """Send what was said since the last time, in one message.  Waits for nothing."""
         replies = self._batch.step.replies
@@ -519,6 +543,53 @@ class Leases:
         self.counts.ops += len(replies)
         batch, self._batch = self._batch, self.session.batch()
         self.session.post(batch)
+
+    # --------------------------------------------------------------------------------- spare blocks
+
+    def _spare_terms(self) -> dict[str, Any]:
+        # A namespace that nobody else has: nothing is ever found in it.
+        reserve = self.bounds.spare_blocks * self.block_size - 1
+        return {"reserve": reserve, "salt": secrets.token_hex(16)}
+
+    def _hear_of_line(self, num_in_line: int) -> None:
+        """Hear, in the thread that reads the answers, how many wait for blocks.
+
+        While somebody has to wait, spare blocks are of more use to him: they are given back, and
+        leased again when nobody waits any more.  So are those whose lease has ended meanwhile,
+        since this process was stopped.
+        """
+        before, self._num_in_line = self._num_in_line, num_in_line
+        lease = self._spare_lease
+        is_over = lease is not None and lease.deadline < time.monotonic()
+        if is_over or (num_in_line and before):
+            self._lend_spare()
+        elif not num_in_line and not before:
+            self._ask_for_spare()
+
+    def _lend_spare(self) -> None:
+        with self._sparing:
+            lease, self._spare_lease, self._spare = self._spare_lease, None, []
+        if lease is not None:
+            log.info("giving %s back that were to spare", many(len(lease.block_table), "block"))
+            batch = self.session.batch()
+            batch.release(lease)
+            self.session.post(batch)
+
+    def _ask_for_spare(self) -> None:
+        if self._spare_lease is not None or self._asked_spare is not None:
+            return
+        batch = self.session.batch()
+        self._asked_spare = batch.acquire_later(pack([0]), wait_s=0, **self._spare_terms())
+        self.session.post(batch)
+        self._asked_spare.add_done_callback(self._take_spare_lease)
+
+    def _take_spare_lease(self, future: Future[Lease]) -> None:
+        self._asked_spare = None
+        if future.cancelled() or future.exception() is not None:
+            return  # there is no room yet: with the next sign of life
+        with self._sparing:
+            self._spare_lease = future.result()
+            self._spare = list(self._spare_lease.block_table)
 
     # ------------------------------------------------------------------------- without the service
 
@@ -532,7 +603,7 @@ class Leases:
     def _look_round(self) -> None:
         if self.session.alive:
             return
-        was, self._is_alone = self._is_alone, self.session.memory_is_abandoned
+        was, self._is_alone = self._is_alone, self._is_abandoned()
         if self._is_alone and not was:
             log.warning(
                 "the service is dead: going on with what is held and %s",
@@ -540,8 +611,19 @@ class Leases:
             )
         elif was and not self._is_alone:
             log.warning("another service has taken the pool over: all that was held is lost")
-            self._is_taken_over = True
-            self._spare = []
+        if not self._is_alone:
+            with self._sparing:
+                self._spare = []
+
+    def _is_abandoned(self) -> bool:
+        """Whether the pool's owner is dead.  Once, this may take a moment."""
+        deadline = time.monotonic() + (0.0 if self._has_looked else OWNER_ENDS_S)
+        self._has_looked = True
+        while not (is_abandoned := self.session.memory_is_abandoned):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(OWNER_ENDS_S / 10)
+        return is_abandoned
 
     def _never_fits(self, held: Held) -> InvalidRequest | None:
         """Refuse what waits for blocks that will never be there, however many requests end."""
@@ -551,14 +633,16 @@ class Leases:
             return None
         return InvalidRequest(
             f"the service is gone, and {held.name} needs {many(needed, 'block')} of "
-            f"{many(left, 'block')} that are left: start this engine again once there is a service"
+            f"{many(left, 'block')} that are left: ask again once there is a service"
+            + (f"; {self.never_joins}" if self.never_joins else "")
         )
 
     def _take_spare(self, held: Held, num_tokens: int) -> bool:
         missing = -(-num_tokens // self.block_size) - held.num_blocks
-        if missing > len(self._spare):
-            return False
-        cut = len(self._spare) - max(0, missing)
-        held.take(self._spare[cut:])
-        del self._spare[cut:]
+        with self._sparing:
+            if missing > len(self._spare):
+                return False
+            cut = len(self._spare) - max(0, missing)
+            held.take(self._spare[cut:])
+            del self._spare[cut:]
         return True

@@ -34,6 +34,10 @@ class EndedBlocks:
         for one in held:
             self._leases.end(one)
 
+    def change_to(self, leases: Leases) -> None:
+        """Take others, where nothing of the former ones is to be freed any more."""
+        self._leases = leases
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
@@ -158,6 +162,17 @@ class LeasedKVCacheManager(KVCacheManager):
         """Let go of a lost lease: what was computed under it is told to nobody."""
         for held in self._take_out(request_id):
             self.leases.end(held)
+
+    def change_to(self, leases: Leases) -> None:
+        """Answer from other leases: of a pool of the same shape, and all requests begin again."""
+        former = self.leases
+        for name in list(former.held):
+            self.drop(name)
+        self._told.clear()
+        self._copies.clear()
+        leases.counts = former.counts
+        self.leases = leases
+        self.block_pool.change_to(leases)
 
     def _take_out(self, name: str) -> list[Any]:
         self._told.pop(name, None)

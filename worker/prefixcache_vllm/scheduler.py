@@ -6,6 +6,15 @@ A waiting request asks the service for its blocks; until they are granted the sc
 the next.  After each step one message tells the service what was written, what is given back and
 what room will be needed; nobody waits for its answer.  A lease that is lost drops the output of the
 step that ran under it, and the request is computed again.
+
+**When the service is lost**, and one answers again, the engine joins it by itself:
+
+```
+look      a thread attaches, and leases spare blocks; steps go on, if the service is dead
+move      an empty step: nothing is computed, the worker puts the new pool's memory below its views
+change    all requests are preempted, and computed again in what the new service lends
+```
+If the worker cannot move, nothing has changed, and another service is looked for.
 """
 
 from __future__ import annotations
@@ -16,13 +25,17 @@ from itertools import islice
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from prefixcache_vllm.joining import check_room, join
+from prefixcache.client import Session
+from prefixcache_vllm.joining import check_room
 from prefixcache_vllm.leases import Bounds, Leases, Room
+from prefixcache_vllm.link import Link
 from prefixcache_vllm.manager import LeasedKVCacheManager
+from prefixcache_vllm.moving import Move, answer_of
 from prefixcache_vllm.options import Options
 
 log = logging.getLogger("vllm.prefixcache")
@@ -38,7 +51,6 @@ class Leasing:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
-        self._client, session = join(vllm_config, kv_cache_config, "engine", in_place=True)
         options = Options.of(vllm_config)
         bounds = Bounds(
             max_tokens=vllm_config.model_config.max_model_len,
@@ -48,16 +60,23 @@ class Leasing:
             wait_s=options.wait_s,
             spare_blocks=options.spare_blocks,
         )
-        check_room(session.pool, bounds.max_tokens, bounds.spare_blocks)
-        self.leases = Leases(session, bounds)
+
+        def make(session: Session) -> Leases:
+            check_room(session.pool, bounds.max_tokens, bounds.spare_blocks)
+            return Leases(session, bounds)
+
+        self._link = Link(vllm_config, kv_cache_config, "engine", in_place=True, make=make)
+        self.leases = self._link.join()
+        self._found: Leases | None = None
+        """What another service lends, until the worker has moved there."""
         self.kv_cache_manager = LeasedKVCacheManager.of(self.kv_cache_manager, self.leases)
         # Blocks that are let go of may be lent to another process at once, and no stream orders its
         # writes behind ours: they are given back when the last step that writes there has ended.
         self.defer_block_free = vllm_config.max_concurrent_batches > 1
         log.info(
             "prefixcache: leasing from %d blocks of %d tokens",
-            session.pool.num_blocks,
-            session.pool.block_size,
+            self.leases.session.pool.num_blocks,
+            self.leases.session.pool.block_size,
         )
 
     def add_request(self, request: Any) -> None:
@@ -87,6 +106,8 @@ class Leasing:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plan a step: only requests whose leases stand take part."""
         self._preempt_lost(drop_output=False)
+        if not self.leases.session.alive and self._is_to_join():
+            return self._plan_move(*args, **kwargs)
         may_compute = self._make_room()
         self.leases.flush()
         if self.running and not may_compute:  # type: ignore[attr-defined]
@@ -102,6 +123,8 @@ class Leasing:
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Take a step's tokens in, and tell the service what it wrote."""
+        if (answer := answer_of(model_runner_output)) is not None and self._found is not None:
+            self._moved(answer)
         # What a step read or wrote after a lease's deadline may be another's.
         self._preempt_lost(drop_output=True)
         outputs = super().update_from_output(scheduler_output, model_runner_output)  # type: ignore[misc]
@@ -137,6 +160,65 @@ class Leasing:
                 may_compute = True
         return may_compute
 
+    # -------------------------------------------------------------------------- another service
+
+    def _is_to_join(self) -> bool:
+        """Whether another session is there, so that nothing is computed any more before it is ours.
+
+        What steps under way write to is not given up.
+        """
+        leases = self.leases
+        if not leases.is_alone and not self._is_under_way():
+            leases.let_go()
+            leases.flush()
+        if self._found is not None and not self._found.session.alive:
+            self._found = None
+        if self._found is None and not self._is_under_way():
+            self._link.look()
+            self._found = self._link.take()
+        leases.never_joins = self._link.refusal
+        return self._found is not None
+
+    def _is_under_way(self) -> bool:
+        requests = self.requests.values()  # type: ignore[attr-defined]
+        return bool(
+            self.deferred_frees  # type: ignore[attr-defined]
+            or any(request.num_in_flight_tokens for request in requests)
+        )
+
+    def _plan_move(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan a step without tokens, in which the worker moves to the pool that was found."""
+        is_under_way = self._is_under_way()
+        before, self._pause_state = self._pause_state, PauseState.PAUSED_ALL  # type: ignore[has-type]
+        try:
+            output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._pause_state = before
+        if not is_under_way and self._found is not None:
+            output.kv_connector_metadata = Move(self._found.session.pool, self._link.group)
+        return output
+
+    def _moved(self, answer: str) -> None:
+        """Compute in what another service lends, if the worker has moved there: begin all again."""
+        found, self._found = self._found, None
+        assert found is not None
+        if answer:
+            log.warning("prefixcache: the worker cannot move to the pool that answers: %s", answer)
+            found.session.close()
+            return
+        running: list[Any] = self.running  # type: ignore[attr-defined]
+        for request in list(reversed(running)):
+            running.remove(request)
+            self._preempt_request(request, time.monotonic())  # type: ignore[attr-defined]
+        former = self.leases
+        self.kv_cache_manager.change_to(found)
+        self.leases = found
+        former.session.close()
+        log.warning(
+            "prefixcache: joined the service again; %d requests are computed again",
+            len(self.waiting),  # type: ignore[attr-defined]
+        )
+
     def _preempt_last(self) -> None:
         running: list[Any] = self.running  # type: ignore[attr-defined]
         if self.policy == SchedulingPolicy.PRIORITY:  # type: ignore[attr-defined]
@@ -169,7 +251,7 @@ class Leasing:
 
     def shutdown(self) -> None:
         """Leave the service."""
-        self._client.close()
+        self._link.close()
         super().shutdown()  # type: ignore[misc]
 
 

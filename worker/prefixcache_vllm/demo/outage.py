@@ -4,10 +4,11 @@
 vllm-1   request ── tokens ── tokens ── tokens ── done       with what it holds, and spare blocks
 vllm-2                           new request ── done         in spare blocks
 service          ✗ SIGKILL                          another one, with an empty pool
-vllm-1                                              goes on by itself, until it is started again
+vllm-1                                                        request ── computes
+vllm-2                                                        request ── reads what vllm-1 computed
 ```
-An engine computes in the dead service's memory, which the new one does not have: it goes on with
-its spare blocks, and shares nothing.  Started again, it is on the new pool.
+Until another service answers, engines compute in the dead one's memory, with spare blocks, and
+share nothing.  Then they put the new pool's memory in its place by themselves.
 """
 
 from __future__ import annotations
@@ -30,21 +31,19 @@ class Outage:
 
     Attributes:
         answered_before: tokens of the running request that were there when the service was killed.
-        running, meanwhile, back: requests that ran when it died, came then, and came when another
-            service answered but the engine was not started again.
-        again: asked of engines that were started again, one after the other.
+        running, meanwhile: requests that ran when it died, and came then.
+        again: asked of one engine after another when they had joined another service.
     """
 
     answered_before: int = 0
     running: Request | None = None
     meanwhile: Request | None = None
-    back: Request | None = None
     again: list[Request] = field(default_factory=list)
 
     @property
     def requests(self) -> list[Request]:
         """All of them."""
-        found = (self.running, self.meanwhile, self.back)
+        found = (self.running, self.meanwhile)
         return [request for request in found if request is not None] + self.again
 
     @property

@@ -41,7 +41,7 @@ from prefixcache_vllm.demo.servers import (
     target_in,
     told_commands,
 )
-from prefixcache_worker.child import beside, stopping
+from prefixcache_worker.child import ProcessFailed, beside, stopping
 from prefixcache_worker.demo.chats import Assistant, Chat, Workload
 from prefixcache_worker.demo.compare import TIE, Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
@@ -54,6 +54,8 @@ from prefixcache_worker.demo.watch import Watch
 LADDERS: Final = 7
 QUICK_LADDERS: Final = 2
 REST_S: Final = 60.0
+PATIENCE_S: Final = 60.0
+"""How long the service may take to answer: it shares the machine with all that is shown."""
 WAIT_S: Final = 600.0
 """How long a request of the demo may wait for room: nothing here is in a hurry."""
 
@@ -188,7 +190,7 @@ class _Play:
         async with stopping([*engines, service]):
             await service.ready()
             await self._all_ready(engines, dispatcher)
-            with prefixcache.connect(service.target) as client:
+            with prefixcache.connect(service.target, timeout_s=PATIENCE_S) as client:
                 await self._share(client, engines, dispatcher)
             await self._outage(service, [one for one in engines if one.alive])
         verdicts = await self._alone()
@@ -323,33 +325,38 @@ class _Play:
             async with stopping([service]):
                 await service.ready()
                 view.say("another service answers at the same address; its pool is empty")
-                seen.back = self._short("outage/3", "Why is the sky blue?")
-                await self._ask(dispatcher, seen.back, one)
-                view.say(
-                    f"{one} has answered with what it keeps; to share again it is started again, "
-                    "since the memory that it computes in was the dead service's"
-                )
-                await self._again()
+                await self._again(engines, dispatcher)
 
     def _short(self, name: str, question: str) -> Request:
         assistant = Assistant("plain", "", "You are a helpful assistant.")
         return self._request(name, assistant, self._prompt(assistant, question))
 
-    async def _again(self) -> None:
-        """Start two engines on the new pool, have one read what the other computed, end them."""
-        setup, seen = self.setup, self.outage
-        dispatcher = self._dispatcher(outage.ANSWER_TOKENS)
-        engines = self._engines([f"{name}+" for name in setup.engines[:2]], dispatcher)
-        assistant = max(setup.workload.assistants.values(), key=lambda one: len(one.system))
-        with prefixcache.connect(target_in(self.folder)) as client:
-            async with stopping(engines):
-                await self._all_ready(engines, dispatcher)
-                async with beside(*(engine.guard() for engine in engines)):
-                    for number, engine in enumerate(engines):
-                        prompt = self._prompt(assistant, ladder.QUESTIONS[number])
-                        request = self._request(f"outage/{number + 4}", assistant, prompt)
-                        seen.again.append(await self._ask(dispatcher, request, engine.name))
+    async def _again(self, engines: Sequence[Server], dispatcher: Dispatcher) -> None:
+        """Have one engine read what another computed in the new pool; end them all."""
+        seen = self.outage
+        with prefixcache.connect(target_in(self.folder), timeout_s=PATIENCE_S) as client:
+            await self._joined(client, len(engines))
+            self.view.say("the engines have joined it by themselves")
+            assistant = max(
+                self.setup.workload.assistants.values(), key=lambda one: len(one.system)
+            )
+            for number, engine in enumerate(engines[:2]):
+                prompt = self._prompt(assistant, ladder.QUESTIONS[number])
+                request = self._request(f"outage/{number + 3}", assistant, prompt)
+                seen.again.append(await self._ask(dispatcher, request, engine.name))
+            when = "when engines have joined another service"
+            self.rests.append(await self._rest(client, when, spare_of=len(engines)))
+            for engine in engines:
+                await engine.stop()
             self.rests.append(await self._rest(client, "when all engines have ended", spare_of=0))
+
+    async def _joined(self, client: Client, num_engines: int) -> None:
+        """Wait until so many engines have their spare blocks of a service."""
+        deadline_s = time.monotonic() + REST_S
+        while (await asyncio.to_thread(client.snapshot)).num_leases < num_engines:
+            if time.monotonic() > deadline_s:
+                raise ProcessFailed("the engines do not join the service that has come")
+            await asyncio.sleep(0.1)
 
     # ------------------------------------------------------------------------------------ phase 6
 

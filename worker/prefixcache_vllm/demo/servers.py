@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -202,6 +202,8 @@ class Server(Child):
         self._unseen: dict[int, list[tuple[str, float]]] = {}
         """Requests that no lease was seen of, by the length of their prompts."""
         self._granted: dict[str, float] = {}
+        self._asked: dict[str, tuple[str, float]] = {}
+        """Requests in hand: how vLLM and the service call them, and when they were sent."""
         self._tries = 0
         self._watcher: asyncio.Task[None] | None = None
         self.traces: set[Path] = set()
@@ -253,6 +255,7 @@ class Server(Child):
         """Hand over one request; returns at once.  A thread asks, and listens to the stream."""
         self._tries += 1
         request_id = f"{request['id'].replace('/', '.')}-{self.name}-{self._tries}"
+        self._asked[request["id"]] = request_id, self._clock()
         key = len(request["tokens"])
         self._unseen.setdefault(key, []).append((request["id"], self._clock()))
         Thread(target=self._ask, args=(request, request_id), daemon=True).start()
@@ -278,10 +281,12 @@ class Server(Child):
                     self._hear(event, now)
                 answer += piece.tokens
         except (OSError, Refused) as error:
+            self._asked.pop(name, None)
             if not self.killed:
                 self._hear({"event": "failed", "id": name, "why": repr(error)}, self._clock())
             return
-        known = self._ledger(f"cmpl-{request_id}-0")
+        self._asked.pop(name, None)
+        known = self._ledger(granted_as(request_id))
         ledger = known or Ledger(hit=cached, cold=len(prompt) - cached)
         waited_s = self._granted.pop(name, sent_s) - sent_s
         now = self._clock()
@@ -339,8 +344,23 @@ class Server(Child):
             return
         self.killed = True
         self.traces |= shared_by(members(self.pid))
+        in_hand = dict(self._asked)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._tell_granted(in_hand)
+
+    def _tell_granted(self, in_hand: Mapping[str, tuple[str, float]]) -> None:
+        """Tell what requests had found when their leases were granted, as the service knows it.
+
+        What was seen of them meanwhile (`seen`) may contain what they had computed by then.
+        """
+        now = self._clock()
+        for name, (request_id, sent_s) in in_hand.items():
+            ledger = self._ledger(granted_as(request_id))
+            if ledger is not None:
+                waited_s = self._granted.get(name, now) - sent_s
+                event = {"event": "started", "id": name, "waited_ms": max(0.0, waited_s) * 1e3}
+                self._tell(self, event | {"ledger": ledger._asdict()}, now)
 
     async def stop(self) -> None:
         """End it: SIGTERM, patience, SIGKILL for whatever is left; and what it left in memory."""
@@ -364,6 +384,11 @@ class Server(Child):
         for path in self.traces:
             if not path.name.startswith(POOLS):
                 path.unlink(missing_ok=True)
+
+
+def granted_as(request_id: str) -> str:
+    """Give the name under which a completion's only prompt is leased."""
+    return f"cmpl-{request_id}-0"
 
 
 def free_port() -> int:

@@ -81,7 +81,7 @@ def judge(outcome: Outcome, figures: dict[str, Any], *, may_be_late: bool = Fals
             "in spare blocks",
         ),
         Held(
-            "engines that are started again share through the new service",
+            "engines join another service by themselves, and share through it",
             later is not None and later.ledger.reused > later.num_system // 2,
             "not asked"
             if later is None
