@@ -3,6 +3,8 @@
 ```
 join ──► Leases ── session lost ──► look: every half second, in a thread ──► take ──► Leases
 ```
+An engine that computes says when to look.  One that is idle notices nothing: where the service is
+dead, a thread looks for another one all the same, so that it is there for the next request.
 Whose the new session is, and whether the engine can use its pool, is for the engine to see.
 """
 
@@ -61,6 +63,8 @@ class Link:
         self._found: Leases | None = None
         self._is_closed = threading.Event()
         self._looking: threading.Thread | None = None
+        self._beginning = threading.Lock()
+        self._session: Session | None = None
         self._times = 0
         self.group = group_of(vllm_config)
         self.refusal = ""
@@ -89,13 +93,26 @@ class Link:
             session.close()
             raise
         self._pool = session.pool
+        if self._session is None:
+            threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._session = session
         return leases
 
     def look(self) -> None:
         """Begin to look for a service in the background, unless that was done."""
-        if self._looking is None and not self._is_closed.is_set():
-            self._looking = threading.Thread(target=self._look, name="rejoin", daemon=True)
-            self._looking.start()
+        with self._beginning:
+            if self._looking is None and not self._is_closed.is_set():
+                self._looking = threading.Thread(target=self._look, name="rejoin", daemon=True)
+                self._looking.start()
+
+    def _watch(self) -> None:
+        while not self._is_closed.wait(REJOIN_S):
+            session = self._session
+            # One that lives hears first, by the engine, that nothing is written there any more.
+            if session is not None and not session.alive and session.memory_is_abandoned:
+                if (found := self._found) is not None and not found.session.alive:
+                    self.take()  # that one has died as well
+                self.look()
 
     def _look(self) -> None:
         wait_s = REJOIN_S
@@ -118,7 +135,8 @@ class Link:
         """Give the leases of the session that was found since, once."""
         if self._found is None:
             return None
-        found, self._found, self._looking = self._found, None, None
+        with self._beginning:
+            found, self._found, self._looking = self._found, None, None
         return found
 
     def close(self) -> None:
