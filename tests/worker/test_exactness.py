@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -24,10 +25,10 @@ PROMPT = random_tokens(37)
 class Case:
     """One architecture on one network, with the logits of plain attention to compare with."""
 
-    def __init__(self, architecture: str, *, lean: bool) -> None:
+    def __init__(self, architecture: str, kind: str) -> None:
         module: Any = build(architecture)
         self.want = plain_logits(module, [PROMPT])[0]
-        self.model = Model.of(module, lean=lean)
+        self.model = Model.of(module, lean=kind != "transformers", native=kind == "native")
         self.pool = SharedPool.private(self.model.layout, 64, BLOCK)
         self.pool.blocks.fill_(float("nan"))  # whatever is read without having been written shows
 
@@ -41,14 +42,16 @@ class Case:
 
 @pytest.fixture(
     scope="module",
-    params=[*((name, False) for name in CONFIGS), ("llama", True), ("qwen3", True),
-            ("mistral", True), ("qwen2", True)],
-    ids=lambda param: f"{param[0]}-{'lean' if param[1] else 'transformers'}",
-)  # fmt: skip
+    params=[
+        *((name, "transformers") for name in CONFIGS),
+        *itertools.product(("llama", "qwen3", "mistral", "qwen2"), ("native", "lean")),
+    ],
+    ids="-".join,
+)
 def case(request: pytest.FixtureRequest) -> Case:
-    architecture, lean = request.param
-    case = Case(architecture, lean=lean)
-    assert case.model.kind == ("lean" if lean else "transformers")
+    architecture, kind = request.param
+    case = Case(architecture, kind)
+    assert case.model.kind == kind
     return case
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
-from prefixcache_worker import lean, model
+from prefixcache_kernels.cpu.layers import Rotation
+from prefixcache_worker import lean, model, native
 from prefixcache_worker.model import Model
 from worker.zoo import build
 
@@ -38,12 +39,35 @@ def test_keys_that_depend_on_the_length_of_their_sequence_are_refused() -> None:
 
 def test_the_lean_network_is_dropped_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean.LeanNetwork, "_rotation", _no_rotation)
-    assert Model.of(build("llama")).kind == "transformers"
+    assert _kind("llama", native=False) == "transformers"
     # In bfloat16 rounding could hide it; the twin in float32 cannot.
     monkeypatch.setitem(model.TOLERANCE, "bfloat16", 10.0)
-    assert Model.of(build("llama").bfloat16(), dtype="bfloat16").kind == "transformers"
+    assert _kind("llama", "bfloat16", native=False) == "transformers"
     monkeypatch.undo()
-    assert Model.of(build("llama").bfloat16(), dtype="bfloat16").kind == "lean"
+    assert _kind("llama", "bfloat16", native=False) == "lean"
+
+
+def test_the_network_in_c_is_dropped_where_it_disagrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _kind("llama") == _kind("llama", "bfloat16") == "native"
+    monkeypatch.setattr(native.NativeNetwork, "_rotation", _not_rotated)
+    assert _kind("llama") == "lean"
+    monkeypatch.setitem(model.TOLERANCE, "bfloat16", 10.0)
+    assert _kind("llama", "bfloat16") == "lean"
+
+
+def test_without_the_c_library_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "library", lambda: None)
+    assert _kind("llama") == "lean"
+
+
+def _kind(architecture: str, dtype: str = "float32", *, native: bool = True) -> str:
+    module = build(architecture).to(getattr(torch, dtype))
+    return Model.of(module, dtype=dtype, native=native).kind
+
+
+def _not_rotated(self: native.NativeNetwork, positions: torch.Tensor) -> Rotation:
+    shape = (positions.shape[0], self.facts.head_dim // 2)
+    return Rotation(torch.ones(shape), torch.zeros(shape))
 
 
 def _no_rotation(
@@ -67,16 +91,20 @@ def test_scaled_rotations_are_restated_exactly(kind: str) -> None:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         }
-    assert Model.of(build("llama", rope_parameters=rope)).kind == "lean"
+    for in_c in (True, False):
+        made = Model.of(build("llama", rope_parameters=rope), native=in_c)
+        assert made.kind == ("native" if in_c else "lean")
 
 
 def test_biases_are_restated_exactly() -> None:
-    assert Model.of(build("llama", attention_bias=True, mlp_bias=True)).kind == "lean"
+    for in_c in (True, False):
+        made = Model.of(build("llama", attention_bias=True, mlp_bias=True), native=in_c)
+        assert made.kind == ("native" if in_c else "lean")
 
 
 def test_weights_that_cannot_be_reordered_still_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean, "_pack", lambda weight: None)
-    assert Model.of(build("llama")).kind == "lean"
+    assert _kind("llama", native=False) == "lean"
 
 
 def test_nothing_to_load_says_so(folder: Path) -> None:

@@ -66,7 +66,7 @@ def test_of_two_that_convert_at_the_same_time_both_get_the_whole_folder(
 
 def test_its_greedy_answer_is_that_of_transformers(demo_folder: Path) -> None:
     model = Model.load(smollm2.NAME)
-    assert model.kind == "lean"
+    assert model.kind == "native"
     prompt = model.chat(CHAT)
     module = transformers.AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
     ids = torch.tensor([prompt])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from typing import Annotated, Final
 
 import typer
+
+_AGAIN: Final = "PREFIXCACHE_WORKER_BEGAN_AGAIN"
 
 
 def worker(
@@ -44,6 +47,13 @@ def worker(
             help="Tell steps of which nothing else is told; and each second, if there was none.",
         ),
     ] = False,
+    weights: Annotated[
+        str,
+        typer.Option(
+            metavar="HOW",
+            help="packed: in a file that all workers map; private: in each worker's memory.",
+        ),
+    ] = "packed",
     solo: Annotated[
         bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
     ] = False,
@@ -66,13 +76,14 @@ def worker(
     if not solo:
         prefixcache.connect(connect).close()  # says so before anything is loaded if nobody answers
 
-    import transformers
-
     from prefixcache_worker.model import Model
     from prefixcache_worker.process import WorkerProcess
 
-    transformers.utils.logging.disable_progress_bar()
-    loaded = Model.load(model, dtype=dtype, threads=threads)
+    loaded = Model.load(model, dtype=dtype, threads=threads, weights=weights)
+    if loaded.packed_now and not os.environ.get(_AGAIN):
+        # Nothing was read or told yet: begin again as small as those who find the weights packed.
+        os.environ[_AGAIN] = "1"
+        os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very command
     WorkerProcess(
         loaded,
         connect,

@@ -26,7 +26,7 @@ from torch import Tensor
 from prefixcache_kernels import shared_prefix_attention, store_kv
 from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
-from prefixcache_worker.hf import windows
+from prefixcache_worker.reach import windows
 
 FAMILY: Final = {
     "llama": "LlamaForCausalLM",
@@ -114,6 +114,21 @@ def twin(module: Any) -> Any:
     return small
 
 
+def understands(module: Any) -> bool:
+    """Tell whether a loaded model's config holds nothing but what is restated here."""
+    config = module.config
+    rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
+    return (
+        FAMILY.get(config.model_type) == type(module).__name__
+        and getattr(config, "hidden_act", None) == "silu"
+        and getattr(config, "quantization_config", None) is None
+        and isinstance(rope, dict)
+        and rope.get("rope_type", "default") in _STATIC_ROPE
+        and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
+        and next(module.parameters()).device.type == "cpu"
+    )
+
+
 class LeanNetwork:
     """A model of Llama's family; make one with `LeanNetwork.of`.
 
@@ -144,18 +159,7 @@ class LeanNetwork:
     @classmethod
     def of(cls, module: Any) -> LeanNetwork | None:
         """Take over a loaded model; None if its config holds anything that is not restated here."""
-        config = module.config
-        rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
-        understood = (
-            FAMILY.get(config.model_type) == type(module).__name__
-            and getattr(config, "hidden_act", None) == "silu"
-            and getattr(config, "quantization_config", None) is None
-            and isinstance(rope, dict)
-            and rope.get("rope_type", "default") in _STATIC_ROPE
-            and float(rope.get("partial_rotary_factor", 1.0)) == 1.0
-            and next(module.parameters()).device.type == "cpu"
-        )
-        return cls(module) if understood else None
+        return cls(module) if understands(module) else None
 
     def __call__(self, batch: Batch, pool: SharedPool, plan: Any) -> Tensor:
         """Run a batch: fill its slots of the pool, give float32 logits `[R, vocab]`."""

@@ -2,9 +2,11 @@
 
 ```
 path or id ──► AutoModelForCausalLM ──► layout ──► probe against eager attention ──► refused
-                                                    │ equal
-                                                    ├─ Llama's family: lean network, probed as well
-                                                    └─ any other: the library's own modules
+   │                                                │ equal
+   │                                                ├─ Llama's family: a network of our own, probed
+   │                                                │  as well: `native` in C, else `lean`
+   │                                                └─ any other: the library's own modules
+   └─ packed before, by any worker ──► mapped, tried: ready
 ```
 """
 
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
@@ -29,9 +30,11 @@ from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCo
 from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
-from prefixcache_worker.hf import HuggingFaceNetwork, max_context, windows
 from prefixcache_worker.identity import identify
 from prefixcache_worker.lean import LeanNetwork, twin
+from prefixcache_worker.light_tokenizer import LightTokenizer, alike
+from prefixcache_worker.mapped import About, Place, may_pack, say
+from prefixcache_worker.native import NativeNetwork
 from prefixcache_worker.probe import (
     TOLERANCE,
     Network,
@@ -40,9 +43,13 @@ from prefixcache_worker.probe import (
     plain_logits,
     random_prompts,
 )
+from prefixcache_worker.reach import max_context, windows
 
 DTYPES: Final = ("float32", "bfloat16")
 """Element types a model can be loaded in."""
+
+WEIGHTS: Final = ("packed", "private")
+"""How a worker holds a model's weights."""
 
 
 @dataclass
@@ -59,7 +66,7 @@ class Model:
         vocab_size: logits per token.
         stop_ids: tokens that end an answer.
         tokenizer: the model's tokenizer, or None for models without one.
-        kind: `lean` or `transformers`: which network runs.
+        kind: `native`, `lean` or `transformers`: which network runs.
         gap: distance of its logits from plain attention's, as the probe saw it.
     """
 
@@ -75,34 +82,116 @@ class Model:
     gap: float
     network: Network
     load_s: float = 0.0
+    packed_now: bool = False
+    """Whether this process packed its weights, for which it took memory that it does not need."""
 
     @classmethod
     def load(
-        cls, path_or_id: str | Path, *, dtype: str = "float32", threads: int = 1, lean: bool = True
+        cls,
+        path_or_id: str | Path,
+        *,
+        dtype: str = "float32",
+        threads: int = 1,
+        lean: bool = True,
+        weights: str = "packed",
     ) -> Model:
         """Load a model from a folder or from the Hugging Face hub, and probe it.
 
         Sets the number of threads that torch uses in this process.  `smollm2` names the demo model.
+        Where the C library knows a folder's model, its weights come from a file that all workers of
+        this user map, and that the first one makes (`mapped`).
 
         Args:
             path_or_id: folder, hub id or `smollm2`.
             dtype: `float32` or `bfloat16`, or another name of these.
             threads: torch's threads; workers x threads should not exceed the machine's cores.
-            lean: use the lean network where it applies.
+            lean: use a network of our own where one applies.
+            weights: `packed`; or `private`: this worker has its own, and PyTorch multiplies.
 
         Raises:
             NotFound: nothing can be loaded from there.
             Unsupported: the architecture cannot run on paged memory; the message names it.
-            InvalidRequest: no such dtype, or threads below 1.
+            InvalidRequest: no such dtype or weights, or threads below 1.
         """
         dtype = DTYPE_ALIASES.get(dtype, dtype)
         if dtype not in DTYPES or threads < 1:
             raise InvalidRequest(f"dtype {dtype!r} (of {', '.join(DTYPES)}), {threads} threads")
+        if weights not in WEIGHTS:
+            raise InvalidRequest(f"weights {weights!r}: not one of {', '.join(WEIGHTS)}")
         torch.set_num_threads(threads)
         started = time.monotonic()
         source = str(path_or_id)
         if source == smollm2.NAME:
             source = str(smollm2.folder())
+        model = None
+        if lean and weights == "packed" and may_pack(source):
+            model = cls._load_packed(source, dtype)
+        if model is None:
+            model = cls._load_library(source, dtype, lean=lean, native=weights == "packed")
+        model.load_s = time.monotonic() - started
+        return model
+
+    @classmethod
+    def _load_packed(cls, source: str, dtype: str) -> Model | None:
+        """Map a folder's packed weights, made if need be; None if that cannot be."""
+        name = identify(source, None)
+        place = Place(name, source, dtype)
+        if found := place.find():
+            return cls._mapped(name, source, dtype, *found)
+        with place.alone() as kept:
+            if found := place.find():  # made while this worker waited
+                return cls._mapped(name, source, dtype, *found)
+            say(f"packing the weights of {name} as {dtype}, once: {place.path}")
+            model = cls._load_library(source, dtype, lean=True, native=True)
+            if not kept or not isinstance(model.network, NativeNetwork):
+                return model
+            try:
+                light = alike(LightTokenizer(Path(source)), model.tokenizer)
+            except (OSError, ValueError):
+                light = False
+            about = About(model.gap, model.max_tokens, model.stop_ids, light)
+            try:
+                place.keep(model.network, about)
+            except Unsupported as fault:
+                say(f"weights are not shared with other workers: {fault}")
+                return model
+            found = place.find()
+        if found:
+            model = cls._mapped(name, source, dtype, *found)
+            model.packed_now = True
+        return model
+
+    @classmethod
+    def _mapped(
+        cls, name: str, source: str, dtype: str, network: NativeNetwork, about: About
+    ) -> Model:
+        facts = network.facts
+        if about.light:
+            tokenizer: Any = LightTokenizer(Path(source))
+        else:
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        return cls(
+            name=name,
+            layout=Layout(facts.num_layers, facts.num_kv_heads, facts.head_dim, dtype),
+            num_heads=facts.num_heads,
+            windows=facts.windows,
+            max_tokens=about.max_tokens,
+            vocab_size=facts.vocab,
+            stop_ids=about.stop_ids,
+            tokenizer=tokenizer,
+            kind="native",
+            gap=about.gap,
+            network=network,
+        )
+
+    @classmethod
+    def _load_library(cls, source: str, dtype: str, *, lean: bool, native: bool) -> Model:
+        """Load a model with the library, and take it over."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(source)
             module = transformers.AutoModelForCausalLM.from_pretrained(
@@ -111,11 +200,14 @@ class Model:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise NotFound(f"no model could be loaded from {source!r}: {error}") from error
-        model = cls.of(
-            module, name=identify(source, config), dtype=dtype, tokenizer=tokenizer, lean=lean
+        return cls.of(
+            module,
+            name=identify(source, config),
+            dtype=dtype,
+            tokenizer=tokenizer,
+            lean=lean,
+            native=native,
         )
-        model.load_s = time.monotonic() - started
-        return model
 
     @classmethod
     def of(
@@ -126,12 +218,17 @@ class Model:
         dtype: str = "float32",
         tokenizer: Any = None,
         lean: bool = True,
+        native: bool = True,
     ) -> Model:
         """Take over a loaded `AutoModelForCausalLM`, and probe it.  Its own generation is over.
+
+        Of our own networks (`lean`), the one in C is tried first (`native`).
 
         Raises:
             Unsupported: as `load`.
         """
+        from prefixcache_worker.hf import HuggingFaceNetwork
+
         dtype = DTYPE_ALIASES.get(dtype, dtype)
         module.eval()
         config = module.config.get_text_config()
@@ -152,11 +249,19 @@ class Model:
                 f"architecture {architecture!r} gives other logits on paged memory than with "
                 f"plain attention: {gap:.1e} of the largest apart, {TOLERANCE[dtype]:.0e} allowed"
             )
-        swift = LeanNetwork.of(module) if lean else None
-        if swift is not None and (dtype == "float32" or _twin_agrees(module)):
+        ways: dict[str, type[NativeNetwork | LeanNetwork]] = {}
+        if lean and native and library() is not None:
+            ways["native"] = NativeNetwork
+        if lean:
+            ways["lean"] = LeanNetwork
+        for way, restated in ways.items():
+            swift = restated.of(module)
+            if swift is None or not (dtype == "float32" or _twin_agrees(module, restated)):
+                continue
             swift_gap = distance(paged_logits(swift, layout, prompts), want)
             if swift_gap <= TOLERANCE[dtype]:
-                kind, gap, network = "lean", swift_gap, swift
+                kind, gap, network = way, swift_gap, swift
+                break
         return cls(
             name=name or architecture,
             layout=layout,
@@ -247,13 +352,15 @@ def _parts(request: LoggedRequest) -> Iterator[dict[str, Any]]:
             yield from message["content"]
 
 
-def _twin_agrees(module: Any) -> bool:
-    """Tell whether the lean network restates this architecture, to float32's precision."""
+def _twin_agrees(module: Any, restated: type[NativeNetwork | LeanNetwork]) -> bool:
+    """Tell whether a network of ours restates this architecture, to float32's precision."""
+    from prefixcache_worker.hf import HuggingFaceNetwork
+
     small = twin(module)
     prompts = random_prompts(small.config.vocab_size)
     want = plain_logits(small, prompts)
     layout = HuggingFaceNetwork(small).learn_layout("float32")
-    swift = LeanNetwork.of(small)
+    swift = restated.of(small)
     if swift is None:
         return False
     return distance(paged_logits(swift, layout, prompts), want) <= TOLERANCE["float32"]

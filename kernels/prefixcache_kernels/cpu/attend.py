@@ -57,7 +57,7 @@ class _Call(ctypes.Structure):
 
 
 @dataclass(slots=True)
-class _Prepared:
+class Prepared:
     """A call for layers of one kind: all but its addresses, and what must outlive it."""
 
     call: _Call
@@ -68,6 +68,33 @@ class _Prepared:
     """Of `call`."""
     out: tuple[int, ...]
     """The answer's shape."""
+
+    def point(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, out: Tensor) -> None:
+        """Fill in a layer's addresses.
+
+        Raises:
+            InvalidRequest: There is no memory for the answer.
+        """
+        call = self.call
+        call.out = where = out.data_ptr()
+        if not where and out.numel():
+            raise InvalidRequest("a mode of PyTorch is on in which tensors have no memory")
+        call.query = query.data_ptr()
+        call.keys = key_cache.data_ptr()
+        call.values = value_cache.data_ptr()
+
+    def check(self, failed: int) -> None:
+        """Say what `prefixcache_attend` found wrong, if it did.
+
+        Raises:
+            InvalidRequest: A block is outside the pool; nothing was computed.
+        """
+        if failed:
+            ids = self.tasks.ids(self.call.block_size)
+            raise InvalidRequest(
+                f"block tables name blocks {ids.min()} to {ids.max()}; the pool has "
+                f"{self.call.pool_blocks}"
+            )
 
 
 def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) -> bool:
@@ -110,10 +137,80 @@ def attend(
     Bytes read: of each run and each own part the keys and values, once; per answer of a query and a
     head in a task `4 * (value_dim + 2)` are written and read.
     """
-    loaded = library()
-    assert loaded is not None  # `takes` said so
     if query.stride(2) != 1:
         query = query.contiguous()
+    given = not sinks is key_scale is value_scale is lse is None or key_cache.dtype == FP8
+    if given:  # what a plan has prepared does not name is looked at in every layer
+        check_attention(
+            query,
+            key_cache,
+            value_cache,
+            sinks=sinks,
+            key_scale=key_scale,
+            value_scale=value_scale,
+            lse=lse,
+        )
+    prepared = _prepared(plan, query, key_cache, value_cache, scale, window, softcap)
+    out = query.new_empty(prepared.out)
+    prepared.point(query, key_cache, value_cache, out)
+    call = prepared.call
+    if given:
+        sinks = None if sinks is None else sinks.float().contiguous()
+        call.sinks, call.key_scale, call.value_scale, call.lse = (
+            None if t is None else t.data_ptr() for t in (sinks, key_scale, value_scale, lse)
+        )
+    loaded = library()
+    assert loaded is not None  # `takes` said so
+    failed = loaded.handle.prefixcache_attend(prepared.address)
+    if given:
+        call.sinks = call.key_scale = call.value_scale = call.lse = None
+    prepared.check(failed)
+    return out
+
+
+def prepare(
+    plan: Plan | GroupedPlan,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Prepared:
+    """Describe a layer's attention for a caller who runs it in C: nothing is computed here.
+
+    Args:
+        plan: as of `attend`, and so are the following.
+        query: `[T, heads, head_dim]`, contiguous; it may be filled after this call.
+        key_cache: `[num_blocks, block_size, kv_heads, head_dim]`.
+        value_cache: likewise.
+        out: `[T, heads, value_dim]` of the query's type, contiguous: where the answers go.
+        scale: of the scores.
+        window: Keys that a query attends at most, itself included; None: all before it.
+
+    Raises:
+        InvalidRequest: As of `attend`.
+    """
+    prepared = _prepared(plan, query, key_cache, value_cache, scale, window, None)
+    if out.shape != prepared.out or out.dtype != query.dtype or not out.is_contiguous():
+        raise InvalidRequest(f"out {list(out.shape)} of {out.dtype}: not {list(prepared.out)}")
+    prepared.point(query, key_cache, value_cache, out)
+    return prepared
+
+
+def _prepared(
+    plan: Plan | GroupedPlan,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Prepared:
+    """Give what was prepared for layers of this kind, or prepare it."""
+    loaded = library()
+    assert loaded is not None
     key = (
         threading.get_ident(),
         torch.get_num_threads() if loaded.threaded else 1,
@@ -130,45 +227,15 @@ def attend(
         value_cache.shape,
         value_cache.stride(),
     )
-    given = not sinks is key_scale is value_scale is lse is None or key_cache.dtype == FP8
-    prepared = plan.calls.get(key)
-    if prepared is None or given:  # what the kind does not name is looked at in every layer
-        check_attention(
-            query,
-            key_cache,
-            value_cache,
-            sinks=sinks,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            lse=lse,
-        )
+    prepared: Prepared | None = plan.calls.get(key)
     if prepared is None:
+        if key_cache.dtype != FP8:  # with its scales it was looked at
+            check_attention(query, key_cache, value_cache)
         plan.check(query, key_cache)
         prepared = _prepare(plan, query, key_cache, value_cache, window, key[1], loaded)
         prepared.call.scale, prepared.call.softcap = scale, softcap or 0
         plan.calls[key] = prepared
-    call = prepared.call
-    out = query.new_empty(prepared.out)
-    call.out = where = out.data_ptr()
-    if not where and out.numel():
-        raise InvalidRequest("a mode of PyTorch is on in which tensors have no memory")
-    call.query = query.data_ptr()
-    call.keys = key_cache.data_ptr()
-    call.values = value_cache.data_ptr()
-    if given:
-        sinks = None if sinks is None else sinks.float().contiguous()
-        call.sinks, call.key_scale, call.value_scale, call.lse = (
-            None if t is None else t.data_ptr() for t in (sinks, key_scale, value_scale, lse)
-        )
-    failed = loaded.handle.prefixcache_attend(prepared.address)
-    if given:
-        call.sinks = call.key_scale = call.value_scale = call.lse = None
-    if failed:
-        ids = prepared.tasks.ids(call.block_size)
-        raise InvalidRequest(
-            f"block tables name blocks {ids.min()} to {ids.max()}; the pool has {call.pool_blocks}"
-        )
-    return out
+    return prepared
 
 
 def _prepare(
@@ -179,7 +246,7 @@ def _prepare(
     window: int | None,
     threads: int,
     loaded: Library,
-) -> _Prepared:
+) -> Prepared:
     """Cut the batch, and describe layers like this one."""
     heads, dim = query.shape[1:]
     num_blocks, block_size, kv_heads, value_dim = values.shape
@@ -208,7 +275,7 @@ def _prepare(
     held = scratch(answers + threads * call.room_size, torch.float32)
     call.partial, call.room = held.data_ptr(), held[answers:].data_ptr()
     out = (*query.shape[:2], value_dim)
-    return _Prepared(call, tasks, held, ctypes.byref(call), out)
+    return Prepared(call, tasks, held, ctypes.byref(call), out)
 
 
 def _in_bytes(tensor: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The C library: compiled for this machine's processor at first use, then kept.
 
 Triton does the same with its launcher: a C compiler is on every machine that serves, and code for
-exactly this processor has vectors of the right width.  Compiling takes two seconds.
+exactly this processor has vectors of the right width.  Compiling takes some seconds.
 
 ```
 ~/.cache/prefixcache/native/<hash of sources, compiler, flags and processor>.so
@@ -46,7 +46,11 @@ _TIMEOUT_S: Final = 120
 
 @dataclass(frozen=True)
 class Library:
-    """What was loaded.  `attend` and `room` take the address of a `struct call` of `attend.c`."""
+    """What was loaded.
+
+    `attend` and `room` take the address of a `struct call` of `attend.c`, `linear` that of a
+    `struct linear` of `linear.h`, `layer` what `layer.c` says.
+    """
 
     path: Path
     width: int
@@ -86,7 +90,7 @@ def describe() -> str:
 def load() -> Library:
     """Compile the library unless that was done before, and load it.
 
-    Effect: a file in the cache folder.  Cost: two seconds the first time, then a millisecond.
+    Effect: a file in the cache folder.  Cost: seconds the first time, then a millisecond.
 
     Raises:
         Unsupported: There is no compiler, it failed, or it was told not to; with its own words.
@@ -124,6 +128,10 @@ def _load(compiler: list[str], runtime: Path | None) -> Library:
     handle.prefixcache_width.restype = ctypes.c_int64
     handle.prefixcache_room.argtypes = [ctypes.c_void_p]
     handle.prefixcache_room.restype = ctypes.c_int64
+    handle.prefixcache_linear.argtypes = [ctypes.c_void_p]
+    handle.prefixcache_linear.restype = None
+    handle.prefixcache_layer.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
+    handle.prefixcache_layer.restype = ctypes.c_int64
     return Library(path, handle.prefixcache_width(), runtime is not None, handle)
 
 
@@ -207,13 +215,18 @@ def _lock(folder: Path) -> Iterator[None]:
 def _compile(compiler: list[str], flags: tuple[str, ...], runtime: Path | None, path: Path) -> None:
     """Compile to a file of its own and move it to its place, so that no half of it is ever seen."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, part = Path(folder) / "attend.so", Path(folder) / "attend.o"
-        compiling = [*flags, "-c", str(_SOURCES / "attend.c"), "-o", str(part)]
+        made = Path(folder) / "made.so"
+        sources = sorted(_SOURCES.glob("*.c"))
+        parts = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        compiling = [
+            [*flags, "-c", str(source), "-o", part]
+            for source, part in zip(sources, parts, strict=True)
+        ]
         # The runtime by its path, not by -fopenmp, which would bring the compiler's own.
         libraries = [*([str(runtime)] if runtime else []), "-lm"]
         plain = [flag for flag in flags if flag != "-fopenmp"]
-        linking = [*plain, "-shared", str(part), *libraries, "-o"]
-        for arguments in (compiling, [*linking, str(made)]):
+        linking = [*plain, "-shared", *parts, *libraries, "-o", str(made)]
+        for arguments in (*compiling, linking):
             code, said = _run([*compiler, *arguments])
             if code:
                 said = said.strip()[-2000:] or "nothing said"

@@ -1,0 +1,269 @@
+"""A network's layers by the C library: everything between the embedding and the last norm.
+
+```
+x [T, hidden] float32 ──► for each layer, one call of `layer.c` ──► x [R, hidden]
+                           norm + qkv │ rotate, store │ attention │ out + x │ norm + gate, up │ down + x
+```
+
+Of the last layer only the rows that become logits go on behind attention.
+"""  # noqa: E501 - a drawing
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest
+from prefixcache_kernels.checks import check_scalars, check_slots, check_store
+from prefixcache_kernels.cpu import attend
+from prefixcache_kernels.cpu.library import load
+from prefixcache_kernels.cpu.linear import (
+    ROW_TYPES,
+    WEIGHT_TYPES,
+    Matrix,
+    check_numbers,
+    check_rows,
+)
+from prefixcache_kernels.grouped import GroupedPlan
+from prefixcache_kernels.plan import Plan
+
+MOST_DIM: Final = attend.MAX_DIM
+
+_BEFORE: Final = 1
+_AFTER: Final = 2
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "bias")),
+        *((name, c_int64) for name in ("inputs", "outputs", "columns", "type")),
+    )
+
+
+class _Layer(ctypes.Structure):
+    """`struct layer` of `layer.c`."""
+
+    _fields_ = (
+        *((name, _Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+    )
+
+
+class _Step(ctypes.Structure):
+    """`struct step` of `layer.c`, whose comments say what is what."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "wide", "query", "attended", "room")),
+        *((name, c_void_p) for name in ("cos", "sin", "slots", "keys", "values")),
+        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "dim")),
+        *((name, c_int64) for name in ("pool_type", "num_threads", "key_stride", "value_stride")),
+        ("eps", c_float),
+    )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerWeights:
+    """Weights of one layer; norms are float32.  `q_norm` and `k_norm` come together, or not."""
+
+    qkv: Matrix
+    out: Matrix
+    gate_up: Matrix
+    down: Matrix
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int | None = None
+
+
+class Sizes(NamedTuple):
+    """Of a network's layers."""
+
+    hidden: int
+    width: int
+    heads: int
+    kv_heads: int
+    dim: int
+    eps: float
+    scale: float
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a step's positions: float32 `[T, dim / 2]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Layers:
+    """Some layers, checked once.  For any thread.
+
+    Args:
+        layers: in their order.
+        sizes: of all of them.
+
+    Raises:
+        InvalidRequest: the weights do not fit together.
+    """
+
+    def __init__(self, layers: Sequence[LayerWeights], sizes: Sizes) -> None:
+        self.layers = tuple(layers)
+        self.sizes = sizes
+        hidden, width, heads, kv_heads, dim, _, _ = sizes
+        if dim % 2 or not 2 <= dim <= MOST_DIM or heads % kv_heads or heads < 1:
+            raise InvalidRequest(
+                f"{heads} heads on {kv_heads} of {dim}: heads are even, from 2 to {MOST_DIM}, and "
+                "queries' heads a multiple of the keys'"
+            )
+        wanted = {
+            "qkv": (hidden, (heads + 2 * kv_heads) * dim, False),
+            "out": (heads * dim, hidden, False),
+            "gate_up": (hidden, width, True),
+            "down": (width, hidden, False),
+        }
+        for layer in self.layers:
+            for name, shape in wanted.items():
+                matrix: Matrix = getattr(layer, name)
+                if (matrix.inputs, matrix.columns, matrix.gated) != shape:
+                    raise InvalidRequest(
+                        f"{name} is {matrix.inputs}, {matrix.columns}: not {shape}"
+                    )
+            check_numbers("input_norm", layer.input_norm, hidden)
+            check_numbers("post_norm", layer.post_norm, hidden)
+            if (layer.q_norm is None) != (layer.k_norm is None):
+                raise InvalidRequest("q_norm and k_norm come together")
+            for norm in (layer.q_norm, layer.k_norm):
+                if norm is not None:
+                    check_numbers("a norm of heads", norm, dim)
+        self._described = (_Layer * len(self.layers))(*map(_describe, self.layers))
+        at = ctypes.addressof(self._described)
+        self._places = [at + i * ctypes.sizeof(_Layer) for i in range(len(self.layers))]
+
+    def __call__(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        slots: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        plan: Plan | GroupedPlan,
+        rows: Tensor,
+    ) -> Tensor:
+        """Run a batch: its keys and values go to their slots.
+
+        Args:
+            x: float32 `[T, hidden]`, contiguous; it is written over.
+            rotation: of its positions.
+            slots: int64 `[T]`: where their keys and values go; -1: nowhere.
+            keys: of each layer, `[blocks, block_size, kv_heads, dim]` of a floating type.
+            values: likewise.
+            plan: of the batch.
+            rows: int64 `[R]`: which go on behind the last layer's attention.
+
+        Returns:
+            float32 `[R, hidden]`.
+
+        Raises:
+            InvalidRequest: the tensors do not fit together, or slots or blocks are outside the
+                pool.
+            Unsupported: there is no C library.
+        """
+        hidden, width, heads, kv_heads, dim, eps, scale = self.sizes
+        num, dtype = x.shape[0], keys[0].dtype
+        check_rows("x", x, hidden)
+        for name, part in rotation._asdict().items():
+            check_rows(name, part, dim // 2)
+            if part.shape[0] != num or part.dtype != torch.float32 or not part.is_contiguous():
+                raise InvalidRequest(f"{name} is {list(part.shape)}, not [{num}, {dim // 2}]")
+        if x.dtype != torch.float32 or not x.is_contiguous() or dtype not in ROW_TYPES:
+            raise InvalidRequest(f"x of {x.dtype} for a pool of {dtype}")
+        if not len(keys) == len(values) == len(self.layers):
+            raise InvalidRequest(f"{len(keys)} layers of a pool for {len(self.layers)} layers")
+        query = torch.empty(num, heads, dim, dtype=dtype)
+        attended = torch.empty_like(query)
+        fresh = torch.empty(num, 2 * kv_heads, dim, dtype=dtype)  # as they go to their slots
+        num_slots = keys[0].shape[0] * keys[0].shape[1]
+        check_slots(slots, num_slots)
+        threads = torch.get_num_threads()
+        wide = torch.empty(num * max((heads + 2 * kv_heads) * dim, width))
+        room = torch.empty((num + threads) * max(hidden, width, heads * dim))
+        library = load()
+        step = _Step(
+            x=x.data_ptr(),
+            wide=wide.data_ptr(),
+            query=query.data_ptr(),
+            room=room.data_ptr(),
+            cos=rotation.cos.data_ptr(),
+            sin=rotation.sin.data_ptr(),
+            slots=slots.data_ptr(),
+            attended=attended.data_ptr(),
+            rows=num,
+            heads=heads,
+            kv_heads=kv_heads,
+            dim=dim,
+            pool_type=ROW_TYPES[dtype],
+            num_threads=threads,
+            eps=eps,
+        )
+        scale, _, _ = check_scalars(scale, None, None)
+        last = len(self.layers) - 1
+        run, at = library.handle.prefixcache_layer, ctypes.byref(step)
+        for index, layer in enumerate(self.layers):
+            key_cache, value_cache = keys[index], values[index]
+            check_store(fresh[:, :kv_heads], fresh[:, kv_heads:], key_cache, value_cache, slots)
+            for cache in (key_cache, value_cache):
+                if (
+                    cache.stride(3) != 1
+                    or cache.stride(2) != dim
+                    or (cache.stride(0) != cache.shape[1] * cache.stride(1))
+                ):
+                    raise InvalidRequest(
+                        f"a pool with strides {cache.stride()}: its slots do not lie in one row"
+                    )
+            call = attend.prepare(
+                plan, query, key_cache, value_cache, attended, scale=scale, window=layer.window
+            )
+            step.keys, step.values = key_cache.data_ptr(), value_cache.data_ptr()
+            step.key_stride = key_cache.stride(1) * key_cache.element_size()
+            step.value_stride = value_cache.stride(1) * value_cache.element_size()
+            parts = _BEFORE | (_AFTER if index < last else 0)
+            call.check(run(at, self._places[index], call.address, parts))
+            if index < last:
+                continue
+            x, attended = x[rows].contiguous(), attended[rows].contiguous()
+            step.x, step.attended, step.rows = x.data_ptr(), attended.data_ptr(), x.shape[0]
+            if x.shape[0]:
+                run(at, self._places[index], None, _AFTER)
+        return x
+
+
+def _describe(layer: LayerWeights) -> _Layer:
+    def matrix(given: Matrix) -> _Matrix:
+        return _Matrix(
+            weights=given.data.data_ptr(),
+            bias=None if given.bias is None else given.bias.data_ptr(),
+            inputs=given.inputs,
+            outputs=given.outputs,
+            columns=given.columns,
+            type=WEIGHT_TYPES[given.data.dtype],
+        )
+
+    def numbers(given: Tensor | None) -> Any:
+        return None if given is None else given.data_ptr()
+
+    return _Layer(
+        qkv=matrix(layer.qkv),
+        out=matrix(layer.out),
+        gate_up=matrix(layer.gate_up),
+        down=matrix(layer.down),
+        input_norm=numbers(layer.input_norm),
+        post_norm=numbers(layer.post_norm),
+        q_norm=numbers(layer.q_norm),
+        k_norm=numbers(layer.k_norm),
+    )

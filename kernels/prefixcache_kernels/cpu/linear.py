@@ -1,0 +1,228 @@
+"""Matrix products by the C library: weights in the order in which they are read.
+
+```
+weight [outputs, inputs]        packed, a panel of 16 outputs after the other
+o0  i0 i1 i2 i3 ...             bfloat16   o0 i0 i1 | o1 i0 i1 | ... o15 i0 i1 | o0 i2 i3 | ...
+o1  i0 i1 i2 i3 ...             float32    o0 i0 | o1 i0 | ... o15 i0 | o0 i1 | ...
+```
+
+The order is the same on every processor, so a file of packed weights serves all of them.  A row's
+numbers have the same bits alone and beside others, for any number of threads; see `linear.c`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache_kernels.checks import check_tensors
+from prefixcache_kernels.cpu.library import load
+
+PANEL: Final = 16
+"""Outputs that are read together."""
+
+WEIGHT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+ROW_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`enum type` of `vectors.h`."""
+
+MOST_INPUTS: Final = 1 << 20
+
+_STORED: Final = 0
+_GATED: Final = 2
+
+
+class _Linear(ctypes.Structure):
+    """`struct linear` of `linear.h`, whose comments say what is what."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weights", "bias", "x", "norm", "out", "room")),
+        *((name, c_int64) for name in ("rows", "inputs", "outputs", "columns")),
+        *((name, c_int64) for name in ("x_stride", "out_stride")),
+        *((name, c_int64) for name in ("weight_type", "x_type", "out_type", "after")),
+        ("num_threads", c_int64),
+        ("eps", c_float),
+    )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Matrix:
+    """A packed weight, checked when it is made.
+
+    Args:
+        data: its numbers, in one row; never changed, so it may be a file that is mapped.
+        inputs: of a row.
+        columns: of the answer.
+        gated: two weights by turns, a panel each: the answer is `silu(first) * second`.
+        bias: float32, in the order of the panels; or None.
+
+    Raises:
+        InvalidRequest: they do not fit together.
+    """
+
+    data: Tensor
+    inputs: int
+    columns: int
+    gated: bool = False
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_tensors(data=self.data)
+        if self.data.dtype not in WEIGHT_TYPES or not self.data.is_cpu or self.data.dim() != 1:
+            raise InvalidRequest(
+                f"packed weights {list(self.data.shape)} of {self.data.dtype} on "
+                f"{self.data.device}: not one row of {' or '.join(map(str, WEIGHT_TYPES))}"
+            )
+        if (
+            not (type(self.inputs) is type(self.columns) is int)
+            or not 2 <= self.inputs <= MOST_INPUTS
+            or self.inputs % 2
+            or self.columns < 1
+            or self.data.numel() != self.outputs * self.inputs
+            or not self.data.is_contiguous()
+        ):
+            raise InvalidRequest(
+                f"{self.data.numel()} packed weights for {self.inputs!r} inputs and "
+                f"{self.columns!r} columns: not {PANEL} times as many as there are panels and "
+                f"inputs, these even, from 2 to {MOST_INPUTS}"
+            )
+        if self.bias is not None:
+            check_numbers("bias", self.bias, self.outputs)
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of the packed weights, those included that fill the last panels."""
+        panels = -(-self.columns // PANEL)
+        return PANEL * panels * (2 if self.gated else 1)
+
+    def multiply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """Multiply rows; see the file's head for what may be relied on.
+
+        Args:
+            x: `[rows, inputs]`, its rows contiguous.
+            norm: float32 `[inputs]`: rows are divided by their root mean square, times this.
+            eps: is added to the mean square.
+
+        Returns:
+            float32 `[rows, columns]`.
+
+        Raises:
+            InvalidRequest: the shapes or types do not fit together.
+            Unsupported: there is no C library.
+        """
+        check_rows("x", x, self.inputs)
+        if norm is not None:
+            check_numbers("norm", norm, self.inputs)
+        out = x.new_empty((x.shape[0], self.columns), dtype=torch.float32)
+        check_tensors(out=out)  # not so in a mode of PyTorch that only traces
+        threads = torch.get_num_threads()
+        room = torch.empty((x.shape[0] + threads) * self.inputs)
+        call = _Linear(
+            weights=self.data.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+            x=x.data_ptr(),
+            norm=None if norm is None else norm.data_ptr(),
+            out=out.data_ptr(),
+            room=room.data_ptr(),
+            rows=x.shape[0],
+            inputs=self.inputs,
+            outputs=self.outputs,
+            columns=self.columns,
+            x_stride=x.stride(0) * x.element_size(),
+            out_stride=self.columns * 4,
+            weight_type=WEIGHT_TYPES[self.data.dtype],
+            x_type=ROW_TYPES[x.dtype],
+            out_type=0,
+            after=_GATED if self.gated else _STORED,
+            num_threads=threads,
+            eps=eps,
+        )
+        if x.shape[0]:
+            load().handle.prefixcache_linear(ctypes.byref(call))
+        return out
+
+    def unpacked(self) -> Tensor:
+        """Give the weight as it was, `[columns, inputs]`; if gated, the two under each other."""
+        parts = 2 if self.gated else 1
+        panels = self.data.view(self.outputs // PANEL, -1)
+        if self.data.dtype == torch.bfloat16:
+            rows = panels.view(-1, self.inputs // 2, PANEL, 2).transpose(1, 2)
+        else:
+            rows = panels.view(-1, self.inputs, PANEL).transpose(1, 2)
+        rows = rows.reshape(-1, parts, PANEL, self.inputs).transpose(0, 1)
+        return rows.reshape(parts, -1, self.inputs)[:, : self.columns].flatten(0, 1)
+
+
+def pack(weight: Tensor, *, gated: bool = False) -> Tensor:
+    """Give a weight's numbers in the order in which they are read.
+
+    Args:
+        weight: `[outputs, inputs]`, inputs even.
+        gated: its first half is what gates the second half.
+
+    Raises:
+        Unsupported: an odd number of inputs, or a type that is not packed.
+    """
+    if weight.dim() != 2 or weight.dtype not in WEIGHT_TYPES or weight.shape[1] % 2:
+        raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
+    panels = in_panels(weight, gated=gated)
+    if weight.dtype == torch.bfloat16:
+        pairs = panels.view(-1, PANEL, weight.shape[1] // 2, 2)
+        return pairs.transpose(1, 2).reshape(-1).contiguous()
+    return panels.transpose(1, 2).reshape(-1).contiguous()
+
+
+def in_panels(rows: Tensor, *, gated: bool = False) -> Tensor:
+    """Give rows in panels of 16, filled up with zeros; if gated, panels of both halves by turns."""
+    parts = rows.view(2 if gated else 1, -1, *rows.shape[1:])
+    missing = -parts.shape[1] % PANEL
+    if missing:
+        zeros = parts.new_zeros(parts.shape[0], missing, *rows.shape[1:])
+        parts = torch.cat([parts, zeros], 1)
+    panels = parts.reshape(parts.shape[0], -1, PANEL, *rows.shape[1:])
+    return panels.transpose(0, 1).flatten(0, 1)
+
+
+def check_rows(name: str, x: Tensor, inputs: int) -> None:
+    """Refuse rows of other numbers than a matrix takes.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    check_tensors(**{name: x})
+    if (
+        x.dim() != 2
+        or x.shape[1] != inputs
+        or x.dtype not in ROW_TYPES
+        or not x.is_cpu
+        or x.stride(1) != 1
+        or (x.shape[0] > 1 and x.stride(0) < inputs)
+    ):
+        raise InvalidRequest(
+            f"{name} {list(x.shape)} of {x.dtype} on {x.device} with strides {x.stride()}: not "
+            f"[rows, {inputs}] of a floating type on a CPU, each row's numbers side by side"
+        )
+
+
+def check_numbers(name: str, numbers: Tensor, num: int) -> None:
+    """Refuse what is not so many float32 numbers in one row.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    check_tensors(**{name: numbers})
+    if (
+        numbers.shape != (num,)
+        or numbers.dtype != torch.float32
+        or not numbers.is_cpu
+        or not numbers.is_contiguous()
+    ):
+        raise InvalidRequest(
+            f"{name} {list(numbers.shape)} of {numbers.dtype} on {numbers.device}: not [{num}] of "
+            "torch.float32 on a CPU, contiguous"
+        )

@@ -1,0 +1,153 @@
+"""Products with packed weights: right, and the same bits in any company."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache_kernels.cpu.library import library
+from prefixcache_kernels.cpu.linear import Matrix, in_panels, pack
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
+
+DTYPES = (torch.float32, torch.bfloat16)
+SIZES = ((16, 2), (17, 34), (200, 64), (1, 6), (97, 130))
+
+
+def made(outputs: int, inputs: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A weight, and 40 rows."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=draw).to(dtype)
+    return weight, torch.randn(40, inputs, generator=draw).to(dtype)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, atol=2e-4, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_products_are_those_of_exact_arithmetic(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, x = made(*sizes, dtype)
+    want = x.double() @ weight.double().T
+    close(Matrix(pack(weight), sizes[1], sizes[0]).multiply(x), want)
+    bias = torch.randn(sizes[0])
+    matrix = Matrix(pack(weight), sizes[1], sizes[0], bias=in_panels(bias).flatten())
+    close(matrix.multiply(x), want + bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, threads: int) -> None:
+    weight, x = made(200, 66, dtype)
+    norm = torch.rand(66)
+    for matrix in (Matrix(pack(weight), 66, 200), Matrix(pack(weight, gated=True), 66, 100, True)):
+        alone = torch.cat([matrix.multiply(row[None], norm=norm, eps=1e-5) for row in x])
+        torch.set_num_threads(threads)
+        try:
+            for num in (*range(1, 20), 40):
+                for first in (0, 40 - num):
+                    some = x[first : first + num]
+                    got = matrix.multiply(some, norm=norm, eps=1e-5)
+                    assert torch.equal(got, alone[first : first + num])
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 16, 50])
+def test_what_stands_before_and_behind_a_product(dtype: torch.dtype, width: int) -> None:
+    weight, x = made(2 * width, 64, dtype)
+    norm = torch.rand(64) + 0.5
+    rows = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt() * norm
+    gate, up = (rows.to(dtype).double() @ weight.double().T).chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    matrix = Matrix(pack(weight, gated=True), 64, width, gated=True)
+    got = matrix.multiply(x.float(), norm=norm, eps=1e-5)
+    assert float((got - want).norm() / want.norm()) < (1e-6 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_packing_loses_nothing(dtype: torch.dtype, gated: bool) -> None:
+    weight, _ = made(54, 10, dtype)
+    matrix = Matrix(pack(weight, gated=gated), 10, 27 if gated else 54, gated)
+    assert torch.equal(matrix.unpacked(), weight)
+
+
+def test_rows_may_be_parts_of_longer_ones_of_any_type() -> None:
+    weight, _ = made(32, 16, torch.float32)
+    matrix = Matrix(pack(weight), 16, 32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.randn(5, 40).to(dtype)
+        part = wide[::2, 7:23]
+        close(matrix.multiply(part), part.double() @ weight.double().T)
+    assert matrix.multiply(torch.empty(0, 16)).shape == (0, 32)
+
+
+def test_what_is_not_a_number_stays_in_its_row() -> None:
+    weight, x = made(48, 32, torch.float32)
+    matrix = Matrix(pack(weight), 32, 48)
+    clean = matrix.multiply(x)
+    x[3, 5] = float("nan")
+    got = matrix.multiply(x)
+    assert got[3].isnan().all()
+    others = [row for row in range(40) if row != 3]
+    assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": 0}, "inputs"),
+        ({"inputs": 33}, "inputs"),
+        ({"columns": 0}, "columns"),
+        ({"columns": 64}, "columns"),
+        ({"columns": 17.0}, "columns"),
+        ({"gated": True}, "columns"),
+        ({"data": torch.zeros(48, 32)}, "one row"),
+        ({"data": torch.zeros(48 * 32, dtype=torch.float64)}, "one row"),
+        ({"data": torch.zeros(2 * 48 * 32)[::2]}, "even"),
+        ({"data": torch.zeros(48 * 32, device="meta")}, "data"),
+        ({"data": [0.0] * 48 * 32}, "data"),
+        ({"bias": torch.zeros(47)}, "bias"),
+        ({"bias": torch.zeros(48, dtype=torch.float64)}, "bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    right: dict[str, Any] = {"data": torch.zeros(48 * 32), "inputs": 32, "columns": 48}
+    Matrix(**right)
+    with pytest.raises(InvalidRequest, match=message):
+        Matrix(**(right | change))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 31),
+        torch.zeros(32),
+        torch.zeros(2, 32, dtype=torch.float64),
+        torch.zeros(2, 32, dtype=torch.int64),
+        torch.zeros(32, 2).T,
+        torch.zeros(1, 32).expand(2, 32),
+        torch.zeros(2, 32, device="meta"),
+        torch.zeros(2, 32).to_sparse(),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(x: Tensor) -> None:
+    matrix = Matrix(torch.zeros(48 * 32), 32, 48)
+    with pytest.raises(InvalidRequest, match="x "):
+        matrix.multiply(x)
+    with pytest.raises(InvalidRequest, match="norm"):
+        matrix.multiply(torch.zeros(2, 32), norm=torch.zeros(31))
+
+
+def test_what_cannot_be_packed_says_so() -> None:
+    for weight in (torch.zeros(4, 3), torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4)):
+        with pytest.raises(Unsupported, match="not packed"):
+            pack(weight)
