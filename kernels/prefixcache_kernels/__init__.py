@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.extras import how_to_install
 
 try:
@@ -114,6 +114,8 @@ def paged_attention(
         plan.verify(block_tables, query_start, context_lens)
     if native.takes(query, key_cache, value_cache, plan.num_seqs):
         return native.attend(plan, query, key_cache, value_cache, **options)
+    if plan.fixed:
+        raise Unsupported("a plan that fixes each query's bits is for the C library alone")
     return reference.paged_attention(*args, **options, plan=plan)
 
 

@@ -149,8 +149,12 @@ class Plan:
         starts: list[int],
         block_size: int,
         own_from: list[int],
+        *,
+        fixed: bool = False,
     ) -> None:
         self.block_size = block_size
+        self.fixed = fixed
+        """Whether a query's answer depends on nothing but itself and its keys."""
         self.num_queries = starts[-1]
         self.num_seqs = len(query_lens)
         self.calls: dict[tuple[object, ...], Any] = {}
@@ -173,6 +177,8 @@ class Plan:
         context_lens: Tensor,
         block_size: int,
         own_from: list[int] | None = None,
+        *,
+        fixed: bool = False,
     ) -> Plan:
         """Prepare a packed batch.  Changes nothing.  O(blocks of the batch), once per step.
 
@@ -185,6 +191,8 @@ class Plan:
             block_size: Tokens of a block.
             own_from: For each sequence, how many of its first blocks are left out, because they
                 are attended elsewhere; all of them before its queries.  None: none.
+            fixed: Whether a query's answer is to have the same bits whatever else is in the batch,
+                and however many of the queries before it are.  Only the C library does that.
 
         Raises:
             InvalidRequest: The shapes do not fit together, a table is too short for its context, or
@@ -214,7 +222,13 @@ class Plan:
                     f"queries begin at token {context - num}"
                 )
         return cls(
-            (block_tables, query_start, context_lens), lens, contexts, starts, block_size, own_from
+            (block_tables, query_start, context_lens),
+            lens,
+            contexts,
+            starts,
+            block_size,
+            own_from,
+            fixed=fixed,
         )
 
     def verify(self, block_tables: Tensor, query_start: Tensor, context_lens: Tensor) -> None:
@@ -271,6 +285,7 @@ class Plan:
             np.array(self._own_from),
             runs,
             positions,
+            fixed=self.fixed,
         )
 
     def pieces(self, window: int | None, token_bytes: int) -> list[Piece]:

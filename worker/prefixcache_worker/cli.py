@@ -54,6 +54,12 @@ def worker(
             help="packed: in a file that all workers map; private: in each worker's memory.",
         ),
     ] = "packed",
+    invariant: Annotated[
+        bool,
+        typer.Option(
+            "--invariant", help="Every bit of an answer the same in any company, cached or not."
+        ),
+    ] = False,
     solo: Annotated[
         bool, typer.Option("--solo", help="Without a service: no prefix is ever reused.")
     ] = False,
@@ -85,7 +91,7 @@ def worker(
         os.environ[_AGAIN] = "1"
         os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very command
     WorkerProcess(
-        loaded,
+        loaded.made_invariant() if invariant else loaded,
         connect,
         solo=solo,
         name=name,

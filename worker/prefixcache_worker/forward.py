@@ -33,7 +33,7 @@ class Forward:
     def __init__(self, model: Model, max_batch: int, *, grouped: bool = True) -> None:
         self.model = model
         self.max_batch = max_batch
-        self.grouped = grouped
+        self.grouped = grouped and not model.invariant
         self._batches: dict[int, tuple[Store, DeviceBatch]] = {}
         """By the store's id."""
 

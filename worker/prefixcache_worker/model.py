@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +26,7 @@ from prefixcache.errors import InvalidRequest, NotFound, Unsupported
 from prefixcache.prompts.chat_template import ChatTemplate, Prompt, prompt_of
 from prefixcache.prompts.logged_request import LoggedRequest, read_logged
 from prefixcache.types import DTYPE_ALIASES, DTYPE_BYTES, Layout, unpack
-from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, SharedPool, SharingCost
+from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, Plan, SharedPool, SharingCost
 from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
@@ -82,6 +82,8 @@ class Model:
     gap: float
     network: Network
     load_s: float = 0.0
+    invariant: bool = False
+    """Whether a row's logits have the same bits whatever is computed with it, or was before."""
     packed_now: bool = False
     """Whether this process packed its weights, for which it took memory that it does not need."""
 
@@ -281,14 +283,25 @@ class Model:
 
         When it returns, the device has finished writing.
         """
-        plan = GroupedPlan.build(
-            batch.block_tables,
-            batch.query_start,
-            batch.context_lens,
-            pool.block_size,
-            batch.groups,
-        )
-        return self.network(batch, pool, plan)
+        where = (batch.block_tables, batch.query_start, batch.context_lens, pool.block_size)
+        if self.invariant:
+            return self.network(batch, pool, Plan.build(*where, fixed=True))
+        return self.network(batch, pool, GroupedPlan.build(*where, batch.groups))
+
+    def made_invariant(self) -> Model:
+        """Give this model with every bit of an answer fixed: alone or in a batch, cached or not.
+
+        Its prefixes are others than those of this one: their bits may differ.
+
+        Raises:
+            Unsupported: another network than the one in C runs.
+        """
+        if self.kind != "native":
+            raise Unsupported(
+                f"model {self.name!r} runs on {self.kind!r}: only the network in C computes a row "
+                "without regard to others; it takes Llama's family, a C compiler, packed weights"
+            )
+        return replace(self, name=f"{self.name}+invariant", invariant=True)
 
     def sharing_cost(self, block_size: int) -> SharingCost:
         """Give what it costs a layer to read what sequences share once, on this processor."""

@@ -208,8 +208,7 @@ class NativeNetwork:
 
     def _rotation(self, positions: Tensor) -> Rotation:
         """Cosines and sines of a step's positions."""
-        angles = torch.outer(positions.float(), self._inv_freq)
-        return Rotation(angles.cos() * self.facts.rope_scale, angles.sin() * self.facts.rope_scale)
+        return Rotation.of(positions, self._inv_freq, self.facts.rope_scale)
 
     def _matrix(self, name: str, inputs: int, columns: int, *, gated: bool = False) -> Matrix:
         bias = self.weights.get(f"{name}.bias")

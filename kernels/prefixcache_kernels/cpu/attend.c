@@ -11,7 +11,8 @@
  *     merged   query 0 = (0, 3), query 1 = (1, 4), ...
  *
  * The softmax runs along the keys (Milakov and Gimelshein, 2018).  What is computed depends on the
- * tasks alone, not on the number of threads.
+ * tasks alone, not on the number of threads.  With `fixed`, and tasks cut by position, a query's
+ * answer depends on nothing but itself and its keys.
  */
 #include "few.h"
 #include "many.h"
@@ -41,6 +42,7 @@ struct call {
     int64_t query_strides[2];                  /* in bytes, of a query and a head; then 1 number */
     int64_t key_strides[3], value_strides[3];  /* in bytes, of a block, a slot and a head */
     float scale, softcap;                      /* 0: no cap */
+    int64_t fixed; /* whether a row is computed as if there were many, however few there are */
     const float *eights;                       /* [256]: what the codes of FLOAT8 mean */
     float *partial; /* [places, heads, value_dim + 2]: an answer, its maximum, its sum */
     float *room;    /* [num_threads, prefixcache_room]: what a task keeps; stacks may be small */
@@ -99,10 +101,12 @@ INLINE float *take(float **room, int64_t numbers) {
 
 INLINE void clear(float *numbers, int64_t num) { memset(numbers, 0, 4 * num); }
 
+INLINE int few(const struct call *c, int64_t rows) { return rows <= FEW && !c->fixed; }
+
 /* Numbers that tasks of `rows` rows keep if `num_heads` are attended at once; at least. */
 static int64_t room_of(const struct call *c, int64_t rows, int64_t num_heads) {
     const int64_t sizes = whole(c->dim) + whole(c->value_dim);
-    if (rows <= FEW) return whole(num_heads * rows * (sizes + 2)) + TILE * sizes + 8 * UNIT;
+    if (few(c, rows)) return whole(num_heads * rows * (sizes + 2)) + TILE * sizes + 8 * UNIT;
     const int64_t padded = (rows + PANEL - 1) / PANEL * PANEL;
     return whole(padded * (sizes + 4)) + TILE * sizes + whole(c->dim) + 8 * UNIT;
 }
@@ -111,7 +115,7 @@ static int64_t room_of(const struct call *c, int64_t rows, int64_t num_heads) {
  * there are tasks enough, and as long as queries and answers stay in the cache. */
 static int all_heads(const struct call *c, int64_t rows) {
     const int enough = c->num_threads == 1 || c->num_tasks >= 4 * c->num_threads;
-    return rows <= FEW && enough &&
+    return few(c, rows) && enough &&
            c->kv_heads * rows * (whole(c->dim) + whole(c->value_dim)) <= MOST;
 }
 
@@ -326,7 +330,7 @@ int64_t prefixcache_attend(const struct call *c) {
 #ifdef _OPENMP
         room += omp_get_thread_num() * c->room_size;
 #endif
-        if (rows > FEW)
+        if (!few(c, rows))
             attend_many(c, t, head, room);
         else if (!all_heads(c, rows))
             attend_few(c, t, 0, head, head + 1, room);

@@ -49,6 +49,7 @@ class _Call(ctypes.Structure):
         ("key_strides", c_int64 * 3),
         ("value_strides", c_int64 * 3),
         *((name, c_float) for name in ("scale", "softcap")),
+        ("fixed", c_int64),
         *((name, c_void_p) for name in ("eights", "partial", "room")),
         *((name, c_int64) for name in ("num_threads", "room_size")),
         *((name, c_void_p) for name in ("query", "keys", "values", "sinks")),
@@ -266,6 +267,7 @@ def _prepare(
         key_strides=_in_bytes(keys),
         value_strides=_in_bytes(values),
         eights=_EIGHTS.data_ptr(),
+        fixed=isinstance(plan, Plan) and plan.fixed,
         num_threads=threads,
     )
     for name in ("tasks", "queries", "low", "high", "blocks", "merge_start", "merge"):

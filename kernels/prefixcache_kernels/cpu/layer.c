@@ -102,6 +102,16 @@ static void place_row(const struct step *s, const struct layer *l, int64_t row) 
     write_row(value, x, s->kv_heads * dim, s->pool_type);
 }
 
+/* Cosines and sines [rows, half] of positions times frequencies, each by itself. */
+void prefixcache_rotation(const int64_t *positions, const float *frequencies, int64_t rows,
+                          int64_t half, float scale, float *cos, float *sin) {
+    for (int64_t i = 0; i < rows * half; i++) {
+        const float angle = (float)positions[i / half] * frequencies[i % half];
+        cos[i] = cosf(angle) * scale;
+        sin[i] = sinf(angle) * scale;
+    }
+}
+
 /* Compute a layer, or the parts of it that are asked for.  `attention` is that of the step, with
  * this layer's keys and values.  Gives what `prefixcache_attend` does. */
 int64_t prefixcache_layer(const struct step *s, const struct layer *l, const struct call *attention,

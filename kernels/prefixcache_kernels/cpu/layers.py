@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import check_scalars, check_slots, check_store
+from prefixcache_kernels.checks import check_scalars, check_slots, check_store, check_tensors
 from prefixcache_kernels.cpu import attend
 from prefixcache_kernels.cpu.library import load
 from prefixcache_kernels.cpu.linear import (
@@ -99,6 +99,38 @@ class Rotation(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, frequencies: Tensor, scale: float) -> Rotation:
+        """Rotate by position times frequency.  Each position's numbers are those it has alone.
+
+        Args:
+            positions: int64 `[T]`.
+            frequencies: float32 `[dim / 2]`.
+            scale: of all cosines and sines.
+
+        Raises:
+            InvalidRequest: these are other tensors.
+            Unsupported: there is no C library.
+        """
+        check_numbers("frequencies", frequencies, frequencies.numel())
+        check_tensors(positions=positions)
+        if positions.dtype != torch.int64 or positions.dim() != 1 or not positions.is_cpu:
+            raise InvalidRequest(f"positions {list(positions.shape)} of {positions.dtype}")
+        positions = positions.contiguous()
+        rows, half = positions.shape[0], frequencies.shape[0]
+        made = cls(torch.empty(rows, half), torch.empty(rows, half))
+        check_tensors(**made._asdict())  # not so in a mode of PyTorch that only traces
+        load().handle.prefixcache_rotation(
+            positions.data_ptr(),
+            frequencies.data_ptr(),
+            rows,
+            half,
+            scale,
+            made.cos.data_ptr(),
+            made.sin.data_ptr(),
+        )
+        return made
 
 
 class Layers:

@@ -130,6 +130,13 @@ def _load(compiler: list[str], runtime: Path | None) -> Library:
     handle.prefixcache_room.restype = ctypes.c_int64
     handle.prefixcache_linear.argtypes = [ctypes.c_void_p]
     handle.prefixcache_linear.restype = None
+    handle.prefixcache_rotation.argtypes = [
+        *[ctypes.c_void_p] * 2,
+        *[ctypes.c_int64] * 2,
+        ctypes.c_float,
+        *[ctypes.c_void_p] * 2,
+    ]
+    handle.prefixcache_rotation.restype = None
     handle.prefixcache_layer.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     handle.prefixcache_layer.restype = ctypes.c_int64
     return Library(path, handle.prefixcache_width(), runtime is not None, handle)

@@ -31,6 +31,9 @@ MAX_ROWS: Final = 192
 MAX_KEYS: Final = 1024
 """Keys of a task, if its queries are few enough that more partial answers are cheap."""
 
+TILE: Final = 16
+"""Keys that the library attends at a time: that of `tile.h`."""
+
 MAX_SPLIT: Final = 64
 """Queries up to which the keys of a task are cut: more than that have many tasks anyway."""
 
@@ -66,6 +69,8 @@ class Tasks:
         own_from: Array64 | None = None,
         runs: Sequence[Run] = (),
         positions: Sequence[int] = (),
+        *,
+        fixed: bool = False,
     ) -> Tasks:
         """Cut a batch.  Changes nothing.  A few dozen NumPy calls, none per sequence or token.
 
@@ -79,6 +84,8 @@ class Tasks:
             own_from: `[S]`; for each sequence, how many of its first blocks the runs attend.
             runs: What the tables share, before all queries and windows.
             positions: The rows that runs speak of: `GroupPlan.positions`.
+            fixed: Cut a query's keys where its own positions say, whatever else is in the batch;
+                without runs.
 
         >>> from prefixcache_kernels.groups import GroupPlan
         >>> table = np.array([[7, 8], [7, 9]], np.int32)
@@ -97,7 +104,8 @@ class Tasks:
         if runs := [run for run in runs if run.blocks]:
             members = _Stretches.of_runs(runs, positions, starts, lens, block_size)
             stretches = members.then(stretches)
-        cut = stretches.by_queries(max(1, MAX_ROWS // group)).by_keys()
+        cut = stretches.by_queries(max(1, MAX_ROWS // group))
+        cut = cut.by_position() if fixed else cut.by_keys()
         num_keys = cut.end - cut.begin
         first = _sums(cut.num)
         blocks = cut.row * tables.shape[1] + cut.begin // block_size
@@ -207,13 +215,30 @@ class _Stretches:
         size = -(-keys // parts)
         parts = -(-keys // size)  # none is left empty by rounding
         which = np.repeat(np.arange(len(parts)), parts)
-        made, size = self._picked(which), size[which]
-        begin = made.begin + size * _ranges(0 * parts, parts)
+        begin = self.begin[which] + size[which] * _ranges(0 * parts, parts)
+        return self._parts(which, begin, begin + size[which])
+
+    def by_position(self) -> _Stretches:
+        """Cut all at every `MAX_KEYS`-th key, and begin with a whole tile.
+
+        So which keys a query's partial answers are of depends on its position alone: those that it
+        does not see add nothing.
+        """
+        first, last = self.begin // MAX_KEYS, (self.end - 1) // MAX_KEYS
+        parts = last - first + 1
+        which = np.repeat(np.arange(len(parts)), parts)
+        begin = MAX_KEYS * _ranges(first, parts)
+        start = self.begin[which] // TILE * TILE
+        return self._parts(which, np.maximum(begin, start), begin + MAX_KEYS)
+
+    def _parts(self, which: Array64, begin: Array64, end: Array64) -> _Stretches:
+        """Give parts of these, from `begin` up to `end`, at most to their own end."""
+        made = self._picked(which)
         places = _ranges((np.cumsum(self.num) - self.num)[which], made.num)
         return replace(
             made,
             begin=begin,
-            end=np.minimum(begin + size, made.end),
+            end=np.minimum(end, made.end),
             query=self.query[places],
             low=self.low[places],
             high=self.high[places],
