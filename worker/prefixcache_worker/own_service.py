@@ -1,0 +1,81 @@
+"""A service of this process's own, for who finds none: it ends with it, however that ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import prefixcache
+from prefixcache.errors import ServiceUnavailable
+from prefixcache_worker.child import STOP_S
+from prefixcache_worker.child_service import SERVE
+
+_READY_S: Final = 60.0
+_TIED: Final = Path(__file__).with_name("tied.py")
+
+
+class OwnService:
+    """`prefixcache serve` on a socket in a folder that only this user enters.
+
+    Args:
+        options: of `prefixcache serve`.
+
+    Raises:
+        ServiceUnavailable: it ended, or did not answer in time; with what it wrote.
+    """
+
+    def __init__(self, *options: str) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="pfx-llm-"))
+        self.target = f"unix:{self._folder}/s.sock"
+        errors = self._folder / "stderr"
+        with errors.open("wb") as file:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-S", str(_TIED), str(os.getpid())),
+                    *(*SERVE, "--listen", self.target, *options),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                },
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + _READY_S
+        try:
+            while True:
+                with suppress(ServiceUnavailable):
+                    prefixcache.connect(self.target, timeout_s=2).close()
+                    return
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    told = errors.read_text(errors="replace").strip()
+                    raise ServiceUnavailable(f"a service of its own did not start:\n{told}")
+                time.sleep(0.05)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End it: SIGTERM, a few seconds of patience, SIGKILL.  Idempotent."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,111 @@
+"""How answers are asked of `LLM`, by the names that vLLM's users know.  No torch.
+
+A field that has no effect here takes its default only, and says why when it is given another value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from prefixcache.errors import Unsupported
+
+_NOT_HERE: Final[dict[str, tuple[Any, str]]] = {
+    "flat_logprobs": (False, "log-probabilities come as a dict for each token"),
+    "detokenize": (True, "answers have their text"),
+    "skip_special_tokens": (True, "special tokens are in token_ids, not in the text"),
+    "spaces_between_special_tokens": (True, "special tokens are not in the text"),
+    "include_stop_str_in_output": (False, "what ends an answer is not in its text"),
+    "allowed_token_ids": (None, "give logit_bias"),
+    "bad_words": (None, "give logit_bias"),
+    "structured_outputs": (None, "answers are not held to a grammar here"),
+    "output_kind": (None, "answers are given when they are whole"),
+    "extra_args": (None, "there are none"),
+    "best_of": (None, "ask for n, and choose by cumulative_logprob"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of answers are chosen, and when they end.
+
+    Raises:
+        Unsupported: a field of vLLM's that has no effect here has another value than its default.
+
+    >>> SamplingParams(temperature=0).max_tokens
+    16
+    """
+
+    n: int = 1
+    """Answers to each prompt; the prompt is computed once."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 and -1 are all."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """The same seed, the same answers, in any process."""
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    """Beside the model's own."""
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    """None: as much as the model takes."""
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of so many of the most likely ones, up to 20."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt, all of which is computed for that, whatever is cached."""
+    logit_bias: Mapping[int, float] | None = None
+    flat_logprobs: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    structured_outputs: Any = None
+    output_kind: Any = None
+    extra_args: Mapping[str, Any] | None = None
+    best_of: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (default, why) in _NOT_HERE.items():
+            if getattr(self, name) != default:
+                raise Unsupported(f"{name} has no effect here: {why}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How the likeliest answers are searched.
+
+    Raises:
+        Unsupported: as `SamplingParams`.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    """By the length of the answer."""
+    early_stopping: bool | Literal["never"] = False
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature not in (0.0, 1.0):
+            raise Unsupported("temperature has no effect on beam_search: the model's own is taken")
+        if self.include_stop_str_in_output:
+            raise Unsupported("include_stop_str_in_output has no effect here")
