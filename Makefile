@@ -21,7 +21,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "==> installing prefixcache with all extras (about 2 GB, once)"
-	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,demo,experiments,events,tracing,dev]'
+	$(PIP) install --progress-bar on --constraint constraints.txt --editable '.[worker,serving,demo,experiments,events,tracing,dev]'
 	@touch $@
 
 $(VENV)/.model: $(VENV)/.installed

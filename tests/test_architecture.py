@@ -89,6 +89,7 @@ FLOORS = {
         "prefixcache_worker.child",
         "prefixcache_worker.child_service",
         "prefixcache_worker.child_worker",
+        "prefixcache_worker.grammar",
         "prefixcache_worker.smollm2",
         "prefixcache_worker.text",
         "prefixcache_serving",

@@ -85,6 +85,16 @@ class Decoder:
         """
         return prompt_of(request, lambda: self._template, self._ids)
 
+    def written_call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Write a chat in which a tool is called, through the model's template, to see how.
+
+        Gives '' if there is no template, or it shows no tools or no calls.
+        """
+        try:
+            return self._template.written_call(name, arguments)
+        except InvalidRequest:
+            return ""
+
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Cut a chat into token ids, through the model's own template, up to the answer.
 

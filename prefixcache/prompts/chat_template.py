@@ -118,6 +118,23 @@ class ChatTemplate:
             text = _cut_after(text, _text_of(messages[-1]))
         return text, media, self._missing(request, messages, text)
 
+    def written_call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Write a chat with a call of a tool, to see how; '' if tools or calls are not shown."""
+        if self._with_tools is not None:
+            return self._with_tools.written_call(name, arguments)
+        tool = {"name": _PROBE, "description": _PROBE, "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": tool}]
+        asked = {"role": "user", "content": "?"}
+        function = {"name": name, "arguments": dict(arguments)}
+        call = {"id": "123456789", "type": "function", "function": function}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        try:
+            shown = self._write([asked], tools=tools, add_generation_prompt=True)
+            called = self._write([asked, calling], tools=tools, add_generation_prompt=False)
+        except InvalidRequest:
+            return ""
+        return called if _PROBE in shown else ""
+
     def _write(self, messages: list[dict[str, Any]], **context: Any) -> str:
         given = {"tools": None, "documents": None, **self._special, **context}
         return self._sandbox.render({"messages": messages, **given})

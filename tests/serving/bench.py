@@ -123,12 +123,18 @@ class Bench:
     """The front and its played workers."""
 
     def __init__(
-        self, folder: Path, *, workers: int = 2, queue: int = 8, keys: Path | None = None
+        self,
+        folder: Path,
+        *,
+        workers: int = 2,
+        queue: int = 8,
+        keys: Path | None = None,
+        about: dict[str, Any] = ABOUT,
     ) -> None:
         self.meter = Meter()
         self.keys = Keys(keys)
         self.router = Router(self.meter, longest_queue=queue, tenants=self.keys.tenants)
-        self.model = ServedModel("played", folder, ABOUT)
+        self.model = ServedModel("played", folder, about)
         self.front = Front(self.model, self.router, self.keys, self.meter)
         self.workers = [self.join(f"w{number}") for number in range(1, workers + 1)]
         self.address = Address()

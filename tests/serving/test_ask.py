@@ -24,6 +24,8 @@ def chat(model: ServedModel, *messages: Any, **more: Any) -> Ask:
 
 
 USER = {"role": "user", "content": "w5"}
+CALL = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
+CALLING: dict[str, Any] = {"role": "assistant", "tool_calls": [CALL]}
 
 
 def test_tenants_and_salts_make_namespaces_that_nobody_else_has(model: ServedModel) -> None:
@@ -72,7 +74,14 @@ def test_a_nucleus_of_nothing_takes_the_most_likely_token(model: ServedModel) ->
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages[0].content",
         ),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}], "messages"),
+        ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls"),
+        ([CALLING | {"tool_calls": [7]}], "messages[0].tool_calls[0]"),
+        ([CALLING | {"tool_calls": [{"type": "custom"}]}], "messages[0].tool_calls[0]"),
+        (
+            [CALLING | {"tool_calls": [{"function": {"name": "f"}}]}],
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        ([CALLING, {"role": "tool", "content": [7]}], "messages"),
     ],
 )
 def test_messages_that_would_not_be_seen_are_refused_by_place(

@@ -109,7 +109,7 @@ def test_errors_are_those_that_the_client_knows(tokenizer_folder: Path, tmp_path
             {"model": "nope"},
             {"model": "played", "top_logprobs": 2},
             {"model": "played", "extra_body": {"foo": 1}},
-            {"model": "played", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            {"model": "played", "functions": [{"name": "f"}]},
             {"model": "played", "max_tokens": 9999},
         ):
             try:
@@ -122,7 +122,7 @@ def test_errors_are_those_that_the_client_knows(tokenizer_folder: Path, tmp_path
         ("NotFoundError", "model", "model_not_found"),
         ("BadRequestError", "top_logprobs", "invalid_value"),
         ("BadRequestError", "foo", "unknown_field"),
-        ("BadRequestError", "tools", "unsupported_field"),
+        ("BadRequestError", "functions", "unsupported_field"),
         ("BadRequestError", "max_tokens", "context_length_exceeded"),
     ]
     keys = tmp_path / "keys"

@@ -69,6 +69,10 @@ RIGHT: dict[str, Any] = {
     "use_beam_search": True,
     "length_penalty": -0.5,
     "early_stopping": "never",
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "auto",
+    "parallel_tool_calls": False,
 }
 """A value of each field that has an effect, or is accepted without one."""
 
@@ -131,6 +135,10 @@ def test_a_field_has_its_effect_or_is_listed_or_is_refused_by_name(kind: str, fi
         *(("logprobs", odd) for odd in (6, -1, "yes", 0.5)),
         *(("top_k", odd) for odd in (-2, 0.5, "5")),
         *(("repetition_penalty", odd) for odd in (0, 101)),
+        *(("response_format", odd) for odd in ("json", [], 7)),
+        *(("parallel_tool_calls", odd) for odd in ("yes", 1)),
+        *(("functions", odd) for odd in ([{"name": "f"}], {})),
+        *(("function_call", odd) for odd in ("auto", {"name": "f"})),
         *(("cache_salt", odd) for odd in ("", 5, "x" * 2000)),
         *(("no_such_field", odd) for odd in (None, 1, {})),
     ],

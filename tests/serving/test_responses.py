@@ -165,10 +165,14 @@ def test_what_cannot_be_had_is_refused_by_name(
     assert told.value.param == param
 
 
-def test_calls_that_the_template_does_not_show_are_refused(tokenizer_folder: Path) -> None:
-    with pytest.raises(Refused, match="template") as told:
-        ask(ServedModel("m", tokenizer_folder, ABOUT), [USER, CALL, OUTPUT])
-    assert told.value.param == "input"
+def test_calls_are_told_in_words_where_the_template_shows_none(tokenizer_folder: Path) -> None:
+    model = ServedModel("m", tokenizer_folder, ABOUT)
+    calling = {"role": "assistant", "tool_calls": [CALLED]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "w10"}
+    chat = {"model": "m", "messages": [USER, calling, result]}
+    (prompt,) = ask(model, [USER, CALL, OUTPUT]).prompts
+    assert (prompt,) == read_ask(chat, CHAT, model).prompts
+    assert {5, 10} <= set(prompt)
 
 
 # ------------------------------------------------------------------------------------- what is told

@@ -97,6 +97,58 @@ def save(path: Path, architecture: str = "llama", **changes: Any) -> None:
     ).save_pretrained(path)
 
 
+SPECIAL = ("<|end|>", "<|user|>", "[TOOL_CALLS]")
+
+
+def spelling() -> Any:
+    """A tokenizer of bytes, and of pieces of JSON, some of which cut across its words.
+
+    It ends with the special tokens, of which the first one ends an answer.
+    """
+    signs = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [('"', ":"), ('":', "Ġ"), ("{", '"'), (",", "Ġ"), (",Ġ", '"'), ("e", "n"), ("1", "2")]
+    merges += [
+        ("t", "r"),
+        ("tr", "u"),
+        ("tru", "e"),
+        ("}", "}"),
+        ('"', "}"),
+        ("a", '"'),
+        ("Ġ", "{"),
+    ]
+    words = [*signs, *("".join(pair) for pair in merges)]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({word: at for at, word in enumerate(words)}, merges)
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(list(SPECIAL))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=SPECIAL[0])
+
+
+def _talking() -> tuple[Any, Any]:
+    tokenizer = spelling()
+    module = build("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    module.generation_config.eos_token_id = tokenizer.eos_token_id
+    return module, tokenizer
+
+
+def talker() -> Model:
+    """A tiny random model that writes bytes."""
+    module, tokenizer = _talking()
+    return Model.of(module, name="talker", tokenizer=tokenizer)
+
+
+def save_talker(path: Path, template: str) -> None:
+    """Leave it in a folder, with a chat template."""
+    module, tokenizer = _talking()
+    tokenizer.chat_template = template
+    module.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
 def random_tokens(count: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCAB, (count,), generator=generator).tolist()

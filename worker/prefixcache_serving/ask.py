@@ -8,14 +8,17 @@ body ──► fields.read ──► prompts: template, tokenizer ──► Ask 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any, Final
 
 from prefixcache.errors import CacheError
+from prefixcache.prompts.chat_template import Prompt
 from prefixcache.prompts.logged_request import LoggedRequest, read_logged
 from prefixcache.types import unpack
 from prefixcache_serving import responses
+from prefixcache_serving.answer_form import JsonForm, grammar_of, read_form
+from prefixcache_serving.call_form import HERMES, CallForm, told_messages
 from prefixcache_serving.fields import (
     CHAT,
     COMPLETIONS,
@@ -25,15 +28,18 @@ from prefixcache_serving.fields import (
     read,
     show,
     text,
+    wrong,
 )
 from prefixcache_serving.refusals import Refused, refusal_of
 from prefixcache_serving.served_model import ServedModel
+from prefixcache_serving.tools import ToolUse, read_use
 
 DEFAULT_CHAT_TOKENS: Final = 1024
 """How long a chat's answer may become unless asked: a small model may never end by itself."""
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's."""
 
+_RESULTS: Final = ("tool", "function")
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _KEYS: Final = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
 _HOW: Final = (
@@ -86,6 +92,14 @@ class Ask:
     how: dict[str, Any]
     """What else decides the choice of a token, by the names that workers know."""
     ignore_eos: bool
+    form: JsonForm | None
+    """JSON that the answers must be."""
+    use: ToolUse | None
+    """Tools that they may call."""
+    calls: CallForm
+    """How they call them."""
+    grammar: dict[str, Any] | None
+    """What workers hold them to because of these."""
     stream: bool
     include_usage: bool
     left_out: tuple[str, ...]
@@ -116,6 +130,8 @@ class Ask:
             more["salt"] = self.salt
         if self.ignore_eos:
             more["ignore_eos"] = True
+        if self.grammar is not None:
+            more["grammar"] = self.grammar
         if self.num_logprobs is not None:
             more |= {"logprobs": True, "top_logprobs": self.num_logprobs}
         elif self.num_tries > self.num_answers:
@@ -158,14 +174,20 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         raise Refused(
             "stream_options goes with stream: true", param="stream_options", code="invalid_value"
         )
+    use = read_use(found, is_flat=kind == RESPONSES)
+    form = None
+    if "response_format" in found:
+        form = read_form(found["response_format"], "response_format")
+    calls = model.call_form or HERMES
+    grammar = grammar_of(form, use, calls, "response_format")
     source = _SOURCES[kind]
     left_out: tuple[str, ...] = ()
     if kind == COMPLETIONS:
         requests = _completion(found, model)
     elif kind == CHAT:
-        requests, left_out = _chat(_messages(found), source, found, model)
+        requests, left_out = _chat(_messages(found), source, found, model, use)
     else:
-        requests, left_out = _chat(responses.messages(found), source, found, model)
+        requests, left_out = _chat(responses.messages(found), source, found, model, use)
     num_answers, num_tries = _num_answers(found)
     if len(requests) * num_tries > MOST_ANSWERS:
         name = "best_of" if "best_of" in found else "n"
@@ -193,6 +215,10 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         salt=_salt(tenant, found.get("cache_salt", "")),
         how=_how(found, new_tokens, model),
         ignore_eos=found.get("ignore_eos", False),
+        form=form,
+        use=use,
+        calls=calls,
+        grammar=grammar,
         stream=found.get("stream", False),
         include_usage=found.get("stream_options", False),
         left_out=left_out,
@@ -355,16 +381,19 @@ def _messages(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _chat(
-    messages: list[dict[str, Any]], source: str, found: dict[str, Any], model: ServedModel
+    messages: list[dict[str, Any]],
+    source: str,
+    found: dict[str, Any],
+    model: ServedModel,
+    use: ToolUse | None,
 ) -> tuple[list[list[int]], tuple[str, ...]]:
     """Put messages through the template; `source` is the field that they came from."""
     options = ("chat_template_kwargs", "add_generation_prompt", "continue_final_message")
     given = {name: found[name] for name in options if name in found}
     checked = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
+    tools = [] if use is None else [one.shown for one in use.tools]
     try:
-        (logged,) = read_logged({"messages": checked, **given})
-        _refuse_media(logged)
-        made = model.decoder.prompt(logged)
+        made = _prompt(checked, tools, given, model)
     except CacheError as error:
         raise refusal_of(error, source) from None
     if lost := sorted(set(made.left_out) - _HARMLESS_LOSSES):
@@ -374,6 +403,22 @@ def _chat(
             code="unsupported_field",
         )
     return [unpack(made.tokens).tolist()], tuple(sorted(made.left_out))
+
+
+def _prompt(
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]],
+    given: dict[str, Any],
+    model: ServedModel,
+) -> Prompt:
+    """Write the chat, tools and calls in the template's way, or, where it has none, in ours."""
+    (logged,) = read_logged({"messages": messages, "tools": tools, **given})
+    _refuse_media(logged)
+    has_calls = any("tool_calls" in one or one["role"] in _RESULTS for one in messages)
+    if model.call_form is None and (tools or has_calls):
+        told = told_messages(logged.messages, logged.tools)
+        logged = replace(logged, messages=tuple(told), tools=())
+    return model.decoder.prompt(logged)
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
@@ -397,9 +442,25 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             param=f"{where}.role",
             code="invalid_value",
         )
+    if "tool_calls" in kept:
+        _check_calls(kept, where)
     if role != "assistant" and "content" not in kept:
         raise Refused(f"{where} has no content", param=f"{where}.content", code="missing_field")
     return kept
+
+
+def _check_calls(message: dict[str, Any], where: str) -> None:
+    calls = message["tool_calls"]
+    if message.get("role") != "assistant" or not isinstance(calls, list) or not calls:
+        raise wrong(f"{where}.tool_calls", calls, "a list of calls, of the assistant's")
+    for at, call in enumerate(calls):
+        place = f"{where}.tool_calls[{at}]"
+        kind = call.get("type", "function") if isinstance(call, dict) else None
+        function = call.get("function") if isinstance(call, dict) else None
+        if kind != "function" or not isinstance(function, dict):
+            raise wrong(place, call, "a call of a function")
+        for name in ("name", "arguments"):
+            text(2**31, least=name == "name")(function.get(name), f"{place}.function.{name}")
 
 
 def _refuse_media(logged: LoggedRequest) -> None:

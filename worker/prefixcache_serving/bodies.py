@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from prefixcache_serving.ask import Ask
+from prefixcache_serving.call_form import CallForm, CallPiece
 from prefixcache_serving.fields import CHAT
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.meter import cached_of
@@ -35,7 +36,17 @@ class Choice:
     num_tokens: int = 0
     reason: str | None = None
     has_begun: bool = False
+    calls: list[Called] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Called:
+    """A call of a tool, as far as it was told."""
+
+    id: str
+    name: str
+    arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +72,7 @@ class Piece:
     num_tokens: int
     reason: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    calls: tuple[CallPiece, ...] = ()
 
 
 @dataclass
@@ -95,6 +107,10 @@ class Bodies:
         choice.num_tokens += piece.num_tokens
         choice.reason = piece.reason
         choice.logprobs += piece.logprobs
+        for part in piece.calls:
+            if part.name is not None:
+                choice.calls.append(Called(call_id(self.ask.calls), part.name))
+            choice.calls[part.index].arguments += part.arguments
 
     def whole(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Give the answer that is not streamed."""
@@ -105,11 +121,7 @@ class Bodies:
                 "logprobs": self._logprobs(one.logprobs),
                 "finish_reason": one.reason,
             }
-            | (
-                {"message": {"role": "assistant", "content": one.text, "refusal": None}}
-                if is_chat
-                else {"text": one.text}
-            )
+            | ({"message": _message(one)} if is_chat else {"text": one.text})
             for index, one in enumerate(self._best(journeys))
         ]
         kind = "chat.completion" if is_chat else "text_completion"
@@ -137,6 +149,8 @@ class Bodies:
             delta: dict[str, Any] = {} if choice.has_begun else {"role": "assistant", "content": ""}
             if piece.text:
                 delta["content"] = piece.text
+            if piece.calls:
+                delta["tool_calls"] = [_call_delta(one, choice) for one in piece.calls]
             told = {"delta": delta}
         else:
             told = {"text": piece.text}
@@ -252,6 +266,38 @@ def _mean(journey: Journey, choice: Choice) -> float:
     """Give the mean log-probability of an answer's tokens."""
     told = [_finite(logprob) for logprob, _ in journey.logprobs[: choice.num_tokens]]
     return sum(told) / max(1, len(told))
+
+
+def call_id(form: CallForm) -> str:
+    """Make a name for a call, as the model's template takes it."""
+    return uuid.uuid4().hex[:9] if form.short_ids else f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    told: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        told["content"] = choice.text or None
+        told["tool_calls"] = [
+            {
+                "id": one.id,
+                "type": "function",
+                "function": {"name": one.name, "arguments": one.arguments},
+            }
+            for one in choice.calls
+        ]
+    return told
+
+
+def _call_delta(piece: CallPiece, choice: Choice) -> dict[str, Any]:
+    function = {"arguments": piece.arguments}
+    if piece.name is None:
+        return {"index": piece.index, "function": function}
+    return {
+        "index": piece.index,
+        "id": choice.calls[piece.index].id,
+        "type": "function",
+        "function": {"name": piece.name} | function,
+    }
 
 
 def _finite(logprob: float | None) -> float:

@@ -235,7 +235,6 @@ _TOKENS: Final = whole(1, 2**31 - 1)
 _NONE_TOO: Final = whole(0, 2**31 - 1)
 _NO_TOOLS: Final = "answers are not parsed for tool calls yet"
 _NOTHING_STORED: Final = "nothing is stored"
-_NO_GRAMMAR: Final = "answers are not held to a grammar yet"
 _TOP_K: Final = whole(-1, 2**31 - 1)
 _PENALTY: Final = number(-2, 2)
 
@@ -303,6 +302,12 @@ def _rows() -> list[Field]:
         used("min_tokens", "before it nothing ends the answer (of vLLM)", whole(0, 2**31 - 1)),
         used("cache_salt", "who has another one shares nothing (of vLLM)", text(1024, 1)),
         used("ignore_eos", "go on behind the model's own end (of vLLM)", flag),
+        used(
+            "response_format", "the answer is held to it: json_schema, json_object", object_, chat
+        ),
+        used("tools", "functions; what is called, and how, is enforced", anything, chat),
+        used("tool_choice", "none, auto, required, one by name, allowed_tools", anything, chat),
+        used("parallel_tool_calls", "false: one call at most; true", flag, chat),
         used("chat_template_kwargs", "options of the template (of vLLM)", object_, chats),
         used("add_generation_prompt", "begin an answer; true (of vLLM)", flag, chat),
         used("continue_final_message", "go on with the last message (of vLLM)", flag, chat),
@@ -323,12 +328,8 @@ def _rows() -> list[Field]:
         ),
         refused("suffix", "the model goes on with a text, it fills none", "", bodies=completions),
         refused("stop_token_ids", "give texts in stop", [], bodies=ALL),
-        refused("response_format", _NO_GRAMMAR, {"type": "text"}),
-        refused("tools", _NO_TOOLS, []),
-        refused("tool_choice", _NO_TOOLS, "none"),
-        refused("parallel_tool_calls", _NO_TOOLS),
-        refused("functions", _NO_TOOLS, []),
-        refused("function_call", _NO_TOOLS, "none"),
+        refused("functions", "tools is what they are called now", []),
+        refused("function_call", "tool_choice is what it is called now", "none"),
         refused("modalities", "the model writes text", ["text"]),
         refused("audio", "the model writes text"),
         refused("prediction", "drafts are not taken"),

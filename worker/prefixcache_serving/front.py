@@ -38,10 +38,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
 from prefixcache.service.http.browser_headers import Careful
+from prefixcache_serving.answer_form import refused_grammar
 from prefixcache_serving.ask import Ask, read_ask
 from prefixcache_serving.board import MOST_VIEWERS, Board
 from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
+from prefixcache_serving.call_form import CallPiece, CallReader
 from prefixcache_serving.fields import CHAT, COMPLETIONS, RESPONSES, show
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.keys import Keys
@@ -238,7 +240,14 @@ class Front:
 
         The first answer to a prompt tells, for the others too, how likely the prompt is.
         """
-        stream = TextStream(self.model.tokenizer, ask.stop, ask.how.get("min_tokens", 0))
+        stream = TextStream(
+            self.model.tokenizer,
+            ask.stop,
+            ask.how.get("min_tokens", 0),
+            shows_special=ask.use is not None,  # what calls begin with may be one of these
+        )
+        reader = None if ask.use is None else CallReader(ask.calls, ask.use.must_call)
+        unseen = journey.stop_ids if reader is None else self.model.stop_ids
         num_told = offset = 0
         try:
             if ask.echoes is not None:
@@ -256,7 +265,7 @@ class Front:
                 told: list[TokenLogprob] = []
                 for token in tokens:
                     at = offset + len(stream.text)
-                    is_shown = token not in journey.stop_ids
+                    is_shown = token not in unseen
                     if is_shown:
                         text += stream.push(token)
                     # Beside an echo it is counted which tokens are the answer's: all are told.
@@ -270,11 +279,21 @@ class Front:
                 if reason:
                     text += stream.finish()
                 num_told += used
+                calls: list[CallPiece] = []
+                if reader is not None:
+                    text, calls = reader.push(text)
+                    if reason:
+                        text += reader.finish()
+                    if reason == "stop" and reader.num_calls:
+                        reason = "tool_calls"
                 if used or reason:
-                    await ready.put(Piece(index, text, used, reason or None, tuple(told)))
+                    piece = Piece(index, text, used, reason or None, tuple(told), tuple(calls))
+                    await ready.put(piece)
                 if reason:
                     return
         except Refused as refusal:
+            if ask.grammar is not None and str(refusal).startswith("grammar"):
+                refusal = refused_grammar(refusal, ask.form, "response_format")
             await ready.put(refusal)
         except Exception:
             # Who waits for the rest of the answer must not wait for ever.
@@ -363,8 +382,6 @@ class _Answers:
         made = ResponseBodies if ask.kind == RESPONSES else Bodies
         bodies = made(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
         headers = {"x-request-id": bodies.id}
-        if ask.left_out:
-            headers["x-prefixcache-left-out"] = ", ".join(ask.left_out)
         stream = _Stream(send, headers)
         async with aclosing(front.pieces(ask, journeys)) as pieces:
             is_first = True
@@ -375,6 +392,7 @@ class _Answers:
                             await stream.comment()
                         continue
                     if is_first:
+                        headers |= _left_out(ask, journeys)
                         front.meter.first_s.observe(time.monotonic() - began_s)
                         is_first = False
                     bodies.take(piece)
@@ -407,12 +425,13 @@ class _Stream:
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
         self._send = send
-        told = headers | {
+        self._told = headers
+        """Read when the first one is sent."""
+        self._more = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
         }
-        self._headers = [(key.encode(), value.encode("latin-1")) for key, value in told.items()]
         self.has_begun = False
 
     async def event(self, value: dict[str, Any]) -> None:
@@ -435,9 +454,9 @@ class _Stream:
     async def _write(self, data: bytes) -> None:
         if not self.has_begun:
             self.has_begun = True
-            await self._send(
-                {"type": "http.response.start", "status": 200, "headers": self._headers}
-            )
+            told = self._told | self._more
+            headers = [(key.encode(), value.encode("latin-1")) for key, value in told.items()]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
 
@@ -445,6 +464,13 @@ async def _page(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["method"] not in ("GET", "HEAD"):
         raise HTTPException(405)
     await FileResponse(PAGE / "index.html")(scope, receive, send)
+
+
+def _left_out(ask: Ask, journeys: Sequence[Journey]) -> dict[str, str]:
+    """Give the header that says what of a request has no effect."""
+    parts = sorted({*ask.left_out, *(part for one in journeys for part in one.left_out)})
+    told = ascii(", ".join(parts))[1:-1]  # a schema's words are anybody's
+    return {"x-prefixcache-left-out": told} if parts else {}
 
 
 async def _gone(receive: Receive) -> None:

@@ -57,6 +57,8 @@ class Journey:
     is_hurried: bool = False
     """Whether the next worker is not to wait for a prefix that another one is computing: that one
     may be whom it was taken from, which still holds its lease, of little more than is cached."""
+    left_out: tuple[str, ...] = ()
+    """What of the request has no effect, as a worker told."""
     is_set_down: bool = False
     worker: str = ""
     """Who has it now; empty: nobody."""

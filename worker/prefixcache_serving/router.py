@@ -260,6 +260,7 @@ class Router:
                 if journey.attempt and journey.ledger is not None:
                     self.num_computed_again += journey.due
                     self.meter.recomputed.inc(journey.due)
+                journey.left_out = tuple(map(str, event.get("left_out") or ()))
                 if journey.ledger is None:
                     journey.ledger = Ledger(**event["ledger"])
                     self.meter.count_prompt(journey.ledger)
@@ -372,6 +373,6 @@ class Router:
 
 def _refusal(event: Mapping[str, Any]) -> Refused:
     message = str(event.get("message", "the worker refused it"))
-    if event.get("error") == "InvalidRequest":
+    if event.get("error") in ("InvalidRequest", "Unsupported"):
         return Refused(message, code="invalid_value")
     return Refused(message, status=500, code="worker_failed")

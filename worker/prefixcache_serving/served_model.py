@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from prefixcache.cli.decoder import Decoder
 from prefixcache.errors import InvalidRequest
 from prefixcache.model_folders import places
+from prefixcache_serving.call_form import PROBE_ARGUMENTS, PROBE_NAME, CallForm, form_of
 from prefixcache_worker import smollm2
 
 
@@ -68,6 +70,11 @@ class ServedModel:
         if token not in self._texts:
             self._texts[token] = self.decoder.decode([token])
         return self._texts[token]
+
+    @cached_property
+    def call_form(self) -> CallForm | None:
+        """How its template writes calls of tools; None: in no way that is known, or not at all."""
+        return form_of(self.decoder.written_call(PROBE_NAME, PROBE_ARGUMENTS))
 
     def room(self, num_prompt: int) -> int:
         """How long the answer to a prompt of so many tokens may become."""

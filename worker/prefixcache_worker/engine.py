@@ -151,8 +151,9 @@ class Engine:
         """Hand over a request.  From any thread; returns at once.
 
         Raises:
-            InvalidRequest: a request of this id is in hand, or what it has generated is no
-                answer's beginning.
+            InvalidRequest: a request of this id is in hand, what it has generated is no answer's
+                beginning, or its grammar cannot be compiled.
+            Unsupported: grammars are not to be had here.
         """
         if request.id in self._open:
             raise InvalidRequest(
@@ -183,9 +184,15 @@ class Engine:
         for lane, each in enumerate(lanes_of(request)):
             if lane:
                 stream = TextStream(self.model.tokenizer, request.stop_strings, how.min_tokens)
-            job = Job(each, stream, stop_ids, min(request.max_new_tokens, room), lane=lane)
-            # A penalty is known when the token before it is; beams are not drafted.
-            if self.drafts and not how.penalised and request.beams is None:
+            constraint = None
+            if request.grammar is not None:
+                constraint = self.model.grammars.constraint(request.grammar)
+            most = min(request.max_new_tokens, room)
+            job = Job(each, stream, stop_ids, most, constraint, lane=lane)
+            # Penalties, and what a grammar allows, are known when the token before is; beams are
+            # not drafted.
+            is_free = not how.penalised and constraint is None and request.beams is None
+            if self.drafts and is_free:
                 job.drafts = Drafts(job.tokens)
             jobs.append(job)
         self._open[request.id] = len(jobs)
@@ -457,6 +464,7 @@ class Engine:
         for store in {id(job.store): job.store for job in self._running}.values():
             assert store is not None
             jobs = [job for job in self._running if job.store is store]
+            jobs = self._that_can_go_on(jobs, events)
             pieces = self._pieces(jobs, store)
             if not pieces:
                 continue
@@ -480,6 +488,19 @@ class Engine:
             elif job.reason and search is not None and job is search.lanes[0]:
                 events.append(search.finished(self.model.tokenizer))
         return done
+
+    def _that_can_go_on(self, jobs: Sequence[Job], events: list[Event]) -> list[Job]:
+        """Work out what may come next where a grammar says so; end those that it leads nowhere."""
+        able = []
+        for job in jobs:
+            try:
+                if job.constraint is not None:
+                    job.constraint.prepare()
+                able.append(job)
+            except CacheError as error:
+                self._abandon(job)
+                events.append(self._failed(job, type(error).__name__, str(error)))
+        return able
 
     def _lost_meanwhile(self, jobs: Sequence[Job], store: Store) -> set[int]:
         """Begin anew whatever lost its blocks while it was computed: what it read may be another's.
@@ -646,6 +667,11 @@ class Engine:
                 yield self._told(job, logits[row + at], token)
                 if job.reason or at == len(drafted) or token != drafted[at]:
                     break
+            # What must follow is not asked of the model: it runs along with the next step.
+            for token in job.forced(QUICK_TOKENS - 1):
+                if not job.reason:
+                    text = job.add(token)
+                    yield Token(job.request.id, token, text, sample=job.sample)
 
     def _search(self, search: Beams, logits: Tensor) -> Iterator[Event]:
         """Take a search a token further: who goes on, who is forked, who is released."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import TableUpdate
+from prefixcache_worker.constrain import Constraint
 from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
@@ -31,6 +32,8 @@ class Job:
     stream: TextStream
     stop_ids: frozenset[int]
     max_new_tokens: int
+    constraint: Constraint | None = None
+    """What the answer is held to; of this job alone."""
     sampler: Sampler = field(init=False)
     tokens: list[int] = field(init=False)
     store: Store | None = None
@@ -67,11 +70,18 @@ class Job:
     """Why it is finished; empty: it is not."""
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.request.sampling, self.request.tokens, self.stop_ids)
+        self.sampler = Sampler(
+            self.request.sampling, self.request.tokens, self.stop_ids, self.constraint
+        )
         self.tokens = list(self.request.tokens)
         self.num_scored = self.num_prompt if self.request.prompt_logprobs is None else 1
         for number, token in enumerate(self.request.generated, 1):
             self.add(token)
+            if self.constraint is not None and not self.constraint.fits:
+                raise InvalidRequest(
+                    f"token {number} of {len(self.request.generated)} generated ones, {token}, "
+                    "does not fit the grammar: it is of another answer"
+                )
             if self.reason and number < len(self.request.generated):
                 raise InvalidRequest(
                     f"token {number} of {len(self.request.generated)} generated ones, {token}, "
@@ -131,7 +141,7 @@ class Job:
             self.reason = "stop"
         else:
             text = self.stream.push(token)
-            if self.stream.stopped:
+            if self.stream.stopped or (self.constraint is not None and self.constraint.is_over):
                 self.reason = "stop"
             elif not self.num_left:
                 self.reason = "length"
@@ -165,6 +175,16 @@ class Job:
             return []
         room = min(self.num_slots - self.num_valid, self.num_left) - 1
         return self.drafts.propose(self.tokens, min(most, room))
+
+    def forced(self, most: int) -> list[int]:
+        """Give up to `most` tokens that must come next, whatever the model says.
+
+        None if it is asked what the model says.
+        """
+        asks = self.request.logprobs is not None or self.request.log_logits
+        if self.constraint is None or self.reason or asks:
+            return []
+        return self.constraint.forced()[: min(most, self.num_left)]
 
     def grant(self, claim: Claim) -> None:
         """Take the blocks that were asked for."""
@@ -212,10 +232,15 @@ def started(job: Job, claim: Claim) -> Started:
         shared=job.store.shared,
         waited_s=time.monotonic() - job.submitted_s,
         max_new_tokens=job.max_new_tokens,
-        left_out=job.request.left_out or None,
+        left_out=_left_out(job),
         seed=None if job.sampler.sampling.greedy else job.sampler.seed,
         sample=job.sample,
     )
+
+
+def _left_out(job: Job) -> tuple[str, ...] | None:
+    more = () if job.constraint is None else job.constraint.left_out
+    return (*job.request.left_out, *more) or None
 
 
 def finished(job: Job) -> Finished:

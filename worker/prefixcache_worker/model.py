@@ -30,6 +30,7 @@ from prefixcache_kernels import TORCH_DTYPES, GroupedPlan, Plan, SharedPool, Sha
 from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import smollm2
 from prefixcache_worker.batch import Batch
+from prefixcache_worker.constrain import Grammars
 from prefixcache_worker.identity import identify
 from prefixcache_worker.lean import LeanNetwork, twin
 from prefixcache_worker.light_tokenizer import LightTokenizer, alike
@@ -346,6 +347,11 @@ class Model:
         """
         (request,) = read_logged({"messages": list(messages)})
         return unpack(self.prompt(request).tokens).tolist()
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles grammars for its tokens."""
+        return Grammars(self.tokenizer, self.vocab_size, self.stop_ids)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Turn text into tokens; `special` adds what the tokenizer puts around every text.

@@ -17,6 +17,7 @@ from typing import Any, Final
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Ledger
 from prefixcache_worker.beam_search import Beam, BeamSearch
+from prefixcache_worker.grammar import Grammar
 from prefixcache_worker.sampling import Logprobs, Sampling, TopTwo
 
 MOST_SAMPLES: Final = 128
@@ -56,6 +57,8 @@ class Request:
     """How many answers are told: as many samples, or the best of so many beams."""
     beams: BeamSearch | None = None
     """Search for the likeliest answers as a whole; None: choose token by token."""
+    grammar: Grammar | None = None
+    """What the answer is held to."""
     generated: Sequence[int] = ()
     """The answer's first tokens, where another worker has begun it: it goes on behind them, as if
     nothing had been."""
@@ -103,6 +106,7 @@ class Request:
             "logprobs": self.logprobs is not None,
             "prompt_logprobs": self.prompt_logprobs is not None,
             "log_logits": self.log_logits,
+            "grammar": self.grammar is not None,
             "generated": bool(self.generated),
         }
         if found := [name for name, is_asked in beside.items() if is_asked]:

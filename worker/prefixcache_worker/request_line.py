@@ -27,6 +27,7 @@ n               a whole number from 1 to 128: answers, each of which draws other
 beams           a whole number from 1 to 64: so many are searched, the n best told; else not
 length_penalty  a number from -10 to 10, with beams; else 1
 early_stopping  true, false or "never", with beams; else false
+grammar         what the answer is held to: see `grammar`
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
@@ -49,6 +50,7 @@ from prefixcache.prompts.logged_request import read_logged
 from prefixcache.texts import check_text
 from prefixcache.types import unpack
 from prefixcache_worker.beam_search import MOST_BEAMS, MOST_LENGTH_PENALTY, BeamSearch
+from prefixcache_worker.grammar import read_grammar
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import MOST_LOGPROBS, MOST_SAMPLES, Request
 from prefixcache_worker.sampling import MOST_REPETITION, Sampling
@@ -69,7 +71,7 @@ _FIELDS: Final = {
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "salt", "n", "beams", "length_penalty"),
-    *("early_stopping", *_PROMPTS, *_CHAT),
+    *("early_stopping", "grammar", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -174,6 +176,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         n=_whole(fields.get("n", 1), "n", 1, MOST_SAMPLES),
         beams=_beams(fields),
         left_out=left_out,
+        grammar=read_grammar(fields["grammar"]) if "grammar" in fields else None,
         generated=_generated(fields),
         salt=_salt(fields),
     )

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache_worker.constrain import Constraint
 from prefixcache_worker.draws import Place, exponentials
 from prefixcache_worker.penalties import Penalties
 
@@ -126,12 +127,18 @@ class Sampler:
         sampling: how.
         prompt: what the answer follows.
         stop_ids: the tokens that end it.
+        constraint: what it is held to, if anything.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt: Iterable[int] = (), stop_ids: Iterable[int] = ()
+        self,
+        sampling: Sampling,
+        prompt: Iterable[int] = (),
+        stop_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
         self.sampling = sampling
+        self.constraint = constraint
         self._penalties = (
             Penalties(
                 prompt,
@@ -147,6 +154,9 @@ class Sampler:
         self._ends = torch.tensor(
             sorted(stop_ids) if sampling.min_tokens else [], dtype=torch.int64
         )
+        others = () if constraint is None else constraint.ends.difference(stop_ids)
+        self._others = torch.tensor(sorted(others), dtype=torch.int64)
+        """Ends of the model's own that do not count here."""
         self.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         """Of its draws: with it, another worker draws the same."""
 
@@ -154,19 +164,29 @@ class Sampler:
         """Take the answer's next token."""
         if self._penalties is not None:
             self._penalties.add(token)
+        if self.constraint is not None:
+            self.constraint.add(token)
 
     def adjusts(self, position: int) -> bool:
         """Tell whether the logits of this position are changed before a token is chosen."""
         early = len(self._ends) > 0 and position < self.sampling.min_tokens
-        return early or len(self._bias) > 0 or self._penalties is not None
+        changes = early or len(self._bias) > 0 or self._penalties is not None
+        return changes or self.constraint is not None
 
     def adjust(self, logits: Tensor, position: int) -> None:
-        """Add the bias, take off the penalties, and rule out an end that is too early, in place."""
+        """Add the bias, take off the penalties, and rule out what may not come, in place.
+
+        That is an end that is too early, and whatever the constraint does not allow.
+        """
         logits.index_add_(0, self._biased, self._bias)
-        if position < self.sampling.min_tokens:
+        early = position < self.sampling.min_tokens
+        if early and self.constraint is None:
             logits[self._ends] = -inf
         if self._penalties is not None:
             self._penalties.apply(logits)
+        if self.constraint is not None:
+            not_yet = torch.cat([self._ends, self._others]) if early else self._others
+            self.constraint.apply(logits, not_yet)
 
     def whole(self, shares: Tensor) -> float:
         """Give the probability of what `top_k` and `min_p` keep, of which `top_p` is a part."""

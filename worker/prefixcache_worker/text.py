@@ -26,12 +26,19 @@ class TextStream:
         tokenizer: of the model; None gives no text at all.
         stop_strings: the answer ends before the first of these; what is shown never contains one.
         min_tokens: in the text of so many tokens they are not looked for.
+        shows_special: show special tokens, too.
     """
 
     def __init__(
-        self, tokenizer: Any, stop_strings: Sequence[str] = (), min_tokens: int = 0
+        self,
+        tokenizer: Any,
+        stop_strings: Sequence[str] = (),
+        min_tokens: int = 0,
+        *,
+        shows_special: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
+        self._skips_special = not shows_special
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._min_tokens = min_tokens
         self._tokens: list[int] = []
@@ -62,10 +69,11 @@ class TextStream:
         return shown + rest
 
     def _decode(self, *, final: bool) -> str:
+        skips = self._skips_special
         known = self._tokenizer.decode(
-            self._tokens[self._before : self._read], skip_special_tokens=True
+            self._tokens[self._before : self._read], skip_special_tokens=skips
         )
-        now = self._tokenizer.decode(self._tokens[self._before :], skip_special_tokens=True)
+        now = self._tokenizer.decode(self._tokens[self._before :], skip_special_tokens=skips)
         waiting = len(self._tokens) - self._read
         if now.endswith(_UNFINISHED) and not final and waiting < _MOST_BYTES:
             return ""

@@ -1,0 +1,100 @@
+"""What a line's `grammar` may be; what would take too long is refused before it is compiled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from prefixcache.errors import InvalidRequest
+from prefixcache_worker.grammar import DEEPEST, MOST_CALLS, MOST_PROPERTIES, read_grammar
+
+CALL = {"begin": '{"name": "f", "arguments": ', "schema": {"type": "object"}, "end": "}"}
+
+
+def nested(depth: int) -> Any:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+def many(count: int) -> dict[str, Any]:
+    return {"properties": {f"p{number}": {} for number in range(count)}}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (7, "grammar is 7; it takes an object"),
+        ({}, "a schema, or calls, are missing"),
+        ({"schema": None}, "a schema, or calls, are missing"),
+        ({"text": True}, "a schema, or calls, are missing"),
+        ({"text": True, "schema": {}}, "a schema, or calls, are missing"),
+        ({"schema": "x"}, "grammar.schema is 'x'; it takes a JSON schema"),
+        ({"schema": False}, "grammar.schema is false; it takes a JSON schema"),
+        ({"schema": {"x-guidance": {}}}, "x-guidance, which would have no effect"),
+        ({"schema": {}, "lenient": 1}, "grammar.lenient is 1; it takes true or false"),
+        ({"schema": {}, "lark": "x"}, "'lark' is unknown; known are"),
+        ({"calls": {"each": [CALL]}, "lenient": True}, "lenient goes with a schema"),
+        (
+            {"calls": {"each": [CALL]}, "schema": {}, "text": True},
+            "a text or of a schema, not both",
+        ),
+        ({"calls": [CALL]}, "grammar.calls is a list of 1; it takes an object"),
+        ({"calls": {"each": []}}, "each is a list of 0; it takes a list of 1 to 128"),
+        ({"calls": {"each": [CALL] * (MOST_CALLS + 1)}}, "it takes a list of 1 to"),
+        ({"calls": {"each": [7]}}, r"grammar.calls.each\[0\] is 7"),
+        ({"calls": {"each": [CALL | {"begin": ""}]}}, r"each\[0\].begin is missing"),
+        ({"calls": {"each": [CALL | {"end": "x" * 600}]}}, "it takes a text of up to 512"),
+        ({"calls": {"each": [CALL | {"end": "\ud800"}]}}, "half a character"),
+        ({"calls": {"each": [CALL], "trigger": 5}}, "grammar.calls.trigger is 5"),
+        ({"schema": nested(DEEPEST + 1)}, f"nested more than {DEEPEST} deep"),
+        ({"schema": {"enum": ["x" * 300_000]}}, "more than 262,144 characters"),
+        ({"schema": {"enum": [0] * 100_000}}, "more than 262,144 characters"),
+        ({"schema": many(MOST_PROPERTIES + 1)}, "more than 2,048 properties"),
+        ({"schema": {"const": "\udc00"}}, "half a character"),
+        (
+            {"schema": {"maximum": 10**4000}},
+            "'maximum' is a number of 13288 bits, which is too far",
+        ),
+        ({"schema": {"minimum": float("-inf")}}, "'minimum' is -inf, which is too far"),
+        ({"schema": {"anyOf": [{"items": {}}] * 101}}, "more than 100 ways in anyOf and oneOf"),
+        ({"schema": {"multipleOf": 999_983}}, "multipleOf 999983 would take 999,983 steps"),
+        ({"schema": {"multipleOf": 7.654321}}, "would take 7,654,321 steps"),
+        ({"schema": {"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}}, "988,027 steps"),
+    ],
+)
+def test_what_is_no_grammar_is_refused_by_place(given: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        read_grammar(given)
+
+
+def test_two_schemas_are_bounded_together() -> None:
+    half = CALL | {"schema": many(MOST_PROPERTIES // 2 + 1)}
+    read_grammar({"calls": {"each": [half]}})
+    with pytest.raises(InvalidRequest, match="properties"):
+        read_grammar({"calls": {"each": [half, half]}})
+
+
+def test_steps_that_are_easy_in_decimals_may_be_of_any_size() -> None:
+    for step in (0.01, 1e-9, 1000, 10**12, 0.25, 12.5, 7.31):
+        read_grammar({"schema": {"multipleOf": step}})
+
+
+def test_ways_that_are_plain_values_may_be_many() -> None:
+    plain = [{"type": "string"}, {"const": [1]}, {"enum": [{}]}, {"type": "null"}] * 100
+    read_grammar({"schema": {"anyOf": [*plain, {"$ref": "#"}]}})
+    optional = {"anyOf": [{"type": "array"}, {"type": "null"}]}
+    read_grammar({"schema": {"properties": {f"p{number}": optional for number in range(300)}}})
+
+
+def test_special_tokens_are_told_from_their_text() -> None:
+    calls = {"trigger": "[CALLS]", "open": "[", "each": [CALL], "close": "]", "between": ", "}
+    source = read_grammar({"calls": calls, "text": True}).lark({"[CALLS]": 7, "<|end|>": 1})
+    start, *rules = source.splitlines()
+    assert start == 'start: TEXT | TEXT <[7]> "[" call (", " call)* "]"'
+    assert f'call_0: {json.dumps(CALL["begin"])} call_0_value "}}"' in rules
+    plain = read_grammar({"calls": calls, "text": True}).lark({})
+    assert 'head[lazy]: TEXT "[CALLS]"' in plain
