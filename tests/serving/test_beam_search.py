@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prefixcache_serving.ask import read_ask
-from prefixcache_serving.fields import COMPLETIONS
+from prefixcache_serving.fields import CHAT, COMPLETIONS
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.meter import Meter
 from prefixcache_serving.refusals import Refused
@@ -105,6 +105,11 @@ def test_what_does_not_go_with_a_search_is_refused_by_name(
     with pytest.raises(Refused) as told:
         read_ask(body(**more), COMPLETIONS, served)
     assert told.value.param == param
+    chat = {"model": "played", "messages": [{"role": "user", "content": "w5"}]}
+    held = {"response_format": {"type": "json_object"}, "use_beam_search": True}
+    with pytest.raises(Refused) as told:
+        read_ask(chat | held, CHAT, served)
+    assert told.value.param == "response_format"
     neutral = {"temperature": 1, "top_p": 1, "stop": [], "stream": False, "min_p": 0, "n": 4}
     [line, _] = read_ask(body(**neutral), COMPLETIONS, served).lines()
     assert line == {"tokens": PROMPTS[0], "max_new_tokens": NEW, "beams": 4, "n": 4}

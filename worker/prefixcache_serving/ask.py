@@ -198,6 +198,12 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
             code="invalid_value",
         )
     search = _search(found, num_answers, num_tries, model)
+    if search is not None and grammar is not None:
+        raise Refused(
+            "answers that are held to a grammar are made token by token, not by use_beam_search",
+            param="tools" if form is None else "response_format",
+            code="invalid_value",
+        )
     top_p = found.get("top_p", 1.0)
     new_tokens = _new_tokens(found, kind, source, max(map(len, requests)), model)
     return Ask(

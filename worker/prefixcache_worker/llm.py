@@ -73,6 +73,8 @@ class LLM:
         chunk: tokens computed a step, at most.
         max_batch: sequences computed at a time.
         drafts: most tokens a step that are looked up and tried for an answer.
+        weights: `packed` in a file that all processes of this user map, or `private`.
+        invariant: every bit of an answer is the same in any company, cached or not.
         others: none; what vLLM takes and has no effect here is refused by name.
 
     Raises:
@@ -91,6 +93,8 @@ class LLM:
         chunk: int = 256,
         max_batch: int = 16,
         drafts: int = 0,
+        weights: str = "packed",
+        invariant: bool = False,
         **others: Any,
     ) -> None:
         if others:
@@ -101,8 +105,12 @@ class LLM:
             prefixcache.connect(connect).close()  # says so before anything is loaded
         given = "bfloat16" if dtype == "auto" else dtype
         self.model = (
-            model if isinstance(model, Model) else Model.load(model, dtype=given, threads=threads)
+            model
+            if isinstance(model, Model)
+            else Model.load(model, dtype=given, threads=threads, weights=weights)
         )
+        if invariant:
+            self.model = self.model.made_invariant()
         try:
             client = prefixcache.connect(target)
         except ServiceUnavailable:

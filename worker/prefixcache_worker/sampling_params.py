@@ -19,7 +19,7 @@ _NOT_HERE: Final[dict[str, tuple[Any, str]]] = {
     "include_stop_str_in_output": (False, "what ends an answer is not in its text"),
     "allowed_token_ids": (None, "give logit_bias"),
     "bad_words": (None, "give logit_bias"),
-    "structured_outputs": (None, "answers are not held to a grammar here"),
+    "structured_outputs": (None, "an endpoint (prefixcache up) holds answers to a grammar"),
     "output_kind": (None, "answers are given when they are whole"),
     "extra_args": (None, "there are none"),
     "best_of": (None, "ask for n, and choose by cumulative_logprob"),
