@@ -3,6 +3,7 @@
 ```
 the hard limit ─┬─ 64        its own: pool, state, recording, events …
                 ├─ an eighth (64 at most)    connections to the page and the metrics
+                ├─ a 16th (32 at most)       connections to each address of events, if there is one
                 ├─ half of the rest          callers' connections: half for the addresses of
                 │                            --listen, the other half for the sockets of identities,
                 │                            each address and socket as many
@@ -20,6 +21,7 @@ from prefixcache.errors import InvalidRequest
 
 _OWN = 64
 _HTTP = 64
+_EVENTS = 32
 _LEAST = 128
 """Descriptors without which a service is of no use."""
 
@@ -35,24 +37,31 @@ class Descriptors:
     """Connections to each address of `--listen`."""
     own: int
     """Connections to each socket of an identity's own."""
+    events: int = 0
+    """Connections to each address of `--events` and `--events-replay`."""
 
     @classmethod
-    def split(cls, total: int, num_sockets: int, num_addresses: int = 1) -> Descriptors:
-        """Split `total` among the addresses of `--listen` and the sockets of identities.
+    def split(
+        cls, total: int, num_sockets: int, num_addresses: int = 1, num_published: int = 0
+    ) -> Descriptors:
+        """Split `total` among the addresses of `--listen`, of events, and identities' sockets.
 
         >>> Descriptors.split(1024, num_sockets=0)
-        Descriptors(total=1024, http=64, front=448, own=0)
+        Descriptors(total=1024, http=64, front=448, own=0, events=0)
         >>> Descriptors.split(1024, num_sockets=0, num_addresses=2)
-        Descriptors(total=1024, http=64, front=224, own=0)
+        Descriptors(total=1024, http=64, front=224, own=0, events=0)
         >>> Descriptors.split(256, num_sockets=4)
-        Descriptors(total=256, http=32, front=40, own=10)
+        Descriptors(total=256, http=32, front=40, own=10, events=0)
+        >>> Descriptors.split(256, num_sockets=0, num_published=2)
+        Descriptors(total=256, http=32, front=64, own=0, events=16)
         """
         http = min(_HTTP, total // 8)
-        callers = (total - _OWN - http) // 2
+        events = min(_EVENTS, total // 16) if num_published else 0
+        callers = (total - _OWN - http - events * num_published) // 2
         if not num_sockets:
-            return cls(total, http, max(1, callers // num_addresses), 0)
+            return cls(total, http, max(1, callers // num_addresses), 0, events)
         front, own = callers // 2 // num_addresses, callers // 2 // num_sockets
-        return cls(total, http, max(1, front), max(1, own))
+        return cls(total, http, max(1, front), max(1, own), events)
 
     def __str__(self) -> str:
         own = f", {self.own} at each socket of an identity" if self.own else ""

@@ -118,7 +118,10 @@ async def _serve(
     preflight.check(settings, memory)
     calls = OpenCalls(identity_file)
     num_sockets = 0 if identity_file.current is None else len(identity_file.current.sockets)
-    descriptors = Descriptors.split(raise_limit(), num_sockets, max(1, len(settings.listen)))
+    published = [one for one in (settings.events, settings.events_replay) if one is not None]
+    descriptors = Descriptors.split(
+        raise_limit(), num_sockets, max(1, len(settings.listen)), len(published)
+    )
     connections = Connections()
     endpoints = make_endpoints(settings, identity_file, calls, descriptors, connections)
     for endpoint in endpoints:
@@ -143,7 +146,7 @@ async def _serve(
         one.handlers.tracer = tracer
     verbs = {name: one.handlers for name, one in domains.items()}
     http = _make_http(settings, verbs, descriptors.http)
-    publisher = _make_publisher(settings, handlers)
+    publisher = _make_publisher(settings, handlers, descriptors.events)
     alive = health.aio.HealthServicer()
     for endpoint in endpoints:
         health_pb2_grpc.add_HealthServicer_to_server(alive, endpoint.server)
@@ -322,7 +325,9 @@ def _needs(flag: str, extra: str) -> Iterator[None]:
         ) from None
 
 
-def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | None:
+def _make_publisher(
+    settings: ServeSettings, handlers: Handlers, max_connections: int
+) -> Publisher | None:
     if settings.events is None:
         return None
     with _needs("--events", "events"):
@@ -333,6 +338,7 @@ def _make_publisher(settings: ServeSettings, handlers: Handlers) -> Publisher | 
         handlers.events,
         settings.events,
         settings.events_replay,
+        max_connections,
     )
 
 

@@ -208,8 +208,9 @@ class Connections:
         if found is not None or peer in self._gone or monotonic() < self._search_at:
             return found
         began = monotonic()
-        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names alone
-            self._survey(int(name))
+        with contextlib.suppress(OSError):  # there may be no descriptor left for this
+            for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names alone
+                self._survey(int(name))
         ended = monotonic()
         self._search_at = ended + 4 * (ended - began)
         if peer not in self._by_peer:
@@ -220,7 +221,10 @@ class Connections:
         """End what has to go, for ever.  Each look is O(open files), a few at a time."""
         while True:
             began = monotonic()
-            is_pressed = await self.look()
+            try:
+                is_pressed = await self.look()
+            except OSError:  # not one more descriptor is to be had, not even for this look
+                is_pressed = True
             took = monotonic() - began
             # Whatever is open, and however hard others press: no more than a fifth of the time.
             await asyncio.sleep(max(_PRESSED_S if is_pressed else _LOOK_EVERY_S, 4 * took))

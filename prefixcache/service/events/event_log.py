@@ -52,6 +52,7 @@ _EVENT_BYTES = 512
 """What an event takes beside its hashes and tokens."""
 _CHUNK = 64
 """Blocks of an event, and events of a message, at most: what is made in one go."""
+MOST_EVENTS = MOST_BLOCKS = _CHUNK
 _MESSAGE_BYTES = 1 << 20
 """Of events in one message, about."""
 _DROPPED = 512

@@ -30,7 +30,15 @@ import zmq.asyncio
 
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.service.backing import Backing
-from prefixcache.service.events.event_log import Batch, Event, EventLog, Stored
+from prefixcache.service.events.event_log import (
+    MOST_BLOCKS,
+    MOST_EVENTS,
+    Batch,
+    Event,
+    EventLog,
+    Stored,
+)
+from prefixcache.service.events.subscribers import Subscribers
 from prefixcache.service.failures import Failures
 from prefixcache.types import unpack
 
@@ -39,8 +47,9 @@ END = (-1).to_bytes(8, "big", signed=True)
 
 _KEPT = 10_000
 _KEPT_BYTES = 64 * 2**20
-_HIGH_WATER = 100_000
-"""Messages that may wait for one subscriber before it misses some, which the sequence shows."""
+_WAITING_BYTES = 64 * 2**20
+"""Of messages that may wait for one subscriber before it misses some, which the sequence shows."""
+_LEAST_WAITING = 64
 
 _MAX_ASKED = 4096
 """Bytes of one frame that is sent to us."""
@@ -98,6 +107,7 @@ class Publisher:
         events: the log.
         endpoint: where to publish.
         replay: where to give published batches again; None: nowhere.
+        max_connections: how many there may be to either address.
 
     Raises:
         InvalidRequest: an endpoint is one that others than this machine can reach.
@@ -110,12 +120,14 @@ class Publisher:
         events: EventLog,
         endpoint: str,
         replay: str | None,
+        max_connections: int = 32,
     ) -> None:
         for address in filter(None, (endpoint, replay)):
             _check(address)
         self._backing, self._failures = backing, failures
         self._events = events
         self._endpoints = (endpoint, replay)
+        self._max_connections = max_connections
         self._context = zmq.asyncio.Context()
         self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = 0
@@ -132,9 +144,15 @@ class Publisher:
         endpoint, replay = self._endpoints
         publishing = self._bind(zmq.PUB, endpoint)
         self._begin(self._publish(publishing), "the publisher of events")
+        self._guard(publishing, endpoint)
         if replay is not None:
             replaying = self._bind(zmq.ROUTER, replay)
             self._begin(self._replay(replaying), "the replay of events")
+            self._guard(replaying, replay)
+
+    def _guard(self, bound: zmq.asyncio.Socket, where: str) -> None:
+        subscribers = Subscribers(bound, self._max_connections, where)
+        self._begin(subscribers.watch(), "who counts the connections to events")
 
     def _begin(self, work: Coroutine[Any, Any, None], part: str) -> None:
         task = asyncio.create_task(work)
@@ -152,7 +170,8 @@ class Publisher:
 
     def _bind(self, kind: int, endpoint: str | None) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
-        socket.sndhwm = _HIGH_WATER
+        settings = self._backing.settings
+        socket.sndhwm = most_waiting(settings.block_size, settings.watch_tokens)
         # What others send: nothing to the first socket but subscriptions, three short frames to the
         # second.  Who sends more is cut off before it is read.
         socket.setsockopt(zmq.MAXMSGSIZE, _MAX_ASKED)
@@ -264,6 +283,17 @@ async def _send(socket: zmq.asyncio.Socket, parts: tuple[bytes, ...]) -> bool:
         else:
             await asyncio.sleep(0)
             return True
+
+
+def most_waiting(block_size: int, has_tokens: bool) -> int:
+    """Give how many messages may wait for one subscriber: their bytes cannot be bounded.
+
+    >>> most_waiting(16, False), most_waiting(16, True), most_waiting(1024, True)
+    (1638, 182, 64)
+    """
+    block_bytes = 10 + 5 * block_size * has_tokens  # a number of 64 bits is 9, a token 5 at most
+    message_bytes = MOST_EVENTS * MOST_BLOCKS * block_bytes
+    return max(_LEAST_WAITING, _WAITING_BYTES // message_bytes)  # one has about 1 MiB at most
 
 
 def number_of(block_hash: bytes) -> int:

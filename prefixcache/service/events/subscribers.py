@@ -51,8 +51,8 @@ class Subscribers:
         """One descriptor of nothing, and one that takes hold of a connection: also where there is
         not one more to be had."""
         self._is_over = False
-        self._context = zmq.Context.shadow(bound.context.underlying)
-        self._monitor = self._context.socket(zmq.PAIR)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(bound.context.underlying)
+        self._monitor = context.socket(zmq.PAIR)
         self._monitor.setsockopt(zmq.RCVTIMEO, _LOOK_MS)
         self._monitor.setsockopt(zmq.RCVHWM, 0)
         place = f"inproc://subscribers-{id(self)}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import ssl
 import subprocess
@@ -388,3 +390,29 @@ def test_who_comes_from_the_same_port_to_another_address_takes_no_proof_away() -
             assert port.connections.shares.total == 1
     assert port.left() == [0]
     port.close()
+
+
+def test_the_patrol_goes_on_after_a_moment_without_a_descriptor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It needs one itself to look at what is open: while there is none, it looks again later."""
+    looks = 0
+
+    def listdir(path: str) -> list[str]:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise OSError(errno.EMFILE, "Too many open files", path)
+        return []
+
+    async def story() -> None:
+        patrol = asyncio.ensure_future(Connections().patrol())
+        async with asyncio.timeout(PATIENCE_S):
+            while looks < 4 and not patrol.done():
+                await asyncio.sleep(0.01)
+        assert not patrol.done()
+        patrol.cancel()
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    asyncio.run(story())
+    assert looks >= 4

@@ -22,6 +22,7 @@ import pytest
 import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import connect_async
+from prefixcache.config import load
 from prefixcache.core import kv_events
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
@@ -40,7 +41,15 @@ from prefixcache.service.failures import Failures
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.http.scraped import free_port
-from service.service_process import LAYOUT, command, environment, eventually, running, sizes
+from service.service_process import (
+    LAYOUT,
+    ServiceProcess,
+    command,
+    environment,
+    eventually,
+    running,
+    sizes,
+)
 
 SPACE = Namespace("model", salt="secret")
 ME = WorkerId("w")
@@ -604,6 +613,7 @@ def test_a_publisher_that_ends_is_told() -> None:
 
     class Some:
         failures = Failures()
+        settings = load({})
 
     async def story() -> dict[str, str]:
         publisher = Publisher(Some, Some.failures, Broken(), f"tcp://127.0.0.1:{free_port()}", None)  # type: ignore[arg-type]
@@ -614,6 +624,46 @@ def test_a_publisher_that_ends_is_told() -> None:
 
     causes = asyncio.run(story())
     assert "nobody thought of this" in causes["the publisher of events"]
+
+
+def test_subscribers_take_no_descriptor_that_workers_need(sockets: Path) -> None:
+    """Of 256: each address of events has 16, however many come, and come again and again."""
+    zmq = pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    place = f"tcp://127.0.0.1:{free_port()}"
+    flags = (*sizes(64, 4), "--events", place)
+    service = ServiceProcess(f"unix:{sockets}/crowd.sock", *flags, num_files=256)
+    context = zmq.Context()
+    crowd = []
+    try:
+        for _ in range(300):
+            one = context.socket(zmq.SUB)
+            one.linger = 0
+            one.subscribe(b"")
+            one.connect(place)
+            crowd.append(one)
+        eventually(lambda: "subscribers of events are turned away" in service.log())
+
+        def works() -> bool:
+            try:
+                with (
+                    prefixcache.connect(service.target, timeout_s=5.0) as client,
+                    client.attach("tiny", LAYOUT) as session,
+                ):
+                    session.acquire([1, 2, 3]).release()
+            except ServiceUnavailable:
+                return False
+            return True
+
+        eventually(works)
+        for one in crowd[1:]:
+            one.close()
+        count = Path(f"/proc/{service.process.pid}/fd")
+        eventually(lambda: len(list(count.iterdir())) < 100)
+    finally:
+        for one in crowd:
+            one.close()
+        context.term()
+        service.close()
 
 
 @pytest.mark.parametrize("place", ["tcp://0.0.0.0:5557", "ipc://@abstract", "ipc://*"])
