@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
+CLIENTS := .venv-clients
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # For `make sanitize`.  Without -O1 the compiler takes minutes.  The library is compiled and loaded
@@ -10,7 +11,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help vllm-environment vllm demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help vllm-environment vllm clients-environment clients demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +43,27 @@ vllm-environment: $(VLLM)/.installed   ## An environment of its own with vLLM fo
 vllm: $(VENV)/.model $(VLLM)/.installed   ## Three vLLM engines on one pool, chats over HTTP, kills, and vLLM alone.  QUICK=1: a tiny model; DTYPE=bfloat16.
 	@mkdir -p out
 	$(BIN)/python -m prefixcache_vllm.demo --python $(VLLM)/bin/python $(if $(QUICK),--quick,) $(if $(DTYPE),--dtype $(DTYPE),) --report out/vllm.json
+
+# Each in an environment of its own: what clients need is not what this project needs.
+$(CLIENTS)/.installed: tests/clients/light.txt tests/clients/scripts/package-lock.json
+	@echo "==> making $(CLIENTS), an environment with clients (360 MB, a minute, once)"
+	$(PYTHON) -m venv --clear $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement tests/clients/light.txt
+	mkdir -p $(CLIENTS)/node
+	cp tests/clients/scripts/package*.json $(CLIENTS)/node/
+	npm ci --prefix $(CLIENTS)/node --no-audit --no-fund || echo "without node: its clients are left out"
+	@touch $@
+
+$(CLIENTS)-heavy/.installed: tests/clients/heavy.txt
+	@echo "==> making $(CLIENTS)-heavy, an environment with frameworks for evaluations (850 MB, minutes, once)"
+	$(PYTHON) -m venv --clear $(CLIENTS)-heavy
+	$(CLIENTS)-heavy/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement tests/clients/heavy.txt
+	@touch $@
+
+clients-environment: $(CLIENTS)/.installed   ## An environment of its own with OpenAI's clients and those who build on them: .venv-clients.
+
+clients: $(VENV)/.model $(CLIENTS)/.installed $(CLIENTS)-heavy/.installed   ## All clients, lm-eval and inspect-ai included, against `prefixcache up`: docs/clients.md.  ONLY=llm for one.
+	PYTHONPATH=tests $(BIN)/python -m clients.run --light $(CLIENTS) --heavy $(CLIENTS)-heavy $(if $(ONLY),--only $(ONLY),--publish)
 
 demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
 	@mkdir -p out
@@ -132,5 +154,5 @@ proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
 
 clean: pure    ## Remove the environment and everything generated, except committed code.
-	rm -rf $(VENV) $(VLLM) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) $(CLIENTS)-heavy out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ What is not in the table is refused as unknown.  Null is as good as left out.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def only(**taken: Any) -> Check:
             where = f"{name}.{key[:64]}"
             if key in taken:
                 raise Refused(
-                    f"{where} is {show(one)}: the model has no such setting",
+                    f"{where} is not served otherwise than {json.dumps(taken[key])}",
                     param=where,
                     code="unsupported_field",
                 )

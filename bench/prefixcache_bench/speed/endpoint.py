@@ -38,6 +38,11 @@ class Endpoint:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def url(self) -> str:
+        """What clients are given as their base URL."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
     def until(self, pattern: str) -> re.Match[str]:
         """Wait until it says something."""
         deadline = time.monotonic() + LOAD_S
