@@ -59,7 +59,7 @@ PAGE: Final = Path(__file__).parent / "web"
 EXPLAIN: Final = "x-prefixcache-explain"
 """A request with this header is told the ledger of its prompts, and who computed."""
 QUIET_S: Final = 15.0
-"""After so long without a token a stream is given a comment, so that nobody takes it for dead."""
+"""After so long without a token a stream is given an empty line: nobody takes it for dead."""
 _PIECES_AHEAD: Final = 16
 """Pieces of all answers of a stream that wait to be sent."""
 _LONG_BODY: Final = 16 << 10
@@ -389,7 +389,7 @@ class _Answers:
                 async for piece in pieces:
                     if piece is None:
                         if ask.stream:
-                            await stream.comment()
+                            await stream.blank()
                         continue
                     if is_first:
                         headers |= _left_out(ask, journeys)
@@ -439,9 +439,13 @@ class _Stream:
         name = f"event: {value['type']}\n" if "type" in value else ""
         await self._write(f"{name}data: {json_text(value)}\n\n".encode())
 
-    async def comment(self) -> None:
-        """Say that there is nothing to say."""
-        await self._write(b": waiting\n\n")
+    async def blank(self) -> None:
+        """Say that there is nothing to say.
+
+        A comment would do by the book, but there are readers that take what comes behind it for a
+        part of it (vLLM's benchmark: such an answer counts as failed).
+        """
+        await self._write(b"\n")
 
     async def done(self) -> None:
         """Say that all was said."""

@@ -72,6 +72,7 @@ def bench_command(
         *("--prefix-repetition-num-prefixes", "4", "--prefix-repetition-output-len", "32"),
         *("--num-prompts", str(REQUESTS), "--max-concurrency", str(concurrency)),
         *("--seed", str(seed), "--ignore-eos", "--disable-tqdm", "--save-result"),
+        "--save-detailed",  # tells why a request failed
         *("--result-dir", str(result.parent), "--result-filename", result.name),
     ]
 
