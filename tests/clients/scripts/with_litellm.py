@@ -40,7 +40,7 @@ with doing("tools"):
     told = litellm.completion(
         f"openai/{MODEL}", tools=[tool], tool_choice="required", **short | {"max_tokens": 80}
     )
-    (call,) = told.choices[0].message.tool_calls
+    call, *_ = told.choices[0].message.tool_calls
     must(set(json.loads(call.function.arguments)) == set(CITY["required"]))
 
 with doing("responses"):

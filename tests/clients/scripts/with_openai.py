@@ -68,7 +68,8 @@ with doing("structured"):
 
 with doing("tools"):
     terms = {"model": MODEL, "messages": messages, "tools": [tool], "max_tokens": 80}
-    called = client.chat.completions.create(tool_choice="required", temperature=0, **terms)
+    one = {"tool_choice": "required", "parallel_tool_calls": False}
+    called = client.chat.completions.create(temperature=0, **terms, **one)
     (call,) = called.choices[0].message.tool_calls
     must(call.function.name == "find_city")
     must(City.model_validate_json(call.function.arguments))
