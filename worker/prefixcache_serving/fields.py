@@ -10,12 +10,12 @@ What is not in the table is refused as unknown.  Null is as good as left out.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from prefixcache.plain_json import json_text
 from prefixcache_serving.refusals import Refused
 
 USED, ACCEPTED, REFUSED = "used", "accepted", "refused"
@@ -202,7 +202,7 @@ def only(**taken: Any) -> Check:
             where = f"{name}.{key[:64]}"
             if key in taken:
                 raise Refused(
-                    f"{where} is not served otherwise than {json.dumps(taken[key])}",
+                    f"{where} is not served otherwise than {json_text(taken[key])}",
                     param=where,
                     code="unsupported_field",
                 )

@@ -38,12 +38,14 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import prefixcache
+from prefixcache.plain_json import json_text
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.speed.endpoint import Endpoint, endpoint
 from prefixcache_bench.speed.vllm import ABSENT
 from prefixcache_bench.speed.vllm_figures import Say
 from prefixcache_bench.speed.vllm_load import Told, settled, turn
 from prefixcache_bench.speed.vllm_peer import PYTHON_VARIABLE, VllmFailed
+from prefixcache_worker import smollm2
 
 REQUESTS: Final = 32
 """Of one turn."""
@@ -55,6 +57,10 @@ SLACK_MIB: Final = 16.0
 """What arenas take in one piece; a process of 60 MiB would seem to grow by a quarter."""
 DOCUMENT: Final = Path("docs/clients.md")
 _TIMEOUT_S: Final = 600.0
+_TOLD: Final = (
+    *("generated_tokens_total", "cached_tokens_total", "prompt_tokens_total"),
+    *("clients_gone_total", "workers_started_total"),
+)
 _PATHS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 _WAYS: Final = ("stays", "leaves a stream", "leaves before the first token", "leaves its body")
 
@@ -66,7 +72,7 @@ def bench_command(
     return [
         *(python, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
         *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
-        *("--base-url", serving.url.removesuffix("/v1"), "--model", serving.model),
+        *("--base-url", serving.url.removesuffix("/v1"), "--model", smollm2.NAME),
         *("--tokenizer", tokenizer, "--dataset-name", "prefix_repetition"),
         *("--prefix-repetition-prefix-len", "256", "--prefix-repetition-suffix-len", "32"),
         *("--prefix-repetition-num-prefixes", "4", "--prefix-repetition-output-len", "32"),
@@ -125,7 +131,7 @@ class Leavers:
         streams = way == "leaves a stream" or draw.random() < 0.5
         # Who leaves asks for what takes longer than it stays.
         body = self.body(path, draw, 250 if way.startswith("leaves") else 16, stream=streams)
-        raw = json.dumps(body).encode()
+        raw = json_text(body).encode()
         place = urlsplit(self.url)
         connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=_TIMEOUT_S)
         with contextlib.closing(connection):
@@ -238,15 +244,16 @@ def private_mib(pid: int) -> float | None:
     return found[0] / 1024 if found else None
 
 
-def service_pid(pid: int) -> dict[str, int]:
-    """Find the service among the children of `prefixcache up`."""
-    found = {}
+def processes(serving: Endpoint) -> dict[str, int]:
+    """Give the processes of an endpoint by what they are."""
+    found = {"front": serving.process.pid}
+    found |= {one["worker"]: one["pid"] for one in serving.workers()}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, IndexError, ValueError):
             if entry.name.isdecimal():
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                command = (entry / "cmdline").read_bytes().split(b"\0")
-                if parent == pid and b"serve" in command:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if parent == found["front"] and b"serve" in words:
                     found["service"] = int(entry.name)
     return found
 
@@ -256,8 +263,7 @@ def quiet(serving: Endpoint) -> list[str]:
     deadline = time.monotonic() + LEFT_WITHIN_S
     names = ("requests_open", "answers_running", "answers_waiting")
     while True:
-        meters = serving.meters()
-        left = [f"{meters[name]:g} {name}" for name in names if meters[name]]
+        left = [f"{found:g} {name}" for name in names if (found := serving.meter(name))]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.2)
@@ -269,8 +275,6 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
     Raises:
         VllmFailed: the benchmark did not run.
     """
-    from prefixcache_worker import smollm2
-
     tokenizer = str(smollm2.folder())
     told: list[Told] = []
     memory = Memory()
@@ -280,8 +284,8 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
         tempfile.TemporaryDirectory(prefix="prefixcache-load-") as folder,
         prefixcache.connect(serving.target) as client,
     ):
-        leavers = Leavers(serving.url, serving.model, options.seed)
-        pids = {"front": serving.pid, **serving.workers(), **service_pid(serving.pid)}
+        leavers = Leavers(serving.url, smollm2.NAME, options.seed)
+        pids = processes(serving)
         began = time.monotonic()
         with memory.watched(pids), leavers.running(options.leavers):
             for number in itertools.count():
@@ -301,8 +305,8 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
                 told.append(Told.by_vllm(found))
         took = time.monotonic() - began
         left = [*quiet(serving), *settled(client, 0)]
-        meters = serving.meters()
-        died = serving.said().count("is ready") - len(serving.workers())
+        meters = {name: serving.meter(name) for name in _TOLD}
+        died = meters["workers_started_total"] - len(serving.workers())
     completed, failed = sum(one.completed for one in told), sum(one.failed for one in told)
     say(f"vllm bench serve: {completed:,} chats in {len(told)} turns; {failed} failed")
     did = ", ".join(f"{count:,} {way}" for way, count in sorted(leavers.did.items()))
@@ -321,7 +325,7 @@ def load(options: argparse.Namespace, say: Say) -> list[str]:
     if not meters["clients_gone_total"]:
         wrong.append("nobody left: nothing was shown")
     if died:
-        wrong.append(f"{died} workers were started again")
+        wrong.append(f"{died:g} workers were started again")
     return wrong + [f"left behind: {what}" for what in left] + memory.growing()
 
 
