@@ -127,10 +127,19 @@ def endpoint(*options: str) -> Iterator[Endpoint]:
 
 
 def token_times(answer: http.client.HTTPResponse) -> Iterator[float]:
-    """Read a stream; give when each chunk with a token came."""
+    """Read a stream to its end; give when each chunk came: mostly a token, if late, a few.
+
+    Raises:
+        SystemExit: it broke off.
+    """
+    reason = None
     while line := answer.readline():
-        if line.startswith(b"data: {") and json.loads(line[6:])["choices"]:
-            yield time.monotonic()
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[6:]).get("choices", ()):
+                reason = choice["finish_reason"]
+                yield time.monotonic()
+    if reason != "length":
+        raise SystemExit(f"a stream ended because of {reason}")
 
 
 def random_prompt(draw: Any, count: int) -> Sequence[int]:

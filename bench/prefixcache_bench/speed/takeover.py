@@ -102,8 +102,6 @@ def lose(up: Endpoint, draw: random.Random, how: Callable[[Endpoint], int | None
         if len(times) == AT:
             stopped = how(up)
     connection.close()
-    if len(times) < COUNT:
-        raise SystemExit(f"the stream broke off after {len(times)} tokens")
     if stopped:
         os.kill(stopped, signal.SIGCONT)
     steps = [b - a for a, b in pairwise(times[: AT + 1])]
