@@ -1,6 +1,6 @@
 """Where `prefixcache` begins: a Ctrl-C while everything is imported ends it without a traceback.
 
-Beside the package, not in it: to import anything of the package takes longer than all of this.
+Beside `prefixcache`, not in it: to import anything of that takes longer than all of this.
 """
 
 from __future__ import annotations
