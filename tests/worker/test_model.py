@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from prefixcache.errors import InvalidRequest, NotFound, Unsupported
+from prefixcache_kernels import SharedPool
 from prefixcache_kernels.cpu.layers import Rotation
 from prefixcache_worker import lean, model, native
+from prefixcache_worker.batch import Batch, Piece
 from prefixcache_worker.model import Model
 from worker.zoo import build
 
@@ -53,6 +56,20 @@ def test_the_network_in_c_is_dropped_where_it_disagrees(monkeypatch: pytest.Monk
     assert _kind("llama") == "lean"
     monkeypatch.setitem(model.TOLERANCE, "bfloat16", 10.0)
     assert _kind("llama", "bfloat16") == "lean"
+
+
+def test_slots_that_lie_apart_in_memory_are_those_that_are_named() -> None:
+    made = Model.of(build("llama"))
+    tokens = list(range(20))
+    seen = []
+    for apart in (False, True):
+        pool = SharedPool.private(made.layout, 8, 16)
+        batch = Batch.pack([Piece(tokens, 0, [3, 5])], 16)
+        if apart:
+            slots = torch.stack([batch.slot_mapping, torch.zeros_like(batch.slot_mapping)], 1)
+            batch = replace(batch, slot_mapping=slots[:, 0])
+        seen.append((made.forward(batch, pool), pool.blocks.clone()))
+    assert all(map(torch.equal, *seen))
 
 
 def test_without_the_c_library_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,8 @@ class Layers:
         attended = torch.empty_like(query)
         fresh = torch.empty(num, 2 * kv_heads, dim, dtype=dtype)  # as they go to their slots
         num_slots = keys[0].shape[0] * keys[0].shape[1]
+        check_tensors(slots=slots)
+        slots = slots.contiguous()
         check_slots(slots, num_slots)
         threads = torch.get_num_threads()
         wide = torch.empty(num * max((heads + 2 * kv_heads) * dim, width))
