@@ -22,7 +22,6 @@ BLOCK_SIZE: Final = 32
 MAX_TOKENS: Final = 4096
 MEMORY_BYTES: Final = 1 << 30
 ABSENT: Final = f"not measured: neither --vllm nor ${PYTHON_VARIABLE} names a Python that has vLLM"
-_THREADS: Final = 1
 _QUOTED_LINES: Final = 3
 _END_S: Final = 20
 _SILENCE_S: Final = 900.0
@@ -107,14 +106,14 @@ def decode_tokens_per_s(batch: Sequence[Generated]) -> float:
 class Vllm:
     """A running vLLM."""
 
-    def __init__(self, process: subprocess.Popen[str], log: IO[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], log: IO[str], threads: int = 1) -> None:
         self._process = process
         self._log = log
         self.pid = process.pid
         self.about: dict[str, Any] = self._answer()
         """Its version, torch's, threads, whether the model is compiled, tokens per block."""
-        if self.about["threads"] != _THREADS:
-            raise VllmFailed(f"vLLM runs {self.about['threads']} threads, not {_THREADS}")
+        if self.about["threads"] != threads:
+            raise VllmFailed(f"vLLM runs {self.about['threads']} threads, not {threads}")
 
     def generate(self, prompts: list[list[int]], count: int) -> list[Generated]:
         """Generate `count` tokens for each prompt, all as one batch.  It blocks until all are done.
@@ -186,9 +185,10 @@ def vllm(
     max_requests: int,
     *,
     keep_path: bool = False,
+    threads: int = 1,
     **settings: Any,
 ) -> Iterator[Vllm]:
-    """Run vLLM with its prefix cache on, one thread, in a process of its own, until the end.
+    """Run vLLM with its prefix cache on in a process of its own, until the end.
 
     Args:
         python: the Python that has vLLM installed.
@@ -196,6 +196,7 @@ def vllm(
         dtype: what it computes in.
         max_requests: how many it decodes side by side.
         keep_path: whether it finds modules where `$PYTHONPATH` says.
+        threads: that it computes with.
         settings: further ones of vLLM's; they count before those made here.
 
     Raises:
@@ -223,12 +224,12 @@ def vllm(
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=environment(python, keep_path=keep_path),
+                env=environment(python, keep_path=keep_path, threads=threads),
             )
         except OSError as error:
             raise VllmFailed(f"{python} does not start: {error.strerror}") from error
         stack.callback(_end, process)
-        yield Vllm(process, log)
+        yield Vllm(process, log, threads)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -244,10 +245,10 @@ def _end(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def environment(python: str, *, keep_path: bool = False) -> dict[str, str]:
-    """Give what a process of vLLM's runs in: one thread, and nothing asked of a network."""
+def environment(python: str, *, keep_path: bool = False, threads: int = 1) -> dict[str, str]:
+    """Give what a process of vLLM's runs in: so many threads, and nothing asked of a network."""
     found = os.environ | {
-        "OMP_NUM_THREADS": str(_THREADS),
+        "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else a thread on every core
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, which ends when it is told to
         "VLLM_NO_USAGE_STATS": "1",
