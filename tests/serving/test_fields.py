@@ -157,7 +157,7 @@ def test_a_wrong_value_is_refused_by_name(kind: str, name: str, value: Any) -> N
         *(("store", odd) for odd in (True, 0)),
         *(("include", odd) for odd in ("x", [7], ["file_search_call.results"])),
         *(("reasoning", odd) for odd in (7, {"effort": "low"}, {"summary": "auto"}, {"x": 1})),
-        *(("text", odd) for odd in ("x", {"format": {"type": "json_object"}}, {"x": 1})),
+        *(("text", odd) for odd in ("x", {"format": "text"}, {"verbosity": "low"}, {"x": 1})),
         *(("truncation", odd) for odd in ("auto", True)),
         *(("background", odd) for odd in (True, 1)),
         *(("previous_response_id", odd) for odd in ("resp_1", 7)),

@@ -154,7 +154,7 @@ def test_items_that_would_not_be_seen_are_refused_by_place(
         ({"max_output_tokens": 600}, "max_output_tokens"),
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(

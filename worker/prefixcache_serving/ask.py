@@ -94,6 +94,8 @@ class Ask:
     ignore_eos: bool
     form: JsonForm | None
     """JSON that the answers must be."""
+    form_field: str
+    """Where it was asked for."""
     use: ToolUse | None
     """Tools that they may call."""
     calls: CallForm
@@ -174,12 +176,14 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         raise Refused(
             "stream_options goes with stream: true", param="stream_options", code="invalid_value"
         )
-    use = read_use(found, is_flat=kind == RESPONSES)
-    form = None
-    if "response_format" in found:
-        form = read_form(found["response_format"], "response_format")
+    form_field, given = "response_format", found.get("response_format")
+    if is_flat := kind == RESPONSES:
+        form_field, given = "text.format", found.get("text", {}).get("format")
+        _drop_what_goes_with_tools(found)
+    use = read_use(found, is_flat=is_flat)
+    form = None if given is None else read_form(given, form_field, is_flat=is_flat)
     calls = model.call_form or HERMES
-    grammar = grammar_of(form, use, calls, "response_format")
+    grammar = grammar_of(form, use, calls, form_field)
     source = _SOURCES[kind]
     left_out: tuple[str, ...] = ()
     if kind == COMPLETIONS:
@@ -222,6 +226,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         how=_how(found, new_tokens, model),
         ignore_eos=found.get("ignore_eos", False),
         form=form,
+        form_field=form_field,
         use=use,
         calls=calls,
         grammar=grammar,
@@ -232,6 +237,14 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         search=search,
         echoes=_echoes(found, requests, model) if found.get("echo") else None,
     )
+
+
+def _drop_what_goes_with_tools(found: dict[str, Any]) -> None:
+    """Take what responses say of tools by default for nothing, where there are none."""
+    if not found.get("tools"):
+        found.pop("parallel_tool_calls", None)
+        if found.get("tool_choice") in ("auto", "none"):
+            del found["tool_choice"]
 
 
 def _num_answers(found: dict[str, Any]) -> tuple[int, int]:

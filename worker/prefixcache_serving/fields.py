@@ -212,6 +212,14 @@ def only(**taken: Any) -> Check:
     return check
 
 
+def text_options(value: Any, name: str) -> dict[str, Any]:
+    """Take what a response's text is to be like; its format is read elsewhere."""
+    kept = {key: one for key, one in object_(value, name).items() if one is not None}
+    form = object_(kept.pop("format", {"type": "text"}), f"{name}.format")
+    only(verbosity="medium")(kept, name)
+    return {"format": form, **kept}
+
+
 def biases(value: Any, name: str) -> dict[str, float]:
     """Take numbers by token id."""
     if len(object_(value, name)) > _MOST_BIASED:
@@ -234,7 +242,6 @@ ALL: Final = (*BOTH, RESPONSES)
 _SEED: Final = whole(-(2**63), 2**63 - 1)
 _TOKENS: Final = whole(1, 2**31 - 1)
 _NONE_TOO: Final = whole(0, 2**31 - 1)
-_NO_TOOLS: Final = "answers are not parsed for tool calls yet"
 _NOTHING_STORED: Final = "nothing is stored"
 _TOP_K: Final = whole(-1, 2**31 - 1)
 _PENALTY: Final = number(-2, 2)
@@ -306,9 +313,10 @@ def _rows() -> list[Field]:
         used(
             "response_format", "the answer is held to it: json_schema, json_object", object_, chat
         ),
-        used("tools", "functions; what is called, and how, is enforced", anything, chat),
-        used("tool_choice", "none, auto, required, one by name, allowed_tools", anything, chat),
-        used("parallel_tool_calls", "false: one call at most; true", flag, chat),
+        used("text", "format: as response_format; verbosity medium", text_options, responses),
+        used("tools", "functions; what is called, and how, is enforced", anything, chats),
+        used("tool_choice", "none, auto, required, one by name, allowed_tools", anything, chats),
+        used("parallel_tool_calls", "false: one call at most; true", flag, chats),
         used("chat_template_kwargs", "options of the template (of vLLM)", object_, chats),
         used("add_generation_prompt", "begin an answer; true (of vLLM)", flag, chat),
         used("continue_final_message", "go on with the last message (of vLLM)", flag, chat),
@@ -347,12 +355,7 @@ def _of_responses() -> list[Field]:
     def refused(name: str, why: str, *harmless: Any) -> Field:
         return Field(name, REFUSED, why, (RESPONSES,), anything, harmless)
 
-    plain = only(format={"type": "text"}, verbosity="medium")
     return [
-        Field("text", USED, "format text, verbosity medium", (RESPONSES,), plain),
-        refused("tools", _NO_TOOLS, []),
-        refused("tool_choice", _NO_TOOLS, "none", "auto"),
-        refused("parallel_tool_calls", _NO_TOOLS, True, False),
         refused("store", f"{_NOTHING_STORED}; it is false by default", False),
         refused("previous_response_id", f"{_NOTHING_STORED}: send all of the input"),
         refused("conversation", f"{_NOTHING_STORED}: send all of the input"),

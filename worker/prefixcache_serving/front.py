@@ -293,7 +293,7 @@ class Front:
                     return
         except Refused as refusal:
             if ask.grammar is not None and str(refusal).startswith("grammar"):
-                refusal = refused_grammar(refusal, ask.form, "response_format")
+                refusal = refused_grammar(refusal, ask.form, ask.form_field)
             await ready.put(refusal)
         except Exception:
             # Who waits for the rest of the answer must not wait for ever.
