@@ -1,7 +1,7 @@
 """`openai-agents`, which asks `/v1/responses` unless it is told otherwise."""
 
 import asyncio
-from typing import Literal
+from typing import Annotated, Literal
 
 import agents
 import openai
@@ -23,7 +23,7 @@ class City(pydantic.BaseModel):
 
 
 @agents.function_tool
-def double(number: int) -> int:
+def double(number: Annotated[int, pydantic.Field(ge=0, le=99)]) -> int:
     """Double a number."""
     return 2 * number
 
@@ -68,7 +68,7 @@ async def main() -> None:
                 80,
                 tools=[double],
                 tool_use_behavior="stop_on_first_tool",
-                settings={"tool_choice": "required"},
+                settings={"tool_choice": "required", "parallel_tool_calls": False},
             ),
             "Double 7.",
         )
