@@ -93,6 +93,12 @@ class Endpoint:
         connection.request("POST", "/v1/completions", json_text(body), told)
         return connection
 
+    def close(self) -> None:
+        """Let go of what it said, once it has ended."""
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -124,6 +130,7 @@ def endpoint(*options: str) -> Iterator[Endpoint]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            found.close()
 
 
 def token_times(answer: http.client.HTTPResponse) -> Iterator[float]:

@@ -73,7 +73,7 @@ def must_raise(kind: type[BaseException], call: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def leaving(within_s: float = 20.0) -> Iterator[None]:
+def leaving(within_s: float = 60.0) -> Iterator[None]:
     """Fail, if the endpoint does not see that the client leaves, or still computes its answer."""
     before = meter("clients_gone_total")
     yield

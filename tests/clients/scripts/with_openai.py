@@ -102,7 +102,11 @@ with doing("errors"):
 
 with doing("abort"), telling.leaving():
     stream = client.chat.completions.create(
-        model=MODEL, messages=[{"role": "user", "content": LONG}], max_tokens=1000, stream=True
+        model=MODEL,
+        messages=[{"role": "user", "content": LONG}],
+        max_tokens=1000,
+        stream=True,
+        extra_body={"ignore_eos": True},
     )
     next(iter(stream))
     stream.close()

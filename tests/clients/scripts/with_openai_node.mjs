@@ -43,12 +43,15 @@ const meter = async (name) => {
 const leaving = async (work) => {
   const before = await meter("clients_gone_total");
   await work();
-  for (let turn = 0; turn < 400; turn += 1) {
-    const gone = (await meter("clients_gone_total")) - before;
-    if (gone > 0 && (await meter("answers_running")) === 0) return;
+  let gone = 0;
+  let running = 0;
+  for (const ends = Date.now() + 60_000; Date.now() < ends; ) {
+    gone = (await meter("clients_gone_total")) - before;
+    running = await meter("answers_running");
+    if (gone > 0 && running === 0) return;
     await new Promise((done) => setTimeout(done, 50));
   }
-  throw new Error("answers are still computed");
+  throw new Error(`${gone} clients left, and ${running} answers are still computed`);
 };
 const version = (name) =>
   JSON.parse(readFileSync(`${folder}/node_modules/${name}/package.json`)).version;
@@ -124,6 +127,7 @@ await doing("abort", () => leaving(async () => {
     model,
     messages: long,
     max_tokens: 1000,
+    ignore_eos: true,
     stream: true,
   });
   for await (const _ of stream) break;
