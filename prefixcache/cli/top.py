@@ -12,8 +12,6 @@ import typer
 
 from prefixcache.cli import decoder as decoding
 from prefixcache.cli import stat, view
-from prefixcache.cli.front import read_front
-from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
 from prefixcache.outline import Order
 from prefixcache.plain_json import json_text
@@ -72,6 +70,7 @@ def top(
     Example: prefixcache top --tokenizer /models/my-model
     """
     from prefixcache.cli import status, top_screen
+    from prefixcache.client.address import Address
 
     if svg is not None:
         view.refuse_beside("--svg", {"--json": as_json})
@@ -106,6 +105,8 @@ def _look(client: Client, shown: Screen) -> None:
 
     shown.take(status.read(client), time.monotonic())
     if shown.front_address is not None:
+        from prefixcache.cli.front import read_front
+
         shown.front = None  # what it once said is not what it says
         shown.front = read_front(shown.front_address)
     if shown.wants_trees(_TREE_EVERY_S):

@@ -92,7 +92,7 @@ RUN = {
     *("reset", "encode", "token", "sweep", "replay", "curve", "memory", "generate"),
 }
 SLOW = re.compile(
-    r" traces\b|mooncake|llama-3|-o |FILE|TRACE|KIND|MODEL|PROMPT|REQUEST_ID|DIR\b|curve$"
+    r" traces\b|mooncake|--front|llama-3|-o |FILE|TRACE|KIND|MODEL|PROMPT|REQUEST_ID|DIR\b|curve$"
 )
 """Needs what is not here, or minutes: then only parsed."""
 
@@ -232,7 +232,8 @@ PYTHON = [
     (page.name, "\n".join(lines))
     for page in PAGES
     for language, lines in blocks(page)
-    if language == "python" and page.name != "client.md"  # those: test_client.py
+    if language == "python"
+    and page.name not in ("client.md", "llm.md")  # those: test_client.py, worker/test_llm.py
 ]
 
 

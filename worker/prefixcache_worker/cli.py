@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-_AGAIN: Final = "PREFIXCACHE_WORKER_BEGAN_AGAIN"
+_AGAIN: Final = "_PREFIXCACHE_WORKER_BEGAN_AGAIN"
 
 
 def worker(

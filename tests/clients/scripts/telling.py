@@ -88,7 +88,7 @@ def leaving(within_s: float = 60.0) -> Iterator[None]:
 
 def meter(name: str) -> float:
     """Read a number of the endpoint."""
-    with urllib.request.urlopen(URL.removesuffix("/v1") + "/metrics", timeout=20) as answer:  # noqa: S310
+    with urllib.request.urlopen(URL.removesuffix("/v1") + "/metrics", timeout=120) as answer:  # noqa: S310
         lines = answer.read().decode().splitlines()
     return float(
         next(line.split()[1] for line in lines if line.startswith(f"prefixcache_front_{name} "))

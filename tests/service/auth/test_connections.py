@@ -74,16 +74,29 @@ class Setup:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_S)
 
     def speak(self, *words: bytes) -> socket.socket:
-        spoken = self.context.wrap_socket(self.connect(), server_hostname="localhost")
-        for word in words:
-            spoken.sendall(word)
+        raw = self.connect()
+        try:
+            spoken = self.context.wrap_socket(raw, server_hostname="localhost")
+        except OSError:
+            raw.close()
+            raise
+        try:
+            for word in words:
+                spoken.sendall(word)
+        except OSError:
+            spoken.close()
+            raise
         return spoken
 
     def greet(self, *words: bytes) -> socket.socket:
         """Speak as a client does, until it would call."""
         spoken = self.speak(PREFACE)
-        spoken.recv(4096)
-        spoken.sendall(b"".join((ACKNOWLEDGED, *words)))
+        try:
+            spoken.recv(4096)
+            spoken.sendall(b"".join((ACKNOWLEDGED, *words)))
+        except OSError:
+            spoken.close()
+            raise
         return spoken
 
     def client(self, who: str) -> prefixcache.Client:
