@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
-import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.service.auth.unproven_calls import PER_CONNECTION
-from prefixcache.types import Namespace
 from service.auth.keys import TOKENS, identities
 from service.service_process import ServiceProcess, running, sizes
 
@@ -113,36 +109,6 @@ def test_who_has_proven_himself_is_not_hung_up_on(service: ServiceProcess) -> No
         assert line.ask(LOOKUP, TOKENS["acme"])
         for _ in range(3 * PER_CONNECTION):
             assert line.ask(LOOKUP)
-
-
-def test_others_are_answered_while_strangers_ask_as_fast_as_they_can(
-    service: ServiceProcess,
-) -> None:
-    ended = threading.Event()
-
-    def flood() -> None:
-        while not ended.is_set():
-            with contextlib.suppress(OSError):
-                line = Line(service)
-                with line.socket:
-                    many = b"".join(call(LOOKUP, 2 * number + 1) for number in range(200))
-                    line.socket.sendall(many)
-                    while line.socket.recv(1 << 16):
-                        pass
-
-    tokens = [1, 2, 3, 4]
-    with prefixcache.connect(service.target, token=TOKENS["acme"], timeout_s=PATIENCE_S) as client:
-        client.lookup(Namespace("tiny"), tokens)
-        strangers = [threading.Thread(target=flood) for _ in range(16)]
-        for one in strangers:
-            one.start()
-        try:
-            for _ in range(30):
-                client.lookup(Namespace("tiny"), tokens)
-        finally:
-            ended.set()
-            for one in strangers:
-                one.join()
 
 
 def test_a_client_may_make_more_calls_than_a_connection_takes(service: ServiceProcess) -> None:
