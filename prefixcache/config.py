@@ -1,6 +1,7 @@
 """What can be set: every name is a flag of `prefixcache serve` and a variable `PREFIXCACHE_…`.
 
-One dial, `memory`; everything else has a default that is right for one machine.
+One dial, `memory`; everything else has a default that is right for one machine.  A setting is said
+once, here: `serve` makes its flags and its help of these fields.
 """
 
 from __future__ import annotations
@@ -149,6 +150,17 @@ Seconds = Annotated[float, Field(ge=0, le=_LONGEST_S)]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0, le=2**62)]
 
 
+class Option(NamedTuple):
+    """How help shows a setting."""
+
+    section: str
+    metavar: str | None
+    """What stands for the value; None for a switch."""
+    text: str
+    unset: str | None = None
+    """What holds without a value, where the default is None and that is not plain from the text."""
+
+
 MAX_SHADOWS = 4
 
 
@@ -207,8 +219,12 @@ def _parse_shadows(texts: str | list[str]) -> list[ShadowSpec]:
     return [parse_shadow(text) for text in given]
 
 
+_POOL, _SERVICE, _ACCESS, _LIMITS = "Pool", "Service", "Access", "Limits"
+_Count = Annotated[int, Field(ge=1, le=_MOST)]
+
+
 class ServeSettings(BaseSettings):
-    """Settings of the service."""
+    """Settings of the service, in the order in which help shows them."""
 
     model_config = SettingsConfigDict(
         env_prefix="PREFIXCACHE_",
@@ -218,98 +234,258 @@ class ServeSettings(BaseSettings):
         allow_inf_nan=False,
     )
 
-    memory: Size = 2**31
-    """Bytes of the pool."""
-    block_size: Annotated[int, Field(ge=1, le=1024), AfterValidator(_power_of_two)] = 16
-    """Tokens of a block."""
-    first_block: Annotated[int, Field(ge=0, le=1024)] = 0
-    """Blocks at the beginning of the pool that nobody is ever lent."""
-    policy: str = "lru"
-    """Order of eviction."""
-    partial: Partial = Partial.TAILS
-    """How much of a partly matching block is reused."""
-    ghosts: Annotated[int, Field(ge=0, le=_MOST)] | None = None
-    """Evicted blocks that are remembered, to explain misses; by default as many as blocks."""
-    history: Annotated[int, BeforeValidator(parse_size), Field(ge=0, le=2**62)] = 2**20
-    """Bytes in which past requests are remembered, to explain them; 0 remembers none."""
-    layout: Annotated[Layout, BeforeValidator(parse_layout)] | None = None
-    """How the bytes of a block lie; without it and `model`, the first worker decides."""
-    model: Path | None = None
-    """Folder whose config.json tells the layout."""
-    dtype: Annotated[str, AfterValidator(_dtype)] | None = None
-    """Element type for `model`, where it is not the one that config.json names."""
-    pool: Literal["shm", "cuda", "none"] = "shm"
-    """Shared memory, a GPU's memory, or accounts only: `none` has no memory behind the blocks."""
-    device: Annotated[int, Field(ge=0, le=_MOST)] = 0
-    """The GPU of a `cuda` pool."""
-    listen: Annotated[list[str], NoDecode, BeforeValidator(_split)] = []
-    """Addresses; by default the default socket."""
-    identities: Path | None = None
-    """File that says who may use which namespaces."""
-    tls_cert: Path | None = None
-    """Certificate chain for TCP, PEM; read again when it changes."""
-    tls_key: Annotated[Path | None, AfterValidator(_needs_certificate)] = None
-    """Its key, PEM."""
-    tls_ca: Annotated[Path | None, AfterValidator(_needs_certificate)] = None
-    """Who may have signed clients' certificates, PEM; then each client must show one."""
-    ttl: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Seconds that leases live without a sign of life."""
-    quarantine: Seconds = 300.0
-    """Seconds after which the blocks of a lost worker that cannot be watched come back."""
-    grace: Seconds = 30.0
-    """Seconds that a draining service gives to the leases that are out."""
-    max_message: Annotated[Size, Field(le=_MOST)] = 16 * 2**20
-    """Bytes of one message."""
-    max_ops: Annotated[int, Field(ge=1, le=_MOST)] = 4096
-    """Ops of one message of a session."""
-    max_forks: Annotated[int, Field(ge=1, le=_MOST)] = 1024
-    """Children of one fork."""
-    max_wait: Seconds = 600.0
-    """Seconds that one acquire or extend may wait."""
-    max_waiting: Annotated[int, Field(ge=1, le=_MOST)] = 1024
-    """Requests of one worker that may wait at the same time."""
-    max_line: Annotated[int, Field(ge=0, le=_MOST)] = 4096
-    """Requests of all workers that may wait for room at the same time."""
-    pin_cap: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Share of the pool that may be pinned."""
-    max_pin: Annotated[float, Field(gt=0, le=_LONGEST_S)] = 7 * 86400.0
-    """Seconds that one pin may last."""
-    max_workers: Annotated[int, Field(ge=1, le=_MOST)] = 1024
-    """Workers at the same time."""
-    max_leases: Annotated[int, Field(ge=1, le=_MOST)] = 65_536
-    """Leases at the same time."""
-    max_namespaces: Annotated[int, Field(ge=1, le=_MOST)] = 16_384
-    """Namespaces at the same time; where there are more, one that is only cached makes way."""
-    max_calls: Annotated[int, Field(ge=1, le=_MOST)] = 8192
-    """Calls and sessions at the same time; more are refused at once."""
-    record: Path | None = None
-    """New file for the live requests, as a trace; gzip if it ends in .gz."""
-    anonymise: Annotated[bool, AfterValidator(_needs_record)] = False
-    """Whether the recording has other token ids and names, with the same prefixes in common."""
-    http: str | None = None
-    """Loopback address for /metrics and the page; off unless given."""
-    state: Path | None = None
-    """Folder in which pool and index outlive the service; None keeps nothing."""
-    http_tokens: bool = False
-    """Whether the page shows token ids: any user of this machine can open it."""
-    watch_tokens: bool = False
-    """Whether who watches events may ask for token ids."""
-    events: str | None = None
-    """ZeroMQ endpoint at which events are published, as tcp://127.0.0.1:PORT or ipc://PATH."""
-    events_replay: str | None = None
-    """ZeroMQ endpoint that gives published events again."""
-    max_watchers: Annotated[int, Field(ge=1, le=_MOST)] = 64
-    """Watchers of events at the same time."""
-    shadow: Annotated[list[ShadowSpec], NoDecode, BeforeValidator(_parse_shadows)] = []
-    """Other configurations that are tried on the live requests, in a process of their own."""
-    max_shadow_lag: Size = 64 * 2**20
-    """Bytes of requests that may wait for the shadow caches; with more, requests are left out."""
-    trace: Annotated[str, AfterValidator(_endpoint)] | None = None
-    """Where spans are sent by OpenTelemetry's protocol, as http://127.0.0.1:4317."""
-    reflection: bool = True
-    """Whether gRPC clients may ask for the service's description."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least level that is logged, to stderr."""
+    memory: Annotated[Size, Option(_POOL, "SIZE", "Memory of the pool.")] = 2**31
+    block_size: Annotated[
+        int,
+        Field(ge=1, le=1024),
+        AfterValidator(_power_of_two),
+        Option(_POOL, "TOKENS", "Tokens of a block, a power of two."),
+    ] = 16
+    layout: Annotated[
+        Annotated[Layout, BeforeValidator(parse_layout)] | None,
+        Option(
+            _POOL,
+            "LAYOUT",
+            "Layers x KV heads x head size and the type, e.g. 30x3x64:bfloat16; or, where the "
+            "order of the bytes is not ours, pages:PLANESxPAGE_BYTES:FORMAT.",
+            unset="that of the first worker",
+        ),
+    ] = None
+    model: Annotated[
+        Path | None,
+        Option(
+            _POOL,
+            "MODEL",
+            "Folder whose config.json tells the layout, or the name of a model in a cache of this "
+            "machine.",
+        ),
+    ] = None
+    dtype: Annotated[
+        Annotated[str, AfterValidator(_dtype)] | None,
+        Option(_POOL, "TYPE", "Element type, if not the one in config.json."),
+    ] = None
+    first_block: Annotated[
+        int,
+        Field(ge=0, le=1024),
+        Option(
+            _POOL,
+            "BLOCK",
+            "The first block that is ever lent: 1 for engines in which block 0 stands for none.",
+        ),
+    ] = 0
+    policy: Annotated[str, Option(_POOL, "NAME", "Order of eviction.")] = "lru"
+    partial: Annotated[
+        Partial, Option(_POOL, "MODE", "Reuse inside a block: off, blocks or tails.")
+    ] = Partial.TAILS
+    ghosts: Annotated[
+        Annotated[int, Field(ge=0, le=_MOST)] | None,
+        Option(
+            _POOL,
+            "BLOCKS",
+            "Evicted blocks to remember, to explain misses.",
+            unset="as many as blocks",
+        ),
+    ] = None
+    history: Annotated[
+        int,
+        BeforeValidator(parse_size),
+        Field(ge=0, le=2**62),
+        Option(
+            _POOL,
+            "SIZE",
+            "Memory in which past requests are remembered, for explain and the stats; 0 remembers "
+            "none.",
+        ),
+    ] = 2**20
+    pool: Annotated[
+        Literal["shm", "cuda", "none"],
+        Option(
+            _POOL,
+            "KIND",
+            "shm, cuda (one GPU; needs --model or --layout), or none to keep accounts without "
+            "memory.",
+        ),
+    ] = "shm"
+    device: Annotated[int, Field(ge=0, le=_MOST), Option(_POOL, "N", "The GPU of a cuda pool.")] = 0
+    pin_cap: Annotated[
+        float,
+        Field(ge=0, le=1),
+        Option(_POOL, "SHARE", "Share of the pool that may be pinned, 0 to 1."),
+    ] = 0.25
+
+    listen: Annotated[
+        list[str],
+        NoDecode,
+        BeforeValidator(_split),
+        Option(_SERVICE, "ADDRESS", "unix:PATH or 127.0.0.1:PORT; may be repeated."),
+    ] = []
+    ttl: Annotated[
+        float,
+        Field(gt=0, le=3600),
+        Option(_SERVICE, "SECONDS", "Life of a lease without a heartbeat."),
+    ] = 30.0
+    quarantine: Annotated[
+        Seconds,
+        Option(
+            _SERVICE,
+            "SECONDS",
+            "After this long the blocks of a lost worker come back, if its process cannot be "
+            "watched (another host or container).",
+        ),
+    ] = 300.0
+    grace: Annotated[
+        Seconds, Option(_SERVICE, "SECONDS", "Time for leases to come back at the end.")
+    ] = 30.0
+    state: Annotated[
+        Path | None,
+        Option(
+            _SERVICE,
+            "DIR",
+            "Keep pool and index in this folder, so that the next start finds what was stored. In "
+            "/dev/shm they outlive the service, on a disk also a reboot.",
+        ),
+    ] = None
+    record: Annotated[
+        Path | None,
+        Option(
+            _SERVICE,
+            "FILE",
+            "Write the live requests to this new file, as a trace for replay and sweep; gzip if "
+            "it ends in .gz.",
+        ),
+    ] = None
+    anonymise: Annotated[
+        bool,
+        AfterValidator(_needs_record),
+        Option(
+            _SERVICE,
+            None,
+            "Record other token ids and names in place of the real ones; every common prefix "
+            "keeps its length.",
+        ),
+    ] = False
+    http: Annotated[
+        str | None,
+        Option(
+            _SERVICE,
+            "ADDRESS",
+            "Serve /metrics and the live page at 127.0.0.1:PORT; readable by every user of this "
+            "machine.",
+            unset="off",
+        ),
+    ] = None
+    http_tokens: Annotated[
+        bool,
+        Option(_SERVICE, None, "Let the page show token ids to every user of this machine."),
+    ] = False
+    watch_tokens: Annotated[
+        bool, Option(_SERVICE, None, "Let who watches events ask for token ids.")
+    ] = False
+    events: Annotated[
+        str | None,
+        Option(
+            _SERVICE,
+            "ENDPOINT",
+            "Publish events over ZeroMQ for prefix-aware routers: tcp://127.0.0.1:PORT or "
+            "ipc://PATH.",
+            unset="off",
+        ),
+    ] = None
+    events_replay: Annotated[
+        str | None,
+        Option(_SERVICE, "ENDPOINT", "Give published events again at this ZeroMQ endpoint."),
+    ] = None
+    shadow: Annotated[
+        list[ShadowSpec],
+        NoDecode,
+        BeforeValidator(_parse_shadows),
+        Option(
+            _SERVICE,
+            "SPEC",
+            "Also try another configuration on the live requests, in a process of its own, e.g. "
+            f"policy=slru,block_size=32 or memory=4GiB; up to {MAX_SHADOWS}. See prefixcache "
+            "what-if.",
+        ),
+    ] = []
+    trace: Annotated[
+        Annotated[str, AfterValidator(_endpoint)] | None,
+        Option(
+            _SERVICE,
+            "URL",
+            "Send OpenTelemetry spans to this collector (OTLP over gRPC), e.g. "
+            "http://127.0.0.1:4317.",
+            unset="off",
+        ),
+    ] = None
+    reflection: Annotated[bool, Option(_SERVICE, None, "Let gRPC clients ask what there is.")] = (
+        True
+    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Option(_SERVICE, "LEVEL", "debug, info, warning or error."),
+    ] = "info"
+
+    identities: Annotated[
+        Path | None,
+        Option(_ACCESS, "FILE", "Who may use which namespaces (TOML); see SECURITY.md."),
+    ] = None
+    tls_cert: Annotated[
+        Path | None,
+        Option(_ACCESS, "PEM", "Certificate chain for TCP; read again when it changes."),
+    ] = None
+    tls_key: Annotated[
+        Path | None, AfterValidator(_needs_certificate), Option(_ACCESS, "PEM", "Its key.")
+    ] = None
+    tls_ca: Annotated[
+        Path | None,
+        AfterValidator(_needs_certificate),
+        Option(_ACCESS, "PEM", "Demand client certificates that this authority signed."),
+    ] = None
+
+    max_message: Annotated[
+        Size, Field(le=_MOST), Option(_LIMITS, "SIZE", "Bytes of one message.")
+    ] = 16 * 2**20
+    max_ops: Annotated[_Count, Option(_LIMITS, "N", "Ops of one message of a session.")] = 4096
+    max_forks: Annotated[_Count, Option(_LIMITS, "N", "Children of one fork.")] = 1024
+    max_wait: Annotated[
+        Seconds, Option(_LIMITS, "SECONDS", "Longest wait of one acquire or extend.")
+    ] = 600.0
+    max_waiting: Annotated[_Count, Option(_LIMITS, "N", "Waiting requests of one worker.")] = 1024
+    max_line: Annotated[
+        int,
+        Field(ge=0, le=_MOST),
+        Option(_LIMITS, "N", "Requests that wait for room, in all."),
+    ] = 4096
+    max_pin: Annotated[
+        float,
+        Field(gt=0, le=_LONGEST_S),
+        Option(_LIMITS, "SECONDS", "Longest time of one pin."),
+    ] = 7 * 86400.0
+    max_workers: Annotated[_Count, Option(_LIMITS, "N", "Workers at the same time.")] = 1024
+    max_shadow_lag: Annotated[
+        Size,
+        Option(
+            _LIMITS,
+            "SIZE",
+            "Bytes that may wait for the shadow caches; with more, requests are left out.",
+        ),
+    ] = 64 * 2**20
+    max_watchers: Annotated[
+        _Count, Option(_LIMITS, "N", "Watchers of events at the same time.")
+    ] = 64
+    max_leases: Annotated[_Count, Option(_LIMITS, "N", "Leases at the same time.")] = 65_536
+    max_namespaces: Annotated[
+        _Count,
+        Option(
+            _LIMITS,
+            "N",
+            "Namespaces at the same time; where there are more, one that is only cached makes way.",
+        ),
+    ] = 16_384
+    max_calls: Annotated[
+        _Count,
+        Option(_LIMITS, "N", "Calls and sessions at the same time; more are refused at once."),
+    ] = 8192
 
 
 def load(overrides: Mapping[str, Any]) -> ServeSettings:

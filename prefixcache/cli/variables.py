@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -22,23 +21,28 @@ KERNELS: Final = ("CACHE", "CFLAGS", "CHECK", "NATIVE")
 BUILD: Final = ("COMPILED",)
 """Of who makes a wheel with the compiled core."""
 
+_ELSEWHERE: Final = frozenset([*CLIENT, *KERNELS, *BUILD])
+
 
 def known() -> set[str]:
     """Give all names, without what they begin with."""
-    from prefixcache.cli.serve import serve
+    from prefixcache.config import ServeSettings
 
-    settings = (name.upper() for name in inspect.signature(serve).parameters)
-    return {*settings, *CLIENT, *KERNELS, *BUILD}
+    settings = (name.upper() for name in ServeSettings.model_fields)
+    return {*settings, *_ELSEWHERE}
 
 
 def unknown(environment: Iterable[str]) -> Iterator[str]:
     """Say of each variable that begins like ours that nothing reads it."""
-    found = [name for name in environment if name.upper().startswith(_PREFIX)]
-    if not found:
-        return
+    found = {
+        name: name.upper().removeprefix(_PREFIX)
+        for name in sorted(environment)
+        if name.upper().startswith(_PREFIX)
+    }
+    if _ELSEWHERE.issuperset(found.values()):
+        return  # the settings' libraries need not be loaded to say so
     names = known()
-    for name in sorted(found):
-        own = name.upper().removeprefix(_PREFIX)
+    for name, own in found.items():
         if own in names:
             continue
         near = difflib.get_close_matches(own, names, 1)
