@@ -803,9 +803,7 @@ class Counts:
     ledger: Ledger = field(default_factory=Ledger)
     """Sum over all requests since the start."""
     evicted: int = 0
-    """Blocks evicted since the start."""
-    overshot: int = 0
-    """Of these, blocks beyond what was asked for."""
+    """Blocks evicted since the start; never more than were asked for."""
     eviction_age_s: float | None = None
     """Time since the last use of what was evicted last; None before the first eviction."""
     index_bytes: int = 0

@@ -43,7 +43,6 @@ class BlockManager:
         "aside",
         "block_size",
         "last_tenant",
-        "num_overshot",
         "pool",
         "quotas",
         "tree",
@@ -58,7 +57,6 @@ class BlockManager:
         """Whose leases they were of, but for those of an earlier life."""
         self._aside: dict[WorkerId, dict[LeaseId, Account]] = {}
         """Who answers for what is quarantined of a lease that has ended."""
-        self.num_overshot = 0
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
         self._partial = partial
@@ -156,7 +154,6 @@ class BlockManager:
         pool = self.pool
         while (short := need - pool.num_free) > 0:
             evicted = self.tree.evict(short)
-            self.num_overshot += max(0, len(evicted) - short)
             if not evicted:
                 raise AssertionError(f"admitted {need} blocks, and {short} cannot be had")
             pool.release(evicted)

@@ -91,7 +91,6 @@ def counts(lessor: Lessor, now: float) -> Counts:
         flights_saved=joins,
         ledger=ledger,
         evicted=tree.num_evicted,
-        overshot=blocks.num_overshot,
         eviction_age_s=None if stamp is None else history.idle_clock.idle_s(stamp, now),
         index_bytes=tree.num_bytes,
         history_bytes=history.num_bytes,

@@ -44,10 +44,6 @@ EQUIVALENT: dict[str, str] = {
     "  ->  sums.num_blocks -= sign * root.num_blocks": (
         "of these two only the sum of both is told, and that stays"
     ),
-    "block_manager.py: BlockManager.obtain: self.num_overshot += max(0, len(evicted) - short)"
-    "  ->  self.num_overshot -= max(0, len(evicted) - short)": (
-        "an eviction gives exactly what it was asked for: it stays 0"
-    ),
     "bulk_load.py: _count_followers: followers[blocks[goes_on & (followers[blocks] > 0)]] += 1"
     "  ->  followers[blocks[goes_on & (followers[blocks] > 0)]] += 2": (
         "it is only asked whether there is none, one, or several"

@@ -266,11 +266,6 @@ class _Domain:
 
     def _eviction(self, counts: Counts) -> Iterator[Metric]:
         yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", counts.evicted)
-        yield _counter(
-            "prefixcache_eviction_overshoot_blocks",
-            "Blocks evicted beyond what was asked for.",
-            counts.overshot,
-        )
         if counts.eviction_age_s is not None:
             yield _gauge(
                 "prefixcache_eviction_age_seconds",
