@@ -1,28 +1,16 @@
 """One client does the largest things that it may: how long do another's look-ups take meanwhile?
 
-```
-process 1   lookup, pause of 5 ms, lookup, …    min, median, p99, max: of the first service
-process 2   sets the case up at two services ── idle ── does it to the second ── to the first
-```
-Each case has services of its own.  The goal: nothing takes more than 50 ms, and the p99 is at most
-three times that of the same service when it idles.  Beside it stands what the machine alone makes
-of it: where two cores are shared with somebody who is busy in bursts, whoever wakes up may wait for
-a slice of the scheduler's, a few ms, although his service has nothing to do with the other's.
+Each case has services of its own, and is set up at two of them; the goal is that of `beside`.
 
-    python -m prefixcache_bench.speed.neighbour [--seconds 2] [--json FILE] [--publish]
+    python -m prefixcache_bench.speed.neighbour [--seconds 3] [--only CASE …] [--publish]
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from queue import SimpleQueue
 from random import Random
 from time import perf_counter, sleep
@@ -35,75 +23,30 @@ from prefixcache.client import Client, codec
 from prefixcache.client.unary import CHANNEL_OPTIONS, SESSION_PATH
 from prefixcache.config import parse_layout
 from prefixcache.errors import PoolExhausted
-from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
-from prefixcache_bench.reports.figures import publish
+from prefixcache_bench.speed.beside import (
+    BLOCK,
+    HERE,
+    LAYOUT,
+    MEMORY,
+    Row,
+    Seen,
+    options_of,
+    probed,
+    report,
+)
 from prefixcache_bench.speed.served import served
-
-LAYOUT = "1x1x1:bfloat16"
-BLOCK = 16
-MEMORY = "4MiB"  # 65,536 blocks
-DOCUMENT = Path("docs/reliability.md")
-GOAL_MS, GOAL_RATIO = 50.0, 3.0
-HERE = Namespace("m")
 
 Load = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One case.  Times in ms: min, median, p99, max."""
+class CaseRow(Row):
+    """One case."""
 
-    case: str
-    idle: tuple[float, float, float, float]
-    beside: tuple[float, float, float, float]
-    """While it is done to another service."""
-    under: tuple[float, float, float, float]
     loads: int
-
-    @property
-    def verdict(self) -> str:
-        """Whether the goal is met; or, of what the service adds to the machine's share of it."""
-        if self.under[3] <= GOAL_MS and self.under[2] <= GOAL_RATIO * self.idle[2]:
-            return "met"
-        return "by machine" if self.under[2] <= GOAL_RATIO * self.beside[2] else "missed"
-
-
-def probe(target: str) -> None:
-    """Look up until the input ends; print what each took, in ms."""
-    took = []
-    with prefixcache.connect(target) as client:
-        tokens = pack(range(BLOCK))
-        client.lookup(HERE, tokens)
-        print("ready", flush=True)
-        ended = threading.Event()
-
-        def wait() -> None:
-            sys.stdin.read()
-            ended.set()
-
-        threading.Thread(target=wait, daemon=True).start()
-        while not ended.wait(0.005):
-            began = perf_counter()
-            client.lookup(HERE, tokens)
-            took.append(1e3 * (perf_counter() - began))
-    print(json_text(took))
-
-
-@contextlib.contextmanager
-def probed(target: str, seen: list[tuple[float, float, float, float]]) -> Iterator[None]:
-    """Have another process look up meanwhile."""
-    command = [sys.executable, "-m", "prefixcache_bench.speed.neighbour", "--probe", target]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-        took = sorted(json.loads(process.communicate()[0]))
-        last = len(took) - 1
-        seen.append((took[0], took[last // 2], took[round(last * 0.99)], took[last]))
+    """How often it was done."""
 
 
 def many_leases(client: Client, draw: Random) -> Load:
@@ -365,9 +308,9 @@ def drain(watch: Any) -> None:
             pass
 
 
-def measure(case: str, seconds: float) -> Row:
+def measure(case: str, seconds: float) -> CaseRow:
     """Set a case up twice; measure look-ups alone, beside the other one, and with it."""
-    seen: list[tuple[float, float, float, float]] = []
+    seen: list[Seen] = []
     with prepared(case) as (target, load), prepared(case) as (_, elsewhere):
         sleep(1)
         with probed(target, seen):
@@ -377,7 +320,7 @@ def measure(case: str, seconds: float) -> Row:
         with probed(target, seen):
             loads = repeat(load, seconds)
     idle, beside, under = seen
-    return Row(case, idle, beside, under, loads)
+    return CaseRow(case, idle.times, beside.times, under.times, under.num_failed, loads)
 
 
 @contextlib.contextmanager
@@ -400,43 +343,9 @@ def repeat(load: Load, seconds: float) -> int:
     return loads
 
 
-def table(rows: list[Row]) -> str:
-    """Write the rows."""
-    lines = [
-        f"{'min, median, p99, max in ms':<38}{'idle':^24}  {'beside another':^24}  "
-        f"{'meanwhile':^24}  p99 to idle, beside  goal"
-    ]
-    for row in rows:
-        idle, beside, under = (
-            "".join(f"{one:>6.1f}" for one in each) for each in (row.idle, row.beside, row.under)
-        )
-        ratios = f"x {row.under[2] / row.idle[2]:>5.1f}  x {row.under[2] / row.beside[2]:>5.1f}"
-        lines.append(f"{row.case:<38}{idle}  {beside}  {under}  {ratios:<19}  {row.verdict}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure, print, and publish if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="prefixcache_bench.speed.neighbour", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
-    parser.add_argument("--probe", metavar="TARGET", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.probe:
-        probe(options.probe)
-        return
-    rows = []
-    for case in CASES:
-        rows.append(measure(case, options.seconds))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    if options.json:
-        options.json.write_text(json_text([asdict(row) for row in rows], indent=2))
-    if options.publish:
-        text = f"$ python -m prefixcache_bench.speed.neighbour\n{table(rows)}"
-        publish(DOCUMENT, "neighbour", text)
+    report("neighbour", options_of("neighbour", __doc__, CASES).parse_args(), measure)
 
 
 if __name__ == "__main__":

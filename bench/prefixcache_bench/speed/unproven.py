@@ -4,11 +4,10 @@
 process 1   look-ups with a token over TCP, 5 ms between them; now and then a new client
 process 2   64 connections, each as hostile as HTTP allows: to another service ── to the first
 ```
-The goal is that of `neighbour`: nothing takes more than 50 ms, and the p99 is at most three times
-that beside another service that is flooded in the same way: both share this machine's cores with
-whoever floods, and that is not the service's doing.
+The goal is that of `beside`; both services share this machine's cores with whoever floods, and that
+is not the service's doing.
 
-    python -m prefixcache_bench.speed.unproven [--seconds 3] [--json FILE] [--publish]
+    python -m prefixcache_bench.speed.unproven [--seconds 3] [--only FLOOD …] [--publish]
 """
 
 from __future__ import annotations
@@ -16,25 +15,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from time import perf_counter, sleep
 
 import prefixcache
 from prefixcache.config import parse_layout
-from prefixcache.errors import CacheError
-from prefixcache.plain_json import json_text
-from prefixcache.types import Namespace, pack
-from prefixcache_bench.reports.figures import publish
+from prefixcache_bench.speed.beside import (
+    LAYOUT,
+    MEMORY,
+    Row,
+    Seen,
+    options_of,
+    probed,
+    report,
+)
 from prefixcache_bench.speed.served import served
 
 TOKEN = "a-token-of-the-benchmark"  # noqa: S105 - opens what this file has started
@@ -44,13 +46,7 @@ name = "worker"
 tenant = "acme"
 token_sha256 = ["{digest}"]
 """
-LAYOUT = "1x1x1:bfloat16"
-MEMORY = "4MiB"
-DOCUMENT = Path("docs/reliability.md")
-GOAL_MS, GOAL_RATIO = 50.0, 3.0
 CONNECTIONS = 64
-HERE = Namespace("m")
-BLOCK = 16
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
 LOOKUP, CHECK = "/prefixcache.v1.PrefixCache/Lookup", "/grpc.health.v1.Health/Check"
@@ -120,28 +116,17 @@ FLOODS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One flood.  Times in ms: min, median, p99, max."""
+class FloodRow(Row):
+    """One flood."""
 
-    flood: str
-    idle: tuple[float, float, float, float]
-    beside: tuple[float, float, float, float]
-    under: tuple[float, float, float, float]
     new_ms: float
     """Until a new client of who can prove himself had its first answer meanwhile."""
-    num_failed: int
-    """Look-ups that were not answered."""
     a_second: float
     """Connections that the flood made."""
 
-    @property
-    def verdict(self) -> str:
-        """Whether the goal is met."""
-        if self.num_failed:
-            return "missed"
-        if self.under[3] <= GOAL_MS and self.under[2] <= GOAL_RATIO * self.idle[2]:
-            return "met"
-        return "by machine" if self.under[2] <= GOAL_RATIO * self.beside[2] else "missed"
+    def more(self) -> str:
+        """Give what else the table says of this row."""
+        return f"{self.new_ms:>10.0f} ms{self.num_failed:>8}{self.a_second:>15,.0f}"
 
 
 async def flood(kind: Flood, host: str, port: int, seconds: float) -> int:
@@ -177,57 +162,6 @@ async def flood(kind: Flood, host: str, port: int, seconds: float) -> int:
     return made
 
 
-def probe(target: str) -> None:
-    """Look up until the input ends; print what each took, in ms, and what a new client did."""
-    took, new, failed = [], [], []
-    tokens = pack(range(BLOCK))
-    ended = threading.Event()
-
-    def wait() -> None:
-        sys.stdin.read()
-        ended.set()
-
-    def come() -> None:
-        while not ended.wait(0.5):
-            began = perf_counter()
-            try:
-                with prefixcache.connect(target, token=TOKEN, timeout_s=60.0) as client:
-                    client.lookup(HERE, tokens)
-            except CacheError as error:
-                failed.append(str(error))
-            new.append(1e3 * (perf_counter() - began))
-
-    with prefixcache.connect(target, token=TOKEN, timeout_s=60.0) as client:
-        client.lookup(HERE, tokens)
-        print("ready", flush=True)
-        threading.Thread(target=wait, daemon=True).start()
-        newcomer = threading.Thread(target=come)
-        newcomer.start()
-        while not ended.wait(0.005):
-            began = perf_counter()
-            try:
-                client.lookup(HERE, tokens)
-            except CacheError as error:
-                failed.append(str(error))
-            took.append(1e3 * (perf_counter() - began))
-        newcomer.join()
-    print(json_text([took, new, failed]))
-
-
-@contextlib.contextmanager
-def probed(target: str, seen: list[tuple[list[float], list[float], list[str]]]) -> Iterator[None]:
-    """Have another process look up meanwhile."""
-    command = [sys.executable, "-m", "prefixcache_bench.speed.unproven", "--probe", target]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        yield
-        took, new, failed = json.loads(process.communicate()[0])
-        seen.append((sorted(took), sorted(new), failed))
-
-
 @contextlib.contextmanager
 def prepared() -> Iterator[tuple[str, int, int]]:
     """Start a service with identities, at TCP and with a page; give its address and the ports."""
@@ -245,85 +179,40 @@ def prepared() -> Iterator[tuple[str, int, int]]:
             yield target, int(target.rpartition(":")[2]), page
 
 
-def measure(name: str, seconds: float) -> Row:
+def measure(name: str, seconds: float) -> FloodRow:
     """Measure look-ups alone, beside another service that is flooded, and beside the flood."""
-    seen: list[tuple[list[float], list[float], list[str]]] = []
+    seen: list[Seen] = []
     made = 0
     with prepared() as (target, *ports), prepared() as (_, *elsewhere):
         is_web = FLOODS[name].is_web
-        with probed(target, seen):
+        with probed(target, seen, TOKEN):
             sleep(seconds)
         for each in (elsewhere, ports):
             command = [sys.executable, "-m", "prefixcache_bench.speed.unproven", "--flood", name]
             command += ["--port", str(each[is_web]), "--seconds", str(seconds)]
-            with probed(target, seen):
+            with probed(target, seen, TOKEN):
                 made = int(subprocess.check_output(command))
-    (idle, *_), (beside, *_), (under, new, failed) = seen
-    return Row(
+    idle, beside, under = seen
+    return FloodRow(
         FLOODS[name].said,
-        figures(idle),
-        figures(beside),
-        figures(under),
-        max(new, default=float("inf")),
-        len(failed),
-        made / seconds,
+        *(idle.times, beside.times, under.times),
+        num_failed=under.num_failed,
+        new_ms=under.new_ms,
+        a_second=made / seconds,
     )
-
-
-def figures(times: list[float]) -> tuple[float, float, float, float]:
-    """Give min, median, p99, max of what is in order."""
-    last = len(times) - 1
-    return times[0], times[last // 2], times[round(last * 0.99)], times[last]
-
-
-def table(rows: list[Row]) -> str:
-    """Write the rows."""
-    lines = [
-        f"{'min, median, p99, max in ms':<36}{'idle':^28}  {'beside another':^28}  "
-        f"{'meanwhile':^28}  p99 to idle, beside   a new one  failed  connections/s  goal"
-    ]
-    for row in rows:
-        idle, beside, under = (
-            "".join(f"{one:>7.1f}" for one in each) for each in (row.idle, row.beside, row.under)
-        )
-        ratios = f"x {row.under[2] / row.idle[2]:>5.1f}  x {row.under[2] / row.beside[2]:>5.1f}"
-        lines.append(
-            f"{row.flood:<36}{idle}  {beside}  {under}  {ratios:<20}"
-            f"{row.new_ms:>8.0f} ms{row.num_failed:>8}{row.a_second:>13,.0f}    {row.verdict}"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, print, and publish if asked to."""
-    parser = argparse.ArgumentParser(
-        prog="prefixcache_bench.speed.unproven", description=__doc__, allow_abbrev=False
-    )
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
-    parser.add_argument("--only", nargs="*", choices=FLOODS, default=list(FLOODS), help="of these")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
-    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
-    parser.add_argument("--probe", metavar="TARGET", help=argparse.SUPPRESS)
+    parser = options_of("unproven", __doc__, FLOODS)
     parser.add_argument("--flood", choices=FLOODS, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.probe:
-        probe(options.probe)
-        return
     if options.flood:
         work = flood(FLOODS[options.flood], "127.0.0.1", options.port, options.seconds)
         print(asyncio.run(work))
         return
-    rows = []
-    for number, name in enumerate(options.only):
-        rows.append(measure(name, options.seconds))
-        lines = table(rows).splitlines()
-        print(*(lines[-1:] if number else lines), sep="\n", flush=True)
-    if options.json:
-        options.json.write_text(json_text([asdict(row) for row in rows], indent=2))
-    if options.publish:
-        text = f"$ python -m prefixcache_bench.speed.unproven\n{table(rows)}"
-        publish(DOCUMENT, "unproven", text)
+    report("unproven", options, measure, "    a new one  failed  connections/s")
 
 
 if __name__ == "__main__":
