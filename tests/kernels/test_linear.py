@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache_kernels.cpu import library as library_module
 from prefixcache_kernels.cpu.library import library
 from prefixcache_kernels.cpu.linear import Matrix, in_panels, pack
 
@@ -88,6 +89,17 @@ def test_rows_may_be_parts_of_longer_ones_of_any_type() -> None:
         part = wide[::2, 7:23]
         close(matrix.multiply(part), part.double() @ weight.double().T)
     assert matrix.multiply(torch.empty(0, 16)).shape == (0, 32)
+
+
+def test_no_product_looks_for_the_library_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To hash its sources takes longer than a product."""
+    matrix = Matrix(pack(torch.ones(16, 2)), 2, 16)
+
+    def looked(*_: object) -> str:
+        raise AssertionError
+
+    monkeypatch.setattr(library_module, "_fingerprint", looked)
+    assert matrix.multiply(torch.ones(1, 2)).tolist() == [[2.0] * 16]
 
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:

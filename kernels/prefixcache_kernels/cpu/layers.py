@@ -22,7 +22,7 @@ from torch import Tensor
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels.checks import check_scalars, check_slots, check_store, check_tensors
 from prefixcache_kernels.cpu import attend
-from prefixcache_kernels.cpu.library import load
+from prefixcache_kernels.cpu.library import at_hand
 from prefixcache_kernels.cpu.linear import (
     ROW_TYPES,
     WEIGHT_TYPES,
@@ -121,7 +121,7 @@ class Rotation(NamedTuple):
         rows, half = positions.shape[0], frequencies.shape[0]
         made = cls(torch.empty(rows, half), torch.empty(rows, half))
         check_tensors(**made._asdict())  # not so in a mode of PyTorch that only traces
-        load().handle.prefixcache_rotation(
+        at_hand().handle.prefixcache_rotation(
             positions.data_ptr(),
             frequencies.data_ptr(),
             rows,
@@ -227,7 +227,7 @@ class Layers:
         threads = torch.get_num_threads()
         wide = torch.empty(num * max((heads + 2 * kv_heads) * dim, width))
         room = torch.empty((num + threads) * max(hidden, width, heads * dim))
-        library = load()
+        library = at_hand()
         step = _Step(
             x=x.data_ptr(),
             wide=wide.data_ptr(),

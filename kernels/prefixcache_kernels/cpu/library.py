@@ -75,6 +75,15 @@ def library() -> Library | None:
         return None
 
 
+def at_hand() -> Library:
+    """Give the library as `library` does: at no cost after a process's first call.
+
+    Raises:
+        Unsupported: as `load`.
+    """
+    return library() or load()
+
+
 def describe() -> str:
     """Say how attention is done on this CPU, in a line.  Loads the library as `load` does."""
     try:
@@ -90,7 +99,8 @@ def describe() -> str:
 def load() -> Library:
     """Compile the library unless that was done before, and load it.
 
-    Effect: a file in the cache folder.  Cost: seconds the first time, then a millisecond.
+    Effect: a file in the cache folder.  Cost: seconds the first time, then a millisecond, for it
+    looks anew; what computes asks `at_hand`.
 
     Raises:
         Unsupported: There is no compiler, it failed, or it was told not to; with its own words.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels.checks import check_tensors
-from prefixcache_kernels.cpu.library import load
+from prefixcache_kernels.cpu.library import at_hand
 
 PANEL: Final = 16
 """Outputs that are read together."""
@@ -143,7 +143,7 @@ class Matrix:
             eps=eps,
         )
         if x.shape[0]:
-            load().handle.prefixcache_linear(ctypes.byref(call))
+            at_hand().handle.prefixcache_linear(ctypes.byref(call))
         return out
 
     def unpacked(self) -> Tensor:
