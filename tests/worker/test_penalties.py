@@ -50,3 +50,17 @@ def test_what_is_ruled_out_stays_so() -> None:
     logits = torch.full((5,), -torch.inf)
     penalties.apply(logits)
     assert logits.tolist() == [-torch.inf] * 5
+
+
+@pytest.mark.parametrize("repetition", [1.0, 1.5])
+def test_more_different_tokens_than_there_are_places_at_first_are_all_counted(
+    repetition: float,
+) -> None:
+    prompt, answer = [*range(40)], [*range(30, VOCAB), *range(0, VOCAB, 3)]
+    penalties = Penalties(prompt, repetition, 0.5, 0.25)
+    for token in answer:
+        penalties.add(token)
+    logits = LOGITS.clone()
+    penalties.apply(logits)
+    want = naive(prompt, answer, repetition, 0.5, 0.25)
+    assert logits.tolist() == pytest.approx(want, abs=1e-4)

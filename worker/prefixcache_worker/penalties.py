@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _FIRST: Final = 64
+"""Places for tokens of an answer, until there are more."""
 
 
 class Penalties:
@@ -34,16 +35,15 @@ class Penalties:
         self._repetition = repetition
         self._presence = presence
         self._frequency = frequency
-        self._place: dict[int, int] = {}
-        self._tokens = np.zeros(_FIRST, dtype=np.int64)
-        self._counts = np.zeros(_FIRST, dtype=np.float32)
-        if repetition != 1.0:
-            for token in prompt:
-                self._find(token)
+        different = list(dict.fromkeys(prompt)) if repetition != 1.0 else []
+        self._place = {token: place for place, token in enumerate(different)}
+        self._tokens = np.array([*different, *[0] * _FIRST], dtype=np.int64)
+        self._counts = np.zeros(len(self._tokens), dtype=np.float32)
 
     def add(self, token: int) -> None:
         """Take the answer's next token.  O(1)."""
-        self._counts[self._find(token)] += 1
+        place = self._find(token)  # first: it may put a longer array in the place of this one
+        self._counts[place] += 1
 
     def apply(self, logits: Tensor) -> None:
         """Change logits `[vocab]` in their place."""
