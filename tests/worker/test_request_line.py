@@ -62,8 +62,11 @@ def model(demo_folder: Path) -> Model:
         ({"min_p": 1.5}, "min_p is 1.5; it takes a number from 0 to 1"),
         ({"presence_penalty": 3}, "presence_penalty is 3; it takes a number from -2 to 2"),
         ({"frequency_penalty": "x"}, "frequency_penalty is 'x'; it takes a number"),
-        ({"repetition_penalty": 0}, "repetition_penalty 0.0 is not above 0"),
-        ({"repetition_penalty": -1}, "repetition_penalty is -1; it takes a number from 0 to 100"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it takes a number from 0.01 to 100"),
+        (
+            {"repetition_penalty": -1},
+            "repetition_penalty is -1; it takes a number from 0.01 to 100",
+        ),
         ({"logit_bias": [1]}, "logit_bias is [1]; it takes an object of up to 1,024"),
         ({"logit_bias": {"x": 1}}, "logit_bias names 'x'; it takes token ids"),
         ({"logit_bias": {"-1": 1}}, "logit_bias names '-1'; it takes token ids"),

@@ -210,6 +210,23 @@ def test_what_cannot_be_is_never_drawn() -> None:
     assert set(draw(Sampling(2.0, seed=0), 300, logits)) == {2, 3, 4}
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        Sampling(1e300, top_p=0.5, top_k=3, seed=1, min_tokens=1),
+        Sampling(1e300, top_p=0.5, min_p=0.1, seed=1, min_tokens=1),
+        Sampling(1.0, top_p=5e-324, top_k=3, seed=1, min_tokens=1),
+        Sampling(1e-300, top_p=5e-324, min_p=1.0, seed=1, min_tokens=1),
+        Sampling(1.0, top_p=0.5, top_k=3, seed=1, repetition_penalty=0.01, min_tokens=1),
+    ],
+)
+def test_however_extreme_a_token_is_drawn_and_it_is_none_that_is_ruled_out(how: Sampling) -> None:
+    logits = torch.linspace(-80, 80, 400).roll(7)
+    for flat in (logits, torch.zeros(400)):
+        [token] = choose([Sampler(how, range(400), stop_ids=[6])], flat[None], [0])
+        assert token != 6
+
+
 def test_top_k_and_min_p_keep_the_most_likely_ones() -> None:
     # The probabilities are about .50, .30, .18, .02, .01.
     assert set(draw(Sampling(1.0, top_k=2, seed=0), 300)) == {1, 4}
@@ -270,7 +287,7 @@ def test_the_two_best_logits_come_best_first() -> None:
         *({"min_p": odd} for odd in (-0.1, 1.1, float("nan"))),
         *({"presence_penalty": odd} for odd in (-2.1, 2.1, float("nan"))),
         *({"frequency_penalty": odd} for odd in (-2.1, 2.1, float("nan"))),
-        *({"repetition_penalty": odd} for odd in (0.0, -1.0, 101.0, float("nan"))),
+        *({"repetition_penalty": odd} for odd in (0.0, 1e-300, -1.0, 101.0, float("nan"))),
         *({"logit_bias": ((1, odd),)} for odd in (101.0, float("nan"), -float("inf"))),
     ],
 )

@@ -14,7 +14,7 @@ top_k           a whole number from -1 on; else 0, which is all tokens, as is -1
 min_p           a number from 0 to 1; else 0
 seed            a whole number of 64 bits; else another one every time
 presence_penalty, frequency_penalty   a number from -2 to 2; else 0
-repetition_penalty                    a number above 0, up to 100; else 1
+repetition_penalty                    a number from 0.01 to 100; else 1
 logit_bias      an object of up to 1,024 token ids with numbers from -100 to 100
 min_tokens      a whole number from 0 to max_new_tokens; else 0
 stop            a text or up to 1,024 of them
@@ -53,7 +53,7 @@ from prefixcache_worker.beam_search import MOST_BEAMS, MOST_LENGTH_PENALTY, Beam
 from prefixcache_worker.grammar import read_grammar
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import MOST_LOGPROBS, MOST_SAMPLES, Request
-from prefixcache_worker.sampling import MOST_REPETITION, Sampling
+from prefixcache_worker.sampling import LEAST_REPETITION, MOST_REPETITION, Sampling
 
 LONGEST_LINE: Final = 32 << 20
 """Bytes.  A prompt of a million token ids has a quarter of that."""
@@ -161,7 +161,9 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
             min_p=_number(fields, "min_p", 0.0, most=1.0),
             presence_penalty=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
             frequency_penalty=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
-            repetition_penalty=_number(fields, "repetition_penalty", 1.0, most=MOST_REPETITION),
+            repetition_penalty=_number(
+                fields, "repetition_penalty", 1.0, LEAST_REPETITION, MOST_REPETITION
+            ),
             logit_bias=_logit_bias(fields.get("logit_bias", {})),
             min_tokens=_whole(fields.get("min_tokens", 0), "min_tokens", 0, 2**31 - 1),
         ),

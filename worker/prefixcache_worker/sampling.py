@@ -37,10 +37,15 @@ from prefixcache_worker.penalties import Penalties
 _GROUP: Final = 256
 """Tokens that run together at first; part of what a seed means, as is the whole race."""
 
+LEAST_REPETITION: Final = 0.01
 MOST_REPETITION: Final = 100.0
+"""Logits that are multiplied or divided by so much are still numbers in float32."""
 
 _COLDEST: Final = 2.0**-100
 """What logits are divided by, at least; below it float32 knows no other answer than the best."""
+
+_HOTTEST: Final = 2.0**100
+"""And at most: above it all tokens are alike, and what is ruled out stays so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +96,9 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             if not -2.0 <= getattr(self, name) <= 2.0:
                 raise InvalidRequest(f"{name} {getattr(self, name)} is not from -2 to 2")
-        if not 0.0 < self.repetition_penalty <= MOST_REPETITION:
+        if not LEAST_REPETITION <= self.repetition_penalty <= MOST_REPETITION:
             raise InvalidRequest(
-                f"repetition_penalty {self.repetition_penalty} is not above 0 and at most "
+                f"repetition_penalty {self.repetition_penalty} is not from {LEAST_REPETITION:g} to "
                 f"{MOST_REPETITION:g}"
             )
         if not all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias):
@@ -200,7 +205,8 @@ class Sampler:
     def keeps(self, shares: npt.NDArray[np.float32], token: int, whole: float) -> bool:
         """Tell whether a token may be drawn, by those that are likelier.  O(vocabulary).
 
-        Of tokens with the same share the lower id counts as likelier.
+        Of tokens with the same share the lower id counts as likelier.  The likeliest one always
+        may.
 
         Args:
             shares: of all tokens, or at least of those that are likelier.
@@ -216,6 +222,8 @@ class Sampler:
         tokens = np.flatnonzero(shares >= share)
         likely = shares[tokens]
         before = likely[(likely > share) | (tokens < token)]
+        if not len(before):  # even if what it is compared with is too small for a number
+            return True
         if how.top_k and len(before) >= how.top_k:
             return False
         return how.top_p == 1.0 or bool(before.sum(dtype=np.float64) < how.top_p * whole)
@@ -226,7 +234,7 @@ def choose(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int]
 
     Args:
         samplers: of each row.
-        logits: float32 `[rows, vocab]`; not changed.
+        logits: float32 `[rows, vocab]`, each row with a number in it and no NaN; not changed.
         positions: how many tokens each answer has so far.
     """
     drawn = [row for row, sampler in enumerate(samplers) if not sampler.sampling.greedy]
@@ -255,7 +263,8 @@ def _draw(samplers: Sequence[Sampler], logits: Tensor, positions: Sequence[int])
         if sampler.adjusts(position):
             sampler.adjust(row[:width].copy_(one), position)
             one = row[:width]
-        torch.div(one, max(sampler.sampling.temperature, _COLDEST), out=row[:width])
+        divisor = min(max(sampler.sampling.temperature, _COLDEST), _HOTTEST)
+        torch.div(one, divisor, out=row[:width])
         row[width:] = -inf
         torch.softmax(row, -1, out=row)
     wholes = [sampler.whole(row) for sampler, row in zip(samplers, shares, strict=True)]
