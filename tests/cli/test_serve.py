@@ -34,7 +34,10 @@ def test_help_shows_every_setting_once_with_its_default() -> None:
     assert sorted(flags) == sorted(name.replace("_", "-") for name in ServeSettings.model_fields)
     told = re.sub(r"\s+", " ", help_text)
     for shown in (
-        *("Memory of the pool. Default: 2GiB.", "Life of a lease without a heartbeat. Default: 30."),
+        *(
+            "Memory of the pool. Default: 2GiB.",
+            "Life of a lease without a heartbeat. Default: 30.",
+        ),
         *("0 to 1. Default: 0.25.", "Longest time of one pin. Default: 604800."),
         *("blocks or tails. Default: tails.", "ask what there is. Default: on."),
         *("remember, to explain misses. Default: as many as blocks.", "ipc://PATH. Default: off."),
