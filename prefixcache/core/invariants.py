@@ -13,6 +13,7 @@ Nothing is called wrong that was not seen wrong in one go.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from itertools import islice
@@ -41,16 +42,15 @@ def check(lessor: Lessor) -> None:
             locks[lease.node] += 1
             if lease.tail is not None:
                 locks[lease.tail] += 1
-        indexed = tree.check(roots, locks)
-        private: Counter[int] = Counter()
-        held: Counter[int] = Counter()
+        owned = tree.check(roots, locks)
+        held: BlockTable = array("i")
         for lease in lessor.leases.all():
-            private.update(lease.private_blocks())
+            owned.extend(lease.private_blocks())
             if lease.source is not None:
-                held[lease.source] += 1
+                held.append(lease.source)
             if lease.tail_is_shared:
-                held[lease.table[-1]] += 1
-        lessor.blocks.pool.check(private, indexed, held)
+                held.append(lease.table[-1])
+        blocks.pool.check(owned, held)
         lessor.inflight.check()
         lessor.waiting.check()
         lessor.pins.check()
