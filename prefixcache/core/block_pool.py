@@ -348,6 +348,7 @@ class BlockPool:
         """
         known, expected = self.count_owners()
         owners = known.copy()
+        # A block whose owner let go while somebody still holds it is owned by its holders.
         for blocks in (owned, held):
             for block in (min(blocks, default=0), max(blocks, default=0)):
                 assert 0 <= block < self.end, f"block {block} is none of the pool"
