@@ -11,7 +11,7 @@ from torch import Tensor
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels.cpu import library as library_module
 from prefixcache_kernels.cpu.library import library
-from prefixcache_kernels.cpu.linear import Matrix, in_panels, pack
+from prefixcache_kernels.cpu.linear import GROUP, Matrix, in_panels, pack, quantize
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler")
 
@@ -43,11 +43,16 @@ def test_products_are_those_of_exact_arithmetic(sizes: tuple[int, int], dtype: t
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8])
 def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, threads: int) -> None:
-    weight, x = made(200, 66, dtype)
+    eight_bits = dtype == torch.int8
+    order = quantize if eight_bits else pack
+    weight, x = made(200, 66, torch.bfloat16 if eight_bits else dtype)
     norm = torch.rand(66)
-    for matrix in (Matrix(pack(weight), 66, 200), Matrix(pack(weight, gated=True), 66, 100, True)):
+    for matrix in (
+        Matrix(order(weight), 66, 200),
+        Matrix(order(weight, gated=True), 66, 100, True),
+    ):
         alone = torch.cat([matrix.multiply(row[None], norm=norm, eps=1e-5) for row in x])
         torch.set_num_threads(threads)
         try:
@@ -71,6 +76,11 @@ def test_what_stands_before_and_behind_a_product(dtype: torch.dtype, width: int)
     matrix = Matrix(pack(weight, gated=True), 64, width, gated=True)
     got = matrix.multiply(x.float(), norm=norm, eps=1e-5)
     assert float((got - want).norm() / want.norm()) < (1e-6 if dtype == torch.float32 else 2e-3)
+    matrix = Matrix(quantize(weight, gated=True), 64, width, gated=True)
+    gate, up = (rows @ matrix.unpacked().double().T).chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    got = matrix.multiply(x.float(), norm=norm, eps=1e-5)
+    assert float((got - want).norm() / want.norm()) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,6 +101,57 @@ def test_rows_may_be_parts_of_longer_ones_of_any_type() -> None:
     assert matrix.multiply(torch.empty(0, 16)).shape == (0, 32)
 
 
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_of_eight_bits_no_number_is_further_away_than_half_a_step(
+    sizes: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, x = made(*sizes, dtype)
+    weight[1:2] = 0
+    matrix = Matrix(quantize(weight), sizes[1], sizes[0])
+    got = matrix.unpacked()
+    parts = torch.nn.functional.pad(weight.float(), (0, -sizes[1] % GROUP)).split(GROUP, 1)
+    steps = torch.cat([part.abs().amax(1, keepdim=True).expand_as(part) for part in parts], 1)
+    most = steps[:, : sizes[1]] * (1 + 2**-7) / 127
+    assert bool(((got - weight.float()).abs() <= 0.5001 * most).all())
+    want = x.double() @ got.double().T
+    assert float((matrix.multiply(x) - want).norm() / want.norm()) < 1e-4
+    bias = torch.randn(sizes[0])
+    matrix = Matrix(quantize(weight), sizes[1], sizes[0], bias=in_panels(bias).flatten())
+    want += bias
+    assert float((matrix.multiply(x) - want).norm() / want.norm()) < 1e-4
+
+
+def test_of_eight_bits_the_largest_numbers_do_not_overflow() -> None:
+    signs = torch.where(torch.arange(GROUP * 3) % 2 == 0, 1.0, -1.0)
+    weight = (signs * 3e20).repeat(16, 1)
+    matrix = Matrix(quantize(weight), GROUP * 3, 16)
+    want = 3 * GROUP * matrix.unpacked()[0, 0].double()
+    for x in (signs, signs * 1e-30, -signs * 1e7):
+        got = matrix.multiply(x[None])[0].double() / x[0].double()
+        assert bool(((got / want - 1).abs() < 1e-4).all())
+    least = matrix.multiply(signs[None] * 1e-38)
+    assert bool(least.isfinite().all())
+    codes = torch.full_like(matrix.data, -128)  # not of `quantize`; of a file that was forged
+    assert Matrix(codes, GROUP * 3, 16).multiply(signs[None]).shape == (1, 16)
+
+
+def test_weights_without_eight_bits_are_refused() -> None:
+    for number in (float("inf"), float("nan")):
+        weight = torch.zeros(16, 64)
+        weight[3, 5] = number
+        with pytest.raises(Unsupported, match="not finite"):
+            quantize(weight)
+    for weight in (torch.zeros(4, 3), torch.zeros(4, 4, dtype=torch.int8), torch.zeros(4)):
+        with pytest.raises(Unsupported, match="not packed"):
+            quantize(weight)
+    right = quantize(torch.ones(16, 66))
+    assert Matrix(right, 66, 16).multiply(torch.ones(1, 66)).shape == (1, 16)
+    for data, inputs, columns in ((right[:-1], 66, 16), (right, 64, 16), (right, 66, 17)):
+        with pytest.raises(InvalidRequest, match="of eight bits"):
+            Matrix(data, inputs, columns)
+
+
 def test_no_product_looks_for_the_library_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """To hash its sources takes longer than a product."""
     matrix = Matrix(pack(torch.ones(16, 2)), 2, 16)
@@ -103,14 +164,17 @@ def test_no_product_looks_for_the_library_again(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_not_a_number_stays_in_its_row() -> None:
-    weight, x = made(48, 32, torch.float32)
-    matrix = Matrix(pack(weight), 32, 48)
-    clean = matrix.multiply(x)
-    x[3, 5] = float("nan")
-    got = matrix.multiply(x)
-    assert got[3].isnan().all()
+    weight, clean = made(48, 32, torch.float32)
     others = [row for row in range(40) if row != 3]
-    assert torch.equal(got[others], clean[others])
+    for data in (pack(weight), quantize(weight)):
+        matrix = Matrix(data, 32, 48)
+        want = matrix.multiply(clean)
+        for number in (float("nan"), float("inf"), -float("inf")):
+            x = clean.clone()
+            x[3, 5] = number
+            got = matrix.multiply(x)
+            assert not got[3].isfinite().any()
+            assert torch.equal(got[others], want[others])
 
 
 @pytest.mark.parametrize(

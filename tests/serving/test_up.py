@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import prefixcache
 from patience import PATIENCE_S
 from worker.zoo import save
 
@@ -253,6 +254,27 @@ def test_told_to_end_it_finishes_what_runs_and_leaves_nothing(model: Path, tmp_p
             code = up.end()
     assert code == 0
     assert up.alive() == []
+
+
+def test_workers_and_service_get_the_options_that_are_theirs(model: Path) -> None:
+    given = ("--weights", "int8", "--threads", "2", "--block-size", "8", "--workers", "1")
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        up = Up(model, Path(folder), "--memory", "8MiB", *given)
+        try:
+            pid = up.says(r"w1 \(pid (\d+)\) is ready")[1]
+            stream = up.stream(temperature=0, max_tokens=3)
+            stream.read()
+            with prefixcache.connect(f"unix:{folder}/s.sock") as client:
+                snapshot = client.snapshot()
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        finally:
+            code = up.end()
+    assert code == 0
+    assert snapshot.block_size == 8
+    [namespace] = snapshot.namespaces
+    assert namespace.model.endswith("+int8")
+    assert command[command.index("--threads") + 1] == "2"
+    assert command[command.index("--dtype") + 1] == "float32"
 
 
 def test_ended_while_it_loads_it_says_so_and_leaves_nothing(model: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from patience import PATIENCE_S
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_worker import mapped
+from prefixcache_worker import model as model_module
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import Request
@@ -208,6 +209,44 @@ def test_of_several_that_want_to_make_it_one_does(
 
     with ThreadPoolExecutor(2) as pool:
         assert sorted(pool.map(make, range(2))) == [False, True]
+
+
+def test_eight_bits_are_made_once_and_are_another_model(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = Model.load(tiny_folder)
+    first = Model.load(tiny_folder, weights="int8")
+    assert (first.name, first.packed_now) == (f"{plain.name}+int8", True)
+    assert first.made_invariant().name == f"{plain.name}+int8+invariant"
+    assert [path.name.split(".", 1)[1] for path in files(tiny_folder)] == [
+        f"float32.int8.v{VERSION}",
+        f"float32.v{VERSION}",
+    ]
+    again = Model.load(tiny_folder, weights="int8")
+    assert (again.name, again.packed_now, again.gap) == (first.name, False, first.gap)
+    assert 1e-4 < again.gap < 0.1
+    path, _ = files(tiny_folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert Model.load(tiny_folder, weights="int8").packed_now
+    assert f"{path} is made anew: its digest" in capsys.readouterr().err
+    Model.load(tiny_folder)
+    assert capsys.readouterr().err == ""
+
+
+def test_eight_bits_are_refused_where_they_would_be_ignored_or_ruin_answers(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("gpt2", vocab_size=49152).save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_folder / name, tmp_path / "other")
+    with pytest.raises(Unsupported, match="only the network in C has weights in eight bits"):
+        Model.load(tmp_path / "other", weights="int8")
+    with pytest.raises(Unsupported, match="only the network in C"):
+        Model.load(tiny_folder, weights="int8", lean=False)
+    monkeypatch.setattr(model_module, "EIGHT_BITS_TOLERANCE", 1e-6)
+    with pytest.raises(Unsupported, match="other logits in eight bits"):
+        Model.load(tiny_folder, weights="int8")
 
 
 def test_no_other_way_to_hold_weights_is_taken(tiny_folder: Path) -> None:

@@ -37,6 +37,7 @@ from prefixcache_worker.child_worker import WORKER, ChildWorker
 
 EXIT_FAILED: Final = 1
 DTYPES: Final = ("float32", "bfloat16")
+WEIGHTS: Final = ("packed", "int8", "private")
 _TELL_S: Final = 5.0
 """How often it is said that workers are still loading."""
 _LONGEST_PAUSE_S: Final = 30.0
@@ -59,6 +60,7 @@ class Setup:
     block_size: int | None
     dtype: str
     threads: int
+    weights: str
     chunk: int
     max_batch: int
     command: tuple[str, ...] = WORKER
@@ -72,6 +74,8 @@ class Setup:
         """
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"--dtype {self.dtype!a}: it takes {' or '.join(DTYPES)}")
+        if self.weights not in WEIGHTS:
+            raise InvalidRequest(f"--weights {self.weights!a}: it takes {', '.join(WEIGHTS)}")
         if self.chunk < self.max_batch:
             raise InvalidRequest(
                 f"--chunk {self.chunk} is less than --max-batch {self.max_batch}: in a step each "
@@ -81,7 +85,7 @@ class Setup:
     def worker_options(self, folder: Path) -> list[str]:
         """Give the options of `prefixcache worker`."""
         return [
-            *("--model", str(folder), "--dtype", self.dtype),
+            *("--model", str(folder), "--dtype", self.dtype, "--weights", self.weights),
             *("--chunk", str(self.chunk), "--max-batch", str(self.max_batch), "--tell-steps"),
         ]
 

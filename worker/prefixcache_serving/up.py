@@ -70,6 +70,15 @@ def up(
         str, _option("Workers", "float32 or bfloat16; must be the pool's.", "TYPE")
     ] = "bfloat16",
     threads: Annotated[int, _option("Workers", "Of each worker.", "N", min=1)] = 1,
+    weights: Annotated[
+        str,
+        _option(
+            "Workers",
+            "packed: in a file that all workers map; int8: likewise, in eight bits; private: in "
+            "each worker's memory.",
+            "HOW",
+        ),
+    ] = "packed",
     chunk: Annotated[
         int, _option("Workers", "Tokens computed per step, at most.", "TOKENS", min=1)
     ] = 256,
@@ -101,6 +110,7 @@ def up(
                 block_size=block_size,
                 dtype=dtype,
                 threads=threads,
+                weights=weights,
                 chunk=chunk,
                 max_batch=max_batch,
             )

@@ -51,7 +51,8 @@ def worker(
         str,
         typer.Option(
             metavar="HOW",
-            help="packed: in a file that all workers map; private: in each worker's memory.",
+            help="packed: in a file that all workers map; int8: likewise, in eight bits; private: "
+            "in each worker's memory.",
         ),
     ] = "packed",
     invariant: Annotated[

@@ -73,7 +73,8 @@ class LLM:
         chunk: tokens computed a step, at most.
         max_batch: sequences computed at a time.
         drafts: most tokens a step that are looked up and tried for an answer.
-        weights: `packed` in a file that all processes of this user map, or `private`.
+        weights: `packed` in a file that all processes of this user map, `int8` likewise in eight
+            bits, or `private`.
         invariant: every bit of an answer is the same in any company, cached or not.
         others: none; what vLLM takes and has no effect here is refused by name.
 

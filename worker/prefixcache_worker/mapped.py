@@ -69,11 +69,13 @@ class Place:
         name: of the model, with the digest of its weights.
         source: its folder, or its id at the hub.
         dtype: of its weights, keys and values.
+        eight_bits: whether its matrices are kept in eight bits.
     """
 
-    def __init__(self, name: str, source: str, dtype: str) -> None:
-        self.path = path_of(name, dtype)
+    def __init__(self, name: str, source: str, dtype: str, *, eight_bits: bool = False) -> None:
+        self.path = path_of(name, f"{dtype}.int8" if eight_bits else dtype)
         self.dtype = dtype
+        self._tolerance = TOLERANCE["bfloat16" if eight_bits else dtype]
         self._beside = _digest(Path(source))
 
     def find(self) -> tuple[NativeNetwork, About] | None:
@@ -94,7 +96,7 @@ class Place:
             )
             seen = _some_logits(network, self.dtype, about.max_tokens)
             apart = distance([seen], [found.tensors[REFERENCE]])
-            if apart > TOLERANCE[self.dtype]:
+            if apart > self._tolerance:
                 raise Damaged(f"its logits are {apart:.1e} from those that its maker saw")
         except (Damaged, CacheError, KeyError, TypeError, ValueError, RuntimeError) as fault:
             say(f"{self.path} is made anew: {fault}")

@@ -49,8 +49,14 @@ from prefixcache_worker.reach import max_context, windows
 DTYPES: Final = ("float32", "bfloat16")
 """Element types a model can be loaded in."""
 
-WEIGHTS: Final = ("packed", "private")
+WEIGHTS: Final = ("packed", "int8", "private")
 """How a worker holds a model's weights."""
+
+_EIGHT_BITS: Final = "+int8"
+
+EIGHT_BITS_TOLERANCE: Final = 0.1
+"""Largest accepted `distance` of a network in eight bits from the one that it was made of.  The
+demo model lies 2e-2 apart, as far as its bfloat16 from float32; a ruined one lies near 1."""
 
 
 @dataclass
@@ -68,7 +74,8 @@ class Model:
         stop_ids: tokens that end an answer.
         tokenizer: the model's tokenizer, or None for models without one.
         kind: `native`, `lean` or `transformers`: which network runs.
-        gap: distance of its logits from plain attention's, as the probe saw it.
+        gap: distance of its logits from plain attention's, as the probe saw it; in eight bits, from
+            those of the network that it was made of.
     """
 
     name: str
@@ -109,11 +116,13 @@ class Model:
             dtype: `float32` or `bfloat16`, or another name of these.
             threads: torch's threads; workers x threads should not exceed the machine's cores.
             lean: use a network of our own where one applies.
-            weights: `packed`; or `private`: this worker has its own, and PyTorch multiplies.
+            weights: `packed`; `int8`: packed in eight bits; or `private`: this worker has its own,
+                and PyTorch multiplies.
 
         Raises:
             NotFound: nothing can be loaded from there.
-            Unsupported: the architecture cannot run on paged memory; the message names it.
+            Unsupported: the architecture cannot run on paged memory, the message names it; or
+                it has no eight bits.
             InvalidRequest: no such dtype or weights, or threads below 1.
         """
         dtype = DTYPE_ALIASES.get(dtype, dtype)
@@ -127,18 +136,23 @@ class Model:
         if source == smollm2.NAME:
             source = str(smollm2.folder())
         model = None
-        if lean and weights == "packed" and may_pack(source):
-            model = cls._load_packed(source, dtype)
+        eight_bits = weights == "int8"
+        if lean and weights != "private" and may_pack(source):
+            model = cls._load_packed(source, dtype, eight_bits=eight_bits)
         if model is None:
-            model = cls._load_library(source, dtype, lean=lean, native=weights == "packed")
+            model = cls._load_library(source, dtype, lean=lean, native=weights != "private")
+            if eight_bits:
+                model = model.in_eight_bits()
         model.load_s = time.monotonic() - started
         return model
 
     @classmethod
-    def _load_packed(cls, source: str, dtype: str) -> Model | None:
-        """Map a folder's packed weights, made if need be; None if that cannot be."""
+    def _load_packed(cls, source: str, dtype: str, *, eight_bits: bool) -> Model:
+        """Map a folder's packed weights, made if need be; where that cannot be, its own."""
         name = identify(source, None)
-        place = Place(name, source, dtype)
+        place = Place(name, source, dtype, eight_bits=eight_bits)
+        if eight_bits:
+            name += _EIGHT_BITS
         if found := place.find():
             return cls._mapped(name, source, dtype, *found)
         with place.alone() as kept:
@@ -146,6 +160,8 @@ class Model:
                 return cls._mapped(name, source, dtype, *found)
             say(f"packing the weights of {name} as {dtype}, once: {place.path}")
             model = cls._load_library(source, dtype, lean=True, native=True)
+            if eight_bits:
+                model = model.in_eight_bits()
             if not kept or not isinstance(model.network, NativeNetwork):
                 return model
             try:
@@ -303,6 +319,31 @@ class Model:
                 "without regard to others; it takes Llama's family, a C compiler, packed weights"
             )
         return replace(self, name=f"{self.name}+invariant", invariant=True)
+
+    def in_eight_bits(self) -> Model:
+        """Give this model with its matrices in eight bits.
+
+        Its prefixes are others than those of this one: its keys and values are.
+
+        Raises:
+            Unsupported: another network than the one in C runs, or nothing would be left of its
+                answers.
+        """
+        if not isinstance(self.network, NativeNetwork):
+            raise Unsupported(
+                f"model {self.name!r} runs on {self.kind!r}: only the network in C has weights in "
+                "eight bits; it takes Llama's family and a C compiler"
+            )
+        network = self.network.in_eight_bits()
+        prompts = [prompt[: self.max_tokens or None] for prompt in random_prompts(self.vocab_size)]
+        want, got = (paged_logits(one, self.layout, prompts) for one in (self.network, network))
+        apart = distance(got, want)
+        if apart > EIGHT_BITS_TOLERANCE:
+            raise Unsupported(
+                f"model {self.name!r} gives other logits in eight bits: {apart:.1e} of the largest "
+                f"apart, {EIGHT_BITS_TOLERANCE:g} allowed; leave int8 out"
+            )
+        return replace(self, name=self.name + _EIGHT_BITS, network=network, gap=apart)
 
     def sharing_cost(self, block_size: int) -> SharingCost:
         """Give what it costs a layer to read what sequences share once, on this processor."""

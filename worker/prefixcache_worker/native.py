@@ -11,7 +11,7 @@ decodes.  What it is compared with before it is used: see `model`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels import GroupedPlan
 from prefixcache_kernels.cpu.attend import MAX_DIM, MAX_GROUP
 from prefixcache_kernels.cpu.layers import Layers, LayerWeights, Rotation, Sizes
-from prefixcache_kernels.cpu.linear import Matrix, in_panels, pack
+from prefixcache_kernels.cpu.linear import Matrix, in_panels, pack, quantize
 from prefixcache_kernels.pool import SharedPool
 from prefixcache_worker.batch import Batch
 from prefixcache_worker.lean import understands
@@ -132,6 +132,8 @@ class NativeNetwork:
                 f"{facts.num_heads} heads of {facts.head_dim} on {facts.num_kv_heads}: the C "
                 f"library takes {MAX_DIM} and groups of {MAX_GROUP}"
             )
+        if len(facts.windows) != facts.num_layers:
+            raise InvalidRequest(f"{len(facts.windows)} windows of {facts.num_layers} layers")
         self.facts = facts
         self.weights = dict(weights)
         hidden, kv = facts.hidden, facts.num_heads + 2 * facts.num_kv_heads
@@ -181,6 +183,23 @@ class NativeNetwork:
             return cls(facts_of(module), pack_module(module))
         except Unsupported:
             return None
+
+    def in_eight_bits(self) -> NativeNetwork:
+        """Give this network with its matrices in eight bits; the embedding stays.  Takes seconds.
+
+        Raises:
+            Unsupported: weights are not finite.
+        """
+        weights = dict(self.weights)
+        for name, matrix in self._matrices():
+            weights[name] = quantize(matrix.unpacked(), gated=matrix.gated)
+        return NativeNetwork(self.facts, weights)
+
+    def _matrices(self) -> Iterator[tuple[str, Matrix]]:
+        yield "head", self._head
+        for index, layer in enumerate(self._layers.layers):
+            for name in ("qkv", "out", "gate_up", "down"):
+                yield f"{index}.{name}", getattr(layer, name)
 
     def __call__(self, batch: Batch, pool: SharedPool, plan: Any) -> Tensor:
         """Run a batch: fill its slots of the pool, give float32 logits `[R, vocab]`."""

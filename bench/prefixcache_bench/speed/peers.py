@@ -2,9 +2,14 @@
 
 ```
 ours        bfloat16, on a service of its own          every round, for every length and batch:
-vLLM        bfloat16, its build for CPUs               one after the other, in this order
+ours, int8  likewise, with weights in eight bits       one after the other, in this order
+vLLM        bfloat16, its build for CPUs
 llama.cpp   Q8_0, the wheel `xllamacpp`
 ```
+Like is compared with like: ours with vLLM, ours in eight bits with llama.cpp.
+
+    python -m prefixcache_bench.speed.peers [--vllm PYTHON] [--quick] [--json FILE] [--publish]
+
 
 First tokens are timed where they are made: in the engine, in vLLM's and in llama.cpp's own clock.
 Who is not installed is left out, which is said.
@@ -24,6 +29,7 @@ from typing import Any, Final
 import torch
 
 from prefixcache.plain_json import json_text
+from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.llama_peer import Llama, LlamaFailed, llama
 from prefixcache_bench.speed.serving import (
@@ -32,11 +38,11 @@ from prefixcache_bench.speed.serving import (
     TTFT_LENGTHS,
     WARM_TAIL,
     Series,
+    columns,
     engine,
     engine_steps,
     first_token,
     progress,
-    table,
     tokens,
 )
 from prefixcache_bench.speed.vllm_peer import (
@@ -53,17 +59,21 @@ from prefixcache_worker import smollm2
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 
+DOCUMENT: Final = Path("docs/worker.md")
+
+BESIDE: Final = {"vLLM": "ours", "llama.cpp": "ours, int8"}
+"""Which of us each of them is compared with."""
+
 GOALS: Final = {"decode": 1.0, "cold": 1.0, "warm": 0.4}
-"""Beside vLLM: tokens per second at least, times to the first token at most."""
+"""Beside vLLM: tokens per second at least, times to the first token at most.  Beside llama.cpp:
+tokens per second of one answer."""
 
 
 class Ours:
     """The engine in this process."""
 
-    name = "ours"
-
-    def __init__(self, made: Engine) -> None:
-        self._made, self._asked = made, 0
+    def __init__(self, name: str, made: Engine) -> None:
+        self.name, self._made, self._asked = name, made, 0
 
     def first_ms(self, prompt: list[int], seen: int) -> float:
         """Time to the first token of a prompt of which `seen` tokens are cached."""
@@ -130,8 +140,10 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     lengths, batches = (TTFT_LENGTHS[:1], BATCHES[:2]) if options.quick else (TTFT_LENGTHS, BATCHES)
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
-        model = Model.load(smollm2.NAME, dtype="bfloat16", threads=threads)
-        subjects: list[Subject] = [Ours(stack.enter_context(engine(model)))]
+        subjects: list[Subject] = []
+        for name, weights in (("ours", "packed"), ("ours, int8", "int8")):
+            model = Model.load(smollm2.NAME, dtype="bfloat16", threads=threads, weights=weights)
+            subjects.append(Ours(name, stack.enter_context(engine(model))))
         if options.vllm:
             started = vllm(
                 options.vllm, str(smollm2.folder()), "bfloat16", max(BATCHES), threads=threads
@@ -172,9 +184,9 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
             "size": size,
             **{name: one.fields() for name, one in series.items()},
             "to_ours": {
-                name: series["ours"].median / one.median
+                name: series[BESIDE[name]].median / one.median
                 for name, one in series.items()
-                if name != "ours"
+                if name in BESIDE
             },
         }
         for (kind, size), series in figures.items()
@@ -187,13 +199,13 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any]) -> None:
-    """Print a table, and who is not in it."""
-    print(f"threads: {found['threads']}; our network: {found['network']}\n")
-    names = [name for name in ("ours", "vLLM", "llama.cpp") if name in found["rows"][0]]
-    others = names[1:]
-    table(
-        ["", *names, *(f"ours/{name}" for name in others)],
+def report(found: dict[str, Any]) -> list[str]:
+    """Give a table, and who is not in it, in lines."""
+    names = [name for name in (*BESIDE.values(), *BESIDE) if name in found["rows"][0]]
+    others = [name for name in BESIDE if name in names]
+    said = [f"threads: {found['threads']}; our network: {found['network']}", ""]
+    said += columns(
+        ["", *names, *(f"{BESIDE[name]}/{name}" for name in others)],
         [
             [
                 f"decode, batch {row['size']}, tokens/s"
@@ -205,16 +217,17 @@ def report(found: dict[str, Any]) -> None:
             for row in found["rows"]
         ],
     )
-    for name, why in found["left_out"].items():
-        print(f"{name}: {why}")
+    said.append("")
+    said += [f"{name}: {why}" for name, why in found["left_out"].items()]
     for row in found["rows"]:
-        ratio = row["to_ours"].get("vLLM")
-        goal = GOALS[row["kind"]]
-        if ratio is None:
-            continue
-        met = ratio >= goal if row["kind"] == "decode" else ratio <= goal
-        if not met:
-            print(f"MISSED beside vLLM: {row['kind']} {row['size']}: {ratio:.2f}, goal {goal:g}")
+        kind, size = row["kind"], row["size"]
+        for name, ratio in row["to_ours"].items():
+            if name == "llama.cpp" and (kind, size) != ("decode", 1):
+                continue
+            goal = GOALS[kind]
+            if not (ratio >= goal if kind == "decode" else ratio <= goal):
+                said.append(f"MISSED beside {name}: {kind} {size}: {ratio:.2f}, goal {goal:g}")
+    return said
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
+    parser.add_argument("--publish", action="store_true", help=f"put the tables into {DOCUMENT}")
     parser.add_argument(
         "--vllm",
         metavar="PYTHON",
@@ -240,14 +254,19 @@ def main(argv: list[str] | None = None) -> int:
         "torch": torch.__version__,
     }
     print(" · ".join(f"{key} {value}" for key, value in result.items()) + "\n")
-    found = []
+    found: list[dict[str, Any]] = []
+    said: list[str] = []
     for threads in options.threads:
         try:
             found.append(measure(options, threads))
         except (VllmFailed, LlamaFailed) as error:
             print(f"FAILED with {threads} threads: {error}")
             return 1
-        report(found[-1])
+        lines = [*report(found[-1]), ""]
+        print("\n".join(lines))
+        said += lines
+    if options.publish:
+        publish(DOCUMENT, "peers", "\n".join(said))
     if options.json:
         options.json.write_text(json_text(result | {"found": found}, indent=1), encoding="utf-8")
     return 0

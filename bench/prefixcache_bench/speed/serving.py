@@ -418,16 +418,21 @@ def loads(*, quick: bool) -> list[tuple[Load, tuple[int, ...]]]:
 # ---------------------------------------------------------------------------------- the report
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    """Print lines under a head, in columns."""
+def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    """Give lines under a head, in columns."""
     widths = [max(len(row[i]) for row in [head, *lines]) for i in range(len(head))]
-    for row in [head, *lines]:
-        cells = [
+    return [
+        "  ".join(
             c.ljust(w) if i == 0 else c.rjust(w)
             for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-    print()
+        ).rstrip()
+        for row in [head, *lines]
+    ]
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """Print lines under a head, in columns."""
+    print("\n".join(columns(head, lines)) + "\n")
 
 
 def span(fields: dict[str, float]) -> str:

@@ -29,6 +29,7 @@ from prefixcache_kernels.cpu.linear import (
     Matrix,
     check_numbers,
     check_rows,
+    room_size,
 )
 from prefixcache_kernels.grouped import GroupedPlan
 from prefixcache_kernels.plan import Plan
@@ -226,7 +227,7 @@ class Layers:
         check_slots(slots, num_slots)
         threads = torch.get_num_threads()
         wide = torch.empty(num * max((heads + 2 * kv_heads) * dim, width))
-        room = torch.empty((num + threads) * max(hidden, width, heads * dim))
+        room = torch.empty(room_size(num, max(hidden, width, heads * dim), threads))
         library = at_hand()
         step = _Step(
             x=x.data_ptr(),

@@ -6,11 +6,16 @@
  * panels of 16 outputs, and in a panel pairs of inputs.
  *
  *     BFLOAT16   [outputs / 16][inputs / 2][16][2]         FLOAT32   [outputs / 16][inputs][16]
+ *     INT8       [outputs / 16][inputs / 64] of: a BFLOAT16 scale for each of the 16 outputs,
+ *                [64 / 2][16][2]; zeros fill up the last 64 inputs
  *
  * Rows are cut into tiles of a few, as even as can be; a tile's numbers are laid side by side:
  * [inputs][rows].  A tile and some panels meet in registers.  Every output is one sum, in the order
  * of the inputs, in one lane of one accumulator: its bits are the same in every tile, beside any
  * other rows, for any number of threads.
+ *
+ * With weights of 8 bits a row becomes integers of 16 bits, scaled per 64 inputs: less is lost than
+ * in BFLOAT16.  The sum of 64 products is exact: 64 * 127 * 32767 is below 2^31.
  */
 #include "linear.h"
 
@@ -26,11 +31,16 @@ enum { LANES = 16, VECTORS = LANES / WIDTH /* of a panel */ };
  * many panels keep the accumulators within the registers, yet are enough to hide latency. */
 #if defined(__AVX512F__)
 enum { CHUNK = 12, ROWS = 8 };
-#define PANELS_OF(rows) ((int[]){12, 12, 6, 6, 4, 4, 3, 3}[(rows) - 1])
+#define PANELS_OF(type, rows) ((int[]){12, 12, 6, 6, 4, 4, 3, 3}[(rows) - 1])
 #else
 enum { CHUNK = 4, ROWS = 6 };
-#define PANELS_OF(rows) ((int[]){4, 2, 2, 1, 1, 1}[(rows) - 1])
+#define PANELS_OF(type, rows) ((int[]){4, 2, (type) == INT8 ? 1 : 2, 1, 1, 1}[(rows) - 1])
 #endif
+
+enum {
+    GROUP = PREFIXCACHE_GROUP, /* inputs with a scale of their own */
+    RECORD = LANES * (2 + GROUP) /* bytes of a panel's group */
+};
 
 enum { MEETING = 192 << 10 /* bytes of tiles that meet a chunk before the next one is read */ };
 
@@ -48,6 +58,15 @@ INLINE float rounded(float x) {
     uint32_t word = (uint32_t)float_to_bfloat(x) << 16;
     memcpy(&x, &word, 4);
     return x;
+}
+
+INLINE int64_t groups_of(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
+
+/* Floats of a row in the room: what any type of weights asks of it. */
+INLINE int64_t room_of(int64_t inputs) { return groups_of(inputs) * GROUP; }
+
+INLINE int64_t panel_bytes(enum type type, int64_t inputs) {
+    return type == INT8 ? groups_of(inputs) * RECORD : inputs * LANES * size_of(type);
 }
 
 /* Read a row as floats, divided by its root mean square if there is a norm. */
@@ -68,12 +87,52 @@ static void read_input(const struct linear *c, int64_t row, float *to) {
     for (i = 0; i < num; i++) to[i] = to[i] * scale * c->norm[i];
 }
 
-/* `row`: room for one.  Lay the rows of a tile side by side: [inputs][rows], or [inputs / 2][rows] pairs of BFLOAT16. */
+/* Bring the numbers of a group to 16 bits, in their own place, as `int32_t`; give their scale.  One
+ * that is not finite makes the scale not a number, and so all products of its row. */
+static float to_integers(float *x) {
+    vec most = {0};
+    ivec wrong = {0};
+    for (int i = 0; i < GROUP; i += WIDTH) {
+        const vec number = load(x + i), size = (vec)((ivec)number & splat_int(0x7fffffff));
+        wrong |= ~(size <= splat(3.4028235e38f));
+        most = larger(size, most);
+    }
+    float largest_size = largest(most), times = largest_size > 0 ? 32767 / largest_size : 0;
+    if (any(wrong)) largest_size = NAN, times = 0;
+    if (times > 3.4028235e38f) times = 0; /* of numbers below 1e-34 nothing is left */
+    for (int i = 0; i < GROUP; i += WIDTH) {
+        const vec whole = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+        const ivec code = (ivec)(load(x + i) * splat(times) + whole) - splat_int(0x4b400000);
+        memcpy(x + i, &code, sizeof code);
+    }
+    return largest_size / 32767;
+}
+
+/* Lay a row of a tile as integers: [inputs / 2][rows] pairs, then [groups][rows] scales. */
+static void lay_integers(float *row, int64_t r, int64_t rows, int64_t inputs, float *to) {
+    const int64_t num = groups_of(inputs) * GROUP;
+    uint32_t *pairs = (uint32_t *)to;
+    float *scales = to + rows * num / 2;
+    for (int64_t k = inputs; k < num; k++) row[k] = 0;
+    for (int64_t k = 0; k < num; k += GROUP) {
+        scales[k / GROUP * rows + r] = to_integers(row + k);
+        const uint32_t *codes = (const uint32_t *)row + k;
+        for (int64_t i = 0; i < GROUP; i += 2)
+            pairs[(k + i) / 2 * rows + r] = (codes[i] & 0xffff) | codes[i + 1] << 16;
+    }
+}
+
+/* Lay the rows of a tile side by side: [inputs][rows], [inputs / 2][rows] pairs of BFLOAT16, or
+ * integers.  `row`: room for one. */
 static void lay(const struct linear *c, int64_t tile, float *row) {
     const int64_t first = first_of(c->rows, tile), rows = first_of(c->rows, tile + 1) - first;
-    float *to = c->room + first * c->inputs;
+    float *to = c->room + first * room_of(c->inputs);
     for (int64_t r = 0; r < rows; r++) {
         read_input(c, first + r, row);
+        if (c->weight_type == INT8) {
+            lay_integers(row, r, rows, c->inputs, to);
+            continue;
+        }
         if (c->weight_type == FLOAT32) {
             for (int64_t k = 0; k < c->inputs; k++) to[k * rows + r] = row[k];
             continue;
@@ -91,11 +150,74 @@ static void lay(const struct linear *c, int64_t tile, float *row) {
 
 /* ---- products ---- */
 
+/* To each lane add the two products of its pair of weights, 16 bits each, with a pair of x. */
+INLINE ivec add_pairs(ivec sum, ivec weights, ivec pair) {
+#if defined(__AVX512VNNI__)
+    return (ivec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)pair);
+#elif defined(__AVX512BW__)
+    return sum + (ivec)_mm512_madd_epi16((__m512i)weights, (__m512i)pair);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return sum + (ivec)_mm256_madd_epi16((__m256i)weights, (__m256i)pair);
+#else
+    return sum + (weights << 16 >> 16) * (pair << 16 >> 16) + (weights >> 16) * (pair >> 16);
+#endif
+}
+
+/* The weights of a vector's outputs, two inputs each, as pairs of 16 bits. */
+INLINE ivec read_pairs(const int8_t *w) {
+#if defined(__AVX512BW__)
+    return (ivec)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)w));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (ivec)_mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)w));
+#else
+    ivec pairs;
+    for (int i = 0; i < WIDTH; i++)
+        pairs[i] = (int32_t)((uint32_t)w[2 * i + 1] << 16 | (uint16_t)w[2 * i]);
+    return pairs;
+#endif
+}
+
+INLINE void products_of_integers(const int rows, const int panels, const char *weights,
+                                 const float *x, int64_t inputs, vec acc[][CHUNK][VECTORS]) {
+    const int64_t groups = groups_of(inputs), panel = groups * RECORD;
+    const int32_t *pairs = (const int32_t *)x;
+    const float *scales = x + rows * groups * GROUP / 2;
+    for (int64_t g = 0; g < groups; g++, weights += RECORD, scales += rows) {
+        ivec sums[ROWS][CHUNK][VECTORS];
+        for (int r = 0; r < rows; r++)
+            for (int p = 0; p < panels; p++)
+                for (int v = 0; v < VECTORS; v++) sums[r][p][v] = (ivec){0};
+        const char *w = weights + 2 * LANES;
+        for (int k = 0; k < GROUP / 2; k++, w += 2 * LANES, pairs += rows)
+            for (int p = 0; p < panels; p++) {
+                __builtin_prefetch(w + p * panel + 2048);
+                ivec weight[VECTORS];
+                for (int v = 0; v < VECTORS; v++)
+                    weight[v] = read_pairs((const int8_t *)w + p * panel + v * 2 * WIDTH);
+                for (int r = 0; r < rows; r++)
+                    for (int v = 0; v < VECTORS; v++)
+                        sums[r][p][v] = add_pairs(sums[r][p][v], weight[v], splat_int(pairs[r]));
+            }
+        for (int p = 0; p < panels; p++) {
+            float scale[LANES] __attribute__((aligned(64)));
+            read_row(scale, weights + p * panel, LANES, BFLOAT16, 0);
+            for (int r = 0; r < rows; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    acc[r][p][v] += __builtin_convertvector(sums[r][p][v], vec) *
+                                    (load(scale + v * WIDTH) * splat(scales[r]));
+        }
+    }
+}
+
 INLINE void products(const enum type type, const int rows, const int panels, const char *weights,
                      const float *x, int64_t inputs, vec acc[][CHUNK][VECTORS]) {
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < panels; p++)
             for (int v = 0; v < VECTORS; v++) acc[r][p][v] = (vec){0};
+    if (type == INT8) {
+        products_of_integers(rows, panels, weights, x, inputs, acc);
+        return;
+    }
     if (type == FLOAT32) {
         const int64_t panel = inputs * 4 * LANES;
         for (int64_t k = 0; k < inputs; k++, weights += 4 * LANES, x += rows)
@@ -176,8 +298,8 @@ INLINE void meet(const enum type type, const int rows, const int panels, const c
 
 INLINE void meet_chunk(const enum type type, const int rows, int64_t panels, const char *weights,
                        const float *x, int64_t inputs, float *to) {
-    const int wide = PANELS_OF(rows);
-    const int64_t panel = inputs * LANES * size_of(type);
+    const int wide = PANELS_OF(type, rows);
+    const int64_t panel = panel_bytes(type, inputs);
     int64_t p = 0;
     for (; p + wide <= panels; p += wide)
         meet(type, rows, wide, weights + p * panel, x, inputs, to + p * LANES);
@@ -188,13 +310,15 @@ INLINE void meet_chunk(const enum type type, const int rows, int64_t panels, con
 static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels, int64_t tile) {
     const int64_t first = first_of(c->rows, tile), rows = first_of(c->rows, tile + 1) - first;
     const char *weights = (const char *)c->weights +
-                          panel * c->inputs * LANES * size_of(c->weight_type);
-    const float *x = c->room + first * c->inputs;
+                          panel * panel_bytes(c->weight_type, c->inputs);
+    const float *x = c->room + first * room_of(c->inputs);
     float out[ROWS * CHUNK * LANES] __attribute__((aligned(64)));
 #define MEET(ROWS)                                                                 \
     case ROWS:                                                                     \
         if (c->weight_type == FLOAT32)                                             \
             meet_chunk(FLOAT32, ROWS, panels, weights, x, c->inputs, out);         \
+        else if (c->weight_type == INT8)                                           \
+            meet_chunk(INT8, ROWS, panels, weights, x, c->inputs, out);            \
         else                                                                       \
             meet_chunk(BFLOAT16, ROWS, panels, weights, x, c->inputs, out);        \
         break;
@@ -213,7 +337,7 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
 void prefixcache_linear(const struct linear *c) {
     const int64_t tiles = tiles_of(c->rows), num_panels = c->outputs / LANES;
     const int64_t chunks = (num_panels + CHUNK - 1) / CHUNK;
-    int64_t at_once = MEETING / (ROWS * 4 * c->inputs);
+    int64_t at_once = MEETING / (ROWS * 4 * room_of(c->inputs));
     if (at_once < 1) at_once = 1;
 #pragma omp parallel num_threads(c->num_threads) if (c->num_threads > 1)
     {
@@ -221,7 +345,7 @@ void prefixcache_linear(const struct linear *c) {
 #ifdef _OPENMP
         thread = omp_get_thread_num();
 #endif
-        float *row = c->room + (c->rows + thread) * c->inputs;
+        float *row = c->room + (c->rows + thread) * room_of(c->inputs);
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < tiles; tile++) lay(c, tile, row);
         for (int64_t from = 0; from < tiles; from += at_once) {

@@ -4,6 +4,9 @@
 
 #include "vectors.h"
 
+/* Inputs that share a scale, of weights of 8 bits; rows in the room are padded to so many. */
+#define PREFIXCACHE_GROUP 64
+
 /* What becomes of the products; as the caller names it. */
 enum after { STORED, ADDED, GATED };
 
@@ -13,7 +16,8 @@ struct linear {
     const char *x;         /* [rows, inputs] */
     const float *norm;     /* [inputs]: x is divided by its root mean square, times this; or null */
     char *out;             /* [rows, columns] */
-    float *room;           /* [rows + num_threads, inputs]: the tiles, and a row for each thread */
+    float *room;           /* [rows + num_threads, inputs, rounded up to whole groups]: the tiles,
+                            * and a row for each thread */
     int64_t rows, inputs, outputs; /* outputs: of the packed weights, whole panels */
     int64_t columns;       /* of the answer: what of `outputs`, or of half of them, is no padding */
     int64_t x_stride, out_stride; /* in bytes, of a row */

@@ -4,6 +4,7 @@
 weight [outputs, inputs]        packed, a panel of 16 outputs after the other
 o0  i0 i1 i2 i3 ...             bfloat16   o0 i0 i1 | o1 i0 i1 | ... o15 i0 i1 | o0 i2 i3 | ...
 o1  i0 i1 i2 i3 ...             float32    o0 i0 | o1 i0 | ... o15 i0 | o0 i1 | ...
+                                int8       16 scales | as bfloat16, for 64 inputs | 16 scales | ...
 ```
 
 The order is the same on every processor, so a file of packed weights serves all of them.  A row's
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
@@ -27,7 +29,18 @@ from prefixcache_kernels.cpu.library import at_hand
 PANEL: Final = 16
 """Outputs that are read together."""
 
-WEIGHT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+GROUP: Final = 64
+"""Inputs of an output that share a scale, in eight bits."""
+
+_RECORD: Final = PANEL * (2 + GROUP)
+"""Bytes of a panel's group in eight bits: 16 scales, and the codes."""
+
+_MOST_CODE: Final = 127
+
+_FROM: Final = (torch.float32, torch.bfloat16)
+"""What is packed."""
+
+WEIGHT_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 4}
 ROW_TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`enum type` of `vectors.h`."""
 
@@ -83,13 +96,14 @@ class Matrix:
             or not 2 <= self.inputs <= MOST_INPUTS
             or self.inputs % 2
             or self.columns < 1
-            or self.data.numel() != self.outputs * self.inputs
+            or self.data.numel() != self._num_packed
             or not self.data.is_contiguous()
         ):
             raise InvalidRequest(
                 f"{self.data.numel()} packed weights for {self.inputs!r} inputs and "
                 f"{self.columns!r} columns: not {PANEL} times as many as there are panels and "
-                f"inputs, these even, from 2 to {MOST_INPUTS}"
+                f"inputs, these even, from 2 to {MOST_INPUTS}; of eight bits, {_RECORD} for each "
+                f"panel and {GROUP} inputs"
             )
         if self.bias is not None:
             check_numbers("bias", self.bias, self.outputs)
@@ -99,6 +113,13 @@ class Matrix:
         """Outputs of the packed weights, those included that fill the last panels."""
         panels = -(-self.columns // PANEL)
         return PANEL * panels * (2 if self.gated else 1)
+
+    @property
+    def _num_packed(self) -> int:
+        """Numbers of the packed weights."""
+        if self.data.dtype == torch.int8:
+            return self.outputs // PANEL * num_groups(self.inputs) * _RECORD
+        return self.outputs * self.inputs
 
     def multiply(self, x: Tensor, *, norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
         """Multiply rows; see the file's head for what may be relied on.
@@ -121,7 +142,7 @@ class Matrix:
         out = x.new_empty((x.shape[0], self.columns), dtype=torch.float32)
         check_tensors(out=out)  # not so in a mode of PyTorch that only traces
         threads = torch.get_num_threads()
-        room = torch.empty((x.shape[0] + threads) * self.inputs)
+        room = torch.empty(room_size(x.shape[0], self.inputs, threads))
         call = _Linear(
             weights=self.data.data_ptr(),
             bias=None if self.bias is None else self.bias.data_ptr(),
@@ -147,10 +168,19 @@ class Matrix:
         return out
 
     def unpacked(self) -> Tensor:
-        """Give the weight as it was, `[columns, inputs]`; if gated, the two under each other."""
+        """Give the weight as it was, `[columns, inputs]`; if gated, the two under each other.
+
+        Of eight bits: what is left of it, in float32.
+        """
         parts = 2 if self.gated else 1
         panels = self.data.view(self.outputs // PANEL, -1)
-        if self.data.dtype == torch.bfloat16:
+        if self.data.dtype == torch.int8:
+            records = panels.view(-1, num_groups(self.inputs), _RECORD)
+            scales = records[..., : 2 * PANEL].contiguous().view(torch.bfloat16).float()
+            codes = records[..., 2 * PANEL :].reshape(*scales.shape[:2], GROUP // 2, PANEL, 2)
+            groups = codes.permute(0, 3, 1, 2, 4).flatten(3).float()
+            rows = (groups * scales.transpose(1, 2)[..., None]).flatten(2)[..., : self.inputs]
+        elif self.data.dtype == torch.bfloat16:
             rows = panels.view(-1, self.inputs // 2, PANEL, 2).transpose(1, 2)
         else:
             rows = panels.view(-1, self.inputs, PANEL).transpose(1, 2)
@@ -168,13 +198,53 @@ def pack(weight: Tensor, *, gated: bool = False) -> Tensor:
     Raises:
         Unsupported: an odd number of inputs, or a type that is not packed.
     """
-    if weight.dim() != 2 or weight.dtype not in WEIGHT_TYPES or weight.shape[1] % 2:
+    if weight.dim() != 2 or weight.dtype not in _FROM or weight.shape[1] % 2:
         raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
     panels = in_panels(weight, gated=gated)
     if weight.dtype == torch.bfloat16:
         pairs = panels.view(-1, PANEL, weight.shape[1] // 2, 2)
         return pairs.transpose(1, 2).reshape(-1).contiguous()
     return panels.transpose(1, 2).reshape(-1).contiguous()
+
+
+def quantize(weight: Tensor, *, gated: bool = False) -> Tensor:
+    """Give a weight in eight bits, in the order in which it is read.  Takes some seconds per GB.
+
+    Each 64 inputs of an output are whole multiples, -127 to 127, of a scale of their own.
+
+    Args:
+        weight: `[outputs, inputs]`, inputs even, of float32 or bfloat16.
+        gated: its first half is what gates the second half.
+
+    Raises:
+        Unsupported: an odd number of inputs, another type, or numbers that are not finite.
+    """
+    if weight.dim() != 2 or weight.dtype not in _FROM or weight.shape[1] % 2:
+        raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
+    if not bool(weight.isfinite().all()):
+        raise Unsupported("weights that are not finite have no eight bits")
+    panels = F.pad(in_panels(weight, gated=gated), (0, -weight.shape[1] % GROUP))
+    groups = panels.view(*panels.shape[:2], -1, GROUP)
+    # The scales are rounded up, so that no number is beyond the largest code.
+    exact = groups.abs().amax(-1).float() / _MOST_CODE
+    scales = exact.to(torch.bfloat16)
+    following = (scales.view(torch.int16) + 1).view(torch.bfloat16)
+    scales = torch.where(scales.float() < exact, following, scales)
+    steps = scales.float().clamp(min=torch.finfo(torch.float32).tiny)
+    codes = (groups.float() / steps[..., None]).round().clamp(-_MOST_CODE, _MOST_CODE)
+    pairs = codes.to(torch.int8).view(*codes.shape[:3], GROUP // 2, 2).permute(0, 2, 3, 1, 4)
+    bare = scales.transpose(1, 2).contiguous().view(torch.int8)
+    return torch.cat([bare, pairs.flatten(2)], -1).flatten()
+
+
+def num_groups(inputs: int) -> int:
+    """Give how many scales an output of eight bits has."""
+    return -(-inputs // GROUP)
+
+
+def room_size(rows: int, inputs: int, threads: int) -> int:
+    """Give the floats of room that a product takes: `room` of `linear.h`."""
+    return (rows + threads) * num_groups(inputs) * GROUP
 
 
 def in_panels(rows: Tensor, *, gated: bool = False) -> Tensor:

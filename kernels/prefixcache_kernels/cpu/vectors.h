@@ -134,9 +134,9 @@ INLINE vec capped(vec x, float bound) {
 }
 
 /* Types of numbers in memory, as the caller names them. */
-enum type { FLOAT32, BFLOAT16, FLOAT16, FLOAT8 };
+enum type { FLOAT32, BFLOAT16, FLOAT16, FLOAT8, INT8 /* of packed weights alone */ };
 
-INLINE int size_of(enum type type) { return type == FLOAT32 ? 4 : type == FLOAT8 ? 1 : 2; }
+INLINE int size_of(enum type type) { return type == FLOAT32 ? 4 : type >= FLOAT8 ? 1 : 2; }
 
 INLINE float half_to_float(uint16_t bits) {
 #if defined(__F16C__)
