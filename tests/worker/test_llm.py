@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from prefixcache_worker import LLM, BeamSearchParams, SamplingParams
 from prefixcache_worker.beam_search import BeamSearch
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
+from prefixcache_worker.own_service import OwnService
 from prefixcache_worker.request import Request
 from service.service_process import ROOT, eventually
 from worker.zoo import Service, answers, random_tokens, save
@@ -235,6 +238,17 @@ with LLM({str(path)!r}, dtype="float32", memory="4MiB") as llm:
     assert out.splitlines() == ["interrupted True", "16"], err
     assert process.returncode == 0
     eventually(lambda: is_gone(pid))
+
+
+def test_a_service_of_its_own_outlives_the_thread_that_began_it() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        own = pool.submit(OwnService, "--layout", "1x1x8:float32", "--memory", "1MiB").result()
+    try:
+        for _ in range(20):  # told to end, it would end in this time
+            prefixcache.connect(own.target).close()
+            time.sleep(0.05)
+    finally:
+        own.stop()
 
 
 def prefixcache_children(pid: int) -> str:

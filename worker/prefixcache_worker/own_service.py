@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -35,21 +38,7 @@ class OwnService:
         self._folder = Path(tempfile.mkdtemp(prefix="pfx-llm-"))
         self.target = f"unix:{self._folder}/s.sock"
         errors = self._folder / "stderr"
-        with errors.open("wb") as file:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                    *(*SERVE, "--listen", self.target, *options),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=file,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                },
-                start_new_session=True,
-            )
+        self._process = self._start(options, errors)
         deadline = time.monotonic() + _READY_S
         try:
             while True:
@@ -63,6 +52,39 @@ class OwnService:
         except BaseException:
             self.stop()
             raise
+
+    def _start(self, options: Sequence[str], errors: Path) -> subprocess.Popen[bytes]:
+        """Start it from a thread that lives as long as it does.
+
+        The kernel ends what is tied when the thread that started it ends: the caller's may.
+        """
+        started: Future[subprocess.Popen[bytes]] = Future()
+
+        def keep() -> None:
+            try:
+                with errors.open("wb") as file:
+                    process = subprocess.Popen(
+                        [
+                            *(sys.executable, "-S", str(_TIED), str(os.getpid())),
+                            *(*SERVE, "--listen", self.target, *options),
+                        ],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=file,
+                        env={
+                            **os.environ,
+                            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+                        },
+                        start_new_session=True,
+                    )
+            except BaseException as fault:  # noqa: BLE001 - raised where it was asked for
+                started.set_exception(fault)
+                return
+            started.set_result(process)
+            process.wait()
+
+        threading.Thread(target=keep, name="own-service", daemon=True).start()
+        return started.result()
 
     @property
     def pid(self) -> int:
