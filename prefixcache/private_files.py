@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
 
 FILE_MODE = 0o600
 FOLDER_MODE = 0o700
 
 _MOST_LINKS = 40
 """Symlinks on the way to a file that the kernel follows."""
+
+_ANSWER_S = 1.0
+_LAST_WORDS_S = 0.2
+"""How long who listens at a socket may take to answer, and to hang up where it is just ending."""
 
 
 def open_private(path: Path, flags: int) -> int:
@@ -82,6 +87,50 @@ def make_private_folder(path: Path, option: str) -> None:
         )
 
 
+def own_folder(base: Path, *names: str) -> Path:
+    """Give the folder `base/name/...` of what this user keeps; make what is missing of it.
+
+    Whoever may write to a folder can put another one in the place of what is in it.  So what is
+    made is this user's alone, whatever the umask, and nobody else may write to `base` from then on.
+
+    Args:
+        base: where all that this project keeps of some kind is.
+        names: folders in each other below it: in these others may have put files already.
+
+    Raises:
+        InvalidRequest: one of them belongs to somebody else or is no folder, or others may write to
+            one below `base`.
+        OSError: one cannot be made or changed.
+    """
+    for above in reversed(base.parents):
+        _make(above)
+    path = base
+    for name in ("", *names):
+        path /= name
+        _make(path)
+        status = path.stat()
+        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+            raise InvalidRequest(
+                f"{path} belongs to user {status.st_uid}, or is no folder; you are "
+                f"{os.geteuid()}: whoever owns it can change what is in it"
+            )
+        if status.st_mode & 0o022 and name:
+            raise InvalidRequest(
+                f"others may write there: {path} has the mode {status.st_mode & 0o777:o}. Remove "
+                f"what is not yours, then run: chmod go-w {path}"
+            )
+        if status.st_mode & 0o022:
+            path.chmod(stat.S_IMODE(status.st_mode) & ~0o022)
+    return path
+
+
+def _make(path: Path) -> None:
+    """Make a folder that only this user can enter, unless something is there."""
+    if not path.exists():
+        path.mkdir(FOLDER_MODE, exist_ok=True)
+        path.chmod(FOLDER_MODE)  # whatever the umask took away
+
+
 def check_path(path: Path, option: str) -> None:
     """Check that nobody but this user and root can put something else in the place of `path`.
 
@@ -110,6 +159,55 @@ def check_path(path: Path, option: str) -> None:
                 f"{status.st_mode & 0o777:o}), who could put something else there. "
                 f"Run: chmod go-w {part}"
             )
+
+
+def clear_socket(path: Path, option: str) -> None:
+    """Remove the socket that a dead process has left at `path`, and nothing else.
+
+    Args:
+        path: where a socket is about to be.
+        option: what named it, for the message.
+
+    Raises:
+        InvalidRequest: something that is no socket is there, a symlink included.
+        ServiceUnavailable: somebody listens there, or it cannot be told, or not be removed.
+    """
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise InvalidRequest(
+                f"{option} {path}: something that is no socket is there. Remove it, or choose "
+                "another path"
+            )
+        if _is_dead(path):
+            path.unlink(missing_ok=True)
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ServiceUnavailable(f"{option} {path}: {error.strerror or error}") from None
+    raise ServiceUnavailable(
+        f"{option} {path}: somebody listens there already; stop it, or choose another path"
+    )
+
+
+def _is_dead(path: Path) -> bool:
+    """Whether nobody listens at a socket any more.
+
+    A process that is just being killed may still take a connection, and drops it at once.
+
+    Raises:
+        OSError: it may not be asked, or who listens there is too busy to say.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_ANSWER_S)
+        try:
+            probe.connect(str(path))
+            probe.settimeout(_LAST_WORDS_S)
+            return not probe.recv(1)
+        except TimeoutError:
+            return False
+        except (ConnectionRefusedError, ConnectionResetError):
+            return True
 
 
 def check_secret(path: Path, option: str) -> None:

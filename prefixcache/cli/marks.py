@@ -16,6 +16,7 @@ from prefixcache.bounded_files import read_file
 from prefixcache.cli import view
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.plain_json import json_text
+from prefixcache.private_files import own_folder
 
 if TYPE_CHECKING:
     from prefixcache.cli.status import Status
@@ -45,7 +46,7 @@ def keep(name: str, now: Status) -> None:
     path = _path(name)
     text = json_text(counters(now) | _service(now) | {"at": time.time()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        own_folder(path.parent)
         fresh = path.with_suffix(".new")
         fresh.write_text(text, encoding="utf-8")
         fresh.replace(path)

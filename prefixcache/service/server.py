@@ -165,8 +165,7 @@ async def _serve(
         lost = _stop_without_owner(backing, stop)
         # First what may be refused: then nobody has found the service who would lose it again.
         page = "" if http is None else await http.start()
-        if publisher is not None:
-            publisher.start()
+        events = "" if publisher is None else publisher.start()
         for endpoint in endpoints:
             await endpoint.server.start()
         for name in ("", SERVICE):
@@ -198,8 +197,8 @@ async def _serve(
             announce(f"recording to {settings.record}: {hidden}")
         if page:
             announce(f"page at {page}/ · metrics at /metrics")
-        if publisher is not None:
-            announce(f"events at {settings.events}")
+        if events:
+            announce(f"events at {events}")
         if handlers.shadows is not None:
             handlers.shadows.begin()
             announce(f"shadow caches: {' · '.join(spec.name for spec in settings.shadow)}")

@@ -82,7 +82,7 @@ def test_a_service_that_is_not_waited_for_any_more_is_ended(
     monkeypatch.setattr(command, "state", lambda: tmp_path)
 
     def interrupted(target: str) -> None:
-        if (tmp_path / "vllm-serve.log").read_text():
+        if (tmp_path / "prefixcache" / "vllm-serve.log").read_text():
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "reach", interrupted)

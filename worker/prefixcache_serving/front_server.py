@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
-from prefixcache.private_files import check_path
+from prefixcache.private_files import check_path, clear_socket
 from prefixcache.service.http.embedded_server import EmbeddedServer, own_names
 from prefixcache.service.http.http_connections import Bound
 from prefixcache_serving.refusals import Refused
@@ -153,12 +152,7 @@ def _unix(address: Address) -> socket.socket:
     """Listen on a socket that only this user can open; one that a dead front left is removed."""
     path = Path(address.path)
     check_path(path.parent, "--http")
-    if path.exists() or path.is_symlink():
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise InvalidRequest(f"--http {address}: something that is no socket is there")
-        if address.answers():
-            raise ServiceUnavailable(f"somebody listens at {address} already")
-        path.unlink()
+    clear_socket(path, "--http")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)
     try:

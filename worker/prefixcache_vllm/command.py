@@ -22,6 +22,7 @@ from prefixcache.config import parse_layout
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
 from prefixcache.extras import how_to_install
 from prefixcache.plain_json import json_text
+from prefixcache.private_files import open_private, own_folder
 from prefixcache.user_folders import state
 from prefixcache_vllm.options import SECTION, Options
 
@@ -295,12 +296,15 @@ def start(command: list[str], target: str) -> None:
 
     Raises:
         ServiceUnavailable: It has ended; the message has its last words, and where the others are.
+        InvalidRequest: There is no place for its log.
     """
-    folder = state()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "vllm-serve.log"
+    try:
+        path = own_folder(state() / "prefixcache") / "vllm-serve.log"
+        fd = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    except OSError as error:
+        raise InvalidRequest(f"no place for the service's log: {error}") from None
     typer.echo(f"nobody serves at {target}: starting a service, which writes to {path}", err=True)
-    with path.open("w", encoding="utf-8") as log:
+    with os.fdopen(fd, "w", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefixcache.cli", *command[1:]],
             stdin=subprocess.DEVNULL,

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prefixcache.errors import NotFound
 from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
+from prefixcache.private_files import own_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +96,7 @@ def folder(*, quiet: bool = False) -> Path:
     if target.is_dir():
         return target
     source = find_gguf()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    own_folder(target.parent)
     work = Path(tempfile.mkdtemp(prefix=f"{FOLDER}.", dir=target.parent))
     try:
         convert(source, work, quiet=quiet)

@@ -37,7 +37,7 @@ from torch import Tensor
 from prefixcache.errors import CacheError, InvalidRequest, Unsupported
 from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_text
-from prefixcache.private_files import make_private_folder, open_private, remove_foreign
+from prefixcache.private_files import open_private, own_folder, remove_foreign
 
 VERSION: Final = 1
 """Changes whenever the order of packed numbers or the head's fields do."""
@@ -98,8 +98,7 @@ def making(path: Path) -> Iterator[None]:
         Unsupported: there is no place for it, or others may write there.
     """
     try:
-        own_cache().mkdir(parents=True, exist_ok=True, mode=0o700)
-        make_private_folder(path.parent, "the folder of packed weights")
+        own_folder(path.parent.parent, path.parent.name)
         fd = open_private(path.parent / ".lock", os.O_RDWR | os.O_CREAT)
     except (OSError, InvalidRequest) as fault:
         raise Unsupported(f"no place for packed weights: {fault}") from None

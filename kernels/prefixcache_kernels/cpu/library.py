@@ -35,6 +35,7 @@ import torch  # loads the OpenMP runtime that the library shares with it
 
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.model_folders import own_cache
+from prefixcache.private_files import open_private, own_folder
 
 _SOURCES: Final = Path(__file__).parent
 _FLAGS: Final = (
@@ -191,17 +192,12 @@ def _folder() -> Path:
     """Give the folder of compiled libraries, made if need be.
 
     Raises:
-        Unsupported: It cannot be made, or others may write there.
+        Unsupported: It cannot be made, or is another user's.
     """
     try:
-        folder = own_cache() / "native"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        facts = folder.stat()
+        return own_folder(own_cache(), "native")
     except (OSError, InvalidRequest) as fault:
         raise Unsupported(f"no place for the compiled library: {fault}") from None
-    if facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        raise Unsupported(f"{folder} belongs to another user, or others may write there")
-    return folder
 
 
 def _fingerprint(compiler: list[str], flags: tuple[str, ...], runtime: Path | None) -> str:
@@ -224,9 +220,12 @@ def _processor() -> list[str]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    fd = open_private(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(fd)
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], runtime: Path | None, path: Path) -> None:

@@ -18,8 +18,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 from collections import deque
 from collections.abc import Coroutine, Iterable
+from pathlib import Path
 from time import monotonic, time
 from typing import Any
 
@@ -29,6 +31,7 @@ import zmq
 import zmq.asyncio
 
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache.private_files import check_path, clear_socket
 from prefixcache.service.backing import Backing
 from prefixcache.service.events.event_log import (
     MOST_BLOCKS,
@@ -43,6 +46,9 @@ from prefixcache.service.failures import Failures
 from prefixcache.types import unpack
 
 TOPIC = b"kv-events"
+_FILE = "ipc://"
+_PORT = re.compile(r"[0-9]{1,5}")
+_LAST_PORT = 65_535
 END = (-1).to_bytes(8, "big", signed=True)
 
 _KEPT = 10_000
@@ -133,13 +139,16 @@ class Publisher:
         self._kept_bytes = 0
         self._sequence = 0
         self._tasks: list[asyncio.Task[None]] = []
+        self._sockets: list[zmq.asyncio.Socket] = []
+        self._paths: list[Path] = []
         self._encoder = msgspec.msgpack.Encoder()
 
-    def start(self) -> None:
-        """Bind and begin.
+    def start(self) -> str:
+        """Bind and begin; give where events are published, with the real port.
 
         Raises:
             ServiceUnavailable: an endpoint cannot be had.
+            InvalidRequest: something that is no socket is there, or others may change the folder.
         """
         endpoint, replay = self._endpoints
         publishing = self._bind(zmq.PUB, endpoint)
@@ -149,6 +158,9 @@ class Publisher:
             replaying = self._bind(zmq.ROUTER, replay)
             self._begin(self._replay(replaying), "the replay of events")
             self._guard(replaying, replay)
+        told = publishing.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(told, bytes)
+        return told.rstrip(b"\0").decode()
 
     def _guard(self, bound: zmq.asyncio.Socket, where: str) -> None:
         subscribers = Subscribers(bound, self._max_connections, where)
@@ -166,10 +178,20 @@ class Publisher:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await task
+        for socket in self._sockets:
+            socket.close(linger=200)
+        for path in self._paths:
+            path.unlink(missing_ok=True)
         self._context.destroy(linger=200)
 
-    def _bind(self, kind: int, endpoint: str | None) -> zmq.asyncio.Socket:
+    def _bind(self, kind: int, endpoint: str) -> zmq.asyncio.Socket:
+        path = Path(endpoint[len(_FILE) :]).absolute() if endpoint.startswith(_FILE) else None
+        if path is not None:
+            check_path(path.parent, "events at")
+            clear_socket(path, "events at")  # ZeroMQ would remove whatever is there
         socket = self._context.socket(kind)
+        self._sockets.append(socket)
+        socket.setsockopt(zmq.IPV6, "[" in endpoint)
         settings = self._backing.settings
         socket.sndhwm = most_waiting(settings.block_size, settings.watch_tokens)
         # What others send: nothing to the first socket but subscriptions, three short frames to the
@@ -183,13 +205,15 @@ class Publisher:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # who is slow is waited for, not left out
         mask = os.umask(0o177)  # an ipc socket is this user's alone
         try:
-            socket.bind(str(endpoint))
+            socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise ServiceUnavailable(
                 f"cannot publish events at {endpoint}: {error.strerror}"
             ) from None
         finally:
             os.umask(mask)
+        if path is not None:
+            self._paths.append(path)
         return socket
 
     async def _publish(self, socket: zmq.asyncio.Socket) -> None:
@@ -306,11 +330,15 @@ def _time_of(batch: Batch) -> float:
 
 
 def _check(endpoint: str) -> None:
-    local = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:", "ipc://")
+    local = ("tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:", _FILE)
     # What has no place in the file system has no mode: every user of the machine could read it.
-    nowhere = endpoint in ("ipc://", "ipc://*") or endpoint.startswith("ipc://@")
+    nowhere = endpoint in (_FILE, f"{_FILE}*") or endpoint.startswith(f"{_FILE}@")
     if nowhere or not endpoint.startswith(local):
         raise InvalidRequest(
             f"refused to publish at {endpoint}: whoever reaches it can read what is stored. "
             "Publish at tcp://127.0.0.1:PORT or ipc://PATH."
         )
+    port = endpoint.rpartition(":")[2]
+    # ZeroMQ would take another port for one that there is not.
+    if not endpoint.startswith(_FILE) and not (_PORT.fullmatch(port) and int(port) <= _LAST_PORT):
+        raise InvalidRequest(f"cannot publish at {endpoint}: {port[:40]!a} is no port")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +16,12 @@ import grpc.aio
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
-from prefixcache.private_files import check_path, make_private_folder, open_private
+from prefixcache.private_files import (
+    check_path,
+    clear_socket,
+    make_private_folder,
+    open_private,
+)
 from prefixcache.service.auth.certificates import Certificates
 
 
@@ -120,20 +123,7 @@ class Listener:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _taken(address) from None
-        try:
-            mode = path.lstat().st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise InvalidRequest(f"{path} is no socket; choose another --listen or remove it")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1.0)
-            try:
-                probe.connect(str(path))
-            except OSError:
-                path.unlink(missing_ok=True)  # its service died without removing it
-                return
-        raise _taken(address)
+        clear_socket(path, "--listen")
 
 
 def _taken(address: Address) -> ServiceUnavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ import pytest
 import trustme
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.private_files import check_path
+from prefixcache.private_files import check_path, own_folder
 from prefixcache.service.auth.certificates import Certificates
 from prefixcache.service.auth.identity import Identities
 from prefixcache.service.grpc.listener import Listener
 from prefixcache.service.persistence.directory import StateDirectory
 from service.auth.keys import identities
+from service.events.publishing import published
+from service.http.scraped import free_port
 
 
 def listen(folder: Path) -> None:
@@ -44,7 +47,13 @@ def read_certificates(folder: Path) -> None:
     Certificates(chain, key, None)
 
 
-USES = (listen, keep_state, read_identities, read_certificates)
+def publish_events(folder: Path) -> None:
+    pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    asyncio.run(published(f"ipc://{folder}/events", None))
+    asyncio.run(published(f"tcp://127.0.0.1:{free_port()}", f"ipc://{folder}/replay"))
+
+
+USES = (listen, keep_state, read_identities, read_certificates, publish_events)
 
 
 @pytest.mark.parametrize("use", USES)
@@ -94,3 +103,43 @@ def test_symlinks_are_followed_and_what_they_pass_is_looked_at(tmp_path: Path) -
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(InvalidRequest, match="/open can be written by other users"):
         check_path(tmp_path / "link" / "file", "--state")
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077, 0o777], ids=oct)
+def test_folders_that_are_made_are_this_user_s_alone_whatever_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        made = own_folder(tmp_path / "home" / "cache" / "ours", "weights")
+    finally:
+        os.umask(before)
+    assert made == tmp_path / "home" / "cache" / "ours" / "weights"
+    for folder in (made, *list(made.parents)[:3]):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_others_may_write_no_more_to_the_folder_of_an_earlier_version(tmp_path: Path) -> None:
+    base = tmp_path / "ours"
+    (base / "weights").mkdir(0o755, parents=True)
+    base.chmod(0o777)
+    own_folder(base, "weights")
+    assert base.stat().st_mode & 0o777 == 0o755
+    (base / "weights").chmod(0o775)
+    with pytest.raises(InvalidRequest, match=r"others may write there: .*mode 775"):
+        own_folder(base, "weights")
+
+
+def test_a_folder_of_somebody_else_is_none_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours" / "weights").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="is no folder"):
+        own_folder(tmp_path / "file")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "ours", 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(InvalidRequest, match="belongs to user"):
+        own_folder(tmp_path / "ours", "weights")

@@ -40,6 +40,7 @@ from prefixcache.service.events.event_log import (
 from prefixcache.service.failures import Failures
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
+from service.events.publishing import published
 from service.http.scraped import free_port
 from service.service_process import (
     LAYOUT,
@@ -677,6 +678,16 @@ def test_events_are_published_on_this_machine_only(sockets: Path, place: str) ->
     )
     assert told.returncode == 2
     assert f"refused to publish at {place}" in told.stderr
+
+
+@pytest.mark.parametrize(
+    "port", ["", "65536", "99999", "-1", "+80", "*", "5x", "\u0663", "9" * 5000]
+)
+def test_no_other_port_is_taken_for_one_that_there_is_not(port: str) -> None:
+    pytest.importorskip("zmq", reason="the extra 'events' is not installed")
+    for host in ("127.0.0.1", "[::1]", "localhost"):
+        with pytest.raises(InvalidRequest, match="is no port"):
+            asyncio.run(published(f"tcp://{host}:{port}", None))
 
 
 def test_watchers_that_do_not_read_hold_nobody_up(sockets: Path) -> None:
