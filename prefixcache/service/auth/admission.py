@@ -118,14 +118,14 @@ class Admission(grpc.aio.ServerInterceptor):
             await self._refuse(context, error)
         task = asyncio.current_task()
         assert task is not None
-        if handler.response_streaming:
-            # A call that is cancelled while its first answer carries the metadata cannot be given a
-            # status any more: gRPC would send the metadata a second time, and fail.
-            await context.send_initial_metadata(())
-        standing.begin(task)
-        STANDING.set(standing)
-        self._calls.add(standing)
         try:
+            if handler.response_streaming:
+                # A call that is cancelled while its first answer carries the metadata cannot be
+                # given a status any more: gRPC would send the metadata a second time, and fail.
+                await context.send_initial_metadata(())
+            standing.begin(task)
+            STANDING.set(standing)
+            self._calls.add(standing)
             await _serve(handler, context, _MESSAGE_S, standing.settle)
         except Unauthenticated as error:
             await self._refuse(context, error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,14 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import unary
 from prefixcache.errors import CacheError
+from prefixcache.service.auth.admission import Admission, Places
+from prefixcache.service.auth.authenticator import Authenticator, IdentityFile
+from prefixcache.service.auth.connections import Connections
+from prefixcache.service.auth.standing import OpenCalls
+from prefixcache.service.grpc.unary import refuse
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.auth.keys import TOKENS, identities
-from service.service_process import ServiceProcess, running, sizes
+from service.service_process import ServiceProcess, eventually, running, sizes
 
 MAX_CALLS = 24
 CHECK = "/grpc.health.v1.Health/Check"
@@ -73,6 +80,58 @@ def test_a_tenant_watches_with_no_more_than_its_share(tmp_path: Path) -> None:
 def stranger(service: ServiceProcess) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(service.target) as channel:
         yield channel
+
+
+class HungUp:
+    """A call whose caller hangs up while it is told that it is let in."""
+
+    def auth_context(self) -> dict[str, Any]:
+        return {}
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {TOKENS['acme']}"),)
+
+    async def send_initial_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        raise asyncio.CancelledError
+
+
+def test_who_hangs_up_while_he_is_let_in_gives_his_place_back(tmp_path: Path) -> None:
+    async def story() -> int:
+        file = IdentityFile(identities(tmp_path))
+        places, calls = Places(file, MAX_CALLS, Connections()), OpenCalls(file)
+        admission = Admission(Authenticator(file), places, calls, refuse)
+
+        async def find(details: Any) -> Any:
+            return grpc.unary_stream_rpc_method_handler(lambda asked, context: None)
+
+        class Details:
+            method = unary.WATCH_PATH
+
+        handler = await admission.intercept_service(find, Details)
+        for _ in range(2 * MAX_CALLS):
+            with pytest.raises(asyncio.CancelledError):
+                await handler.stream_stream(None, HungUp())
+        assert not len(calls)
+        return places.calls.total
+
+    assert asyncio.run(story()) == 0
+
+
+def test_streams_that_are_hung_up_at_once_leave_their_places(service: ServiceProcess) -> None:
+    with grpc.insecure_channel(service.target) as channel:
+        for number in range(8 * MAX_CALLS):
+            call = watch(channel, "acme")
+            time.sleep(0.0003 * (number % 8))
+            call.cancel()
+    with prefixcache.connect(service.target, token=TOKENS["acme"]) as client:
+
+        def has_places() -> bool:
+            try:
+                return client.snapshot() is not None
+            except CacheError:
+                return False
+
+        eventually(has_places)
 
 
 class Silent:
