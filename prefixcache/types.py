@@ -832,6 +832,8 @@ class Snapshot(Counts):
     leases: tuple[LeaseInfo, ...] = ()
     """The oldest, up to a thousand."""
     namespaces: dict[Namespace, Ledger] = field(default_factory=dict)
+    """As many as have 4 MiB of names; `num_namespaces` says how many there are.  Of the other rows,
+    as many of each kind as have 2 MiB."""
     pins: tuple[PinInfo, ...] = ()
     quotas: tuple[QuotaInfo, ...] = ()
     """Of the tenants and namespaces for which there are any."""

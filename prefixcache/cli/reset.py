@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prefixcache.cli import view
+from prefixcache.errors import NotFound
 from prefixcache.texts import many
+from prefixcache.types import Namespace, Reset
+
+if TYPE_CHECKING:
+    from prefixcache.client import Client
 
 
 def reset(
@@ -33,10 +38,10 @@ def reset(
         view.refuse_beside("--all", named)
     with view.open_client(connect) as client:
         if everything:
-            chosen = list(client.snapshot().namespaces)
+            answers = _reset_all(client)
         else:
-            chosen = [view.choose_namespace(client, model, adapter, tenant, salt)]
-        answers = [(namespace, client.reset(namespace)) for namespace in chosen]
+            namespace = view.choose_namespace(client, model, adapter, tenant, salt)
+            answers = [(namespace, client.reset(namespace))]
         block_size = client.snapshot().block_size
     if as_json:
         view.print_json(
@@ -60,3 +65,19 @@ def reset(
             )
     if not any(answer.num_blocks for _, answer in answers):
         raise typer.Exit(1)
+
+
+def _reset_all(client: Client) -> list[tuple[Namespace, Reset]]:
+    """Reset all namespaces: those that are listed, then those that are listed in their place."""
+    answers: dict[Namespace, Reset] = {}
+    while True:
+        told = client.snapshot()
+        if not (fresh := [one for one in told.namespaces if one not in answers]):
+            break
+        answers |= {namespace: client.reset(namespace) for namespace in fresh}
+    if (left := told.num_namespaces - len(told.namespaces)) > 0:
+        raise NotFound(
+            f"{many(len(answers), 'namespace')} reset, and {left:,} of too long a name to be "
+            "listed were not: name them, or reset again when the others have gone"
+        )
+    return list(answers.items())

@@ -142,7 +142,9 @@ def show(now: Status) -> None:
         view.tell("workers at work")
         view.print_table(((one.worker, view.show_progress(one)) for one in busy), indent="  ")
     if len(snapshot.namespaces) > 1:
-        view.tell("namespaces")
+        shown = len(snapshot.namespaces)
+        more = snapshot.num_namespaces > shown
+        view.tell(f"namespaces: {shown:,} of {snapshot.num_namespaces:,}" if more else "namespaces")
         view.print_table(
             (
                 (view.show_namespace(namespace), view.show_ledger(ledger))

@@ -92,6 +92,8 @@ def fields(outline: Outline) -> dict[str, Any]:
     return {
         "block_size": outline.block_size,
         "num_moved": outline.num_moved,
+        "num_more": outline.num_more,
+        "more": asdict(outline.more),
         "namespaces": [
             view.namespace_fields(part.namespace)
             | {
@@ -129,6 +131,11 @@ def _print(outline: Outline, tokenizer: Path | None) -> None:
         for line in lines(part, reader, width):
             view.tell(line)
     view.tell(_LEGEND if width >= len(_LEGEND) else "● leased ◆ pinned ░ ghost ⑂ parting")
+    if outline.num_more:
+        view.tell(
+            f"({many(outline.num_more, 'namespace')} more with "
+            f"{many(outline.more.tokens, 'token')}: name one with --model)"
+        )
     if outline.num_moved:
         view.tell(f"({many(outline.num_moved, 'run')} changed during the walk and are not counted)")
 

@@ -105,10 +105,34 @@ def series(lessor: Lessor) -> dict[Namespace, SeriesCounts]:
 
 MOST_LEASES: Final = 1000
 """Listed in one snapshot."""
+MOST_NAME_BYTES: Final = 2 << 20
+"""Of the names in the rows of one kind, those of namespaces twice as much: with short ones all that
+there may be are listed.  Names are as long as whoever chose them liked."""
 _MOST_LOOKED_AT: Final = 8 * MOST_LEASES
 """For who may see some of a tenant's namespaces only."""
 _PAUSE_EVERY = 16
 """Rows that are told in one go."""
+_ROW_BYTES = 64
+"""Of a row beside its names, about."""
+
+
+class NameBudget:
+    """Counts the names in some rows.
+
+    Args:
+        most: Bytes that they may have together.
+    """
+
+    __slots__ = ("_left",)
+
+    def __init__(self, most: int = MOST_NAME_BYTES) -> None:
+        self._left = most
+
+    def fit(self, scope: Namespace | str) -> bool:
+        """Count those of one more row; say whether it is listed.  O(1)."""
+        names = (scope,) if isinstance(scope, str) else scope[:3]
+        self._left -= _ROW_BYTES + sum([len(name.encode()) for name in names])
+        return self._left >= 0
 
 
 def lookup(lessor: Lessor, root: Root | None, tokens: bytes) -> Lookup:
@@ -151,13 +175,14 @@ def snapshot(
         head["num_leases"], most = (yield from _count_leases(lessor, tenant, sees)), _MOST_LOOKED_AT
     leases = yield from _leases(lessor, list(islice(own.values(), most)), now, is_shown)
     yield
-    namespaces, total = yield from _namespaces(lessor, is_shown)
+    namespaces, total, count = yield from _namespaces(lessor, is_shown)
     yield
-    pins = yield from lessor.pins.infos(now, is_shown)
+    pinned = NameBudget()
+    pins = yield from lessor.pins.infos(now, lambda one: is_shown(one) and pinned.fit(one))
     yield
     quotas = yield from _quotas(lessor, tenant, is_shown)
     if tenant is not None or sees is not None:
-        head |= {"ledger": total, "num_namespaces": len(namespaces)}
+        head |= {"ledger": total, "num_namespaces": count}
     return Snapshot(
         **head, leases=leases, namespaces=namespaces, pins=pins, quotas=quotas, shortage=shortage
     )
@@ -186,11 +211,12 @@ def _leases(
 ) -> Generator[None, None, tuple[LeaseInfo, ...]]:
     """Tell the first of some leases that are shown and have not ended."""
     found: list[LeaseInfo] = []
+    names = NameBudget()
     for number, lease in enumerate(oldest, 1):
         if lessor.leases.lives(lease) and is_shown(lease.namespace):
-            found.append(lease_info(lessor, lease, now))
-            if len(found) == MOST_LEASES:
+            if len(found) == MOST_LEASES or not names.fit(lease.namespace):
                 break
+            found.append(lease_info(lessor, lease, now))
         if number % _PAUSE_EVERY == 0:
             yield
     return tuple(found)
@@ -214,17 +240,20 @@ def _count_leases(
 
 def _namespaces(
     lessor: Lessor, is_shown: Callable[[Namespace], bool]
-) -> Generator[None, None, tuple[dict[Namespace, Ledger], Ledger]]:
-    """Tell what became of the requests of the namespaces that are shown, and of them together."""
+) -> Generator[None, None, tuple[dict[Namespace, Ledger], Ledger, int]]:
+    """Tell what became of the requests of those that are shown, of all together, and how many."""
     found: dict[Namespace, Ledger] = {}
-    total = Tally()
+    total, count = Tally(), 0
+    names = NameBudget(2 * MOST_NAME_BYTES)
     for number, space in enumerate(lessor.tallies.names(), 1):
         if is_shown(space) and (tally := lessor.tallies.get(space)) is not None:
-            found[space] = tally.total()
+            count += 1
+            if names.fit(space):
+                found[space] = tally.total()
             total.merge(tally)
         if number % _PAUSE_EVERY == 0:
             yield
-    return found, total.total()
+    return found, total.total(), count
 
 
 def _quotas(
@@ -232,10 +261,11 @@ def _quotas(
 ) -> Generator[None, None, tuple[QuotaInfo, ...]]:
     """Tell the quotas of the namespaces that are shown, and of the tenant."""
     found = []
+    names = NameBudget()
     for number, account in enumerate(lessor.blocks.quotas.limited(), 1):
         scope = account.scope
         shown = is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope)
-        if shown and account.has_quota:
+        if shown and account.has_quota and names.fit(scope):
             found.append(account.info())
         if number % _PAUSE_EVERY == 0:
             yield

@@ -964,14 +964,18 @@ class NamespaceTree(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., branches: _Optional[_Iterable[_Union[Branch, _Mapping]]] = ...) -> None: ...
 
 class TreeResponse(_message.Message):
-    __slots__ = ("block_size", "namespaces", "num_moved")
+    __slots__ = ("block_size", "namespaces", "num_moved", "num_more", "more")
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     NUM_MOVED_FIELD_NUMBER: _ClassVar[int]
+    NUM_MORE_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     block_size: int
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceTree]
     num_moved: int
-    def __init__(self, block_size: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceTree, _Mapping]]] = ..., num_moved: _Optional[int] = ...) -> None: ...
+    num_more: int
+    more: Extent
+    def __init__(self, block_size: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceTree, _Mapping]]] = ..., num_moved: _Optional[int] = ..., num_more: _Optional[int] = ..., more: _Optional[_Union[Extent, _Mapping]] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("max_runs",)

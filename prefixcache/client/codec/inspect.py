@@ -214,6 +214,8 @@ def write_outline(answer: Outline, message: pb.TreeResponse) -> Generator[None, 
     steps = 0
     message.block_size = answer.block_size
     message.num_moved = answer.num_moved
+    message.num_more = answer.num_more
+    _write_extent(answer.more, message.more)
     for outline in answer.namespaces:
         tree = message.namespaces.add()
         show_namespace(outline.namespace, tree.namespace)
@@ -235,6 +237,8 @@ def read_outline(message: pb.TreeResponse) -> Outline:
             for tree in message.namespaces
         ),
         message.num_moved,
+        message.num_more,
+        _read_extent(message.more),
     )
 
 

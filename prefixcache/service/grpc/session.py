@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain
 from types import GeneratorType
@@ -64,6 +64,10 @@ class SessionStream:
         """Of the op that is answered now, or made way for, where that takes several."""
         self._again: pb.Op | None = None
         """The op for which way was made: it is run next."""
+        self._let_go: Callable[[], None] | None = None
+        """What to call once the long answer that was made last has been written."""
+        self._no_room: CacheError | None = None
+        """Why the long answer that is to be made next is not."""
         # Of the message that is answered now; bytes of results that are not yet written.
         self._num_ops = self._num_snapshots = self._num_bytes = 0
 
@@ -92,7 +96,9 @@ class SessionStream:
                 async with self._writing:
                     results = await self.answer(batch, task)
                     await self._write(results)
+                    self._is_taken()
         finally:
+            self._is_taken()
             if self._flushing is not None:
                 self._flushing.cancel()
             if self._worker is not None:
@@ -116,6 +122,8 @@ class SessionStream:
             if self._steps is not None:
                 steps, self._steps = self._steps, None
                 tenant = self._visitor.identity.tenant or ""
+                if self._again is None:
+                    await self._make_room(tenant)
                 await self._handlers.turns.run(steps, tenant)
                 settle()
             if self._num_ops >= len(ops):
@@ -123,6 +131,7 @@ class SessionStream:
             if self._num_bytes > ANSWER_BYTES:
                 await self._write(results)
                 results = pb.OpResults()
+                self._is_taken()
             await give_way()
             results.MergeFrom(self._late)
             self._late.Clear()
@@ -136,6 +145,21 @@ class SessionStream:
                 self._worker.name if self._worker is not None else "",
             )
         return results
+
+    async def _make_room(self, tenant: str) -> None:
+        """Wait until a long answer may be made; the answer itself is told why it may not."""
+        self._no_room = None
+        if self._let_go is None:  # else it has the place of the one before, in the same message
+            try:
+                self._let_go = await self._handlers.unread.room(tenant, is_long=True)
+            except CacheError as error:
+                self._no_room = error
+
+    def _is_taken(self) -> None:
+        """Note that all results have been written, and taken."""
+        if self._let_go is not None:
+            self._let_go()
+            self._let_go = None
 
     def _slice(self, ops: Iterator[pb.Op], results: pb.OpResults, task: asyncio.Task[None]) -> None:
         """Run the next ops."""
@@ -255,6 +279,8 @@ class SessionStream:
     ) -> Generator[None, None, None]:
         """Answer an op in steps: others are served in between, and then the ops that follow it."""
         try:
+            if self._no_room is not None:
+                raise self._no_room
             answer = yield from steps
             writing = write(answer, getattr(result, verb)) or ()
             answer = None  # who writes it frees it, a part at a time

@@ -29,6 +29,7 @@ from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.grpc.watch import watch
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import clock
+from prefixcache.service.unread import Unread
 from prefixcache.service.worker import Asker, Handed, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -37,6 +38,12 @@ _LOOKS = frozenset(
     ("lookup", "explain", "reset", "pin", "unpin", "quota", "snapshot", "tree", "check")
 )
 """Verbs that need no worker."""
+
+_LONG = frozenset(("snapshot", "tree", "check"))
+"""Verbs whose answers are made in steps, and take memory while they are."""
+
+_LARGE = _LONG | {"acquire", "extend", "fork", "truncate", "explain"}
+"""Verbs whose answers grow with what is asked for, or stored."""
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
@@ -138,13 +145,18 @@ def _serve(
     handler, write = handlers.verbs[verb]
     find, settle = handlers.workers.find, handlers.deliveries.settle
     optional = verb in _LOOKS
-    latency = handlers.latency
+    latency, unread = handlers.latency, handlers.unread
     row = latency.rows[verb]
+    may_be_large, is_long = verb in _LARGE, verb in _LONG
 
     async def serve(request: Any, context: Any, identity: Identity) -> Any:
         began = clock()
         try:
             _check(request)
+            if may_be_large:
+                let_go = await unread.room(identity.tenant or "", is_long=is_long)
+                if let_go is not None:
+                    context.add_done_callback(lambda _: let_go())
             asker: Asker
             if optional and (verb in _ABOUT_ALL or not request.worker_key):
                 asker = Visitor(identity)
@@ -158,7 +170,7 @@ def _serve(
             if asked is not None:
                 assert isinstance(asker, Worker)
                 if (earlier := handlers.earlier(asker, asked)) is not None:
-                    return earlier
+                    return _counted(unread, identity, context, earlier)
             answer = handler(asker, request)
             if answer.__class__ is Waiting:
                 assert isinstance(asker, Worker)
@@ -181,9 +193,17 @@ def _serve(
             response = await handlers.turns.run(writing, identity.tenant or "") or response
         if asked is not None:
             handlers.keep(asker, asked, response)
-        return response
+        return _counted(unread, identity, context, response)
 
     return serve
+
+
+def _counted(unread: Unread, identity: Identity, context: Any, answer: Any) -> Any:
+    """Count an answer as unread until its call has ended."""
+    size = len(answer) if answer.__class__ is bytes else answer.ByteSize()
+    if (let_go := unread.hold(identity.tenant or "", size)) is not None:
+        context.add_done_callback(lambda _: let_go())
+    return answer
 
 
 def _note_proof(worker: Worker) -> None:

@@ -37,6 +37,10 @@ _CELLS = 1200
 _ROWS = 100
 """Leases, flights and namespaces that are listed; how many there are is told besides."""
 
+_MOST_NAME = 160
+_LAST_OF_NAME = 40
+"""Characters of a namespace's name, and how many of them are its last."""
+
 _IN_ONE_GO = 8
 """Branches that are written in one go."""
 
@@ -260,5 +264,12 @@ def _json(value: Any) -> str:
 
 
 def shown(namespace: Namespace) -> str:
-    """Name a namespace for people, in characters that show themselves."""
-    return escape(str(namespace))
+    """Name a namespace for people, in characters that show themselves, as many as there is room.
+
+    >>> shown(Namespace("m" * 1000, "lora"))[-8:], len(shown(Namespace("m" * 1000)))
+    ('mmm/lora', 160)
+    """
+    name = str(namespace)
+    if len(name) > _MOST_NAME:
+        name = f"{name[: _MOST_NAME - _LAST_OF_NAME - 1]}…{name[-_LAST_OF_NAME:]}"
+    return escape(name)

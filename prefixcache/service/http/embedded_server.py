@@ -52,9 +52,10 @@ class EmbeddedServer(uvicorn.Server):
         )
         self._answering: asyncio.Task[None] | None = None
 
-    def begin(self, listening: socket.socket) -> None:
-        """Begin to answer who connects there."""
+    def begin(self, listening: socket.socket) -> asyncio.Task[None]:
+        """Begin to answer who connects there; give the task that does, until `close`."""
         self._answering = asyncio.create_task(self.serve([listening]))
+        return self._answering
 
     async def close(self) -> None:
         """Stop answering.  Idempotent."""

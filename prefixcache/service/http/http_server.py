@@ -123,9 +123,11 @@ class HttpServer:
         self._server = EmbeddedServer(
             app, self._bound, backlog=_BACKLOG, last_words_s=_LAST_WORDS_S
         )
-        self._server.begin(listening)
+        failures = self._handlers.failures
+        failures.watch(self._server.begin(listening), "what answers for the page")
         self._bound.newcomers.add(listening.fileno())
         self._patrol = asyncio.create_task(self._look())
+        failures.watch(self._patrol, "who counts the connections to the page")
         return f"http://{Address(host=address.host, port=port)}"
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ from prefixcache.service.observe.latency import LatencyHistograms
 from prefixcache.service.observe.sampler import Sampler
 from prefixcache.service.shadow.caches import ShadowCaches
 from prefixcache.service.turns import Turns
+from prefixcache.service.unread import Unread
 from prefixcache.service.worker import Asker, Worker
 from prefixcache.service.workers import Workers
 from prefixcache.types import Namespace
@@ -44,6 +45,7 @@ class Verbs:
         self.latency = LatencyHistograms((*unary.RPCS, "cancel"))
         self.sampler = Sampler(backing, self.latency)
         self.turns = Turns()
+        self.unread = Unread()
         self.failures = Failures()
         self.events = EventLog(backing, settings.max_watchers, failures=self.failures)
         self.shadows = ShadowCaches(settings, backing, self.failures) if settings.shadow else None

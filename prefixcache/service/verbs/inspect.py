@@ -12,6 +12,7 @@ import structlog
 
 from prefixcache import __version__
 from prefixcache.client import codec
+from prefixcache.core.stats import NameBudget
 from prefixcache.errors import InvalidRequest
 from prefixcache.outline import Branch, Outline
 from prefixcache.service.auth.identity import Identity
@@ -25,6 +26,9 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 MAX_BRANCHES = 20_000
 """Branches of one outline."""
+
+MAX_TREES = 1000
+"""Namespaces of one outline, the largest or hottest; it says how many there are besides."""
 
 MOST_TOLD_BYTES = 1 << 20
 """Of a recent request's prompt: its first 262,144 tokens."""
@@ -100,6 +104,7 @@ class InspectVerbs(Verbs):
             max_depth=request.max_depth or None,
             ghosts=not request.without_ghosts,
             sees=None if asker.identity.sees_all else asker.identity.sees,
+            max_namespaces=MAX_TREES,
             now=monotonic(),
         )
         return outline if request.HasField("namespace") else without_salted_tokens(outline)
@@ -227,10 +232,11 @@ class InspectVerbs(Verbs):
         cache = self.backing.cache
         if cache is None:
             return
+        names = NameBudget()
         for number, flight in enumerate(cache.flights(), 1):
             if number % _ROWS_IN_ONE_GO == 0:
                 yield
-            if not identity.sees(flight.namespace):
+            if not (identity.sees(flight.namespace) and names.fit(flight.namespace)):
                 continue
             info = message.flights.add(
                 lease=flight.lease,
