@@ -26,6 +26,7 @@ from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.own_service import OwnService
 from prefixcache_worker.request import Request
+from prefixcache_worker.sampling_params import _NOT_HERE, _NOT_OF_BEAMS
 from service.service_process import ROOT, eventually
 from worker.zoo import Service, answers, random_tokens, save
 
@@ -160,11 +161,14 @@ def test_beams_are_the_engine_s(llm: LLM, model: Model) -> None:
         ({"logprobs": 21}, "21 most likely"),
         ({"logit_bias": {97: 1.0}}, "logit_bias"),
         ({"min_tokens": 17}, "min_tokens is 17"),
+        ({"top_k": -5}, "top_k -5"),
     ],
 )
 def test_what_can_never_be_served_is_refused_and_leaves_nothing(
     llm: LLM, how: dict[str, Any], why: str
 ) -> None:
+    with pytest.raises(InvalidRequest, match="neither prompt nor prompt_token_ids"):
+        llm.generate({"cache_salt": "mine"})
     with pytest.raises(InvalidRequest, match=why):
         llm.generate(["w5", "w6"], SamplingParams(**how))
     assert llm.engine.idle
@@ -177,13 +181,18 @@ def test_what_can_never_be_served_is_refused_and_leaves_nothing(
 
 @pytest.mark.parametrize(
     "name",
-    ["flat_logprobs", "include_stop_str_in_output", "bad_words", "structured_outputs", "best_of"],
+    sorted(_NOT_HERE),
 )
 def test_what_has_no_effect_is_refused_by_name(name: str, model: Model) -> None:
     with pytest.raises(Unsupported, match=name):
         SamplingParams(**{name: 3})
+    default, _ = _NOT_HERE[name]
+    SamplingParams(**{name: default})
     with pytest.raises(TypeError, match="no_such"):
         SamplingParams(no_such=1)  # type: ignore[call-arg]
+    for of_beams in _NOT_OF_BEAMS:
+        with pytest.raises(Unsupported, match=of_beams):
+            BeamSearchParams(beam_width=2, max_tokens=4, **{of_beams: 3})
     with pytest.raises(Unsupported, match="tensor_parallel_size"):
         LLM(model, tensor_parallel_size=2)
     with pytest.raises(ServiceUnavailable):
@@ -251,6 +260,32 @@ def test_a_service_of_its_own_outlives_the_thread_that_began_it() -> None:
         own.stop()
 
 
+def test_what_came_through_a_fork_answers_nothing_and_ends_nothing(folder: Path) -> None:
+    path = folder / "model"
+    save(path)
+    code = f"""
+import os, sys
+from pathlib import Path
+from prefixcache_worker import LLM, SamplingParams
+llm = LLM({str(path)!r}, dtype="float32", memory="4MiB")
+llm.generate([5, 6, 7, 8])
+if not (child := os.fork()):
+    try:
+        llm.generate([5, 6, 7, 8])
+    except Exception as error:
+        print(error, flush=True)
+    sys.exit(0)  # as any program ends, with all that it does then
+print(os.waitpid(child, 0)[1])
+print(llm.generate([5, 6, 7, 8])[0].num_cached_tokens, llm.engine.sharing)
+print(prefixcache.connect(llm.own.target).snapshot().num_blocks > 0)
+llm.close()
+"""
+    out, err = python(code, folder).communicate(timeout=2 * PATIENCE_S)
+    first, *rest = out.splitlines()
+    assert "came through fork" in first, err
+    assert rest == ["0", "3 True"]
+
+
 def prefixcache_children(pid: int) -> str:
     """The command line of a process, once it runs the service."""
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
@@ -271,5 +306,7 @@ def test_who_is_closed_has_nothing_any_more(model: Model, service: Service) -> N
     made.generate("w5 w6", GREEDY)
     made.close()
     made.close()
+    with pytest.raises(InvalidRequest, match="this LLM is closed"):
+        made.generate("w5 w6", GREEDY)
     with prefixcache.connect(service.target) as client:
         eventually(lambda: client.snapshot().leases == ())

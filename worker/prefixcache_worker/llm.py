@@ -9,6 +9,7 @@ What one call, or any other process on that service, has computed costs the next
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, cast
@@ -62,7 +64,8 @@ class LLM:
     """A model that answers prompts, and shares what it computes.  For one thread at a time.
 
     A context manager; `close`, the end of the process and a Ctrl-C leave no process and no lease.
-    A service of its own ends with the thread in which it was made, too.
+    A service of its own ends with the thread in which it was made, too.  What came through a fork
+    answers nothing: it is its parent's.
 
     Args:
         model: folder, hub id or `smollm2`; or one that is loaded.
@@ -122,18 +125,25 @@ class LLM:
         try:
             join = joiner(client, self.model, "llm")
             session, pool = join()
+            self.engine = Engine(
+                self.model,
+                pool,
+                session,
+                chunk=chunk,
+                max_batch=max_batch,
+                join=join,
+                drafts=drafts,
+            )
         except BaseException:
             client.close()
             if own is not None:
                 own.stop()
             raise
-        self.engine = Engine(
-            self.model, pool, session, chunk=chunk, max_batch=max_batch, join=join, drafts=drafts
-        )
         self.service_pid = 0 if own is None else own.pid
         """Of a service of its own; 0: another one's is used."""
         self._lock = threading.Lock()
-        self._close = finalize(self, _close, self.engine, client, own)
+        self._pid = os.getpid()
+        self._close = finalize(self, _close, self.engine, client, own, self._pid)
 
     def __enter__(self) -> LLM:
         return self
@@ -168,7 +178,8 @@ class LLM:
             use_tqdm: draw a progress bar on a terminal, once it takes longer than a second.
 
         Raises:
-            InvalidRequest: a prompt or a parameter can never be served; nothing was computed.
+            InvalidRequest: a prompt or a parameter can never be served, which ends the others, too;
+                or this is closed, or came through a fork.
         """
         asked = [self._prompt(one) for one in _listed(prompts)]
         return self._answer(asked, _each(sampling_params, len(asked)), use_tqdm=use_tqdm)
@@ -263,7 +274,9 @@ class LLM:
                 raise Unsupported(f"a prompt with {', '.join(sorted(unknown))}: has no effect here")
             salt = prompt.get("cache_salt")
             tokens = prompt.get("prompt_token_ids")
-            prompt = prompt["prompt"] if tokens is None else tokens
+            prompt = cast("Prompt", prompt.get("prompt") if tokens is None else tokens)
+            if prompt is None:
+                raise InvalidRequest("a prompt has neither prompt nor prompt_token_ids")
         if isinstance(prompt, str):
             return _Asked(self.model.encode(prompt), prompt, salt)
         return _Asked([int(token) for token in prompt], None, salt)
@@ -292,7 +305,7 @@ class LLM:
                 temperature=how.temperature,
                 top_p=how.top_p,
                 seed=how.seed,
-                top_k=max(0, how.top_k),
+                top_k=0 if how.top_k == -1 else how.top_k,
                 min_p=how.min_p,
                 presence_penalty=how.presence_penalty,
                 frequency_penalty=how.frequency_penalty,
@@ -310,14 +323,20 @@ class LLM:
 
     def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> dict[str, _Told]:
         """Submit all, and step until they are answered; whatever ends it early leaves nothing."""
+        if os.getpid() != self._pid:
+            raise InvalidRequest(
+                f"this LLM belongs to process {self._pid} and came through fork: make one here"
+            )
+        if not self._close.alive:
+            raise InvalidRequest("this LLM is closed: make another one")
         told = {request.id: _Told() for request in requests}
         engine = self.engine
-        with self._lock:
+        with self._lock, _Interrupts(engine) as interrupts:
             try:
                 for request in requests:
                     engine.submit(request)
                 num_answers = sum(1 if request.beams else request.n for request in requests)
-                with _Interrupts(engine) as interrupts, _Bar(num_answers, shown=use_tqdm) as bar:
+                with _Bar(num_answers, shown=use_tqdm) as bar:
                     while not engine.idle:
                         for event in engine.step():
                             _take(event, told)
@@ -377,7 +396,7 @@ class LLM:
         ranks = {one: rank for rank, (one, _) in enumerate(found.top, 1)}
         values = {token: found.logprob} | dict(found.top)
         return {
-            one: Logprob(value, ranks.get(one), self._decode([one]))
+            one: Logprob(value, ranks.get(one), self._decode([one], shows_special=True))
             for one, value in values.items()
         }
 
@@ -400,10 +419,11 @@ class LLM:
         total = score * len(answer) ** how.length_penalty
         return BeamSearchSequence(tokens, self._decode(tokens) or "", total, score, reason)
 
-    def _decode(self, tokens: Sequence[int]) -> str | None:
+    def _decode(self, tokens: Sequence[int], *, shows_special: bool = False) -> str | None:
         if self.model.tokenizer is None:
             return None
-        return str(self.model.tokenizer.decode(list(tokens), skip_special_tokens=len(tokens) > 1))
+        skips = not shows_special
+        return str(self.model.tokenizer.decode(list(tokens), skip_special_tokens=skips))
 
 
 @dataclass(frozen=True, slots=True)
@@ -450,7 +470,7 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     given = list(prompts)
-    if given and isinstance(given[0], int):
+    if given and isinstance(given[0], Integral):
         return [cast("Sequence[int]", given)]
     return cast("list[Prompt]", given)
 
@@ -486,9 +506,11 @@ class _Interrupts:
             self._is_ours = True
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._is_ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if kind is None:
+            self.check()
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was one."""
@@ -533,7 +555,11 @@ class _Bar:
         self._bar.update(self._task, completed=self._num_done)
 
 
-def _close(engine: Engine, client: prefixcache.client.Client, own: OwnService | None) -> None:
+def _close(
+    engine: Engine, client: prefixcache.client.Client, own: OwnService | None, pid: int
+) -> None:
+    if os.getpid() != pid:  # what ends is a fork: all of this is its parent's
+        return
     try:
         engine.close()
         client.close()

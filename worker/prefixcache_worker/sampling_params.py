@@ -23,7 +23,30 @@ _NOT_HERE: Final[dict[str, tuple[Any, str]]] = {
     "output_kind": (None, "answers are given when they are whole"),
     "extra_args": (None, "there are none"),
     "best_of": (None, "ask for n, and choose by cumulative_logprob"),
+    "watermarking": (None, "no answer is marked"),
+    "logprob_token_ids": (None, "ask for logprobs, up to 20"),
+    "prompt_logprob_token_ids": (None, "ask for prompt_logprobs, up to 20"),
+    "prompt_logprob_start": (None, "prompt_logprobs are of the whole prompt"),
+    "stream_interval": (None, "answers are given when they are whole"),
+    "skip_clone": (False, "nothing is cloned"),
+    "skip_reading_prefix_cache": (None, "give the prompt a cache_salt of its own"),
+    "thinking_token_budget": (None, "give max_tokens"),
+    "repetition_detection": (None, "give repetition_penalty or frequency_penalty"),
+    "routed_experts_prompt_start": (0, "experts are not told"),
+    "trace_decode_token_ids": (None, "nothing is traced"),
 }
+_NOT_OF_BEAMS: Final[dict[str, tuple[Any, str]]] = {
+    "include_stop_str_in_output": (False, "no text ends a search"),
+    "structured_outputs": (None, "beams are not held to a grammar"),
+    "skip_special_tokens": (True, "special tokens are in tokens, not in the text"),
+    "watermarking": (None, "no answer is marked"),
+}
+
+
+def _refuse(params: object, fields: Mapping[str, tuple[Any, str]]) -> None:
+    for name, (default, why) in fields.items():
+        if getattr(params, name) != default:
+            raise Unsupported(f"{name} has no effect here: {why}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,11 +96,20 @@ class SamplingParams:
     output_kind: Any = None
     extra_args: Mapping[str, Any] | None = None
     best_of: int | None = None
+    watermarking: bool | None = None
+    logprob_token_ids: Sequence[int] | None = None
+    prompt_logprob_token_ids: Any = None
+    prompt_logprob_start: int | None = None
+    stream_interval: int | None = None
+    skip_clone: bool = False
+    skip_reading_prefix_cache: bool | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: Any = None
+    routed_experts_prompt_start: int = 0
+    trace_decode_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        for name, (default, why) in _NOT_HERE.items():
-            if getattr(self, name) != default:
-                raise Unsupported(f"{name} has no effect here: {why}")
+        _refuse(self, _NOT_HERE)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -103,9 +135,11 @@ class BeamSearchParams:
     """By the length of the answer."""
     early_stopping: bool | Literal["never"] = False
     include_stop_str_in_output: bool = False
+    structured_outputs: Any = None
+    skip_special_tokens: bool = True
+    watermarking: bool | None = None
 
     def __post_init__(self) -> None:
+        _refuse(self, _NOT_OF_BEAMS)
         if self.temperature not in (0.0, 1.0):
             raise Unsupported("temperature has no effect on beam_search: the model's own is taken")
-        if self.include_stop_str_in_output:
-            raise Unsupported("include_stop_str_in_output has no effect here")
