@@ -44,7 +44,9 @@ def setup(num_workers, *arguments):
     transcripts = {chat.id: Transcript(chat, Letters(), frozenset()) for chat in small}
     names = tuple(f"w{i + 1}" for i in range(num_workers))
     fake = str(Path(__file__).with_name("fake_worker.py"))
-    return runner.Setup(workload, transcripts, "fake", names, (sys.executable, fake, *arguments))
+    command = (sys.executable, fake, *arguments)
+    bits = "--bits" in arguments
+    return runner.Setup(workload, transcripts, "fake", names, command, bits=bits)
 
 
 def main():

@@ -65,6 +65,8 @@ def serve(request, session, known):
         second = 8.9995 if known.tie else 5.0
         if (known.broken or known.tie) and cached and len(answer) == 2:
             token += 1
+        if known.blurred and cached and len(answer) == 2:
+            second += 2**-20
         extra = {"top": [[token, 9.0], [token + 1, second]]} if request["log_logits"] else {}
         say(event="token", id=request["id"], token=token, text=chr(token), **extra)
         answer.append(token)
@@ -92,11 +94,14 @@ def main():
     parser.add_argument("--name", default="")
     parser.add_argument("--broken", action="store_true")
     parser.add_argument("--tie", action="store_true")
+    parser.add_argument("--bits", action="store_true")
+    parser.add_argument("--blurred", action="store_true")
+    parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--swift", action="store_true")
     parser.add_argument("--fragile", action="store_true")
     parser.add_argument("--stillborn", action="store_true")
     known, _ = parser.parse_known_args()
-    if known.stillborn:
+    if known.stillborn or known.bits != known.invariant:
         sys.exit("no model here")
     session = None
     if not known.solo:

@@ -19,7 +19,7 @@ def run():
 def test_help_names_every_option(run):
     result = run("--help")
     assert result.exit_code == 0
-    for option in ("--quick", "--workers", "--model", "--report", "--json"):
+    for option in ("--quick", "--workers", "--model", "--tokens", "--report", "--json"):
         assert option in result.output
 
 

@@ -46,6 +46,20 @@ def test_an_unshared_run_without_logits_excuses_nothing():
     assert not found.tie
 
 
+def test_where_bits_are_compared_nothing_is_excused():
+    assert first_difference("a/1", [1, 2, 3], [1, 2, 3], LOGITS, bits=LOGITS) is None
+    found = first_difference("a/1", [1, 8], [1, 2], LOGITS, bits=LOGITS)
+    assert found is not None
+    assert not found.tie
+    assert not found.only_bits
+    for own in ([*LOGITS[:2], TopTwo(3, 9.0, 9, 8.99000001)], LOGITS[:2]):
+        found = first_difference("a/1", [1, 2, 3], [1, 2, 3], LOGITS, bits=own, start=4)
+        assert found is not None
+        assert (found.position, found.only_bits, found.tie) == (6, True, False)
+        assert "NOT the bits" in str(found)
+    assert not Verdict(1, 3, (found,), of_bits=True).identical
+
+
 def test_the_verdict_is_identical_with_ties_only_and_never_without_any_comparison():
     tie = first_difference("a/1", [1, 8], [1, 2], LOGITS)
     wrong = first_difference("a/1", [1, 77], [1, 2], LOGITS)

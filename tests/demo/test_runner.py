@@ -181,6 +181,21 @@ def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_co
     assert {difference["position"] for difference in report["differences"]} == {2}
 
 
+@pytest.mark.parametrize("blurred", [False, True])
+def test_where_bits_are_compared_the_last_one_of_a_logit_counts(start, blurred):
+    demo = start(2, "--bits", *["--blurred"] * blurred)
+    code, output = demo.end()
+    assert code == int(blurred), output
+    report = json.loads((demo.folder / "out" / "demo.json").read_text())
+    assert (report["compared"], report["identical"]) == ("bits", not blurred)
+    assert report["numerical_ties"] == 0
+    if blurred:
+        assert "NOT the bits of a model without a cache" in output
+        assert all(difference["only_bits"] for difference in report["differences"])
+    else:
+        assert "bit for bit" in output
+
+
 @pytest.mark.parametrize(
     ("number", "after_s"),
     [(signal.SIGINT, 0), (signal.SIGINT, 1.2), (signal.SIGTERM, 0.6), (signal.SIGHUP, 0.6)],

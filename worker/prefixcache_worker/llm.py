@@ -64,8 +64,7 @@ class LLM:
     """A model that answers prompts, and shares what it computes.  For one thread at a time.
 
     A context manager; `close`, the end of the process and a Ctrl-C leave no process and no lease.
-    A service of its own ends with the thread in which it was made, too.  What came through a fork
-    answers nothing: it is its parent's.
+    What came through a fork answers nothing: it is its parent's.
 
     Args:
         model: folder, hub id or `smollm2`; or one that is loaded.

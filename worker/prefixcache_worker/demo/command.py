@@ -28,6 +28,14 @@ def demo(
     model: Annotated[
         str, typer.Option(help="Hugging Face path or id; by default SmolLM2-135M-Instruct.")
     ] = "",
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Compare tokens, and read once a step what sequences share.  Else bits are "
+            "compared, where the model's network allows it.",
+        ),
+    ] = False,
     to: Annotated[
         Path, typer.Option("--report", help="Where the JSON goes; the picture goes next to it.")
     ] = Path("out/demo.json"),
@@ -38,13 +46,14 @@ def demo(
     """Show the whole product on a real model, and that its answers are exact.
 
     Starts the service and the workers, plays chats that share system prompts, kills a worker in
-    mid-prefill, then plays the same chats without any cache and compares every token.  At the end
-    a worker is killed in mid-sentence, and another one goes on.
+    mid-prefill, then plays the same chats without any cache and compares every answer, bit for bit
+    where the model's network computes alike in any company.  At the end a worker is killed in
+    mid-sentence, and another one goes on.
     Exit code 0 only if all answers are identical.
     """
     console = open_console(stderr=as_json)
     try:
-        setup = _setup(model, quick=quick, num_workers=workers)
+        setup = _setup(model, quick=quick, num_workers=workers, tokens=tokens)
     except (CacheError, OSError, ValueError) as error:
         console.print(Text(f"cannot use this model: {error}", style="bold red"))
         raise typer.Exit(USAGE) from None
@@ -78,9 +87,10 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     return result
 
 
-def _setup(model: str, *, quick: bool, num_workers: int) -> runner.Setup:
+def _setup(model: str, *, quick: bool, num_workers: int, tokens: bool) -> runner.Setup:
     """Prepare what is played: the model's folder (converted if need be), the chats as tokens."""
     from prefixcache_worker import smollm2
+    from prefixcache_worker.mapped import may_pack
 
     path = str(smollm2.folder()) if model in ("", smollm2.NAME) else model
     from transformers import AutoTokenizer
@@ -95,5 +105,10 @@ def _setup(model: str, *, quick: bool, num_workers: int) -> runner.Setup:
     transcripts = {chat.id: Transcript(chat, tokenizer, stop) for chat in workload.chats}
     names = tuple(f"w{i + 1}" for i in range(num_workers))
     return runner.Setup(
-        workload, transcripts, path, names, answer_tokens=QUICK_TOKENS if quick else TOKENS
+        workload,
+        transcripts,
+        path,
+        names,
+        answer_tokens=QUICK_TOKENS if quick else TOKENS,
+        bits=not tokens and may_pack(path),
     )

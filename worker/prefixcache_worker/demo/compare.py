@@ -1,7 +1,10 @@
-"""Are the answers of the shared run those of a model without any cache?  Token for token.
+"""Are the answers of the shared run those of a model without any cache?  To the bit, or the token.
 
-Both runs are fp32 and greedy, and every turn of the unshared run is given the very prompt that the
-shared run had, so that each answer is compared on its own.  Greedy decoding picks the larger of two
+Every turn of the unshared run is given the very prompt that the shared run had, so that each answer
+is compared on its own.  Where workers compute alike in any company (`worker --invariant`), the two
+best logits of each step must have the same bits in both runs, and nothing is excused.
+
+Else tokens are compared.  Both runs are fp32 and greedy.  Greedy decoding picks the larger of two
 logits; sums of floats depend on how a batch was cut, so that two logits which are equal but for
 rounding may be picked either way.  That is the only excuse there is:
 
@@ -41,8 +44,16 @@ class Difference:
     """The unshared run's logit of `shared_token`; None if it was not among the two best."""
     unshared_logit: float | None
     tie: bool
+    only_bits: bool = False
+    """Whether both runs say the same token, and the logits have other bits."""
 
     def __str__(self) -> str:
+        if self.only_bits:
+            return (
+                f"{self.request}, answer token {self.position}: {self.shared_token} in both runs, "
+                f"but NOT the bits of a model without a cache: its logit is {self.shared_logit!r}, "
+                f"not {self.unshared_logit!r}, or that of the second best differs"
+            )
         return (
             f"{self.request}, answer token {self.position}: shared {self.shared_token} "
             f"(unshared logit {_number(self.shared_logit)}), unshared {self.unshared_token} "
@@ -59,6 +70,7 @@ def first_difference(
     *,
     start: int = 0,
     tie: float = TIE,
+    bits: Sequence[TopTwo] | None = None,
 ) -> Difference | None:
     """Find the first token at which two answers to the same prompt differ; None if they are equal.
 
@@ -69,13 +81,21 @@ def first_difference(
         logits: the unshared run's two best tokens at each of its steps.
         start: tokens of the answer that are part of the prompt of this comparison.
         tie: logits no further apart are a numerical tie.
+        bits: the shared run's two best tokens at each step, to be the same to the bit; None: tokens
+            are compared, numerical ties aside.
     """
     for i in range(max(len(shared), len(unshared))):
         ours = shared[i] if i < len(shared) else None
         theirs = unshared[i] if i < len(unshared) else None
         if ours != theirs:
             top = logits[i] if i < len(logits) else None
-            return _judge(request, start + i, ours, theirs, top, tie)
+            most = tie if bits is None else -1.0
+            return _judge(request, start + i, ours, theirs, top, most)
+        if bits is not None and (i >= len(bits) or i >= len(logits) or bits[i] != logits[i]):
+            mine, other = (one[i].best_logit if i < len(one) else None for one in (bits, logits))
+            return Difference(
+                request, start + i, ours, theirs, mine, other, tie=False, only_bits=True
+            )
     return None
 
 
@@ -107,6 +127,8 @@ class Verdict:
     num_tokens: int
     """Answer tokens that were compared."""
     differences: tuple[Difference, ...]
+    of_bits: bool = False
+    """Whether logits were compared bit for bit, and not tokens alone."""
 
     @property
     def identical(self) -> bool:

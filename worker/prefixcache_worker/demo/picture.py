@@ -83,7 +83,8 @@ def _headline(report: dict[str, Any]) -> str:
     return (
         f"{report['requests']} requests, {report['workers']} workers, one cache: "
         f"{report['tokens_computed']:,} of {report['tokens_sent']:,} prompt tokens computed\n"
-        f"{faster}answers {same}, token for token, as without a cache"
+        f"{faster}answers {same}, {report['compared'][:-1]} for {report['compared'][:-1]}, "
+        "as without a cache"
     )
 
 

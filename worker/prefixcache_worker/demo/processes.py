@@ -42,6 +42,7 @@ def worker_in(
     command: Sequence[str],
     model: str,
     target: str | None,
+    invariant: bool,
     tell: Callable[[ChildWorker, dict[str, Any], float], None],
     clock: Callable[[], float],
 ) -> ChildWorker:
@@ -53,15 +54,17 @@ def worker_in(
         command: the command line of a worker, to which the options are added.
         model: path or id for `--model`.
         target: the service's address; None: a worker without any cache.
+        invariant: compute every bit of an answer alike in any company.
         tell: called for every event, with the clock's reading when its line arrived.
         clock: seconds since the run began.
     """
+    options = ["--model", model, "--dtype", "float32", "--chunk", str(CHUNK)]
     worker = ChildWorker(
         name,
         folder,
         lambda event: tell(worker, event, clock()),
         target=target,
-        options=["--model", model, "--dtype", "float32", "--chunk", str(CHUNK)],
+        options=[*options, "--invariant"] if invariant else options,
         command=command,
     )
     return worker

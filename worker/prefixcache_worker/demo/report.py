@@ -72,6 +72,7 @@ def figures(
     warm = [request.ttft_ms for request in shared.fated(Fate.WARM)]
     return {
         "identical": verdict.identical,
+        "compared": "bits" if verdict.of_bits else "tokens",
         "numerical_ties": verdict.numerical_ties,
         "differences": [asdict(difference) for difference in verdict.differences],
         "answer_tokens_compared": verdict.num_tokens,

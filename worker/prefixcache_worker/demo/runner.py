@@ -45,6 +45,9 @@ class Setup:
     """The command line of a worker."""
     answer_tokens: int = 24
     """How long an answer may become."""
+    bits: bool = False
+    """Compare bit for bit: workers compute alike in any company, and each sequence reads all of its
+    keys.  Else token for token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,9 @@ async def _sharing(setup: Setup, view: View, folder: Path) -> AsyncIterator[_Tea
     """Play the chats with one shared cache; the service and who lives are there until the end."""
     run = Run(shared=True, workers=list(setup.workers))
     clock = _Clock()
-    dispatcher = Dispatcher({}, clock, setup.answer_tokens, on_sent=view.sent)
+    dispatcher = Dispatcher(
+        {}, clock, setup.answer_tokens, log_logits=setup.bits, on_sent=view.sent
+    )
     service = service_in(folder, MEMORY, setup.model)
     workers = _workers(setup, folder, service.target, dispatcher, clock, view)
     async with stopping([*workers, service]):
@@ -128,7 +133,9 @@ async def _play(
     run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
     run.block_bytes = snapshot.block_size * Layout(**about["layout"]).token_bytes
     clock.restart()
-    scenario = Scenario(setup.workload, setup.transcripts, dispatcher, watch, view, run)
+    scenario = Scenario(
+        setup.workload, setup.transcripts, dispatcher, watch, view, run, grouped=not setup.bits
+    )
     await scenario.execute(
         workers[-1] if len(workers) > 1 else None,
         victim_name=workers[-1].name,
@@ -148,7 +155,8 @@ async def _unshared(
     view.phase(
         5,
         "Without a cache",
-        "New workers without any cache get the same prompts; every answer is compared.",
+        "New workers without any cache get the same prompts; every answer is compared, "
+        + ("bit for bit." if setup.bits else "token for token."),
     )
     # Nothing is gained by more processes than cores here: every one computes all of its prompts.
     names = setup.workers[: max(2, len(os.sched_getaffinity(0)))]
@@ -160,7 +168,9 @@ async def _unshared(
         await _all_ready(workers, dispatcher, view)
         async with beside(*(worker.guard() for worker in workers)):
             clock.restart()
-            verdict = await without_cache(shared.requests, dispatcher, run, view.compared)
+            verdict = await without_cache(
+                shared.requests, dispatcher, run, view.compared, bits=setup.bits
+            )
             run.seconds = clock()
             said = Request("sentence", "sentence", 0, "sentence", tuple(prompt), len(prompt))
             if prompt:
@@ -222,6 +232,7 @@ def _workers(
             command=setup.command,
             model=setup.model,
             target=target,
+            invariant=setup.bits,
             tell=tell,
             clock=clock,
         )

@@ -2,10 +2,10 @@
 
 ```
 1  one at a time     long system prompts on one worker, then on the others: cold and warm TTFT
-2  side by side      all chats behind one of them on one worker: decoding reads it once for all
+2  side by side      all chats behind one of them on one worker, in the same steps
 3  all together      chats interleaved; several workers get the same cold system prompt at once
 4  the crash         a worker is killed in mid-prefill in the middle of all this
-5  without a cache   the same prompts again; every answer must be the same, token for token
+5  without a cache   the same prompts again; every answer must be the same: see `compare`
 6  in mid-sentence   a worker is killed while it answers; another one goes on: see `sentence`
 ```
 """
@@ -47,6 +47,7 @@ class Scenario:
         watch: looks at the service.
         view: shows what happens.
         run: filled with what was seen.
+        grouped: whether workers read once a step what sequences share.
     """
 
     workload: Workload
@@ -55,6 +56,7 @@ class Scenario:
     watch: Watch
     view: View
     run: Run
+    grouped: bool = True
     _num_system: dict[str, int] = field(default_factory=dict)
     _slots: asyncio.Semaphore = field(init=False)
     _num_done: int = 0
@@ -133,8 +135,12 @@ class Scenario:
         self.view.phase(
             2,
             "Side by side",
-            "All chats behind a long system prompt are answered by one worker at the same time: a "
-            "step of decoding reads the keys and values of that prompt once for all of them.",
+            "All chats behind a long system prompt are answered by one worker at the same time"
+            + (
+                ": a step of decoding reads keys and values of that prompt once for all of them."
+                if self.grouped
+                else ", in the same steps, and still each has the bits that it has alone."
+            ),
         )
         names = list(self.dispatcher.workers)
         async with asyncio.TaskGroup() as group:
@@ -221,6 +227,7 @@ async def without_cache(
     on_compared: Callable[[Request, Sequence[Difference]], None],
     *,
     tie: float = TIE,
+    bits: bool = False,
 ) -> Verdict:
     """Give the prompts of the shared run to workers without a cache, and compare every answer.
 
@@ -230,24 +237,26 @@ async def without_cache(
         run: filled with the requests of this run.
         on_compared: told of each answer and of its differences.
         tie: logits no further apart are a numerical tie.
+        bits: compare the two best logits of each step bit for bit; both runs have told them.
     """
     slots = asyncio.Semaphore(IN_HAND * len(dispatcher.workers))
     differences: list[Difference] = []
 
     async def again(request: Request) -> None:
         async with slots:
-            found = await _compare(request, dispatcher, run, tie)
+            found = await _compare(request, dispatcher, run, tie, bits=bits)
         differences.extend(found)
         on_compared(request, found)
 
     async with asyncio.TaskGroup() as group:
         for request in shared:
             group.create_task(again(request))
-    return Verdict(len(shared), sum(len(request.answer) for request in shared), tuple(differences))
+    num_tokens = sum(len(request.answer) for request in shared)
+    return Verdict(len(shared), num_tokens, tuple(differences), of_bits=bits)
 
 
 async def _compare(
-    shared: Request, dispatcher: Dispatcher, run: Run, tie: float
+    shared: Request, dispatcher: Dispatcher, run: Run, tie: float, *, bits: bool
 ) -> list[Difference]:
     """Compare one answer; after a numerical tie, the rest of it from where the runs agree again."""
     found: list[Difference] = []
@@ -267,7 +276,13 @@ async def _compare(
         # A replay may answer longer than what is left of the shared answer: its limit is the same.
         answer = replay.answer[: dispatcher.answer_tokens - start]
         difference = first_difference(
-            shared.id, shared.answer[start:], answer, replay.logits, start=start, tie=tie
+            shared.id,
+            shared.answer[start:],
+            answer,
+            replay.logits,
+            start=start,
+            tie=tie,
+            bits=shared.logits[start:] if bits else None,
         )
         if difference is None:
             break

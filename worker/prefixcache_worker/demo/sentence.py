@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from prefixcache_worker.demo.compare import Difference, first_difference
-from prefixcache_worker.demo.dispatcher import Dispatcher
+from prefixcache_worker.demo.dispatcher import Dispatcher, read_top
 from prefixcache_worker.demo.failure import RequestFailed
-from prefixcache_worker.demo.record import Request
+from prefixcache_worker.demo.record import Request, TopTwo
 from prefixcache_worker.demo.view import View, opening
 
 QUESTION: Final = "Please sum up in a few sentences what I should do now, and why."
@@ -67,6 +67,8 @@ class Sentence:
     text: str
     difference: Difference | None
     """From what the model says without a cache and without a kill."""
+    of_bits: bool
+    """Whether logits were compared bit for bit, and not tokens alone."""
 
     @property
     def survived(self) -> bool:
@@ -78,7 +80,8 @@ class Sentence:
         """Say it in a line."""
         context = self.num_prompt + self.num_before
         if self.difference is None:
-            end = f"the same {self.num_tokens} tokens as without a cache"
+            what = "to the last bit" if self.of_bits else "token for token"
+            end = f"the same {self.num_tokens} tokens as without a cache, {what}"
         else:
             end = str(self.difference)
         return (
@@ -113,12 +116,14 @@ async def outlive(
     """
     heard: asyncio.Queue[tuple[str, Mapping[str, Any], float]] = asyncio.Queue()
     dispatcher.overhear = lambda worker, event, now: heard.put_nowait((worker, event, now))
+    of_bits = dispatcher.log_logits
     line = {"tokens": list(prompt), "max_new_tokens": TOKENS, "temperature": 0.0, "wait_s": 30.0}
-    line["log_logits"] = False
+    line["log_logits"] = of_bits
     middle = max(1, len(expected.answer) // 2)
     tokens: list[int] = []
     times: list[float] = []
     texts: list[str] = []
+    tops: list[TopTwo] = []
     victim.send({"id": _ID, **line})
     while len(tokens) < middle:
         event, now = await _next(heard, victim)
@@ -126,6 +131,7 @@ async def outlive(
             tokens.append(int(event["token"]))
             times.append(now)
             texts.append(str(event["text"]))
+            tops += [read_top(event["top"])] if of_bits else []
     victim.kill()
     view.say(f"{victim.name}: {opening(''.join(texts), 100)}")
     view.say(f"{victim.name} (pid {victim.pid}) is killed with SIGKILL in the middle of that.")
@@ -139,6 +145,7 @@ async def outlive(
         elif event["event"] == "token":
             tokens.append(int(event["token"]))
             texts.append(str(event["text"]))
+            tops += [read_top(event["top"])] if of_bits else []
             first_s = first_s or now
         elif event["event"] == "finished":
             break
@@ -156,7 +163,10 @@ async def outlive(
         gap_ms=round((first_s - times[-1]) * 1e3, 1),
         step_ms=round(steps[len(steps) // 2] * 1e3, 1) if steps else 0.0,
         text="".join(texts),
-        difference=first_difference(_ID, tokens, expected.answer, expected.logits),
+        difference=first_difference(
+            _ID, tokens, expected.answer, expected.logits, bits=tops if of_bits else None
+        ),
+        of_bits=of_bits,
     )
     view.say(sentence.told())
     return sentence

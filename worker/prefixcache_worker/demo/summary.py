@@ -98,7 +98,7 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                 f"cold {_ms(long['cold_ms'])}, warm {_ms(long['warm_ms'])}",
             )
         )
-    if report["decode_kv_ratio"]:
+    if report["decode_kv_ratio"] and report["compared"] == "tokens":  # else nothing is read once
         read, alone = report["decode_kv_bytes_read"], report["decode_kv_bytes_per_sequence"]
         beside = report["decode_kv_side_by_side"]["decode_kv_ratio"]
         rows.append(
@@ -128,10 +128,13 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _verdict(verdict: Verdict) -> Text:
     if verdict.identical:
+        how = "token for token"
+        if verdict.of_bits:
+            how = "bit for bit: the two best logits of each step have the same bits"
         ties = f", {verdict.numerical_ties} numerical ties aside" if verdict.numerical_ties else ""
         return Text(
             f"All {verdict.num_compared} answers ({verdict.num_tokens:,} tokens) are those of the "
-            f"model without any cache, token for token{ties}.",
+            f"model without any cache, {how}{ties}.",
             style="bold green",
         )
     wrong = sum(not difference.tie for difference in verdict.differences)
