@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from queue import SimpleQueue
+from time import monotonic
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
 import grpc
@@ -31,6 +32,9 @@ from prefixcache.v1 import prefixcache_pb2 as pb
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_LOOK_S = 0.5
+"""Seconds of one look.  Python sees a Ctrl-C that comes just before a wait when the wait ends."""
 
 
 class Batch(BatchOps["Lease"]):
@@ -234,8 +238,10 @@ class Session(SessionCore["Lease"]):
 
     def _await(self, replies: Sequence[Reply[Any]]) -> None:
         limit_s = self.patience(replies)
+        due = monotonic() + limit_s
         with self._arrived:
-            answered = self._arrived.wait_for(lambda: all(r.done for r in replies), limit_s)
+            while not (answered := all(reply.done for reply in replies)) and monotonic() < due:
+                self._arrived.wait(min(_LOOK_S, limit_s))
         if not answered:
             self.give_up(limit_s)
 
