@@ -14,18 +14,21 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from prefixcache.texts import many
 from prefixcache.types import LeaseInfo, Snapshot
 from prefixcache_worker.demo.dispatcher import Dispatcher, Interrupted
 from prefixcache_worker.demo.failure import CrashMissed
 from prefixcache_worker.demo.record import Attempt, Death, Request
 from prefixcache_worker.demo.watch import Watch
 
-MOMENT_S: Final = 60.0
-"""How long to wait for the moment."""
+MOMENT_S: Final = 300.0
+"""How long to wait for the moment: guards against hanging only."""
 SLACK_S: Final = 0.02
 """By how much the moment of a grant may be misjudged."""
-RETURN_S: Final = 60.0
-"""How long the dead worker's leases may take to end: a multiple of their time to live."""
+RETURN_S: Final = 300.0
+"""How long the dead worker's leases may take to end.  A killed process is dead when each of its
+threads has run once more, and the service waits for that: where others take the whole machine and
+it is a nice one, minutes."""
 
 
 class Killable(Protocol):
@@ -90,7 +93,10 @@ async def crash(
         victim.kill()
         after = await watch.until(lambda seen: _is_cleared(seen, worker_id), RETURN_S)
         if after is None:
-            raise CrashMissed(f"{victim_name} is dead, but what it held has not come back")
+            raise CrashMissed(
+                f"{victim_name} was killed, but what it held has not come back: "
+                f"{_told_left(watch.latest, worker_id)}"
+            )
         returned_ms = (watch.at_s - at_s) * 1e3
         held = _leases(before, worker_id)
         dispatcher.worker_died(victim_name, at_s)
@@ -163,6 +169,18 @@ def _is_moment(seen: Snapshot, worker_id: str, first: Request) -> bool:
 def _is_cleared(seen: Snapshot, worker_id: str) -> bool:
     """Whether nothing is left of the dead: no lease, and no block that it might still write to."""
     return not _leases(seen, worker_id) and seen.quarantined == 0
+
+
+def _told_left(seen: Snapshot | None, worker_id: str) -> str:
+    """Say what is there.
+
+    >>> _told_left(None, "w1")
+    'the service was not seen'
+    """
+    if seen is None:
+        return "the service was not seen"
+    left = many(len(_leases(seen, worker_id)), "lease")
+    return f"{left}, {many(seen.quarantined, 'block')} in quarantine"
 
 
 def _leases(seen: Snapshot, worker_id: str) -> list[LeaseInfo]:
