@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prefixcache_bench.speed.signals import tied_to_this
+
 _LISTENING = "listening at "
 
 
@@ -24,10 +26,12 @@ def served(*flags: str, layout: str = "2x2x16:float32", at: str = "") -> Iterato
     with tempfile.TemporaryDirectory(prefix="prefixcache-") as folder:
         target = at or f"unix:{Path(folder)}/bench.sock"
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target),
-                *("--layout", layout, "--log-level", "warning", *flags),
-            ],
+            tied_to_this(
+                [
+                    *(sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target),
+                    *("--layout", layout, "--log-level", "warning", *flags),
+                ]
+            ),
             stdout=subprocess.PIPE,
             text=True,
         )

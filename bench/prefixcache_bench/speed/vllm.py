@@ -43,6 +43,7 @@ from typing import Any, Final
 
 from prefixcache.plain_json import json_text
 from prefixcache_bench.reports.provenance import commit, processor, provenance
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm_chats import Chats, ideal, play, tokens, turns
 from prefixcache_bench.speed.vllm_figures import Say, Series, percentile, ratio_of
 from prefixcache_bench.speed.vllm_fleet import (
@@ -198,7 +199,7 @@ def first_token_part(made: Fleet, options: argparse.Namespace, say: Say) -> Figu
         say.goal(f"{n:,} tokens by connector, another's of cold", copied, CONNECTOR_GOAL)
         if copied > CONNECTOR_GOAL:
             own = ratio_of(row["alone, its own"], row["alone, cold"])
-            say(f"  (vLLM reading its own cache, by whole blocks too: {own:.3f} of cold)")
+            say(f"  (vLLM reading its own cache, by whole blocks: {own:.3f} of cold)")
     say_messages("one request at a time", before, placed[0].counts(), say)
     return {"first_token_ms": found}
 
@@ -511,7 +512,8 @@ def main(argv: list[str] | None = None) -> int:
         print(ABSENT, file=sys.stderr)
         return 1
     try:
-        return run(options, sys.argv[1:] if argv is None else argv)
+        with ending_in_order():
+            return run(options, sys.argv[1:] if argv is None else argv)
     except VllmFailed as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -294,13 +293,12 @@ class Fleet:
         settings: Sequence[Mapping[str, Any]],
         python: str | None = None,
     ) -> list[Vllm]:
-        waiting = [self._engine(python or self._python, one) for one in settings]
-        with ThreadPoolExecutor(_STARTING) as starting:
-            tried = [starting.submit(engine.__enter__) for engine in waiting]
-        for engine, outcome in zip(waiting, tried, strict=True):
-            if outcome.exception() is None:
-                stack.push(engine)
-        return [outcome.result() for outcome in tried]
+        made: list[Vllm] = []
+        for first in range(0, len(settings), _STARTING):
+            few = settings[first : first + _STARTING]
+            begun = [stack.enter_context(self._engine(python or self._python, one)) for one in few]
+            made += [engine.ready() for engine in begun]
+        return made
 
     def _engine(
         self, python: str, settings: Mapping[str, Any]
@@ -311,6 +309,7 @@ class Fleet:
             DTYPE,
             MAX_REQUESTS,
             keep_path=True,
+            wait=False,
             enforce_eager=self.eager,
             async_scheduling=False,
             **settings,

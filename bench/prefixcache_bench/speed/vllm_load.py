@@ -20,15 +20,13 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +35,7 @@ import prefixcache
 from prefixcache.client import Client
 from prefixcache_bench.reports.provenance import commit, processor
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order, kill_session, tied_to_this
 from prefixcache_bench.speed.vllm import ABSENT
 from prefixcache_bench.speed.vllm_figures import Say
 from prefixcache_bench.speed.vllm_fleet import DTYPE, free_port, layout_of, left_behind
@@ -51,7 +50,7 @@ ENGINES: Final = 2
 REQUESTS: Final = 64
 """Of one engine in one turn."""
 GUIDELLM_VARIABLE: Final = "PREFIXCACHE_GUIDELLM"
-START_S, SETTLE_S, TURN_S = 600.0, 60.0, 1800.0
+START_S, SETTLE_S, TURN_S, END_S = 600.0, 60.0, 1800.0, 60.0
 """Longer than this nothing takes on any machine: it hangs."""
 
 
@@ -140,39 +139,55 @@ def settled(client: Client, leases: int) -> list[str]:
     return [*found, failure] if failure else found
 
 
-@contextlib.contextmanager
-def engine(python: str, model: str, target: str, log: Path) -> Iterator[str]:
-    """Run `prefixcache vllm` until the end; give the address of its HTTP server.
+class Engine:
+    """`prefixcache vllm`, started: `ready` before it is asked.
 
-    Raises:
-        VllmFailed: it does not answer.
+    Args:
+        python: the one that has vLLM.
+        model: folder of the model.
+        target: the service's address.
+        log: where it writes.
     """
-    port = free_port()
-    command = [
-        *(python, "-m", "prefixcache.cli", "vllm", model, "--connect", target),
-        *("--port", str(port), "--dtype", DTYPE, "--max-model-len", "2048"),
-        *("--max-num-seqs", "16", "--served-model-name", "demo", "--enforce-eager"),
-    ]
-    with log.open("w", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=out, env=served_environment(python), start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
+
+    def __init__(self, python: str, model: str, target: str, log: Path) -> None:
+        port = free_port()
+        command = [
+            *(python, "-m", "prefixcache.cli", "vllm", model, "--connect", target),
+            *("--port", str(port), "--dtype", DTYPE, "--max-model-len", "2048"),
+            *("--max-num-seqs", "16", "--served-model-name", "demo", "--enforce-eager"),
+        ]
+        self.address = f"http://127.0.0.1:{port}"
+        self._log = log
+        with log.open("w", encoding="utf-8") as out:
+            self._process = subprocess.Popen(
+                tied_to_this(command),
+                stdout=out,
+                stderr=out,
+                env=served_environment(python),
+                start_new_session=True,
+            )
+
+    def ready(self) -> str:
+        """Wait until it answers; give the address of its HTTP server.
+
+        Raises:
+            VllmFailed: it does not answer.
+        """
         deadline = time.monotonic() + START_S
-        while not answers(f"{address}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
-                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-                raise VllmFailed(f"prefixcache vllm did not start: {' / '.join(last)}")
+        while not answers(f"{self.address}/health"):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                said = self._log.read_text(encoding="utf-8", errors="replace").strip()
+                last = " / ".join(said.splitlines()[-3:])
+                raise VllmFailed(f"prefixcache vllm did not start: {last}")
             time.sleep(1)
-        yield address
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        return self.address
+
+    def end(self) -> None:
+        """End it as a user would, and then whatever of its processes is left."""
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        kill_session(self._process)
 
 
 def served_environment(python: str) -> dict[str, str]:
@@ -237,23 +252,26 @@ def turn(commands: Mapping[Path, list[str]], python: str) -> list[dict[str, Any]
         VllmFailed: a program did not end well.
     """
     said = [result.with_suffix(".log") for result in commands]
-    with contextlib.ExitStack() as stack:
-        running = [
-            subprocess.Popen(
-                command,
-                stdout=stack.enter_context(log.open("w", encoding="utf-8")),
-                stderr=subprocess.STDOUT,
-                env=served_environment(python),
-            )
-            for command, log in zip(commands.values(), said, strict=True)
-        ]
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, log in zip(commands.values(), said, strict=True):
+            with log.open("w", encoding="utf-8") as out:
+                running.append(
+                    subprocess.Popen(
+                        tied_to_this(command),
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        env=served_environment(python),
+                        start_new_session=True,
+                    )
+                )
         deadline = time.monotonic() + TURN_S
         for process in running:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    finally:
+        for process in running:
+            kill_session(process)
     for process, command, log in zip(running, commands.values(), said, strict=True):
         if process.returncode:
             last = " / ".join(log.read_text("utf-8", "replace").strip().splitlines()[-3:])
@@ -316,15 +334,11 @@ def started(
     Raises:
         VllmFailed: one does not answer.
     """
-    engines = [
-        engine(python, model, target, folder / f"engine-{index}.log") for index in range(ENGINES)
-    ]
-    with ThreadPoolExecutor(ENGINES) as starting:
-        tried = [starting.submit(one.__enter__) for one in engines]
-    for one, outcome in zip(engines, tried, strict=True):
-        if outcome.exception() is None:
-            stack.push(one)
-    return [outcome.result() for outcome in tried]
+    engines = []
+    for index in range(ENGINES):
+        engines.append(Engine(python, model, target, folder / f"engine-{index}.log"))
+        stack.callback(engines[-1].end)
+    return [engine.ready() for engine in engines]
 
 
 def commands(
@@ -366,7 +380,8 @@ def main(argv: list[str] | None = None) -> int:
         print(ABSENT, file=sys.stderr)
         return 1
     try:
-        wrong = load(options, Say())
+        with ending_in_order():
+            wrong = load(options, Say())
     except VllmFailed as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 from prefixcache.plain_json import json_text
 from prefixcache_bench.speed import vllm_engine
@@ -104,16 +104,26 @@ def decode_tokens_per_s(batch: Sequence[Generated]) -> float:
 
 
 class Vllm:
-    """A running vLLM."""
+    """A running vLLM: `ready` before it is asked."""
 
     def __init__(self, process: subprocess.Popen[str], log: IO[str], threads: int = 1) -> None:
         self._process = process
         self._log = log
+        self._threads = threads
         self.pid = process.pid
-        self.about: dict[str, Any] = self._answer()
+        self.about: dict[str, Any] = {}
         """Its version, torch's, threads, whether the model is compiled, tokens per block."""
-        if self.about["threads"] != threads:
-            raise VllmFailed(f"vLLM runs {self.about['threads']} threads, not {threads}")
+
+    def ready(self) -> Self:
+        """Wait until it has loaded its model, and give itself.
+
+        Raises:
+            VllmFailed: it ended, or computes with another number of threads.
+        """
+        self.about = self._answer()
+        if self.about["threads"] != self._threads:
+            raise VllmFailed(f"vLLM runs {self.about['threads']} threads, not {self._threads}")
+        return self
 
     def generate(self, prompts: list[list[int]], count: int) -> list[Generated]:
         """Generate `count` tokens for each prompt, all as one batch.  It blocks until all are done.
@@ -186,6 +196,7 @@ def vllm(
     *,
     keep_path: bool = False,
     threads: int = 1,
+    wait: bool = True,
     **settings: Any,
 ) -> Iterator[Vllm]:
     """Run vLLM with its prefix cache on in a process of its own, until the end.
@@ -197,6 +208,7 @@ def vllm(
         max_requests: how many it decodes side by side.
         keep_path: whether it finds modules where `$PYTHONPATH` says.
         threads: that it computes with.
+        wait: whether it is `ready` when it is given: else others can start meanwhile.
         settings: further ones of vLLM's; they count before those made here.
 
     Raises:
@@ -229,7 +241,8 @@ def vllm(
         except OSError as error:
             raise VllmFailed(f"{python} does not start: {error.strerror}") from error
         stack.callback(_end, process)
-        yield Vllm(process, log, threads)
+        made = Vllm(process, log, threads)
+        yield made.ready() if wait else made
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -40,6 +40,7 @@ from typing import Any, Final
 import prefixcache
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm import ABSENT
 from prefixcache_bench.speed.vllm_fleet import layout_of
 from prefixcache_bench.speed.vllm_load import settled
@@ -205,7 +206,8 @@ def run(python: str, number: int, seed: int) -> tuple[list[str], list[str]]:
             served(*memory, layout=layout) as (target, _),
             prefixcache.connect(target) as client,
         ):
-            with contextlib.ExitStack() as stack, ThreadPoolExecutor(1 + ENGINES) as threads:
+            # Threads end when the engines do, that they listen to.
+            with ThreadPoolExecutor(ENGINES) as threads, contextlib.ExitStack() as stack:
                 places: dict[str, Any] = {
                     "scheduler_cls": "prefixcache_vllm.scheduler.LeaseScheduler",
                     "worker_cls": "prefixcache_vllm.worker.CPUWorker",
@@ -215,12 +217,18 @@ def run(python: str, number: int, seed: int) -> tuple[list[str], list[str]]:
                     },
                 }
 
-                def start(more: dict[str, Any]) -> Vllm:
-                    made = vllm(python, folder, DTYPE, SEQUENCES, keep_path=True, **SETTINGS | more)
-                    return stack.enter_context(made)
-
-                starting = [threads.submit(start, more) for more in ({}, *[places] * ENGINES)]
-                alone, *engines = [one.result() for one in starting]
+                begun = [
+                    stack.enter_context(
+                        vllm(
+                            *(python, folder, DTYPE, SEQUENCES),
+                            keep_path=True,
+                            wait=False,
+                            **SETTINGS | more,
+                        )
+                    )
+                    for more in ({}, *[places] * ENGINES)
+                ]
+                alone, *engines = [engine.ready() for engine in begun]
                 began = time.monotonic()
                 playing = [
                     threads.submit(
@@ -269,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
         print(ABSENT, file=sys.stderr)
         return 1
     try:
-        lines, wrong = run(options.python, options.requests, options.seed)
+        with ending_in_order():
+            lines, wrong = run(options.python, options.requests, options.seed)
     except VllmFailed as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
