@@ -99,7 +99,8 @@ def check_shape(handle: PoolHandle, former: PoolHandle) -> None:
     Raises:
         LayoutMismatch: As said, with the shapes of both.
     """
-    if (handle.kind, *shape_of(handle)) != (former.kind, *shape_of(former)):
+    shapes = [(one.kind, one.offset, *shape_of(one)) for one in (handle, former)]
+    if shapes[0] != shapes[1]:
         raise LayoutMismatch(
             f"the pool has {_told(handle)}, and what is mapped was made for {_told(former)}"
         )
@@ -107,4 +108,5 @@ def check_shape(handle: PoolHandle, former: PoolHandle) -> None:
 
 def _told(handle: PoolHandle) -> str:
     size = many(handle.num_blocks, "block")
-    return f"{size} of {handle.block_size} tokens, {handle.layout}, in memory of kind {handle.kind}"
+    where = f"from byte {handle.offset} on, in memory of kind {handle.kind}"
+    return f"{size} of {handle.block_size} tokens, {handle.layout}, {where}"

@@ -12,7 +12,7 @@ from engines.simulated import TTL_S, Engine, Job, Machine
 from prefixcache.client import MediaItem
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import pack
-from prefixcache_vllm.leases import PATIENCE_STEPS, Bounds, Room
+from prefixcache_vllm.leases import PATIENCE_STEPS, Bounds, Leases, Room
 
 SIZE = 4
 CAT, DOG = b"c" * 32, b"d" * 32
@@ -192,6 +192,30 @@ def test_who_has_no_block_for_its_next_token_sits_out_until_it_comes_or_another_
     one.end(one.pop("a"))
     one.flush()
     machine.deliver(machine.sessions[0])
+    machine.check_idle()
+
+
+@pytest.mark.parametrize("is_looked_at", [False, True])
+def test_who_runs_gets_the_room_of_who_was_granted_and_is_not_computed_yet(
+    monkeypatch: pytest.MonkeyPatch, *, is_looked_at: bool
+) -> None:
+    machine = Machine(monkeypatch, 6, SIZE)
+    session = machine.attach("one")
+    leases = Leases(session, replace(BOUNDS, reserve=0, ahead=0))
+    for name, length in (("runs", 8), ("waits", 12)):
+        leases.ask(name, [length] * length, left=20)
+    leases.flush()
+    machine.deliver(session)
+    assert leases.ready("runs")
+    leases.start("runs")
+    assert not is_looked_at or leases.ready("waits")  # ready, and the step had no room for it
+    assert leases.room("runs", 16) is Room.COMING  # two blocks more, and one is free
+    leases.flush()
+    machine.deliver(session)
+    assert leases.room("runs", 16) is Room.THERE
+    leases.end(leases.pop("runs"))
+    leases.flush()
+    machine.deliver(session)
     machine.check_idle()
 
 

@@ -173,6 +173,12 @@ class Held:
         own = 0 if self.lease is None else len(self.lease.block_table)
         return own + len(self._extra)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it was granted, looked at or not, and is not computed yet."""
+        was_granted = self.lease is not None or (self.future is not None and self.future.done())
+        return was_granted and not self.is_started
+
     def take(self, blocks: Iterable[int]) -> None:
         """Add spare blocks."""
         self._extra.extend(blocks)
@@ -512,11 +518,7 @@ class Leases:
 
         For an engine that runs out of room: these are blocks that cost nobody anything.
         """
-        idle = [
-            name
-            for name, held in self.held.items()
-            if not held.is_started and held.future is not None and held.future.done()
-        ]
+        idle = [name for name, held in self.held.items() if held.is_idle]
         for name in idle:
             self.end(self.pop(name))
         return bool(idle)
