@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +15,12 @@ from typing import Any
 import pytest
 
 import prefixcache
-from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
+from prefixcache.errors import InvalidRequest, LayoutMismatch, ServiceUnavailable, Unsupported
 from prefixcache_vllm import command
 from prefixcache_vllm.command import check_vllm
+from service.service_process import environment
 
-TOLD = {
+TOLD: dict[str, Any] = {
     "layout": "pages:2x32768:vllm/cpu/float32",
     "model": "m",
     "block_size": 32,
@@ -82,7 +88,7 @@ def test_a_service_that_is_not_waited_for_any_more_is_ended(
     monkeypatch.setattr(command, "state", lambda: tmp_path)
 
     def interrupted(target: str) -> None:
-        if (tmp_path / "prefixcache" / "vllm-serve.log").read_text():
+        if any(path.read_text() for path in tmp_path.glob("prefixcache/vllm-serve-*.log")):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "reach", interrupted)
@@ -91,6 +97,42 @@ def test_a_service_that_is_not_waited_for_any_more_is_ended(
         command.start(command.serve_command(target, TOLD, "in-place", "1MiB"), target)
     with pytest.raises(ServiceUnavailable):
         prefixcache.connect(target, timeout_s=1)
+
+
+STARTING = (
+    "import sys; from prefixcache_vllm import command as c; c.start(sys.argv[2:], sys.argv[1])"
+)
+
+
+def test_of_two_who_would_start_a_service_at_once_one_does_and_both_find_it(tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/s"
+    serve = command.serve_command(target, TOLD, "in-place", "1MiB")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTING, target, *serve],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment() | {"XDG_STATE_HOME": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    said = "".join(one.communicate()[1] for one in both)
+    pids = [int(pid) for pid in re.findall(r"the service is process (\d+)", said)]
+    try:
+        assert [one.returncode for one in both] == [0, 0], said
+        assert len(pids) == said.count("starting a service") == 1
+        command.try_attaching(target, "in-place", TOLD)
+        command.try_attaching(target, "in-place", TOLD | {"model": "of the same shape"})
+        for other, reason in (
+            ({"block_size": 64}, "has blocks of 32 tokens, and this engine has blocks of 64"),
+            ({"layout": TOLD["layout"].replace("2x", "4x")}, "you sent pages:4x32768"),
+            ({"layout": "pages:2x16384:vllm/cpu/bfloat16"}, "neither could read"),
+        ):
+            with pytest.raises(LayoutMismatch, match=f"{reason}.*or say --connect with another"):
+                command.try_attaching(target, "in-place", TOLD | other)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
 
 
 def test_a_version_that_nobody_tested_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -19,7 +21,7 @@ import prefixcache
 from prefixcache.client import Client
 from prefixcache.client.address import default_target
 from prefixcache.config import parse_layout
-from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
+from prefixcache.errors import InvalidRequest, LayoutMismatch, ServiceUnavailable, Unsupported
 from prefixcache.extras import how_to_install
 from prefixcache.plain_json import json_text
 from prefixcache.private_files import open_private, own_folder
@@ -294,17 +296,34 @@ def engine_command(
 def start(command: list[str], target: str) -> None:
     """Start the service, in a session of its own, and wait until it answers.
 
+    Of several who would start one at the same address the first does, and the others wait for it.
+
     Raises:
         ServiceUnavailable: It has ended; the message has its last words, and where the others are.
         InvalidRequest: There is no place for its log.
     """
+    name = re.sub(r"[^A-Za-z0-9]+", "-", target).strip("-")
     try:
-        path = own_folder(state() / "prefixcache") / "vllm-serve.log"
-        fd = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        path = own_folder(state() / "prefixcache") / f"vllm-serve-{name}.log"
+        fd = open_private(path, os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise InvalidRequest(f"no place for the service's log: {error}") from None
+    with os.fdopen(fd, "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if reach(target) is None:
+            lock.truncate(0)
+            start_and_wait(command, target, path)
+
+
+def start_and_wait(command: list[str], target: str, path: Path) -> None:
+    """Start it, writing to a log of its own; end it if nobody waits for it any more.
+
+    Raises:
+        ServiceUnavailable: As `start`.
+    """
     typer.echo(f"nobody serves at {target}: starting a service, which writes to {path}", err=True)
-    with os.fdopen(fd, "w", encoding="utf-8") as log:
+    fd = open_private(path, os.O_WRONLY | os.O_APPEND)  # anew: the lock is not for the service
+    with os.fdopen(fd, "a", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "prefixcache.cli", *command[1:]],
             stdin=subprocess.DEVNULL,
@@ -335,12 +354,22 @@ def try_attaching(target: str, mode: str, told: dict[str, Any]) -> None:
     """
     from prefixcache_vllm.joining import FIRST_BLOCK
 
+    elsewhere = "or say --connect with another address, where a service for this engine is started"
     with prefixcache.connect(target) as client:
-        first = attached(client, told)
+        size = client.snapshot().block_size
+        if size != told["block_size"]:
+            raise LayoutMismatch(
+                f"the pool at {target} has blocks of {size} tokens, and this engine has blocks of "
+                f"{told['block_size']}: leave --block-size out, {elsewhere}"
+            )
+        try:
+            first = attached(client, told)
+        except LayoutMismatch as error:
+            raise LayoutMismatch(f"{error}, {elsewhere}") from None
     if mode == "in-place" and first != FIRST_BLOCK:
         raise Unsupported(
             f"the pool at {target} lends from block {first} on, and vLLM writes to block 0 what "
-            f"nobody reads: start the service with --first-block {FIRST_BLOCK}"
+            f"nobody reads: start the service with --first-block {FIRST_BLOCK}, {elsewhere}"
         )
 
 
