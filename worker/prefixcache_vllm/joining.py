@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from typing import Any, Final
 
 import prefixcache
@@ -15,6 +16,9 @@ from prefixcache_vllm.options import Options
 
 FIRST_BLOCK: Final = 1
 """What vLLM's block tables call no block, and its kernels may write to, is 0."""
+SCHEDULERS: Final = "prefixcache_vllm.scheduler"
+WORKERS: Final = "prefixcache_vllm.worker"
+"""Where the classes are that vLLM is started with, in place."""
 
 
 def group_of(vllm_config: Any, times: int = 0) -> str:
@@ -50,6 +54,8 @@ def join(
         ServiceUnavailable: nobody serves there.
     """
     pages.check(vllm_config, in_place=in_place)
+    if in_place:
+        check_both(vllm_config)
     client = prefixcache.connect(Options.of(vllm_config).connect)
     try:
         return client, attach(
@@ -88,6 +94,44 @@ def attach(
             f" 0 what nobody reads: start the service with --first-block {FIRST_BLOCK}"
         )
     return session
+
+
+def check_both(vllm_config: Any) -> None:
+    """Refuse an engine in place of which one half is not ours.
+
+    A scheduler of vLLM's own would give requests blocks of the pool that others hold, and a worker
+    of its own has nothing of what others have computed.
+
+    Raises:
+        Unsupported: As said, with the flag that is missing.
+    """
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    worker = vllm_config.parallel_config.worker_cls
+    for flag, named, module, example in (
+        ("--scheduler-cls", scheduler, SCHEDULERS, "LeaseScheduler"),
+        ("--worker-cls", worker, WORKERS, "CPUWorker"),
+    ):
+        if not is_of(module, named):
+            raise Unsupported(
+                f"in place, scheduler and worker go together, and {flag} is {named}: say {flag} "
+                f"{module}.{example}, or start the engine by `prefixcache vllm`"
+            )
+
+
+def is_of(module: str, named: str | type | None) -> bool:
+    """Whether a class is one of a module, or derived from one; it may be told by its dotted name.
+
+    >>> is_of("pathlib", "pathlib.Path"), is_of("json.encoder", "json.JSONEncoder")
+    (True, True)
+    >>> is_of("pathlib", None), is_of("pathlib", "json.JSONEncoder"), is_of("pathlib", "auto")
+    (False, False, False)
+    """
+    if isinstance(named, str):
+        place, _, name = named.rpartition(".")
+        if place in ("", module):  # without importing what is heavy
+            return bool(place)
+        named = getattr(import_module(place), name)
+    return any(base.__module__ == module for base in getattr(named, "__mro__", ()))
 
 
 def check_room(pool: PoolHandle, max_tokens: int, spare_blocks: int) -> None:

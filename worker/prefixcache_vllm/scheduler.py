@@ -31,6 +31,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from prefixcache.client import Session
+from prefixcache.errors import Unsupported
 from prefixcache_vllm.joining import check_room
 from prefixcache_vllm.leases import Bounds, Leases, Room
 from prefixcache_vllm.link import Link
@@ -50,6 +51,13 @@ class Leasing:
     kv_cache_manager: LeasedKVCacheManager
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        is_async = isinstance(self, AsyncScheduler)
+        if bool(vllm_config.scheduler_config.async_scheduling) != is_async:
+            raise Unsupported(
+                f"{type(self).__name__} is not for this engine: with --async-scheduling, which may "
+                "be vLLM's default, LeaseAsyncScheduler plans, with --no-async-scheduling "
+                "LeaseScheduler; `prefixcache vllm` chooses"
+            )
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)  # type: ignore[call-arg]
         options = Options.of(vllm_config)
         bounds = Bounds(
