@@ -8,7 +8,7 @@ vllm serve MODEL --kv-transfer-config '{"kv_connector": "PrefixcacheConnector",
 ```
 scheduler   get_num_new_matched_tokens ─► ask; nothing until it is granted
             build_connector_meta       ─► which pages to copy in before the step, and out after it
-worker      start_load_kv, wait_for_save: one indexed copy a layer; then it says what it has saved
+worker      start_load_kv, wait_for_save: copies runs of pages; then it says what it has saved
 scheduler   update_connector_output    ─► commit what is saved, give back what is finished
 ```
 A cache, and nothing that anybody depends on: whatever goes wrong (no room, no service, a lease that
@@ -47,6 +47,8 @@ log = logging.getLogger("vllm.prefixcache")
 
 PAUSE_S: Final = 0.005
 """How long a step with nothing to compute waits for a lease."""
+FEWEST: Final = 4
+"""Tokens of a partly matching page that are worth its copy."""
 
 Pairs = list[tuple[int, int]]
 
@@ -105,7 +107,7 @@ class Shared:
     valid: int = 0
     """Tokens that the pool holds."""
     matched: int = 0
-    """Whole blocks that vLLM was told of last."""
+    """Tokens that vLLM was told of last, its own among them."""
     last_step: int = 0
     """In which something was copied for it."""
     is_finished: bool = False
@@ -220,7 +222,7 @@ class SchedulerSide:
             ahead=options.ahead,
             window=options.window,
             wait_s=options.wait_s,
-            min_partial=self._size,  # whole pages only
+            min_partial=FEWEST,
         )
         self._link = Link(
             vllm_config,
@@ -262,9 +264,10 @@ class SchedulerSide:
             return 0
         if shared.held is None and not self._granted(shared, self._leases):
             return 0 if shared.is_unshared else None
-        # One token is left to compute, for its logits: also of one that was preempted.
-        shared.matched = min(shared.valid, int(request.num_tokens) - 1) // self._size
-        return max(0, shared.matched * self._size - num_computed)
+        # One token is left to compute, for its logits: also of one that was preempted.  It is
+        # written once more into the copy of its block, which is vLLM's own.
+        shared.matched = min(shared.valid, int(request.num_tokens) - 1)
+        return max(0, shared.matched - num_computed)
 
     def _granted(self, shared: Shared, leases: Leases) -> bool:
         """Take the lease if it is there; ask for it if that was not done."""
@@ -294,8 +297,8 @@ class SchedulerSide:
                 leases.end(leases.pop(name))
             return False
         shared.held = leases.start(name)
-        shared.saved = held.num_cached // self._size
-        shared.valid = shared.saved * self._size
+        shared.saved = shared.held.num_cached // self._size
+        shared.valid = shared.held.num_cached
         return True
 
     def admit(self, request: Any, blocks: Sequence[int], num_external: int) -> None:
@@ -303,10 +306,24 @@ class SchedulerSide:
         shared = self._requests.get(request.request_id)
         if not num_external or shared is None or shared.held is None:
             return
-        first = shared.matched - num_external // self._size
-        table = shared.held.table
-        self._loads += [(table[at], blocks[at]) for at in range(first, shared.matched)]
+        first = (shared.matched - num_external) // self._size
+        there = self._pages(shared, shared.held)
+        self._loads += [
+            (there[at], blocks[at]) for at in range(first, -(-shared.matched // self._size))
+        ]
         shared.last_step = self._step + 1
+
+    def _pages(self, shared: Shared, held: Held) -> Sequence[int]:
+        """Give the pages to read from: the lease's, but for a block that it was to copy.
+
+        Into that one's page it may write, and does so when vLLM's block is full.  Until then the
+        tokens are where they were, which the lease holds as well.
+        """
+        table: Sequence[int] = held.table
+        if shared.valid == held.num_cached:
+            for copy in held.copies:
+                table = [copy.src if page == copy.dst else page for page in table]
+        return table
 
     # ------------------------------------------------------------------------------- step by step
 
@@ -319,11 +336,14 @@ class SchedulerSide:
         leases = self._leases
         if leases is None:  # what was to be loaded is told as not loaded
             return Copies(self._step, None, loads)
+        until = [time.monotonic() + 3600.0]
         for name in leases.lost():
-            self._leave(self._requests[name])
+            lost = self._requests[name]
+            if lost.last_step == self._step:
+                until.append(0.0)  # its pages were told to vLLM in this step: they may be another's
+            self._leave(lost)
         plan = Copies(self._step, leases.session.pool, loads, group=self._link.group)
         resolve = scheduler_output.kv_connector_block_state.resolve_block_ids
-        until = [time.monotonic() + 3600.0]
         for name, count in scheduler_output.num_scheduled_tokens.items():
             shared = self._requests.get(name)
             if shared is None or shared.held is None:
@@ -446,7 +466,8 @@ class WorkerSide:
             name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers
         ]
         self._page_bytes = pages.only_spec(kv_cache_config).page_size_bytes
-        self._layers: list[torch.Tensor] = []
+        self._own = torch.empty((0, 0, 0), dtype=torch.uint8)
+        """vLLM's pages, as the pool's: layer, block, byte."""
         self._mapped: tuple[PoolHandle | None, str] = None, ""
         self._pool: torch.Tensor | None = None
         self._copied: Copied | None = None
@@ -454,24 +475,18 @@ class WorkerSide:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take vLLM's tensors as pages of bytes."""
-        for name in self._names:
-            whole = kv_caches[name]
-            # In memory a layer's blocks lie one after another, whatever the order of its axes is.
-            flat = whole.as_strided((whole.numel(),), (1,), whole.storage_offset())
-            self._layers.append(flat.view(torch.uint8).view(-1, self._page_bytes))
+        self._own = pages_of([kv_caches[name] for name in self._names], self._page_bytes)
 
     def load(self, plan: Copies) -> None:
         """Copy pages in; what came too late is told by `take_failed`."""
         if not plan.loads:
             return
-        there, blocks = torch.tensor(plan.loads).T
         pool = self._map(plan)
         if pool is not None:
-            for plane, own in zip(pool, self._layers, strict=True):
-                own[blocks.to(own.device)] = plane[there.to(plane.device)].to(own.device)
+            copy_pages(pool, self._own, plan.loads)
         # Looked at afterwards: what is read of a lease that is over may be another's.
         if pool is None or time.monotonic() > plan.until:
-            self._failed.update(blocks.tolist())
+            self._failed.update(block for _, block in plan.loads)
 
     def save(self, plan: Copies) -> None:
         """Copy pages out, unless the leases may be over."""
@@ -482,9 +497,7 @@ class WorkerSide:
         if pool is None or time.monotonic() > plan.until:
             self._copied = Copied(plan.step, frozenset([plan.step]))
             return
-        blocks, there = torch.tensor(plan.saves).T
-        for plane, own in zip(pool, self._layers, strict=True):
-            plane[there.to(plane.device)] = own[blocks.to(own.device)].to(plane.device)
+        copy_pages(self._own, pool, plan.saves)
 
     def _map(self, plan: Copies) -> torch.Tensor | None:
         if (plan.pool, plan.group) != self._mapped:
@@ -518,3 +531,53 @@ class WorkerSide:
         if self._client is not None:
             self._client.close()
             self._client = None
+
+
+def pages_of(layers: Sequence[torch.Tensor], page_bytes: int) -> torch.Tensor:
+    """Give a view of layers that lie in one piece of memory, block after block in each.
+
+    Returns:
+        `[layers, blocks, page_bytes]`, uint8.
+
+    Raises:
+        Unsupported: They do not lie at equal distances.
+    """
+    storage = layers[0].untyped_storage()
+    starts = [layer.data_ptr() - storage.data_ptr() for layer in layers]
+    step = starts[1] - starts[0] if len(starts) > 1 else 0
+    if starts != [starts[0] + step * at for at in range(len(starts))]:
+        raise Unsupported(
+            "vLLM's layers of KV lie at distances of which this version does not know"
+        )
+    num_blocks = layers[0].nbytes // page_bytes
+    whole = torch.empty(0, dtype=torch.uint8, device=layers[0].device)
+    return whole.set_(
+        storage, starts[0], (len(layers), num_blocks, page_bytes), (step, page_bytes, 1)
+    )
+
+
+def copy_pages(source: torch.Tensor, target: torch.Tensor, pairs: Pairs) -> None:
+    """Copy pages of all layers, each run of neighbours at once: an index would go byte by byte.
+
+    Args:
+        source: `[layers, blocks, page_bytes]`.
+        target: of the same layers and pages.
+        pairs: block of the source, block of the target.
+    """
+    for first, there, count in runs_of(pairs):
+        target[:, there : there + count].copy_(source[:, first : first + count])
+
+
+def runs_of(pairs: Pairs) -> list[tuple[int, int, int]]:
+    """Join pairs of which both are neighbours: the first of each, and how many.
+
+    >>> runs_of([(4, 1), (5, 2), (6, 9)])
+    [(4, 1, 2), (6, 9, 1)]
+    """
+    found: list[tuple[int, int, int]] = []
+    for one, other in pairs:
+        if found and (one, other) == (found[-1][0] + found[-1][2], found[-1][1] + found[-1][2]):
+            found[-1] = (*found[-1][:2], found[-1][2] + 1)
+        else:
+            found.append((one, other, 1))
+    return found
