@@ -62,6 +62,10 @@ def expected_cache(config: Any) -> Any:
         ("latent attention", model.use_mla),
         ("layers that keep states", model.is_hybrid or model.is_attention_free),
         ("a sliding window", model.get_sliding_window()),
+        (
+            "layers without KV of their own",
+            getattr(model.hf_text_config, "num_kv_shared_layers", 0),
+        ),
     ):
         if found:
             raise Unsupported(f"the model has {what}: its KV cannot be shared yet")
