@@ -24,7 +24,8 @@ def chat(model: ServedModel, *messages: Any, **more: Any) -> Ask:
 
 
 USER = {"role": "user", "content": "w5"}
-CALL = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
+TEXT = {"type": "text", "text": "w5"}
+CALL: dict[str, Any] = {"type": "function", "id": "c", "function": {"name": "f", "arguments": "{}"}}
 CALLING: dict[str, Any] = {"role": "assistant", "tool_calls": [CALL]}
 
 
@@ -68,12 +69,18 @@ def test_a_nucleus_of_nothing_takes_the_most_likely_token(model: ServedModel) ->
         ([{"role": "boss", "content": "x"}], "messages[0].role"),
         ([{"role": "user"}], "messages[0].content"),
         ([USER, {"role": "user", "content": "x", "weight": 1}], "messages[1].weight"),
-        ([{"role": "user", "content": 7}], "messages"),
-        ([{"role": "user", "content": "\ud800"}], "messages"),
+        ([{"role": "user", "content": 7}], "messages[0].content"),
+        ([{"role": "user", "content": []}], "messages[0].content"),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
-            "messages[0].content",
+            "messages[0].content[0].type",
         ),
+        ([{"role": "user", "content": [TEXT | {"weight": 1}]}], "messages[0].content[0].weight"),
+        ([{"role": "user", "content": [TEXT, {"type": "text"}]}], "messages[0].content[1].text"),
+        ([USER | {"name": {"a": "b"}}], "messages[0].name"),
+        ([USER | {"tool_call_id": "c"}], "messages[0].tool_call_id"),
+        ([USER | {"refusal": "no"}], "messages[0].refusal"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "messages[0].tool_calls"),
         ([CALLING | {"tool_calls": [7]}], "messages[0].tool_calls[0]"),
         ([CALLING | {"tool_calls": [{"type": "custom"}]}], "messages[0].tool_calls[0]"),
@@ -81,7 +88,13 @@ def test_a_nucleus_of_nothing_takes_the_most_likely_token(model: ServedModel) ->
             [CALLING | {"tool_calls": [{"function": {"name": "f"}}]}],
             "messages[0].tool_calls[0].function.arguments",
         ),
-        ([CALLING, {"role": "tool", "content": [7]}], "messages"),
+        ([CALLING | {"tool_calls": [CALL | {"id": 7}]}], "messages[0].tool_calls[0].id"),
+        ([CALLING | {"tool_calls": [CALL | {"state": 1}]}], "messages[0].tool_calls[0].state"),
+        (
+            [CALLING | {"tool_calls": [CALL | {"function": CALL["function"] | {"strict": True}}]}],
+            "messages[0].tool_calls[0].function.strict",
+        ),
+        ([CALLING, {"role": "tool", "content": [7]}], "messages[1].content[0]"),
     ],
 )
 def test_messages_that_would_not_be_seen_are_refused_by_place(
@@ -90,6 +103,16 @@ def test_messages_that_would_not_be_seen_are_refused_by_place(
     with pytest.raises(Refused) as told:
         chat(model, *messages)
     assert told.value.param == param
+
+
+def test_what_clients_add_to_a_message_without_meaning_anything_by_it_is_taken(
+    model: ServedModel,
+) -> None:
+    part = TEXT | {"cache_control": {"type": "ephemeral"}}
+    assert chat(model, {"role": "user", "content": [part]}).prompts == chat(model, USER).prompts
+    listed = CALLING | {"tool_calls": [CALL | {"index": 0}], "refusal": None, "audio": None}
+    answer = {"role": "tool", "tool_call_id": "c", "content": "w7"}
+    assert chat(model, USER, listed, answer).prompts == chat(model, USER, CALLING, answer).prompts
 
 
 @pytest.mark.parametrize(
@@ -101,6 +124,7 @@ def test_messages_that_would_not_be_seen_are_refused_by_place(
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"logit_bias": {"97": 1}}, "logit_bias"),
         ({"max_tokens": 600}, "max_tokens"),
+        ({"chat_template_kwargs": {"no_such_option": 1}}, "chat_template_kwargs"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(

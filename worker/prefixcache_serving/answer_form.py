@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
 from prefixcache_serving.call_form import CallForm
-from prefixcache_serving.fields import flag, object_, show, text, wrong
+from prefixcache_serving.content import refuse_others
+from prefixcache_serving.fields import flag, object_, text, wrong
 from prefixcache_serving.refusals import Refused
 from prefixcache_serving.tools import ToolUse
 from prefixcache_worker.grammar import read_grammar
@@ -51,14 +52,14 @@ def read_form(given: Any, name: str, *, is_flat: bool = False) -> JsonForm | Non
     if kind not in ("text", "json_object", "json_schema") or not isinstance(kind, str):
         raise wrong(f"{name}.type", kind, "text, json_object or json_schema")
     flat = _OF_A_SCHEMA if is_flat else ("json_schema",)
-    _only(given, name, ("type", *(flat if kind == "json_schema" else ())))
+    refuse_others(given, name, "type", *(flat if kind == "json_schema" else ()))
     if kind != "json_schema":
         return None if kind == "text" else JsonForm({"type": "object"}, is_strict=True)
     inner = given
     if not is_flat:
         name = f"{name}.json_schema"
         inner = given.get("json_schema")
-        _only(object_(inner, name), name, _OF_A_SCHEMA)
+        refuse_others(object_(inner, name), name, *_OF_A_SCHEMA)
     called = inner.get("name")
     if not isinstance(called, str) or not _NAME.fullmatch(called):
         raise wrong(f"{name}.name", called, "1 to 64 letters, digits, _ and -")
@@ -116,13 +117,3 @@ def refused_grammar(error: Exception, form: JsonForm | None, name: str) -> Refus
     param = name if form is not None else "tools"
     said = str(error).removeprefix("grammar").removeprefix(": ")
     return Refused(f"{param}: {said}", param=param, code="invalid_value")
-
-
-def _only(given: Mapping[str, Any], name: str, names: tuple[str, ...]) -> None:
-    for key, value in given.items():
-        if key not in names and value is not None:
-            raise Refused(
-                f"unknown field {show(key)} in {name}: it would have no effect here",
-                param=f"{name}.{key[:64]}",
-                code="unknown_field",
-            )

@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from prefixcache.errors import CacheError
 from prefixcache.prompts.chat_template import Prompt
-from prefixcache.prompts.logged_request import LoggedRequest, read_logged
+from prefixcache.prompts.logged_request import read_logged
 from prefixcache.types import unpack
 from prefixcache_serving import responses
 from prefixcache_serving.answer_form import JsonForm, grammar_of, read_form
 from prefixcache_serving.call_form import HERMES, CallForm, told_messages
+from prefixcache_serving.content import TEXT, read_content, refuse_others
 from prefixcache_serving.fields import (
     CHAT,
     COMPLETIONS,
@@ -42,6 +43,10 @@ DEFAULT_COMPLETION_TOKENS: Final = 16
 _RESULTS: Final = ("tool", "function")
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _KEYS: Final = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
+_PARTS: Final = {"text": "text", "refusal": "refusal"}
+"""Where a part of a message has its text."""
+_BESIDE_A_TEXT: Final = ("cache_control",)
+"""What a part may have besides: everything is cached anyway."""
 _HOW: Final = (
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"),
     *("top_k", "min_p", "min_tokens"),
@@ -66,6 +71,7 @@ _BESIDE_BEAMS: Final[dict[str, tuple[Any, ...]]] = {
     "echo": (False,),
 }
 """Fields that do not go with a search for the likeliest answers, unless they ask for nothing."""
+_UNKNOWN_OPTIONS: Final = "options that the template does not know"
 _HARMLESS_LOSSES: Final = {"messages that the template does not show in full", "thoughts"}
 """What templates leave out by design, of earlier turns."""
 
@@ -418,7 +424,7 @@ def _chat(
     if lost := sorted(set(made.left_out) - _HARMLESS_LOSSES):
         raise Refused(
             f"this model's template cannot show everything: {', '.join(lost)}",
-            param=source,
+            param="chat_template_kwargs" if lost == [_UNKNOWN_OPTIONS] else source,
             code="unsupported_field",
         )
     return [unpack(made.tokens).tolist()], tuple(sorted(made.left_out))
@@ -432,7 +438,6 @@ def _prompt(
 ) -> Prompt:
     """Write the chat, tools and calls in the template's way, or, where it has none, in ours."""
     (logged,) = read_logged({"messages": messages, "tools": tools, **given})
-    _refuse_media(logged)
     has_calls = any("tool_calls" in one or one["role"] in _RESULTS for one in messages)
     if model.call_form is None and (tools or has_calls):
         told = told_messages(logged.messages, logged.tools)
@@ -447,13 +452,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             f"{where} is {show(message)}; it takes an object", param=where, code="invalid_value"
         )
     kept = {key: value for key, value in message.items() if value is not None}
-    for key in kept:
-        if key not in _KEYS:
-            raise Refused(
-                f"unknown field {show(key)} in {where}: it would have no effect here",
-                param=f"{where}.{key[:64]}",
-                code="unknown_field",
-            )
+    refuse_others(kept, where, *_KEYS)
     role = kept.get("role")
     if role not in _ROLES or not isinstance(role, str):
         raise Refused(
@@ -465,6 +464,17 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         _check_calls(kept, where)
     if role != "assistant" and "content" not in kept:
         raise Refused(f"{where} has no content", param=f"{where}.content", code="missing_field")
+    if "content" in kept:
+        kept["content"] = read_content(kept["content"], f"{where}.content", _PARTS, _BESIDE_A_TEXT)
+    for name, speaker in (("name", role), ("refusal", "assistant"), ("tool_call_id", "tool")):
+        if name in kept:
+            TEXT(kept[name], f"{where}.{name}")
+            if role != speaker:
+                raise Refused(
+                    f"{where}.{name} goes with role: {speaker}",
+                    param=f"{where}.{name}",
+                    code="invalid_value",
+                )
     return kept
 
 
@@ -478,20 +488,12 @@ def _check_calls(message: dict[str, Any], where: str) -> None:
         function = call.get("function") if isinstance(call, dict) else None
         if kind != "function" or not isinstance(function, dict):
             raise wrong(place, call, "a call of a function")
+        refuse_others(call, place, "type", "id", "function", "index")  # their order says it
+        refuse_others(function, f"{place}.function", "name", "arguments")
+        if call.get("id") is not None:
+            TEXT(call["id"], f"{place}.id")
         for name in ("name", "arguments"):
             text(2**31, least=name == "name")(function.get(name), f"{place}.function.{name}")
-
-
-def _refuse_media(logged: LoggedRequest) -> None:
-    for at, message in enumerate(logged.messages):
-        content = message["content"]
-        for part in content if isinstance(content, list) else ():
-            if part["type"] != "text":
-                raise Refused(
-                    f"messages[{at}] holds a part of type {part['type']}; the model reads text",
-                    param=f"messages[{at}].content",
-                    code="unsupported_field",
-                )
 
 
 def _completion(found: dict[str, Any], model: ServedModel) -> list[list[int]]:
@@ -520,7 +522,7 @@ def _completion(found: dict[str, Any], model: ServedModel) -> list[list[int]]:
 def _tokens(prompt: Any, model: ServedModel) -> list[int]:
     if isinstance(prompt, str):
         try:
-            tokens = model.decoder.encode(text(2**31)(prompt, "prompt"))
+            tokens = model.decoder.encode(TEXT(prompt, "prompt"))
         except CacheError as error:
             raise refusal_of(error, "prompt") from None
         if not tokens:

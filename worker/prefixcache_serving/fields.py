@@ -109,6 +109,15 @@ def number(least: float, most: float) -> Check:
     return check
 
 
+def is_text(value: str) -> bool:
+    """Whether no half of a character is in it, which JSON can write, and no text can have."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def text(longest: int, least: int = 0) -> Check:
     """Take a text of so many characters."""
 
@@ -117,7 +126,7 @@ def text(longest: int, least: int = 0) -> Check:
             raise wrong(name, value, "a text")
         if not least <= len(value) <= longest:
             raise wrong(name, value, f"a text of {least:,} to {longest:,} characters")
-        if any("\ud800" <= char <= "\udfff" for char in value):
+        if not is_text(value):
             raise Refused(
                 f"{name} holds half a character (U+D800 to U+DFFF): that is no text",
                 param=name,
@@ -227,6 +236,11 @@ def biases(value: Any, name: str) -> dict[str, float]:
     for token in value:
         if not (token.isascii() and token.isdecimal() and len(token) <= 10):
             raise Refused(f"{name} names {show(token)}; it takes token ids", param=name)
+        if token != str(int(token)):
+            raise Refused(
+                f"{name} names {show(token)}; write {int(token)}: one may be there twice otherwise",
+                param=name,
+            )
     return {token: number(-100, 100)(bias, name) for token, bias in value.items()}
 
 

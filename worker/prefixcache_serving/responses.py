@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from prefixcache_serving.content import TEXT, read_content, refuse_others
 from prefixcache_serving.fields import show, text, wrong
 from prefixcache_serving.refusals import Refused
 
-_TEXT: Final = text(2**31)
 _ROLES: Final = ("user", "assistant", "system", "developer")
 _STATES: Final = ("in_progress", "completed", "incomplete")
 _PARTS: Final[Mapping[str, str]] = {
@@ -44,7 +44,7 @@ def messages(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise Refused("an input is missing", param="input", code="missing_field")
     given = found["input"]
     if isinstance(given, str):
-        return [*made, {"role": "user", "content": _TEXT(given, "input")}]
+        return [*made, {"role": "user", "content": TEXT(given, "input")}]
     if not isinstance(given, list) or not given:
         raise wrong("input", given, "a text, or a list of at least one item")
     follows_assistant = False
@@ -107,13 +107,7 @@ _ITEMS: Final[Mapping[str, Callable[[dict[str, Any], str], dict[str, Any]]]] = {
 
 def _only(item: dict[str, Any], where: str, *names: str) -> None:
     """Refuse what would have no effect; an id and a state are what we gave the item ourselves."""
-    for name in item:
-        if name not in names:
-            raise Refused(
-                f"unknown field {show(name)} in {where}: it would have no effect here",
-                param=f"{where}.{name[:64]}",
-                code="unknown_field",
-            )
+    refuse_others(item, where, *names)
     if "id" in item:
         text(1024)(item["id"], f"{where}.id")
     if item.get("status", _STATES[0]) not in _STATES:
@@ -123,38 +117,9 @@ def _only(item: dict[str, Any], where: str, *names: str) -> None:
 def _named(item: dict[str, Any], name: str, where: str) -> str:
     if name not in item:
         raise Refused(f"{where} has no {name}", param=f"{where}.{name}", code="missing_field")
-    given: str = _TEXT(item[name], f"{where}.{name}")
+    given: str = TEXT(item[name], f"{where}.{name}")
     return given
 
 
 def _content(given: Any, where: str) -> str | list[dict[str, str]]:
-    """Give a text, or the texts of parts."""
-    if isinstance(given, str):
-        made: str = _TEXT(given, where)
-        return made
-    if not isinstance(given, list) or not given:
-        raise wrong(where, given, "a text, or a list of at least one part")
-    return [_part(part, f"{where}[{at}]") for at, part in enumerate(given)]
-
-
-def _part(part: Any, where: str) -> dict[str, str]:
-    if not isinstance(part, dict):
-        raise wrong(where, part, "an object")
-    kind = part.get("type")
-    name = _PARTS.get(kind) if isinstance(kind, str) else None
-    if name is None:
-        raise Refused(
-            f"{where} is a part of type {show(kind)}; the model reads text: {', '.join(_PARTS)}",
-            param=f"{where}.type",
-            code="unsupported_field",
-        )
-    for key, value in part.items():
-        if key not in ("type", name, *_OF_AN_ANSWER) and value is not None:
-            raise Refused(
-                f"unknown field {show(key)} in {where}: it would have no effect here",
-                param=f"{where}.{key[:64]}",
-                code="unknown_field",
-            )
-    if part.get(name) is None:
-        raise Refused(f"{where} has no {name}", param=f"{where}.{name}", code="missing_field")
-    return {"type": "text", "text": _TEXT(part[name], f"{where}.{name}")}
+    return read_content(given, where, _PARTS, _OF_AN_ANSWER)

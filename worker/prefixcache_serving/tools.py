@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from prefixcache_serving.content import refuse_others
 from prefixcache_serving.fields import flag, show, text, wrong
 from prefixcache_serving.refusals import Refused
 
@@ -192,12 +193,6 @@ def _object(given: Any, where: str, names: tuple[str, ...] | None = None) -> dic
     """Take an object of certain names; null is as good as left out."""
     if not isinstance(given, dict):
         raise wrong(where, given, "an object")
-    kept = {key: value for key, value in given.items() if value is not None}
-    for key in kept if names is not None else ():
-        if names is not None and key not in names:
-            raise Refused(
-                f"unknown field {show(key)} in {where}: it would have no effect here",
-                param=f"{where}.{key[:64]}",
-                code="unknown_field",
-            )
-    return kept
+    if names is not None:
+        refuse_others(given, where, *names)
+    return {key: value for key, value in given.items() if value is not None}
