@@ -13,6 +13,7 @@ from patience import PATIENCE_S
 from prefixcache.client.address import Address
 from prefixcache.errors import ServiceUnavailable
 from prefixcache_serving.chat import Endpoint, chat
+from prefixcache_serving.front import _Stream
 from serving.bench import Bench, continuation, words
 
 
@@ -59,6 +60,27 @@ def test_what_is_refused_is_said_and_the_chat_goes_on(
     out, err = capsys.readouterr()
     assert "this model takes 512 tokens" in err
     assert out.startswith(words(continuation([0, 5, 1], 3)))
+
+
+def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front is killed in mid-sentence: nothing ends the body."""
+    whole = _Stream._write
+    num_cut = 0
+
+    async def cut(stream: _Stream, data: bytes) -> None:
+        nonlocal num_cut
+        await whole(stream, data)
+        if not num_cut:
+            num_cut += 1
+            raise RuntimeError("killed, as far as the client sees")
+
+    monkeypatch.setattr(_Stream, "_write", cut)
+    talk(tokenizer_folder, "127.0.0.1:0", "w5\nw5\n", monkeypatch, system="")
+    out, err = capsys.readouterr()
+    assert "the answer broke off" in err
+    assert words(continuation([0, 5, 1], 3)) in out
 
 
 def test_where_nobody_answers_it_says_how_to_start_one(tmp_path: Path) -> None:

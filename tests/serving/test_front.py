@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
+from prefixcache_serving.bodies import Bodies
 from prefixcache_serving.body_reader import BodyReader, parse
 from prefixcache_serving.front_server import FrontServer, read_address
 from prefixcache_serving.refusals import Refused
@@ -121,6 +123,30 @@ def test_several_prompts_and_answers_are_told_apart(tokenizer_folder: Path) -> N
         assert texts == wanted
         assert told["usage"]["prompt_tokens"] == 4  # each prompt once
         assert told["usage"]["completion_tokens"] == 12
+
+    play(test, tokenizer_folder)
+
+
+def test_what_one_of_several_answers_computes_for_all_of_them_was_not_cached(
+    tokenizer_folder: Path,
+) -> None:
+    """Whichever of them it is: the first may have joined what the second one is computing."""
+
+    async def test(bench: Bench) -> None:
+        asked = asyncio.create_task(bench.post(completion(PROMPT, 1, n=2)))
+        lines: list[Any] = []
+        await until(lambda: len([line for one in bench.workers for line in one.lines]) == 2)
+        for worker in bench.workers:
+            lines += [(worker, line["id"]) for line in worker.lines]
+        for (worker, name), joined in zip(
+            sorted(lines, key=lambda one: one[1]), (3, 0), strict=True
+        ):
+            ledger = {"joined": joined, "cold": len(PROMPT) - joined}
+            worker.tell({"event": "started", "id": name, "ledger": ledger, "num_to_compute": 1})
+            worker.tell({"event": "token", "id": name, "token": 8})
+            worker.tell({"event": "finished", "id": name, "reason": "length"})
+        _, _, body = await asked
+        assert body["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
     play(test, tokenizer_folder)
 
@@ -255,6 +281,61 @@ def test_a_full_queue_is_429_with_retry_after(tokenizer_folder: Path) -> None:
     play(test, tokenizer_folder, queue=2)
 
 
+def test_requests_of_a_tenant_leave_room_for_those_of_the_others(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever keeps them open: here, bodies that do not come."""
+    monkeypatch.setattr("prefixcache_serving.front.MOST_REQUESTS", 8)
+    keys = tmp_path / "keys"
+    keys.write_text("key-of-the-greedy-one greedy\nkey-of-the-modest-one modest\n")
+    keys.chmod(0o600)
+    kind = {"content-type": "application/json"}
+    greedy = kind | {"authorization": "Bearer key-of-the-greedy-one"}
+    modest = kind | {"authorization": "Bearer key-of-the-modest-one"}
+    raw = json.dumps(completion(PROMPT, 6)).encode()
+
+    async def test(bench: Bench) -> None:
+        writers = []
+        for _ in range(6):
+            _, writer = await bench.connect()
+            writer.write(bench.head("POST", "/v1/completions", 999, greedy))
+            writers.append(writer)
+        await until(lambda: bench.front.num_open == 6)
+        status, headers, _ = await bench.exchange("POST", "/v1/completions", raw, greedy)
+        assert (status, headers["retry-after"]) == (429, "1")
+        async with bench.stepping():
+            assert (await bench.exchange("POST", "/v1/completions", raw, modest))[0] == 200
+            for writer in writers:
+                writer.close()
+            await until(lambda: not bench.front.num_open)
+            assert (await bench.exchange("POST", "/v1/completions", raw, greedy))[0] == 200
+
+    play(test, tokenizer_folder, keys=keys)
+
+
+def test_a_fault_of_ours_in_mid_answer_leaves_no_worker_with_it(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(bodies: Bodies, piece: Any) -> None:
+        raise KeyError("something nobody foresaw")
+
+    monkeypatch.setattr(Bodies, "take", take)
+
+    async def test(bench: Bench) -> None:
+        asked = asyncio.create_task(bench.post(completion(PROMPT, 50)))
+        await until(lambda: any(worker.jobs for worker in bench.workers))
+        (worker,) = [worker for worker in bench.workers if worker.jobs]
+        worker.step()
+        status, _, told = await asked
+        assert (status, told["error"]["code"]) == (500, "internal_error")
+        assert worker.cancelled
+        assert (bench.router.num_running, bench.front.num_open) == (0, 0)
+        _, _, data = await bench.exchange("GET", "/metrics")
+        assert b'requests_total{path="completions",status="500"} 1.0' in data
+
+    play(test, tokenizer_folder)
+
+
 def test_a_front_that_is_ending_begins_nothing(tokenizer_folder: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.router.is_draining = True
@@ -385,10 +466,24 @@ def test_a_body_that_does_not_come_ends(
     play(test, tokenizer_folder)
 
 
-@pytest.mark.parametrize("wrong", [b'{"a": {"b": [NaN]}}', b"-Infinity", b'[{"a": 1, "a": 1}]'])
+WRONG = [
+    *(b'{"a": {"b": [NaN]}}', b"-Infinity", b'[{"a": 1, "a": 1}]', b'{"a": [-1e999]}'),
+    *(b'{"a": ["\\ud800"]}', b'{"a": {"\\uDC00": 1}}', b'{"\\udfff": 1}', b'"\\ude00\\ud83d"'),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_what_other_readers_would_read_otherwise_is_refused(wrong: bytes) -> None:
+    """Or could not be told again in any answer: half a character, a number beyond all."""
     with pytest.raises(Refused):
         parse(wrong)
+
+
+def test_a_character_that_is_written_in_its_two_halves_is_one() -> None:
+    assert parse(b'{"a": "\\ud83d\\ude00 \\\\ud800", "b": 1e308}') == {
+        "a": "😀 \\ud800",
+        "b": 1e308,
+    }
 
 
 def test_all_bodies_together_are_bounded() -> None:
@@ -409,6 +504,25 @@ def test_all_bodies_together_are_bounded() -> None:
             assert told.value.status == 429  # type: ignore[attr-defined]
         async with reader.reading(scope, receive) as data:
             assert len(data) == 100
+
+    asyncio.run(main())
+
+
+def test_bodies_of_a_tenant_leave_room_for_those_of_the_others() -> None:
+    async def main() -> None:
+        reader = BodyReader(longest=100, most=300, tenants=("greedy", "modest"))
+        scope = {"headers": [(b"content-type", b"application/json")]}
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"x" * 75, "more_body": False}
+
+        async with contextlib.AsyncExitStack() as stack:
+            for tenant in ("greedy", "greedy", "greedy"):
+                held = reader.reading(scope, receive, tenant)
+                assert len(await stack.enter_async_context(held)) == 75
+            with pytest.raises(Refused):
+                await stack.enter_async_context(reader.reading(scope, receive, "greedy"))
+            await stack.enter_async_context(reader.reading(scope, receive, "modest"))
 
     asyncio.run(main())
 

@@ -97,6 +97,28 @@ def test_an_answer_moves_from_lane_to_lane_and_the_box_shows_all_of_it(
 
 
 @needs_chromium
+def test_the_box_misses_nothing_behind_what_keeps_a_quiet_stream_open(
+    driver: Any, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixcache_serving.front.QUIET_S", 0.02)
+    bench = Bench(tokenizer_folder)
+
+    async def look() -> None:
+        async with bench.listening():
+            await asyncio.to_thread(driver.get, f"http://{bench.address}/")
+            await seen(driver, "return document.querySelectorAll('.lane').length", lambda n: n == 2)
+            await ask(driver, "w5 w9", 5)
+            await seen(driver, "return document.querySelector('.chip') !== null")
+            async with bench.stepping(0.1):
+                assert "5 tokens" in await seen(driver, text_of("#cost"))
+            line = next(one for worker in bench.workers for one in worker.lines)
+            told = await seen(driver, text_of("#answer"))
+            assert told == words(continuation(line["tokens"], 5, line["seed"]))
+
+    asyncio.run(look())
+
+
+@needs_chromium
 def test_with_keys_the_page_asks_for_one(
     driver: Any, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -199,6 +199,36 @@ def test_a_reader_that_is_behind_sets_its_answer_down_and_nobody_else_s() -> Non
     assert asyncio.run(play()) == (continuation(PROMPT, 400),) * 2
 
 
+def test_when_nobody_computes_any_more_every_answer_is_told_so() -> None:
+    router, workers = a_router("w1", seats=2)
+    slow, running, waiting = a_journey(1, count=400), a_journey(2, count=400), a_journey(3)
+    for journey in (slow, running):
+        router.admit([journey])
+
+    async def play() -> list[int]:
+        for _ in range(BEHIND + 1):
+            workers["w1"].step()
+            await running.read()
+        assert slow.is_set_down
+        router.admit([a_journey(4, count=400)])
+        router.admit([waiting])
+        assert router.num_waiting == 1
+        workers["w1"].step()
+        router.give_up()
+        told = [await slow.read(), await running.read()]
+        assert [reason for _, reason in told] == ["", ""]
+        router.has_read(slow)
+        for journey in (slow, running, waiting):
+            with pytest.raises(Refused, match="ended before") as refused:
+                await journey.read()
+            assert refused.value.status == 503
+        return [len(tokens) for tokens, _ in told]
+
+    assert asyncio.run(play()) == [BEHIND + 1, 1]
+    assert not workers["w1"].jobs
+    assert (router.num_running, router.num_waiting) == (0, 0)
+
+
 def test_who_leaves_is_cancelled_wherever_the_answer_is() -> None:
     router, workers = a_router("w1", seats=1)
     running, waiting = a_journey(1), a_journey(2)

@@ -170,16 +170,19 @@ class Bodies:
 
     def usage(self, journeys: Sequence[Journey]) -> dict[str, Any]:
         """Count: each prompt once, each answer's tokens, and what of the prompts was cached."""
-        ledgers = [one.ledger for one in journeys[:: self.ask.num_tries]]
+        made = self.ask.num_tries
+        # Of those who began with a prompt together, one has computed what the others have joined.
+        cached = 0
+        for first in range(0, len(journeys), made):
+            ledgers = [one.ledger for one in journeys[first : first + made]]
+            cached += min((cached_of(one) for one in ledgers if one is not None), default=0)
         prompt = sum(map(len, self.ask.prompts))
         completion = sum(choice.num_tokens for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {
-                "cached_tokens": sum(cached_of(one) for one in ledgers if one is not None)
-            },
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
     def _best(self, journeys: Sequence[Journey]) -> list[Choice]:

@@ -8,18 +8,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+import math
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
 from starlette.types import Receive, Scope
 
-from prefixcache_serving.fields import show
+from prefixcache_serving.fields import is_text, show
 from prefixcache_serving.refusals import Refused
+from prefixcache_serving.shares import Shares
 
 BODY_S: Final = 30.0
 """How long a body may take."""
 MOST_BYTES: Final = 64 << 20
 """Of all bodies that are being read or worked on."""
+_HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+"""What is written of characters in two halves, of which one may be missing."""
 
 
 class ClientGone(Exception):
@@ -32,15 +38,18 @@ class BodyReader:
     Args:
         longest: bytes of one.
         most: bytes of all at a time.
+        tenants: who may send them; each has a part of `most` that the others cannot take.
     """
 
-    def __init__(self, longest: int, most: int = MOST_BYTES) -> None:
+    def __init__(self, longest: int, most: int = MOST_BYTES, tenants: Iterable[str] = ()) -> None:
         self.longest = longest
-        self._most = most
-        self._held = 0
+        self._shares = Shares(most, tenants)
+        self._held: Counter[str] = Counter()
 
     @contextlib.asynccontextmanager
-    async def reading(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
+    async def reading(
+        self, scope: Scope, receive: Receive, tenant: str = ""
+    ) -> AsyncIterator[bytes]:
         """Read a body; its bytes count until the block is left.
 
         Raises:
@@ -58,15 +67,16 @@ class BodyReader:
                     if message["type"] == "http.disconnect":
                         raise ClientGone
                     part = message.get("body", b"")
+                    has_room = len(part) <= self._shares.room(tenant, self._held)
                     size += len(part)
-                    self._held += len(part)
+                    self._held[tenant] += len(part)
                     if size > self.longest:
                         raise Refused(
                             f"the body has more than {self.longest:,} bytes",
                             status=413,
                             code="body_too_long",
                         )
-                    if self._held > self._most:
+                    if not has_room:
                         raise Refused(
                             "too many long requests at once; come again",
                             status=429,
@@ -82,7 +92,7 @@ class BodyReader:
                 f"the body did not come within {BODY_S:.0f} s", status=408, code="timeout"
             ) from None
         finally:
-            self._held -= size
+            self._held[tenant] -= size
 
 
 def parse(data: bytes) -> Any:
@@ -90,12 +100,18 @@ def parse(data: bytes) -> Any:
 
     Raises:
         Refused: it is no JSON in UTF-8; a name stands twice in an object, of which one would be
-            ignored; a number is none.
+            ignored; a number is none, or beyond all that are; a text holds half a character.
     """
     try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_number,
         )
+        if _HALF.search(data):
+            _refuse_halves(found)
+        return found
     except RecursionError:
         raise Refused("the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # UnicodeDecodeError is one
@@ -111,6 +127,34 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise Refused(f"{show(name)} is there twice in one object", code="invalid_json")
             seen.add(name)
     return found
+
+
+def _number(written: str) -> float:
+    value = float(written)
+    if not math.isfinite(value):
+        raise Refused(f"{show(written)[1:-1]} is beyond every number", code="invalid_json")
+    return value
+
+
+def _refuse_halves(found: Any) -> None:
+    """Refuse half a character, wherever it is: it could not be told in any answer."""
+    named = found.items() if isinstance(found, dict) else [("the body", found)]
+    for name, value in named:
+        if not (is_text(name) and _is_whole(value)):
+            raise Refused(
+                f"{show(name)[1:-1]} holds half a character (U+D800 to U+DFFF): that is no text",
+                param=name if is_text(name) and isinstance(found, dict) else None,
+                code="invalid_value",
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether no text in it is half of one."""
+    if isinstance(value, str):
+        return is_text(value)
+    if isinstance(value, dict):
+        return all(map(is_text, value)) and all(map(_is_whole, value.values()))
+    return not isinstance(value, list) or all(map(_is_whole, value))
 
 
 def _refuse_constant(name: str) -> Any:

@@ -118,6 +118,10 @@ class Endpoint:
                     if "error" in chunk:
                         raise InvalidRequest(chunk["error"]["message"])
                     yield chunk
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ServiceUnavailable(
+                f"the answer broke off ({error or type(error).__name__})"
+            ) from None
         finally:
             connection.close()
 

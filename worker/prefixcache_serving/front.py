@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +46,7 @@ from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
 from prefixcache_serving.call_form import CallPiece, CallReader
 from prefixcache_serving.fields import CHAT, COMPLETIONS, RESPONSES, show
+from prefixcache_serving.front_server import MOST_CONNECTIONS
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.keys import Keys
 from prefixcache_serving.meter import CONTENT_TYPE, Meter
@@ -52,6 +54,7 @@ from prefixcache_serving.refusals import Refused, refusal_of
 from prefixcache_serving.response_bodies import ResponseBodies
 from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
+from prefixcache_serving.shares import Shares
 from prefixcache_worker.text import TextStream
 
 PAGE: Final = Path(__file__).parent / "web"
@@ -60,6 +63,9 @@ EXPLAIN: Final = "x-prefixcache-explain"
 """A request with this header is told the ledger of its prompts, and who computed."""
 QUIET_S: Final = 15.0
 """After so long without a token a stream is given an empty line: nobody takes it for dead."""
+MOST_REQUESTS: Final = MOST_CONNECTIONS - 64
+"""For answers, under way at a time; the other connections are for whoever looks how it is."""
+_LONGEST_HEADER: Final = 2048
 _PIECES_AHEAD: Final = 16
 """Pieces of all answers of a stream that wait to be sent."""
 _LONG_BODY: Final = 16 << 10
@@ -93,7 +99,10 @@ class Front:
         self.board = Board(router, model.name, workers)
         self.num_open = 0
         """Requests for answers that are under way."""
-        self._bodies = BodyReader(model.most_body_bytes)
+        self._bodies = BodyReader(model.most_body_bytes, tenants=keys.tenants)
+        self._shares = Shares(MOST_REQUESTS, keys.tenants)
+        self._open: Counter[str] = Counter()
+        """Of these, by tenant, those whose key was seen."""
         self._numbers = count(1)
 
     def app(self) -> ASGIApp:
@@ -171,15 +180,38 @@ class Front:
 
     # --------------------------------------------------------------------------------- the answers
 
-    async def ask(self, kind: str, scope: Scope, receive: Receive) -> tuple[Ask, list[Journey]]:
+    @contextmanager
+    def entered(self, scope: Scope) -> Iterator[str]:
+        """Let a request in; give whose it is.
+
+        Raises:
+            Refused: its key is none; or too many of its tenant's are under way.
+        """
+        tenant = self._tenant(scope)
+        if not self._shares.room(tenant, self._open):
+            raise Refused(
+                f"{self._open[tenant]} of your requests are under way, and {self.num_open} of all: "
+                "no more can be; come again later",
+                code="rate_limit_exceeded",
+                status=429,
+                retry_after_s=1.0,
+            )
+        self._open[tenant] += 1
+        try:
+            yield tenant
+        finally:
+            self._open[tenant] -= 1
+
+    async def ask(
+        self, kind: str, tenant: str, scope: Scope, receive: Receive
+    ) -> tuple[Ask, list[Journey]]:
         """Read a request and hand its answers to the router.
 
         Raises:
             Refused: with what is wrong.
             ClientGone: the client left.
         """
-        tenant = self._tenant(scope)
-        async with self._bodies.reading(scope, receive) as data:
+        async with self._bodies.reading(scope, receive, tenant) as data:
             if len(data) < _LONG_BODY:
                 asked = read_ask(parse(data), kind, self.model, tenant)
             else:
@@ -341,11 +373,13 @@ class _Answers:
         """Answer a request, until it is done or the client leaves."""
         front = self._front
         front.num_open += 1
-        status = 499
+        status = 500
         try:
-            ask, journeys = await front.ask(self._kind, scope, receive)
-            status = await self._answer(ask, journeys, scope, receive, send)
+            with front.entered(scope) as tenant:
+                ask, journeys = await front.ask(self._kind, tenant, scope, receive)
+                status = await self._answer(ask, journeys, scope, receive, send)
         except ClientGone:
+            status = 499
             front.meter.gone.inc()
         except CacheError as error:
             refusal = refusal_of(error)
@@ -367,12 +401,11 @@ class _Answers:
                 raise ClientGone
             return told.result()
         finally:
-            for task in (told, gone):
-                task.cancel()
-            with suppress(asyncio.CancelledError, Refused):
-                await told
             for journey in journeys:
                 self._front.router.leave(journey)
+            told.cancel()
+            gone.cancel()
+            await asyncio.gather(told, gone, return_exceptions=True)
 
     async def _send(
         self, ask: Ask, journeys: list[Journey], scope: Scope, receive: Receive, send: Send
@@ -381,7 +414,7 @@ class _Answers:
         front = self._front
         made = ResponseBodies if ask.kind == RESPONSES else Bodies
         bodies = made(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
-        headers = {"x-request-id": bodies.id}
+        headers = {"x-request-id": bodies.id} | _left_out(ask, ())
         stream = _Stream(send, headers)
         async with aclosing(front.pieces(ask, journeys)) as pieces:
             is_first = True
@@ -473,7 +506,9 @@ async def _page(scope: Scope, receive: Receive, send: Send) -> None:
 def _left_out(ask: Ask, journeys: Sequence[Journey]) -> dict[str, str]:
     """Give the header that says what of a request has no effect."""
     parts = sorted({*ask.left_out, *(part for one in journeys for part in one.left_out)})
-    told = ascii(", ".join(parts))[1:-1]  # a schema's words are anybody's
+    told = ascii(", ".join(parts))[1:-1]  # a schema's words are anybody's, and may be many
+    if len(told) > _LONGEST_HEADER:
+        told = f"{told[:_LONGEST_HEADER]} ..."
     return {"x-prefixcache-left-out": told} if parts else {}
 
 

@@ -22,6 +22,7 @@ from prefixcache_serving.journey import BEHIND, Journey
 from prefixcache_serving.meter import Meter
 from prefixcache_serving.pace import Pace
 from prefixcache_serving.refusals import Refused
+from prefixcache_serving.shares import Shares
 from prefixcache_worker.child import ProcessFailed
 
 SEQUENCE_COST: Final = 32
@@ -109,13 +110,14 @@ class Router:
         self.meter = meter
         self.longest_queue = longest_queue
         self.is_draining = False
+        self._is_given_up = False
         self.num_generated = 0
         """Tokens of all answers."""
         self.num_moved = 0
         """Answers that went on on another worker."""
         self.num_computed_again = 0
         """Tokens that were computed again because of that."""
-        self._tenants = set(tenants) or {""}
+        self._shares = Shares(longest_queue, tenants)
         self._lines: dict[str, deque[Journey]] = {}
         self._urgent: deque[Journey] = deque()
         """Those that were begun already."""
@@ -153,7 +155,8 @@ class Router:
             raise Refused("going down: nothing new is begun", status=503, retry_after_s=5.0)
         tenant = journeys[0].tenant
         free = sum(max(0, one.seats - len(one.journeys)) for one in self._open())
-        room = self._room_for(tenant) + (free if not self.num_waiting else 0)
+        held = {one: len(line) for one, line in self._lines.items()}
+        room = self._shares.room(tenant, held) + (free if not self.num_waiting else 0)
         if len(journeys) > room:
             if len(journeys) > self.longest_queue:
                 raise Refused(
@@ -186,6 +189,18 @@ class Router:
             journey.is_set_down = False
             self._again(journey)
             self._serve()
+
+    def give_up(self) -> None:
+        """Fail all answers: there will be nobody any more who computes them."""
+        self.is_draining = self._is_given_up = True
+        for station in self.stations.values():
+            for journey in list(station.journeys.values()):
+                self._take_back(journey)
+                self._again(journey)
+        for line in (self._urgent, *self._lines.values()):
+            for journey in line:
+                self._again(journey)
+            line.clear()
 
     # ------------------------------------------------------------------------------- from workers
 
@@ -308,6 +323,8 @@ class Router:
         journey.due = journey.num_context
         if reason := journey.ended_by():
             journey.finish(reason)
+        elif self._is_given_up:
+            journey.fail(Refused("ended before the answer was whole", status=503, code="ended"))
         elif not journey.is_over:
             self._urgent.append(journey)
 
@@ -345,17 +362,6 @@ class Router:
                     self._lines[tenant] = line  # behind the others
                 return journey
         return None
-
-    def _room_for(self, tenant: str) -> int:
-        """How many answers of a tenant still find a place: half of the queue is kept in parts."""
-        part = self.longest_queue // (2 * len(self._tenants))
-        kept = sum(
-            max(0, part - len(self._lines.get(other, ())))
-            for other in self._tenants
-            if other != tenant
-        )
-        waiting = sum(len(line) for line in self._lines.values())
-        return max(0, self.longest_queue - kept - waiting)
 
     def _count_one(self) -> None:
         now = time.monotonic()

@@ -28,13 +28,15 @@ async function* events(response) {
     if (done) return;
     const parts = (rest + decoder.decode(value, { stream: true })).split("\n\n");
     rest = parts.pop();
-    for (const part of parts) if (part.startsWith("data: ")) yield part.slice(6);
+    // An empty line of its own keeps a quiet stream open.
+    for (const part of parts.map(one => one.trimStart())) if (part.startsWith("data: ")) yield part.slice(6);
   }
 }
 
 // ------------------------------------------------------------------------------------------ lanes
 
 const lanes = new Map(), chips = new Map();
+let served = "";
 
 function lane(name) {
   if (!lanes.has(name)) {
@@ -71,6 +73,7 @@ function chip(answer, into) {
 }
 
 function show(state) {
+  served = state.model;
   $("model").textContent = `${state.model} · ${many(state.workers.length, "worker")} · ${many(state.tokens, "token")} written`;
   status(state.is_draining ? "draining" : "live", state.is_draining ? "draining" : "live");
   const running = state.workers.reduce((sum, one) => sum + one.running, 0);
@@ -135,15 +138,8 @@ async function ask() {
   }
 }
 
-let served = "";
-async function start() {
-  const response = await fetch("/v1/models", { headers: headers() }).catch(() => null);
-  if (response?.ok) served = (await response.json()).data[0].id;
-  watch();
-}
-
-$("door").onsubmit = event => { event.preventDefault(); key = $("key").value.trim(); start(); };
+$("door").onsubmit = event => { event.preventDefault(); key = $("key").value.trim(); watch(); };
 $("try").onsubmit = event => { event.preventDefault(); if (!asking) ask(); };
 $("stop").onclick = () => asking?.abort();
 $("prompt").onkeydown = event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("try").requestSubmit(); };
-start();
+watch();
