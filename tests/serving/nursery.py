@@ -88,6 +88,8 @@ class ForkedWorker:
         self.name = name
         self.pid = 0
         self.about: dict[str, Any] = {}
+        self.exit_code: int | None = None
+        """Nobody waits for it."""
         self.gone = asyncio.Event()
         self.events: list[dict[str, Any]] = []
         self.lines: list[dict[str, Any]] = []

@@ -20,27 +20,35 @@ from prefixcache_serving.front import Front
 from prefixcache_serving.front_server import FrontServer, read_address
 from prefixcache_serving.keys import Keys
 from prefixcache_serving.meter import Meter
+from prefixcache_serving.notices import Notice
 from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel
 from serving.bench import Bench, events
 from serving.nursery import SPIN, Fate, ForkedWorker, Nursery
-from worker.zoo import Service, random_tokens, save
+from serving.talking import TEMPLATES
+from worker.zoo import Service, random_tokens, save_talker
 
+pytest.importorskip("llguidance", reason="the serving extra's llguidance is missing")
 pytestmark = pytest.mark.slow
 
 BLOCK = 16
 COUNT = 12
+NAMES = {"type": "array", "items": {"type": "string", "maxLength": 4}, "minItems": 9}
+FORM = {"type": "json_schema", "json_schema": {"name": "names", "schema": NAMES}}
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 1.0, "top_p": 0.9, "seed": 11},
     "two samples": {"temperature": 1.2, "seed": 3, "n": 2},
+    "JSON": {"temperature": 0, "response_format": FORM},
+    "JSON that is drawn": {"temperature": 1.1, "seed": 7, "n": 2, "response_format": FORM},
 }
+"""What a request has besides; one that is held to JSON is a chat."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    save(folder)
+    save_talker(folder, TEMPLATES["plain"])
     return folder
 
 
@@ -77,8 +85,9 @@ class Lane(Bench):
     async def serving(self, num_workers: int) -> AsyncIterator[None]:
         self.meter, self.keys = Meter(), Keys(None)
         self.router = Router(self.meter, longest_queue=32)
+        self.said = []
         names = [f"w{number}" for number in range(1, num_workers + 1)]
-        self.fleet = Fleet(names, self._make, self.router, self.meter, self.said.append)
+        self.fleet = Fleet(names, self._make, self.router, self.meter, self._say)
         running = asyncio.create_task(self.fleet.run())
         while self.fleet.num_ready < num_workers:
             assert not running.done(), running
@@ -97,30 +106,46 @@ class Lane(Bench):
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
 
+    def _say(self, notice: Notice) -> None:
+        self.said.append(notice.message)
+
     async def answer(self, prompt: list[int], kind: str, count: int) -> list[str]:
         """Let a stream be answered; give each choice's text."""
-        asked = {"model": "tiny", "prompt": prompt, "max_tokens": count, "stream": True}
+        asked: dict[str, Any] = {"model": "tiny", "max_tokens": count, "stream": True}
+        asked |= {"ignore_eos": "response_format" not in KINDS[kind]}
+        path = "/v1/completions"
+        if "response_format" in KINDS[kind]:
+            path = "/v1/chat/completions"
+            asked["messages"] = [{"role": "user", "content": " ".join(map(str, prompt))}]
+        else:
+            asked["prompt"] = prompt
         raw = json.dumps(asked | KINDS[kind]).encode()
         told = {"content-type": "application/json"}
-        status, _, data = await self.exchange("POST", "/v1/completions", raw, told)
-        assert status == 200
+        status, _, data = await self.exchange("POST", path, raw, told)
+        assert status == 200, data
         *chunks, done = events(data)
         assert done == "[DONE]"
         texts: dict[int, str] = {}
         for chunk in chunks:
             assert "error" not in chunk, chunk
             for choice in chunk["choices"]:
-                texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+                text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+                texts[choice["index"]] = texts.get(choice["index"], "") + text
         return [texts[index] for index in sorted(texts)]
 
     def computed_again(self) -> list[tuple[int, int]]:
-        """Give, for each time an answer was begun again: what it had, and what was computed."""
-        had = {
-            line["id"]: len(line.get("generated", ())) for one in self.made for line in one.lines
-        }
+        """Give, for each time an answer was begun again: what was computed, and what may be.
+
+        That is less than a block and a step.  A step is one token; before the first one, it is the
+        prompt's chunk.
+        """
+        lines = {line["id"]: line for one in self.made for line in one.lines}
         begun = [e for one in self.made for e in one.events if e["event"] == "started"]
+        again = [(one["num_to_compute"], lines[one["id"]]) for one in begun]
         return [
-            (had[one["id"]], one["num_to_compute"]) for one in begun if not one["id"].endswith(".0")
+            (computed, BLOCK + 1 if line.get("generated") else len(line["tokens"]))
+            for computed, line in again
+            if not line["id"].endswith(".0")
         ]
 
     def metric(self, name: str) -> float:
@@ -162,7 +187,10 @@ def answered(
 
 @pytest.mark.parametrize(
     ("kind", "where"),
-    [("greedy", "told"), ("seeded", "computed"), ("seeded", "settled"), ("two samples", "told")],
+    [
+        *(("greedy", "told"), ("seeded", "computed"), ("seeded", "settled")),
+        *(("two samples", "told"), ("JSON", "told"), ("JSON that is drawn", "told")),
+    ],
 )
 def test_a_process_that_is_killed_at_any_token_costs_no_token(
     place: tuple[Nursery, str], model: Path, kind: str, where: str
@@ -176,9 +204,7 @@ def test_a_process_that_is_killed_at_any_token_costs_no_token(
         (texts,), lane = answered(place, model, [prompt], kind, [fate, fate])
         got.append(texts)
         assert sum(worker.gone.is_set() for worker in lane.made) > 2, "nobody died"
-        for had, again in lane.computed_again():
-            # A step is one token; before the first one, it is the prompt's chunk.
-            assert again <= (BLOCK + 1 if had else len(prompt)), at
+        assert all(again <= most for again, most in lane.computed_again()), at
     whole, _ = answered(place, model, fresh, kind)
     assert got == whole
     assert len(got[0]) == KINDS[kind].get("n", 1)
@@ -213,7 +239,7 @@ def test_a_process_that_makes_no_step_loses_its_answer_although_it_reads_and_liv
     got, lane = answered(place, model, prompts, "seeded", fates, count=60)
     assert any("makes no step" in line for line in lane.said)
     assert lane.metric("moved_total") == 1
-    assert all(again <= BLOCK + 1 for _, again in lane.computed_again())
+    assert all(again <= most for again, most in lane.computed_again())
     assert got == answered(place, model, prompts, "seeded", count=60)[0]
 
 

@@ -32,7 +32,13 @@ MARK = "PREFIXCACHE_UP_TEST"
 
 
 class Up:
-    """One run of it."""
+    """One run of it.
+
+    Args:
+        model: its folder.
+        folder: of the service's socket.
+        options: more of them; with `--json`, what is read is its standard output.
+    """
 
     def __init__(self, model: Path, folder: Path, *options: str) -> None:
         self.mark = uuid.uuid4().hex
@@ -45,16 +51,16 @@ class Up:
                 *("--connect", f"unix:{folder}/s.sock", *options),
             ],
             env=os.environ | {"PYTHONPATH": path, MARK: self.mark},
-            stderr=subprocess.PIPE,
+            **{"stdout" if "--json" in options else "stderr": subprocess.PIPE},
             text=True,
         )
+        self._output: Any = self.process.stdout or self.process.stderr
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.said.extend(iter(self.process.stderr.readline, ""))
+        self.said.extend(iter(self._output.readline, ""))
 
     def until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + PATIENCE_S
@@ -69,6 +75,16 @@ class Up:
             return re.search(pattern, "".join(self.said[since:]))
 
         found: re.Match[str] = self.until(look)
+        return found
+
+    def tells(self, event: str, since: int = 0) -> dict[str, Any]:
+        """Wait for a line of JSON."""
+
+        def look() -> dict[str, Any] | None:
+            told = map(json.loads, self.said[since:])
+            return next((one for one in told if one["event"] == event), None)
+
+        found: dict[str, Any] = self.until(look)
         return found
 
     @property
@@ -125,8 +141,7 @@ class Up:
     def end_by_itself(self) -> int:
         code = self.process.wait(PATIENCE_S)
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self._output.close()
         return code
 
 
@@ -148,8 +163,7 @@ class Stream:
             while line == b"\n" or line.startswith(b":"):
                 line = self._answer.readline()
             if not line:
-                self._answer.close()
-                self._connection.close()
+                self.close()
                 break
             if line == b"data: [DONE]\n":
                 self.is_done = True
@@ -160,6 +174,10 @@ class Stream:
                 self.text += choice["text"]
             self.usage = chunk["usage"] or self.usage
         return self.text
+
+    def close(self) -> None:
+        self._answer.close()
+        self._connection.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,21 @@
 """`python -m prefixcache_serving` is `prefixcache up`."""
 
-import sys
+from __future__ import annotations
 
-import typer
+import signal
 
-from prefixcache.errors import CacheError
-from prefixcache_serving.up import up
+_BEFORE = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import: no traceback
+
+import sys  # noqa: E402
+
+import typer  # noqa: E402
+
+from prefixcache.errors import CacheError  # noqa: E402
+from prefixcache_serving.up import up  # noqa: E402
 
 if __name__ == "__main__":
     try:
+        signal.signal(signal.SIGINT, _BEFORE)
         typer.run(up)
     except CacheError as error:
         sys.exit(f"prefixcache: {error}")

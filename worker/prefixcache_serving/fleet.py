@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from prefixcache_serving.meter import Meter
+from prefixcache_serving.notices import Notice, Say
 from prefixcache_serving.router import Router, Station
 from prefixcache_worker.child import ProcessFailed
 from prefixcache_worker.child_worker import ChildWorker
@@ -54,7 +56,7 @@ class Fleet:
         make: makes one.
         router: has the answers.
         meter: counts the starts.
-        say: tells people what happens, a line each.
+        say: is told what happens.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Fleet:
         make: Make,
         router: Router,
         meter: Meter,
-        say: Callable[[str], None],
+        say: Say,
     ) -> None:
         self.names = names
         self.workers: dict[str, ChildWorker] = {}
@@ -105,7 +107,7 @@ class Fleet:
         worker, station = self.workers.get(name), self._router.stations.get(name)
         if worker is None or station is None:
             return
-        self._say(f"{name} (pid {worker.pid}) is drained")
+        self._tell("drained", worker, "is drained")
         self._router.open(station, False)
         self._router.hand_over(station)
         await worker.stop()
@@ -124,9 +126,9 @@ class Fleet:
                 await worker.ready(READY_S)
                 if not self.about.done():
                     self.about.set_result(worker.about)
-                self._say(
-                    f"{name} (pid {worker.pid}) is ready after {time.monotonic() - began_s:.1f} s"
-                )
+                seconds = time.monotonic() - began_s
+                told = f"is ready after {seconds:.1f} s"
+                self._tell("ready", worker, told, seconds=round(seconds, 3))
                 self._router.join(
                     worker, int(worker.about["max_batch"]), int(worker.about["chunk"])
                 )
@@ -136,12 +138,24 @@ class Fleet:
                 if not self.about.done():
                     raise
                 pause_s = min(LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
-                self._say(f"{failure}; again in {pause_s:.0f} s")
+                self._say(
+                    Notice(
+                        "worker_failed",
+                        f"{failure}; again in {pause_s:.0f} s",
+                        worker=name,
+                        retry_s=pause_s,
+                    )
+                )
             finally:
                 self._router.part(name, died=not self._is_closing)
                 await asyncio.shield(worker.stop())
             if not self._is_closing and pause_s == 0.0:
-                self._say(f"{name} (pid {worker.pid}) has ended; another one takes its place")
+                self._tell(
+                    "ended",
+                    worker,
+                    f"has ended{how_it_ended(worker)}; another one takes its place",
+                    exit_code=worker.exit_code,
+                )
             await asyncio.sleep(pause_s)
 
     async def _watch(self) -> None:
@@ -164,17 +178,22 @@ class Fleet:
                     is_back = not is_stopped if found.is_stopped else station.heard_s > found.since
                     if is_back:
                         del lost[name]
-                        self._say(f"{name} (pid {worker.pid}) is back")
+                        self._tell("back", worker, "is back")
                         self._router.open(station, True)
                     elif now - found.since > LOST_S:
-                        self._say(f"{name} (pid {worker.pid}) is killed")
+                        self._tell("killed", worker, f"is killed: it was away for {LOST_S:.0f} s")
                         worker.kill()
                 elif looks[name] >= STOPPED_LOOKS or station.is_stuck(now):
                     lost[name] = _Lost(station, now, is_stopped)
+                    event = "stopped" if is_stopped else "stuck"
                     what = "is stopped" if is_stopped else "makes no step"
-                    self._say(f"{name} (pid {worker.pid}) {what}: its answers go on elsewhere")
+                    self._tell(event, worker, f"{what}: its answers go on elsewhere")
                     self._router.open(station, False)
                     self._router.hand_over(station, is_lost=True)
+
+    def _tell(self, event: str, worker: ChildWorker, what: str, **more: Any) -> None:
+        told = f"{worker.name} (pid {worker.pid}) {what}"
+        self._say(Notice(f"worker_{event}", told, worker=worker.name, pid=worker.pid, **more))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +203,17 @@ class _Lost:
     station: Station
     since: float
     is_stopped: bool
+
+
+def how_it_ended(worker: ChildWorker) -> str:
+    """Say how a worker has ended, where that is not as it should; with what it wrote last."""
+    code = worker.exit_code
+    if not code:
+        return ""
+    if code < 0:
+        return f" ({signal.strsignal(-code)})"
+    said = worker.complaint()
+    return f" with exit code {code}" + (f", saying:\n{said}\n" if said else "")
 
 
 def _is_stopped(pid: int) -> bool:

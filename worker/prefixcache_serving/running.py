@@ -11,24 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import prefixcache
 from prefixcache.client.address import default_target
-from prefixcache.errors import InvalidRequest, ServiceUnavailable
-from prefixcache.texts import escape, many
+from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.texts import check_text, many
 from prefixcache_serving.fleet import Fleet
 from prefixcache_serving.front import Front
 from prefixcache_serving.front_server import FrontServer, read_address
 from prefixcache_serving.keys import Keys
 from prefixcache_serving.meter import Meter
+from prefixcache_serving.notices import Notice, Say, say_to_people
 from prefixcache_serving.router import Router
 from prefixcache_serving.served_model import ServedModel, folder_of
 from prefixcache_worker.child import ProcessFailed
@@ -72,6 +72,7 @@ class Setup:
         Raises:
             InvalidRequest: with what is wrong.
         """
+        check_text(self.served_name, "--name")
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"--dtype {self.dtype!a}: it takes {' or '.join(DTYPES)}")
         if self.weights not in WEIGHTS:
@@ -81,6 +82,16 @@ class Setup:
                 f"--chunk {self.chunk} is less than --max-batch {self.max_batch}: in a step each "
                 "request has a token at least"
             )
+
+    @property
+    def served_name(self) -> str:
+        """What requests call the model: by default as its folder, or its id, is called."""
+        if self.name:
+            return self.name
+        folder = Path(self.model)
+        if folder.is_dir():
+            return folder.absolute().name
+        return self.model.rstrip("/").rpartition("/")[2]
 
     def worker_options(self, folder: Path) -> list[str]:
         """Give the options of `prefixcache worker`."""
@@ -99,37 +110,39 @@ class Setup:
         return options
 
 
-def say(line: str) -> None:
-    """Tell people what happens."""
-    with suppress(OSError, ValueError):
-        sys.stderr.write(f"{escape(line) if chr(10) not in line else line}\n")
-        sys.stderr.flush()
-
-
-def run(setup: Setup) -> int:
+def run(setup: Setup, say: Say = say_to_people) -> int:
     """Serve until told to end; give the exit code.
+
+    Args:
+        setup: what, where, by how many.
+        say: is told what happens; also why it cannot go on, unless that is raised.
 
     Raises:
         CacheError: what was asked for cannot be had.
     """
-    setup.check()
-    keys = Keys(setup.api_keys)
-    server = FrontServer(
-        read_address(setup.http, has_keys=not keys.is_open), has_keys=not keys.is_open
-    )
-    folder = folder_of(setup.model)
     try:
-        asyncio.run(_Run(setup, keys, server, folder).main())
+        setup.check()
+        keys = Keys(setup.api_keys)
+        address = read_address(setup.http, has_keys=not keys.is_open)
+        server = FrontServer(address, has_keys=not keys.is_open)
+        folder = folder_of(setup.model)
+        asyncio.run(_Run(setup, keys, server, folder, say).main())
     except BaseExceptionGroup as group:
-        failures = group.subgroup(ProcessFailed)
+        failures = group.subgroup((ProcessFailed, CacheError))
         if failures is None:
             raise
-        say(f"prefixcache: {first_error(failures)}")
-        return EXIT_FAILED
-    except ProcessFailed as failure:
-        say(f"prefixcache: {failure}")
-        return EXIT_FAILED
-    return 0
+        failure = first_error(failures)
+    except ProcessFailed as error:
+        failure = error
+    else:
+        return 0
+    finally:
+        # All has ended: a Ctrl-C that comes now has nothing to end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if isinstance(failure, CacheError):
+        raise failure
+    say(Notice("failed", f"prefixcache: {failure}"))
+    return EXIT_FAILED
 
 
 def first_error(group: BaseException) -> BaseException:
@@ -140,13 +153,17 @@ def first_error(group: BaseException) -> BaseException:
 
 
 class _Run:
-    def __init__(self, setup: Setup, keys: Keys, server: FrontServer, folder: Path) -> None:
+    def __init__(
+        self, setup: Setup, keys: Keys, server: FrontServer, folder: Path, say: Say
+    ) -> None:
         self._setup = setup
+        self._say = say
         self._keys = keys
         self._server = server
         self._folder = folder
         self._service_child: ChildService | None = None
         """The service, if it was started here."""
+        self._fleet: Fleet | None = None
         self._told = asyncio.Event()
         self._renewing: set[asyncio.Task[None]] = set()
 
@@ -156,13 +173,17 @@ class _Run:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
-        is_serving = False
+        is_serving = is_ending = False
 
         def end() -> None:
+            nonlocal is_ending
             if is_serving and not self._told.is_set():
                 self._told.set()
-                return
-            task.cancel()  # while loading, or the second time
+            elif not is_ending:  # while loading, or the second time
+                is_ending = True
+                task.cancel()
+            else:  # what is still there was told to end, and has a few seconds for it
+                self._kill()
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, end)
@@ -170,12 +191,13 @@ class _Run:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._server.close)
                 work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx-up-")))
+                self._tell("starting", "", url=url, model=setup.served_name)
                 target = await self._service(stack, work)
                 meter = Meter()
                 router = Router(
                     meter, longest_queue=setup.longest_queue, tenants=self._keys.tenants
                 )
-                fleet = self._fleet(work, target, router, meter)
+                fleet = self._fleet = self._make_fleet(work, target, router, meter)
                 stack.push_async_callback(fleet.stop)
                 async with asyncio.TaskGroup() as group:
                     running = group.create_task(self._keep(fleet))
@@ -183,51 +205,73 @@ class _Run:
                     _watch(meter, router, fleet, front)
                     loop.add_signal_handler(signal.SIGHUP, self._renew, group, fleet)
                     is_serving = True
-                    say(f"{url}  model {front.model.name}, {many(setup.num_workers, 'worker')}")
-                    if not self._server.address.path:
-                        say(_example(url, front.model.name, has_keys=not self._keys.is_open))
-                    await self._told.wait()
-                    await self._drain(router, front)
+                    self._welcome(url, front.model.name)
+                    try:
+                        await self._told.wait()
+                        await self._drain(router, front)
+                    finally:
+                        router.give_up()  # so that who still waits is told
                     running.cancel()
                     for one in self._renewing:
                         one.cancel()
         except asyncio.CancelledError:
-            say("ended; no process was left behind")
+            pass
+        self._tell("ended", "ended; no process was left behind")
+
+    def _tell(self, event: str, message: str, **fields: Any) -> None:
+        self._say(Notice(event, message, **fields))
+
+    def _welcome(self, url: str, name: str) -> None:
+        setup = self._setup
+        lines = [f"{url}  model {name}, {many(setup.num_workers, 'worker')}"]
+        if not self._server.address.path:
+            lines.append(_example(url, name, has_keys=not self._keys.is_open))
+        self._tell("ready", "\n".join(lines), url=url, model=name, workers=setup.num_workers)
+
+    def _kill(self) -> None:
+        """End all processes at once, whatever they are doing."""
+        workers = [] if self._fleet is None else self._fleet.workers.values()
+        for child in (*workers, self._service_child):
+            if child is not None:
+                child.kill()
 
     async def _keep(self, fleet: Fleet) -> None:
         """Keep the workers running, and the service, if it is ours."""
         async with asyncio.TaskGroup() as group:
             group.create_task(fleet.run())
             if self._service_child is not None:
-                group.create_task(_keep_service(self._service_child))
+                group.create_task(_keep_service(self._service_child, self._say))
 
     async def _service(self, stack: AsyncExitStack, work: Path) -> str:
         """Find the service, or start one; give its address."""
         setup = self._setup
         target = setup.target or default_target()
-        try:
-            await asyncio.to_thread(lambda: prefixcache.connect(target).close())
-        except ServiceUnavailable:
-            pass
-        else:
+        service = None
+        if not await _answers(target):
+            service = ChildService(work, target, setup.service_options(self._folder))
+            stack.push_async_callback(service.stop)
+            self._service_child = service
+            try:
+                await service.ready()
+            except ProcessFailed:
+                if not await _answers(target):
+                    raise
+                service = self._service_child = None  # somebody else was faster
+        if service is None:
             for option, value in (("--memory", setup.memory), ("--block-size", setup.block_size)):
                 if value is not None:
                     raise InvalidRequest(
                         f"{option} is for a service that is started here; one answers at {target} "
                         "already: leave it out, or give another address with --connect"
                     )
-            say(f"service: the one at {target}")
+            self._tell("service", f"service: the one at {target}", target=target, is_ours=False)
             return target
-        service = self._service_child = ChildService(
-            work, target, setup.service_options(self._folder)
-        )
-        stack.push_async_callback(service.stop)
-        await service.ready()
-        for line in service.output.read_text(errors="replace").splitlines():
-            say(f"service: {line}")
+        lines = service.output.read_text(errors="replace").splitlines()
+        told = "\n".join(f"service: {line}" for line in lines)
+        self._tell("service", told, target=target, is_ours=True, pid=service.pid)
         return target
 
-    def _fleet(self, work: Path, target: str, router: Router, meter: Meter) -> Fleet:
+    def _make_fleet(self, work: Path, target: str, router: Router, meter: Meter) -> Fleet:
         setup = self._setup
 
         def make(name: str, tell: Callable[[dict[str, Any]], None]) -> ChildWorker:
@@ -242,32 +286,33 @@ class _Run:
             )
 
         names = [f"w{number}" for number in range(1, setup.num_workers + 1)]
-        return Fleet(names, make, router, meter, say)
+        return Fleet(names, make, router, meter, self._say)
 
     async def _front(self, fleet: Fleet, router: Router, meter: Meter) -> Front:
         """Wait for the first worker, then answer."""
         setup = self._setup
         began_s = time.monotonic()
-        say(f"{many(setup.num_workers, 'worker')} load {setup.model} ({setup.dtype})")
+        loading = f"{many(setup.num_workers, 'worker', 'load')} {setup.model} ({setup.dtype})"
+        self._tell("loading", loading, seconds=0)
         while not fleet.about.done():
             await asyncio.wait([fleet.about], timeout=_TELL_S)
             if not fleet.about.done():
-                say(f"still loading after {time.monotonic() - began_s:.0f} s")
-        name = setup.name or setup.model.rstrip("/").rpartition("/")[2]
-        model = ServedModel(name, self._folder, fleet.about.result())
+                seconds = round(time.monotonic() - began_s)
+                self._tell("loading", f"still loading after {seconds} s", seconds=seconds)
+        model = ServedModel(setup.served_name, self._folder, fleet.about.result())
         front = Front(model, router, self._keys, meter, workers=fleet.names)
         await self._server.start(front.app(), front.board.close)
         return front
 
     def _renew(self, group: asyncio.TaskGroup, fleet: Fleet) -> None:
         if self._renewing:
-            say("the workers are being replaced already")
+            self._tell("renewing", "the workers are being replaced already")
             return
 
         async def all_of_them() -> None:
             for name in fleet.names:
                 await fleet.renew(name)
-            say("all workers are new")
+            self._tell("renewed", "all workers are new")
 
         task = group.create_task(all_of_them())
         self._renewing.add(task)
@@ -275,29 +320,43 @@ class _Run:
 
     async def _drain(self, router: Router, front: Front) -> None:
         router.is_draining = True
-        say(f"ending: {many(front.num_open, 'request')} under way, nothing new is begun")
+        under_way = f"{many(front.num_open, 'request')} under way"
+        self._tell("ending", f"ending: {under_way}, nothing new is begun", requests=front.num_open)
         deadline = time.monotonic() + self._setup.grace_s
         while front.num_open and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         if front.num_open:
-            say(f"{many(front.num_open, 'request')} did not finish in {self._setup.grace_s:g} s")
+            late = f"{many(front.num_open, 'request')} did not finish in {self._setup.grace_s:g} s"
+            self._tell("unfinished", late, requests=front.num_open)
 
 
-async def _keep_service(service: ChildService) -> None:
+async def _answers(target: str) -> bool:
+    """Whether a service is there."""
+    try:
+        await asyncio.to_thread(lambda: prefixcache.connect(target).close())
+    except ServiceUnavailable:
+        return False
+    return True
+
+
+async def _keep_service(service: ChildService, say: Say) -> None:
     """Start the service again whenever it ends; workers go on alone meanwhile, and join it."""
     pause_s = 0.0
     while True:
         assert service.process is not None
         await service.process.wait()
-        say("the service has ended: the workers go on alone until it is there again")
+        ended = "the service has ended: the workers go on alone until it is there again"
+        say(Notice("service_ended", ended))
         try:
             await asyncio.sleep(pause_s)
             await service.ready()
-            say("the service is there again")
+            again = "the service is there again"
+            say(Notice("service", again, target=service.target, is_ours=True, pid=service.pid))
             pause_s = 0.0
         except ProcessFailed as failure:
             pause_s = min(_LONGEST_PAUSE_S, max(1.0, 2 * pause_s))
-            say(f"{failure}; again in {pause_s:.0f} s")
+            failed = f"{failure}; again in {pause_s:.0f} s"
+            say(Notice("service_failed", failed, retry_s=pause_s))
 
 
 def _watch(meter: Meter, router: Router, fleet: Fleet, front: Front) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,15 @@ def up(
     max_batch: Annotated[
         int, _option("Workers", "Requests that a worker computes at a time.", "N", min=1)
     ] = 16,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Say what happens in lines of JSON on standard output.",
+            show_default=False,
+            rich_help_panel="Endpoint",
+        ),
+    ] = False,
 ) -> None:
     """Serve a model to OpenAI's clients: several workers on one pool; answers survive a worker.
 
@@ -93,26 +103,34 @@ def up(
 
     Example: prefixcache up --workers 3
     """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in an import: no traceback
+    from prefixcache.errors import CacheError
+    from prefixcache_serving.notices import Notice, say_to_people, say_to_programs
     from prefixcache_serving.running import Setup, run
 
-    raise typer.Exit(
-        run(
-            Setup(
-                model=model,
-                name=name,
-                num_workers=workers,
-                http=http,
-                api_keys=api_keys,
-                longest_queue=queue,
-                grace_s=grace,
-                target=connect,
-                memory=memory,
-                block_size=block_size,
-                dtype=dtype,
-                threads=threads,
-                weights=weights,
-                chunk=chunk,
-                max_batch=max_batch,
-            )
-        )
+    signal.signal(signal.SIGINT, before)
+
+    say = say_to_programs if as_json else say_to_people
+    setup = Setup(
+        model=model,
+        name=name,
+        num_workers=workers,
+        http=http,
+        api_keys=api_keys,
+        longest_queue=queue,
+        grace_s=grace,
+        target=connect,
+        memory=memory,
+        block_size=block_size,
+        dtype=dtype,
+        threads=threads,
+        weights=weights,
+        chunk=chunk,
+        max_batch=max_batch,
     )
+    try:
+        raise typer.Exit(run(setup, say))
+    except CacheError as error:
+        if as_json:  # people are told by whoever has called
+            say(Notice("failed", str(error)))
+        raise

@@ -65,19 +65,34 @@ class Child:
         """Whether it runs."""
         return self.process is not None and self.process.returncode is None
 
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended: below 0 by that signal; None: it has not, or nobody has waited for it."""
+        return self.process.returncode if self.process else None
+
     async def start(self, *, stdin: int, stdout: int) -> None:
-        """Start the process, in a session of its own so that Ctrl-C reaches the parent alone."""
-        with self.errors.open("wb") as errors:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                *self.arguments,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=errors,
-                env=self.environment(),
-                start_new_session=True,
-                limit=LINE_BYTES,
-            )
+        """Start the process, in a session of its own so that Ctrl-C reaches the parent alone.
+
+        Raises:
+            ProcessFailed: the machine has no room for one more, or for what it writes.
+        """
+        try:
+            # Of a parent that runs for weeks, somebody may have tidied the folder away.
+            self.errors.parent.mkdir(mode=0o700, exist_ok=True)
+            with self.errors.open("wb") as errors:
+                self.process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-S", str(_TIED), str(os.getpid())),
+                    *self.arguments,
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=errors,
+                    env=self.environment(),
+                    start_new_session=True,
+                    limit=LINE_BYTES,
+                )
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise ProcessFailed(f"{self.name} cannot be started: {why}") from None
 
     def environment(self) -> dict[str, str]:
         """Give what it runs in: so many threads, and the modules that this process sees."""
@@ -115,6 +130,11 @@ class Child:
         """End the process: SIGTERM, a few seconds of patience, SIGKILL.  Idempotent."""
         if self.process is None or self.process.returncode is not None:
             return
+        if self.gone.is_set():
+            # To signal it would look whether it has ended, and lose how: asyncio asks once more.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.process.wait(), STOP_S)
+                return
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         try:

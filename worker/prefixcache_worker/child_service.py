@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,8 @@ from prefixcache_worker.child import Child, ProcessFailed
 
 SERVE: Final = (sys.executable, "-m", "prefixcache.cli", "serve")
 """`prefixcache serve` with this very interpreter, installed or not."""
+_LISTENS: Final = b"listening at "
+"""In what it says, once it does."""
 
 
 class ChildService(Child):
@@ -37,14 +40,19 @@ class ChildService(Child):
         Raises:
             ProcessFailed: it ended, or did not answer in time; with what it wrote.
         """
-        with self.output.open("wb") as output:
-            await self.start(stdin=asyncio.subprocess.DEVNULL, stdout=output.fileno())
+        try:
+            self.output.parent.mkdir(mode=0o700, exist_ok=True)
+            with self.output.open("wb") as output:
+                await self.start(stdin=asyncio.subprocess.DEVNULL, stdout=output.fileno())
+        except OSError as error:
+            raise ProcessFailed(f"{self.name} cannot be started: {error.strerror}") from None
         deadline = time.monotonic() + timeout_s
         while self.alive and time.monotonic() < deadline:
-            try:
-                with prefixcache.connect(self.target, timeout_s=2) as client:
-                    await asyncio.to_thread(client.snapshot)
+            # Another one may have been started there at the same moment: then it answers, not ours.
+            if _LISTENS in self.output.read_bytes():
+                with suppress(ServiceUnavailable):
+                    with prefixcache.connect(self.target, timeout_s=2) as client:
+                        await asyncio.to_thread(client.snapshot)
                     return
-            except ServiceUnavailable:
-                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)
         raise ProcessFailed(f"the service did not start:\n{self.complaint()}")
