@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from array import array
 from typing import Final, Protocol
+from weakref import WeakSet
 
 from prefixcache.client.connection import refuse_pickle
 from prefixcache.errors import LeaseExpired, NotFound, ServiceUnavailable
@@ -58,9 +59,23 @@ class SignsOfLife:
 
 
 class Clocked(Protocol):
-    """The part of a session that a lease needs to know its deadline."""
+    """The part of a session that a lease needs: for its deadline, and who watches it."""
 
     signs: SignsOfLife
+    watched: WeakSet[LeaseState]
+    """Leases that somebody watches."""
+
+
+class Watcher(Protocol):
+    """What is made of a lease's blocks and must not outlive them: a view of them, say."""
+
+    def keep(self, num_blocks: int) -> None:
+        """Let go of the blocks from this one on: they are not the lease's any more, or not soon."""
+        ...
+
+    def end(self, *, in_use: bool = False) -> None:
+        """Let go of all.  `in_use`: another thread may be reading them, and did not end it."""
+        ...
 
 
 GONE: Final = (LeaseExpired, NotFound, ServiceUnavailable)
@@ -92,6 +107,7 @@ class LeaseState:
         self._sent_at = sent_at
         self._lifetime_s = lifetime_of(grant.ttl_s)
         self._released = False
+        self._watchers: tuple[Watcher, ...] = ()
 
     @property
     def block_table(self) -> BlockTable:
@@ -115,6 +131,36 @@ class LeaseState:
     def mark_released(self) -> None:
         """Remember that the lease was given back: from now on only `release` is accepted."""
         self._released = True
+        self.let_go()
+
+    def watch(self, watcher: Watcher) -> None:
+        """Have somebody told before blocks of this lease may become another's.
+
+        Told is in whatever thread learns of it: before a release, a truncate or a session's end is
+        sent, when a table comes whose blocks are others, and when the session is lost.  Never of a
+        deadline that passes.
+
+        Raises:
+            LeaseExpired: it has ended.
+        """
+        self.check()
+        self._watchers = (*self._watchers, watcher)
+        self._session.watched.add(self)
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell it no more.  Idempotent."""
+        self._watchers = tuple(one for one in self._watchers if one is not watcher)
+
+    def let_go(self, *, in_use: bool = False) -> None:
+        """Have all let go that is made of its blocks, and is watching."""
+        watchers, self._watchers = self._watchers, ()
+        for watcher in watchers:
+            watcher.end(in_use=in_use)
+
+    def cut_off(self, num_blocks: int) -> None:
+        """Have those who watch let go of the blocks from this one on."""
+        for watcher in self._watchers:
+            watcher.keep(num_blocks)
 
     def check(self) -> None:
         """Refuse to go on with a lease that is released or past its deadline.
@@ -138,6 +184,7 @@ class LeaseState:
             fresh = array("i", table[: update.keep])
             fresh.extend(update.blocks)
             self._table = fresh
+            self.cut_off(update.keep)
         return update
 
     def __repr__(self) -> str:

@@ -29,6 +29,7 @@ from prefixcache.types import (
     Lookup,
     Namespace,
     Pinned,
+    PoolHandle,
     Released,
     Reset,
     Snapshot,
@@ -246,6 +247,10 @@ class Lessee(Clocked, Protocol[L_co]):
 
     ids: Iterator[int]
 
+    @property
+    def pool(self) -> PoolHandle:
+        """Where the pool's memory is."""
+
     def named(self, salt: str | None, adapter: str | None) -> Namespace:
         """Give the session's namespace with another salt or adapter."""
         ...
@@ -349,6 +354,8 @@ class BatchOps(Generic[L]):
 
     def truncate(self, lease: L, num_tokens: int) -> Reply[TableUpdate]:
         """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
+        if not lease.released and type(num_tokens) is int and num_tokens >= 0:
+            lease.cut_off(-(-num_tokens // self._session.pool.block_size))
         reply = self._on(lease, "truncate", num_tokens=num_tokens)
         reply.finish = lease.apply
         return reply
@@ -367,6 +374,9 @@ class BatchOps(Generic[L]):
         when its process has ended.
         """
         lease.mark_released()
+        for other in tuple(self._session.watched):  # the same one, by the same request id
+            if other.id == lease.id:
+                other.let_go()
         return self.step.ask("release", lease=lease.id)
 
     def lookup(self, tokens: TokensLike) -> Reply[Lookup]:

@@ -51,6 +51,7 @@ class SessionCore(ABC, Generic[L]):
         signs: the signs of life that the service has answered.
         key: the right to act for this worker, until it was passed on or is over.
         leases: those that somebody still has in hand.
+        watched: those of them that a view was made of, or anything else that ends with them.
         lease_type: what a grant becomes.
     """
 
@@ -66,6 +67,7 @@ class SessionCore(ABC, Generic[L]):
         self.signs = SignsOfLife()
         self.key = ""
         self.leases: WeakSet[LeaseState] = WeakSet()
+        self.watched: WeakSet[LeaseState] = WeakSet()
         self._client = connection
         self._pending: dict[int, Reply[Any]] = {}
         self._answered: Reply[Any] | None = None
@@ -263,6 +265,8 @@ class SessionCore(ABC, Generic[L]):
         Nothing can be asked from now on.
         """
         self._closed = True
+        for lease in tuple(self.watched):
+            lease.let_go()
         step = Step(self.ids)
         farewell = None
         try:
@@ -451,6 +455,8 @@ class SessionCore(ABC, Generic[L]):
         """Give every reply, now and from now on, an error.  The first one stays.  Idempotent."""
         if self._lost is None:
             self._lost = error
+            for lease in tuple(self.watched):
+                lease.let_go(in_use=True)
             self.emit(None)
         while self._pending:
             try:

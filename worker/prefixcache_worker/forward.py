@@ -4,6 +4,8 @@
 pieces ──► DeviceBatch of their store ──► Batch, with its GroupPlan ──► model ──► logits
             tables, lengths, plan           └──► what decoding read of the pool, per job
 ```
+Sequences are read where their blocks lie, never through contiguous views: on a CPU attention in C
+does that as fast as any other reads a view, which has to be mapped first (docs/kernels.md).
 """
 
 from __future__ import annotations
