@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import copy_blocks
 from prefixcache_kernels.groups import FREE
 from prefixcache_worker.batch import Batch, Piece
+from prefixcache_worker.beam_search import BeamSearch
 from prefixcache_worker.device_batch import DeviceBatch
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
@@ -55,6 +57,13 @@ def want() -> list[list[int]]:
         )
         out.append(full[0, len(prompt) :].tolist())
     return out
+
+
+def played(engine: Engine, *requests: Request) -> list[Event]:
+    """Submit requests, run until idle, give all that was told."""
+    for request in requests:
+        engine.submit(request)
+    return list(engine.run())
 
 
 def tokens(done: dict[str, Finished]) -> list[list[int]]:
@@ -418,6 +427,84 @@ def test_answers_that_grow_in_a_full_pool_wait_and_none_is_lost(
     # Who gives way is the youngest, by when it was granted, and gets room for all of its answer.
     assert (restarts[0], max(restarts)) == (0, 1)
     assert shared or restarts == sorted(restarts)
+    engine.close()
+    eventually(lambda: holds_nothing(client))
+
+
+@pytest.mark.usefixtures("short_steps")
+def test_of_several_answers_to_a_prompt_that_do_not_fit_the_youngest_gives_way(
+    tiny: Model,
+) -> None:
+    """Four of 10 blocks each, in 34: those that began first go on to their ends."""
+    [alone] = long_requests("a", 1)
+    request = replace(alone, sampling=Sampling(1.0, seed=3), n=4)
+    told = [
+        {one.sample: one for one in engine_events if isinstance(one, Finished)}
+        for engine_events in (
+            played(Engine(tiny, None, None), request),
+            played(Engine(tiny, None, None, private_tokens=34 * 16), request),
+        )
+    ]
+    want, done = told
+    assert {n: one.tokens for n, one in done.items()} == {n: one.tokens for n, one in want.items()}
+    restarts = [done[sample].num_restarts for sample in range(4)]
+    assert restarts[:2] == [0, 0]
+    assert restarts == sorted(restarts)
+
+
+# ---------------------------------------------------------------------------- what is no number
+
+
+ILL = 5
+
+
+def is_end(event: Event) -> bool:
+    return isinstance(event, Finished | Failed)
+
+
+@pytest.fixture
+def ill() -> Model:
+    """A model that has caught a NaN for one of its tokens since it was probed."""
+    module = build("llama")
+    made = Model.of(module, name="ill", lean=False)
+    with torch.no_grad():
+        module.get_input_embeddings().weight[ILL] = float("nan")
+    return made
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"sampling": Sampling(1.0, top_p=0.5, top_k=5, seed=1)},
+        {"sampling": Sampling(1.0, seed=1), "n": 3},
+        {"beams": BeamSearch(3), "n": 2},
+        {"prompt_logprobs": 2},
+        {"logprobs": 3},
+    ],
+    ids=["greedy", "drawn", "three", "beams", "scored", "logprobs"],
+)
+def test_who_is_given_no_numbers_fails_and_nobody_else_does(
+    ill: Model, client: Client, how: dict[str, Any]
+) -> None:
+    well = [token if token != ILL else 6 for token in PROMPTS[1]]
+    other = Request("well", well, NEW)
+    want = answers(Engine(ill, None, None), other)["well"]
+    engine = engine_at(client, ill, chunk=64)
+    sick = [*well[:60], ILL, *well[60:70]]
+    events = played(engine, Request("ill", sick, NEW, **how), other)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert {(one.id, one.error) for one in failed} == {("ill", "CacheError")}
+    assert len(failed) == (3 if how.get("n") == 3 else 1)
+    assert "NaN or infinity" in failed[0].message
+    done = [event.tokens for event in events if isinstance(event, Finished)]
+    assert done == [want.tokens]
+    # What the model made of it is not left for others.
+    begun = [event for event in events if isinstance(event, Started) and event.id == "well"]
+    assert begun[0].num_cached == 0
+    [told] = [event for event in played(engine, replace(other, id="again")) if is_end(event)]
+    assert isinstance(told, Finished)
+    assert engine.idle
     engine.close()
     eventually(lambda: holds_nothing(client))
 

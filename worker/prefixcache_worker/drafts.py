@@ -26,12 +26,14 @@ class Drafts:
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:
-        self._after: dict[tuple[int, ...], int] = {}
+        said = list(tokens)
+        keys = zip(*(said[at:] for at in range(_KEY)), strict=False)
+        self._after: dict[tuple[int, ...], int] = dict(
+            zip(keys, range(_KEY, len(said)), strict=False)
+        )
         """Three tokens that another one has followed, and its position."""
-        self._last: deque[int] = deque(maxlen=_KEY)
-        self._num = 0
-        for token in tokens:
-            self.add(token)
+        self._last: deque[int] = deque(said, maxlen=_KEY)
+        self._num = len(said)
 
     def add(self, token: int) -> None:
         """Take the next token.  O(1)."""

@@ -170,6 +170,10 @@ class Engine:
             )
         if how.min_tokens and len(stop_ids) >= self.model.vocab_size:
             raise InvalidRequest("every token ends the answer, and min_tokens lets none of them")
+        if request.stop_strings and self.model.tokenizer is None:
+            raise InvalidRequest(
+                f"stop: model {self.model.name!r} has no tokenizer, and so no text; send stop_ids"
+            )
         stream = TextStream(self.model.tokenizer, request.stop_strings, how.min_tokens)
         if any(not 0 <= token < self.model.vocab_size for token in request.generated):
             raise InvalidRequest(
@@ -469,11 +473,9 @@ class Engine:
             if not pieces:
                 continue
             pieces, logits = self._forward.run(store, jobs, pieces)
-            lost = self._lost_meanwhile([job for job, _ in pieces], store)
-            if lost:
-                rows = [job for job, piece in pieces if piece.logits for _ in range(piece.num_rows)]
-                logits = logits[[n for n, job in enumerate(rows) if id(job) not in lost]]
-                pieces = [(job, piece) for job, piece in pieces if id(job) not in lost]
+            self._restart_lost([job for job, _ in pieces], store)
+            self._end_without_numbers(pieces, logits, store, events)
+            pieces, logits = self._still_running(pieces, logits)
             for job, piece in pieces:
                 self.num_computed += len(piece.tokens)
                 job.num_valid += len(piece.tokens) - piece.num_drafts
@@ -502,24 +504,58 @@ class Engine:
                 events.append(self._failed(job, type(error).__name__, str(error)))
         return able
 
-    def _lost_meanwhile(self, jobs: Sequence[Job], store: Store) -> set[int]:
+    def _restart_lost(self, jobs: Sequence[Job], store: Store) -> None:
         """Begin anew whatever lost its blocks while it was computed: what it read may be another's.
 
         A lease can end while this process is stopped; and a new service can take a lost one's pool
-        over.  Gives the `id` of each such job.
+        over.
         """
         now = time.monotonic()
         shared = store is self.membership.shared
         current = store.pool.current
-        lost = [
-            job
-            for job in jobs
-            if not current or (shared and job.claim is not None and now > job.claim.deadline)
-        ]
-        for job in reversed(lost):  # so that the first is the first again
-            self._restart(job)
-        # With a lane, its whole search.
-        return {id(job) for job in jobs if not any(job is other for other in self._running)}
+        for job in reversed(jobs):  # so that the first is the first again
+            if not current or (shared and job.claim is not None and now > job.claim.deadline):
+                self._restart(job)
+
+    def _end_without_numbers(
+        self,
+        pieces: Sequence[tuple[Job, Piece]],
+        logits: Tensor,
+        store: Store,
+        events: list[Event],
+    ) -> None:
+        """End answers for which the model gave NaN or infinity, before others find what was made.
+
+        With a lane, its whole search.  Where no logits are wanted, the last token's keys and values
+        tell it: those of the last layer come from all tokens before.
+        """
+        ill: list[Job] = []
+        is_number = logits.amax(-1).isfinite()
+        if not bool(is_number.all()):
+            numbers = zip(_owners(pieces), is_number.tolist(), strict=True)
+            ill = [job for job, is_one in numbers if not is_one]
+        for job, piece in pieces:
+            if not piece.logits:
+                block, slot = divmod(piece.start + len(piece.tokens) - 1, store.pool.block_size)
+                made = store.pool.blocks[-1, :, piece.block_table[block], slot]
+                ill += [] if bool(made.isfinite().all()) else [job]
+        message = "the model gave NaN or infinity in the place of a number; nothing can follow that"
+        for job in ill:
+            if any(job is other for other in self._running):
+                search = self._searches.get(job.request.id)
+                for lane in [job] if search is None else search.lanes:
+                    self._abandon(lane)
+                events.append(self._failed(job, "CacheError", message))
+
+    def _still_running(
+        self, pieces: list[tuple[Job, Piece]], logits: Tensor
+    ) -> tuple[list[tuple[Job, Piece]], Tensor]:
+        """Leave out whoever has begun anew or ended since its piece was made, and its rows."""
+        kept = {id(job) for job in self._running}
+        if all(id(job) in kept for job, _ in pieces):
+            return pieces, logits
+        rows = [row for row, job in enumerate(_owners(pieces)) if id(job) in kept]
+        return [(job, piece) for job, piece in pieces if id(job) in kept], logits[rows]
 
     def _pieces(self, jobs: Sequence[Job], store: Store) -> list[tuple[Job, Piece]]:
         """Choose the tokens of a step: everybody's next one, then prompts in their order."""
@@ -595,7 +631,8 @@ class Engine:
 
     def _is_youngest(self, job: Job) -> bool:
         """Whether none of the others began after it, but for lanes of the same search."""
-        return self._running[-1].request.id == job.request.id
+        last = self._running[-1]
+        return last is job or (job.request.beams is not None and last.request is job.request)
 
     def _grow(self, lanes: Sequence[Job], end: int, store: Store) -> list[Future[TableUpdate]]:
         """Ask for room up to `end` for those that have none, in one message."""
@@ -754,3 +791,8 @@ class Engine:
         used = [job.store for job in [*self._asked, *self._running]]
         self.membership.forget({id(store) for store in used})
         self._forward.keep([*used, self.membership.shared, self.membership.private])
+
+
+def _owners(pieces: Sequence[tuple[Job, Piece]]) -> list[Job]:
+    """Give the job of each row of a step's logits."""
+    return [job for job, piece in pieces if piece.logits for _ in range(piece.num_rows)]
