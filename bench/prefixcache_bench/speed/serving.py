@@ -12,6 +12,7 @@ first token   generate (DynamicCache) on a prompt │  the engine through a real
                                                   │  warm (all but the last 16 tokens are cached)
 decoding      steps of generate on a batch        │  steps of the engine with as many requests
 sampled       the engine, most likely tokens      │  the engine, drawing them: of all, of a nucleus
+grammar       the engine, free                    │  the engine, held to a grammar
 shared        the engine, each sequence reading   │  the engine, by the group plan: the prefix of
               all of its keys                     │  1,000 tokens is read once a step
 beams         a step of a search, width 4         │  the part of it that calls of the service take
@@ -53,6 +54,8 @@ from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.beams import fields as beam_fields
 from prefixcache_bench.speed.beams import measure_beams
 from prefixcache_bench.speed.chatload import Load, play, service, workers
+from prefixcache_bench.speed.held import WAYS as HELD_WAYS
+from prefixcache_bench.speed.held import measure_held
 from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
     PYTHON_VARIABLE,
@@ -485,6 +488,26 @@ def report(result: dict[str, Any]) -> None:
                 for row in rows
             ],
         )
+    if rows := result.get("grammar"):
+        print(
+            "decoding free and held to a grammar, tokens per second of this thread (tokens of a "
+            "step, those included that are forced)"
+        )
+        table(
+            ["batch", *HELD_WAYS, "held/free", "drawn"],
+            [
+                [
+                    str(row["batch"]),
+                    *(
+                        f"{row['tokens_per_s'][way]:.0f} ({row['tokens_per_step'][way]:.1f})"
+                        for way in HELD_WAYS
+                    ),
+                    f"{row['held_to_free']:.3f}",
+                    f"{row['held_to_free_drawn']:.3f}",
+                ]
+                for row in rows
+            ],
+        )
     if rows := result.get("shared"):
         print(
             f"decoding behind one prefix of {SHARED_TOKENS:,} tokens, tokens per second in all: "
@@ -629,7 +652,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short chats")
     parser.add_argument(
-        "--only", choices=("ttft", "decode", "sampled", "shared", "beams", "chats", "vllm")
+        "--only",
+        choices=("ttft", "decode", "sampled", "grammar", "shared", "beams", "chats", "vllm"),
     )
     parser.add_argument(
         "--vllm",
@@ -668,6 +692,10 @@ def main(argv: list[str] | None = None) -> int:
             del baseline
         if options.only in (None, "sampled"):
             result["sampled"] = measure_sampled(model, rounds, steps, draw)
+        if options.only in (None, "grammar"):
+            with engine(model) as made:
+                result["grammar"] = measure_held(made, rounds, steps, draw)
+            progress("grammar")
         if options.only in (None, "shared"):
             result["shared"] = measure_shared(model, rounds, steps, draw)
         if options.only in (None, "beams"):
