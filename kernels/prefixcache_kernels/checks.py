@@ -16,9 +16,10 @@ import math
 import mmap
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -257,6 +258,7 @@ def check_store(
     places = _place(key), _place(value), _place(slot_mapping)
     if (
         known is not None
+        and key_cache.is_cpu
         and places[0] is not None
         and places[1] is not None
         and places[2] is not None
@@ -325,6 +327,57 @@ def check_store(
         check_apart("the caches", cache, key=key, value=value, slot_mapping=slot_mapping)
         check_apart("the caches", cache, key_scale=key_scale, value_scale=value_scale)
     return known
+
+
+def check_layers(
+    key: Tensor,
+    value: Tensor,
+    key_caches: Sequence[Tensor],
+    value_caches: Sequence[Tensor],
+    slot_mapping: Tensor,
+    **read: Tensor,
+) -> list[Written]:
+    """Refuse what `store_kv` cannot write in one of a step's layers; give what it writes to.
+
+    For caches that were seen before this takes a part of what `check_store` takes for each.  They
+    are of one kind, so what is then looked at in the first layer's holds for all.
+
+    Args:
+        key: Of one layer, and so is `value`; of the others they are alike, and lie anywhere else.
+        value: As of `check_store`.
+        key_caches: Of each layer, at least one; plain tensors on a CPU.
+        value_caches: As many.
+        slot_mapping: As of `check_store`; it lies apart from all caches.
+        read: What else lies apart from them, by name: plain tensors.
+
+    Raises:
+        InvalidRequest: As `check_store`, or shapes, strides or types differ from layer to layer.
+    """
+    first = check_store(key, value, key_caches[0], value_caches[0], slot_mapping)
+    kind, dtype = first.kind[2:], first.dtype
+    made = []
+    for keys, values in zip(key_caches, value_caches, strict=True):
+        known = _known(keys, values)
+        if known is None or not keys.is_cpu:
+            known = check_store(key, value, keys, values, slot_mapping)
+        if known.kind[2:] != kind or known.dtype is not dtype:
+            raise InvalidRequest(
+                f"caches {list(keys.shape)} and {list(values.shape)} of {keys.dtype} with strides "
+                f"{keys.stride()} and {values.stride()}: not of the first layer's kind"
+            )
+        made.append(known)
+    # Almost always the caches are parts of one pool, and nothing else lies between them.
+    low, high = min(known.low for known in made), max(known.high for known in made)
+    read |= {"key": key, "value": value, "slot_mapping": slot_mapping}
+    near = {}
+    for name, tensor in read.items():
+        begin, end = memory(tensor)
+        if begin < high and low < end:
+            near[name] = tensor
+    if near:
+        for cache in (*key_caches, *value_caches):
+            check_apart("the caches", cache, **near)
+    return made
 
 
 def check_attention(
@@ -516,13 +569,16 @@ def _reaches(distance: int, steps: list[tuple[int, int, int]]) -> bool:
     return any(_reaches(distance - many * step, rest) for many in range(low, high + 1))
 
 
+_Kind: TypeAlias = tuple[int, int, torch.Size, torch.Size, tuple[int, ...], tuple[int, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """Keys' and values' caches that may be written, as they were when they were looked at."""
 
     keys: weakref.ref[Tensor]
     values: weakref.ref[Tensor]
-    kind: tuple[object, ...]
+    kind: _Kind
     """Where they begin, their shapes and strides."""
     dtype: torch.dtype
     key_tail: tuple[int, ...]
@@ -556,7 +612,7 @@ def _known(key_cache: Tensor, value_cache: Tensor) -> Written | None:
     return None
 
 
-def _kind(keys: Tensor, values: Tensor) -> tuple[object, ...]:
+def _kind(keys: Tensor, values: Tensor) -> _Kind:
     return (
         keys.data_ptr(),
         values.data_ptr(),

@@ -84,6 +84,10 @@ class Prepared:
         call.keys = key_cache.data_ptr()
         call.values = value_cache.data_ptr()
 
+    def turn(self, keys: int, values: int) -> None:
+        """Fill in the addresses of another layer's caches, which were looked at and are alike."""
+        self.call.keys, self.call.values = keys, values
+
     def check(self, failed: int) -> None:
         """Say what `prefixcache_attend` found wrong, if it did.
 
@@ -180,6 +184,8 @@ def prepare(
     window: int | None = None,
 ) -> Prepared:
     """Describe a layer's attention for a caller who runs it in C: nothing is computed here.
+
+    For other layers with caches of the same kind, and the same window, it is turned to theirs.
 
     Args:
         plan: as of `attend`, and so are the following.

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels.checks import check_scalars, check_slots, check_store, check_tensors
+from prefixcache_kernels.checks import (
+    check_apart,
+    check_layers,
+    check_scalars,
+    check_slots,
+    check_tensors,
+    check_written,
+)
 from prefixcache_kernels.cpu import attend
 from prefixcache_kernels.cpu.library import at_hand
 from prefixcache_kernels.cpu.linear import (
@@ -149,6 +156,8 @@ class Layers:
         self.layers = tuple(layers)
         self.sizes = sizes
         hidden, width, heads, kv_heads, dim, _, _ = sizes
+        if not self.layers:
+            raise InvalidRequest("there are no layers")
         if dim % 2 or not 2 <= dim <= MOST_DIM or heads % kv_heads or heads < 1:
             raise InvalidRequest(
                 f"{heads} heads on {kv_heads} of {dim}: heads are even, from 2 to {MOST_DIM}, and "
@@ -194,10 +203,11 @@ class Layers:
             x: float32 `[T, hidden]`, contiguous; it is written over.
             rotation: of its positions.
             slots: int64 `[T]`: where their keys and values go; -1: nowhere.
-            keys: of each layer, `[blocks, block_size, kv_heads, dim]` of a floating type.
+            keys: of each layer, `[blocks, block_size, kv_heads, dim]` of a floating type; shape,
+                type and strides are the same in all layers.
             values: likewise.
             plan: of the batch.
-            rows: int64 `[R]`: which go on behind the last layer's attention.
+            rows: int64 `[R]`: which go on behind the last layer's attention, 0 to T - 1.
 
         Returns:
             float32 `[R, hidden]`.
@@ -208,23 +218,48 @@ class Layers:
             Unsupported: there is no C library.
         """
         hidden, width, heads, kv_heads, dim, eps, scale = self.sizes
-        num, dtype = x.shape[0], keys[0].dtype
         check_rows("x", x, hidden)
+        num = x.shape[0]
         for name, part in rotation._asdict().items():
             check_rows(name, part, dim // 2)
             if part.shape[0] != num or part.dtype != torch.float32 or not part.is_contiguous():
                 raise InvalidRequest(f"{name} is {list(part.shape)}, not [{num}, {dim // 2}]")
-        if x.dtype != torch.float32 or not x.is_contiguous() or dtype not in ROW_TYPES:
-            raise InvalidRequest(f"x of {x.dtype} for a pool of {dtype}")
         if not len(keys) == len(values) == len(self.layers):
             raise InvalidRequest(f"{len(keys)} layers of a pool for {len(self.layers)} layers")
+        check_tensors(keys=keys[0], values=values[0], slots=slots, rows=rows)
+        dtype = keys[0].dtype
+        if x.dtype != torch.float32 or not x.is_contiguous() or dtype not in ROW_TYPES:
+            raise InvalidRequest(f"x of {x.dtype} for a pool of {dtype}")
+        check_written("x", x)
+        check_apart("x", x, slots=slots, rows=rows, **rotation._asdict())
+        if rows.dtype != torch.int64 or rows.dim() != 1 or not rows.is_cpu:
+            raise InvalidRequest(f"rows {list(rows.shape)} of {rows.dtype} on {rows.device}")
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < num:
+            raise InvalidRequest(f"rows {int(rows.min())} to {int(rows.max())} of {num}")
         query = torch.empty(num, heads, dim, dtype=dtype)
         attended = torch.empty_like(query)
         fresh = torch.empty(num, 2 * kv_heads, dim, dtype=dtype)  # as they go to their slots
-        num_slots = keys[0].shape[0] * keys[0].shape[1]
-        check_tensors(slots=slots)
         slots = slots.contiguous()
-        check_slots(slots, num_slots)
+        caches = check_layers(
+            fresh[:, :kv_heads],
+            fresh[:, kv_heads:],
+            keys,
+            values,
+            slots,
+            x=x,
+            rows=rows,
+            **rotation._asdict(),
+        )
+        for cache in (keys[0], values[0]):  # those of other layers are of the same kind
+            if (
+                cache.stride(3) != 1
+                or cache.stride(2) != dim
+                or cache.stride(0) != cache.shape[1] * cache.stride(1)
+            ):
+                raise InvalidRequest(
+                    f"a pool with strides {cache.stride()}: its slots do not lie in one row"
+                )
+        check_slots(slots, keys[0].shape[0] * keys[0].shape[1])
         threads = torch.get_num_threads()
         wide = torch.empty(num * max((heads + 2 * kv_heads) * dim, width))
         room = torch.empty(room_size(num, max(hidden, width, heads * dim), threads))
@@ -244,29 +279,28 @@ class Layers:
             dim=dim,
             pool_type=ROW_TYPES[dtype],
             num_threads=threads,
+            key_stride=keys[0].stride(1) * dtype.itemsize,
+            value_stride=values[0].stride(1) * dtype.itemsize,
             eps=eps,
         )
         scale, _, _ = check_scalars(scale, None, None)
         last = len(self.layers) - 1
         run, at = library.handle.prefixcache_layer, ctypes.byref(step)
+        calls: dict[int | None, attend.Prepared] = {}
         for index, layer in enumerate(self.layers):
-            key_cache, value_cache = keys[index], values[index]
-            check_store(fresh[:, :kv_heads], fresh[:, kv_heads:], key_cache, value_cache, slots)
-            for cache in (key_cache, value_cache):
-                if (
-                    cache.stride(3) != 1
-                    or cache.stride(2) != dim
-                    or (cache.stride(0) != cache.shape[1] * cache.stride(1))
-                ):
-                    raise InvalidRequest(
-                        f"a pool with strides {cache.stride()}: its slots do not lie in one row"
-                    )
-            call = attend.prepare(
-                plan, query, key_cache, value_cache, attended, scale=scale, window=layer.window
-            )
-            step.keys, step.values = key_cache.data_ptr(), value_cache.data_ptr()
-            step.key_stride = key_cache.stride(1) * key_cache.element_size()
-            step.value_stride = value_cache.stride(1) * value_cache.element_size()
+            call = calls.get(layer.window)
+            if call is None:
+                call = calls[layer.window] = attend.prepare(
+                    plan,
+                    query,
+                    keys[index],
+                    values[index],
+                    attended,
+                    scale=scale,
+                    window=layer.window,
+                )
+            step.keys, step.values = caches[index].kind[:2]
+            call.turn(step.keys, step.values)
             parts = _BEFORE | (_AFTER if index < last else 0)
             call.check(run(at, self._places[index], call.address, parts))
             if index < last:
