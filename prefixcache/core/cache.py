@@ -92,6 +92,8 @@ class PrefixCache:
         max_leases: Leases that may be out at the same time.
         max_namespaces: Namespaces that there may be at the same time: where there are more, the
             next one takes the place of one that is only cached.
+        max_prompt_bytes: What the prompts may take that wait or are being computed: each is kept
+            whole until its last token is committed, however much of it is shared.
         history_bytes: What may be remembered for people, for `explain` and the stats, of requests
             that are over.  It decides nothing: experiments, which only count, do with 0.
         first_block: The id of the first block: what is below it is memory that nobody is ever lent.
@@ -124,6 +126,7 @@ class PrefixCache:
         max_line: int = 4096,
         max_leases: int = 1 << 40,
         max_namespaces: int = 1 << 40,
+        max_prompt_bytes: int = 512 << 20,
         history_bytes: int = 1 << 20,
         first_block: int = 0,
     ) -> None:
@@ -153,6 +156,7 @@ class PrefixCache:
             max_line=max_line,
             max_leases=max_leases,
             max_namespaces=max_namespaces,
+            max_prompt_bytes=max_prompt_bytes,
             history_bytes=history_bytes,
         )
 
@@ -173,6 +177,7 @@ class PrefixCache:
         for shares in (
             lessor.namespaces.shares,
             lessor.waiting.line.shares,
+            lessor.prompts,
             *lessor.pins.shares,
             lessor.blocks.aside,
         ):
@@ -378,7 +383,7 @@ class PrefixCache:
                 request id of a lease that was asked for with something else.
             NotFound: the worker is not attached to the namespace.
             PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
-                too many wait for room.
+                too many wait for room; or prompts that wait or are computed take all that they may.
             QuotaExceeded: its namespace or tenant may not hold so many blocks (now, or ever).
         """
         lessor = self._lessor

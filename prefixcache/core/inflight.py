@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Root, common_prefix
+from prefixcache.core.shares import Shares
 from prefixcache.types import TOKEN_BYTES, Partial, TicketId
 
 
@@ -41,13 +42,19 @@ class Inflight:
     flight.  A lease is entered once, when it is granted, and taken out once, when its prompt is
     committed or the lease ends.  In between nothing is kept up to date: what it has indexed so far
     is locked in the tree, so there is nothing left to gain from waiting for it.
+
+    Args:
+        block_size: Tokens of a block.
+        partial: How much of a partly matching block is reused.
+        prompts: Counts the bytes that the prompts take.
     """
 
-    __slots__ = ("_block_size", "_partial", "below")
+    __slots__ = ("_block_size", "_partial", "_prompts", "below")
 
-    def __init__(self, block_size: int, partial: Partial) -> None:
+    def __init__(self, block_size: int, partial: Partial, prompts: Shares) -> None:
         self._block_size = block_size
         self._partial = partial
+        self._prompts = prompts
         self.below: dict[Root, list[tuple[bytes, int, Lease]]] = {}
 
     def __len__(self) -> int:
@@ -62,6 +69,7 @@ class Inflight:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
+        self._prompts.force(lease.namespace.tenant, len(prompt))
         root = lease.root
         below = self.below.get(root)
         if below is None:
@@ -76,6 +84,7 @@ class Inflight:
         root = lease.root
         below = self.below[root]
         del below[bisect_left(below, (lease.flight, lease.serial))]
+        self._prompts.give(lease.namespace.tenant, len(lease.flight))
         lease.flight = None
         if not below:
             del self.below[root]

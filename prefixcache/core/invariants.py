@@ -27,6 +27,7 @@ from prefixcache.core.lease import Lease, LeaseTable
 from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Node, Root
 from prefixcache.core.quota import Quotas
+from prefixcache.core.wait_queue import Request
 from prefixcache.types import BlockTable, Checked
 
 
@@ -53,6 +54,7 @@ def check(lessor: Lessor) -> None:
         blocks.pool.check(owned, held)
         lessor.inflight.check()
         lessor.waiting.check()
+        _check_prompts(lessor)
         lessor.pins.check()
         lessor.tallies.check()
         _check_ages(lessor)
@@ -284,6 +286,22 @@ def _check_lease(lessor: Lessor, lease: Lease) -> None:
         return
     for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
         assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"
+
+
+def _check_prompts(lessor: Lessor) -> None:
+    """Assert that the bytes of prompts are those that are kept.  O(flights + tickets)."""
+    kept: Counter[str] = Counter()
+    for lease in lessor.inflight.all():
+        assert lease.flight is not None, f"lease {lease.id} flies without a prompt"
+        kept[lease.namespace.tenant] += len(lease.flight)
+    for ticket in lessor.waiting.tickets.values():
+        if isinstance(ticket.request, Request):
+            kept[ticket.tenant] += len(ticket.request.tokens)
+    lessor.prompts.check_counts()
+    assert lessor.prompts.total == sum(kept.values()), f"{lessor.prompts.total} bytes of prompts"
+    for tenant, num_bytes in kept.items():
+        used = lessor.prompts.used(tenant)
+        assert used == num_bytes, f"{tenant!r}: {used} bytes of prompts, not {num_bytes}"
 
 
 def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:

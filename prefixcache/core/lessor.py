@@ -20,6 +20,7 @@ from prefixcache.core.node import Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.shares import Shares
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
@@ -66,6 +67,7 @@ class Lessor:
         "oplog",
         "partial",
         "pins",
+        "prompts",
         "roots",
         "settled",
         "tallies",
@@ -85,6 +87,7 @@ class Lessor:
         max_line: int,
         max_leases: int,
         max_namespaces: int,
+        max_prompt_bytes: int,
         history_bytes: int,
     ) -> None:
         self.tree = tree
@@ -93,8 +96,11 @@ class Lessor:
         self.partial = partial
         self.blocks = BlockManager(tree, pool, partial)
         self.leases = LeaseTable(ttl_s, max_leases)
-        self.inflight = Inflight(tree.block_bytes // TOKEN_BYTES, partial)
-        self.waiting = WaitQueue(max_line)
+        self.prompts = Shares(
+            max_prompt_bytes, "the room for prompts", "bytes of prompts that wait or are computed"
+        )
+        self.inflight = Inflight(tree.block_bytes // TOKEN_BYTES, partial, self.prompts)
+        self.waiting = WaitQueue(max_line, self.prompts)
         self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
         self.namespaces = NamespaceTable(max_namespaces)
@@ -170,6 +176,7 @@ class Lessor:
             return earlier  # whatever has become of quotas and of the line since then
         blocks, waiting, tenant = self.blocks, self.waiting, request.namespace.tenant
         request.num_blocks = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
+        self.prompts.check(tenant, len(request.tokens))
         if blocks.quotas.any_limit:
             blocks.quotas.refuse_hopeless(
                 blocks.quotas.account(request.namespace), request.num_blocks
@@ -297,6 +304,7 @@ class Lessor:
                 if request.reuse and self.inflight.find(root, match, request.tokens) is not None:
                     return False
                 self.leases.admit(request.namespace.tenant)
+                self.prompts.check(request.namespace.tenant, len(request.tokens))
                 account = root.account or blocks.quotas.account(request.namespace)
                 need, _ = blocks.plan(match, need, account, request.min_partial)
                 beside = match.near or match.node

@@ -292,6 +292,7 @@ class WaitQueue:
 
     Args:
         max_line: How many may wait for blocks at the same time.
+        prompts: Counts the bytes that the prompts of those who wait take.
     """
 
     __slots__ = (
@@ -301,14 +302,16 @@ class WaitQueue:
         "_calls",
         "_deadlines",
         "_next",
+        "_prompts",
         "_ready",
         "_searches",
         "line",
         "tickets",
     )
 
-    def __init__(self, max_line: int) -> None:
+    def __init__(self, max_line: int, prompts: Shares) -> None:
         self.line = FairQueue(max_line)
+        self._prompts = prompts
         self.tickets: dict[TicketId, Ticket] = {}
         self._by_worker: dict[WorkerId, dict[TicketId, Ticket]] = {}
         self._by_owner: dict[int, Waiters] = {}
@@ -327,6 +330,8 @@ class WaitQueue:
         ticket = Ticket(TicketId(self._next), request, tenant, deadline)
         self.tickets[ticket.id] = ticket
         self._by_worker.setdefault(request.worker, {})[ticket.id] = ticket
+        if isinstance(request, Request):
+            self._prompts.force(tenant, len(request.tokens))
         heappush(self._deadlines, (deadline, ticket.id))
         if len(self._deadlines) > 2 * len(self.tickets) + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.tickets]
@@ -366,6 +371,8 @@ class WaitQueue:
             del self._by_worker[ticket.request.worker]
         self.line.leave(ticket)
         self.stop_waiting(ticket)
+        if isinstance(ticket.request, Request):
+            self._prompts.give(ticket.tenant, len(ticket.request.tokens))
 
     def stop_waiting(self, ticket: Ticket) -> None:
         """Let a ticket wait for no flight.  O(log waiting)."""
