@@ -84,6 +84,7 @@ FLOORS = {
         "prefixcache.service.http.browser_headers",
         "prefixcache.service.http.embedded_server",
         "prefixcache.service.http.http_connections",
+        "prefixcache.service.pool.model_layout",
         "prefixcache.cli.decoder",
         "prefixcache.cli.front",
         "prefixcache_worker.child",

@@ -310,7 +310,7 @@ def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Pat
     service = next(line for line in up.said if "listening at" in line).split("unix:")[1].strip()
     for options, wanted in (
         (["--connect", f"unix:{service}", "--memory", "1GiB"], "--memory is for a service"),
-        (["--connect", f"unix:{service}", "--dtype", "bfloat16"], "did not start"),
+        (["--connect", f"unix:{service}", "--dtype", "bfloat16"], "cannot be used"),
         (["--http", "0.0.0.0:0"], "--api-keys"),
         (["--http", "8000"], "write 127.0.0.1:8000"),
         (["--http", f"127.0.0.1:{up.port}"], "somebody listens"),

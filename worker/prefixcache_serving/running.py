@@ -21,7 +21,8 @@ from typing import Any, Final
 
 import prefixcache
 from prefixcache.client.address import default_target
-from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
+from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.texts import check_text, many
 from prefixcache_serving.fleet import Fleet
 from prefixcache_serving.front import Front
@@ -191,7 +192,9 @@ class _Run:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._server.close)
                 work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx-up-")))
-                self._tell("starting", "", url=url, model=setup.served_name)
+                self._tell(
+                    "starting", f"starting {setup.served_name}", url=url, model=setup.served_name
+                )
                 target = await self._service(stack, work)
                 meter = Meter()
                 router = Router(
@@ -265,6 +268,7 @@ class _Run:
                         "already: leave it out, or give another address with --connect"
                     )
             self._tell("service", f"service: the one at {target}", target=target, is_ours=False)
+            await asyncio.to_thread(_check_layout, target, self._folder, setup)
             return target
         lines = service.output.read_text(errors="replace").splitlines()
         told = "\n".join(f"service: {line}" for line in lines)
@@ -337,6 +341,28 @@ async def _answers(target: str) -> bool:
     except ServiceUnavailable:
         return False
     return True
+
+
+def _check_layout(target: str, folder: Path, setup: Setup) -> None:
+    """Attach as a worker will, but before one has loaded its model, which takes long.
+
+    Raises:
+        LayoutMismatch: the service's pool has another layout.
+    """
+    try:
+        layout = read_layout(folder, setup.dtype)
+    except InvalidRequest:
+        return  # the worker will say what it cannot read
+    if not layout.is_ours:
+        return  # its pages are a worker's matter
+    try:
+        with prefixcache.connect(target) as client:
+            client.attach(setup.served_name, layout, name="prefixcache up").close()
+    except LayoutMismatch as error:
+        raise LayoutMismatch(
+            f"the service at {target} cannot be used: {error}; or give another address with "
+            "--connect: where none answers, one is started"
+        ) from None
 
 
 async def _keep_service(service: ChildService, say: Say) -> None:

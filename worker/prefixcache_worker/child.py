@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -123,25 +124,33 @@ class Child:
         """Send SIGKILL: the process gets no chance to say or clean up anything."""
         if self.process is not None:
             self.killed = True
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
+            self._signal(signal.SIGKILL)
 
     async def stop(self) -> None:
         """End the process: SIGTERM, a few seconds of patience, SIGKILL.  Idempotent."""
         if self.process is None or self.process.returncode is not None:
             return
         if self.gone.is_set():
-            # To signal it would look whether it has ended, and lose how: asyncio asks once more.
+            # It ends by itself: a signal would change how.
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.process.wait(), STOP_S)
                 return
-        with contextlib.suppress(ProcessLookupError):
-            self.process.terminate()
+        self._signal(signal.SIGTERM)
         try:
             await asyncio.wait_for(self.process.wait(), STOP_S)
         except TimeoutError:
             self.kill()
             await self.process.wait()
+
+    def _signal(self, number: int) -> None:
+        """Signal it.
+
+        Not by what asyncio has for it, which looks first whether the process has ended: where it
+        has just now, asyncio then asks in vain how, and says so on standard error.
+        """
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
 @contextlib.asynccontextmanager
