@@ -510,7 +510,7 @@ def test_who_waits_for_one_flight_is_tried_in_parts(how: str):
         assert settled == (0 if how == "ends" else num_waiting)
         return max(costs)
 
-    few, many = called(300), called(1200)
+    few, many = called(400), called(1200)
     assert many <= few * 1.2
 
 
