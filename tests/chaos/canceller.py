@@ -35,6 +35,8 @@ class Canceller:
         self.random = Random(seed)
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.cancelled = 0
+        self.is_told = False
+        """To end: a session that breaks in that moment may take the cancellation's place."""
 
     def tell(self, kind: str, **fields: Any) -> None:
         line = json.dumps({"kind": kind, "t": time.monotonic()} | fields)
@@ -43,9 +45,14 @@ class Canceller:
     async def run(self) -> None:
         task = asyncio.current_task()
         assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def end() -> None:
+            self.is_told = True
+            task.cancel()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, end)
         with contextlib.suppress(asyncio.CancelledError):
-            while True:
+            while not self.is_told:
                 try:
                     client = await connect_async(
                         self.target, timeout_s=PATIENCE_S, token=TOKENS[self.tenant]

@@ -82,7 +82,7 @@ def test_every_width_of_vectors_gives_the_same(
         pytest.skip(f"the compiler does not know it: {fault}")
     assert loaded.width == width
     monkeypatch.setattr(attend, "library", lambda: loaded)
-    monkeypatch.setattr(linear, "load", lambda: loaded)
+    monkeypatch.setattr(linear, "at_hand", lambda: loaded)
     for dtype in (torch.float32, torch.bfloat16):
         weight, x = torch.randn(40, 66).to(dtype), torch.randn(9, 66).to(dtype)
         matrix = linear.Matrix(linear.pack(weight), 66, 40)
