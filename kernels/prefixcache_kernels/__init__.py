@@ -86,8 +86,13 @@ def paged_attention(
     value_scale: Tensor | None = None,
     lse: Tensor | None = None,
     plan: Plan | None = None,
+    fixed: bool = False,
 ) -> Tensor:
-    """Attend packed queries to paged keys and values; see `reference.paged_attention`."""
+    """Attend packed queries to paged keys and values; see `reference.paged_attention`.
+
+    With `fixed`, or a plan that is so, a query's answer has the same bits whatever else is in the
+    batch, and whether the tokens before it are computed with it or were cached: in Triton and in C.
+    """
     if not (is_plain(query) and is_plain(key_cache) and is_plain(value_cache)):
         check_tensors(query=query, key_cache=key_cache, value_cache=value_cache)
     scale, window, softcap = check_scalars(scale, window, softcap)
@@ -104,18 +109,24 @@ def paged_attention(
     if key_cache.is_cuda:
         from prefixcache_kernels.attention import paged_attention as launch
 
-        return launch(*args, **options, plan=plan)
+        fixed = fixed or (isinstance(plan, Plan) and plan.fixed)
+        return launch(*args, **options, plan=plan, fixed=fixed)
     if plan is None:
         check_attention(query, key_cache, value_cache, key_scale=key_scale, value_scale=value_scale)
-        plan = Plan.build(block_tables, query_start, context_lens, key_cache.shape[1])
+        size = key_cache.shape[1]
+        plan = Plan.build(block_tables, query_start, context_lens, size, fixed=fixed)
     elif not isinstance(plan, Plan):
         raise InvalidRequest(f"plan is a {type(plan).__name__}, not a Plan")
+    elif fixed and not plan.fixed:
+        raise InvalidRequest("bits are to be fixed, and the plan is of another kind: build it so")
     else:
         plan.verify(block_tables, query_start, context_lens)
     if native.takes(query, key_cache, value_cache, plan.num_seqs):
         return native.attend(plan, query, key_cache, value_cache, **options)
     if plan.fixed:
-        raise Unsupported("a plan that fixes each query's bits is for the C library alone")
+        raise Unsupported(
+            "without the C library no bits of a CPU are fixed: they depend on the batch"
+        )
     return reference.paged_attention(*args, **options, plan=plan)
 
 

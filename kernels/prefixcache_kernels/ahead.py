@@ -109,7 +109,7 @@ def compile_variant(variant: Variant, target: str) -> Report:
     }
     source = ASTSource(variant.kernel, signature, constants, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    options |= launch.OPTIONS
+    options |= launch.OPTIONS | {"enable_fp_fusion": variant.fused}
     compiled = triton.compile(source, target=gpu, options=options)
     if gpu.backend == "cuda":
         registers, spilled = assembly.read_ptx(compiled.asm["ptx"], gpu.arch)

@@ -25,6 +25,13 @@ program           split 0       │ split 1     │ split 2     │ split 3
 merged            2**(lse_i - max lse) weighs each part
 ```
 
+How many splits there are depends on the batch, and so do a query's last bits.  With `fixed` a split
+is always the same `FIXED_KEYS` keys, decoding and prefilling queries are cut alike, and parts are
+merged some at a time, as many in any case: a query has the same bits alone and in company, cold and
+behind a cached prefix.  That costs tiles with empty rows where it decodes, and a partial answer for
+each split where it prefills; what those take is bounded by a launch for some of the queries at a
+time, which changes no bit, as they do not depend on each other.
+
 Bytes moved, per layer: a decode step reads `context * kv_heads * (head_dim + value_dim)` elements
 per sequence and little else; at 16 bit and 4.8 TB/s, 8 heads of 128 and 8,192 tokens take 7 us.
 A split adds `8 * heads * (value_dim + 1)` bytes per query, written and read.
@@ -38,6 +45,8 @@ CUDA graph and replayed with other tables and lengths.
 # (Triton's language is not Python's: the kernels have no types.  The wrappers have.)
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 import triton
@@ -57,6 +66,12 @@ from prefixcache_kernels.launch import (
 )
 from prefixcache_kernels.plan import Plan
 from prefixcache_kernels.shape import Shape, next_power_of_2
+
+FIXED_PARTS: Final = 8
+"""Partial answers that are merged at a time where bits are fixed, if so many fit."""
+
+FIXED_BYTES: Final = 1 << 28
+"""What partial answers of a launch may take where bits are fixed."""
 
 
 @triton.jit(
@@ -102,6 +117,7 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
     SLOTS: tl.constexpr,
     OWN: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -114,8 +130,9 @@ def attend_kernel(
 ):
     """Attend one tile of queries to one split of its keys.
 
-    Grid: (tiles, kv_heads, SPLITS).  With one slot the answer is written, else a partial one into
-    the last SPLITS of the SLOTS of a line: `out [T, HEADS, SLOTS, VALUE_DIM]` and
+    Grid: (tiles, kv_heads, SPLITS).  Split i has the keys from `i * SPLIT_KEYS` on, or, if that is
+    0, its share of those that the tile attends.  With one slot the answer is written, else a
+    partial one into the last SPLITS of the SLOTS of a line: `out [T, HEADS, SLOTS, VALUE_DIM]` and
     `lse [T, HEADS, SLOTS]` in float32, in units of log2 (of the natural logarithm if it is final).
 
     OWN: part of attention over shared prefixes, whose keys before block `own_ptr[.]` are left to
@@ -171,7 +188,10 @@ def attend_kernel(
             bottom = tl.maximum(bottom, context - num_queries + first - window + 1)
         aligned = bottom // TILE * TILE
         left, right = aligned, top
-        if SPLITS > 1:
+        if SPLIT_KEYS > 0:
+            left = tl.maximum(split * SPLIT_KEYS, aligned)
+            right = tl.minimum((split + 1) * SPLIT_KEYS, top)
+        elif SPLITS > 1:
             share = tl.cdiv(tl.cdiv(top - aligned, SPLITS), TILE) * TILE
             left = aligned + split * share
             right = tl.minimum(left + share, top)
@@ -247,13 +267,16 @@ def merge_kernel(
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    FIXED: tl.constexpr,
     LSE: tl.constexpr,
 ):
     """Merge the partial answers of one head of one query, weighted by their sums.
 
     Grid: (tokens * heads,).  WIDTH is the power of two from SLOTS on; PARTS parts are in registers
-    at a time, however many there are.  A part whose log-sum-exp is
-    -inf saw no key; it may hold anything and is not read.
+    at a time, however many there are.  FIXED: their weights are summed likewise and the quotient is
+    rounded as it should be, so that nothing depends on SLOTS: one part, divided by 1, is as it was,
+    which is what one split alone gives.  A part whose log-sum-exp is -inf saw no key; it may hold
+    anything and is not read.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
     line = tl.program_id(0).to(tl.int64)
@@ -263,16 +286,19 @@ def merge_kernel(
     peak = tl.max(lse, 0)
     # Infinite: there is no part, or one that is no number and must show.
     level = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    total = tl.sum(tl.exp2(lse - level), 0)
+    total = 0.0 if FIXED else tl.sum(tl.exp2(lse - level), 0)
     sums = tl.zeros([VALUE_DIMS], tl.float32)
     for at in range(0, SLOTS, PARTS):
         part = at + tl.arange(0, PARTS)
         weights = tl.load(lse_ptr + line * SLOTS + part, part < SLOTS, float("-inf"))
         weights = tl.exp2(weights - level)
+        if FIXED:
+            total += tl.sum(weights, 0)
         where = (line * SLOTS + part)[:, None] * VALUE_DIM + dim[None, :]
         parts = tl.load(part_ptr + where, in_dim[None, :] & (weights > 0.0)[:, None], 0.0)
         sums += tl.sum(parts * weights[:, None], 0)
-    answer = sums / tl.where(total > 0.0, total, 1.0)
+    floor = tl.where(total > 0.0, total, 1.0)
+    answer = tl.div_rn(sums, floor) if FIXED else sums / floor
     tl.store(out_ptr + line * VALUE_DIM + dim, answer.to(out_ptr.dtype.element_ty), in_dim)
     if LSE:
         tl.store(whole_ptr + line, (level + tl.log2(total)) / LOG2E)
@@ -294,13 +320,16 @@ def paged_attention(
     value_scale: Tensor | None = None,
     lse: Tensor | None = None,
     plan: Plan | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     """Attend packed queries to paged keys and values; arguments as `reference.paged_attention`.
 
     Strides: any, but the last dimension of queries and caches is contiguous (queries are copied
     otherwise).  One launch, or two when keys are split; no synchronisation, so what tables and
     lengths say is trusted, unless `PREFIXCACHE_CHECK=1`.  `plan` is for the CPU path and not looked
-    at.
+    at.  With `fixed` a query's bits depend on nothing but itself and its keys: on the device, the
+    types and the sizes of the heads beside them, never on the batch; more launches, if partial
+    answers would take more than `FIXED_BYTES`.
 
     Raises:
         InvalidRequest: The shapes do not fit together.
@@ -337,7 +366,33 @@ def paged_attention(
         num_queries=num_queries,
         num_seqs=num_seqs,
         max_context=block_tables.shape[1] * block_size,
+        fixed=fixed,
     )
+    each = heads * shape.splits * (value_dim + 1) * 4  # bytes of a query's partial answers
+    at_once = max(1, FIXED_BYTES // each)
+    if fixed and shape.splits > 1 and num_queries > at_once:
+        ends = query_start[1:]
+        for first in range(0, num_queries, at_once):
+            last = min(first + at_once, num_queries)
+            # Of each sequence the queries from `first` to `last`; later ones and their keys go.
+            later = ends.clamp(min=last) - query_start[:-1].clamp(min=last)
+            out[first:last] = paged_attention(
+                query[first:last],
+                key_cache,
+                value_cache,
+                block_tables,
+                query_start.clamp(first, last) - first,
+                context_lens - later,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                key_scale=key_scale,
+                value_scale=value_scale,
+                lse=None if lse is None else lse[first:last],
+                fixed=True,
+            )
+        return out
     query = in_reach(query)
     part, part_lse = out, lse
     if shape.splits > 1:
@@ -370,6 +425,7 @@ def paged_attention(
         **shape.constants(heads, head_dim, value_dim, block_size, query.dtype),
         BLOCK_Q=shape.block_q,
         SPLITS=shape.splits,
+        SPLIT_KEYS=shape.split_keys,
         SLOTS=shape.splits,
         OWN=0,
         WINDOWED=window is not None,
@@ -382,17 +438,21 @@ def paged_attention(
         **OPTIONS,
     )
     if part_lse is not None and shape.splits > 1:
-        merge(part, part_lse, out, lse)
+        merge(part, part_lse, out, lse, fixed=fixed)
     return out
 
 
-def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> None:
+def merge(
+    part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None, *, fixed: bool = False
+) -> None:
     """Merge `[T, heads, slots, value_dim]` partial answers into `out`; their sums into `lse`.
 
-    Reads every part whose log-sum-exp (`part_lse`, in units of log2) is not -inf, once.
+    Reads every part whose log-sum-exp (`part_lse`, in units of log2) is not -inf, once.  With
+    `fixed` parts that saw no key, behind the others, change no bit.
     """
     tokens, heads, slots, value_dim = part.shape
     dims, width = next_power_of_2(value_dim), next_power_of_2(slots)
+    parts = parts_at_once(dims, FIXED_PARTS if fixed else width)
     merge_kernel[(tokens * heads,)](
         part,
         part_lse,
@@ -402,10 +462,12 @@ def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor | None) -> No
         VALUE_DIMS=dims,
         SLOTS=slots,
         WIDTH=width,
-        PARTS=parts_at_once(dims, width),
+        PARTS=parts,
+        FIXED=fixed,
         LSE=lse is not None,
-        num_warps=warps(4 * dims * parts_at_once(dims, width)),
-        **OPTIONS,
+        num_warps=warps(4 * dims * parts),
+        # Which of two products goes into the addition is the compiler's choice, for each SLOTS.
+        **(OPTIONS | {"enable_fp_fusion": not fixed}),
     )
 
 

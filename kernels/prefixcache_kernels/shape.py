@@ -19,6 +19,10 @@ the other waits for memory.  Decides how often keys are split."""
 
 MAX_SPLITS: Final = 32
 
+FIXED_KEYS: Final = 1024
+"""Keys of a split where a query's bits are to depend on nothing but itself and its keys; a multiple
+of every tile."""
+
 
 def next_power_of_2(number: int) -> int:
     """Give the smallest power of two that is not below `number`.
@@ -47,6 +51,8 @@ class Shape:
     splits: int
     num_warps: int
     num_stages: int
+    split_keys: int = 0
+    """Keys of a split; 0: each has its share of a tile's keys."""
 
     @classmethod
     def choose(
@@ -60,6 +66,7 @@ class Shape:
         num_queries: int,
         num_seqs: int,
         max_context: int,
+        fixed: bool = False,
         amd: bool = torch.version.hip is not None,
     ) -> Shape:
         """Cut so that the tensor cores are fed, nothing spills, and all processors have work.
@@ -75,11 +82,13 @@ class Shape:
             num_queries: Of the batch.
             num_seqs: Of the batch; one query each means decoding.
             max_context: Keys of the longest sequence there could be.
+            fixed: Cut all batches alike: a query's sums go over the same keys in the same order,
+                whatever else is in the batch, and whether it decodes or prefills.
             amd: For a GPU with half the registers per lane and waves of 64.
         """
         groups = heads // kv_heads
         dims = max(16, next_power_of_2(max(head_dim, value_dim)))
-        decode = num_queries <= num_seqs
+        decode = num_queries <= num_seqs and not fixed
         exact = element_bytes == 4  # no tensor core multiplies in full float32
         rows = max(16 if decode or exact or dims > 128 else 64, next_power_of_2(groups))
         tile = 32 if amd or dims > (128 if decode else 64) else 64
@@ -87,6 +96,7 @@ class Shape:
             tile = 16
         num_stages = (2 if decode else 1) if amd else 3 if decode and not exact else 2
         tiles = num_queries // (rows // groups) + num_seqs
+        splits = next_power_of_2(-(-max_context // FIXED_KEYS))
         return cls(
             groups,
             rows,
@@ -94,9 +104,10 @@ class Shape:
             max(16, next_power_of_2(head_dim)),
             max(16, next_power_of_2(value_dim)),
             tile,
-            _splits(tiles * kv_heads, tile, max_context),
+            splits if fixed else _splits(tiles * kv_heads, tile, max_context),
             4,
             num_stages,
+            FIXED_KEYS if fixed else 0,
         )
 
     @classmethod

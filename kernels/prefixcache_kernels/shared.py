@@ -442,6 +442,7 @@ def shared_prefix_attention(
         **own.constants(heads, head_dim, value_dim, block_size, query.dtype),
         BLOCK_Q=own.block_q,
         SPLITS=own.splits,
+        SPLIT_KEYS=own.split_keys,
         SLOTS=slots,
         OWN=1 if decode else 2,
         WINDOWED=window is not None,

@@ -45,6 +45,8 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    fused: bool = True
+    """Whether a multiplication and an addition may round once."""
 
 
 def variants(target: str) -> Iterator[Variant]:
@@ -68,6 +70,10 @@ def variants(target: str) -> Iterator[Variant]:
         yield cut.attend(8, 4, 256, torch.bfloat16, decode, windowed=True, capped=True)
     for decode in (True, False):
         yield cut.attend(32, 8, 128, torch.bfloat16, decode, own=True)
+    for heads, kv_heads, dim in ((9, 3, 64), (32, 8, 128), (8, 1, 256)):
+        yield cut.attend(heads, kv_heads, dim, torch.bfloat16, False, fixed=True)
+    yield cut.attend(9, 3, 64, torch.float32, False, fixed=True)
+    yield cut.attend(64, 8, 64, torch.bfloat16, False, windowed=True, sinks=True, fixed=True)
     for heads, kv_heads, dim, num_queries in ((9, 3, 64, 8), (32, 8, 128, 4), (32, 8, 128, 256)):
         yield cut.shared(heads, kv_heads, dim, torch.bfloat16, num_queries)
     yield cut.shared(32, 8, 128, torch.bfloat16, 256, prefill=True)
@@ -77,6 +83,8 @@ def variants(target: str) -> Iterator[Variant]:
     yield _merge(64, torch.bfloat16, cut.amd)
     yield _merge(128, torch.bfloat16, cut.amd, slots=12)
     yield _merge(256, torch.float32, cut.amd)
+    for slots in (2, 128):
+        yield _merge(128, torch.bfloat16, cut.amd, slots=slots, fixed=True)
     for slots in (MAX_SPLITS, MOST_SLOTS):  # few queries and long tables: all levels, all splits
         for dim in (64, 128, 256, 512):
             yield _merge(dim, torch.bfloat16, cut.amd, slots=slots)
@@ -142,20 +150,25 @@ def _rotate(heads: int, dim: int, dtype: torch.dtype, amd: bool) -> Variant:
     return Variant(f"rotate {_NAMES[dtype]} {heads}x{dim}", kernel, signature, constants, warps)
 
 
-def _merge(dim: int, dtype: torch.dtype, amd: bool, slots: int = 8) -> Variant:
+def _merge(
+    dim: int, dtype: torch.dtype, amd: bool, slots: int = 8, *, fixed: bool = False
+) -> Variant:
+    width = next_power_of_2(slots)
     constants = {
         "VALUE_DIM": dim,
         "VALUE_DIMS": dim,
         "SLOTS": slots,
-        "WIDTH": next_power_of_2(slots),
-        "PARTS": attention.parts_at_once(dim, next_power_of_2(slots)),
+        "WIDTH": width,
+        "PARTS": attention.parts_at_once(dim, attention.FIXED_PARTS if fixed else width),
+        "FIXED": fixed,
         "LSE": False,
     }
     kernel = attention.merge_kernel
     types = {"part_ptr": "*fp32", "whole_ptr": "*fp32", "out_ptr": f"*{_NAMES[dtype]}"}
-    name = f"merge {_NAMES[dtype]} {dim} of {slots}"
+    name = f"merge {_NAMES[dtype]} {dim} of {slots}" + " fixed" * fixed
     warps = launch.warps(4 * dim * constants["PARTS"], amd=amd)
-    return Variant(name, kernel, _words(kernel, types, constants), constants, warps)
+    signature = _words(kernel, types, constants)
+    return Variant(name, kernel, signature, constants, warps, fused=not fixed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +193,7 @@ class _Cut:
         windowed: bool = False,
         capped: bool = False,
         sinks: bool = False,
+        fixed: bool = False,
     ) -> Variant:
         values = value_dim or dim
         shape = Shape.choose(
@@ -191,11 +205,13 @@ class _Cut:
             num_queries=4 if decode else 8192,
             num_seqs=4,
             max_context=8192,
+            fixed=fixed,
             amd=self.amd,
         )
         slots = 2 * shape.splits if own else shape.splits
         constants = shape.constants(heads, dim, values, block_size, dtype)
         constants |= {"BLOCK_Q": shape.block_q, "SPLITS": shape.splits, "SLOTS": slots}
+        constants["SPLIT_KEYS"] = shape.split_keys
         constants["OWN"] = 0 if not own else 1 if decode else 2
         constants |= {"WINDOWED": windowed, "CAPPED": capped, "SINKS": sinks, "LSE": slots > 1}
         constants["FP8"] = self.fp8 if eight_bit else keys.WIDE
@@ -206,7 +222,7 @@ class _Cut:
         options = [("window", windowed), ("softcap", capped), ("sinks", sinks), ("own", own)]
         name = " ".join(
             [
-                "decode" if decode else "prefill",
+                "fixed" if fixed else "decode" if decode else "prefill",
                 f"{_NAMES[dtype]} on fp8" if eight_bit else _NAMES[dtype],
                 f"{heads}/{kv_heads}x{dim}" + ("" if values == dim else f"/{values}"),
                 f"block {block_size}",

@@ -297,7 +297,11 @@ def _check_prompts(lessor: Lessor) -> None:
     for ticket in lessor.waiting.tickets.values():
         if isinstance(ticket.request, Request):
             kept[ticket.tenant] += len(ticket.request.tokens)
-    lessor.prompts.check(dict(kept))
+    lessor.prompts.check_counts()
+    assert lessor.prompts.total == sum(kept.values()), f"{lessor.prompts.total} bytes of prompts"
+    for tenant, num_bytes in kept.items():
+        used = lessor.prompts.used(tenant)
+        assert used == num_bytes, f"{tenant!r}: {used} bytes of prompts, not {num_bytes}"
 
 
 def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:

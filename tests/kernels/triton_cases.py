@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -124,6 +125,60 @@ def test_decode_alone_splits_its_keys(batch: Make, options: dict[str, Any]) -> N
     sizes = {"num_queries": 3, "num_seqs": 3, "max_context": 192, "amd": False}
     assert Shape.choose(4, 1, 16, 16, 4, **sizes).splits > 1
     attend(batch([(1, 170), (1, 5), (1, 64)], kv_heads=1), again=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.bfloat16, {"window": 90, "sinks": True})],
+    ids=str,
+)
+def test_with_fixed_splits_a_query_has_its_bits_in_any_company(
+    batch: Make, dtype: torch.dtype, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, in a table of its own width, as decoding does; beside others; in a prefill."""
+    monkeypatch.setattr(shape, "FIXED_KEYS", 64)
+    if INTERPRETED:  # numpy's rounds a row by where it lies; a GPU computes all rows alike
+        monkeypatch.setattr(
+            np, "matmul", lambda a, b, dtype: (a[:, :, None] * b[None]).sum(1, dtype=dtype)
+        )
+    b = batch([(3, 140), (1, 70)], kv_heads=1, dtype=dtype)
+    query, keys, values, tables, starts, contexts = (tensor.to(DEVICE) for tensor in b.args)
+    if options.get("sinks"):
+        options = options | {"sinks": torch.linspace(-1, 2, query.shape[1], device=DEVICE)}
+    on_cpu = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in options.items()}
+    want = oracle_attention(*b.args, scale=0.3, **on_cpu)
+    size, ints = keys.shape[1], {"dtype": torch.int32, "device": DEVICE}
+
+    def run(rows: slice, tables: Tensor, starts: Tensor, lens: Tensor, fixed: bool) -> Any:
+        lse = torch.empty(query[rows].shape[:2], device=DEVICE)
+        step = (query[rows], keys, values, tables, starts, lens)
+        out = attention.paged_attention(*step, scale=0.3, lse=lse, fixed=fixed, **options)
+        return out, lse
+
+    def same(ones: Any, others: Any) -> bool:
+        return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+    everything = (slice(None), tables, starts, contexts)
+    whole, loose = (run(*everything, fixed=fixed) for fixed in (True, False))
+    assert relative(whole[0], want) <= BOUNDS[dtype]
+    differing = 0
+    for row, seq, length in [(0, 0, 138), (2, 0, 140), (3, 1, 70)]:
+        table = tables[seq : seq + 1, : -(-length // size)]
+        alone = (slice(row, row + 1), table, torch.tensor([0, 1], **ints))
+        alone += (torch.tensor([length], **ints),)
+        assert same(run(*alone, fixed=True), [part[row : row + 1] for part in whole])
+        differing += not same(run(*alone, fixed=False), [part[row : row + 1] for part in loose])
+    assert differing or options, "splits that are not fixed give these bits, too"
+    # Where partial answers would take too much, some queries at a time: the same.
+    launched = []
+    choose = shape.Shape.choose
+    each = query.shape[1] * 4 * (values.shape[3] + 1) * 4
+    monkeypatch.setattr(attention, "FIXED_BYTES", 2 * each)
+    monkeypatch.setattr(
+        shape.Shape, "choose", lambda *a, **kw: launched.append(kw) or choose(*a, **kw)
+    )
+    assert same(run(*everything, fixed=True), whole)
+    assert [kw["num_queries"] for kw in launched] == [4, 2, 2]
 
 
 @pytest.mark.parametrize(
