@@ -1,0 +1,60 @@
+"""`prefixcache up` itself is killed while it streams: what it leaves, what others find."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import prefixcache
+from serving.test_up import COUNT, PROMPT, Up
+from serving.test_up_ends import until
+from worker.zoo import save
+
+pytestmark = pytest.mark.slow
+
+ONE = ("--workers", "1")
+
+
+def test_killed_in_mid_stream_it_leaves_no_process_and_no_block(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        first = Up(tmp_path, Path(folder), "--memory", "8MiB", *ONE)
+        first.says(r"w1 \(pid \d+\) is ready")
+        second = Up(tmp_path, Path(folder), *ONE)
+        second.says(r"w1 \(pid \d+\) is ready")
+        streams = [second.stream(prompt=[*PROMPT, 7, one]) for one in range(4)]
+        for stream in streams:
+            stream.read(5)
+        with prefixcache.connect(f"unix:{folder}/s.sock") as client:
+            assert client.snapshot().num_leases  # else there is nothing to leave behind
+            second.process.kill()
+            assert second.end_by_itself() == -signal.SIGKILL
+            for stream in streams:
+                stream.close()
+            until(lambda: not second.alive())
+            until(lambda: not client.snapshot().num_leases)
+            snapshot = client.snapshot()
+        assert (snapshot.private, snapshot.quarantined) == (0, 0)
+
+        # What its worker had computed is there for others.
+        stream = first.stream(prompt=[*PROMPT, 7, 0], max_tokens=2)
+        stream.read()
+        assert stream.usage["prompt_tokens_details"]["cached_tokens"] == len(PROMPT) + 1
+
+        # The one whose service it is: that ends, too, and the next one starts another.
+        stream = first.stream(prompt=PROMPT)
+        stream.read(5)
+        first.process.kill()
+        assert first.end_by_itself() == -signal.SIGKILL
+        stream.close()
+        until(lambda: not first.alive())
+        third = Up(tmp_path, Path(folder), "--memory", "8MiB", *ONE)
+        stream = third.stream(prompt=PROMPT)
+        stream.read()
+        assert stream.usage["completion_tokens"] == COUNT
+        assert third.end() == 0
