@@ -222,8 +222,10 @@ class Tidying:
 
     def note_living(self) -> None:
         """Count one whose leaf came back."""
-        self._num_dead = max(0, self._num_dead - 1)
-        self._num_since = max(0, self._num_since - 1)
+        if self._num_dead:
+            self._num_dead -= 1
+        if self._num_since:
+            self._num_since -= 1
 
     def is_due(self, num_entries: int) -> bool:
         """Whether some of so many entries should be looked at now.  O(1)."""

@@ -95,8 +95,14 @@ class Inflight:
         if below is None:
             return None
         at = bisect_left(below, (tokens,))
+        stored = match.end
+        if self._partial is not Partial.OFF:
+            stored += match.partial_tokens * TOKEN_BYTES
+        lacking = tokens[stored : stored + TOKEN_BYTES]
         best: JoinGain | None = None
-        for prompt, _, lease in below[max(0, at - 1) : at + 1]:
+        for prompt, _, lease in below[at - 1 if at else 0 : at + 1]:
+            if not prompt.startswith(lacking, stored):
+                continue  # as a rule: what it shares is there already
             common = common_prefix(prompt, 0, tokens, 0, min(len(prompt), len(tokens)))
             gain = self._gain(lease, match, common // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
             if gain is not None and (best is None or gain.num_tokens > best.num_tokens):

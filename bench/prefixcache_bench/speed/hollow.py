@@ -28,7 +28,7 @@ class HollowCache:
     """Answers like `PrefixCache`, with a table of the right size; reads every token."""
 
     def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+        self.block_size = block_size
         self._count = 0
 
     def attach(
@@ -56,7 +56,7 @@ class HollowCache:
         """Nothing is set aside."""
         return 0
 
-    num_leases = 0
+    num_leases = num_blocks = 0
     """Nothing is held."""
 
     def namespaces(self) -> list[Namespace]:
@@ -83,11 +83,11 @@ class HollowCache:
     ) -> Generator[None, None, Snapshot]:
         """Tell that nothing is held."""
         yield from ()
-        return Snapshot(block_size=self._block_size)
+        return Snapshot(block_size=self.block_size)
 
     def counts(self, *, now: float) -> Counts:
         """Tell that there is nothing."""
-        return Counts(block_size=self._block_size)
+        return Counts(block_size=self.block_size)
 
     def take_outcomes(self) -> list[object]:
         """Nobody waits."""
@@ -96,6 +96,21 @@ class HollowCache:
     def next_deadline(self) -> float | None:
         """Nothing expires."""
         return None
+
+    def clear_way(
+        self,
+        worker: WorkerId,
+        namespace: Namespace,
+        tokens: bytes,
+        *,
+        now: float,
+        reserve: int = 0,
+        request_id: str = "",
+        reuse: bool = True,
+        min_partial: int = 0,
+    ) -> bool:
+        """Nothing has to go."""
+        return False
 
     def acquire(
         self,
@@ -116,7 +131,7 @@ class HollowCache:
         np.frombuffer(tokens, np.uint32).sum()
         self._count += 1
         num_tokens = len(tokens) // 4
-        table = array("i", range(-(-num_tokens // self._block_size)))
+        table = array("i", range(-(-num_tokens // self.block_size)))
         ledger = Ledger(hit=num_tokens - 37, cold=37)
         return Grant(LeaseId(self._count), table, num_tokens - 37, 0, (), ledger, 30.0)
 
@@ -130,7 +145,7 @@ class HollowCache:
         now: float,
     ) -> Committed:
         """Accept everything."""
-        return Committed(num_tokens, num_tokens // self._block_size)
+        return Committed(num_tokens, num_tokens // self.block_size)
 
     def extend(
         self,
@@ -142,7 +157,7 @@ class HollowCache:
         wait_s: float = 0.0,
     ) -> TableUpdate:
         """Give a new block with every 16th token."""
-        keep, rest = divmod(num_tokens - 1, self._block_size)
+        keep, rest = divmod(num_tokens - 1, self.block_size)
         return TableUpdate(keep, _NO_BLOCKS if rest else array("i", (keep,)))
 
     def release(self, worker: WorkerId, lease: LeaseId, *, now: float) -> Released:
