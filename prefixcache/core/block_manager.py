@@ -339,7 +339,7 @@ class BlockManager:
     def _step_back(self, lease: Lease, keep: int, left: int) -> None:
         """Move a lease's lock up to the end of its first `keep` blocks; its tail stays cached."""
         if lease.tail is not None:
-            self._settle_tail(lease)
+            self._settle_tail(lease.tail)
             self._unlock(lease.tail)
             lease.tail = None
         start = keep * self.block_size
@@ -372,7 +372,8 @@ class BlockManager:
             self.tree.remove_tail(lease.tail)
             private.append(lease.table[lease.private_from - 1])
             lease.tail = None
-        self._settle_tail(lease)
+        if lease.tail is not None:
+            self._settle_tail(lease.tail)
         self._unlock(lease.node, lease.tail)
         quarantined = 0
         if private and writes_on:
@@ -412,10 +413,10 @@ class BlockManager:
             self._aside.pop(worker, None)
         return self.pool.release_quarantine(worker, lease)
 
-    def _settle_tail(self, lease: Lease) -> None:
+    def _settle_tail(self, tail: Node) -> None:
         """Note that a lease will not write to its indexed tail any more."""
-        if self.pool.write_listener is not None and lease.tail is not None:
-            self.pool.write_listener.ended(lease.tail.blocks[-1:])
+        if self.pool.write_listener is not None:
+            self.pool.write_listener.ended(tail.blocks[-1:])
 
     def _unlock(self, node: Node, tail: Node | None = None) -> None:
         absorbed = self.tree.unlock(node, tail)

@@ -317,7 +317,7 @@ class RadixTree:
         if not node.lock_ref and node.parent is not None:
             node.parent.last_used = self.clock
             if not node.children:
-                self._offer(node, node.root)
+                self._offer(node, node.in_root or node.root)
 
     def split_leaf(self, node: Node, used: int) -> None:
         """Let a leaf have only the blocks after its first `used` ones."""
@@ -343,7 +343,7 @@ class RadixTree:
             size += len(at.blocks)
             at = at.parent
         if size:
-            self._count_evictable(node.root, -size)
+            self._count_evictable(node.in_root or node.root, -size)
             if node.queued and node.queued != SWEPT:
                 tell_locked(self.queue, node)
 
@@ -370,7 +370,7 @@ class RadixTree:
         return None
 
     def _unlock(self, node: Node, stamp: int) -> None:
-        root, size = node.root, 0
+        root, size = node.in_root or node.root, 0
         at: Node | None = node
         below: Node | None = None
         while at is not None:
