@@ -174,10 +174,10 @@ class PrefixCache:
         """Say for whom a part of each limit is kept; by default for nobody.  O(tenants)."""
         lessor = self._lessor
         lessor.leases.set_tenants(tenants)
+        lessor.prompts.set_tenants(tenants)
         for shares in (
             lessor.namespaces.shares,
             lessor.waiting.line.shares,
-            lessor.prompts,
             *lessor.pins.shares,
             lessor.blocks.aside,
         ):

@@ -6,14 +6,17 @@ A lease with prompt tokens still to compute is in flight; others may wait for it
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Root, common_prefix
 from prefixcache.core.shares import Shares
+from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Partial, TicketId
+
+_PROMPTS = "bytes of prompts that wait or are computed"
 
 
 class JoinGain(NamedTuple):
@@ -34,6 +37,66 @@ class Waiters:
     count: int = 0
 
 
+class PromptBytes:
+    """What the prompts take that wait or are computed, by tenant: `limit` bytes in all.
+
+    Every method but `set_tenants` is O(1).
+    """
+
+    __slots__ = ("_limit", "_of_tenants", "_shares", "total")
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._shares: Shares | None = None
+        """Whose they are, where a part is kept for each tenant."""
+        self._of_tenants: dict[str, int] = {}
+        self.total = 0
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
+        self._shares = Shares.between(
+            tenants, self._limit, "the room for prompts", _PROMPTS, self._of_tenants
+        )
+
+    def admit(self, tenant: str, num_bytes: int) -> None:
+        """Check that a tenant's prompts may take so many bytes more.  Changes nothing.
+
+        Raises:
+            PoolExhausted: they may not; the message has the numbers.
+        """
+        if self._shares is not None:
+            self._shares.check(tenant, num_bytes)
+        elif self.total + num_bytes > self._limit:
+            raise PoolExhausted(
+                f"{self.total:,} {_PROMPTS}, and {num_bytes:,} more are asked for; the room for "
+                f"prompts allows {self._limit:,}"
+            )
+
+    def add(self, tenant: str, num_bytes: int) -> None:
+        """Count a prompt that is kept from now on."""
+        self.total += num_bytes
+        self._of_tenants[tenant] = self._of_tenants.get(tenant, 0) + num_bytes
+        if self._shares is not None:
+            self._shares.force(tenant, num_bytes)
+
+    def remove(self, tenant: str, num_bytes: int) -> None:
+        """Count a prompt no more."""
+        self.total -= num_bytes
+        left = self._of_tenants[tenant] = self._of_tenants[tenant] - num_bytes
+        if not left:
+            del self._of_tenants[tenant]
+        if self._shares is not None:
+            self._shares.give(tenant, num_bytes)
+
+    def check(self, kept: Mapping[str, int]) -> None:
+        """Assert that the counts are those of the prompts that are kept.  O(tenants)."""
+        assert self._of_tenants == kept, f"bytes of prompts: {self._of_tenants}, not {kept}"
+        assert self.total == sum(kept.values()), f"{self.total} bytes of prompts"
+        if self._shares is not None:
+            self._shares.check_counts()
+            assert self._shares.total == self.total, f"{self._shares.total} bytes in shares"
+
+
 class Inflight:
     """The prompts that leases are computing, in sorted order below each root.
 
@@ -46,12 +109,12 @@ class Inflight:
     Args:
         block_size: Tokens of a block.
         partial: How much of a partly matching block is reused.
-        prompts: Counts the bytes that the prompts take.
+        prompts: Counts the bytes that they take.
     """
 
     __slots__ = ("_block_size", "_partial", "_prompts", "below")
 
-    def __init__(self, block_size: int, partial: Partial, prompts: Shares) -> None:
+    def __init__(self, block_size: int, partial: Partial, prompts: PromptBytes) -> None:
         self._block_size = block_size
         self._partial = partial
         self._prompts = prompts
@@ -69,7 +132,7 @@ class Inflight:
         if len(prompt) <= lease.committed * TOKEN_BYTES:
             return
         lease.flight = prompt
-        self._prompts.force(lease.namespace.tenant, len(prompt))
+        self._prompts.add(lease.namespace.tenant, len(prompt))
         root = lease.root
         below = self.below.get(root)
         if below is None:
@@ -84,7 +147,7 @@ class Inflight:
         root = lease.root
         below = self.below[root]
         del below[bisect_left(below, (lease.flight, lease.serial))]
-        self._prompts.give(lease.namespace.tenant, len(lease.flight))
+        self._prompts.remove(lease.namespace.tenant, len(lease.flight))
         lease.flight = None
         if not below:
             del self.below[root]

@@ -297,11 +297,7 @@ def _check_prompts(lessor: Lessor) -> None:
     for ticket in lessor.waiting.tickets.values():
         if isinstance(ticket.request, Request):
             kept[ticket.tenant] += len(ticket.request.tokens)
-    lessor.prompts.check_counts()
-    assert lessor.prompts.total == sum(kept.values()), f"{lessor.prompts.total} bytes of prompts"
-    for tenant, num_bytes in kept.items():
-        used = lessor.prompts.used(tenant)
-        assert used == num_bytes, f"{tenant!r}: {used} bytes of prompts, not {num_bytes}"
+    lessor.prompts.check(dict(kept))
 
 
 def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:

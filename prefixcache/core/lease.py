@@ -269,12 +269,8 @@ class LeaseTable:
 
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
-        self._shares = None
-        if len(tenants) > 1:
-            self._shares = Shares(self.max_leases, "--max-leases", "leases")
-            for tenant, leases in self._of_tenants.items():
-                self._shares.force(tenant, len(leases))
-            self._shares.set_tenants(tenants)
+        used = {tenant: len(leases) for tenant, leases in self._of_tenants.items()}
+        self._shares = Shares.between(tenants, self.max_leases, "--max-leases", "leases", used)
 
     def admit(self, tenant: str, count: int = 1) -> None:
         """Check that a tenant may have `count` more leases.  Changes nothing.

@@ -12,7 +12,7 @@ from prefixcache.core.account import Account
 from prefixcache.core.block_manager import BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
-from prefixcache.core.inflight import Inflight, JoinGain
+from prefixcache.core.inflight import Inflight, JoinGain, PromptBytes
 from prefixcache.core.lease import Lease, LeaseTable, Worker
 from prefixcache.core.ledger import Tallies, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
@@ -20,7 +20,6 @@ from prefixcache.core.node import Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
-from prefixcache.core.shares import Shares
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
@@ -96,9 +95,7 @@ class Lessor:
         self.partial = partial
         self.blocks = BlockManager(tree, pool, partial)
         self.leases = LeaseTable(ttl_s, max_leases)
-        self.prompts = Shares(
-            max_prompt_bytes, "the room for prompts", "bytes of prompts that wait or are computed"
-        )
+        self.prompts = PromptBytes(max_prompt_bytes)
         self.inflight = Inflight(tree.block_bytes // TOKEN_BYTES, partial, self.prompts)
         self.waiting = WaitQueue(max_line, self.prompts)
         self.pins = tree.pins = Pins(tree, max_pinned)
@@ -176,7 +173,7 @@ class Lessor:
             return earlier  # whatever has become of quotas and of the line since then
         blocks, waiting, tenant = self.blocks, self.waiting, request.namespace.tenant
         request.num_blocks = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
-        self.prompts.check(tenant, len(request.tokens))
+        self.prompts.admit(tenant, len(request.tokens))
         if blocks.quotas.any_limit:
             blocks.quotas.refuse_hopeless(
                 blocks.quotas.account(request.namespace), request.num_blocks
@@ -304,7 +301,7 @@ class Lessor:
                 if request.reuse and self.inflight.find(root, match, request.tokens) is not None:
                     return False
                 self.leases.admit(request.namespace.tenant)
-                self.prompts.check(request.namespace.tenant, len(request.tokens))
+                self.prompts.admit(request.namespace.tenant, len(request.tokens))
                 account = root.account or blocks.quotas.account(request.namespace)
                 need, _ = blocks.plan(match, need, account, request.min_partial)
                 beside = match.near or match.node

@@ -11,7 +11,7 @@ first.  Without identities there is one tenant, and it may have all.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from prefixcache.errors import PoolExhausted
 
@@ -47,6 +47,25 @@ class Shares:
         self._kept = 0
         self._beyond = 0
         """Taken by all together, beyond what is kept for each."""
+
+    @classmethod
+    def between(
+        cls, tenants: Collection[str], limit: int, flag: str, noun: str, used: Mapping[str, int]
+    ) -> Shares | None:
+        """Give the shares of tenants that have so many already.  O(tenants).
+
+        For who keeps counts of its own and need not ask while there is one tenant.
+
+        Returns:
+            None if there is only one tenant: it may have all.
+        """
+        if len(tenants) < 2:
+            return None
+        shares = cls(limit, flag, noun)
+        for tenant, count in used.items():
+            shares.force(tenant, count)
+        shares.set_tenants(tenants)
+        return shares
 
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part is kept: nobody, if there is only one.  O(tenants).

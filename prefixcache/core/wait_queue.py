@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from prefixcache.core.inflight import Waiters
+from prefixcache.core.inflight import PromptBytes, Waiters
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
@@ -309,7 +309,7 @@ class WaitQueue:
         "tickets",
     )
 
-    def __init__(self, max_line: int, prompts: Shares) -> None:
+    def __init__(self, max_line: int, prompts: PromptBytes) -> None:
         self.line = FairQueue(max_line)
         self._prompts = prompts
         self.tickets: dict[TicketId, Ticket] = {}
@@ -331,7 +331,7 @@ class WaitQueue:
         self.tickets[ticket.id] = ticket
         self._by_worker.setdefault(request.worker, {})[ticket.id] = ticket
         if isinstance(request, Request):
-            self._prompts.force(tenant, len(request.tokens))
+            self._prompts.add(tenant, len(request.tokens))
         heappush(self._deadlines, (deadline, ticket.id))
         if len(self._deadlines) > 2 * len(self.tickets) + _SPARE_DEADLINES:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self.tickets]
@@ -372,7 +372,7 @@ class WaitQueue:
         self.line.leave(ticket)
         self.stop_waiting(ticket)
         if isinstance(ticket.request, Request):
-            self._prompts.give(ticket.tenant, len(ticket.request.tokens))
+            self._prompts.remove(ticket.tenant, len(ticket.request.tokens))
 
     def stop_waiting(self, ticket: Ticket) -> None:
         """Let a ticket wait for no flight.  O(log waiting)."""

@@ -85,3 +85,20 @@ def test_one_tenant_leaves_the_others_their_part() -> None:
         granted(cache, RED)
     granted(cache, BLUE, PROMPT[:20])
     cache.check()
+
+
+def test_a_part_is_kept_from_when_tenants_are_known_also_of_what_is_out() -> None:
+    cache = pool(4)
+    first, *_ = (granted(cache, RED) for _ in range(3))
+    cache.set_tenants(["red", "blue"])
+    cache.check()
+    with pytest.raises(CacheError, match=r"red.* 12,000 bytes .* 4,000 are kept for the other"):
+        granted(cache, RED)
+    granted(cache, BLUE, PROMPT[:20])
+    cache.release(RED, first.lease, now=0.0)
+    cache.check()
+    cache.set_tenants([""])
+    granted(cache, RED)
+    cache.check()
+    with pytest.raises(PoolExhausted, match="12,080 bytes"):
+        granted(cache, BLUE)
