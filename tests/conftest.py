@@ -10,6 +10,10 @@ from hypothesis import HealthCheck, settings
 
 from prefixcache import core_build
 
+# Several processes with tensors share a few cores here: threads that wait leave those to others, as
+# the OpenMP runtime is told before it is loaded.  By default they look for work in circles.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
 
 # Every run draws the same examples and keeps no database: a red run is red again anywhere.
