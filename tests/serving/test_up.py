@@ -276,6 +276,7 @@ def test_told_to_end_it_finishes_what_runs_and_leaves_nothing(model: Path, tmp_p
 
 def test_workers_and_service_get_the_options_that_are_theirs(model: Path) -> None:
     given = ("--weights", "int8", "--threads", "2", "--block-size", "8", "--workers", "1")
+    given += ("--drafts", "3", "--invariant")
     with tempfile.TemporaryDirectory(prefix="pfx") as folder:
         up = Up(model, Path(folder), "--memory", "8MiB", *given)
         try:
@@ -290,9 +291,10 @@ def test_workers_and_service_get_the_options_that_are_theirs(model: Path) -> Non
     assert code == 0
     assert snapshot.block_size == 8
     [namespace] = snapshot.namespaces
-    assert namespace.model.endswith("+int8")
+    assert namespace.model.endswith("+int8+invariant")
     assert command[command.index("--threads") + 1] == "2"
     assert command[command.index("--dtype") + 1] == "float32"
+    assert command[command.index("--drafts") + 1] == "3"
 
 
 def test_ended_while_it_loads_it_says_so_and_leaves_nothing(model: Path) -> None:
@@ -316,6 +318,7 @@ def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Pat
         (["--http", f"127.0.0.1:{up.port}"], "somebody listens"),
         (["--dtype", "float16"], "float32 or bfloat16"),
         (["--chunk", "4"], "--max-batch"),
+        (["--invariant", "--weights", "private"], "only the network in C"),
         (["--api-keys", str(tmp_path / "none")], "cannot read"),
         (["--model", str(tmp_path / "nothing")], "on no known place"),
     ):

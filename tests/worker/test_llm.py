@@ -63,11 +63,12 @@ def alone(model: Model, prompt: list[int], count: int, **more: Any) -> tuple[int
 
 
 def test_prompts_of_every_kind_are_answered_in_their_order(llm: LLM, model: Model) -> None:
-    prompts: list[Any] = ["w5 w6 w7", {"prompt": "w8"}, {"prompt_token_ids": PROMPT}, PROMPT[:9]]
+    named = {"prompt_token_ids": PROMPT[:9], "prompt": "as it was written"}
+    prompts: list[Any] = ["w5 w6 w7", {"prompt": "w8"}, {"prompt_token_ids": PROMPT}, named]
     tokens = [[5, 6, 7], [8], PROMPT, PROMPT[:9]]
     told = llm.generate(prompts, GREEDY)
     assert [one.prompt_token_ids for one in told] == tokens
-    assert [one.prompt for one in told] == ["w5 w6 w7", "w8", None, None]
+    assert [one.prompt for one in told] == ["w5 w6 w7", "w8", None, "as it was written"]
     for one, prompt in zip(told, tokens, strict=True):
         [answer] = one.outputs
         assert answer.token_ids == alone(model, prompt, 8)
@@ -169,6 +170,8 @@ def test_what_can_never_be_served_is_refused_and_leaves_nothing(
 ) -> None:
     with pytest.raises(InvalidRequest, match="neither prompt nor prompt_token_ids"):
         llm.generate({"cache_salt": "mine"})
+    with pytest.raises(InvalidRequest, match="whole numbers"):
+        llm.generate({"prompt_token_ids": [5, 6.5]})
     with pytest.raises(InvalidRequest, match=why):
         llm.generate(["w5", "w6"], SamplingParams(**how))
     assert llm.engine.idle
@@ -197,6 +200,23 @@ def test_what_has_no_effect_is_refused_by_name(name: str, model: Model) -> None:
         LLM(model, tensor_parallel_size=2)
     with pytest.raises(ServiceUnavailable):
         LLM(model, connect="unix:/tmp/nobody-listens-here.sock")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"weights": "int8"}, "weights"),
+        ({"weights": "packed", "threads": 2, "dtype": "float32"}, "dtype, threads, weights"),
+        ({"memory": "4MiB"}, "memory"),
+    ],
+    ids=str,
+)
+def test_what_is_settled_by_what_is_there_is_refused(
+    model: Model, service: Service, given: dict[str, Any], named: str
+) -> None:
+    """A model that is loaded has its weights, and a service that answers its pool."""
+    with pytest.raises(InvalidRequest, match=f"^{named}"):
+        LLM(model, connect=service.target, **given)
 
 
 def python(code: str, folder: Path) -> subprocess.Popen[str]:
@@ -277,10 +297,11 @@ if not (child := os.fork()):
     sys.exit(0)  # as any program ends, with all that it does then
 print(os.waitpid(child, 0)[1])
 print(llm.generate([5, 6, 7, 8])[0].num_cached_tokens, llm.engine.sharing)
-print(prefixcache.connect(llm.own.target).snapshot().num_blocks > 0)
 llm.close()
 """
-    out, err = python(code, folder).communicate(timeout=2 * PATIENCE_S)
+    process = python(code, folder)
+    out, err = process.communicate(timeout=2 * PATIENCE_S)
+    assert process.returncode == 0, err
     first, *rest = out.splitlines()
     assert "came through fork" in first, err
     assert rest == ["0", "3 True"]

@@ -153,6 +153,11 @@ def test_an_unread_output_ends_it_quietly(start: Callable[..., Worker]) -> None:
     assert worker.process.stderr.read() == b""
 
 
+def test_with_a_service_and_without_one_is_not_both(start: Callable[..., Worker]) -> None:
+    _, error = start("--solo", "--connect", "unix:/x").process.communicate(timeout=PATIENCE_S)
+    assert b"--solo is without a service" in error
+
+
 def test_without_a_service_it_says_so_and_does_not_start(
     start: Callable[..., Worker], folder: Path
 ) -> None:

@@ -64,6 +64,8 @@ class Setup:
     weights: str
     chunk: int
     max_batch: int
+    drafts: int
+    invariant: bool
     command: tuple[str, ...] = WORKER
     """The command line of a worker."""
 
@@ -78,6 +80,11 @@ class Setup:
             raise InvalidRequest(f"--dtype {self.dtype!a}: it takes {' or '.join(DTYPES)}")
         if self.weights not in WEIGHTS:
             raise InvalidRequest(f"--weights {self.weights!a}: it takes {', '.join(WEIGHTS)}")
+        if self.invariant and self.weights == "private":
+            raise InvalidRequest(
+                "--invariant and --weights private: only the network in C fixes bits, and PyTorch "
+                "multiplies private weights"
+            )
         if self.chunk < self.max_batch:
             raise InvalidRequest(
                 f"--chunk {self.chunk} is less than --max-batch {self.max_batch}: in a step each "
@@ -99,6 +106,7 @@ class Setup:
         return [
             *("--model", str(folder), "--dtype", self.dtype, "--weights", self.weights),
             *("--chunk", str(self.chunk), "--max-batch", str(self.max_batch), "--tell-steps"),
+            *("--drafts", str(self.drafts), *(("--invariant",) if self.invariant else ())),
         ]
 
     def service_options(self, folder: Path) -> list[str]:

@@ -86,6 +86,19 @@ def up(
     max_batch: Annotated[
         int, _option("Workers", "Requests that a worker computes at a time.", "N", min=1)
     ] = 16,
+    drafts: Annotated[
+        int,
+        _option("Workers", "Tokens a step looked up in what was said.", "N", min=0, max=15),
+    ] = 0,
+    invariant: Annotated[
+        bool,
+        typer.Option(
+            "--invariant",
+            help="Every bit of an answer the same in any company, cached or not.",
+            show_default=False,
+            rich_help_panel="Workers",
+        ),
+    ] = False,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -127,6 +140,8 @@ def up(
         weights=weights,
         chunk=chunk,
         max_batch=max_batch,
+        drafts=drafts,
+        invariant=invariant,
     )
     try:
         raise typer.Exit(run(setup, say))

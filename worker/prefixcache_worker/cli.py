@@ -7,6 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
+from prefixcache.errors import InvalidRequest
+
 _AGAIN: Final = "_PREFIXCACHE_WORKER_BEGAN_AGAIN"
 
 
@@ -80,6 +82,8 @@ def worker(
 
     import prefixcache
 
+    if solo and connect is not None:
+        raise InvalidRequest(f"--solo is without a service, and --connect names one: {connect}")
     if not solo:
         prefixcache.connect(connect).close()  # says so before anything is loaded if nobody answers
 

@@ -9,6 +9,7 @@ What one call, or any other process on that service, has computed costs the next
 
 from __future__ import annotations
 
+import operator
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ from prefixcache_worker.sampling_params import BeamSearchParams, SamplingParams
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or an object with `prompt` or `prompt_token_ids`, and perhaps `cache_salt`."""
 
+_MEMORY: Final = "2GiB"
 _BAR_AFTER_S: Final = 1.0
 _PROMPT_KEYS: Final = {"prompt", "prompt_token_ids", "cache_salt"}
 _HARMLESS_LOSSES: Final = {"messages that the template does not show in full", "thoughts"}
@@ -67,22 +69,24 @@ class LLM:
     What came through a fork answers nothing: it is its parent's.
 
     Args:
-        model: folder, hub id or `smollm2`; or one that is loaded.
+        model: folder, hub id or `smollm2`; or one that is loaded, with which `dtype`, `threads` and
+            `weights` are refused.
         connect: address of the service; None: this machine's, and if none answers, one of its own.
         dtype: `float32` or `bfloat16`; `auto` is bfloat16.  Must be the pool's.
-        threads: of torch.
-        memory: of the pool of a service of its own.
+        threads: of torch; None: 1.
+        memory: of the pool of a service of its own, 2GiB by default; refused if one answers.
         chunk: tokens computed a step, at most.
         max_batch: sequences computed at a time.
         drafts: most tokens a step that are looked up and tried for an answer.
         weights: `packed` in a file that all processes of this user map, `int8` likewise in eight
-            bits, or `private`.
+            bits, or `private`.  None: `packed`.
         invariant: every bit of an answer is the same in any company, cached or not.
         others: none; what vLLM takes and has no effect here is refused by name.
 
     Raises:
         NotFound, Unsupported: as `Model.load`.
         ServiceUnavailable: nobody answers at `connect`.
+        InvalidRequest: what is given has no effect beside the model or the service that are there.
     """
 
     def __init__(
@@ -91,12 +95,12 @@ class LLM:
         *,
         connect: str | None = None,
         dtype: str = "auto",
-        threads: int = 1,
-        memory: str = "2GiB",
+        threads: int | None = None,
+        memory: str | None = None,
         chunk: int = 256,
         max_batch: int = 16,
         drafts: int = 0,
-        weights: str = "packed",
+        weights: str | None = None,
         invariant: bool = False,
         **others: Any,
     ) -> None:
@@ -104,14 +108,23 @@ class LLM:
             raise Unsupported(f"{', '.join(sorted(others))}: has no effect here")
         own: OwnService | None = None
         target = connect or default_target()
-        if connect is not None:
-            prefixcache.connect(connect).close()  # says so before anything is loaded
-        given = "bfloat16" if dtype == "auto" else dtype
-        self.model = (
-            model
-            if isinstance(model, Model)
-            else Model.load(model, dtype=given, threads=threads, weights=weights)
-        )
+        # What cannot be had is said before anything is loaded.
+        if isinstance(model, Model):
+            given = {"dtype": dtype != "auto", "threads": threads, "weights": weights}
+            if idle := [name for name, value in given.items() if value not in (None, False)]:
+                raise InvalidRequest(
+                    f"{', '.join(idle)}: without effect on a model that is loaded; load it so"
+                )
+        _look(target, must_answer=connect is not None, memory=memory)
+        if isinstance(model, Model):
+            self.model = model
+        else:
+            self.model = Model.load(
+                model,
+                dtype="bfloat16" if dtype == "auto" else dtype,
+                threads=1 if threads is None else threads,
+                weights=weights or "packed",
+            )
         if invariant:
             self.model = self.model.made_invariant()
         try:
@@ -119,7 +132,8 @@ class LLM:
         except ServiceUnavailable:
             if connect is not None:
                 raise
-            own = OwnService("--layout", str(self.model.layout), "--memory", memory)
+            layout = str(self.model.layout)
+            own = OwnService("--layout", layout, "--memory", memory or _MEMORY)
             client = prefixcache.connect(own.target)
         try:
             join = joiner(client, self.model, "llm")
@@ -271,14 +285,16 @@ class LLM:
         if isinstance(prompt, Mapping):
             if unknown := set(prompt) - _PROMPT_KEYS:
                 raise Unsupported(f"a prompt with {', '.join(sorted(unknown))}: has no effect here")
-            salt = prompt.get("cache_salt")
+            salt, text = prompt.get("cache_salt"), prompt.get("prompt")
             tokens = prompt.get("prompt_token_ids")
-            prompt = cast("Prompt", prompt.get("prompt") if tokens is None else tokens)
-            if prompt is None:
+            if tokens is not None:
+                return _Asked(_whole(tokens), text, salt)  # the text only names them, as in vLLM
+            if text is None:
                 raise InvalidRequest("a prompt has neither prompt nor prompt_token_ids")
+            prompt = cast("Prompt", text)
         if isinstance(prompt, str):
             return _Asked(self.model.encode(prompt), prompt, salt)
-        return _Asked([int(token) for token in prompt], None, salt)
+        return _Asked(_whole(prompt), None, salt)
 
     def _answer(
         self, asked: Sequence[_Asked], params: Sequence[SamplingParams], *, use_tqdm: bool
@@ -462,6 +478,33 @@ def _take(event: Event, told: dict[str, _Told]) -> None:
             one.logprobs.setdefault(sample, []).append(event.logprobs)
     else:
         one.done[sample] = event
+
+
+def _look(target: str, *, must_answer: bool, memory: str | None) -> None:
+    """See whether a service answers, and refuse the memory of another one if it does.
+
+    Raises:
+        ServiceUnavailable: none does, and one must.
+        InvalidRequest: one does, so none of its own is started.
+    """
+    try:
+        prefixcache.connect(target).close()
+    except ServiceUnavailable:
+        if must_answer:
+            raise
+        return
+    if memory is not None:
+        raise InvalidRequest(
+            f"memory is of a service of its own; one answers at {target} already: leave it out"
+        )
+
+
+def _whole(tokens: Sequence[int]) -> list[int]:
+    """Give token ids as Python's own numbers; half a token is none."""
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as fault:
+        raise InvalidRequest(f"token ids are whole numbers: {fault}") from None
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
