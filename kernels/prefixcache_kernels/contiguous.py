@@ -43,8 +43,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, Self
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +54,7 @@ from prefixcache.errors import InvalidRequest, LeaseExpired, PoolExhausted, Unsu
 from prefixcache.pool import MAX_BLOCK_SIZE, keep_from_children, open_pool
 from prefixcache.texts import many
 from prefixcache.types import PoolHandle, shown
+from prefixcache_kernels.one_process import OfOneProcess
 from prefixcache_kernels.pool import TORCH_DTYPES
 
 MAX_MAPS: Final = Path("/proc/sys/vm/max_map_count")
@@ -256,13 +256,14 @@ def _clear(place: Place, pid: int) -> None:
         place.clear(0, place.capacity)
 
 
-class ContiguousView:
+class ContiguousView(OfOneProcess):
     """One sequence's blocks in one range of addresses; `ContiguousViews` makes them.
 
     Only for reading: a write is a fault.  What `store_kv` writes to a block is seen here at once.
     """
 
     def __init__(self, views: ContiguousViews, mapped: _Mapped, lease: Watched | None) -> None:
+        super().__init__()
         self._views = views
         self._mapped = mapped
         self._lease = lease
@@ -309,7 +310,7 @@ class ContiguousView:
         Raises:
             InvalidRequest: This process has the view through a fork.
         """
-        self._views.check_process()
+        self.check_process()
         if self.ended or not self._views.current:
             return False
         return self._lease is None or time.monotonic() <= self._lease.deadline
@@ -357,7 +358,7 @@ class ContiguousView:
             InvalidRequest: A block that the pool has not, or more than the view has room for.
             PoolExhausted: More mappings than the kernel allows; nothing new is mapped.
         """
-        self._views.check_process()
+        self.check_process()
         if (self._lease is None) != (blocks is not None):
             raise InvalidRequest(
                 "a view without a lease is given its blocks; one of a lease has the lease's"
@@ -395,7 +396,7 @@ class ContiguousView:
         return self._tokens[layer, kind, : self.num_slots]
 
     def _up_to_date(self) -> None:
-        self._views.check_process()
+        self.check_process()
         if self._lease is None:
             if self.ended:
                 raise LeaseExpired("the view has ended: make another")
@@ -412,26 +413,12 @@ class ContiguousView:
         views, mapped = self._views, self._mapped
         mapped.follow(views.known(table, mapped.place.capacity), views.make_room)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         state = "ended" if self.ended else f"{self.num_blocks} of {self._mapped.place.capacity}"
         return f"<{type(self).__name__}: {state} blocks, {self.num_maps} mappings>"
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise InvalidRequest("a view cannot be pickled or copied: it is addresses of one process")
 
-
-class ContiguousViews:
+class ContiguousViews(OfOneProcess):
     """Makes views of one pool's sequences.  A context manager; closing it ends all of them.
 
     Args:
@@ -448,8 +435,8 @@ class ContiguousViews:
         current: Callable[[], bool],
         close: Callable[[], object],
     ) -> None:
+        super().__init__()
         self.handle = handle
-        self.pid = os.getpid()
         self.lock = threading.RLock()
         self._place, self._current, self._closed = place, current, False
         self._mapped: weakref.WeakSet[_Mapped] = weakref.WeakSet()
@@ -590,18 +577,6 @@ class ContiguousViews:
             "Raise vm.max_map_count, take larger blocks, or close views."
         )
 
-    def check_process(self) -> None:
-        """Refuse a forked child what only its parent has mapped.
-
-        Raises:
-            InvalidRequest: This is one.
-        """
-        if os.getpid() != self.pid:
-            raise InvalidRequest(
-                f"these views belong to process {self.pid} and came through fork, which does not "
-                "bring their memory: connect, attach and open in this process"
-            )
-
     def check(self) -> None:
         """Check every view.  Changes nothing.  O(mappings of all of them).
 
@@ -624,22 +599,6 @@ class ContiguousViews:
         for mapped in list(self._mapped):
             mapped.end()
         self._let_go()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise InvalidRequest(
-            "views cannot be pickled or copied: open the pool in the other process"
-        )
 
 
 class _Ballast:

@@ -13,9 +13,7 @@ attention can read in place.
 from __future__ import annotations
 
 import mmap
-import os
-from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.pool import epoch_of, map_pool
 from prefixcache.types import Layout, PoolHandle, shown
 from prefixcache_kernels.imported import DeviceMemory, open_device
+from prefixcache_kernels.one_process import OfOneProcess
 
 TORCH_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
@@ -34,7 +33,7 @@ TORCH_DTYPES: Final = {
 """The torch type of each element type that a pool can hold."""
 
 
-class SharedPool:
+class SharedPool(OfOneProcess):
     """All blocks of a pool as one tensor, and each layer's keys and values as views of it.
 
     A context manager; make one with `map` or `private`.
@@ -43,10 +42,10 @@ class SharedPool:
     def __init__(
         self, handle: PoolHandle, blocks: Tensor, memory: mmap.mmap | DeviceMemory | None = None
     ) -> None:
+        super().__init__()
         self.handle = handle
         self._memory = memory
         self._blocks = blocks
-        self._pid = os.getpid()
         # Made once: a view costs microseconds, and a step asks for two in each layer.
         self._keys: list[Tensor] = [layer[0] for layer in blocks]
         self._values: list[Tensor] = [layer[1] for layer in blocks]
@@ -130,19 +129,16 @@ class SharedPool:
         Raises:
             InvalidRequest: This process has the pool through a fork.
         """
-        self._check_process()
+        self.check_process()
         return self._blocks
 
-    def _check_process(self) -> None:
-        """Refuse a forked child what only its parent has mapped: touching it would be a signal.
+    def check_process(self) -> None:
+        """Refuse a forked child what only its parent has mapped.
 
         A private pool is copied by a fork as all memory is: the child has one of its own.
         """
-        if self._memory is not None and os.getpid() != self._pid:
-            raise InvalidRequest(
-                f"this pool belongs to process {self._pid} and came through fork, which does not "
-                "bring its memory: connect, attach and map in this process"
-            )
+        if self._memory is not None:
+            super().check_process()
 
     def keys(self, layer: int) -> Tensor:
         """Keys of a layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.  A view; O(1).
@@ -162,7 +158,7 @@ class SharedPool:
         return self._values[self._known(layer)]
 
     def _known(self, layer: int) -> int:
-        self._check_process()
+        self.check_process()
         if type(layer) is int and 0 <= layer < len(self._keys):
             return layer
         if not self._keys:
@@ -179,7 +175,7 @@ class SharedPool:
         Raises:
             InvalidRequest: This process has the pool through a fork.
         """
-        self._check_process()
+        self.check_process()
         if isinstance(self._memory, DeviceMemory):
             return self._memory.epoch() == self.handle.epoch
         return self._memory is None or epoch_of(self._memory) == self.handle.epoch
@@ -195,23 +191,6 @@ class SharedPool:
         self._keys, self._values = [], []
         self._memory = None
         self._blocks = self._blocks.new_empty(0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise InvalidRequest(
-            "a SharedPool cannot be pickled or copied: it is the mapping of one process. Connect, "
-            "attach and map in the other process"
-        )
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def map_pages(handle: PoolHandle) -> Tensor:

@@ -37,6 +37,7 @@ from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, Unsupp
 from prefixcache.texts import many
 from prefixcache.types import PoolHandle
 from prefixcache_kernels.contiguous import Blocks, ContiguousViews, check_pages
+from prefixcache_kernels.one_process import OfOneProcess
 
 _OUT_OF_MEMORY: Final = "CUDA_ERROR_OUT_OF_MEMORY"
 
@@ -220,7 +221,7 @@ class _Bytes:
         }
 
 
-class DeviceBlocks:
+class DeviceBlocks(OfOneProcess):
     """The physical memory of a pool's blocks on a device: a handle for each page.
 
     A context manager; make one with `create` or `of_descriptors`.
@@ -230,6 +231,7 @@ class DeviceBlocks:
     """
 
     def __init__(self, memory: VirtualMemory, handle: PoolHandle, handles: list[list[int]]) -> None:
+        super().__init__()
         self.memory, self.handle, self.handles = memory, handle, handles
         self._let_go = weakref.finalize(self, _release, memory, handles, os.getpid())
         self._let_go.atexit = False
@@ -319,12 +321,6 @@ class DeviceBlocks:
     def close(self) -> None:
         """Let go of the handles.  Idempotent.  What is mapped stays until it is unmapped."""
         self._let_go()
-
-    def __enter__(self) -> DeviceBlocks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class DevicePlace:
