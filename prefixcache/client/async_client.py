@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -81,6 +81,8 @@ class AsyncClient(Connection):
         self._loop = asyncio.get_running_loop()
         self.channel = access.channel(grpc.aio, unary.CHANNEL_OPTIONS)
         self._closing: asyncio.Task[None] | None = None
+        self._undoing: set[asyncio.Task[None]] = set()
+        """Releases of what calls that were given up may have been granted."""
 
     def guard(self) -> None:
         """Refuse a call that cannot be made; see `Connection.guard`.
@@ -134,17 +136,31 @@ class AsyncClient(Connection):
     watch = _watches(calls.watch)
 
     async def call(self, verb: str, request: Any) -> Any:
-        """Make one unary call and give the answer's message.
+        """Make one unary call and give the answer's message; see `Client.call`.
 
         Raises:
             CacheError: of the class that the service names.
         """
         self.guard()
         method = unary.asking(self.channel, verb)
-        with self._own_errors():
-            return await method(request, timeout=self.timeout_s, metadata=self.metadata)
+        request, undo = unary.undoable(verb, request)
+        try:
+            with self._own_errors():
+                return await method(request, timeout=self.timeout_s, metadata=self.metadata)
+        except (ServiceUnavailable, asyncio.CancelledError):
+            if undo is not None and not self._closed:
+                task = self._loop.create_task(self._undo(undo))
+                self._undoing.add(task)
+                task.add_done_callback(self._undoing.discard)
+            raise
 
-    @contextmanager
+    async def _undo(self, undo: pb.ReleaseRequest) -> None:
+        """Send a release; what becomes of it is the service's business."""
+        method = unary.asking(self.channel, "release")
+        with contextlib.suppress(grpc.aio.BaseError, grpc.RpcError, asyncio.CancelledError):
+            await method(undo, timeout=self.timeout_s, metadata=self.metadata)
+
+    @contextlib.contextmanager
     def _own_errors(self) -> Iterator[None]:
         try:
             yield
@@ -176,6 +192,7 @@ class AsyncClient(Connection):
         try:
             for session in list(self._sessions):
                 await session.close()
+            await asyncio.gather(*self._undoing)
         finally:
             self._closed = True
             self._sessions.clear()

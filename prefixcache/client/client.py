@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -12,6 +13,7 @@ from prefixcache.client.address import Address, default_target
 from prefixcache.client.connection import Connection
 from prefixcache.client.credentials import Access, Tls
 from prefixcache.client.session import Session
+from prefixcache.errors import ServiceUnavailable
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -76,6 +78,9 @@ class Client(Connection):
         super().__init__(address, timeout_s, access)
         address.probe(self.timeout_s)
         self.channel = access.channel(grpc, unary.CHANNEL_OPTIONS)
+        self._undoing: set[Any] = set()
+        """Releases under way of what calls that were given up may have got: gRPC cancels one that
+        nobody holds."""
 
     def attach(
         self,
@@ -139,18 +144,38 @@ class Client(Connection):
     def call(self, verb: str, request: Any) -> Any:
         """Make one unary call and give the answer's message.
 
+        Where it is given up, or its answer lost, leases that it may have been granted are given
+        back, unless the request has an id: then it may be made again.
+
         Raises:
             CacheError: of the class that the service names.
         """
         self.guard()
         method = unary.asking(self.channel, verb)
+        request, undo = unary.undoable(verb, request)
         try:
             return method(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
-            raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
+            cause = unary.read_rpc_error(error, self.address, self.timeout_s)
+            if isinstance(cause, ServiceUnavailable):
+                self._undo(undo)
+            raise cause from None
         except ValueError:  # another thread closed the channel
             self.guard()
             raise
+        except KeyboardInterrupt:
+            self._undo(undo)
+            raise
+
+    def _undo(self, undo: pb.ReleaseRequest | None) -> None:
+        """Send a release, if there is one to send, and wait for nothing."""
+        if undo is None:
+            return
+        method = unary.asking(self.channel, "release")
+        with contextlib.suppress(ValueError, grpc.RpcError):  # the channel is closed
+            call = method.future(undo, timeout=self.timeout_s, metadata=self.metadata)
+            self._undoing.add(call)
+            call.add_done_callback(self._undoing.discard)
 
     def close(self) -> None:
         """Close all sessions, then the connection.  Idempotent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +19,9 @@ SESSION_PATH: Final = f"/{SERVICE}/Session"
 WATCH_PATH: Final = f"/{SERVICE}/Watch"
 ERROR_DOMAIN: Final = "prefixcache"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+
+_GRANTS: Final = frozenset(("acquire", "fork"))
+"""Verbs whose answers are leases."""
 
 FIRST_MESSAGE_BYTES: Final = 1 << 20
 """What a client may send before the service has told its limits."""
@@ -63,6 +67,20 @@ def asking(channel: Any, verb: str) -> Any:
     """Give the method of a channel that makes one unary call."""
     rpc = RPCS[verb]
     return channel.unary_unary(rpc.path, rpc.request.SerializeToString, rpc.response.FromString)
+
+
+def undoable(verb: str, request: Any) -> tuple[Any, pb.ReleaseRequest | None]:
+    """Give a request, and what undoes it if its answer is lost; None where nothing has to be.
+
+    Whoever hangs up cannot know whether leases were on their way to him.  A request without an id
+    gets one; with an id of its own it can be made again, and whoever does that gets its leases.
+    """
+    if verb not in _GRANTS or request.request_id:
+        return request, None
+    named = type(request)()
+    named.CopyFrom(request)
+    named.request_id = secrets.token_hex(8)
+    return named, pb.ReleaseRequest(worker_key=named.worker_key, request_id=named.request_id)
 
 
 def watching(channel: Any) -> Any:

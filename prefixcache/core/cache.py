@@ -196,6 +196,15 @@ class PrefixCache:
         member = self._lessor.leases.workers.get(worker)
         return 0 if member is None else len(member.leases)
 
+    def lease_of(self, worker: WorkerId, request_id: str) -> LeaseId | None:
+        """Give the living lease that a worker acquired under a request id, if any.  O(1).
+
+        Raises:
+            NotFound: the worker is not attached.
+        """
+        found = self._lessor.leases.worker(worker).requests.get(request_id)
+        return None if found is None else found.id
+
     def uncommitted_since(self, worker: WorkerId) -> float | None:
         """Give when a worker was granted the oldest lease that has tokens to compute; else None.
 

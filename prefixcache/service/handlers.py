@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from prefixcache.client import codec
 from prefixcache.config import ServeSettings
 from prefixcache.errors import CacheError, InvalidRequest
-from prefixcache.service.answers import KeptAnswers, Question
+from prefixcache.service.answers import Question
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.verbs.admin import AdminVerbs
@@ -45,7 +45,6 @@ class Handlers(WorkerVerbs, LeaseVerbs, InspectVerbs, AdminVerbs):
             name: (getattr(self, name), write) for name, write in codec.WRITE.items()
         }
         self.verbs["fork"] = (self.fork, self.write_fork)
-        self.answers = KeptAnswers()
         workers.on_leave = lambda worker: self.answers.forget_worker(worker.key)
         self.verbs["snapshot"] = (self.snapshot, self.write_snapshot)
         self.verbs["tree"] = (self.tree, self.write_tree)

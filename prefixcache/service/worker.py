@@ -15,12 +15,18 @@ from prefixcache.types import LeaseId, TicketId, WorkerId
 
 @dataclass(slots=True)
 class Handed:
-    """A lease on its way to calls that waited for it: several may have asked with one id."""
+    """Leases on their way to unary calls: several may have asked for them with one id."""
 
     num_calls: int = 0
-    """Those whose callers have not collected it yet, nor hung up."""
+    """Those whose callers have not been told yet, nor hung up."""
+    leases: tuple[LeaseId, ...] = ()
     is_taken: bool = False
-    """Whether somebody has been told of it."""
+    """Whether somebody has been told of them."""
+
+    def note(self, leases: tuple[LeaseId, ...]) -> None:
+        """Note what is granted: others than before, if those have ended meanwhile."""
+        if leases != self.leases:
+            self.leases, self.is_taken = leases, False
 
 
 @dataclass(slots=True, eq=False)
@@ -49,8 +55,8 @@ class Worker:
     namespaces: Attachments = field(default_factory=Attachments)
     tickets: dict[int, TicketId] = field(default_factory=dict)
     """Its acquires that wait, by op id."""
-    handed: dict[LeaseId, Handed] = field(default_factory=dict)
-    """Leases on their way to calls that waited."""
+    handed: dict[tuple[str, str], Handed] = field(default_factory=dict)
+    """What is on its way to unary calls, by their verb and request id."""
     forget: asyncio.TimerHandle | None = None
     """Once lost, if its process cannot be watched: ends the quarantine at last."""
     state: str = "attached"
@@ -78,9 +84,13 @@ class Worker:
         """Give how long the oldest request has lain before it; 0 if it tells of none.  O(1)."""
         return now - max(self.untaken_since, self.since) if self._tells and self.untaken else 0.0
 
-    def take(self, lease: LeaseId) -> None:
-        """Note that somebody is told of a lease: no call that was hung up gives it back.  O(1)."""
-        if self.handed and (handed := self.handed.get(lease)) is not None:
+    def take(self, request_id: str, lease: LeaseId) -> None:
+        """Note that somebody is told of the lease that he acquired by an id.  O(1).
+
+        No call that asked with the same id, and was hung up, gives it back.
+        """
+        if (handed := self.handed.get(("acquire", request_id))) is not None:
+            handed.note((lease,))
             handed.is_taken = True
 
     @property

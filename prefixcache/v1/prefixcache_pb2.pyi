@@ -353,12 +353,14 @@ class TruncateResponse(_message.Message):
     def __init__(self, keep: _Optional[int] = ..., blocks: _Optional[bytes] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("worker_key", "lease")
+    __slots__ = ("worker_key", "lease", "request_id")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     lease: int
-    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, worker_key: _Optional[str] = ..., lease: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("num_freed",)

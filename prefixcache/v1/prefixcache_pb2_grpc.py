@@ -149,7 +149,8 @@ class PrefixCacheServicer:
 
     def Acquire(self, request, context):
         """Leases blocks for a prompt: match, pin and allocate in one atomic step.  Cancelling a call that
-        waits gives up waiting.
+        waits gives up waiting.  Where its answer may be on its way already, `Release` takes the request's
+        id: what nobody releases ends with its worker, or its time to live after the last sign of life.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -104,7 +104,7 @@ def test_what_settles_at_once_leaves_in_parts(
         stream, wire = await opened(handlers)
         grant = Grant(LeaseId(7), array("i", range(1000)), 0, 0, (), Ledger(), 1.0)
         for number in range(50):
-            stream._settled(number, "acquire", None, grant)
+            stream._settled(number, "acquire", None, "", grant)
         await stream._flushing
         return wire.written
 

@@ -251,9 +251,11 @@ class SessionStream:
         if answer.__class__ is Waiting:
             worker.tickets[op.id] = answer.ticket
             self._handlers.deliveries.enter(
-                answer.ticket, partial(self._settled, op.id, verb, asked)
+                answer.ticket, partial(self._settled, op.id, verb, asked, request.request_id)
             )
             return
+        if worker.handed and isinstance(answer, Grant):
+            worker.take(request.request_id, answer.lease)
         result = add()
         result.id = op.id
         write(answer, getattr(result, verb))
@@ -307,7 +309,9 @@ class SessionStream:
         result.id = op.id
         self._handlers.write_attach(answer, result.attach)
 
-    def _settled(self, op_id: int, verb: str, asked: Question | None, outcome: Outcome) -> None:
+    def _settled(
+        self, op_id: int, verb: str, asked: Question | None, request_id: str, outcome: Outcome
+    ) -> None:
         """Answer an op that waited.  Runs inside somebody else's step, so it must not raise."""
         if self._worker is not None:
             self._worker.tickets.pop(op_id, None)
@@ -319,7 +323,7 @@ class SessionStream:
             message = getattr(result, verb)
             WRITE[verb](outcome, message)
             if isinstance(outcome, Grant) and self._worker is not None:
-                self._worker.take(outcome.lease)
+                self._worker.take(request_id, outcome.lease)
             if asked is not None and self._worker is not None:
                 kept = type(message)()
                 kept.CopyFrom(message)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Mapping
-from time import monotonic
 from types import GeneratorType
 from typing import Any, Never
 
@@ -24,13 +22,14 @@ from prefixcache.service.auth.identity import Identity
 from prefixcache.service.auth.standing import STANDING
 from prefixcache.service.deliveries import Outcome
 from prefixcache.service.grpc.bad_request import BadRequest, reader
+from prefixcache.service.grpc.handing import Handing
 from prefixcache.service.grpc.pieces import in_pieces
 from prefixcache.service.grpc.session import SessionStream
 from prefixcache.service.grpc.watch import watch
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import clock
 from prefixcache.service.unread import Unread
-from prefixcache.service.worker import Asker, Handed, Visitor, Worker
+from prefixcache.service.worker import Asker, Visitor, Worker
 from prefixcache.types import Grant, TableUpdate, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -47,6 +46,9 @@ _LARGE = _LONG | {"acquire", "extend", "fork", "truncate", "explain"}
 
 _ABOUT_ALL = frozenset(("snapshot", "quota", "check"))
 """Of these, those that name no worker."""
+
+_HANDS_OUT = frozenset(("acquire", "fork"))
+"""Verbs whose answers are leases."""
 
 MOST_ERROR_BYTES = 1500
 """Of an error's text."""
@@ -149,7 +151,9 @@ def _serve(
     row = latency.rows[verb]
     may_be_large, is_long = verb in _LARGE, verb in _LONG
 
-    async def serve(request: Any, context: Any, identity: Identity) -> Any:
+    async def serve(
+        request: Any, context: Any, identity: Identity, handing: Handing | None = None
+    ) -> Any:
         began = clock()
         try:
             _check(request)
@@ -167,6 +171,9 @@ def _serve(
                     await handlers.turns.run(steps, identity.tenant or "")
                     asker = find(request.worker_key, identity)
             asked = question(asker.key, verb, request) if isinstance(asker, Worker) else None
+            if handing is not None:
+                assert isinstance(asker, Worker)
+                handing.begin(asker, verb, request.request_id)
             if asked is not None:
                 assert isinstance(asker, Worker)
                 if (earlier := handlers.earlier(asker, asked)) is not None:
@@ -174,7 +181,10 @@ def _serve(
             answer = handler(asker, request)
             if answer.__class__ is Waiting:
                 assert isinstance(asker, Worker)
-                answer = _Call(handlers, asker, answer)  # before what has settled is delivered
+                # Before what has settled is delivered.
+                answer = _Call(handlers, asker, answer, handing)
+            elif handing is not None:
+                handing.note_answer(answer)
             settle()
             latency.took(row, clock() - began)
             if answer.__class__ is _Call:
@@ -195,7 +205,16 @@ def _serve(
             handlers.keep(asker, asked, response)
         return _counted(unread, identity, context, response)
 
-    return serve
+    if verb not in _HANDS_OUT:
+        return serve
+
+    async def hand_out(request: Any, context: Any, identity: Identity) -> Any:
+        with Handing(handlers) as handing:
+            response = await serve(request, context, identity, handing)
+            await handing.told(context)
+        return response
+
+    return hand_out
 
 
 def _counted(unread: Unread, identity: Identity, context: Any, answer: Any) -> Any:
@@ -226,19 +245,21 @@ class _Call:
     """A call that waits for the outcome of a ticket.
 
     Its caller may hang up at any moment: while the ticket waits, when its outcome has been
-    delivered and nobody has looked yet, or between the two; and ask again with the same id, so that
-    several calls are granted one lease.  It is released by the last of them that nobody collects,
-    if nobody was told of it.
+    delivered and nobody has looked yet, or between the two.  Who is granted a lease that nobody is
+    told of is `handing`'s business.
     """
 
-    __slots__ = ("_future", "_handlers", "_id", "_outcome", "_worker")
+    __slots__ = ("_future", "_handing", "_handlers", "_id", "_is_settled", "_worker")
 
-    def __init__(self, handlers: Handlers, worker: Worker, waiting: Waiting) -> None:
+    def __init__(
+        self, handlers: Handlers, worker: Worker, waiting: Waiting, handing: Handing | None
+    ) -> None:
         self._handlers = handlers
+        self._handing = handing
         self._worker = worker
         self._id = -next(_calls)  # below zero: never the id of a session's op
         self._future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._outcome: Outcome | None = None
+        self._is_settled = False
         worker.tickets[self._id] = waiting.ticket
         handlers.deliveries.enter(waiting.ticket, self._deliver)
 
@@ -251,39 +272,21 @@ class _Call:
         try:
             settled = await self._future
         except asyncio.CancelledError:
-            if self._outcome is None:
+            if not self._is_settled:
                 self._handlers.cancel_ticket(self._worker, self._id)
-            else:
-                self._end(self._outcome, is_taken=False)
-            self._handlers.deliveries.settle()
+                self._handlers.deliveries.settle()
             raise
-        self._end(settled, is_taken=True)
         if isinstance(settled, CacheError):
             raise settled
         return settled
 
     def _deliver(self, outcome: Outcome) -> None:
         self._worker.tickets.pop(self._id, None)
-        self._outcome = outcome
-        if isinstance(outcome, Grant):
-            self._worker.handed.setdefault(outcome.lease, Handed()).num_calls += 1
+        self._is_settled = True
+        if self._handing is not None:
+            self._handing.note_answer(outcome)
         if not self._future.done():
             self._future.set_result(outcome)
-
-    def _end(self, outcome: Outcome, *, is_taken: bool) -> None:
-        """Collect an outcome, or give back what nobody will collect."""
-        if not isinstance(outcome, Grant):
-            return
-        handed = self._worker.handed[outcome.lease]
-        handed.num_calls -= 1
-        handed.is_taken |= is_taken
-        if handed.num_calls:
-            return
-        del self._worker.handed[outcome.lease]
-        cache = self._handlers.backing.cache
-        if not handed.is_taken and cache is not None:
-            with contextlib.suppress(CacheError):  # it may have ended meanwhile
-                cache.release(self._worker.id, outcome.lease, now=monotonic())
 
 
 async def refuse(context: Any, error: CacheError) -> Never:

@@ -10,6 +10,7 @@ from prefixcache.client import codec, unary
 from prefixcache.config import ServeSettings
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, NotFound, ServiceUnavailable
+from prefixcache.service.answers import KeptAnswers
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.events.event_log import EventLog
@@ -22,7 +23,7 @@ from prefixcache.service.turns import Turns
 from prefixcache.service.unread import Unread
 from prefixcache.service.worker import Asker, Worker
 from prefixcache.service.workers import Workers
-from prefixcache.types import Namespace
+from prefixcache.types import LeaseId, Namespace
 
 if TYPE_CHECKING:
     from prefixcache.service.observe.tracing import Tracer
@@ -46,6 +47,7 @@ class Verbs:
         self.sampler = Sampler(backing, self.latency)
         self.turns = Turns()
         self.unread = Unread()
+        self.answers = KeptAnswers()
         self.failures = Failures()
         self.events = EventLog(backing, settings.max_watchers, failures=self.failures)
         self.shadows = ShadowCaches(settings, backing, self.failures) if settings.shadow else None
@@ -56,6 +58,25 @@ class Verbs:
     def uptime_s(self) -> float:
         """Seconds since the start."""
         return monotonic() - self._started_at
+
+    def granted(self, worker: Worker, verb: str, request_id: str) -> tuple[LeaseId, ...]:
+        """Give the leases that an acquire or a fork was granted under an id.  O(leases).
+
+        Those of an acquire live; children of a fork may have ended.
+        """
+        if verb == "acquire":
+            found = self._cache().lease_of(worker.id, request_id)
+            return () if found is None else (found,)
+        kept = self.answers.get(worker.key, request_id)
+        if kept is None or kept.question.verb != verb:
+            return ()
+        return tuple(LeaseId(child.lease) for child in kept.answer.children)
+
+    def forget_answer(self, worker: Worker, verb: str, request_id: str) -> None:
+        """Forget what a worker was told: its leases have ended.  O(1).  Idempotent."""
+        kept = self.answers.get(worker.key, request_id)
+        if kept is not None and kept.question.verb == verb:
+            self.answers.forget(kept.question)
 
     def _cache(self) -> PrefixCache:
         cache = self.backing.cache

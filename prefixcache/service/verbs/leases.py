@@ -116,8 +116,6 @@ class LeaseVerbs(Verbs):
         )
         if self.recorder is not None:
             self.failures.spare("recording", self.recorder.record, namespace, tokens)
-        if worker.handed and isinstance(answer, Grant):
-            worker.take(answer.lease)  # asked again with its id
         return answer
 
     def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
@@ -193,8 +191,22 @@ class LeaseVerbs(Verbs):
         )
 
     def release(self, worker: Worker, request: pb.ReleaseRequest) -> Released:
-        """End a lease; of one that has ended by itself, end the quarantine."""
-        return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
+        """End a lease, or those of a request; of what has ended by itself, end the quarantine."""
+        if not request.request_id:
+            return self._cache().release(worker.id, LeaseId(request.lease), now=monotonic())
+        return self._release_granted(worker, request.request_id)
+
+    def _release_granted(self, worker: Worker, request_id: str) -> Released:
+        """End what an acquire or a fork was granted, which may be nothing.  O(leases)."""
+        freed = 0
+        for verb in ("acquire", "fork"):
+            leases = self.granted(worker, verb, request_id)
+            if leases:
+                self.forget_answer(worker, verb, request_id)
+            for lease in leases:
+                with suppress(CacheError):  # a child may be long forgotten
+                    freed += self._cache().release(worker.id, lease, now=monotonic()).num_freed
+        return Released(freed)
 
     def _check_wait(self, worker: Worker, wait_s: float) -> None:
         if not 0 <= wait_s <= self.settings.max_wait:
