@@ -386,13 +386,11 @@ class LastTenant:
         num_ids: Of the pool, which holds nothing but zeros yet: ids are below.
     """
 
-    __slots__ = ("_last", "_num_ids", "_numbers", "_of", "_only", "num_wiped", "wipe")
+    __slots__ = ("_last", "_num_ids", "_numbers", "_of", "_only", "wipe")
 
     def __init__(self, num_ids: int) -> None:
         self.wipe: Wipe | None = None
         """None where there is no memory to wipe."""
-        self.num_wiped = 0
-        """Blocks since the start."""
         self._num_ids = num_ids
         self._of = np.zeros(0, np.int32)
         self._numbers: dict[str, int] = {}
@@ -435,7 +433,6 @@ class LastTenant:
             of[index] = mine
         if foreign:
             self.wipe(foreign)
-            self.num_wiped += len(foreign)
 
     def restore(self, runs: Iterable[tuple[str, BlockTable]]) -> None:
         """Take over a pool of an earlier life: what is not in a run may hold anybody's data."""

@@ -397,7 +397,7 @@ class PrefixCache:
         """
         lessor = self._lessor
         member = lessor.leases.worker(worker, namespace if attached else None)
-        self._check_prompt(tokens)
+        _check_tokens(tokens, "prompt")
         if reserve < 0:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
         if min_partial < 0:
@@ -436,7 +436,7 @@ class PrefixCache:
         """
         lessor = self._lessor
         member = lessor.leases.worker(worker)
-        self._check_prompt(tokens)
+        _check_tokens(tokens, "prompt")
         if reserve < 0 or (request_id and request_id in member.requests):
             return False
         if lessor.waiting.tickets and lessor.waiting.line.is_blocked_by_head(None):
@@ -774,7 +774,7 @@ class PrefixCache:
         (8, 2, 16)
         """
         lessor = self._lessor
-        _check_tokens(tokens)
+        _check_tokens(tokens, "prefix")
         if not 0 < ttl_s < inf:
             raise InvalidRequest(f"cannot pin for {ttl_s:g} s; give a time above 0")
         root = lessor.roots.get(namespace)
@@ -799,7 +799,7 @@ class PrefixCache:
         root = lessor.roots.get(namespace)
         if not tokens:
             return lessor.pins.unpin(namespace.tenant, root, None)
-        _check_tokens(tokens)
+        _check_tokens(tokens, "prefix")
         return lessor.pins.unpin(
             namespace.tenant, root, None if root is None else lessor.tree.match(root, tokens)
         )
@@ -886,7 +886,7 @@ class PrefixCache:
         Raises:
             InvalidRequest: no tokens, or a torn token.
         """
-        self._check_prompt(tokens)
+        _check_tokens(tokens, "prompt")
         return stats.lookup(self._lessor, self._lessor.roots.get(namespace), tokens)
 
     def explain(self, namespace: Namespace, tokens: bytes, *, now: float) -> Explanation:
@@ -897,7 +897,7 @@ class PrefixCache:
         Raises:
             InvalidRequest: no tokens, or a torn token.
         """
-        self._check_prompt(tokens)
+        _check_tokens(tokens, "prompt")
         return explain.explain(self._lessor, namespace, tokens, now)
 
     def explain_request(
@@ -1102,17 +1102,10 @@ class PrefixCache:
         """
         return invariants.check_in_steps(self._lessor)
 
-    def _check_prompt(self, tokens: bytes) -> None:
-        if not tokens or len(tokens) % TOKEN_BYTES:
-            raise InvalidRequest(
-                f"a prompt of {many(len(tokens), 'byte')} is not one or more tokens of "
-                f"{TOKEN_BYTES} bytes"
-            )
 
-
-def _check_tokens(tokens: bytes) -> None:
+def _check_tokens(tokens: bytes, what: str) -> None:
     if not tokens or len(tokens) % TOKEN_BYTES:
         raise InvalidRequest(
-            f"a prefix of {many(len(tokens), 'byte')} is not one or more tokens of "
+            f"a {what} of {many(len(tokens), 'byte')} is not one or more tokens of "
             f"{TOKEN_BYTES} bytes"
         )

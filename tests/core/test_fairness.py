@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -105,20 +106,22 @@ def test_pins() -> None:
     cache.check()
 
 
+def be_cut_off(cache: PrefixCache, number: int) -> None:
+    """Let a worker come, take four blocks and lose its connection, while its process lives on."""
+    worker = WorkerId(100 + number)
+    cache.attach(worker, RED, now=0.0)
+    try:
+        cache.acquire(worker, RED, pack([number] * 4), now=0.0)
+    finally:
+        cache.detach(worker, now=0.0, gone=False)
+
+
 def test_blocks_that_a_worker_may_still_write_to_count_in_its_tenant_s_quota() -> None:
     """Workers that come, take and are cut off, again and again, while their process lives on."""
     cache = shared()
     cache.set_quota("red", max_held=8, guaranteed=0, now=0.0)
 
-    def be_cut_off(number: int) -> None:
-        worker = WorkerId(100 + number)
-        cache.attach(worker, RED, now=0.0)
-        try:
-            cache.acquire(worker, RED, pack([number] * 4), now=0.0)
-        finally:
-            cache.detach(worker, now=0.0, gone=False)
-
-    count, why = as_many_as_it_gets(be_cut_off)
+    count, why = as_many_as_it_gets(partial(be_cut_off, cache))
     assert count == 2
     assert "tenant 'red' holds 8 of at most 8" in why
     assert cache.quota("red").num_held == cache.snapshot(now=0.0).quarantined == 8
@@ -131,15 +134,7 @@ def test_blocks_that_a_worker_may_still_write_to_count_in_its_tenant_s_quota() -
 def test_quarantine_without_a_quota_leaves_the_others_their_part_of_the_pool() -> None:
     cache = shared()
 
-    def be_cut_off(number: int) -> None:
-        worker = WorkerId(100 + number)
-        cache.attach(worker, RED, now=0.0)
-        try:
-            cache.acquire(worker, RED, pack([number] * 4), now=0.0)
-        finally:
-            cache.detach(worker, now=0.0, gone=False)
-
-    count, why = as_many_as_it_gets(be_cut_off)
+    count, why = as_many_as_it_gets(partial(be_cut_off, cache))
     assert count * 4 == BLOCKS - BLOCKS // 4
     assert "'red' has 48 quarantined blocks" in why
     take(cache, BLUE, list(range(BLOCKS // 4)))

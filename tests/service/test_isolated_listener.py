@@ -113,7 +113,10 @@ def test_a_session_works_on_when_what_hears_of_it_fails(attribute: str, part: st
     assert "of all things" in service.told()[part]
 
 
-def test_events_end_in_order_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", ["_hear", "_take"], ids=["heard", "hashed"])
+def test_events_end_in_order_when_they_cannot_be(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     service, broken = Service(), Broken()
 
     async def watch_and_work() -> None:
@@ -121,7 +124,7 @@ def test_events_end_in_order_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> 
         with log.watching():
             batches = log.batches(0)
             await anext(batches)
-            monkeypatch.setattr(log, "_hear", broken)
+            monkeypatch.setattr(log, step, broken)
             await service.work()
             with pytest.raises(ServiceUnavailable, match="events have ended"):
                 await anext(batches)
@@ -131,24 +134,6 @@ def test_events_end_in_order_when_they_fail(monkeypatch: pytest.MonkeyPatch) -> 
 
     asyncio.run(watch_and_work())
     assert broken.calls == 1
-    assert "of all things" in service.told()["events"]
-
-
-def test_events_that_cannot_be_hashed_end_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    service, broken = Service(), Broken()
-
-    async def watch_and_work() -> None:
-        log = service.handlers.events
-        with log.watching():
-            batches = log.batches(0)
-            await anext(batches)
-            monkeypatch.setattr(log, "_take", broken)
-            await service.work()
-            with pytest.raises(ServiceUnavailable, match="events have ended"):
-                await anext(batches)
-        log.close()
-
-    asyncio.run(watch_and_work())
     assert "of all things" in service.told()["events"]
 
 

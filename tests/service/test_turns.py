@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -83,15 +83,8 @@ def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service_turns, "_OTHERS_NS", 0)
 
 
-async def turns(handlers: Handlers, num_ops: int) -> tuple[int, list[int]]:
-    """Count how often another task has its turn while a message is answered; give the answers."""
-    stream: Any = session.SessionStream(handlers, None, LOCAL)
-    task = asyncio.current_task()
-    hello = pb.OpBatch()
-    attach = hello.ops.add().attach
-    codec.write_namespace(Namespace("m"), attach.namespace)
-    codec.write_layout(LAYOUT, attach.layout)
-    await stream.answer(hello, task)
+async def with_another(answering: Coroutine[Any, Any, pb.OpResults]) -> tuple[int, pb.OpResults]:
+    """Count how often another task has its turn until an answer is there; give both."""
     had = 0
 
     async def other() -> None:
@@ -103,8 +96,21 @@ async def turns(handlers: Handlers, num_ops: int) -> tuple[int, list[int]]:
     beside = asyncio.create_task(other())
     await asyncio.sleep(0)
     had = 0
-    results = await stream.answer(message(num_ops), task)
+    results = await answering
     beside.cancel()
+    return had, results
+
+
+async def turns(handlers: Handlers, num_ops: int) -> tuple[int, list[int]]:
+    """Count how often another task has its turn while a message is answered; give the answers."""
+    stream: Any = session.SessionStream(handlers, None, LOCAL)
+    task = asyncio.current_task()
+    hello = pb.OpBatch()
+    attach = hello.ops.add().attach
+    codec.write_namespace(Namespace("m"), attach.namespace)
+    codec.write_layout(LAYOUT, attach.layout)
+    await stream.answer(hello, task)
+    had, results = await with_another(stream.answer(message(num_ops), task))
     return had, [result.id for result in results.results]
 
 
@@ -182,19 +188,7 @@ async def answered(handlers: Handlers, *fills: Fill) -> tuple[list[str], int]:
     task = asyncio.current_task()
     salts = batch_of(*[partial(attach, salt=str(number)) for number in range(256)])
     await stream.answer(salts, task)
-    had = 0
-
-    async def other() -> None:
-        nonlocal had
-        while True:
-            had += 1
-            await asyncio.sleep(0)
-
-    beside = asyncio.create_task(other())
-    await asyncio.sleep(0)
-    had = 0
-    results = await stream.answer(batch_of(*fills), task)
-    beside.cancel()
+    had, results = await with_another(stream.answer(batch_of(*fills), task))
     assert [result.id for result in results.results] == list(range(1, len(fills) + 1))
     return [result.WhichOneof("result") for result in results.results], had
 

@@ -324,7 +324,6 @@ class AgeGrid:
         "_bits",
         "_filled",
         "_heaps",
-        "_num_kinds",
         "_num_put",
         "_order",
         "_powers",
@@ -334,7 +333,6 @@ class AgeGrid:
     )
 
     def __init__(self, num_kinds: int, shadow: LruReference) -> None:
-        self._num_kinds = num_kinds
         self._shadow = shadow
         self._heaps: list[list[tuple[int, Access]]] = [[] for _ in range(num_kinds * NUM_AGES)]
         self._powers = [1 << rank for rank in range(num_kinds * NUM_AGES)]
