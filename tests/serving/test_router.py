@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patience import PATIENCE_S
 from prefixcache_serving.journey import BEHIND, Journey
 from prefixcache_serving.meter import Meter
 from prefixcache_serving.refusals import Refused
@@ -172,6 +173,75 @@ def test_a_tenant_cannot_take_the_others_places_in_the_queue_nor_their_turns() -
     workers["w1"].step()
     workers["w1"].step()
     assert late.tokens or late.worker  # two turns later, although six of the other came before
+
+
+def over_quota(worker: Played, retry_ms: float | None = 7000.0) -> None:
+    """Let it refuse what it was given last, as a quota makes it do."""
+    line = worker.lines[-1]
+    assert not line["waits_for_quota"]
+    del worker.jobs[line["id"]]
+    told = {"event": "failed", "error": "QuotaExceeded", "message": "holds 5 of at most 6"}
+    worker.tell(
+        told | {"id": line["id"]} | ({} if retry_ms is None else {"retry_after_ms": retry_ms})
+    )
+
+
+def test_who_waits_for_a_quota_is_in_nobody_s_way_and_tried_again() -> None:
+    async def main() -> None:
+        router, workers = a_router("w1", tenants=("a", "b"), seats=1)
+        full, other = a_journey(1, tenant="a"), a_journey(2, tenant="b")
+        router.admit([full])
+        over_quota(workers["w1"])
+        assert (full.worker, router.num_waiting, router.num_running) == ("", 1, 0)
+        router.admit([other])
+        assert other.worker == "w1"  # at once
+        while not other.is_over:
+            workers["w1"].step()
+        while not full.worker:
+            await asyncio.sleep(0.001)
+        over_quota(workers["w1"])
+        while not full.worker:
+            await asyncio.sleep(0.001)
+        while not full.is_over:
+            workers["w1"].step()
+        assert await all_of(full) == (continuation(PROMPT, 6), "length")
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
+
+
+def test_who_has_waited_long_enough_for_a_quota_is_told_when_to_come_again() -> None:
+    async def main() -> None:
+        router, workers = a_router("w1")
+        router._longest_wait_s = 0.0
+        late, begun, never, left = (a_journey(number) for number in range(1, 5))
+        router.admit([late])
+        over_quota(workers["w1"])
+        with pytest.raises(Refused, match="5 of at most 6") as refused:
+            await all_of(late)
+        assert (refused.value.status, refused.value.headers["retry-after"]) == (429, "7")
+
+        router.admit([begun])
+        workers["w1"].step()
+        router.hand_over(router.stations["w1"])  # to itself
+        over_quota(workers["w1"])
+        while not begun.is_over:  # what was begun is not given up
+            workers["w1"].step()
+            await asyncio.sleep(0.001)
+        assert await all_of(begun) == (continuation(PROMPT, 6), "length")
+
+        router.admit([never])
+        over_quota(workers["w1"], None)
+        with pytest.raises(Refused, match="5 of at most 6") as refused:
+            await all_of(never)
+        assert (refused.value.status, refused.value.word) == (400, "quota_exceeded")
+
+        router._longest_wait_s = PATIENCE_S
+        router.admit([left])
+        over_quota(workers["w1"])
+        router.leave(left)
+        assert router.num_waiting == 0
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_a_reader_that_is_behind_sets_its_answer_down_and_nobody_else_s() -> None:

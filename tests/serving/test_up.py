@@ -22,6 +22,8 @@ import pytest
 
 import prefixcache
 from patience import PATIENCE_S
+from prefixcache.service.pool.model_layout import read_layout
+from prefixcache_serving.ask import _salt
 from worker.zoo import save
 
 pytestmark = pytest.mark.slow
@@ -190,7 +192,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def up(model: Path) -> Iterator[Up]:
     with tempfile.TemporaryDirectory(prefix="pfx") as folder:
-        found = Up(model, Path(folder), "--memory", "8MiB")
+        found = Up(model, Path(folder), "--memory", "8MiB", "--wait", "0")
         try:
             for name in ("w1", "w2"):
                 found.says(rf"{name} \(pid \d+\) is ready")
@@ -327,6 +329,36 @@ def test_what_cannot_be_had_is_said_in_a_line(model: Path, up: Up, tmp_path: Pat
         assert wanted in "".join(one.said), options
         assert "Traceback" not in "".join(one.said)
         assert one.alive() == []
+
+
+def test_what_a_quota_has_no_room_for_is_told_whether_and_when_to_come_again(
+    up: Up, model: Path
+) -> None:
+    def ask(length: int, **more: Any) -> tuple[int, str | None, dict[str, Any]]:
+        body = {"model": "tiny", "prompt": [5, 9, 2, 14] * (length // 4), "max_tokens": 4}
+        with contextlib.closing(up.connect()) as connection:
+            kind = {"content-type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body | more), kind)
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("retry-after"), json.loads(answer.read())
+
+    target = next(line for line in up.said if "listening at" in line).split("at ")[-1].strip()
+    assert ask(8, cache_salt="small")[0] == 200
+    with prefixcache.connect(target) as client:
+        namespace = next(one for one in client.snapshot().namespaces if one.salt)
+        client.set_quota(namespace, max_held=6)
+        status, retry, told = ask(128, cache_salt="small")
+        assert (status, retry, told["error"]["code"]) == (400, None, "quota_exceeded")
+        assert "may hold at most 6" in told["error"]["message"]
+        with client.attach(namespace.model, read_layout(model, "float32")) as session:
+            with session.acquire([3] * 64, reserve=16, salt=_salt("", "small")):
+                status, retry, told = ask(64, cache_salt="small")
+                assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert "holds 5 of at most 6" in told["error"]["message"]
+                assert int(retry or 0) >= 1
+                assert ask(64)[0] == 200  # others have none
+            assert ask(64, cache_salt="small")[0] == 200
+        client.set_quota(namespace, max_held=None)
 
 
 def test_a_service_that_is_killed_is_started_again_and_joined(up: Up) -> None:

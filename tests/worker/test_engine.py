@@ -13,6 +13,7 @@ import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import Namespace
 from prefixcache_kernels import copy_blocks
 from prefixcache_kernels.groups import FREE
 from prefixcache_worker.batch import Batch, Piece
@@ -529,6 +530,34 @@ def test_workers_that_fill_a_pool_together_all_get_on(tiny: Model, client: Clien
         assert got == [want[f"0.{i}"].tokens for i in range(6)]
         engines[n].close()
     eventually(lambda: holds_nothing(client))
+
+
+def test_whom_a_quota_has_no_room_for_waits_in_nobody_s_way_or_fails_if_it_never_has(
+    tiny: Model, client: Client
+) -> None:
+    engine = engine_at(client, tiny, max_batch=1)
+    scope = Namespace(tiny.name, salt="s")
+    client.set_quota(scope, max_held=6)
+    session, pool = joiner(client, tiny, "")()
+    other = Request("other", random_tokens(64, seed=1), 4)
+    told: list[Event] = []
+    with session.acquire(random_tokens(64, seed=2), reserve=16, salt="s"):
+        engine.submit(Request("full", random_tokens(64, seed=3), 4, salt="s", wait_s=0))
+        engine.submit(Request("never", random_tokens(128, seed=4), 4, salt="s"))
+        engine.submit(other)
+        while not {"never", "other"} <= {e.id for e in told if isinstance(e, Finished | Failed)}:
+            told += engine.step()
+            engine.wait(0.05)
+        assert "full" not in {e.id for e in told if isinstance(e, Finished | Failed)}
+    [failed] = [e for e in told if isinstance(e, Failed)]
+    assert (failed.error, failed.retry_after_s) == ("QuotaExceeded", None)
+    assert "may hold at most 6" in failed.message
+    told += engine.run()
+    assert {e.id for e in told if isinstance(e, Finished)} == {"full", "other"}
+    client.set_quota(scope, max_held=None)
+    engine.close()
+    session.close()
+    pool.close()
 
 
 @pytest.mark.usefixtures("short_steps")

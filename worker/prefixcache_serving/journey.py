@@ -60,6 +60,10 @@ class Journey:
     left_out: tuple[str, ...] = ()
     """What of the request has no effect, as a worker told."""
     is_set_down: bool = False
+    num_pauses: int = 0
+    """Times in a row that its tenant's quota had no room for it."""
+    short_s: float = 0.0
+    """Since when."""
     worker: str = ""
     """Who has it now; empty: nobody."""
     workers: list[str] = field(default_factory=list)
@@ -107,7 +111,7 @@ class Journey:
 
     def next_line(self) -> dict[str, Any]:
         """Give what the next worker is sent."""
-        line = {"id": self.name, **self.line}
+        line = {"id": self.name, **self.line, "waits_for_quota": False}
         if self.tokens:
             line["generated"] = list(self.tokens)
         if self.is_hurried:

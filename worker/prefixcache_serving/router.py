@@ -11,8 +11,9 @@ prompt of a thousand tokens is not one of ten, and one of which all but a block 
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -34,6 +35,10 @@ MOST_DEATHS: Final = 3
 _FORGET_S: Final = 30.0
 """How soon a measured rate is forgotten."""
 _LONGEST_RETRY_S: Final = 60.0
+_PAUSE_S: Final = 0.05
+"""Until an answer is tried again that its tenant's quota had no room for; twice that the next time,
+up to `_LONGEST_PAUSE_S`."""
+_LONGEST_PAUSE_S: Final = 1.0
 
 
 class Recipient(Protocol):
@@ -103,9 +108,18 @@ class Router:
         meter: counts what happens.
         longest_queue: answers that may wait.
         tenants: who may ask; each has a part of the queue that the others cannot take.
+        longest_wait_s: how long an answer may wait to be begun that its tenant's quota has no room
+            for.
     """
 
-    def __init__(self, meter: Meter, *, longest_queue: int, tenants: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        longest_queue: int,
+        tenants: Iterable[str] = (),
+        longest_wait_s: float = 10.0,
+    ) -> None:
         self.stations: dict[str, Station] = {}
         self.meter = meter
         self.longest_queue = longest_queue
@@ -121,6 +135,9 @@ class Router:
         self._lines: dict[str, deque[Journey]] = {}
         self._urgent: deque[Journey] = deque()
         """Those that were begun already."""
+        self._longest_wait_s = longest_wait_s
+        self._paused: dict[Journey, asyncio.TimerHandle] = {}
+        """Those that wait for blocks of their own tenant, in nobody's way."""
         self._turn = 0
         self._rate = 0.0
         self._rated_s = time.monotonic()
@@ -130,7 +147,8 @@ class Router:
     @property
     def num_waiting(self) -> int:
         """Answers that no worker has."""
-        return len(self._urgent) + sum(len(line) for line in self._lines.values())
+        in_line = sum(len(line) for line in self._lines.values())
+        return len(self._urgent) + in_line + len(self._paused)
 
     @property
     def num_running(self) -> int:
@@ -155,7 +173,8 @@ class Router:
             raise Refused("going down: nothing new is begun", status=503, retry_after_s=5.0)
         tenant = journeys[0].tenant
         free = sum(max(0, one.seats - len(one.journeys)) for one in self._open())
-        held = {one: len(line) for one, line in self._lines.items()}
+        held = Counter({one: len(line) for one, line in self._lines.items()})
+        held.update(journey.tenant for journey in self._paused)
         room = self._shares.room(tenant, held) + (free if not self.num_waiting else 0)
         if len(journeys) > room:
             if len(journeys) > self.longest_queue:
@@ -178,6 +197,8 @@ class Router:
         """Give an answer up: nobody reads it any more, or its reader has enough.  Idempotent."""
         journey.finish("cancelled")
         self._take_back(journey)
+        if (timer := self._paused.pop(journey, None)) is not None:
+            timer.cancel()
         for line in (self._urgent, *self._lines.values()):
             if journey in line:
                 line.remove(journey)
@@ -201,6 +222,10 @@ class Router:
             for journey in line:
                 self._again(journey)
             line.clear()
+        for journey, timer in self._paused.items():
+            timer.cancel()
+            self._again(journey)
+        self._paused.clear()
 
     # ------------------------------------------------------------------------------- from workers
 
@@ -271,6 +296,7 @@ class Router:
             return
         match event["event"]:
             case "started":
+                journey.num_pauses = 0
                 journey.due = int(event["num_to_compute"])
                 if journey.attempt and journey.ledger is not None:
                     self.num_computed_again += journey.due
@@ -303,7 +329,10 @@ class Router:
             case "failed":
                 del station.journeys[journey.name]
                 journey.worker = ""
-                journey.fail(_refusal(event))
+                if event.get("retry_after_ms") is None:
+                    journey.fail(_refusal(event))
+                else:
+                    self._pause(journey, str(event["message"]), event["retry_after_ms"] / 1e3)
                 self._serve()
 
     # -------------------------------------------------------------------------------------- inside
@@ -327,6 +356,40 @@ class Router:
             journey.fail(Refused("ended before the answer was whole", status=503, code="ended"))
         elif not journey.is_over:
             self._urgent.append(journey)
+
+    def _pause(self, journey: Journey, message: str, retry_after_s: float) -> None:
+        """Try an answer again in a moment for which its tenant's quota has no room now.
+
+        One that was not begun is refused when that has taken too long.
+        """
+        now = time.monotonic()
+        journey.attempt += 1
+        if not journey.num_pauses:
+            journey.short_s = now
+        if journey.ledger is None and now - journey.short_s >= self._longest_wait_s:
+            self.meter.refused.inc()
+            journey.fail(
+                Refused(
+                    message,
+                    code="rate_limit_exceeded",
+                    status=429,
+                    retry_after_s=min(_LONGEST_RETRY_S, max(1.0, retry_after_s)),
+                )
+            )
+            return
+        pause_s = min(_LONGEST_PAUSE_S, _PAUSE_S * 2**journey.num_pauses)
+        journey.num_pauses += 1
+        loop = asyncio.get_running_loop()
+        self._paused[journey] = loop.call_later(pause_s, self._resume, journey)
+
+    def _resume(self, journey: Journey) -> None:
+        """Queue an answer again, before those of its tenant that came later."""
+        del self._paused[journey]
+        if journey.ledger is not None:
+            self._urgent.append(journey)
+        else:
+            self._lines.setdefault(journey.tenant, deque()).appendleft(journey)
+        self._serve()
 
     def _serve(self) -> None:
         """Give what waits to whoever has a seat, the least loaded first.  O(workers) each."""
@@ -381,4 +444,6 @@ def _refusal(event: Mapping[str, Any]) -> Refused:
     message = str(event.get("message", "the worker refused it"))
     if event.get("error") in ("InvalidRequest", "Unsupported"):
         return Refused(message, code="invalid_value")
+    if event.get("error") == "QuotaExceeded":
+        return Refused(message, code="quota_exceeded")
     return Refused(message, status=500, code="worker_failed")

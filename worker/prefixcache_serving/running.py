@@ -55,6 +55,7 @@ class Setup:
     http: str
     api_keys: Path | None
     longest_queue: int
+    longest_wait_s: float
     grace_s: float
     target: str | None
     memory: str | None
@@ -206,7 +207,10 @@ class _Run:
                 target = await self._service(stack, work)
                 meter = Meter()
                 router = Router(
-                    meter, longest_queue=setup.longest_queue, tenants=self._keys.tenants
+                    meter,
+                    longest_queue=setup.longest_queue,
+                    tenants=self._keys.tenants,
+                    longest_wait_s=setup.longest_wait_s,
                 )
                 fleet = self._fleet = self._make_fleet(work, target, router, meter)
                 stack.push_async_callback(fleet.stop)

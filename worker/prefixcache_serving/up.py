@@ -44,6 +44,15 @@ def up(
     queue: Annotated[
         int, _option("Endpoint", "Answers that may wait for a worker.", "N", min=1)
     ] = 256,
+    wait: Annotated[
+        float,
+        _option(
+            "Endpoint",
+            "How long an answer may wait for blocks that its tenant's quota is full of.",
+            "SECONDS",
+            min=0,
+        ),
+    ] = 10.0,
     grace: Annotated[
         float,
         _option(
@@ -131,6 +140,7 @@ def up(
         http=http,
         api_keys=api_keys,
         longest_queue=queue,
+        longest_wait_s=wait,
         grace_s=grace,
         target=connect,
         memory=memory,

@@ -31,7 +31,13 @@ import torch
 from torch import Tensor
 
 from prefixcache.client import Session
-from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted, ServiceUnavailable
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    PoolExhausted,
+    QuotaExceeded,
+    ServiceUnavailable,
+)
 from prefixcache.types import Copy, TableUpdate
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Piece
@@ -234,8 +240,12 @@ class Engine:
 
     def wait(self, timeout_s: float) -> None:
         """Sleep until there may be something to do, at most `timeout_s`."""
-        if self._queue and self._has_seat:
-            timeout_s = min(timeout_s, self._queue[0].retry_at - time.monotonic())
+        for job in self._queue:
+            if not self._has_seat(job):
+                break
+            timeout_s = min(timeout_s, job.retry_at - time.monotonic())
+            if not job.is_over_quota:
+                break
         self._wake.wait(max(0.0, timeout_s))
         self._wake.clear()
 
@@ -337,12 +347,11 @@ class Engine:
             self._releases.append((job.store, claim))
         job.begin_again()
 
-    @property
-    def _has_seat(self) -> bool:
-        """Whether the next one of the queue finds a place; a search's lanes come one by one."""
+    def _has_seat(self, job: Job) -> bool:
+        """Whether one of the queue finds a place; a search's lanes come one by one."""
         to_come = sum(search.num_missing for search in self._searches_in_hand())
-        next_one = self._queue[0].request.beams if self._queue else None
-        wanted = 1 if next_one is None else next_one.width
+        beams = job.request.beams
+        wanted = 1 if beams is None else beams.width
         return len(self._asked) + len(self._running) + to_come + wanted <= self.max_batch
 
     def _searches_in_hand(self) -> list[Beams]:
@@ -353,12 +362,8 @@ class Engine:
 
     def _ask(self, events: list[Event]) -> None:
         """Ask for blocks, first come, first served."""
-        now = time.monotonic()
-        while self._queue and self._has_seat:
-            job = self._queue[0]
-            if job.retry_at > now:
-                break  # later requests must not starve it
-            self._queue.popleft()
+        while (job := self._next_of_queue()) is not None:
+            self._queue.remove(job)
             if job.reason:  # who began it was lost between its last token and saying so
                 events.append(finished(job))
                 continue
@@ -374,6 +379,7 @@ class Engine:
                     request_id=f"{job.request.id}/{job.lane}/{job.num_restarts}",
                     salt=job.request.salt,
                     reuse=not job.is_scoring,
+                    for_room=job.stands_in_line,
                 )
             except CacheError as error:  # a service of an earlier version hears of no salt
                 events.append(self._failed(job, type(error).__name__, str(error)))
@@ -381,6 +387,18 @@ class Engine:
             job.store = home
             job.future.add_done_callback(lambda _: self.wake())
             self._asked.append(job)
+
+    def _next_of_queue(self) -> Job | None:
+        """Give who asks next; None: nobody can yet."""
+        now = time.monotonic()
+        for job in self._queue:
+            if not self._has_seat(job):
+                return None
+            if job.retry_at <= now:
+                return job
+            if not job.is_over_quota:
+                return None  # later requests must not starve it
+        return None
 
     def _hopeless(self, job: Job, home: Store) -> Failed | None:
         size = home.pool.block_size
@@ -403,10 +421,29 @@ class Engine:
             message = f"lost its blocks {job.num_restarts} times; given up"
         return self._failed(job, "InvalidRequest", message) if message else None
 
-    def _failed(self, job: Job, error: str, message: str) -> Failed:
+    def _failed(
+        self, job: Job, error: str, message: str, retry_after_s: float | None = None
+    ) -> Failed:
         """Tell that an answer cannot be given; others to the same prompt try for themselves."""
         self._let_go(job.request.id)
-        return Failed(job.request.id, error, message, job.sample)
+        return Failed(job.request.id, error, message, job.sample, retry_after_s)
+
+    def _over_quota(self, job: Job, error: QuotaExceeded) -> Failed | None:
+        """Ask again for blocks that a quota refuses; or tell that they are not to be had.
+
+        If its tenant holds anything that ends, there is a time for that.  Asked twice: a lease may
+        have been over and not gone yet; and the whole answer's room is not needed to begin.
+        """
+        may_come = error.retry_after_s > 0
+        if may_come and not job.request.waits_for_quota:
+            return self._failed(job, "QuotaExceeded", str(error), error.retry_after_s)
+        before = job.refusal if job.is_over_quota and not job.reserves_all else None
+        if not may_come and before is not None and before.retry_after_s <= 0:
+            return self._failed(job, "QuotaExceeded", str(error))
+        job.reserves_all = False
+        self._ask_again(job, min(max(error.retry_after_s, RETRY_S), LONGEST_RETRY_S))
+        job.refusal = error
+        return None
 
     def _take(self, events: list[Event]) -> None:
         """Take the blocks that were granted, and make the copies that belong to them."""
@@ -417,9 +454,14 @@ class Engine:
             assert job.store is not None
             try:
                 claim = job.future.result()
+            except QuotaExceeded as error:
+                if failed := self._over_quota(job, error):
+                    events.append(failed)
+                continue
             except PoolExhausted as error:
                 delay_s = min(max(error.retry_after_s, RETRY_S), LONGEST_RETRY_S)
-                self._ask_again(job, delay_s)
+                self._ask_again(job, delay_s if job.stands_in_line else 0.0)
+                job.refusal, job.stands_in_line = error, True
                 continue
             except ServiceUnavailable:
                 self._ask_again(job, 0.0)
@@ -610,7 +652,9 @@ class Engine:
         if (told := job.growing) is not None and told.done():
             job.growing = None
             error = told.exception()
-            gives_way = not isinstance(error, PoolExhausted) or self._is_youngest(job)
+            gives_way = not isinstance(error, PoolExhausted) or self._is_youngest(
+                job, of_its_salt=isinstance(error, QuotaExceeded)
+            )
             if error is None:
                 self._copy(store, told.result().copies)
                 job.tail_is_shared = False
@@ -629,9 +673,12 @@ class Engine:
             job.growing.add_done_callback(lambda _: self.wake())
         return not job.lacks_room(end)
 
-    def _is_youngest(self, job: Job) -> bool:
+    def _is_youngest(self, job: Job, *, of_its_salt: bool) -> bool:
         """Whether none of the others began after it, but for lanes of the same search."""
-        last = self._running[-1]
+        rivals = self._running
+        if of_its_salt:  # who is behind another one may have a quota of its own
+            rivals = [other for other in rivals if other.request.salt == job.request.salt]
+        last = rivals[-1]
         return last is job or (job.request.beams is not None and last.request is job.request)
 
     def _grow(self, lanes: Sequence[Job], end: int, store: Store) -> list[Future[TableUpdate]]:

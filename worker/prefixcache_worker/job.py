@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
 from prefixcache.types import TableUpdate
 from prefixcache_worker.constrain import Constraint
 from prefixcache_worker.drafts import Drafts
@@ -50,6 +50,10 @@ class Job:
     reserves_all: bool = False
     """Whether it asks for the whole answer's room with its prompt: it has lost its blocks before,
     since others had what it needed to go on."""
+    stands_in_line: bool = True
+    """Whether it waits for room in the service's line."""
+    refusal: PoolExhausted | None = None
+    """Why it got no blocks when it asked last."""
     drafts: Drafts | None = None
     """Where to look up what may come next; None: nowhere."""
     num_valid: int = 0
@@ -74,6 +78,7 @@ class Job:
             self.request.sampling, self.request.tokens, self.stop_ids, self.constraint
         )
         self.tokens = list(self.request.tokens)
+        self.stands_in_line = self.request.waits_for_quota
         self.num_scored = self.num_prompt if self.request.prompt_logprobs is None else 1
         for number, token in enumerate(self.request.generated, 1):
             self.add(token)
@@ -126,6 +131,11 @@ class Job:
     def answered(self) -> bool:
         """Whether the blocks that were asked for are here, or refused."""
         return self.future is not None and self.future.done()
+
+    @property
+    def is_over_quota(self) -> bool:
+        """Whether its tenant's quota is what it waits for: then it is in nobody's way."""
+        return isinstance(self.refusal, QuotaExceeded)
 
     def add(self, token: int) -> str:
         """Take the answer's next token; give the text that can be shown because of it.
@@ -188,7 +198,8 @@ class Job:
 
     def grant(self, claim: Claim) -> None:
         """Take the blocks that were asked for."""
-        self.claim, self.future = claim, None
+        self.claim, self.future, self.refusal = claim, None, None
+        self.stands_in_line = self.request.waits_for_quota
         self.num_valid = self.num_committed = claim.num_cached
         self.num_told = len(self.tokens)
 

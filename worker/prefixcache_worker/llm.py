@@ -289,7 +289,7 @@ class LLM:
             prompt = cast("Prompt", text)
         if isinstance(prompt, str):
             return _Asked(self.model.encode(prompt), prompt, salt)
-        return _Asked(_whole(prompt), None, salt)
+        return _Asked(_whole(cast("Sequence[int]", prompt)), None, salt)
 
     def _answer(
         self, asked: Sequence[_Asked], params: Sequence[SamplingParams], *, use_tqdm: bool

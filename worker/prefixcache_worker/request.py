@@ -42,6 +42,9 @@ class Request:
     """Texts that end the answer; none of them is ever shown."""
     wait_s: float = 30.0
     """How long to wait for a prefix that another worker is computing; 0: compute it as well."""
+    waits_for_quota: bool = True
+    """Whether it waits while its tenant may not hold more blocks; False: then it has failed, and
+    who sent it is told when to come again."""
     log_logits: bool = False
     """Tell the two best logits of every step."""
     logprobs: int | None = None
@@ -211,6 +214,8 @@ class Failed:
     message: str
     sample: int | None = None
     """Which of several answers cannot be given; None: there is one, or none of them can."""
+    retry_after_s: float | None = None
+    """When it can perhaps; None: never as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +249,7 @@ def to_json(event: Event) -> dict[str, Any]:
     out: dict[str, Any] = {"event": type(event).__name__.lower()}
     for item in dataclasses.fields(event):
         value = getattr(event, item.name)
-        if item.name.endswith("_s"):
+        if item.name.endswith("_s") and value is not None:
             out[f"{item.name[:-2]}_ms"] = round(value * 1e3, 3)
         elif isinstance(value, TopTwo):
             out["top"] = [list(pair) for pair in zip(value.tokens, value.logits, strict=True)]

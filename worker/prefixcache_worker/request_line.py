@@ -31,6 +31,7 @@ grammar         what the answer is held to: see `grammar`
 generated       token ids: the beginning of the answer, which goes on behind them
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
+waits_for_quota false: fail, and say when to come again, if a quota is full; else true
 salt            a secret text of up to 200 characters: who has another one, or none, shares nothing
 log_logits      true or false; else false
 ```
@@ -71,7 +72,7 @@ _FIELDS: Final = {
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "salt", "n", "beams", "length_penalty"),
-    *("early_stopping", "grammar", *_PROMPTS, *_CHAT),
+    *("early_stopping", "grammar", "waits_for_quota", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -172,6 +173,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
             _text(one, "stop", 4096) for one in _list([stop] if isinstance(stop, str) else stop)
         ),
         wait_s=_number(fields, "wait_s", 30.0, most=86_400.0),
+        waits_for_quota=_flag(fields, "waits_for_quota", default=True),
         log_logits=_flag(fields, "log_logits"),
         logprobs=_logprobs(fields),
         prompt_logprobs=_prompt_logprobs(fields),
@@ -317,8 +319,8 @@ def _number(
     return float(value)
 
 
-def _flag(fields: dict[str, Any], name: str) -> bool:
-    value = fields.get(name, False)
+def _flag(fields: dict[str, Any], name: str, *, default: bool = False) -> bool:
+    value = fields.get(name, default)
     if not isinstance(value, bool):
         raise InvalidRequest(f"{name} is {_show(value)}; it takes true or false")
     return value

@@ -101,10 +101,12 @@ class Store(Protocol):
         request_id: str,
         salt: str | None = None,
         reuse: bool = True,
+        for_room: bool = True,
     ) -> Future[Claim]:
         """Ask for the blocks of a prompt and of `reserve` more tokens.  Does not block.
 
-        Without `reuse`, nothing that is stored is in them: all tokens are to be computed.
+        Without `reuse`, nothing that is stored is in them: all tokens are to be computed.  Without
+        `for_room`, `wait_s` is for a prefix alone: without room it is refused at once.
         """
         ...
 
@@ -192,6 +194,7 @@ class PrivateStore:
         request_id: str,
         salt: str | None = None,
         reuse: bool = True,
+        for_room: bool = True,
     ) -> Future[Claim]:
         """Take blocks from the free list; the future is done at once."""
         answer: Future[Claim] = Future()
@@ -317,6 +320,7 @@ class SharedStore:
         request_id: str,
         salt: str | None = None,
         reuse: bool = True,
+        for_room: bool = True,
     ) -> Future[Claim]:
         """Ask the service for a lease; done when its answer arrives."""
         future: Future[Claim] = self.session.acquire_later(  # type: ignore[assignment]
@@ -326,6 +330,7 @@ class SharedStore:
             request_id=request_id,
             salt=salt,
             reuse=reuse,
+            for_room=for_room,
         )
         return future
 
