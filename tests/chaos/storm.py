@@ -399,10 +399,11 @@ class Storm:
         )
         self.hear_probes()
         self.alone_until = time.monotonic()
-        self.actors = [self.act(number) for number in range(ACTORS)]
         model, answers = str(self.folder / "model"), str(self.folder / "answers.json")
         self.clerks = [self.start("clerk", self.target, one, model, answers) for one in HONEST]
-        self.hear_clerks()
+        self.hear_clerks()  # first: their workers take long to load where many others work
+        self.actors = [self.act(number) for number in range(ACTORS)]
+        self.hear_actors()
         self.adversaries = [
             self.start("adversary", self.target, self.http) for _ in range(ADVERSARIES)
         ]
@@ -448,6 +449,13 @@ class Storm:
             if sum({"answered", "refused"} <= kinds for kinds in heard) == len(self.clerks):
                 return
             assert time.monotonic() < due, "nothing is heard of the clerks"
+
+    def hear_actors(self) -> None:
+        """Wait until all of them have begun."""
+        due = time.monotonic() + PATIENCE_OF_CLERKS_S
+        while len([*self.folder.glob("actor-*.log")]) < ACTORS:
+            assert time.monotonic() < due, "nothing is heard of the actors"
+            time.sleep(0.05)
 
     def calm_round(self, seconds: float) -> None:
         """Let nothing go wrong but for what the adversaries do."""

@@ -1,6 +1,7 @@
 """The demo without a model: real service, real processes, `fake_worker.py` instead of the worker.
 
-Arguments: the fake worker's own.  Exit code as the demo's.
+Arguments: `--plain` for a demo without its picture, which takes seconds to draw, and the fake
+worker's own.  Exit code as the demo's.
 """
 
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from prefixcache_worker.demo import chats, runner
+from prefixcache_worker.demo import chats, picture, runner
 from prefixcache_worker.demo.command import run_and_report
 from prefixcache_worker.demo.transcript import Transcript
 
@@ -51,6 +52,9 @@ def setup(num_workers, *arguments):
 
 def main():
     num_workers, folder, *arguments = sys.argv[1:]
+    if "--plain" in arguments:
+        arguments.remove("--plain")
+        picture.draw = lambda *_: None
     console = Console(width=160)
     try:
         result = run_and_report(

@@ -141,7 +141,7 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(star
 
 
 def test_a_worker_that_is_too_fast_to_be_met_in_mid_prefill_is_killed_all_the_same(start):
-    demo = start(2, "--swift")
+    demo = start(2, "--swift", "--plain")
     code, output = demo.end()
     assert code == 0, output
     assert "too late to meet it in mid-prefill" in output
@@ -151,7 +151,7 @@ def test_a_worker_that_is_too_fast_to_be_met_in_mid_prefill_is_killed_all_the_sa
 
 
 def test_one_worker_alone_is_not_killed(start):
-    demo = start(1)
+    demo = start(1, "--plain")
     code, output = demo.end()
     assert code == 0, output
     report = json.loads((demo.folder / "out" / "demo.json").read_text())
@@ -160,7 +160,7 @@ def test_one_worker_alone_is_not_killed(start):
 
 
 def test_a_cache_that_changes_an_answer_fails_the_demo_loudly(start):
-    demo = start(2, "--broken")
+    demo = start(2, "--broken", "--plain")
     code, output = demo.end()
     assert code == 1
     assert "NOT the answer of a model without a cache" in output
@@ -170,7 +170,7 @@ def test_a_cache_that_changes_an_answer_fails_the_demo_loudly(start):
 
 
 def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_compared(start):
-    demo = start(2, "--tie")
+    demo = start(2, "--tie", "--plain")
     code, output = demo.end()
     assert code == 0, output
     report = json.loads((demo.folder / "out" / "demo.json").read_text())
@@ -183,7 +183,7 @@ def test_numerical_ties_are_shown_counted_and_the_rest_of_the_answer_is_still_co
 
 @pytest.mark.parametrize("blurred", [False, True])
 def test_where_bits_are_compared_the_last_one_of_a_logit_counts(start, blurred):
-    demo = start(2, "--bits", *["--blurred"] * blurred)
+    demo = start(2, "--bits", "--plain", *["--blurred"] * blurred)
     code, output = demo.end()
     assert code == int(blurred), output
     report = json.loads((demo.folder / "out" / "demo.json").read_text())

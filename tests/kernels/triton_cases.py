@@ -301,7 +301,7 @@ def test_prefills_share_as_decoding_sequences_do(batch: Make, options: dict[str,
 
 
 def test_a_run_of_more_queries_than_a_tile_has_room_for(batch: Make) -> None:
-    b = batch([(1, 30), (90, 118), (40, 68)], size=4, shared=((1, 0, 7), (2, 0, 7)))
+    b = batch([(1, 30), (20, 48), (13, 41)], size=4, shared=((1, 0, 7), (2, 0, 7)))
     plan = forest(b, 4)
     assert plan.num_runs == 1
     attend(b, plan)

@@ -6,6 +6,7 @@ import contextlib
 import resource
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,40 @@ SAID = {
 }
 
 
+SILENT = ("nothing", "half a head", "a head and half a body")
+
+
+@dataclass
+class Left:
+    """Connections that were left alone, all at once: each waits for as long as the service does."""
+
+    num_before: int
+    silent: dict[str, socket.socket]
+
+
+@pytest.fixture(scope="module")
+def left(service: ServiceProcess) -> Iterator[Left]:
+    """Of those who say no more, and one with many requests in one go and no answer read."""
+    num_before = num_open(service)
+    many = b"GET /metrics HTTP/1.1\r\nHost: HOST\r\n\r\n" * 2000
+    with connections(service, 1, many), contextlib.ExitStack() as stack:
+        eventually(lambda: num_open(service) > num_before)
+        silent = {said: stack.enter_context(connections(service, 1, SAID[said])) for said in SILENT}
+        yield Left(num_before, {said: one for said, (one,) in silent.items()})
+
+
+@pytest.mark.parametrize("said", SILENT)
+def test_who_says_no_more_is_hung_up_on(left: Left, said: str) -> None:
+    with contextlib.suppress(ConnectionResetError):
+        while left.silent[said].recv(4096):
+            pass
+
+
+def test_who_reads_no_more_is_hung_up_on(service: ServiceProcess, left: Left) -> None:
+    """The service does not keep many answers for ever."""
+    eventually(lambda: num_open(service) <= left.num_before)
+
+
 @pytest.mark.parametrize("said", SAID)
 def test_a_flood_of_connections_takes_no_descriptor_from_workers(
     service: ServiceProcess, said: str
@@ -97,25 +132,6 @@ def test_who_opens_more_pages_than_there_may_be_is_told(service: ServiceProcess)
         firsts = [one.recv(64).split(b"\r\n")[0] for one in held]
         assert firsts.count(b"HTTP/1.1 200 OK") == FILES // 16
         assert set(firsts) == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
-
-
-@pytest.mark.parametrize("said", ["nothing", "half a head", "a head and half a body"])
-def test_who_says_no_more_is_hung_up_on(service: ServiceProcess, said: str) -> None:
-    with (
-        connections(service, 1, SAID[said]) as (one,),
-        contextlib.suppress(ConnectionResetError),
-    ):
-        while one.recv(4096):
-            pass
-
-
-def test_who_reads_no_more_is_hung_up_on(service: ServiceProcess) -> None:
-    """Many requests in one go, and no answer is read: the service does not keep them for ever."""
-    before = num_open(service)
-    many = b"GET /metrics HTTP/1.1\r\nHost: HOST\r\n\r\n" * 2000
-    with connections(service, 1, many):
-        eventually(lambda: num_open(service) > before)
-        eventually(lambda: num_open(service) <= before)
 
 
 class Stub:
