@@ -32,7 +32,7 @@ from prefixcache.service.http.dashboard import Dashboard
 from prefixcache.service.http.embedded_server import EmbeddedServer, own_names
 from prefixcache.service.http.http_connections import Bound
 from prefixcache.service.http.metrics import CONTENT_TYPE, Scrape, exposition
-from prefixcache.service.http.turns import Turns
+from prefixcache.service.http.throttle import Throttle
 
 ASSETS = Path(__file__).parent / "web"
 """The page: all that a browser needs, in the package."""
@@ -119,7 +119,7 @@ class HttpServer:
                 f"cannot listen for HTTP at {address}: {error.strerror}"
             ) from None
         port = listening.getsockname()[1]
-        app = Guard(Starlette(routes=self._routes()), port, Turns(self._bound.limit))
+        app = Guard(Starlette(routes=self._routes()), port, Throttle(self._bound.limit))
         self._server = EmbeddedServer(
             app, self._bound, backlog=_BACKLOG, last_words_s=_LAST_WORDS_S
         )
@@ -194,9 +194,9 @@ class _Live:
 class Guard:
     """Answers only our own names and only questions, in turn; tells browsers to be careful."""
 
-    def __init__(self, app: ASGIApp, port: int, turns: Turns) -> None:
+    def __init__(self, app: ASGIApp, port: int, throttle: Throttle) -> None:
         self._app = Careful(app)
-        self._turns = turns
+        self._throttle = throttle
         self._hosts = own_names(port)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -215,10 +215,10 @@ class Guard:
         if scope["path"] == "/live":
             await self._app(scope, receive, send)
             return
-        if self._turns.is_full:
+        if self._throttle.is_full:
             told = "too many ask at the same time: come again in a second\n"
             await PlainTextResponse(told, 503, {"retry-after": "1"})(scope, receive, send)
             return
-        async with self._turns.turn():
+        async with self._throttle.turn():
             if (await receive())["type"] != "http.disconnect":
                 await self._app(scope, receive, send)

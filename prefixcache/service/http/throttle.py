@@ -1,4 +1,4 @@
-"""Turns: requests to the page have a fifth of the event loop's time, one after the other.
+"""Throttle: requests to the page have a fifth of the event loop's time, one after the other.
 
 ```
 request ─► line ─► its turn: answered in t ─► for 4t nobody has one
@@ -20,8 +20,8 @@ _REST = 4
 _LONGEST_REST_S = 0.5
 
 
-class Turns:
-    """Whose turn it is.
+class Throttle:
+    """Whose request is answered now, and how long nobody's is after it.
 
     Args:
         limit: How many may be in the line.
