@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -103,7 +104,7 @@ def test_a_command_that_is_shown_is_there_and_takes_these_options(command: Shown
     if program == "prefixcache":
         _parse(words)
     elif program == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
         assert {word for word in words if "=" not in word} <= set(targets)
     elif program == "python":
         assert words[0] == "-m"
@@ -121,6 +122,34 @@ def test_a_command_that_is_shown_is_there_and_takes_these_options(command: Shown
             extras = tomllib.load(file)["project"]["optional-dependencies"]
         for extra in re.findall(r"(?:prefixcache\S*|\.)\[(\w+)\]", command.line):
             assert extra in extras
+
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+SETTINGS = sorted(
+    (target, name)
+    for target, about in re.findall(r"^([a-z-]+):[^#\n]*##(.*)$", MAKEFILE, re.MULTILINE)
+    for name in set(re.findall(r"\b([A-Z_]{4,})=", about))
+)
+"""What the Makefile says may be set of which target."""
+
+
+@pytest.mark.parametrize(("target", "name"), SETTINGS)
+def test_what_may_be_set_of_a_target_is_not_set_by_itself(target: str, name: str) -> None:
+    """A list of tests had the name by which one asks for a short demo: all demos were short."""
+
+    def made(*words: str) -> str:
+        told = subprocess.run(
+            ["make", "--dry-run", "--always-make", target, *words],
+            cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return told.stdout
+
+    assert not re.search(rf"^{name}\s*[:?+]?=", MAKEFILE, re.MULTILINE)
+    assert made(f"{name}=") == made()
+    recipe = re.search(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.MULTILINE)
+    assert recipe is not None
+    if f"$({name})" in recipe[1]:  # the others are in the environment of what is run
+        assert made(f"{name}=23") != made()
 
 
 def _parse(words: list[str]) -> None:
