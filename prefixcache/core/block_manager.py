@@ -14,6 +14,7 @@ from array import array
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_pool import BlockPool, LastTenant
+from prefixcache.core.inflight import KeptBytes
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quota import Quotas
@@ -32,6 +33,13 @@ from prefixcache.types import (
     WorkerId,
 )
 
+LARGE_TABLE = 1024
+"""Blocks of a table from which on its bytes are counted: the number of leases bounds the others."""
+OWN_TABLE = 8
+"""Bytes for each block: the lease's table, and that of the answer which is kept for its request."""
+SHARED_TABLE = 4
+"""Bytes for each block of the table that forks share; of each of them, for it may be the last."""
+
 
 class BlockManager:
     """The tree and the pool, and the steps that move blocks between them and the leases."""
@@ -39,6 +47,7 @@ class BlockManager:
     __slots__ = (
         "_aside",
         "_partial",
+        "_tables",
         "_width",
         "aside",
         "block_size",
@@ -48,9 +57,12 @@ class BlockManager:
         "tree",
     )
 
-    def __init__(self, tree: RadixTree, pool: BlockPool, partial: Partial) -> None:
+    def __init__(
+        self, tree: RadixTree, pool: BlockPool, partial: Partial, tables: KeptBytes
+    ) -> None:
         self.tree = tree
         self.pool = pool
+        self._tables = tables
         self.quotas = Quotas(pool.num_blocks)
         self.last_tenant = LastTenant(pool.end)
         self.aside = Shares(pool.num_blocks, "the pool", "quarantined blocks")
@@ -164,9 +176,10 @@ class BlockManager:
         self.last_tenant.assign(blocks, tenant, num_used)
         return blocks
 
-    @staticmethod
-    def count_private(lease: Lease) -> None:
-        """Tell a lease's account how many blocks it owns now.  O(1)."""
+    def count_private(self, lease: Lease) -> None:
+        """Tell a lease's account how many blocks it owns now; its table has changed.  O(1)."""
+        if lease.table_bytes or len(lease.table) >= LARGE_TABLE:
+            self._count_table(lease)
         private = len(lease.table) - lease.private_from + len(lease.duplicates)
         if more := private - lease.num_private:
             lease.num_private = private
@@ -174,6 +187,17 @@ class BlockManager:
             account.private += more
             if (tenant := account.above) is not None:
                 tenant.private += more
+
+    def _count_table(self, lease: Lease, *, ended: bool = False) -> None:
+        """Count what a lease's table takes now."""
+        num_blocks = 0 if ended else len(lease.table)
+        size = num_blocks * (SHARED_TABLE if lease.shares_table else OWN_TABLE)
+        more = (size if num_blocks >= LARGE_TABLE else 0) - lease.table_bytes
+        lease.table_bytes += more
+        if more > 0:
+            self._tables.add(lease.namespace.tenant, more)
+        elif more:
+            self._tables.remove(lease.namespace.tenant, -more)
 
     # ------------------------------------------------------------------ a lease's blocks
 
@@ -282,6 +306,8 @@ class BlockManager:
         child.rest = lease.rest[:tail_bytes]
         child.table, child.shares_table = table, True
         child.private_from = len(table)
+        if len(table) >= LARGE_TABLE:
+            self._count_table(child)
         if tail_bytes:
             self.pool.add_ref(BlockId(table[-1]))
             child.tail_is_shared = True
@@ -384,6 +410,8 @@ class BlockManager:
         if lease.num_private:
             lease.private_from, lease.duplicates = len(lease.table), []
             self.count_private(lease)
+        if lease.table_bytes:
+            self._count_table(lease, ended=True)
         return self.pool.num_free + self.tree.forgotten_evictable - free_before, quarantined
 
     def _set_aside(self, lease: Lease, count: int) -> None:

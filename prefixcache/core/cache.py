@@ -26,6 +26,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from prefixcache.core import bulk_load, explain, introspect, invariants, stats
+from prefixcache.core.block_manager import LARGE_TABLE, SHARED_TABLE
 from prefixcache.core.block_pool import BlockPool, Wipe, WriteListener
 from prefixcache.core.kv_events import IndexListener, IndexListeners, Replay
 from prefixcache.core.lease import Worker
@@ -94,6 +95,8 @@ class PrefixCache:
             next one takes the place of one that is only cached.
         max_prompt_bytes: What the prompts may take that wait or are being computed: each is kept
             whole until its last token is committed, however much of it is shared.
+        max_table_bytes: What the block tables of leases may take: a lease has the ids of all blocks
+            of its prompt, however many others read the same blocks.
         history_bytes: What may be remembered for people, for `explain` and the stats, of requests
             that are over.  It decides nothing: experiments, which only count, do with 0.
         first_block: The id of the first block: what is below it is memory that nobody is ever lent.
@@ -127,6 +130,7 @@ class PrefixCache:
         max_leases: int = 1 << 40,
         max_namespaces: int = 1 << 40,
         max_prompt_bytes: int = 512 << 20,
+        max_table_bytes: int = 1 << 30,
         history_bytes: int = 1 << 20,
         first_block: int = 0,
     ) -> None:
@@ -157,6 +161,7 @@ class PrefixCache:
             max_leases=max_leases,
             max_namespaces=max_namespaces,
             max_prompt_bytes=max_prompt_bytes,
+            max_table_bytes=max_table_bytes,
             history_bytes=history_bytes,
         )
 
@@ -175,6 +180,7 @@ class PrefixCache:
         lessor = self._lessor
         lessor.leases.set_tenants(tenants)
         lessor.prompts.set_tenants(tenants)
+        lessor.tables.set_tenants(tenants)
         for shares in (
             lessor.namespaces.shares,
             lessor.waiting.line.shares,
@@ -392,7 +398,8 @@ class PrefixCache:
                 request id of a lease that was asked for with something else.
             NotFound: the worker is not attached to the namespace.
             PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
-                too many wait for room; or prompts that wait or are computed take all that they may.
+                too many wait for room; or prompts that wait or are computed, or tables, take all
+                that they may.
             QuotaExceeded: its namespace or tenant may not hold so many blocks (now, or ever).
         """
         lessor = self._lessor
@@ -606,7 +613,7 @@ class PrefixCache:
 
         Raises:
             InvalidRequest: `n` is less than 1, or nothing is committed.
-            PoolExhausted: there are too many leases.
+            PoolExhausted: there are too many leases, or their tables take all that they may.
             NotFound, LeaseExpired: the lease is not there (any more).
         """
         own = self._lessor.leases.get(worker, lease, now)
@@ -616,6 +623,9 @@ class PrefixCache:
             raise InvalidRequest(f"nothing of lease {lease} is committed; commit before forking")
         member = self._lessor.leases.worker(worker)
         self._lessor.leases.admit(own.namespace.tenant, n)
+        num_blocks = -(-own.committed // self.block_size)
+        if num_blocks >= LARGE_TABLE:
+            self._lessor.tables.admit(own.namespace.tenant, n * num_blocks * SHARED_TABLE)
         table = self._lessor.blocks.shared_table(own)
         return tuple(self._lessor.fork(member, own, table, now) for _ in range(n))
 

@@ -16,8 +16,6 @@ from prefixcache.core.shares import Shares
 from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Partial, TicketId
 
-_PROMPTS = "bytes of prompts that wait or are computed"
-
 
 class JoinGain(NamedTuple):
     """What waiting for a flight brings."""
@@ -37,16 +35,23 @@ class Waiters:
     count: int = 0
 
 
-class PromptBytes:
-    """What the prompts take that wait or are computed, by tenant: `limit` bytes in all.
+class KeptBytes:
+    """What is kept of one kind for who has leases or waits, by tenant: `limit` bytes in all.
 
     Every method but `set_tenants` is O(1).
+
+    Args:
+        limit: How many there may be.
+        room: What that is called.
+        noun: What is counted.
     """
 
-    __slots__ = ("_limit", "_of_tenants", "_shares", "total")
+    __slots__ = ("_limit", "_noun", "_of_tenants", "_room", "_shares", "total")
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, room: str, noun: str) -> None:
         self._limit = limit
+        self._room = room
+        self._noun = noun
         self._shares: Shares | None = None
         """Whose they are, where a part is kept for each tenant."""
         self._of_tenants: dict[str, int] = {}
@@ -55,11 +60,11 @@ class PromptBytes:
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
         self._shares = Shares.between(
-            tenants, self._limit, "the room for prompts", _PROMPTS, self._of_tenants
+            tenants, self._limit, self._room, self._noun, self._of_tenants
         )
 
     def admit(self, tenant: str, num_bytes: int) -> None:
-        """Check that a tenant's prompts may take so many bytes more.  Changes nothing.
+        """Check that so many bytes more may be kept for a tenant.  Changes nothing.
 
         Raises:
             PoolExhausted: they may not; the message has the numbers.
@@ -68,19 +73,19 @@ class PromptBytes:
             self._shares.check(tenant, num_bytes)
         elif self.total + num_bytes > self._limit:
             raise PoolExhausted(
-                f"{self.total:,} {_PROMPTS}, and {num_bytes:,} more are asked for; the room for "
-                f"prompts allows {self._limit:,}"
+                f"{self.total:,} {self._noun}, and {num_bytes:,} more are asked for; {self._room} "
+                f"allows {self._limit:,}"
             )
 
     def add(self, tenant: str, num_bytes: int) -> None:
-        """Count a prompt that is kept from now on."""
+        """Count what is kept from now on."""
         self.total += num_bytes
         self._of_tenants[tenant] = self._of_tenants.get(tenant, 0) + num_bytes
         if self._shares is not None:
             self._shares.force(tenant, num_bytes)
 
     def remove(self, tenant: str, num_bytes: int) -> None:
-        """Count a prompt no more."""
+        """Count what is kept no more."""
         self.total -= num_bytes
         left = self._of_tenants[tenant] = self._of_tenants[tenant] - num_bytes
         if not left:
@@ -89,9 +94,9 @@ class PromptBytes:
             self._shares.give(tenant, num_bytes)
 
     def check(self, kept: Mapping[str, int]) -> None:
-        """Assert that the counts are those of the prompts that are kept.  O(tenants)."""
-        assert self._of_tenants == kept, f"bytes of prompts: {self._of_tenants}, not {kept}"
-        assert self.total == sum(kept.values()), f"{self.total} bytes of prompts"
+        """Assert that the counts are those of what is kept.  O(tenants)."""
+        assert self._of_tenants == kept, f"{self._noun}: {self._of_tenants}, not {kept}"
+        assert self.total == sum(kept.values()), f"{self.total} {self._noun}"
         if self._shares is not None:
             self._shares.check_counts()
             assert self._shares.total == self.total, f"{self._shares.total} bytes in shares"
@@ -114,7 +119,7 @@ class Inflight:
 
     __slots__ = ("_block_size", "_partial", "_prompts", "below")
 
-    def __init__(self, block_size: int, partial: Partial, prompts: PromptBytes) -> None:
+    def __init__(self, block_size: int, partial: Partial, prompts: KeptBytes) -> None:
         self._block_size = block_size
         self._partial = partial
         self._prompts = prompts

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixcache.core.account import Account
+from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, SHARED_TABLE
 from prefixcache.core.introspect import draw
 from prefixcache.core.lease import Lease, LeaseTable
 from prefixcache.core.lessor import Lessor
@@ -55,6 +56,7 @@ def check(lessor: Lessor) -> None:
         lessor.inflight.check()
         lessor.waiting.check()
         _check_prompts(lessor)
+        _check_tables(lessor)
         lessor.pins.check()
         lessor.tallies.check()
         _check_ages(lessor)
@@ -115,6 +117,7 @@ def _check_lists(lessor: Lessor) -> Iterator[str]:
         ("requests that wait", len(lessor.waiting.tickets), lessor.waiting.check),
         ("pins", len(lessor.pins), lessor.pins.check),
         ("namespaces' sums", len(lessor.tallies), lessor.tallies.check),
+        ("tables of leases", leases.count, lambda: _check_tables(lessor)),
         ("leases by age", leases.count, lambda: _check_ages(lessor)),
         (
             "leases by account",
@@ -298,6 +301,18 @@ def _check_prompts(lessor: Lessor) -> None:
         if isinstance(ticket.request, Request):
             kept[ticket.tenant] += len(ticket.request.tokens)
     lessor.prompts.check(dict(kept))
+
+
+def _check_tables(lessor: Lessor) -> None:
+    """Assert that the bytes of large tables are those of the leases.  O(leases)."""
+    kept: Counter[str] = Counter()
+    for lease in lessor.leases.all():
+        size, is_large = len(lease.table), len(lease.table) >= LARGE_TABLE
+        size *= SHARED_TABLE if lease.shares_table else OWN_TABLE
+        assert lease.table_bytes == size * is_large, f"lease {lease.id}: {lease.table_bytes} bytes"
+        if is_large:
+            kept[lease.namespace.tenant] += size
+    lessor.tables.check(dict(kept))
 
 
 def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:

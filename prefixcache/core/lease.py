@@ -73,6 +73,7 @@ class Lease:
         "source",
         "start",
         "table",
+        "table_bytes",
         "tail",
         "tail_is_shared",
         "worker",
@@ -102,6 +103,8 @@ class Lease:
         self.namespace = root.namespace
         self.account: Account = root.account  # type: ignore[assignment]
         """Who answers for what it holds."""
+        self.table_bytes = 0
+        """What its table takes, as that is counted: nothing, if it is short."""
         self.num_private = 0
         """Its own blocks, as its account has counted them."""
         self.start = 0

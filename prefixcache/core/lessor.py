@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from prefixcache.core.account import Account
-from prefixcache.core.block_manager import BlockManager
+from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
-from prefixcache.core.inflight import Inflight, JoinGain, PromptBytes
+from prefixcache.core.inflight import Inflight, JoinGain, KeptBytes
 from prefixcache.core.lease import Lease, LeaseTable, Worker
 from prefixcache.core.ledger import Tallies, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
@@ -69,6 +69,7 @@ class Lessor:
         "prompts",
         "roots",
         "settled",
+        "tables",
         "tallies",
         "tick",
         "tree",
@@ -87,15 +88,21 @@ class Lessor:
         max_leases: int,
         max_namespaces: int,
         max_prompt_bytes: int,
+        max_table_bytes: int,
         history_bytes: int,
     ) -> None:
         self.tree = tree
         self.tick: Callable[[float], None] | None = tree.policy.tick
         self.oplog: Put | None = None
         self.partial = partial
-        self.blocks = BlockManager(tree, pool, partial)
+        self.tables = KeptBytes(
+            max_table_bytes, "the room for tables of leases", "bytes of block tables"
+        )
+        self.blocks = BlockManager(tree, pool, partial, self.tables)
         self.leases = LeaseTable(ttl_s, max_leases)
-        self.prompts = PromptBytes(max_prompt_bytes)
+        self.prompts = KeptBytes(
+            max_prompt_bytes, "the room for prompts", "bytes of prompts that wait or are computed"
+        )
         self.inflight = Inflight(tree.block_bytes // TOKEN_BYTES, partial, self.prompts)
         self.waiting = WaitQueue(max_line, self.prompts)
         self.pins = tree.pins = Pins(tree, max_pinned)
@@ -174,6 +181,8 @@ class Lessor:
         blocks, waiting, tenant = self.blocks, self.waiting, request.namespace.tenant
         request.num_blocks = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
         self.prompts.admit(tenant, len(request.tokens))
+        if request.num_blocks >= LARGE_TABLE:
+            self.tables.admit(tenant, request.num_blocks * OWN_TABLE)
         if blocks.quotas.any_limit:
             blocks.quotas.refuse_hopeless(
                 blocks.quotas.account(request.namespace), request.num_blocks
@@ -527,6 +536,9 @@ class Lessor:
         """Make room for `num_tokens` tokens in all."""
         need = self.blocks.blocks_missing(own, num_tokens)
         if need:
+            if len(own.table) + need >= LARGE_TABLE:
+                more = (len(own.table) + need) * OWN_TABLE - own.table_bytes
+                self.tables.admit(own.namespace.tenant, more)
             self.admit(need, own.account, now)
         update = self.blocks.extend(own, num_tokens)
         self.blocks.count_private(own)

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from prefixcache.core.inflight import PromptBytes, Waiters
+from prefixcache.core.inflight import KeptBytes, Waiters
 from prefixcache.core.lease import Lease
 from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
@@ -309,7 +309,7 @@ class WaitQueue:
         "tickets",
     )
 
-    def __init__(self, max_line: int, prompts: PromptBytes) -> None:
+    def __init__(self, max_line: int, prompts: KeptBytes) -> None:
         self.line = FairQueue(max_line)
         self._prompts = prompts
         self.tickets: dict[TicketId, Ticket] = {}

@@ -193,6 +193,7 @@ def test_a_long_list_is_left_out_and_named():
     _, told = most_in_one_go(cache.check_in_steps())
     assert [one.partition(":")[0] for one in told.left_out] == [
         "prefixes in flight",
+        "tables of leases",
         "leases by age",
         "leases by account",
     ]
