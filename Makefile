@@ -114,8 +114,8 @@ kernels-ahead: $(VENV)/.installed   ## Compile every kernel for GPUs that are no
 
 sanitize: $(VENV)/.installed   ## The C library's tests, and the data plane's fuzz for FUZZ_SECONDS=60, under the address and undefined-behaviour sanitizers.
 	$(SANITIZED) $(BIN)/python -m prefixcache_kernels.cpu
-	$(SANITIZED) $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_library.py tests/kernels/test_grouped.py tests/kernels/test_reference.py tests/kernels/test_linear.py -k "not compiled_once and not without_a_compiler"
-	$(SANITIZED) $(BIN)/python -m pytest -q tests/worker/test_exactness.py tests/worker/test_weights.py -k "native or eight_bits"
+	$(SANITIZED) $(BIN)/python -m pytest -q tests/kernels/test_native.py tests/kernels/test_library.py tests/kernels/test_grouped.py tests/kernels/test_reference.py tests/kernels/test_linear.py tests/kernels/test_layers.py tests/kernels/test_eight_bits.py -k "not compiled_once and not without_a_compiler"
+	$(SANITIZED) $(BIN)/python -m pytest -q tests/worker/test_exactness.py tests/worker/test_weights.py tests/worker/test_invariant.py -k "native or eight_bits or invariant"
 	$(SANITIZED) PYTHONPATH=tests:kernels:. $(BIN)/python -m fuzz.plane --only native --seconds $(or $(FUZZ_SECONDS),60)
 
 kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under compute-sanitizer, small shapes.

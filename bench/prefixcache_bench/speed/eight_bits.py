@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -85,16 +86,35 @@ def rows_of(model: Model, tokens: list[int]) -> Iterator[tuple[Tensor, list[int]
         yield model.forward(batch, pool), tokens[at + 1 : at + 1 + len(part)]
 
 
+def num_common(one: list[int], other: list[int]) -> int:
+    """Count the first tokens that two prompts share, but for the last one.
+
+    >>> num_common([1, 2, 3], [1, 2, 3]), num_common([1, 2, 3], [1, 7])
+    (2, 1)
+    """
+    pairs = zip(one[:-1], other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def greedy(model: Model, prompts: list[list[int]], num: int) -> list[list[int]]:
-    """Answer prompts with `num` tokens each, side by side."""
+    """Answer prompts with `num` tokens each, side by side.
+
+    What a prompt begins with is computed once, as far as it is that of another one.
+    """
     width = -(-(max(map(len, prompts)) + num) // BLOCK)
     pool = SharedPool.private(model.layout, 1 + width * len(prompts), BLOCK)
-    tables = [
-        list(range(1 + width * place, 1 + width * (place + 1))) for place in range(len(prompts))
-    ]
+    tables: list[list[int]] = []
     last = []
-    for prompt, table in zip(prompts, tables, strict=True):
-        logits = model.forward(Batch.pack([Piece(prompt, 0, table)], BLOCK), pool)
+    for place, prompt in enumerate(prompts):
+        table = list(range(1 + width * place, 1 + width * (place + 1)))
+        num_same, other = max(
+            ((num_common(prompt, prompts[at]) // BLOCK, at) for at in range(place)), default=(0, 0)
+        )
+        if num_same:
+            table[:num_same] = tables[other][:num_same]
+        tables.append(table)
+        piece = Piece(prompt[num_same * BLOCK :], num_same * BLOCK, table)
+        logits = model.forward(Batch.pack([piece], BLOCK), pool)
         last.append(int(logits[-1].argmax()))
     made = [[token] for token in last]
     for step in range(num - 1):
