@@ -83,3 +83,11 @@ def test_nothing_compiled_gets_into_what_is_measured_as_plain_python() -> None:
             assert (folder / "prefixcache" / "core" / "cache.py").exists()
             assert not list(folder.rglob("*.so"))
     assert not folder.exists()
+
+
+@pytest.mark.pure_core
+def test_another_core_than_the_one_that_is_named_is_not_measured(tmp_path: Path) -> None:
+    with pytest.raises(core.NotMeasured, match=rf"cache.py before what is in {tmp_path}"):
+        started(BASE, tmp_path, sys.executable)
+    with pytest.raises(core.NotMeasured, match="in place of what was compiled"):
+        started(COMPILED, core.ROOT, sys.executable)

@@ -88,7 +88,7 @@ def our_core() -> tuple[str, Job]:
         cache.release(worker, grant.lease, now=now)
         return _parts(begun, acquired, committed, clock())
 
-    return f"runs {Path(str(cache_module.__file__)).name}", job
+    return str(cache_module.__file__), job
 
 
 def sglang_core() -> tuple[str, Job]:
@@ -162,7 +162,7 @@ class Subject:
     """One core in a process of its own."""
 
     def __init__(self, name: str, root: Path | None, python: str, *, quick: bool) -> None:
-        self.name = name
+        self.name, self._root = name, root
         # The base's benchmarks are not asked for: what is measured is measured by this one.
         path = [str(one) for one in (root, ROOT / "bench") if one is not None]
         command = [python, "-P", "-m", "prefixcache_bench.speed.core", "--child", name]
@@ -186,8 +186,16 @@ class Subject:
         self.rounds: dict[int, list[list[float]]] = {}
 
     def start(self) -> None:
-        """Wait until the chats are stored."""
+        """Wait until the chats are stored, and see that it is this core that has stored them."""
         self.about = self._answer().strip()
+        if self._root is None:
+            return
+        runs = Path(self.about)
+        if not runs.is_relative_to(self._root.resolve()):
+            raise NotMeasured(f"Python finds {runs} before what is in {self._root}")
+        if self.name == COMPILED and runs.suffix == ".py":
+            raise NotMeasured(f"Python runs {runs.name} in place of what was compiled")
+        self.about = f"runs {runs.name}"
 
     def measure(self, length: int) -> None:
         """Do a round."""
