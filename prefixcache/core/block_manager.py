@@ -14,8 +14,7 @@ from array import array
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_pool import BlockPool, LastTenant
-from prefixcache.core.inflight import KeptBytes
-from prefixcache.core.lease import Lease
+from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quota import Quotas
 from prefixcache.core.radix_tree import RadixTree

@@ -6,14 +6,12 @@ A lease with prompt tokens still to compute is in flight; others may wait for it
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from prefixcache.core.lease import Lease
+from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Match, Root, common_prefix
-from prefixcache.core.shares import Shares
-from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Partial, TicketId
 
 
@@ -33,73 +31,6 @@ class Waiters:
 
     heap: list[tuple[int, TicketId]] = field(default_factory=list)
     count: int = 0
-
-
-class KeptBytes:
-    """What is kept of one kind for who has leases or waits, by tenant: `limit` bytes in all.
-
-    Every method but `set_tenants` is O(1).
-
-    Args:
-        limit: How many there may be.
-        room: What that is called.
-        noun: What is counted.
-    """
-
-    __slots__ = ("_limit", "_noun", "_of_tenants", "_room", "_shares", "total")
-
-    def __init__(self, limit: int, room: str, noun: str) -> None:
-        self._limit = limit
-        self._room = room
-        self._noun = noun
-        self._shares: Shares | None = None
-        """Whose they are, where a part is kept for each tenant."""
-        self._of_tenants: dict[str, int] = {}
-        self.total = 0
-
-    def set_tenants(self, tenants: Collection[str]) -> None:
-        """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
-        self._shares = Shares.between(
-            tenants, self._limit, self._room, self._noun, self._of_tenants
-        )
-
-    def admit(self, tenant: str, num_bytes: int) -> None:
-        """Check that so many bytes more may be kept for a tenant.  Changes nothing.
-
-        Raises:
-            PoolExhausted: they may not; the message has the numbers.
-        """
-        if self._shares is not None:
-            self._shares.check(tenant, num_bytes)
-        elif self.total + num_bytes > self._limit:
-            raise PoolExhausted(
-                f"{self.total:,} {self._noun}, and {num_bytes:,} more are asked for; {self._room} "
-                f"allows {self._limit:,}"
-            )
-
-    def add(self, tenant: str, num_bytes: int) -> None:
-        """Count what is kept from now on."""
-        self.total += num_bytes
-        self._of_tenants[tenant] = self._of_tenants.get(tenant, 0) + num_bytes
-        if self._shares is not None:
-            self._shares.force(tenant, num_bytes)
-
-    def remove(self, tenant: str, num_bytes: int) -> None:
-        """Count what is kept no more."""
-        self.total -= num_bytes
-        left = self._of_tenants[tenant] = self._of_tenants[tenant] - num_bytes
-        if not left:
-            del self._of_tenants[tenant]
-        if self._shares is not None:
-            self._shares.give(tenant, num_bytes)
-
-    def check(self, kept: Mapping[str, int]) -> None:
-        """Assert that the counts are those of what is kept.  O(tenants)."""
-        assert self._of_tenants == kept, f"{self._noun}: {self._of_tenants}, not {kept}"
-        assert self.total == sum(kept.values()), f"{self.total} {self._noun}"
-        if self._shares is not None:
-            self._shares.check_counts()
-            assert self._shares.total == self.total, f"{self._shares.total} bytes in shares"
 
 
 class Inflight:

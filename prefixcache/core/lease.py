@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
@@ -209,6 +209,73 @@ class Worker:
     """Once it leaves: whether it can no longer write to the pool."""
     ending: list[Lease] = field(default_factory=list)
     """Once it leaves: its leases that have still to be ended, the oldest last."""
+
+
+class KeptBytes:
+    """What is kept of one kind for who has leases or waits, by tenant: `limit` bytes in all.
+
+    Every method but `set_tenants` is O(1).
+
+    Args:
+        limit: How many there may be.
+        room: What that is called.
+        noun: What is counted.
+    """
+
+    __slots__ = ("_limit", "_noun", "_of_tenants", "_room", "_shares", "total")
+
+    def __init__(self, limit: int, room: str, noun: str) -> None:
+        self._limit = limit
+        self._room = room
+        self._noun = noun
+        self._shares: Shares | None = None
+        """Whose they are, where a part is kept for each tenant."""
+        self._of_tenants: dict[str, int] = {}
+        self.total = 0
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part of the limit is kept; by default for nobody.  O(tenants)."""
+        self._shares = Shares.between(
+            tenants, self._limit, self._room, self._noun, self._of_tenants
+        )
+
+    def admit(self, tenant: str, num_bytes: int) -> None:
+        """Check that so many bytes more may be kept for a tenant.  Changes nothing.
+
+        Raises:
+            PoolExhausted: they may not; the message has the numbers.
+        """
+        if self._shares is not None:
+            self._shares.check(tenant, num_bytes)
+        elif self.total + num_bytes > self._limit:
+            raise PoolExhausted(
+                f"{self.total:,} {self._noun}, and {num_bytes:,} more are asked for; {self._room} "
+                f"allows {self._limit:,}"
+            )
+
+    def add(self, tenant: str, num_bytes: int) -> None:
+        """Count what is kept from now on."""
+        self.total += num_bytes
+        self._of_tenants[tenant] = self._of_tenants.get(tenant, 0) + num_bytes
+        if self._shares is not None:
+            self._shares.force(tenant, num_bytes)
+
+    def remove(self, tenant: str, num_bytes: int) -> None:
+        """Count what is kept no more."""
+        self.total -= num_bytes
+        left = self._of_tenants[tenant] = self._of_tenants[tenant] - num_bytes
+        if not left:
+            del self._of_tenants[tenant]
+        if self._shares is not None:
+            self._shares.give(tenant, num_bytes)
+
+    def check(self, kept: Mapping[str, int]) -> None:
+        """Assert that the counts are those of what is kept.  O(tenants)."""
+        assert self._of_tenants == kept, f"{self._noun}: {self._of_tenants}, not {kept}"
+        assert self.total == sum(kept.values()), f"{self.total} {self._noun}"
+        if self._shares is not None:
+            self._shares.check_counts()
+            assert self._shares.total == self.total, f"{self._shares.total} bytes in shares"
 
 
 class LeaseTable:

@@ -12,8 +12,8 @@ from prefixcache.core.account import Account
 from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
-from prefixcache.core.inflight import Inflight, JoinGain, KeptBytes
-from prefixcache.core.lease import Lease, LeaseTable, Worker
+from prefixcache.core.inflight import Inflight, JoinGain
+from prefixcache.core.lease import KeptBytes, Lease, LeaseTable, Worker
 from prefixcache.core.ledger import Tallies, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
 from prefixcache.core.node import Root

@@ -38,8 +38,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
 
-from prefixcache.core.inflight import KeptBytes, Waiters
-from prefixcache.core.lease import Lease
+from prefixcache.core.inflight import Waiters
+from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
