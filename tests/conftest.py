@@ -14,6 +14,7 @@ from prefixcache import core_build
 # the OpenMP runtime is told before it is loaded.  By default they look for work in circles.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+TESTS = Path(__file__).parent
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
 
 # Every run draws the same examples and keeps no database: a red run is red again anywhere.
@@ -40,8 +41,20 @@ def pytest_report_header() -> str:
     return f"core: {core_build.kind()}"
 
 
+LONGEST = (
+    *("chaos/test_storm.py", "kernels/test_triton.py", "serving/test_up.py", "demo/test_runner.py"),
+    *("core/test_machine.py", "serving/test_up_ends.py", "serving/test_takeover_processes.py"),
+    *("worker/test_process.py", "worker/test_stuck.py", "kernels/test_library.py"),
+    *("core/test_steps.py", "service/http/test_http_connections.py", "client/test_cancellation.py"),
+    *("experiments/test_reference_rows.py", "fuzz/test_targets.py", "kernels/test_checks.py"),
+)
+"""Files that take longest.  They come first, so that nobody waits for one of them in the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out what is to be seen in plain Python only."""
+    """Put the longest files first, and leave out what is to be seen in plain Python only."""
+    rank = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if core_build.kind() != core_build.PURE:
         pure = pytest.mark.skip(reason="shows in the core as plain Python only")
         for item in items:
