@@ -26,6 +26,7 @@ import select
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
@@ -262,6 +263,7 @@ class Processes:
 
         def told(done: Future[T]) -> None:
             if not done.cancelled():
-                loop.call_soon_threadsafe(answer, done.result())
+                with suppress(RuntimeError):  # the service has ended meanwhile: nobody waits
+                    loop.call_soon_threadsafe(answer, done.result())
 
         self._thread.submit(work).add_done_callback(told)

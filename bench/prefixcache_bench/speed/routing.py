@@ -1,6 +1,6 @@
 """Chats that move between workers: one pool and the least loaded, beside a cache for each worker.
 
-    python -m prefixcache_bench.speed.routing [--quick] [--chats 72] [--rate 0.25] [--seed 0]
+    python -m prefixcache_bench.speed.routing [--quick | --half] [--chats 72] [--rate 0.25]
                                               [--only NAME] [--publish]
 
 Three worker processes of one thread with the demo's model (bfloat16).  Chats arrive at random
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,6 +82,10 @@ QUICK: Final = Load(
     prompts=3, shortest=200, longest=400, chats=9, rate=1.0, most_turns=3, answer=4, pause_s=0.5,
     memory_mib=96,
 )  # fmt: skip
+HALF: Final = Load(
+    shortest=400, longest=1500, chats=48, rate=0.5, answer=8, pause_s=2.0, memory_mib=512
+)
+"""All that takes time or memory half as long or large, and twice as often: workers are as busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,13 +372,16 @@ def main(argv: list[str] | None = None) -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="prefixcache_bench.speed.routing", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="nine short chats")
-    parser.add_argument("--chats", type=int, default=Load().chats)
-    parser.add_argument("--rate", type=float, default=Load().rate, help="new chats a second")
+    parser.add_argument("--half", action="store_true", help="half as large, in a third of the time")
+    parser.add_argument("--chats", type=int, help=f"default: {Load().chats}")
+    parser.add_argument("--rate", type=float, help=f"new chats a second; default: {Load().rate}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--publish", action="store_true", help=f"write into {DOCUMENT}")
     options = parser.parse_args(argv)
-    load = QUICK if options.quick else Load(chats=options.chats, rate=options.rate)
+    load = QUICK if options.quick else HALF if options.half else Load()
+    given = {name: value for name in ("chats", "rate") if (value := vars(options)[name])}
+    load = replace(load, **given)
     say = Say()
     asyncio.run(measure(load, options.seed, options.only, say))
     if options.publish:
