@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
@@ -71,6 +75,72 @@ def _watches(
     return calls.described_by(make, watch)
 
 
+class _CallThread:
+    """Starts and ends the calls of the main thread, which Ctrl-C may interrupt anywhere.
+
+    Inside gRPC it would leave a lock taken, or a call that nobody ends, and the whole channel with
+    all its sessions would never hear anything again.  So that thread only waits for an event.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="prefixcache calls", daemon=True)
+        self._thread.start()
+
+    def ask(self, method: Any, *args: Any, **kwargs: Any) -> Any:
+        """Make a call and wait for its answer.  Interrupted, it cancels the call.
+
+        Raises:
+            Exception: whatever the call raises.
+        """
+        over = threading.Event()
+        calls: list[Any] = []
+        answers: list[Any] = []
+        errors: list[Exception] = []
+
+        def start() -> None:
+            try:
+                calls.append(call := method.future(*args, **kwargs))
+                call.add_done_callback(end)
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked
+                errors.append(error)
+                over.set()
+
+        def end(call: Any) -> None:
+            try:
+                answers.append(call.result())
+            except (grpc.RpcError, grpc.FutureCancelledError) as error:
+                errors.append(call if isinstance(error, grpc.FutureCancelledError) else error)
+            over.set()
+
+        try:
+            self._tasks.put(start)
+            over.wait()
+        except BaseException:
+            self._tasks.put(lambda: [call.cancel() for call in calls])
+            raise
+        if errors:
+            raise errors[0]
+        return answers[0]
+
+    def do(self, task: Callable[[], object]) -> None:
+        """Have something done behind what was asked before."""
+        self._tasks.put(task)
+
+    def end(self) -> None:
+        """End the thread, once it has done what it was told.  Waits for nothing."""
+        self._tasks.put(None)
+
+    def close(self) -> None:
+        """End the thread, and wait for that."""
+        self.end()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+
+
 class Client(Connection):
     """A connection to one service.  Context manager; closing it closes its sessions."""
 
@@ -78,6 +148,7 @@ class Client(Connection):
         super().__init__(address, timeout_s, access)
         address.probe(self.timeout_s)
         self.channel = access.channel(grpc, unary.CHANNEL_OPTIONS)
+        self._calls: _CallThread | None = None
         self._undoing: set[Any] = set()
         """Releases under way of what calls that were given up may have got: gRPC cancels one that
         nobody holds."""
@@ -153,8 +224,14 @@ class Client(Connection):
         self.guard()
         method = unary.asking(self.channel, verb)
         request, undo = unary.undoable(verb, request)
+        ask = method
+        if threading.current_thread() is threading.main_thread():
+            if self._calls is None:
+                self._calls = _CallThread()
+                weakref.finalize(self, self._calls.end)
+            ask = partial(self._calls.ask, method)
         try:
-            return method(request, timeout=self.timeout_s, metadata=self.metadata)
+            return ask(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
             cause = unary.read_rpc_error(error, self.address, self.timeout_s)
             if isinstance(cause, ServiceUnavailable):
@@ -164,7 +241,8 @@ class Client(Connection):
             self.guard()
             raise
         except KeyboardInterrupt:
-            self._undo(undo)
+            if self._calls is not None:
+                self._calls.do(partial(self._undo, undo))
             raise
 
     def _undo(self, undo: pb.ReleaseRequest | None) -> None:
@@ -187,6 +265,11 @@ class Client(Connection):
         finally:
             self._closed = True
             self._sessions.clear()
+            if self._calls is not None:
+                self._calls.close()
+            for release in tuple(self._undoing):
+                with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
+                    release.result(self.timeout_s)
             self.channel.close()
 
     def __enter__(self) -> Client:

@@ -340,9 +340,9 @@ class LosesAnswers:
 
         def call(request: Any, timeout: float, metadata: Any) -> Any:
             assert method(request, timeout=timeout, metadata=metadata).grant.lease
-            return method(request, timeout=-1.0, metadata=metadata)
+            return method.future(request, timeout=-1.0, metadata=metadata)
 
-        return method if path.endswith("/Release") else call
+        return method if path.endswith("/Release") else SimpleNamespace(future=call)
 
 
 @pytest.mark.parametrize("request_id", ["", "mine"])
