@@ -168,6 +168,7 @@ def test_what_is_wrong_is_found_while_everything_changes(fault: Callable[[Storm]
         storm.check_again()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True], ids=["a chain of runs", "many runs in a row"])
 def test_a_check_costs_a_step_the_same_however_much_there_is(wide: bool):
     def checked(num_leases: int) -> int:

@@ -246,6 +246,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "habit"), CASES)
 def test_a_habit_goes_on_for_ever(
     policy: str, habit: Callable[[PrefixCache, int], None], monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,9 @@ def summed(ledgers: list[Ledger]) -> Ledger:
     )
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))]
+)
 def test_the_sums_are_those_of_a_walk_whatever_comes_goes_and_is_renamed(seed: int) -> None:
     draw, tallies = Random(seed), Tallies()
     walked: dict[Namespace, list[Ledger]] = {}

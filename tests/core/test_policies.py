@@ -100,6 +100,7 @@ def test_what_a_lease_holds_is_never_evicted(policy: str) -> None:
     tiny.cache.release(ME, lease, now=tiny.now)
 
 
+@pytest.mark.slow
 @pytest.mark.pure_core
 @every_policy
 def test_no_eviction_looks_at_all_leaves(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +152,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], i
     return looks_of
 
 
+@pytest.mark.slow
 @pytest.mark.pure_core
 @pytest.mark.parametrize("policy", ["lru", "slru", "priority"])  # each kind of queue
 def test_no_single_step_looks_at_more_than_a_few_leaves(
@@ -167,6 +169,7 @@ def test_no_single_step_looks_at_more_than_a_few_leaves(
     tiny.cache.check()
 
 
+@pytest.mark.slow
 @pytest.mark.pure_core
 @pytest.mark.parametrize("policy", ["lru", "slru", "priority"])  # each kind of queue
 @pytest.mark.parametrize("first", ["oldest", "youngest"])
@@ -568,6 +571,7 @@ def hits_of(policy: str, requests: list[list[int]], num_blocks: int) -> int:
     return sum(tiny.serve(request) for request in requests)
 
 
+@pytest.mark.slow
 def test_hazard_learns_to_wait_for_what_returns_after_a_pause() -> None:
     requests = pausing_chats(random.Random(1), 4000)
     lru, hazard = (hits_of(policy, requests, 40) for policy in ("lru", "hazard"))

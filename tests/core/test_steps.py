@@ -293,6 +293,7 @@ def test_an_outline_of_thousands_of_namespaces_is_made_in_parts():
     assert drawn(6000, **few_models) <= drawn(1500, **few_models) * 1.1
 
 
+@pytest.mark.slow
 def test_the_pins_of_a_namespace_end_at_the_same_cost_beside_many_of_others():
     def ended(num_namespaces: int) -> int:
         cache = in_many_namespaces(num_namespaces)
@@ -419,6 +420,7 @@ def test_what_is_pinned_again_before_its_pin_has_ended_stays_pinned():
     assert [pin.expires_in_s for pin in cache.snapshot(now=1.0).pins] == [9.0]
 
 
+@pytest.mark.slow
 def test_an_eviction_costs_the_same_beside_many_older_leaves_that_are_pinned():
     """They wait where they are protected from the time of their pin: it does not move them all."""
 
@@ -578,6 +580,7 @@ def asked_for_all(verb: str, *, in_parts: bool) -> tuple[list[int], Any, int]:
     return costs, answers[-1], cache.snapshot(now=1.0).evicted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["acquire", "extend"])
 def test_room_for_a_vast_request_is_made_in_parts(verb: str):
     """Whoever asks for the whole cache lets others have their turn while it is emptied for him."""
@@ -610,6 +613,7 @@ def test_no_way_is_made_for_what_would_be_refused_or_wait():
     assert cache.clear_way(ME, HERE, VAST, now=0.0)
 
 
+@pytest.mark.slow
 def test_room_for_a_vast_request_in_line_is_made_in_parts():
     def served(size: int) -> int:
         cache = PrefixCache(4096, 4)
@@ -727,6 +731,7 @@ def test_everything_may_happen_between_the_parts_of_a_step(
     assert not waiting
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("salted", [False, True])
 def test_an_outline_of_thousands_of_branches_is_made_and_written_in_parts(salted: bool):
     def drawn(num_branches: int) -> tuple[int, int]:
