@@ -64,22 +64,29 @@ def _watches(
     def watch(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[pb.WatchResponse]:
         self.guard()
         request = make(*args, **kwargs)
-        stream = unary.watching(self.channel)(request, metadata=self.metadata)
         try:
-            yield from stream
+            yield from self._calls.watch(
+                unary.watching(self.channel), request, metadata=self.metadata, guard=self.guard
+            )
         except grpc.RpcError as error:
             raise unary.read_rpc_error(error, self.address, self.timeout_s) from None
-        finally:
-            stream.cancel()
+        except ValueError:  # another thread closed the channel
+            self.guard()
+            raise
 
     return calls.described_by(make, watch)
 
 
+_LOOK_S = 0.5
+"""Seconds of one look.  Python sees a Ctrl-C that comes just before a wait when the wait ends."""
+
+
 class _CallThread:
-    """Starts and ends the calls of the main thread, which Ctrl-C may interrupt anywhere.
+    """Starts and ends the calls and watches of threads that Ctrl-C may interrupt anywhere.
 
     Inside gRPC it would leave a lock taken, or a call that nobody ends, and the whole channel with
-    all its sessions would never hear anything again.  So that thread only waits for an event.
+    all its sessions would never hear anything again.  So they only use queues, which hold no lock
+    when they are interrupted: those who speak with gRPC never wait for them.
     """
 
     def __init__(self) -> None:
@@ -93,35 +100,80 @@ class _CallThread:
         Raises:
             Exception: whatever the call raises.
         """
-        over = threading.Event()
         calls: list[Any] = []
-        answers: list[Any] = []
-        errors: list[Exception] = []
+        heard: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def start() -> None:
             try:
                 calls.append(call := method.future(*args, **kwargs))
                 call.add_done_callback(end)
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked
-                errors.append(error)
-                over.set()
+                heard.put((None, error))
 
         def end(call: Any) -> None:
             try:
-                answers.append(call.result())
-            except (grpc.RpcError, grpc.FutureCancelledError) as error:
-                errors.append(call if isinstance(error, grpc.FutureCancelledError) else error)
-            over.set()
+                heard.put((call.result(), None))
+            except grpc.FutureCancelledError:
+                heard.put((None, call))
+            except grpc.RpcError as error:
+                heard.put((None, error))
 
         try:
             self._tasks.put(start)
-            over.wait()
+            answer, error = _next(heard)
         except BaseException:
             self._tasks.put(lambda: [call.cancel() for call in calls])
             raise
-        if errors:
-            raise errors[0]
-        return answers[0]
+        if error is not None:
+            raise error
+        return answer
+
+    def watch(
+        self, method: Any, *args: Any, guard: Callable[[], None], **kwargs: Any
+    ) -> Iterator[Any]:
+        """Open a stream and give its messages.  Left or interrupted, it cancels the stream.
+
+        A thread of its own reads them, each when it is wanted: who does not look makes the service
+        wait.  `guard` is asked while nothing comes: it raises where nothing can come any more.
+
+        Raises:
+            Exception: whatever the stream or `guard` raises.
+        """
+        streams: list[Any] = []
+        heard: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+        def start() -> None:
+            try:
+                streams.append(stream := method(*args, **kwargs))
+                threading.Thread(
+                    target=read, args=(stream,), name="prefixcache watch", daemon=True
+                ).start()
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked
+                heard.put((None, error))
+
+        def read(stream: Any) -> None:
+            try:
+                for message in stream:
+                    heard.put((message, None))
+                    wanted.get()
+                heard.put((None, None))
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked
+                heard.put((None, error))
+
+        try:
+            self._tasks.put(start)
+            while True:
+                message, error = _next(heard, guard)
+                if error is not None:
+                    raise error
+                if message is None:
+                    return
+                yield message
+                wanted.put(None)
+        finally:
+            self._tasks.put(lambda: [stream.cancel() for stream in streams])
+            wanted.put(None)
 
     def do(self, task: Callable[[], object]) -> None:
         """Have something done behind what was asked before."""
@@ -141,6 +193,15 @@ class _CallThread:
             task()
 
 
+def _next(heard: queue.SimpleQueue[T], guard: Callable[[], None] = lambda: None) -> T:
+    """Wait for what comes next, and now and then for a reason to wait no longer."""
+    while True:
+        try:
+            return heard.get(timeout=_LOOK_S)
+        except queue.Empty:
+            guard()
+
+
 class Client(Connection):
     """A connection to one service.  Context manager; closing it closes its sessions."""
 
@@ -148,7 +209,8 @@ class Client(Connection):
         super().__init__(address, timeout_s, access)
         address.probe(self.timeout_s)
         self.channel = access.channel(grpc, unary.CHANNEL_OPTIONS)
-        self._calls: _CallThread | None = None
+        self._calls = _CallThread()
+        weakref.finalize(self, self._calls.end)
         self._undoing: set[Any] = set()
         """Releases under way of what calls that were given up may have got: gRPC cancels one that
         nobody holds."""
@@ -226,9 +288,6 @@ class Client(Connection):
         request, undo = unary.undoable(verb, request)
         ask = method
         if threading.current_thread() is threading.main_thread():
-            if self._calls is None:
-                self._calls = _CallThread()
-                weakref.finalize(self, self._calls.end)
             ask = partial(self._calls.ask, method)
         try:
             return ask(request, timeout=self.timeout_s, metadata=self.metadata)
@@ -241,8 +300,7 @@ class Client(Connection):
             self.guard()
             raise
         except KeyboardInterrupt:
-            if self._calls is not None:
-                self._calls.do(partial(self._undo, undo))
+            self._calls.do(partial(self._undo, undo))
             raise
 
     def _undo(self, undo: pb.ReleaseRequest | None) -> None:
@@ -265,8 +323,7 @@ class Client(Connection):
         finally:
             self._closed = True
             self._sessions.clear()
-            if self._calls is not None:
-                self._calls.close()
+            self._calls.close()
             for release in tuple(self._undoing):
                 with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError):
                     release.result(self.timeout_s)

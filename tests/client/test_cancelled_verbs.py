@@ -14,7 +14,7 @@ import pytest
 import prefixcache
 from client.test_cancellation import NUM_TICKS, cancelled
 from prefixcache.client import codec, unary
-from prefixcache.errors import CacheError
+from prefixcache.errors import CacheError, ServiceUnavailable
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
@@ -159,6 +159,51 @@ def test_ctrl_c_in_any_verb_of_the_client_ends_that_call_alone(service: ServiceP
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def look_on(watching: Iterator[Any], seconds: float) -> None:
+    """Read events until a signal comes."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    for _ in watching:
+        pass
+
+
+def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess) -> None:
+    """There are places for four at a time: one that went on would keep its place."""
+    chance = random.Random(3)
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with (
+            prefixcache.connect(service.target) as client,
+            client.attach("model", LAYOUT) as session,
+        ):
+            for number in range(200):
+                watching = client.watch()
+                with pytest.raises(KeyboardInterrupt):
+                    look_on(watching, 0.0002 + chance.random() * 0.004)
+                with session.acquire([number] * 12) as lease:
+                    lease.commit(12)
+                client.snapshot()  # its cancellation went before this call
+            with pytest.raises(StopIteration):
+                next(watching)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_watch_is_told_when_its_client_is_closed(service: ServiceProcess) -> None:
+    client = prefixcache.connect(service.target)
+    watching = client.watch()
+    next(watching)
+    client.close()
+    with pytest.raises(ServiceUnavailable):
+        next(watching)
+    with pytest.raises(ServiceUnavailable, match="closed"):
+        next(client.watch())
 
 
 def test_a_watch_that_is_cancelled_at_any_turn_of_the_loop_ends_alone(
