@@ -210,6 +210,13 @@ def grow(op: Any) -> None:
     op.extend.num_tokens = 4 * 2000
 
 
+class Call:
+    """What gRPC tells of a call whose stream stands."""
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Nobody has hung up."""
+
+
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("way", ["session", "unary"])
 @pytest.mark.parametrize("verb", ["acquire", "extend"])
@@ -254,7 +261,7 @@ def test_others_have_their_turn_while_a_cache_is_emptied_for_one_request(
             request = getattr(batch.ops[1], verb)
             request.worker_key = key
             serve = unary_calls._serve(handlers, verb, unary.RPCS[verb].response)
-            answer = await serve(request, None, LOCAL)
+            answer = await serve(request, Call(), LOCAL)
             results = [pb.OpResult(id=2, **{verb: answer})]
         beside.cancel()
         cache.check()

@@ -43,6 +43,9 @@ class Call:
     def add_done_callback(self, done: Any) -> None:
         self._done.append(done)
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Its stream stands."""
+
     def end(self) -> None:
         for done in self._done:
             done(self)
