@@ -251,8 +251,8 @@ def test_ctrl_c_ends_a_call_and_leaves_no_process(folder: Path) -> None:
 import sys
 from prefixcache_worker import LLM, SamplingParams
 with LLM({str(path)!r}, dtype="float32", memory="4MiB") as llm:
-    print(llm.service_pid)
     try:
+        print(llm.service_pid)
         llm.generate(["w5 w6"] * 60, SamplingParams(max_tokens=200, ignore_eos=True))
     except KeyboardInterrupt:
         print("interrupted", llm.engine.idle)
