@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
 
@@ -148,7 +148,8 @@ class Session(SessionCore["Lease"]):
     def __init__(self, client: Connection, request: pb.AttachRequest, *, keep_alive: bool) -> None:
         super().__init__(client)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
-        self._arrived = threading.Condition()
+        self._bells: set[SimpleQueue[None]] = set()
+        """One of each caller who waits.  Ctrl-C leaves no lock of a queue taken."""
         self._over = threading.Event()
         self._call = unary.session_of(client.channel)(
             iter(self._outbox.get, None), wait_for_ready=True, metadata=client.metadata
@@ -215,8 +216,13 @@ class Session(SessionCore["Lease"]):
         self._outbox.put(message)
         if message is None:
             self._over.set()
-            with self._arrived:
-                self._arrived.notify_all()
+            self._ring()
+
+    def _ring(self) -> None:
+        """Have all who wait look again."""
+        for bell in tuple(self._bells):
+            self._bells.discard(bell)
+            bell.put(None)
 
     def _run(self, step: Step, *, patiently: bool = False) -> None:
         """Send a step and wait for its answers; for those that choose to wait only `patiently`.
@@ -239,9 +245,12 @@ class Session(SessionCore["Lease"]):
     def _await(self, replies: Sequence[Reply[Any]]) -> None:
         limit_s = self.patience(replies)
         due = monotonic() + limit_s
-        with self._arrived:
-            while not (answered := all(reply.done for reply in replies)) and monotonic() < due:
-                self._arrived.wait(min(_LOOK_S, limit_s))
+        bell: SimpleQueue[None] = SimpleQueue()
+        self._bells.add(bell)  # before each look: what is answered from here on rings
+        while not (answered := all(reply.done for reply in replies)) and monotonic() < due:
+            with suppress(Empty):
+                bell.get(timeout=min(_LOOK_S, limit_s))
+            self._bells.add(bell)
         if not answered:
             self.give_up(limit_s)
 
@@ -250,8 +259,7 @@ class Session(SessionCore["Lease"]):
         try:
             for results in self._call:
                 self.receive(results)
-                with self._arrived:
-                    self._arrived.notify_all()
+                self._ring()
             error = "the service ended it"
         except grpc.RpcError as rpc_error:
             error = unary.read_stream_error(rpc_error)
@@ -261,8 +269,7 @@ class Session(SessionCore["Lease"]):
             elif isinstance(error, str):
                 error = ServiceUnavailable(error)
             self.lose(error)
-            with self._arrived:
-                self._arrived.notify_all()
+            self._ring()
 
     def hang_up(self) -> None:
         """End the stream, its reader and the heartbeats."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import prefixcache
 from patience import PATIENCE_S
 from prefixcache.client import AsyncLease, AsyncSession, connect_async
+from prefixcache.client import session as session_module
 from prefixcache.client.ops import Reply, Step
 from prefixcache.client.session_core import SessionCore
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
@@ -266,6 +268,37 @@ def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess) -> Non
             assert not session._pending
     finally:
         signal.signal(signal.SIGALRM, before)
+
+
+def test_ctrl_c_at_any_step_of_a_wait_leaves_the_session_whole(service: ServiceProcess) -> None:
+    """It comes at every line, call and return of what waits, one after the other."""
+    watched = (threading.__file__, session_module.__file__)
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        for number in range(1, 1000):
+            left = number
+
+            def step(frame: Any, event: str, arg: Any) -> Any:
+                nonlocal left
+                code = frame.f_code  # Python itself ignores errors as it closes a generator
+                left -= code.co_filename in watched and code.co_name != "<genexpr>"
+                if not left:
+                    raise KeyboardInterrupt
+                return step
+
+            sys.settrace(step)
+            try:
+                session.renew()
+                break
+            except KeyboardInterrupt:
+                sys.settrace(None)
+            finally:
+                sys.settrace(None)
+            session.renew()
+            assert session.alive, number
+        assert number > 10
 
 
 def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
