@@ -327,9 +327,13 @@ class AsyncSession(SessionCore["AsyncLease"]):
 
     def hang_up(self) -> None:
         """End the stream, its reader, its writer and the heartbeats."""
-        self._call.cancel()
+        self.cut()
         for task in self._tasks:
             task.cancel()
+
+    def cut(self) -> None:
+        """End the stream, whatever is on its way."""
+        self._call.cancel()
 
     async def _beat(self) -> None:
         while self._lost is None:

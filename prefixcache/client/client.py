@@ -175,6 +175,32 @@ class _CallThread:
             self._tasks.put(lambda: [stream.cancel() for stream in streams])
             wanted.put(None)
 
+    def run(self, task: Callable[[], T]) -> T:
+        """Have something done behind what was asked before, and wait for it.
+
+        Interrupted, it is done all the same.
+
+        Raises:
+            Exception: whatever it raises.
+        """
+        heard: queue.SimpleQueue[tuple[list[T], Exception | None]] = queue.SimpleQueue()
+
+        def do() -> None:
+            try:
+                heard.put(([task()], None))
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked
+                heard.put(([], error))
+
+        def look() -> None:
+            if not self._thread.is_alive() and heard.empty():
+                do()  # all is closed, and nobody else will
+
+        self._tasks.put(do)
+        done, error = _next(heard, look)
+        if error is not None:
+            raise error
+        return done[0]
+
     def do(self, task: Callable[[], object]) -> None:
         """Have something done behind what was asked before."""
         self._tasks.put(task)
@@ -191,6 +217,10 @@ class _CallThread:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
+
+
+def _may_be_interrupted() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _next(heard: queue.SimpleQueue[T], guard: Callable[[], None] = lambda: None) -> T:
@@ -257,7 +287,7 @@ class Client(Connection):
         self.address.probe(self.timeout_s)
         namespace = Namespace(model, adapter, tenant, salt)
         request = self.attach_request(namespace, layout, block_size, name, group)
-        session = Session(self, request, keep_alive=keep_alive)
+        session = Session(self, request, keep_alive=keep_alive, speak=self._speak)
         self.attached(session, request)
         return session
 
@@ -286,9 +316,7 @@ class Client(Connection):
         self.guard()
         method = unary.asking(self.channel, verb)
         request, undo = unary.undoable(verb, request)
-        ask = method
-        if threading.current_thread() is threading.main_thread():
-            ask = partial(self._calls.ask, method)
+        ask = partial(self._calls.ask, method) if _may_be_interrupted() else method
         try:
             return ask(request, timeout=self.timeout_s, metadata=self.metadata)
         except grpc.RpcError as error:
@@ -302,6 +330,10 @@ class Client(Connection):
         except KeyboardInterrupt:
             self._calls.do(partial(self._undo, undo))
             raise
+
+    def _speak(self, task: Callable[[], T]) -> T:
+        """Do what speaks with gRPC, where no Ctrl-C comes."""
+        return self._calls.run(task) if _may_be_interrupted() else task()
 
     def _undo(self, undo: pb.ReleaseRequest | None) -> None:
         """Send a release, if there is one to send, and wait for nothing."""

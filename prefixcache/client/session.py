@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Concatenate, ParamSpec, TypeVar, Unpack
@@ -145,18 +146,32 @@ class Session(SessionCore["Lease"]):
 
     lease_type = Lease
 
-    def __init__(self, client: Connection, request: pb.AttachRequest, *, keep_alive: bool) -> None:
+    def __init__(
+        self,
+        client: Connection,
+        request: pb.AttachRequest,
+        *,
+        keep_alive: bool,
+        speak: Callable[[Callable[[], Any]], Any],
+    ) -> None:
         super().__init__(client)
         self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
         self._bells: set[SimpleQueue[None]] = set()
         """One of each caller who waits.  Ctrl-C leaves no lock of a queue taken."""
         self._over = threading.Event()
-        self._call = unary.session_of(client.channel)(
-            iter(self._outbox.get, None), wait_for_ready=True, metadata=client.metadata
-        )
+        self._speak = speak
+        """Does what speaks with gRPC, where no Ctrl-C comes."""
+        self._call = None
         self._reader = threading.Thread(target=self._read, name="prefixcache-reader", daemon=True)
-        self._reader.start()
+        open_ = partial(
+            unary.session_of(client.channel),
+            iter(self._outbox.get, None),
+            wait_for_ready=True,
+            metadata=client.metadata,
+        )
         with self.attaching(request) as step:
+            self._call = speak(open_)
+            self._reader.start()
             self._run(step)
         if keep_alive:
             threading.Thread(target=self._beat, name="prefixcache-heartbeat", daemon=True).start()
@@ -274,9 +289,15 @@ class Session(SessionCore["Lease"]):
     def hang_up(self) -> None:
         """End the stream, its reader and the heartbeats."""
         self._over.set()
-        self._call.cancel()
-        if threading.current_thread() is not self._reader:
+        self.cut()
+        if self._reader.is_alive() and threading.current_thread() is not self._reader:
             self._reader.join(self._client.timeout_s)
+
+    def cut(self) -> None:
+        """End the stream, whatever is on its way; one that is only being opened ends, too."""
+        self._outbox.put(None)
+        if self._call is not None:
+            self._speak(self._call.cancel)
 
     def _beat(self) -> None:
         while not self._over.wait(self.attachment.ttl_s / 3):

@@ -150,6 +150,10 @@ class SessionCore(ABC, Generic[L]):
     def hang_up(self) -> None:
         """End the stream, and whatever serves it here."""
 
+    @abstractmethod
+    def cut(self) -> None:
+        """End the stream, whatever is on its way."""
+
     def post(
         self, batch: BatchOps[L], on_error: Callable[[CacheError], object] | None = None
     ) -> None:
@@ -473,7 +477,7 @@ class SessionCore(ABC, Generic[L]):
     def give_up(self, limit_s: float) -> None:
         """Lose a service that did not answer; what it still does is undone as the stream ends."""
         self.lose(self.ended(f"no answer within {limit_s:g} s", answers=True))
-        self._call.cancel()
+        self.cut()
 
     def ended(self, cause: str, *, answers: bool) -> CacheError:
         """Give the error of a stream that ended: what was lost, and what to do."""

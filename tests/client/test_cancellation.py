@@ -270,6 +270,39 @@ def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess) -> Non
         signal.signal(signal.SIGALRM, before)
 
 
+# A socket that was made in that very moment, to see whether somebody answers, Python closes later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_while_sessions_begin_and_end_harms_no_other_one(service: ServiceProcess) -> None:
+    """A stream that is opened or cancelled by whom it interrupts would leave the channel deaf."""
+    chance = random.Random(5)
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with (
+            prefixcache.connect(service.target) as client,
+            client.attach("model", LAYOUT) as bystander,
+        ):
+            for number in range(150):
+                # Again after a while: Python ignores what is raised while it lets go of something.
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 + chance.random() * 0.004, 0.05)
+                try:
+                    while True:
+                        with client.attach("model", LAYOUT, salt="another") as session:
+                            session.lookup([1, 2, 3])
+                except KeyboardInterrupt:
+                    pass
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert bystander.alive, number
+                with bystander.acquire([7] * 12) as lease:
+                    lease.commit(12)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_ctrl_c_at_any_step_of_a_wait_leaves_the_session_whole(service: ServiceProcess) -> None:
     """It comes at every line, call and return of what waits, one after the other."""
     watched = (threading.__file__, session_module.__file__)
@@ -309,6 +342,9 @@ def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
             pass
 
         def hang_up(self) -> None:
+            pass
+
+        def cut(self) -> None:
             pass
 
     class Books(dict[int, Reply[Any]]):
