@@ -252,7 +252,7 @@ def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess) -> Non
             bystander = session.acquire([7] * 12)
             blocker = session.acquire(list(range(900)))
             for number in range(60):
-                signal.setitimer(signal.ITIMER_REAL, 0.0005 + chance.random() * 0.003)
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + chance.random() * 0.003, 0.5)
                 try:
                     session.acquire(list(range(2000, 2900)), wait_s=30.0)
                     raise AssertionError("there is no room for it")
@@ -287,7 +287,7 @@ def test_ctrl_c_while_sessions_begin_and_end_harms_no_other_one(service: Service
         ):
             for number in range(150):
                 # Again after a while: Python ignores what is raised while it lets go of something.
-                signal.setitimer(signal.ITIMER_REAL, 0.0001 + chance.random() * 0.004, 0.05)
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 + chance.random() * 0.004, 0.5)
                 try:
                     while True:
                         with client.attach("model", LAYOUT, salt="another") as session:
