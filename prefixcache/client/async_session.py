@@ -331,10 +331,6 @@ class AsyncSession(SessionCore["AsyncLease"]):
         for task in self._tasks:
             task.cancel()
 
-    def cut(self) -> None:
-        """End the stream, whatever is on its way."""
-        self._call.cancel()
-
     async def _beat(self) -> None:
         while self._lost is None:
             await asyncio.sleep(self.attachment.ttl_s / 3)

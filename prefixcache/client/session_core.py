@@ -150,9 +150,9 @@ class SessionCore(ABC, Generic[L]):
     def hang_up(self) -> None:
         """End the stream, and whatever serves it here."""
 
-    @abstractmethod
     def cut(self) -> None:
         """End the stream, whatever is on its way."""
+        self._call.cancel()
 
     def post(
         self, batch: BatchOps[L], on_error: Callable[[CacheError], object] | None = None

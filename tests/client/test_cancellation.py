@@ -344,9 +344,6 @@ def test_what_is_asked_while_the_session_is_being_lost_is_answered() -> None:
         def hang_up(self) -> None:
             pass
 
-        def cut(self) -> None:
-            pass
-
     class Books(dict[int, Reply[Any]]):
         def __setitem__(self, op_id: int, reply: Reply[Any]) -> None:
             core.lose(ServiceUnavailable("gone"))

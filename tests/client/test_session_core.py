@@ -141,9 +141,6 @@ class Client(SessionCore[LeaseState]):
         if message is not None:
             self.sent.append(message)
 
-    def cut(self) -> None:
-        pass
-
     def hang_up(self) -> None:
         pass
 
