@@ -98,6 +98,7 @@ class _CallThread:
         """Make a call and wait for its answer.  Interrupted, it cancels the call.
 
         Raises:
+            ValueError: the client was closed before it could be made.
             Exception: whatever the call raises.
         """
         calls: list[Any] = []
@@ -118,9 +119,13 @@ class _CallThread:
             except grpc.RpcError as error:
                 heard.put((None, error))
 
+        def look() -> None:
+            if not self._thread.is_alive() and not calls:
+                raise ValueError("nobody is there any more to make this call")
+
         try:
             self._tasks.put(start)
-            answer, error = _next(heard)
+            answer, error = _next(heard, look)
         except BaseException:
             self._tasks.put(lambda: [call.cancel() for call in calls])
             raise
@@ -322,7 +327,7 @@ class Client(Connection):
         except grpc.RpcError as error:
             cause = unary.read_rpc_error(error, self.address, self.timeout_s)
             if isinstance(cause, ServiceUnavailable):
-                self._undo(undo)
+                self._calls.do(partial(self._undo, undo))
             raise cause from None
         except ValueError:  # another thread closed the channel
             self.guard()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,16 @@ def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess) -> Non
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_is_told_when_another_thread_closes_its_client_before_it_is_made(
+    service: ServiceProcess,
+) -> None:
+    client = prefixcache.connect(service.target)
+    client._calls.close()  # what closing does first
+    threading.Timer(0.1, client.close).start()
+    with pytest.raises(ServiceUnavailable, match="closed"):
+        client.snapshot()
 
 
 def test_a_watch_is_told_when_its_client_is_closed(service: ServiceProcess) -> None:
