@@ -1,11 +1,39 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from client.backends import BACKENDS, Backend
+
+CtrlC = Callable[[float], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[CtrlC]:
+    """Give a context in which Ctrl-C comes after so many seconds.
+
+    It comes again later: Python ignores what is raised while it lets go of something.
+    """
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    @contextmanager
+    def coming(seconds: float) -> Iterator[None]:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    yield coming
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 import prefixcache
+from client.conftest import CtrlC
 from patience import PATIENCE_S
 from prefixcache.client import AsyncLease, AsyncSession, connect_async
 from prefixcache.client import session as session_module
@@ -236,71 +236,49 @@ def test_a_session_that_ended_says_what_was_lost_and_not_that_there_is_no_servic
         assert "Start one with" not in str(told.value)
 
 
-def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess) -> None:
+def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess, ctrl_c: CtrlC) -> None:
     """A signal comes at a drawn moment of a call of the main thread, many times."""
     chance = random.Random(3)
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with (
-            prefixcache.connect(service.target) as client,
-            client.attach("model", LAYOUT) as session,
-        ):
-            bystander = session.acquire([7] * 12)
-            blocker = session.acquire(list(range(900)))
-            for number in range(60):
-                signal.setitimer(signal.ITIMER_REAL, 0.0005 + chance.random() * 0.003, 0.5)
-                try:
-                    session.acquire(list(range(2000, 2900)), wait_s=30.0)
-                    raise AssertionError("there is no room for it")
-                except KeyboardInterrupt:
-                    pass
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                assert session.alive, number
-                bystander.commit(12)
-            blocker.release()
-            bystander.release()
-            eventually(lambda: not client.snapshot().leases)
-            assert not session._pending
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        bystander = session.acquire([7] * 12)
+        blocker = session.acquire(list(range(900)))
+        for number in range(60):
+            with pytest.raises(KeyboardInterrupt), ctrl_c(0.0005 + chance.random() * 0.003):
+                session.acquire(list(range(2000, 2900)), wait_s=30.0)
+            assert session.alive, number
+            bystander.commit(12)
+        blocker.release()
+        bystander.release()
+        eventually(lambda: not client.snapshot().leases)
+        assert not session._pending
 
 
 # A socket that was made in that very moment, to see whether somebody answers, Python closes later.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ctrl_c_while_sessions_begin_and_end_harms_no_other_one(service: ServiceProcess) -> None:
+def test_ctrl_c_while_sessions_begin_and_end_harms_no_other_one(
+    service: ServiceProcess, ctrl_c: CtrlC
+) -> None:
     """A stream that is opened or cancelled by whom it interrupts would leave the channel deaf."""
     chance = random.Random(5)
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as bystander,
+    ):
 
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        def come_and_go() -> None:
+            while True:
+                with client.attach("model", LAYOUT, salt="another") as session:
+                    session.lookup([1, 2, 3])
 
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with (
-            prefixcache.connect(service.target) as client,
-            client.attach("model", LAYOUT) as bystander,
-        ):
-            for number in range(150):
-                # Again after a while: Python ignores what is raised while it lets go of something.
-                signal.setitimer(signal.ITIMER_REAL, 0.0001 + chance.random() * 0.004, 0.5)
-                try:
-                    while True:
-                        with client.attach("model", LAYOUT, salt="another") as session:
-                            session.lookup([1, 2, 3])
-                except KeyboardInterrupt:
-                    pass
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                assert bystander.alive, number
-                with bystander.acquire([7] * 12) as lease:
-                    lease.commit(12)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+        for number in range(150):
+            with pytest.raises(KeyboardInterrupt), ctrl_c(0.0001 + chance.random() * 0.004):
+                come_and_go()
+            assert bystander.alive, number
+            with bystander.acquire([7] * 12) as lease:
+                lease.commit(12)
 
 
 def test_ctrl_c_at_any_step_of_a_wait_leaves_the_session_whole(service: ServiceProcess) -> None:

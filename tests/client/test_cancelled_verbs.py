@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import prefixcache
+from client.conftest import CtrlC
 from client.test_cancellation import NUM_TICKS, cancelled
 from prefixcache.client import codec, unary
 from prefixcache.errors import CacheError, ServiceUnavailable
@@ -116,87 +116,61 @@ def test_a_unary_call_that_is_cancelled_at_any_turn_of_the_loop_ends_alone(
     asyncio.run(run())
 
 
-def test_ctrl_c_in_any_verb_of_the_client_ends_that_call_alone(service: ServiceProcess) -> None:
+def test_ctrl_c_in_any_verb_of_the_client_ends_that_call_alone(
+    service: ServiceProcess, ctrl_c: CtrlC
+) -> None:
     chance = random.Random(11)
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with (
-            prefixcache.connect(service.target) as client,
-            client.attach("model", LAYOUT) as session,
-        ):
-            key = attached(client).worker_key
-            bystander = session.acquire([7] * 12)
-            num_interrupted = 0
-            for verb in (verb for verb in unary.RPCS for _ in range(4)):
-                granted = client.call("acquire", pb.AcquireRequest(worker_key=key, tokens=PROMPT))
-                lease = granted.grant.lease
-                client.call("commit", pb.CommitRequest(worker_key=key, lease=lease, num_tokens=10))
-                request = asked(verb, key, lease)
-                if verb == "detach":
-                    request.worker_key = attached(client).worker_key
-                answer = None
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.0002 + chance.random() * 0.002)
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        key = attached(client).worker_key
+        bystander = session.acquire([7] * 12)
+        num_interrupted = 0
+        for verb in (verb for verb in unary.RPCS for _ in range(4)):
+            granted = client.call("acquire", pb.AcquireRequest(worker_key=key, tokens=PROMPT))
+            lease = granted.grant.lease
+            client.call("commit", pb.CommitRequest(worker_key=key, lease=lease, num_tokens=10))
+            request = asked(verb, key, lease)
+            if verb == "detach":
+                request.worker_key = attached(client).worker_key
+            answer = None
+            try:
+                with ctrl_c(0.0002 + chance.random() * 0.002):
                     answer = client.call(verb, request)
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                except KeyboardInterrupt:
-                    num_interrupted += 1
-                except CacheError:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-                if verb in ("acquire", "fork") and answer is not None:
-                    for one in [answer.grant] if verb == "acquire" else answer.children:
-                        client.call("release", pb.ReleaseRequest(worker_key=key, lease=one.lease))
-                client.call("release", pb.ReleaseRequest(worker_key=key, lease=lease))
-                assert session.alive, verb
-                bystander.commit(12)
-            assert num_interrupted > 10
-            bystander.release()
-            eventually(lambda: not client.snapshot().leases and not client.snapshot().waiting)
-            client.call("detach", pb.DetachRequest(worker_key=key))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            except CacheError:
+                pass
+            if verb in ("acquire", "fork") and answer is not None:
+                for one in [answer.grant] if verb == "acquire" else answer.children:
+                    client.call("release", pb.ReleaseRequest(worker_key=key, lease=one.lease))
+            client.call("release", pb.ReleaseRequest(worker_key=key, lease=lease))
+            assert session.alive, verb
+            bystander.commit(12)
+        assert num_interrupted > 10
+        bystander.release()
+        eventually(lambda: not client.snapshot().leases and not client.snapshot().waiting)
+        client.call("detach", pb.DetachRequest(worker_key=key))
 
 
-def look_on(watching: Iterator[Any], seconds: float) -> None:
-    """Read events until a signal comes; and again, if Python ignored what was raised then."""
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.5)
-    try:
-        for _ in watching:
-            pass
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess) -> None:
+def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess, ctrl_c: CtrlC) -> None:
     """There are places for four at a time: one that went on would keep its place."""
     chance = random.Random(3)
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with (
-            prefixcache.connect(service.target) as client,
-            client.attach("model", LAYOUT) as session,
-        ):
-            for number in range(200):
-                watching = client.watch()
-                with pytest.raises(KeyboardInterrupt):
-                    look_on(watching, 0.0002 + chance.random() * 0.004)
-                with session.acquire([number] * 12) as lease:
-                    lease.commit(12)
-                client.snapshot()  # its cancellation went before this call
-            with pytest.raises(StopIteration):
-                next(watching)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+    ):
+        for number in range(200):
+            watching = client.watch()
+            with pytest.raises(KeyboardInterrupt), ctrl_c(0.0002 + chance.random() * 0.004):
+                for _ in watching:
+                    pass
+            with session.acquire([number] * 12) as lease:
+                lease.commit(12)
+            client.snapshot()  # its cancellation went before this call
+        with pytest.raises(StopIteration):
+            next(watching)
 
 
 def test_a_call_is_told_when_another_thread_closes_its_client_before_it_is_made(
