@@ -146,7 +146,7 @@ class _CallThread:
         """
         streams: list[Any] = []
         heard: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-        wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+        wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
         def start() -> None:
             try:
@@ -161,10 +161,16 @@ class _CallThread:
             try:
                 for message in stream:
                     heard.put((message, None))
-                    wanted.get()
+                    if not wanted.get():
+                        return
                 heard.put((None, None))
             except Exception as error:  # noqa: BLE001 - it is raised where it was asked
                 heard.put((None, error))
+
+        def leave() -> None:
+            wanted.put(False)
+            for stream in streams:
+                stream.cancel()
 
         try:
             self._tasks.put(start)
@@ -175,10 +181,10 @@ class _CallThread:
                 if message is None:
                     return
                 yield message
-                wanted.put(None)
+                wanted.put(True)
         finally:
-            self._tasks.put(lambda: [stream.cancel() for stream in streams])
-            wanted.put(None)
+            self._tasks.put(leave)
+            wanted.put(False)  # the client may be closed, and nobody there for tasks
 
     def run(self, task: Callable[[], T]) -> T:
         """Have something done behind what was asked before, and wait for it.

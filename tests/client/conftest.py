@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,11 +18,16 @@ CtrlC = Callable[[float], AbstractContextManager[None]]
 def ctrl_c() -> Iterator[CtrlC]:
     """Give a context in which Ctrl-C comes after so many seconds.
 
-    It comes again later: Python ignores what is raised while it lets go of something.
+    It comes again later: Python ignores what is raised while it lets go of something, and tells
+    its hook of it, which pytest would take for a failure.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
+
+    def tell(ignored: sys.UnraisableHookArgs) -> None:
+        if ignored.exc_type is not KeyboardInterrupt:
+            told(ignored)
 
     @contextmanager
     def coming(seconds: float) -> Iterator[None]:
@@ -31,9 +37,11 @@ def ctrl_c() -> Iterator[CtrlC]:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    told, sys.unraisablehook = sys.unraisablehook, tell
     before = signal.signal(signal.SIGALRM, interrupt)
     yield coming
     signal.signal(signal.SIGALRM, before)
+    sys.unraisablehook = told
 
 
 @pytest.fixture(scope="session")

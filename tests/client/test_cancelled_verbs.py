@@ -171,6 +171,7 @@ def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess, ctrl_c
             client.snapshot()  # its cancellation went before this call
         with pytest.raises(StopIteration):
             next(watching)
+    eventually(lambda: "prefixcache watch" not in {t.name for t in threading.enumerate()})
 
 
 def test_a_call_is_told_when_another_thread_closes_its_client_before_it_is_made(
