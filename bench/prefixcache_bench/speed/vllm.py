@@ -138,10 +138,10 @@ def first_tokens(
             asks = round_of(alone, pairs, draw, length, turn)
             for kind, engine, prompt in [ask for one in asks for ask in one]:
                 told = engine.generate([prompt], 1)[0]
-                if kind.endswith("cold"):
-                    cold(told)
-                else:
-                    warm(told, length)
+                try:
+                    told = cold(told) if kind.endswith("cold") else warm(told, length)
+                except VllmFailed as error:
+                    raise VllmFailed(f"{kind}: {error}") from None
                 if turn >= 0:
                     series = found[length].setdefault(kind, Series())
                     series.values.append(1e3 * told.first_token_s)
