@@ -102,6 +102,21 @@ def test_every_width_of_vectors_gives_the_same(
 
 
 @needs_library
+def test_the_units_of_matrices_are_asked_for_and_can_be_left_out(
+    hastily: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a compiler knows the processor's AMX, Linux gives it; a build without asks for none."""
+    if " amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AMX")
+    if library.load().matrices:
+        assert " and AMX, " in library.describe()
+    given = os.environ["PREFIXCACHE_CFLAGS"]
+    monkeypatch.setenv("PREFIXCACHE_CFLAGS", f"{given} -mno-amx-tile -mno-amx-bf16 -mno-amx-int8")
+    assert not library.load().matrices
+    assert "AMX" not in library.describe()
+
+
+@needs_library
 def test_it_is_compiled_once_by_processes_that_start_together(hastily: Path) -> None:
     """Three processes, one compilation: the others wait for it."""
     real = next(filter(None, (shutil.which(name) for name in ("cc", "gcc", "clang"))))

@@ -58,6 +58,8 @@ class Library:
     """Floats of a vector."""
     threaded: bool
     """Whether it shares PyTorch's threads; else it runs in the calling one."""
+    matrices: bool
+    """Whether it multiplies matrices of bfloat16 in hardware (AMX)."""
     handle: ctypes.CDLL
 
     @property
@@ -94,7 +96,8 @@ def describe() -> str:
     threads = (
         "PyTorch's threads" if made.threaded else "one thread: no OpenMP in common with PyTorch"
     )
-    return f"C, {made.vectors}, {threads}"
+    units = f"{made.vectors} and AMX" if made.matrices else made.vectors
+    return f"C, {units}, {threads}"
 
 
 def load() -> Library:
@@ -150,7 +153,8 @@ def _load(compiler: list[str], runtime: Path | None) -> Library:
     handle.prefixcache_rotation.restype = None
     handle.prefixcache_layer.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     handle.prefixcache_layer.restype = ctypes.c_int64
-    return Library(path, handle.prefixcache_width(), runtime is not None, handle)
+    matrices = bool(ctypes.c_int64.in_dll(handle, "prefixcache_amx").value)
+    return Library(path, handle.prefixcache_width(), runtime is not None, matrices, handle)
 
 
 @cache
