@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple, cast
 
 from prefixcache_bench.speed.radix_workload import DECODED_TOKENS, FRESH_TOKENS, build
+from prefixcache_bench.speed.signals import ending_in_order
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 PYTHON_VARIABLE: Final = "PREFIXCACHE_SGLANG_PYTHON"
@@ -340,4 +341,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

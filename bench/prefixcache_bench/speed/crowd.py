@@ -31,6 +31,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.types import Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = "1x1x4:float32"
 _FLOOD_OPS = 512
@@ -167,4 +168,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()

@@ -28,6 +28,7 @@ from torch import Tensor
 from prefixcache.plain_json import json_text
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_kernels import SharedPool
 from prefixcache_worker.batch import Batch, Piece
 from prefixcache_worker.demo import chats
@@ -204,4 +205,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())

@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from prefixcache.plain_json import json_text
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_worker.child_service import ChildService
 from prefixcache_worker.child_worker import ChildWorker
 
@@ -133,4 +134,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())

@@ -41,6 +41,7 @@ import prefixcache
 from prefixcache.plain_json import json_text
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.speed.endpoint import Endpoint, endpoint
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm import ABSENT
 from prefixcache_bench.speed.vllm_figures import Say
 from prefixcache_bench.speed.vllm_load import Told, settled, turn
@@ -358,4 +359,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

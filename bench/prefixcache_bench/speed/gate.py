@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Final, cast
 
+from prefixcache_bench.speed.signals import ending_in_order
+
 LAYERS: Final = 30
 HEADS, KV_HEADS, DIM, BLOCK_SIZE, NUM_SEQS, CONTEXT = 9, 3, 64, 16, 8, 64
 ROOT: Final = Path(__file__).resolve().parents[3]
@@ -140,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()

@@ -37,6 +37,7 @@ from prefixcache_bench.speed.beside import (
     report,
 )
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order
 
 Load = Callable[[], object]
 
@@ -349,4 +350,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()

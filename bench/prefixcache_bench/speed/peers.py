@@ -45,6 +45,7 @@ from prefixcache_bench.speed.serving import (
     progress,
     tokens,
 )
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
     PYTHON_VARIABLE,
@@ -273,4 +274,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())

@@ -36,6 +36,7 @@ from prefixcache.service.observe.latency import SUM, clock, empty_row
 from prefixcache.service.workers import Workers
 from prefixcache.types import Layout, Namespace, pack
 from prefixcache.v1 import prefixcache_pb2 as pb
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = Layout(1, 1, 4, "float32")
 PROMPT_TOKENS, NEW_TOKENS = 4096, 37
@@ -185,4 +186,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending_in_order():
+        sys.exit(main())

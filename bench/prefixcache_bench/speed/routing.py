@@ -39,6 +39,7 @@ import prefixcache
 from prefixcache.errors import NotFound
 from prefixcache.types import Ledger
 from prefixcache_bench.speed.endpoint import random_prompt
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm import publish
 from prefixcache_bench.speed.vllm_figures import Say, percentile
 from prefixcache_serving.journey import Journey
@@ -392,4 +393,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

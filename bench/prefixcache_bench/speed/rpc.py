@@ -43,6 +43,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = Layout(30, 3, 64, "bfloat16")
 BLOCK_SIZE = 16
@@ -510,4 +511,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()

@@ -35,6 +35,7 @@ from prefixcache.client.address import this_host
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.reports.figures import publish
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = Layout(1, 1, 4, "float32")
 BLOCK_SIZE = 16
@@ -242,4 +243,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

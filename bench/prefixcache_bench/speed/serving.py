@@ -56,6 +56,7 @@ from prefixcache_bench.speed.beams import measure_beams
 from prefixcache_bench.speed.chatload import Load, play, service, workers
 from prefixcache_bench.speed.held import WAYS as HELD_WAYS
 from prefixcache_bench.speed.held import measure_held
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm_peer import (
     ABSENT,
     PYTHON_VARIABLE,
@@ -727,4 +728,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

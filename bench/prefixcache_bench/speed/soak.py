@@ -39,6 +39,7 @@ from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = Layout(1, 1, 4, "float32")
 BLOCK_SIZE = 16
@@ -316,4 +317,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

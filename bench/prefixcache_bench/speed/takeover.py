@@ -35,6 +35,7 @@ from typing import Final
 import prefixcache
 from prefixcache.client import Client
 from prefixcache_bench.speed.endpoint import Endpoint, endpoint, random_prompt, token_times
+from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.vllm import publish
 from prefixcache_bench.speed.vllm_figures import Say, Series
 
@@ -232,4 +233,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    with ending_in_order():
+        raise SystemExit(main())

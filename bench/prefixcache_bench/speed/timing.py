@@ -26,6 +26,7 @@ from prefixcache.config import parse_layout
 from prefixcache.plain_json import json_text
 from prefixcache.types import pack
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = "2x2x16:float32"
 TOKENS = 512
@@ -110,4 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()

@@ -38,6 +38,7 @@ from prefixcache_bench.speed.beside import (
     report,
 )
 from prefixcache_bench.speed.served import served
+from prefixcache_bench.speed.signals import ending_in_order
 
 TOKEN = "a-token-of-the-benchmark"  # noqa: S105 - opens what this file has started
 IDENTITIES = """
@@ -216,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_in_order():
+        main()
