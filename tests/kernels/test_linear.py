@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +66,86 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, th
                     assert torch.equal(got, alone[first : first + num])
         finally:
             torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["matrices", "vectors"])
+def units(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With the processor's matrices (AMX), and as if Linux had refused them."""
+    loaded = library()
+    assert loaded is not None
+    if request.param == "matrices" and not loaded.matrices:
+        pytest.skip("no AMX, or not compiled in")
+    allowed = ctypes.c_int64.in_dll(loaded.handle, "prefixcache_amx")
+    before = allowed.value
+    allowed.value = request.param == "matrices"
+    yield request.param
+    allowed.value = before
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (33, 32), (16, 64), (96, 98), (272, 576)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_has_the_same_bits_in_blocks_of_any_number(
+    units: str, sizes: tuple[int, int], dtype: torch.dtype, threads: int
+) -> None:
+    """Blocks of 16 rows, two of them at a time; panels by four, by two and alone."""
+    weight, _ = made(*sizes, torch.bfloat16)
+    order = pack if dtype == torch.bfloat16 else quantize
+    x = torch.randn(70, sizes[1])
+    matrices = [Matrix(order(weight), sizes[1], sizes[0])]
+    if sizes[0] % 2 == 0:
+        matrices.append(Matrix(order(weight, gated=True), sizes[1], sizes[0] // 2, gated=True))
+    for matrix in matrices:
+        alone = torch.cat([matrix.multiply(row[None]) for row in x])
+        torch.set_num_threads(threads)
+        try:
+            for num in range(1, 71):
+                first = (70 - num) // 2
+                got = matrix.multiply(x[first : first + num])
+                assert torch.equal(got, alone[first : first + num])
+        finally:
+            torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_all_units_round_rows_and_sum_products_as_bfloat16_does(
+    units: str, sizes: tuple[int, int]
+) -> None:
+    weight, _ = made(*sizes, torch.bfloat16)
+    x = torch.randn(40, sizes[1])
+    x[:, 0] = 1 + 2**-8  # between two numbers of bfloat16: to the even one
+    x[:, 1] = 1 + 3 * 2**-8
+    want = x.bfloat16().double() @ weight.double().T
+    close(Matrix(pack(weight), sizes[1], sizes[0]).multiply(x), want)
+
+
+def test_weights_end_with_their_memory(units: str) -> None:
+    """Nothing is read behind the last weights, and nothing from the next panel: it may be odd."""
+    weight = torch.randn(32, 34).bfloat16()
+    weight[16:] = float("nan")
+    got = Matrix(pack(weight), 34, 32).multiply(torch.randn(20, 34))
+    assert bool(got[:, :16].isfinite().all())
+    assert not bool(got[:, 16:].isfinite().any())
+    page = mmap.PAGESIZE
+    weight = torch.randn(16, 34).bfloat16()
+    packed = pack(weight)
+    size = packed.numel() * 2
+    memory = mmap.mmap(-1, -(-size // page) * page + page)
+    _forbid(memory, len(memory) - page, page)
+    last = torch.frombuffer(
+        memory, dtype=torch.bfloat16, offset=len(memory) - page - size, count=packed.numel()
+    )
+    last.copy_(packed)
+    x = torch.randn(3, 34)
+    want = Matrix(packed, 34, 16).multiply(x)
+    assert torch.equal(Matrix(last, 34, 16).multiply(x), want)
+
+
+def _forbid(memory: mmap.mmap, offset: int, size: int) -> None:
+    """Let nobody read a part of it: to read it is a fault."""
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + offset
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(at), ctypes.c_size_t(size), 0) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,10 +33,14 @@ struct amx_sizes {
     uint8_t rows[16];
 } __attribute__((aligned(64)));
 
+/* What tiles are loaded from has been written: the compiler does not see that they read it. */
+INLINE void amx_written(const void *from) { __asm__ volatile("" : : "r"(from) : "memory"); }
+
 /* Configure tile `i` to have rows[i] rows, all of 64 bytes. */
 INLINE void amx_begin(const uint8_t rows[8]) {
     struct amx_sizes sizes = {.palette = 1};
     for (int i = 0; i < 8; i++) sizes.bytes[i] = 64, sizes.rows[i] = rows[i];
+    amx_written(&sizes);
     _tile_loadconfig(&sizes);
 }
 

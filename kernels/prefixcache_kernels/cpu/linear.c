@@ -14,9 +14,13 @@
  * of the inputs, in one lane of one accumulator: its bits are the same in every tile, beside any
  * other rows, for any number of threads.
  *
+ * A processor with matrices (AMX) multiplies those of BFLOAT16 with them, whatever the number of
+ * rows: it rounds sums in its own way, and a row alone has to have the bits it has beside others.
+ *
  * With weights of 8 bits a row becomes integers of 16 bits, scaled per 64 inputs: less is lost than
  * in BFLOAT16.  The sum of 64 products is exact: 64 * 127 * 32767 is below 2^31.
  */
+#include "amx.h"
 #include "linear.h"
 
 #include <math.h>
@@ -333,8 +337,200 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
         finish(c, first + r, panel * LANES, panels * LANES, out + r * CHUNK * LANES);
 }
 
+/* ---- with the processor's matrices (AMX): weights of BFLOAT16, any number of rows ---- */
+
+#ifdef PREFIXCACHE_AMX
+
+/* Rows are cut into blocks of 16, laid [inputs / 32][rows][32].  A panel's 16 pairs of inputs are a
+ * tile as they lie.  Two blocks meet two panels, or one block up to four: the sums of each are in
+ * the same order, so a row's bits are the same.
+ *
+ *                weights 6   weights 7
+ *     rows 4     sums 0      sums 1            tiles of the processor
+ *     rows 5     sums 2      sums 3
+ */
+enum { SIDE = 2 /* blocks that meet two panels */, FOUR = 4 /* panels that a block meets */ };
+
+enum { HELD = 768 << 10 /* bytes of rows, and of a chunk's panels, that stay in the cache */ };
+
+INLINE int64_t tiles_along(int64_t inputs) { return (inputs + AMX_INPUTS - 1) / AMX_INPUTS; }
+
+/* A block's rows: where they lie, and how many they are. */
+struct block {
+    const char *from;
+    int64_t rows;
+};
+
+static struct block block_of(const struct linear *c, int64_t index) {
+    const int64_t first = index * AMX_ROWS, left = c->rows - first;
+    return (struct block){(const char *)c->room + first * tiles_along(c->inputs) * 64,
+                          left < AMX_ROWS ? left : AMX_ROWS};
+}
+
+/* Lay a row into its block.  `made`: room for its floats. */
+static void lay_amx(const struct linear *c, int64_t row, float *made) {
+    const int64_t along = tiles_along(c->inputs);
+    const struct block block = block_of(c, row / AMX_ROWS);
+    char *to = (char *)block.from + row % AMX_ROWS * 64;
+    read_input(c, row, made);
+    for (int64_t k = c->inputs; k < along * AMX_INPUTS; k++) made[k] = 0;
+    for (int64_t k = 0; k < along; k++, made += AMX_INPUTS)
+        _mm512_storeu_si512(to + k * block.rows * 64, amx_rounded(load(made), load(made + WIDTH)));
+}
+
+/* Where a panel's weights for 32 inputs are; the last ones may be fewer, and are copied. */
+INLINE const char *weights_at(const char *panel, int64_t k, int64_t inputs, char *copy) {
+    const int64_t left = inputs - k * AMX_INPUTS;
+    if (left >= AMX_INPUTS) return panel + k * AMX_BYTES;
+    memset(copy, 0, AMX_BYTES);
+    memcpy(copy, panel + k * AMX_BYTES, left * 2 * LANES);
+    amx_written(copy);
+    return copy;
+}
+
+/* Two blocks and two panels: [rows][2 * LANES] sums. */
+static void meet_two(const struct block *rows, const char *weights, int64_t panel, int64_t inputs,
+                     float *to) {
+    char copy[2][AMX_BYTES] __attribute__((aligned(64)));
+    const int64_t along = tiles_along(inputs);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < along; k++) {
+        _tile_loadd(4, rows[0].from + k * AMX_BYTES, 64);
+        _tile_loadd(6, weights_at(weights, k, inputs, copy[0]), 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights_at(weights + panel, k, inputs, copy[1]), 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, rows[1].from + k * rows[1].rows * 64, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, to, 2 * 64);
+    _tile_stored(1, to + LANES, 2 * 64);
+    _tile_stored(2, to + AMX_ROWS * 2 * LANES, 2 * 64);
+    _tile_stored(3, to + AMX_ROWS * 2 * LANES + LANES, 2 * 64);
+}
+
+/* A block and up to four panels: [rows][panels * LANES] sums. */
+INLINE void meet_four(const int panels, struct block rows, const char *weights, int64_t panel,
+                      int64_t inputs, float *to) {
+    char copy[FOUR][AMX_BYTES] __attribute__((aligned(64)));
+    const int64_t along = tiles_along(inputs), wide = panels * 64;
+#define EACH(DO) DO(0, 5) DO(1, 6) DO(2, 7) DO(3, 5)
+#define ZERO(P, W) \
+    if (P < panels) _tile_zero(P);
+#define ADD(P, W)                                                                \
+    if (P < panels) {                                                            \
+        _tile_loadd(W, weights_at(weights + P * panel, k, inputs, copy[P]), 64); \
+        _tile_dpbf16ps(P, 4, W);                                                 \
+    }
+#define STORE(P, W) \
+    if (P < panels) _tile_stored(P, to + P * LANES, wide);
+    EACH(ZERO)
+    for (int64_t k = 0; k < along; k++) {
+        _tile_loadd(4, rows.from + k * rows.rows * 64, 64);
+        EACH(ADD)
+    }
+    EACH(STORE)
+#undef EACH
+#undef ZERO
+#undef ADD
+#undef STORE
+}
+
+/* Configure the tiles for the blocks that meet next, unless they are. */
+INLINE void shape_tiles(const struct block *rows, int64_t blocks, int64_t *shape) {
+    const uint8_t first = rows[0].rows, last = rows[blocks - 1].rows, all = AMX_ROWS;
+    if (*shape == blocks * 256 + last) return;
+    *shape = blocks * 256 + last;
+    if (blocks == SIDE)
+        amx_begin((uint8_t[8]){first, first, last, last, first, last, all, all});
+    else
+        amx_begin((uint8_t[8]){last, last, last, last, last, all, all, all});
+}
+
+/* A chunk of panels and one or two blocks. */
+static void meet_amx(const struct linear *c, int64_t block, int64_t blocks, int64_t from,
+                     int64_t end, int64_t *shape) {
+    const int64_t panel = panel_bytes(BFLOAT16, c->inputs);
+    const struct block rows[SIDE] = {block_of(c, block), block_of(c, block + blocks - 1)};
+    float sums[SIDE * AMX_ROWS * 2 * LANES] __attribute__((aligned(64)));
+    shape_tiles(rows, blocks, shape);
+    const int64_t num = blocks == SIDE ? AMX_ROWS + rows[1].rows : rows[0].rows;
+    for (int64_t p = from; p < end;) {
+        const char *weights = (const char *)c->weights + p * panel;
+        int64_t panels = end - p, wide;
+        if (blocks == SIDE) { /* a last one without another is met twice */
+            meet_two(rows, weights, panels > 1 ? panel : 0, c->inputs, sums);
+            panels = panels > 1 ? 2 : 1, wide = 2;
+        } else if (panels >= FOUR) {
+            meet_four(FOUR, rows[0], weights, panel, c->inputs, sums);
+            panels = wide = FOUR;
+        } else if (panels >= 2) {
+            meet_four(2, rows[0], weights, panel, c->inputs, sums);
+            panels = wide = 2;
+        } else {
+            meet_four(1, rows[0], weights, panel, c->inputs, sums);
+            wide = 1;
+        }
+        for (int64_t r = 0; r < num; r++)
+            finish(c, block * AMX_ROWS + r, p * LANES, panels * LANES, sums + r * wide * LANES);
+        p += panels;
+    }
+}
+
+/* Panels of a chunk: they stay in the cache while rows meet them, and every thread gets some. */
+static int64_t chunk_amx(const struct linear *c, int64_t blocks) {
+    const int64_t num_panels = c->outputs / LANES;
+    int64_t most = HELD / panel_bytes(BFLOAT16, c->inputs);
+    if (blocks == 1) most = FOUR;
+    const int64_t fair = (num_panels + 4 * c->num_threads - 1) / (4 * c->num_threads);
+    if (c->num_threads > 1 && fair < most) most = fair;
+    return most < FOUR ? FOUR : most / FOUR * FOUR;
+}
+
+static void multiply_amx(const struct linear *c) {
+    const int64_t blocks = (c->rows + AMX_ROWS - 1) / AMX_ROWS, num_panels = c->outputs / LANES;
+    const int64_t size = chunk_amx(c, blocks), chunks = (num_panels + size - 1) / size;
+    int64_t at_once = HELD / (AMX_ROWS * 64 * tiles_along(c->inputs)) / SIDE * SIDE;
+    if (at_once < SIDE) at_once = SIDE;
+#pragma omp parallel num_threads(c->num_threads) if (c->num_threads > 1)
+    {
+        int thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        float *made = c->room + (c->rows + thread) * room_of(c->inputs);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < c->rows; row++) lay_amx(c, row, made);
+        amx_written(c->room);
+        int64_t shape = 0;
+        for (int64_t from = 0; from < blocks; from += at_once) {
+            const int64_t end = from + at_once < blocks ? from + at_once : blocks;
+#pragma omp for schedule(dynamic) nowait
+            for (int64_t chunk = 0; chunk < chunks; chunk++) {
+                const int64_t panel = chunk * size;
+                const int64_t last = panel + size < num_panels ? panel + size : num_panels;
+                for (int64_t block = from; block < end; block += SIDE)
+                    meet_amx(c, block, end - block < SIDE ? 1 : SIDE, panel, last, &shape);
+            }
+        }
+        amx_end();
+    }
+}
+
+#endif
+
 /* Multiply.  The caller has checked all sizes and places. */
 void prefixcache_linear(const struct linear *c) {
+#ifdef PREFIXCACHE_AMX
+    if (prefixcache_amx && c->weight_type == BFLOAT16) {
+        multiply_amx(c);
+        return;
+    }
+#endif
     const int64_t tiles = tiles_of(c->rows), num_panels = c->outputs / LANES;
     const int64_t chunks = (num_panels + CHUNK - 1) / CHUNK;
     int64_t at_once = MEETING / (ROWS * 4 * room_of(c->inputs));
