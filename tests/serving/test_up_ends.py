@@ -145,6 +145,21 @@ def test_ctrl_c_ends_it_at_any_moment_of_its_start_without_a_traceback(
     assert up.alive() == []
 
 
+@pytest.mark.parametrize("time_", range(6))
+def test_ctrl_c_ends_it_without_a_traceback_when_its_imports_have_just_ended(
+    model: Path, time_: int
+) -> None:
+    """A moment in which it already counts, and nobody has begun to listen to it."""
+    with folder_of_a_socket() as folder:
+        up = Up(model, folder, *ONE)
+        until(lambda: catches(up.process.pid))
+        until(lambda: not catches(up.process.pid))
+        until(lambda: catches(up.process.pid))
+        up.process.send_signal(signal.SIGINT)
+        assert up.end_by_itself() in (0, 130, -signal.SIGINT)
+    assert "Traceback" not in "".join(up.said)
+
+
 def test_who_is_in_a_hurry_ends_it_by_a_third_ctrl_c(model: Path) -> None:
     """The second one ends it at once, but for a worker that does not listen, which has seconds."""
     with folder_of_a_socket() as folder:

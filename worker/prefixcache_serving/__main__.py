@@ -17,5 +17,7 @@ if __name__ == "__main__":
     try:
         signal.signal(signal.SIGINT, _BEFORE)
         typer.run(up)
+    except KeyboardInterrupt:  # before typer listens to it
+        sys.exit(130)
     except CacheError as error:
         sys.exit(f"prefixcache: {error}")
