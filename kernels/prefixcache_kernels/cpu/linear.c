@@ -88,7 +88,9 @@ static void read_input(const struct linear *c, int64_t row, float *to) {
     float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
     for (; i < num; i++) total += to[i] * to[i];
     const float scale = 1 / sqrtf(total / (float)num + c->eps);
-    for (i = 0; i < num; i++) to[i] = to[i] * scale * c->norm[i];
+    for (i = 0; i + WIDTH <= num; i += WIDTH)
+        store(to + i, load(to + i) * splat(scale) * load(c->norm + i));
+    for (; i < num; i++) to[i] = to[i] * scale * c->norm[i];
 }
 
 /* Bring the numbers of a group to 16 bits, in their own place, as `int32_t`; give their scale.  One
@@ -269,7 +271,8 @@ INLINE vec silu(vec x) { return x / (splat(1.0f) + power_of_two(x * splat(-1.442
 /* What becomes of a row's products with a chunk, which begin at column `at`. */
 static void finish(const struct linear *c, int64_t row, int64_t at, int64_t num, float *numbers) {
     if (c->bias)
-        for (int64_t i = 0; i < num; i++) numbers[i] += c->bias[at + i];
+        for (int64_t i = 0; i < num; i += WIDTH)
+            store(numbers + i, load(numbers + i) + load(c->bias + at + i));
     if (c->after == GATED) { /* panels by turns: gate, up */
         for (int64_t i = 0; i < num; i += 2 * LANES)
             for (int v = 0; v < LANES; v += WIDTH) {
@@ -281,11 +284,18 @@ static void finish(const struct linear *c, int64_t row, int64_t at, int64_t num,
     const int64_t left = c->columns - at;
     if (num > left) num = left; /* the last panel may be wider than what is left */
     char *to = c->out + row * c->out_stride + at * size_of(c->out_type);
-    if (c->after == ADDED) {
-        float *sums = (float *)to;
-        for (int64_t i = 0; i < num; i++) sums[i] += numbers[i];
-    } else {
+    if (c->out_type != FLOAT32) {
         write_row(to, numbers, num, c->out_type);
+        return;
+    }
+    float *out = (float *)to;
+    int64_t i = 0;
+    if (c->after == ADDED) {
+        for (; i + WIDTH <= num; i += WIDTH) store(out + i, load(out + i) + load(numbers + i));
+        for (; i < num; i++) out[i] += numbers[i];
+    } else {
+        for (; i + WIDTH <= num; i += WIDTH) store(out + i, load(numbers + i));
+        for (; i < num; i++) out[i] = numbers[i];
     }
 }
 
@@ -351,7 +361,7 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
  */
 enum { SIDE = 2 /* blocks that meet two panels */, FOUR = 4 /* panels that a block meets */ };
 
-enum { HELD = 768 << 10 /* bytes of rows, and of a chunk's panels, that stay in the cache */ };
+enum { HELD = 512 << 10 /* bytes of rows, and of a chunk's panels, that stay in the cache */ };
 
 INLINE int64_t tiles_along(int64_t inputs) { return (inputs + AMX_INPUTS - 1) / AMX_INPUTS; }
 
@@ -378,35 +388,46 @@ static void lay_amx(const struct linear *c, int64_t row, float *made) {
         _mm512_storeu_si512(to + k * block.rows * 64, amx_rounded(load(made), load(made + WIDTH)));
 }
 
-/* Where a panel's weights for 32 inputs are; the last ones may be fewer, and are copied. */
-INLINE const char *weights_at(const char *panel, int64_t k, int64_t inputs, char *copy) {
-    const int64_t left = inputs - k * AMX_INPUTS;
-    if (left >= AMX_INPUTS) return panel + k * AMX_BYTES;
+/* The last weights of a panel, if they are of fewer than 32 inputs: zeros are put behind them. */
+INLINE const char *last_weights(const char *panel, int64_t inputs, char *copy) {
+    const int64_t whole = inputs / AMX_INPUTS, left = inputs % AMX_INPUTS;
     memset(copy, 0, AMX_BYTES);
-    memcpy(copy, panel + k * AMX_BYTES, left * 2 * LANES);
+    memcpy(copy, panel + whole * AMX_BYTES, left * 2 * LANES);
     amx_written(copy);
     return copy;
 }
 
-/* Two blocks and two panels: [rows][2 * LANES] sums. */
+/* Two blocks and two panels: [rows][2 * LANES] sums.  The blocks are to stay in the first cache:
+ * weights are loaded past it, as far as the processor can. */
 static void meet_two(const struct block *rows, const char *weights, int64_t panel, int64_t inputs,
                      float *to) {
     char copy[2][AMX_BYTES] __attribute__((aligned(64)));
-    const int64_t along = tiles_along(inputs);
+    const char *first = rows[0].from, *second = rows[1].from;
+    const int64_t step = rows[1].rows * 64;
+#define ADD(WEIGHTS, OTHERS)            \
+    _tile_loadd(4, first, 64);          \
+    _tile_stream_loadd(6, WEIGHTS, 64); \
+    _tile_dpbf16ps(0, 4, 6);            \
+    _tile_loadd(5, second, 64);         \
+    _tile_dpbf16ps(2, 5, 6);            \
+    _tile_stream_loadd(7, OTHERS, 64);  \
+    _tile_dpbf16ps(1, 4, 7);            \
+    _tile_dpbf16ps(3, 5, 7);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < along; k++) {
-        _tile_loadd(4, rows[0].from + k * AMX_BYTES, 64);
-        _tile_loadd(6, weights_at(weights, k, inputs, copy[0]), 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, weights_at(weights + panel, k, inputs, copy[1]), 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, rows[1].from + k * rows[1].rows * 64, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+    const char *w = weights;
+    for (int64_t k = inputs / AMX_INPUTS; k > 0; k--) {
+        ADD(w, w + panel)
+        w += AMX_BYTES, first += AMX_BYTES, second += step;
     }
+    if (inputs % AMX_INPUTS) {
+        const char *last = last_weights(weights, inputs, copy[0]);
+        const char *other = last_weights(weights + panel, inputs, copy[1]);
+        ADD(last, other)
+    }
+#undef ADD
     _tile_stored(0, to, 2 * 64);
     _tile_stored(1, to + LANES, 2 * 64);
     _tile_stored(2, to + AMX_ROWS * 2 * LANES, 2 * 64);
@@ -416,27 +437,40 @@ static void meet_two(const struct block *rows, const char *weights, int64_t pane
 /* A block and up to four panels: [rows][panels * LANES] sums. */
 INLINE void meet_four(const int panels, struct block rows, const char *weights, int64_t panel,
                       int64_t inputs, float *to) {
-    char copy[FOUR][AMX_BYTES] __attribute__((aligned(64)));
-    const int64_t along = tiles_along(inputs), wide = panels * 64;
+    char copy[AMX_BYTES] __attribute__((aligned(64)));
+    const char *from = rows.from, *w = weights;
+    const int64_t wide = panels * 64;
 #define EACH(DO) DO(0, 5) DO(1, 6) DO(2, 7) DO(3, 5)
 #define ZERO(P, W) \
     if (P < panels) _tile_zero(P);
-#define ADD(P, W)                                                                \
-    if (P < panels) {                                                            \
-        _tile_loadd(W, weights_at(weights + P * panel, k, inputs, copy[P]), 64); \
-        _tile_dpbf16ps(P, 4, W);                                                 \
+#define ADD(P, W)                          \
+    if (P < panels) {                      \
+        _tile_loadd(W, w + P * panel, 64); \
+        _tile_dpbf16ps(P, 4, W);           \
+    }
+#define ADD_LAST(P, W)                                                       \
+    if (P < panels) {                                                        \
+        _tile_loadd(W, last_weights(weights + P * panel, inputs, copy), 64); \
+        amx_written(copy); /* not before it is read */                       \
+        _tile_dpbf16ps(P, 4, W);                                             \
     }
 #define STORE(P, W) \
     if (P < panels) _tile_stored(P, to + P * LANES, wide);
     EACH(ZERO)
-    for (int64_t k = 0; k < along; k++) {
-        _tile_loadd(4, rows.from + k * rows.rows * 64, 64);
+    for (int64_t k = inputs / AMX_INPUTS; k > 0; k--) {
+        _tile_loadd(4, from, 64);
         EACH(ADD)
+        w += AMX_BYTES, from += rows.rows * 64;
+    }
+    if (inputs % AMX_INPUTS) {
+        _tile_loadd(4, from, 64);
+        EACH(ADD_LAST)
     }
     EACH(STORE)
 #undef EACH
 #undef ZERO
 #undef ADD
+#undef ADD_LAST
 #undef STORE
 }
 
@@ -513,8 +547,10 @@ static void multiply_amx(const struct linear *c) {
             for (int64_t chunk = 0; chunk < chunks; chunk++) {
                 const int64_t panel = chunk * size;
                 const int64_t last = panel + size < num_panels ? panel + size : num_panels;
-                for (int64_t block = from; block < end; block += SIDE)
-                    meet_amx(c, block, end - block < SIDE ? 1 : SIDE, panel, last, &shape);
+                for (int64_t block = from; block < end; block += SIDE) {
+                    const int64_t num = end - block < SIDE ? 1 : SIDE;
+                    meet_amx(c, block, num, panel, last, &shape);
+                }
             }
         }
         amx_end();
