@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -95,6 +96,22 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif library() is None:
         pytest.skip(describe())
     return str(request.param)
+
+
+@pytest.fixture(params=["matrices", "vectors"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the processor's matrices (AMX), and as if there were none, not for PyTorch either."""
+    loaded = library()
+    if loaded is None:
+        pytest.skip(describe())
+    if request.param == "matrices" and not loaded.matrices:
+        pytest.skip("no AMX, or not compiled in")
+    allowed = ctypes.c_int64.in_dll(loaded.handle, "prefixcache_amx")
+    before = allowed.value
+    allowed.value = request.param == "matrices"
+    monkeypatch.setattr(attend, "multiplies_matrices", lambda: allowed.value)
+    yield request.param
+    allowed.value = before
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -66,20 +65,6 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company(dtype: torch.dtype, th
                     assert torch.equal(got, alone[first : first + num])
         finally:
             torch.set_num_threads(1)
-
-
-@pytest.fixture(params=["matrices", "vectors"])
-def units(request: pytest.FixtureRequest) -> Iterator[str]:
-    """With the processor's matrices (AMX), and as if Linux had refused them."""
-    loaded = library()
-    assert loaded is not None
-    if request.param == "matrices" and not loaded.matrices:
-        pytest.skip("no AMX, or not compiled in")
-    allowed = ctypes.c_int64.in_dll(loaded.handle, "prefixcache_amx")
-    before = allowed.value
-    allowed.value = request.param == "matrices"
-    yield request.param
-    allowed.value = before
 
 
 @pytest.mark.parametrize("sizes", [*SIZES, (33, 32), (16, 64), (96, 98), (272, 576)])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.native_cases import (
+    LSE_TOLERANCE,
     SHARED,
     TOLERANCE,
     TYPES,
@@ -21,7 +24,7 @@ from kernels.native_cases import (
 from prefixcache.errors import InvalidRequest
 from prefixcache_kernels import GroupPlan, paged_attention, shared_prefix_attention
 from prefixcache_kernels.checks import FP8
-from prefixcache_kernels.cpu import attend
+from prefixcache_kernels.cpu import attend, library
 from prefixcache_kernels.oracle import oracle_attention
 
 Make = Callable[..., Any]
@@ -41,7 +44,7 @@ def test_keys_and_values_of_any_size(
     want = oracle_attention(*b.args, **options, lse=want_lse)
     assert got.shape == (8, 4, value_dim)
     assert gap(got, want) <= TOLERANCE[dtype]
-    assert gap(lse, want_lse.double()) <= 1e-5
+    assert gap(lse, want_lse.double()) <= LSE_TOLERANCE[dtype]
 
 
 @needs_library
@@ -214,14 +217,142 @@ def test_what_the_library_does_not_take_is_answered_by_pytorch(batch: Make) -> N
 
 
 @needs_library
-@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("processor", [True, False])
+@pytest.mark.parametrize("ours", [True, False])
 def test_long_prefills_in_bfloat16_go_to_matrix_units(
-    batch: Make, monkeypatch: pytest.MonkeyPatch, *, units: bool
+    batch: Make, monkeypatch: pytest.MonkeyPatch, *, processor: bool, ours: bool
 ) -> None:
-    """Where there are any; few queries are the library's in any case."""
-    monkeypatch.setattr(attend, "multiplies_matrices", lambda: units)
+    """The library's, else PyTorch's, where there are any; few queries are the library's anyway."""
+    loaded = library.library()
+    assert loaded is not None
+    monkeypatch.setattr(attend, "multiplies_matrices", lambda: processor)
+    monkeypatch.setattr(attend, "library", lambda: replace(loaded, matrices=ours))
     many = batch([(40, 60), (1, 20)], dtype=torch.bfloat16)
     few = batch([(4, 60), (1, 20)], dtype=torch.bfloat16)
-    assert attend.takes(*many.args[:3], 2) is not units
+    assert attend.takes(*many.args[:3], 2) is (ours or not processor)
+    eight_bits = (many.query, *(c.to(FP8) for c in many.args[1:3]))
+    assert attend.takes(*eight_bits, 2) is not processor
     assert attend.takes(*few.args[:3], 2)
     assert attend.takes(many.query.float(), *(c.float() for c in many.args[1:3]), 2)
+
+
+STEPS: list[dict[str, Any]] = [
+    {"lens": [(150, 150)], "heads": 9, "kv_heads": 3},
+    {"lens": [(70, 400), (1, 90), (5, 77), (17, 17)], "heads": 9, "kv_heads": 3},
+    {"lens": [(9, 300), (33, 129)], "heads": 4, "kv_heads": 4, "size": 3},
+    {"lens": [(300, 1300)], "heads": 8, "kv_heads": 1},
+]
+
+
+@needs_library
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: str(step["lens"]))
+@pytest.mark.parametrize(
+    ("dim", "value_dim"), [(64, 64), (20, 7), (33, 16), (128, 15), (96, 160), (512, 512)]
+)
+def test_many_queries_on_bfloat16(
+    units: str, batch: Make, step: dict[str, Any], dim: int, value_dim: int
+) -> None:
+    """Rows that fill no matrix, sizes that are odd, windows that end within a span, caps, sinks."""
+    b = batch(**step, dim=dim, value_dim=value_dim, dtype=torch.bfloat16)
+    sinks = torch.linspace(-1, 2, step["heads"])
+    for options in ({}, {"window": 45}, {"softcap": 3.0, "sinks": sinks}):
+        lse, want_lse = torch.full((2, *b.query.shape[:2]), float("nan"))
+        got = paged_attention(*b.args, scale=dim**-0.5, **options, lse=lse)
+        want = oracle_attention(*b.args, scale=dim**-0.5, **options, lse=want_lse)
+        assert gap(got, want) <= TOLERANCE[torch.bfloat16]
+        assert gap(lse, want_lse.double()) <= (
+            LSE_TOLERANCE[torch.bfloat16] if units == "matrices" else 1e-5
+        )
+
+
+@needs_library
+def test_a_run_of_many_sequences_on_bfloat16(units: str, batch: Make) -> None:
+    """Rows of a group go through the units together, and what is each one's own beside them."""
+    lens = [(1, 200 + i) for i in range(23)]
+    b = batch(
+        lens,
+        heads=6,
+        kv_heads=2,
+        dim=64,
+        value_dim=64,
+        dtype=torch.bfloat16,
+        shared=tuple((s, 0, 12) for s in range(1, 23)),
+    )
+    groups = groups_of(b)
+    assert groups.num_runs >= 1
+    got = shared_prefix_attention(*b.args, groups, scale=0.125)
+    assert gap(got, oracle_attention(*b.args, scale=0.125)) <= TOLERANCE[torch.bfloat16]
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit_of_many_queries(units: str, batch: Make) -> None:
+    b = batch([(130, 300), (1, 90)], heads=6, kv_heads=2, dtype=torch.bfloat16)
+    before = torch.get_num_threads()
+    answers = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            answers.append(paged_attention(*b.args, scale=0.25))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+@needs_library
+def test_many_queries_neither_hide_nor_spread_what_is_no_number(units: str, batch: Make) -> None:
+    """Who must read a NaN shows it; who has other keys, or reads on from a page's end, does not."""
+    for which in ("key_cache", "value_cache"):
+        b = batch([(40, 200), (40, 190)], dtype=torch.bfloat16)
+        getattr(b, which)[b.block_tables[0, 0], 3] = float("nan")
+        got = paged_attention(*b.args, scale=0.25)
+        assert got[:40].isnan().any(-1).all()
+        assert not got[40:].isnan().any()
+
+
+@needs_library
+def test_many_queries_with_scores_far_apart(units: str) -> None:
+    """Scores of hundreds, rising and falling along the keys, and below what a power can be."""
+    num = 300
+    ramp = torch.linspace(-400, 400, num).bfloat16()
+    for order in (ramp, ramp.flip(0)):
+        keys = torch.zeros(num, 1, 1, 16, dtype=torch.bfloat16)
+        keys[:, 0, 0, 0] = order
+        values = torch.randn(num, 1, 1, 16).bfloat16()
+        query = torch.zeros(40, 1, 16, dtype=torch.bfloat16)
+        query[:, 0, 0] = torch.linspace(-1, 1, 40).bfloat16()
+        step = torch.arange(num, dtype=torch.int32)[None], torch.tensor([0, 40])
+        for scale in (1.0, -1.0):
+            args = (query, keys, values, *step, torch.tensor([num]))
+            got = paged_attention(*args, scale=scale)
+            assert gap(got, oracle_attention(*args, scale=scale)) <= TOLERANCE[torch.bfloat16]
+
+
+@needs_library
+def test_the_mean_of_equal_values_is_that_value(units: str, batch: Make) -> None:
+    """Weights are rounded, but divided by the sum of what they are rounded to."""
+    b = batch([(90, 200), (20, 20)], dim=64, value_dim=64, dtype=torch.bfloat16)
+    b.value_cache[:] = torch.linspace(-2, 3, 64).bfloat16()
+    got = paged_attention(*b.args, scale=0.125)
+    assert torch.equal(got, b.value_cache[0, 0, 0].expand_as(got))
+
+
+@needs_library
+def test_with_fixed_bits_all_queries_go_one_way(batch: Make) -> None:
+    """The units of matrices would have other bits; one query alone does not go through them."""
+    loaded = library.library()
+    assert loaded is not None
+    if not loaded.matrices:
+        pytest.skip("no AMX, or not compiled in")
+    allowed = ctypes.c_int64.in_dll(loaded.handle, "prefixcache_amx")
+    b = batch([(90, 200), (3, 70)], dim=64, value_dim=64, dtype=torch.bfloat16)
+    answers = {}
+    try:
+        for fixed in (True, False):
+            for value in (1, 0):
+                allowed.value = value
+                answers[fixed, value] = paged_attention(*b.args, scale=0.125, fixed=fixed)
+    finally:
+        allowed.value = 1
+    assert torch.equal(answers[True, 1], answers[True, 0])
+    assert not torch.equal(answers[False, 1], answers[False, 0])

@@ -1,4 +1,4 @@
-/* Attention over paged keys and values on a CPU, read where they lie, in float32.
+/* Attention over paged keys and values on a CPU, read where they lie, summed in float32.
  *
  * The caller cuts a batch into tasks.  A task is some packed queries and one stretch of keys that
  * they attend: a sequence's own part, or a run that a group of sequences shares.  Every task gives
@@ -16,6 +16,7 @@
  */
 #include "few.h"
 #include "many.h"
+#include "matrices.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -103,10 +104,34 @@ INLINE void clear(float *numbers, int64_t num) { memset(numbers, 0, 4 * num); }
 
 INLINE int few(const struct call *c, int64_t rows) { return rows <= FEW && !c->fixed; }
 
+#ifdef PREFIXCACHE_AMX
+static int64_t matrices_room(const struct call *c, int64_t rows) {
+    const int64_t padded = (rows + SIDE - 1) / SIDE * SIDE, width = whole(c->value_dim + 1);
+    const int64_t deep = (c->dim + DEEP - 1) / DEEP * SIDE;
+    return padded * (deep + width) + whole(padded) + SPAN * deep + SPAN / 2 * width +
+           3 * SIDE * SPAN + 8 * UNIT;
+}
+#endif
+
+/* Whether a task of `rows` rows is a product of matrices.  Not with `fixed`: a query alone would have
+ * to be one as well, to have the same bits as among others, and it fills 3 of a matrix's 16 rows, or
+ * 1, for which all keys would be laid out anew. */
+INLINE int in_matrices(const struct call *c, int64_t rows) {
+#ifdef PREFIXCACHE_AMX
+    return !few(c, rows) && !c->fixed && c->query_type == BFLOAT16 && c->cache_type == BFLOAT16 &&
+           prefixcache_amx;
+#else
+    return 0;
+#endif
+}
+
 /* Numbers that tasks of `rows` rows keep if `num_heads` are attended at once; at least. */
 static int64_t room_of(const struct call *c, int64_t rows, int64_t num_heads) {
     const int64_t sizes = whole(c->dim) + whole(c->value_dim);
     if (few(c, rows)) return whole(num_heads * rows * (sizes + 2)) + TILE * sizes + 8 * UNIT;
+#ifdef PREFIXCACHE_AMX
+    if (in_matrices(c, rows)) return matrices_room(c, rows);
+#endif
     const int64_t padded = (rows + PANEL - 1) / PANEL * PANEL;
     return whole(padded * (sizes + 4)) + TILE * sizes + whole(c->dim) + 8 * UNIT;
 }
@@ -258,6 +283,85 @@ static void attend_many(const struct call *c, const struct task *t, int64_t kv_h
     }
 }
 
+/* ---- many rows, by matrices ---- */
+
+#ifdef PREFIXCACHE_AMX
+
+static void attend_matrices(const struct call *c, const struct task *t, int64_t kv_head,
+                            float *room) {
+    const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
+    const int64_t rows = (num + SIDE - 1) / SIDE * SIDE, depth = (c->dim + DEEP - 1) / DEEP;
+    const int64_t width = whole(c->value_dim + 1), across = width / SIDE;
+    room += -((uintptr_t)room / 4) % UNIT; /* what crosses lines of the cache is read twice */
+    uint16_t *query = (uint16_t *)take(&room, rows * depth * SIDE);
+    float *answer = take(&room, rows * width), *top = take(&room, rows);
+    uint16_t *keys = (uint16_t *)take(&room, SPAN * depth * SIDE);
+    uint16_t *values = (uint16_t *)take(&room, SPAN / 2 * width);
+    float *scores = take(&room, 2 * SIDE * SPAN);
+    uint16_t *weights = (uint16_t *)take(&room, SIDE * SPAN);
+    int64_t key_places[2][TILE], value_places[2][TILE];
+    const char *k = c->keys + kv_head * c->key_strides[2];
+    const char *v = c->values + kv_head * c->value_strides[2];
+    const int64_t key_bytes = 2 * c->dim, value_bytes = 2 * c->value_dim;
+    float scale = c->scale * LOG2_E;
+    if (c->key_scale) scale *= c->key_scale[kv_head];
+    clear(answer, rows * width);
+    memset(query, 0, 2 * rows * depth * DEEP);
+    for (int64_t r = 0; r < num; r++) {
+        const char *from = c->query + c->queries[t->first + r / group] * c->query_strides[0] +
+                           (kv_head * group + r % group) * c->query_strides[1];
+        uint16_t *to = query + r / SIDE * depth * MATRIX + r % SIDE * DEEP;
+        for (int64_t d = 0; d < c->dim; d += DEEP, to += MATRIX)
+            _mm512_store_si512(to, read_deep(from, d, c->dim));
+    }
+    for (int64_t r = 0; r < rows; r++) top[r] = NOTHING;
+    amx_begin((const uint8_t[8]){SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE, SIDE});
+    locate(c, t, 0, key_places[0], value_places[0]);
+    int now = 0;
+    for (int64_t from = 0; from < t->num_keys; from += SPAN) {
+        const int64_t left = t->num_keys - from, num_keys = left < SPAN ? left : SPAN;
+        const int64_t whole_keys = (num_keys + DEEP - 1) / DEEP * DEEP;
+        for (int64_t i = 0; i < whole_keys; i += SIDE, now = !now) {
+            if (left > i + SIDE) {
+                locate(c, t, from + i + SIDE, key_places[!now], value_places[!now]);
+                fetch(k, key_places[!now], TILE, key_bytes);
+                fetch(v, value_places[!now], TILE, value_bytes);
+            }
+            const int64_t some = left - i < SIDE ? left - i : SIDE;
+            lay_keys(k, key_places[now], some, c->dim, keys + i * depth * DEEP);
+            lay_values(v, value_places[now], some, c->value_dim, width,
+                       values + i / DEEP * across * MATRIX + i % DEEP / SIDE * (MATRIX / 2));
+        }
+        for (int64_t first = 0; first < num; first += 2 * SIDE) {
+            const int64_t end = first + 2 * SIDE < num ? first + 2 * SIDE : num;
+            const int two = end - first > SIDE;
+            int64_t seen = 0; /* keys up to the last that some of these rows see */
+            for (int64_t r = first; r < end; r += group - r % group) {
+                const int64_t high = c->high[t->first + r / group] - from;
+                seen = high > seen ? high : seen;
+            }
+            if (!seen) continue;
+            seen = seen < num_keys ? (seen + DEEP - 1) / DEEP * DEEP : whole_keys;
+            matrix_scores(two, query + first * depth * DEEP, keys, depth, seen, scores);
+            for (int64_t r = first; r < end; r++) {
+                const int64_t place = t->first + r / group;
+                matrix_softmax(scores + (r - first) * SPAN, weights + (r - first) * SPAN,
+                               answer + r * width, width, top + r, seen, c->low[place] - from,
+                               c->high[place] - from, scale, c->softcap * LOG2_E);
+            }
+            matrix_values(two, weights, values, seen, width, answer + first * width);
+        }
+    }
+    amx_end();
+    for (int64_t r = 0; r < num; r++) {
+        float *to = partial(c, t->first + r / group, kv_head * group + r % group);
+        memcpy(to, answer + r * width, 4 * c->value_dim);
+        to[c->value_dim] = top[r], to[c->value_dim + 1] = answer[r * width + c->value_dim];
+    }
+}
+
+#endif
+
 /* Merge a query's partial answers, in the order of its list. */
 static void merge(const struct call *c, int64_t query) {
     const int64_t begin = c->merge_start[query], end = c->merge_start[query + 1];
@@ -329,6 +433,12 @@ int64_t prefixcache_attend(const struct call *c) {
         float *room = c->room;
 #ifdef _OPENMP
         room += omp_get_thread_num() * c->room_size;
+#endif
+#ifdef PREFIXCACHE_AMX
+        if (in_matrices(c, rows)) {
+            attend_matrices(c, t, head, room);
+            continue;
+        }
 #endif
         if (!few(c, rows))
             attend_many(c, t, head, room);

@@ -28,7 +28,7 @@ MAX_GROUP: Final = 192
 
 MANY_QUERIES: Final = 16
 """From so many queries per sequence on, PyTorch's products use a processor's matrix units, where it
-has them; the library computes in float32."""
+has them and the library does not: it is compiled without, or what is cached is no bfloat16."""
 
 _TYPES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, FP8: 3}
 """`enum type` of `vectors.h`."""
@@ -115,9 +115,13 @@ def takes(query: Tensor, key_cache: Tensor, value_cache: Tensor, num_seqs: int) 
         or not key_cache.stride(3) == value_cache.stride(3) == 1
     ):
         return False
+    loaded = library()
+    if loaded is None:
+        return False
     if query.dtype == torch.bfloat16 and query.shape[0] >= MANY_QUERIES * num_seqs:
-        return library() is not None and not multiplies_matrices()
-    return library() is not None
+        own = loaded.matrices and key_cache.dtype == value_cache.dtype == torch.bfloat16
+        return own or not multiplies_matrices()
+    return True
 
 
 def attend(
