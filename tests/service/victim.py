@@ -1,6 +1,6 @@
 """A worker in a process of its own: leases a prompt, says so, and does nothing more until it dies.
 
-Arguments: target, number of tokens, how many of them to commit.
+Arguments: target, number of tokens, how many of them to commit, and the model's name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ def say(text: str) -> None:
 
 def main() -> None:
     target, num_tokens, num_committed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    model = sys.argv[4] if len(sys.argv) > 4 else "model"
     client = prefixcache.connect(target)
-    session = client.attach("model", LAYOUT, name="victim")
+    session = client.attach(model, LAYOUT, name="victim")
     lease = session.acquire(list(range(num_tokens)))
     if num_committed:
         lease.commit(num_committed)
