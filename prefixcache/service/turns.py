@@ -11,14 +11,14 @@ longer.  Others therefore have the loop for as many rounds as fit in their time,
 seldom held up more than once: this, and not the time of the whole walk, is what others notice of
 it.  Without turns a hundred that walk at once would take a hundred slices between two of anybody
 else's.  Tenants take turns, and within one its callers: who asks for a hundred walks waits for them
-itself.
+itself.  The ops of a session's message have a first slice at once, and take turns for the others.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 from prefixcache.service.observe.latency import clock
@@ -92,6 +92,15 @@ class Turns:
                 turn = self._queue(tenant)  # before the turn goes on: then it is fair
                 self._pass_on()
                 await self._wait(turn)
+
+    async def take_one(self, work: Callable[[], None], tenant: str = "") -> None:
+        """Do what is a slice by itself, in a turn, after the loop's other work."""
+        await self._take(tenant)
+        try:
+            await give_way()
+            work()
+        finally:
+            self._pass_on()
 
     async def _take(self, tenant: str) -> None:
         """Wait for a turn.  O(1)."""

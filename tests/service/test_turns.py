@@ -561,3 +561,52 @@ def test_a_call_waits_for_one_slice_and_not_for_one_in_each_of_its_rounds(
 
     asyncio.run(both())
     assert slices == 1
+
+
+def test_of_many_sessions_with_long_messages_one_has_a_slice_at_a_time(
+    one_round: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has one slice's worth of ops has it at once; the rest take turns."""
+    num_sessions, num_slices = 20, 5
+    sliced: list[tuple[int, object]] = []
+    rounds = 0
+    original = session.SessionStream._slice
+
+    def noted(self: session.SessionStream, *arguments: Any) -> None:
+        sliced.append((rounds, self))
+        original(self, *arguments)
+
+    async def other() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def story() -> None:
+        handlers, task = whole(), asyncio.current_task()
+        streams: list[Any] = [
+            session.SessionStream(handlers, None, LOCAL) for _ in range(num_sessions)
+        ]
+        for stream in streams:
+            hello = pb.OpBatch()
+            attach = hello.ops.add(id=1).attach
+            codec.write_namespace(Namespace("m"), attach.namespace)
+            codec.write_layout(LAYOUT, attach.layout)
+            await stream.answer(hello, task)
+        monkeypatch.setattr(session.SessionStream, "_slice", noted)
+        monkeypatch.setattr(session, "clock", partial(next, clock(1_000)))
+        beside = asyncio.create_task(other())
+        long = message(num_slices * 64)
+        answers = await asyncio.gather(*(stream.answer(long, task) for stream in streams))
+        beside.cancel()
+        assert all(len(results.results) == len(long.ops) for results in answers)
+
+    asyncio.run(story())
+    first: set[object] = set()
+    of_rounds: dict[int, int] = {}
+    for number, stream in sliced:
+        if stream in first:
+            of_rounds[number] = of_rounds.get(number, 0) + 1
+        first.add(stream)
+    assert sum(of_rounds.values()) == num_sessions * (num_slices - 1)
+    assert max(of_rounds.values()) == 1

@@ -29,7 +29,6 @@ from prefixcache.service.deliveries import Outcome
 from prefixcache.service.grpc.bad_request import BadRequest
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe.latency import SUM, clock, empty_row
-from prefixcache.service.turns import give_way
 from prefixcache.service.worker import Visitor, Worker
 from prefixcache.types import Grant, Waiting
 from prefixcache.v1 import prefixcache_pb2 as pb
@@ -105,26 +104,36 @@ class SessionStream:
                 self._handlers.workers.leave(self._worker, gone=False)
 
     async def answer(self, batch: pb.OpBatch, task: asyncio.Task[None]) -> pb.OpResults:
-        """Run a batch, in slices: others are served between them.  Ops fail independently."""
-        # What settled before a slice comes before it: tables change in the order of the answers.
-        results, self._late = self._late, pb.OpResults()
+        """Run a batch, in slices: others are served between them.  Ops fail independently.
+
+        However many sessions have a long batch at once, only one of them has a slice between two of
+        anybody else's ops.
+        """
+        results = pb.OpResults()
         ops, settle = batch.ops, self._handlers.deliveries.settle
+        turns, tenant = self._handlers.turns, self._visitor.identity.tenant or ""
         tracer = self._handlers.tracer
         spent = (
             {} if tracer is None else {v: r[SUM] for v, r in self._handlers.latency.rows.items()}
         )
         self._num_ops = self._num_snapshots = 0
         pending = iter(ops)
-        while True:
+
+        def run_slice() -> None:
+            # What settled before a slice comes before it: tables change in the order of answers.
+            results.MergeFrom(self._late)
+            self._late.Clear()
             self._num_bytes = results.ByteSize()
             self._slice(pending, results, task)
             settle()
+
+        run_slice()
+        while True:
             if self._steps is not None:
                 steps, self._steps = self._steps, None
-                tenant = self._visitor.identity.tenant or ""
                 if self._again is None:
                     await self._make_room(tenant)
-                await self._handlers.turns.run(steps, tenant)
+                await turns.run(steps, tenant)
                 settle()
             if self._num_ops >= len(ops):
                 break
@@ -132,9 +141,7 @@ class SessionStream:
                 await self._write(results)
                 results = pb.OpResults()
                 self._is_taken()
-            await give_way()
-            results.MergeFrom(self._late)
-            self._late.Clear()
+            await turns.take_one(run_slice, tenant)
         if tracer is not None:
             rows = self._handlers.latency.rows
             counts = Counter([op.WhichOneof("op") for op in ops])
