@@ -145,6 +145,14 @@ def _element_type(
             f"{path} names the type {_shown(named)}; a pool holds {', '.join(DTYPE_BYTES)}: "
             "give --dtype"
         ) from None
+    quantization = outer.get("quantization_config")
+    if dtype is None and isinstance(quantization, dict):
+        for field in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            if quantization.get(field):
+                raise InvalidRequest(
+                    f"{path}: {field} is {_shown(quantization[field])}: keys and values may be of "
+                    f"another type than {name}; give --dtype"
+                )
     if dtype is None and DTYPE_BYTES[name] == 1:
         raise InvalidRequest(
             f"{path} names the type {_shown(named)}: weights of eight bits do not say that keys "
@@ -303,8 +311,10 @@ class _Config:
     def _refuse_recurrent_layers(self) -> None:
         for name in _LAYER_KINDS:
             kinds = self.fields.get(name)
-            if not kinds or not isinstance(kinds, str | list):
+            if kinds is None:
                 continue
+            if not isinstance(kinds, str if name == "hybrid_override_pattern" else list):
+                self._refuse(self.fields, name, "the kind of each layer is expected")
             odd = [str(kind) for kind in kinds if str(kind) not in _ATTENTION]
             if odd:
                 self._refuse(
@@ -313,6 +323,9 @@ class _Config:
                     f"{len(odd)} layers are {_shown(odd[0])}: they keep no keys and values of each "
                     "token, so that a prefix of theirs is not in the pool",
                 )
+            layers = self._number(_LAYERS)
+            if name == "layer_types" and layers is not None and len(kinds) < layers:
+                self._refuse(self.fields, name, f"{len(kinds)} kinds, for {layers} layers")
         for name, value in self.fields.items():
             if value and _RECURRENT.search(name) and not isinstance(value, str):
                 self._refuse(
@@ -337,6 +350,8 @@ class _Config:
             if layers is not None and isinstance(value, list):
                 if not value or any(one != value[0] for one in value):
                     self._refuse(self.fields, name, "its layers keep different shapes")
+                if len(value) not in (layers, self._number(_LAYERS)):
+                    self._refuse(self.fields, name, f"{len(value)} numbers, for {layers} layers")
                 value = value[0]
             if not isinstance(value, int) or isinstance(value, bool):
                 self._refuse(self.fields, name, "a whole number is expected")
@@ -401,7 +416,11 @@ def _text_model(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(path: Path, config: Mapping[str, Any]) -> str:
-    named = config.get("dtype") or config.get("torch_dtype") or ""
-    if not isinstance(named, str):
+    named = {one: config[one] for one in ("dtype", "torch_dtype") if config.get(one)}
+    if not all(isinstance(one, str) for one in named.values()):
         raise InvalidRequest(f"{path}: dtype is no name of a type; give --dtype")
-    return named.removeprefix("torch.")
+    types = {one.removeprefix("torch.") for one in named.values()}
+    if len(types) > 1:
+        said = " and ".join(f"{name}={_shown(value)}" for name, value in named.items())
+        raise InvalidRequest(f"{path} contradicts itself: {said}; give --dtype")
+    return next(iter(types), "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ def read(folder: Path, config: object) -> Layout:
         ({"head_dim": 256}, 8, 256),
         ({"head_dim": None}, 8, 128),
         ({"num_key_value_heads": [8] * 32}, 8, 128),
-        ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}, 8, 128),
+        (
+            {"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"] * 16},
+            8,
+            128,
+        ),
         ({"v_head_dim": 128}, 8, 128),
         (
             {
@@ -222,3 +227,27 @@ def test_weights_of_eight_bits_do_not_make_keys_and_values_so(tmp_path: Path) ->
     with pytest.raises(InvalidRequest, match=r"weights of eight bits.*give --dtype"):
         read(tmp_path, config)
     assert read_layout(tmp_path, "fp8") == Layout(32, 8, 128, "float8_e4m3fn")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_key_value_heads": [8] * 4}, "4 numbers, for 32 layers"),
+        ({"num_key_value_heads": [8] * 40}, "40 numbers, for 32 layers"),
+        ({"layer_types": ["full_attention"] * 4}, "4 kinds, for 32 layers"),
+        ({"layer_types": "full"}, "the kind of each layer is expected"),
+        ({"hybrid_override_pattern": 5}, "the kind of each layer is expected"),
+        ({"dtype": "float16"}, 'dtype="float16" and torch_dtype="bfloat16"; give --dtype'),
+        (
+            {"quantization_config": {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}},
+            "another type than bfloat16; give --dtype",
+        ),
+    ],
+)
+def test_what_contradicts_itself_is_refused(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(told)):
+        read(tmp_path, LLAMA | change)
+    if told.endswith("--dtype"):
+        assert read_layout(tmp_path, dtype="float16").dtype == "float16"
