@@ -30,6 +30,7 @@ OpenDecoder = Callable[[], "Decoder | None"]
 _LONGEST = 64 << 20
 """Bytes of a prompt: the longest that the wire carries, written as numbers, has some 45 MiB."""
 _SEPARATORS = re.compile(r"[\[\],;\s]+")
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?", re.ASCII | re.IGNORECASE)
 
 
 def read_source(source: str) -> tuple[bytes, str]:
@@ -59,15 +60,21 @@ def read_ids(text: str, source: str) -> bytes:
         return pack([int(word) for word in words])
     except ValueError:
         bad = next((word for word in words if not word.isdecimal()), max(words, key=len))
-        raise InvalidRequest(f"{bad[:40]!a} in {source} is not a token id") from None
+        raise InvalidRequest(
+            f"{bad[:40]!a} in {source} is not a token id; to take it as text, add --text"
+        ) from None
     except OverflowError:
         raise InvalidRequest(f"a token id in {source} is not a number of 32 bits") from None
 
 
 def looks_like_ids(text: str) -> bool:
-    """Whether there is nothing in it but numbers and what may stand between them."""
+    """Whether there is nothing in it but numbers, of any kind, and what may stand between them.
+
+    >>> looks_like_ids("[1, 2]"), looks_like_ids("1 -2 3.0"), looks_like_ids("1 apple")
+    (True, True, False)
+    """
     words = _SEPARATORS.sub(" ", text).split()
-    return bool(words) and all(word.isdecimal() for word in words)
+    return bool(words) and all(word.isdecimal() or _NUMBER.fullmatch(word) for word in words)
 
 
 def read_prompt(data: bytes, source: str, decoder: OpenDecoder, *, as_text: bool) -> bytes:

@@ -166,6 +166,11 @@ def _place(what: list[str], file: str | None) -> tuple[str | None, list[str]]:
             )
         return "-", []
     if len(what) == 1 and _is_there(what[0]):
+        if _are_ids(what):
+            raise InvalidRequest(
+                f"{_short(what[0])} is a token id, and there is a file of that name: write "
+                f"--file {what[0]} for the file, and pipe the token id to - for the token"
+            )
         return what[0], []
     return None, what
 

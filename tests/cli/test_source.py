@@ -112,6 +112,8 @@ def test_what_encode_prints_is_what_the_others_take(at: At, session: Session, fo
         (["-f", "/"], "", 2, "no file /"),
         (["1", "2", "-f", "x"], "", 2, "not both"),
         (["1", "two"], "", 2, "'two' in the arguments is not a token id"),
+        (["1", "2.5"], "", 2, "'2.5' in the arguments is not a token id; to take it as text"),
+        (["-"], "1.0 2.0", 2, "'1.0' in stdin is not a token id; to take it as text"),
         (["-"], "", 2, "empty"),
         (["-"], '[{"role": "user", "content": "a"},]', 2, "begins like JSON and is none"),
         (["-"], "[" * 100_000, 2, "begins like JSON and is none"),
@@ -124,6 +126,17 @@ def test_what_is_no_prompt_is_refused_in_one_line_that_says_what_to_do(
     assert (told.code, told.out) == (code, "")
     assert text in told.err
     assert told.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_token_id_that_is_a_file_s_name_is_neither_in_silence(
+    at: At, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    (tmp_path / "123").write_text("7 8 9")
+    monkeypatch.chdir(tmp_path)
+    told = at.call(verb, "123", "--model", "tiny")
+    assert (told.code, told.out) == (2, "")
+    assert "--file 123 for the file" in told.err
 
 
 def test_a_prompt_that_is_no_more_kept_whole_is_not_pinned_in_part() -> None:
