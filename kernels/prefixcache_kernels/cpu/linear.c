@@ -35,7 +35,8 @@ enum { LANES = 16, VECTORS = LANES / WIDTH /* of a panel */ };
  * many panels keep the accumulators within the registers, yet are enough to hide latency. */
 #if defined(__AVX512F__)
 enum { CHUNK = 12, ROWS = 8 };
-#define PANELS_OF(type, rows) ((int[]){12, 12, 6, 6, 4, 4, 3, 3}[(rows) - 1])
+#define PANELS_OF(type, rows) \
+    ((int[]){(type) == INT8 ? 4 : 12, 12, 6, 6, 4, 4, 3, 3}[(rows) - 1])
 #else
 enum { CHUNK = 4, ROWS = 6 };
 #define PANELS_OF(type, rows) ((int[]){4, 2, (type) == INT8 ? 1 : 2, 1, 1, 1}[(rows) - 1])
