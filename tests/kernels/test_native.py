@@ -266,6 +266,32 @@ def test_many_queries_on_bfloat16(
 
 
 @needs_library
+@pytest.mark.parametrize("heads", [(9, 3), (5, 5), (8, 1), (10, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 64), (96, 160), (64, 40), (48, 64), (512, 512)])
+def test_few_queries_on_bfloat16(
+    batch: Make, heads: tuple[int, int], sizes: tuple[int, int]
+) -> None:
+    """One row to eight; ends of sequences within a tile; sizes that are whole pairs, or not."""
+    dim, value_dim = sizes
+    lens = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 200), (1, 1500)]
+    b = batch(
+        lens,
+        heads=heads[0],
+        kv_heads=heads[1],
+        dim=dim,
+        value_dim=value_dim,
+        dtype=torch.bfloat16,
+        size=5,
+    )
+    for options in ({}, {"window": 20}, {"softcap": 3.0}):
+        lse, want_lse = torch.full((2, *b.query.shape[:2]), float("nan"))
+        got = paged_attention(*b.args, scale=dim**-0.5, **options, lse=lse)
+        want = oracle_attention(*b.args, scale=dim**-0.5, **options, lse=want_lse)
+        assert gap(got, want) <= gap(want.bfloat16(), want) + 1e-4  # nothing but the answer's own
+        assert gap(lse, want_lse.double()) <= 1e-5
+
+
+@needs_library
 def test_a_run_of_many_sequences_on_bfloat16(units: str, batch: Make) -> None:
     """Rows of a group go through the units together, and what is each one's own beside them."""
     lens = [(1, 200 + i) for i in range(23)]

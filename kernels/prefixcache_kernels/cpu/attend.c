@@ -81,14 +81,20 @@ INLINE void locate(const struct call *c, const struct task *t, int64_t from, int
     }
 }
 
-/* A query's numbers, scaled so that its products with keys are scores in powers of two. */
+INLINE const char *query_of(const struct call *c, int64_t place, int64_t head) {
+    return c->query + c->queries[place] * c->query_strides[0] + head * c->query_strides[1];
+}
+
+/* What makes products of queries with keys scores in powers of two. */
+INLINE float scale_of(const struct call *c, int64_t kv_head) {
+    const float scale = c->scale * LOG2_E;
+    return c->key_scale ? scale * c->key_scale[kv_head] : scale;
+}
+
+/* A query's numbers, scaled so. */
 INLINE void read_query(const struct call *c, int64_t place, int64_t head, float *to) {
-    int64_t kv_head = head / (c->heads / c->kv_heads);
-    const char *from =
-        c->query + c->queries[place] * c->query_strides[0] + head * c->query_strides[1];
-    float scale = c->scale * LOG2_E;
-    if (c->key_scale) scale *= c->key_scale[kv_head];
-    read_row(to, from, c->dim, c->query_type, c->eights);
+    const float scale = scale_of(c, head / (c->heads / c->kv_heads));
+    read_row(to, query_of(c, place, head), c->dim, c->query_type, c->eights);
     for (int64_t d = 0; d < c->dim; d++) to[d] *= scale;
 }
 
@@ -146,11 +152,22 @@ static int all_heads(const struct call *c, int64_t rows) {
 
 /* ---- few rows ---- */
 
+/* Whether few rows meet keys and values of bfloat16 as pairs. */
+INLINE int in_pairs(const struct call *c) {
+#ifdef PREFIXCACHE_PAIRS
+    return c->query_type == BFLOAT16 && c->cache_type == BFLOAT16 && c->dim % PAIRS == 0 &&
+           c->value_dim % PAIRS == 0;
+#else
+    return 0;
+#endif
+}
+
 /* `after`, or null: a task that is likely to be next in this thread; its first tile is fetched. */
 static void attend_few(const struct call *c, const struct task *t, const struct task *after,
                        int64_t begin, int64_t end, float *room) {
     const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
     const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim), num_heads = end - begin;
+    const int pairs = in_pairs(c);
     float scores[FEW * TILE];
     float *query = take(&room, num_heads * num * dim);
     float *answer = take(&room, num_heads * num * value_dim);
@@ -165,8 +182,11 @@ static void attend_few(const struct call *c, const struct task *t, const struct 
     clear(value_copy, TILE * value_dim);
     for (int64_t i = 0; i < num_heads * num; i++) {
         int64_t row = i % num, head = (begin + i / num) * group + row % group;
-        read_query(c, t->first + row / group, head, query + i * dim);
         top[i] = NOTHING, total[i] = 0;
+        if (pairs)
+            memcpy((uint16_t *)query + i * dim, query_of(c, t->first + row / group, head), 2 * dim);
+        else
+            read_query(c, t->first + row / group, head, query + i * dim);
     }
     const float cap = c->softcap * LOG2_E;
     const int64_t key_bytes = c->dim * size_of(c->cache_type);
@@ -189,23 +209,36 @@ static void attend_few(const struct call *c, const struct task *t, const struct 
                 fetch(k, key_places[!now], TILE, key_bytes);
                 fetch(v, value_places[!now], TILE, value_bytes);
             }
-            find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
-            find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
             float *q = query + (h - begin) * num * dim;
             float *a = answer + (h - begin) * num * value_dim;
-            few_scores(num, q, dim, &keys, num_keys, scores);
+#ifdef PREFIXCACHE_PAIRS
+            if (pairs)
+                pair_scores(num, (const uint16_t *)query + (h - begin) * num * dim, dim, k,
+                            key_places[now], scale_of(c, h), scores);
+#endif
+            if (!pairs) {
+                find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
+                find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
+                few_scores(num, q, dim, &keys, num_keys, scores);
+            }
             for (int64_t r = 0; r < num; r++) {
                 int64_t place = t->first + r / group, i = (h - begin) * num + r;
                 few_softmax(scores + r * TILE, a + r * value_dim, value_dim, top + i, total + i,
                             c->low[place] - tile, c->high[place] - tile, cap);
             }
-            few_values(num, scores, &values, num_keys, a, value_dim);
+#ifdef PREFIXCACHE_PAIRS
+            if (pairs) pair_values(num, scores, v, value_places[now], num_keys, a, value_dim);
+#endif
+            if (!pairs) few_values(num, scores, &values, num_keys, a, value_dim);
         }
     }
     for (int64_t i = 0; i < num_heads * num; i++) {
         int64_t row = i % num, head = (begin + i / num) * group + row % group;
         float *to = partial(c, t->first + row / group, head);
-        memcpy(to, answer + i * value_dim, 4 * c->value_dim);
+#ifdef PREFIXCACHE_PAIRS
+        if (pairs) in_order(to, answer + i * value_dim, value_dim);
+#endif
+        if (!pairs) memcpy(to, answer + i * value_dim, 4 * c->value_dim);
         to[c->value_dim] = top[i], to[c->value_dim + 1] = total[i];
     }
 }
@@ -303,13 +336,11 @@ static void attend_matrices(const struct call *c, const struct task *t, int64_t 
     const char *k = c->keys + kv_head * c->key_strides[2];
     const char *v = c->values + kv_head * c->value_strides[2];
     const int64_t key_bytes = 2 * c->dim, value_bytes = 2 * c->value_dim;
-    float scale = c->scale * LOG2_E;
-    if (c->key_scale) scale *= c->key_scale[kv_head];
+    const float scale = scale_of(c, kv_head);
     clear(answer, rows * width);
     memset(query, 0, 2 * rows * depth * DEEP);
     for (int64_t r = 0; r < num; r++) {
-        const char *from = c->query + c->queries[t->first + r / group] * c->query_strides[0] +
-                           (kv_head * group + r % group) * c->query_strides[1];
+        const char *from = query_of(c, t->first + r / group, kv_head * group + r % group);
         uint16_t *to = query + r / SIDE * depth * MATRIX + r % SIDE * DEEP;
         for (int64_t d = 0; d < c->dim; d += DEEP, to += MATRIX)
             _mm512_store_si512(to, read_deep(from, d, c->dim));

@@ -103,4 +103,93 @@ INLINE void few_values(int64_t num, const float *weights, const struct rows *val
         }
 }
 
+/* ---- keys and values of bfloat16, read as pairs of numbers where they lie ---- */
+
+#if defined(__AVX512BF16__)
+#define PREFIXCACHE_PAIRS
+
+enum { PAIRS = 2 * WIDTH /* numbers of a vector of pairs */ };
+
+/* The sum of each of 16 vectors. */
+INLINE vec sums(const __m512 *x) {
+    __m512 t[8], u[4], v[2];
+    for (int i = 0; i < 8; i++)
+        t[i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]) +
+               _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < 4; i++) {
+        __m512d a = (__m512d)t[2 * i], b = (__m512d)t[2 * i + 1];
+        u[i] = (__m512)_mm512_unpacklo_pd(a, b) + (__m512)_mm512_unpackhi_pd(a, b);
+    }
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88) +
+               _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd);
+    return (vec)(_mm512_shuffle_f32x4(v[0], v[1], 0x88) + _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+
+/* `few_scores` of all TILE keys, with queries as they came; then scaled. */
+INLINE void pair_scores(int64_t num, const uint16_t *query, int64_t dim, const char *cache,
+                        const int64_t *places, float scale, float *scores) {
+    for (int64_t r = 0; r < num; r++) {
+        __m512 acc[TILE];
+        for (int k = 0; k < TILE; k++) acc[k] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < dim; d += PAIRS) {
+            const __m512bh q = (__m512bh)_mm512_loadu_si512(query + r * dim + d);
+            for (int k = 0; k < TILE; k++)
+                acc[k] = _mm512_dpbf16_ps(
+                    acc[k], (__m512bh)_mm512_loadu_si512(cache + places[k] + 2 * d), q);
+        }
+        store(scores + r * TILE, sums(acc) * splat(scale));
+    }
+}
+
+INLINE void pair_values_of(const int num, const int wide, const float *weights, const char *cache,
+                           const int64_t *places, int64_t num_keys, float *answer, int64_t dim) {
+    vec acc[SOME][SOME];
+    for (int r = 0; r < num; r++)
+        for (int j = 0; j < 2 * wide; j++) acc[r][j] = load(answer + r * dim + j * WIDTH);
+    for (int64_t k = 0; k < num_keys; k++)
+        for (int j = 0; j < wide; j++) {
+            const ivec pairs = *(const ivec *)(cache + places[k] + 2 * j * PAIRS);
+            const vec even = (vec)(pairs << 16), odd = (vec)(pairs & splat_int(-65536));
+            for (int r = 0; r < num; r++) {
+                const vec weight = splat(weights[r * TILE + k]);
+                acc[r][2 * j] += weight * even;
+                acc[r][2 * j + 1] += weight * odd;
+            }
+        }
+    for (int r = 0; r < num; r++)
+        for (int j = 0; j < 2 * wide; j++) store(answer + r * dim + j * WIDTH, acc[r][j]);
+}
+
+/* `few_values`, into answers whose vectors have by turns the even and the odd of 32 numbers. */
+INLINE void pair_values(int64_t num, const float *weights, const char *cache,
+                        const int64_t *places, int64_t num_keys, float *answer, int64_t dim) {
+    for (int64_t r = 0; r < num; r += SOME)
+        for (int64_t d = 0; d < dim; d += SOME / 2 * PAIRS) {
+            const float *w = weights + r * TILE;
+            float *a = answer + r * dim + d;
+            const char *v = cache + 2 * d;
+            int64_t rows = num - r < SOME ? num - r : SOME;
+            int64_t wide = dim - d < SOME / 2 * PAIRS ? (dim - d) / PAIRS : SOME / 2;
+#define CASE(ROWS, VECTORS)                                                \
+    case ROWS * 10 + VECTORS:                                              \
+        pair_values_of(ROWS, VECTORS, w, v, places, num_keys, a, dim);     \
+        break
+#define CASES(ROWS) CASE(ROWS, 1); CASE(ROWS, 2)
+            switch (rows * 10 + wide) { CASES(1); CASES(2); CASES(3); CASES(4); }
+#undef CASES
+#undef CASE
+        }
+}
+
+/* Such an answer, in the order of its numbers. */
+INLINE void in_order(float *to, const float *answer, int64_t dim) {
+    for (int64_t d = 0; d < dim; d++) {
+        const int64_t at = d % PAIRS;
+        to[d] = answer[d - at + at % 2 * WIDTH + at / 2];
+    }
+}
+
+#endif
+
 #endif
