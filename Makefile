@@ -70,7 +70,7 @@ demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers,
 	$(BIN)/prefixcache demo $(if $(QUICK),--quick,) --report out/demo.json
 
 test: $(VENV)/.model   ## All tests.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # For `make quick`.  Left out: what takes more than a second, starts many processes or loads a model.
 EXAMPLES = tests/core tests/test_architecture.py tests/client tests/service/verbs tests/service/pool/test_model_layout.py \

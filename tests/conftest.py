@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("pure_core"):
                 item.add_marker(pure)
+
+
+def pytest_collection_finish() -> None:
+    """Have the collector never look again at what thousands of collected tests are made of."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

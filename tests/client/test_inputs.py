@@ -361,7 +361,7 @@ def test_sessions_that_broke_leave_nothing_when_the_client_attaches_again(
     with prefixcache.connect(service.target) as client:
         kept = None
         before: list[int] = []
-        for number in range(1000):
+        for number in range(300):
             if number == 10:
                 before = [descriptors(os.getpid()), descriptors(service.process.pid)]
             session = client.attach("model", LAYOUT)

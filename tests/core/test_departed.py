@@ -54,7 +54,7 @@ def no_collector() -> Iterator[list[object]]:
     """Do without the garbage collector; give what it would have had to find, once it is over."""
     found: list[object] = []
     gc.collect()
-    gc.freeze()  # so that only what is new is looked at
+    gc.freeze()  # so that only what is new is looked at, now and the next time
     gc.disable()
     try:
         yield found
@@ -64,7 +64,6 @@ def no_collector() -> Iterator[list[object]]:
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
-        gc.unfreeze()
         gc.enable()
 
 
