@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import IO, Final, NamedTuple, cast
 
 from prefixcache_bench.speed.radix_workload import DECODED_TOKENS, FRESH_TOKENS, build
-from prefixcache_bench.speed.signals import ending_in_order
 
 ROOT: Final = Path(__file__).resolve().parents[3]
 PYTHON_VARIABLE: Final = "PREFIXCACHE_SGLANG_PYTHON"
@@ -292,21 +291,8 @@ def ratios(subjects: list[Subject]) -> Iterator[str]:
             yield f"{line}  (of the minima {us.low / them.low:.2f}x)"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefixcache_bench.speed.core", description=__doc__
-    )
-    parser.add_argument("--base", type=Path, help="a checkout of another commit")
-    parser.add_argument("--sglang", help="a Python that has SGLang")
-    parser.add_argument("--pure", action="store_true", help="do not compile")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="fewer chats, five rounds")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.child:
-        serve(options.child, quick=options.quick)
-        return 0
+def measure(options: argparse.Namespace) -> int:
+    """Measure the sides in turn, and print."""
     rounds = 5 if options.quick else options.rounds
     python = options.sglang or os.environ.get(PYTHON_VARIABLE)
     with sources_alone() as (pure, compiled), contextlib.ExitStack() as stack:
@@ -340,6 +326,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.core", description=__doc__
+    )
+    parser.add_argument("--base", type=Path, help="a checkout of another commit")
+    parser.add_argument("--sglang", help="a Python that has SGLang")
+    parser.add_argument("--pure", action="store_true", help="do not compile")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="fewer chats, five rounds")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        serve(options.child, quick=options.quick)
+        return 0
+    # Not for the children: another Python has nothing of ours but this package.
+    from prefixcache_bench.speed.signals import ending_in_order
+
     with ending_in_order():
-        raise SystemExit(main())
+        return measure(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -111,19 +111,8 @@ class Side:
         self.process.wait()
 
 
-def main() -> None:
-    """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefixcache_bench.speed.gate", description=__doc__
-    )
-    parser.add_argument("--base", type=Path, default=ROOT, help="a checkout of another commit")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="short: five rounds")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        serve()
-        return
+def measure(options: argparse.Namespace) -> None:
+    """Measure both sides in turn, and print."""
     rounds = 5 if options.quick else options.rounds
     sides = {"base": Side(options.base.resolve()), "here": Side(ROOT)}
     print(f"microseconds of a call, lower quartile / median of {rounds} steps of {LAYERS} layers")
@@ -141,6 +130,22 @@ def main() -> None:
         side.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.gate", description=__doc__
+    )
+    parser.add_argument("--base", type=Path, default=ROOT, help="a checkout of another commit")
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--quick", action="store_true", help="short: five rounds")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        serve()
+        return
     with ending_in_order():
-        main()
+        measure(options)
+
+
+if __name__ == "__main__":
+    main()

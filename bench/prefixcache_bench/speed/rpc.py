@@ -480,6 +480,22 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     return rows
 
 
+def measure(options: argparse.Namespace) -> None:
+    """Measure all servers, and say what was found."""
+    if options.quick:
+        options.seconds, options.rounds = 0.3, 2
+    cases = [case for case in CASES if options.only in case.name]
+    found = asyncio.run(compare(cases, options.seconds, options.rounds))
+    rows = report(cases, found)
+    if options.json:
+        head = provenance() | {
+            "grpcio": grpc.__version__,
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+        }
+        options.json.write_text(json_text(head | {"rows": rows}, indent=2) + "\n")
+
+
 def main() -> None:
     """Run the benchmark, or one of its servers."""
     parser = argparse.ArgumentParser(
@@ -496,20 +512,9 @@ def main() -> None:
         kind, target = options.serve
         {"stub": serve_stub, "bare": serve_bare}[kind](target)
         return
-    if options.quick:
-        options.seconds, options.rounds = 0.3, 2
-    cases = [case for case in CASES if options.only in case.name]
-    found = asyncio.run(compare(cases, options.seconds, options.rounds))
-    rows = report(cases, found)
-    if options.json:
-        head = provenance() | {
-            "grpcio": grpc.__version__,
-            "seconds": options.seconds,
-            "rounds": options.rounds,
-        }
-        options.json.write_text(json_text(head | {"rows": rows}, indent=2) + "\n")
+    with ending_in_order():
+        measure(options)
 
 
 if __name__ == "__main__":
-    with ending_in_order():
-        main()
+    main()

@@ -201,21 +201,8 @@ def scraped(port: int) -> int:
     return len(text.splitlines())
 
 
-def main(argv: list[str] | None = None) -> int:
+def measure(options: argparse.Namespace) -> int:
     """Use the salts; 1 if the memory went on growing."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefixcache_bench.speed.salts", description=__doc__
-    )
-    parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=1800.0, help="stop then, however many")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.serve:
-        serve(options.serve, options.port)
-        return 0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     folder = Path(tempfile.mkdtemp(prefix="salts-", dir="/dev/shm"))
@@ -242,6 +229,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if growth < MOST_GROWTH else 1
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Use the salts; 1 if the memory went on growing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.salts", description=__doc__
+    )
+    parser.add_argument("--count", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=1800.0, help="stop then, however many")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.serve:
+        serve(options.serve, options.port)
+        return 0
     with ending_in_order():
-        raise SystemExit(main())
+        return measure(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -286,21 +286,8 @@ def table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def measure(options: argparse.Namespace) -> int:
     """Soak; 1 if anything does not hold."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefixcache_bench.speed.soak", description=__doc__
-    )
-    minutes = float(os.environ.get("SOAK_MINUTES", "30"))
-    parser.add_argument("--minutes", type=float, default=minutes)
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
-    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if options.serve:
-        folder = options.serve
-        serve(f"unix:{folder}/sock", folder / "state", folder / "pauses")
-        return 0
     folder = Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))
     try:
         with started(folder) as process:
@@ -316,6 +303,24 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(good for *_, good in verdict.rows()) else 1
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Soak; 1 if anything does not hold."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.soak", description=__doc__
+    )
+    minutes = float(os.environ.get("SOAK_MINUTES", "30"))
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--publish", action="store_true", help=f"put the table into {DOCUMENT}")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.serve:
+        folder = options.serve
+        serve(f"unix:{folder}/sock", folder / "state", folder / "pauses")
+        return 0
     with ending_in_order():
-        raise SystemExit(main())
+        return measure(options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
