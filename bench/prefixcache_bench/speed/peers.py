@@ -1,9 +1,9 @@
 """The worker beside vLLM and llama.cpp: the same prompts, the same threads, taking turns.
 
 ```
-ours        bfloat16, on a service of its own          every round, for every length and batch:
-ours, int8  likewise, with weights in eight bits       one after the other, in this order
-vLLM        bfloat16, its build for CPUs
+ours        bfloat16, on a service of its own     every round, for every length and batch:
+ours, int8  likewise, with weights in eight bits  one after the other, by turns each the first,
+vLLM        bfloat16, its build for CPUs          and none before the machine is idle
 llama.cpp   Q8_0, the wheel `xllamacpp`
 ```
 Like is compared with like: ours with vLLM, ours in eight bits with llama.cpp.
@@ -22,10 +22,12 @@ import contextlib
 import os
 import random
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import torch
 
 from prefixcache.plain_json import json_text
@@ -68,6 +70,11 @@ BESIDE: Final = {"vLLM": "ours", "llama.cpp": "ours, int8"}
 GOALS: Final = {"decode": 1.0, "cold": 1.0, "warm": 0.4}
 """Beside vLLM: tokens per second at least, times to the first token at most.  Beside llama.cpp:
 tokens per second of one answer."""
+
+
+SETTLE_S: Final = 3.0
+IDLE_PERCENT: Final = 15.0
+"""What may be busy of the machine before somebody is asked."""
 
 
 class Ours:
@@ -134,6 +141,16 @@ class TheirLlama:
 Subject = Ours | TheirVllm | TheirLlama
 
 
+def settle() -> None:
+    """Wait until the machine is idle, some seconds at most.
+
+    llama.cpp puts a prompt aside after it has answered, and who comes next would pay for that.
+    """
+    due = time.monotonic() + SETTLE_S
+    while psutil.cpu_percent(0.05) > IDLE_PERCENT and time.monotonic() < due:
+        pass
+
+
 def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
     """Measure all that are there with so many threads."""
     draw = random.Random(options.seed)
@@ -160,7 +177,8 @@ def measure(options: argparse.Namespace, threads: int) -> dict[str, Any]:
 
         def note(kind: str, size: int, take: Callable[[Subject], float]) -> None:
             series = figures.setdefault((kind, size), {one.name: Series() for one in subjects})
-            for subject in subjects:
+            for subject in (*subjects[number % len(subjects) :], *subjects)[: len(subjects)]:
+                settle()
                 series[subject.name].values.append(take(subject))
 
         for subject in subjects:
