@@ -43,6 +43,7 @@ from prefixcache_kernels import (
     shared_prefix_attention,
     store_kv,
 )
+from prefixcache_kernels.cpu.library import library
 
 ROOT = Path(__file__).resolve().parents[2]
 FP8 = torch.float8_e4m3fn
@@ -53,6 +54,9 @@ UNIT = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**
 
 EXACT = 2.0**-20
 """What a score may be off by, of the sum of its products' sizes: float32, some roundings."""
+
+ROUNDED = 2.0**-9 + 1e-5
+"""What a log-sum-exp may be off by where the processor's matrices add up weights of bfloat16."""
 
 LARGE = 2.0**128 / 2**8
 """What values times keys come to at most: a sum in float32, of weights up to 2**8."""
@@ -179,7 +183,9 @@ def define(
     floor = 2.0**-24 if arguments["query"].dtype == torch.float16 else 1e-40  # subnormal
     bound = largest * (unit + 2 * least) + floor
     bound[largest * max(1, contexts.max(initial=0)) > LARGE] = INF  # may be beyond float32
-    return out, sums, np.stack([bound, 1e-5 + 2 * least])
+    loaded = library()
+    by_matrices = loaded is not None and loaded.matrices and dtypes == {torch.bfloat16}
+    return out, sums, np.stack([bound, (ROUNDED if by_matrices else 1e-5) + 2 * least])
 
 
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────
