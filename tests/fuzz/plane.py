@@ -55,7 +55,7 @@ UNIT = {torch.float32: 2.0**-19, torch.bfloat16: 2.0**-6.5, torch.float16: 2.0**
 EXACT = 2.0**-20
 """What a score may be off by, of the sum of its products' sizes: float32, some roundings."""
 
-ROUNDED = 2.0**-9 + 1e-5
+ROUNDED = 2.0**-8 + 1e-5
 """What a log-sum-exp may be off by where the processor's matrices add up weights of bfloat16."""
 
 LARGE = 2.0**128 / 2**8
