@@ -5,7 +5,8 @@ service   ...........granted ─────────────────
 client    sent ─────────────────── ttl - margin ──────────┤ stops
 ```
 The client counts from when it *sent* the request, so its own deadline always comes first, and the
-margin leaves time for writes that the device has already begun.
+margin leaves time for writes that the device has already begun.  A sign of life that was sent later
+and answered before the grant was taken before the grant: then it counts from that one's sending.
 
 A sign of life prolongs a lease only if its answer came *before* the lease's deadline.  One that is
 answered later says that the worker lives, but not that its leases still do: a process that was
@@ -51,7 +52,7 @@ class SignsOfLife:
         self.last = max(self.last, sent_at)
 
     def deadline(self, granted_at: float, lifetime_s: float) -> float:
-        """Give until when a lease stands that was asked for at `granted_at`."""
+        """Give until when a lease stands that the service counts from `granted_at` or later."""
         own = granted_at + lifetime_s
         if self.last and (self.first <= granted_at or self.first_answered <= own):
             return max(own, self.last + lifetime_s)
@@ -96,6 +97,7 @@ class LeaseState:
     """
 
     def __init__(self, grant: Grant, session: Clocked, sent_at: float) -> None:
+        """Take a grant of which the service counts from `sent_at` or later."""
         self.id = grant.lease
         self.num_cached = grant.num_cached
         self.num_pending = grant.num_pending

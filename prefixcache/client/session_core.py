@@ -339,8 +339,16 @@ class SessionCore(ABC, Generic[L]):
             )
 
     def make_lease(self, grant: Grant, sent_at: float) -> L:
-        """Wrap a grant into this session's kind of lease, and remember that somebody has it."""
-        lease = self.lease_type(grant, self, sent_at)
+        """Wrap a grant into this session's kind of lease, and remember that somebody has it.
+
+        It counts from when it was asked for, or from the last sign of life that was answered before
+        the grant, if that was sent later.  The service answers in the order of its steps, so it
+        took that sign before it granted, and the lease's own time began after both.  Where the
+        answer is one that it gave before, the lease stood as it was given again, so it stood when
+        the sign was taken, which prolonged it.  Without this, who waited through a gap between
+        signs of life would be handed a lease that it takes for ended.
+        """
+        lease = self.lease_type(grant, self, max(sent_at, self.signs.last))
         self.leases.add(lease)
         return lease
 

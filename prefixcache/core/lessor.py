@@ -176,7 +176,7 @@ class Lessor:
         self, member: Worker, request: Request, wait_s: float, now: float
     ) -> Grant | Waiting:
         """Grant a request; or let it wait, for a prefix in flight or for room."""
-        if request.request_id and (earlier := self.earlier(member, request)) is not None:
+        if request.request_id and (earlier := self.earlier(member, request, now)) is not None:
             return earlier  # whatever has become of quotas and of the line since then
         blocks, waiting, tenant = self.blocks, self.waiting, request.namespace.tenant
         request.num_blocks = blocks.blocks_for(len(request.tokens) // TOKEN_BYTES + request.reserve)
@@ -324,9 +324,10 @@ class Lessor:
         pool.release(evicted)
         return bool(evicted)
 
-    @staticmethod
-    def earlier(member: Worker, request: Request) -> Grant | None:
+    def earlier(self, member: Worker, request: Request, now: float) -> Grant | None:
         """Give what a request with an id got that is repeated; None if it is new.  O(1).
+
+        Its lease is renewed: who asks takes it for one that was granted now.
 
         Raises:
             InvalidRequest: its id is that of a lease that was asked for with something else.
@@ -340,6 +341,7 @@ class Lessor:
                 "for with another prompt, namespace, reserve or way of reuse: give each request an "
                 "id of its own"
             )
+        self.leases.get(member.id, lease.id, now)
         return lease.grant
 
     def admit(self, need: int, account: Account, now: float) -> None:
@@ -524,7 +526,7 @@ class Lessor:
         if isinstance(request, Extension):
             return self.extend(request.lease, request.num_tokens, now)
         member = self.leases.worker(request.worker)  # it may have left the namespace meanwhile
-        if request.request_id and (earlier := self.earlier(member, request)) is not None:
+        if request.request_id and (earlier := self.earlier(member, request, now)) is not None:
             return earlier
         return self.attempt(member, request, now, wait=wait)
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import pytest
 
 from core.innards import table_of
 from prefixcache.client import codec
-from prefixcache.client.lease import LeaseState
-from prefixcache.client.ops import BatchOps
+from prefixcache.client.lease import LeaseState, lifetime_of
+from prefixcache.client.ops import BatchOps, Reply
 from prefixcache.client.progress import Told
 from prefixcache.client.session_core import SessionCore
 from prefixcache.core.cache import PrefixCache
@@ -50,10 +51,11 @@ NOW = 100.0
 class Service:
     """A cache, and the ops of one session: as `grpc/session.py` serves them, nothing else."""
 
-    def __init__(self) -> None:
-        self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=1e6)
+    def __init__(self, ttl_s: float = 1e6, clock: Callable[[], float] = lambda: NOW) -> None:
+        self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=ttl_s)
+        self.clock = clock
         for worker, first in ((WORKER, 1000), (OTHER, 2000)):
-            self.cache.attach(worker, NAMESPACE, first_lease=first, now=NOW)
+            self.cache.attach(worker, NAMESPACE, first_lease=first, now=clock())
         self.tickets: dict[int, TicketId] = {}
         self.answers: deque[pb.OpResults] = deque()
 
@@ -87,26 +89,28 @@ class Service:
                     request.tokens,
                     wait_s=request.wait_s,
                     request_id=request.request_id,
-                    now=NOW,
+                    now=self.clock(),
                 )
             case "cancel":
                 ticket = self.tickets.pop(request.op, None)
-                return None if ticket is None else cache.cancel(WORKER, ticket, now=NOW)
+                return None if ticket is None else cache.cancel(WORKER, ticket, now=self.clock())
             case "extend":
                 wait_s = request.wait_s
-                return cache.extend(WORKER, lease, request.num_tokens, wait_s=wait_s, now=NOW)
+                return cache.extend(
+                    WORKER, lease, request.num_tokens, wait_s=wait_s, now=self.clock()
+                )
             case "fork":
-                return cache.fork(WORKER, lease, request.count, now=NOW)
+                return cache.fork(WORKER, lease, request.count, now=self.clock())
             case "commit":
-                return cache.commit(WORKER, lease, request.num_tokens, b"", now=NOW)
+                return cache.commit(WORKER, lease, request.num_tokens, b"", now=self.clock())
             case "truncate":
-                return cache.truncate(WORKER, lease, request.num_tokens, now=NOW)
+                return cache.truncate(WORKER, lease, request.num_tokens, now=self.clock())
             case "release":
-                return cache.release(WORKER, lease, now=NOW)
+                return cache.release(WORKER, lease, now=self.clock())
             case "lookup":
                 return cache.lookup(NAMESPACE, request.tokens)
             case "renew":
-                cache.renew(WORKER, now=NOW)
+                cache.renew(WORKER, now=self.clock())
                 return cache.num_in_line
         raise AssertionError(verb)
 
@@ -124,17 +128,17 @@ class Service:
                     codec.WRITE["extend"](outcome, result.extend)
 
     def leases(self) -> set[LeaseId]:
-        return {i.lease for i in self.cache.snapshot(now=NOW).leases if i.worker == WORKER}
+        return {i.lease for i in self.cache.snapshot(now=self.clock()).leases if i.worker == WORKER}
 
 
 class Client(SessionCore[LeaseState]):
     """A session whose messages are in a queue."""
 
-    def __init__(self) -> None:
+    def __init__(self, ttl_s: float = 1e6) -> None:
         super().__init__(None)  # type: ignore[arg-type]  # it has no use for its connection here
         self.sent: deque[bytes] = deque()
         pool = PoolHandle("none", "", NUM_BLOCKS, BLOCK_SIZE, LAYOUT, 1, 0)
-        self.attachment = Attachment(WORKER, pool, 1e6)
+        self.attachment = Attachment(WORKER, pool, ttl_s)
         self._max_bytes, self._max_ops = 1 << 20, 1000
 
     def emit(self, message: bytes | None) -> None:
@@ -150,10 +154,12 @@ class Client(SessionCore[LeaseState]):
 class Scene:
     """One client that has a lease, and another worker that has nearly all the room."""
 
-    def __init__(self) -> None:
-        self.service, self.client = Service(), Client()
+    def __init__(self, ttl_s: float = 1e6, clock: Callable[[], float] = lambda: NOW) -> None:
+        self.service, self.client = Service(ttl_s, clock), Client(ttl_s)
         self.is_lost = False
-        self.crowd = self.service.cache.acquire(OTHER, NAMESPACE, pack(range(500, 600)), now=NOW)
+        self.crowd = self.service.cache.acquire(
+            OTHER, NAMESPACE, pack(range(500, 600)), now=clock()
+        )
         self.lease = self.asked(lambda batch: batch.acquire(range(10)))
         self.batch = BatchOps(self.client)
 
@@ -181,7 +187,7 @@ class Scene:
         elif what == "x":
             client.abandon(self.batch.step.replies)
         elif what == "g":
-            service.cache.release(OTHER, self.crowd.lease, now=NOW)
+            service.cache.release(OTHER, self.crowd.lease, now=service.clock())
             service.settle(late := pb.OpResults())
             service.answers.append(late)
         elif what == "l":
@@ -379,3 +385,95 @@ def test_a_lease_that_was_given_back_says_so() -> None:
     scene.step("x")
     with pytest.raises(LeaseExpired, match="was released"):
         lease.check()
+
+
+# ------------------------------------------------------------------------ until when it lives
+
+TTL_S = 10.0
+
+
+class Hours:
+    """A clock that goes on when a walk says so, for the client and for the service."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = NOW
+        for module in ("lease", "ops", "session_core"):
+            monkeypatch.setattr(f"prefixcache.client.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def sign(scene: Scene) -> None:
+    step, _ = scene.client.renewal()
+    scene.client.send(step)
+
+
+def test_who_waited_through_a_gap_between_signs_of_life_may_use_what_he_is_granted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hours = Hours(monkeypatch)
+    scene = Scene(TTL_S, hours.monotonic)
+    scene.ask(lambda s, b: b.acquire(range(50, 120), wait_s=99.0))
+    scene.deliver()
+    hours.now += 2 * TTL_S  # nobody on this machine had a turn
+    scene.service.cache.renew(OTHER, now=hours.now)
+    sign(scene)
+    sent_at = hours.now
+    hours.now += 1.0
+    scene.deliver()
+    scene.step("g")
+    hours.now += 1.0
+    scene.deliver()
+    lease = scene.batch.step.replies[0].result()
+    lease.check()
+    assert lease.deadline == sent_at + lifetime_of(TTL_S)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_lease_lives_longer_for_the_client_than_for_the_service(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs of life, requests that wait, repeated ones and answers in any order, with any delay."""
+    random, num_alive = Random(seed), 0
+    for _ in range(60):
+        hours = Hours(monkeypatch)
+        scene = Scene(TTL_S, hours.monotonic)
+        asked: list[Reply[Any]] = []
+        for what in random.choices("ssrrrgntteapf", k=40):
+            if what == "n":
+                sign(scene)
+            elif what == "t":
+                hours.now += random.choice((0.5, 3.0, 8.0))
+                scene.service.cache.renew(OTHER, now=hours.now)
+            elif what == "e":
+                scene.service.cache.expire(now=hours.now)
+                scene.service.settle(late := pb.OpResults())
+                scene.service.answers.append(late)
+            elif what in "apf":
+                batch = BatchOps(scene.client)
+                if what == "a":
+                    asked.append(
+                        batch.acquire(range(50, 50 + random.choice((10, 70))), wait_s=99.0)
+                    )
+                elif what == "p":
+                    asked.append(batch.acquire(range(8), request_id="r"))
+                elif scene.client.leases:
+                    parent = min(scene.client.leases, key=lambda lease: lease.id)
+                    asked.append(batch.fork(parent, 2))
+                scene.client.send(batch.step)
+            else:
+                scene.step(what)
+            given = {scene.lease.id: scene.lease}
+            for reply in asked:
+                if reply.done and reply.error is None:
+                    answer = reply.result()
+                    for lease in answer if isinstance(answer, list) else [answer]:
+                        given[lease.id] = lease
+            leases = scene.service.cache.snapshot(now=hours.now).leases
+            left_s = {info.lease: info.expires_in_s for info in leases}
+            for lease in given.values():
+                if lease.deadline >= hours.now:
+                    assert lease.deadline - hours.now < left_s[lease.id]
+                    num_alive += 1
+    assert num_alive > 300

@@ -306,7 +306,7 @@ class Rules:
             assert answer == earlier[0].grant, "a repeated acquire gave another grant"
             world.count("repeated")
             for view in earlier:
-                self.touch(view, succeeded=False)
+                self.touch(view, succeeded=True)
             return
         if isinstance(answer, InvalidRequest):
             assert world.blocks_for(len(tokens) + reserve) > world.shape.num_blocks

@@ -172,6 +172,14 @@ def test_a_repeated_request_gets_the_same_grant(cache: PrefixCache):
     assert acquire(cache, BOB, SYSTEM, request_id="r1").block_table != first.block_table
 
 
+def test_a_repeated_request_gets_a_lease_that_lives_as_long_as_a_new_one(cache: PrefixCache):
+    first = acquire(cache, ALICE, SYSTEM, request_id="r1")
+    again = cache.acquire(ALICE, CHAT, pack(SYSTEM), request_id="r1", now=9.0)
+    assert again == first
+    assert cache.expire(now=18.9).leases == ()
+    assert cache.expire(now=19.1).leases == (first.lease,)
+
+
 def test_reserve_keeps_room_for_the_answer_or_refuses_with_the_arithmetic(cache: PrefixCache):
     grant = acquire(cache, ALICE, [1] * 4, reserve=120)
     assert len(grant.block_table) == 31

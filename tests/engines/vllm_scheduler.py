@@ -198,11 +198,13 @@ class Engine:
                 self.scheduler.update_from_output(step, empty)
                 self._end_requests()
 
-    def end_step(self) -> None:
-        """Let the oldest step that is under way end."""
+    def end_step(self, *, aborted: str = "") -> None:
+        """Let the oldest step that is under way end; before its output is taken in, abort one."""
         if self.under_way:
             step = self.under_way.popleft()
             output = self.runner.execute(step, self._may_read)
+            if aborted:
+                self._abort(aborted)
             self.scheduler.update_from_output(step, output)
             self._end_requests()
 
@@ -234,7 +236,17 @@ class Engine:
         return not leases._is_over(held)
 
     def abort(self, name: str) -> None:
-        """End a request from outside."""
+        """End a request from outside.
+
+        vLLM does so when a step has ended.  The synchronous scheduler relies on that: no step is
+        under way then, so what a request held is given back at once.
+        """
+        if self.under_way and self.most_under_way == 1:
+            self.end_step(aborted=name)
+        else:
+            self._abort(name)
+
+    def _abort(self, name: str) -> None:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
         del self.requests[name], self.prompts[name]
 
