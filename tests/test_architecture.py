@@ -34,6 +34,7 @@ WORDS = (
     "prefixcache.texts",
     "prefixcache.bounded_files",
     "prefixcache.private_files",
+    "prefixcache.run_folder",
     "prefixcache.plain_json",
     "prefixcache.model_folders",
     "prefixcache.user_folders",

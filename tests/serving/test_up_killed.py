@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 from pathlib import Path
@@ -18,8 +19,17 @@ pytestmark = pytest.mark.slow
 ONE = ("--workers", "1")
 
 
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where all runs of a test keep what they write."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    return folder
+
+
 def test_killed_in_mid_stream_it_leaves_no_process_and_no_block(
-    tmp_path: Path,
+    tmp_path: Path, temporary: Path
 ) -> None:
     save(tmp_path)
     with tempfile.TemporaryDirectory(prefix="pfx") as folder:
@@ -53,8 +63,26 @@ def test_killed_in_mid_stream_it_leaves_no_process_and_no_block(
         assert first.end_by_itself() == -signal.SIGKILL
         stream.close()
         until(lambda: not first.alive())
+        assert len(list(temporary.glob("pfx-up-*"))) == 2
         third = Up(tmp_path, Path(folder), "--memory", "8MiB", *ONE)
         stream = third.stream(prompt=PROMPT)
         stream.read()
         assert stream.usage["completion_tokens"] == COUNT
         assert third.end() == 0
+        # What the killed ones had written is gone, too.
+        assert list(temporary.iterdir()) == []
+
+
+def test_a_worker_that_is_stopped_ends_with_a_front_that_is_killed(tmp_path: Path) -> None:
+    save(tmp_path)
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        up = Up(tmp_path, Path(folder), "--memory", "8MiB", *ONE)
+        pid = int(up.says(r"w1 \(pid (\d+)\) is ready")[1])
+        os.kill(pid, signal.SIGSTOP)
+        up.process.kill()
+        assert up.end_by_itself() == -signal.SIGKILL
+        try:
+            until(lambda: not up.alive())
+        finally:
+            for left in up.alive():
+                os.kill(left, signal.SIGKILL)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -22,6 +21,7 @@ from typing import Any, Final
 import prefixcache
 from prefixcache.client.address import default_target
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
+from prefixcache.run_folder import RunFolder
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.texts import check_text, many
 from prefixcache_serving.fleet import Fleet
@@ -200,7 +200,7 @@ class _Run:
         try:
             async with AsyncExitStack() as stack:
                 stack.push_async_callback(self._server.close)
-                work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pfx-up-")))
+                work = stack.enter_context(RunFolder("pfx-up-"))
                 self._tell(
                     "starting", f"starting {setup.served_name}", url=url, model=setup.served_name
                 )

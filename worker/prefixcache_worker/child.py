@@ -6,7 +6,7 @@ parent ─┬─ prefixcache serve                      stdin: nothing
         └─ prefixcache worker --name w2           stderr: a file
 ```
 A normal end, an error and Ctrl-C take the children down in order; if the parent itself is killed,
-the kernel sends them SIGTERM.
+the kernel ends them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 LINE_BYTES: Final = 1 << 24
 """Longest line that is read from a child."""
@@ -42,6 +42,9 @@ class Child:
         folder: where its standard error is kept.
         threads: that its libraries may start.
     """
+
+    orphan_signal: ClassVar[signal.Signals] = signal.SIGTERM
+    """What the kernel sends it when its parent has died."""
 
     def __init__(
         self, name: str, arguments: Sequence[str], folder: Path, *, threads: int = 1
@@ -83,7 +86,7 @@ class Child:
             with self.errors.open("wb") as errors:
                 self.process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                    *self.arguments,
+                    *(str(int(self.orphan_signal)), *self.arguments),
                     stdin=stdin,
                     stdout=stdout,
                     stderr=errors,

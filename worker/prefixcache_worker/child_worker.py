@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ class ChildWorker(Child):
         command: the command line of a worker, to which the options are added.
         threads: that it computes with.
     """
+
+    # Nobody hears it any more, the service takes its blocks back, and where it is stopped or hangs,
+    # no other signal would end it.
+    orphan_signal = signal.SIGKILL
 
     def __init__(
         self,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Final
 
 import prefixcache
 from prefixcache.errors import ServiceUnavailable
+from prefixcache.run_folder import RunFolder
 from prefixcache_worker.child import STOP_S
 from prefixcache_worker.child_service import SERVE
 
@@ -35,9 +35,9 @@ class OwnService:
     """
 
     def __init__(self, *options: str) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="pfx-llm-"))
-        self.target = f"unix:{self._folder}/s.sock"
-        errors = self._folder / "stderr"
+        self._folder = RunFolder("pfx-llm-")
+        self.target = f"unix:{self._folder.path}/s.sock"
+        errors = self._folder.path / "stderr"
         self._process = self._start(options, errors)
         deadline = time.monotonic() + _READY_S
         try:
@@ -66,7 +66,7 @@ class OwnService:
                     process = subprocess.Popen(
                         [
                             *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                            *(*SERVE, "--listen", self.target, *options),
+                            *(str(int(signal.SIGTERM)), *SERVE, "--listen", self.target, *options),
                         ],
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
@@ -100,4 +100,4 @@ class OwnService:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.close()

@@ -53,7 +53,8 @@ def tied_to_this(command: Sequence[str]) -> list[str]:
     To be started by the thread that waits for it: what it is tied to is that thread.
     """
     program = shutil.which(command[0]) or command[0]
-    return [sys.executable, "-S", str(tied.__file__), str(os.getpid()), program, *command[1:]]
+    tie = [sys.executable, "-S", str(tied.__file__), str(os.getpid()), str(int(signal.SIGTERM))]
+    return [*tie, program, *command[1:]]
 
 
 def kill_session(process: subprocess.Popen[Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
+from prefixcache.run_folder import RunFolder
 from prefixcache_vllm.demo import ladder, runner, tiny, verdict
 from prefixcache_vllm.demo.environments import why_not
 from prefixcache_vllm.demo.servers import Model
@@ -60,9 +60,9 @@ def demo(
     if missing:
         console.print(Text(missing, style="bold red"))
         raise typer.Exit(USAGE)
-    with tempfile.TemporaryDirectory(prefix="prefixcache-vllm-model-") as folder:
+    with RunFolder("prefixcache-vllm-model-") as folder:
         try:
-            setup = _setup(python, dtype, Path(folder), quick=quick)
+            setup = _setup(python, dtype, folder, quick=quick)
         except (CacheError, OSError, ValueError) as error:
             console.print(Text(f"cannot make the demo's model: {error}", style="bold red"))
             raise typer.Exit(USAGE) from None

@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from prefixcache.client import Client
 from prefixcache.config import parse_layout
 from prefixcache.errors import CacheError
 from prefixcache.pool import PoolFile
+from prefixcache.run_folder import RunFolder
 from prefixcache.types import Ledger, Snapshot
 from prefixcache_vllm.demo import ladder, outage
 from prefixcache_vllm.demo.outage import Outage
@@ -150,12 +149,12 @@ async def execute(setup: Setup, view: View) -> Outcome:
         CrashMissed: the engine could not be killed at the right moment.
         RequestFailed: an engine refused a request.
     """
-    folder = Path(tempfile.mkdtemp(prefix="prefixcache-vllm-"))
-    play = _Play(setup, view, folder)
+    folder = RunFolder("prefixcache-vllm-")
+    play = _Play(setup, view, folder.path)
     try:
         outcome = await play.execute()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.close()
         PoolFile.sweep()  # the service was killed
     outcome.left = play.left()
     return outcome

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from typing import Any, Final
 
 import prefixcache
 from prefixcache.pool import PoolFile
+from prefixcache.run_folder import RunFolder
 from prefixcache.types import Layout
 from prefixcache_worker.child import beside, stopping
 from prefixcache_worker.child_worker import WORKER, ChildWorker
@@ -71,7 +70,8 @@ async def execute(setup: Setup, view: View) -> Outcome:
         CrashMissed: the worker could not be killed at the right moment.
         RequestFailed: a worker refused a request.
     """
-    folder = Path(tempfile.mkdtemp(prefix="prefixcache-demo-"))
+    made = RunFolder("prefixcache-demo-")
+    folder = made.path
     try:
         async with _sharing(setup, view, folder) as team:
             prompt = _last_prompt(setup, team) if len(team.living) > 1 else []
@@ -79,7 +79,7 @@ async def execute(setup: Setup, view: View) -> Outcome:
             last = await _in_mid_sentence(team, prompt, expected, view) if prompt else None
             return Outcome(team.run, unshared, verdict, last)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        made.close()
         PoolFile.sweep()  # only if the service had to be killed is there anything to find
 
 
