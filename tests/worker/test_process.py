@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) ->
 class Worker:
     """A worker process."""
 
-    def __init__(self, model: Path, *options: str) -> None:
+    def __init__(
+        self, model: Path, *options: str, program: Sequence[str] = ("-m", "prefixcache_worker")
+    ) -> None:
         self.process = subprocess.Popen(
             [
-                sys.executable,
-                *("-m", "prefixcache_worker", "--model", str(model), "--dtype", "float32"),
+                *(sys.executable, *program, "--model", str(model), "--dtype", "float32"),
                 *options,
             ],
             stdin=subprocess.PIPE,
@@ -75,8 +78,8 @@ class Worker:
 def start(model_folder: Path) -> Iterator[Callable[..., Worker]]:
     workers: list[Worker] = []
 
-    def start(*options: str) -> Worker:
-        workers.append(Worker(model_folder, *options))
+    def start(*options: str, **more: Any) -> Worker:
+        workers.append(Worker(model_folder, *options, **more))
         return workers[-1]
 
     yield start
@@ -140,6 +143,34 @@ def test_a_signal_ends_it_at_once_and_its_blocks_come_back(
     assert not [e for e in events if e["event"] == "finished"]
     left = client.snapshot()
     assert (left.private, left.leases) == (0, ())
+
+
+def test_who_reads_it_hears_of_its_end_before_the_process_has_ended(
+    start: Callable[..., Worker], client: Client, service: Service, tmp_path: Path
+) -> None:
+    """What goes on elsewhere does not wait until torch is taken down, which takes long."""
+    os.mkfifo(takes_long := tmp_path / "takes-long")
+    code = (
+        "import atexit, runpy\n"
+        f"atexit.register(open, {str(takes_long)!r})\n"
+        "runpy.run_module('prefixcache_worker', run_name='__main__', alter_sys=True)"
+    )
+    worker = start("--connect", service.target, program=("-c", code))
+    worker.until("ready")
+    worker.send(id="a", tokens=PROMPT, max_new_tokens=190)
+    worker.until("token", "a")
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.stdout is not None
+    watchdog = threading.Timer(PATIENCE_S, worker.process.kill)
+    watchdog.start()
+    worker.process.stdout.read()
+    assert watchdog.is_alive()
+    watchdog.cancel()
+    assert worker.process.poll() is None
+    left = client.snapshot()
+    assert (left.private, left.leases) == (0, ())
+    takes_long.write_text("")
+    assert worker.process.wait(PATIENCE_S) == 0
 
 
 def test_an_unread_output_ends_it_quietly(start: Callable[..., Worker]) -> None:

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import IO, Any, Final
 
@@ -164,17 +165,30 @@ class WorkerProcess:
                 if engine.stalled:
                     engine.wait(_IDLE_S)
         except BrokenPipeError:
-            # Nobody reads the events any more.  Python would complain again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            pass  # nobody reads the events any more
         finally:
             engine.close()
             if self._client is not None:
                 self._client.close()
+            self._hang_up()
         if self._failure is not None and not isinstance(self._failure, BrokenPipeError):
             raise RuntimeError(
                 "the worker cannot read requests any more and ends: "
                 f"{type(self._failure).__name__}: {self._failure}"
             ) from self._failure
+
+    def _hang_up(self) -> None:
+        """Let whoever reads the events know that there will be none, before the process has ended.
+
+        Taking torch down takes a while, and an answer that is to go on elsewhere waits for this.
+        """
+        if self._out is not sys.stdout.buffer:
+            return  # whose it is closes it
+        with self._writing:
+            with suppress(BrokenPipeError):
+                self._out.flush()
+            # Python flushes standard output once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
     def _tell_step(self, *, is_told: bool) -> None:
         now, count = time.monotonic(), self.engine.num_computed - self._num_told
