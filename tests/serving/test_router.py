@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patience import PATIENCE_S
+from prefixcache_serving import router as router_module
 from prefixcache_serving.journey import BEHIND, Journey
 from prefixcache_serving.meter import Meter
 from prefixcache_serving.refusals import Refused
@@ -151,6 +153,30 @@ def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     assert int(told.value.headers["retry-after"]) >= 1
     workers["w1"].step()  # one is done: another one begins, and there is a place again
     router.admit([a_journey(9)])
+
+
+def test_when_to_come_again_is_told_by_the_time_in_which_there_was_something_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(router_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    router, workers = a_router("w1", queue=20, seats=1)
+    router.admit([a_journey(0, count=1)])
+    now[0] += 0.5
+    workers["w1"].step()
+    now[0] += 3600  # nobody comes for an hour
+    for number in range(1, 32):
+        if number > 21:
+            now[0] += 0.5
+            workers["w1"].step()
+        router.admit([a_journey(number, count=1)])
+    with pytest.raises(Refused, match="20 answers wait") as told:
+        router.admit([a_journey(99)])
+    assert told.value.headers["retry-after"] == "10"  # two a second, and 20 wait
+    now[0] += 50_000  # a long answer: it is not taken for a standstill that ends in a second
+    with pytest.raises(Refused) as told:
+        router.admit([a_journey(99)])
+    assert told.value.headers["retry-after"] == "60"
 
 
 def test_the_answers_of_one_request_are_taken_all_or_none() -> None:

@@ -24,6 +24,7 @@ from prefixcache_serving.meter import Meter
 from prefixcache_serving.pace import Pace
 from prefixcache_serving.refusals import Refused
 from prefixcache_serving.shares import Shares
+from prefixcache_serving.throughput import Throughput
 from prefixcache_worker.child import ProcessFailed
 
 SEQUENCE_COST: Final = 32
@@ -32,8 +33,6 @@ SEQUENCE_COST: Final = 32
 MOST_DEATHS: Final = 3
 """Workers that may die with a request in hand before it is given up: it may be what kills them."""
 
-_FORGET_S: Final = 30.0
-"""How soon a measured rate is forgotten."""
 _LONGEST_RETRY_S: Final = 60.0
 _PAUSE_S: Final = 0.05
 """Until an answer is tried again that its tenant's quota had no room for; twice that the next time,
@@ -139,8 +138,7 @@ class Router:
         self._paused: dict[Journey, asyncio.TimerHandle] = {}
         """Those that wait for blocks of their own tenant, in nobody's way."""
         self._turn = 0
-        self._rate = 0.0
-        self._rated_s = time.monotonic()
+        self._throughput = Throughput()
 
     # ------------------------------------------------------------------------------ from requests
 
@@ -322,7 +320,7 @@ class Router:
             case "finished":
                 journey.beams = event.get("beams") or []
                 del station.journeys[journey.name]
-                self._count_one()
+                self._throughput.count(time.monotonic())
                 journey.worker = ""
                 journey.finish(str(event["reason"]))
                 self._serve()
@@ -402,6 +400,8 @@ class Router:
             station = min(order, key=lambda one: one.load)
             if not station.journeys:
                 station.heard_s = time.monotonic()
+                if not self.num_running:
+                    self._throughput.begin(station.heard_s)
             journey.worker = station.recipient.name
             journey.workers.append(journey.worker)
             station.journeys[journey.name] = journey
@@ -426,18 +426,10 @@ class Router:
                 return journey
         return None
 
-    def _count_one(self) -> None:
-        now = time.monotonic()
-        kept = max(0.0, 1.0 - (now - self._rated_s) / _FORGET_S)
-        self._rate = self._rate * kept + 1.0 / _FORGET_S
-        self._rated_s = now
-
     def _wait_s(self) -> float:
-        """When there will be room, by the rate at which answers were finished of late."""
-        rate = self._rate * max(0.0, 1.0 - (time.monotonic() - self._rated_s) / _FORGET_S)
-        if rate <= 0:
-            return 1.0
-        return min(_LONGEST_RETRY_S, max(1.0, self.num_waiting / rate))
+        """When those that wait now will have been computed, by what was finished of late."""
+        wait_s = self._throughput.wait_s(self.num_waiting, time.monotonic())
+        return 1.0 if wait_s is None else min(_LONGEST_RETRY_S, max(1.0, wait_s))
 
 
 def _refusal(event: Mapping[str, Any]) -> Refused:
