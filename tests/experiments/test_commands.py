@@ -318,7 +318,7 @@ def test_made_up_times_are_said_and_can_be_set(tmp_path: Path) -> None:
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path.write_text("".join(json.dumps({"messages": turn * 2}) + "\n" for _ in range(3)))
     assert (
-        "6 of 6 requests have no time of their own: 1 chats begin a second"
+        "6 of 6 requests have no time of their own: 1 chat begins a second"
         in run(replay, path).stderr
     )
     slow = json.loads(run(replay, path, "--rate", 0.01, "--think", 0, "--json").stdout)

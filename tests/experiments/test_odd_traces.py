@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from experiments.test_commands import run
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import unpack
+from prefixcache_bench.commands.replay import replay
 from prefixcache_bench.experiments.readers import lines
 from prefixcache_bench.experiments.readers.load import Form, load
 
@@ -143,6 +145,75 @@ def test_a_skeleton_cannot_name_conversations_that_fill_the_memory(tmp_path: Pat
     (tmp_path / "s.requests.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
     with pytest.raises(InvalidRequest, match=r"at most 16777216 are read"):
         load(str(tmp_path))
+
+
+def test_bytes_that_are_no_text_cost_their_record_in_an_array_too(tmp_path: Path) -> None:
+    texts = ["ü" + "x" * 99, "ö" + "x" * 99, "plain"]
+    records = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    latin = put(tmp_path / "a.json", records, encoding="latin-1")
+    trace = load(latin)
+    assert [str(one) for one in trace.broken] == [
+        "record 1: it holds bytes that are not UTF-8",
+        "record 2: it holds bytes that are not UTF-8",
+    ]
+    assert len(trace) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("cut.jsonl.gz", gzip.compress(LINE * 1000)[:-20]),
+        ("garbage.jsonl.gz", gzip.compress(LINE) + b"garbage"),
+        ("cut.json", json.dumps([{"messages": CHAT}] * 9).encode()[:-20]),
+        ("two.json", (json.dumps([{"messages": CHAT}] * 9) + "\n[]").encode()),
+    ],
+)
+def test_of_a_file_that_breaks_off_nobody_knows_the_share(
+    tmp_path: Path, name: str, data: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert load(str(path)).breaks_off
+    result = run(replay, path)
+    assert result.exit_code == 1
+    assert ", and all that is behind the last of them" in result.stdout.splitlines()[0]
+    assert "the file breaks off, and how much is behind that nobody knows" in result.stderr
+    assert json.loads(run(replay, path, "--json").stdout)["breaks_off"] is True
+
+
+def test_zeros_behind_a_gzip_stream_are_none_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "tape.jsonl.gz"
+    path.write_bytes(gzip.compress(LINE) + bytes(700) + gzip.compress(LINE) + bytes(1 << 19))
+    trace = load(str(path))
+    assert (len(trace), trace.broken) == (2, [])
+
+
+def test_a_key_that_is_null_decides_no_form(tmp_path: Path) -> None:
+    for name in ("tokens", "hash_ids", "input_ids"):
+        trace = load(put(tmp_path / "t.jsonl", {name: None, "messages": CHAT[:1]}))
+        assert (len(trace), trace.broken) == (1, [])
+
+
+def test_lines_that_fit_another_unit_as_well_are_not_guessed_at(tmp_path: Path) -> None:
+    both = [moon(0, [1, 2, 3], 3 * 512), moon(1, [1, 2, 3], 3 * 16)]
+    with pytest.raises(InvalidRequest, match=r"1 of 2 lines do not fit .* assumed; 1 fit .* 16"):
+        load(put(tmp_path / "two.jsonl", *both))
+    assert len(load(put(tmp_path / "two.jsonl", *both), hash_block=512)) == 1
+    short = put(tmp_path / "short.jsonl", moon(0, [7], 300), moon(1, [7], 300))
+    assert load(short).notes == [
+        "512 tokens a hash are assumed; 1024 to 1048576 fit the lines as well: --hash-block says "
+        "which"
+    ]
+    assert load(short, hash_block=1024).notes == []
+    assert load(put(tmp_path / "whole.jsonl", moon(0, [1, 2, 3]))).notes == []
+
+
+def test_requests_without_a_time_among_others_are_told(tmp_path: Path) -> None:
+    mixed = load(put(tmp_path / "t.jsonl", {"t": 5, "tokens": [1]}, {"tokens": [2]}))
+    assert mixed.notes == [
+        "1 of 2 requests have no time: they are served at 0 s, whatever is before them in the file"
+    ]
+    assert load(put(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]})).notes == []
 
 
 # ---------------------------------------------------------------------- what is no trace

@@ -82,9 +82,10 @@ def test_a_mooncake_trace_is_seen_and_read(tmp_path: Path, ending: str) -> None:
         tmp_path / f"moon{ending}",
         {"timestamp": 1500, "input_length": 700, "output_length": 5, "hash_ids": [3, 4]},
         {"timestamp": 3000, "input_length": 512, "output_length": 5, "hash_ids": [3, 9]},
+        {"timestamp": 4500, "input_length": 900, "output_length": 5, "hash_ids": [3, 4]},
     )
     trace = load(path)
-    assert (trace.name, trace.unit, len(trace)) == ("moon", 512, 1)
+    assert (trace.name, trace.unit, len(trace)) == ("moon", 512, 2)
     assert trace.requests[0].t == 1.5
     assert unpack(trace.requests[0].tokens).tolist() == [3, 4]
     assert (trace.requests[0].prompt, trace.requests[0].length) == (2, 700)

@@ -144,7 +144,9 @@ def left_out(trace: Trace) -> str:
         return ""
     unit = trace.broken[0].unit
     every = max(trace.num_lines, len(trace.broken))
-    return f"{len(trace.broken):,} of {many(every, unit)} left out ({trace.left_out:.1%})"
+    behind = ", and all that is behind the last of them" if trace.breaks_off else ""
+    share = f"at least {trace.left_out:.1%}" if behind else f"{trace.left_out:.1%}"
+    return f"{len(trace.broken):,} of {many(every, unit)} left out ({share}){behind}"
 
 
 def summary(trace: Trace) -> str:
@@ -160,12 +162,13 @@ def account(trace: Trace) -> dict[str, Any]:
     return {
         "broken_lines": len(trace.broken),
         "left_out": round(trace.left_out, 6),
+        "breaks_off": trace.breaks_off,
         "notes": [*trace.notes, *trace.not_counted],
     }
 
 
 def finish(trace: Trace) -> None:
-    """End a command: with 1 if its figures leave most of the file out.
+    """End a command: with 1 if its figures leave most of the file out, or nobody knows how much.
 
     Raises:
         typer.Exit: they do.
@@ -174,6 +177,13 @@ def finish(trace: Trace) -> None:
         typer.echo(
             f"{trace.name}: more than {MOST_LEFT_OUT:.0%} of the file is left out; its figures "
             "say little about it",
+            err=True,
+        )
+        raise typer.Exit(1)
+    if trace.breaks_off:
+        typer.echo(
+            f"{trace.name}: the file breaks off, and how much is behind that nobody knows; the "
+            "figures are those of its beginning",
             err=True,
         )
         raise typer.Exit(1)

@@ -47,6 +47,8 @@ class BrokenLine(NamedTuple):
     """Counted from 1."""
     reason: str
     unit: str = "line"
+    is_end: bool = False
+    """Nothing behind it could be read either, and how much that is nobody knows."""
 
     def __str__(self) -> str:
         return f"{self.unit} {self.number}: {self.reason}"
@@ -82,6 +84,11 @@ class Trace:
     def left_out(self) -> float:
         """Share of the file's lines that could not be read."""
         return len(self.broken) / max(1, self.num_lines, len(self.broken))
+
+    @property
+    def breaks_off(self) -> bool:
+        """Whether there may be any number of requests behind what could be read."""
+        return any(line.is_end for line in self.broken)
 
     @cached_property
     def prompt_tokens(self) -> int:

@@ -68,7 +68,8 @@ def read_mooncake(source: Source, unit: int | None = None) -> Trace:
         unit: Tokens per hash; seen from the form if not given: 512, or 16 with `chat_id`.
 
     Raises:
-        InvalidRequest: another power of two fits more lines than this one; the message names it.
+        InvalidRequest: another power of two fits more lines than this one, or as many where not
+            all fit and none is named; the message names it.
     """
     asked = check_unit(unit)
     seen_unit = MOONCAKE_UNIT
@@ -97,7 +98,7 @@ def read_mooncake(source: Source, unit: int | None = None) -> Trace:
     unit = asked or seen_unit
     fitting = _check_fit(source, lines, unit, asked is None)
     kept = [line for line, fits in zip(lines, fitting, strict=True) if fits]
-    return _trace(source, kept, unit)
+    return _trace(source, kept, unit, _others(kept, unit) if asked is None else [])
 
 
 def _space(source: Source, fields: dict[str, Any], session: str = "") -> Namespace:
@@ -127,19 +128,14 @@ def _check_fit(source: Source, lines: list[_Line], unit: int, assumed: bool) -> 
     """Say of each line whether it fits the unit; note those that do not.
 
     Raises:
-        InvalidRequest: another unit fits more of them.
+        InvalidRequest: another unit fits more of them, or as many where this one is assumed.
     """
-    ids = np.array([line.num_ids for line in lines], np.int64)
-    lengths = np.array([line.length for line in lines], np.int64)
-
-    def fits(tokens: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        return np.asarray((-(-lengths // tokens) == ids) & (ids > 0))
-
-    found = fits(unit)
+    found = _fits(lines, unit)
     fitting = int(found.sum())
-    best = max(_UNITS, key=lambda tokens: (int(fits(tokens).sum()), tokens == unit))
-    most = int(fits(best).sum())
-    if most > fitting:
+    every = {tokens: int(_fits(lines, tokens).sum()) for tokens in _UNITS if tokens != unit}
+    best = max(every, key=lambda tokens: every[tokens])
+    most = every[best]
+    if most > fitting or (assumed and 0 < most == fitting < len(lines)):
         how = "which is assumed" if assumed else "as --hash-block says"
         raise InvalidRequest(
             f"{source.name}: {len(lines) - fitting} of {len(lines)} lines do not fit blocks of "
@@ -153,8 +149,25 @@ def _check_fit(source: Source, lines: list[_Line], unit: int, assumed: bool) -> 
     return [bool(one) for one in found]
 
 
-def _trace(source: Source, lines: list[_Line], unit: int) -> Trace:
-    notes = source.unread()
+def _fits(lines: list[_Line], tokens: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    ids = np.array([line.num_ids for line in lines], np.int64)
+    lengths = np.array([line.length for line in lines], np.int64)
+    return np.asarray((-(-lengths // tokens) == ids) & (ids > 0))
+
+
+def _others(lines: list[_Line], unit: int) -> list[str]:
+    """Say that lines do not tell what a hash stands for, if they do not."""
+    others = [tokens for tokens in _UNITS if tokens != unit and _fits(lines, tokens).all()]
+    if not others:
+        return []
+    shown = f"{others[0]}" if len(others) == 1 else f"{others[0]} to {others[-1]}"
+    return [
+        f"{unit} tokens a hash are assumed; {shown} fit the lines as well: --hash-block says which"
+    ]
+
+
+def _trace(source: Source, lines: list[_Line], unit: int, doubts: list[str]) -> Trace:
+    notes = source.unread() + doubts
     packed = _interned([line.ids for line in lines])
     before: dict[str, float] = {}
     requests, answers = [], []

@@ -36,6 +36,8 @@ MOST_TOKENS = 2**30
 """Of all requests together: 4 GiB of token ids."""
 
 _BOM = b"\xef\xbb\xbf"
+_NO_TEXT = re.compile("[\udc80-\udcff]")
+"""What `surrogateescape` makes of a byte that is no part of a character."""
 _OTHER_ENCODINGS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -148,7 +150,7 @@ class Source:
                 parts.clear()
             if size > ENDLESS:
                 reason = f"it does not end within {ENDLESS:,} bytes; the rest is not read"
-                self.note(number + 1, reason)
+                self.note(number + 1, reason, is_end=True)
                 self.num_lines += 1
                 return
             piece = self._more(number)
@@ -159,7 +161,7 @@ class Source:
             yield number + 1, line
 
     def text(self) -> str:
-        """Give everything as one text; bytes that are not UTF-8 are replaced.
+        """Give everything as one text; bytes that are not UTF-8 become halves of characters.
 
         Raises:
             InvalidRequest: it has more than `MOST_TEXT` bytes.
@@ -173,7 +175,7 @@ class Source:
                     "object a line instead"
                 )
             parts.append(more)
-        return b"".join(parts).decode("utf-8", "replace")
+        return b"".join(parts).decode("utf-8", "surrogateescape")
 
     def parse(self, make: Callable[[Any], Item], *, lists: bool = False) -> Iterator[Item]:
         """Give what `make` makes of each line's JSON object; note the lines it cannot use.
@@ -200,6 +202,8 @@ class Source:
     def parse_array(self, make: Callable[[Any], Item], *, lists: bool = False) -> Iterator[Item]:
         """Do the same with the objects of one JSON array, also of one that breaks off.
 
+        What follows the array is one broken record.
+
         Raises:
             InvalidRequest: as for `parse` and `text`.
         """
@@ -209,18 +213,25 @@ class Source:
         while True:
             while at < size and text[at] in " \n\r\t,":
                 at += 1
-            if at < size and text[at] == "]":
-                return
             number += 1
+            if at < size and text[at] == "]":
+                if text[at + 1 :].strip():
+                    self._count()
+                    reason = "the array has ended before it, and what follows is not read"
+                    self.note(number, reason, "record", is_end=True)
+                return
             self.number = number
             self._count()
+            began = at
             try:
                 record, at = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
                 reason = f"the file breaks off in it: {reason_of(error)}"
-                self.note(number, reason, "record")
+                self.note(number, reason, "record", is_end=True)
                 return
             try:
+                if _NO_TEXT.search(text, began, at):
+                    raise ValueError("it holds bytes that are not UTF-8")
                 item = make(_record(record, lists))
             except UNREADABLE as error:
                 self.note(number, reason_of(error), "record")
@@ -251,11 +262,11 @@ class Source:
         self._count()
         self.note(number, f"it has {size:,} bytes; a line has at most {LONGEST_LINE:,}")
 
-    def note(self, number: int, reason: str, unit: str = "line") -> None:
-        """Note a line that is left out."""
+    def note(self, number: int, reason: str, unit: str = "line", *, is_end: bool = False) -> None:
+        """Note a line that is left out; `is_end`: with whatever is behind it."""
         if len(reason) > _LONGEST_REASON:
             reason = reason[:_LONGEST_REASON] + " ..."
-        self.broken.append(BrokenLine(number, reason, unit))
+        self.broken.append(BrokenLine(number, reason, unit, is_end))
 
     def leave_unread(self, names: Iterable[str]) -> None:
         """Count a line that has fields of these names, which nobody reads, if there are any."""
@@ -284,7 +295,7 @@ class Source:
         try:
             return next(self._pieces, b"")
         except (EOFError, OSError, zlib.error) as error:
-            self.note(number + 1, f"the file breaks off: {error}")
+            self.note(number + 1, f"the file breaks off: {error}", is_end=True)
             self.num_lines += 1
             self._pieces = iter(())
             return b""
@@ -439,6 +450,8 @@ def _refuse_other_packing(path: str, head: bytes) -> None:
 def _unzipped(raw: io.BufferedReader) -> Iterator[bytes]:
     """Give a gzip stream's pieces, each bounded; of one that breaks off, all that can be read.
 
+    Zeros behind it, with which tapes and archives fill up, are none of it.
+
     Raises:
         EOFError: it breaks off, or unpacks to more than `MOST_UNZIPPED`.
         zlib.error: it is damaged.
@@ -448,6 +461,9 @@ def _unzipped(raw: io.BufferedReader) -> Iterator[bytes]:
     while packed := raw.read(_PIECE):
         while packed:
             if member.eof:
+                packed = packed.lstrip(b"\0")
+                if not packed:
+                    break
                 member = zlib.decompressobj(_GZIP)
             if piece := member.decompress(packed, _PIECE):
                 size += len(piece)

@@ -213,6 +213,7 @@ def _see_line(line: bytes) -> Form | None:
         return Form.JSONL if flat and not isinstance(flat[0], str | dict) else Form.CHAT
     if not isinstance(fields, dict):
         return None
+    fields = {name: value for name, value in fields.items() if value is not None}
     named = str(fields.get("format"))  # as other forms call theirs of an answer
     if named.startswith("kvtrace"):
         return Form.KVTRACE

@@ -29,8 +29,10 @@ _READ = {"namespace", "prompt", *IDS, *DECIDES, *IDLE}
 def read(source: Source) -> Trace:
     """Read a trace of our own form.  Requests are served in the order of `t`."""
     spaces: dict[Namespace, Namespace] = {}
+    timeless = 0
 
     def make(line: dict[str, Any] | list[Any]) -> list[Request]:
+        nonlocal timeless
         fields = {"tokens": line} if isinstance(line, list) else line
         ids = given(fields, *IDS)
         if ids is None:
@@ -44,27 +46,35 @@ def read(source: Source) -> Trace:
             raise ValueError(str(error)) from None
         prompts = [one.tokens or b"" for one in logged]
         if isinstance(ids, str):
-            prompts = [base64.b64decode(ids, validate=True)]
+            prompts = [_unpacked(ids)]
         named = given(fields, "namespace")
         space = _namespace(named) if named is not None else _space(logged[0])
         space = spaces.setdefault(space, space)
-        t = seconds(fields, "t", "timestamp", "created") or 0.0
+        t = seconds(fields, "t", "timestamp", "created")
         sent = given(fields, "prompt")
         whole = len(prompts) > 1 or sent is None or isinstance(sent, str)
         source.leave_unread(fields.keys() - _READ)
-        return [
-            _request(t, space, tokens, None if whole else count(fields, "prompt"))
+        found = [
+            _request(t or 0.0, space, tokens, None if whole else count(fields, "prompt"))
             for tokens in prompts
         ]
+        timeless += len(found) if t is None else 0
+        return found
 
     parts = list(source.parse(make, lists=True))
     found = sorted((one for part in parts for one in part), key=lambda request: request.t)
+    notes = source.unread()
+    if 0 < timeless < len(found):
+        notes.append(
+            f"{timeless:,} of {len(found):,} requests have no time: they are served at 0 s, "
+            "whatever is before them in the file"
+        )
     return Trace(
         source.name,
         found,
         broken=source.broken,
         num_lines=source.num_lines,
-        notes=source.unread(),
+        notes=notes,
     )
 
 
@@ -100,6 +110,13 @@ def _request(t: float, space: Namespace, tokens: bytes, prompt: int | None) -> R
     if rest or not 0 < prompt <= total:
         raise ValueError(f"a prompt of {prompt} of {total} tokens")
     return Request(t, space, tokens, prompt, prompt)
+
+
+def _unpacked(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise ValueError(f"tokens is a text, and no base64 of packed ids: {error}") from None
 
 
 def _space(logged: LoggedRequest) -> Namespace:

@@ -110,8 +110,9 @@ def read(
     notes = []
     if made_up:
         notes.append(
-            f"{made_up} of {len(found)} requests have no time of their own: {rate:g} chats begin a "
-            f"second, and a turn follows after {think_s:g} s on average (--rate, --think)"
+            f"{made_up} of {len(found)} requests have no time of their own: {rate:g} "
+            f"{'chat begins' if rate == 1 else 'chats begin'} a second, and a turn follows after "
+            f"{think_s:g} s on average (--rate, --think)"
         )
     notes += source.unread()
     return Trace(
