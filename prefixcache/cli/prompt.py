@@ -131,8 +131,9 @@ def _from_json(value: Any, source: str, decoder: OpenDecoder) -> bytes:
     if request.tokens is not None:
         return request.tokens
     kind = "text" if request.text is not None else "a chat"
+    model = _opened(decoder, f"{source} is {kind}")
     try:
-        made = _opened(decoder, f"{source} is {kind}").prompt(request)
+        made = model.prompt(request)
     except InvalidRequest as error:
         raise InvalidRequest(f"{source}: {error}") from None
     left_out = dict(made.left_out)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 STALLED_AFTER_S = 30.0
 """A worker that makes no step, or takes nothing, for so long is stuck."""
+_MOST_NAMES = 20
+_LONGEST_NAME = 80
+"""Of the namespaces in a message: a service may know thousands, each of a kilobyte."""
 LONGEST_INTERVAL_S = 86_400.0
 """Between two looks; the clock takes no endless pause."""
 
@@ -79,9 +82,15 @@ class Chosen:
     salt: str
 
     def named(self) -> Namespace | None:
-        """Give the namespace if it is named in full; None if it is left to the service."""
+        """Give the namespace if it is named in full; None if it is left to the service.
+
+        Raises:
+            InvalidRequest: the model is an empty text, which is no name.
+        """
         if self.model is None:
             return None
+        if not self.model:
+            raise InvalidRequest("--model is empty; give a name, or leave the option out")
         return Namespace(self.model, self.adapter, self.tenant, self.salt)
 
     def named_or_all(self, option: str = "--model") -> Namespace | None:
@@ -118,8 +127,17 @@ class Chosen:
             return fits[0]
         if len(known) == 1 and not (self.adapter or self.tenant or self.salt):
             return known[0]
-        names = ", ".join(sorted(show_namespace(one) for one in known)) or "none yet"
-        raise InvalidRequest(f"name a namespace with --model; the service knows: {names}")
+        names = sorted(show_namespace(one) for one in known)
+        shown = [
+            name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+            for name in names[:_MOST_NAMES]
+        ]
+        num_more = snapshot.num_namespaces - len(shown)
+        more = f" and {num_more:,} more" if num_more > 0 else ""
+        raise InvalidRequest(
+            "name a namespace with --model; the service knows: "
+            f"{', '.join(shown) or 'none yet'}{more}"
+        )
 
     def of_folder(self, folder: Path, snapshot: Snapshot) -> Chosen:
         """Give what is meant if the model is named by its folder: that which is attached as it."""

@@ -33,6 +33,13 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         PoolExhausted: the machine has not so much memory.
     """
     policy_named(settings.policy)
+    if settings.layout is not None and settings.model is not None:
+        raise InvalidRequest("--model and --layout both say what the layout is: give one of them")
+    if settings.dtype is not None and settings.model is None:
+        raise InvalidRequest(
+            "--dtype is the type of the keys and values of --model, which is not given; a --layout "
+            "names its own"
+        )
     is_open = settings.layout is None and settings.model is None and settings.state is None
     for name, num_bytes in {"": settings.memory, **domains}.items():
         if is_open and num_bytes < _LEAST and settings.pool != "none":

@@ -9,10 +9,18 @@ import pytest
 
 from cli.conftest import SYSTEM
 from cli.running import At, Told, call
-from prefixcache.cli import source
+from prefixcache.cli import source, view
 from prefixcache.client import Session
-from prefixcache.errors import NotFound
-from prefixcache.types import Explanation, LeaseId, Ledger, Namespace, PastRequest, pack
+from prefixcache.errors import InvalidRequest, NotFound
+from prefixcache.types import (
+    Explanation,
+    LeaseId,
+    Ledger,
+    Namespace,
+    PastRequest,
+    Snapshot,
+    pack,
+)
 
 CHAT = [{"role": "user", "content": "hello old user"}]
 VERBS = ("lookup", "explain", "pin", "unpin")
@@ -144,6 +152,32 @@ def test_a_prompt_that_is_no_more_kept_whole_is_not_pinned_in_part() -> None:
     told = Explanation((), Ledger(), None, b"", 0, past=past)
     with pytest.raises(NotFound, match="of the 9 tokens"):
         source.whole(source.Found(pack([1, 2]), Namespace("tiny"), told))
+
+
+def test_an_empty_model_names_no_namespace(at: At, session: Session) -> None:
+    for verb in VERBS:
+        told = at.call(verb, "--model", "", "1", "2")
+        assert (told.code, told.err) == (
+            2, "prefixcache: --model is empty; give a name, or leave the option out\n"
+        )  # fmt: skip
+
+
+def test_who_names_no_namespace_is_told_of_a_few_of_many() -> None:
+    known = {Namespace(f"{n:03}{'x' * 1000}"): Ledger() for n in range(200)}
+    nobody = view.Chosen(None, "", "", "")
+    with pytest.raises(InvalidRequest, match=r"000x+…, .* and 15,980 more$") as refused:
+        nobody.choose(Snapshot(namespaces=known, num_namespaces=16_000))
+    assert len(str(refused.value)) < 2000
+
+
+def test_a_file_without_its_tokenizer_is_named_once(
+    at: At, session: Session, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps({"messages": CHAT}))
+    told = at.call("lookup", str(path), "--model", "of which there is no tokenizer")
+    assert told.code == 2
+    assert told.err.count("chat.json") == 1, told
 
 
 def test_quotas_take_sizes_and_say_when_nobody_has_that_name(at: At, session: Session) -> None:

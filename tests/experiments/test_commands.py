@@ -207,6 +207,9 @@ def test_a_generated_trace_can_be_replayed(tmp_path: Path) -> None:
         (replay, [SMALL, "--capacity", "2GiB"], "2GiB is in bytes; say with --layout"),
         (replay, [SMALL, "--hash-block", "64"], "--hash-block is for traces of block hashes"),
         (replay, [SMALL, "--rate", "2"], "--rate and --think are for chats"),
+        (replay, [SMALL, "--tokenizer", "nosuch"], "--tokenizer is for chats; .* form jsonl"),
+        (replay, [SMALL, "--name", "x"], "--name and --system are for kvtrace files; .* jsonl"),
+        (replay, [SMALL, "--system", "one"], "--name and --system are for kvtrace files"),
         (memory, [SMALL, "--slots", "1048576"], "never fill 1,048,576 slots .*; use --slots "),
     ],
 )

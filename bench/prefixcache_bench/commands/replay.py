@@ -58,7 +58,7 @@ def replay(
     windows: Annotated[
         int,
         typer.Option(
-            metavar="N", max=10_000, help="Parts of the trace's time to show the ledger for."
+            metavar="N", min=0, max=10_000, help="Parts of the trace's time to show the ledger for."
         ),
     ] = 12,
     picture: Annotated[

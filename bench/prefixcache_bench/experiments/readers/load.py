@@ -63,6 +63,10 @@ def load(
     if path != "-" and (Path(path).is_dir() or form is Form.KVTRACE):
         if form not in {None, Form.KVTRACE}:
             raise InvalidRequest(f"{path} is a folder; only kvtrace files are read by the folder")
+        if tokenizer is not None or hash_block is not None or (rate, think_s) != (None, None):
+            raise InvalidRequest(
+                "--tokenizer, --hash-block, --rate and --think are not for kvtrace files"
+            )
         trace = kvtrace.read(Path(path), name, system.value)
     else:
         trace = _from_source(path, form, name, system, tokenizer, hash_block, rate, think_s)
@@ -100,6 +104,12 @@ def _from_source(
             )
         if (rate, think_s) != (None, None) and form is not Form.CHAT:
             raise InvalidRequest(f"--rate and --think are for chats; {path} is no file of chats")
+        if tokenizer is not None and form not in {Form.CHAT, None}:
+            raise InvalidRequest(f"--tokenizer is for chats; {path} is of the form {form}")
+        if (name is not None or system is not System.NONE) and form not in {Form.KVTRACE, None}:
+            raise InvalidRequest(
+                f"--name and --system are for kvtrace files; {path} is of the form {form}"
+            )
         match form:
             case Form.MOONCAKE:
                 return hashed.read_mooncake(source, hash_block)
