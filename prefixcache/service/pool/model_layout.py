@@ -73,7 +73,14 @@ _RECURRENT = re.compile(
     r"|^hybrid_(layer|attention)|^(use_)?(recurrent|retention)|^shortconv|^mb_per_layer$"
 )
 """Fields that only models with recurrent, convolutional or linear-attention layers have."""
-_RECURRENT_MODELS = re.compile(r"mamba|rwkv|xlstm|retnet|recurrent_gemma|griffin|jamba|zamba|lfm2")
+_RECURRENT_MODELS = re.compile(
+    r"mamba|rwkv|xlstm|retnet|recurrent_gemma|griffin|jamba|zamba|lfm2|transfo-xl"
+)
+_HYBRID_MODELS = re.compile(
+    r"bamba|falcon_h1|granitemoehybrid|hymba|kimi_linear|minimax(_text_01|_m1)?$|nemotron_h|"
+    r"olmo_hybrid|phi4flash|plamo2|qwen3_next|qwen3_5"
+)
+"""Models whose other layers are recurrent unless a field says what each layer is."""
 
 _LATENT = ("kv_lora_rank", "use_mla", "kv_lora_dim")
 _DIFFERING = (
@@ -92,7 +99,7 @@ _OF_SOME_LAYERS = re.compile(r"att(entio)?n|layer")
 """Fields that hold settings of their own for some of the layers."""
 _ABOUT_HEADS = re.compile(r"head_(dim|size)$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$")
 
-_ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers")
+_ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers", "add_cross_attention")
 """Fields of models of which a part reads both ways."""
 _ENCODER_MODELS = re.compile(
     r"^(albert|bart|bert|big_bird|bigbird_pegasus|blenderbot.*|camembert|canine|clip.*|convbert|"
@@ -100,7 +107,7 @@ _ENCODER_MODELS = re.compile(
     r"longformer|longt5|luke|m2m_100|marian|mbart|megatron-bert|mobilebert|modernbert|mpnet|mt5|"
     r"mvp|nezha|nllb.*|nystromformer|pegasus.*|prophetnet|reformer|rembert|roberta.*|roformer|"
     r"siglip.*|splinter|squeezebert|switch_transformers|t5.*|udop|umt5|vit.*|wav2vec2.*|whisper|"
-    r"xlm|xlm-roberta.*|xmod|yoso)$"
+    r"xlm|xlm-roberta.*|xlnet|xmod|yoso)$"
 )
 
 _MOST_BYTES = 16 * 2**20
@@ -194,17 +201,24 @@ class _Config:
             kind = fields.get("model_type")
             if isinstance(kind, str) and _RECURRENT_MODELS.search(kind):
                 self._refuse(fields, "model_type", "its layers keep a state, not tokens")
-        kind = self.fields.get("model_type")
+        named = self.fields if self.fields.get("model_type") else outer
+        kind = named.get("model_type")
         if isinstance(kind, str) and _ENCODER_MODELS.match(kind) and not self._is_decoder(outer):
-            self._refuse(
-                self.fields, "model_type", "an encoder reads both ways: no prefix is final"
-            )
+            self._refuse(named, "model_type", "an encoder reads both ways: no prefix is final")
         if isinstance(kind, str) and _LOOK_AHEAD_MODELS.search(kind):
-            self._refuse(self.fields, "model_type", "tokens look ahead: no prefix is final")
+            self._refuse(named, "model_type", "tokens look ahead: no prefix is final")
+        if (
+            isinstance(kind, str)
+            and _HYBRID_MODELS.search(kind)
+            and not any(self.fields.get(name) for name in _LAYER_KINDS)
+        ):
+            self._refuse(
+                named, "model_type", "some of its layers keep a state, and which is not said"
+            )
         for name in ("use_bidirectional_attention", "prefix_lm"):
-            if self.fields.get(name) is True:
+            if self.fields.get(name):  # also "all": of which tokens
                 self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
-        if self.fields.get("is_causal") is False:
+        if self.fields.get("is_causal") not in (None, True):
             self._refuse(self.fields, "is_causal", "tokens look ahead: no prefix is final")
         for name in _DIFFERING:
             if self.fields.get(name):
@@ -224,13 +238,14 @@ class _Config:
     def latent(self, block_size: int | None) -> tuple[int, int] | None:
         """Give the width of the latent and of the key that is turned, in latent attention."""
         name = next((name for name in _LATENT if self.fields.get(name)), None)
-        if name is None:
-            return None
-        if block_size is None or name != "kv_lora_rank":
+        if name is not None and (block_size is None or name != "kv_lora_rank"):
             self._refuse(self.fields, name, "latent attention keeps one plane, not keys and values")
         for other in self.fields:
             if other.startswith("index_") and self.fields[other]:
-                self._refuse(self.fields, other, "its layers keep an index beside the latents")
+                kept = "keys and values" if name is None else "the latents"
+                self._refuse(self.fields, other, f"its layers keep an index beside {kept}")
+        if name is None:
+            return None
         rank, rope = self._number(("kv_lora_rank",)), self._number(("qk_rope_head_dim",))
         if rank is None or rope is None:
             self._missing(("qk_rope_head_dim",))
@@ -292,7 +307,10 @@ class _Config:
     def _is_decoder(self, outer: Mapping[str, Any]) -> bool:
         classes = outer.get("architectures") or self.fields.get("architectures")
         classes = classes if isinstance(classes, list) else [classes]
-        return bool(self.fields.get("is_decoder")) or any(
+        flag = self.fields.get("is_decoder", False)
+        if not isinstance(flag, bool | None):
+            self._refuse(self.fields, "is_decoder", "true or false is expected")
+        return bool(flag) or any(
             isinstance(name, str) and name.endswith("ForCausalLM") for name in classes
         )
 

@@ -117,6 +117,14 @@ def test_a_byte_order_mark_is_no_part_of_it(tmp_path: Path) -> None:
         ("attention_other_setting", {"num_attention_groups": 4}),
         ("attn_settings_of_some", {"head_dim": 64}),
         ("model_type", "llada"),
+        ("model_type", "xlnet"),
+        ("model_type", "qwen3_next"),
+        ("model_type", "nemotron_h"),
+        ("model_type", "granitemoehybrid"),
+        ("add_cross_attention", True),
+        ("use_bidirectional_attention", "all"),
+        ("is_causal", "false"),
+        ("index_topk", 2048),
         ("model_type", "Dream"),
         ("llm_config", {"num_hidden_layers": 8}),
         ("mamba_d_state", 16),
@@ -167,6 +175,26 @@ def test_what_is_no_uniform_layout_is_refused_by_the_field_that_says_so(
     with pytest.raises(InvalidRequest, match=f"config.json.*{what.get(field, field)}") as refused:
         read(tmp_path, config)
     assert "give --" in str(refused.value)
+
+
+def test_a_model_of_mixed_layers_is_read_only_if_it_says_that_all_are_attention(
+    tmp_path: Path,
+) -> None:
+    every = {**LLAMA, "model_type": "qwen3_next", "layer_types": ["full_attention"] * 32}
+    assert read(tmp_path, every).num_layers == 32
+
+
+def test_what_kind_of_model_it_is_may_be_said_outside_the_text_model(tmp_path: Path) -> None:
+    inner = {name: value for name, value in LLAMA.items() if name != "model_type"}
+    with pytest.raises(InvalidRequest, match='model_type is "clip": an encoder'):
+        read(tmp_path, {"model_type": "clip", "text_config": inner})
+    assert read(tmp_path, {"model_type": "clip", "text_config": LLAMA}).num_layers == 32
+
+
+def test_a_flag_that_is_a_text_makes_no_decoder_of_an_encoder(tmp_path: Path) -> None:
+    assert read(tmp_path, {**LLAMA, "model_type": "bert", "is_decoder": True}).num_layers == 32
+    with pytest.raises(InvalidRequest, match=r"is_decoder is .*: true or false is expected"):
+        read(tmp_path, {**LLAMA, "model_type": "bert", "is_decoder": "false"})
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"null", b"{", b"\xff\xfe{}", b"[" * 100_000])
