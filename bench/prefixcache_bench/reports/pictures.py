@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +279,54 @@ def draw_memory(path: Path, title: str, rows: Sequence[dict[str, Any]]) -> list[
     _clean(ax)
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(title)
+    return _save(figure, path)
+
+
+def draw_segments(path: Path, title: str, certificate: Mapping[str, Any]) -> list[Path]:
+    """Draw divergence against what is computed again: a panel per kind of text, a line per rule."""
+    figures = _pyplot()
+    rules = {
+        "first": ("the first tokens of each run", "o", "#2166ac"),
+        "deviation": ("those furthest from fresh ones", "s", "#b2182b"),
+    }
+    policies, limit = certificate["policies"], certificate["threshold_kl"]
+    kinds = list(policies[0]["kinds"])
+    worst = max([limit] + [of["kl_mean"] for one in policies for of in one["kinds"].values()])
+    figure, axes = figures.subplots(
+        1, len(kinds), figsize=(3.1 * len(kinds), 3.7), squeeze=False, sharey=True, sharex=True
+    )
+    figure.set_layout_engine("constrained")
+    handles: dict[str, Any] = {}
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        of = {one["policy"]: one["kinds"][kind] for one in policies}
+        for rule, (label, marker, colour) in rules.items():
+            chosen = [name for name in of if name.startswith(rule) or name == "none"]
+            found = sorted((100 * of[name]["again_share"], of[name]["kl_mean"]) for name in chosen)
+            (handles[label],) = ax.plot(
+                *zip(*found, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.5
+            )
+        (handles["nothing computed again"],) = ax.plot(
+            0, of["none"]["kl_mean"], "D", color=_INK, markersize=5, zorder=3
+        )
+        handles[f"threshold: {limit:g}"] = ax.axhline(
+            limit, color=_INK, linestyle="--", linewidth=1
+        )
+        ax.set_yscale("log")
+        ax.set_ylim(limit / 1000, 2 * worst)
+        ax.set_xlim(-4, 104)
+        ax.set_xlabel("moved tokens computed again, %")
+        ax.set_title(kind, fontsize=10)
+        _clean(ax)
+    axes[0][0].set_ylabel("KL(full || blended), nats per token")
+    figure.suptitle(title)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8.5,
+    )
     return _save(figure, path)
 
 
