@@ -92,6 +92,25 @@ def test_a_row_has_the_same_bits_in_blocks_of_any_number(
             torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("sizes", [(16, 64), (33, 66), (96, 98), (272, 576)])
+def test_of_eight_bits_matrices_and_vectors_give_the_same_bits(
+    sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of whole numbers are exact, so many rows go where they are fast."""
+    loaded = library()
+    if loaded is None or not loaded.matrices:
+        pytest.skip("no AMX, or not compiled in")
+    weight, _ = made(*sizes, torch.bfloat16)
+    matrix = Matrix(quantize(weight), sizes[1], sizes[0])
+    x = torch.randn(70, sizes[1]) * torch.logspace(-30, 30, 70)[:, None]
+    x[20], x[30], x[40, 1], x[50, 0] = 0.0, 1.0, float("nan"), -float("inf")
+    with_matrices = [matrix.multiply(x[:num]) for num in range(1, 71)]
+    monkeypatch.setattr(ctypes.c_int64.in_dll(loaded.handle, "prefixcache_amx"), "value", 0)
+    for got in with_matrices:
+        want = matrix.multiply(x[: len(got)])
+        assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
 @pytest.mark.parametrize("sizes", SIZES)
 def test_all_units_round_rows_and_sum_products_as_bfloat16_does(
     units: str, sizes: tuple[int, int]

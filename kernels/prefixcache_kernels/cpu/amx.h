@@ -18,6 +18,10 @@ extern int64_t prefixcache_amx;
     defined(__AVX512BF16__)
 #define PREFIXCACHE_AMX
 
+#if defined(__AMX_INT8__)
+#define PREFIXCACHE_AMX_INT8 /* every processor with the one has the other, so far */
+#endif
+
 #include "vectors.h"
 
 enum {

@@ -18,7 +18,8 @@
  * rows: it rounds sums in its own way, and a row alone has to have the bits it has beside others.
  *
  * With weights of 8 bits a row becomes integers of 16 bits, scaled per 64 inputs: less is lost than
- * in BFLOAT16.  The sum of 64 products is exact: 64 * 127 * 32767 is below 2^31.
+ * in BFLOAT16.  The sum of 64 products is exact: 64 * 127 * 32767 is below 2^31.  So matrices take
+ * many rows, where there are any of integers, and a few are met as everywhere: the bits are the same.
  */
 #include "amx.h"
 #include "linear.h"
@@ -348,7 +349,7 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
         finish(c, first + r, panel * LANES, panels * LANES, out + r * CHUNK * LANES);
 }
 
-/* ---- with the processor's matrices (AMX): weights of BFLOAT16, any number of rows ---- */
+/* ---- with the processor's matrices (AMX): weights of BFLOAT16, and many rows with INT8 ---- */
 
 #ifdef PREFIXCACHE_AMX
 
@@ -362,6 +363,8 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
  */
 enum { SIDE = 2 /* blocks that meet two panels */, FOUR = 4 /* panels that a block meets */ };
 
+enum { MANY = 12 /* rows, from which on matrices are faster with INT8: measured */ };
+
 enum { HELD = 512 << 10 /* bytes of rows, and of a chunk's panels, that stay in the cache */ };
 
 INLINE int64_t tiles_along(int64_t inputs) { return (inputs + AMX_INPUTS - 1) / AMX_INPUTS; }
@@ -370,12 +373,20 @@ INLINE int64_t tiles_along(int64_t inputs) { return (inputs + AMX_INPUTS - 1) / 
 struct block {
     const char *from;
     int64_t rows;
+    const float *scales; /* [groups][rows], of integers */
 };
 
+/* Bytes of a row in its block. */
+INLINE int64_t row_bytes(const struct linear *c) {
+    return c->weight_type == INT8 ? groups_of(c->inputs) * 2 * GROUP : tiles_along(c->inputs) * 64;
+}
+
 static struct block block_of(const struct linear *c, int64_t index) {
-    const int64_t first = index * AMX_ROWS, left = c->rows - first;
-    return (struct block){(const char *)c->room + first * tiles_along(c->inputs) * 64,
-                          left < AMX_ROWS ? left : AMX_ROWS};
+    const int64_t first = index * AMX_ROWS, left = c->rows - first, bytes = row_bytes(c);
+    const float *scales = c->room + c->rows * bytes / 4; /* behind all blocks */
+    return (struct block){(const char *)c->room + first * bytes,
+                          left < AMX_ROWS ? left : AMX_ROWS,
+                          scales + first * groups_of(c->inputs)};
 }
 
 /* Lay a row into its block.  `made`: room for its floats. */
@@ -486,6 +497,102 @@ INLINE void shape_tiles(const struct block *rows, int64_t blocks, int64_t *shape
         amx_begin((uint8_t[8]){last, last, last, last, last, all, all, all});
 }
 
+#ifdef PREFIXCACHE_AMX_INT8
+
+/* A product of bytes takes 64 of them.  An integer is 256 * upper + lower, so a group of a row is two
+ * tiles' rows: [groups][upper, lower][rows][64].  Both meet the weights, and their sums, which are
+ * exact, are put together:
+ *
+ *                weights 5
+ *     upper 2    sums 0
+ *     lower 3    sums 1      sums of pairs = 256 * sums 0 + sums 1
+ */
+static void lay_amx_integers(const struct linear *c, int64_t row, float *made) {
+    const int64_t groups = groups_of(c->inputs);
+    const struct block block = block_of(c, row / AMX_ROWS);
+    const int64_t r = row % AMX_ROWS;
+    uint8_t *to = (uint8_t *)block.from + r * GROUP;
+    float *scales = (float *)block.scales + r;
+    read_input(c, row, made);
+    for (int64_t k = c->inputs; k < groups * GROUP; k++) made[k] = 0;
+    for (int64_t g = 0; g < groups; g++, made += GROUP) {
+        scales[g * block.rows] = to_integers(made);
+        for (int i = 0; i < GROUP; i += WIDTH) {
+            const __m512i code = _mm512_loadu_si512(made + i);
+            const __m128i upper = _mm512_cvtepi32_epi8(_mm512_srai_epi32(code, 8));
+            _mm_storeu_si128((void *)(to + 2 * g * block.rows * GROUP + i), upper);
+            _mm_storeu_si128((void *)(to + (2 * g + 1) * block.rows * GROUP + i),
+                             _mm512_cvtepi32_epi8(code));
+        }
+    }
+}
+
+/* A group's weights as a tile: [64 / 4][16][4].  They lie as pairs: two and two are put together. */
+INLINE void lay_weights(const char *pairs, char *tile) {
+    const __m512i by_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                              24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17,
+                                              1, 16, 0);
+    for (int i = 0; i < AMX_ROWS; i++) {
+        const __m512i two = _mm512_loadu_si512(pairs + i * 64);
+        _mm512_store_si512(tile + i * 64, _mm512_permutexvar_epi16(by_turns, two));
+    }
+    amx_written(tile);
+}
+
+/* A block and a panel: [rows][2 * LANES] products, in the order of the groups. */
+INLINE void meet_integers(const int num, struct block rows, const char *weights, int64_t groups,
+                          float *to) {
+    char tile[AMX_BYTES] __attribute__((aligned(64)));
+    ivec upper[AMX_ROWS], lower[AMX_ROWS];
+    vec acc[AMX_ROWS];
+    for (int r = 0; r < num; r++) acc[r] = (vec){0};
+    const float *scales = rows.scales;
+    for (int64_t g = 0; g < groups; g++, weights += RECORD, scales += num) {
+        const char *from = rows.from + 2 * g * num * GROUP;
+        lay_weights(weights + 2 * LANES, tile);
+        _tile_loadd(5, tile, 64);
+        _tile_loadd(2, from, 64);
+        _tile_loadd(3, from + num * GROUP, 64);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_dpbssd(0, 2, 5);
+        _tile_dpbusd(1, 3, 5);
+        _tile_stored(0, upper, 64);
+        _tile_stored(1, lower, 64);
+        amx_written(upper);
+        amx_written(lower);
+        float scale[LANES] __attribute__((aligned(64)));
+        read_row(scale, weights, LANES, BFLOAT16, 0);
+        for (int r = 0; r < num; r++)
+            acc[r] += __builtin_convertvector((upper[r] << 8) + lower[r], vec) *
+                      (load(scale) * splat(scales[r]));
+    }
+    for (int r = 0; r < num; r++) store(to + r * 2 * LANES, acc[r]);
+}
+
+/* A chunk of panels and a block. */
+static void meet_amx_integers(const struct linear *c, int64_t block, int64_t from, int64_t end,
+                              int64_t *shape) {
+    const int64_t panel = panel_bytes(INT8, c->inputs), groups = groups_of(c->inputs);
+    const struct block rows = block_of(c, block);
+    float sums[AMX_ROWS * 2 * LANES] __attribute__((aligned(64)));
+    shape_tiles(&rows, 1, shape);
+    for (int64_t p = from; p < end; p += 2) {
+        const int64_t panels = end - p < 2 ? end - p : 2; /* gate and up stand side by side */
+        for (int64_t i = 0; i < panels; i++) {
+            const char *weights = (const char *)c->weights + (p + i) * panel;
+            if (rows.rows == AMX_ROWS)
+                meet_integers(AMX_ROWS, rows, weights, groups, sums + i * LANES);
+            else
+                meet_integers((int)rows.rows, rows, weights, groups, sums + i * LANES);
+        }
+        for (int64_t r = 0; r < rows.rows; r++)
+            finish(c, block * AMX_ROWS + r, p * LANES, panels * LANES, sums + r * 2 * LANES);
+    }
+}
+
+#endif
+
 /* A chunk of panels and one or two blocks. */
 static void meet_amx(const struct linear *c, int64_t block, int64_t blocks, int64_t from,
                      int64_t end, int64_t *shape) {
@@ -519,7 +626,7 @@ static void meet_amx(const struct linear *c, int64_t block, int64_t blocks, int6
 /* Panels of a chunk: they stay in the cache while rows meet them, and every thread gets some. */
 static int64_t chunk_amx(const struct linear *c, int64_t blocks) {
     const int64_t num_panels = c->outputs / LANES;
-    int64_t most = HELD / panel_bytes(BFLOAT16, c->inputs);
+    int64_t most = HELD / panel_bytes(c->weight_type, c->inputs);
     if (blocks == 1) most = FOUR;
     const int64_t fair = (num_panels + 4 * c->num_threads - 1) / (4 * c->num_threads);
     if (c->num_threads > 1 && fair < most) most = fair;
@@ -529,7 +636,7 @@ static int64_t chunk_amx(const struct linear *c, int64_t blocks) {
 static void multiply_amx(const struct linear *c) {
     const int64_t blocks = (c->rows + AMX_ROWS - 1) / AMX_ROWS, num_panels = c->outputs / LANES;
     const int64_t size = chunk_amx(c, blocks), chunks = (num_panels + size - 1) / size;
-    int64_t at_once = HELD / (AMX_ROWS * 64 * tiles_along(c->inputs)) / SIDE * SIDE;
+    int64_t at_once = HELD / (AMX_ROWS * row_bytes(c)) / SIDE * SIDE;
     if (at_once < SIDE) at_once = SIDE;
 #pragma omp parallel num_threads(c->num_threads) if (c->num_threads > 1)
     {
@@ -539,7 +646,15 @@ static void multiply_amx(const struct linear *c) {
 #endif
         float *made = c->room + (c->rows + thread) * room_of(c->inputs);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < c->rows; row++) lay_amx(c, row, made);
+        for (int64_t row = 0; row < c->rows; row++) {
+#ifdef PREFIXCACHE_AMX_INT8
+            if (c->weight_type == INT8) {
+                lay_amx_integers(c, row, made);
+                continue;
+            }
+#endif
+            lay_amx(c, row, made);
+        }
         amx_written(c->room);
         int64_t shape = 0;
         for (int64_t from = 0; from < blocks; from += at_once) {
@@ -550,6 +665,13 @@ static void multiply_amx(const struct linear *c) {
                 const int64_t last = panel + size < num_panels ? panel + size : num_panels;
                 for (int64_t block = from; block < end; block += SIDE) {
                     const int64_t num = end - block < SIDE ? 1 : SIDE;
+#ifdef PREFIXCACHE_AMX_INT8
+                    if (c->weight_type == INT8) {
+                        for (int64_t i = 0; i < num; i++)
+                            meet_amx_integers(c, block + i, panel, last, &shape);
+                        continue;
+                    }
+#endif
                     meet_amx(c, block, num, panel, last, &shape);
                 }
             }
@@ -564,6 +686,12 @@ static void multiply_amx(const struct linear *c) {
 void prefixcache_linear(const struct linear *c) {
 #ifdef PREFIXCACHE_AMX
     if (prefixcache_amx && c->weight_type == BFLOAT16) {
+        multiply_amx(c);
+        return;
+    }
+#endif
+#ifdef PREFIXCACHE_AMX_INT8
+    if (prefixcache_amx && c->weight_type == INT8 && c->rows >= MANY) {
         multiply_amx(c);
         return;
     }
