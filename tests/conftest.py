@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from prefixcache import core_build
 # Several processes with tensors share a few cores here: threads that wait leave those to others, as
 # the OpenMP runtime is told before it is loaded.  By default they look for work in circles.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Hundreds of processes start here.  Where the environment says that nothing compiled is kept, as
+# containers do, each of them would compile all it imports: three times the work of importing it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 TESTS = Path(__file__).parent
 SOAK = float(os.environ.get("PREFIXCACHE_SOAK", "1"))
