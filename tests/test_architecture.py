@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -137,13 +138,20 @@ def modules() -> Iterator[tuple[str, Path]]:
 MODULES = dict(modules())
 
 
+@cache
+def import_statements(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Those of a file, wherever in it."""
+    tree = ast.walk(ast.parse(path.read_text()))
+    return tuple(node for node in tree if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(name: str, path: Path) -> Iterator[str]:
-    """Every module that a file names in an import, wherever in the file."""
+    """Every module that a file names in an import."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in import_statements(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 up = package.split(".")[: len(package.split(".")) - node.level + 1]
@@ -187,7 +195,7 @@ def test_json_is_written_by_one_function_which_writes_no_nan(name: str) -> None:
 
 def _names_from_root(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in import_statements(path):
         if isinstance(node, ast.ImportFrom) and node.module == "prefixcache" and not node.level:
             names |= {
                 alias.name for alias in node.names if f"prefixcache.{alias.name}" not in MODULES
@@ -242,13 +250,19 @@ NAMED = (
 )
 
 
+@cache
+def glossary() -> frozenset[str]:
+    words = re.findall(r"\*\*([^*]+)\*\*", (ROOT / "docs" / "glossary.md").read_text())
+    return frozenset(re.sub(r"\W+", "_", word.lower()) for word in words)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in MODULES if below(name, (*WORDS, *NAMED)) and name not in NAMED]
 )
 def test_a_module_is_named_by_a_word_of_the_glossary(name: str) -> None:
-    words = re.findall(r"\*\*([^*]+)\*\*", (ROOT / "docs" / "glossary.md").read_text())
-    entries = {re.sub(r"\W+", "_", word.lower()) for word in words}
-    assert name.rpartition(".")[2] in entries, f"explain {name} in docs/glossary.md, or rename it"
+    assert name.rpartition(".")[2] in glossary(), (
+        f"explain {name} in docs/glossary.md, or rename it"
+    )
 
 
 @pytest.mark.parametrize("part", ["cli", "client", "core", "prompts", "service"])
