@@ -324,12 +324,14 @@ class BlockPool:
         reserved = self._states[: self.first] == _RESERVED
         assert reserved.all(), f"block {int(reserved.argmin())} is never lent, and was"
         owners[: self.first] += 1  # nobody's, for good: with any owner there are too many
+        waiting: BlockTable = array("i")
         for worker, leases in self._quarantine.items():
             assert leases, f"an empty quarantine of worker {worker}"
             for ids in leases.values():
-                np.add.at(owners, np.array(ids, np.intp), 1)
+                waiting.extend(ids)
             count = sum(map(len, leases.values()))
             assert count == self._num_quarantined[worker], f"{count} blocks wait for {worker}"
+        np.add.at(owners, np.array(waiting, np.intp), 1)
         total = self._num_quarantined.total()
         assert total == self.num_quarantined, f"{total} blocks wait, not {self.num_quarantined}"
         expected = np.ones(self.end, np.int32)

@@ -320,12 +320,15 @@ def _check_quotas(quotas: Quotas, leases: LeaseTable) -> None:
     living = leases.all()
     private: dict[Account, int] = {}
     in_root: Counter[object] = Counter(lease.node.root for lease in living)
+    of_tenants: dict[str, list[int]] = {}
+    for lease in living:
+        of_tenants.setdefault(lease.namespace.tenant, []).append(lease.serial)
     for tenant in quotas.tenants():
-        own = [lease.serial for lease in living if lease.namespace.tenant == tenant.scope]
+        own = of_tenants.get(tenant.tenant, [])
         assert list(leases.of_tenant(tenant.tenant)) == own, f"{tenant}: leases"
         below = list(tenant.namespaces.values())
         for what in ("private", "quarantined", "num_held", "num_stored"):
-            there, summed = getattr(tenant, what), sum(getattr(one, what) for one in below)
+            there, summed = getattr(tenant, what), sum([getattr(one, what) for one in below])
             assert there == summed, f"{tenant}: {what} {there}, not {summed}"
         for root in (root for one in below for root in one.roots):
             counted = in_root[root]

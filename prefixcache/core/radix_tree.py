@@ -833,9 +833,9 @@ class RadixTree:
             How often it is locked from outside.
         """
         name = _name(node)
-        children = node.children or Children()
+        children = node.children
         assert node.ghosts is None or node.ghosts, f"{name}: a list of no ghosts"
-        below = sum([1 for child in children.values() if child.lock_ref])
+        below = sum([1 for child in children.values() if child.lock_ref]) if children else 0
         if node.parent is not None:
             width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
@@ -871,10 +871,10 @@ class RadixTree:
     def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
         outside = self.check_run(node)
         assert outside == locks.get(node, 0), f"{_name(node)}: ref {node.lock_ref}"
-        children = node.children or Children()
-        children.check()
-        for first, child in children.items():
-            self.check_child(node, first, child)
+        if node.children is not None:
+            node.children.check()
+            for first, child in node.children.items():
+                self.check_child(node, first, child)
         for ghost in (node.ghosts or {}).values():
             self.check_ghost(node, ghost)
 
