@@ -6,6 +6,7 @@ import enum
 from array import array
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,21 @@ _RENEWED = {"deadline", "renewed_until", "_deadlines"}
 """A call that fails is still a sign of life: the only things that it may move."""
 
 
+_NOTHING = object()
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes})
+
+
+@cache
+def slots(kind: type) -> tuple[str, ...]:
+    """The attributes that objects of a type may have beside those of their `__dict__`."""
+    return tuple(
+        name
+        for base in kind.__mro__
+        for listed in ("__slots__", "__mypyc_attrs__")  # the latter where the core is compiled
+        for name in getattr(base, listed, ())
+    )
+
+
 def state(thing: object) -> object:
     """Freeze everything that is reachable from `thing`, to see whether a call changed it.
 
@@ -60,7 +76,7 @@ def state(thing: object) -> object:
     frozen: list[object] = []
 
     def visit(value: object) -> object:
-        if value is None or isinstance(value, int | float | str | bytes | enum.Enum):
+        if type(value) in _PLAIN or isinstance(value, int | float | str | bytes | enum.Enum):
             return value
         if isinstance(value, tuple):
             return tuple(visit(one) for one in value)
@@ -85,18 +101,10 @@ def state(thing: object) -> object:
             )
         elif isinstance(value, list | deque):
             parts.extend(visit(one) for one in value)
-        names = [
-            name
-            for base in type(value).__mro__
-            for slots in ("__slots__", "__mypyc_attrs__")  # the latter where the core is compiled
-            for name in getattr(base, slots, ())
-        ]
-        names.extend(getattr(value, "__dict__", ()))
-        parts.extend(
-            (name, visit(getattr(value, name)))
-            for name in names
-            if name not in _RENEWED and hasattr(value, name) and not callable(getattr(value, name))
-        )
+        for name in (*slots(type(value)), *getattr(value, "__dict__", ())):
+            found = getattr(value, name, _NOTHING)
+            if name not in _RENEWED and not callable(found) and found is not _NOTHING:
+                parts.append((name, visit(found)))
         frozen.append((number, type(value).__name__, parts))
         return ("seen", number)
 
