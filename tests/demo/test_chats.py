@@ -27,6 +27,7 @@ def test_there_are_at_least_four_assistants_and_24_chats_of_three_turns(workload
     assert all(len(chat.turns) == 3 for chat in workload.chats)
 
 
+@pytest.mark.slow  # it imports transformers
 def test_system_prompts_have_200_to_1200_tokens_and_one_has_about_1000(workload, tokenizer):
     lengths = [
         len(tokenizer.encode(assistant.system, add_special_tokens=False))

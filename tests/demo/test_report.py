@@ -82,6 +82,7 @@ def test_fates_are_told_apart():
     assert fates == [Fate.COLD, Fate.WARM, Fate.JOINED, Fate.TAKEOVER]
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_with_and_without_a_death(figures, tmp_path):
     run = logs.shared_run()
     picture.draw(tmp_path / "a.png", run, logs.unshared_run(), figures)

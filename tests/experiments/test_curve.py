@@ -24,6 +24,7 @@ def test_the_curve_equals_explicit_replays(small: Trace, block_size: int) -> Non
     assert found.prompt_blocks == infinite.prompt_blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Kind)
 def test_at_every_single_capacity(kind: Kind) -> None:
     shape = Shape(

@@ -236,8 +236,11 @@ def test_what_is_left_out_is_told(request_: dict[str, Any], kinds: list[str]) ->
         "{% endfor %}",
         "{% set n = namespace(x='a') %}{% for i in range(60) %}"
         "{% set n.x = n.x | replace('a', 'aaaa') %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ f(60) }}",
+        pytest.param(
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ f(60) }}",
+            marks=pytest.mark.slow,
+        ),
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 'a' * 10**10 }}",
         "{{ [1] * 10**10 }}",
@@ -248,7 +251,9 @@ def test_what_is_left_out_is_told(request_: dict[str, Any], kinds: list[str]) ->
         "{{ '%10000000000d' % 1 }}",
         "{{ '{:10000000000}'.format(1) }}",
         "{{ '{:{}}'.format(1, 10**10) }}",
-        "{{ range(99999) | map('string') | join('a' * 999999) }}",
+        pytest.param(
+            "{{ range(99999) | map('string') | join('a' * 999999) }}", marks=pytest.mark.slow
+        ),
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ raise_exception('not so') }}",

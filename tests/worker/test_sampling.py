@@ -49,11 +49,13 @@ def test_a_seed_that_was_made_up_can_be_named() -> None:
     assert drawn == draw(Sampling(1.0, seed=sampler.seed), 50)
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     drawn = torch.bincount(torch.tensor(draw(Sampling(0.7, seed=0), 20000)), minlength=5) / 20000
     torch.testing.assert_close(drawn, torch.softmax(LOGITS / 0.7, -1), atol=0.01, rtol=0)
 
 
+@pytest.mark.slow
 def test_tokens_of_many_groups_are_drawn_as_often_as_their_probability_says() -> None:
     logits = torch.full((3000,), -50.0)
     some = torch.tensor([0, 1, 255, 256, 700, 2999])
@@ -158,6 +160,7 @@ def test_the_choice_is_that_of_sorting_all(
     assert got == want
 
 
+@pytest.mark.slow
 def test_drawing_from_a_nucleus_again_and_again_is_drawing_from_it() -> None:
     """Who is not in it is drawn again, from those that are likelier: shares stay as they are."""
     logits = torch.randn(700, generator=torch.Generator().manual_seed(1)) * 2

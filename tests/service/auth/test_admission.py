@@ -179,6 +179,7 @@ def test_who_proves_himself_is_told_that_nobody_has_a_method(service: ServicePro
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.slow
 def test_all_of_many_calls_at_once_are_answered(tmp_path: Path) -> None:
     """Left to itself gRPC ends some at random, of a thousand that nobody has looked at yet."""
     proof = (("authorization", f"Bearer {TOKENS['acme']}"),)
