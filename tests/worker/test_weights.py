@@ -15,6 +15,7 @@ import torch
 
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache_kernels.cpu.library import library
 from prefixcache_worker import mapped
 from prefixcache_worker import model as model_module
 from prefixcache_worker.engine import Engine
@@ -37,6 +38,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
     build("llama", vocab_size=49152).save_pretrained(folder / "tiny")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "tiny" / name).write_bytes((demo_folder / name).read_bytes())
+    compiled = library()
+    if compiled:  # so nobody who is given this cache compiles it once more
+        (folder / "cache" / "native").mkdir(mode=0o700, parents=True)
+        shutil.copy2(compiled.path, folder / "cache" / "native")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFIXCACHE_CACHE", str(folder / "cache"))
         assert Model.load(folder / "tiny").packed_now
@@ -47,7 +52,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
 def tiny_folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of both."""
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "cache" / "weights").chmod(0o700)
+    for kept in (tmp_path / "cache").iterdir():
+        kept.chmod(0o700)
     monkeypatch.setenv("PREFIXCACHE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "tiny"
 
