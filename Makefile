@@ -72,7 +72,8 @@ demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers,
 test: $(VENV)/.model   ## All tests.
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
-# For `make quick`.  Left out: what takes more than a second, starts many processes or loads a model.
+# For `make quick`.  Left out: properties, and what takes more than a second, starts many processes or
+# loads a model.
 EXAMPLES = tests/core tests/test_architecture.py tests/client tests/service/verbs tests/service/pool/test_model_layout.py \
   tests/service/auth/test_admission.py tests/service/auth/test_paths.py tests/service/grpc/test_listener.py \
   tests/cli/test_names.py tests/cli/test_tree.py tests/experiments tests/demo tests/mutation \
@@ -80,7 +81,7 @@ EXAMPLES = tests/core tests/test_architecture.py tests/client tests/service/verb
   tests/worker/test_text.py prefixcache --ignore tests/experiments/test_commands.py --ignore tests/demo/test_runner.py
 
 quick: $(VENV)/.installed   ## Examples of all packages that need no model and few processes, the limits on imports and names, the doctests: while you work.
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not hypothesis" $(EXAMPLES)
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not walk and not hypothesis" $(EXAMPLES)
 
 mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=10 of each file, SEED=1; FILES="quota.py" for some; JSON=file.
 	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),10) --seed $(or $(SEED),1) $(if $(JSON),--json $(JSON),) $(FILES)

@@ -284,6 +284,7 @@ def remaining(scene: Scene) -> list[LeaseState]:
     return [] if scene.lease.released else [scene.lease]
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
 @pytest.mark.parametrize("max_ops", [1000, 1], ids=["in one message", "in a message each"])
 def test_whoever_gives_up_leaves_nothing_behind_in_whatever_order(
@@ -310,6 +311,7 @@ def test_whoever_waits_gets_what_the_service_has(
         scene.check([*remaining(scene), *given])
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
 def test_when_the_stream_is_lost_everything_is_answered(
     asks: tuple[Ask, ...],

@@ -59,6 +59,7 @@ def index(cache: PrefixCache, namespace: Namespace) -> set[tuple[int, tuple[int,
     return {(entry.block, entry.prefix) for entry in found}
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize("seed", range(12))
 def test_what_is_restored_is_what_was_there(seed: int, block_size: int) -> None:

@@ -73,6 +73,7 @@ class Storm:
             self.check()
 
 
+@pytest.mark.walk
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("seed", range(30))
 def test_nothing_is_called_wrong_while_everything_changes(seed: int):
@@ -158,6 +159,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.walk
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("seed", range(4))

@@ -30,6 +30,7 @@ def random_sequences(rng: random.Random, count: int, longest: int) -> list[tuple
     return sequences
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("block_size", [1, 2, 4, 16])
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 13, 40, 1000])
 def test_hits_equal_those_of_a_block_by_block_leaf_lru(block_size: int, capacity: int) -> None:
@@ -50,6 +51,7 @@ def test_hits_equal_those_of_a_block_by_block_leaf_lru(block_size: int, capacity
         ours.cache.check()
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "hazard"])
 def test_leaves_that_were_reset_do_not_wait_for_their_turn(policy: str) -> None:
     """They are evicted before all others: the policy's queue would never come to them."""

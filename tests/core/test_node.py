@@ -91,6 +91,7 @@ def test_a_common_prefix_ends_at_the_first_byte_that_differs(size: int) -> None:
         assert common_prefix(b"?" + same, 1, b"??" + bytes(other), 2, size) == at
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "hazard"])
 def test_a_queue_of_leaves_forgets_those_that_were_held_again(policy: str) -> None:
     cache, space = PrefixCache(64, 1, policy=policy, ttl_s=1e9), Namespace("m")

@@ -75,6 +75,7 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 # ---------------------------------------------------------------------- all of them
 
 
+@pytest.mark.walk
 @every_policy
 def test_asked_for_blocks_it_evicts_exactly_so_many(policy: str) -> None:
     rng = random.Random(policy)
@@ -246,6 +247,7 @@ def test_a_policy_of_ones_own_is_a_plain_class_and_so_may_its_queue_be(
     assert heard.count("revived") == 1
 
 
+@pytest.mark.walk
 @every_policy
 def test_retired_namespaces_tails_and_forgotten_ghosts_leave_no_trace_in_the_counts(
     policy: str,
@@ -377,6 +379,7 @@ ORDERS: dict[str, Callable[[list[int]], object]] = {
 }
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("policy", ORDERS)
 @pytest.mark.parametrize("capacity", [2, 5, 13, 40])
 def test_runs_are_evicted_as_their_blocks_one_by_one_would_be(policy: str, capacity: int) -> None:

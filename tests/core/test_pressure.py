@@ -327,6 +327,7 @@ def test_a_pin_is_told_with_the_time_that_is_left(later: float) -> None:
 # ---------------------------------------------------------------------------------------- quotas
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("is_tenant", [True, False])
 def test_who_is_within_a_share_goes_after_all_others_and_who_is_beyond_it_in_its_turn(

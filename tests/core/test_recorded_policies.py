@@ -73,6 +73,7 @@ RECORDED: dict[str, list[tuple[int, int]]] = {
 }
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("at", range(len(SIZES)), ids=[f"{size} blocks" for size in SIZES])
 def test_it_keeps_what_it_kept(policy: str, at: int) -> None:

@@ -638,6 +638,7 @@ def test_room_for_a_vast_request_in_line_is_made_in_parts():
     assert served(10) < 60_000
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("seed", range(30))
 def test_everything_may_happen_between_the_parts_of_a_step(
     seed: int, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,7 @@ def test_belady_is_the_best_that_can_be(num_blocks: int, bypass: bool) -> None:
         assert sum(belady(requests, num_blocks, bypass=bypass)) == expected, f"seed {seed}"
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_beats_belady(policy: str, small: Trace) -> None:
     requests = paths(small, 16)

@@ -51,6 +51,7 @@ def expected(
     return sum(hit for hit, _ in each), sum(part for _, part in each)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("part", range(10))
 def test_hits_and_parts_are_those_of_the_written_rule(part: int) -> None:
     for seed in range(part, COUNT, 10):

@@ -9,6 +9,7 @@ from prefixcache_bench.experiments.replay import Configuration, replay
 from prefixcache_bench.experiments.traces import Request, Trace
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("block_size", [1, 4, 32])
 def test_the_curve_equals_explicit_replays(small: Trace, block_size: int) -> None:
     found = curve(small, block_size)

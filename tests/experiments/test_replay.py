@@ -18,6 +18,7 @@ TINY = Shape(
 )  # fmt: skip
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("capacity_tokens", [64, 600, 2048, 4096, None])
 @pytest.mark.parametrize("block_size", [1, 2, 8, 32])
 def test_whole_blocks_equal_brute_force(
