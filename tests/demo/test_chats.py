@@ -84,6 +84,7 @@ def test_the_quick_workload_is_a_part_with_a_long_system_prompt_and_shared_ones(
     assert max(counts.values()) >= 3
 
 
+@pytest.mark.slow
 def test_each_prompt_extends_the_one_before_with_the_very_tokens_of_the_answer(workload, tokenizer):
     stop = frozenset({tokenizer.eos_token_id})
     chat = workload.chats[0]
@@ -99,6 +100,7 @@ def test_each_prompt_extends_the_one_before_with_the_very_tokens_of_the_answer(w
     )
 
 
+@pytest.mark.slow
 def test_the_system_tokens_are_what_chats_of_one_assistant_share(workload, tokenizer):
     same = [chat for chat in workload.chats if chat.assistant.name == "museum"]
     transcripts = [Transcript(chat, tokenizer, frozenset()) for chat in same]

@@ -269,6 +269,7 @@ def mutant_of(project: Path, what: str) -> Mutant:
     return found
 
 
+@pytest.mark.slow
 def test_a_mutant_that_a_test_notices_is_told_from_one_that_none_does(project: Path) -> None:
     tests, path = [str(project / "test_it.py")], project / "grown_by.py"
     assert is_noticed(mutant_of(project, "a + 1  ->  a - 1"), path, tests)
@@ -279,6 +280,7 @@ def test_a_mutant_that_a_test_notices_is_told_from_one_that_none_does(project: P
     assert path.read_text() == before
 
 
+@pytest.mark.slow
 def test_a_mutant_that_hangs_is_noticed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (project / "test_it.py").write_text("def test_it():\n    while True:\n        pass\n")
     monkeypatch.setattr(run, "LIMIT_S", 3.0)
