@@ -17,6 +17,19 @@ _TIMEOUT_S: Final = 5.0
 _LONGEST: Final = 1 << 22
 
 
+def read_front_address(given: str) -> Address:
+    """Read where a front is: an address, or the URL that `prefixcache up` tells its clients.
+
+    Raises:
+        InvalidRequest: it is neither.
+
+    >>> print(read_front_address("127.0.0.1:8000"), read_front_address("http://127.0.0.1:8000/v1/"))
+    127.0.0.1:8000 127.0.0.1:8000
+    """
+    rest = given.removeprefix("http://")
+    return Address.parse(rest if rest == given else rest.removesuffix("/").removesuffix("/v1"))
+
+
 class FrontConnection(http.client.HTTPConnection):
     """To an address, which may be a Unix socket.
 

@@ -70,13 +70,13 @@ def top(
     Example: prefixcache top --tokenizer /models/my-model
     """
     from prefixcache.cli import status, top_screen
-    from prefixcache.client.address import Address
+    from prefixcache.cli.front import read_front_address
 
     if svg is not None:
         view.refuse_beside("--svg", {"--json": as_json})
     with view.open_client(connect) as client:
         shown = top_screen.Screen(tokenizer, sort)
-        shown.front_address = None if front is None else Address.parse(front)
+        shown.front_address = None if front is None else read_front_address(front)
         if once or svg is not None:
             _look(client, shown)
             if as_json:

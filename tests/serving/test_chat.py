@@ -27,7 +27,9 @@ def talk(
         async with asyncio.timeout(PATIENCE_S), bench.listening(target), bench.stepping(1e-3):
             monkeypatch.setattr("sys.stdin", io.StringIO(lines))
             terms = {"temperature": 0.0, "max_tokens": 3, "key_file": None} | options
-            await asyncio.to_thread(lambda: chat(http=str(bench.address), model="", **terms))
+            # As `prefixcache up` says it to clients, which is what people have at hand.
+            http = str(bench.address) if bench.address.path else f"http://{bench.address}/v1"
+            await asyncio.to_thread(lambda: chat(http=http, model="", **terms))
         return bench
 
     return asyncio.run(main())

@@ -427,6 +427,10 @@ def test_paths_and_methods_that_are_none_are_told_in_openai_s_form(tokenizer_fol
             status, _, data = await bench.exchange(method, path)
             assert (status, path) == (wanted, path)
             assert set(json.loads(data)["error"]) == {"message", "type", "param", "code"}
+        _, headers, data = await bench.exchange("GET", "/v1/completions")
+        assert headers["allow"] == "POST"
+        told = json.loads(data)["error"]["message"]
+        assert told == "this path takes POST: GET '/v1/completions'"
         _, _, data = await bench.exchange("GET", "/v1/models/played")
         assert json.loads(data)["max_model_len"] == 512
 

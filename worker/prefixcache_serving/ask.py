@@ -368,7 +368,7 @@ def _new_tokens(
     if room < (0 if wants_none else 1):
         raise Refused(
             f"this model takes {model.max_tokens:,} tokens, prompt and answer together; the "
-            f"{source} has {longest:,}",
+            f"prompt has {longest:,}",
             param=source,
             code="context_length_exceeded",
         )
@@ -385,7 +385,7 @@ def _new_tokens(
     if asked > room:
         raise Refused(
             f"{names[0]} is {asked:,}; this model takes {model.max_tokens:,} tokens, and the "
-            f"{source} has {longest:,}: at most {room:,}",
+            f"prompt has {longest:,}: at most {room:,}",
             param=names[0],
             code="context_length_exceeded",
         )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from prefixcache.bounded_files import read_file
-from prefixcache.cli.front import KEY_VARIABLE, FrontConnection
+from prefixcache.cli.front import KEY_VARIABLE, FrontConnection, read_front_address
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.plain_json import json_text
@@ -51,7 +51,7 @@ def chat(
 
     Example: prefixcache chat --system "You are brief."
     """
-    endpoint = Endpoint(Address.parse(http), _key(key_file))
+    endpoint = Endpoint(read_front_address(http), _key(key_file))
     name = model or endpoint.model()
     messages = [{"role": "system", "content": system}] if system else []
     while (said := _ask()) is not None:

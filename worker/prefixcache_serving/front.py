@@ -520,15 +520,19 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _as_openai(request: Request, error: Exception) -> Response:
+    more: dict[str, str] = {}
     if isinstance(error, HTTPException):
+        more = dict(error.headers or {})
         what = "no such path" if error.status_code == 404 else str(error.detail)
+        if taken := more.get("Allow"):
+            what = f"this path takes {taken}"
         error = Refused(
             f"{what}: {request.method} {show(request.url.path)}",
             status=error.status_code,
             code="unknown_url" if error.status_code == 404 else None,
         )
     assert isinstance(error, Refused)
-    return JSONResponse(error.body, error.status, error.headers)
+    return JSONResponse(error.body, error.status, more | error.headers)
 
 
 async def _fault(request: Request, error: Exception) -> Response:

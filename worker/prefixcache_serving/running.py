@@ -410,5 +410,6 @@ def _example(url: str, name: str, *, has_keys: bool) -> str:
     key = ' -H "authorization: Bearer $KEY"' if has_keys else ""
     return (
         f"try it: curl {url}/chat/completions -H 'content-type: application/json'{key} -d "
-        f"""'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+        f"""'{{"model": "{name}", "temperature": 0, "messages": """
+        """[{"role": "user", "content": "Hello"}]}'"""
     )
