@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixcache.client.address import Address
 from prefixcache.client.credentials import is_loopback
@@ -212,6 +212,10 @@ class Guard:
             answer = PlainTextResponse("this page is for reading\n", 405, {"allow": "GET, HEAD"})
             await answer(scope, receive, send)
             return
+        if b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0":
+            answer = PlainTextResponse("a question has no body here\n", 413)
+            await answer(scope, receive, send)
+            return
         if scope["path"] == "/live":
             await self._app(scope, receive, send)
             return
@@ -219,6 +223,14 @@ class Guard:
             told = "too many ask at the same time: come again in a second\n"
             await PlainTextResponse(told, 503, {"retry-after": "1"})(scope, receive, send)
             return
+        made: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            made.append(message)
+
         async with self._throttle.turn():
-            if (await receive())["type"] != "http.disconnect":
-                await self._app(scope, receive, send)
+            if (await receive())["type"] == "http.disconnect":
+                return
+            await self._app(scope, receive, keep)
+        for message in made:  # who reads slowly holds up himself, not who is next
+            await send(message)

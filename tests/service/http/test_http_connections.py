@@ -54,11 +54,14 @@ SAID = {
     "nothing": b"",
     "half a head": b"GET /metrics HTTP/1.1\r\nHost: ",
     "a head and half a body": b"GET /healthz HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\nx",
+    "a head without its body": b"GET /metrics HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\n",
+    "chunks that do not come": b"GET / HTTP/1.1\r\nHost: HOST\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\nff",
     "a page that stays open": b"GET /live HTTP/1.1\r\nHost: HOST\r\n\r\n",
 }
 
 
-SILENT = ("nothing", "half a head", "a head and half a body")
+SILENT = tuple(SAID)[:-1]
 
 
 @dataclass
@@ -105,6 +108,13 @@ def test_a_flood_of_connections_takes_no_descriptor_from_workers(
             lease.commit(8)
         assert num_open(service) < FILES // 2
         assert get(url_of(service) + "/healthz")[:2] == (200, "serving\n")
+        assert get(url_of(service) + "/metrics")[0] == 200
+
+
+@pytest.mark.parametrize("said", ["a head without its body", "chunks that do not come"])
+def test_one_whose_question_never_ends_keeps_nobody_out(service: ServiceProcess, said: str) -> None:
+    with connections(service, 1, SAID[said]) as (one,):
+        assert one.recv(12) == b"HTTP/1.1 413"
         assert get(url_of(service) + "/metrics")[0] == 200
 
 

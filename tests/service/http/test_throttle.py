@@ -5,6 +5,11 @@ from __future__ import annotations
 import asyncio
 from time import monotonic
 
+from starlette.responses import PlainTextResponse
+from starlette.types import Message, Scope
+
+from patience import PATIENCE_S
+from prefixcache.service.http.http_server import Guard
 from prefixcache.service.http.throttle import Throttle
 
 
@@ -63,3 +68,34 @@ def test_one_that_gives_up_or_fails_holds_nobody_up() -> None:
         return order
 
     assert asyncio.run(main()) == ["fails", "comes after"]
+
+
+def test_who_does_not_read_his_answer_holds_up_nobody_else() -> None:
+    """The turn is for making an answer, not for sending it."""
+    scope: Scope = {
+        "type": "http", "method": "GET", "path": "/metrics", "headers": [(b"host", b"127.0.0.1:80")]
+    }  # fmt: skip
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def main() -> list[str]:
+        guard = Guard(PlainTextResponse("numbers"), 80, Throttle(8))
+        said: list[str] = []
+
+        async def stall(message: Message) -> None:
+            said.append("stalled")
+            await asyncio.Event().wait()
+
+        async def read(message: Message) -> None:
+            said.append(message["type"])
+
+        slow = asyncio.create_task(guard(scope, receive, stall))
+        while not said:
+            await asyncio.sleep(0)
+        async with asyncio.timeout(PATIENCE_S):
+            await guard(scope, receive, read)
+        slow.cancel()
+        return said
+
+    assert asyncio.run(main()) == ["stalled", "http.response.start", "http.response.body"]
