@@ -210,6 +210,16 @@ def test_a_generated_trace_can_be_replayed(tmp_path: Path) -> None:
         (replay, [SMALL, "--tokenizer", "nosuch"], "--tokenizer is for chats; .* form jsonl"),
         (replay, [SMALL, "--name", "x"], "--name and --system are for kvtrace files; .* jsonl"),
         (replay, [SMALL, "--system", "one"], "--name and --system are for kvtrace files"),
+        (
+            memory,
+            [SMALL, "--slots", "64"],
+            "64 slots do not hold the 2,048 .* --longest 2,048; the",
+        ),
+        (
+            memory,
+            [SMALL, "--slots", "64", "--longest", "64", "--block-size", "16,128"],
+            "64 slots hold no block of 128",
+        ),
         (memory, [SMALL, "--slots", "1048576"], "never fill 1,048,576 slots .*; use --slots "),
     ],
 )

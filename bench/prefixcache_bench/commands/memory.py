@@ -80,6 +80,7 @@ def memory(
         options.refuse_overwriting(options.pictures(picture), force)
     trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     jobs = jobs_of(trace, longest=longest, history=history, limit=requests)
+    refuse_what_never_fits(jobs, slots, longest, sizes)
     steps = len(Reservation) + len(sizes) + 2 * len(_WIDTHS)
     with Progress("memory", steps, quiet=as_json) as progress:
         shares = account(jobs, slots, longest, sizes, progress)
@@ -117,6 +118,27 @@ def memory(
     if trace.broken or trace.not_counted:
         typer.echo(f"of {options.summary(trace)}")
     options.finish(trace)
+
+
+def refuse_what_never_fits(
+    jobs: list[Job], slots: int, longest: int, block_sizes: tuple[int, ...]
+) -> None:
+    """Refuse a memory that cannot hold one sequence, or one block.
+
+    Raises:
+        InvalidRequest: it cannot; the message says which option asks for more.
+    """
+    reserved = 1 << max(0, longest - 1).bit_length()
+    if reserved > slots:
+        most = max(job.total for job in jobs)
+        raise InvalidRequest(
+            f"{slots:,} slots do not hold the {reserved:,} that are reserved for a sequence of "
+            f"--longest {longest:,}; the longest there is has {most:,}"
+        )
+    if max(block_sizes) > slots:
+        raise InvalidRequest(
+            f"{slots:,} slots hold no block of {max(block_sizes):,} (--block-size)"
+        )
 
 
 def refuse_emptiness(
