@@ -135,7 +135,7 @@ class ChatTemplate:
             return ""
         return called if _PROBE in shown else ""
 
-    def _write(self, messages: list[dict[str, Any]], **context: Any) -> str:
+    def _write(self, messages: list[dict[str, Any]], /, **context: Any) -> str:
         given = {"tools": None, "documents": None, **self._special, **context}
         return self._sandbox.render({"messages": messages, **given})
 
@@ -222,6 +222,13 @@ def prompt_of(
         tokens = pack(encode(request.text, True))
     else:
         text, media, left_out = template().render(request)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "a tool, a call, a document or an option holds half a character (U+D800 to "
+                "U+DFFF): that is no text"
+            ) from None
         tokens = _with_media(text, media, encode)
     if not tokens:
         raise InvalidRequest("the prompt is empty")

@@ -311,3 +311,35 @@ def test_what_was_read_already_is_known_by_what_no_record_can_say(name: str) -> 
         message = {"role": "user", "content": [{"type": "text", "text": "Q", name: odd}], name: odd}
         (logged,) = read_logged({"messages": [message]})
         assert logged.messages[0]["content"] == [{"type": "text", "text": "Q"}]
+
+
+def _refuse(text: str, special: bool) -> list[int]:
+    text.encode()  # as tokenizers do: half a character is no text to them
+    return [1]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"documents": [{"title": "\ud800", "text": "t"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f\ud800"}}]},
+            ]
+        },
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_half_a_character_anywhere_in_a_chat_is_refused_by_name(beside: dict[str, Any]) -> None:
+    (request,) = read_logged({"messages": [{"role": "user", "content": "x"}], **beside})
+    with pytest.raises(InvalidRequest, match="holds half a character"):
+        prompt_of(request, lambda: ChatTemplate(TOOLS, SPECIAL), _refuse)
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "context", "tools", "", "raise_exception"])
+def test_an_option_of_any_name_is_no_argument_of_ours(name: str) -> None:
+    asked = {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {name: 3}}
+    (request,) = read_logged(asked)
+    made = prompt_of(request, lambda: ChatTemplate(TOOLS, SPECIAL), _refuse)
+    assert made.left_out == {"options that the template does not know": 1}
