@@ -1,10 +1,11 @@
-"""JSON that every reader takes: Python's own writes NaN and Infinity, which are none."""
+"""JSON that every reader takes: Python's own writes NaN and Infinity, and reads names twice."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+from collections import Counter
 from typing import Any
 
 from prefixcache.texts import is_plain
@@ -31,6 +32,23 @@ def json_text(value: object, **options: Any) -> str:
     if options.get("ensure_ascii", True) or is_plain(text.replace("\n", "")):
         return text
     return _NOT_ASCII.sub(_escaped, text)  # they stand in strings only
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its fields, for `json.loads`, which keeps the last of equal names itself.
+
+    Raises:
+        ValueError: one is there twice: which of them is meant, readers do not agree.
+
+    >>> json.loads('{"a": 1}', object_pairs_hook=once_each)
+    {'a': 1}
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"the field {twice[:40]!a} is there twice")
+    return made
 
 
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")

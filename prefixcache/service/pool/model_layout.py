@@ -27,7 +27,7 @@ from typing import Any, Never
 from prefixcache.bounded_files import read_file
 from prefixcache.errors import InvalidRequest
 from prefixcache.model_folders import places
-from prefixcache.plain_json import json_text
+from prefixcache.plain_json import json_text, once_each
 from prefixcache.texts import escape
 from prefixcache.types import DTYPE_BYTES, Layout, dtype_named
 from prefixcache.user_folders import is_file, is_folder
@@ -66,9 +66,16 @@ _ATTENTION = (
     *("global_attention", "local_attention", "global", "local", "full", "sliding", "*", "1"),
 )
 """What these call a layer that keeps keys and values for each token."""
+_OTHER_LAYER_KINDS = re.compile(
+    r"(layer|block|mixer)s?_(types?|kinds?|patterns?)$|^attention_types$"
+    r"|^(no_)?(self_)?att(entio)?n_(layers|layer_(idx|indices|ids)|idxs?|indices)$"
+)
+_NOT_OF_ATTENTION = re.compile(r"mlp|moe|ffn|expert|sparse|dense|rope|quant")
+"""Kinds of layers that say nothing of what a layer keeps."""
 
 _RECURRENT = re.compile(
-    r"mamba|(^|_)(ssm|rwkv|lru|rnn|lstm|gla)_|rwkv|^state_size$|^conv_(kernel|L_cache)|^time_(mix|step)"
+    r"mamba|(^|_)(ssm|rwkv|lru|rnn|lstm|gla|kda)_|rwkv|delta_?net|^state_size$"
+    r"|^conv_(kernel|L_cache|window)|^time_(mix|step)"
     r"|^linear_(attn|num|key|value|conv)|^full_att(entio)?n_(interval|idxs|layers)|^attn_layer_"
     r"|^hybrid_(layer|attention)|^(use_)?(recurrent|retention)|^shortconv|^mb_per_layer$"
 )
@@ -91,13 +98,39 @@ _DIFFERING = (
     "attention_k_eq_v",
     "num_self_decoder_layers",
     "per_layer_config",
+    "cross_layer_interval",
+    "cross_attn_every_n_layers",
+    "n_shared_head",
 )
 """Fields of models whose layers do not all keep keys and values of one shape, of their own."""
-_LOOK_AHEAD_MODELS = re.compile(r"llada|diffusion|^(dream|sdar)($|_)", re.IGNORECASE)
-"""Models that write all tokens of a stretch at once, each with a look at the others."""
+_LOOK_AHEAD_MODELS = re.compile(
+    r"llada|diffusion|^(dream|sdar)($|_)|paligemma|bidirec|^bidir_", re.IGNORECASE
+)
+"""Models of which all tokens of a stretch, or of the prompt, have a look at each other."""
+_LOOK_AHEAD = (
+    *("use_bidirectional_attention", "bidirectional_attention", "is_bidirectional"),
+    *("bidirectional", "prefix_lm", "position_encoding_2d"),
+)
+"""Fields of the same; the last is that of the first ChatGLM."""
+_CAUSAL = ("is_causal", "causal", "use_causal_mask", "causal_attention")
+_OWN_HEAD_DIM = re.compile(
+    r"^(gemma\w*|qwen3|qwen3_vl_text|glm4?|gpt_oss|seed_oss|helium|ernie4_5)$"
+)
+"""Models whose heads have, where it is not said, another width than their share of the layer's."""
+_LATENT_MODELS = re.compile(r"^(deepseek_v(2|3|32)|kimi_k2|minicpm3|glm4_moe_lite)$")
+"""Models with latent attention where nothing is said of it."""
+_SEVERAL_A_LAYER = re.compile(r"longcat")
+"""Models of which a layer attends more than once."""
 _OF_SOME_LAYERS = re.compile(r"att(entio)?n|layer")
 """Fields that hold settings of their own for some of the layers."""
-_ABOUT_HEADS = re.compile(r"head_(dim|size)$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$")
+_ABOUT_HEADS = re.compile(
+    r"head_(dim|size)s?$|(kv|key_value)_heads$|(kv|key_value)_heads_per_layer$"
+)
+_OTHER_QUERIES = re.compile(
+    r"^num_\w+_(attention|query)_heads$|^(swa|sliding|global|local)_\w*heads$"
+)
+"""Of some layers: with other heads for queries, heads have another width."""
+_KV_TYPE = re.compile(r"^kv_cache_(scheme|quant_algo|dtype)$")
 
 _ENCODERS = ("is_encoder_decoder", "encoder_layers", "num_encoder_layers", "add_cross_attention")
 """Fields of models of which a part reads both ways."""
@@ -107,10 +140,12 @@ _ENCODER_MODELS = re.compile(
     r"longformer|longt5|luke|m2m_100|marian|mbart|megatron-bert|mobilebert|modernbert|mpnet|mt5|"
     r"mvp|nezha|nllb.*|nystromformer|pegasus.*|prophetnet|reformer|rembert|roberta.*|roformer|"
     r"siglip.*|splinter|squeezebert|switch_transformers|t5.*|udop|umt5|vit.*|wav2vec2.*|whisper|"
-    r"xlm|xlm-roberta.*|xlnet|xmod|yoso)$"
+    r"xlm|xlm-roberta.*|xlnet|xmod|yoso|.*bert|dinov\d.*|beit|deit|swin.*|wavlm|unispeech.*|new|gte|"
+    r"mega|decision_transformer|tapas|lilt|bros|detr|owlvit|segformer|audio-spectrogram-transformer)$"
 )
 
 _MOST_BYTES = 16 * 2**20
+_DEEPEST = 4
 
 
 def read_layout(folder: Path, dtype: str | None = None, block_size: int | None = None) -> Layout:
@@ -137,7 +172,7 @@ def read_layout(folder: Path, dtype: str | None = None, block_size: int | None =
         return Layout(planes=layers, page_bytes=page_bytes, format=f"latent/{rank}+{rope}/{named}")
     heads, kv_heads = config.heads(layers)
     head_dim = config.head_dim(heads)
-    config.refuse_other_heads(kv_heads, head_dim, layers)
+    config.refuse_other_heads(heads, kv_heads, head_dim, layers)
     return Layout(layers, kv_heads, head_dim, _element_type(path, config.fields, outer, dtype))
 
 
@@ -152,20 +187,28 @@ def _element_type(
             f"{path} names the type {_shown(named)}; a pool holds {', '.join(DTYPE_BYTES)}: "
             "give --dtype"
         ) from None
-    quantization = outer.get("quantization_config")
-    if dtype is None and isinstance(quantization, dict):
-        for field in ("kv_cache_scheme", "kv_cache_quant_algo"):
-            if quantization.get(field):
-                raise InvalidRequest(
-                    f"{path}: {field} is {_shown(quantization[field])}: keys and values may be of "
-                    f"another type than {name}; give --dtype"
-                )
+    if dtype is None:
+        for field, value in (*_kv_types(fields, _DEEPEST), *_kv_types(outer, _DEEPEST)):
+            raise InvalidRequest(
+                f"{path}: {field} is {_shown(value)}: keys and values may be of another type than "
+                f"{name}; give --dtype"
+            )
     if dtype is None and DTYPE_BYTES[name] == 1:
         raise InvalidRequest(
             f"{path} names the type {_shown(named)}: weights of eight bits do not say that keys "
             "and values are; give --dtype"
         )
     return name
+
+
+def _kv_types(fields: Mapping[str, Any], deepest: int) -> Iterable[tuple[str, Any]]:
+    """Find what is said of the type of keys and values, also inside of what is said of weights."""
+    for name, value in fields.items():
+        if _KV_TYPE.search(name) and value not in (None, "", "auto", {}):
+            yield name, value
+        inner = isinstance(value, dict) and ("quant" in name or name == "compression_config")
+        if inner and deepest:
+            yield from _kv_types(value, deepest - 1)
 
 
 def _find(folder: Path) -> Path:
@@ -205,8 +248,6 @@ class _Config:
         kind = named.get("model_type")
         if isinstance(kind, str) and _ENCODER_MODELS.match(kind) and not self._is_decoder(outer):
             self._refuse(named, "model_type", "an encoder reads both ways: no prefix is final")
-        if isinstance(kind, str) and _LOOK_AHEAD_MODELS.search(kind):
-            self._refuse(named, "model_type", "tokens look ahead: no prefix is final")
         if (
             isinstance(kind, str)
             and _HYBRID_MODELS.search(kind)
@@ -215,11 +256,22 @@ class _Config:
             self._refuse(
                 named, "model_type", "some of its layers keep a state, and which is not said"
             )
-        for name in ("use_bidirectional_attention", "prefix_lm"):
+        for fields in (outer, self.fields):
+            if fields.get("_class_name"):
+                self._refuse(fields, "_class_name", "no language model is called so")
+            kind = fields.get("model_type")
+            if isinstance(kind, str) and _LOOK_AHEAD_MODELS.search(kind):
+                self._refuse(fields, "model_type", "tokens look ahead: no prefix is final")
+            if isinstance(kind, str) and _SEVERAL_A_LAYER.search(kind):
+                self._refuse(fields, "model_type", "each of its layers attends more than once")
+        for name in _LOOK_AHEAD:
             if self.fields.get(name):  # also "all": of which tokens
                 self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
-        if self.fields.get("is_causal") not in (None, True):
-            self._refuse(self.fields, "is_causal", "tokens look ahead: no prefix is final")
+        for name in _CAUSAL:
+            if self.fields.get(name) not in (None, True):
+                self._refuse(self.fields, name, "tokens look ahead: no prefix is final")
+        if "bidirectional" in str(self.fields.get("attn_type")):
+            self._refuse(self.fields, "attn_type", "tokens look ahead: no prefix is final")
         for name in _DIFFERING:
             if self.fields.get(name):
                 self._refuse(self.fields, name, "its layers keep different shapes")
@@ -244,6 +296,10 @@ class _Config:
             if other.startswith("index_") and self.fields[other]:
                 kept = "keys and values" if name is None else "the latents"
                 self._refuse(self.fields, other, f"its layers keep an index beside {kept}")
+        kind = self.fields.get("model_type")
+        is_latent = isinstance(kind, str) and _LATENT_MODELS.match(kind)
+        if is_latent and self.fields.keys().isdisjoint(_LATENT):
+            self._refuse(self.fields, "model_type", "kv_lora_rank is missing")
         if name is None:
             return None
         rank, rope = self._number(("kv_lora_rank",)), self._number(("qk_rope_head_dim",))
@@ -251,14 +307,15 @@ class _Config:
             self._missing(("qk_rope_head_dim",))
         return rank, rope
 
-    def heads(self, layers: int) -> tuple[int, int]:
-        """Give how many heads queries have, and how many keys and values."""
+    def heads(self, layers: int) -> tuple[int | None, int]:
+        """Give how many heads queries have, if that is said, and how many keys and values."""
         heads = self._number(_HEADS, layers=layers)
         kv_heads = self._number(_KV_HEADS, layers=layers)
-        if self.fields.get("model_type") in ("falcon", "RefinedWeb", "RefinedWebModel") and (
-            not self.fields.get("new_decoder_architecture")
-        ):
-            kv_heads = None  # Falcon's older models look at `multi_query` alone
+        if self.fields.get("model_type") in ("falcon", "RefinedWebModel"):
+            if not self.fields.get("new_decoder_architecture"):
+                kv_heads = None  # Falcon's older models look at `multi_query` alone
+            elif kv_heads is None:
+                kv_heads = heads  # and its newer ones do not look at it
         if kv_heads is None:
             kv_heads = 1 if self._is_multi_query() else heads
         elif self.fields.get("multi_query_attention") is False:
@@ -270,13 +327,18 @@ class _Config:
                 f"{self.path}: {heads} heads cannot share {kv_heads} heads of keys and values "
                 f"evenly; give --layout instead"
             )
-        return heads or kv_heads, kv_heads
+        return heads, kv_heads
 
-    def head_dim(self, heads: int) -> int:
+    def head_dim(self, heads: int | None) -> int:
         """Give the width of a head."""
         stated = self._number(_HEAD_DIM)
         if stated is not None:
             return stated
+        kind = self.fields.get("model_type")
+        if isinstance(kind, str) and _OWN_HEAD_DIM.match(kind):
+            self._refuse(self.fields, "model_type", "its heads' width is its own: head_dim misses")
+        if heads is None:
+            self._missing((*_HEAD_DIM[:1], *_HEADS))
         width = self._number(_WIDTH)
         if width is None:
             self._missing((*_HEAD_DIM[:1], *_WIDTH))
@@ -287,12 +349,19 @@ class _Config:
             )
         return width // heads
 
-    def refuse_other_heads(self, kv_heads: int, head_dim: int, layers: int) -> None:
+    def refuse_other_heads(
+        self, heads: int | None, kv_heads: int, head_dim: int, layers: int
+    ) -> None:
         """Refuse a field about heads that was not read, and says something else."""
         for name, value in self.fields.items():
-            if not _ABOUT_HEADS.search(name) or value is None:
+            if value is None or name in _HEADS:
                 continue
-            derived = head_dim if name.endswith(("dim", "size")) else kv_heads
+            if not _ABOUT_HEADS.search(name):
+                if _OTHER_QUERIES.search(name) and value != heads:
+                    self._refuse(self.fields, name, f"{heads} for all layers was derived")
+                continue
+            is_width = name.endswith(("dim", "size", "dims", "sizes"))
+            derived = head_dim if is_width else kv_heads
             read = name in _HEAD_DIM or name in _KV_HEADS
             if not read and value not in (derived, [derived] * layers):
                 self._refuse(self.fields, name, f"{derived} for all layers was derived")
@@ -345,10 +414,26 @@ class _Config:
             if name == "layer_types" and layers is not None and len(kinds) < layers:
                 self._refuse(self.fields, name, f"{len(kinds)} kinds, for {layers} layers")
         for name, value in self.fields.items():
+            if name not in _LAYER_KINDS and isinstance(value, list) and value:
+                self._refuse_other_kinds(name, value)
             if value and _RECURRENT.search(name) and not isinstance(value, str):
                 self._refuse(
                     self.fields, name, "recurrent layers keep a state, not tokens, of a prefix"
                 )
+
+    def _refuse_other_kinds(self, name: str, kinds: list[Any]) -> None:
+        """Refuse what says by another name which layers are attention, if not all are."""
+        if not _OTHER_LAYER_KINDS.search(name) or _NOT_OF_ATTENTION.search(name):
+            return
+        flat = list(_flat(kinds, _DEEPEST))
+        told = [str(kind) for kind in flat if not isinstance(kind, int)]
+        if told:
+            is_odd = any(kind not in _ATTENTION for kind in told)
+        else:  # numbers of layers
+            every = set(range(self._number(_LAYERS) or 0))
+            is_odd = set(flat) != every or name.startswith("no_")
+        if is_odd:
+            self._refuse(self.fields, name, "not all of its layers keep keys and values")
 
     def _number(
         self, names: Iterable[str], *, least: int = 1, layers: int | None = None
@@ -391,6 +476,14 @@ class _Config:
         )
 
 
+def _flat(values: list[Any], deepest: int) -> Iterable[Any]:
+    for value in values:
+        if isinstance(value, list) and deepest:
+            yield from _flat(value, deepest - 1)
+        else:
+            yield value
+
+
 def _shown(value: Any) -> str:
     """Write what a field holds, in ASCII and in few characters."""
     shown = json_text(value)
@@ -403,7 +496,7 @@ def _load(path: Path) -> dict[str, Any]:
     except InvalidRequest as error:
         raise InvalidRequest(f"{error}; give --layout instead") from None
     try:
-        config = json.loads(data.decode("utf-8-sig"))
+        config = json.loads(data.decode("utf-8-sig"), object_pairs_hook=once_each)
     except RecursionError:
         raise InvalidRequest(f"{path} is nested too deeply for a configuration") from None
     except ValueError as error:

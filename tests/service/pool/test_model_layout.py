@@ -279,3 +279,92 @@ def test_what_contradicts_itself_is_refused(
         read(tmp_path, LLAMA | change)
     if told.endswith("--dtype"):
         assert read_layout(tmp_path, dtype="float16").dtype == "float16"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"model_type": "gemma"},
+        {"model_type": "qwen3"},
+        {"model_type": "deepseek_v2"},
+        {"model_type": "longcat_flash", "kv_lora_rank": 512},
+        {"model_type": "hubert"},
+        {"model_type": "nomic_bert"},
+        {"model_type": "beit"},
+        {"model_type": "bidir_mistral"},
+        {"_class_name": "UNet2DConditionModel"},
+        {"position_encoding_2d": True},
+        {"bidirectional": True},
+        {"causal": False},
+        {"use_causal_mask": False},
+        {"attn_type": "bidirectional"},
+        {"cross_layer_interval": 4},
+        {"n_shared_head": 8},
+        {"num_swa_attention_heads": 20},
+        {"conv_window": 2},
+        {"deltanet_num_heads": 4},
+        {"head_dims": [128, 64] * 16},
+        {"layer_kinds": ["mamba", "attention"] * 16},
+        {"mixer_types": ["ssm"] * 32},
+        {"attn_layers": [1, 3]},
+        {"no_attention_layers": [3]},
+        {"attention_types": [[["global", "mamba"], 16]]},
+        {"attention_layers": [[1], [3]]},
+        {"kv_cache_dtype": "fp8"},
+        {"compression_config": {"kv_cache_scheme": {"num_bits": 8}}},
+        {"quantization_config": {"quantization": {"kv_cache_quant_algo": "FP8"}}},
+    ],
+)
+def test_by_whatever_name_a_model_says_that_it_is_no_uniform_layout(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    told = next(reversed(changed)) if "model_type" not in changed else "model_type"
+    told = "kv_cache" if "config" in told else told
+    with pytest.raises(InvalidRequest, match=f"{told}.*; give --"):
+        read(tmp_path, LLAMA | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kv_heads"),
+    [
+        ({"mlp_layer_types": ["sparse"] * 32}, 8),
+        ({"attention_layers": ["global", "local"] * 16}, 8),
+        ({"attention_types": [[["global", "local"], 16]]}, 8),
+        ({"attn_layers": list(range(32))}, 8),
+        ({"kv_cache_dtype": "auto"}, 8),
+        ({"model_type": "gemma", "head_dim": 128}, 8),
+        ({"model_type": "RefinedWeb", "n_head_kv": 8, "multi_query": True}, 8),
+        ({"model_type": "falcon", "new_decoder_architecture": True}, 8),
+        (
+            {
+                "model_type": "falcon",
+                "new_decoder_architecture": True,
+                "num_key_value_heads": None,
+                "multi_query": True,
+            },
+            32,
+        ),
+    ],
+)
+def test_what_only_looks_like_it_is_read(
+    tmp_path: Path, changed: dict[str, Any], kv_heads: int
+) -> None:
+    assert read(tmp_path, LLAMA | changed) == Layout(32, kv_heads, 128, "bfloat16")
+
+
+def test_the_width_of_heads_is_not_derived_from_those_of_keys(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="none of head_dim, num_attention_heads"):
+        read(tmp_path, {**LLAMA, "num_attention_heads": None})
+    assert read(tmp_path, {**LLAMA, "num_attention_heads": None, "head_dim": 64}).head_dim == 64
+
+
+def test_the_type_of_keys_and_values_may_be_said_of_the_text_model(tmp_path: Path) -> None:
+    inner = {**LLAMA, "quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}
+    with pytest.raises(InvalidRequest, match=r"kv_cache_scheme is .* give --dtype"):
+        read(tmp_path, {"text_config": inner})
+
+
+def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 32, "num_hidden_layers": 4}')
+    with pytest.raises(InvalidRequest, match="the field 'num_hidden_layers' is there twice"):
+        read_layout(tmp_path)
