@@ -34,11 +34,15 @@ def json_text(value: object, **options: Any) -> str:
     return _NOT_ASCII.sub(_escaped, text)  # they stand in strings only
 
 
+class TwiceNamed(ValueError):
+    """An object has a field twice."""
+
+
 def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make an object of its fields, for `json.loads`, which keeps the last of equal names itself.
 
     Raises:
-        ValueError: one is there twice: which of them is meant, readers do not agree.
+        TwiceNamed: one is there twice: which of them is meant, readers do not agree.
 
     >>> json.loads('{"a": 1}', object_pairs_hook=once_each)
     {'a': 1}
@@ -47,7 +51,7 @@ def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = counts.most_common(1)[0][0]
-        raise ValueError(f"the field {twice[:40]!a} is there twice")
+        raise TwiceNamed(f"the field {twice[:40]!a} is there twice")
     return made
 
 

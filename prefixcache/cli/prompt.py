@@ -21,6 +21,7 @@ from prefixcache.bounded_files import read_file, read_stream
 from prefixcache.cli.decoder import Decoder
 from prefixcache.cli.streams import say
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import once_each
 from prefixcache.prompts.chat_template import tell
 from prefixcache.prompts.logged_request import read_logged
 from prefixcache.types import TOKEN_BYTES, pack
@@ -102,7 +103,7 @@ def read_prompt(data: bytes, source: str, decoder: OpenDecoder, *, as_text: bool
         return read_ids(text, source)
     if text.lstrip()[0] in "[{":
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=once_each)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(
                 f"{source} begins like JSON and is none ({error}); to take it as text, add --text"

@@ -29,7 +29,7 @@ from hashlib import blake2b, shake_256
 from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.plain_json import json_text
+from prefixcache.plain_json import json_text, once_each
 from prefixcache.types import pack
 
 IDS: Final = ("tokens", "prompt_token_ids", "input_ids", "token_ids")
@@ -264,7 +264,7 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
         if name in fields and name != "conversation":
             fields[name] = _parsed(fields[name], name)
     model, adapter, salt = place_of(fields)
-    unknown = sorted(fields.keys() - _READ - IDLE)
+    unknown = sorted((fields.keys() - _READ - IDLE) | _others(fields))
     more = {
         "model": model,
         "adapter": adapter,
@@ -272,6 +272,31 @@ def _read(value: Any, deepest: int) -> list[LoggedRequest]:
         "unread": tuple(unknown[:_MOST_NAMES]),
     }
     return [replace(one, **more) for one in _unplaced(fields)]
+
+
+def refuse_other_ids(fields: dict[str, Any]) -> None:
+    """Refuse a record that holds ids under several names, if they differ.
+
+    Raises:
+        InvalidRequest: it does.
+    """
+    ids = [name for name in IDS if fields.get(name) is not None]
+    if any(fields[name] != fields[ids[0]] for name in ids):
+        raise InvalidRequest(f"{' and '.join(ids)} differ: it is left open which is the prompt")
+
+
+def _others(fields: dict[str, Any]) -> set[str]:
+    """Name what else of a record may be a prompt, but for the text that ids are of."""
+    texts = [name for name in _TEXT_NAMES if not isinstance(fields.get(name), dict)]
+    found = [name for name in (*CHATS, *texts) if fields.get(name)]
+    if not fields.keys().isdisjoint(IDS):
+        return set(found) - {"prompt", "text"}
+    if "conversation" in found and _is_named(fields):
+        found.remove("conversation")
+    is_responses = isinstance(fields.get("input"), str) or _is_items(fields.get("input"))
+    if is_responses and found[:1] == ["prompt"]:
+        found = ["input", *(one for one in found if one != "input")]
+    return {one for one in found[1:] if fields[one] != fields[found[0]]}
 
 
 def _wraps(wrapper: str, inner: dict[str, Any], fields: dict[str, Any]) -> bool:
@@ -286,7 +311,7 @@ def _parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, object_pairs_hook=once_each)
     except ValueError as error:
         raise InvalidRequest(f"{name} is no JSON: {error}") from None
 
@@ -298,6 +323,7 @@ def _unplaced(fields: dict[str, Any]) -> list[LoggedRequest]:
                 f"{name} decides what the prompt is, and where it stands in it is not said: give "
                 "messages with parts"
             )
+    refuse_other_ids(fields)
     for name in IDS:
         if name in fields:
             _refuse_media(fields, name)
@@ -460,6 +486,8 @@ def _first(fields: dict[str, Any], names: Iterable[str]) -> Any:
 def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
     left_out = list(_not_read(fields, name))
     given = fields[name]
+    if name in CHATS[1:] and isinstance(given, list):
+        given = [_as_spoken(one) for one in given]
     if parts := _beside(fields):
         given = _with_parts(given, parts)
     messages = list(_messages(given, left_out))
@@ -489,6 +517,14 @@ def _chat(fields: dict[str, Any], name: str) -> LoggedRequest:
         is_logged_chat=name in CHATS[1:],
         left_out=tuple(left_out),
     )
+
+
+def _as_spoken(message: Any) -> Any:
+    """Give a data set's message its role, where it has the name of a speaker."""
+    role = message.get("role") if isinstance(message, dict) else None
+    if not isinstance(role, str) or role.lower() not in SPEAKERS:
+        return message
+    return message | {"role": SPEAKERS[role.lower()]}
 
 
 def _responses(fields: dict[str, Any]) -> LoggedRequest:
@@ -551,7 +587,7 @@ def _objects(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
     value = fields.get(name, [])
     if isinstance(value, str):  # data sets hold them as JSON text, empty if there are none
         with suppress(ValueError):
-            value = json.loads(value) if value.strip() else []
+            value = json.loads(value, object_pairs_hook=once_each) if value.strip() else []
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
         raise InvalidRequest(f"{name} is {_show(value)}; it takes a list of objects")
     return value
@@ -618,9 +654,9 @@ def _message(fields: dict[str, Any], where: str, left_out: list[str]) -> Iterabl
     made = {key: one for key, one in fields.items() if one is not None}
     if "role" not in made and "from" in made:
         speaker = made.pop("from")
-        if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
             raise InvalidRequest(f"{_show(speaker)} speaks, who is neither human nor gpt")
-        made["role"] = SPEAKERS[speaker]
+        made["role"] = SPEAKERS[speaker.lower()]
     role = made.get("role")
     if not isinstance(role, str) or not role:
         raise InvalidRequest(f"{where}: role is {_show(role)}; it takes a text such as user")
@@ -681,6 +717,9 @@ def _said(made: dict[str, Any], where: str) -> Any:
             made.pop(name, None)
         return said
     said = made.pop("content", None)
+    for name in _SAID:
+        if made.get(name) in _EMPTY:
+            made.pop(name, None)
     if said is None and not any(made.get(name) for name in (*_ELSEWHERE, *_BESIDE, _MEDIA_BEFORE)):
         others = sorted(
             name
@@ -696,10 +735,12 @@ def _said(made: dict[str, Any], where: str) -> Any:
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     """Give a call with its arguments as an object, which is what templates expect."""
-    inner = call.get("function", call) if isinstance(call, dict) else None
+    inner = call.get("function") or call.get("custom") or call if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise InvalidRequest(f"{where}: a tool call is {_show(call)}; it takes an object")
-    arguments = inner.get("arguments")
+    if not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise InvalidRequest(f"{where}: a tool call names no function")
+    arguments = inner.get("arguments", inner.get("input") if "custom" in call else None)
     if isinstance(arguments, str):
         with suppress(ValueError):  # what a model wrote need not be JSON
             arguments = json.loads(arguments) if arguments.strip() else {}

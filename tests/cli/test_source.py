@@ -125,6 +125,7 @@ def test_what_encode_prints_is_what_the_others_take(at: At, session: Session, fo
         (["-"], "", 2, "empty"),
         (["-"], '[{"role": "user", "content": "a"},]', 2, "begins like JSON and is none"),
         (["-"], "[" * 100_000, 2, "begins like JSON and is none"),
+        (["-"], '{"prompt": "a", "prompt": "b"}', 2, "the field 'prompt' is there twice"),
     ],
 )
 def test_what_is_no_prompt_is_refused_in_one_line_that_says_what_to_do(

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -499,3 +500,184 @@ def test_an_array_of_records_is_a_record_each(
     trace = load(str(path))
     assert len(trace) == prompts
     assert not trace.broken
+
+
+# ------------------------------------------------- one record with several readings
+
+
+def test_a_turn_that_is_left_out_of_a_chat_is_told(tmp_path: Path) -> None:
+    ask, answer = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+    for turns in (
+        [ask, answer, ask, ask, answer],
+        [answer, ask, answer],
+        [ask, answer, {"from": "system", "value": "s"}, ask, answer],
+        [ask, answer, ask],
+    ):
+        trace = load(put(tmp_path / "s.jsonl", {"conversations": turns}))
+        assert trace.not_counted == [
+            "1 of 1 requests have messages out of turn or without an answer, which are not counted"
+        ]
+    assert not load(put(tmp_path / "s.jsonl", {"conversations": [ask, answer]})).not_counted
+
+
+def test_a_speaker_is_known_in_any_case_and_under_role_too(tmp_path: Path) -> None:
+    said = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    other = {"conversations": [{"role": "User", "content": "a"}, {"role": "GPT", "content": "b"}]}
+    first = load(put(tmp_path / "s.jsonl", said)).requests
+    assert load(put(tmp_path / "s.jsonl", other)).requests == first
+    asked = {"messages": [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}]}
+    assert "somebody else than assistant" in load(put(tmp_path / "s.jsonl", asked)).not_counted[0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"tokens": [1, 2], "tokens": [3]}',
+        '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+        '{"timestamp": 1, "input_length": 512, "hash_ids": [1], "hash_ids": [2]}',
+        '[{"prompt": "a", "prompt": "b"}]',
+        '{"messages": "[{\\"role\\": \\"user\\", \\"role\\": \\"system\\"}]"}',
+    ],
+)
+def test_a_field_that_is_there_twice_is_a_broken_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text(line)
+    with pytest.raises(InvalidRequest, match="is there twice"):
+        load(str(tmp_path / "t.jsonl"))
+
+
+def test_a_record_of_an_array_with_a_field_twice_costs_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text('[{"prompt": "a"}, {"id": 1, "id": 2}, {"prompt": "b"}]')
+    trace = load(str(tmp_path / "t.json"))
+    assert len(trace.requests) == 2
+    assert [str(one) for one in trace.broken] == ["record 2: the field 'id' is there twice"]
+
+
+def test_what_else_of_a_record_may_be_a_prompt_is_told(tmp_path: Path) -> None:
+    for name, record in {
+        "prompt": {"messages": CHAT, "prompt": "x"},
+        "conversations": {"messages": CHAT, "conversations": [{"from": "human", "value": "x"}]},
+        "text": {"prompt": "x", "text": "y"},
+        "prompt ": {"input": "x", "prompt": "y"},
+        "created_at": {"tokens": [1], "created_at": "2024-01-01"},
+        "start_time": {"prompt": "x", "start_time": 5},
+    }.items():
+        notes = load(put(tmp_path / "t.jsonl", record)).notes
+        assert any(one.endswith(f"shared: {name.strip()}") for one in notes)
+    for record in ({"prompt": "x", "text": "x"}, {"tokens": [1], "prompt": "x"}):
+        assert not any("not read" in one for one in load(put(tmp_path / "t.jsonl", record)).notes)
+
+
+def test_ids_under_two_names_are_refused_if_they_differ(tmp_path: Path) -> None:
+    assert load(put(tmp_path / "t.jsonl", {"tokens": [1], "input_ids": [1]})).requests
+    with pytest.raises(InvalidRequest, match="tokens and input_ids differ"):
+        load(put(tmp_path / "t.jsonl", {"tokens": [1], "input_ids": [2]}))
+
+
+def test_a_call_that_names_no_function_is_refused_and_one_of_a_custom_tool_read(
+    tmp_path: Path,
+) -> None:
+    def call(**fields: Any) -> str:
+        made = {"role": "assistant", "content": None, "tool_calls": [fields]}
+        return put(tmp_path / "t.jsonl", {"messages": [CHAT[0], made, CHAT[0]]})
+
+    for fields in ({}, {"function": None}, {"function": {"arguments": "{}"}}, {"id": "x"}):
+        with pytest.raises(InvalidRequest, match="names no function"):
+            load(call(**fields))
+    first = load(call(type="custom", custom={"name": "f", "input": "one"}))
+    other = load(call(type="custom", custom={"name": "f", "input": "two"}))
+    assert first.requests[0].tokens != other.requests[0].tokens
+
+
+# ------------------------------------------------------------- where a file ends
+
+
+def test_a_plain_file_that_is_cut_in_its_last_line_breaks_off(tmp_path: Path) -> None:
+    whole = json.dumps({"messages": [{"role": "user", "content": "é"}]}, ensure_ascii=False)
+    path = tmp_path / "t.jsonl"
+    data = whole.encode()
+    for size in (5, 20, data.index("é".encode()) + 1, len(data) - 1):
+        path.write_bytes(data + b"\n" + data[:size])
+        assert load(str(path)).breaks_off
+    for rest in (b"", b"\n", data, b"rubbish", data + b"}"):
+        path.write_bytes(data + b"\n" + rest)
+        assert not load(str(path)).breaks_off
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_an_archive_is_no_trace(tmp_path: Path, mode: Any) -> None:
+    put(tmp_path / "t.jsonl", *[{"tokens": [1, 2]}] * 3)
+    with tarfile.open(tmp_path / "t.tar", mode) as archive:
+        archive.add(tmp_path / "t.jsonl", "t.jsonl")
+    with pytest.raises(InvalidRequest, match="a tar archive: unpack it"):
+        load(str(tmp_path / "t.tar"))
+
+
+def test_an_array_of_lists_may_have_a_list_a_line(tmp_path: Path) -> None:
+    for indent in (1, 4):
+        (tmp_path / "t.json").write_text(json.dumps([[1, 2, 3], [1, 2]], indent=indent))
+        assert [one.prompt for one in load(str(tmp_path / "t.json")).requests] == [3, 2]
+    (tmp_path / "t.json").write_text("[\n[1, 2, 3],\n[1, 2]\n]\n")
+    assert [one.prompt for one in load(str(tmp_path / "t.json")).requests] == [3, 2]
+
+
+# --------------------------------------------------- traces that tell only changes
+
+
+def turn(i: int, keep: int, *tail: Any) -> dict[str, Any]:
+    length = 64 * (keep + len(tail))
+    return {"t_ms": i, "trace": "s", "i": i, "input_length": length, "keep": keep, "tail": [*tail]}
+
+
+AGENTIC = {"format": "delta-hash-v1", "block_size": 64}
+
+
+def test_what_follows_a_request_that_misses_is_left_out(tmp_path: Path) -> None:
+    lines = [
+        AGENTIC,
+        turn(0, 0, 1, 2),
+        turn(1, 2, 3.5),
+        turn(2, 2, 4),
+        turn(3, 0, 5),
+        turn(4, 1, 6),
+    ]
+    trace = load(put(tmp_path / "s.jsonl", *lines))
+    assert [unpack(one.tokens).tolist() for one in trace.requests] == [[1, 2], [5], [5, 6]]
+    assert [one.number for one in trace.broken] == [3, 4]
+    trace = load(put(tmp_path / "s.jsonl", AGENTIC, turn(0, 0, 1, 2), turn(2, 1, 4)))
+    assert "keeps blocks of request 1" in str(trace.broken[0])
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (
+            {"format": "delta-hash-v1", "block_size": 16},
+            "two headers, of blocks of 64 and of 16",
+        ),
+        ({"format": "delta-hash-v2"}, "has the format 'delta-hash-v2'; delta-hash-v1 is read"),
+    ],
+)
+def test_a_header_of_something_else_is_refused(
+    tmp_path: Path, header: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        load(put(tmp_path / "s.jsonl", AGENTIC, turn(0, 0, 1), header, turn(0, 0, 1)))
+    assert load(put(tmp_path / "s.jsonl", AGENTIC, turn(0, 0, 1), AGENTIC, turn(0, 0, 1)))
+
+
+def test_a_conversation_that_cannot_be_read_keeps_its_number(tmp_path: Path) -> None:
+    header = {"format": "kvtrace-v1"}
+    asked = {"t_ms": 0, "conv": 2, "prompt_len": 1, "cached_len": 1}
+    for odd in (b"{\n", b'{"tokens": [1.5]}\n', b'{"tokens": ["a"]}\n'):
+        lines = [json.dumps(one).encode() + b"\n" for one in (header, {"tokens": [7]})]
+        lines += [odd, b'{"tokens": [9]}\n']
+        (tmp_path / "s.convs.jsonl.gz").write_bytes(gzip.compress(b"".join(lines)))
+        requests = "".join(json.dumps(one) + "\n" for one in (header, asked))
+        (tmp_path / "s.requests.jsonl.gz").write_bytes(gzip.compress(requests.encode()))
+        trace = load(str(tmp_path))
+        assert [unpack(one.tokens).tolist() for one in trace.requests] == [[9]]
+        assert len(trace.broken) == 1
+    wrong = json.dumps({"format": "kvtrace-v2"}).encode()
+    (tmp_path / "s.convs.jsonl.gz").write_bytes(gzip.compress(wrong))
+    with pytest.raises(InvalidRequest, match="has the format 'kvtrace-v2'"):
+        load(str(tmp_path))

@@ -304,3 +304,8 @@ def test_a_line_without_end_costs_a_bounded_amount_and_itself_alone() -> None:
     with pytest.raises(CacheError, match=r"more than 33,554,432 bytes"):
         read_object(first)
     assert (read_object(second), last) == ({"id": "next"}, b"last")
+
+
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="the field 'seed' is there twice"):
+        read_object(b'{"id": "a", "prompt": "x", "seed": 1, "seed": 2}')

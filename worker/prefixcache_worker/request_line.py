@@ -47,6 +47,7 @@ from itertools import count
 from typing import Any, Final
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import once_each
 from prefixcache.prompts.logged_request import read_logged
 from prefixcache.texts import check_text
 from prefixcache.types import unpack
@@ -90,7 +91,7 @@ def read_object(line: bytes) -> dict[str, Any]:
             f"the line has more than {LONGEST_LINE:,} bytes, the most that one may"
         )
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=once_each)
     except RecursionError:
         raise InvalidRequest("the line is nested too deeply") from None
     except ValueError as error:

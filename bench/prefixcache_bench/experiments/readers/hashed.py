@@ -27,12 +27,13 @@ import numpy as np
 from prefixcache.errors import InvalidRequest
 from prefixcache.prompts.logged_request import IDLE, PLACE, place_of
 from prefixcache.types import TOKEN_BYTES, Namespace, pack, unpack
-from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
+from prefixcache_bench.experiments.readers.lines import Source, count, given, packed_ids, seconds
 from prefixcache_bench.experiments.traces import FILL, Request, Trace
 
 MOONCAKE_UNIT = 512
 BAILIAN_UNIT = 16
 AGENTIC_UNIT = 64
+AGENTIC = "delta-hash-v1"
 _READ = {
     *("timestamp", "input_length", "hash_ids", "output_length", "chat_id", "parent_chat_id"),
     *("session_id", "delay", "t_ms", "trace", "i", "keep", "tail", *PLACE, *IDLE),
@@ -255,32 +256,50 @@ def read_agentic(source: Source, unit: int | None = None) -> Trace:
     """
     asked = check_unit(unit)
     named: int | None = None
-    before: dict[str, bytes] = {}
+    has_header = False
+    before: dict[str, tuple[bytes, int]] = {}
+    """Of each session, the ids and the number of the request that was read last."""
 
     def make(fields: dict[str, Any]) -> Request | None:
-        nonlocal named
+        nonlocal named, has_header
         if "format" in fields:
+            if fields["format"] != AGENTIC:
+                said = str(fields["format"])[:40]
+                raise InvalidRequest(f"{source.name} has the format {said!a}; {AGENTIC} is read")
+            earlier_named = named
             if given(fields, "block_size") is not None:
                 named = count(fields, "block_size")
+            if has_header and named != earlier_named:
+                raise InvalidRequest(
+                    f"{source.name} has two headers, of blocks of {earlier_named or AGENTIC_UNIT} "
+                    f"and of {named} tokens: give the traces one by one"
+                )
+            before.clear()
+            has_header = True
             return None
         session = given(fields, "trace")
         if session is None:
             raise KeyError("trace")
+        earlier, turn = before.pop(str(session), (b"", -1))
+        here = None if given(fields, "i") is None else count(fields, "i")
         length, keep = count(fields, "input_length"), count(fields, "keep")
+        if keep and here is not None and here != turn + 1:
+            raise ValueError(
+                f"it keeps blocks of request {here - 1} of its session, which is missing"
+            )
         t = seconds(fields, "t_ms", scale=1e-3)
         if t is None:
             raise KeyError("t_ms")
-        earlier = before.get(str(session), b"")
         if keep * TOKEN_BYTES > len(earlier):
             raise ValueError(f"keeps {keep} of {len(earlier) // TOKEN_BYTES} blocks")
         if not isinstance(fields["tail"], list):
             raise ValueError("tail is not a list of ids")
-        ids = earlier[: keep * TOKEN_BYTES] + pack(fields["tail"])
-        before[str(session)] = ids
+        ids = earlier[: keep * TOKEN_BYTES] + packed_ids(fields["tail"])
         tokens = named or asked or AGENTIC_UNIT
         if not length or len(ids) // TOKEN_BYTES * tokens > length:
             raise ValueError(f"{len(ids) // TOKEN_BYTES} blocks of {tokens} exceed {length} tokens")
         space = _space(source, fields, str(session))
+        before[str(session)] = ids, turn + 1 if here is None else here
         return Request(t, space, ids, len(ids) // TOKEN_BYTES, length)
 
     found = [request for request in source.parse(make) if request is not None]

@@ -23,11 +23,13 @@ from prefixcache_bench.experiments.readers.lines import (
     Source,
     count,
     given,
+    packed_ids,
     reason_of,
     seconds,
 )
 from prefixcache_bench.experiments.traces import Request, Trace
 
+FORMAT = "kvtrace-v1"
 CONVERSATIONS = ".convs.jsonl.gz"
 REQUESTS = ".requests.jsonl.gz"
 SYSTEM_PROMPTS = "system_prompts.cl100k.json"
@@ -78,6 +80,7 @@ def read(path: Path, name: str | None = None, system: str = "none") -> Trace:
 
     def make(fields: dict[str, Any]) -> Request | None:
         if "format" in fields:
+            _check_format(requests, fields)
             return None
         conv = count(fields, "conv")
         prompt, cached = count(fields, "prompt_len"), count(fields, "cached_len")
@@ -99,14 +102,28 @@ def read(path: Path, name: str | None = None, system: str = "none") -> Trace:
     return Trace(label, found, broken=convs.broken + requests.broken, num_lines=num_lines)
 
 
+def _check_format(source: Source, fields: dict[str, Any]) -> None:
+    if fields["format"] != FORMAT:
+        said = str(fields["format"])[:40]
+        raise InvalidRequest(f"{source.name} has the format {said!a}; {FORMAT} is read")
+
+
 def conversations(source: Source) -> list[bytes | None]:
     """Read the packed tokens of each conversation; None for a line that could not be read."""
     out: list[bytes | None] = []
+    headers = 0
 
     def make(fields: dict[str, Any]) -> None:
+        nonlocal headers
         if "format" in fields:
+            _check_format(source, fields)
+            headers += 1
             return
-        number = len(out) if given(fields, "conv") is None else count(fields, "conv")
+        # Those that could not be read have numbers, too, but for a header.
+        lost = not headers and any(one.number == 1 for one in source.broken[:1])
+        number = source.num_lines - 1 - headers - lost
+        if given(fields, "conv") is not None:
+            number = count(fields, "conv")
         if not len(out) <= number < MOST_LINES:
             raise ValueError(f"conversation {number} is out of order")
         out.extend([None] * (number - len(out)))
@@ -121,7 +138,7 @@ def conversations(source: Source) -> list[bytes | None]:
 
 def _tokens(fields: dict[str, Any], before: list[bytes | None]) -> bytes:
     if given(fields, "tokens") is not None:
-        return pack(fields["tokens"])
+        return packed_ids(fields["tokens"])
     common, length = count(fields, "lcp"), count(fields, "len")
     if length > LONGEST:
         raise ValueError(f"a conversation of {length} tokens; at most {LONGEST} are read")

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.plain_json import TwiceNamed, once_each
 from prefixcache.prompts.logged_request import plain_name
-from prefixcache.types import TOKEN_BYTES
+from prefixcache.types import TOKEN_BYTES, pack
 from prefixcache_bench.experiments.traces import BrokenLine, Request
 
 LONGEST_LINE = 32 * 2**20
@@ -64,6 +65,8 @@ _OUR_DAYS = (6e8, 4.1e9)
 """Seconds: from 1989 to 2099."""
 _LARGEST = 2**40
 _MOST_NAMES = 8
+OTHER_TIMES = frozenset(["ts", "time", "date", "created_at", "start_time"])
+"""What may say when a request came, in units that nobody tells; not read."""
 
 Item = TypeVar("Item")
 
@@ -87,6 +90,8 @@ class Source:
         """Lines, or records, so far; blank ones do not count."""
         self.number = 0
         """Of the line, or record, that is being read."""
+        self._is_last = False
+        """Whether what is read is the last line, and has no end."""
         self._unread: dict[str, None] = {}
         self._with_unread = 0
         self._tokens = 0
@@ -158,6 +163,7 @@ class Source:
             self._leave_out(number + 1, size)
         elif (line := b"".join(parts)).strip():
             self._count()
+            self._is_last = True
             yield number + 1, line
 
     def text(self) -> str:
@@ -190,9 +196,11 @@ class Source:
         for number, line in self.lines():
             self.number = number
             try:
-                item = make(_record(json.loads(line), lists))
+                item = make(_record(json.loads(line, object_pairs_hook=once_each), lists))
             except UNREADABLE as error:
-                self.note(number, reason_of(error))
+                is_cut = self._is_last and _breaks_off(line, error)
+                reason = f"the file breaks off in it: {error}" if is_cut else reason_of(error)
+                self.note(number, reason, is_end=is_cut)
             else:
                 for one in item if isinstance(item, list) else (item,):
                     if isinstance(one, Request):
@@ -208,7 +216,7 @@ class Source:
             InvalidRequest: as for `parse` and `text`.
         """
         text = self.text()
-        decoder = json.JSONDecoder()
+        decoder = json.JSONDecoder(object_pairs_hook=once_each)
         at, number, size = text.index("[") + 1, 0, len(text)
         while True:
             while at < size and text[at] in " \n\r\t,":
@@ -225,6 +233,10 @@ class Source:
             began = at
             try:
                 record, at = decoder.raw_decode(text, at)
+            except TwiceNamed as error:
+                self.note(number, str(error), "record")
+                _, at = json.JSONDecoder().raw_decode(text, at)
+                continue
             except (ValueError, RecursionError) as error:
                 reason = f"the file breaks off in it: {reason_of(error)}"
                 self.note(number, reason, "record", is_end=True)
@@ -306,6 +318,27 @@ UNREADABLE = (
     *(RecursionError, MemoryError),
 )
 """What a line that is not as it should be may raise."""
+
+
+def _breaks_off(line: bytes, error: BaseException) -> bool:
+    """Whether a line is the beginning of what would have been JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return error.end >= len(line)
+    if not isinstance(error, json.JSONDecodeError) or not line.lstrip().startswith((b"{", b"[")):
+        return False
+    return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated string")
+
+
+def packed_ids(value: Any) -> bytes:
+    """Pack the token ids of a line.
+
+    Raises:
+        ValueError: they are none.
+    """
+    try:
+        return pack(value)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -399,7 +432,7 @@ def _record(value: Any, lists: bool) -> Any:
     return value
 
 
-_RECORDS = re.compile(rb"\[\s*(\]|\[?\s*\{|$)")
+_RECORDS = re.compile(rb"\[\s*(\]|\[?\s*\{|$)|\[\s*\n\s*\[")
 _BARE_CHAT = re.compile(rb'\[\s*\{\s*"(role|from|content|value)"')
 
 
@@ -442,6 +475,8 @@ def _refuse_other_encodings(path: str, head: bytes) -> None:
 
 
 def _refuse_other_packing(path: str, head: bytes) -> None:
+    if head[257:262] == b"ustar":
+        raise InvalidRequest(f"{path} is a tar archive: unpack it, tar -xf")
     for magic, told in _PACKED.items():
         if head.startswith(magic):
             raise InvalidRequest(f"{path} is {told}")

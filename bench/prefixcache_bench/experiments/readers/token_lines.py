@@ -17,9 +17,22 @@ from typing import Any, TextIO
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.prompts.logged_request import DECIDES, IDLE, IDS, LoggedRequest, read_logged
+from prefixcache.prompts.logged_request import (
+    DECIDES,
+    IDLE,
+    IDS,
+    LoggedRequest,
+    read_logged,
+    refuse_other_ids,
+)
 from prefixcache.types import TOKEN_BYTES, Namespace, unpack
-from prefixcache_bench.experiments.readers.lines import Source, count, given, seconds
+from prefixcache_bench.experiments.readers.lines import (
+    OTHER_TIMES,
+    Source,
+    count,
+    given,
+    seconds,
+)
 from prefixcache_bench.experiments.traces import Request, Trace
 
 _FIELDS = ("model", "adapter", "tenant", "salt")
@@ -41,6 +54,7 @@ def read(source: Source) -> Trace:
             raise ValueError(f"tokens is a {type(ids).__name__}, not a list of ids or base64")
         beside = {name: fields[name] for name in DECIDES if name in fields}
         try:
+            refuse_other_ids(fields)
             logged = read_logged({**beside, "tokens": [0] if isinstance(ids, str) else ids})
         except InvalidRequest as error:
             raise ValueError(str(error)) from None
@@ -53,7 +67,8 @@ def read(source: Source) -> Trace:
         t = seconds(fields, "t", "timestamp", "created")
         sent = given(fields, "prompt")
         whole = len(prompts) > 1 or sent is None or isinstance(sent, str)
-        source.leave_unread(fields.keys() - _READ)
+        unread = fields.keys() - _READ
+        source.leave_unread(unread if t is not None else {*unread, *fields.keys() & OTHER_TIMES})
         found = [
             _request(t or 0.0, space, tokens, None if whole else count(fields, "prompt"))
             for tokens in prompts

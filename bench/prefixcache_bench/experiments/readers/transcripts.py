@@ -31,12 +31,19 @@ from prefixcache.plain_json import json_text
 from prefixcache.prompts.logged_request import (
     IDLE,
     MEDIA_TOKENS,
+    SPEAKERS,
     LoggedRequest,
     read_logged,
     stand_in,
 )
 from prefixcache.types import TOKEN_BYTES, Namespace
-from prefixcache_bench.experiments.readers.lines import Source, given, is_array, seconds
+from prefixcache_bench.experiments.readers.lines import (
+    OTHER_TIMES,
+    Source,
+    given,
+    is_array,
+    seconds,
+)
 from prefixcache_bench.experiments.readers.tokenizers import ChatLayout, named
 from prefixcache_bench.experiments.traces import Request, Trace
 
@@ -47,6 +54,7 @@ _ASKING: Final = frozenset({"user", "tool"})
 _MEDIA: Final = f"images, recordings or files, counted as stand-ins of {MEDIA_TOKENS} tokens"
 _OPTIONS: Final = "options of a chat template, which are not counted"
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+_OUT_OF_TURN: Final = "messages out of turn or without an answer"
 _LAID_OUT: Final = frozenset({"role", "content", "tool_calls", *_THOUGHTS})
 _OF_A_MESSAGE: Final = frozenset({"tool_call_id", "type", "weight", "annotations", "cache_control"})
 
@@ -144,6 +152,8 @@ def _records(source: Source, layout: ChatLayout) -> Iterator[list[_Chat]]:
             raise ValueError(f"record {str(name)!r} was there before")
         prompts = [_in_turns(one) if one.is_logged_chat else one for one in prompts]
         chats = [_chat(began, source.name, one, layout) for one in prompts]
+        if began is None:
+            chats[0].unread.update(OTHER_TIMES & fields.keys())
         if name is not None:
             seen.add(str(name))
         return chats
@@ -182,7 +192,10 @@ def _in_turns(chat: LoggedRequest) -> LoggedRequest:
     turns = turns[: len(turns) // 2 * 2]
     if not turns:
         raise ValueError("no question with an answer")
-    return replace(chat, messages=(*opening, *turns))
+    left_out = chat.left_out
+    if len(opening) + len(turns) < len(chat.messages):
+        left_out += (_OUT_OF_TURN,)
+    return replace(chat, messages=(*opening, *turns), left_out=left_out)
 
 
 def _requests(logged: LoggedRequest, layout: ChatLayout) -> Iterator[tuple[bytes, int]]:
@@ -246,6 +259,9 @@ def _not_in(logged: LoggedRequest) -> Iterator[str]:
         yield f"{kind}, which are not counted"
     if logged.options:
         yield _OPTIONS
+    last = logged.messages[-1]["role"] if logged.messages else ""
+    if last != "assistant" and SPEAKERS.get(last.lower()) == "assistant":
+        yield "an answer of somebody else than assistant at their end, counted as their own"
     contents = [one["content"] for one in logged.messages]
     if any(part["type"] != "text" for one in contents if isinstance(one, list) for part in one):
         yield _MEDIA
