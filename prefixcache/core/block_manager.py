@@ -365,8 +365,7 @@ class BlockManager:
         """Move a lease's lock up to the end of its first `keep` blocks; its tail stays cached."""
         if lease.tail is not None:
             self._settle_tail(lease.tail)
-            if (absorbed := self.tree.leave_tail(lease.tail)) is not None:
-                self.pool.release(absorbed)
+            self._unlock(lease.tail)
             lease.tail = None
         start = keep * self.block_size
         if start < lease.start:
@@ -400,8 +399,6 @@ class BlockManager:
             lease.tail = None
         if lease.tail is not None:
             self._settle_tail(lease.tail)
-        if lease.copied or (lease.tail is None and lease.committed > lease.start):
-            self._use_parts(lease)
         self._unlock(lease.node, lease.tail)
         quarantined = 0
         if private and writes_on:
@@ -415,22 +412,6 @@ class BlockManager:
         if lease.table_bytes:
             self._count_table(lease, ended=True)
         return self.pool.num_free + self.tree.forgotten_evictable - free_before, quarantined
-
-    def _use_parts(self, lease: Lease) -> None:
-        """Count the block that a lease copied from as used, and one that covers its tail."""
-        tree = self.tree
-        copied = cover = None
-        if lease.copied and lease.start >= lease.copied_at:
-            at = lease.copied_at * TOKEN_BYTES
-            copied = tree.after(lease.node, lease.start * TOKEN_BYTES, at, lease.copied)
-        is_own = lease.committed > max(lease.start, lease.computed_from)
-        if is_own and lease.tail is None and self._partial is Partial.TAILS:
-            left = (lease.committed - lease.start) * TOKEN_BYTES
-            cover = tree.cover(lease.node, lease.rest[:left])
-        if copied is not None:
-            tree.use(copied)
-        if cover is not None and cover is not copied:
-            tree.use(cover)
 
     def _set_aside(self, lease: Lease, count: int) -> None:
         """Count quarantined blocks as held by who held them."""

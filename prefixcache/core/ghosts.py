@@ -3,8 +3,7 @@
 A ghost is a node without blocks.  Ghosts hang in `node.ghosts`, beside the resident children, and
 below one another; never does anything resident hang below a ghost.  Their number is bounded, in
 blocks, and the oldest are forgotten first; since leaves go before their parents, the oldest are the
-deepest.  Tails are counted apart, as many as there may be of other blocks, so that they push none
-of those out that a policy learns from.
+deepest.
 """
 
 from __future__ import annotations
@@ -13,42 +12,25 @@ from array import array
 from collections import deque
 
 from prefixcache.core.node import Children, Node, common_prefix
-from prefixcache.core.tails import TailWorth
 
 
 class Ghosts:
     """The memory of what was evicted.
 
     Args:
-        limit: Whole blocks to remember at most, and as many tails; 0 remembers nothing.
+        limit: Blocks to remember at most; 0 remembers nothing.
         block_bytes: Bytes of a block's packed tokens.
     """
 
-    __slots__ = (
-        "_fifo",
-        "_living",
-        "_serial",
-        "_step",
-        "_tails",
-        "block_bytes",
-        "limit",
-        "num_blocks",
-        "num_tails",
-        "worth",
-    )
+    __slots__ = ("_fifo", "_living", "_serial", "_step", "block_bytes", "limit", "num_blocks")
 
     def __init__(self, limit: int, block_bytes: int) -> None:
         self.limit = limit
         self.block_bytes = block_bytes
         self.num_blocks = 0
-        """Whole blocks that are remembered."""
-        self.num_tails = 0
         self._fifo: deque[tuple[int, Node]] = deque()
-        self._tails: deque[tuple[int, Node]] = deque()
         self._serial = 0
         self._step = max(1, limit // _STEPS)
-        self.worth: TailWorth | None = None
-        """Who counts what is remembered, too."""
         self._living: dict[int, int] = {}
         """Blocks that are remembered, by when they were buried, in steps of `_step` burials."""
 
@@ -63,8 +45,7 @@ class Ghosts:
         self._serial += 1
         ghost.last_used = self._serial
         self._count(ghost, 1)
-        is_tail = len(ghost.tokens) < self.block_bytes
-        (self._tails if is_tail else self._fifo).append((self._serial, ghost))
+        self._fifo.append((self._serial, ghost))
 
     def adopt_children(self, ghost: Node) -> None:
         """Tell a new ghost's ghosts their parent; swallow an only one, so chains stay short."""
@@ -74,9 +55,7 @@ class Ghosts:
             return
         only = next(iter(ghosts.values()))
         joined = len(ghost.tokens) + len(only.tokens)
-        alike = ghost.mark == only.mark and ghost.used_until == only.used_until
-        is_tail = len(only.tokens) < self.block_bytes
-        if len(ghosts) == 1 and joined <= _MERGED_UNTIL and alike and not is_tail:
+        if len(ghosts) == 1 and joined <= _MERGED_UNTIL and ghost.mark == only.mark:
             self._count(only, -1)
             ghost.tokens += only.tokens
             ghost.ghosts = only.ghosts
@@ -166,36 +145,25 @@ class Ghosts:
     def forget(self) -> list[Node]:
         """Drop the oldest ghosts over the limit; give the nodes that lost one.  Amortised O(1)."""
         bereft: list[Node] = []
-        limit = self.limit
-        while self.num_blocks > limit and self._fifo:
-            self._forget_oldest(self._fifo, bereft)
-        while self.num_tails > limit and self._tails:
-            self._forget_oldest(self._tails, bereft)
-        self._fifo = self._tidied(self._fifo, self.num_blocks)
-        self._tails = self._tidied(self._tails, self.num_tails)
+        fifo = self._fifo
+        while self.num_blocks > self.limit and fifo:
+            serial, ghost = fifo.popleft()
+            above = ghost.parent
+            if above is None or ghost.blocks or ghost.last_used != serial:
+                continue  # revived, swallowed or buried anew since
+            self._drop(above, ghost)
+            bereft.append(above)
+        if len(fifo) > 1024 and len(fifo) > 4 * self.num_blocks:
+            self._fifo = deque(
+                (serial, ghost)
+                for serial, ghost in fifo
+                if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
+            )
         return bereft
-
-    def _forget_oldest(self, fifo: deque[tuple[int, Node]], bereft: list[Node]) -> None:
-        serial, ghost = fifo.popleft()
-        above = ghost.parent
-        if above is None or ghost.blocks or ghost.last_used != serial:
-            return  # revived, swallowed or buried anew since
-        self._drop(above, ghost)
-        bereft.append(above)
-
-    @staticmethod
-    def _tidied(fifo: deque[tuple[int, Node]], num_living: int) -> deque[tuple[int, Node]]:
-        if len(fifo) <= 1024 or len(fifo) <= 4 * num_living:
-            return fifo
-        return deque(
-            (serial, ghost)
-            for serial, ghost in fifo
-            if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
-        )
 
     def _split(self, ghost: Node, keep: int) -> None:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
-        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.used_until)
+        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.created)
         lower.last_used = ghost.last_used
         lower.mark = ghost.mark
         lower.divergence, ghost.divergence = ghost.divergence, None
@@ -224,11 +192,6 @@ class Ghosts:
 
     def _count(self, ghost: Node, sign: int) -> None:
         """Add or subtract a ghost's blocks."""
-        if self.worth is not None:
-            self.worth.count(ghost, ghost.used_until, sign)
-        if len(ghost.tokens) < self.block_bytes:
-            self.num_tails += sign
-            return
         size = sign * -(-len(ghost.tokens) // self.block_bytes)
         self.num_blocks += size
         step = ghost.last_used // self._step

@@ -55,8 +55,6 @@ class Lease:
         "asked",
         "committed",
         "computed_from",
-        "copied",
-        "copied_at",
         "deadline",
         "duplicates",
         "flight",
@@ -127,10 +125,6 @@ class Lease:
         """The leaf that shows this lease's partly filled block to others; locked."""
         self.tail_is_shared = False
         """After a fork: the last block is shared, and copied before the first write."""
-        self.copied: bytes = b""
-        """Tokens of the block that a copy read, if it counts as used when the lease ends …"""
-        self.copied_at = 0
-        """… and the index of the first of them."""
         self.source: BlockId | None = None
         """The block that a copy reads; held until the first commit."""
         self.flight: bytes | None = None

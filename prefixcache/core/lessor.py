@@ -92,7 +92,6 @@ class Lessor:
         history_bytes: int,
     ) -> None:
         self.tree = tree
-        tree.weighs_tails = partial is Partial.TAILS and tree.block_bytes > TOKEN_BYTES
         self.tick: Callable[[float], None] | None = tree.policy.tick
         self.oplog: Put | None = None
         self.partial = partial
@@ -262,12 +261,10 @@ class Lessor:
         seen = self.history.look(tree, stored, tokens, ledger) if self.history.is_kept else None
         if tree.asked is not None:
             tree.asked(stored, tokens)
-        if tree.worth is not None:
-            tree.worth.asked(stored, tokens)
         node = tree.lock(match)
-        lease = self.leases.open(member, root, node, now)
         if source is not None:
-            lease.copied, lease.copied_at = tree.touch(match), match.end // TOKEN_BYTES
+            tree.touch(match)
+        lease = self.leases.open(member, root, node, now)
         copies = blocks.allocate(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed

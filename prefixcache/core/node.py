@@ -186,23 +186,22 @@ class Place:
 
 
 class Node:
-    """A run of whole blocks below its parent; or a tail: one that is partly filled."""
+    """A run of blocks below its parent.  Only a leaf's last block may be partly filled."""
 
     __slots__ = (
         "blocks",
         "children",
+        "created",
         "divergence",
         "ghosts",
         "in_root",
         "last_used",
         "lock_ref",
         "mark",
-        "num_tails",
         "parent",
         "pinned",
         "queued",
         "tokens",
-        "used_until",
     )
 
     tokens: bytes
@@ -218,14 +217,9 @@ class Node:
     lock_ref: int
     """Locks on this very node, plus the number of locked children."""
     last_used: int
-    """The stamp of the last use; of a ghost, the number of its burial."""
-    used_until: int
-    """Of a ghost, the stamp of the last use of its blocks."""
-    num_tails: int
-    """How many of the children are tails: each a node of its own, with no other block."""
+    created: int
     queued: int
-    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset,
-    4 the pinned, 5 the tails'."""
+    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset."""
     pinned: int
     """How many pins cover these blocks."""
     mark: Any
@@ -239,8 +233,8 @@ class Node:
         self.parent = parent
         self.children = self.ghosts = self.divergence = self.mark = None
         self.lock_ref = 0
-        self.last_used = self.used_until = born
-        self.queued = self.pinned = self.num_tails = 0
+        self.last_used = self.created = born
+        self.queued = self.pinned = 0
         self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
 
     @property
@@ -253,14 +247,8 @@ class Node:
 
     @property
     def is_evictable(self) -> bool:
-        """Whether this is an unprotected leaf of the tree that holds blocks; tails aside."""
-        return not (self.lock_ref or self.is_inner or self.parent is None or not self.blocks)
-
-    @property
-    def is_inner(self) -> bool:
-        """Whether whole blocks follow."""
-        children = self.children
-        return children is not None and len(children) > self.num_tails
+        """Whether this is an unprotected leaf of the tree that holds blocks."""
+        return not (self.lock_ref or self.children or self.parent is None or not self.blocks)
 
     def table(self) -> BlockTable:
         """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""

@@ -112,10 +112,6 @@ class ProtectedQueue:
         elif (kept := self._share_of(node)) is not None:
             kept.locked(node)
 
-    def covers(self, node: Node) -> bool:
-        """Whether a guaranteed share covers a node.  O(1)."""
-        return self._sharer(node) is not None
-
     def _share_of(self, node: Node) -> LeafQueue | None:
         """Give the share in which a leaf waits, or may."""
         at = node.root.account

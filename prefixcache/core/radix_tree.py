@@ -3,11 +3,11 @@
 One chat, drawn three times (`block_size` 4; a letter is a token; blocks 0, 1, 2 ...):
 
 ```
-stored            SSSS SSAA A           root ── [SSSS|SSAA] 0 1 ── [A···] 2
-                                        two whole blocks, and a tail: a node of its own, with one
-                                        block, filled with 1 token
+stored            SSSS SSAA A           root ── [SSSS|SSAA|A···] 0 1 2
+                                        two whole blocks, and a tail: a leaf's last block, filled
+                                        with 1 token
 
-diverged inside   SSSS SSBB             root ── [SSSS] 0 ─┬─ [SSAA] 1 ── [A···] 2
+diverged inside   SSSS SSBB             root ── [SSSS] 0 ─┬─ [SSAA|A···] 1 2
 a block                                                   └─ [SSBB] 3
                                         the run was split where a block ends; block 3 began as a
                                         copy of the first 2 slots of block 1
@@ -21,11 +21,7 @@ after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
 need none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
 block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
 children, and what was used is split from what was not.  A block of which a request copies half or
-more counts as used when the request comes, and once more, for the policy too, when its lease ends;
-so does a block that covers the tail a lease ends with.
-
-**Tails** are not the policy's business: it orders the leaves as if there were none, and a leaf that
-only tails follow is one.  `tails` says when they go.
+more counts as used when the request comes.
 
 **Locks** are counted on 0↔1 transitions only: a lease locks its deepest node, and an ancestor is
 protected by having a locked child.
@@ -63,7 +59,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, tell_locked
+from prefixcache.core.eviction import EvictionPolicy, Mark, Queue, tell_locked
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
@@ -76,7 +72,6 @@ from prefixcache.core.node import (
     evictable_leaves,
 )
 from prefixcache.core.policies.lru import Lru
-from prefixcache.core.tails import FOUND, TailQueue, TailWorth
 from prefixcache.types import BLOCK_ID_BYTES, TOKEN_BYTES, BlockId, BlockTable
 
 _NO_BLOCKS: BlockTable = array("i")
@@ -136,19 +131,11 @@ class RadixTree:
         self.num_evicted = 0
         """Blocks evicted since the start; what was reset before does not count."""
         self.queue: Queue = self.policy.queue()
-        self._used: Callable[[Node, int, Node], None] | None = self.policy.used
+        self._used: Callable[[Node, int], None] | None = self.policy.used
         self._marks_ends = self.policy.marks_ends
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
-        self.tails = TailQueue()
-        """Unprotected tails that no request has found since they were stored …"""
-        self.found_tails = TailQueue()
-        """… and the others."""
-        self.weighs_tails = False
-        """Whether it is found out, once memory is scarce, if tails are worth their blocks."""
-        self.worth: TailWorth | None = None
-        """What is known of that; None as long as half of the pool is free."""
         self.pins: PinListener | None = None
         """Who is told when pinned blocks are lost."""
         self._sweeps: deque[Iterator[Node]] = deque()
@@ -198,6 +185,11 @@ class RadixTree:
             run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
+                if size % width:  # a leaf with a tail
+                    used = size // width
+                    partial = size % width // TOKEN_BYTES
+                    block = BlockId(child.blocks[used])
+                    return Match(child, used, off + used * width, block, partial)
                 off += size
                 node = child
                 continue
@@ -307,83 +299,25 @@ class RadixTree:
         node = match.node
         return self._split(node, match.used) if match.used < len(node.blocks) else node
 
-    def touch(self, match: Match) -> bytes:
+    def touch(self, match: Match) -> None:
         """Count the block that a locked match copies from as used now, if half of it is copied.
 
         A smaller part says little of the rest: chats that begin alike would keep a block that
-        nobody goes on from.  What the policy has noted of it stays, until `use`.  O(1), plus one
-        copy of the run that begins with the block.
-
-        Returns:
-            The block's tokens, or none if it does not count.
+        nobody goes on from.  What the policy has noted of it stays.  O(1), plus one copy of the run
+        that begins with the block.
         """
         node = match.near or match.node  # `split_at` has let it begin with the block
         copied = 2 * match.partial_tokens * TOKEN_BYTES
         if copied < self.block_bytes and copied < len(node.tokens):
-            return b""
-        node = self._first_block(node)
-        self.clock += 1
-        self._renew(node)
-        return node.tokens
-
-    def use(self, node: Node) -> None:
-        """Count the first block of a run below a locked one as used, for the policy too.
-
-        O(log leaves), plus what the policy needs, plus one copy of the run.
-        """
-        node = self._first_block(node)
-        self.clock += 1
-        if self._used is not None and len(node.tokens) == self.block_bytes:
-            above = node.parent
-            assert above is not None
-            self._used(node, self.clock, above)
-        self._renew(node)
-
-    def _first_block(self, node: Node) -> Node:
-        return self._split(node, 1) if len(node.blocks) > 1 else node
-
-    def _renew(self, node: Node) -> None:
-        """Make a block the youngest of all, below a locked node."""
-        is_tail = len(node.tokens) < self.block_bytes
-        if is_tail:
-            node.mark = FOUND
-        root = node.in_root
-        if node.lock_ref or node.parent is None or root is None or root.retired:
             return
-        if self.worth is not None:
-            self.worth.count(node, node.last_used, -1)
-            self.worth.count(node, self.clock, 1)
-        node.last_used = node.parent.last_used = self.clock
-        if is_tail:
-            self._offer(node, root)
-        elif not node.is_inner:
-            if node.queued:
-                tell_locked(self.queue, node)  # what stands for it there is of no more use
-            self._offer(node, root)
-
-    def after(self, node: Node, end: int, at: int, tokens: bytes) -> Node | None:
-        """Give what begins with a block of these tokens at byte `at`, beside the path to `node`.
-
-        Changes nothing.  None if there is none, or if it is on that path, which ends at byte `end`.
-        O(nodes passed).
-        """
-        below: Node | None = None
-        while node.parent is not None and end - len(node.tokens) >= at:
-            below = node
-            end -= len(node.tokens)
-            node = node.parent
-        found = node.children.get(tokens) if end == at and node.children else None
-        return None if found is below else found
-
-    def cover(self, node: Node, tokens: bytes) -> Node | None:
-        """Give what begins with a block, after `node`, that begins with these tokens.
-
-        Changes nothing.  None if there is none.  O(log siblings).
-        """
-        if not node.children:
-            return None
-        near, same = node.children.nearest(tokens)
-        return near if same == len(tokens) else None
+        if len(node.blocks) > 1:
+            node = self._split(node, 1)
+        self.clock += 1
+        node.last_used = self.clock
+        if not node.lock_ref and node.parent is not None:
+            node.parent.last_used = self.clock
+            if not node.children:
+                self._offer(node, node.in_root or node.root)
 
     def split_leaf(self, node: Node, used: int) -> None:
         """Let a leaf have only the blocks after its first `used` ones."""
@@ -400,7 +334,6 @@ class RadixTree:
     def lock_node(self, node: Node) -> None:
         """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
         size = 0
-        worth = self.worth
         at: Node | None = node
         while at is not None:
             ref = at.lock_ref
@@ -408,8 +341,6 @@ class RadixTree:
             if ref:
                 break
             size += len(at.blocks)
-            if worth is not None:
-                worth.count(at, at.last_used, -1)
             at = at.parent
         if size:
             self._count_evictable(node.in_root or node.root, -size)
@@ -424,32 +355,22 @@ class RadixTree:
         Returns:
             The block of a tail that a fuller sibling covers: it has left the tree.
         """
-        absorbed: BlockTable | None = None
-        if tail is not None and (absorbed := self._absorb(tail)) is not None:
-            tail = None
-        stamp = self.clock = self.clock + 1
-        if self._used is not None:
-            size = len(node.blocks)
-            if self._marks_ends and size > 1 and not node.is_inner:
-                self._split(node, size - 1)
-            self._used(node, stamp, node.in_root or node.root)
         if tail is not None:
             node.lock_ref -= 1  # the tail keeps it locked: both become unprotected in one step
             node = tail
+        stamp = self.clock = self.clock + 1
+        if self._used is not None:
+            size = len(node.blocks)
+            if self._marks_ends and size > 1 and not node.children:
+                self._split(node, size - 1)
+            self._used(node, stamp)
+        if node.lock_ref == 1 and len(node.tokens) < self.block_bytes and self._is_covered(node):
+            return self._absorb(node, stamp)
         self._unlock(node, stamp)
-        if self.worth is not None:
-            self.worth.settle(self._num_unlocked)
-        elif self.weighs_tails and 2 * self.num_blocks > self.policy.num_blocks:
-            self.worth = self.ghosts.worth = TailWorth(self.clock + 1, self.block_bytes)
-        return absorbed
-
-    @property
-    def _num_unlocked(self) -> int:
-        """Blocks of the pool but for those that are protected."""
-        return self.policy.num_blocks - self.num_blocks + self.evictable
+        return None
 
     def _unlock(self, node: Node, stamp: int) -> None:
-        root, size, worth = node.in_root or node.root, 0, self.worth
+        root, size = node.in_root or node.root, 0
         at: Node | None = node
         below: Node | None = None
         while at is not None:
@@ -465,10 +386,8 @@ class RadixTree:
                     )
                 break
             size += len(at.blocks)
-            if worth is not None:
-                worth.count(at, stamp, 1)
             children = at.children
-            if not children or len(children) == at.num_tails:
+            if not children:
                 self._offer(at, root)
             elif len(children) == 1 and below is not None and self._merge(below):
                 at = below
@@ -484,25 +403,14 @@ class RadixTree:
         if root.retired:
             self.forgotten_evictable += more
 
-    def leave_tail(self, tail: Node) -> BlockTable | None:
-        """Take the lock on a tail back: its lease goes on, and writes elsewhere.  O(log siblings).
-
-        Returns:
-            Its block, if a fuller sibling covers it: it has left the tree.
-        """
-        absorbed = self._absorb(tail)
-        if absorbed is None:
-            self.clock += 1
-            self._unlock(tail, self.clock)
-        return absorbed
-
-    def _absorb(self, tail: Node) -> BlockTable | None:
-        """Remove a tail, before its last unlock, if a fuller sibling holds its tokens too."""
-        cover = self._covering(tail) if tail.lock_ref == 1 else None
-        if cover is None:
-            return None
-        self.remove_tail(tail)
-        self.use(cover)
+    def _absorb(self, tail: Node, stamp: int) -> BlockTable:
+        """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
+        if self.listener is not None:
+            self._tell_removed(tail, tail.blocks)
+        self._leave(tail)
+        above = self._detach(tail)
+        self._unlock(above, stamp)
+        self._leafless(above)
         return tail.blocks
 
     # ------------------------------------------------------------------ growing
@@ -527,6 +435,11 @@ class RadixTree:
             if child is None:
                 break
             size = len(child.tokens)
+            if size % width and tokens.startswith(child.tokens[: size - size % width], off):
+                # A leaf whose tail stands where our next block, if any, will stand.
+                node = self._split(child, size // width)
+                off += len(node.tokens)
+                continue
             if tokens.startswith(child.tokens, off):
                 off += size
                 node = child
@@ -568,9 +481,10 @@ class RadixTree:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
         if self.listener is not None:
             self._tell_removed(tail, tail.blocks)
+        self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, 0)
-        self._tailless(above)
+        self._leafless(above)
 
     def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: list[int]) -> Node:
         """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends.
@@ -585,8 +499,8 @@ class RadixTree:
             size = len(ghost.tokens)
             count = -(-size // width)
             ghost.blocks = blocks[:count]
-            ghost.last_used = self.clock
-            if self._revived is None or size < width:
+            ghost.last_used = ghost.created = self.clock
+            if self._revived is None:
                 ghost.mark = None
             else:
                 self._revived(ghost)
@@ -605,23 +519,15 @@ class RadixTree:
         out = array("i")
         while (need := num_blocks - len(out)) > 0:
             node = self._next_retired() if self._sweeps else None
-            if node is None and (self.tails.size or self.found_tails.size):
-                node = self._due_tail()
             if node is None:
                 node = self.queue.pop()
                 if node is None:
                     break
-            if node.num_tails:  # they go before it, wherever they waited
-                self._offer(node, node.root)
-                node = self._oldest_tail(node)
             root, size = node.root, len(node.blocks)
             keep = size - need
             if not root.retired:
-                if len(node.tokens) >= self.block_bytes:
-                    self.last_evicted = node.last_used
+                self.last_evicted = node.last_used
                 self.num_evicted += need if keep > 0 else size
-                if self.worth is not None:
-                    self.worth.is_scarce = True
             if keep > 0:
                 out += node.blocks[keep:]
                 self._evict_tail(root, node, keep)
@@ -630,42 +536,6 @@ class RadixTree:
                 out += node.blocks
                 self._evict_leaf(root, node)
         return out
-
-    def _due_tail(self) -> Node | None:
-        """Remove and give a tail that goes before the policy's next leaf.  O(log leaves)."""
-        pays = self.worth is not None and self.worth.pays
-        fresh, found = self._head(self.tails), self._head(self.found_tails)
-        if fresh is not None and not pays:
-            self.tails.pop()
-            return fresh
-        kept = self.tails if fresh is not None else self.found_tails
-        if fresh is not None and found is not None and found.last_used < fresh.last_used:
-            kept = self.found_tails
-        tail = kept.first()
-        if tail is None:
-            return None
-        leaf = self.queue.pop()
-        if leaf is not None:
-            self.queue.push(leaf)
-            if leaf.last_used < tail.last_used:
-                return None
-        kept.pop()
-        return tail
-
-    def _head(self, tails: TailQueue) -> Node | None:
-        """Give the first tail that no guaranteed share covers: such go with what they follow."""
-        covers = getattr(self.queue, "covers", None)
-        for _ in range(LOOKED_AT):
-            tail = tails.first()
-            if tail is None or covers is None or not covers(tail):
-                return tail
-            tails.pop()
-        return None
-
-    def _oldest_tail(self, node: Node) -> Node:
-        """Give the tail below a leaf that was used longest ago: there must be one."""
-        children = node.children or Children()
-        return min(children.values(), key=_last_used)
 
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
@@ -714,10 +584,8 @@ class RadixTree:
             if node.queued != SWEPT:
                 node.queued = SWEPT
                 self._sweeps.append(iter((node,)))
-        elif len(node.tokens) >= self.block_bytes:
-            self.queue.push(node)
         else:
-            (self.tails if node.mark is None else self.found_tails).push(node)
+            self.queue.push(node)
 
     def _evict_tail(self, root: Root, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
@@ -730,10 +598,8 @@ class RadixTree:
             self.pins.trimmed(node, size)
         mark = None if self._lost is None else self._lost(node, size)
         self._uncount(root, size)
-        if self.worth is not None:
-            self.worth.count_whole(node.last_used, -size)
         if self.ghosts.limit and not root.retired:
-            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
+            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.created)
             ghost.divergence = node.divergence
             ghost.mark = mark
             if node.ghosts:
@@ -755,13 +621,9 @@ class RadixTree:
         if self.listener is not None:
             self._tell_removed(node, node.blocks)
         size = len(node.blocks)
-        is_tail = len(node.tokens) < self.block_bytes
-        mark = None if self._lost is None or is_tail else self._lost(node, size)
+        mark = None if self._lost is None else self._lost(node, size)
         self._uncount(root, size)
-        if self.worth is not None:
-            self.worth.count(node, node.last_used, -1)
         self._detach(node)
-        node.used_until = node.last_used
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
         node.blocks = _NO_BLOCKS
@@ -770,12 +632,9 @@ class RadixTree:
             node.parent = above
             self.ghosts.bury(above, node)
             self._forget()
-        elif self._forgotten is not None and not is_tail:
+        elif self._forgotten is not None:
             self._forgotten(mark, size)
-        if is_tail:
-            self._tailless(above)
-        else:
-            self._leafless(above)
+        self._leafless(above)
 
     def _forget(self) -> None:
         """Drop the oldest ghosts over the limit, and merge what only they kept apart."""
@@ -786,18 +645,10 @@ class RadixTree:
     def _leafless(self, above: Node) -> None:
         """Look again at a node that has lost a child: a leaf now, or one child left to merge."""
         children = above.children
-        if not children or len(children) == above.num_tails:
-            above.children = children or None
-            if above.is_evictable:
-                self._offer(above, above.root)
-        elif len(children) == 1:
-            self._merge(next(iter(children.values())))
-
-    def _tailless(self, above: Node) -> None:
-        """Look again at a node that has lost a tail: one child may be left to merge."""
-        children = above.children
         if not children:
             above.children = None
+            if above.is_evictable:
+                self._offer(above, above.root)
         elif len(children) == 1:
             self._merge(next(iter(children.values())))
 
@@ -814,12 +665,9 @@ class RadixTree:
             absorbed.extend(tail.blocks)
             if self.listener is not None:
                 self._tell_removed(tail, tail.blocks)
+            self._leave(tail)
             self._uncount(tail.root, len(tail.blocks))
-            if self.worth is not None:
-                self.worth.count(tail, tail.last_used, -1)
             self._detach(tail)
-        if len(first) < self.block_bytes:
-            node.num_tails += 1
         self.num_nodes += 1
         root, size = child.in_root or node.root, len(child.blocks)
         self.num_blocks += size
@@ -850,14 +698,18 @@ class RadixTree:
             self.num_forgotten -= size
             self.forgotten_evictable -= size
 
+    def _leave(self, node: Node) -> None:
+        """Tell the policy that a node leaves the tree and is not remembered."""
+        mark = None if self._lost is None else self._lost(node, len(node.blocks))
+        if self._forgotten is not None:
+            self._forgotten(mark, len(node.blocks))
+
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
         root, above = node.in_root, node.parent
         if root is None or above is None or above.children is None:
             raise AssertionError("only a child can be detached")
         above.children.drop(node.tokens[: self.block_bytes])
-        if len(node.tokens) < self.block_bytes:
-            above.num_tails -= 1
         root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
@@ -870,13 +722,12 @@ class RadixTree:
                 self.num_forgotten -= size
         return above
 
-    def _covering(self, tail: Node) -> Node | None:
-        """Give a sibling that holds a tail's tokens, too, and more; None if there is none."""
+    def _is_covered(self, tail: Node) -> bool:
         above = tail.parent
         if above is None or above.children is None or len(above.children) < 2:
-            return None
+            return False
         after = above.children.after(tail.tokens)
-        return after if after is not None and after.tokens.startswith(tail.tokens) else None
+        return after is not None and after.tokens.startswith(tail.tokens)
 
     def _split(self, node: Node, used: int) -> Node:
         """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
@@ -886,8 +737,9 @@ class RadixTree:
         width = self.block_bytes
         cut = used * width
         key = node.tokens
-        upper = Node(key[:cut], node.blocks[:used], above, node.last_used)
+        upper = Node(key[:cut], node.blocks[:used], above, node.created)
         upper.lock_ref = 1 if node.lock_ref else 0
+        upper.last_used = node.last_used
         upper.mark = node.mark
         upper.pinned = node.pinned
         node.tokens = key[cut:]
@@ -909,7 +761,7 @@ class RadixTree:
         above = node.parent
         if above is None or above.parent is None or above.ghosts or node.parent is None:
             return False
-        if above.children is None or len(above.children) != 1 or above.num_tails:
+        if above.children is None or len(above.children) != 1:
             return False
         if above.lock_ref != (1 if node.lock_ref else 0) or (
             not node.lock_ref and above.last_used != node.last_used
@@ -988,14 +840,11 @@ class RadixTree:
             width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
             assert node.blocks, f"{name}: a node without blocks"
-            is_tail = len(node.tokens) < width
-            assert is_tail or not len(node.tokens) % width, f"{name}: a tail in a run"
-            assert not (is_tail and (children or node.ghosts)), f"{name}: not a leaf"
-            if node.is_evictable and not is_tail:
+            assert not (len(node.tokens) % width and (children or node.ghosts)), (
+                f"{name}: not a leaf"
+            )
+            if node.is_evictable:
                 assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
-        below_it = list(children.values()) if children else []
-        num_tails = sum([1 for child in below_it if len(child.tokens) < self.block_bytes])
-        assert node.num_tails == num_tails, f"{name}: {node.num_tails} tails, not {num_tails}"
         return node.lock_ref - below - (1 if node.parent is None else 0)
 
     def check_child(self, node: Node, first: bytes, child: Node) -> None:
@@ -1010,7 +859,7 @@ class RadixTree:
             f"{name}: younger than its parent"
         )
         if len(child.tokens) < self.block_bytes and not child.lock_ref:
-            assert self._covering(child) is None, f"{name}: a covered tail"
+            assert not self._is_covered(child), f"{name}: a covered tail"
 
     @staticmethod
     def check_ghost(node: Node, ghost: Node) -> None:
@@ -1028,10 +877,6 @@ class RadixTree:
                 self.check_child(node, first, child)
         for ghost in (node.ghosts or {}).values():
             self.check_ghost(node, ghost)
-
-
-def _last_used(node: Node) -> int:
-    return node.last_used
 
 
 def _name(node: Node) -> str:

@@ -18,11 +18,6 @@ class Held:
     parent: Held | None = None
     below: list[Held] = field(default_factory=list)
     used: int = 0
-    found: bool = False
-    """Of a tail: whether a request found it since it was stored."""
-
-    def prefix(self) -> tuple[int, ...]:
-        return () if self.parent is None else self.parent.prefix() + self.tokens
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -44,13 +39,6 @@ class NaivePool:
         self.root = Held()
         self.stored: list[Held] = []
         self.clock = 0
-        self.remembered: dict[tuple[int, ...], int] = {}
-        """Last uses of evicted blocks, by all tokens up to their end."""
-        self.start = 0
-        """The first use that is counted; 0: none."""
-        self.first = {"whole": 0, "with tails": 0}
-        self.gained = self.lost = self.seen = 0
-        self.tails_pay = self.is_scarce = False
 
     def serve(self, tokens: list[int], prompt: int) -> tuple[int, int]:
         """Serve a request; give its tokens in whole blocks that hit, and in a copied part."""
@@ -60,29 +48,24 @@ class NaivePool:
         while found := self._child(at, tokens[len(path) * size : (len(path) + 1) * size]):
             at = found
             path.append(at)
-        hit = len(path)
-        source, part = self._nearest(at, tokens[hit * size : (hit + 1) * size])
-        counted = self._count(hit * size, part, prompt)
-        blocks, fits = len(tokens) // size, True
+        rest = tokens[len(path) * size : (len(path) + 1) * size]
+        source, part = self._nearest(at, rest)
+        blocks = -(-len(tokens) // size) if tails else len(tokens) // size
         if self.capacity is not None and blocks >= self.capacity:
-            if blocks > self.capacity:
-                fits, tokens = False, tokens[: self.capacity * size]
-                blocks = self.capacity
+            blocks = self.capacity
             if self.mode != "off":
                 source, part = None, 0
-                counted = self._count(hit * size, part, prompt)
+        counted = self._count(len(path) * size, part, prompt)
         if self.mode == "off":
             source = None
-        self._weigh(path, tokens)
-        copied = source if source is not None and 2 * part >= len(source.tokens) else None
-        if copied is not None:
-            self._use(copied)
-        self._make_room(blocks + 1 - hit, path, source)
-        there = hit * size + part if source is not None else 0
-        for number in range(hit, -(-len(tokens) // size) if tails and fits else blocks):
+        if source is not None and 2 * part >= len(source.tokens):
+            self.clock += 1
+            source.used = self.clock
+        self._make_room(blocks - len(path), path, source)
+        if source is not None and len(path) * size + part == len(tokens):
+            blocks = len(path)  # all of it was there: nothing is stored
+        for number in range(len(path), blocks):
             one = tuple(tokens[number * size : (number + 1) * size])
-            if number == hit and there == len(tokens):
-                break  # all of it was there: nothing is stored
             if len(one) < size and any(common(one, other.tokens) == len(one) for other in at.below):
                 break  # a stored block holds the tail already
             for other in [other for other in at.below if other.tokens == one[: len(other.tokens)]]:
@@ -92,111 +75,10 @@ class NaivePool:
             at.parent.below.append(at)
             self.stored.append(at)
             path.append(at)
-            self._recall(at)
-        self._end(path, tokens if len(tokens) > there else [], copied)
+        for held in reversed(path):
+            self.clock += 1
+            held.used = self.clock
         return counted
-
-    def _end(self, path: list[Held], tokens: list[int], copied: Held | None) -> None:
-        """Count as used what was copied, what covers the tail, and the path."""
-        if copied is not None and (copied not in self.stored or copied in path):
-            copied = None
-        cover: Held | None = None
-        whole = [one for one in path if len(one.tokens) == self.size]
-        left = tokens[len(whole) * self.size :]
-        if self.mode == "tails" and left and len(whole) == len(path):
-            cover, same = self._nearest(path[-1] if path else self.root, left)
-            cover = cover if same == len(left) else None
-        for one in (copied, cover if cover is not copied else None):
-            if one is not None:
-                self._use(one)
-        self.clock += 1
-        for one in path:
-            one.used = self.clock
-        if self.capacity is None or self.mode != "tails" or self.size == 1:
-            return
-        if self.start:
-            for which in self.first:
-                for _ in range(64):
-                    if self._in_window(which) <= self.capacity + 1:
-                        break
-                    self.first[which] += 1
-        elif 2 * len(self.stored) > self.capacity + 1:
-            self.start = self.clock + 1
-            self.first = dict.fromkeys(self.first, self.start)
-
-    def _use(self, one: Held) -> None:
-        self.clock += 1
-        one.used = self.clock
-        one.found = True
-
-    def _in_window(self, which: str) -> int:
-        uses = [(len(one.tokens), one.used) for one in self.stored]
-        uses += [(len(one) % self.size, used) for one, used in self.remembered.items()]
-        return sum(
-            used >= self.first[which] and (which == "with tails" or size in {0, self.size})
-            for size, used in uses
-        )
-
-    def _weigh(self, path: list[Held], tokens: list[int]) -> None:
-        """Count what keeping tails gains and loses of a request."""
-        size, first = self.size, self.first["with tails"]
-        if not self.start:
-            return
-        assert self.capacity is not None
-        lost = sum(one.used < first for one in path) if self.is_scarce else 0
-        at = path[-1] if path else self.root
-        near, gained = self._nearest(at, tokens[len(path) * size : (len(path) + 1) * size])
-        if near is None or len(near.tokens) == size or near.used < first:
-            gained = 0
-        begin = len(path) * size
-        while rest := tokens[begin : begin + size]:
-            before = tuple(tokens[:begin])
-            beside = [
-                Held(one[begin:], used=used)
-                for one, used in self.remembered.items()
-                if one[:begin] == before and begin < len(one) <= begin + size
-            ]
-            ghost = next((one for one in beside if one.tokens == tuple(rest)), None)
-            if ghost is None:
-                ghost, same = self._nearest(Held(below=beside), rest)
-            else:
-                same = len(rest)
-            if ghost is None:
-                break
-            if len(ghost.tokens) < size:
-                gained = max(gained, same if ghost.used >= first else 0)
-                break
-            if same < size:
-                break
-            lost += ghost.used >= self.first["whole"]
-            begin += size
-        self.gained += gained
-        self.lost += lost * size
-        self.seen += -(-(len(tokens) + 1) // size)
-        room = self.capacity + 1
-        if self.seen > 8 * max(room, 64):
-            self.seen, self.gained, self.lost = 0, self.gained // 2, self.lost // 2
-        more = self.gained - 2 * self.lost
-        self.tails_pay = more > 0 if self.tails_pay else 32 * more > room * size
-
-    def _recall(self, one: Held) -> None:
-        """Forget what was remembered of a stored block, or of a tail that it goes on from."""
-        assert one.parent is not None
-        prefix, above = one.prefix(), one.parent.prefix()
-        if prefix in self.remembered:
-            del self.remembered[prefix]
-            return
-        beside = [
-            other
-            for other in self.remembered
-            if other[: len(above)] == above
-            and len(above) < len(other) <= len(above) + self.size
-            and packed(other[len(above) :]) < packed(one.tokens)
-        ]
-        if beside:
-            last = max(beside, key=lambda other: packed(other[len(above) :]))
-            if one.tokens[: len(last) - len(above)] == last[len(above) :]:
-                del self.remembered[last]
 
     def _count(self, whole: int, part: int, prompt: int) -> tuple[int, int]:
         limit = prompt - 1
@@ -221,29 +103,11 @@ class NaivePool:
         if self.capacity is None:
             return
         read = 0
-        while len(self.stored) + read + new > self.capacity + 1:
-            oldest = self._first_to_go(path)
+        while len(self.stored) + read + new > self.capacity:
+            leaves = [one for one in self.stored if not one.below and one not in path]
+            oldest = min(leaves, key=lambda one: one.used)
             read += oldest is source  # it leaves, and its memory is read for a while yet
-            self.remembered[oldest.prefix()] = oldest.used
-            self.is_scarce |= self.start > 0
             self._drop(oldest)
-
-    def _first_to_go(self, path: list[Held]) -> Held:
-        """Give the oldest tail while tails do not pay; else the oldest of tails and leaves."""
-        size = self.size
-        tails = [one for one in self.stored if len(one.tokens) < size]
-        fresh = [one for one in tails if not one.found]
-        if fresh and not self.tails_pay:
-            return min(fresh, key=lambda one: one.used)
-        leaves = [
-            one
-            for one in self.stored
-            if len(one.tokens) == size
-            and one not in path
-            and all(len(below.tokens) < size for below in one.below)
-        ]
-        # Of one age the tail goes: it stands behind.
-        return min(leaves + tails, key=lambda one: (one.used, len(one.tokens)))
 
     def _drop(self, one: Held) -> None:
         assert one.parent is not None

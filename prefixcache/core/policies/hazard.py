@@ -463,7 +463,7 @@ class AgeGrid:
         """Give where a use belongs; -1 if it has no leaf now."""
         leaf = use.leaf
         # `leaf.is_evictable`, written out: this is the policy's most frequent question.
-        if leaf is None or leaf.lock_ref or leaf.is_inner or leaf.parent is None or not leaf.blocks:
+        if leaf is None or leaf.lock_ref or leaf.children or leaf.parent is None or not leaf.blocks:
             return -1
         mark = leaf.mark
         if mark is None or mark[0] is not use:
@@ -527,28 +527,20 @@ class Hazard(EvictionPolicy):
         """Compare with what the shadow would have found."""
         self.shadow.compare(match, tokens, self.block_bytes, self._run)
 
-    def used(self, node: Node, stamp: int, top: Node) -> None:
+    def used(self, node: Node, stamp: int) -> None:
         """Learn from the returns on the path, and make it this use's."""
         path, size = [], 0
         at = node
-        while at is not top and at.parent is not None:
+        while at.parent is not None:
             path.append(at)
             size += len(at.blocks)
             at = at.parent
         if not path:
             return
         self._num_uses += 1
-        length = size
-        if top.parent is None:
-            self._run += (size - self._run) * max(0.01, 1 / self._num_uses)
-            growth = self._growth(path, size)
-        else:  # a block that was copied: nobody grew out of it
-            growth = _FRESH if node.mark is None else node.mark[2] % _NUM_GROWTHS
-            while at.parent is not None:
-                length += len(at.blocks)
-                at = at.parent
-        use = Access(self._num_uses, self._time, length)
-        self._hand_over(path, use, size, growth)
+        self._run += (size - self._run) * max(0.01, 1 / self._num_uses)
+        use = Access(self._num_uses, self._time, size)
+        self._hand_over(path, use, self._growth(path, size))
         self._by_age[0].append(use)
         self._time += size
         self._age()
@@ -571,10 +563,10 @@ class Hazard(EvictionPolicy):
             return _FRESH_SHORT if size < self._run / 2 else _FRESH
         return _GREW_MUCH if size - known >= self._run / 4 else _GREW_LITTLE
 
-    def _hand_over(self, path: list[Node], use: Access, size: int, growth: int) -> None:
+    def _hand_over(self, path: list[Node], use: Access, growth: int) -> None:
         """Count the returns; give all blocks of the path to the new use."""
         hazards, time, first = self.hazards, self._time, self.shadow.first
-        joined = size
+        joined = use.length
         end = path[0]
         for node in path:
             count = len(node.blocks)
@@ -586,7 +578,7 @@ class Hazard(EvictionPolicy):
                 if old.number >= first:
                     joined -= count
                 uses = min(_MOST_USES, uses + 1)
-            is_end = node is end and count == 1 and not node.is_inner
+            is_end = node is end and count == 1 and not node.children
             kind = (2 * uses - 1 - is_end) * _NUM_GROWTHS + growth
             node.mark = (use, uses, kind)
             use.take(kind, count)
