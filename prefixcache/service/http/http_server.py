@@ -38,6 +38,8 @@ ASSETS = Path(__file__).parent / "web"
 """The page: all that a browser needs, in the package."""
 
 _BACKLOG = 32
+_IN_LINE = 4
+"""Times as many as there may be connections."""
 _LAST_PORT = 65_535
 _LAST_WORDS_S = 1
 _LOOK_EVERY_S = 0.25
@@ -98,7 +100,7 @@ class HttpServer:
         self._scrape = Scrape(domains)
         self._handlers = domains[""]
         self._dashboard = Dashboard(domains[""])
-        self._bound = Bound(max_connections)
+        self._bound = Bound(max_connections, hurried_go=True)
         self._server: EmbeddedServer | None = None
         self._patrol: asyncio.Task[None] | None = None
 
@@ -119,7 +121,9 @@ class HttpServer:
                 f"cannot listen for HTTP at {address}: {error.strerror}"
             ) from None
         port = listening.getsockname()[1]
-        app = Guard(Starlette(routes=self._routes()), port, Throttle(self._bound.limit))
+        # Those who were hung up on stand in the line until their turn, which takes no time.
+        throttle = Throttle(_IN_LINE * self._bound.limit)
+        app = Guard(Starlette(routes=self._routes()), port, throttle)
         self._server = EmbeddedServer(
             app, self._bound, backlog=_BACKLOG, last_words_s=_LAST_WORDS_S
         )
@@ -178,6 +182,9 @@ class _Live:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it until the viewer goes, or refuse it."""
+        if scope["method"] == "HEAD":
+            await Response(media_type="text/event-stream")(scope, receive, send)
+            return
         if self._viewers >= self._max_viewers:
             told = f"{self._viewers} pages are open, and no more can be: close one\n"
             refusal = PlainTextResponse(told, 503, {"retry-after": "10"})

@@ -2,7 +2,7 @@
 
 ```
 request ─► line ─► its turn: answered in t ─► for 4t nobody has one
-             └─ 64 are in it already ─► 503
+             └─ 256 are in it already ─► 503
 ```
 The page asks nobody who he is, and the loop that answers it serves the workers.  So whoever asks
 without a pause waits, and nobody else does.

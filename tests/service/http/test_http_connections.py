@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +145,23 @@ def test_who_opens_more_pages_than_there_may_be_is_told(service: ServiceProcess)
         assert set(firsts) == {b"HTTP/1.1 200 OK", b"HTTP/1.1 503 Service Unavailable"}
 
 
+def test_who_asks_for_the_head_of_a_page_that_stays_open_has_it_and_no_more(
+    service: ServiceProcess,
+) -> None:
+    ask = b"HEAD /live HTTP/1.1\r\nHost: HOST\r\nConnection: close\r\n\r\n"
+    with connections(service, 1, ask) as (one,):
+        said = b"".join(iter(lambda: one.recv(4096), b""))
+    assert said.startswith(b"HTTP/1.1 200 OK")
+    assert said.endswith(b"\r\n\r\n")
+
+
 class Stub:
     """A connection that is busy or not."""
 
-    def __init__(self, *, is_busy: bool) -> None:
+    def __init__(self, *, is_busy: bool, is_waiting: bool = False, num_in_a_row: int = 0) -> None:
         self.is_busy = is_busy
+        self.is_waiting = is_waiting
+        self.num_in_a_row = num_in_a_row
         self.has_ended = False
 
     def end(self) -> None:
@@ -164,6 +177,61 @@ def test_the_longest_idle_connection_makes_room_and_a_busy_one_never() -> None:
     assert not bound.enter(first)  # type: ignore[arg-type]
     bound.leave(busy)  # type: ignore[arg-type]
     assert bound.enter(first)  # type: ignore[arg-type]
+
+
+def test_one_that_asks_without_a_pause_makes_room_where_it_waits_again() -> None:
+    reading = Stub(is_busy=True, num_in_a_row=9)
+    first = Stub(is_busy=True, is_waiting=True)
+    hurried = Stub(is_busy=True, is_waiting=True, num_in_a_row=1)
+    more = Stub(is_busy=True, is_waiting=True, num_in_a_row=2)
+    new = Stub(is_busy=True, is_waiting=True)
+    for hurried_go in (False, True):
+        bound = Bound(4, hurried_go=hurried_go)
+        assert all(bound.enter(one) for one in (reading, first, hurried, more))  # type: ignore[arg-type]
+        assert bound.enter(new) is hurried_go  # type: ignore[arg-type]
+    assert [one.has_ended for one in (reading, first, hurried, more)] == [False, False, False, True]
+
+
+def is_answered(service: ServiceProcess) -> bool:
+    with contextlib.suppress(OSError):
+        return get(url_of(service) + "/healthz")[0] == 200
+    return False
+
+
+@pytest.mark.parametrize("at_once", [1, 60])
+def test_no_number_of_questions_without_a_pause_keeps_others_out(
+    service: ServiceProcess, at_once: int
+) -> None:
+    """Whether they come in one go or each with the answer to the one before."""
+    host, port = url_of(service).removeprefix("http://").split(":")
+    ask = f"GET /metrics HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode() * at_once
+    is_over = threading.Event()
+    progress = [0] * (FILES // 8)
+
+    def insist(number: int) -> None:
+        while not is_over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port))) as one:
+                one.settimeout(60.0)
+                one.sendall(ask)
+                while not is_over.is_set() and (answer := one.recv(1 << 16)):
+                    progress[number] += b"prefixcache_build_info" in answer
+                    if at_once == 1 and b"prefixcache_build_info" in answer:
+                        one.sendall(ask)
+            is_over.wait(0.2)
+
+    threads = [
+        threading.Thread(target=insist, args=[number], daemon=True)
+        for number in range(len(progress))
+    ]
+    for one in threads:
+        one.start()
+    try:
+        eventually(lambda: min(progress) > 0)  # all of them have asked again
+        assert sum(is_answered(service) for _ in range(10)) > 5
+    finally:
+        is_over.set()
+        for one in threads:
+            one.join(60.0)
 
 
 @pytest.mark.parametrize("total", [128, 256, 1024, 4096, 1 << 20])
