@@ -286,7 +286,7 @@ def refuse_other_ids(fields: dict[str, Any]) -> None:
 
 
 def _others(fields: dict[str, Any]) -> set[str]:
-    """Name what else of a record may be a prompt, but for the text that ids are of."""
+    """Name what a record says twice, by several names: prompts, but for the text of ids."""
     texts = [name for name in _TEXT_NAMES if not isinstance(fields.get(name), dict)]
     found = [name for name in (*CHATS, *texts) if fields.get(name)]
     if not fields.keys().isdisjoint(IDS):
@@ -296,7 +296,15 @@ def _others(fields: dict[str, Any]) -> set[str]:
     is_responses = isinstance(fields.get("input"), str) or _is_items(fields.get("input"))
     if is_responses and found[:1] == ["prompt"]:
         found = ["input", *(one for one in found if one != "input")]
-    return {one for one in found[1:] if fields[one] != fields[found[0]]}
+    others: set[str] = set()
+    systems: tuple[str, ...] = _SYSTEM
+    if found[:1] == ["input"] and is_responses:  # of which both are read
+        others.update(set(_SYSTEM[1:-1]) & fields.keys())
+        systems = ()
+    for names in (found, systems, _MODEL, _SALT):
+        there = [name for name in names if fields.get(name) not in _EMPTY]
+        others.update(name for name in there[1:] if fields[name] != fields[there[0]])
+    return others
 
 
 def _wraps(wrapper: str, inner: dict[str, Any], fields: dict[str, Any]) -> bool:
@@ -395,7 +403,7 @@ def _beside(fields: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _system(fields: dict[str, Any]) -> Any:
     """Give the system prompt that stands beside a prompt, or None."""
-    return next((fields[name] for name in _SYSTEM if fields.get(name)), None)
+    return next((fields[name] for name in _SYSTEM if fields.get(name) not in _EMPTY), None)
 
 
 def _not_read(fields: dict[str, Any], *read: str) -> tuple[str, ...]:

@@ -560,9 +560,17 @@ def test_what_else_of_a_record_may_be_a_prompt_is_told(tmp_path: Path) -> None:
         "prompt ": {"input": "x", "prompt": "y"},
         "created_at": {"tokens": [1], "created_at": "2024-01-01"},
         "start_time": {"prompt": "x", "start_time": 5},
+        "instructions": {"messages": CHAT, "system": "x", "instructions": "y"},
+        "system_prompt": {"input": "x", "instructions": "y", "system_prompt": "z"},
+        "model_name": {"prompt": "x", "model": "m", "model_name": "n"},
+        "extra_key": {"prompt": "x", "cache_salt": "m", "extra_key": "n"},
     }.items():
         notes = load(put(tmp_path / "t.jsonl", record)).notes
         assert any(one.endswith(f"shared: {name.strip()}") for one in notes)
+    with pytest.raises(InvalidRequest, match="system is false"):
+        load(put(tmp_path / "t.jsonl", {"messages": CHAT, "system": False}))
+    both = {"input": "x", "instructions": "y", "system": "z"}
+    assert not any("not read" in one for one in load(put(tmp_path / "t.jsonl", both)).notes)
     for record in ({"prompt": "x", "text": "x"}, {"tokens": [1], "prompt": "x"}):
         assert not any("not read" in one for one in load(put(tmp_path / "t.jsonl", record)).notes)
 
