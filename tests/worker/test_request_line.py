@@ -53,6 +53,8 @@ def model(demo_folder: Path) -> Model:
         ({"max_new_tokens": 10**400}, "max_new_tokens is a number of 1329 bits"),
         ({"stop": 5}, "stop is 5; it takes a text or up to 1,024 of them"),
         ({"stop": [5]}, "stop holds 5; it takes texts"),
+        ({"stop": ""}, "stop holds an empty text"),
+        ({"stop": ["a", ""]}, "stop holds an empty text"),
         ({"stop_ids": 7}, "stop_ids is 7; it takes up to 1,024 token ids"),
         ({"stop_ids": [1e999]}, "an id of stop_ids is inf"),
         ({"seed": 2**70}, "seed is 1180591620717411303424; it takes one from"),

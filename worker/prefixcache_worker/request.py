@@ -90,6 +90,10 @@ class Request:
             raise InvalidRequest(
                 f"request {self.id!r}: n is {self.n}, and what is generated is of one answer"
             )
+        if "" in self.stop_strings:
+            raise InvalidRequest(
+                f"request {self.id!r}: stop holds an empty text, which is everywhere: leave it out"
+            )
         if self.beams is not None:
             self._check_beams(self.beams.width)
         if len(self.generated) > self.max_new_tokens:

@@ -39,7 +39,7 @@ class TextStream:
     ) -> None:
         self._tokenizer = tokenizer
         self._skips_special = not shows_special
-        self._stops = tuple(stop for stop in stop_strings if stop)
+        self._stops = tuple(stop_strings)
         self._min_tokens = min_tokens
         self._tokens: list[int] = []
         self._before = 0  # tokens[before:read] are decoded again: spaces depend on neighbours
