@@ -175,7 +175,8 @@ class Screen:
         if self._now is None:
             return Group(_cut(Text(self.trouble or "…"), width))
         small = height is not None and height < 30
-        head = list(self._head(self._now, width, most_verbs=1 if small else 4))[:height]
+        is_live = height is not None
+        head = list(self._head(self._now, width, 1 if small else 4, is_live=is_live))[:height]
         lists = [
             list(self.rows_of_front()),
             list(self._prefixes(width)),
@@ -186,7 +187,7 @@ class Screen:
         room = None if height is None else max(0, height - len(head))
         return Group(*(_cut(line, width) for line in (*head, *_fit(lists, room))))
 
-    def _head(self, now: Status, width: int, *, most_verbs: int) -> Iterator[Text]:
+    def _head(self, now: Status, width: int, most_verbs: int, *, is_live: bool) -> Iterator[Text]:
         snapshot, info = now.snapshot, now.info
         state = "draining" if info.draining else "serving"
         title = Text(f"prefixcache · {state} {view.show_idle(info.uptime_s)}", style="bold")
@@ -199,7 +200,7 @@ class Screen:
             yield Text(f"no answer: {self.trouble}", style="bold red")
         elif self.paused:
             yield Text("paused: p goes on", style="bold yellow")
-        else:
+        elif is_live:
             yield Text(_KEYS, style="dim")
         columns = max(8, min(60, width - _LABEL))
         yield _label("pool").append(_states(self.blocks(), columns))

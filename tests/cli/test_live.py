@@ -102,6 +102,7 @@ def test_top_shows_pool_ledger_prefixes_leases_flights_and_workers(
     session: Session, at: At
 ) -> None:
     told = at.call("top", "--once")
+    assert "q ends" not in told.out  # nobody reads a key there
     for text in ("pool", "cached", "tokens", "acquire", "hottest prefixes", "leases: 1", "ann"):
         assert text in told.out, text
     assert "being computed: 1" in told.out

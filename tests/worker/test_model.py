@@ -127,8 +127,10 @@ def test_weights_that_cannot_be_reordered_still_multiply(monkeypatch: pytest.Mon
 def test_nothing_to_load_says_so(folder: Path) -> None:
     with pytest.raises(NotFound, match=str(folder)):
         Model.load(folder)
-    with pytest.raises(InvalidRequest, match="int8"):
+    with pytest.raises(InvalidRequest, match="dtype 'int8': not one of float32, bfloat16"):
         Model.load(folder, dtype="int8")
+    with pytest.raises(InvalidRequest, match="0 threads: give 1 or more"):
+        Model.load(folder, threads=0)
 
 
 def test_a_folder_is_loaded_and_named_by_its_weights(folder: Path, demo_folder: Path) -> None:

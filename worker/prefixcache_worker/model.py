@@ -125,9 +125,11 @@ class Model:
                 it has no eight bits.
             InvalidRequest: no such dtype or weights, or threads below 1.
         """
-        dtype = DTYPE_ALIASES.get(dtype, dtype)
-        if dtype not in DTYPES or threads < 1:
-            raise InvalidRequest(f"dtype {dtype!r} (of {', '.join(DTYPES)}), {threads} threads")
+        if (known := DTYPE_ALIASES.get(dtype, dtype)) not in DTYPES:
+            raise InvalidRequest(f"dtype {dtype!r}: not one of {', '.join(DTYPES)}")
+        dtype = known
+        if threads < 1:
+            raise InvalidRequest(f"{threads} threads: give 1 or more")
         if weights not in WEIGHTS:
             raise InvalidRequest(f"weights {weights!r}: not one of {', '.join(WEIGHTS)}")
         torch.set_num_threads(threads)
