@@ -310,11 +310,14 @@ class _Run:
         began_s = time.monotonic()
         loading = f"{many(setup.num_workers, 'worker', 'load')} {setup.model} ({setup.dtype})"
         self._tell("loading", loading, seconds=0)
+        packs = (
+            "" if setup.weights == "private" else ": a first start packs weights, others map them"
+        )
         while not fleet.about.done():
             await asyncio.wait([fleet.about], timeout=_TELL_S)
             if not fleet.about.done():
                 seconds = round(time.monotonic() - began_s)
-                self._tell("loading", f"still loading after {seconds} s", seconds=seconds)
+                self._tell("loading", f"still loading after {seconds} s{packs}", seconds=seconds)
         model = ServedModel(setup.served_name, self._folder, fleet.about.result())
         front = Front(model, router, self._keys, meter, workers=fleet.names)
         await self._server.start(front.app(), front.board.close)
