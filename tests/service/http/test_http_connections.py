@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.descriptors import Descriptors, raise_limit
 from prefixcache.service.http.http_connections import Bound
@@ -231,7 +232,7 @@ def test_no_number_of_questions_without_a_pause_keeps_others_out(
     finally:
         is_over.set()
         for one in threads:
-            one.join(60.0)
+            one.join(PATIENCE_S)
 
 
 @pytest.mark.parametrize("total", [128, 256, 1024, 4096, 1 << 20])
