@@ -81,7 +81,7 @@ EXAMPLES = tests/core tests/test_architecture.py tests/client tests/service/verb
   tests/worker/test_text.py prefixcache --ignore tests/experiments/test_commands.py --ignore tests/demo/test_runner.py
 
 quick: $(VENV)/.installed   ## Examples of all packages that need no model and few processes, the limits on imports and names, the doctests: while you work.
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist worksteal -m "not slow and not walk and not hypothesis" $(EXAMPLES)
+	$(BIN)/python -m pytest -q --numprocesses 3 --dist worksteal -m "not slow and not walk and not hypothesis" $(EXAMPLES)
 
 mutants: $(VENV)/.installed   ## How many small faults in the core do its tests notice?  PER_FILE=10 of each file, SEED=1; FILES="quota.py" for some; JSON=file.
 	PYTHONPATH=tests $(BIN)/python -m mutation.run --per-file $(or $(PER_FILE),10) --seed $(or $(SEED),1) $(if $(JSON),--json $(JSON),) $(FILES)

@@ -154,6 +154,7 @@ def test_ctrl_c_in_any_verb_of_the_client_ends_that_call_alone(
         client.call("detach", pb.DetachRequest(worker_key=key))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_watch_ends_that_watch_alone(service: ServiceProcess, ctrl_c: CtrlC) -> None:
     """There are places for four at a time: one that went on would keep its place."""
     chance = random.Random(3)

@@ -201,6 +201,7 @@ def test_a_full_pool_says_so_and_takes_nothing(cache: Backend) -> None:
     assert state(cache.snapshot()) == before
 
 
+@pytest.mark.slow
 def test_a_lease_without_a_sign_of_life_expires(cache: Backend) -> None:
     session = cache.attach(keep_alive=False)
     lease = session.acquire(prompt(12))
@@ -217,6 +218,7 @@ def test_a_lease_without_a_sign_of_life_expires(cache: Backend) -> None:
     assert cache.snapshot().quarantined == 0
 
 
+@pytest.mark.slow
 def test_a_sign_of_life_keeps_a_lease(cache: Backend) -> None:
     session = cache.attach(keep_alive=False)
     lease = session.acquire(prompt(12))
@@ -226,6 +228,7 @@ def test_a_sign_of_life_keeps_a_lease(cache: Backend) -> None:
     assert lease.commit(12).num_tokens == 12
 
 
+@pytest.mark.slow
 def test_heartbeats_keep_a_lease(cache: Backend) -> None:
     lease = cache.attach().acquire(prompt(12))
     cache.pass_time(1.8 * TTL_S)
@@ -511,6 +514,7 @@ def test_one_session_leases_for_many_adapters_and_salts(cache: Backend) -> None:
         assert session.acquire(prompt(8), **terms).num_cached == 7, terms
 
 
+@pytest.mark.slow
 def test_releasing_a_lease_that_has_ended_lifts_its_quarantine(cache: Backend) -> None:
     session = cache.attach(keep_alive=False)
     lease, other = session.acquire(prompt(12), reserve=4), session.acquire(prompt(8, seed=1))
@@ -531,6 +535,7 @@ def test_releasing_a_lease_that_has_ended_lifts_its_quarantine(cache: Backend) -
     inner.id = own
 
 
+@pytest.mark.slow
 def test_what_comes_back_from_quarantine_goes_to_who_waits(cache: Backend) -> None:
     session = cache.attach(keep_alive=False)
     lease = session.acquire(prompt(4 * NUM_BLOCKS))

@@ -237,6 +237,7 @@ def test_a_tenant_takes_no_place_that_is_kept_for_another(service: ServiceProces
             call.cancel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [CHECK, unary.RPCS["lookup"].path])
 def test_a_call_without_its_message_ends(service: ServiceProcess, path: str) -> None:
     with grpc.insecure_channel(service.target) as channel:
