@@ -64,7 +64,9 @@ BENCHMARKS = (
     Benchmark(
         "prefixcache_bench.speed.rpc",
         "The wire",
-        "The service against a stub with the same messages and no cache behind it.",
+        "The service, also with the compiled core, against a stub with the same messages and no "
+        "cache behind it.",
+        options=("--compiled",),
     ),
     Benchmark(
         "prefixcache_bench.speed.packing",

@@ -23,7 +23,6 @@ import contextlib
 import gc
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -35,9 +34,9 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import IO, Final, NamedTuple, cast
 
+from prefixcache_bench.speed.compiling import ROOT, NotMeasured, compile_core, sources_alone
 from prefixcache_bench.speed.radix_workload import DECODED_TOKENS, FRESH_TOKENS, build
 
-ROOT: Final = Path(__file__).resolve().parents[3]
 PYTHON_VARIABLE: Final = "PREFIXCACHE_SGLANG_PYTHON"
 ABSENT: Final = f"neither --sglang nor ${PYTHON_VARIABLE} names a Python that has SGLang"
 LENGTHS: Final = (1_000, 4_000, 32_000)
@@ -56,10 +55,6 @@ Steps = tuple[float, float, float]
 """Microseconds of the three parts of a job."""
 Job = Callable[[bytes, bytes], Steps]
 """Does a job with a prompt and what is decoded after it, as packed tokens."""
-
-
-class NotMeasured(RuntimeError):
-    """Why a subject has no figures."""
 
 
 # ------------------------------------------------------------------------- in the child's process
@@ -216,34 +211,6 @@ class Subject:
     def close(self) -> None:
         """End the process."""
         self._held.close()
-
-
-@contextlib.contextmanager
-def sources_alone() -> Iterator[tuple[Path, Path]]:
-    """Give two folders with the package's sources and nothing compiled: one is to be compiled."""
-    with tempfile.TemporaryDirectory(prefix="prefixcache-core-") as name:
-        folders = Path(name, "pure"), Path(name, "compiled")
-        for folder in folders:
-            ignored = shutil.ignore_patterns("*.so", "__pycache__")
-            shutil.copytree(ROOT / "prefixcache", folder / "prefixcache", ignore=ignored)
-        yield folders
-
-
-def compile_core(folder: Path) -> None:
-    """Compile the sources in a folder, in place.  A minute."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-        cwd=folder,
-        env=os.environ | {"PREFIXCACHE_COMPILED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise NotMeasured(f"compiling failed: {done.stdout.strip().splitlines()[-1]}")
 
 
 class Row(NamedTuple):

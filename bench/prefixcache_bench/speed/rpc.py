@@ -1,17 +1,18 @@
 """What the service costs: server CPU per op, beside servers that have no cache behind them.
 
-Four servers, each in a process of its own, take turns in the same run under the same load:
+Servers, each in a process of its own, take turns in the same run under the same load:
 
 ```
 service   prefixcache serve                              the real thing
 guarded   the same with --identities and a token         what proving who one is costs
 stub      the service's own code over a hollow cache     what the cache costs
 bare      a handler that fills in the messages itself    what the service's code costs
+compiled  the service with `--compiled`'s core           what `make compiled` spares
 ```
 The two without a cache read every token and answer with a block table of the same size.  A *pair*
 is an acquire of a stored prompt plus 37 new tokens, and its release.
 
-    python -m prefixcache_bench.speed.rpc [--seconds 1] [--rounds 5] [--json FILE]
+    python -m prefixcache_bench.speed.rpc [--compiled] [--seconds 1] [--rounds 5] [--json FILE]
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.types import Layout, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.compiling import NotMeasured, compile_core, sources_alone
 from prefixcache_bench.speed.signals import ending_in_order
 
 LAYOUT = Layout(30, 3, 64, "bfloat16")
@@ -54,6 +56,7 @@ IN_FLIGHT = 8
 OPS_PER_MESSAGE = 16
 EXTENDS_PER_MESSAGE = 64
 SERVERS = ("service", "guarded", "stub", "bare")
+COMPILED = "compiled"
 TOKEN = "benchmark"  # noqa: S105 - of a service that lives for a minute
 
 SESSION_CALL = f"/{unary.SERVICE}/Session"
@@ -151,6 +154,11 @@ class Load:
         codec.write_namespace(Namespace("bench"), request.namespace)
         codec.write_layout(LAYOUT, request.layout)
         return request
+
+    async def core(self) -> str:
+        """Ask the service what its core runs as."""
+        told = await self.calls["snapshot"](pb.SnapshotRequest())
+        return str(told.service.core)
 
     async def store(self, num_tokens: int) -> list[bytes]:
         """Store the prompts of a case; give what is asked for afterwards."""
@@ -381,20 +389,26 @@ def _write_identities(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def started(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
-    """Start a server of a kind in its own process; give its address and process id."""
+def started(kind: str, folder: Path, sources: Path | None = None) -> Iterator[tuple[str, int]]:
+    """Start a server of a kind in its own process; give its address and process id.
+
+    `sources` is a folder whose package runs in place of the installed one.
+    """
     target = f"unix:{folder}/{kind}.sock"
-    if kind in ("service", "guarded"):
+    if kind in ("service", "guarded", COMPILED):
         flags = [
             f"--{name.replace('_', '-')}={value[0] if name == 'listen' else value}"
             for name, value in _settings(target).items()
         ]
         if kind == "guarded":
             flags.append(f"--identities={_write_identities(folder)}")
-        command = [sys.executable, "-m", "prefixcache.cli", "serve", *flags]
+        command = [sys.executable, "-P", "-m", "prefixcache.cli", "serve", *flags]
     else:
         command = [sys.executable, "-m", "prefixcache_bench.speed.rpc", "--serve", kind, target]
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    if sources is not None:
+        before = os.environ.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(sources), *([before] if before else [])])
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             if not any(line.startswith("listening") for line in process.stdout or ()):
@@ -407,19 +421,25 @@ def started(kind: str, folder: Path) -> Iterator[tuple[str, int]]:
 # ---------------------------------------------------------------------------------- the report
 
 
-async def compare(cases: list[Case], seconds: float, rounds: int) -> dict[str, dict[str, Series]]:
-    """Measure all servers in all cases, taking turns."""
-    found = {case.name: {kind: Series() for kind in SERVERS} for case in cases}
+async def compare(
+    cases: list[Case], seconds: float, rounds: int, compiled: Path | None = None
+) -> dict[str, dict[str, Series]]:
+    """Measure all servers in all cases, taking turns; `compiled` is a folder with that core."""
+    kinds = (*SERVERS, COMPILED) if compiled else SERVERS
+    found = {case.name: {kind: Series() for kind in kinds} for case in cases}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rpc")))
         loads = {}
-        for kind in SERVERS:
+        for kind in kinds:
             token = TOKEN if kind == "guarded" else ""
-            loads[kind] = Load(*stack.enter_context(started(kind, folder)), token)
+            sources = compiled if kind == COMPILED else None
+            loads[kind] = Load(*stack.enter_context(started(kind, folder, sources)), token)
+        if compiled and (runs := await loads[COMPILED].core()) != COMPILED:
+            raise NotMeasured(f"what was compiled does not run, but {runs}")
         for number in range(rounds):
             for case in cases:
-                for turn in range(len(SERVERS)):
-                    kind = SERVERS[(turn + number) % len(SERVERS)]
+                for turn in range(len(kinds)):
+                    kind = kinds[(turn + number) % len(kinds)]
                     await loads[kind].measure(case, seconds, found[case.name][kind])
             print(f"round {number + 1} of {rounds}", file=sys.stderr)
         for load in loads.values():
@@ -430,10 +450,11 @@ async def compare(cases: list[Case], seconds: float, rounds: int) -> dict[str, d
 def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[str, Any]]:
     """Print the table; give its rows as numbers."""
     rows = []
+    kinds = [*found[cases[0].name]]
     print("server CPU per op, microseconds: min / median / max of the rounds")
     head = (
         "case",
-        *SERVERS,
+        *kinds,
         "guarded/open",
         "service/stub",
         "service/bare",
@@ -443,9 +464,9 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     )
     lines: list[tuple[str, ...]] = [head]
     for case in cases:
-        series = {kind: found[case.name][kind].fields() for kind in SERVERS}
+        series = {kind: found[case.name][kind].fields() for kind in kinds}
         medians = {kind: series[kind]["cpu_us_median"] for kind in SERVERS}
-        row = {
+        row: dict[str, Any] = {
             "case": case.name,
             "unit": case.unit,
             "goal_us": case.goal_us,
@@ -457,6 +478,8 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
             "ratio_goal": case.ratio_goal,
             **series,
         }
+        if COMPILED in series:
+            row["ratio_compiled"] = series[COMPILED]["cpu_us_median"] / medians["stub"]
         rows.append(row)
         mine = series["service"]
         lines.append(
@@ -464,7 +487,7 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
                 case.name,
                 *(
                     " / ".join(f"{series[k][f'cpu_us_{m}']:.1f}" for m in ("min", "median", "max"))
-                    for k in SERVERS
+                    for k in kinds
                 ),
                 f"{row['ratio_guarded']:.2f}, p50 {row['ratio_guarded_p50']:.2f}",
                 f"{row['ratio_stub']:.2f}",
@@ -477,6 +500,14 @@ def report(cases: list[Case], found: dict[str, dict[str, Series]]) -> list[dict[
     widths = [max(len(line[n]) for line in lines) for n in range(len(head))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    for case, row in zip(cases, rows, strict=True):
+        if COMPILED in row:
+            found_us = row[COMPILED]["cpu_us_median"]
+            print(
+                f"compiled, {case.name}: {row['ratio_compiled']:.2f}x stub, "
+                f"{found_us / row['service']['cpu_us_median']:.2f}x pure Python  "
+                f"{case.verdict(found_us, row['ratio_compiled'])}".rstrip()
+            )
     return rows
 
 
@@ -485,7 +516,15 @@ def measure(options: argparse.Namespace) -> None:
     if options.quick:
         options.seconds, options.rounds = 0.3, 2
     cases = [case for case in CASES if options.only in case.name]
-    found = asyncio.run(compare(cases, options.seconds, options.rounds))
+    if not cases:
+        names = ", ".join(case.name for case in CASES)
+        raise SystemExit(f"--only {options.only!r}: no case has that in its name: {names}")
+    with contextlib.ExitStack() as stack:
+        compiled = None
+        if options.compiled:
+            compiled = stack.enter_context(sources_alone())[1]
+            compile_core(compiled)
+        found = asyncio.run(compare(cases, options.seconds, options.rounds, compiled))
     rows = report(cases, found)
     if options.json:
         head = provenance() | {
@@ -504,6 +543,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="short: two rounds of 0.3 s")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also with the core compiled, which takes a minute"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--serve", nargs=2, metavar=("KIND", "TARGET"), help=argparse.SUPPRESS)
