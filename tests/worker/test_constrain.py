@@ -189,6 +189,19 @@ def test_calls_are_of_what_may_be_called(model: Model) -> None:
             assert found[-1].removesuffix("\n</tool_call>") in ways
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "choices",
+    [["yes", "no"], ["a", "ab", "abc"], ['"<|', "\\n", "é 語\n", "<tool_call>x"], ["x" * 512]],
+)
+def test_an_answer_is_one_of_its_choices(model: Model, how: str, choices: list[str]) -> None:
+    grammar = read_grammar({"choices": choices})
+    request = Request("a", PROMPT, 600, HOW[how], grammar=grammar)
+    [one] = answers(Engine(model, None, None), request).values()
+    assert one.text in choices
+    assert one.reason == "stop"
+
+
 def test_a_text_is_free_up_to_the_trigger_and_held_behind_it(model: Model) -> None:
     """The trigger is a token here, which is made likely."""
     trigger = model.tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")

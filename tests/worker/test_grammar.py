@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from prefixcache.errors import InvalidRequest
-from prefixcache_worker.grammar import DEEPEST, MOST_CALLS, MOST_PROPERTIES, read_grammar
+from prefixcache_worker.grammar import (
+    DEEPEST,
+    MOST_CALLS,
+    MOST_CHOICES,
+    MOST_PROPERTIES,
+    read_grammar,
+)
 
 CALL = {"begin": '{"name": "f", "arguments": ', "schema": {"type": "object"}, "end": "}"}
 
@@ -28,10 +34,10 @@ def many(count: int) -> dict[str, Any]:
     ("given", "said"),
     [
         (7, "grammar is 7; it takes an object"),
-        ({}, "a schema, or calls, are missing"),
-        ({"schema": None}, "a schema, or calls, are missing"),
-        ({"text": True}, "a schema, or calls, are missing"),
-        ({"text": True, "schema": {}}, "a schema, or calls, are missing"),
+        ({}, "a schema, calls, or choices are missing"),
+        ({"schema": None}, "a schema, calls, or choices are missing"),
+        ({"text": True}, "a schema, calls, or choices are missing"),
+        ({"text": True, "schema": {}}, "a schema, calls, or choices are missing"),
         ({"schema": "x"}, "grammar.schema is 'x'; it takes a JSON schema"),
         ({"schema": False}, "grammar.schema is false; it takes a JSON schema"),
         ({"schema": {"x-guidance": {}}}, "x-guidance, which would have no effect"),
@@ -42,6 +48,14 @@ def many(count: int) -> dict[str, Any]:
             {"calls": {"each": [CALL]}, "schema": {}, "text": True},
             "a text or of a schema, not both",
         ),
+        ({"choices": ["a"], "schema": {}}, "beside choices nothing else may stand"),
+        ({"choices": "yes"}, "grammar.choices is 'yes'; it takes a list of 1 to 1,024 texts"),
+        ({"choices": []}, "grammar.choices is a list of 0"),
+        ({"choices": ["a"] * (MOST_CHOICES + 1)}, "grammar.choices is a list of 1,025"),
+        ({"choices": ["a", 7]}, "grammar.choices.1 is 7; it takes a text of up to 512"),
+        ({"choices": ["a", None]}, "grammar.choices.1 is null"),
+        ({"choices": ["a", ""]}, "grammar.choices.1 is empty"),
+        ({"choices": ["\ud800"]}, "half a character"),
         ({"calls": [CALL]}, "grammar.calls is a list of 1; it takes an object"),
         ({"calls": {"each": []}}, "each is a list of 0; it takes a list of 1 to 128"),
         ({"calls": {"each": [CALL] * (MOST_CALLS + 1)}}, "it takes a list of 1 to"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -20,15 +21,20 @@ import torch
 import prefixcache
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
-from prefixcache_worker import LLM, BeamSearchParams, SamplingParams
+from prefixcache_worker import (
+    LLM,
+    BeamSearchParams,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from prefixcache_worker.beam_search import BeamSearch
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.own_service import OwnService
 from prefixcache_worker.request import Request
-from prefixcache_worker.sampling_params import _NOT_HERE, _NOT_OF_BEAMS
+from prefixcache_worker.sampling_params import _NOT_HELD, _NOT_HERE, _NOT_OF_BEAMS
 from service.service_process import ROOT, eventually
-from worker.zoo import Service, answers, random_tokens, save
+from worker.zoo import Service, answers, random_tokens, save, talker
 
 PROMPT = random_tokens(40, seed=2)
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -331,3 +337,53 @@ def test_who_is_closed_has_nothing_any_more(model: Model, service: Service) -> N
         made.generate("w5 w6", GREEDY)
     with prefixcache.connect(service.target) as client:
         eventually(lambda: client.snapshot().leases == ())
+
+
+def test_answers_have_the_form_that_is_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="the serving extra's llguidance is missing")
+    choices = StructuredOutputsParams(choice=["yes", "no"])
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    forms = [choices, *(StructuredOutputsParams(json=one) for one in (schema, json.dumps(schema)))]
+    how = [SamplingParams(seed=5, max_tokens=64, structured_outputs=one) for one in forms]
+    own = Service(tmp_path, "1MiB")
+    own.start()
+    with LLM(talker(), connect=own.target) as llm:
+        told = llm.generate([PROMPT] * len(how), how)
+        texts = [one.outputs[0].text for one in told]
+        assert texts[0] in ("yes", "no")
+        assert texts[1:] == ['{"a": 1}'] * 2
+        assert {one.outputs[0].finish_reason for one in told} == {"stop"}
+        unknown = StructuredOutputsParams(json={"type": "string", "format": "no-such"})
+        with pytest.raises(InvalidRequest, match="no-such"):
+            llm.generate([PROMPT], SamplingParams(structured_outputs=unknown))
+        assert llm.engine.idle
+    own.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "one of json, choice, json_object: none"),
+        ({"json_object": False}, "one of json, choice, json_object: none"),
+        ({"json": {}, "choice": ["a"]}, "one of json, choice, json_object: json, choice"),
+        ({"json": "{"}, "json is none"),
+        ({"json": '{"a": 1, "a": 2}'}, "json is none"),
+        ({"json": "[" * 100_000}, "json is none"),
+        ({"json": "7"}, "it takes a JSON schema"),
+        ({"choice": "yes"}, "choice is a text; it takes several"),
+        ({"choice": []}, "a list of 0"),
+        ({"choice": ["a", 5]}, "choices.1 is 5"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        StructuredOutputsParams(**given)
+
+
+@pytest.mark.parametrize("name", sorted(_NOT_HELD))
+def test_forms_that_are_not_held_to_are_refused_by_name(name: str) -> None:
+    with pytest.raises(Unsupported, match=name):
+        StructuredOutputsParams(choice=["a"], **{name: "x"})
+    with pytest.raises(InvalidRequest, match="it takes StructuredOutputsParams"):
+        SamplingParams(structured_outputs={"choice": ["a"]})  # type: ignore[arg-type]

@@ -13,9 +13,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prefixcache_worker.llm import LLM
     from prefixcache_worker.outputs import CompletionOutput, RequestOutput
-    from prefixcache_worker.sampling_params import BeamSearchParams, SamplingParams
+    from prefixcache_worker.sampling_params import (
+        BeamSearchParams,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
 
-__all__ = ["LLM", "BeamSearchParams", "CompletionOutput", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 _WHERE = {
     "LLM": "llm",
@@ -23,6 +34,7 @@ _WHERE = {
     "CompletionOutput": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "sampling_params",
+    "StructuredOutputsParams": "sampling_params",
 }
 
 

@@ -1,6 +1,7 @@
-r"""What an answer must look like: JSON of a schema, calls of tools, or text with calls at its end.
+r"""What an answer must look like: JSON of a schema, one of some texts, calls, a text with calls.
 
 ```
+choices  yes                                                                  one of them, no more
 schema   {"n": 1}                                                             JSON, and nothing else
 calls    <tool_call>  \n   {"name": "f", "arguments":  {"a": 1}  }    \n</tool_call>
          trigger     open  begin                       schema    end  close, or between and begin
@@ -32,8 +33,9 @@ their cube, where each leads to all of them again."""
 DEEPEST: Final = 64
 MOST_CALLS: Final = 128
 """Different ones."""
+MOST_CHOICES: Final = 1024
 LONGEST_TEXT: Final = 512
-"""Characters of what is around a call's arguments."""
+"""Characters of a choice, or of what is around a call's arguments."""
 MOST_STEPS: Final = 10_000
 """Of a `multipleOf`, or of several that must hold together, without what is easy in decimals."""
 _FAR: Final = 10**30
@@ -41,7 +43,7 @@ _BESIDE: Final = {"whitespace_flexible": False, "item_separator": ", ", "key_sep
 """Written as Python's `json` does.  With other spaces a small model may write nothing but these."""
 _WAYS: Final = ("anyOf", "oneOf")
 _PLAIN: Final = ("string", "integer", "number", "boolean", "null")
-_PARTS: Final = {"schema", "lenient", "text", "calls"}
+_PARTS: Final = {"schema", "lenient", "text", "calls", "choices"}
 _AROUND: Final = ("trigger", "open", "between", "close")
 
 
@@ -89,6 +91,8 @@ class Grammar:
     calls: Calls | None = None
     text: bool = False
     """Whether it may be a text instead, which ends where the trigger of calls is."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the answer is one."""
 
     def lark(self, special: Mapping[str, int]) -> str:
         """Write it in the compiler's language, a variant of Lark's.
@@ -101,6 +105,9 @@ class Grammar:
         if self.value is not None:
             ways.append("value")
             rules.append(f"value: {self.value.lark()}")
+        if self.choices:
+            ways.append("choice")
+            rules.append(f"choice: {' | '.join(_literal(one, special) for one in self.choices)}")
         if (calls := self.calls) is not None:
             head = _literal(calls.trigger, special)
             if self.text:
@@ -137,6 +144,7 @@ def read_grammar(given: Any) -> Grammar:
 
     ```
     {"schema": {...}, "lenient": false}
+    {"choices": ["yes", "no"]}
     {"calls": {"trigger": ..., "open": ..., "between": ..., "close": ...,
                "each": [{"begin": ..., "schema": {...}, "lenient": false, "end": ...}]},
      "text": true}
@@ -156,8 +164,12 @@ def read_grammar(given: Any) -> Grammar:
     if "calls" in found:
         calls = _calls(found["calls"])
     text = _flag(found, "text", "grammar")
+    if "choices" in found:
+        if len(found) > 1:
+            raise InvalidRequest("grammar: beside choices nothing else may stand")
+        return Grammar(choices=_choices(found["choices"]))
     if calls is None and (text or value is None):
-        raise InvalidRequest("grammar: a schema, or calls, are missing")
+        raise InvalidRequest("grammar: a schema, calls, or choices are missing")
     if calls is not None and text and value is not None:
         raise InvalidRequest("grammar: what is no call is a text or of a schema, not both")
     grammar = Grammar(value, calls, text)
@@ -166,6 +178,20 @@ def read_grammar(given: Any) -> Grammar:
         + ([] if calls is None else [e.value for e in calls.each])
     )
     return grammar
+
+
+def _choices(given: Any) -> tuple[str, ...]:
+    if not isinstance(given, list) or not 1 <= len(given) <= MOST_CHOICES:
+        raise InvalidRequest(
+            f"grammar.choices is {_show(given)}; it takes a list of 1 to {MOST_CHOICES:,} texts"
+        )
+    texts = tuple(
+        _text({str(number): one}, str(number), "grammar.choices")
+        for number, one in enumerate(given)
+    )
+    if "" in texts:
+        raise InvalidRequest(f"grammar.choices.{texts.index('')} is empty")
+    return texts
 
 
 def _calls(given: Any) -> Calls:

@@ -328,6 +328,7 @@ class LLM:
             logprobs=how.logprobs,
             prompt_logprobs=how.prompt_logprobs,
             n=how.n,
+            grammar=None if how.structured_outputs is None else how.structured_outputs.made,
             salt=asked.salt,
         )
 

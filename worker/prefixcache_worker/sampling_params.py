@@ -5,11 +5,14 @@ A field that has no effect here takes its default only, and says why when it is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from prefixcache.errors import Unsupported
+from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache.plain_json import once_each
+from prefixcache_worker.grammar import Grammar, read_grammar
 
 _NOT_HERE: Final[dict[str, tuple[Any, str]]] = {
     "flat_logprobs": (False, "log-probabilities come as a dict for each token"),
@@ -19,7 +22,6 @@ _NOT_HERE: Final[dict[str, tuple[Any, str]]] = {
     "include_stop_str_in_output": (False, "what ends an answer is not in its text"),
     "allowed_token_ids": (None, "give logit_bias"),
     "bad_words": (None, "give logit_bias"),
-    "structured_outputs": (None, "an endpoint (prefixcache up) holds answers to a grammar"),
     "output_kind": (None, "answers are given when they are whole"),
     "extra_args": (None, "there are none"),
     "best_of": (None, "ask for n, and choose by cumulative_logprob"),
@@ -41,12 +43,74 @@ _NOT_OF_BEAMS: Final[dict[str, tuple[Any, str]]] = {
     "skip_special_tokens": (True, "special tokens are in tokens, not in the text"),
     "watermarking": (None, "no answer is marked"),
 }
+_NOT_HELD: Final[dict[str, tuple[Any, str]]] = {
+    "regex": (None, "give json, choice or json_object"),
+    "grammar": (None, "give json, choice or json_object"),
+    "structural_tag": (None, "give json, choice or json_object"),
+    "disable_any_whitespace": (False, "JSON is written as Python's json does"),
+    "disable_additional_properties": (False, 'say "additionalProperties": false in the schema'),
+    "whitespace_pattern": (None, "JSON is written as Python's json does"),
+}
 
 
 def _refuse(params: object, fields: Mapping[str, tuple[Any, str]]) -> None:
     for name, (default, why) in fields.items():
         if getattr(params, name) != default:
             raise Unsupported(f"{name} has no effect here: {why}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What an answer must look like: one of `json`, `choice` and `json_object`.
+
+    Raises:
+        InvalidRequest: not one of them, or it is none of its kind, or beyond a bound.
+        Unsupported: as `SamplingParams`; what of a schema is not enforced is refused by `generate`.
+
+    >>> StructuredOutputsParams(choice=["yes", "no"]).made.choices
+    ('yes', 'no')
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON schema, or its text."""
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    """Texts of which the answer is one."""
+    grammar: str | None = None
+    json_object: bool | None = None
+    """True: any JSON object."""
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | None = None
+    made: Grammar = field(init=False, repr=False, compare=False)
+    """The same, as a request has it."""
+
+    def __post_init__(self) -> None:
+        _refuse(self, _NOT_HELD)
+        given = {"json": self.json, "choice": self.choice, "json_object": self.json_object or None}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) != 1:
+            told = ", ".join(names) or "none"
+            raise InvalidRequest(
+                f"structured_outputs takes one of json, choice, json_object: {told}"
+            )
+        object.__setattr__(self, "made", read_grammar(self._grammar()))
+
+    def _grammar(self) -> dict[str, Any]:
+        if self.json_object:
+            return {"schema": {"type": "object"}}
+        if self.choice is not None:
+            if isinstance(self.choice, str):
+                raise InvalidRequest("structured_outputs: choice is a text; it takes several")
+            return {"choices": list(self.choice)}
+        schema = self.json
+        if isinstance(schema, str):
+            try:
+                schema = json.loads(schema, object_pairs_hook=once_each)
+            except (ValueError, RecursionError) as fault:
+                raise InvalidRequest(f"structured_outputs: json is none: {fault}") from None
+        return {"schema": dict(schema) if isinstance(schema, Mapping) else schema}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +156,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    structured_outputs: Any = None
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the answer must look like."""
     output_kind: Any = None
     extra_args: Mapping[str, Any] | None = None
     best_of: int | None = None
@@ -110,6 +175,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _refuse(self, _NOT_HERE)
+        held = self.structured_outputs
+        if not (held is None or isinstance(held, StructuredOutputsParams)):
+            kind = type(held).__name__
+            raise InvalidRequest(
+                f"structured_outputs is of type {kind}; it takes StructuredOutputsParams"
+            )
 
     @property
     def stops(self) -> tuple[str, ...]:
