@@ -22,6 +22,7 @@ import prefixcache
 from chaos.pattern import Pool
 from chaos.universe import (
     CHAT_TOKENS,
+    LAYOUT,
     MODELS,
     NUM_CHATS,
     NUM_SYSTEMS,
@@ -34,7 +35,6 @@ from prefixcache.client import Client, Lease, Session
 from prefixcache.errors import CacheError, ServiceUnavailable
 from prefixcache.pool import epoch_of, map_pool
 from prefixcache.types import Namespace
-from service.service_process import LAYOUT
 
 PAUSE_S = 0.02
 PIECE = 4
@@ -171,7 +171,7 @@ class Actor:
     ) -> None:
         """Read all tokens below `end`, and say so if one is wrong although the lease stood."""
         lease.check()
-        wrong = pool.wrong(model, whole, lease.block_table, end)
+        wrong = self.look(pool, model, whole, lease, end)
         try:
             lease.check()
             taken_over = epoch_of(pool.memory) != pool.handle.epoch
@@ -186,6 +186,10 @@ class Actor:
             self.tell("wrong", lease=lease.id, count=end, wrong=wrong, model=model)
         else:
             self.tell("seen", count=end)
+
+    def look(self, pool: Pool, model: str, whole: bytes, lease: Lease, end: int) -> int:
+        """Count the tokens below `end` that are wrong."""
+        return pool.wrong(model, whole, lease.block_table, end)
 
     def read_back(
         self, session: Session, lease: Lease, whole: bytes, count: int, **fields: Any

@@ -29,7 +29,7 @@ from typing import Any
 import grpc
 
 import prefixcache
-from chaos.universe import MODELS, RED, TOKENS, tokens_of
+from chaos.universe import LAYOUT, MODELS, RED, TOKENS, tokens_of
 from fuzz.wire import throw
 from prefixcache.client import unary
 from prefixcache.client.address import this_host
@@ -37,7 +37,7 @@ from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from prefixcache.types import pack
 from prefixcache.v1 import prefixcache_pb2 as pb
-from service.service_process import LAYOUT, environment
+from service.service_process import environment
 
 TIMEOUT_S = 3.0
 BROKEN = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS)

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from chaos.clerk import NUM_HONEST, honest
+from chaos.universe import LAYOUT
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.model import Model
 from prefixcache_worker.request_line import read_request
-from service.service_process import LAYOUT
 from worker.zoo import answers, save
 
 

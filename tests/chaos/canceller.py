@@ -16,12 +16,11 @@ import time
 from random import Random
 from typing import Any
 
-from chaos.universe import MODELS, TOKENS, tokens_of
+from chaos.universe import LAYOUT, MODELS, TOKENS, tokens_of
 from prefixcache.client import connect_async
 from prefixcache.client.async_client import AsyncClient
 from prefixcache.client.async_session import AsyncSession
 from prefixcache.errors import CacheError
-from service.service_process import LAYOUT
 
 PATIENCE_S = 20.0
 PROBE_S = 0.03

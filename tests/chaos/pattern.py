@@ -71,9 +71,14 @@ class Pool:
 
     def wrong(self, namespace: str, tokens: bytes, table: BlockTable, end: int) -> int:
         """Count the positions below `end` that hold anything else than their own prefix."""
-        wanted = expected(namespace, tokens[: 4 * end], self.planes, self.words)
-        found = self.slots[:, self.places(table, 0, end)].transpose(1, 0, 2)
-        return int((found != wanted).any((1, 2)).sum())
+        return self.wrong_in(
+            self.slots[:, self.places(table, 0, end)], namespace, tokens[: 4 * end]
+        )
+
+    def wrong_in(self, slots: Slots, namespace: str, tokens: bytes) -> int:
+        """Count the positions that hold anything else, of slots that lie in the tokens' order."""
+        wanted = expected(namespace, tokens, self.planes, self.words)
+        return int((slots.transpose(1, 0, 2) != wanted).any((1, 2)).sum())
 
 
 def prompt(*parts: tuple[int, int]) -> bytes:

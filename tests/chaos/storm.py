@@ -4,6 +4,7 @@
 4 actors ── directly ──────────► prefixcache serve --state DIR ── a disk of its own, at times full
 4 actors ── proxy ─┘ drops,      --identities: two tenants that are honest, one that is not
 2 adversaries ──── half-opens    quotas, HTTP
+2 viewers ── as actors, reading through contiguous views
 2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
 every round: the service is killed and started again; workers are killed and stopped
 every fourth: nothing but the adversaries
@@ -48,6 +49,7 @@ from chaos.universe import (
     BLOCK_SIZE,
     BOSS,
     HONEST,
+    LAYOUT,
     MODELS,
     NUM_CHATS,
     NUM_SYSTEMS,
@@ -61,11 +63,13 @@ from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
 from prefixcache_bench.reports.figures import publish
-from service.service_process import LAYOUT, ServiceProcess, environment, sizes
+from service.service_process import ServiceProcess, environment, sizes
 
 NUM_BLOCKS = 1024
 TTL_S = 1.0
 ACTORS = 8
+VIEWERS = 2
+"""Of the actors, by numbers from the last one on: those read through views of their leases."""
 ADVERSARIES = 2
 RED_BLOCKS = NUM_BLOCKS // 4
 """What the adversaries' tenant may hold."""
@@ -125,6 +129,11 @@ class Report:
     ops: int = 0
     read_tokens: int = 0
     wrong: int = 0
+    viewed_tokens: int = 0
+    """Of them and of those that were not certain, what was read through views."""
+    ended_views: int = 0
+    left_views: list[str] = field(default_factory=list)
+    """What could be read where a view had ended."""
     commits: int = 0
     hits: int = 0
     resets: int = 0
@@ -165,6 +174,9 @@ class Report:
             failed.append(f"{self.wrong} tokens read wrong")
         failed += [f"a hit that nobody committed: {one}" for one in self.phantoms]
         failed += [f"a commit that was not found: {one}" for one in self.forgotten]
+        failed += [f"a view of an ended lease: {one}" for one in self.left_views]
+        if not self.ended_views:
+            failed.append("no view has ended")
         failed += [f"an answer to an adversary: {one}" for one in self.broken]
         failed += [f"a line to a worker: {one}" for one in self.misanswered]
         if not self.lines["answered"] or not self.lines["refused"]:
@@ -190,6 +202,8 @@ class Report:
             f"{ACTORS} processes; at most {self.longest_lull_s:.1f} s without an answer",
             f"reads      {self.read_tokens + self.final_tokens:,} tokens verified byte by byte, "
             f"{self.wrong} wrong",
+            f"views      {self.viewed_tokens:,} tokens read through views of leases; "
+            f"{self.ended_views:,} ended, of which {len(self.left_views)} showed anything",
             f"history    {self.hits:,} hits, {self.commits:,} commits, {self.resets} resets: "
             f"{len(self.phantoms)} hits unexplained, {len(self.forgotten)} commits not found",
             f"workers    {self.lines['answered']:,} honest lines answered as alone, "
@@ -298,7 +312,7 @@ class Storm:
     def serve(self) -> ServiceProcess:
         service = ServiceProcess(
             self.target,
-            *sizes(NUM_BLOCKS, BLOCK_SIZE),
+            *sizes(NUM_BLOCKS, BLOCK_SIZE, LAYOUT),
             *("--ttl", str(TTL_S), "--log-level", "warning", "--grace", "2"),
             *("--state", str(self.disk.folder / "state"), "--quarantine", str(TTL_S)),
             *("--identities", str(self.identities), "--http", self.http, *LIMITS),
@@ -331,7 +345,8 @@ class Storm:
     def act(self, number: int) -> subprocess.Popen[bytes]:
         target = self.target if number % 2 else f"unix:{self.folder}/proxy.sock"
         patience_s = PATIENCE_S[0] if number % 2 else PATIENCE_S[1]
-        return self.start("actor", target, HONEST[number // 2 % 2], str(patience_s))
+        kind = "viewer" if number >= ACTORS - VIEWERS else "actor"
+        return self.start(kind, target, HONEST[number // 2 % 2], str(patience_s))
 
     def start(self, kind: str, target: str, *more: str) -> subprocess.Popen[bytes]:
         self.serial += 1
@@ -453,9 +468,13 @@ class Storm:
     def hear_actors(self) -> None:
         """Wait until all of them have begun."""
         due = time.monotonic() + PATIENCE_OF_CLERKS_S
-        while len([*self.folder.glob("actor-*.log")]) < ACTORS:
+        while len(self.logs()) < ACTORS:
             assert time.monotonic() < due, "nothing is heard of the actors"
             time.sleep(0.05)
+
+    def logs(self) -> list[Path]:
+        """Find the actors' logs, the viewers' among them."""
+        return sorted((*self.folder.glob("actor-*.log"), *self.folder.glob("viewer-*.log")))
 
     def calm_round(self, seconds: float) -> None:
         """Let nothing go wrong but for what the adversaries do."""
@@ -552,11 +571,14 @@ class Storm:
     def count(self) -> None:
         """Add up what the actors told."""
         report = self.report
-        events = read(sorted(self.folder.glob("actor-*.log")))
+        events = read(self.logs())
         kinds = Counter(str(e["kind"]) for e in events)
         report.ops = kinds["answer"] + 2 * kinds["hit"] + kinds["found"] + kinds["seen"]
         report.wrong = kinds["wrong"]
         report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
+        report.viewed_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "viewed")
+        report.ended_views = kinds["ended view"]
+        report.left_views = [str(e["left"]) for e in events if e.get("left")]
         answers = sorted(float(str(e["t"])) for e in events if e["kind"] == "answer")
         lulls = pairwise([*answers, self.ended_at])
         report.longest_lull_s = max((end - start for start, end in lulls), default=report.seconds)

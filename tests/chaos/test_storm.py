@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from chaos.history import check
 from chaos.storm import storm
-from chaos.universe import SYSTEM_TOKENS
+from chaos.universe import BLOCK_SIZE, LAYOUT, SYSTEM_TOKENS
+from chaos.viewer import Viewer
+from prefixcache.pool import SHARED_MEMORY, PoolFile
+from prefixcache_kernels.contiguous import ContiguousViews
 
 
 def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
@@ -19,8 +23,23 @@ def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
     assert report.lines["refused"] > 0
     assert report.beside_s
     assert report.read_tokens > 1000
+    assert report.viewed_tokens > 0
+    assert report.ended_views > 0
     assert report.final_tokens > 0
     assert report.hits > 0
+
+
+def test_a_view_that_has_not_ended_is_told_from_one_that_has(tmp_path: Path) -> None:
+    watching = Viewer("", 1, str(tmp_path / "log"), "blue", 1.0)
+    with PoolFile.create(LAYOUT, 8, BLOCK_SIZE, directory=SHARED_MEMORY) as file:
+        with file.map() as memory:
+            memory[file.handle.offset :] = b"\x01" * (len(memory) - file.handle.offset)
+        with ContiguousViews.open(file.handle) as views:
+            view = views.view([5, 2, 3])
+            pages = view.pages()
+            assert watching.left(pages) == f"{3 * file.handle.page_bytes} bytes"
+            view.close()
+            assert not watching.left(pages)
 
 
 def event(kind: str, t: float, op: str = "", chat: int = 0, **more: Any) -> dict[str, object]:

@@ -7,8 +7,11 @@ from hashlib import sha256
 from pathlib import Path
 
 from chaos.pattern import prompt
+from prefixcache.types import Layout
 
 BLOCK_SIZE = 4
+LAYOUT = Layout(num_layers=1, num_kv_heads=4, head_dim=64, dtype="float32")
+"""A block's page in a plane is one of the processor's: blocks can be viewed side by side."""
 MODELS = ("a", "b")
 HONEST = ("blue", "green")
 """Tenants that use the same models with the same prompts, and must find nothing of each other."""
