@@ -1,4 +1,4 @@
-"""The data plane, fuzzed: drawn batches, stores, copies, turns and leases, against an oracle.
+"""The data plane, fuzzed: drawn batches, stores, copies, turns, leases, views, against an oracle.
 
 PYTHONPATH=tests:kernels python -m fuzz.plane [--seconds 60] [--seed 0] [--only native/attend]
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fuzz.views import view
 from kernels.strange_tensors import NOT_PLAIN, let_go, of_inference, read_only
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import CacheError, PoolExhausted, Unsupported
@@ -62,7 +63,7 @@ LARGE = 2.0**128 / 2**8
 """What values times keys come to at most: a sum in float32, of weights up to 2**8."""
 
 WAYS: dict[str, tuple[dict[str, str], tuple[str, ...], float]] = {
-    "native": ({}, ("attend", "refuse", "move", "lease"), 0.42),
+    "native": ({}, ("attend", "refuse", "move", "lease", "view"), 0.42),
     "torch": ({"PREFIXCACHE_NATIVE": "0"}, ("attend", "refuse", "lease"), 0.28),
     "narrow": ({"PREFIXCACHE_CFLAGS": "-march=x86-64-v3"}, ("attend",), 0.08),
     "narrowest": ({"PREFIXCACHE_CFLAGS": "-march=x86-64"}, ("attend",), 0.08),
@@ -834,6 +835,7 @@ PARTS: dict[str, Callable[[Random], None]] = {
     "refuse": refuse,
     "move": move,
     "lease": lease,
+    "view": view,
 }
 
 
