@@ -172,6 +172,27 @@ def test_no_odd_line_keeps_the_next_one_from_being_served(model: Model) -> None:
     assert len({one["id"] for one in done}) == len(ODD)  # made up, each another one
 
 
+def test_what_is_longer_than_a_line_may_be_ends_its_request_alone(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads the lines would take a longer one for the end of this worker."""
+    monkeypatch.setattr("prefixcache_worker.process.LINE_BYTES", 2000)
+    lines = [
+        b'{"id":"found","prompt":"Hello","max_new_tokens":40,"beams":8,"n":8,"ignore_eos":true}',
+        b'{"id":"scored","tokens":'
+        + str([5] * 200).encode()
+        + b',"prompt_logprobs":20,"max_new_tokens":3}',
+        b'{"id":"short","prompt":"Hello","max_new_tokens":2}',
+    ]
+    events = served(model, lines)
+    failed = {one["id"]: one for one in events if one["event"] == "failed"}
+    assert set(failed) == {"found", "scored"}
+    for one in failed.values():
+        assert "a line has 2,000 at most" in one["message"]
+    done = {one["id"]: one["reason"] for one in events if one["event"] == "finished"}
+    assert done == {"scored": "cancelled", "short": "length"}
+
+
 @pytest.mark.parametrize(
     "name", ["a\n", "a\x1b[2J", "\u202ea", "a\x00", "\u200b", "\ud800", "a\ud83d\ude00\udc00"]
 )

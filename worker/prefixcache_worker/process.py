@@ -36,6 +36,7 @@ from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_text
 from prefixcache_kernels import SharedPool
 from prefixcache_kernels.cpu.library import describe
+from prefixcache_worker.child import LINE_BYTES
 from prefixcache_worker.engine import Engine
 from prefixcache_worker.membership import Join
 from prefixcache_worker.model import Model
@@ -259,6 +260,17 @@ class WorkerProcess:
             self._write(to_json(Failed(request_id, type(error).__name__, message)))
 
     def _write(self, event: dict[str, Any]) -> None:
+        line = json_text(event).encode() + b"\n"
+        if len(line) > LINE_BYTES:  # who reads it would take that for the end of this process
+            told = (
+                f"what is to be told of it has {len(line):,} bytes; a line has {LINE_BYTES:,} at "
+                "most: ask for fewer answers, or for shorter ones"
+            )
+            name = str(event.get("id", ""))
+            if event["event"] != "finished":
+                self.engine.cancel(name)
+            failed = Failed(name, "Unsupported", told)
+            line = json_text(to_json(failed)).encode() + b"\n"
         with self._writing:
-            self._out.write(json_text(event).encode() + b"\n")
+            self._out.write(line)
             self._out.flush()
