@@ -143,6 +143,25 @@ def test_a_request_that_every_worker_dies_of_is_given_up() -> None:
     assert len(router.stations) == 1
 
 
+def test_a_request_that_every_worker_hangs_at_is_given_up() -> None:
+    router, workers = a_router(*(f"w{number}" for number in range(MOST_DEATHS + 1)))
+    journey, other = a_journey(), a_journey(2)
+    router.admit([journey])
+    for _ in range(MOST_DEATHS):
+        assert not journey.is_over
+        router.hand_over(router.stations[journey.worker], is_lost=True, hangs=True)
+    with pytest.raises(Refused, match="made no step any more") as told:
+        read(journey)
+    assert told.value.status == 500
+    router.admit([other])  # one that gets on between is not what they hang at
+    for _ in range(MOST_DEATHS):
+        holder(workers, other).step()
+        router.hand_over(router.stations[other.worker], is_lost=True, hangs=True)
+    while not other.is_over:
+        holder(workers, other).step()
+    assert read(other) == (continuation(PROMPT, 6), "length")
+
+
 def test_a_full_queue_refuses_and_says_when_to_come_again() -> None:
     router, workers = a_router("w1", queue=2, seats=1)
     for number in range(3):
@@ -199,6 +218,29 @@ def test_a_tenant_cannot_take_the_others_places_in_the_queue_nor_their_turns() -
     workers["w1"].step()
     workers["w1"].step()
     assert late.tokens or late.worker  # two turns later, although six of the other came before
+
+
+def test_answers_of_slow_readers_take_turns_with_those_of_other_tenants() -> None:
+    """They wait as ones that were begun, which go before others of their own tenant only."""
+    router, workers = a_router("w1", queue=32, tenants=("slow", "modest"), seats=1)
+    slow = [a_journey(number, count=4 * BEHIND, tenant="slow") for number in range(3)]
+
+    async def play() -> None:
+        for journey in slow:
+            router.admit([journey])
+            while not journey.is_set_down:
+                workers["w1"].step()
+        for journey in slow:  # each reads enough to be taken up again
+            await journey.read()
+            router.has_read(journey)
+        late = a_journey(20, count=1, tenant="modest")
+        router.admit([late])
+        assert router.num_waiting == 3
+        for _ in range(2):  # one turn of the other tenant, which came before, and its own
+            router.leave(next(journey for journey in slow if journey.worker))
+        assert late.worker
+
+    asyncio.run(play())
 
 
 def over_quota(worker: Played, retry_ms: float | None = 7000.0) -> None:
@@ -335,6 +377,17 @@ def test_who_leaves_is_cancelled_wherever_the_answer_is() -> None:
     router.leave(running)
     assert workers["w1"].cancelled == ["r1.0"]
     assert router.num_running == 0
+
+
+def test_of_a_request_that_is_left_no_answer_is_begun_meanwhile() -> None:
+    router, workers = a_router("w1", queue=16, seats=2)
+    answers, other = [a_journey(number) for number in range(10)], a_journey(20)
+    router.admit(answers)
+    router.admit([other])
+    router.leave(*answers)
+    assert [line["id"] for line in workers["w1"].lines] == ["r0.0", "r1.0", "r20.0"]
+    assert workers["w1"].cancelled == ["r0.0", "r1.0"]
+    assert (router.num_running, router.num_waiting) == (1, 0)
 
 
 @settings(max_examples=150)

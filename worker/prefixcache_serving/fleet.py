@@ -189,7 +189,7 @@ class Fleet:
                     what = "is stopped" if is_stopped else "makes no step"
                     self._tell(event, worker, f"{what}: its answers go on elsewhere")
                     self._router.open(station, False)
-                    self._router.hand_over(station, is_lost=True)
+                    self._router.hand_over(station, is_lost=True, hangs=not is_stopped)
 
     def _tell(self, event: str, worker: ChildWorker, what: str, **more: Any) -> None:
         told = f"{worker.name} (pid {worker.pid}) {what}"

@@ -401,8 +401,7 @@ class _Answers:
                 raise ClientGone
             return told.result()
         finally:
-            for journey in journeys:
-                self._front.router.leave(journey)
+            self._front.router.leave(*journeys)
             told.cancel()
             gone.cancel()
             await asyncio.gather(told, gone, return_exceptions=True)

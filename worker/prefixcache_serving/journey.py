@@ -50,6 +50,8 @@ class Journey:
     attempt: int = 0
     num_deaths: int = 0
     """Workers that ended by themselves with it in hand."""
+    num_hangs: int = 0
+    """Workers that made no step any more with it in hand, since its last token."""
     due: int = 0
     """Tokens that still have to run through the model before the next one comes."""
     ledger: Ledger | None = None
@@ -126,6 +128,7 @@ class Journey:
         if "logprob" in event:
             self.logprobs.append((event["logprob"], event.get("top_logprobs", [])))
         self.due = 1
+        self.num_hangs = 0
         self._changed.set()
 
     def add_scores(self, event: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 ```
 admit ──► queue, a line per tenant ──► worker with the least to do ──► tokens ──► finished
    │ full: 429                  ▲          │ killed, hangs, is drained; the reader is slow
-   ▼                            └──────────┘ with what was generated
+   ▼                            └──────────┘ with what was generated, first in its line
 ```
 Load is the tokens that still have to be computed plus `SEQUENCE_COST` for each sequence in hand: a
 prompt of a thousand tokens is not one of ten, and one of which all but a block is cached is.
@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Final, Protocol
 
 from prefixcache.types import Ledger
@@ -31,7 +32,7 @@ SEQUENCE_COST: Final = 32
 """Tokens to compute that a decoding sequence counts as."""
 
 MOST_DEATHS: Final = 3
-"""Workers that may die with a request in hand before it is given up: it may be what kills them."""
+"""Workers that may die of a request, or hang at it, before it is given up."""
 
 _LONGEST_RETRY_S: Final = 60.0
 _PAUSE_S: Final = 0.05
@@ -51,6 +52,31 @@ class Recipient(Protocol):
 
     def send(self, line: dict[str, Any]) -> None:
         """Hand over one line; returns at once."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """What waits of one tenant."""
+
+    begun: deque[Journey] = field(default_factory=deque)
+    """Answers that somebody had already, which go first."""
+    fresh: deque[Journey] = field(default_factory=deque)
+
+    def __len__(self) -> int:
+        return len(self.begun) + len(self.fresh)
+
+    def __iter__(self) -> Iterator[Journey]:
+        return chain(self.begun, self.fresh)
+
+    def pop(self) -> Journey:
+        """Take the next one."""
+        return (self.begun or self.fresh).popleft()
+
+    def drop(self, gone: Set[Journey]) -> None:
+        """Take some out, wherever they are.  O(those that wait)."""
+        if not gone.isdisjoint(self):
+            self.begun = deque(one for one in self.begun if one not in gone)
+            self.fresh = deque(one for one in self.fresh if one not in gone)
 
 
 @dataclass(eq=False)
@@ -131,9 +157,8 @@ class Router:
         self.num_computed_again = 0
         """Tokens that were computed again because of that."""
         self._shares = Shares(longest_queue, tenants)
-        self._lines: dict[str, deque[Journey]] = {}
-        self._urgent: deque[Journey] = deque()
-        """Those that were begun already."""
+        self._lines: dict[str, _Line] = {}
+        """By tenant, in the order of their turns."""
         self._longest_wait_s = longest_wait_s
         self._paused: dict[Journey, asyncio.TimerHandle] = {}
         """Those that wait for blocks of their own tenant, in nobody's way."""
@@ -145,8 +170,7 @@ class Router:
     @property
     def num_waiting(self) -> int:
         """Answers that no worker has."""
-        in_line = sum(len(line) for line in self._lines.values())
-        return len(self._urgent) + in_line + len(self._paused)
+        return sum(map(len, self._lines.values())) + len(self._paused)
 
     @property
     def num_running(self) -> int:
@@ -171,7 +195,7 @@ class Router:
             raise Refused("going down: nothing new is begun", status=503, retry_after_s=5.0)
         tenant = journeys[0].tenant
         free = sum(max(0, one.seats - len(one.journeys)) for one in self._open())
-        held = Counter({one: len(line) for one, line in self._lines.items()})
+        held = Counter({one: len(line.fresh) for one, line in self._lines.items()})
         held.update(journey.tenant for journey in self._paused)
         room = self._shares.room(tenant, held) + (free if not self.num_waiting else 0)
         if len(journeys) > room:
@@ -188,18 +212,23 @@ class Router:
                 status=429,
                 retry_after_s=self._wait_s(),
             )
-        self._lines.setdefault(tenant, deque()).extend(journeys)
+        self._line(tenant).fresh.extend(journeys)
         self._serve()
 
-    def leave(self, journey: Journey) -> None:
-        """Give an answer up: nobody reads it any more, or its reader has enough.  Idempotent."""
-        journey.finish("cancelled")
-        self._take_back(journey)
-        if (timer := self._paused.pop(journey, None)) is not None:
-            timer.cancel()
-        for line in (self._urgent, *self._lines.values()):
-            if journey in line:
-                line.remove(journey)
+    def leave(self, *journeys: Journey) -> None:
+        """Give answers up: nobody reads them any more, or their reader has enough.  Idempotent.
+
+        Of several all go before a seat is given to who waits, which may be one of them.  O(those
+        that wait).
+        """
+        for journey in journeys:
+            journey.finish("cancelled")
+            self._take_back(journey)
+            if (timer := self._paused.pop(journey, None)) is not None:
+                timer.cancel()
+        gone = set(journeys)
+        for line in self._lines.values():
+            line.drop(gone)
         self._serve()
 
     def has_read(self, journey: Journey) -> None:
@@ -216,10 +245,9 @@ class Router:
             for journey in list(station.journeys.values()):
                 self._take_back(journey)
                 self._again(journey)
-        for line in (self._urgent, *self._lines.values()):
-            for journey in line:
-                self._again(journey)
-            line.clear()
+        lines, self._lines = self._lines, {}
+        for journey in chain.from_iterable(lines.values()):
+            self._again(journey)
         for journey, timer in self._paused.items():
             timer.cancel()
             self._again(journey)
@@ -244,25 +272,34 @@ class Router:
         if station is not None:
             self.hand_over(station, died=died)
 
-    def hand_over(self, station: Station, *, died: bool = False, is_lost: bool = False) -> None:
+    def hand_over(
+        self,
+        station: Station,
+        *,
+        died: bool = False,
+        is_lost: bool = False,
+        hangs: bool = False,
+    ) -> None:
         """Give what a worker has in hand to others; it is told to forget it.
 
         Args:
             station: the worker's.
             died: by itself, so that what it had in hand may be the reason.
             is_lost: it lives and does nothing: what it was computing, nobody should wait for.
+            hangs: by itself, likewise.
         """
         for journey in list(station.journeys.values()):
             journey.is_hurried = is_lost or bool(journey.tokens)
             journey.num_deaths += died
+            journey.num_hangs += hangs
             self._take_back(journey)
             self.num_moved += 1
             self.meter.moved.inc()
-            if journey.num_deaths >= MOST_DEATHS:
+            if journey.num_deaths + journey.num_hangs >= MOST_DEATHS:
                 journey.fail(
                     Refused(
-                        f"{journey.num_deaths} workers died while they computed this answer; it is "
-                        "given up",
+                        f"{MOST_DEATHS} workers died, or made no step any more, while they "
+                        "computed this answer; it is given up",
                         status=500,
                         code="worker_died",
                     )
@@ -353,7 +390,7 @@ class Router:
         elif self._is_given_up:
             journey.fail(Refused("ended before the answer was whole", status=503, code="ended"))
         elif not journey.is_over:
-            self._urgent.append(journey)
+            self._line(journey.tenant).begun.append(journey)
 
     def _pause(self, journey: Journey, message: str, retry_after_s: float) -> None:
         """Try an answer again in a moment for which its tenant's quota has no room now.
@@ -383,11 +420,15 @@ class Router:
     def _resume(self, journey: Journey) -> None:
         """Queue an answer again, before those of its tenant that came later."""
         del self._paused[journey]
+        line = self._line(journey.tenant)
         if journey.ledger is not None:
-            self._urgent.append(journey)
+            line.begun.append(journey)
         else:
-            self._lines.setdefault(journey.tenant, deque()).appendleft(journey)
+            line.fresh.appendleft(journey)
         self._serve()
+
+    def _line(self, tenant: str) -> _Line:
+        return self._lines.setdefault(tenant, _Line())
 
     def _serve(self) -> None:
         """Give what waits to whoever has a seat, the least loaded first.  O(workers) each."""
@@ -414,12 +455,10 @@ class Router:
             station.is_open = False  # it is gone; whoever watches it says so in a moment
 
     def _next(self) -> Journey | None:
-        """Take the next answer: those that were begun first, then a tenant after the other."""
-        if self._urgent:
-            return self._urgent.popleft()
+        """Take the next answer: a tenant after the other, of each those that were begun first."""
         for tenant, line in self._lines.items():
             if line:
-                journey = line.popleft()
+                journey = line.pop()
                 del self._lines[tenant]
                 if line:
                     self._lines[tenant] = line  # behind the others
