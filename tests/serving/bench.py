@@ -148,7 +148,7 @@ class Bench:
     async def listening(self, target: str = "127.0.0.1:0") -> AsyncIterator[Address]:
         """Answer over HTTP."""
         has_keys = not self.keys.is_open
-        server = FrontServer(Address.parse(target), has_keys=has_keys)
+        self.server = server = FrontServer(Address.parse(target), has_keys=has_keys)
         server.bind()
         await server.start(self.front.app(), self.front.board.close)
         self.address = server.address

@@ -14,7 +14,7 @@ import pytest
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache_serving.bodies import Bodies
-from prefixcache_serving.body_reader import BodyReader, parse
+from prefixcache_serving.body_reader import DEEPEST, BodyReader, parse
 from prefixcache_serving.front_server import FrontServer, read_address
 from prefixcache_serving.refusals import Refused
 from serving.bench import Bench, completion, continuation, events, read_answer, words
@@ -23,6 +23,7 @@ PROMPT = [5, 9, 2, 14]
 ANSWER = words(continuation(PROMPT, 6))
 
 
+KEY = "key-of-sixteen-signs"
 def play(test: Callable[[Bench], Awaitable[None]], folder: Path, **options: Any) -> Bench:
     """Run a test against a front that listens."""
 
@@ -455,6 +456,111 @@ def test_connections_that_only_sit_there_keep_nobody_out(tokenizer_folder: Path)
 
 def test_a_body_that_does_not_come_ends(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_connections_that_read_no_answer_keep_nobody_out(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has no key, or looks at something: only whose answer is computed keeps its place."""
+    monkeypatch.setattr("prefixcache_serving.front_server.MOST_CONNECTIONS", 8)
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\n")
+    keys.chmod(0o600)
+
+    async def test(bench: Bench) -> None:
+        mine = {"authorization": f"Bearer {KEY}"}
+        raw = json.dumps(completion(PROMPT, 6)).encode()
+        told = {"content-type": "application/json", **mine}
+        asked = [
+            asyncio.create_task(bench.exchange("POST", "/v1/completions", raw, told))
+            for _ in range(4)
+        ]
+        await until(lambda: bench.router.num_running == 4)
+        insistent = []
+        for number in range(20):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((bench.address.host, bench.address.port))
+            path, more = ("/page/page.js", {}) if number % 2 else ("/metrics", mine)
+            ask = bench.head("GET", path, 0, more) * 500
+            connection.setblocking(False)
+            with contextlib.suppress(OSError):
+                connection.send(ask)
+            insistent.append(connection)
+        bound = bench.server._bound
+        await until(lambda: len(bound._open) == 8 and all(one.is_busy for one in bound._open))
+        async with bench.stepping():
+            assert (await bench.exchange("POST", "/v1/completions", raw, told))[0] == 200
+            assert [(await one)[0] for one in asked] == [200] * 4
+        for connection in insistent:
+            connection.close()
+
+    play(test, tokenizer_folder, keys=keys)
+
+
+def test_who_has_sent_ahead_and_leaves_is_cancelled_all_the_same(tokenizer_folder: Path) -> None:
+    async def test(bench: Bench) -> None:
+        raw = json.dumps(completion(PROMPT, 6)).encode()
+        told = {"content-type": "application/json"}
+        for ahead in (b"G", bench.head("GET", "/health", 0) * 2):
+            _, writer = await bench.connect()
+            writer.write(bench.head("POST", "/v1/completions", len(raw), told) + raw)
+            await until(lambda: bench.router.num_running == 1)
+            writer.write(ahead)
+            (connection,) = bench.server._bound._open
+            await until(lambda seen=connection: seen.flow.read_paused)  # type: ignore[misc]
+            writer.close()
+            await until(lambda: bench.router.num_running == 0)
+        assert [len(worker.cancelled) for worker in bench.workers] == [1, 1]
+
+    play(test, tokenizer_folder)
+
+
+@pytest.mark.parametrize(("size", "wanted"), [(2, 400), (200, 200)])
+def test_a_body_in_hundreds_of_crumbs_is_refused(
+    tokenizer_folder: Path, size: int, wanted: int
+) -> None:
+    """To read a chunk of a byte takes as long as to read one of thousands."""
+
+    async def test(bench: Bench) -> None:
+        raw = json.dumps(completion(PROMPT, 6)).encode() + b" " * 30_000
+        chunks = [raw[at : at + size] for at in range(0, len(raw), size)]
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {bench.address}\r\n"
+        head += "content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+        body = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in chunks)
+        reader, writer = await bench.connect()
+        writer.write(head.encode() + body + b"0\r\n\r\n")
+        async with bench.stepping():
+            assert int((await reader.readline()).split()[1]) == wanted
+        writer.close()
+
+    play(test, tokenizer_folder)
+
+
+@pytest.mark.parametrize("crumbs", [b"zz\r\n", b"1\r\n \r\n" * 300])
+def test_of_what_is_no_http_behind_a_request_nothing_is_logged(
+    tokenizer_folder: Path, caplog: pytest.LogCaptureFixture, crumbs: bytes
+) -> None:
+    """Nor of what is none by itself: a stranger could fill a disk with it."""
+
+    async def test(bench: Bench) -> None:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {bench.address}\r\n"
+        reader, writer = await bench.connect()
+        writer.write(f"{head}transfer-encoding: chunked\r\n\r\n".encode())
+        assert (await read_answer(reader))[0] == 415
+        writer.write(crumbs)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+        for said in (b"nonsense\r\n\r\n", f"{head}upgrade: websocket\r\n\r\n".encode()):
+            reader, writer = await bench.connect()
+            writer.write(said)
+            await reader.readline()
+            writer.close()
+        assert (await bench.exchange("GET", "/health"))[0] == 200
+
+    play(test, tokenizer_folder)
+    assert not caplog.records
+
+
 ) -> None:
     monkeypatch.setattr("prefixcache_serving.body_reader.BODY_S", 0.05)
 

@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
+from itertools import chain
 from typing import Any, Final
 
 from starlette.types import Receive, Scope
@@ -24,6 +25,9 @@ BODY_S: Final = 30.0
 """How long a body may take."""
 MOST_BYTES: Final = 64 << 20
 """Of all bodies that are being read or worked on."""
+DEEPEST: Final = 128
+"""Lists and objects that may be in each other: what a body says is gone through, written and told
+again by code that may nest once for each of them."""
 _HALF: Final = re.compile(rb"\\u[dD][89a-fA-F]")
 """What is written of characters in two halves, of which one may be missing."""
 
@@ -100,7 +104,8 @@ def parse(data: bytes) -> Any:
 
     Raises:
         Refused: it is no JSON in UTF-8; a name stands twice in an object, of which one would be
-            ignored; a number is none, or beyond all that are; a text holds half a character.
+            ignored; a number is none, or beyond all that are; a text holds half a character; it is
+            nested too deeply.
     """
     try:
         found = json.loads(
@@ -109,13 +114,30 @@ def parse(data: bytes) -> Any:
             parse_constant=_refuse_constant,
             parse_float=_number,
         )
+        if data.count(b"[") + data.count(b"{") > DEEPEST and _is_deep(found):
+            raise RecursionError
         if _HALF.search(data):
             _refuse_halves(found)
         return found
     except RecursionError:
-        raise Refused("the body is nested too deeply", code="invalid_json") from None
+        raise Refused(
+            f"the body is nested too deeply: at most {DEEPEST} lists and objects may be in each "
+            "other",
+            code="invalid_json",
+        ) from None
     except ValueError as error:  # UnicodeDecodeError is one
         raise Refused(f"the body is no JSON in UTF-8: {error}", code="invalid_json") from None
+
+
+def _is_deep(found: Any) -> bool:
+    """Whether more than `DEEPEST` lists and objects are in each other.  O(values)."""
+    level = [found]
+    for _ in range(DEEPEST):
+        inside = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for one in chain.from_iterable(inside) if isinstance(one, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.service.http.browser_headers import Careful
 from prefixcache_serving.answer_form import refused_grammar
 from prefixcache_serving.ask import Ask, read_ask
+from prefixcache.service.http.http_connections import KEPT
 from prefixcache_serving.board import MOST_VIEWERS, Board
 from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
@@ -210,6 +211,7 @@ class Front:
         Raises:
             Refused: with what is wrong.
             ClientGone: the client left.
+        scope[KEPT] = True
         """
         async with self._bodies.reading(scope, receive, tenant) as data:
             if len(data) < _LONG_BODY:

@@ -64,7 +64,7 @@ class FrontServer:
         self.address = address
         self._has_keys = has_keys
         self._end: Callable[[], None] = lambda: None
-        self._bound = Bound(MOST_CONNECTIONS)
+        self._bound = Bound(MOST_CONNECTIONS, only_kept_stay=True)
         self._server: EmbeddedServer | None = None
         self._socket: socket.socket | None = None
 

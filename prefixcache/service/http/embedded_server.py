@@ -41,6 +41,7 @@ class EmbeddedServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_config=None,
+                log_level="error",  # of a stranger's half request there is nothing to say
                 access_log=False,
                 lifespan="off",
                 http=within(bound, stall_s=stall_s),
