@@ -18,7 +18,7 @@ from prefixcache.cli.icicle import draw
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.model_folders import own_cache
-from prefixcache.plain_json import json_text
+from prefixcache.plain_json import json_parts, json_text
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Namespace
@@ -163,3 +163,12 @@ def test_commands_print_by_the_one_function_that_escapes() -> None:
                 path.name
             )
     assert json_text("\x1b", ensure_ascii=False) == '"\\u001b"'
+
+
+def test_what_is_written_in_parts_is_the_same() -> None:
+    long = [{"token": number, "top": [[1.5, float("inf")]] * 3} for number in range(600)]
+    value = {"a": long, "b": [long, [], {}, "é\u202e", None], "ü": {"c": [1, [2, [3]]]}}
+    for options in ({}, {"ensure_ascii": False, "separators": (",", ":")}):
+        parts = list(json_parts(value, **options))
+        assert "".join(parts) == json_text(value, **options)
+        assert max(map(len, parts)) < len("".join(parts)) / 4

@@ -124,6 +124,7 @@ def test_what_clients_add_to_a_message_without_meaning_anything_by_it_is_taken(
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"logit_bias": {"97": 1}}, "logit_bias"),
         ({"max_tokens": 600}, "max_tokens"),
+        ({"n": 128, "max_tokens": 300, "logprobs": True, "top_logprobs": 20}, "logprobs"),
         ({"chat_template_kwargs": {"no_such_option": 1}}, "chat_template_kwargs"),
     ],
 )

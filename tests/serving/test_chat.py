@@ -68,7 +68,7 @@ def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(
     tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The front is killed in mid-sentence: nothing ends the body."""
-    whole = _Stream._write
+    whole = _Stream.write
     num_cut = 0
 
     async def cut(stream: _Stream, data: bytes) -> None:
@@ -78,7 +78,7 @@ def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(
             num_cut += 1
             raise RuntimeError("killed, as far as the client sees")
 
-    monkeypatch.setattr(_Stream, "_write", cut)
+    monkeypatch.setattr(_Stream, "write", cut)
     talk(tokenizer_folder, "127.0.0.1:0", "w5\nw5\n", monkeypatch, system="")
     out, err = capsys.readouterr()
     assert "the answer broke off" in err

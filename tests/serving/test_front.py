@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -587,6 +589,73 @@ def test_what_other_readers_would_read_otherwise_is_refused(wrong: bytes) -> Non
     """Or could not be told again in any answer: half a character, a number beyond all."""
     with pytest.raises(Refused):
         parse(wrong)
+
+
+def test_a_body_is_as_deep_as_all_that_is_done_with_it_can_go(tokenizer_folder: Path) -> None:
+    def body(depth: int) -> bytes:
+        """A response that repeats its tools, none of which is to be called."""
+        inside = "[" * (depth - 4) + "]" * (depth - 4)
+        tool = f'{{"type": "function", "name": "f", "parameters": {{"a": {inside}}}}}'
+        rest = '"model": "played", "input": "w5", "max_output_tokens": 2, "tool_choice": "none"'
+        return f'{{{rest}, "tools": [{tool}]{" " * 20_000}}}'.encode()
+
+    async def test(bench: Bench) -> None:
+        async with bench.stepping():
+            for depth in (DEEPEST, DEEPEST + 1, 950, 980, 100_000):
+                status, _, told = await bench.post(body(depth), "/v1/responses")
+                assert status == (200 if depth == DEEPEST else 400), depth
+                if status == 400:
+                    assert "nested too deeply" in told["error"]["message"]
+
+    play(test, tokenizer_folder)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "responses"])
+def test_what_takes_long_to_write_is_written_beside_the_others(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, path: str, stream: bool
+) -> None:
+    """In another thread, and it is the same: every piece, the whole answer, the end of a stream."""
+    body: dict[str, Any] = {"model": "played", "temperature": 0, "stream": stream}
+    if path == "completions":
+        body |= {"prompt": PROMPT, "max_tokens": 6, "logprobs": 1, "n": 2 - stream, "echo": True}
+    elif path == "responses":
+        body |= {"input": "w5", "max_output_tokens": 6, "top_logprobs": 1}
+        body |= {"include": ["message.output_text.logprobs"], "instructions": "w7"}
+    else:
+        messages = [{"role": "user", "content": "w5"}]
+        body |= {"messages": messages, "max_tokens": 6, "logprobs": True, "top_logprobs": 1}
+    num_beside = 0
+    in_thread = asyncio.to_thread
+
+    async def counted(*given: Any) -> Any:
+        nonlocal num_beside
+        num_beside += 1
+        return await in_thread(*given)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    told: list[bytes] = []
+
+    async def test(bench: Bench) -> None:
+        raw, kind = json.dumps(body).encode(), {"content-type": "application/json"}
+        async with bench.stepping(0.002):
+            _, _, data = await bench.exchange("POST", f"/v1/{path}", raw, kind)
+        for named in (rb'"(id|item_id)": ?"[^"]*"', rb'"(created|created_at|completed_at)": ?\d+'):
+            data = re.sub(named, b"", data)
+        told.append(data)
+
+    for heavy in (10**9, 0):
+        monkeypatch.setattr("prefixcache_serving.front._HEAVY", heavy)
+        num_before = num_beside
+        play(test, tokenizer_folder)
+        if heavy:
+            assert num_beside - num_before <= 2  # the echo's log-probabilities
+    assert num_beside - num_before >= 2
+    if not stream:
+        assert told[0] == told[1]
+        return
+    texts = [b"".join(re.findall(rb'"(?:text|content|delta)": "([^"]*)"', one)) for one in told]
+    assert texts[0] == texts[1]
 
 
 def test_a_character_that_is_written_in_its_two_halves_is_one() -> None:

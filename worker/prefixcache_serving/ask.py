@@ -40,6 +40,10 @@ DEFAULT_CHAT_TOKENS: Final = 1024
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's."""
 
+MOST_SCORES: Final = 1 << 19
+"""Log-probabilities that are told of one request: of its answers' tokens, and of the likeliest
+beside each.  They are held until the answer is whole, some hundred bytes each."""
+
 _RESULTS: Final = ("tool", "function")
 _ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
 _KEYS: Final = ("role", "content", "name", "refusal", "tool_calls", "tool_call_id")
@@ -116,7 +120,8 @@ class Ask:
     """Fields of the request that its answer repeats."""
     echoes: tuple[str, ...] | None = None
     """The prompts' texts, where they are told before the answers."""
-
+    is_long: bool = False
+    """Whether it takes long to write what an answer repeats of it."""
     search: dict[str, Any] | None = None
     """How the likeliest answers are searched, by the names that workers know; None: they are drawn,
     or made token by token."""
@@ -216,6 +221,11 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         )
     top_p = found.get("top_p", 1.0)
     new_tokens = _new_tokens(found, kind, source, max(map(len, requests)), model)
+    num_logprobs = _logprobs(found, kind)
+    if num_logprobs is not None:
+        prompts = sum(map(len, requests)) if found.get("echo") else 0
+        name = "include" if kind == RESPONSES else "logprobs"
+        _check_scores(num_logprobs, len(requests) * num_tries * new_tokens + prompts, name)
     return Ask(
         kind=kind,
         prompts=tuple(requests),
@@ -227,7 +237,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         top_p=top_p or 1.0,
         seed=found.get("seed", secrets.randbits(63)),
         stop=found.get("stop", ()),
-        num_logprobs=_logprobs(found, kind),
+        num_logprobs=num_logprobs,
         salt=_salt(tenant, found.get("cache_salt", "")),
         how=_how(found, new_tokens, model),
         ignore_eos=found.get("ignore_eos", False),
@@ -333,6 +343,18 @@ def _logprobs(found: dict[str, Any], kind: str) -> int | None:
     if found.get("top_logprobs"):
         raise Refused(f"top_logprobs goes with {how}", param="top_logprobs", code="invalid_value")
     return None
+
+
+def _check_scores(num_top: int, num_tokens: int, name: str) -> None:
+    """Refuse more log-probabilities than can be held until an answer is whole."""
+    if (1 + num_top) * num_tokens > MOST_SCORES:
+        raise Refused(
+            f"{1 + num_top} log-probabilities of up to {num_tokens:,} tokens; at most "
+            f"{MOST_SCORES:,} to one request: ask for shorter answers, for fewer, or for less of "
+            "each token",
+            param=name,
+            code="invalid_value",
+        )
 
 
 def _how(found: dict[str, Any], new_tokens: int, model: ServedModel) -> dict[str, Any]:

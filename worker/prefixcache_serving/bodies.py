@@ -74,6 +74,12 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     calls: tuple[CallPiece, ...] = ()
 
+    @property
+    def weight(self) -> int:
+        """Tokens and log-probabilities that are in it."""
+        most = len(self.logprobs[-1].top or ()) if self.logprobs else 0
+        return self.num_tokens + len(self.logprobs) * (1 + most)
+
 
 @dataclass
 class Bodies:

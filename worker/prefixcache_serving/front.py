@@ -18,6 +18,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +39,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prefixcache.errors import CacheError
-from prefixcache.plain_json import json_text
+from prefixcache.plain_json import json_parts, json_text
 from prefixcache.service.http.browser_headers import Careful
 from prefixcache_serving.answer_form import refused_grammar
 from prefixcache_serving.ask import Ask, read_ask
@@ -71,6 +73,8 @@ _PIECES_AHEAD: Final = 16
 """Pieces of all answers of a stream that wait to be sent."""
 _LONG_BODY: Final = 16 << 10
 """Bytes from which on a body is read beside the event loop."""
+_HEAVY: Final = 4096
+"""Tokens and log-probabilities from which on an answer is written there, too."""
 
 
 class Front:
@@ -218,7 +222,7 @@ class Front:
                 asked = read_ask(parse(data), kind, self.model, tenant)
             else:
                 asked = await asyncio.to_thread(
-                    lambda: read_ask(parse(data), kind, self.model, tenant)
+                    lambda: replace(read_ask(parse(data), kind, self.model, tenant), is_long=True)
                 )
         stop_ids = frozenset() if asked.ignore_eos else self.model.stop_ids
         journeys = [
@@ -429,27 +433,32 @@ class _Answers:
                         headers |= _left_out(ask, journeys)
                         front.meter.first_s.observe(time.monotonic() - began_s)
                         is_first = False
-                    bodies.take(piece)
-                    if ask.stream:
-                        for event in bodies.events(piece):
-                            await stream.event(event)
+                        is_heavy = is_heavy or ask.is_long
+                    written = partial(_taken, bodies, piece, is_heavy)
+                    for data in await asyncio.to_thread(written) if is_heavy else written():
+                        await stream.write(data)
             except Refused as refusal:
                 if not stream.has_begun:
                     raise
                 for event in bodies.failure(refusal):
-                    await stream.event(event)
+                    await stream.write(_event(event))
                 await stream.end()
                 return refusal.status
         if not ask.stream:
-            await JSONResponse(bodies.whole(journeys), headers=headers)(scope, receive, send)
+            whole = partial(_whole, bodies, journeys, is_heavy)
+            data = await asyncio.to_thread(whole) if is_heavy else whole()
+            answer = Response(data, headers=headers, media_type="application/json")
+            await answer(scope, receive, send)
             return 200
-        for event in bodies.last(journeys):
-            await stream.event(event)
+        last = partial(_last, bodies, journeys, is_heavy)
+        for data in await asyncio.to_thread(last) if is_heavy else last():
+            await stream.write(data)
         if bodies.ends_with_done:
-            await stream.done()
+            await stream.write(b"data: [DONE]\n\n")
         await stream.end()
         return 200
 
+        weight = 0
 
 class _Stream:
     """Server-sent events.
@@ -458,6 +467,8 @@ class _Stream:
     """
 
     def __init__(self, send: Send, headers: dict[str, str]) -> None:
+                    weight += piece.weight
+                    is_heavy = (weight if piece.reason else piece.weight) > _HEAVY
         self._send = send
         self._told = headers
         """Read when the first one is sent."""
@@ -468,11 +479,7 @@ class _Stream:
         }
         self.has_begun = False
 
-    async def event(self, value: dict[str, Any]) -> None:
-        """Send one, by its type if it has one; returns when its reader has room for it."""
-        name = f"event: {value['type']}\n" if "type" in value else ""
-        await self._write(f"{name}data: {json_text(value)}\n\n".encode())
-
+        is_heavy = weight > _HEAVY or ask.is_long
     async def blank(self) -> None:
         """Say that there is nothing to say.
 
@@ -484,12 +491,43 @@ class _Stream:
     async def done(self) -> None:
         """Say that all was said."""
         await self._write(b"data: [DONE]\n\n")
+def _taken(bodies: Bodies | ResponseBodies, piece: Piece, is_heavy: bool) -> list[bytes]:
+    """Note a piece; give what of it is sent now."""
+    bodies.take(piece)
+    if not bodies.ask.stream:
+        return []
+    return [_event(one, is_heavy) for one in bodies.events(piece)]
+
+
+def _last(
+    bodies: Bodies | ResponseBodies, journeys: Sequence[Journey], is_heavy: bool
+) -> list[bytes]:
+    return [_event(one, is_heavy) for one in bodies.last(journeys)]
+
+
+def _whole(bodies: Bodies | ResponseBodies, journeys: Sequence[Journey], is_heavy: bool) -> bytes:
+    told = bodies.whole(journeys)
+    return _written(told, is_heavy, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _event(value: dict[str, Any], is_heavy: bool = False) -> bytes:
+    """Write an event of a stream, by its type if it has one."""
+    name = f"event: {value['type']}\n" if "type" in value else ""
+    return f"{name}data: {_written(value, is_heavy)}\n\n".encode()
+
+
+def _written(value: dict[str, Any], is_heavy: bool, **options: Any) -> str:
+    """Write JSON; what is heavy in parts, so that others have their turn in between."""
+    return "".join(json_parts(value, **options)) if is_heavy else json_text(value, **options)
+
+
 
     async def end(self) -> None:
         """End, without a word."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _write(self, data: bytes) -> None:
+    async def write(self, data: bytes) -> None:
+        """Send what was written of some; returns when its reader has room for it."""
         if not self.has_begun:
             self.has_begun = True
             told = self._told | self._more
