@@ -18,6 +18,7 @@ from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.outline import Order
 from prefixcache_bench.reports.photograph import browser
 from prefixcache_serving.front import PAGE
+from prefixcache_serving.board import MOST_VIEWERS
 from prefixcache_serving.journey import Journey
 from serving.bench import Bench, continuation, words
 
@@ -205,15 +206,81 @@ def test_nobody_looks_nothing_is_painted(tokenizer_folder: Path) -> None:
 
     async def look() -> None:
         async with bench.listening():
+def test_a_tenant_is_told_of_answers_of_others_that_they_are_there_and_no_more(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}-a acme\n{KEY}-b bolt\n")
+    file.chmod(0o600)
+    bench = Bench(tokenizer_folder, keys=file, workers=1)
+
+    async def look() -> None:
+        async with bench.listening():
+            theirs = {"authorization": f"Bearer {KEY}-a"}
+            body = {"model": "played", "prompt": "w71 w72 w73", "max_tokens": 4}
+            asked = asyncio.create_task(bench.post(body, **theirs))
+            while not bench.router.num_running:
+                await asyncio.sleep(0.005)
+            listed = {}
+            for key in "ab":
+                mine = {"authorization": f"Bearer {KEY}-{key}"}
+                told = json.loads((await bench.exchange("GET", "/workers", headers=mine))[2])
+                reader, writer = await bench.connect()
+                writer.write(bench.head("GET", "/workers/live", 0, mine))
+                line = await asyncio.wait_for(reader.readuntil(b"}\n\n"), PATIENCE_S)
+                writer.close()
+                live = json.loads(line.partition(b"data: ")[2])
+                assert live["workers"][0]["answers"] == told["workers"][0]["answers"]
+                listed[key] = told["workers"][0]["answers"]
+                assert told["workers"][0]["running"] == 1
+            assert [len(answers) for answers in listed.values()] == [1, 0]
+            async with bench.stepping():
+                assert (await asked)[0] == 200
+
+    asyncio.run(look())
+
+
+def test_pages_of_a_tenant_leave_room_for_those_of_the_others(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"{KEY}-a acme\n{KEY}-b bolt\n")
+    file.chmod(0o600)
+    bench = Bench(tokenizer_folder, keys=file)
+
+    async def look() -> None:
+        async with bench.listening():
+            writers = []
+
+            async def open_one(key: str) -> bytes:
+                reader, writer = await bench.connect()
+                writers.append(writer)
+                mine = {"authorization": f"Bearer {KEY}-{key}"}
+                writer.write(bench.head("GET", "/workers/live", 0, mine))
+                return (await asyncio.wait_for(reader.readline(), PATIENCE_S)).split()[1]
+
+            said = await asyncio.gather(*(open_one("a") for _ in range(MOST_VIEWERS)))
+            assert (said.count(b"200"), said.count(b"503")) == (24, 8)
+            assert await open_one("b") == b"200"
+            mine = {"authorization": f"Bearer {KEY}-b"}
+            head = await bench.exchange("HEAD", "/workers/live", headers=mine)
+            assert head[::2] == (200, b"")  # and it is over
+            assert bench.front.board.viewers == {"acme": 24, "bolt": 1}
+            for writer in writers:
+                writer.close()
+
+    asyncio.run(look())
+
+
             board = bench.front.board
             reader, writer = await bench.connect()
             writer.write(bench.head("GET", "/workers/live", 0))
             for _ in range(3):
                 await asyncio.wait_for(reader.readuntil(b'"model":"played"'), PATIENCE_S)
-            assert board.num_viewers == 1
+            assert board.viewers.total() == 1
             writer.close()
             async with asyncio.timeout(PATIENCE_S):
-                while board.num_viewers or board._painter is not None:
+                while board.viewers.total() or board._painter is not None:
                     await asyncio.sleep(0.01)
 
     asyncio.run(look())

@@ -6,16 +6,19 @@ w2  set aside                                                    stopped, or dra
 w3  starting
 queue  2 answers
 ```
-Computed once for everybody who looks, some times a second, and only while somebody does.
-It names answers by numbers: nothing of a prompt, a key or a client is in it.
+Computed once for all of a tenant who look, some times a second, and only while somebody does.
+It names answers by numbers: nothing of a prompt, a key or a client is in it.  Of answers of others
+a tenant is told how many there are; how long their prompts are, and how much of them is cached,
+only they are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -27,7 +30,7 @@ EVERY_S: Final = 0.25
 MOST_VIEWERS: Final = 32
 """Others are told to come later: an open page costs a connection."""
 MOST_ANSWERS: Final = 64
-"""Of a worker that are listed; how many there are is told besides."""
+"""Of a worker that are listed; how many it has of all tenants is told besides."""
 _WINDOW_S: Final = 2.0
 """Tokens a second are those of so long."""
 
@@ -46,19 +49,21 @@ class Board:
         self._model = model
         self._workers = tuple(workers)
         self._past: deque[tuple[float, dict[str, int]]] = deque()
-        self._latest = ""
+        self._latest: dict[str, str] = {}
+        """For each tenant who looks."""
         self._fresh = asyncio.Event()
         self._painter: asyncio.Task[None] | None = None
         self._is_closed = False
-        self.num_viewers = 0
+        self.viewers: Counter[str] = Counter()
+        """Pages that are open, by tenant."""
 
     def close(self) -> None:
         """End all streams.  Idempotent."""
         self._is_closed = True
         self._fresh.set()
 
-    def state(self) -> dict[str, Any]:
-        """Give all of it.  O(answers that are listed)."""
+    def state(self, tenant: str = "") -> dict[str, Any]:
+        """Give what a tenant is shown.  O(answers that are under way)."""
         router = self._router
         rates = self._rates(time.monotonic())
         names = dict.fromkeys([*self._workers, *router.stations])
@@ -71,38 +76,48 @@ class Board:
             "tokens_per_s": round(sum(rates.values()), 1),
             "moved": router.num_moved,
             "computed_again": router.num_computed_again,
-            "workers": [self._worker(name, rates.get(name, 0.0)) for name in names],
+            "workers": [self._worker(name, rates.get(name, 0.0), tenant) for name in names],
         }
 
-    async def live(self) -> AsyncIterator[str]:
+    @contextlib.contextmanager
+    def viewed(self, tenant: str) -> Iterator[None]:
+        """Count a page that is open."""
+        self.viewers[tenant] += 1
+        try:
+            yield
+        finally:
+            self.viewers[tenant] -= 1
+
+    async def live(self, tenant: str = "") -> AsyncIterator[str]:
         """Give events for one viewer, for as long as it reads; it gets the newest."""
-        self.num_viewers += 1
         if self._painter is None:
             self._painter = asyncio.create_task(self._paint())
-        try:
-            while not self._is_closed:
-                fresh = self._fresh
-                if self._latest:
-                    yield f"data: {self._latest}\n\n"
-                await fresh.wait()
-        finally:
-            self.num_viewers -= 1
+        while not self._is_closed:
+            fresh = self._fresh
+            if told := self._latest.get(tenant):
+                yield f"data: {told}\n\n"
+            await fresh.wait()
 
     async def _paint(self) -> None:
         try:
-            while self.num_viewers and not self._is_closed:
-                self._latest = json_text(self.state(), separators=(",", ":"))
+            while not self._is_closed and self.viewers.total():
+                self._latest = {
+                    tenant: json_text(self.state(tenant), separators=(",", ":"))
+                    for tenant, count in self.viewers.items()
+                    if count
+                }
                 fresh, self._fresh = self._fresh, asyncio.Event()
                 fresh.set()
                 await asyncio.sleep(EVERY_S)
         finally:
-            self._latest = ""
+            self._latest = {}
             self._painter = None
 
-    def _worker(self, name: str, rate: float) -> dict[str, Any]:
+    def _worker(self, name: str, rate: float, tenant: str) -> dict[str, Any]:
         station = self._router.stations.get(name)
         if station is None:
             return {"worker": name, "state": "starting", "running": 0, "answers": []}
+        theirs = (one for one in station.journeys.values() if one.tenant == tenant)
         return {
             "worker": name,
             "state": "ready" if station.is_open else "set aside",
@@ -111,9 +126,7 @@ class Board:
             "running": len(station.journeys),
             "tokens": station.num_generated,
             "tokens_per_s": round(rate, 1),
-            "answers": [
-                _answer(journey) for journey in islice(station.journeys.values(), MOST_ANSWERS)
-            ],
+            "answers": [_answer(journey) for journey in islice(theirs, MOST_ANSWERS)],
         }
 
     def _rates(self, now: float) -> dict[str, float]:

@@ -106,6 +106,7 @@ class Front:
         """Requests for answers that are under way."""
         self._bodies = BodyReader(model.most_body_bytes, tenants=keys.tenants)
         self._shares = Shares(MOST_REQUESTS, keys.tenants)
+        self._viewer_shares = Shares(MOST_VIEWERS, keys.tenants)
         self._open: Counter[str] = Counter()
         """Of these, by tenant, those whose key was seen."""
         self._numbers = count(1)
@@ -122,7 +123,7 @@ class Front:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/workers", self._workers),
-                Route("/workers/live", self._workers_live),
+                Route("/workers/live", _Live(self), methods=["GET"]),
                 Mount("/page", Careful(StaticFiles(directory=PAGE))),
                 Route("/", Careful(_page)),
             ],
@@ -157,18 +158,26 @@ class Front:
         return Response(self.meter.exposition(), headers={"content-type": CONTENT_TYPE})
 
     async def _workers(self, request: Request) -> Response:
-        self._tenant(request.scope)
-        return JSONResponse(self.board.state())
+        return JSONResponse(self.board.state(self._tenant(request.scope)))
 
-    async def _workers_live(self, request: Request) -> Response:
-        self._tenant(request.scope)
-        if self.board.num_viewers >= MOST_VIEWERS:
+    @contextmanager
+    def viewing(self, scope: Scope) -> Iterator[str]:
+        """Let somebody look at the workers for as long as it reads; give whose it is.
+
+        Raises:
+            Refused: its key is none; or too many of its tenant's look.
+        """
+        tenant = self._tenant(scope)
+        viewers = self.board.viewers
+        if not self._viewer_shares.room(tenant, viewers):
             raise Refused(
-                f"{self.board.num_viewers} pages are open, and no more can be: close one",
+                f"{viewers[tenant]} of your pages are open, and {viewers.total()} of all: no more "
+                "can be; close one",
                 status=503,
                 retry_after_s=10.0,
             )
-        return StreamingResponse(self.board.live(), media_type="text/event-stream")
+        with self.board.viewed(tenant):
+            yield tenant
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -376,6 +385,22 @@ class _Answers:
         self._kind = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+class _Live:
+    """The stream of one page that is open."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve it until the viewer goes, or refuse it."""
+        kind = "text/event-stream"
+        with self._front.viewing(scope) as tenant:
+            answer = Response(media_type=kind)
+            if scope["method"] != "HEAD":
+                answer = StreamingResponse(self._front.board.live(tenant), media_type=kind)
+            await answer(scope, receive, send)
+
+
         """Answer a request, until it is done or the client leaves."""
         front = self._front
         front.num_open += 1
