@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import runpy
@@ -13,14 +14,17 @@ import pydantic
 import pytest
 import torch
 
+from patience import PATIENCE_S
 from prefixcache_serving.call_form import HERMES
 from prefixcache_worker.model import Model
+from serving.bench import ABOUT, Bench, events
 from serving.talking import TEMPLATES, TalkingBench, save_words, talk
-from worker.zoo import talker
+from worker.zoo import spelling, talker
 
 openai = pytest.importorskip("openai", reason="the test extra's openai is missing")
 pytest.importorskip("llguidance", reason="the serving extra's llguidance is missing")
 
+TRIGGER = "[TOOL_CALLS]"
 PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
 ASKED: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 WEATHER = {
@@ -365,3 +369,61 @@ def test_the_template_decides_how_calls_are_written(tmp_path: Path, model: Model
     assert forms["hermes"] == HERMES
     names = {name: form.name for name, form in forms.items() if form is not None}
     assert names == {"hermes": "hermes", "mistral": "mistral", "llama": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        (["Say [TOOL_CALLS] and {."], ("Say [TOOL_CALLS] and {.", [])),
+        (
+            ["Now [TOOL_CALLS]", TRIGGER, '[{"name": "wait", "arguments": {"days": 3}}]'],
+            ("Now [TOOL_CALLS]", [("wait", '{"days": 3}')]),
+        ),
+        ([TRIGGER, '[{"name": "wait", "arguments": {"days'], (None, [("wait", '{"days')])),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_of_a_trigger_that_is_a_token_of_its_own_is_text(
+    tmp_path: Path, said: list[str], wanted: tuple[str | None, list[tuple[str, str]]], stream: bool
+) -> None:
+    """A model may say it, and is held to nothing behind it: no call, and none of it is lost."""
+    folder = save_words(tmp_path / "model", TEMPLATES["mistral"])
+    tokenizer = spelling().backend_tokenizer
+    (trigger,) = tokenizer.encode(TRIGGER, add_special_tokens=False).ids
+    tokens: list[int] = []
+    for part in said:
+        tokens += (
+            [trigger]
+            if part is TRIGGER
+            else [tokenizer.token_to_id(sign) for sign in part.replace(" ", "Ġ")]
+        )
+    body = {"model": "played", "messages": ASKED, "tools": TOOLS, "stream": stream}
+
+    async def main() -> Any:
+        bench = Bench(folder, workers=1, about=ABOUT | {"vocab_size": 300, "max_tokens": 4096})
+        (worker,) = bench.workers
+        async with asyncio.timeout(PATIENCE_S), bench.listening():
+            raw, told = json.dumps(body).encode(), {"content-type": "application/json"}
+            path = "/v1/chat/completions"
+            asked = asyncio.create_task(bench.exchange("POST", path, raw, told))
+            while not worker.lines:
+                await asyncio.sleep(0.002)
+            name = worker.lines[0]["id"]
+            ledger = {"ledger": {"cold": 1}, "num_to_compute": 1}
+            worker.tell({"event": "started", "id": name, **ledger})
+            for token in tokens:
+                worker.tell({"event": "token", "id": name, "token": token})
+            worker.tell({"event": "finished", "id": name, "reason": "stop"})
+            return await asked
+
+    status, _, data = asyncio.run(main())
+    assert status == 200
+    if not stream:
+        message = json.loads(data)["choices"][0]["message"]
+        text, calls = message["content"], message.get("tool_calls", [])
+    else:
+        deltas = [one["choices"][0]["delta"] for one in events(data)[:-1]]
+        text = "".join(delta.get("content", "") for delta in deltas) or None
+        calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    got = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+    assert (text, got) == wanted

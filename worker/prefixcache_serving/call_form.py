@@ -205,6 +205,9 @@ class CallReader:
     _in_text: bool = False
     """Whether the arguments are inside of a text."""
     _is_escaped: bool = False
+    by_token: bool = False
+    """Whether the trigger is a token of its own: then its text is a text like any other, and who
+    reads the tokens says with `open` where calls begin."""
     _is_fresh: bool = True
     """Whether nothing was read yet."""
 
@@ -233,12 +236,24 @@ class CallReader:
 
     def _read_text(self) -> str:
         form = self.form
+    @property
+    def is_text(self) -> bool:
+        """Whether no call has begun."""
+        return self._state == "text"
+
+    def open(self) -> None:
+        """Take the trigger, where it is a token."""
+        self._state = "head"
+
         if not form.trigger:
             return self._read_beginning()
         at = self._held.find(form.trigger)
         if at >= 0:
             said, self._held = self._held[:at], self._held[at + len(form.trigger) :]
             self._state = "head"
+            return said
+        if self.by_token:
+            said, self._held = self._held, ""
             return said
         kept = _begun(self._held, form.trigger)
         said, self._held = (

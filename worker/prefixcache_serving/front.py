@@ -291,9 +291,12 @@ class Front:
             self.model.tokenizer,
             ask.stop,
             ask.how.get("min_tokens", 0),
-            shows_special=ask.use is not None,  # what calls begin with may be one of these
+            shows_special=ask.use is not None,  # what calls are written with may be some of these
         )
-        reader = None if ask.use is None else CallReader(ask.calls, ask.use.must_call)
+        reader, trigger = None, None
+        if ask.use is not None:
+            trigger = self.model.trigger_token
+            reader = CallReader(ask.calls, ask.use.must_call, trigger is not None)
         unseen = journey.stop_ids if reader is None else self.model.stop_ids
         num_told = offset = 0
         try:
@@ -308,12 +311,16 @@ class Front:
             while True:
                 tokens, reason = await journey.read()
                 self.router.has_read(journey)
-                text, used = "", 0
+                said, text, used = "", "", 0
                 told: list[TokenLogprob] = []
                 for token in tokens:
                     at = offset + len(stream.text)
                     is_shown = token not in unseen
-                    if is_shown:
+                    if reader is not None and token == trigger and reader.is_text:
+                        said, _ = reader.push(text + stream.skip(token))
+                        text = ""
+                        reader.open()
+                    elif is_shown:
                         text += stream.push(token)
                     # Beside an echo it is counted which tokens are the answer's: all are told.
                     if journey.logprobs and (is_shown or ask.echoes is not None):
@@ -329,6 +336,7 @@ class Front:
                 calls: list[CallPiece] = []
                 if reader is not None:
                     text, calls = reader.push(text)
+                    text = said + text
                     if reason:
                         text += reader.finish()
                     if reason == "stop" and reader.num_calls:

@@ -76,6 +76,15 @@ class ServedModel:
         """How its template writes calls of tools; None: in no way that is known, or not at all."""
         return form_of(self.decoder.written_call(PROBE_NAME, PROBE_ARGUMENTS))
 
+    @cached_property
+    def trigger_token(self) -> int | None:
+        """The token that its calls are known by; None: they are known by text."""
+        trigger = "" if self.call_form is None else self.call_form.trigger
+        for token, added in self.tokenizer.get_added_tokens_decoder().items():
+            if added.special and added.content == trigger:
+                return int(token)
+        return None
+
     def room(self, num_prompt: int) -> int:
         """How long the answer to a prompt of so many tokens may become."""
         return self.max_tokens - num_prompt if self.max_tokens else 2**31 - 1

@@ -57,6 +57,13 @@ class TextStream:
         self._tokens.append(token)
         return self._show(self._decode(final=False))
 
+    def skip(self, token: int) -> str:
+        """Take a token that is not shown, and ends what came before; give what was held back."""
+        shown = self.finish()
+        self._tokens.append(token)
+        self._before, self._read = len(self._tokens) - 1, len(self._tokens)
+        return shown
+
     def finish(self) -> str:
         """Take the end of the answer; give what was held back."""
         if self._tokenizer is None or self.stopped:
