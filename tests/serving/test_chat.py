@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from patience import PATIENCE_S
+from prefixcache.cli.front import read_front
 from prefixcache.client.address import Address
-from prefixcache.errors import ServiceUnavailable
+from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache_serving.chat import Endpoint, chat
 from prefixcache_serving.front import _Stream
 from serving.bench import Bench, continuation, words
@@ -88,6 +89,71 @@ def test_an_answer_that_breaks_off_is_told_and_the_chat_goes_on(
 def test_where_nobody_answers_it_says_how_to_start_one(tmp_path: Path) -> None:
     with pytest.raises(ServiceUnavailable, match="prefixcache up"):
         Endpoint(Address.parse(f"{tmp_path}/none.sock"), "").model()
+
+
+USAGE = '{"usage": {"prompt_tokens": 3, "completion_tokens": 1, "prompt_tokens_details": null}'
+STREAMS = (
+    "5",
+    "[]",
+    '{"error": "no such model"}',
+    '{"error": {"message": 5}}',
+    "{}",
+    '{"choices": [{"delta": null}]}',
+    '{"choices": [{"delta": {"content": [5]}}]}',
+    USAGE + ', "choices": []}',
+    "NaN",
+)
+
+
+@pytest.mark.parametrize("said", STREAMS)
+@pytest.mark.parametrize("status", [200, 404, None])
+def test_whoever_else_listens_there_may_say_anything(
+    status: int | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of somebody else: as the first answer, as a refusal, as a chunk of a stream."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = said if status else f"data: {said}\n\n"
+        head = f"HTTP/1.1 {status or 200} x\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(f"{head}{body}".encode())
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        endpoint = Endpoint(Address(host=host, port=port), "")
+
+        def ask() -> None:
+            if status is None:
+                list(endpoint.stream({"model": "m", "messages": []}))
+            else:
+                endpoint.model()
+
+        async with asyncio.timeout(PATIENCE_S), server:
+            with pytest.raises(ServiceUnavailable, match=r"broke off|no endpoint answers"):
+                await asyncio.to_thread(ask)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("key", ["clé-secrète-de-seize", "secret key", "secret\x1b[2J", "sec\nret"])
+def test_a_key_that_is_none_is_told_and_not_shown(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    terms: Any = {"model": "m", "system": "", "temperature": 0.0, "max_tokens": 1, "key_file": None}
+    for ask in (
+        lambda: chat(http=f"unix:{tmp_path}/none.sock", **terms),
+        lambda: read_front(Address.parse(f"{tmp_path}/none.sock")),
+    ):
+        with pytest.raises(InvalidRequest, match="OPENAI_API_KEY holds no API key") as told:
+            ask()
+        assert "ret" not in str(told.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " pfx-0123456789abcdef\r\n")  # of a file of Windows
+    with pytest.raises(ServiceUnavailable, match="no front"):
+        read_front(Address.parse(f"{tmp_path}/none.sock"))
 
 
 def test_the_ledger_is_told_to_who_asks(tokenizer_folder: Path) -> None:

@@ -14,10 +14,10 @@ import pytest
 from patience import PATIENCE_S
 from prefixcache.cli.front import KEY_VARIABLE, read_front
 from prefixcache.cli.top_screen import Screen
+from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.outline import Order
 from prefixcache_bench.reports.photograph import browser
-from prefixcache_serving.front import PAGE
 from prefixcache_serving.board import MOST_VIEWERS
 from prefixcache_serving.journey import Journey
 from serving.bench import Bench, continuation, words
@@ -28,6 +28,10 @@ needs_chromium = pytest.mark.skipif(
 )
 KEY = "pfx-0123456789abcdef"
 
+FRONT = (
+    b'{"workers": %b, "waiting": 1, "tokens_per_s": 1.5, "longest_queue": 8, "moved": 0, '
+    b'"is_draining": false}'
+)
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -201,11 +205,6 @@ def test_what_is_shown_tells_nothing_of_prompts_or_keys(
     asyncio.run(look())
 
 
-def test_nobody_looks_nothing_is_painted(tokenizer_folder: Path) -> None:
-    bench = Bench(tokenizer_folder)
-
-    async def look() -> None:
-        async with bench.listening():
 def test_a_tenant_is_told_of_answers_of_others_that_they_are_there_and_no_more(
     tokenizer_folder: Path, tmp_path: Path
 ) -> None:
@@ -273,6 +272,11 @@ def test_pages_of_a_tenant_leave_room_for_those_of_the_others(
 
 
             board = bench.front.board
+def test_nobody_looks_nothing_is_painted(tokenizer_folder: Path) -> None:
+    bench = Bench(tokenizer_folder)
+
+    async def look() -> None:
+        async with bench.listening():
             reader, writer = await bench.connect()
             writer.write(bench.head("GET", "/workers/live", 0))
             for _ in range(3):
@@ -287,6 +291,33 @@ def test_pages_of_a_tenant_leave_room_for_those_of_the_others(
 
 
 def test_top_shows_a_row_for_each_worker(
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"[]",
+        b'{"workers": [], "waiting": 1, "tokens_per_s": 1.5}',
+        FRONT % b'[{"worker": "w1", "state": "ready", "running": null}]',
+        FRONT % b'[{"worker": 5, "state": "starting"}]',
+        FRONT % b"[5]",
+        FRONT % b"null",
+    ],
+)
+def test_whoever_else_listens_there_is_no_front(said: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(said), said))
+        writer.close()
+
+    async def look() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        async with asyncio.timeout(PATIENCE_S), server:
+            with pytest.raises(ServiceUnavailable, match="no front"):
+                await asyncio.to_thread(read_front, Address(host=host, port=port))
+
+    asyncio.run(look())
+
+
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys"

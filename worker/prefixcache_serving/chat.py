@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from prefixcache.bounded_files import read_file
-from prefixcache.cli.front import KEY_VARIABLE, FrontConnection, read_front_address
+from prefixcache.cli.front import KEY_VARIABLE, FrontConnection, read_front_address, read_key
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
 from prefixcache.plain_json import json_text
@@ -24,6 +24,13 @@ from prefixcache_serving.front import EXPLAIN
 
 _TIMEOUT_S: Final = 600.0
 _LONGEST_KEYS: Final = 1 << 20
+_LONGEST: Final = 1 << 24
+"""Bytes of an answer that is not streamed, or of a line of one that is."""
+_NO_ANSWER: Final = (
+    *(OSError, http.client.HTTPException),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
+"""What may come of asking, where somebody else may listen."""
 
 
 def chat(
@@ -67,7 +74,8 @@ def chat(
         try:
             text = _show(endpoint.stream(body))
         except (InvalidRequest, ServiceUnavailable) as error:
-            typer.echo(f"\n{error}", err=True)  # the chat is here: it can be asked again
+            # The chat is here: it can be asked again.
+            typer.echo(f"\n{escape(str(error))}", err=True)
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": text})
@@ -96,7 +104,9 @@ class Endpoint:
         """
         connection, answer = self._request("GET", "/v1/models", None)
         try:
-            return str(json.loads(answer.read())["data"][0]["id"])
+            return str(json.loads(answer.read(_LONGEST))["data"][0]["id"])
+        except _NO_ANSWER as error:
+            raise self._absent(error) from None
         finally:
             connection.close()
 
@@ -110,15 +120,16 @@ class Endpoint:
         more = {"stream": True, "stream_options": {"include_usage": True}}
         connection, answer = self._request("POST", "/v1/chat/completions", body | more)
         try:
-            while (line := answer.readline()) != b"data: [DONE]\n":
+            while (line := answer.readline(_LONGEST)) != b"data: [DONE]\n":
                 if not line:
                     raise ServiceUnavailable("the answer broke off")
                 if line.startswith(b"data: "):
                     chunk = json.loads(line[6:])
                     if "error" in chunk:
-                        raise InvalidRequest(chunk["error"]["message"])
+                        raise InvalidRequest(_text(chunk["error"]["message"]))
+                    _check(chunk)
                     yield chunk
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except _NO_ANSWER as error:
             raise ServiceUnavailable(
                 f"the answer broke off ({error or type(error).__name__})"
             ) from None
@@ -134,16 +145,39 @@ class Endpoint:
             connection.request(method, path, data, self._headers)
             answer = connection.getresponse()
             if answer.status != 200:
-                raise InvalidRequest(json.loads(answer.read())["error"]["message"])
-        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+                told = json.loads(answer.read(_LONGEST))
+                raise InvalidRequest(_text(told["error"]["message"]))
+        except _NO_ANSWER as error:
             connection.close()
-            raise ServiceUnavailable(
-                f"no endpoint answers at {self._address} ({error}); start one with: prefixcache up"
-            ) from None
+            raise self._absent(error) from None
         except CacheError:
             connection.close()
             raise
         return connection, answer
+
+    def _absent(self, error: Exception) -> ServiceUnavailable:
+        why = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return ServiceUnavailable(
+            f"no endpoint answers at {self._address} ({why}); start one with: prefixcache up"
+        )
+
+
+def _check(chunk: dict[str, Any]) -> None:
+    """See that all is there that is shown of a chunk.
+
+    Raises:
+        TypeError, LookupError, AttributeError, ValueError: it is not.
+    """
+    for choice in chunk["choices"]:
+        _text(choice["delta"].get("content") or "")
+    if chunk.get("usage"):
+        summary(chunk, 0.0)
+
+
+def _text(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError("there is no text where one should be")
+    return given
 
 
 def summary(chunk: dict[str, Any], seconds: float) -> str:
@@ -193,9 +227,9 @@ def _show(chunks: Iterator[dict[str, Any]]) -> str:
 
 def _key(path: Path | None) -> str:
     if path is None:
-        return os.environ.get(KEY_VARIABLE, "")
+        return read_key(os.environ.get(KEY_VARIABLE, ""), f"${KEY_VARIABLE}")
     check_secret(path, "--key-file")
     words = read_file(path, _LONGEST_KEYS).decode("utf-8", "replace").split()
     if not words:
         raise InvalidRequest(f"--key-file {path} is empty")
-    return words[0]
+    return read_key(words[0], f"--key-file {path}")
