@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from prefixcache.errors import InvalidRequest
-from prefixcache.prompts.chat_template import ChatTemplate, prompt_of
+from prefixcache.prompts.chat_template import ChatTemplate, _shows_all, prompt_of
 from prefixcache.prompts.logged_request import MEDIA_TOKENS, read_logged
 from prefixcache_worker import smollm2
 
@@ -49,6 +49,33 @@ WRITTEN = CALL | {"function": {"name": "f", "arguments": '{"q": "Grüße"}'}}
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>ä</b>"}}
 ASKED = {"role": "user", "content": " Wie geht's? 你好 "}
 SAID = {"role": "assistant", "content": "Gut, danke. "}
+
+
+class Read(str):
+    """A text that counts how much of it is read."""
+
+    num_read = 0
+
+    def find(self, part: str, start: int = 0, end: int | None = None) -> int:  # type: ignore[override]
+        end = len(self) if end is None else end
+        at = super().find(part, start, end)
+        self.num_read += (end if at < 0 else at) - start
+        return at
+
+
+@pytest.mark.parametrize("roles", [["user"], ["system", "user", "assistant"]])
+def test_whether_all_messages_are_shown_is_seen_by_reading_a_prompt_some_times(
+    roles: list[str],
+) -> None:
+    """However many there are, and in whatever order the template writes them."""
+    messages = [{"role": role, "content": f"{at}-"} for at in range(3000) for role in roles]
+    for order, most in ((messages, len(roles)), (messages[::-1], 66)):
+        text = Read("".join(f"<{one['role']}>{one['content']}" for one in order))
+        assert _shows_all(text, messages) is (order is messages)
+        assert text.num_read <= most * len(text)
+    few = messages[:4]
+    assert _shows_all("3- 2- 1- 0-", few)  # not so many that it would take long
+    assert not _shows_all("3- 2- 1- ", messages)
 
 
 @pytest.fixture(scope="module")

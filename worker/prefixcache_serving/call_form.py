@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final
 
 from prefixcache.plain_json import json_text
@@ -138,21 +139,13 @@ def told_messages(
         tools: the same.
     """
     made: list[dict[str, Any]] = []
-    for message in messages:
-        kept = {key: value for key, value in message.items() if key != "tool_calls"}
-        if calls := message.get("tool_calls"):
-            written = HERMES.write([_named(one) for one in calls])
-            said = _plain(kept.get("content"))
-            made.append(kept | {"content": f"{said}\n{written}" if said else written})
-        elif message.get("role") in ("tool", "function"):
-            told = f"<tool_response>\n{_plain(kept.get('content'))}\n</tool_response>"
-            if made and made[-1].get("_gives"):
-                made[-1]["content"] += f"\n{told}"
-            else:
-                made.append({"role": "user", "content": told, "_gives": True})
+    for are_results, group in groupby(messages, _is_result):
+        if are_results:
+            results = (_plain(one.get("content")) for one in group)
+            told = "\n".join(f"<tool_response>\n{one}\n</tool_response>" for one in results)
+            made.append({"role": "user", "content": told})
         else:
-            made.append(kept)
-    made = [{key: one for key, one in message.items() if key != "_gives"} for message in made]
+            made += map(_told, group)
     if not tools:
         return made
     how = _HOW.format(
@@ -165,6 +158,20 @@ def told_messages(
     else:
         made.insert(0, {"role": "system", "content": how})
     return made
+
+
+def _is_result(message: Mapping[str, Any]) -> bool:
+    return message.get("role") in ("tool", "function")
+
+
+def _told(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a message with its calls as text."""
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    if calls := message.get("tool_calls"):
+        written = HERMES.write([_named(one) for one in calls])
+        said = _plain(kept.get("content"))
+        kept["content"] = f"{said}\n{written}" if said else written
+    return kept
 
 
 def _named(call: Mapping[str, Any]) -> tuple[str, Any]:
@@ -229,13 +236,6 @@ class CallReader:
             if self._state == state:
                 return said, _joined(pieces)
 
-    def finish(self) -> str:
-        """Take the end of the answer; give what was held back of what is said."""
-        held, self._held = self._held, ""
-        return held if self._state == "text" and not self.only_calls else ""
-
-    def _read_text(self) -> str:
-        form = self.form
     @property
     def is_text(self) -> bool:
         """Whether no call has begun."""
