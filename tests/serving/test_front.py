@@ -23,9 +23,9 @@ from serving.bench import Bench, completion, continuation, events, read_answer, 
 
 PROMPT = [5, 9, 2, 14]
 ANSWER = words(continuation(PROMPT, 6))
-
-
 KEY = "key-of-sixteen-signs"
+
+
 def play(test: Callable[[Bench], Awaitable[None]], folder: Path, **options: Any) -> Bench:
     """Run a test against a front that listens."""
 
@@ -456,8 +456,6 @@ def test_connections_that_only_sit_there_keep_nobody_out(tokenizer_folder: Path)
     play(test, tokenizer_folder)
 
 
-def test_a_body_that_does_not_come_ends(
-    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_connections_that_read_no_answer_keep_nobody_out(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -563,6 +561,8 @@ def test_of_what_is_no_http_behind_a_request_nothing_is_logged(
     assert not caplog.records
 
 
+def test_a_body_that_does_not_come_ends(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("prefixcache_serving.body_reader.BODY_S", 0.05)
 

@@ -19,6 +19,7 @@ from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.outline import Order
 from prefixcache_bench.reports.photograph import browser
 from prefixcache_serving.board import MOST_VIEWERS
+from prefixcache_serving.front import PAGE
 from prefixcache_serving.journey import Journey
 from serving.bench import Bench, continuation, words
 
@@ -27,11 +28,11 @@ needs_chromium = pytest.mark.skipif(
     reason="this machine has no chromium and chromedriver (Debian: chromium chromium-driver)",
 )
 KEY = "pfx-0123456789abcdef"
-
 FRONT = (
     b'{"workers": %b, "waiting": 1, "tokens_per_s": 1.5, "longest_queue": 8, "moved": 0, '
     b'"is_draining": false}'
 )
+
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -271,12 +272,12 @@ def test_pages_of_a_tenant_leave_room_for_those_of_the_others(
     asyncio.run(look())
 
 
-            board = bench.front.board
 def test_nobody_looks_nothing_is_painted(tokenizer_folder: Path) -> None:
     bench = Bench(tokenizer_folder)
 
     async def look() -> None:
         async with bench.listening():
+            board = bench.front.board
             reader, writer = await bench.connect()
             writer.write(bench.head("GET", "/workers/live", 0))
             for _ in range(3):
@@ -290,7 +291,6 @@ def test_nobody_looks_nothing_is_painted(tokenizer_folder: Path) -> None:
     asyncio.run(look())
 
 
-def test_top_shows_a_row_for_each_worker(
 @pytest.mark.parametrize(
     "said",
     [
@@ -318,6 +318,7 @@ def test_whoever_else_listens_there_is_no_front(said: bytes) -> None:
     asyncio.run(look())
 
 
+def test_top_shows_a_row_for_each_worker(
     tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys"

@@ -205,6 +205,9 @@ class CallReader:
     form: CallForm
     only_calls: bool = False
     """Whether nothing else is said, so that what may become a trigger is never shown."""
+    by_token: bool = False
+    """Whether the trigger is a token of its own: then its text is a text like any other, and who
+    reads the tokens says with `open` where calls begin."""
     num_calls: int = 0
     _held: str = ""
     _state: str = "text"
@@ -212,9 +215,6 @@ class CallReader:
     _in_text: bool = False
     """Whether the arguments are inside of a text."""
     _is_escaped: bool = False
-    by_token: bool = False
-    """Whether the trigger is a token of its own: then its text is a text like any other, and who
-    reads the tokens says with `open` where calls begin."""
     _is_fresh: bool = True
     """Whether nothing was read yet."""
 
@@ -245,15 +245,22 @@ class CallReader:
         """Take the trigger, where it is a token."""
         self._state = "head"
 
+    def finish(self) -> str:
+        """Take the end of the answer; give what was held back of what is said."""
+        held, self._held = self._held, ""
+        return held if self._state == "text" and not self.only_calls else ""
+
+    def _read_text(self) -> str:
+        form = self.form
+        if self.by_token:
+            said, self._held = self._held, ""
+            return said
         if not form.trigger:
             return self._read_beginning()
         at = self._held.find(form.trigger)
         if at >= 0:
             said, self._held = self._held[:at], self._held[at + len(form.trigger) :]
             self._state = "head"
-            return said
-        if self.by_token:
-            said, self._held = self._held, ""
             return said
         kept = _begun(self._held, form.trigger)
         said, self._held = (

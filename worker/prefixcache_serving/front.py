@@ -41,9 +41,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from prefixcache.errors import CacheError
 from prefixcache.plain_json import json_parts, json_text
 from prefixcache.service.http.browser_headers import Careful
+from prefixcache.service.http.http_connections import KEPT
 from prefixcache_serving.answer_form import refused_grammar
 from prefixcache_serving.ask import Ask, read_ask
-from prefixcache.service.http.http_connections import KEPT
 from prefixcache_serving.board import MOST_VIEWERS, Board
 from prefixcache_serving.bodies import Bodies, Piece, TokenLogprob
 from prefixcache_serving.body_reader import BodyReader, ClientGone, parse
@@ -211,6 +211,7 @@ class Front:
                 retry_after_s=1.0,
             )
         self._open[tenant] += 1
+        scope[KEPT] = True
         try:
             yield tenant
         finally:
@@ -224,7 +225,6 @@ class Front:
         Raises:
             Refused: with what is wrong.
             ClientGone: the client left.
-        scope[KEPT] = True
         """
         async with self._bodies.reading(scope, receive, tenant) as data:
             if len(data) < _LONG_BODY:
@@ -385,14 +385,6 @@ class Front:
         return tuple(told)
 
 
-class _Answers:
-    """One of the paths that answer."""
-
-    def __init__(self, front: Front, kind: str) -> None:
-        self._front = front
-        self._kind = kind
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
 class _Live:
     """The stream of one page that is open."""
 
@@ -409,6 +401,14 @@ class _Live:
             await answer(scope, receive, send)
 
 
+class _Answers:
+    """One of the paths that answer."""
+
+    def __init__(self, front: Front, kind: str) -> None:
+        self._front = front
+        self._kind = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, until it is done or the client leaves."""
         front = self._front
         front.num_open += 1
@@ -454,6 +454,7 @@ class _Live:
         bodies = made(ask, front.model, explains=EXPLAIN.encode() in dict(scope["headers"]))
         headers = {"x-request-id": bodies.id} | _left_out(ask, ())
         stream = _Stream(send, headers)
+        weight = 0
         async with aclosing(front.pieces(ask, journeys)) as pieces:
             is_first = True
             try:
@@ -462,6 +463,8 @@ class _Live:
                         if ask.stream:
                             await stream.blank()
                         continue
+                    weight += piece.weight
+                    is_heavy = (weight if piece.reason else piece.weight) > _HEAVY
                     if is_first:
                         headers |= _left_out(ask, journeys)
                         front.meter.first_s.observe(time.monotonic() - began_s)
@@ -477,6 +480,7 @@ class _Live:
                     await stream.write(_event(event))
                 await stream.end()
                 return refusal.status
+        is_heavy = weight > _HEAVY or ask.is_long
         if not ask.stream:
             whole = partial(_whole, bodies, journeys, is_heavy)
             data = await asyncio.to_thread(whole) if is_heavy else whole()
@@ -491,39 +495,7 @@ class _Live:
         await stream.end()
         return 200
 
-        weight = 0
 
-class _Stream:
-    """Server-sent events.
-
-    The status is sent with the first one: what fails before has a status of its own.
-    """
-
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
-                    weight += piece.weight
-                    is_heavy = (weight if piece.reason else piece.weight) > _HEAVY
-        self._send = send
-        self._told = headers
-        """Read when the first one is sent."""
-        self._more = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-        }
-        self.has_begun = False
-
-        is_heavy = weight > _HEAVY or ask.is_long
-    async def blank(self) -> None:
-        """Say that there is nothing to say.
-
-        A comment would do by the book, but there are readers that take what comes behind it for a
-        part of it (vLLM's benchmark: such an answer counts as failed).
-        """
-        await self._write(b"\n")
-
-    async def done(self) -> None:
-        """Say that all was said."""
-        await self._write(b"data: [DONE]\n\n")
 def _taken(bodies: Bodies | ResponseBodies, piece: Piece, is_heavy: bool) -> list[bytes]:
     """Note a piece; give what of it is sent now."""
     bodies.take(piece)
@@ -554,6 +526,30 @@ def _written(value: dict[str, Any], is_heavy: bool, **options: Any) -> str:
     return "".join(json_parts(value, **options)) if is_heavy else json_text(value, **options)
 
 
+class _Stream:
+    """Server-sent events.
+
+    The status is sent with the first one: what fails before has a status of its own.
+    """
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        self._told = headers
+        """Read when the first one is sent."""
+        self._more = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+        }
+        self.has_begun = False
+
+    async def blank(self) -> None:
+        """Say that there is nothing to say.
+
+        A comment would do by the book, but there are readers that take what comes behind it for a
+        part of it (vLLM's benchmark: such an answer counts as failed).
+        """
+        await self.write(b"\n")
 
     async def end(self) -> None:
         """End, without a word."""
