@@ -602,3 +602,17 @@ def test_nobody_is_told_to_come_back_when_there_is_nothing_to_wait_for():
     with pytest.raises(PoolExhausted) as full:
         cache.acquire(ALICE, CHAT, pack([2]), now=11.0)
     assert full.value.retry_after_s == 0.0
+
+
+def test_a_worker_may_ask_for_a_namespace_that_it_is_not_attached_to_if_it_says_so():
+    cache = PrefixCache(8, 4)
+    me, own, other = WorkerId(1), Namespace("own"), Namespace("other")
+    cache.attach(me, own, now=0.0)
+    with pytest.raises(NotFound, match="not attached"):
+        cache.acquire(me, other, pack([1, 2, 3]), now=0.0)
+    grant = cache.acquire(me, other, pack([1, 2, 3, 4, 5]), attached=False, now=0.0)
+    cache.commit(me, grant.lease, 5, now=0.0)
+    cache.release(me, grant.lease, now=0.0)
+    assert cache.lookup(other, pack([1, 2, 3, 4, 9])).num_hit == 4
+    assert cache.lookup(own, pack([1, 2, 3, 4, 9])).num_hit == 0
+    cache.check()

@@ -114,3 +114,14 @@ def test_what_is_stored_in_part_is_not_evicted_too(partial: Partial) -> None:
     grant = cache.acquire(ME, HERE, pack([7] * 8 + [1] * 8 + [9]), now=0.0)
     told = grant.ledger
     assert (told.hit, told.partial + told.granularity, told.evicted, told.cold) == (8, 2, 6, 1)
+
+
+def test_what_parts_inside_a_ghost_is_not_found_below_it_again() -> None:
+    ghosts, root = Ghosts(10, 16), Root(HERE)
+    above = ghost(root, 1, 2)
+    ghosts.bury(root, above)
+    ghosts.bury(above, ghost(above, 2))
+    assert ghosts.match(root, pack([1] * 8 + [2] * 4), 0) == 4 * 12
+    parting = pack([1] * 4 + [2] * 8)
+    assert ghosts.match(root, parting, 0) == 4 * 4
+    assert sum(size for size, _ in ghosts.trail(root, parting, 0)) == 4 * 4

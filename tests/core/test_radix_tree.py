@@ -205,3 +205,14 @@ def test_the_best_partial_block_is_found_among_any_number_of_siblings(fan_out: i
         shelf.store([S, S, S, S, S, index, index, index])
     wanted = fan_out // 2
     assert shelf.find([S] * 5 + [wanted, wanted, 9999]) == (4, 3)
+
+
+def test_what_is_evicted_beside_a_path_leaves_it_whole_and_as_evictable_as_it_was():
+    shelf = Shelf()
+    kept = shelf.store([S] * 8)
+    shelf.store([A] * 8)
+    shelf.store([B] * 8)
+    assert shelf.tree.evict_beside(kept, 6).tolist() == [2, 3, 4, 5], "and nothing of what is kept"
+    shelf.tree.check([shelf.root], shelf.locks)
+    assert shelf.runs() == [[0, 1]]
+    assert shelf.tree.evict(2).tolist() == [0, 1]
