@@ -616,3 +616,18 @@ def test_a_worker_may_ask_for_a_namespace_that_it_is_not_attached_to_if_it_says_
     assert cache.lookup(other, pack([1, 2, 3, 4, 9])).num_hit == 4
     assert cache.lookup(own, pack([1, 2, 3, 4, 9])).num_hit == 0
     cache.check()
+
+
+def test_such_a_namespace_counts_among_those_that_there_may_be():
+    cache = PrefixCache(8, 4, max_namespaces=3)
+    me, tokens = WorkerId(1), pack([1, 2, 3])
+    cache.attach(me, Namespace("own"), now=0.0)
+    held = [
+        cache.acquire(me, Namespace("m", salt=salt), tokens, attached=False, now=0.0)
+        for salt in "ab"
+    ]
+    with pytest.raises(PoolExhausted, match="3 namespaces are known, --max-namespaces allows no"):
+        cache.acquire(me, Namespace("m", salt="c"), tokens, attached=False, now=0.0)
+    cache.release(me, held[0].lease, now=0.0)
+    cache.acquire(me, Namespace("m", salt="c"), tokens, attached=False, now=0.0)
+    cache.check()
