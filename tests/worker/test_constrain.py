@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import random
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.errors import CacheError, InvalidRequest, Unsupported
 from prefixcache_worker.engine import Engine
-from prefixcache_worker.grammar import read_grammar
+from prefixcache_worker.grammar import MOST_LEVELS, read_grammar
 from prefixcache_worker.model import Model
 from prefixcache_worker.request import Failed, Finished, Request, Started, Token
 from prefixcache_worker.sampling import Sampling
@@ -314,6 +316,29 @@ def test_a_grammar_that_takes_too_much_ends_its_answer_and_nothing_else(model: M
     assert engine.idle
     want = answers(engine, Request("other", PROMPT, 20, SEEDED))["other"]
     assert want.tokens == next(e for e in events if isinstance(e, Finished)).tokens
+
+
+def test_as_many_levels_as_there_may_be_fit_on_a_small_stack(model: Model) -> None:
+    """Of a thread where the machine bounds no stack: 2 MiB.  One that is full ends the process."""
+    parts: dict[str, Any] = {"d0": {"type": "null"}}
+    for number in range((MOST_LEVELS - 3) // 3):
+        following = {"n": {"$ref": f"#/$defs/d{number}"}}
+        parts[f"d{number + 1}"] = {"type": "object", "properties": following, "required": ["n"]}
+    schema = {"$defs": parts, "$ref": f"#/$defs/{list(parts)[-1]}"}
+    found: list[Any] = []
+
+    def compile_it() -> None:
+        found.append(model.grammars.constraint(read_grammar({"schema": schema})))
+        found[0].prepare()
+
+    before = threading.stack_size(2 << 20)
+    try:
+        thread = threading.Thread(target=compile_it)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join(PATIENCE_S)
+    assert found[0].fits
 
 
 def test_a_model_without_a_fitting_tokenizer_says_so(tiny: Model) -> None:

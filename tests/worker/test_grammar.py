@@ -30,6 +30,16 @@ def many(count: int) -> dict[str, Any]:
     return {"properties": {f"p{number}": {} for number in range(count)}}
 
 
+def chain(count: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Definitions of which each refers to the next one: from its items, its property, or itself."""
+    parts: dict[str, Any] = {f"d{count}": more}
+    for number in range(count):
+        following = {"$ref": f"#/$defs/d{number + 1}"}
+        inside = {"items": {"items": following}, "properties": {"properties": {"p": following}}}
+        parts[f"d{number}"] = inside.get(next(iter(more)), more | following)
+    return {"$defs": parts, "$ref": "#/$defs/d0"}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -68,6 +78,21 @@ def many(count: int) -> dict[str, Any]:
         ({"schema": {"enum": ["x" * 300_000]}}, "more than 262,144 characters"),
         ({"schema": {"enum": [0] * 100_000}}, "more than 262,144 characters"),
         ({"schema": many(MOST_PROPERTIES + 1)}, "more than 2,048 properties"),
+        ({"schema": {"required": ["a"] * (MOST_PROPERTIES + 1)}}, "more than 2,048 properties"),
+        ({"schema": chain(1100, {"items": {}})}, "refers to has 2,202 levels together"),
+        ({"schema": chain(1500, {"properties": {}})}, "refers to has 4,502 levels together"),
+        ({"schema": chain(13, {"pattern": "x"})}, "14 patterns and formats must hold together"),
+        ({"schema": {"allOf": [{"pattern": f"x{n}"} for n in range(20)]}}, "20 patterns and"),
+        (
+            {"schema": {"allOf": [{"anyOf": [{"format": "date"}, {"pattern": "x"}]}] * 13}},
+            "13 patterns and formats",
+        ),
+        ({"schema": {"pattern": "(a?)" * 5000}}, "more than 16,384 characters"),
+        ({"schema": {"patternProperties": {"(a?)" * 5000: {}}}}, "more than 16,384 characters"),
+        (
+            {"schema": {"$ref": "#a", "$defs": {"b": {"$anchor": "a"}}}},
+            r"names a part by .anchor or .id",
+        ),
         ({"schema": {"const": "\udc00"}}, "half a character"),
         (
             {"schema": {"maximum": 10**4000}},
@@ -112,3 +137,14 @@ def test_special_tokens_are_told_from_their_text() -> None:
     assert f'call_0: {json.dumps(CALL["begin"])} call_0_value "}}"' in rules
     plain = read_grammar({"calls": calls, "text": True}).lark({})
     assert 'head[lazy]: TEXT "[CALLS]"' in plain
+
+
+def test_what_is_referred_to_may_be_as_much_as_people_write() -> None:
+    node = {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}, "$ref": {}}}
+    day = {"type": "string", "pattern": "^[0-9]+$", "format": "date"}
+    fields = {f"p{number}": {"$ref": "#/$defs/day", "description": "a day"} for number in range(90)}
+    parts = {"n": node, "day": day, "a/b": {"allOf": [{"$ref": "#/$defs/day"}, day]}}
+    whole = {"$defs": parts, "properties": fields | {"n": {"$ref": "#/$defs/a~1b"}}}
+    read_grammar({"schema": whole | {"const": {"$ref": "http://a.example/"}}})
+    read_grammar({"schema": chain(200, {"items": {}})})
+    read_grammar({"schema": chain(11, {"pattern": "x"})})

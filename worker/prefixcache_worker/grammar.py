@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Final
+from urllib.parse import unquote
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
@@ -26,11 +27,20 @@ from prefixcache.plain_json import json_text
 LONGEST_SCHEMAS: Final = 256 << 10
 """Characters of a grammar's schemas together, as JSON."""
 MOST_PROPERTIES: Final = 2048
-"""Properties of a grammar's objects together: what compiling takes grows with their square."""
+"""Properties of a grammar's objects together, and names that they require: what compiling takes
+grows with their square."""
 MOST_BRANCHES: Final = 100
 """Ways of a grammar's `anyOf` together that are no plain values: what a mask takes may grow with
 their cube, where each leads to all of them again."""
 DEEPEST: Final = 64
+MOST_LEVELS: Final = 512
+"""Levels of all that is referred to, together: where one refers to the next, and that to the next,
+they are compiled inside of each other, and a stack that is full ends the process."""
+MOST_TOGETHER: Final = 12
+"""Patterns and formats that one text must match together: with two more compiling takes five times
+as long."""
+LONGEST_PATTERNS: Final = 16 << 10
+"""Characters of a grammar's patterns together."""
 MOST_CALLS: Final = 128
 """Different ones."""
 MOST_CHOICES: Final = 1024
@@ -228,9 +238,10 @@ def _value(found: Mapping[str, Any], where: str) -> Value:
 
 def _check_schemas(values: Iterable[Value]) -> None:
     """Bound what compiling takes."""
-    size = num_properties = num_branches = 0
+    size = num_properties = num_branches = num_required = pattern_size = 0
     steps = 1
     for value in values:
+        _check_references(value.schema)
         for key, one, depth in _walk(value.schema):
             if depth > DEEPEST:
                 raise InvalidRequest(f"grammar: a schema is nested more than {DEEPEST} deep")
@@ -246,6 +257,12 @@ def _check_schemas(values: Iterable[Value]) -> None:
                 size += sum(len(name) + 4 for name in one)
                 if key in ("properties", "patternProperties"):
                     num_properties += len(one)
+                if key == "patternProperties":
+                    pattern_size += sum(map(len, one))
+                if isinstance(pattern := one.get("pattern"), str):
+                    pattern_size += len(pattern)
+                if isinstance(required := one.get("required"), list):
+                    num_required += len(required)
                 num_branches += sum(_num_branches(one.get(name)) for name in _WAYS)
             elif isinstance(one, int | float) and not isinstance(one, bool):
                 steps = _bounded(key, one, steps)
@@ -258,10 +275,97 @@ def _check_schemas(values: Iterable[Value]) -> None:
                     f"grammar: its schemas have more than {MOST_BRANCHES} ways in anyOf and oneOf "
                     "that may be objects or lists"
                 )
-            if num_properties > MOST_PROPERTIES:
+            if max(num_properties, num_required) > MOST_PROPERTIES:
                 raise InvalidRequest(
-                    f"grammar: its schemas have more than {MOST_PROPERTIES:,} properties"
+                    f"grammar: its schemas have more than {MOST_PROPERTIES:,} properties, or names "
+                    "that they require"
                 )
+            if pattern_size > LONGEST_PATTERNS:
+                raise InvalidRequest(
+                    f"grammar: its patterns have more than {LONGEST_PATTERNS:,} characters"
+                )
+
+
+def _check_references(schema: Mapping[str, Any]) -> None:
+    """Bound what comes of a schema that refers to its parts.
+
+    Raises:
+        InvalidRequest: too many levels are in each other so, or patterns must hold together; or it
+            names its parts in a way that is not followed here.
+    """
+    objects = [one for _, one, _ in _walk(schema) if isinstance(one, dict)]
+    found: dict[int, Any] = {}
+    for one in objects:
+        if isinstance(reference := one.get("$ref"), str):
+            found[id(one)] = target = _target(schema, reference)
+            if target is None and any("$anchor" in each or "$id" in each for each in objects):
+                raise InvalidRequest(
+                    f"grammar: $ref {_show(reference)} names a part by $anchor or $id; write where "
+                    "it is, as #/$defs/name"
+                )
+    targets = {id(one): one for one in found.values()}
+    levels = sum(map(_num_levels, targets.values()))
+    if levels > MOST_LEVELS:
+        raise InvalidRequest(
+            f"grammar: what a schema refers to has {levels:,} levels together; at most "
+            f"{MOST_LEVELS:,}"
+        )
+    known: dict[int, int] = {}
+    try:
+        most = max((_num_together(one, found, known) for one in objects), default=0)
+    except RecursionError:
+        raise InvalidRequest("grammar: a schema refers to itself too deeply") from None
+    if most > MOST_TOGETHER:
+        raise InvalidRequest(
+            f"grammar: {most:,} patterns and formats must hold together (allOf, or beside a $ref); "
+            f"at most {MOST_TOGETHER}"
+        )
+
+
+def _num_levels(schema: Any) -> int:
+    """Count the objects and lists that are in each other."""
+    return max(1 + depth * isinstance(one, dict | list) for _, one, depth in _walk(schema))
+
+
+def _target(schema: Mapping[str, Any], reference: str) -> Any:
+    """Find what a reference names inside of a schema; None: it names nothing there by its place."""
+    where, _, pointer = reference.partition("#")
+    if where or (pointer and not pointer.startswith("/")):
+        return None
+    found: Any = schema
+    for name in pointer.split("/")[1:]:
+        name = unquote(name).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(name)
+        elif isinstance(found, list) and name.isascii() and name.isdecimal():
+            found = found[int(name[:9])] if int(name[:9]) < len(found) else None
+        else:
+            found = None
+    return found
+
+
+def _num_together(one: Any, targets: Mapping[int, Any], known: dict[int, int]) -> int:
+    """Count the patterns and formats that a text of this schema must match, each once.
+
+    Args:
+        one: the schema.
+        targets: what references name, by the `id` of what holds them.
+        known: what was counted already; is added to.
+    """
+    if not isinstance(one, dict):
+        return 0
+    if id(one) not in known:
+        known[id(one)] = 0  # what refers to itself is counted once
+        parts = one.get("allOf")
+        inner = [*parts] if isinstance(parts, list) else []
+        inner.append(targets.get(id(one)))
+        count = sum(isinstance(one.get(name), str) for name in ("pattern", "format"))
+        count += sum(_num_together(part, targets, known) for part in inner)
+        for ways in (one.get(name) for name in _WAYS):
+            if isinstance(ways, list):
+                count += max((_num_together(way, targets, known) for way in ways), default=0)
+        known[id(one)] = count
+    return known[id(one)]
 
 
 def _num_branches(ways: Any) -> int:
