@@ -168,6 +168,19 @@ def test_what_needs_a_memory_or_another_model_is_refused_by_name(name: str, valu
     test_a_wrong_value_is_refused_by_name(RESPONSES, name, value)
 
 
+@pytest.mark.parametrize("name", ["\u202ename", "\x1b[2J", "\ufeff", "n" * 5000, "a\nb"])
+@pytest.mark.parametrize("body", [CHAT, RESPONSES])
+def test_a_name_of_a_client_s_is_told_shortly_and_as_it_can_be_shown(body: str, name: str) -> None:
+    fields = {"stream_options", "metadata", "text", "reasoning", ""} & {"", *OF[body]}
+    for field in fields:
+        with pytest.raises(Refused) as told:
+            read({field: {name: 5}} if field else {name: 5}, body)
+        for said in (str(told.value), told.value.param or ""):
+            assert said.isprintable()
+            assert "\ufeff" not in said
+            assert len(said) < 300
+
+
 def test_the_page_has_the_table_of_the_code() -> None:
     assert table() in PAGE.read_text()
     assert {field.effect for field in FIELDS} == {USED, ACCEPTED, REFUSED}

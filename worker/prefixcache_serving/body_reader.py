@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from starlette.types import Receive, Scope
 
+from prefixcache.prompts.logged_request import plain_name
 from prefixcache_serving.fields import is_text, show
 from prefixcache_serving.refusals import Refused
 from prefixcache_serving.shares import Shares
@@ -165,7 +166,7 @@ def _refuse_halves(found: Any) -> None:
         if not (is_text(name) and _is_whole(value)):
             raise Refused(
                 f"{show(name)[1:-1]} holds half a character (U+D800 to U+DFFF): that is no text",
-                param=name if is_text(name) and isinstance(found, dict) else None,
+                param=plain_name(name) if is_text(name) and isinstance(found, dict) else None,
                 code="invalid_value",
             )
 

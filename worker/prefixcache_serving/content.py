@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from prefixcache_serving.fields import show, text, wrong
+from prefixcache_serving.fields import inside, show, text, wrong
 from prefixcache_serving.refusals import Refused
 
 TEXT: Final = text(2**31)
@@ -44,7 +44,7 @@ def refuse_others(given: Mapping[str, Any], where: str, *names: str) -> None:
         if key not in names and value is not None:
             raise Refused(
                 f"unknown field {show(key)} in {where}: it would have no effect here",
-                param=f"{where}.{key[:64]}",
+                param=inside(where, key),
                 code="unknown_field",
             )
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from prefixcache.plain_json import json_text
+from prefixcache.prompts.logged_request import plain_name
 from prefixcache_serving.refusals import Refused
 
 USED, ACCEPTED, REFUSED = "used", "accepted", "refused"
@@ -69,6 +70,11 @@ def show(value: Any) -> str:
     if isinstance(value, str):
         return ascii(value if len(value) <= 40 else value[:40] + "...")
     return repr(value)
+
+
+def inside(where: str, name: str) -> str:
+    """Name what stands in an object under a name of a client's: shortly, and as it can be shown."""
+    return f"{where}.{plain_name(name)}"
 
 
 def anything(value: Any, name: str) -> Any:
@@ -173,10 +179,12 @@ def stream_options(value: Any, name: str) -> bool:
     for key, one in object_(value, name).items():
         if key not in ("include_usage", "include_obfuscation"):
             raise Refused(
-                f"unknown field {show(key)} in {name}", param=f"{name}.{key}", code="unknown_field"
+                f"unknown field {show(key)} in {name}",
+                param=inside(name, key),
+                code="unknown_field",
             )
         if one is not None:
-            flag(one, f"{name}.{key}")
+            flag(one, inside(name, key))
     return value.get("include_usage") is True
 
 
@@ -185,10 +193,12 @@ def stream_obfuscation(value: Any, name: str) -> None:
     for key, one in object_(value, name).items():
         if key != "include_obfuscation":
             raise Refused(
-                f"unknown field {show(key)} in {name}", param=f"{name}.{key}", code="unknown_field"
+                f"unknown field {show(key)} in {name}",
+                param=inside(name, key),
+                code="unknown_field",
             )
         if one is not None:
-            flag(one, f"{name}.{key}")
+            flag(one, inside(name, key))
 
 
 def included(value: Any, name: str) -> bool:
@@ -208,7 +218,7 @@ def only(**taken: Any) -> Check:
         for key, one in object_(value, name).items():
             if one is None or (key in taken and one == taken[key]):
                 continue
-            where = f"{name}.{key[:64]}"
+            where = inside(name, key)
             if key in taken:
                 raise Refused(
                     f"{where} is not served otherwise than {json_text(taken[key])}",
@@ -247,7 +257,7 @@ def biases(value: Any, name: str) -> dict[str, float]:
 def texts_by_name(value: Any, name: str) -> dict[str, Any]:
     """Take metadata: texts by name."""
     for key, one in object_(value, name).items():
-        text(512)(one, f"{name}.{key[:64]}")
+        text(512)(one, inside(name, key))
     return dict(value)
 
 
@@ -408,7 +418,7 @@ def read(body: Any, kind: str) -> dict[str, Any]:
             raise Refused(
                 f"unknown field {show(name)}: it would have no effect here. The fields are listed "
                 "in docs/serving.md",
-                param=name[:64],
+                param=plain_name(name),
                 code="unknown_field",
             )
         if value is None or (field.effect == REFUSED and field.asks_for_nothing(value)):
