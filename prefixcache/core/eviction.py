@@ -386,8 +386,7 @@ class Lanes:
         heappush(self._heaps[policy.lane(node)].fresh, (policy.key(node), self._serial, node))
         if self._tidying.is_on:
             self._tidying.seen.add(node)
-        if self._tidying.is_due(self._size):
-            self._tidy()
+        self._tidy_if_due()
 
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first; None if there is none.
@@ -445,8 +444,16 @@ class Lanes:
         """
         if node.queued == 1:
             self._tidying.note_dead()
-            if self._tidying.is_due(self._size):
-                self._tidy()
+            self._tidy_if_due()
+
+    def _tidy_if_due(self) -> None:
+        """Look at some entries, if many may be dead.  O(log leaves).
+
+        What was begun goes on to its end: a leaf may have several entries, and else as many would
+        come meanwhile as are dropped.
+        """
+        if self._tidying.is_on or self._tidying.is_due(self._size):
+            self._tidy()
 
     def _tidy(self) -> None:
         """Look at some entries; keep one for each living leaf, where it belongs.  O(log leaves)."""

@@ -174,6 +174,16 @@ def ask_the_same(cache: PrefixCache, number: int) -> None:
     cache.release(ME, ask(cache, SPACE, range(at, at + 5), number / 1e4), now=number / 1e4)
 
 
+def use_whole_blocks(cache: PrefixCache, number: int) -> None:
+    """Use the same two leaves again and again, to their end, while others lie there untouched."""
+    at, now = 100 * number if number < 8 else number % 2, number / 1e4
+    cache.attach(ME, SPACE, now=now)
+    grant = cache.acquire(ME, SPACE, pack(range(at, at + 5)), now=now)
+    assert isinstance(grant, Grant)
+    cache.commit(ME, grant.lease, 4, now=now)
+    cache.release(ME, grant.lease, now=now)
+
+
 def give_up_waiting(cache: PrefixCache, number: int) -> None:
     """Wait for what another computes, and give up, while somebody else waits on."""
     cache.attach(ME, SPACE, now=0.0)
@@ -238,6 +248,7 @@ def levels_for_hours(cache: PrefixCache, number: int) -> None:
 
 CASES = [
     *[(policy, habit) for policy in POLICIES for habit in (ask_the_same, use_once)],
+    *[(policy, use_whole_blocks) for policy in ("slru", "priority")],
     ("lru", come_back),
     *[("lru", one) for one in (give_up_waiting, go_back_and_forth, reset_each_time)],
     *[("lru", one) for one in (one_tenant_each, one_worker_each)],

@@ -115,7 +115,7 @@ class _TimedLanes(Lanes):
             heappush(self._ends.fresh, (node.mark[1], self._serial, node))
             if self._looking.is_on:
                 self._looking.seen.add(node)
-            if self._looking.is_due(len(self._ends)):
+            if self._looking.is_on or self._looking.is_due(len(self._ends)):
                 self._tidy_ends()
 
     def expire(self, now: float) -> None:
