@@ -24,12 +24,20 @@ def test_the_second_best_further_away_is_a_wrong_answer():
     assert found.shared_logit == 8.99
 
 
-def test_a_token_that_is_not_among_the_two_best_is_a_wrong_answer():
+def test_a_token_that_is_not_among_the_best_is_a_wrong_answer():
     found = first_difference("a/1", [1, 77], [1, 2], LOGITS)
     assert found is not None
     assert not found.tie
     assert found.shared_logit is None
-    assert "not among the two best" in str(found)
+    assert "not among the best" in str(found)
+
+
+def test_of_three_that_are_equally_good_each_is_a_numerical_tie():
+    tops = [TopTwo(1, 9.0, 2, 9.0, ((3, 8.9995), (4, 8.0)))]
+    for token, is_tie in ((2, True), (3, True), (4, False), (5, False)):
+        found = first_difference("a/1", [token], [1], tops)
+        assert found is not None
+        assert found.tie is is_tie
 
 
 def test_an_answer_that_ends_earlier_or_later_is_a_wrong_answer():

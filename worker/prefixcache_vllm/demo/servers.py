@@ -40,7 +40,8 @@ STILL_S: Final = 15.0
 """How often one that starts is spoken of."""
 STOP_S: Final = 12.0
 """How long it may take to end by itself."""
-NUM_TOPS: Final = 2
+NUM_TOPS: Final = 5
+"""In bfloat16 more than two tokens may be equally good."""
 _ENGINE: Final = re.compile(r"vllm-engine-(\d+)")
 SHARED: Final = Path("/dev/shm")  # noqa: S108 - what the kernel shares memory through
 POOLS: Final = "prefixcache-"
@@ -276,7 +277,7 @@ class Server(Child):
                 cached = cached if piece.cached is None else piece.cached
                 for i, token in enumerate(piece.tokens):
                     event: dict[str, Any] = {"event": "token", "id": name, "token": token}
-                    if i < len(piece.tops) and len(piece.tops[i]) >= NUM_TOPS:
+                    if i < len(piece.tops) and len(piece.tops[i]) > 1:
                         event["top"] = piece.tops[i][:NUM_TOPS]
                     self._hear(event, now)
                 answer += piece.tokens

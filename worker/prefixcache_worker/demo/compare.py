@@ -41,7 +41,7 @@ class Difference:
     """None if the answer ended here."""
     unshared_token: int | None
     shared_logit: float | None
-    """The unshared run's logit of `shared_token`; None if it was not among the two best."""
+    """The unshared run's logit of `shared_token`; None if it was not among the best."""
     unshared_logit: float | None
     tie: bool
     only_bits: bool = False
@@ -78,7 +78,7 @@ def first_difference(
         request: the request's name, for the report.
         shared: the answer of the shared run, from token `start` on.
         unshared: the answer of the unshared run to the prompt and the `start` tokens.
-        logits: the unshared run's two best tokens at each of its steps.
+        logits: the unshared run's best tokens at each of its steps.
         start: tokens of the answer that are part of the prompt of this comparison.
         tie: logits no further apart are a numerical tie.
         bits: the shared run's two best tokens at each step, to be the same to the bit; None: tokens
@@ -109,13 +109,13 @@ def _judge(
 ) -> Difference:
     if top is None or ours is None or theirs != top.best:
         return Difference(request, position, ours, theirs, None, None, tie=False)
-    logit = top.second_logit if top.second == ours else None
+    logit = top.logit(ours)
     tie = logit is not None and top.best_logit - logit <= most
     return Difference(request, position, ours, theirs, logit, top.best_logit, tie)
 
 
 def _number(logit: float | None) -> str:
-    return "not among the two best" if logit is None else f"{logit:.6f}"
+    return "not among the best" if logit is None else f"{logit:.6f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -206,6 +206,8 @@ def read_ledger(stated: Mapping[str, int]) -> Ledger:
 
 
 def read_top(stated: Sequence[Sequence[float]]) -> TopTwo:
-    """Read the two best tokens of a step, `[[token, logit], [token, logit]]`, best first."""
-    (best, best_logit), (second, second_logit) = stated
-    return TopTwo(int(best), float(best_logit), int(second), float(second_logit))
+    """Read the best tokens of a step, `[[token, logit], [token, logit], ...]`, best first."""
+    (best, best_logit), (second, second_logit), *others = (
+        (int(token), float(logit)) for token, logit in stated
+    )
+    return TopTwo(best, best_logit, second, second_logit, tuple(others))

@@ -35,6 +35,13 @@ class TopTwo:
     best_logit: float
     second: int
     second_logit: float
+    others: tuple[tuple[int, float], ...] = ()
+    """Those behind them with their logits, as far as they are told, best first."""
+
+    def logit(self, token: int) -> float | None:
+        """Give a token's logit; None if it is not told."""
+        known = ((self.best, self.best_logit), (self.second, self.second_logit), *self.others)
+        return next((logit for one, logit in known if one == token), None)
 
 
 @dataclass(slots=True)
