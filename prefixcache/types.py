@@ -261,6 +261,10 @@ class Namespace(NamedTuple):
     adapter: str = ""
     tenant: str = ""
     salt: str = ""
+    approximate: bool = False
+    """What was put together from segments, and all that was computed on top of that: it lies beside
+    what is exact, and is never found by who asks for that.  Nobody names it, and no listener hears
+    of it."""
 
     @property
     def num_characters(self) -> int:
@@ -270,7 +274,8 @@ class Namespace(NamedTuple):
     def __str__(self) -> str:
         """Name it for people, without its salt: that is a secret."""
         named = "/".join(part for part in (self.tenant, self.model, self.adapter) if part)
-        return f"{named} (salted)" if self.salt else named
+        said = f"{named} (salted)" if self.salt else named
+        return f"{said} (approximate)" if self.approximate else said
 
 
 _NO_DTYPE: Final = ("", "bfloat16")
@@ -478,6 +483,63 @@ class Copy(NamedTuple):
     num_tokens: int
 
 
+class Again(NamedTuple):
+    """Which tokens of segments are computed again, over what was moved: the policy of a request.
+
+    >>> str(Again()), str(Again(first=16)), str(Again(share=0.7))
+    ('none', 'first 16', 'deviation 70%')
+    """
+
+    first: int = 0
+    """So many tokens at the beginning of each one."""
+    share: float = 0.0
+    """This share of all of them: those whose keys and values are furthest from fresh ones, which
+    only who computes can tell."""
+
+    def count(self, num_moved: int) -> int:
+        """Give how many of so many moved tokens `share` is.
+
+        >>> Again(share=0.7).count(32)
+        22
+        """
+        return min(num_moved, round(self.share * num_moved))
+
+    def __str__(self) -> str:
+        """Name it as certificates do."""
+        if self.first:
+            return f"first {self.first}"
+        return f"deviation {self.share:.0%}" if self.share else "none"
+
+
+class Segment(NamedTuple):
+    """A run of a prompt that is stored elsewhere: copy it, and turn its keys by `delta`.
+
+    ```
+    stored   … │ block │ block │ …        `source`: position of the first token there
+    prompt   … x │ block │ block │ y …    `start`: its position here; any offset into a block
+    ```
+    Slot by slot, in every layer: token i of the run is in slot `i % block_size` of
+    `blocks[i // block_size]`, and goes to the slot of position `start + i`.
+    """
+
+    start: int
+    source: int
+    blocks: BlockTable
+    """Whole ones; they stay as they are until the lease's first commit, or its end."""
+    num_again: int = 0
+    """So many of its tokens, the first ones, are computed again."""
+
+    @property
+    def delta(self) -> int:
+        """Positions that keys are turned by; values stay."""
+        return self.start - self.source
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether it is the prompt's own beginning, to the bit: nothing of it is computed again."""
+        return self.start == self.source == 0
+
+
 class Ledger(NamedTuple):
     """The fate of each prompt token.  The fields sum to the prompt's length."""
 
@@ -495,6 +557,8 @@ class Ledger(NamedTuple):
     """Stored, but shorter than what can be shared (always at least one token is computed)."""
     resumed: int = 0
     """Computed by this very request, under an earlier lease with the same request id."""
+    approximate: int = 0
+    """Taken from segments, or from what was put together of segments before."""
 
     @property
     def total(self) -> int:
@@ -503,18 +567,23 @@ class Ledger(NamedTuple):
 
     @property
     def reused(self) -> int:
-        """Tokens that need not be computed (again): hit + partial + joined + resumed."""
-        return self.hit + self.partial + self.joined + self.resumed
+        """Tokens that need not be computed (again).
+
+        hit + partial + joined + resumed + approximate.
+        """
+        return self.hit + self.partial + self.joined + self.resumed + self.approximate
 
     @property
     def hit_rate(self) -> float:
-        """Share of the tokens that others had computed; what was resumed is left out of both.
+        """Share of the tokens that others had computed, and that are exact.
+
+        What was resumed is left out of both.
 
         >>> Ledger(hit=30, cold=30, resumed=40).hit_rate
         0.5
         """
         fresh = self.total - self.resumed
-        return (self.reused - self.resumed) / fresh if fresh else 0.0
+        return (self.hit + self.partial + self.joined) / fresh if fresh else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -552,6 +621,11 @@ class Grant(NamedTuple):
     copies: tuple[Copy, ...]
     ledger: Ledger
     ttl_s: float
+    segments: tuple[Segment, ...] = ()
+    """To be put in place after `copies`, and before anything is computed; in order."""
+    approximate: bool = False
+    """Whether what it reads, or computes on top of that, is not what a full prefill gives: others
+    find it only if they ask for segments, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quota import Quotas
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.segments import MOST_EVICTED, Found
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted, QuotaExceeded
 from prefixcache.texts import many
@@ -36,6 +37,8 @@ LARGE_TABLE = 1024
 """Blocks of a table from which on its bytes are counted: the number of leases bounds the others."""
 OWN_TABLE = 8
 """Bytes for each block: the lease's table, and that of the answer which is kept for its request."""
+_NO_BLOCKS: BlockTable = array("i")
+"""Never changed."""
 SHARED_TABLE = 4
 """Bytes for each block of the table that forks share; of each of them, for it may be the last."""
 
@@ -147,6 +150,22 @@ class BlockManager:
             return need, None
         return need, source
 
+    def plan_segments(self, found: Found, num_blocks: int, account: Account) -> int | None:
+        """Say how many blocks of its own a sequence needs that takes segments; None: it may not.
+
+        Changes nothing.  Nothing that it reads is evicted for it, and not very much else at once.
+        """
+        need = num_blocks - found.num_in_place // self._width
+        held = len(found.donors) + (found.source is not None)
+        short = need - self.pool.num_free
+        if short > 0 and short > min(self.num_obtainable(found.kept) - held, MOST_EVICTED):
+            return None
+        try:
+            self.admit(need, account, found.kept)
+        except PoolExhausted:
+            return None
+        return need
+
     def _refuse_beyond_share(self, tenant: str, need: int) -> None:
         """Lend nothing to a tenant whose quarantined blocks are its part of the pool already."""
         try:
@@ -222,6 +241,28 @@ class BlockManager:
         lease.source = source
         lease.committed += match.partial_tokens
         return (Copy(source, BlockId(fresh[0]), match.partial_tokens),)
+
+    def allocate_segments(
+        self, lease: Lease, found: Found, match: Match, node: Node, need: int
+    ) -> tuple[Copy, ...]:
+        """Give a new lease its table, and hold what its segments are moved from.
+
+        Returns:
+            The copy to make first, if part of a block is reused.
+        """
+        if found.donors:
+            self.pool.add_refs(found.donors)
+            lease.donors = found.donors
+        if found.is_beside:
+            return self.allocate(lease, match, node, need, found.source)
+        if found.source is not None:
+            self.pool.add_ref(found.source)
+        self.allocate(lease, match, node, need, None)
+        if found.source is None:
+            return ()
+        lease.source = found.source
+        at = found.kept.end // self._width
+        return (Copy(found.source, BlockId(lease.table[at]), found.num_source),)
 
     def commit(self, lease: Lease, num_tokens: int) -> int:
         """Index a lease's blocks up to `num_tokens`.  O(new tokens + nodes passed).
@@ -388,7 +429,7 @@ class BlockManager:
             How many blocks became free, and how many are quarantined.
         """
         free_before = self.pool.num_free + self.tree.forgotten_evictable
-        if lease.source is not None:
+        if lease.source is not None or lease.donors:
             self.release_copy_source(lease)
         private = lease.private_blocks()
         if lease.tail_is_shared:
@@ -451,7 +492,13 @@ class BlockManager:
             self.pool.release(absorbed)
 
     def release_copy_source(self, lease: Lease) -> None:
-        """Let go of the block that a lease's copy read."""
+        """Let go of what a lease's copies read."""
         if lease.source is not None:
             self.pool.release_one(lease.source)
             lease.source = None
+        if lease.donors:
+            self.pool.release(lease.donors)
+            lease.donors = _NO_BLOCKS
+            if lease.base is not None:
+                self._unlock(lease.base)
+                lease.base = None

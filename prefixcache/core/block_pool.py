@@ -218,6 +218,15 @@ class BlockPool:
             self._state[block] = _SHARED
         self.refs[block] = self.refs.get(block, 0) + 1
 
+    def add_refs(self, blocks: BlockTable) -> None:
+        """Add an owner to each of some live blocks, all of them different ones.  O(blocks)."""
+        states = np.frombuffer(blocks, np.int32)
+        if not np.isin(self._states[states], (_LIVE, _SHARED)).all():
+            raise AssertionError("a block that is not live cannot be shared")
+        self._states[states] = _SHARED
+        refs = self.refs
+        refs.update([(block, refs.get(block, 0) + 1) for block in blocks])
+
     def quarantine(self, worker: WorkerId, lease: LeaseId, ids: BlockTable) -> int:
         """Set live blocks aside that `worker` may still write to, though its `lease` has ended.
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from prefixcache.core import bulk_load, explain, introspect, invariants, stats
 from prefixcache.core.block_manager import LARGE_TABLE, SHARED_TABLE
 from prefixcache.core.block_pool import BlockPool, Wipe, WriteListener
-from prefixcache.core.kv_events import IndexListener, IndexListeners, Replay
+from prefixcache.core.kv_events import ExactOnly, IndexListener, IndexListeners, Replay
 from prefixcache.core.lease import Worker
 from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Root, blocks_below
@@ -37,13 +37,23 @@ from prefixcache.core.policies import policy_named
 from prefixcache.core.policies.priority import HIGHEST, LOWEST, Priority
 from prefixcache.core.protection import ProtectedQueue
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.rolling_index import RollingIndex
+from prefixcache.core.segments import Segments, beside, check_again
 from prefixcache.core.stats import FlightInfo, SeriesCounts
 from prefixcache.core.wait_queue import Extension, Request
-from prefixcache.errors import CacheError, InvalidRequest, NotFound, PoolExhausted, QuotaExceeded
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    NotFound,
+    PoolExhausted,
+    QuotaExceeded,
+    Unsupported,
+)
 from prefixcache.outline import Order, Outline
 from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
+    Again,
     BlockTable,
     Checked,
     Committed,
@@ -100,6 +110,9 @@ class PrefixCache:
         history_bytes: What may be remembered for people, for `explain` and the stats, of requests
             that are over.  It decides nothing: experiments, which only count, do with 0.
         first_block: The id of the first block: what is below it is memory that nobody is ever lent.
+        segments_secret: At least 16 bytes that nobody else knows: keep an index of all whole
+            blocks, in which requests that ask for segments find tokens at other places.  By
+            default none is kept, and such requests are refused.
 
     Raises:
         InvalidRequest: an argument is out of range.
@@ -113,7 +126,7 @@ class PrefixCache:
     >>> cache.release(me, first.lease, now=0.2).num_freed
     0
     >>> cache.acquire(me, space, pack([*range(10), 99]), now=0.3).ledger
-    Ledger(hit=8, partial=2, joined=0, cold=1, evicted=0, granularity=0, resumed=0)
+    Ledger(hit=8, partial=2, joined=0, cold=1, evicted=0, granularity=0, resumed=0, approximate=0)
     """
 
     def __init__(
@@ -133,6 +146,7 @@ class PrefixCache:
         max_table_bytes: int = 1 << 30,
         history_bytes: int = 1 << 20,
         first_block: int = 0,
+        segments_secret: bytes | None = None,
     ) -> None:
         if num_blocks < 1:
             raise InvalidRequest(f"a pool of {num_blocks} blocks holds nothing; give at least 1")
@@ -164,6 +178,15 @@ class PrefixCache:
             max_table_bytes=max_table_bytes,
             history_bytes=history_bytes,
         )
+        if segments_secret is not None:
+            index = RollingIndex(first_block + num_blocks, block_size, segments_secret)
+            self._lessor.segments = Segments(tree, index, self.partial)
+            self.observe(index)
+
+    @property
+    def finds_segments(self) -> bool:
+        """Whether requests may ask for segments."""
+        return self._lessor.segments is not None
 
     @property
     def num_indexed(self) -> int:
@@ -366,10 +389,12 @@ class PrefixCache:
         reuse: bool = True,
         min_partial: int = 0,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Grant | Waiting:
         """Match, protect and allocate, in one step.
 
-        O(nodes on the path + new blocks).  At least one token is left to compute, for its logits.
+        O(nodes on the path + new blocks), with segments also O(tokens, up to 16,384).  At least one
+        token is left to compute, for its logits.
 
         Args:
             worker: Who asks; attached to `namespace`, unless `attached` is False.
@@ -388,14 +413,20 @@ class PrefixCache:
                 for a single token, more than a block has for none.
             for_room: If False, it waits for a prefix only: where there is no room it is refused at
                 once (for who can do without).
+            segments: If given, what of the prompt is stored elsewhere may be used as well, and says
+                what of it is computed again.  An approximation: the answer is not that of a full
+                prefill, and the grant says `approximate` where anything was found.  What such a
+                lease commits is found only by who asks for segments, too.  Where there is no room
+                for the copies, or its namespace has a quota of its own, it is served exactly.
             now: The time.
 
         Returns:
             The grant; or `Waiting`, and the outcome comes from `take_outcomes`.
 
         Raises:
-            InvalidRequest: no tokens, a torn token, more than the pool can ever hold, or the
-                request id of a lease that was asked for with something else.
+            InvalidRequest: no tokens, a torn token, more than the pool can ever hold, the request
+                id of a lease that was asked for with something else, or segments without reuse.
+            Unsupported: segments, of which no index is kept here.
             NotFound: the worker is not attached to the namespace.
             PoolExhausted: not enough blocks are free or evictable now; or, if it chose to wait,
                 too many wait for room; or prompts that wait or are computed, or tables, take all
@@ -409,11 +440,19 @@ class PrefixCache:
             raise InvalidRequest(f"cannot reserve {reserve} tokens; give 0 or more")
         if min_partial < 0:
             raise InvalidRequest(f"cannot reuse from {min_partial} tokens on; give 0 or more")
+        if segments is not None:
+            if lessor.segments is None:
+                raise Unsupported(
+                    "no index of segments is kept here: serve with --segments, or ask without"
+                )
+            if not reuse:
+                raise InvalidRequest("segments are reused: ask without them, or with reuse")
+            check_again(segments)
         if not attached:
             lessor.make_way(namespace)
             lessor.root(namespace)
         request = Request(
-            worker, namespace, tokens, reserve, request_id, reuse, min_partial, for_room
+            worker, namespace, tokens, reserve, request_id, reuse, min_partial, for_room, segments
         )
         return lessor.acquire(member, request, wait_s, now)
 
@@ -741,8 +780,20 @@ class PrefixCache:
         """Forget a namespace's prefixes.  Amortised O(1), also while leases are out.
 
         Leases keep their blocks until they end; all other blocks of the namespace are the first to
-        be reused.
+        be reused.  What is approximate beside it goes with it.
         """
+        lessor = self._lessor
+        if lessor.segments is None or namespace.approximate:
+            return self._reset(namespace)
+        exact, other = self._reset(namespace), self._reset(beside(namespace))
+        return Reset(
+            exact.num_blocks + other.num_blocks,
+            exact.num_leased + other.num_leased,
+            exact.num_leases + other.num_leases,
+            exact.num_pins,
+        )
+
+    def _reset(self, namespace: Namespace) -> Reset:
         lessor = self._lessor
         root = lessor.roots.get(namespace)
         if root is None:
@@ -752,7 +803,7 @@ class PrefixCache:
         lessor.tree.drop_namespace(root)
         lessor.roots[namespace] = fresh = Root(namespace)
         lessor.blocks.quotas.open(fresh)
-        if lessor.oplog is not None:
+        if lessor.oplog is not None and not namespace.approximate:
             lessor.oplog((RESET, 0, 0, b"", namespace))
         return Reset(
             num_blocks=root.num_blocks,
@@ -1037,11 +1088,15 @@ class PrefixCache:
     def observe(self, listener: IndexListener, writes: WriteListener | None = None) -> None:
         """Tell `listener` of every change of the index from now on, beside those told already.
 
+        Nobody is told of what is approximate.
+
         Args:
             listener: Hears of the index.
             writes: Hears which blocks may be written to; at most one does.
         """
         tree = self._lessor.tree
+        if self._lessor.segments is not None:
+            listener = ExactOnly(listener)
         tree.listener = (
             listener if tree.listener is None else IndexListeners(tree.listener, listener)
         )
@@ -1088,6 +1143,9 @@ class PrefixCache:
         for root in lessor.roots.values():
             indexed.extend(blocks_below(root))
         lessor.blocks.pool.restore(indexed, aside, worker)
+        if lessor.segments is not None:
+            for _ in self.replay(lessor.segments.index).run():
+                pass
         lessor.blocks.last_tenant.restore(
             (root.namespace.tenant, blocks_below(root)) for root in lessor.roots.values()
         )

@@ -145,7 +145,7 @@ def _elsewhere(
     tree, found = lessor.blocks.tree, []
     limit = len(tokens) - TOKEN_BYTES
     for space, root in islice(lessor.roots.items(), _MOST_ELSEWHERE):
-        if space == namespace or space.tenant != namespace.tenant:
+        if space == namespace or space.tenant != namespace.tenant or space.approximate:
             continue
         if space.salt not in ("", namespace.salt):
             continue

@@ -29,7 +29,7 @@ from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Node, Root
 from prefixcache.core.quota import Quotas
 from prefixcache.core.wait_queue import Request
-from prefixcache.types import BlockTable, Checked
+from prefixcache.types import TOKEN_BYTES, BlockTable, Checked
 
 
 def check(lessor: Lessor) -> None:
@@ -44,12 +44,15 @@ def check(lessor: Lessor) -> None:
             locks[lease.node] += 1
             if lease.tail is not None:
                 locks[lease.tail] += 1
+            if lease.base is not None:
+                locks[lease.base] += 1
         owned = tree.check(roots, locks)
         held: BlockTable = array("i")
         for lease in lessor.leases.all():
             owned.extend(lease.private_blocks())
             if lease.source is not None:
                 held.append(lease.source)
+            held.extend(lease.donors)
             if lease.tail_is_shared:
                 held.append(lease.table[-1])
         blocks.pool.check(owned, held)
@@ -57,6 +60,7 @@ def check(lessor: Lessor) -> None:
         lessor.waiting.check()
         _check_prompts(lessor)
         _check_tables(lessor)
+        _check_segments(lessor)
         lessor.pins.check()
         lessor.tallies.check()
         _check_ages(lessor)
@@ -196,9 +200,12 @@ class _Walk:
         self._locks[lease.node] += 1
         if lease.tail is not None:
             self._locks[lease.tail] += 1
+        if lease.base is not None:
+            self._locks[lease.base] += 1
         self._own(lease.private_blocks())
         if lease.source is not None:
             self._owners[lease.source] += 1
+        self._own(lease.donors)
         if lease.tail_is_shared:
             self._owners[lease.table[-1]] += 1
 
@@ -253,6 +260,8 @@ class _Walk:
                 locks[lease.node] += 1
             if lease.tail is not None and lease.tail in odd:
                 locks[lease.tail] += 1
+            if lease.base is not None and lease.base in odd:
+                locks[lease.base] += 1
         for node in odd:
             # Without blocks it was evicted meanwhile: it is a ghost, or nothing.
             if node.blocks or isinstance(node, Root):
@@ -289,6 +298,25 @@ def _check_lease(lessor: Lessor, lease: Lease) -> None:
         return
     for index, (mine, trees) in enumerate(zip(lease.table, own, strict=False)):
         assert (mine != trees) == (index in lease.duplicates), f"lease {lease.id}: block {index}"
+
+
+def _check_segments(lessor: Lessor) -> None:
+    """Assert that exactly the whole blocks of what is exact may be donors.  O(blocks)."""
+    for lease in lessor.leases.all():
+        assert lease.namespace.approximate or not lease.donors, f"lease {lease.id} moves segments"
+        assert lease.base is None or lease.donors, f"lease {lease.id} keeps a prefix it copied"
+    if lessor.segments is None:
+        assert not any(space.approximate for space in lessor.roots), "something is approximate"
+        return
+    index, size = lessor.segments.index, lessor.blocks.block_size * TOKEN_BYTES
+    for space, root in lessor.roots.items():
+        whole: list[int] = []
+        stack: list[Node] = [] if space.approximate else [root]
+        while stack:
+            node = stack.pop()
+            whole.extend(node.blocks[: len(node.tokens) // size])
+            stack.extend((node.children or {}).values())
+        assert index.blocks_of(space) == sorted(whole), f"{space}: the blocks that may be donors"
 
 
 def _check_prompts(lessor: Lessor) -> None:

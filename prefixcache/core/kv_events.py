@@ -109,6 +109,48 @@ class IndexListeners:
             listener.left(namespace)
 
 
+class ExactOnly:
+    """A listener who hears of nothing that is approximate: what he keeps or passes on is exact.
+
+    >>> from array import array
+    >>> heard = []
+    >>> class Ear:
+    ...     def cleared(self, namespace): heard.append(namespace.model)
+    >>> ear = ExactOnly(Ear())
+    >>> ear.cleared(Namespace("m"))
+    >>> ear.cleared(Namespace("m", approximate=True))
+    >>> heard
+    ['m']
+    """
+
+    __slots__ = ("_listener",)
+
+    def __init__(self, listener: IndexListener) -> None:
+        self._listener = listener
+
+    def stored(
+        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
+    ) -> None:
+        """Tell him, if it is exact."""
+        if not namespace.approximate:
+            self._listener.stored(namespace, parent, tokens, blocks)
+
+    def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
+        """Tell him, if they were exact."""
+        if not namespace.approximate:
+            self._listener.removed(namespace, blocks)
+
+    def cleared(self, namespace: Namespace) -> None:
+        """Tell him, if it is exact."""
+        if not namespace.approximate:
+            self._listener.cleared(namespace)
+
+    def left(self, namespace: Namespace) -> None:
+        """Tell him, if it is exact."""
+        if not namespace.approximate:
+            self._listener.left(namespace)
+
+
 _PAUSE_EVERY = 16
 _BLOCKS_IN_ONE_GO = 512
 """Of one run."""
@@ -131,6 +173,8 @@ class Replay:
     def run(self) -> Generator[None, None, None]:
         """Tell the listener of every run that can be found, parents first.  O(runs), in steps."""
         for root in list(self._roots.values()):
+            if root.namespace.approximate:
+                continue
             walks = 1
             while (yield from self._walk(root, pauses=walks < _MOST_WALKS)):
                 walks += 1

@@ -53,9 +53,11 @@ class Lease:
     __slots__ = (
         "account",
         "asked",
+        "base",
         "committed",
         "computed_from",
         "deadline",
+        "donors",
         "duplicates",
         "flight",
         "grant",
@@ -127,6 +129,10 @@ class Lease:
         """After a fork: the last block is shared, and copied before the first write."""
         self.source: BlockId | None = None
         """The block that a copy reads; held until the first commit."""
+        self.donors: BlockTable = _NO_BLOCKS
+        """The blocks that segments are moved from, each once; held as long."""
+        self.base: Node | None = None
+        """Where the exact prefix ends that is copied along with them; locked as long."""
         self.flight: bytes | None = None
         """The prompt, while others may wait for it."""
         self.grant: Grant | None = None

@@ -5,6 +5,7 @@ prompt   0 ───────── hit ───── joined ────�
                 └──── resumed: its own ────┘           granularity             evicted  cold
 ```
 A request that comes again under its id finds what it had computed itself before: that is no hit.
+What one that asks for segments takes of them is approximate, in place of what it would be else.
 
 **Tallies.**  What became of all requests, namespace by namespace, and in a few sums that only grow.
 
@@ -20,6 +21,7 @@ So what is read every second is a sum over the series, however many namespaces t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from prefixcache.core.node import Match
@@ -32,8 +34,9 @@ MOST_SERIES = 50
 OTHER = Namespace("(other)")
 """The series of all others."""
 
-FATES = ("hit", "joined", "partial", "resumed", "granularity", "evicted", "cold")
-"""In the order in which they follow one another in a prompt."""
+FATES = (*("hit", "joined", "partial", "resumed", "approximate", "granularity", "evicted", "cold"),)
+"""In the order in which they follow one another in a prompt; what is approximate may lie anywhere
+behind what is not, and is told in one piece."""
 
 
 def settle(
@@ -72,7 +75,7 @@ def unused(ledger: Ledger) -> Ledger:
     """Tell of a request that wants none of what is stored.  The sum stays the same.
 
     >>> unused(Ledger(hit=96, partial=3, cold=61))
-    Ledger(hit=0, partial=0, joined=0, cold=61, evicted=0, granularity=99, resumed=0)
+    Ledger(hit=0, partial=0, joined=0, cold=61, evicted=0, granularity=99, resumed=0, approximate=0)
     """
     return ledger._replace(
         hit=0, partial=0, joined=0, granularity=ledger.granularity + ledger.reused
@@ -99,16 +102,44 @@ class Begun(NamedTuple):
 def resume(ledger: Ledger, begun: Begun) -> Ledger:
     """Tell what a request had computed itself from what others had.  The sum stays the same.
 
-    >>> resume(Ledger(hit=96, partial=3, cold=61), Begun(Namespace("m"), 32, 99, b""))
-    Ledger(hit=32, partial=0, joined=0, cold=61, evicted=0, granularity=0, resumed=67)
+    >>> resume(Ledger(hit=96, partial=3, cold=61), Begun(Namespace("m"), 32, 99, b"")).resumed
+    67
     """
     kept, at = [], 0
-    for count in (ledger.hit, ledger.joined, ledger.partial):
+    for count in (ledger.hit, ledger.joined, ledger.partial, ledger.approximate):
         own = max(0, min(at + count, begun.end) - max(at, begun.start))
         kept.append(count - own)
         at += count
-    hit, joined, partial = kept
-    return ledger._replace(hit=hit, joined=joined, partial=partial, resumed=at - sum(kept))
+    hit, joined, partial, approximate = kept
+    return ledger._replace(
+        hit=hit,
+        joined=joined,
+        partial=partial,
+        approximate=approximate,
+        resumed=at - sum(kept),
+    )
+
+
+def approximated(ledger: Ledger, runs: Sequence[tuple[int, int]], num_tokens: int) -> Ledger:
+    """Tell what is approximate from what it would have been.  The sum stays the same.
+
+    O(runs).
+
+    Args:
+        ledger: Of the same request, without segments.
+        runs: First token and end of each run that is found approximately, in order.
+        num_tokens: How many of their tokens are used as they are.
+
+    >>> approximated(Ledger(hit=32, cold=48, evicted=16), [(40, 72)], num_tokens=20)[3:]
+    (36, 8, 0, 0, 20)
+    """
+    left, taken = num_tokens, {}
+    for span in spans(ledger):
+        own = sum([max(0, min(end, span.end) - max(at, span.start)) for at, end in runs])
+        taken[span.fate] = min(own, left)
+        left -= min(own, left)
+    kept = {fate: getattr(ledger, fate) - count for fate, count in taken.items()}
+    return ledger._replace(**kept, approximate=num_tokens)
 
 
 def spans(ledger: Ledger) -> tuple[Span, ...]:
@@ -130,6 +161,7 @@ class Tally:
     """Sums of ledgers."""
 
     __slots__ = (
+        "approximate",
         "cold",
         "evicted",
         "granularity",
@@ -148,11 +180,11 @@ class Tally:
         self.requests = 0
         self.joins = 0
         self.hit = self.partial = self.joined = 0
-        self.cold = self.evicted = self.granularity = self.resumed = 0
+        self.cold = self.evicted = self.granularity = self.resumed = self.approximate = 0
 
     def add(self, ledger: Ledger) -> None:
         """Count one request; one that goes on where it was interrupted was counted before."""
-        hit, partial, joined, cold, evicted, granularity, resumed = ledger
+        hit, partial, joined, cold, evicted, granularity, resumed, approximate = ledger
         self.hit += hit
         self.partial += partial
         self.cold += cold
@@ -162,6 +194,8 @@ class Tally:
         if joined:
             self.joined += joined
             self.joins += 1
+        if approximate:
+            self.approximate += approximate
         if resumed:
             self.resumed += resumed
         else:
@@ -178,6 +212,7 @@ class Tally:
         self.evicted += other.evicted
         self.granularity += other.granularity
         self.resumed += other.resumed
+        self.approximate += other.approximate
 
     def counts(self) -> tuple[int, int, Ledger]:
         """Give the requests, those that joined a flight, and the sums: all that is compared."""
@@ -193,6 +228,7 @@ class Tally:
             evicted=self.evicted,
             granularity=self.granularity,
             resumed=self.resumed,
+            approximate=self.approximate,
         )
 
 
@@ -202,8 +238,8 @@ class Tallies:
     >>> tallies = Tallies()
     >>> for salt in ("one", "two"):
     ...     tallies.add(Namespace("m", salt=salt), Ledger(hit=3, cold=1))
-    >>> len(tallies), list(tallies.series), tallies.total().requests
-    (2, [Namespace(model='m', adapter='', tenant='', salt='')], 2)
+    >>> len(tallies), [name.salt for name in tallies.series], tallies.total().requests
+    (2, [''], 2)
     """
 
     __slots__ = ("_namespaces", "series")

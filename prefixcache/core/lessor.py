@@ -14,12 +14,13 @@ from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.history import History
 from prefixcache.core.inflight import Inflight, JoinGain
 from prefixcache.core.lease import KeptBytes, Lease, LeaseTable, Worker
-from prefixcache.core.ledger import Tallies, resume, settle, unused
+from prefixcache.core.ledger import Tallies, approximated, resume, settle, unused
 from prefixcache.core.namespaces import NamespaceTable
-from prefixcache.core.node import Root
+from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.segments import Segments, beside
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
@@ -68,6 +69,7 @@ class Lessor:
         "pins",
         "prompts",
         "roots",
+        "segments",
         "settled",
         "tables",
         "tallies",
@@ -107,6 +109,8 @@ class Lessor:
         self.waiting = WaitQueue(max_line, self.prompts)
         self.pins = tree.pins = Pins(tree, max_pinned)
         self.roots: dict[Namespace, Root] = {}
+        self.segments: Segments | None = None
+        """Finds the same tokens at other places, where that is wanted."""
         self.namespaces = NamespaceTable(max_namespaces)
         self.tallies = Tallies()
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
@@ -241,6 +245,10 @@ class Lessor:
                     request.first_end = match.end
                 return gain
             pending = gain.num_tokens
+        if request.segments is not None:
+            moved = self._attempt_segments(member, request, root, match, pending, now)
+            if moved is not None:
+                return moved
         account = root.account or blocks.quotas.account(namespace)
         self.leases.admit(namespace.tenant)
         try:
@@ -281,6 +289,86 @@ class Lessor:
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
         return grant
+
+    def _attempt_segments(
+        self, member: Worker, request: Request, root: Root, exact: Match, pending: int, now: float
+    ) -> Grant | None:
+        """Grant a request with segments; None: there are none, or no room: it is served exactly.
+
+        Args:
+            member: Who asks.
+            request: For what.
+            root: Of its own namespace, which is exact.
+            exact: Its prefix there.
+            pending: What another lease is computing of it.
+            now: The time.
+        """
+        tree, blocks, tokens = self.tree, self.blocks, request.tokens
+        finder, again = self.segments, request.segments
+        own = root.account or blocks.quotas.account(root.namespace)
+        if finder is None or again is None or own.max_held is not None:
+            return None  # what is approximate answers to another account, below the same tenant's
+        space = beside(root.namespace)
+        found = finder.find(exact, self.roots.get(space), tokens, again, request.min_partial)
+        if found is None:
+            return None
+        self.leases.admit(space.tenant)
+        need = blocks.plan_segments(found, request.num_blocks, own)
+        if need is None or not self._makes_way_beside(root.namespace, space):
+            return None
+        if self.tick is not None:
+            self.tick(now)
+        # Nothing fails from here on, as in `attempt`.
+        other = self.roots.get(space) or self.root(space)
+        match = found.kept if found.is_beside else tree.match(other, tokens, 0)
+        partial = 0 if found.is_beside else found.num_source
+        since = 0 if request.first_end < 0 else max(0, exact.end - request.first_end) // TOKEN_BYTES
+        plain = settle(tree, exact, tokens, partial=partial, joined=since)
+        ledger = approximated(plain, found.runs, found.num_approximate)
+        begun = member.begun.pop(request.request_id, None) if member.begun else None
+        if found.is_beside and begun is not None and begun.is_of(space, tokens):
+            ledger = resume(ledger, begun)
+        seen = self.history.look(tree, exact, tokens, ledger) if self.history.is_kept else None
+        if tree.asked is not None:
+            tree.asked(exact, tokens)
+        kept = tree.lock(found.kept)
+        if found.source is not None:
+            tree.touch(found.kept)
+        node = kept if found.is_beside else tree.lock(match)
+        lease = self.leases.open(member, other, node, now)
+        lease.base = None if found.is_beside else kept
+        copies = blocks.allocate_segments(lease, found, match, node, need)
+        lease.rest = tokens[match.end :]
+        lease.computed_from = begun.start if begun and ledger.resumed else found.num_cached
+        table, ttl_s = lease.table[:], self.leases.ttl_s
+        if found.is_beside:
+            pending = 0  # nobody is told of what is computed there
+        grant = Grant(
+            *(lease.id, table, found.num_cached, pending, copies, ledger, ttl_s),
+            segments=found.segments,
+            approximate=True,
+        )
+        if request.request_id:
+            lease.grant, lease.request_id = grant, request.request_id
+            lease.asked = request.asks
+            member.requests[request.request_id] = lease
+        self.tallies.add(root.namespace, ledger)
+        if seen is not None:
+            if found.is_beside:
+                seen = (None, 0, b"", seen[3])  # where its exact prefix ends is not locked
+            self.history.note(seen, root, kept, member.name, request.request_id, tokens, grant, now)
+        return grant
+
+    def _makes_way_beside(self, namespace: Namespace, space: Namespace) -> bool:
+        """Whether there may be another namespace beside one, which stays; see `make_way`."""
+        self.namespaces.join(namespace)
+        try:
+            self.make_way(space)
+        except PoolExhausted:
+            return False
+        finally:
+            self.namespaces.leave(namespace)
+        return True
 
     def clear_way(self, request: Request | Extension, now: float) -> bool:
         """Evict some of the blocks that a request will need, if those are more than a few.
@@ -386,7 +474,12 @@ class Lessor:
         if self.oplog is not None:
             self.oplog((FORKED, child.serial, own.serial, b"", None))
         ledger = Ledger(hit=child.start, partial=child.committed - child.start)
-        return Grant(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s)
+        if is_approximate := child.namespace.approximate:
+            ledger = Ledger(approximate=child.committed)
+        return Grant(
+            *(child.id, table, child.committed, 0, (), ledger, self.leases.ttl_s),
+            approximate=is_approximate,
+        )
 
     def end(self, lease: Lease, now: float, *, writes_on: bool) -> tuple[int, int]:
         """End a lease for whatever reason, and let what waited for it be tried again.

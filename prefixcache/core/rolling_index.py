@@ -118,6 +118,16 @@ class RollingIndex:
         """Blocks that are indexed, those of cleared namespaces included.  O(blocks)."""
         return int(np.count_nonzero(self._space))
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes for each block, its tokens among them."""
+        return self.block_size * TOKEN_BYTES + 7 * 4
+
+    def blocks_of(self, namespace: Namespace) -> list[int]:
+        """Give the blocks that are indexed of a namespace, in order.  O(blocks), for checks."""
+        space = self._spaces.get(namespace)
+        return [] if space is None else np.flatnonzero(self._space == space.number).tolist()
+
     def stored(
         self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
     ) -> None:

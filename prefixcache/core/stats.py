@@ -92,10 +92,16 @@ def counts(lessor: Lessor, now: float) -> Counts:
         ledger=ledger,
         evicted=tree.num_evicted,
         eviction_age_s=None if stamp is None else history.idle_clock.idle_s(stamp, now),
-        index_bytes=tree.num_bytes,
+        index_bytes=tree.num_bytes + _segment_bytes(lessor),
         history_bytes=history.num_bytes,
         max_history_bytes=history.max_bytes,
     )
+
+
+def _segment_bytes(lessor: Lessor) -> int:
+    """Give what the index of segments takes, about.  O(1)."""
+    finder, tree = lessor.segments, lessor.blocks.tree
+    return 0 if finder is None else finder.index.block_bytes * tree.num_blocks
 
 
 def series(lessor: Lessor) -> dict[Namespace, SeriesCounts]:

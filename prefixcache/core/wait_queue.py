@@ -44,7 +44,7 @@ from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.texts import many
-from prefixcache.types import Namespace, TicketId, WorkerId
+from prefixcache.types import Again, Namespace, TicketId, WorkerId
 
 MAX_BYPASSES = 16
 
@@ -64,6 +64,8 @@ class Request:
     """Fewer tokens than these in a partly matching block are not worth its copy."""
     for_room: bool = True
     """Whether it waits for room, too, and not only for a prefix in flight."""
+    segments: Again | None = None
+    """Which tokens of segments are computed again; None: it takes none."""
     num_blocks: int = 0
     """Those that the prompt and what is reserved fill."""
     first_end: int = -1
@@ -72,7 +74,12 @@ class Request:
     @property
     def asks(self) -> int:
         """A digest of what it asks for: what is repeated has the same.  O(tokens), once."""
-        return hash((self.namespace, self.tokens, self.reserve, self.reuse, self.min_partial))
+        return hash(
+            (
+                *(self.namespace, self.tokens, self.reserve, self.reuse, self.min_partial),
+                self.segments,
+            )
+        )
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from core.innards import indexed_below
 from core.oracle import Tokens
 from core.world import LeaseView, PinView, TicketView, World
 from prefixcache.errors import (
@@ -19,6 +20,7 @@ from prefixcache.errors import (
     PoolExhausted,
 )
 from prefixcache.types import (
+    Again,
     Grant,
     LeaseId,
     Namespace,
@@ -73,7 +75,12 @@ class Rules:
             start = self.choose(world.prompts)
             if self.chance(50):
                 start = start[: self.draw.below(len(start) + 1)]
+        if world.mixed and self.chance(30):
+            start = self.choose(world.mixed)
         tokens = start + self.some_tokens(2 * size + 1)
+        if world.shape.segments and world.prompts and self.chance(30):
+            other = self.choose(world.prompts)
+            tokens += other[self.draw.below(len(other)) :]
         if not self.chance(5):
             tokens = tokens[: max(1, world.shape.num_blocks * size * 2 // 3)]
         tokens = tokens or (self.draw.below(world.shape.vocabulary),)
@@ -268,18 +275,20 @@ class Rules:
         ]
         if waiting:
             return  # a request that waits is cancelled or settled before it is repeated
+        again = self.some_again() if world.shape.segments and reuse else None
         if earlier and self.chance(70):
-            _, tokens, reserve, reuse, min_partial = earlier[0].asked
+            _, tokens, reserve, reuse, min_partial, again = earlier[0].asked
         line = (
             f"cache.acquire({worker!r}, {namespace!r}, pack({list(tokens)}), reserve={reserve}, "
             f"wait_s={wait_s}, request_id={request_id!r}, reuse={reuse}, "
-            f"min_partial={min_partial}, for_room={for_room}, now={world.now})"
+            f"min_partial={min_partial}, for_room={for_room}, segments={again}, now={world.now})"
         )
         before = world.snapshot()
         found = world.cache.lookup(namespace, pack(tokens))
         cached = found.num_hit + found.num_partial
         hit = found.num_hit if reuse else 0
         expected = world.found(namespace, tokens)
+        has_segments = again is not None and self.has_segments(namespace, tokens, again, cached)
         answer = self.call(
             line,
             lambda: world.cache.acquire(
@@ -292,10 +301,11 @@ class Rules:
                 reuse=reuse,
                 min_partial=min_partial,
                 for_room=for_room,
+                segments=again,
                 now=world.now,
             ),
         )
-        asked = (namespace, tokens, reserve, reuse, min_partial)
+        asked = (namespace, tokens, reserve, reuse, min_partial, again)
         if earlier and earlier[0].asked != asked:
             if world.blocks_for(len(tokens) + reserve) <= world.shape.num_blocks:
                 assert isinstance(answer, CacheError), "another request was answered as the first"
@@ -355,6 +365,15 @@ class Rules:
             return
         assert isinstance(answer, Grant)
         assert not (wait_s and pending > 0), f"did not wait for {pending} tokens in flight"
+        if answer.approximate:
+            view = world.admit(answer, worker, tokens, asked, request_id)
+            needed = world.blocks_for(len(tokens) + reserve)
+            needed -= 0 if view.is_untold else answer.num_cached // world.shape.block_size
+            assert needed <= before.free + before.evictable
+            world.verify_evictions(needed, before)
+            return
+        if world.blocks_for(len(tokens) + reserve) <= before.free and namespace not in world.quotas:
+            assert not has_segments, f"found no segments of {tokens}"
         assert needed <= before.free + before.evictable
         if not reuse:
             assert answer.num_cached == answer.num_pending == 0
@@ -370,6 +389,23 @@ class Rules:
         assert answer.ledger.joined == 0
         world.admit(answer, worker, tokens, asked, request_id)
         world.verify_evictions(needed, before)
+
+    def some_again(self) -> Again | None:
+        size = self.world.shape.block_size
+        return self.choose(
+            [None, Again(), Again(), Again(1 + self.draw.below(size + 1)), Again(share=0.5)]
+        )
+
+    def has_segments(self, namespace: Namespace, tokens: Tokens, again: Again, cached: int) -> bool:
+        """Whether some whole block that is stored is in a prompt behind what is cached."""
+        size, root = self.world.shape.block_size, self.world.root(namespace)
+        if root is None or again.first >= size:
+            return False
+        blocks = {
+            entry.prefix[-size:] for entry in indexed_below(root, size) if entry.num_tokens == size
+        }
+        places = range(cached, len(tokens) - size)
+        return any(tokens[at : at + size] in blocks for at in places)
 
     def acquire_wrongly(self) -> None:
         world = self.world
@@ -436,10 +472,12 @@ class Rules:
         )
         assert not isinstance(answer, CacheError), f"{view.label}: {answer}"
         assert answer.num_tokens == upto
-        touched = world.blocks_for(upto) - view.valid // world.shape.block_size
+        touched = world.blocks_for(upto) - view.committed // world.shape.block_size
         assert 0 <= answer.num_indexed <= touched
         view.tokens, view.valid = tokens, upto
-        view.sources = set()
+        view.sources, view.base, view.is_untold = set(), set(), False
+        if view.namespace.approximate:
+            world.mixed = [*world.mixed[-3:], tokens[:upto]]
         if view.root is not None and view.root is world.root(view.namespace):
             world.library.publish(view.namespace, tokens[:upto])
         world.prompts = [*world.prompts[-7:], tokens]
@@ -516,7 +554,7 @@ class Rules:
         self.touch(view, succeeded=not isinstance(answer, CacheError))
         if isinstance(answer, CacheError):
             assert isinstance(answer, InvalidRequest)
-            assert not view.valid
+            assert not view.committed
             return
         assert len(answer) == count
         for grant in answer:
@@ -632,7 +670,7 @@ class Rules:
                     upto = min(known, len(view.table) * world.shape.block_size) + 1
                     verb = lambda: cache.commit(worker, lease, upto, now=now)  # noqa: E731
                 case 1:
-                    if not view.valid:
+                    if not view.committed:
                         return
                     verb = lambda: cache.commit(worker, lease, view.valid - 1, now=now)  # noqa: E731
                 case 2:
@@ -741,14 +779,16 @@ class Rules:
         root = world.root(namespace)
         world.log.append(f"cache.reset({namespace!r})")
         indexed = world.snapshot().indexed
+        other = namespace._replace(approximate=True)
+        gone = [one for one in (root, world.root(other)) if one is not None]
         answer = world.cache.reset(namespace)
         assert 0 <= answer.num_leased <= answer.num_blocks <= indexed
-        if root is not None:
-            world.retired.append(root)
+        world.retired.extend(gone)
         world.library.reset(namespace)
+        world.library.reset(other)
         world.pins = [pin for pin in world.pins if pin.namespace != namespace]
-        alive = [one for one in world.leases.values() if one.namespace == namespace]
-        assert answer.num_leases == sum(one.root is root for one in alive if root is not None)
+        alive = world.leases.values()
+        assert answer.num_leases == sum(any(one.root is root for root in gone) for one in alive)
         assert world.cache.lookup(namespace, pack([0, 1])).num_partial == 0
         world.count("reset")
 

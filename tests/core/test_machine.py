@@ -43,7 +43,9 @@ class Seeded:
         return int(self._random.random() * bound)
 
 
-def shape_for(policy: str, partial: Partial, block_size: int, draw: Seeded) -> Shape:
+def shape_for(
+    policy: str, partial: Partial, block_size: int, draw: Seeded, *, segments: bool = False
+) -> Shape:
     """Draw a pool: mostly so small that all is evicted, at times so large that nothing is."""
     num_blocks = (3, 5, 8, 12, 20, 400)[draw.below(6)]
     return Shape(
@@ -54,6 +56,7 @@ def shape_for(policy: str, partial: Partial, block_size: int, draw: Seeded) -> S
         vocabulary=2 + draw.below(2),
         num_ghosts=(None, 0, 3, PLENTY)[draw.below(4)],
         first_block=draw.below(3),
+        segments=segments,
     )
 
 
@@ -98,12 +101,14 @@ def shrink(shape: Shape, steps: list[int], failure: Exception) -> Exception:
     return failure
 
 
-def run_case(policy: str, partial: Partial, block_size: int, count: int) -> set[str]:
+def run_case(
+    policy: str, partial: Partial, block_size: int, count: int, *, segments: bool = False
+) -> set[str]:
     """Run many sequences; give what they reached."""
     reached: set[str] = set()
     for sequence in range(count):
         draw = Seeded((policy, partial.value, block_size, sequence))
-        shape = shape_for(policy, partial, block_size, draw)
+        shape = shape_for(policy, partial, block_size, draw, segments=segments)
         steps = [draw.below(1 << 30) for _ in range(STEPS)]
         try:
             reached |= set(run(shape, steps).counts)
@@ -115,6 +120,13 @@ def run_case(policy: str, partial: Partial, block_size: int, count: int) -> set[
 @pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
 def test_every_step_agrees_with_the_oracle(policy: str, partial: Partial, block_size: int) -> None:
     run_case(policy, partial, block_size, SEQUENCES_PER_CASE)
+
+
+@pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
+def test_every_step_agrees_with_the_oracle_where_requests_ask_for_segments(
+    policy: str, partial: Partial, block_size: int
+) -> None:
+    run_case(policy, partial, block_size, SEQUENCES_PER_CASE, segments=True)
 
 
 @pytest.mark.parametrize(("partial", "block_size"), KINDS)
@@ -139,6 +151,13 @@ def test_the_rules_reach_every_corner() -> None:
     assert expected <= reached, f"never reached: {expected - reached}"
 
 
+def test_the_rules_reach_every_corner_of_segments() -> None:
+    reached = run_case("lru", Partial.TAILS, 2, 80, segments=True)
+    expected = {"approximate", "found beside", "moved inside blocks", "joined", "forked"}
+    expected |= {"repeated", "reset", "expired", "died", "settled", "PoolExhausted"}
+    assert expected <= reached, f"never reached: {expected - reached}"
+
+
 class FromHypothesis:
     """Every choice is drawn from hypothesis, which can then shrink it."""
 
@@ -160,12 +179,20 @@ def machine(partial: Partial, block_size: int) -> type[RuleBasedStateMachine]:
             num_blocks=st.sampled_from([3, 5, 8, 12, 400]),
             policy=st.sampled_from(sorted(POLICIES)),
             first_block=st.integers(0, 2),
+            segments=st.booleans(),
             data=st.data(),
         )
         def start(
-            self, num_blocks: int, policy: str, first_block: int, data: st.DataObject
+            self,
+            num_blocks: int,
+            policy: str,
+            first_block: int,
+            segments: bool,
+            data: st.DataObject,
         ) -> None:
-            shape = Shape(num_blocks, block_size, partial, policy, first_block=first_block)
+            shape = Shape(
+                num_blocks, block_size, partial, policy, first_block=first_block, segments=segments
+            )
             world = World(shape)
             self.rules = Rules(world, FromHypothesis(data))
             self.rules.attach()

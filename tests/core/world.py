@@ -13,19 +13,21 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from core.innards import Indexed, indexed_below, root_of, state
-from core.oracle import Library, Memory, Tokens, common_prefix
+from core.oracle import Holding, Library, Memory, Tokens, common_prefix
 from core.transcript import Transcript
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Root
 from prefixcache.core.policies import POLICIES
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
 from prefixcache.types import (
+    Again,
     Copy,
     Grant,
     LeaseId,
     Ledger,
     Namespace,
     Partial,
+    Segment,
     Snapshot,
     TableUpdate,
     TicketId,
@@ -50,13 +52,16 @@ class Shape:
     ttl_s: float = 10.0
     max_line: int = 3
     first_block: int = 0
+    segments: bool = False
+    """Whether requests may ask for segments."""
 
 
 Key: TypeAlias = tuple[WorkerId, LeaseId]
 """A lease: its number says which only beside its worker's."""
 
-Asked: TypeAlias = tuple[Namespace, Tokens, int, bool, int]
-"""What a request asks for: where, its prompt, its reserve, whether it reuses, and from what on."""
+Asked: TypeAlias = tuple[Namespace, Tokens, int, bool, int, Again | None]
+"""What a request asks for: where, its prompt, its reserve, whether it reuses, from what on, and
+what of segments is computed again."""
 
 
 @dataclass
@@ -79,8 +84,14 @@ class LeaseView:
     """A failed call may count as a sign of life, too."""
     copies: list[Copy] = field(default_factory=list)
     """Granted, and not executed yet."""
+    segments: list[Segment] = field(default_factory=list)
+    """Granted, and not moved yet."""
     sources: set[int] = field(default_factory=set)
     """Blocks that must stay as they are until the next commit."""
+    base: set[int] = field(default_factory=set)
+    """Of these, the blocks of its exact beginning, which are protected as long."""
+    is_untold: bool = False
+    """Whether the cache hears with the first commit only that what was found is there."""
     must_extend: bool = False
     """Forked: may write only after `extend`."""
     request_id: str = ""
@@ -92,6 +103,10 @@ class LeaseView:
     @property
     def key(self) -> Key:
         return self.worker, self.id
+
+    @property
+    def committed(self) -> int:
+        return 0 if self.is_untold else self.valid
 
     @property
     def label(self) -> str:
@@ -140,6 +155,7 @@ class World:
             ttl_s=shape.ttl_s,
             max_line=shape.max_line,
             first_block=shape.first_block,
+            segments_secret=bytes(range(16)) if shape.segments else None,
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
@@ -165,6 +181,8 @@ class World:
         self.tails_withdrawn = False
         """Whether a tail has left the index for another reason than eviction or a fuller one."""
         self.prompts: list[Tokens] = []
+        self.mixed: list[Tokens] = []
+        """What approximate leases have committed lately."""
         self.ledgers: dict[Namespace, list[Ledger]] = {}
         self.log: list[str] = []
         """The calls so far, as lines of Python."""
@@ -198,6 +216,21 @@ class World:
         for copy in view.copies:
             for offset in range(copy.num_tokens):
                 yield copy.dst, offset
+        yield from (slot for slot, _, _ in self.moves(view))
+
+    def moves(
+        self, view: LeaseView
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[Segment, int]]]:
+        """What is still to be moved: where to, where from, and the segment and which of its tokens.
+
+        Nothing of it that is computed in any case, but for what is to be known beforehand.
+        """
+        size = self.shape.block_size
+        for one in view.segments:
+            for at in range(len(one.blocks) * size):
+                position = one.start + at
+                to = (view.table[position // size], position % size)
+                yield to, (one.blocks[at // size], at % size), (one, at)
 
     def readable(self, view: LeaseView) -> Iterator[tuple[int, int]]:
         """Slots that the worker may read at any time: what is valid, and what it will copy."""
@@ -205,6 +238,7 @@ class World:
         to_be_copied = {
             (copy.dst, offset) for copy in view.copies for offset in range(copy.num_tokens)
         }
+        to_be_copied |= {to for to, _, _ in self.moves(view)}
         for position in range(view.valid):
             slot = (view.table[position // size], position % size)
             if slot not in to_be_copied:
@@ -212,13 +246,19 @@ class World:
         for copy in view.copies:
             for offset in range(copy.num_tokens):
                 yield copy.src, offset
+        yield from (source for _, source, _ in self.moves(view))
 
     # ------------------------------------------------------------------ what workers do to the pool
 
     def run_copies(self, view: LeaseView) -> None:
         for copy in view.copies:
-            self.memory.copy(copy.src, copy.dst, copy.num_tokens)
+            for offset in range(copy.num_tokens):
+                found = self.memory.read(copy.src, offset)
+                self.memory.write(copy.dst, offset, tainted(view, found))
         view.copies = []
+        for (block, offset), _, (one, at) in list(self.moves(view)):
+            self.memory.write(block, offset, (view.namespace, view.tokens[: one.start + at + 1]))
+        view.segments = []
 
     def compute(self, view: LeaseView, tokens: Tokens, upto: int) -> None:
         """Write the KV of `tokens[view.valid:upto]` through the block table."""
@@ -240,7 +280,7 @@ class World:
     ) -> LeaseView:
         """Take in a grant, and check all that one answer can be checked for."""
         size, num_tokens = self.shape.block_size, len(tokens)
-        namespace, _, reserve, _, _ = asked
+        namespace, _, reserve, _, _, again = asked
         assert (worker, grant.lease) not in self.leases, "a lease id was given twice"
         assert len(grant.block_table) == self.blocks_for(num_tokens + reserve), "the table's length"
         assert 0 <= grant.num_cached < num_tokens, "one token is always left to compute"
@@ -250,22 +290,33 @@ class World:
         assert ledger.total == num_tokens, f"{ledger} does not sum to {num_tokens}"
         assert min(ledger.hit, ledger.partial, ledger.joined, ledger.cold) >= 0
         assert min(ledger.evicted, ledger.granularity) >= 0
-        assert ledger.reused == grant.num_cached, f"{ledger}, {grant.num_cached} cached"
-        computed_from = self.verify_resumed(grant, worker, namespace, tokens, request_id)
+        assert min(ledger.resumed, ledger.approximate) >= 0
+        where, used = namespace, 0
+        if grant.approximate:
+            assert again is not None, "approximate, and nobody asked for that"
+            where = namespace._replace(approximate=True)
+            used = self.verify_segments(grant, again, num_tokens)
+        assert grant.approximate or not (grant.segments or ledger.approximate)
+        assert ledger.reused == grant.num_cached + used, f"{ledger}, {grant.num_cached} cached"
+        computed_from = self.verify_resumed(grant, worker, where, tokens, request_id)
         part = grant.copies[0].num_tokens if grant.copies else 0
-        assert (ledger.reused - part) % size == 0, "hits are whole blocks"
-        assert ledger.partial <= part < size
-        if not ledger.resumed:
-            assert ledger.partial == part
-        whole = (ledger.reused - part) // size
+        assert (grant.num_cached - part) % size == 0, "hits are whole blocks"
+        is_beside = grant.approximate and ledger.approximate + ledger.resumed > used
+        if not is_beside:
+            assert ledger.partial <= part < size
+            if not ledger.resumed:
+                assert ledger.partial == part
+        else:
+            self.count("found beside")
+        whole = (grant.num_cached - part) // size
         for copy in grant.copies:
             assert copy.dst == grant.block_table[whole], "copied to another block than the next"
         self.ledgers.setdefault(namespace, []).append(ledger)
         view = LeaseView(
             id=grant.lease,
             worker=worker,
-            namespace=namespace,
-            root=self.root(namespace),
+            namespace=where,
+            root=self.root(where),
             tokens=tokens,
             table=list(grant.block_table),
             valid=grant.num_cached,
@@ -273,7 +324,11 @@ class World:
             due=self.now + self.shape.ttl_s,
             due_at_latest=self.now + self.shape.ttl_s,
             copies=list(grant.copies),
-            sources={copy.src for copy in grant.copies},
+            segments=list(grant.segments),
+            sources={copy.src for copy in grant.copies}
+            | {block for one in grant.segments for block in one.blocks},
+            base={block for one in grant.segments if one.is_exact for block in one.blocks},
+            is_untold=grant.approximate and not is_beside,
             request_id=request_id,
             asked=asked,
             grant=grant,
@@ -281,6 +336,10 @@ class World:
         )
         self.leases[view.key] = view
         self.count("grants")
+        if grant.approximate:
+            self.count("approximate")
+        if any(one.start % size for one in grant.segments):
+            self.count("moved inside blocks")
         if ledger.partial:
             self.count("partial")
         if ledger.evicted:
@@ -288,6 +347,22 @@ class World:
         if ledger.joined:
             self.count("joined")
         return view
+
+    def verify_segments(self, grant: Grant, again: Again, num_tokens: int) -> int:
+        """See that segments are in order, and say what of them is not computed again."""
+        size, at = self.shape.block_size, grant.num_cached
+        moved = list(grant.segments)
+        if moved and moved[0].is_exact:
+            own = moved.pop(0)
+            assert not own.num_again
+            assert len(own.blocks) == grant.num_cached // size
+        for one in moved:
+            assert at <= one.start, f"{one} begins before {at}"
+            at = one.start + len(one.blocks) * size
+            assert at < num_tokens, "one token is always left to compute"
+            assert one.num_again == again.first < len(one.blocks) * size
+        total = sum(len(one.blocks) for one in moved) * size
+        return total - len(moved) * again.first - again.count(total)
 
     def in_flight(self, namespace: Namespace, tokens: Tokens, *, ever: bool = False) -> int:
         """Count the tokens of a prompt that are cached once all flights landed, by brute force.
@@ -387,6 +462,9 @@ class World:
     def held(self, scope: Namespace | str) -> tuple[int, int]:
         """Give the fewest and the most blocks that leases of a tenant or namespace may hold."""
         blocks: set[int] = set()
+        for view in self.leases.values():
+            if scope in (view.namespace._replace(approximate=False), view.namespace.tenant):
+                blocks |= view.base
         twice = sum(
             len(view.table)
             for gone in self.zombies.values()
@@ -418,7 +496,9 @@ class World:
                 self.count("settled")
                 assert ticket.lease is None
                 whole = outcome.ledger.hit + outcome.ledger.joined
-                if ticket.first_hit is not None:
+                if outcome.approximate:
+                    whole = outcome.num_cached  # it found more beside, or stopped where it does
+                elif ticket.first_hit is not None:
                     assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
                 elif not outcome.ledger.joined:
                     self.count("found room")
@@ -528,6 +608,8 @@ class World:
         """Every indexed slot holds what its place in the tree says.  Gives fill by block."""
         fill: dict[int, int] = {}
         roots = [(one, self.root(one)) for one in self.namespaces]
+        beside = [one._replace(approximate=True) for one in self.namespaces]
+        roots += [(one, self.root(one)) for one in beside]
         roots += [(root.namespace, root) for root in self.retired]
         num_found = 0
         self.forgotten = {}
@@ -573,7 +655,17 @@ class World:
             overlay = {}
             for copy in view.copies:
                 for offset in range(copy.num_tokens):
-                    overlay[copy.dst, offset] = self.memory.read(copy.src, offset)
+                    found = self.memory.read(copy.src, offset)
+                    overlay[copy.dst, offset] = tainted(view, found)
+            exact = view.namespace._replace(approximate=False)
+            for to, source, (one, at) in self.moves(view):
+                found = self.memory.read(*source)
+                assert found is not None, f"{view.label}: a donor was lost"
+                assert found[0] == exact, f"{view.label} moves {found}, which is not exact"
+                assert len(found[1]) == one.source + at + 1, f"{view.label}: the donor's position"
+                assert found[1][-1] == view.tokens[one.start + at], f"{view.label}: other tokens"
+                if one.is_exact:
+                    overlay[to] = tainted(view, found)
             for position in range(view.valid):
                 slot = (view.table[position // size], position % size)
                 found = overlay[slot] if slot in overlay else self.memory.read(*slot)
@@ -619,7 +711,7 @@ class World:
         for info in snapshot.leases:
             view = self.leases[WorkerId(int(info.worker)), info.lease]
             assert (info.worker, info.namespace) == (str(view.worker), view.namespace)
-            assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.valid)
+            assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.committed)
             assert info.num_blocks == len(view.table)
 
     def verify_waiting(self, snapshot: Snapshot) -> None:
@@ -682,7 +774,15 @@ def _sum(ledgers: list[Ledger]) -> Ledger:
         evicted=sum(one.evicted for one in ledgers),
         granularity=sum(one.granularity for one in ledgers),
         resumed=sum(one.resumed for one in ledgers),
+        approximate=sum(one.approximate for one in ledgers),
     )
+
+
+def tainted(view: LeaseView, found: Holding | None) -> Holding | None:
+    """What a copy holds: nothing that an approximate lease writes is exact any more."""
+    if found is None or found[0] != view.namespace._replace(approximate=False):
+        return found
+    return view.namespace, found[1]
 
 
 __all__ = ["CacheError", "LeaseView", "PinView", "Shape", "TicketView", "World"]

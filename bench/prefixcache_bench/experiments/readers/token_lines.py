@@ -142,7 +142,12 @@ def _namespace(named: Any) -> Namespace:
     if isinstance(named, str):
         return Namespace(named)
     if isinstance(named, dict) and named.keys() <= set(_FIELDS):
-        return Namespace(**{name: str(given(named, name) or "") for name in _FIELDS})
+        return _of_texts([str(given(named, name) or "") for name in _FIELDS])
     if not isinstance(named, list) or not 1 <= len(named) <= len(_FIELDS):
         raise ValueError(f"a namespace is a name or [{', '.join(_FIELDS)}], not {named!r}")
-    return Namespace(*("" if part is None else str(part) for part in named))
+    return _of_texts(["" if part is None else str(part) for part in named])
+
+
+def _of_texts(texts: list[str]) -> Namespace:
+    model, adapter, tenant, salt = [*texts, "", "", ""][: len(_FIELDS)]
+    return Namespace(model, adapter, tenant, salt)
