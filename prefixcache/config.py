@@ -307,6 +307,26 @@ class ServeSettings(BaseSettings):
         ),
     ] = "shm"
     device: Annotated[int, Field(ge=0, le=_MOST), Option(_POOL, "N", "The GPU of a cuda pool.")] = 0
+    segments: Annotated[
+        Path | None,
+        Option(
+            _POOL,
+            "CERTIFICATES",
+            "Let requests ask for the same tokens at other places, approximately: of models whose "
+            "certificate, in this file or folder, allows it (prefixcache verify-segments). Keeps "
+            "an index of all tokens.",
+            unset="off",
+        ),
+    ] = None
+    segments_threshold: Annotated[
+        float,
+        Field(ge=0, le=100),
+        Option(
+            _POOL,
+            "NATS",
+            "With it: largest mean divergence, with any kind of text, that a policy may have.",
+        ),
+    ] = 0.01
     pin_cap: Annotated[
         float,
         Field(ge=0, le=1),

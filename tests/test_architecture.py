@@ -37,6 +37,7 @@ WORDS = (
     "prefixcache.private_files",
     "prefixcache.run_folder",
     "prefixcache.plain_json",
+    "prefixcache.certificates",
     "prefixcache.model_folders",
     "prefixcache.user_folders",
     "prefixcache.pool",

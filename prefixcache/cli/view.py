@@ -62,7 +62,7 @@ PIPE_WIDTH = 160
 """Columns of a line where there is no terminal to ask."""
 MIN_WIDTH = 20
 
-FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed")
+FATES = (*("hit", "partial", "joined", "approximate", "cold", "evicted", "granularity", "resumed"),)
 
 
 def open_client(target: str | None) -> Client:
@@ -196,9 +196,11 @@ def ledger_fields(ledger: Ledger) -> dict[str, int]:
 
 
 def namespace_fields(namespace: Namespace) -> dict[str, Any]:
-    """Give the fields of a namespace, without its salt."""
+    """Give the fields of a namespace, without its salt; `approximate` where it is."""
     fields = namespace._asdict()
     fields["salted"] = bool(fields.pop("salt"))
+    if not namespace.approximate:
+        del fields["approximate"]
     return fields
 
 
@@ -301,6 +303,7 @@ GLYPHS = {
     "evicted": "░",
     "cold": "·",
     "resumed": "◦",
+    "approximate": "≈",
 }
 """Fates in bars; colour only repeats what they say."""
 _STYLES = {
@@ -311,6 +314,7 @@ _STYLES = {
     "evicted": "red",
     "cold": "blue",
     "resumed": "cyan",
+    "approximate": "yellow",
 }
 
 

@@ -92,6 +92,8 @@ class LeaseState:
         num_cached: tokens from position 0 that hold valid KV once `copies` are made.
         num_pending: of the tokens after these, how many another lease was computing.
         copies: block copies to make before the first write.
+        segments: to be put in place after `copies`, and before anything is computed.
+        approximate: whether what it reads, or computes, is not what a full prefill gives.
         ledger: the fate of each prompt token.
         ttl_s: how long the lease lives after a sign of life.
     """
@@ -102,6 +104,8 @@ class LeaseState:
         self.num_cached = grant.num_cached
         self.num_pending = grant.num_pending
         self.copies = grant.copies
+        self.segments = grant.segments
+        self.approximate = grant.approximate
         self.ledger = grant.ledger
         self.ttl_s = grant.ttl_s
         self._table = grant.block_table

@@ -23,6 +23,7 @@ from prefixcache.client.lease import Clocked, LeaseState
 from prefixcache.client.progress import MOST_TOLD, Told
 from prefixcache.errors import CacheError, InvalidRequest, LeaseExpired
 from prefixcache.types import (
+    Again,
     Committed,
     Explanation,
     Grant,
@@ -37,6 +38,7 @@ from prefixcache.types import (
     TokensLike,
     Unpinned,
     pack,
+    shown,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -240,6 +242,7 @@ class Terms(TypedDict, total=False):
     reuse: bool
     min_partial: int
     for_room: bool
+    segments: Again | None
 
 
 class Lessee(Clocked, Protocol[L_co]):
@@ -257,6 +260,10 @@ class Lessee(Clocked, Protocol[L_co]):
 
     def refuse_unheard_terms(self) -> None:
         """Refuse to say how much is reused where the service would not hear it."""
+        ...
+
+    def refuse_unheard_segments(self) -> None:
+        """Refuse to ask for segments where the service would not hear it, or gives none."""
         ...
 
     def make_lease(self, grant: Grant, sent_at: float) -> L_co:
@@ -286,6 +293,7 @@ class BatchOps(Generic[L]):
         reuse: bool = True,
         min_partial: int = 0,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Reply[L]:
         """Lease blocks for a prompt: match, pin and allocate in one atomic step.
 
@@ -302,10 +310,14 @@ class BatchOps(Generic[L]):
             min_partial: tokens of a partly matching block from which on it is worth its copy.
             for_room: if False, `wait_s` is for a prefix that another computes: without room it is
                 refused at once, for who can do without.
+            segments: also use what of the prompt is stored at other places, and compute this of it
+                again; `session.segments` is the cheapest that is allowed.  An approximation, which
+                the lease tells by `approximate`; docs/segments.md says what the caller does then.
 
         Raises:
             PoolExhausted: not enough blocks; `retry_after_s` is a hint.
             InvalidRequest: it can never be served as it is.
+            Unsupported: segments, which this service does not allow of this model.
             ServiceUnavailable: the service is lost.
         """
         packed, named = pack(tokens), None
@@ -313,6 +325,16 @@ class BatchOps(Generic[L]):
             named = pb.Namespace()
             with codec.no_foreign_errors("acquire"):
                 codec.write_namespace(self._session.named(salt, adapter), named)
+        policy = None
+        if segments is not None:
+            self._session.refuse_unheard_segments()
+            if not isinstance(segments, Again):
+                raise InvalidRequest(
+                    f"segments is {shown(segments)}: give an Again, such as session.segments"
+                )
+            policy = pb.Again()
+            with codec.no_foreign_errors("acquire"):
+                codec.write_again(segments, policy)
         terms: dict[str, Any] = {}
         if reuse is not True or for_room is not True:
             codec.check_flag("reuse", reuse)
@@ -329,6 +351,8 @@ class BatchOps(Generic[L]):
         )
         if named is not None and not reply.done:
             self.step.message.ops[-1].acquire.namespace.CopyFrom(named)
+        if policy is not None and not reply.done:
+            self.step.message.ops[-1].acquire.segments.CopyFrom(policy)
         reply.request_id = request_id
         reply.finish = partial(self._session.make_lease, sent_at=time.monotonic())
         return reply

@@ -34,10 +34,16 @@ from prefixcache.client.connection import Connection, refuse_pickle
 from prefixcache.client.lease import LeaseState, SignsOfLife, lifetime_of
 from prefixcache.client.ops import BatchOps, Reply, Step, read_result
 from prefixcache.client.progress import Inbox, Progress
-from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
+from prefixcache.errors import (
+    CacheError,
+    InvalidRequest,
+    LayoutMismatch,
+    ServiceUnavailable,
+    Unsupported,
+)
 from prefixcache.pool import memory_is_abandoned
 from prefixcache.texts import many
-from prefixcache.types import Attachment, Grant, LeaseId, Namespace, PoolHandle
+from prefixcache.types import Again, Attachment, Grant, LeaseId, Namespace, PoolHandle
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 L = TypeVar("L", bound=LeaseState)
@@ -53,6 +59,8 @@ class SessionCore(ABC, Generic[L]):
         leases: those that somebody still has in hand.
         watched: those of them that a view was made of, or anything else that ends with them.
         lease_type: what a grant becomes.
+        segments: what is to be computed again of segments, at least, so that requests of the
+            session's model may ask for them; None: they may not.
     """
 
     attachment: Attachment
@@ -78,6 +86,7 @@ class SessionCore(ABC, Generic[L]):
         self._closed = False
         self._pid = os.getpid()
         self._max_bytes, self._max_ops = unary.FIRST_MESSAGE_BYTES, 1
+        self.segments: Again | None = None
         self._progress = Progress()
         self._told_in_line: Callable[[int], object] = lambda num_in_line: None
 
@@ -320,6 +329,20 @@ class SessionCore(ABC, Generic[L]):
                 "wait for (`for_room`): serve with this version"
             )
 
+    def refuse_unheard_segments(self) -> None:
+        """Refuse to ask for segments where they are not given.
+
+        Raises:
+            Unsupported: the service gives none to this model, or is of an earlier version, and
+                would answer as if nobody had asked.
+        """
+        if self.segments is None:
+            raise Unsupported(
+                f"this service gives no segments to model {self._namespace.model!r}: it was "
+                "started without --segments, or no certificate there allows them (prefixcache "
+                "verify-segments makes one); ask without"
+            )
+
     def attached(self, answer: pb.AttachResponse, request: pb.AttachRequest) -> None:
         """Take over what attach answered.
 
@@ -329,6 +352,7 @@ class SessionCore(ABC, Generic[L]):
         self._namespace = codec.read_namespace(request.namespace)
         self._acquires_by_name = answer.acquires_by_name
         self._reuses_as_asked = answer.reuses_as_asked
+        self.segments = codec.read_again(answer.segments) if answer.HasField("segments") else None
         self.key = answer.worker_key
         self._max_bytes, self._max_ops = answer.max_message_bytes, answer.max_ops
         self.attachment = codec.read_attach(answer)

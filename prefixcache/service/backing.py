@@ -5,9 +5,11 @@ Both need the layout.  Where nobody gave one at the start, the first worker that
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from prefixcache.certificates import Certificates
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import InvalidRequest, LayoutMismatch
@@ -80,6 +82,10 @@ class Backing:
         self.handle: PoolHandle | None = None
         self.sizes: Sizes | None = None
         self.state: StateDirectory | None = None
+        self.certificates: Certificates | None = None
+        """Which models' requests may ask for segments; None: none."""
+        if settings.segments is not None:
+            self.certificates = Certificates.read(settings.segments, settings.segments_threshold)
         self.owner: DeviceOwner | None = None
         """The process that has the pool, if that is on a GPU."""
         self._tenants: tuple[str, ...] = ()
@@ -145,6 +151,7 @@ class Backing:
             max_namespaces=settings.max_namespaces,
             history_bytes=settings.history,
             first_block=settings.first_block,
+            segments_secret=None if self.certificates is None else secrets.token_bytes(32),
         )
         cache.set_tenants(self._tenants)
         if settings.pool == "shm":

@@ -192,6 +192,8 @@ async def _serve(
                 announce(f"domain {name}: {one.backing.sizes or format_size(memory[name])}")
         if backing.state is not None:
             announce(_describe(backing.state.condition))
+        if backing.certificates is not None:
+            announce(f"segments, to who asks for them: {backing.certificates}")
         if handlers.recorder is not None:
             hidden = "anonymised" if settings.anonymise else "every prompt as it is"
             announce(f"recording to {settings.record}: {hidden}")

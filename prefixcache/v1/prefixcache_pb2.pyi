@@ -39,6 +39,7 @@ class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FATE_EVICTED: _ClassVar[Fate]
     FATE_GRANULARITY: _ClassVar[Fate]
     FATE_RESUMED: _ClassVar[Fate]
+    FATE_APPROXIMATE: _ClassVar[Fate]
 
 class TreeOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -66,21 +67,24 @@ FATE_COLD: Fate
 FATE_EVICTED: Fate
 FATE_GRANULARITY: Fate
 FATE_RESUMED: Fate
+FATE_APPROXIMATE: Fate
 TREE_ORDER_UNSPECIFIED: TreeOrder
 TREE_ORDER_TOKENS: TreeOrder
 TREE_ORDER_HEAT: TreeOrder
 
 class Namespace(_message.Message):
-    __slots__ = ("model", "adapter", "tenant", "salt")
+    __slots__ = ("model", "adapter", "tenant", "salt", "approximate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     SALT_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     adapter: str
     tenant: str
     salt: str
-    def __init__(self, model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ...) -> None: ...
+    approximate: bool
+    def __init__(self, model: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., approximate: _Optional[bool] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "dtype", "planes", "page_bytes", "format")
@@ -130,8 +134,28 @@ class Copy(_message.Message):
     num_tokens: int
     def __init__(self, src: _Optional[int] = ..., dst: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
 
+class Again(_message.Message):
+    __slots__ = ("first", "share")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    share: float
+    def __init__(self, first: _Optional[int] = ..., share: _Optional[float] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("start", "source", "blocks", "num_again")
+    START_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_AGAIN_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    source: int
+    blocks: bytes
+    num_again: int
+    def __init__(self, start: _Optional[int] = ..., source: _Optional[int] = ..., blocks: _Optional[bytes] = ..., num_again: _Optional[int] = ...) -> None: ...
+
 class Ledger(_message.Message):
-    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed")
+    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed", "approximate")
     HIT_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +163,7 @@ class Ledger(_message.Message):
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     GRANULARITY_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
     hit: int
     partial: int
     joined: int
@@ -146,7 +171,8 @@ class Ledger(_message.Message):
     evicted: int
     granularity: int
     resumed: int
-    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ..., resumed: _Optional[int] = ...) -> None: ...
+    approximate: int
+    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ..., resumed: _Optional[int] = ..., approximate: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message", "kind", "retry_after_s")
@@ -183,7 +209,7 @@ class AttachRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[_Union[Layout, _Mapping]] = ..., name: _Optional[str] = ..., worker_key: _Optional[str] = ..., pid: _Optional[int] = ..., host: _Optional[str] = ..., finished: _Optional[_Iterable[str]] = ..., block_size: _Optional[int] = ..., group: _Optional[str] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name", "reuses_as_asked")
+    __slots__ = ("worker", "worker_key", "pool", "ttl_s", "namespace_index", "max_message_bytes", "max_ops", "acquires_by_name", "reuses_as_asked", "segments")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
@@ -193,6 +219,7 @@ class AttachResponse(_message.Message):
     MAX_OPS_FIELD_NUMBER: _ClassVar[int]
     ACQUIRES_BY_NAME_FIELD_NUMBER: _ClassVar[int]
     REUSES_AS_ASKED_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     worker: str
     worker_key: str
     pool: PoolHandle
@@ -202,10 +229,11 @@ class AttachResponse(_message.Message):
     max_ops: int
     acquires_by_name: bool
     reuses_as_asked: bool
-    def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ..., acquires_by_name: _Optional[bool] = ..., reuses_as_asked: _Optional[bool] = ...) -> None: ...
+    segments: Again
+    def __init__(self, worker: _Optional[str] = ..., worker_key: _Optional[str] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., ttl_s: _Optional[float] = ..., namespace_index: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_ops: _Optional[int] = ..., acquires_by_name: _Optional[bool] = ..., reuses_as_asked: _Optional[bool] = ..., segments: _Optional[_Union[Again, _Mapping]] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id", "recompute", "min_partial", "not_for_room")
+    __slots__ = ("worker_key", "namespace", "namespace_index", "tokens", "reserve", "wait_s", "request_id", "recompute", "min_partial", "not_for_room", "segments")
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -216,6 +244,7 @@ class AcquireRequest(_message.Message):
     RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     MIN_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     NOT_FOR_ROOM_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     worker_key: str
     namespace: Namespace
     namespace_index: int
@@ -226,7 +255,8 @@ class AcquireRequest(_message.Message):
     recompute: bool
     min_partial: int
     not_for_room: bool
-    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ..., recompute: _Optional[bool] = ..., min_partial: _Optional[int] = ..., not_for_room: _Optional[bool] = ...) -> None: ...
+    segments: Again
+    def __init__(self, worker_key: _Optional[str] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., namespace_index: _Optional[int] = ..., tokens: _Optional[bytes] = ..., reserve: _Optional[int] = ..., wait_s: _Optional[float] = ..., request_id: _Optional[str] = ..., recompute: _Optional[bool] = ..., min_partial: _Optional[int] = ..., not_for_room: _Optional[bool] = ..., segments: _Optional[_Union[Again, _Mapping]] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("grant",)
@@ -235,7 +265,7 @@ class AcquireResponse(_message.Message):
     def __init__(self, grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("lease", "block_table", "num_cached", "num_pending", "copies", "ledger", "ttl_s")
+    __slots__ = ("lease", "block_table", "num_cached", "num_pending", "copies", "ledger", "ttl_s", "segments", "approximate")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TABLE_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +273,8 @@ class Grant(_message.Message):
     COPIES_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
     lease: int
     block_table: bytes
     num_cached: int
@@ -250,7 +282,9 @@ class Grant(_message.Message):
     copies: _containers.RepeatedCompositeFieldContainer[Copy]
     ledger: Ledger
     ttl_s: float
-    def __init__(self, lease: _Optional[int] = ..., block_table: _Optional[bytes] = ..., num_cached: _Optional[int] = ..., num_pending: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    approximate: bool
+    def __init__(self, lease: _Optional[int] = ..., block_table: _Optional[bytes] = ..., num_cached: _Optional[int] = ..., num_pending: _Optional[int] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., ttl_s: _Optional[float] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., approximate: _Optional[bool] = ...) -> None: ...
 
 class CancelRequest(_message.Message):
     __slots__ = ("op",)

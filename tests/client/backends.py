@@ -85,8 +85,9 @@ class Backend(ABC):
 class LocalBackend(Backend):
     """`PrefixCache` itself, on a clock that the tests move."""
 
-    def __init__(self) -> None:
-        self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=TTL_S)
+    def __init__(self, *, segments: bool = False) -> None:
+        secret = bytes(range(16)) if segments else None
+        self.cache = PrefixCache(NUM_BLOCKS, BLOCK_SIZE, ttl_s=TTL_S, segments_secret=secret)
         self.now = 100.0
         self.sessions: list[LocalSession] = []
         self.waiting: dict[TicketId, tuple[Future[Any], Any]] = {}
@@ -346,9 +347,11 @@ class LocalBatch:
 class RemoteBackend(Backend):
     """A service in another process, through the synchronous client."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *flags: str) -> None:
         self.service = ServiceProcess(
-            target, *sizes(NUM_BLOCKS, BLOCK_SIZE), "--ttl", str(TTL_S), "--log-level", "warning"
+            target,
+            *sizes(NUM_BLOCKS, BLOCK_SIZE),
+            *("--ttl", str(TTL_S), "--log-level", "warning", *flags),
         )
         self.client = prefixcache.connect(self.service.target)
         self.sessions: list[Any] = []
@@ -385,8 +388,8 @@ class RemoteBackend(Backend):
 class AsyncBackend(RemoteBackend):
     """The same, through the asynchronous client on an event loop in a thread."""
 
-    def __init__(self, target: str) -> None:
-        super().__init__(target)
+    def __init__(self, target: str, *flags: str) -> None:
+        super().__init__(target, *flags)
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)
         self.thread.start()

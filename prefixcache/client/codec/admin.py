@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefixcache.client.codec.words import read_namespace, show_namespace
+from prefixcache.client.codec.words import read_shown_namespace, show_namespace
 from prefixcache.types import Checked, QuotaInfo
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -39,7 +39,9 @@ def read_quota_info(message: pb.QuotaInfo) -> QuotaInfo:
     """Read what `write_quota_info` wrote."""
     return QuotaInfo(
         tenant=message.tenant,
-        namespace=read_namespace(message.namespace) if message.HasField("namespace") else None,
+        namespace=(
+            read_shown_namespace(message.namespace) if message.HasField("namespace") else None
+        ),
         max_held=message.max_held if message.HasField("max_held") else None,
         guaranteed=message.guaranteed,
         num_held=message.num_held,

@@ -8,7 +8,7 @@ from typing import Any, Final
 from prefixcache.client.codec.admin import read_quota_info, write_quota_info
 from prefixcache.client.codec.words import (
     read_ledger,
-    read_namespace,
+    read_shown_namespace,
     show_namespace,
     write_ledger,
 )
@@ -33,6 +33,7 @@ FATES: Final = {
     "evicted": pb.FATE_EVICTED,
     "granularity": pb.FATE_GRANULARITY,
     "resumed": pb.FATE_RESUMED,
+    "approximate": pb.FATE_APPROXIMATE,
 }
 _FATE_NAMES = {number: name for name, number in FATES.items()}
 
@@ -108,7 +109,7 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
         message.num_same,
         message.extra_blocks if message.HasField("extra_blocks") else None,
         message.num_pending,
-        tuple([(read_namespace(m.namespace), m.num_tokens) for m in message.elsewhere]),
+        tuple([(read_shown_namespace(m.namespace), m.num_tokens) for m in message.elsewhere]),
         _read_past(message.past) if message.HasField("past") else None,
     )
 
@@ -118,7 +119,7 @@ def _read_past(message: pb.PastRequest) -> PastRequest:
         message.request_id,
         message.worker,
         LeaseId(message.lease),
-        read_namespace(message.namespace),
+        read_shown_namespace(message.namespace),
         message.age_s,
         message.num_tokens,
         message.tokens,
@@ -180,10 +181,14 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
         **counts,
         leases=tuple([_read_lease(info) for info in message.leases]),
         ledger=read_ledger(message.ledger),
-        namespaces={read_namespace(m.namespace): read_ledger(m.ledger) for m in message.namespaces},
+        namespaces={
+            read_shown_namespace(m.namespace): read_ledger(m.ledger) for m in message.namespaces
+        },
         pins=tuple(
             [
-                PinInfo(read_namespace(m.namespace), m.num_tokens, m.num_blocks, m.expires_in_s)
+                PinInfo(
+                    read_shown_namespace(m.namespace), m.num_tokens, m.num_blocks, m.expires_in_s
+                )
                 for m in message.pins
             ]
         ),
@@ -196,7 +201,7 @@ def _read_lease(message: pb.LeaseInfo) -> LeaseInfo:
     return LeaseInfo(
         LeaseId(message.lease),
         message.worker,
-        read_namespace(message.namespace),
+        read_shown_namespace(message.namespace),
         message.num_tokens,
         message.num_committed,
         message.num_blocks,
@@ -232,7 +237,7 @@ def read_outline(message: pb.TreeResponse) -> Outline:
         message.block_size,
         tuple(
             NamespaceOutline(
-                read_namespace(tree.namespace), tuple(map(_read_branch, tree.branches))
+                read_shown_namespace(tree.namespace), tuple(map(_read_branch, tree.branches))
             )
             for tree in message.namespaces
         ),

@@ -8,8 +8,10 @@ from prefixcache.client.codec.words import (
     read_copies,
     read_ledger,
     read_pool,
+    read_segments,
     write_copies,
     write_ledger,
+    write_segments,
 )
 from prefixcache.types import (
     Attachment,
@@ -42,6 +44,9 @@ def _write_rest(answer: Grant, message: pb.Grant) -> None:
         write_copies(answer.copies, message.copies)
     write_ledger(answer.ledger, message.ledger)
     message.ttl_s = answer.ttl_s
+    if answer.approximate:
+        write_segments(answer.segments, message.segments)
+        message.approximate = True
 
 
 def read_grant(message: pb.Grant, shared_table: bytes = b"") -> Grant:
@@ -54,6 +59,8 @@ def read_grant(message: pb.Grant, shared_table: bytes = b"") -> Grant:
         read_copies(message.copies),
         read_ledger(message.ledger),
         message.ttl_s,
+        read_segments(message.segments),
+        message.approximate,
     )
 
 

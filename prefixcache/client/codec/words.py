@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from hashlib import blake2b
 from typing import Any, ClassVar, Final, Protocol, TypeVar
 
 from prefixcache import errors
-from prefixcache.types import BlockId, Copy, Layout, Ledger, Namespace, Partial, PoolHandle
+from prefixcache.types import (
+    Again,
+    BlockId,
+    Copy,
+    Layout,
+    Ledger,
+    Namespace,
+    Partial,
+    PoolHandle,
+    Segment,
+)
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 
@@ -50,6 +61,8 @@ def write_namespace(word: Namespace, message: pb.Namespace) -> None:
     message.adapter = word.adapter
     message.tenant = word.tenant
     message.salt = word.salt
+    if word.approximate:
+        message.approximate = True
 
 
 def show_namespace(word: Namespace, message: pb.Namespace) -> None:
@@ -69,8 +82,23 @@ def seal(salt: str) -> str:
 
 
 def read_namespace(message: pb.Namespace) -> Namespace:
-    """Read what `write_namespace` wrote."""
+    """Read the namespace that a request names.
+
+    Raises:
+        InvalidRequest: it is one that nobody can name.
+    """
+    if message.approximate:
+        raise errors.InvalidRequest(
+            "an approximate namespace is not named: ask for segments in the exact one beside it"
+        )
     return Namespace(message.model, message.adapter, message.tenant, message.salt)
+
+
+def read_shown_namespace(message: pb.Namespace) -> Namespace:
+    """Read a namespace of an answer, as `show_namespace` wrote it."""
+    return Namespace(
+        message.model, message.adapter, message.tenant, message.salt, message.approximate
+    )
 
 
 def write_layout(word: Layout, message: pb.Layout) -> None:
@@ -159,6 +187,8 @@ def write_ledger(word: Ledger, message: pb.Ledger) -> None:
         message.granularity = word.granularity
     if word.resumed:
         message.resumed = word.resumed
+    if word.approximate:
+        message.approximate = word.approximate
 
 
 def read_ledger(message: pb.Ledger) -> Ledger:
@@ -171,6 +201,7 @@ def read_ledger(message: pb.Ledger) -> Ledger:
         message.evicted,
         message.granularity,
         message.resumed,
+        message.approximate,
     )
 
 
@@ -183,6 +214,37 @@ def write_copies(copies: tuple[Copy, ...], messages: Any) -> None:
 def read_copies(messages: Iterable[pb.Copy]) -> tuple[Copy, ...]:
     """Read what `write_copies` wrote."""
     return tuple([Copy(BlockId(m.src), BlockId(m.dst), m.num_tokens) for m in messages])
+
+
+def write_again(word: Again, message: pb.Again) -> None:
+    """Fill `message`.
+
+    Raises:
+        InvalidRequest: a number is out of range.
+    """
+    message.SetInParent()
+    message.first, message.share = word.first, word.share
+
+
+def read_again(message: pb.Again) -> Again:
+    """Read what `write_again` wrote."""
+    return Again(message.first, message.share)
+
+
+def write_segments(segments: tuple[Segment, ...], messages: Any) -> None:
+    """Add to `messages`."""
+    for one in segments:
+        messages.add(
+            start=one.start,
+            source=one.source,
+            blocks=one.blocks.tobytes(),
+            num_again=one.num_again,
+        )
+
+
+def read_segments(messages: Iterable[pb.Segment]) -> tuple[Segment, ...]:
+    """Read what `write_segments` wrote."""
+    return tuple([Segment(m.start, m.source, array("i", m.blocks), m.num_again) for m in messages])
 
 
 def write_fields(answer: Plain, message: Any) -> None:

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from prefixcache.client import codec
 from prefixcache.client.codec.leases import write_fork
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.lessor import MOST_EVICTED
-from prefixcache.errors import CacheError, InvalidRequest
+from prefixcache.errors import CacheError, InvalidRequest, Unsupported
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.worker import Worker
 from prefixcache.texts import many
 from prefixcache.types import (
     TOKEN_BYTES,
+    Again,
     Committed,
     Grant,
     LeaseId,
+    Namespace,
     Released,
     TableUpdate,
     Waiting,
@@ -90,6 +93,7 @@ class LeaseVerbs(Verbs):
 
         Raises:
             InvalidRequest, NotFound, PoolExhausted: as the core says.
+            Unsupported: segments, of a model or by a policy that no certificate allows.
             ServiceUnavailable: the service is about to end.
         """
         self._refuse_if_draining()
@@ -100,7 +104,9 @@ class LeaseVerbs(Verbs):
         namespace = self._named(worker, request)
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
-        tokens = request.tokens
+        tokens, segments = request.tokens, None
+        if request.HasField("segments"):
+            segments = self._allowed(namespace, request.segments)
         answer = self._cache().acquire(
             worker.id,
             namespace,
@@ -112,11 +118,27 @@ class LeaseVerbs(Verbs):
             reuse=not request.recompute,
             min_partial=request.min_partial,
             for_room=not request.not_for_room,
+            segments=segments,
             now=monotonic(),
         )
         if self.recorder is not None:
             self.failures.spare("recording", self.recorder.record, namespace, tokens)
         return answer
+
+    def _allowed(self, namespace: Namespace, message: pb.Again) -> Again:
+        """Give the policy of a request for segments, which a certificate allows.
+
+        Raises:
+            Unsupported: none does.
+        """
+        certificates, handle = self.backing.certificates, self.backing.handle
+        if certificates is None or handle is None:
+            raise Unsupported(
+                "this service gives no segments: serve with --segments, or ask without"
+            )
+        again = codec.read_again(message)
+        certificates.refuse_beyond(namespace, handle.layout, again)
+        return again
 
     def cancel(self, worker: Worker, request: pb.CancelRequest) -> None:
         """Give up waiting.  Idempotent: the outcome may have crossed it on the way."""

@@ -16,7 +16,7 @@ from prefixcache.errors import InvalidRequest
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.verbs.request_texts import check_texts
 from prefixcache.service.worker import Asker, Worker
-from prefixcache.types import Ended
+from prefixcache.types import Ended, Namespace
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 MOST_FINISHED: Final = 1024
@@ -34,6 +34,7 @@ class Attached:
 
     worker: Worker
     namespace_index: int
+    namespace: Namespace
 
 
 class WorkerVerbs(Verbs):
@@ -94,7 +95,7 @@ class WorkerVerbs(Verbs):
             now=monotonic(),
         )
         self.workers.finished(request.finished, worker.identity)
-        return Attached(worker, index)
+        return Attached(worker, index, namespace)
 
     def write_attach(self, answer: Attached, message: pb.AttachResponse) -> None:
         """Fill `message`."""
@@ -107,6 +108,11 @@ class WorkerVerbs(Verbs):
         message.max_message_bytes = self.settings.max_message
         message.max_ops = self.settings.max_ops
         message.acquires_by_name = message.reuses_as_asked = True
+        certificates, handle = self.backing.certificates, self.backing.handle
+        if certificates is not None and handle is not None:
+            again = certificates.cheapest(answer.namespace, handle.layout)
+            if again is not None:
+                codec.write_again(again, message.segments)
 
     def detach(self, worker: Worker, request: pb.DetachRequest) -> Ended:
         """End a worker that says it writes to nothing any more."""

@@ -1,7 +1,7 @@
 // The ledger over time (uPlot), and the pool as a bar and as a map.
 "use strict";
 
-const FATES = ["hit", "joined", "partial", "resumed", "granularity", "evicted", "cold"];
+const FATES = ["hit", "joined", "partial", "resumed", "approximate", "granularity", "evicted", "cold"];
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 const LedgerChart = (() => {
