@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from prefixcache.certificates import FORMAT
 from prefixcache.plain_json import json_text
 from prefixcache_bench.speed import segments
-from prefixcache_worker.segments.certificate import FORMAT, reached_by
+from prefixcache_worker.segments.certificate import reached_by
 from prefixcache_worker.segments.moved import POLICIES
 
 

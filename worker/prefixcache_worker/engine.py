@@ -25,6 +25,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
+from copy import copy
 from typing import Final
 
 import torch
@@ -37,8 +39,9 @@ from prefixcache.errors import (
     PoolExhausted,
     QuotaExceeded,
     ServiceUnavailable,
+    Unsupported,
 )
-from prefixcache.types import Copy, TableUpdate
+from prefixcache.types import Again, Copy, TableUpdate
 from prefixcache_kernels import SharedPool, copy_blocks
 from prefixcache_worker.batch import Piece
 from prefixcache_worker.beams import Beams
@@ -60,6 +63,7 @@ from prefixcache_worker.request import (
 from prefixcache_worker.samples import lanes_of
 from prefixcache_worker.sampling import choose, logprobs, top_two
 from prefixcache_worker.scores import score
+from prefixcache_worker.segments.splice import Splice, Splicer
 from prefixcache_worker.store import RETRY_S, Claim, SharedStore, Store
 from prefixcache_worker.text import TextStream
 
@@ -144,6 +148,8 @@ class Engine:
         self._running: list[Job] = []
         self._releases: list[tuple[Store, Claim]] = []
         self._forward = Forward(model, max_batch, grouped=grouped)
+        self._splicers: dict[Again, Splicer | Unsupported] = {}
+        """What puts segments in place, by policy; or why it cannot be had."""
         self._passed_over = False
         """Whether the last step left long prompts out."""
         self._wake = threading.Event()
@@ -380,6 +386,7 @@ class Engine:
                     salt=job.request.salt,
                     reuse=not job.is_scoring,
                     for_room=job.stands_in_line,
+                    segments=self._again(job, home),
                 )
             except CacheError as error:  # a service of an earlier version hears of no salt
                 events.append(self._failed(job, type(error).__name__, str(error)))
@@ -387,6 +394,47 @@ class Engine:
             job.store = home
             job.future.add_done_callback(lambda _: self.wake())
             self._asked.append(job)
+
+    def prepare_segments(self) -> None:
+        """Get ready for requests that ask for segments, if the service gives any.  Seconds.
+
+        Else the first of them waits for this.  Whether they can be had is told to who asks.
+        """
+        shared = self.membership.shared
+        if shared is not None and shared.again is not None:
+            with suppress(Unsupported):
+                self._splicer_of(shared.again)
+
+    def _again(self, job: Job, home: Store) -> Again | None:
+        """Say what is computed again of a request's segments; None: it is served without them.
+
+        A worker that is alone has nothing stored anywhere.
+
+        Raises:
+            Unsupported: it asks for segments, and the service gives none to this model, or its keys
+                cannot be moved.
+        """
+        if not job.request.segments or not home.shared:
+            return None
+        if home.again is None:
+            raise Unsupported(
+                f"segments of {self.model.name!r}: the service was started without --segments, or "
+                "no certificate there allows them (prefixcache verify-segments makes one); leave "
+                "segments out"
+            )
+        return self._splicer_of(home.again).again
+
+    def _splicer_of(self, again: Again) -> Splicer:
+        """Give what puts segments in place.  Made once, or refused once."""
+        if again not in self._splicers:
+            try:
+                self._splicers[again] = Splicer.of(self.model, again)
+            except Unsupported as error:
+                self._splicers[again] = error
+        found = self._splicers[again]
+        if isinstance(found, Unsupported):
+            raise copy(found)
+        return found
 
     def _next_of_queue(self) -> Job | None:
         """Give who asks next; None: nobody can yet."""
@@ -448,6 +496,7 @@ class Engine:
     def _take(self, events: list[Event]) -> None:
         """Take the blocks that were granted, and make the copies that belong to them."""
         copies: dict[int, tuple[SharedPool, list[tuple[int, int, int]]]] = {}
+        spliced: list[Job] = []
         for job in [job for job in self._asked if job.answered]:
             self._asked.remove(job)
             assert job.future is not None
@@ -473,12 +522,27 @@ class Engine:
             if claim.copies:
                 _, rows = copies.setdefault(id(job.store), (job.store.pool, []))
                 rows.extend((copy.src, copy.dst, copy.num_tokens) for copy in claim.copies)
+            if claim.segments:
+                spliced.append(job)
             if not job.started:
                 job.started = True
                 events.append(started(job, claim))
             self._running.append(job)
         for pool, rows in copies.values():
             copy_blocks(pool.blocks, torch.tensor(rows, dtype=torch.int64))
+        for job in spliced:
+            self._splice(job)
+
+    def _splice(self, job: Job) -> None:
+        """Put the segments of what a job was granted in place."""
+        assert job.store is not None
+        assert job.claim is not None
+        again = job.store.again
+        assert again is not None
+        splicer = self._splicer_of(again)
+        splicer.place(job.store.pool, job.claim)
+        job.splice = Splice(splicer, job.store.pool, job.claim, job.tokens[:])
+        job.num_valid = job.splice.num_valid
 
     def _ask_again(self, job: Job, delay_s: float) -> None:
         job.begin_again()
@@ -511,6 +575,8 @@ class Engine:
             assert store is not None
             jobs = [job for job in self._running if job.store is store]
             jobs = self._that_can_go_on(jobs, events)
+            done += self._go_on_splicing(jobs, store, events)
+            jobs = [job for job in jobs if job.splice is None and job.claim is not None]
             pieces = self._pieces(jobs, store)
             if not pieces:
                 continue
@@ -532,6 +598,26 @@ class Engine:
             elif job.reason and search is not None and job is search.lanes[0]:
                 events.append(search.finished(self.model.tokenizer))
         return done
+
+    def _go_on_splicing(self, jobs: Sequence[Job], store: Store, events: list[Event]) -> list[Job]:
+        """Compute a step's tokens of the first prompt with segments; give whom to tell of it."""
+        job = next((job for job in jobs if job.splice is not None), None)
+        if job is None or (splice := job.splice) is None:
+            return []
+        count = 0 if splice.is_over else splice.step(self.chunk)
+        self._restart_lost([job], store)
+        if job.splice is not splice:
+            return []
+        if not splice.is_finite:
+            self._end_ill(job, events)
+            return []
+        self.num_computed += count
+        job.num_computed += count
+        job.num_valid = splice.num_valid
+        if not splice.is_over:
+            return [job]
+        job.splice = None  # it goes on in this very step, as any other
+        return []
 
     def _that_can_go_on(self, jobs: Sequence[Job], events: list[Event]) -> list[Job]:
         """Work out what may come next where a grammar says so; end those that it leads nowhere."""
@@ -581,13 +667,17 @@ class Engine:
                 block, slot = divmod(piece.start + len(piece.tokens) - 1, store.pool.block_size)
                 made = store.pool.blocks[-1, :, piece.block_table[block], slot]
                 ill += [] if bool(made.isfinite().all()) else [job]
-        message = "the model gave NaN or infinity in the place of a number; nothing can follow that"
         for job in ill:
-            if any(job is other for other in self._running):
-                search = self._searches.get(job.request.id)
-                for lane in [job] if search is None else search.lanes:
-                    self._abandon(lane)
-                events.append(self._failed(job, "CacheError", message))
+            self._end_ill(job, events)
+
+    def _end_ill(self, job: Job, events: list[Event]) -> None:
+        """End an answer, with its whole search, that nothing can follow."""
+        message = "the model gave NaN or infinity in the place of a number; nothing can follow that"
+        if any(job is other for other in self._running):
+            search = self._searches.get(job.request.id)
+            for lane in [job] if search is None else search.lanes:
+                self._abandon(lane)
+            events.append(self._failed(job, "CacheError", message))
 
     def _still_running(
         self, pieces: list[tuple[Job, Piece]], logits: Tensor

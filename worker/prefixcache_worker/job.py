@@ -20,6 +20,7 @@ from prefixcache_worker.drafts import Drafts
 from prefixcache_worker.reads import KvReads
 from prefixcache_worker.request import Finished, Request, Started
 from prefixcache_worker.sampling import Sampler
+from prefixcache_worker.segments.splice import Splice
 from prefixcache_worker.store import Claim, Commit, Store
 from prefixcache_worker.text import TextStream
 
@@ -56,6 +57,10 @@ class Job:
     """Why it got no blocks when it asked last."""
     drafts: Drafts | None = None
     """Where to look up what may come next; None: nowhere."""
+    splice: Splice | None = None
+    """While segments are put into its prompt: no step takes it until they are."""
+    is_approximate: bool = False
+    """Whether any of it was computed over segments."""
     num_valid: int = 0
     """Tokens whose keys and values are in the claim's blocks."""
     num_told: int = 0
@@ -202,6 +207,7 @@ class Job:
         self.stands_in_line = self.request.waits_for_quota
         self.num_valid = self.num_committed = claim.num_cached
         self.num_told = len(self.tokens)
+        self.is_approximate |= claim.approximate
 
     def go_on_from(self, parent: Job, claim: Claim, tokens: list[int]) -> None:
         """Take the place of a fork of another lane; what this one has itself is released."""
@@ -216,6 +222,7 @@ class Job:
         self.claim = self.future = self.store = self.growing = None
         self.num_valid = self.num_told = self.num_committed = 0
         self.is_forked = self.tail_is_shared = False
+        self.splice = None
 
     def due_commit(self, block_size: int) -> Commit | None:
         """Say what the store should be told now: chunks of the prompt, full blocks, the end."""
@@ -246,6 +253,7 @@ def started(job: Job, claim: Claim) -> Started:
         left_out=_left_out(job),
         seed=None if job.sampler.sampling.greedy else job.sampler.seed,
         sample=job.sample,
+        approximate=job.is_approximate or None,
     )
 
 
@@ -270,4 +278,5 @@ def finished(job: Job) -> Finished:
         kv_read_bytes=round(job.kv_reads.read_bytes),
         kv_alone_bytes=job.kv_reads.alone_bytes,
         sample=job.sample,
+        approximate=job.is_approximate or None,
     )

@@ -161,6 +161,12 @@ class LeanNetwork:
         """Take over a loaded model; None if its config holds anything that is not restated here."""
         return cls(module) if understands(module) else None
 
+    def first_layers(self, count: int) -> LeanNetwork:
+        """Give a network of the first layers, on the same weights."""
+        network = copy.copy(self)
+        network.layers = self.layers[:count]
+        return network
+
     def __call__(self, batch: Batch, pool: SharedPool, plan: Any) -> Tensor:
         """Run a batch: fill its slots of the pool, give float32 logits `[R, vocab]`."""
         with torch.inference_mode():

@@ -92,6 +92,8 @@ class Model:
     load_s: float = 0.0
     invariant: bool = False
     """Whether a row's logits have the same bits whatever is computed with it, or was before."""
+    source: str = ""
+    """Folder or id that it was loaded from; empty: it was not."""
     packed_now: bool = False
     """Whether this process packed its weights, for which it took memory that it does not need."""
 
@@ -146,6 +148,7 @@ class Model:
             if eight_bits:
                 model = model.in_eight_bits()
         model.load_s = time.monotonic() - started
+        model.source = source
         return model
 
     @classmethod
@@ -346,6 +349,23 @@ class Model:
                 f"apart, {EIGHT_BITS_TOLERANCE:g} allowed; leave int8 out"
             )
         return replace(self, name=self.name + _EIGHT_BITS, network=network, gap=apart)
+
+    def first_layers(self, count: int) -> Network:
+        """Give a network of its first layers, which fills their slots and gives no logits.
+
+        Its weights are this model's own.
+
+        Raises:
+            Unsupported: none of our own networks runs, and the library's has no end in between.
+        """
+        if self.layout.num_layers <= count:
+            return self.network
+        if isinstance(self.network, NativeNetwork | LeanNetwork):
+            return self.network.first_layers(count)
+        raise Unsupported(
+            f"model {self.name!r} runs on {self.kind!r}, which computes all layers or none: what "
+            "is furthest off at one of them cannot be told"
+        )
 
     def sharing_cost(self, block_size: int) -> SharingCost:
         """Give what it costs a layer to read what sequences share once, on this processor."""

@@ -12,7 +12,7 @@ decodes.  What it is compared with before it is used: see `model`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -183,6 +183,11 @@ class NativeNetwork:
             return cls(facts_of(module), pack_module(module))
         except Unsupported:
             return None
+
+    def first_layers(self, count: int) -> NativeNetwork:
+        """Give a network of the first layers, on the same weights."""
+        windows = self.facts.windows[:count]
+        return NativeNetwork(replace(self.facts, num_layers=count, windows=windows), self.weights)
 
     def in_eight_bits(self) -> NativeNetwork:
         """Give this network with its matrices in eight bits; the embedding stays.  Takes seconds.

@@ -146,6 +146,7 @@ class WorkerProcess:
         self.engine = Engine(
             model, pool, session, chunk=chunk, max_batch=max_batch, join=join, drafts=drafts
         )
+        self.engine.prepare_segments()
 
     def run(self) -> None:
         """Serve until the input ends and all is answered, or until SIGTERM or Ctrl-C."""

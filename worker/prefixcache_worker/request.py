@@ -62,6 +62,8 @@ class Request:
     """Search for the likeliest answers as a whole; None: choose token by token."""
     grammar: Grammar | None = None
     """What the answer is held to."""
+    segments: bool = False
+    """Whether what is stored of its prompt at other places may be used, approximately."""
     generated: Sequence[int] = ()
     """The answer's first tokens, where another worker has begun it: it goes on behind them, as if
     nothing had been."""
@@ -93,6 +95,11 @@ class Request:
         if "" in self.stop_strings:
             raise InvalidRequest(
                 f"request {self.id!r}: stop holds an empty text, which is everywhere: leave it out"
+            )
+        if self.segments and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                f"request {self.id!r}: segments do not go with prompt_logprobs, for which all of "
+                "the prompt is computed"
             )
         if self.beams is not None:
             self._check_beams(self.beams.width)
@@ -145,6 +152,8 @@ class Started:
     """By which its tokens are drawn; None: the most likely ones are taken."""
     sample: int | None = None
     """Which of several answers it is of; None: there is one."""
+    approximate: bool | None = None
+    """True: it has segments in its prompt, so its answer may be another than a full prefill's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +216,8 @@ class Finished:
     """Which of several answers it is; None: there is one."""
     beams: tuple[Beam, ...] | None = None
     """The likeliest texts, best first, of which the first is the answer; None: not searched."""
+    approximate: bool | None = None
+    """True: some of it was computed over segments."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,8 @@ generated       token ids: the beginning of the answer, which goes on behind the
 sample          a whole number from 0 to 2,147,483,647: which of the answers to this seed; else 0
 wait_s          seconds to wait for a prefix that another worker computes, from 0 on; else 30
 waits_for_quota false: fail, and say when to come again, if a quota is full; else true
+segments        true: what is stored of the prompt at other places may be used, approximately;
+                else false
 salt            a secret text of up to 200 characters: who has another one, or none, shares nothing
 log_logits      true or false; else false
 ```
@@ -73,7 +75,7 @@ _FIELDS: Final = {
     *("log_logits", "generated", "sample", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "min_tokens", "ignore_eos"),
     *("logprobs", "top_logprobs", "prompt_logprobs", "salt", "n", "beams", "length_penalty"),
-    *("early_stopping", "grammar", "waits_for_quota", *_PROMPTS, *_CHAT),
+    *("early_stopping", "grammar", "waits_for_quota", "segments", *_PROMPTS, *_CHAT),
 }
 _DEFAULT_NEW: Final = 128
 _ID: Final = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\]|\\.){0,200}"|\d{1,18})\s*[,}]')
@@ -175,6 +177,7 @@ def read_request(fields: dict[str, Any], model: Model) -> Request:
         ),
         wait_s=_number(fields, "wait_s", 30.0, most=86_400.0),
         waits_for_quota=_flag(fields, "waits_for_quota", default=True),
+        segments=_flag(fields, "segments"),
         log_logits=_flag(fields, "log_logits"),
         logprobs=_logprobs(fields),
         prompt_logprobs=_prompt_logprobs(fields),

@@ -21,7 +21,17 @@ import torch
 
 from prefixcache.client import Session
 from prefixcache.errors import CacheError, InvalidRequest, PoolExhausted
-from prefixcache.types import BlockId, Copy, Layout, Ledger, PoolHandle, TableUpdate, pack
+from prefixcache.types import (
+    Again,
+    BlockId,
+    Copy,
+    Layout,
+    Ledger,
+    PoolHandle,
+    Segment,
+    TableUpdate,
+    pack,
+)
 from prefixcache_kernels import TORCH_DTYPES, SharedPool
 from prefixcache_kernels.fence import Fence
 
@@ -43,6 +53,14 @@ class Claim(Protocol):
     @property
     def copies(self) -> tuple[Copy, ...]:
         """Copies to make before the first use."""
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What is to be put in place after the copies."""
+
+    @property
+    def approximate(self) -> bool:
+        """Whether what it reads is not what a full prefill gives."""
 
     @property
     def ledger(self) -> Ledger:
@@ -92,6 +110,10 @@ class Store(Protocol):
     def shared(self) -> bool:
         """Whether other workers use the same pool."""
 
+    @property
+    def again(self) -> Again | None:
+        """What is computed again of segments, where they may be asked for; None: they may not."""
+
     def claim(
         self,
         tokens: Sequence[int],
@@ -102,11 +124,13 @@ class Store(Protocol):
         salt: str | None = None,
         reuse: bool = True,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Future[Claim]:
         """Ask for the blocks of a prompt and of `reserve` more tokens.  Does not block.
 
         Without `reuse`, nothing that is stored is in them: all tokens are to be computed.  Without
-        `for_room`, `wait_s` is for a prefix alone: without room it is refused at once.
+        `for_room`, `wait_s` is for a prefix alone: without room it is refused at once.  With
+        `segments`, what is stored elsewhere may be used, and this of it is computed again.
         """
         ...
 
@@ -141,6 +165,8 @@ class PrivateClaim:
     copies: tuple[Copy, ...] = ()
     deadline: float = math.inf
     num_committed: int = 0
+    segments: tuple[Segment, ...] = ()
+    approximate: bool = False
     tail_is_shared: bool = False
     """Whether its last block is another's as well, and copied before it is written to."""
 
@@ -164,6 +190,11 @@ class PrivateStore:
     _free: list[int] = field(init=False)
     _others: dict[int, int] = field(default_factory=dict, init=False)
     """Of blocks that forks share: how many have it beside the first."""
+
+    @property
+    def again(self) -> None:
+        """Nothing is stored that could be moved."""
+        return
 
     def __post_init__(self) -> None:
         handle = PoolHandle("none", "", self.num_blocks, self.block_size, self.layout, 0, 0)
@@ -195,6 +226,7 @@ class PrivateStore:
         salt: str | None = None,
         reuse: bool = True,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Future[Claim]:
         """Take blocks from the free list; the future is done at once."""
         answer: Future[Claim] = Future()
@@ -311,6 +343,11 @@ class SharedStore:
         self.pool = pool
         self._fence: Fence[None] = Fence.of(pool.blocks)
 
+    @property
+    def again(self) -> Again | None:
+        """What the service says at least is to be computed again, if it gives segments."""
+        return self.session.segments
+
     def claim(
         self,
         tokens: Sequence[int],
@@ -321,6 +358,7 @@ class SharedStore:
         salt: str | None = None,
         reuse: bool = True,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Future[Claim]:
         """Ask the service for a lease; done when its answer arrives."""
         future: Future[Claim] = self.session.acquire_later(  # type: ignore[assignment]
@@ -331,6 +369,7 @@ class SharedStore:
             salt=salt,
             reuse=reuse,
             for_room=for_room,
+            segments=segments,
         )
         return future
 

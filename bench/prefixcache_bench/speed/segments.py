@@ -19,6 +19,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Final
 
+from prefixcache.certificates import FORMAT
 from prefixcache.types import unpack
 from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.pictures import draw_segments
@@ -37,8 +38,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Make the certificate, or read the one that is named."""
     if options.certificate:
         found: dict[str, Any] = json.loads(options.certificate.read_text(encoding="utf-8"))
-        if found.get("format") != certificate.FORMAT:
-            raise SystemExit(f"{options.certificate} is no certificate: {certificate.FORMAT!r}")
+        if found.get("format") != FORMAT:
+            raise SystemExit(f"{options.certificate} is no certificate: {FORMAT!r}")
         return found
     chosen = texts.load()
     if options.quick:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prefixcache import user_folders
+from prefixcache.certificates import FORMAT
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache.plain_json import json_text
 from prefixcache.private_files import own_folder
@@ -34,7 +35,6 @@ from prefixcache_worker.segments.blend import BLOCK_SIZE, Blend, angles_of
 from prefixcache_worker.segments.moved import POLICIES, Policy, find
 from prefixcache_worker.segments.texts import Text, Texts
 
-FORMAT: Final = "prefixcache segments 1"
 LEAST: Final = 2 * BLOCK_SIZE - 1
 """Tokens of a run that always holds a whole block, wherever it begins: shorter ones may be found,
 or not."""
