@@ -85,7 +85,12 @@ class Played:
             if not made:
                 cached = 0 if scored else min(16, len(line["tokens"]) - 1)
                 ledger = {"hit": cached, "cold": len(line["tokens"]) - cached}
-                self.tell({"event": "started", "id": name, "ledger": ledger, "num_to_compute": 3})
+                begun = {"event": "started", "id": name, "num_to_compute": 3}
+                if line.get("segments"):  # half of the rest was found elsewhere
+                    ledger["approximate"] = ledger["cold"] // 2
+                    ledger["cold"] -= ledger["approximate"]
+                    begun["approximate"] = True
+                self.tell({**begun, "ledger": ledger})
             if scored and not made:
                 told = [-float(token) for token in line["tokens"][1:]]
                 top = [[[5, -0.25]]] * len(told)

@@ -43,13 +43,15 @@ def test_tenants_and_salts_make_namespaces_that_nobody_else_has(model: ServedMod
 
 def test_what_decides_the_choice_of_a_token_goes_to_the_worker(model: ServedModel) -> None:
     how = {"top_k": 5, "min_p": 0.1, "min_tokens": 2, "logit_bias": {"7": 1.0}, "seed": 3}
-    (first, second) = chat(model, USER, n=2, ignore_eos=True, max_tokens=9, **how).lines()
+    how_else = {"ignore_eos": True, "segments": True, "max_tokens": 9}
+    (first, second) = chat(model, USER, n=2, **how_else, **how).lines()
     assert first == {
         "tokens": [0, 5, 1],
         "max_new_tokens": 9,
         "temperature": 1.0,
         "top_p": 1.0,
         "ignore_eos": True,
+        "segments": True,
         **how,
     }
     assert second == first | {"sample": 1}

@@ -49,6 +49,7 @@ RIGHT: dict[str, Any] = {
     "prompt_cache_key": "k",
     "prompt_cache_retention": "24h",
     "cache_salt": "secret",
+    "segments": True,
     "frequency_penalty": 0.5,
     "presence_penalty": -0.5,
     "logit_bias": {"5": -100},

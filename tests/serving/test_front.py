@@ -62,6 +62,46 @@ def test_an_answer_tells_its_text_and_what_of_the_prompt_was_cached(tokenizer_fo
     play(test, tokenizer_folder)
 
 
+def test_an_answer_over_segments_says_that_it_is_approximate(tokenizer_folder: Path) -> None:
+    async def test(bench: Bench) -> None:
+        async with bench.stepping():
+            asked = completion([7] * 40, 6) | {"segments": True}
+            _, _, body = await bench.post(asked)
+            assert body["usage"]["approximate"] is True
+            assert body["usage"]["prompt_tokens_details"] == {
+                "cached_tokens": 16,
+                "approximate_tokens": 12,
+            }
+            _, _, body = await bench.post(asked | {"n": 2})
+            assert body["usage"]["prompt_tokens_details"]["approximate_tokens"] == 12
+            told = {"model": "played", "input": "w5 w7 w8 w9", "segments": True}
+            _, _, body = await bench.post(told, "/v1/responses")
+            assert body["usage"]["approximate"] is True
+            assert body["usage"]["input_tokens_details"]["approximate_tokens"] == 0
+            _, _, body = await bench.post(completion([7] * 40, 6) | {"segments": False})
+            assert "approximate" not in body["usage"]
+            status, _, body = await bench.post(asked | {"echo": True, "logprobs": 1})
+            assert (status, body["error"]["param"]) == (400, "segments")
+        lines = (await bench.exchange("GET", "/metrics"))[2].decode()
+        assert "prefixcache_front_approximate_tokens_total 36.0" in lines
+
+    play(test, tokenizer_folder)
+
+
+def test_an_answer_that_was_refused_segments_says_why(tokenizer_folder: Path) -> None:
+    async def test(bench: Bench) -> None:
+        asked = asyncio.create_task(bench.post(completion([7] * 40, 6) | {"segments": True}))
+        await until(lambda: any(worker.jobs for worker in bench.workers))
+        worker = next(worker for worker in bench.workers if worker.jobs)
+        (name,) = worker.jobs
+        why = "segments of 'm': no certificate there allows them"
+        worker.tell({"event": "failed", "id": name, "error": "Unsupported", "message": why})
+        status, _, body = await asked
+        assert (status, body["error"]["message"]) == (400, why)
+
+    play(test, tokenizer_folder)
+
+
 def test_a_chat_goes_through_the_template(tokenizer_folder: Path) -> None:
     async def test(bench: Bench) -> None:
         body = {

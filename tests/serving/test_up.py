@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 import prefixcache
+from certificate_file import write
 from patience import PATIENCE_S
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache_serving.ask import _salt
+from prefixcache_worker.identity import identify
 from worker.zoo import save
 
 pytestmark = pytest.mark.slow
@@ -297,6 +299,41 @@ def test_workers_and_service_get_the_options_that_are_theirs(model: Path) -> Non
     assert command[command.index("--threads") + 1] == "2"
     assert command[command.index("--dtype") + 1] == "float32"
     assert command[command.index("--drafts") + 1] == "3"
+
+
+def test_segments_are_moved_for_who_asks_on_whichever_worker(model: Path) -> None:
+    """What a certificate allows; an exact answer is the same before and after."""
+    document = [number % 80 + 10 for number in range(0, 96 * 7, 7)]
+    asked = [5, 9, *document, 3]
+    with tempfile.TemporaryDirectory(prefix="pfx") as folder:
+        measured = {"first 3": ((0.0, 0.1), (0.001, 0.2))}
+        file = write(Path(folder), model=identify(str(model), None), measured=measured)
+        up = Up(model, Path(folder), "--memory", "8MiB", "--segments", str(file))
+        try:
+            for name in ("w1", "w2"):
+                up.says(rf"{name} \(pid \d+\) is ready")
+
+            def ask(prompt: list[int], **more: Any) -> Stream:
+                stream = up.stream(prompt=prompt, max_tokens=4, temperature=0, **more)
+                stream.read()
+                return stream
+
+            ask([5, 9, 7, *document, 2])
+            told = [ask(asked, segments=True).usage for _ in range(4)]
+            assert all(usage["approximate"] for usage in told)
+            first, *others = [usage["prompt_tokens_details"] for usage in told]
+            assert first["approximate_tokens"] >= 5 * 16 - 3
+            assert {one["approximate_tokens"] for one in others} == {len(asked) - 1}
+            exact = ask(asked)
+            assert exact.usage["prompt_tokens_details"]["cached_tokens"] == 2
+            assert "approximate" not in exact.usage
+            again = ask(asked, segments=True)
+            assert again.usage["approximate"] is False
+            assert again.text == exact.text == ask(asked).text
+            assert up.meters()["approximate_tokens_total"] > 0
+        finally:
+            code = up.end()
+    assert code == 0
 
 
 def test_ended_while_it_loads_it_says_so_and_leaves_nothing(model: Path) -> None:

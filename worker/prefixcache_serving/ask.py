@@ -99,6 +99,8 @@ class Ask:
     """How many of the most likely tokens are told with each one; None: none, and not its own."""
     salt: str | None
     """Keeps the prompts of a tenant, and those behind a `cache_salt`, apart."""
+    segments: bool
+    """Whether what is stored of the prompts at other places may be used, approximately."""
     how: dict[str, Any]
     """What else decides the choice of a token, by the names that workers know."""
     ignore_eos: bool
@@ -141,6 +143,8 @@ class Ask:
         more = dict(self.how) if self.search is None else dict(self.search)
         if self.salt is not None:
             more["salt"] = self.salt
+        if self.segments:
+            more["segments"] = True
         if self.ignore_eos:
             more["ignore_eos"] = True
         if self.grammar is not None:
@@ -239,6 +243,7 @@ def read_ask(body: Any, kind: str, model: ServedModel, tenant: str = "") -> Ask:
         stop=found.get("stop", ()),
         num_logprobs=num_logprobs,
         salt=_salt(tenant, found.get("cache_salt", "")),
+        segments=_segments(found, kind),
         how=_how(found, new_tokens, model),
         ignore_eos=found.get("ignore_eos", False),
         form=form,
@@ -331,6 +336,18 @@ def _salt(tenant: str, salt: str) -> str | None:
     for part in (tenant.encode(), salt.encode()):
         digest.update(len(part).to_bytes(4, "little") + part)  # no two pairs give the same bytes
     return digest.hexdigest()
+
+
+def _segments(found: dict[str, Any], kind: str) -> bool:
+    if not found.get("segments"):
+        return False
+    if kind == COMPLETIONS and found.get("echo") and "logprobs" in found:
+        raise Refused(
+            "segments do not go with echo and logprobs, for which all of the prompt is computed",
+            param="segments",
+            code="invalid_value",
+        )
+    return True
 
 
 def _logprobs(found: dict[str, Any], kind: str) -> int | None:

@@ -184,12 +184,14 @@ class Bodies:
             cached += min((cached_of(one) for one in ledgers if one is not None), default=0)
         prompt = sum(map(len, self.ask.prompts))
         completion = sum(choice.num_tokens for choice in self.choices)
+        firsts = journeys[::made]
+        details = {"cached_tokens": cached} | approximated(self.ask, firsts)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+            "prompt_tokens_details": details,
+        } | ({"approximate": is_approximate(journeys)} if self.ask.segments else {})
 
     def _best(self, journeys: Sequence[Journey]) -> list[Choice]:
         """Give the answers that are told: of each prompt's, those that the model finds likeliest.
@@ -248,6 +250,23 @@ class Bodies:
             "model": self.model.name,
             "system_fingerprint": self.model.fingerprint,
         }
+
+
+def approximated(ask: Ask, firsts: Sequence[Journey]) -> dict[str, int]:
+    """Count what of the prompts was taken from segments, where that was asked for.
+
+    Args:
+        ask: what was asked.
+        firsts: the first answer to each prompt.
+    """
+    if not ask.segments:
+        return {}
+    return {"approximate_tokens": sum(one.ledger.approximate for one in firsts if one.ledger)}
+
+
+def is_approximate(journeys: Sequence[Journey]) -> bool:
+    """Whether any of some answers was computed over segments."""
+    return any(one.is_approximate for one in journeys)
 
 
 def explained(journeys: Sequence[Journey]) -> dict[str, Any]:

@@ -333,6 +333,7 @@ def _rows() -> list[Field]:
         used("repetition_penalty", "from 0.01; 1 is none (of vLLM)", number(0.01, 100)),
         used("min_tokens", "before it nothing ends the answer (of vLLM)", whole(0, 2**31 - 1)),
         used("cache_salt", "who has another one shares nothing (of vLLM)", text(1024, 1)),
+        used("segments", "reuse at other places too, approximately: segments.md (ours)", flag),
         used("ignore_eos", "go on behind the model's own end (of vLLM)", flag),
         used(
             "response_format", "the answer is held to it: json_schema, json_object", object_, chat

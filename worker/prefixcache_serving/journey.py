@@ -56,6 +56,8 @@ class Journey:
     """Tokens that still have to run through the model before the next one comes."""
     ledger: Ledger | None = None
     """Of the prompt, as the first worker that had blocks for it told."""
+    is_approximate: bool = False
+    """Whether a worker has computed it over segments."""
     is_hurried: bool = False
     """Whether the next worker is not to wait for a prefix that another one is computing: that one
     may be whom it was taken from, which still holds its lease, of little more than is cached."""

@@ -40,6 +40,9 @@ class Meter:
         self.gone = counter("clients_gone", "Clients that left before their answer was whole.")
         self.prompt = counter("prompt_tokens", "Tokens of prompts that workers began.")
         self.cached = counter("cached_tokens", "Of these, tokens that were not computed.")
+        self.approximate = counter(
+            "approximate_tokens", "Tokens of prompts that were taken from segments."
+        )
         self.generated = counter("generated_tokens", "Tokens that workers generated.")
         self.moved = counter("moved", "Answers that went on on another worker.")
         self.recomputed = counter("recomputed_tokens", "Tokens computed again because of that.")
@@ -57,6 +60,7 @@ class Meter:
         """Count the tokens of a prompt that a worker began."""
         self.prompt.inc(ledger.total)
         self.cached.inc(cached_of(ledger))
+        self.approximate.inc(ledger.approximate)
 
     def watch(self, name: str, what: str, value: Callable[[], float]) -> None:
         """Show a number that is asked for when somebody looks."""

@@ -27,7 +27,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from prefixcache_serving.ask import Ask
-from prefixcache_serving.bodies import Piece, TokenLogprob, call_id, explained, told_token
+from prefixcache_serving.bodies import (
+    Piece,
+    TokenLogprob,
+    approximated,
+    call_id,
+    explained,
+    told_token,
+)
 from prefixcache_serving.call_form import CallPiece
 from prefixcache_serving.journey import Journey
 from prefixcache_serving.meter import cached_of
@@ -264,11 +271,11 @@ class ResponseBodies:
         cached = 0 if journey.ledger is None else cached_of(journey.ledger)
         return {
             "input_tokens": num_input,
-            "input_tokens_details": {"cached_tokens": cached},
+            "input_tokens_details": {"cached_tokens": cached} | approximated(self.ask, [journey]),
             "output_tokens": self.num_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": num_input + self.num_tokens,
-        }
+        } | ({"approximate": journey.is_approximate} if self.ask.segments else {})
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         return [

@@ -336,6 +336,7 @@ class Router:
                 if journey.attempt and journey.ledger is not None:
                     self.num_computed_again += journey.due
                     self.meter.recomputed.inc(journey.due)
+                journey.is_approximate |= event.get("approximate") is True
                 journey.left_out = tuple(map(str, event.get("left_out") or ()))
                 if journey.ledger is None:
                     journey.ledger = Ledger(**event["ledger"])

@@ -60,6 +60,7 @@ class Setup:
     target: str | None
     memory: str | None
     block_size: int | None
+    segments: Path | None
     dtype: str
     threads: int
     weights: str
@@ -117,6 +118,8 @@ class Setup:
             options += ["--memory", self.memory]
         if self.block_size is not None:
             options += ["--block-size", str(self.block_size)]
+        if self.segments is not None:
+            options += ["--segments", str(self.segments.absolute())]
         return options
 
 
@@ -273,7 +276,11 @@ class _Run:
                     raise
                 service = self._service_child = None  # somebody else was faster
         if service is None:
-            for option, value in (("--memory", setup.memory), ("--block-size", setup.block_size)):
+            for option, value in (
+                ("--memory", setup.memory),
+                ("--block-size", setup.block_size),
+                ("--segments", setup.segments),
+            ):
                 if value is not None:
                     raise InvalidRequest(
                         f"{option} is for a service that is started here; one answers at {target} "

@@ -76,6 +76,16 @@ def up(
         int | None,
         _option("Pool", "Tokens of a block, likewise.", "TOKENS", show_default="16"),
     ] = None,
+    segments: Annotated[
+        Path | None,
+        _option(
+            "Pool",
+            "Certificates by which requests may ask for the same tokens at other places, likewise; "
+            "see docs/segments.md.",
+            "CERTIFICATES",
+            show_default="off",
+        ),
+    ] = None,
     dtype: Annotated[
         str, _option("Workers", "float32 or bfloat16; must be the pool's.", "TYPE")
     ] = "bfloat16",
@@ -145,6 +155,7 @@ def up(
         target=connect,
         memory=memory,
         block_size=block_size,
+        segments=segments,
         dtype=dtype,
         threads=threads,
         weights=weights,
