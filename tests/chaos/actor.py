@@ -15,11 +15,12 @@ import os
 import signal
 import sys
 import time
+from array import array
 from random import Random
 from typing import Any
 
 import prefixcache
-from chaos.pattern import Pool
+from chaos.pattern import Pool, prompt
 from chaos.universe import (
     CHAT_TOKENS,
     LAYOUT,
@@ -34,7 +35,7 @@ from chaos.universe import (
 from prefixcache.client import Client, Lease, Session
 from prefixcache.errors import CacheError, ServiceUnavailable
 from prefixcache.pool import epoch_of, map_pool
-from prefixcache.types import Namespace
+from prefixcache.types import Namespace, Segment
 
 PAUSE_S = 0.02
 PIECE = 4
@@ -94,6 +95,8 @@ class Actor:
                 if self.random.random() < 0.2:
                     self.think_better_of_it(session)
                 self.serve(session, pool, named)
+                if self.random.random() < 0.25 and session.segments is not None:
+                    self.move(session, pool, named)
             except ServiceUnavailable:
                 raise
             except CacheError:
@@ -149,6 +152,63 @@ class Actor:
                 self.fork(session, pool, model, whole, lease, count)
             if random.random() < 0.15:
                 self.roll_back(pool, model, whole, lease, fields, count)
+
+    def move(self, session: Session, pool: Pool, model: str) -> None:
+        """A request with segments: what it copies is exact, and nobody else may find what it is."""
+        random = self.random
+        system, chat = random.randrange(NUM_SYSTEMS), random.randrange(NUM_CHATS)
+        stored, beside = tokens_of(system, chat), f"{model} approximate"
+        start = stored[: 4 * SYSTEM_TOKENS] if random.random() < 0.5 else b""
+        asked = start + prompt((77 + random.randrange(3), 1 + random.randrange(6)))
+        asked += stored[4 * SYSTEM_TOKENS : 4 * (SYSTEM_TOKENS + CHAT_TOKENS - 20)]
+        count = len(asked) // 4
+        with session.acquire(asked, reserve=4, segments=session.segments) as lease:
+            if not lease.approximate:
+                pool.copy(lease.copies)
+                self.verify(session, pool, model, asked, lease, lease.num_cached)
+                return
+            self.tell("moved")
+            size = pool.handle.block_size
+            num_moved = 0
+            for one in lease.segments:
+                source = asked if one.is_exact else stored
+                length = len(one.blocks) * size
+                num_moved += 0 if one.is_exact else length
+                self.verify_at(session, pool, model, source, lease, one, length)
+            pool.copy(lease.copies)
+            if lease.ledger.approximate + lease.ledger.resumed > num_moved:  # in place, beside
+                self.verify(session, pool, beside, asked, lease, lease.num_cached)
+                self.write(pool, beside, asked, lease, lease.num_cached, count)
+            else:
+                self.write(pool, beside, asked, lease, 0, count)
+            lease.commit(count)
+            self.verify(session, pool, beside, asked, lease, count)
+
+    def verify_at(
+        self,
+        session: Session,
+        pool: Pool,
+        model: str,
+        whole: bytes,
+        lease: Lease,
+        segment: Segment,
+        length: int,
+    ) -> None:
+        """Read a donor's tokens at the place they were computed for."""
+        end = segment.source + length
+        table = array("i", [segment.blocks[0]]) * (segment.source // pool.handle.block_size)
+        table.extend(segment.blocks)
+        lease.check()
+        wrong = pool.wrong(model, whole, table, end, start=segment.source)
+        try:
+            session.renew()
+            certain = session.alive and epoch_of(pool.memory) == pool.handle.epoch
+            lease.check()
+        except CacheError:
+            self.counts["unsure"] += 1
+            raise
+        if certain and wrong:
+            self.tell("wrong", lease=lease.id, count=end, wrong=wrong, model=f"donor of {model}")
 
     def write(
         self, pool: Pool, model: str, whole: bytes, lease: Lease, start: int, end: int

@@ -69,15 +69,19 @@ class Pool:
         wanted = expected(namespace, tokens[: 4 * end], self.planes, self.words)[start:]
         self.slots[:, self.places(table, start, end)] = wanted.transpose(1, 0, 2)
 
-    def wrong(self, namespace: str, tokens: bytes, table: BlockTable, end: int) -> int:
-        """Count the positions below `end` that hold anything else than their own prefix."""
-        return self.wrong_in(
-            self.slots[:, self.places(table, 0, end)], namespace, tokens[: 4 * end]
-        )
+    def wrong(
+        self, namespace: str, tokens: bytes, table: BlockTable, end: int, *, start: int = 0
+    ) -> int:
+        """Count the positions from `start` to `end` that hold anything but their own prefix."""
+        slots = self.slots[:, self.places(table, start, end)]
+        return self.wrong_in(slots, namespace, tokens[: 4 * end], start=start)
 
-    def wrong_in(self, slots: Slots, namespace: str, tokens: bytes) -> int:
-        """Count the positions that hold anything else, of slots that lie in the tokens' order."""
-        wanted = expected(namespace, tokens, self.planes, self.words)
+    def wrong_in(self, slots: Slots, namespace: str, tokens: bytes, *, start: int = 0) -> int:
+        """Count the positions that hold anything else, of slots that lie in the tokens' order.
+
+        From `start` on, which is that of the first slot.
+        """
+        wanted = expected(namespace, tokens, self.planes, self.words)[start:]
         return int((slots.transpose(1, 0, 2) != wanted).any((1, 2)).sum())
 
 

@@ -42,6 +42,7 @@ from typing import Any
 import psutil
 
 import prefixcache
+from certificate_file import write
 from chaos.history import check, read
 from chaos.pattern import Pool
 from chaos.proxy import Proxy
@@ -155,6 +156,8 @@ class Report:
     misanswered: list[str] = field(default_factory=list)
     """Lines of theirs that were answered otherwise than alone, or not at all."""
     cancelled: int = 0
+    moved: int = 0
+    """Requests that were granted segments."""
     calm_s: float = 0.0
     ended_sessions: list[str] = field(default_factory=list)
     """Sessions of the honest that ended while nothing went wrong but the adversaries."""
@@ -204,6 +207,7 @@ class Report:
             f"{self.wrong} wrong",
             f"views      {self.viewed_tokens:,} tokens read through views of leases; "
             f"{self.ended_views:,} ended, of which {len(self.left_views)} showed anything",
+            f"segments   {self.moved:,} prompts with tokens of other places beside them",
             f"history    {self.hits:,} hits, {self.commits:,} commits, {self.resets} resets: "
             f"{len(self.phantoms)} hits unexplained, {len(self.forgotten)} commits not found",
             f"workers    {self.lines['answered']:,} honest lines answered as alone, "
@@ -295,6 +299,10 @@ class Storm:
         self.target = f"unix:{folder}/service.sock"
         self.http = f"127.0.0.1:{free_port()}"
         self.identities = identities(folder / "identities.toml")
+        self.certificates = folder / "certificates"
+        self.certificates.mkdir()
+        for model in MODELS:
+            write(self.certificates, model, model=model, measured={"none": [(0.0, 0.0)] * 2})
         self.serial = 0
         self.service = self.serve()
         self.first_files = psutil.Process(self.service.process.pid).num_fds()
@@ -316,6 +324,7 @@ class Storm:
             *("--ttl", str(TTL_S), "--log-level", "warning", "--grace", "2"),
             *("--state", str(self.disk.folder / "state"), "--quarantine", str(TTL_S)),
             *("--identities", str(self.identities), "--http", self.http, *LIMITS),
+            *("--segments", str(self.certificates)),
         )
         try:
             with self.connect() as client:
@@ -575,6 +584,7 @@ class Storm:
         kinds = Counter(str(e["kind"]) for e in events)
         report.ops = kinds["answer"] + 2 * kinds["hit"] + kinds["found"] + kinds["seen"]
         report.wrong = kinds["wrong"]
+        report.moved = kinds["moved"]
         report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
         report.viewed_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "viewed")
         report.ended_views = kinds["ended view"]

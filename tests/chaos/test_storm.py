@@ -27,6 +27,7 @@ def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
     assert report.ended_views > 0
     assert report.final_tokens > 0
     assert report.hits > 0
+    assert report.moved > 0
 
 
 def test_a_view_that_has_not_ended_is_told_from_one_that_has(tmp_path: Path) -> None:

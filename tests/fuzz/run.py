@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
 import prefixcache
+from certificate_file import write
 from fuzz import plane
 from fuzz.wire import BATCHES, throw
 from patience import PATIENCE_S
@@ -152,6 +153,7 @@ def fuzz(seconds: float, only: str = "", *, progress: bool = True) -> dict[str, 
                 sys.stderr.write(f"{name}: {span:.0f} s\n")
             if name in ("wire", "sockets"):
                 flags = [*sizes(64, 4), "--log-level", "error", "--ttl", "5"]
+                flags += ["--segments", str(write(folder, model="m"))]
                 flags += ["--quarantine", "0.1"]  # these workers have no process to be watched
                 with running(f"unix:{folder}/{name}.sock", *flags) as service:
                     way = over_the_wire if name == "wire" else into_sockets

@@ -30,6 +30,10 @@ def _batch() -> bytes:
     batch.ops.add(id=11).release.lease = 1
     batch.ops.add(id=12).snapshot.SetInParent()
     batch.ops.add(id=13).renew.SetInParent()
+    for number, policy in enumerate((pb.Again(first=2), pb.Again(share=0.5)), 14):
+        moved = batch.ops.add(id=number).acquire
+        moved.tokens = pack([7, *range(9), *[number] * number])
+        moved.segments.CopyFrom(policy)
     return batch.SerializeToString()
 
 
@@ -38,6 +42,8 @@ def _results() -> bytes:
     grant = results.results.add(id=1).acquire.grant
     grant.lease, grant.block_table, grant.num_cached = 1, pack([0, 1]), 3
     grant.copies.add(src=1, dst=2, num_tokens=3)
+    grant.segments.add(start=5, source=4, blocks=pack([7, 8]), num_again=2)
+    grant.approximate = True
     results.results.add(id=2).error.kind = "PoolExhausted"
     results.results.add(id=3).explain.spans.add(start=0, end=3, fate=pb.FATE_HIT)
     results.results.add(id=4).snapshot.num_blocks = 3

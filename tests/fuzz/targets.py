@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from certificate_file import write
 from fuzz import strangers
 from prefixcache.client.ops import read_result
 from prefixcache.config import load, parse_layout, parse_size
@@ -56,7 +57,12 @@ class Messages:
         self._renew()
 
     def _renew(self) -> None:
-        settings = load({"memory": BLOCKS * SIZE * LAYOUT.token_bytes, "block_size": SIZE})
+        memory = BLOCKS * SIZE * LAYOUT.token_bytes
+        with tempfile.TemporaryDirectory() as folder:
+            self._begin(memory, write(Path(folder), model="m"))
+
+    def _begin(self, memory: int, segments: Path) -> None:
+        settings = load({"memory": memory, "block_size": SIZE, "segments": segments})
         settings = settings.model_copy(update={"pool": "none", "layout": LAYOUT, "max_forks": 8})
         backing = Backing(settings)
         deliveries = Deliveries(backing)

@@ -20,14 +20,17 @@ TOKENS = st.binary(max_size=70) | st.lists(st.integers(0, 2), max_size=30).map(
 )
 SECONDS = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([0.0, 0.01, -1.0])
 TEXT = st.text(max_size=8) | st.just("x" * 2000)
+INDEX = st.integers(0, 2) | st.integers(0, 2**32 - 1)
 NAMESPACE = st.builds(
     pb.Namespace,
     model=st.sampled_from(["m", "n", ""]) | TEXT,
     adapter=TEXT,
     tenant=st.just("") | TEXT,
     salt=st.just("") | TEXT,
+    approximate=st.sampled_from([False, False, False, True]),
 )
-INDEX = st.integers(0, 2) | st.integers(0, 2**32 - 1)
+SHARES = st.sampled_from([0.0, 0.5, 1.0]) | st.floats()
+AGAIN = st.builds(pb.Again, first=st.integers(0, 9) | INDEX, share=SHARES)
 
 
 def op(**verb: st.SearchStrategy[Any]) -> st.SearchStrategy[pb.Op]:
@@ -64,6 +67,8 @@ OPS = st.one_of(
             reserve=SMALL,
             wait_s=SECONDS,
             request_id=st.sampled_from(["", "a", "b"]) | TEXT,
+            recompute=st.sampled_from([False, False, True]),
+            segments=st.none() | st.just(pb.Again(first=2)) | AGAIN,
         )
     ),
     op(commit=st.builds(pb.CommitRequest, lease=LEASE, num_tokens=SMALL, new_tokens=TOKENS)),
