@@ -515,6 +515,10 @@ def load(overrides: Mapping[str, Any]) -> ServeSettings:
         InvalidRequest: a value cannot be used; the message names the flag and says why.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        if value == "":  # of a variable that is not set, say: as a path it would be this folder
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidRequest(f"{flag} is empty: give a value, or leave it out")
     try:
         return ServeSettings(**given)
     except ValidationError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from inspect import Parameter, Signature
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -52,7 +51,8 @@ def _flag(name: str, field: FieldInfo, hint: Any) -> Parameter:
         show_default=False,
     )
     is_read = any(isinstance(one, BeforeValidator) for one in field.metadata)
-    plain = {int, float, bool, Path} & {hint, *get_args(hint)} if not is_read else None
+    # A path is read as a text, so that an empty one is known for what it is.
+    plain = {int, float, bool} & {hint, *get_args(hint)} if not is_read else None
     kind: Any = list[str] if get_origin(hint) is list else plain.pop() if plain else str
     # None: not given, so that a variable of the environment counts.
     annotation = Annotated[kind | None, shown]

@@ -36,7 +36,7 @@ async def connect_async(
         ServiceUnavailable: nobody listens there; the message names the command that starts one.
         InvalidRequest: the address cannot be read, or the token would travel in the clear.
     """
-    address = Address.parse(target or default_target())
+    address = Address.parse(default_target() if target is None else target)
     access = Access(address, tls, token)
     await asyncio.to_thread(address.probe, timeout_s)
     return AsyncClient(address, timeout_s, access)

@@ -44,7 +44,7 @@ def connect(
         ServiceUnavailable: nobody listens there; the message names the command that starts one.
         InvalidRequest: the address cannot be read, or the token would travel in the clear.
     """
-    address = Address.parse(target or default_target())
+    address = Address.parse(default_target() if target is None else target)
     return Client(address, timeout_s, Access(address, tls, token))
 
 

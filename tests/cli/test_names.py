@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import re
 from dataclasses import replace
@@ -16,6 +18,7 @@ from prefixcache.cli import decoder, marks, streams, view
 from prefixcache.cli.decoder import open_decoder
 from prefixcache.cli.icicle import draw
 from prefixcache.client.address import Address
+from prefixcache.config import load
 from prefixcache.errors import CacheError, InvalidRequest
 from prefixcache.model_folders import own_cache
 from prefixcache.plain_json import json_parts, json_text
@@ -24,6 +27,7 @@ from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.types import Namespace
 from prefixcache_bench.experiments.layouts import layout_named
 from prefixcache_bench.experiments.readers import tokenizers
+from prefixcache_serving.running import Setup
 from service.service_process import LAYOUT
 
 ODD = (
@@ -88,6 +92,28 @@ def test_a_name_that_no_file_can_have_is_one_that_is_not_there() -> None:
     for look in (read_layout, decoder.Decoder):
         with pytest.raises(InvalidRequest, match="there is no"):
             look(Path(name))
+
+
+def test_an_empty_word_is_no_folder_and_no_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--state "$WHERE"` is one where no such variable is set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PREFIXCACHE_TARGET", f"unix:{tmp_path}/s.sock")
+    for name in ("state", "identities", "model", "events_replay", "tls_key", "dtype", "policy"):
+        with pytest.raises(InvalidRequest, match=f"--{name.replace('_', '-')} is empty"):
+            load({name: ""})
+    with pytest.raises(InvalidRequest, match="cannot read the address ''"):
+        prefixcache.connect("")
+    with pytest.raises(InvalidRequest, match="cannot read the address ''"):
+        asyncio.run(prefixcache.connect_async(""))
+    how: dict[str, Any] = {field.name: 1 for field in dataclasses.fields(Setup)}
+    how |= {"model": "m", "name": "m", "dtype": "float32", "weights": "packed", "target": None}
+    Setup(**how | {"invariant": False}).check()
+    for odd, said in (({"model": ""}, "--model is empty"), ({"target": ""}, "the address ''")):
+        with pytest.raises(InvalidRequest, match=said):
+            Setup(**how | odd).check()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_home_that_is_not_there_is_told_and_what_lies_in_it_is_not_found(

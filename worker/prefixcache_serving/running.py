@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import prefixcache
-from prefixcache.client.address import default_target
+from prefixcache.client.address import Address, default_target
 from prefixcache.errors import CacheError, InvalidRequest, LayoutMismatch, ServiceUnavailable
 from prefixcache.run_folder import RunFolder
 from prefixcache.service.pool.model_layout import read_layout
@@ -77,6 +77,10 @@ class Setup:
         Raises:
             InvalidRequest: with what is wrong.
         """
+        if not self.model:
+            raise InvalidRequest("--model is empty; it takes a folder, an id, or smollm2")
+        if self.target is not None:
+            Address.parse(self.target)
         check_text(self.served_name, "--name")
         if self.dtype not in DTYPES:
             raise InvalidRequest(f"--dtype {self.dtype!a}: it takes {' or '.join(DTYPES)}")
@@ -263,7 +267,7 @@ class _Run:
     async def _service(self, stack: AsyncExitStack, work: Path) -> str:
         """Find the service, or start one; give its address."""
         setup = self._setup
-        target = setup.target or default_target()
+        target = default_target() if setup.target is None else setup.target
         service = None
         if not await _answers(target):
             service = ChildService(work, target, setup.service_options(self._folder))

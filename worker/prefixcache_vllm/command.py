@@ -91,7 +91,7 @@ def vllm(
     for word in given:
         if flag_of(word) in OURS[mode]:
             raise InvalidRequest(f"{word} is for this command to decide: leave it out")
-    target = connect or default_target()
+    target = default_target() if connect is None else connect
     options = {"connect": target} | ({"weights": weights} if weights else {})
     if mode == "in-place" and spare_blocks:
         options["spare_blocks"] = spare_blocks  # type: ignore[assignment]

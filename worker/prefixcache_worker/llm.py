@@ -107,7 +107,7 @@ class LLM:
         if others:
             raise Unsupported(f"{', '.join(sorted(others))}: has no effect here")
         own: OwnService | None = None
-        target = connect or default_target()
+        target = default_target() if connect is None else connect
         # What cannot be had is said before anything is loaded.
         if isinstance(model, Model):
             given = {"dtype": dtype != "auto", "threads": threads, "weights": weights}
