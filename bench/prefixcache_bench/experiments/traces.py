@@ -100,7 +100,10 @@ class Trace:
         """A checksum of all requests: two traces with the same one give the same results."""
         crc = zlib.crc32(str(self.unit).encode())
         for request in self.requests:
-            head = f"{request.namespace!r} {request.prompt} {request.length}"
+            model, adapter, tenant, salt, *_ = request.namespace
+            # As Python shows them, by name: rows of older versions have it.
+            named = f"Namespace({model=!r}, {adapter=!r}, {tenant=!r}, {salt=!r})"
+            head = f"{named} {request.prompt} {request.length}"
             crc = zlib.crc32(request.tokens, zlib.crc32(head.encode(), crc))
         return f"{crc:08x}"
 
