@@ -406,9 +406,12 @@ class BlockManager:
         """Move a lease's lock up to the end of its first `keep` blocks; its tail stays cached."""
         if lease.tail is not None:
             self._settle_tail(lease.tail)
-            self._unlock(lease.tail)
+            if (absorbed := self.tree.leave_tail(lease.tail)) is not None:
+                self.pool.release(absorbed)
             lease.tail = None
         start = keep * self.block_size
+        if start < lease.copied_at:
+            lease.copied = None  # what was made of the copy is given up
         if start < lease.start:
             match, after = self.tree.place(
                 lease.node, lease.start * TOKEN_BYTES, start * TOKEN_BYTES
@@ -440,6 +443,11 @@ class BlockManager:
             lease.tail = None
         if lease.tail is not None:
             self._settle_tail(lease.tail)
+        copied = lease.copied
+        if copied is not None and copied.parent is None and copied.tokens is lease.copied_tokens:
+            copied = None  # it is gone, most often into what the lease itself has stored
+        if copied is not None or (lease.tail is None and lease.committed > lease.start):
+            self._use_parts(lease, copied)
         self._unlock(lease.node, lease.tail)
         quarantined = 0
         if private and writes_on:
@@ -453,6 +461,26 @@ class BlockManager:
         if lease.table_bytes:
             self._count_table(lease, ended=True)
         return self.pool.num_free + self.tree.forgotten_evictable - free_before, quarantined
+
+    def _use_parts(self, lease: Lease, copied: Node | None) -> None:
+        """Count the block that a lease copied from as used, and one that covers its tail."""
+        tree, cover = self.tree, None
+        if copied is None:
+            pass
+        elif copied.tokens is lease.copied_tokens and not copied.lock_ref:
+            if not copied.blocks:
+                copied = None  # it was evicted
+        else:  # it was split or joined, or may be on the lease's own path
+            at = lease.copied_at * TOKEN_BYTES
+            copied = tree.after(lease.node, lease.start * TOKEN_BYTES, at, lease.copied_tokens)
+        is_own = lease.committed > max(lease.start, lease.computed_from)
+        if is_own and lease.tail is None and self._partial is Partial.TAILS:
+            left = (lease.committed - lease.start) * TOKEN_BYTES
+            cover = tree.cover(lease.node, lease.rest[:left])
+        if copied is not None:
+            tree.use(copied)
+        if cover is not None and cover is not copied:
+            tree.use(cover)
 
     def _set_aside(self, lease: Lease, count: int) -> None:
         """Count quarantined blocks as held by who held them."""

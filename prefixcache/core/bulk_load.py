@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefixcache.core.node import Children, Node, Root
+from prefixcache.core.node import FRESH, Children, Node, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable, Namespace
 
@@ -62,14 +62,17 @@ def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Stored
         if above is None or above.root is not root:
             continue
         tree.clock = age
+        tail = len(run.tokens) % width
+        if tail and len(run.blocks) > 1 and cuts[-1:] != [len(run.blocks) - 1]:
+            cuts.append(len(run.blocks) - 1)
         pieces = [(run.tokens, run.blocks)] if not cuts else _pieces(run, cuts, width)
         for key, blocks in pieces:
-            if above is not root and int(followers[above.blocks[-1]]) == 1:
+            is_tail = len(key) < width
+            if not is_tail and above is not root and int(followers[above.blocks[-1]]) == 1:
                 parts.setdefault(above, [(above.tokens, above.blocks)]).append((key, blocks))
                 above.blocks = blocks  # whose last one says where it ends; joined below
                 above.last_used = age
-                if len(key) % width == 0:
-                    ends[blocks[-1]] = above
+                ends[blocks[-1]] = above
                 continue
             first = key[:width]
             if above.children is None:
@@ -79,9 +82,12 @@ def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Stored
             node = Node(key, blocks, above, age)
             above.children[first] = node
             nodes.append(node)
+            if is_tail:
+                node.tail = FRESH
+                above.num_tails += 1
+                break
             above = node
-            if len(key) % width == 0:
-                ends[blocks[-1]] = node
+            ends[blocks[-1]] = node
     for node, joined in parts.items():
         node.tokens = b"".join([key for key, _ in joined])
         node.blocks = array("i", b"".join([blocks.tobytes() for _, blocks in joined]))
@@ -147,6 +153,9 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
     for node in nodes:
         if not node.children:
             node.children = None
+        if node.tail:
+            tree.tails.offer(node)
+        elif not node.is_inner:
             tree.queue.push(node)
     return total
 
@@ -154,11 +163,12 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
 def _is_superfluous(tree: RadixTree, node: Node) -> bool:
     """Drop a tail whose tokens a fuller sibling holds, too."""
     above = node.parent
-    if len(node.tokens) >= tree.block_bytes or above is None or above.children is None:
+    if not node.tail or above is None or above.children is None:
         return False
     after = above.children.after(node.tokens)
     if after is None or not after.tokens.startswith(node.tokens):
         return False
     above.children.drop(node.tokens)
+    above.num_tails -= 1
     node.parent = None
     return True

@@ -898,7 +898,8 @@ class PrefixCache:
     def _protect(self) -> None:
         tree = self._lessor.tree
         if not isinstance(tree.queue, ProtectedQueue):
-            tree.queue = ProtectedQueue(tree, self._lessor.blocks.quotas)
+            queue = ProtectedQueue(tree, self._lessor.blocks.quotas)
+            tree.queue, tree.shelter = queue, queue.shelter
 
     def rank(self, namespace: Namespace, level: int, *, ttl_s: float = inf) -> None:
         """Give all that is used in a namespace from now on a level, for `ttl_s` after each use.

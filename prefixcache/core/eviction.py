@@ -19,6 +19,9 @@ the policy tells apart are always in different nodes, and a run costs as little 
 **Safety is not the policy's business.**  The tree evicts only unprotected leaves, from their end,
 and exactly as many blocks as it was asked for; whatever a policy answers decides the order alone.
 
+**Tails are not, either.**  A partly filled block is never a leaf that a policy is told of, has no
+mark of its, and does not make a node an inner one: see `tails`.
+
 **No call looks at all leaves.**  The queues below keep them in heaps whose keys may be stale, and
 correct a key only when it comes to the top.  That is right for every key that can only grow while a
 node lives (a time of use, a count, an insertion order).  What is dead in a heap is dropped when it
@@ -91,14 +94,17 @@ class EvictionPolicy:
     """How many evicted blocks the policy wants remembered, in capacities."""
     marks_ends: ClassVar[bool] = False
     """Whether the last block of a used path gets a mark of its own."""
+    counts_copies: ClassVar[bool] = True
+    """Whether `used` is told of single blocks that leases copied from."""
     block_bytes = 4
     """Bytes of a block's packed tokens; the tree says it."""
 
     asked: Any = None
     """`asked(match, tokens)`: a request was admitted; nothing is locked yet."""
     used: Any = None
-    """`used(node, stamp)`: a lease on the path to the end of `node` ends now; all of it is still
-    protected.  Sets the marks of the whole path.  Stamps grow by one."""
+    """`used(node, stamp, top)`: a lease on the path to the end of `node` ends now; all of it is
+    still protected.  Sets the marks of the path below `top`: the root; or what stands before a
+    single block that the lease copied from.  Stamps grow."""
     lost: Any = None
     """`lost(node, num_blocks) -> Mark`: a node is about to lose its last blocks, or to leave.  The
     answer is the mark of the ghost."""

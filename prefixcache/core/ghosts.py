@@ -3,7 +3,8 @@
 A ghost is a node without blocks.  Ghosts hang in `node.ghosts`, beside the resident children, and
 below one another; never does anything resident hang below a ghost.  Their number is bounded, in
 blocks, and the oldest are forgotten first; since leaves go before their parents, the oldest are the
-deepest.
+deepest.  Tails are counted apart, as many as there may be of other blocks, so that they push none
+of those out that a policy learns from.
 """
 
 from __future__ import annotations
@@ -12,30 +13,47 @@ from array import array
 from collections import deque
 
 from prefixcache.core.node import Children, Node, common_prefix
+from prefixcache.core.tails import TailWorth
 
 
 class Ghosts:
     """The memory of what was evicted.
 
     Args:
-        limit: Blocks to remember at most; 0 remembers nothing.
+        limit: Whole blocks to remember at most, and as many tails; 0 remembers nothing.
         block_bytes: Bytes of a block's packed tokens.
     """
 
-    __slots__ = ("_fifo", "_living", "_serial", "_step", "block_bytes", "limit", "num_blocks")
+    __slots__ = (
+        "_fifo",
+        "_living",
+        "_serial",
+        "_step",
+        "_tails",
+        "block_bytes",
+        "limit",
+        "num_blocks",
+        "num_tails",
+        "worth",
+    )
 
     def __init__(self, limit: int, block_bytes: int) -> None:
         self.limit = limit
         self.block_bytes = block_bytes
         self.num_blocks = 0
+        """Whole blocks that are remembered."""
+        self.num_tails = 0
         self._fifo: deque[tuple[int, Node]] = deque()
+        self._tails: deque[tuple[int, Node]] = deque()
         self._serial = 0
         self._step = max(1, limit // _STEPS)
+        self.worth: TailWorth | None = None
+        """Who counts what is remembered, too."""
         self._living: dict[int, int] = {}
         """Blocks that are remembered, by when they were buried, in steps of `_step` burials."""
 
     def bury(self, above: Node, ghost: Node) -> None:
-        """Remember an evicted leaf below `above`.  O(log siblings)."""
+        """Remember an evicted leaf below `above`.  O(log siblings), amortised."""
         first = ghost.tokens[: self.block_bytes]
         if above.ghosts and first in above.ghosts:
             self._drop(above, above.ghosts[first])
@@ -44,8 +62,16 @@ class Ghosts:
         above.ghosts.put(first, ghost)
         self._serial += 1
         ghost.last_used = self._serial
-        self._count(ghost, 1)
-        self._fifo.append((self._serial, ghost))
+        if ghost.tail:
+            self.num_tails += 1
+            self._tails.append((self._serial, ghost))
+            if len(self._tails) > 1024 and len(self._tails) > 4 * self.num_tails:
+                self._tails = self._tidied(self._tails)
+        else:
+            self._count(ghost, 1)
+            self._fifo.append((self._serial, ghost))
+            if len(self._fifo) > 1024 and len(self._fifo) > 4 * self.num_blocks:
+                self._fifo = self._tidied(self._fifo)
 
     def adopt_children(self, ghost: Node) -> None:
         """Tell a new ghost's ghosts their parent; swallow an only one, so chains stay short."""
@@ -54,8 +80,13 @@ class Ghosts:
             ghost.ghosts = None
             return
         only = next(iter(ghosts.values()))
-        joined = len(ghost.tokens) + len(only.tokens)
-        if len(ghosts) == 1 and joined <= _MERGED_UNTIL and ghost.mark == only.mark:
+        if (
+            not only.tail
+            and ghost.used_until == only.used_until
+            and len(ghosts) == 1
+            and len(ghost.tokens) + len(only.tokens) <= _MERGED_UNTIL
+            and ghost.mark == only.mark
+        ):
             self._count(only, -1)
             ghost.tokens += only.tokens
             ghost.ghosts = only.ghosts
@@ -130,7 +161,13 @@ class Ghosts:
         if ghost is None:
             tail = ghosts.before(first)
             if tail is not None and first.startswith(tail.tokens):
-                self._drop(node, tail)
+                ghosts.drop(tail.tokens)
+                if not ghosts:
+                    node.ghosts = None
+                tail.parent = None
+                self.num_tails -= 1
+                if self.worth is not None:
+                    self.worth.revived(tail)
             return None
         same = common_prefix(run, 0, ghost.tokens, 0, min(len(run), len(ghost.tokens)))
         keep = same if same == len(run) else same - same % width
@@ -140,30 +177,39 @@ class Ghosts:
         if not ghosts:
             node.ghosts = None
         self._count(ghost, -1)
+        if self.worth is not None:
+            self.worth.revived(ghost)
         return ghost
 
     def forget(self) -> list[Node]:
         """Drop the oldest ghosts over the limit; give the nodes that lost one.  Amortised O(1)."""
         bereft: list[Node] = []
-        fifo = self._fifo
-        while self.num_blocks > self.limit and fifo:
-            serial, ghost = fifo.popleft()
-            above = ghost.parent
-            if above is None or ghost.blocks or ghost.last_used != serial:
-                continue  # revived, swallowed or buried anew since
-            self._drop(above, ghost)
-            bereft.append(above)
-        if len(fifo) > 1024 and len(fifo) > 4 * self.num_blocks:
-            self._fifo = deque(
-                (serial, ghost)
-                for serial, ghost in fifo
-                if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
-            )
+        limit, fifo, tails = self.limit, self._fifo, self._tails
+        while self.num_blocks > limit and fifo:
+            self._forget_oldest(fifo, bereft)
+        while self.num_tails > limit and tails:
+            self._forget_oldest(tails, bereft)
         return bereft
+
+    def _forget_oldest(self, fifo: deque[tuple[int, Node]], bereft: list[Node]) -> None:
+        serial, ghost = fifo.popleft()
+        above = ghost.parent
+        if above is None or ghost.blocks or ghost.last_used != serial:
+            return  # revived, swallowed or buried anew since
+        self._drop(above, ghost)
+        bereft.append(above)
+
+    @staticmethod
+    def _tidied(fifo: deque[tuple[int, Node]]) -> deque[tuple[int, Node]]:
+        return deque(
+            (serial, ghost)
+            for serial, ghost in fifo
+            if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
+        )
 
     def _split(self, ghost: Node, keep: int) -> None:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
-        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.created)
+        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.used_until)
         lower.last_used = ghost.last_used
         lower.mark = ghost.mark
         lower.divergence, ghost.divergence = ghost.divergence, None
@@ -185,6 +231,8 @@ class Ghosts:
         while stack:
             node = stack.pop()
             self._count(node, -1)
+            if self.worth is not None:
+                self.worth.forget(node)
             node.parent = None
             if node.ghosts:
                 stack.extend(node.ghosts.values())
@@ -192,6 +240,9 @@ class Ghosts:
 
     def _count(self, ghost: Node, sign: int) -> None:
         """Add or subtract a ghost's blocks."""
+        if ghost.tail:
+            self.num_tails += sign
+            return
         size = sign * -(-len(ghost.tokens) // self.block_bytes)
         self.num_blocks += size
         step = ghost.last_used // self._step

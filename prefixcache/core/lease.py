@@ -56,6 +56,9 @@ class Lease:
         "base",
         "committed",
         "computed_from",
+        "copied",
+        "copied_at",
+        "copied_tokens",
         "deadline",
         "donors",
         "duplicates",
@@ -127,6 +130,12 @@ class Lease:
         """The leaf that shows this lease's partly filled block to others; locked."""
         self.tail_is_shared = False
         """After a fork: the last block is shared, and copied before the first write."""
+        self.copied: Node | None = None
+        """The block that a copy read, if it counts as used when the lease ends …"""
+        self.copied_tokens = b""
+        """… what it holds, …"""
+        self.copied_at = 0
+        """… and the index of the first of them."""
         self.source: BlockId | None = None
         """The block that a copy reads; held until the first commit."""
         self.donors: BlockTable = _NO_BLOCKS

@@ -94,6 +94,8 @@ class Lessor:
         history_bytes: int,
     ) -> None:
         self.tree = tree
+        if partial is Partial.TAILS and tree.block_bytes > TOKEN_BYTES:
+            tree.weigh_tails(pool.num_blocks)
         self.tick: Callable[[float], None] | None = tree.policy.tick
         self.oplog: Put | None = None
         self.partial = partial
@@ -270,9 +272,10 @@ class Lessor:
         if tree.asked is not None:
             tree.asked(stored, tokens)
         node = tree.lock(match)
-        if source is not None:
-            tree.touch(match)
         lease = self.leases.open(member, root, node, now)
+        if source is not None and (copied := tree.touch(match)) is not None:
+            lease.copied, lease.copied_tokens = copied, copied.tokens
+            lease.copied_at = match.end // TOKEN_BYTES
         copies = blocks.allocate(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed

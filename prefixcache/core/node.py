@@ -158,6 +158,11 @@ class Children(dict[bytes, Child]):
         at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
         return self[order[at + 1]] if at + 1 < len(order) else None
 
+    def last(self) -> Child:
+        """Give the child with the largest key: there must be one.  O(log n)."""
+        order = self._order
+        return self[order[-1]] if order else next(iter(self.values()))
+
     def is_in_order(self, key: bytes) -> bool:
         """Whether the order has a key where it is looked for.  O(log n)."""
         order = self._order
@@ -176,6 +181,10 @@ class Children(dict[bytes, Child]):
             assert len(self) < 2, "several children without an order"
 
 
+FRESH, FOUND = 1, 2
+"""`node.tail` of a tail that no request has found since it was stored, and of the others."""
+
+
 class Place:
     """One place, and how many requests parted there."""
 
@@ -186,22 +195,24 @@ class Place:
 
 
 class Node:
-    """A run of blocks below its parent.  Only a leaf's last block may be partly filled."""
+    """A run of whole blocks below its parent; or a tail: one that is partly filled."""
 
     __slots__ = (
         "blocks",
         "children",
-        "created",
         "divergence",
         "ghosts",
         "in_root",
         "last_used",
         "lock_ref",
         "mark",
+        "num_tails",
         "parent",
         "pinned",
         "queued",
+        "tail",
         "tokens",
+        "used_until",
     )
 
     tokens: bytes
@@ -217,9 +228,16 @@ class Node:
     lock_ref: int
     """Locks on this very node, plus the number of locked children."""
     last_used: int
-    created: int
+    """The stamp of the last use; of a ghost, the number of its burial."""
+    used_until: int
+    """Of a ghost, the stamp of the last use of its blocks."""
+    tail: int
+    """Whether this is a tail: 0 no, 1 one that no request has found yet, 2 one that was found."""
+    num_tails: int
+    """How many of the children are tails: each a node of its own, with no other block."""
     queued: int
-    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset."""
+    """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset,
+    4 the pinned.  Tails have places of their own."""
     pinned: int
     """How many pins cover these blocks."""
     mark: Any
@@ -233,8 +251,8 @@ class Node:
         self.parent = parent
         self.children = self.ghosts = self.divergence = self.mark = None
         self.lock_ref = 0
-        self.last_used = self.created = born
-        self.queued = self.pinned = 0
+        self.last_used = self.used_until = born
+        self.queued = self.pinned = self.tail = self.num_tails = 0
         self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
 
     @property
@@ -247,8 +265,15 @@ class Node:
 
     @property
     def is_evictable(self) -> bool:
-        """Whether this is an unprotected leaf of the tree that holds blocks."""
-        return not (self.lock_ref or self.children or self.parent is None or not self.blocks)
+        """Whether this is an unprotected leaf of the tree that holds blocks; tails aside."""
+        if self.lock_ref or self.parent is None or not self.blocks:
+            return False
+        return not self.children or len(self.children) == self.num_tails
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether whole blocks follow."""
+        return self.children is not None and len(self.children) > self.num_tails
 
     def table(self) -> BlockTable:
         """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""

@@ -74,11 +74,11 @@ class ProtectedQueue:
 
     def push(self, node: Node) -> None:
         """Add a leaf that has just become evictable, where it belongs.  O(log leaves)."""
-        if node.queued or not self._sheltered(node):
+        if node.queued or not self.shelter(node):
             self._inner.push(node)
 
-    def _sheltered(self, node: Node) -> bool:
-        """Keep a leaf that is protected; say whether it is."""
+    def shelter(self, node: Node) -> bool:
+        """Keep a leaf that is protected; say whether it is.  O(log leaves)."""
         if node.pinned:
             self._pins.push(node)
         elif (account := self._sharer(node)) is not None:
@@ -123,7 +123,7 @@ class ProtectedQueue:
 
     def _pop_unprotected(self) -> Node | None:
         while (node := self._inner.pop()) is not None:
-            if self._sheltered(node):
+            if self.shelter(node):
                 continue
             if self._quotas.shares:
                 self._cut_to_excess(node)
@@ -197,7 +197,10 @@ class ProtectedQueue:
     def _move(self, kept: LeafQueue, num_blocks: int) -> None:
         while num_blocks > 0 and (node := kept.pop()) is not None:
             num_blocks -= len(node.blocks)
-            self._inner.push(node)
+            if node.tail:
+                self._tree.tails.offer(node)
+            else:
+                self._inner.push(node)
 
 
 MAX_PINS = 65_536

@@ -3,11 +3,11 @@
 One chat, drawn three times (`block_size` 4; a letter is a token; blocks 0, 1, 2 ...):
 
 ```
-stored            SSSS SSAA A           root ── [SSSS|SSAA|A···] 0 1 2
-                                        two whole blocks, and a tail: a leaf's last block, filled
-                                        with 1 token
+stored            SSSS SSAA A           root ── [SSSS|SSAA] 0 1 ── [A···] 2
+                                        two whole blocks, and a tail: a node of its own, with one
+                                        block, filled with 1 token
 
-diverged inside   SSSS SSBB             root ── [SSSS] 0 ─┬─ [SSAA|A···] 1 2
+diverged inside   SSSS SSBB             root ── [SSSS] 0 ─┬─ [SSAA] 1 ── [A···] 2
 a block                                                   └─ [SSBB] 3
                                         the run was split where a block ends; block 3 began as a
                                         copy of the first 2 slots of block 1
@@ -21,7 +21,11 @@ after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
 need none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
 block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
 children, and what was used is split from what was not.  A block of which a request copies half or
-more counts as used when the request comes.
+more counts as used when the request comes, and once more, for the policy too, when its lease ends;
+so does a block that covers the tail a lease ends with.
+
+**Tails** are not the policy's business: it orders the leaves as if there were none, and a leaf that
+only tails follow is one.  `tails` says when they go.
 
 **Locks** are counted on 0↔1 transitions only: a lease locks its deepest node, and an ancestor is
 protected by having a locked child.
@@ -59,10 +63,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol
 
-from prefixcache.core.eviction import EvictionPolicy, Mark, Queue, tell_locked
+from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, tell_locked
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
+    FRESH,
     Children,
     Inserted,
     Match,
@@ -72,6 +77,7 @@ from prefixcache.core.node import (
     evictable_leaves,
 )
 from prefixcache.core.policies.lru import Lru
+from prefixcache.core.tails import Tails, TailWorth
 from prefixcache.types import BLOCK_ID_BYTES, TOKEN_BYTES, BlockId, BlockTable
 
 _NO_BLOCKS: BlockTable = array("i")
@@ -131,11 +137,23 @@ class RadixTree:
         self.num_evicted = 0
         """Blocks evicted since the start; what was reset before does not count."""
         self.queue: Queue = self.policy.queue()
-        self._used: Callable[[Node, int], None] | None = self.policy.used
+        self._used: Callable[[Node, int, Node], None] | None = self.policy.used
+        self._used_alone: Callable[[Node, int, Node], None] | None = (
+            self.policy.used if self.policy.counts_copies else None
+        )
         self._marks_ends = self.policy.marks_ends
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
+        self.tails = Tails()
+        """The unprotected tails."""
+        self.worth: TailWorth | None = None
+        """What is known of whether they are worth their blocks; None until half of the pool is
+        used."""
+        self._pool_size = 0
+        """Blocks of the pool, if that is to be found out."""
+        self.shelter: Callable[[Node], bool] | None = None
+        """Keeps a tail for a guaranteed share that covers it; says whether one does."""
         self.pins: PinListener | None = None
         """Who is told when pinned blocks are lost."""
         self._sweeps: deque[Iterator[Node]] = deque()
@@ -179,17 +197,13 @@ class RadixTree:
             if not children or off >= end:
                 return Match(node, len(node.blocks), off)
             first = off + width
-            child = children.get(tokens[off:first]) if first <= end else None
+            key = tokens[off : first if first <= end else end]
+            child = children.get(key) if first <= end else None
             if child is None:
                 break
             run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
-                if size % width:  # a leaf with a tail
-                    used = size // width
-                    partial = size % width // TOKEN_BYTES
-                    block = BlockId(child.blocks[used])
-                    return Match(child, used, off + used * width, block, partial)
                 off += size
                 node = child
                 continue
@@ -198,7 +212,7 @@ class RadixTree:
             partial = (same - used * width) // TOKEN_BYTES
             source = BlockId(child.blocks[used]) if partial else None
             return Match(child, used, off + used * width, source, partial)
-        near, same = children.nearest(tokens[off : first if first <= end else end])
+        near, same = children.nearest(key)
         partial = same // TOKEN_BYTES
         if not partial or near is None:
             return Match(node, len(node.blocks), off)
@@ -291,7 +305,7 @@ class RadixTree:
         O(nodes on the path that were unprotected), plus one copy of a split run.
         """
         node = self.split_at(match)
-        self.lock_node(node)
+        self.lock_node(node, finds=True)
         return node
 
     def split_at(self, match: Match) -> Node:
@@ -299,25 +313,85 @@ class RadixTree:
         node = match.node
         return self._split(node, match.used) if match.used < len(node.blocks) else node
 
-    def touch(self, match: Match) -> None:
+    def touch(self, match: Match) -> Node | None:
         """Count the block that a locked match copies from as used now, if half of it is copied.
 
         A smaller part says little of the rest: chats that begin alike would keep a block that
-        nobody goes on from.  What the policy has noted of it stays.  O(1), plus one copy of the run
-        that begins with the block.
+        nobody goes on from.  What the policy has noted of it stays, until `use`.  O(1), plus one
+        copy of the run that begins with the block.
+
+        Returns:
+            What holds the block and no other; None if it does not count.
         """
         node = match.near or match.node  # `split_at` has let it begin with the block
+        if node.tail and self.worth is not None and not node.lock_ref:
+            self.worth.found_tail(node.last_used, match.partial_tokens)
         copied = 2 * match.partial_tokens * TOKEN_BYTES
         if copied < self.block_bytes and copied < len(node.tokens):
-            return
+            return None
         if len(node.blocks) > 1:
             node = self._split(node, 1)
         self.clock += 1
-        node.last_used = self.clock
-        if not node.lock_ref and node.parent is not None:
-            node.parent.last_used = self.clock
-            if not node.children:
-                self._offer(node, node.in_root or node.root)
+        self._renew(node)
+        return node
+
+    def use(self, node: Node) -> None:
+        """Count the first block of a run below a locked one as used, for the policy too.
+
+        O(log leaves), plus what the policy needs, plus one copy of the run.
+        """
+        if len(node.blocks) > 1:
+            node = self._split(node, 1)
+        self.clock += 1
+        self._renew(node)
+        if self._used_alone is None or node.tail:
+            return
+        above, root = node.parent, node.in_root
+        assert above is not None
+        self._used_alone(node, self.clock, above)
+        if node.lock_ref or root is None or root.retired or node.is_inner:
+            return
+        if node.queued:
+            tell_locked(self.queue, node)  # what stands for it there may be of no more use
+        self._offer(node, root)
+
+    def _renew(self, node: Node) -> None:
+        """Make a block, below a locked one, the youngest of all.
+
+        Where it waits in a queue it stays: there keys may be older than their leaves.
+        """
+        if node.tail:
+            self.tails.found(node, self.clock)
+        if node.lock_ref or node.parent is None:
+            return
+        if self.worth is not None and not node.tail:
+            self.worth.leave(node.last_used, 1)
+            self.worth.enter(self.clock, 1)
+        node.last_used = node.parent.last_used = self.clock
+
+    def after(self, node: Node, end: int, at: int, tokens: bytes) -> Node | None:
+        """Give what begins with a block of these tokens at byte `at`, beside the path to `node`.
+
+        Changes nothing.  None if there is none, or if it is on that path, which ends at byte `end`.
+        O(nodes passed).
+        """
+        below: Node | None = None
+        while node.parent is not None and end - len(node.tokens) >= at:
+            below = node
+            end -= len(node.tokens)
+            node = node.parent
+        found = node.children.get(tokens) if end == at and node.children else None
+        return None if found is below else found
+
+    def cover(self, node: Node, tokens: bytes) -> Node | None:
+        """Give what begins with a block, after `node`, that begins with these tokens.
+
+        Changes nothing.  None if there is none.  O(log siblings).
+        """
+        if not node.children:
+            return None
+        near, same = node.children.nearest(tokens)
+        return near if same == len(tokens) else None
 
     def split_leaf(self, node: Node, used: int) -> None:
         """Let a leaf have only the blocks after its first `used` ones."""
@@ -331,9 +405,15 @@ class RadixTree:
                 node = child
         self._merge(node)
 
-    def lock_node(self, node: Node) -> None:
-        """Protect the path to the end of `node` once more.  O(nodes that were unprotected)."""
+    def lock_node(self, node: Node, *, finds: bool = False) -> None:
+        """Protect the path to the end of `node` once more.  O(nodes that were unprotected).
+
+        Args:
+            node: Where it ends.
+            finds: Whether a request has found this path.
+        """
         size = 0
+        worth = self.worth
         at: Node | None = node
         while at is not None:
             ref = at.lock_ref
@@ -341,11 +421,20 @@ class RadixTree:
             if ref:
                 break
             size += len(at.blocks)
+            if worth is not None:
+                if finds:
+                    worth.found(at.last_used, len(at.blocks))
+                elif at.tail:
+                    worth.leave_tail(at.last_used)
+                else:
+                    worth.leave(at.last_used, len(at.blocks))
             at = at.parent
         if size:
             self._count_evictable(node.in_root or node.root, -size)
             if node.queued and node.queued != SWEPT:
                 tell_locked(self.queue, node)
+            elif node.tail:
+                self.tails.drop(node)
 
     def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
         """Take one lock back, and that on its tail; what becomes unprotected counts as used now.
@@ -355,22 +444,36 @@ class RadixTree:
         Returns:
             The block of a tail that a fuller sibling covers: it has left the tree.
         """
-        if tail is not None:
-            node.lock_ref -= 1  # the tail keeps it locked: both become unprotected in one step
-            node = tail
+        absorbed: BlockTable | None = None
+        if (
+            tail is not None
+            and tail.lock_ref == 1
+            and node.children is not None
+            and len(node.children) > 1
+            and (absorbed := self._absorb(tail)) is not None
+        ):
+            tail = None
         stamp = self.clock = self.clock + 1
         if self._used is not None:
             size = len(node.blocks)
-            if self._marks_ends and size > 1 and not node.children:
+            if self._marks_ends and size > 1 and not node.is_inner:
                 self._split(node, size - 1)
-            self._used(node, stamp)
-        if node.lock_ref == 1 and len(node.tokens) < self.block_bytes and self._is_covered(node):
-            return self._absorb(node, stamp)
+            self._used(node, stamp, node.in_root or node.root)
+        if tail is not None:
+            node.lock_ref -= 1  # the tail keeps it locked: both become unprotected in one step
+            node = tail
         self._unlock(node, stamp)
-        return None
+        if self.worth is None and 0 < self._pool_size < 2 * self.num_blocks:
+            self.worth = TailWorth(stamp + 1, self._pool_size, self.block_bytes)
+            self.tails.worth = self.ghosts.worth = self.worth
+        return absorbed
+
+    def weigh_tails(self, num_blocks: int) -> None:
+        """Find out from now on whether tails are worth their blocks, of a pool of so many."""
+        self._pool_size = num_blocks
 
     def _unlock(self, node: Node, stamp: int) -> None:
-        root, size = node.in_root or node.root, 0
+        root, size, worth = node.in_root or node.root, 0, self.worth
         at: Node | None = node
         below: Node | None = None
         while at is not None:
@@ -387,7 +490,12 @@ class RadixTree:
                 break
             size += len(at.blocks)
             children = at.children
-            if not children:
+            if at.tail:
+                if worth is not None:
+                    worth.enter_tail(stamp)
+            elif worth is not None:
+                worth.enter(stamp, len(at.blocks))
+            if not children or len(children) == at.num_tails:
                 self._offer(at, root)
             elif len(children) == 1 and below is not None and self._merge(below):
                 at = below
@@ -403,14 +511,25 @@ class RadixTree:
         if root.retired:
             self.forgotten_evictable += more
 
-    def _absorb(self, tail: Node, stamp: int) -> BlockTable:
-        """Remove a tail, on its last unlock, whose tokens a fuller sibling holds too."""
-        if self.listener is not None:
-            self._tell_removed(tail, tail.blocks)
-        self._leave(tail)
-        above = self._detach(tail)
-        self._unlock(above, stamp)
-        self._leafless(above)
+    def leave_tail(self, tail: Node) -> BlockTable | None:
+        """Take the lock on a tail back: its lease goes on, and writes elsewhere.  O(log siblings).
+
+        Returns:
+            Its block, if a fuller sibling covers it: it has left the tree.
+        """
+        absorbed = self._absorb(tail)
+        if absorbed is None:
+            self.clock += 1
+            self._unlock(tail, self.clock)
+        return absorbed
+
+    def _absorb(self, tail: Node) -> BlockTable | None:
+        """Remove a tail, before its last unlock, if a fuller sibling holds its tokens too."""
+        cover = self._covering(tail) if tail.lock_ref == 1 else None
+        if cover is None:
+            return None
+        self.remove_tail(tail)
+        self.use(cover)
         return tail.blocks
 
     # ------------------------------------------------------------------ growing
@@ -435,11 +554,6 @@ class RadixTree:
             if child is None:
                 break
             size = len(child.tokens)
-            if size % width and tokens.startswith(child.tokens[: size - size % width], off):
-                # A leaf whose tail stands where our next block, if any, will stand.
-                node = self._split(child, size // width)
-                off += len(node.tokens)
-                continue
             if tokens.startswith(child.tokens, off):
                 off += size
                 node = child
@@ -481,10 +595,9 @@ class RadixTree:
         """Take a tail that the caller has locked out of the tree.  Its block is not freed."""
         if self.listener is not None:
             self._tell_removed(tail, tail.blocks)
-        self._leave(tail)
         above = self._detach(tail)
         self._unlock(above, 0)
-        self._leafless(above)
+        self._tailless(above)
 
     def _attach(self, node: Node, run: bytes, blocks: BlockTable, absorbed: list[int]) -> Node:
         """Add a run below `node`: revive the ghosts that it covers, absorb the tail it extends.
@@ -499,8 +612,8 @@ class RadixTree:
             size = len(ghost.tokens)
             count = -(-size // width)
             ghost.blocks = blocks[:count]
-            ghost.last_used = ghost.created = self.clock
-            if self._revived is None:
+            ghost.last_used = self.clock
+            if self._revived is None or size < width:
                 ghost.mark = None
             else:
                 self._revived(ghost)
@@ -516,18 +629,28 @@ class RadixTree:
         Asked for n, gives n, or all that is unprotected.  What was reset goes first, and is not
         counted as evicted: nobody could find it.  O(leaves touched · log leaves).
         """
-        out = array("i")
-        while (need := num_blocks - len(out)) > 0:
+        out, tails = array("i"), self.tails
+        if self.worth is not None:
+            self.worth.make_room(self.evictable - num_blocks, num_blocks)
+        need = num_blocks
+        while need > 0:
             node = self._next_retired() if self._sweeps else None
+            if node is None and (tails.fresh or tails.again):
+                node = tails.due() if self.shelter is None else self._due_tail()
             if node is None:
-                node = self.queue.pop()
+                node = self.queue.pop() or tails.first()
                 if node is None:
                     break
+            if node.num_tails:  # they go before it, wherever they waited
+                self._offer(node, node.root)
+                node = self._last_tail(node)
             root, size = node.root, len(node.blocks)
             keep = size - need
             if not root.retired:
-                self.last_evicted = node.last_used
+                if not node.tail:
+                    self.last_evicted = node.last_used
                 self.num_evicted += need if keep > 0 else size
+            need -= size
             if keep > 0:
                 out += node.blocks[keep:]
                 self._evict_tail(root, node, keep)
@@ -536,6 +659,25 @@ class RadixTree:
                 out += node.blocks
                 self._evict_leaf(root, node)
         return out
+
+    def _due_tail(self) -> Node | None:
+        """Give a tail that goes before the policy's next leaf; None if none does.  O(log leaves).
+
+        Of those within a guaranteed share, which go with what they follow, some are set aside.
+        """
+        for _ in range(LOOKED_AT):
+            tail = self.tails.due()
+            if tail is None or self.shelter is None or not self.shelter(tail):
+                return tail
+            self.tails.drop(tail)
+        return None
+
+    @staticmethod
+    def _last_tail(node: Node) -> Node:
+        """Give a tail below a leaf that has any: the last in the order of tokens.  O(1)."""
+        if node.children is None:
+            raise AssertionError("a leaf has lost its tails")
+        return node.children.last()
 
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
@@ -584,6 +726,8 @@ class RadixTree:
             if node.queued != SWEPT:
                 node.queued = SWEPT
                 self._sweeps.append(iter((node,)))
+        elif node.tail:
+            self.tails.offer(node)
         else:
             self.queue.push(node)
 
@@ -599,15 +743,18 @@ class RadixTree:
         mark = None if self._lost is None else self._lost(node, size)
         self._uncount(root, size)
         if self.ghosts.limit and not root.retired:
-            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.created)
+            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
             ghost.divergence = node.divergence
             ghost.mark = mark
             if node.ghosts:
                 ghost.ghosts, node.ghosts = node.ghosts, None
                 self.ghosts.adopt_children(ghost)
             self.ghosts.bury(node, ghost)
-        elif self._forgotten is not None:
-            self._forgotten(mark, size)
+        else:
+            if self._forgotten is not None:
+                self._forgotten(mark, size)
+            if self.worth is not None:
+                self.worth.leave(node.last_used, size)
         node.tokens = node.tokens[:cut]
         node.blocks = node.blocks[:keep]
         node.divergence = None
@@ -621,9 +768,10 @@ class RadixTree:
         if self.listener is not None:
             self._tell_removed(node, node.blocks)
         size = len(node.blocks)
-        mark = None if self._lost is None else self._lost(node, size)
+        mark = None if self._lost is None or node.tail else self._lost(node, size)
         self._uncount(root, size)
         self._detach(node)
+        node.used_until = node.last_used
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
         node.blocks = _NO_BLOCKS
@@ -632,23 +780,40 @@ class RadixTree:
             node.parent = above
             self.ghosts.bury(above, node)
             self._forget()
-        elif self._forgotten is not None:
-            self._forgotten(mark, size)
-        self._leafless(above)
+        else:
+            if self._forgotten is not None and not node.tail:
+                self._forgotten(mark, size)
+            if self.worth is not None:
+                self.worth.forget(node)
+        if node.tail:
+            self._tailless(above)
+        else:
+            self._leafless(above)
 
     def _forget(self) -> None:
         """Drop the oldest ghosts over the limit, and merge what only they kept apart."""
-        for above in self.ghosts.forget():
+        ghosts = self.ghosts
+        if ghosts.num_blocks <= ghosts.limit and ghosts.num_tails <= ghosts.limit:
+            return
+        for above in ghosts.forget():
             if above.blocks and above.children and len(above.children) == 1:
                 self._merge(next(iter(above.children.values())))
 
     def _leafless(self, above: Node) -> None:
         """Look again at a node that has lost a child: a leaf now, or one child left to merge."""
         children = above.children
-        if not children:
-            above.children = None
+        if not children or len(children) == above.num_tails:
+            above.children = children or None
             if above.is_evictable:
                 self._offer(above, above.root)
+        elif len(children) == 1:
+            self._merge(next(iter(children.values())))
+
+    def _tailless(self, above: Node) -> None:
+        """Look again at a node that has lost a tail: one child may be left to merge."""
+        children = above.children
+        if not children:
+            above.children = None
         elif len(children) == 1:
             self._merge(next(iter(children.values())))
 
@@ -665,9 +830,13 @@ class RadixTree:
             absorbed.extend(tail.blocks)
             if self.listener is not None:
                 self._tell_removed(tail, tail.blocks)
-            self._leave(tail)
             self._uncount(tail.root, len(tail.blocks))
+            if self.worth is not None:
+                self.worth.leave_tail(tail.last_used)
             self._detach(tail)
+        if len(first) < self.block_bytes:
+            child.tail = FRESH
+            node.num_tails += 1
         self.num_nodes += 1
         root, size = child.in_root or node.root, len(child.blocks)
         self.num_blocks += size
@@ -698,18 +867,15 @@ class RadixTree:
             self.num_forgotten -= size
             self.forgotten_evictable -= size
 
-    def _leave(self, node: Node) -> None:
-        """Tell the policy that a node leaves the tree and is not remembered."""
-        mark = None if self._lost is None else self._lost(node, len(node.blocks))
-        if self._forgotten is not None:
-            self._forgotten(mark, len(node.blocks))
-
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
         root, above = node.in_root, node.parent
         if root is None or above is None or above.children is None:
             raise AssertionError("only a child can be detached")
         above.children.drop(node.tokens[: self.block_bytes])
+        if node.tail:
+            above.num_tails -= 1
+            (self.tails.fresh if node.tail == FRESH else self.tails.again).pop(node, None)
         root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
@@ -722,12 +888,13 @@ class RadixTree:
                 self.num_forgotten -= size
         return above
 
-    def _is_covered(self, tail: Node) -> bool:
+    def _covering(self, tail: Node) -> Node | None:
+        """Give a sibling that holds a tail's tokens, too, and more; None if there is none."""
         above = tail.parent
         if above is None or above.children is None or len(above.children) < 2:
-            return False
+            return None
         after = above.children.after(tail.tokens)
-        return after is not None and after.tokens.startswith(tail.tokens)
+        return after if after is not None and after.tokens.startswith(tail.tokens) else None
 
     def _split(self, node: Node, used: int) -> Node:
         """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
@@ -737,9 +904,8 @@ class RadixTree:
         width = self.block_bytes
         cut = used * width
         key = node.tokens
-        upper = Node(key[:cut], node.blocks[:used], above, node.created)
+        upper = Node(key[:cut], node.blocks[:used], above, node.last_used)
         upper.lock_ref = 1 if node.lock_ref else 0
-        upper.last_used = node.last_used
         upper.mark = node.mark
         upper.pinned = node.pinned
         node.tokens = key[cut:]
@@ -761,7 +927,7 @@ class RadixTree:
         above = node.parent
         if above is None or above.parent is None or above.ghosts or node.parent is None:
             return False
-        if above.children is None or len(above.children) != 1:
+        if above.children is None or len(above.children) != 1 or above.num_tails:
             return False
         if above.lock_ref != (1 if node.lock_ref else 0) or (
             not node.lock_ref and above.last_used != node.last_used
@@ -840,11 +1006,17 @@ class RadixTree:
             width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
             assert node.blocks, f"{name}: a node without blocks"
-            assert not (len(node.tokens) % width and (children or node.ghosts)), (
-                f"{name}: not a leaf"
-            )
-            if node.is_evictable:
-                assert node.queued or node.root.retired, f"{name}: an evictable leaf is not queued"
+            if node.tail:
+                assert len(node.tokens) < width, f"{name}: a tail that is full"
+                assert not children, f"{name}: a tail that goes on"
+                assert not node.ghosts, f"{name}: a ghost below a tail"
+            else:
+                assert not len(node.tokens) % width, f"{name}: a tail in a run"
+            if node.is_evictable and not node.root.retired:
+                waits = node.queued or (node.tail and node in self.tails)
+                assert waits, f"{name}: an evictable leaf is not queued"
+        num_tails = sum([1 for child in children.values() if child.tail]) if children else 0
+        assert node.num_tails == num_tails, f"{name}: {node.num_tails} tails, not {num_tails}"
         return node.lock_ref - below - (1 if node.parent is None else 0)
 
     def check_child(self, node: Node, first: bytes, child: Node) -> None:
@@ -858,8 +1030,8 @@ class RadixTree:
         assert node.lock_ref or child.last_used <= node.last_used, (
             f"{name}: younger than its parent"
         )
-        if len(child.tokens) < self.block_bytes and not child.lock_ref:
-            assert not self._is_covered(child), f"{name}: a covered tail"
+        if child.tail and not child.lock_ref:
+            assert self._covering(child) is None, f"{name}: a covered tail"
 
     @staticmethod
     def check_ghost(node: Node, ghost: Node) -> None:

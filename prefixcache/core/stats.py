@@ -81,7 +81,7 @@ def counts(lessor: Lessor, now: float) -> Counts:
         evictable=tree.evictable - tree.forgotten_evictable,
         pinned=pins.num_pinned,
         max_pinned=pins.max_pinned,
-        ghosts=tree.ghosts.num_blocks,
+        ghosts=tree.ghosts.num_blocks + tree.ghosts.num_tails,
         nodes=tree.num_nodes,
         num_leases=lessor.leases.count,
         num_flights=len(lessor.inflight),

@@ -132,7 +132,7 @@ def test_each_run_goes_on_where_the_one_above_it_ended_however_they_are_cut() ->
     ]
     assert cache.restore(runs, array("i"), WorkerId(-3)) == 6
     cache.check()
-    assert cache.snapshot(now=0.0).nodes == 3  # a run for each stretch without a fork
+    assert cache.snapshot(now=0.0).nodes == 4  # one for each stretch without a fork, and a tail
     assert cache.lookup(space, pack([1, 2, 3, 4, 5, 6, 7, 8, 0])).num_hit == 8
     told = cache.lookup(space, pack([1, 2, 3, 4, 5, 6, 9, 9, 1, 0]))
     assert (told.num_hit, told.num_partial) == (8, 1)

@@ -217,7 +217,7 @@ def test_a_policy_of_ones_own_is_a_plain_class_and_so_may_its_queue_be(
         def queue(self) -> Queue:
             return Stack()
 
-        def used(self, node: Node, stamp: int) -> None:
+        def used(self, node: Node, stamp: int, top: Node) -> None:
             heard.append("used")
             if node.mark is None:
                 node.mark = ("first used", stamp)

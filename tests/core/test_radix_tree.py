@@ -55,10 +55,10 @@ class Shelf:
         return sorted(found)
 
 
-def test_a_stored_chat_is_one_run_with_its_tail():
+def test_a_stored_chat_is_one_run_and_its_tail():
     shelf = Shelf()
     shelf.store([S] * 6 + [A, A, A])
-    assert shelf.runs() == [[0, 1, 2]]
+    assert shelf.runs() == [[0, 1], [2]]
     assert shelf.find([S] * 6 + [A, A, A]) == (8, 1)
     assert shelf.find([S] * 5 + [B]) == (4, 1)
 
@@ -104,7 +104,7 @@ def test_a_locked_tail_is_absorbed_when_it_is_unlocked():
     match = shelf.tree.match(shelf.root, pack([S] * 4))
     other = shelf.tree.insert(shelf.tree.lock(match), pack([A] * 4), array("i", [8])).node
     assert shelf.tree.num_blocks == 3
-    assert shelf.tree.unlock(tail) == array("i", [7])
+    assert shelf.tree.leave_tail(tail) == array("i", [7])
     shelf.tree.unlock(other)
     shelf.tree.unlock(node)
     shelf.tree.check([shelf.root], {})

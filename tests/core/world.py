@@ -692,6 +692,8 @@ class World:
         limit = self.shape.num_ghosts
         if limit is None:  # as many as the policy wants
             limit = math.ceil(self.shape.num_blocks * POLICIES[self.shape.policy].ghosts)
+        if self.shape.partial is Partial.TAILS:
+            limit *= 2  # as many tails beside them
         assert snapshot.ghosts <= limit
         aside: set[int] = set()
         for gone in self.zombies.values():

@@ -18,6 +18,11 @@ class Held:
     parent: Held | None = None
     below: list[Held] = field(default_factory=list)
     used: int = 0
+    found: bool = False
+    """Of a tail: whether a request found it since it was stored."""
+
+    def prefix(self) -> tuple[int, ...]:
+        return () if self.parent is None else self.parent.prefix() + self.tokens
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -39,6 +44,13 @@ class NaivePool:
         self.root = Held()
         self.stored: list[Held] = []
         self.clock = 0
+        self.remembered: dict[tuple[int, ...], int] = {}
+        """Last uses of evicted blocks, by all tokens up to their end."""
+        self.start = 0
+        """The first use that is counted; 0: none."""
+        self.first = {"whole": 0, "with tails": 0}
+        self.gained = self.lost = self.evicted = 0
+        self.tails_pay = self.is_scarce = False
 
     def serve(self, tokens: list[int], prompt: int) -> tuple[int, int]:
         """Serve a request; give its tokens in whole blocks that hit, and in a copied part."""
@@ -48,24 +60,32 @@ class NaivePool:
         while found := self._child(at, tokens[len(path) * size : (len(path) + 1) * size]):
             at = found
             path.append(at)
-        rest = tokens[len(path) * size : (len(path) + 1) * size]
-        source, part = self._nearest(at, rest)
-        blocks = -(-len(tokens) // size) if tails else len(tokens) // size
+        hit = len(path)
+        source, part = self._nearest(at, tokens[hit * size : (hit + 1) * size])
+        counted = self._count(hit * size, part, prompt)
+        blocks, fits = len(tokens) // size, True
         if self.capacity is not None and blocks >= self.capacity:
-            blocks = self.capacity
+            if blocks > self.capacity:
+                fits, tokens = False, tokens[: self.capacity * size]
+                blocks = self.capacity
             if self.mode != "off":
                 source, part = None, 0
-        counted = self._count(len(path) * size, part, prompt)
+                counted = self._count(hit * size, part, prompt)
         if self.mode == "off":
             source = None
-        if source is not None and 2 * part >= len(source.tokens):
-            self.clock += 1
-            source.used = self.clock
-        self._make_room(blocks - len(path), path, source)
-        if source is not None and len(path) * size + part == len(tokens):
-            blocks = len(path)  # all of it was there: nothing is stored
-        for number in range(len(path), blocks):
+        if self.is_scarce:
+            self.lost += size * sum(one.used < self.first["with tails"] for one in path)
+        if source is not None and len(source.tokens) < size:
+            self._gain(source.used, part)
+        copied = source if source is not None and 2 * part >= len(source.tokens) else None
+        if copied is not None:
+            self._use(copied)
+        self._make_room(blocks + 1 - hit, path, source)
+        there = hit * size + part if source is not None else 0
+        for number in range(hit, -(-len(tokens) // size) if tails and fits else blocks):
             one = tuple(tokens[number * size : (number + 1) * size])
+            if number == hit and there == len(tokens):
+                break  # all of it was there: nothing is stored
             if len(one) < size and any(common(one, other.tokens) == len(one) for other in at.below):
                 break  # a stored block holds the tail already
             for other in [other for other in at.below if other.tokens == one[: len(other.tokens)]]:
@@ -75,10 +95,91 @@ class NaivePool:
             at.parent.below.append(at)
             self.stored.append(at)
             path.append(at)
-        for held in reversed(path):
-            self.clock += 1
-            held.used = self.clock
+            self._recall(at)
+        self._end(path, tokens if len(tokens) > there else [], copied)
         return counted
+
+    def _end(self, path: list[Held], tokens: list[int], copied: Held | None) -> None:
+        """Count as used what was copied, what covers the tail, and the path."""
+        if copied is not None and (copied not in self.stored or copied in path):
+            copied = None
+        cover: Held | None = None
+        whole = [one for one in path if len(one.tokens) == self.size]
+        left = tokens[len(whole) * self.size :]
+        if self.mode == "tails" and left and len(whole) == len(path):
+            cover, same = self._nearest(path[-1] if path else self.root, left)
+            cover = cover if same == len(left) else None
+        for one in (copied, cover if cover is not copied else None):
+            if one is not None:
+                self._use(one)
+        self.clock += 1
+        for one in path:
+            one.used = self.clock
+        is_weighed = self.capacity is not None and self.mode == "tails" and self.size > 1
+        if is_weighed and not self.start and 2 * len(self.stored) > (self.capacity or 0) + 1:
+            self.start = self.clock + 1
+            self.first = dict.fromkeys(self.first, self.start)
+
+    def _use(self, one: Held) -> None:
+        self.clock += 1
+        one.used = self.clock
+        one.found = True
+
+    def _gain(self, used: int, num_tokens: int) -> None:
+        if self.start and used >= self.first["with tails"]:
+            self.gained += num_tokens
+
+    def _held(self, which: str, path: list[Held]) -> int:
+        """Count the blocks that an LRU holds: stored or remembered, but for the path."""
+        uses = [(len(one.tokens), one.used) for one in self.stored if one not in path]
+        uses += [(len(one) % self.size, used) for one, used in self.remembered.items()]
+        return sum(
+            used >= self.first[which] and (which == "with tails" or size in {0, self.size})
+            for size, used in uses
+        )
+
+    def _weigh(self, short: int, path: list[Held]) -> None:
+        """Let both LRUs make room, and say whether tails pay, before blocks are evicted."""
+        if not self.start:
+            return
+        assert self.capacity is not None
+        left, first = len(self.stored) - len(path) - short, self.first
+        most = first["with tails"] + 64 + short
+        while self._held("with tails", path) > left and first["with tails"] < most:
+            first["with tails"] += 1
+        most = min(first["with tails"], first["whole"] + 64 + short)
+        while self._held("whole", path) > left and first["whole"] < most:
+            first["whole"] += 1
+        self.is_scarce = True
+        self.evicted += short
+        if self.evicted > 2 * max(self.capacity + 1, 64):
+            self.evicted, self.gained, self.lost = 0, self.gained // 2, self.lost // 2
+        more = self.gained - 2 * self.lost
+        enough = 0 if self.tails_pay else (self.capacity + 1) * self.size // 32
+        self.tails_pay = more > enough
+
+    def _recall(self, one: Held) -> None:
+        """Forget what was remembered of a stored block, or of a tail that it goes on from."""
+        assert one.parent is not None
+        prefix, above = one.prefix(), one.parent.prefix()
+        if prefix in self.remembered:
+            used = self.remembered.pop(prefix)
+            if len(one.tokens) < self.size:
+                self._gain(used, len(one.tokens))
+            elif self.start and used >= self.first["whole"]:
+                self.lost += self.size
+            return
+        beside = [
+            other
+            for other in self.remembered
+            if other[: len(above)] == above
+            and len(above) < len(other) <= len(above) + self.size
+            and packed(other[len(above) :]) < packed(one.tokens)
+        ]
+        if beside:
+            last = max(beside, key=lambda other: packed(other[len(above) :]))
+            if one.tokens[: len(last) - len(above)] == last[len(above) :]:
+                self._gain(self.remembered.pop(last), len(last) - len(above))
 
     def _count(self, whole: int, part: int, prompt: int) -> tuple[int, int]:
         limit = prompt - 1
@@ -103,11 +204,35 @@ class NaivePool:
         if self.capacity is None:
             return
         read = 0
-        while len(self.stored) + read + new > self.capacity:
-            leaves = [one for one in self.stored if not one.below and one not in path]
-            oldest = min(leaves, key=lambda one: one.used)
-            read += oldest is source  # it leaves, and its memory is read for a while yet
-            self._drop(oldest)
+        while (short := len(self.stored) + read + new - self.capacity - 1) > 0:
+            self._weigh(short, path)
+            for _ in range(short):
+                gone = self._first_to_go(path)
+                read += gone is source  # it leaves, and its memory is read for a while yet
+                self.remembered[gone.prefix()] = gone.used
+                self._drop(gone)
+
+    def _first_to_go(self, path: list[Held]) -> Held:
+        """Give the oldest tail that is not kept; else the oldest of the whole blocks."""
+        tails = [one for one in self.stored if len(one.tokens) < self.size]
+        for kept in (False, True):
+            some = [one for one in tails if one.found == kept]
+            first = min(some, key=lambda one: one.used, default=None)
+            if first is not None and not (kept or self.tails_pay):
+                return first
+            if first is not None and self.start and first.used < self.first["with tails"]:
+                return first
+        leaves = [
+            one
+            for one in self.stored
+            if len(one.tokens) == self.size
+            and one not in path
+            and all(len(below.tokens) < self.size for below in one.below)
+        ]
+        if not leaves:
+            return min(tails, key=lambda one: one.used)
+        oldest = min(leaves, key=lambda one: one.used)
+        return max(oldest.below, key=lambda one: packed(one.tokens), default=oldest)
 
     def _drop(self, one: Held) -> None:
         assert one.parent is not None

@@ -51,6 +51,47 @@ def expected(
     return sum(hit for hit, _ in each), sum(part for _, part in each)
 
 
+def chats(random: Random) -> tuple[list[tuple[list[int], int]], int, int]:
+    """Draw chats that go on, some soon and some late, with prompts asked again among them."""
+    size = random.choice([2, 4, 8, 16])
+    words, reach = random.choice([3, 50, 1000]), random.choice([3, 8, 30])
+    living: list[list[int]] = []
+    asked: list[list[int]] = []
+    for _ in range(random.randint(30, 150)):
+        kind = random.random()
+        if living and kind < 0.6:
+            at = random.randrange(max(0, len(living) - reach), len(living))
+            living[at] = living[at] + [
+                random.randrange(words) for _ in range(random.randint(1, size))
+            ]
+            asked.append(living[at])
+        elif living and kind < 0.7:
+            asked.append(random.choice(living))
+        else:
+            asked.append([random.randrange(words) for _ in range(random.randint(1, 3 * size))])
+            living.append(asked[-1])
+    prompts = [(one, random.randint(1, len(one))) for one in asked]
+    return prompts, size, random.choice([5, 8, 13, 20, 40, 80])
+
+
+@pytest.mark.walk
+@pytest.mark.parametrize("part", range(4))
+def test_tails_are_kept_exactly_while_the_written_rule_says_that_they_pay(part: int) -> None:
+    num_paid = 0
+    for seed in range(part, COUNT // 10, 4):
+        sequences, size, capacity = chats(Random(seed))
+        pool = NaivePool(size, capacity, "tails")
+        hits = parts = 0
+        ever_paid = False
+        for one, prompt in sequences:
+            hit, more = pool.serve(one, prompt)
+            hits, parts = hits + hit, parts + more
+            ever_paid |= pool.tails_pay
+        num_paid += ever_paid
+        assert counted(sequences, size, capacity, Partial.TAILS) == (hits, parts), f"seed {seed}"
+    assert num_paid  # the rule is reached
+
+
 @pytest.mark.walk
 @pytest.mark.parametrize("part", range(10))
 def test_hits_and_parts_are_those_of_the_written_rule(part: int) -> None:
@@ -73,7 +114,8 @@ def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
 
 def test_a_tail_that_was_copied_whole_is_not_stored_again() -> None:
     asked = [(one, len(one)) for one in ([2, 0, 0], [0, 1], [2], [2, 2])]
-    assert counted(asked, 4, 2, Partial.TAILS) == expected(asked, 4, 2, Partial.TAILS) == (0, 0)
+    assert counted(asked, 4, 2, Partial.TAILS) == expected(asked, 4, 2, Partial.TAILS) == (0, 1)
+    assert counted(asked, 4, 1, Partial.TAILS) == expected(asked, 4, 1, Partial.TAILS) == (0, 0)
 
 
 def test_a_block_of_which_half_is_copied_counts_as_used() -> None:

@@ -76,7 +76,8 @@ def test_the_ledger_adds_up_and_cold_does_not_depend_on_memory(
     assert ledger.total == found.prompt_tokens
     assert min(getattr(ledger, fate) for fate in FATES) >= 0
     assert round(sum(percentages(ledger).values()), 3) == 100.0
-    assert found.peak_blocks <= (blocks or found.peak_blocks)
+    spare = partial is Partial.TAILS  # the block in which the running request computes
+    assert found.peak_blocks <= (blocks or found.peak_blocks) + spare
     if blocks is None:
         assert ledger.evicted == 0
 

@@ -8,8 +8,9 @@ acquire(everything that will exist + one token) ─► ledger ─► commit what
 the whole blocks of prompt and generated tokens, and with `tails` also the partly filled last one.
 
 **Capacity** is what the tree may hold.  A lease also holds the block it is computing, so the pool
-gets one block more, every request asks for one block more than it stores, and that one is free
-again after the release: the tree never holds more than the capacity, and evicts only for it.
+gets one block more, in every mode of partial reuse, and every request asks for its whole blocks and
+that one.  Without tails it is free again after the release: the tree never holds more than the
+capacity, and evicts only for it.  With tails the last tail may stay in it until the next request.
 
 **One acquire tells all.**  The prompt is the head of what will exist, so the fates of its tokens
 are the head of the ledger of the whole, and at least its last token is computed.  The token
@@ -95,7 +96,6 @@ def replay(
     )
     tails = asked.partial is Partial.TAILS
     requests = trace.requests if tails else trace.grouped(words)
-    reserve = words - 1 if tails else 0
     room = capacity * width
     sums = Sums(trace.unit, words, counts_partial=asked.partial is Partial.OFF)
     windows = Windows(trace, sums, num_windows)
@@ -113,9 +113,10 @@ def replay(
         if namespace not in attached:
             cache.attach(_WORKER, namespace, now=now)
             attached.add(namespace)
-        stored = len(tokens) if tails else len(tokens) // width * width
-        if stored <= room:
-            grant = cache.acquire(_WORKER, namespace, tokens + BEYOND, reserve=reserve, now=now)
+        whole = len(tokens) // width * width
+        stored = len(tokens) if tails else whole
+        if whole <= room:
+            grant = cache.acquire(_WORKER, namespace, tokens + BEYOND, now=now)
             assert isinstance(grant, Grant)
             ledger = grant.ledger
         else:
@@ -125,7 +126,7 @@ def replay(
             ledger = ledger._replace(partial=0, granularity=untaken)
             stored = room
             head = tokens[:room] + BEYOND
-            grant = cache.acquire(_WORKER, namespace, head, reserve=reserve, now=now)
+            grant = cache.acquire(_WORKER, namespace, head, now=now)
             assert isinstance(grant, Grant)
         # A copied part of a block may reach beyond the whole blocks that are stored.
         upto = max(stored // TOKEN_BYTES, grant.num_cached)

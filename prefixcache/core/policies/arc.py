@@ -41,9 +41,9 @@ class Arc(LanePolicy):
         self._p = 0.0
         self._grain = max(1, num_blocks // 64)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Move new blocks of the path to T1, the others to T2; learn from those that came back."""
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark, size = node.mark, len(node.blocks)
             if mark is None:
                 node.mark = _ONCE

@@ -32,10 +32,10 @@ class CostAware(EvictionPolicy):
         super().__init__(num_blocks)
         self._level = 0.0
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Count the use of the path's blocks, and raise them to today's level."""
         level = self._level
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             uses = 1 if node.mark is None else node.mark[0] + 1
             node.mark = (uses, level)
             node = node.parent

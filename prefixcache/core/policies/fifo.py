@@ -20,9 +20,9 @@ class Fifo(EvictionPolicy):
 
     name: ClassVar[str] = "fifo"
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Note when the new blocks of the path came."""
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             if node.mark is None:
                 node.mark = stamp
             node = node.parent

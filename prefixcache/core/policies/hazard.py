@@ -463,7 +463,9 @@ class AgeGrid:
         """Give where a use belongs; -1 if it has no leaf now."""
         leaf = use.leaf
         # `leaf.is_evictable`, written out: this is the policy's most frequent question.
-        if leaf is None or leaf.lock_ref or leaf.children or leaf.parent is None or not leaf.blocks:
+        if leaf is None or leaf.lock_ref or leaf.parent is None or not leaf.blocks:
+            return -1
+        if leaf.children and len(leaf.children) > leaf.num_tails:
             return -1
         mark = leaf.mark
         if mark is None or mark[0] is not use:
@@ -503,6 +505,8 @@ class Hazard(EvictionPolicy):
     name: ClassVar[str] = "hazard"
     ghosts: ClassVar[float] = HORIZON
     marks_ends: ClassVar[bool] = True
+    counts_copies: ClassVar[bool] = False
+    """Whole requests return or do not; what a copied part of a block says of that is noise."""
 
     def __init__(self, num_blocks: int = 1) -> None:
         super().__init__(num_blocks)
@@ -527,11 +531,11 @@ class Hazard(EvictionPolicy):
         """Compare with what the shadow would have found."""
         self.shadow.compare(match, tokens, self.block_bytes, self._run)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Learn from the returns on the path, and make it this use's."""
         path, size = [], 0
         at = node
-        while at.parent is not None:
+        while at is not top and at.parent is not None:
             path.append(at)
             size += len(at.blocks)
             at = at.parent
@@ -578,7 +582,7 @@ class Hazard(EvictionPolicy):
                 if old.number >= first:
                     joined -= count
                 uses = min(_MOST_USES, uses + 1)
-            is_end = node is end and count == 1 and not node.children
+            is_end = node is end and count == 1 and not node.is_inner
             kind = (2 * uses - 1 - is_end) * _NUM_GROWTHS + growth
             node.mark = (use, uses, kind)
             use.take(kind, count)

@@ -24,9 +24,9 @@ class Lfu(EvictionPolicy):
 
     name: ClassVar[str] = "lfu"
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Count one more use of every block on the path."""
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             node.mark = (node.mark or 0) + 1
             node = node.parent
 

@@ -73,7 +73,7 @@ class Priority(LanePolicy):
         self._now = now
         self._lanes.expire(now)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Give the path its namespace's level, if that has one."""
         rank = self._ranks.get(node.root.namespace)
         if rank is not None:

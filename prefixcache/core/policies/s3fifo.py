@@ -39,10 +39,10 @@ class S3Fifo(LanePolicy):
         self._grain = max(1, num_blocks // 64)
         self._stamp = 0
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Let new blocks of the path into a queue; count the use of the others."""
         self._stamp = stamp
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark = node.mark
             if mark is None:
                 self._enter(node, stamp)

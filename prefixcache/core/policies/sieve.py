@@ -38,9 +38,9 @@ class Sieve(LanePolicy):
         self._hand = 0
         """Twice the birth of the block that the hand is at; one more if it has passed it."""
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Put new blocks of the path at the young end; mark the others as used."""
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark = node.mark
             if mark is None:
                 node.mark = (stamp, False)

@@ -36,10 +36,10 @@ class Slru(LanePolicy):
         self._again = LruList()
         self._limit = int(self.protected * num_blocks)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Put new blocks of the path on probation, protect the others."""
         again = self._again
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark, size = node.mark, len(node.blocks)
             if mark is None:
                 node.mark = (_ONCE, stamp)

@@ -37,9 +37,9 @@ class TwoQueue(LanePolicy):
         self._kout = num_blocks // 2
         self._grain = max(1, num_blocks // 64)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Let new blocks of the path in; those that came back from A1out go to the main queue."""
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark = node.mark
             if mark is None or (mark[0] == _OUT and self._num_out - mark[1] > self._kout):
                 node.mark = (_IN, stamp)

@@ -50,10 +50,10 @@ class WTinyLfu(LanePolicy):
         """Whether the candidate chosen is let in."""
         self._lanes = Lanes(self)
 
-    def used(self, node: Node, stamp: int) -> None:
+    def used(self, node: Node, stamp: int, top: Node) -> None:
         """Count the use of the path's blocks; new ones enter the window, others are protected."""
         self._stamp = stamp
-        while node.parent is not None:
+        while node is not top and node.parent is not None:
             mark, size = node.mark, len(node.blocks)
             self._num_used += size
             count = min(_MOST, self._count(mark) + 1)
