@@ -163,8 +163,8 @@ def test_bytes_that_are_no_text_cost_their_record_in_an_array_too(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("cut.jsonl.gz", gzip.compress(LINE * 1000)[:-20]),
-        ("garbage.jsonl.gz", gzip.compress(LINE) + b"garbage"),
+        ("cut.jsonl.gz", gzip.compress(LINE * 1000, mtime=0)[:-20]),
+        ("garbage.jsonl.gz", gzip.compress(LINE, mtime=0) + b"garbage"),
         ("cut.json", json.dumps([{"messages": CHAT}] * 9).encode()[:-20]),
         ("two.json", (json.dumps([{"messages": CHAT}] * 9) + "\n[]").encode()),
     ],
