@@ -323,7 +323,7 @@ def test_the_page_s_examples_run_and_print_what_they_say(folder: Path) -> None:
     page = (ROOT / "docs" / "llm.md").read_text()
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.S | re.M))
     expected = PRINTED.findall(code)
-    assert len(expected) == 6
+    assert len(expected) == 7
     out, err = python(code, folder).communicate(timeout=2 * PATIENCE_S)
     assert out.splitlines() == expected, err
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Generator
 import numpy as np
 
 from prefixcache.types import (
+    Again,
     Committed,
     Counts,
     Ended,
@@ -126,6 +127,7 @@ class HollowCache:
         reuse: bool = True,
         min_partial: int = 0,
         for_room: bool = True,
+        segments: Again | None = None,
     ) -> Grant:
         """Read all tokens and give a table for them."""
         np.frombuffer(tokens, np.uint32).sum()
