@@ -52,6 +52,10 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+def _size_or_none(text: str | int | None) -> int | None:
+    return None if text is None else parse_size(text)
+
+
 def format_size(num_bytes: int) -> str:
     """Write a number of bytes for people, in powers of two.
 
@@ -235,6 +239,17 @@ class ServeSettings(BaseSettings):
     )
 
     memory: Annotated[Size, Option(_POOL, "SIZE", "Memory of the pool.")] = 2**31
+    host: Annotated[
+        Annotated[int, Field(gt=0, le=2**62)] | None,
+        BeforeValidator(_size_or_none),
+        Option(
+            _POOL,
+            "SIZE",
+            "Memory below the pool, for what it evicts: that comes back for who waits, in place of "
+            "being computed again. See docs/tiers.md.",
+            unset="none",
+        ),
+    ] = None
     block_size: Annotated[
         int,
         Field(ge=1, le=1024),

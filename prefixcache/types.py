@@ -24,6 +24,7 @@ if sys.byteorder != "little":  # pragma: no cover - no such machine runs the wor
 BlockId = NewType("BlockId", int)
 LeaseId = NewType("LeaseId", int)
 TicketId = NewType("TicketId", int)
+HaulId = NewType("HaulId", int)
 WorkerId = NewType("WorkerId", int)
 """Handed out by whoever runs a cache, and the key of all that a worker holds.  No client chooses or
 sends one: what it calls itself is a name, to be shown and nothing else."""
@@ -559,6 +560,8 @@ class Ledger(NamedTuple):
     """Computed by this very request, under an earlier lease with the same request id."""
     approximate: int = 0
     """Taken from segments, or from what was put together of segments before."""
+    restored: int = 0
+    """Had been evicted, and came back from a tier while this request waited for them."""
 
     @property
     def total(self) -> int:
@@ -567,11 +570,9 @@ class Ledger(NamedTuple):
 
     @property
     def reused(self) -> int:
-        """Tokens that need not be computed (again).
-
-        hit + partial + joined + resumed + approximate.
-        """
-        return self.hit + self.partial + self.joined + self.resumed + self.approximate
+        """Tokens that need not be computed (again): all but cold, evicted and granularity."""
+        exact = self.hit + self.partial + self.joined + self.resumed + self.restored
+        return exact + self.approximate
 
     @property
     def hit_rate(self) -> float:
@@ -583,7 +584,8 @@ class Ledger(NamedTuple):
         0.5
         """
         fresh = self.total - self.resumed
-        return (self.hit + self.partial + self.joined) / fresh if fresh else 0.0
+        found = self.hit + self.partial + self.joined + self.restored
+        return found / fresh if fresh else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -711,6 +713,10 @@ class Explanation:
     """Namespaces of the same tenant that store more of it, and how many tokens."""
     past: PastRequest | None = None
     """The request that was asked for; then all of this, but `elsewhere`, is as it was then."""
+    num_below: int = 0
+    """Of the evicted tokens, how many lie in a tier, and come back for who waits."""
+    below_s: float = 0.0
+    """About how long that takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -844,7 +850,9 @@ class LeaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The numbers of a cache at one moment.  Free + private + indexed + quarantined = num_blocks.
+    """The numbers of a cache at one moment.
+
+    Free + private + indexed + quarantined + leaving = num_blocks.
 
     The one place where they are named: a snapshot has them before its rows, the wire, the metrics
     and the page show them, and the readings of every second are some of them.
@@ -885,6 +893,18 @@ class Counts:
     history_bytes: int = 0
     """What it remembers of past requests, for people."""
     max_history_bytes: int = 0
+    leaving: int = 0
+    """Blocks that are being copied to the tier below the pool, and are free then."""
+    host_blocks: int = 0
+    """What fits into that tier, in memory of the host; 0: there is none."""
+    host_used: int = 0
+    """Of these, what holds something."""
+    sunk: int = 0
+    """Blocks that were copied there since the start."""
+    restored: int = 0
+    """Blocks that came back from there since the start."""
+    spoilt: int = 0
+    """Blocks that were not there as they had been written: they were computed instead."""
 
     def fields(self) -> dict[str, Any]:
         """Give them by their names."""

@@ -12,6 +12,7 @@
 | progress | has one requests that it computes not, takes not, or never commits? |
 | clocks | does the service answer at once, do its clock and ours run alike? |
 | memory | is there room in shared memory, does anything dead lie there? |
+| tier | does what the pool evicts come back, as it was, and is there room for it? |
 | state | is what outlives the service kept? |
 """
 
@@ -40,6 +41,7 @@ _SLOW_S: Final = 0.05
 """A service that needs longer for an answer is held up by something."""
 _MUCH_EVICTED: Final = 0.01
 _MANY_PARTED: Final = 0.1
+_MUCH_LOST: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +401,39 @@ def failures(now: Status) -> Iterator[Finding]:
             WRONG,
             f"{part.capitalize()} failed, the service goes on without: {cause}.",
             "See the service's log; a restart begins it again.",
+        )
+
+
+def tier(now: Status) -> Iterator[Finding]:
+    """Look at what lies below the pool."""
+    snapshot = now.snapshot
+    if not snapshot.host_blocks:
+        return
+    lost = snapshot.evicted - snapshot.sunk - snapshot.leaving
+    if snapshot.spoilt:
+        yield Finding(
+            "tier",
+            WRONG,
+            f"{many(snapshot.spoilt, 'block')} of the host's memory below the pool did not hold "
+            "what was written there: they were computed again, and nobody has read them.",
+            "Memory that changes by itself is damaged, or somebody else writes to it: look at the "
+            "machine's log, and at who may run as this user.",
+        )
+    elif snapshot.evicted and lost > _MUCH_LOST * snapshot.evicted:
+        yield Finding(
+            "tier",
+            NOTE,
+            f"{lost / snapshot.evicted:.0%} of {many(snapshot.evicted, 'evicted block')} did not "
+            "go below the pool: room was needed sooner than they could be copied, or they were "
+            "partly filled.",
+            "A larger pool (--memory) gives more time.",
+        )
+    else:
+        yield Finding(
+            "tier",
+            OK,
+            f"{many(snapshot.sunk, 'block')} went below the pool, "
+            f"{many(snapshot.restored, 'block')} came back.",
         )
 
 

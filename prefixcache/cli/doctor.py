@@ -84,6 +84,7 @@ def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Fin
         checks.progress(now, stalled_after_s),
         checks.clocks(times),
         checks.shared_memory(now),
+        checks.tier(now),
         checks.state(now),
         checks.failures(now),
     )

@@ -103,6 +103,8 @@ def fields(
         "num_same": told.num_same,
         "extra_blocks": told.extra_blocks,
         "num_pending": told.num_pending,
+        "num_below": told.num_below,
+        "below_s": told.below_s,
         "elsewhere": [
             view.namespace_fields(space) | {"num_tokens": there} for space, there in told.elsewhere
         ],
@@ -152,6 +154,11 @@ def _print(
     view.print_table(rows, indent="  ", align="<><<")
     if told.num_pending:
         view.tell(f"{told.num_pending:,} more are being computed now")
+    if told.num_below:
+        view.tell(
+            f"{told.num_below:,} of the evicted tokens lie below the pool: they come back in about "
+            f"{told.below_s * 1000:,.0f} ms for who waits"
+        )
     if told.parted_at is not None:
         _print_parting(told, told.parted_at, tokens, reader)
 

@@ -129,6 +129,7 @@ def show(now: Status) -> None:
             ("core", info.core or "pure Python"),
             ("pool", f"{many(snapshot.num_blocks, 'block')} of {snapshot.block_size} · {where}"),
             ("blocks", _blocks(snapshot)),
+            *_below(snapshot),
             (
                 "workers",
                 f"{info.workers:,} · leases {snapshot.num_leases:,} · waiting {snapshot.waiting:,}",
@@ -173,7 +174,25 @@ def _blocks(snapshot: Snapshot) -> str:
         f"{name} {getattr(snapshot, name):,} ({getattr(snapshot, name) / total:.1%})"
         for name in ("free", "private", "indexed", "quarantined")
     ]
+    if snapshot.leaving:
+        parts.append(f"leaving {snapshot.leaving:,}")
     return " · ".join(parts) + f" · evictable {snapshot.evictable:,}"
+
+
+def _below(snapshot: Snapshot) -> list[tuple[str, str]]:
+    """Write what lies below the pool, if anything may."""
+    if not snapshot.host_blocks:
+        return []
+    return [("below", tier(snapshot))]
+
+
+def tier(snapshot: Snapshot) -> str:
+    """Write what a tier holds, and what has gone there and come back."""
+    share = snapshot.host_used / snapshot.host_blocks
+    return (
+        f"host {snapshot.host_used:,} of {snapshot.host_blocks:,} ({share:.1%}) · gone down "
+        f"{snapshot.sunk:,} · come back {snapshot.restored:,} · spoilt {snapshot.spoilt:,}"
+    )
 
 
 def _memory(snapshot: Snapshot) -> list[tuple[str, str]]:

@@ -113,7 +113,7 @@ class Screen:
             "pinned": pinned,
             "private": snapshot.private,
             "quarantined": snapshot.quarantined,
-            "free": snapshot.free,
+            "free": snapshot.free + snapshot.leaving,
         }
 
     def hottest(self) -> list[tuple[Namespace, Branch]]:
@@ -213,6 +213,8 @@ class Screen:
             ],
             width,
         )
+        if snapshot.host_blocks:
+            yield _label("below").append(status.tier(snapshot))
         recent = self._recent()
         yield _label("tokens").append(
             view.bar([(fate, getattr(recent.ledger, fate)) for fate in view.FATES], columns)

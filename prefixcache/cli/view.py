@@ -62,7 +62,10 @@ PIPE_WIDTH = 160
 """Columns of a line where there is no terminal to ask."""
 MIN_WIDTH = 20
 
-FATES = (*("hit", "partial", "joined", "approximate", "cold", "evicted", "granularity", "resumed"),)
+FATES = (
+    *("hit", "restored", "partial", "joined", "approximate"),
+    *("cold", "evicted", "granularity", "resumed"),
+)
 
 
 def open_client(target: str | None) -> Client:
@@ -304,6 +307,7 @@ GLYPHS = {
     "cold": "·",
     "resumed": "◦",
     "approximate": "≈",
+    "restored": "▀",
 }
 """Fates in bars; colour only repeats what they say."""
 _STYLES = {
@@ -315,6 +319,7 @@ _STYLES = {
     "cold": "blue",
     "resumed": "cyan",
     "approximate": "yellow",
+    "restored": "green",
 }
 
 

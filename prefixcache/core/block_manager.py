@@ -14,6 +14,7 @@ from array import array
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_pool import BlockPool, LastTenant
+from prefixcache.core.hauls import Hauls
 from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Match, Node
 from prefixcache.core.quota import Quotas
@@ -53,6 +54,7 @@ class BlockManager:
         "_width",
         "aside",
         "block_size",
+        "hauls",
         "last_tenant",
         "pool",
         "quotas",
@@ -74,6 +76,8 @@ class BlockManager:
         self.block_size = tree.block_bytes // TOKEN_BYTES
         self._width = tree.block_bytes
         self._partial = partial
+        self.hauls: Hauls | None = None
+        """What is leaving the pool for the tier below it, if there is one."""
 
     # ------------------------------------------------------------------ room
 
@@ -95,8 +99,9 @@ class BlockManager:
     def num_obtainable(self, match: Match | None = None) -> int:
         """Count the blocks that eviction can free for sure, once `match` is locked.  O(nodes)."""
         kept = 0 if match is None else match.num_unprotected()
+        leaving = 0 if self.hauls is None else self.hauls.num_leaving
         # A block that a copy still reads is not free when the tree lets go of it.
-        return self.tree.evictable - kept - len(self.pool.refs)
+        return self.tree.evictable + leaving - kept - len(self.pool.refs)
 
     @property
     def num_free(self) -> int:
@@ -182,6 +187,8 @@ class BlockManager:
         What another tenant has used is wiped before this one may read it.
         """
         pool = self.pool
+        if self.hauls is not None and need > pool.num_free:
+            self.hauls.abandon(need - pool.num_free)
         while (short := need - pool.num_free) > 0:
             evicted = self.tree.evict(short)
             if not evicted:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from prefixcache.core import bulk_load, explain, introspect, invariants, stats
 from prefixcache.core.block_manager import LARGE_TABLE, SHARED_TABLE
 from prefixcache.core.block_pool import BlockPool, Wipe, WriteListener
+from prefixcache.core.hauls import NEVER, Haul, TierSizes
 from prefixcache.core.kv_events import ExactOnly, IndexListener, IndexListeners, Replay
 from prefixcache.core.lease import Worker
 from prefixcache.core.lessor import Lessor
@@ -61,6 +62,7 @@ from prefixcache.types import (
     Ended,
     Explanation,
     Grant,
+    HaulId,
     LeaseId,
     LeaseInfo,
     Lookup,
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
 
 
 _LOOKED_AT = 16
+_NO_TIERS = TierSizes()
 
 
 class PrefixCache:
@@ -113,11 +116,13 @@ class PrefixCache:
         segments_secret: At least 16 bytes that nobody else knows: keep an index of all whole
             blocks, in which requests that ask for segments find tokens at other places.  By
             default none is kept, and such requests are refused.
+        tiers: What there is below the pool: evicted blocks go there, once `set_porter` has said
+            that somebody moves them.
 
     Raises:
         InvalidRequest: an argument is out of range.
 
-    >>> from prefixcache.types import Namespace, WorkerId, pack
+    >>> from prefixcache.types import Ledger, Namespace, WorkerId, pack
     >>> cache, me, space = PrefixCache(64, 4), WorkerId(1), Namespace("tiny-model")
     >>> cache.attach(me, space, now=0.0)
     >>> first = cache.acquire(me, space, pack(range(10)), now=0.0)
@@ -125,8 +130,8 @@ class PrefixCache:
     3
     >>> cache.release(me, first.lease, now=0.2).num_freed
     0
-    >>> cache.acquire(me, space, pack([*range(10), 99]), now=0.3).ledger
-    Ledger(hit=8, partial=2, joined=0, cold=1, evicted=0, granularity=0, resumed=0, approximate=0)
+    >>> cache.acquire(me, space, pack([*range(10), 99]), now=0.3).ledger == Ledger(8, 2, cold=1)
+    True
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class PrefixCache:
         history_bytes: int = 1 << 20,
         first_block: int = 0,
         segments_secret: bytes | None = None,
+        tiers: TierSizes = _NO_TIERS,
     ) -> None:
         if num_blocks < 1:
             raise InvalidRequest(f"a pool of {num_blocks} blocks holds nothing; give at least 1")
@@ -156,6 +162,11 @@ class PrefixCache:
             raise InvalidRequest(f"a history of {history_bytes} bytes; give 0 or more")
         if first_block < 0:
             raise InvalidRequest(f"the first block is {first_block}; give 0 or more")
+        if tiers.host and not (0 < tiers.ahead < num_blocks and tiers.piece > 0):
+            raise InvalidRequest(
+                f"{tiers}: at least one block is kept free for what goes down, and fewer than the "
+                f"pool's {num_blocks:,}; a piece has at least one"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.partial = Partial(partial)
@@ -177,6 +188,7 @@ class PrefixCache:
             max_prompt_bytes=max_prompt_bytes,
             max_table_bytes=max_table_bytes,
             history_bytes=history_bytes,
+            tiers=tiers,
         )
         if segments_secret is not None:
             index = RollingIndex(first_block + num_blocks, block_size, segments_secret)
@@ -745,6 +757,7 @@ class PrefixCache:
         lessor = self._lessor
         limit, work = (inf, inf) if most is None else (most, None)
         lessor.pins.expire(now, limit)
+        lessor.give_up_restores(now)
         over = lessor.end_leaving(now, limit)
         if not over or most is None:
             due = lessor.leases.due(now, limit)
@@ -771,8 +784,10 @@ class PrefixCache:
             lessor.leases.next_deadline(),
             lessor.waiting.next_deadline(),
             lessor.pins.next_deadline(),
+            None if lessor.hauls is None else lessor.hauls.next_due(),
         )
-        return min((time for time in times if time is not None), default=None)
+        # Those of a restore have no end of their own.
+        return min((time for time in times if time is not None and time < NEVER), default=None)
 
     # ------------------------------------------------------------------ what is kept, and for whom
 
@@ -939,6 +954,45 @@ class PrefixCache:
         if not LOWEST <= level <= HIGHEST:
             raise InvalidRequest(f"level {level} is not one of {LOWEST} (goes first) to {HIGHEST}")
         return policy
+
+    # ------------------------------------------------------------------ what moves between tiers
+
+    def set_porter(self, *, is_there: bool, now: float) -> None:
+        """Say whether somebody moves blocks between the pool and the tier below it.
+
+        When he has ended, what he had in hand is over: blocks that were going down are free, and
+        who waited for what was coming up is tried again.  Before that he must be known to be unable
+        to write.  Without a tier it changes nothing.
+        """
+        lessor = self._lessor
+        if lessor.hauls is not None and lessor.hauls.has_porter != is_there:
+            lessor.hauls.has_porter = is_there
+            if not is_there:
+                lessor.lose_hauls(now)
+
+    def hauls(self, *, now: float) -> list[Haul]:
+        """Take the hauls to begin now, in order; see that enough blocks are free ahead of need.
+
+        After each verb.  O(1) where there is nothing to move; else O(blocks that are evicted).
+        """
+        hauls = self._lessor.hauls
+        if hauls is None or not hauls.has_porter:
+            return []
+        self._lessor.sink(now)
+        return hauls.take_new()
+
+    def hauled(self, haul: HaulId, num_good: int, seconds: float, *, now: float) -> None:
+        """Take note that a haul has ended: in the order in which they were begun.
+
+        One of before `set_porter` was told that nobody moves blocks changes nothing.
+
+        Args:
+            haul: Which.
+            num_good: Of its blocks, how many, from the first on, have arrived as they should be.
+            seconds: What it took, once it was begun.
+            now: The time.
+        """
+        self._lessor.hauled(haul, num_good, seconds, now)
 
     # ------------------------------------------------------------------ looking
 

@@ -55,6 +55,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
     stored = b"" if run is None else run[exact.partial_tokens * TOKEN_BYTES :]
     parted_at = None if run is None else exact.end // TOKEN_BYTES + exact.partial_tokens
     resumes_at, num_same = _resumption(lessor, root, tokens, parted_at, stored)
+    below = lessor.below(match, tokens)
     return Explanation(
         spans=spans(ledger),
         ledger=ledger,
@@ -66,6 +67,8 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         extra_blocks=max((depth for depth, _ in found), default=None),
         num_pending=0 if gain is None else gain.num_tokens,
         elsewhere=_elsewhere(lessor, namespace, tokens, ledger.reused),
+        num_below=len(below) * lessor.blocks.block_size,
+        below_s=0.0 if lessor.hauls is None else lessor.hauls.takes_s(len(below)),
     )
 
 

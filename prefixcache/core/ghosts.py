@@ -5,6 +5,9 @@ below one another; never does anything resident hang below a ghost.  Their numbe
 blocks, and the oldest are forgotten first; since leaves go before their parents, the oldest are the
 deepest.  Tails are counted apart, as many as there may be of other blocks, so that they push none
 of those out that a policy learns from.
+
+A ghost whose blocks lie in a tier (`tiers.py`) is bounded by the slots there, and not counted here
+until it has lost the last of them.  A tail never lies in one.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from collections import deque
 
 from prefixcache.core.node import Children, Node, common_prefix
 from prefixcache.core.tails import TailWorth
+from prefixcache.core.tiers import Tier
+from prefixcache.types import BlockTable
 
 
 class Ghosts:
@@ -34,6 +39,7 @@ class Ghosts:
         "limit",
         "num_blocks",
         "num_tails",
+        "tier",
         "worth",
     )
 
@@ -51,6 +57,19 @@ class Ghosts:
         """Who counts what is remembered, too."""
         self._living: dict[int, int] = {}
         """Blocks that are remembered, by when they were buried, in steps of `_step` burials."""
+        self.tier: Tier | None = None
+        """Where the blocks of some ghosts lie."""
+
+    def set_tier(self, tier: Tier) -> None:
+        """Let ghosts keep what they are given of a tier."""
+        self.tier = tier
+        tier.bared = self._has_bared
+        self.limit = max(1, self.limit)  # above a ghost with slots there is one in any case
+
+    def _has_bared(self, ghost: Node) -> None:
+        """Count a ghost that has lost its last slot: from now on its tokens alone are known."""
+        self.num_blocks += len(ghost.tokens) // self.block_bytes
+        self._line_up(ghost)
 
     def bury(self, above: Node, ghost: Node) -> None:
         """Remember an evicted leaf below `above`.  O(log siblings), amortised."""
@@ -67,11 +86,18 @@ class Ghosts:
             self._tails.append((self._serial, ghost))
             if len(self._tails) > 1024 and len(self._tails) > 4 * self.num_tails:
                 self._tails = self._tidied(self._tails)
+            return
+        self._count(ghost, 1)
+        if ghost.places is not None and self.tier is not None:
+            self.tier.enter(ghost)
         else:
-            self._count(ghost, 1)
-            self._fifo.append((self._serial, ghost))
-            if len(self._fifo) > 1024 and len(self._fifo) > 4 * self.num_blocks:
-                self._fifo = self._tidied(self._fifo)
+            self._line_up(ghost)
+
+    def _line_up(self, ghost: Node) -> None:
+        """Let a ghost of whole blocks be forgotten when it is the oldest.  O(1), amortised."""
+        self._fifo.append((ghost.last_used, ghost))
+        if len(self._fifo) > 1024 and len(self._fifo) > 4 * self.num_blocks:
+            self._fifo = self._tidied(self._fifo)
 
     def adopt_children(self, ghost: Node) -> None:
         """Tell a new ghost's ghosts their parent; swallow an only one, so chains stay short."""
@@ -86,8 +112,11 @@ class Ghosts:
             and len(ghosts) == 1
             and len(ghost.tokens) + len(only.tokens) <= _MERGED_UNTIL
             and ghost.mark == only.mark
+            and (self.tier is None or self.tier.may_join(ghost, only, self._serial))
         ):
             self._count(only, -1)
+            if self.tier is not None:
+                self.tier.join(ghost, only)
             ghost.tokens += only.tokens
             ghost.ghosts = only.ghosts
             ghost.divergence = only.divergence
@@ -112,6 +141,34 @@ class Ghosts:
                 break
             node = child
         return off - start
+
+    def places(self, node: Node, tokens: bytes, start: int, end: int) -> BlockTable:
+        """Give the slots of the blocks of `tokens[start:end]` that can be read now, up to a gap.
+
+        Changes nothing.  O(ghosts passed + blocks), in C.
+
+        Args:
+            node: Below which; its run ends where `start` is.
+            tokens: A prompt.
+            start: A whole number of blocks.
+            end: What follows is not looked at; a whole number of blocks.
+        """
+        found: BlockTable = array("i")
+        width, off = self.block_bytes, start
+        while self.tier is not None and node.ghosts and off < end:
+            child = node.ghosts.get(tokens[off : off + width])
+            if child is None or child.places is None:
+                break
+            size = len(child.tokens)
+            same = common_prefix(tokens, off, child.tokens, 0, min(size, end - off)) // width
+            usable = child.places[:same]
+            count = self.tier.count_readable(usable)
+            found += usable[:count]
+            if count * width < size:
+                break
+            off += size
+            node = child
+        return found
 
     def trail(self, node: Node, tokens: bytes, start: int) -> list[tuple[int, int]]:
         """Give (bytes, burial) of each ghost below `node` that `tokens[start:]` pass.
@@ -179,6 +236,8 @@ class Ghosts:
         self._count(ghost, -1)
         if self.worth is not None:
             self.worth.revived(ghost)
+        if self.tier is not None:
+            self.tier.leave(ghost)
         return ghost
 
     def forget(self) -> list[Node]:
@@ -219,7 +278,14 @@ class Ghosts:
         ghost.tokens = ghost.tokens[:keep]
         ghost.ghosts = Children()
         ghost.ghosts.put(lower.tokens[: self.block_bytes], lower)
-        self._fifo.appendleft((lower.last_used, lower))
+        if self.tier is not None and ghost.places is not None:
+            self.tier.split(ghost, lower, keep // self.block_bytes)
+            if lower.places is None:
+                self.num_blocks += -(-len(lower.tokens) // self.block_bytes)
+        if lower.places is None:
+            self._fifo.appendleft((lower.last_used, lower))
+            if self.num_blocks > self.limit:  # it was not counted before
+                self._drop(ghost, lower)
 
     def _drop(self, above: Node, ghost: Node) -> None:
         """Forget a ghost and all below it."""
@@ -233,6 +299,8 @@ class Ghosts:
             self._count(node, -1)
             if self.worth is not None:
                 self.worth.forget(node)
+            if self.tier is not None:
+                self.tier.leave(node)
             node.parent = None
             if node.ghosts:
                 stack.extend(node.ghosts.values())
@@ -244,7 +312,8 @@ class Ghosts:
             self.num_tails += sign
             return
         size = sign * -(-len(ghost.tokens) // self.block_bytes)
-        self.num_blocks += size
+        if ghost.places is None:
+            self.num_blocks += size
         step = ghost.last_used // self._step
         if left := self._living.get(step, 0) + size:
             self._living[step] = left

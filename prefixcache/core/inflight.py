@@ -103,13 +103,20 @@ class Inflight:
             if not prompt.startswith(lacking, stored):
                 continue  # as a rule: what it shares is there already
             common = common_prefix(prompt, 0, tokens, 0, min(len(prompt), len(tokens)))
-            gain = self._gain(lease, match, common // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
+            gain = self.gain(lease, match, common // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
             if gain is not None and (best is None or gain.num_tokens > best.num_tokens):
                 best = gain
         return best
 
-    def _gain(self, lease: Lease, match: Match, common: int, num_tokens: int) -> JoinGain | None:
-        """Say what waiting for one flight brings."""
+    def gain(self, lease: Lease, match: Match, common: int, num_tokens: int) -> JoinGain | None:
+        """Say what waiting for one flight brings; None if nothing.  Changes nothing.  O(1).
+
+        Args:
+            lease: Whose.
+            match: What is stored of a prompt.
+            common: Tokens that the prompt shares with the flight's.
+            num_tokens: Tokens of the prompt.
+        """
         size = self._block_size
         usable = min(common, num_tokens - 1)
         cached = match.end // TOKEN_BYTES

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, SHARED_TABLE
+from prefixcache.core.hauls import Hauls
 from prefixcache.core.introspect import draw
 from prefixcache.core.lease import Lease, LeaseTable
 from prefixcache.core.lessor import Lessor
@@ -47,6 +48,9 @@ def check(lessor: Lessor) -> None:
             if lease.base is not None:
                 locks[lease.base] += 1
         owned = tree.check(roots, locks)
+        if lessor.hauls is not None:
+            owned.extend(lessor.hauls.leaving())
+            _check_hauls(lessor.hauls, roots)
         held: BlockTable = array("i")
         for lease in lessor.leases.all():
             owned.extend(lease.private_blocks())
@@ -172,6 +176,8 @@ class _Walk:
             self._suspected.add(f"the number of runs, {tree.num_nodes:,}")
         self._check_locks()
         yield
+        if lessor.hauls is not None:
+            self._own(lessor.hauls.leaving())
         owners, expected = lessor.blocks.pool.count_owners()
         differ = np.flatnonzero(owners + self._owners != expected).tolist()
         self._suspected.update(f"the owners of block {block}" for block in differ)
@@ -317,6 +323,21 @@ def _check_segments(lessor: Lessor) -> None:
             whole.extend(node.blocks[: len(node.tokens) // size])
             stack.extend((node.children or {}).values())
         assert index.blocks_of(space) == sorted(whole), f"{space}: the blocks that may be donors"
+
+
+def _check_hauls(hauls: Hauls, roots: list[Root]) -> None:
+    """Assert that slots and blocks are those of ghosts and hauls.  O(slots + ghosts)."""
+    hauls.check()
+    found: list[Node] = []
+    stack: list[Node] = [*roots]
+    while stack:
+        node = stack.pop()
+        assert node.places is None or not node.blocks, "slots of what is in the pool"
+        if node.places is not None:
+            found.append(node)
+        stack.extend((node.children or {}).values())
+        stack.extend((node.ghosts or {}).values())
+    hauls.tier.check(found, hauls.busy())
 
 
 def _check_prompts(lessor: Lessor) -> None:

@@ -1,7 +1,7 @@
 """The ledger: what became of each prompt token, and the sums.
 
 ```
-prompt   0 ───────── hit ───── joined ───── partial ── stored, not shareable ── ghosts ────── end
+prompt   0 ── hit ── restored ─ joined ──── partial ── stored, not shareable ── ghosts ────── end
                 └──── resumed: its own ────┘           granularity             evicted  cold
 ```
 A request that comes again under its id finds what it had computed itself before: that is no hit.
@@ -34,13 +34,22 @@ MOST_SERIES = 50
 OTHER = Namespace("(other)")
 """The series of all others."""
 
-FATES = (*("hit", "joined", "partial", "resumed", "approximate", "granularity", "evicted", "cold"),)
+FATES = (
+    *("hit", "restored", "joined", "partial", "resumed"),
+    *("approximate", "granularity", "evicted", "cold"),
+)
 """In the order in which they follow one another in a prompt; what is approximate may lie anywhere
 behind what is not, and is told in one piece."""
 
 
 def settle(
-    tree: RadixTree, match: Match, tokens: bytes, *, partial: int, joined: int = 0
+    tree: RadixTree,
+    match: Match,
+    tokens: bytes,
+    *,
+    partial: int,
+    joined: int = 0,
+    restored: int = 0,
 ) -> Ledger:
     """Say what becomes of each token of a prompt.  Changes nothing.
 
@@ -50,6 +59,7 @@ def settle(
         tokens: The prompt.
         partial: Tokens that are reused by a copy.
         joined: Of the whole blocks' tokens, how many another lease computed while this one waited.
+        restored: … and how many came back from a tier.
     """
     total = len(tokens) // TOKEN_BYTES
     whole = match.end // TOKEN_BYTES
@@ -68,17 +78,18 @@ def settle(
     granularity = stored if stored < left else left
     left -= granularity
     evicted = min(max(ghosts, 0), left) if ghosts else 0
-    return Ledger(whole - joined, partial, joined, left - evicted, evicted, granularity)
+    hit = whole - joined - restored
+    return Ledger(hit, partial, joined, left - evicted, evicted, granularity, restored=restored)
 
 
 def unused(ledger: Ledger) -> Ledger:
     """Tell of a request that wants none of what is stored.  The sum stays the same.
 
-    >>> unused(Ledger(hit=96, partial=3, cold=61))
-    Ledger(hit=0, partial=0, joined=0, cold=61, evicted=0, granularity=99, resumed=0, approximate=0)
+    >>> unused(Ledger(hit=96, partial=3, cold=61)) == Ledger(cold=61, granularity=99)
+    True
     """
     return ledger._replace(
-        hit=0, partial=0, joined=0, granularity=ledger.granularity + ledger.reused
+        hit=0, partial=0, joined=0, restored=0, granularity=ledger.granularity + ledger.reused
     )
 
 
@@ -106,13 +117,15 @@ def resume(ledger: Ledger, begun: Begun) -> Ledger:
     67
     """
     kept, at = [], 0
-    for count in (ledger.hit, ledger.joined, ledger.partial, ledger.approximate):
+    counts = ledger.hit, ledger.restored, ledger.joined, ledger.partial, ledger.approximate
+    for count in counts:
         own = max(0, min(at + count, begun.end) - max(at, begun.start))
         kept.append(count - own)
         at += count
-    hit, joined, partial, approximate = kept
+    hit, restored, joined, partial, approximate = kept
     return ledger._replace(
         hit=hit,
+        restored=restored,
         joined=joined,
         partial=partial,
         approximate=approximate,
@@ -131,7 +144,7 @@ def approximated(ledger: Ledger, runs: Sequence[tuple[int, int]], num_tokens: in
         num_tokens: How many of their tokens are used as they are.
 
     >>> approximated(Ledger(hit=32, cold=48, evicted=16), [(40, 72)], num_tokens=20)[3:]
-    (36, 8, 0, 0, 20)
+    (36, 8, 0, 0, 20, 0)
     """
     left, taken = num_tokens, {}
     for span in spans(ledger):
@@ -170,6 +183,7 @@ class Tally:
         "joins",
         "partial",
         "requests",
+        "restored",
         "resumed",
         "series",
     )
@@ -180,17 +194,20 @@ class Tally:
         self.requests = 0
         self.joins = 0
         self.hit = self.partial = self.joined = 0
-        self.cold = self.evicted = self.granularity = self.resumed = self.approximate = 0
+        self.cold = self.evicted = self.granularity = self.resumed = 0
+        self.approximate = self.restored = 0
 
     def add(self, ledger: Ledger) -> None:
         """Count one request; one that goes on where it was interrupted was counted before."""
-        hit, partial, joined, cold, evicted, granularity, resumed, approximate = ledger
+        hit, partial, joined, cold, evicted, granularity, resumed, approximate, restored = ledger
         self.hit += hit
         self.partial += partial
         self.cold += cold
         self.granularity += granularity
         if evicted:
             self.evicted += evicted
+        if restored:
+            self.restored += restored
         if joined:
             self.joined += joined
             self.joins += 1
@@ -213,6 +230,7 @@ class Tally:
         self.granularity += other.granularity
         self.resumed += other.resumed
         self.approximate += other.approximate
+        self.restored += other.restored
 
     def counts(self) -> tuple[int, int, Ledger]:
         """Give the requests, those that joined a flight, and the sums: all that is compared."""
@@ -229,6 +247,7 @@ class Tally:
             granularity=self.granularity,
             resumed=self.resumed,
             approximate=self.approximate,
+            restored=self.restored,
         )
 
 

@@ -6,11 +6,13 @@ what callers send, and names the verbs.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 
 from prefixcache.core.account import Account
 from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, BlockManager
 from prefixcache.core.block_pool import BlockPool
+from prefixcache.core.hauls import NEVER, PORTER, Hauls, Restore, TierSizes
 from prefixcache.core.history import History
 from prefixcache.core.inflight import Inflight, JoinGain
 from prefixcache.core.lease import KeptBytes, Lease, LeaseTable, Worker
@@ -21,6 +23,7 @@ from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.segments import Segments, beside
+from prefixcache.core.tiers import Tier
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
 from prefixcache.errors import (
     CacheError,
@@ -35,6 +38,7 @@ from prefixcache.types import (
     BlockTable,
     Ended,
     Grant,
+    HaulId,
     Ledger,
     Namespace,
     Partial,
@@ -51,6 +55,8 @@ _MOST_WORK = 128
 _TRY = 8
 """Looks that trying a request counts as, and once more for each `_TRIED_BYTES` of its prompt."""
 _TRIED_BYTES = 8192
+_RESTORED_SHARE = 4
+"""What part of the pool may be coming back from the tier at the same time."""
 MOST_EVICTED = 256
 """Blocks that are evicted in one go for a request that can be made a little later."""
 
@@ -60,6 +66,7 @@ class Lessor:
 
     __slots__ = (
         "blocks",
+        "hauls",
         "history",
         "inflight",
         "leases",
@@ -92,6 +99,7 @@ class Lessor:
         max_prompt_bytes: int,
         max_table_bytes: int,
         history_bytes: int,
+        tiers: TierSizes,
     ) -> None:
         self.tree = tree
         if partial is Partial.TAILS and tree.block_bytes > TOKEN_BYTES:
@@ -117,6 +125,14 @@ class Lessor:
         self.tallies = Tallies()
         self.settled: list[tuple[TicketId, Grant | TableUpdate | CacheError]] = []
         self.history = History(pool.num_blocks, history_bytes)
+        self.hauls: Hauls | None = None
+        """What moves between the pool and the tier below it, if there is one."""
+        if tiers.host:
+            tier = Tier(tiers.host, tree.block_bytes)
+            tree.ghosts.set_tier(tier)
+            self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers)
+            porter = self.leases.workers[PORTER] = Worker(PORTER, "porter")
+            porter.renewed_until = NEVER
 
     def root(self, namespace: Namespace) -> Root:
         """Give a namespace's root; make it if it is new."""
@@ -169,6 +185,8 @@ class Lessor:
         del self.roots[namespace]
         if root.num_blocks:
             self.tree.drop_namespace(root)
+        elif self.hauls is not None:
+            self.hauls.tier.sweep(root)
         root.retired = True  # for who waits for something of it
         quotas.close(namespace)
         self.namespaces.close(namespace)
@@ -243,10 +261,17 @@ class Lessor:
             and (gain := self.inflight.find(root, match, tokens)) is not None
         ):
             if wait:
-                if request.first_end < 0:
-                    request.first_end = match.end
+                self._note_wait(request, match, gain)
                 return gain
             pending = gain.num_tokens
+        if (
+            self.hauls is not None
+            and wait
+            and request.reuse
+            and (gain := self.restore(root, match, tokens, now)) is not None
+        ):
+            self._note_wait(request, match, gain)
+            return gain
         if request.segments is not None:
             moved = self._attempt_segments(member, request, root, match, pending, now)
             if moved is not None:
@@ -261,8 +286,8 @@ class Lessor:
             self.tick(now)
         # Nothing fails from here on.  The ledger first: a lock may split the run it looks at.
         partial = 0 if source is None else match.partial_tokens
-        since = 0 if request.first_end < 0 else max(0, match.end - request.first_end) // TOKEN_BYTES
-        ledger = settle(tree, stored, tokens, partial=partial, joined=since)
+        joined, restored = (0, 0) if request.first_end < 0 else request.waited_for(match.end)
+        ledger = settle(tree, stored, tokens, partial=partial, joined=joined, restored=restored)
         if not request.reuse:
             ledger = unused(ledger)
         begun = member.begun.pop(request.request_id, None) if member.begun else None
@@ -325,8 +350,8 @@ class Lessor:
         other = self.roots.get(space) or self.root(space)
         match = found.kept if found.is_beside else tree.match(other, tokens, 0)
         partial = 0 if found.is_beside else found.num_source
-        since = 0 if request.first_end < 0 else max(0, exact.end - request.first_end) // TOKEN_BYTES
-        plain = settle(tree, exact, tokens, partial=partial, joined=since)
+        joined, restored = (0, 0) if request.first_end < 0 else request.waited_for(exact.end)
+        plain = settle(tree, exact, tokens, partial=partial, joined=joined, restored=restored)
         ledger = approximated(plain, found.runs, found.num_approximate)
         begun = member.begun.pop(request.request_id, None) if member.begun else None
         if found.is_beside and begun is not None and begun.is_of(space, tokens):
@@ -372,6 +397,121 @@ class Lessor:
         finally:
             self.namespaces.leave(namespace)
         return True
+
+    # ------------------------------------------------------------------ what moves between tiers
+
+    def _note_wait(self, request: Request, match: Match, gain: JoinGain) -> None:
+        """Note from where on a request waits for others, and whether for a restore."""
+        if request.first_end < 0:
+            request.first_end = match.end
+        request.count_restored(match.end)
+        if gain.owner.worker == PORTER:
+            request.restored_from = match.end
+
+    def below(self, match: Match, tokens: bytes) -> BlockTable:
+        """Give the slots of what follows a match and could be brought back.  Changes nothing."""
+        node, width = match.node, self.tree.block_bytes
+        if self.hauls is None or not self.hauls.has_porter or match.used != len(node.blocks):
+            return array("i")
+        end = (len(tokens) - TOKEN_BYTES) // width * width
+        return self.tree.ghosts.places(node, tokens, match.end, end)
+
+    def restore(self, root: Root, match: Match, tokens: bytes, now: float) -> JoinGain | None:
+        """Have what lies below the pool of a prompt brought back; say what waiting for it brings.
+
+        None if nothing does, or if it would keep others from room.  O(nodes + blocks).
+        """
+        hauls, blocks, width = self.hauls, self.blocks, self.tree.block_bytes
+        if hauls is None or not match.node.ghosts or (self.waiting.tickets and self.waiting.line):
+            return None
+        slots = self.below(match, tokens)
+        most = max(blocks.pool.num_blocks // _RESTORED_SHARE, hauls.sizes.piece)
+        room = most - hauls.num_rising
+        slots = slots[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
+        if not slots or room <= 0:
+            return None
+        tenant = root.namespace.tenant
+        account = root.account or blocks.quotas.account(root.namespace)
+        end = match.end + len(slots) * width
+        if end <= match.end + match.partial_tokens * TOKEN_BYTES:
+            return None  # a copy of a block that is there brings as much
+        try:
+            self.leases.admit(tenant)
+            self.prompts.admit(tenant, end)
+            if end // width >= LARGE_TABLE:
+                self.tables.admit(tenant, end // width * OWN_TABLE)
+            blocks.admit(len(slots), account, match)
+        except PoolExhausted:
+            return None
+        if self.tick is not None:
+            self.tick(now)
+        node = self.tree.lock(match)
+        lease = self.leases.open(self.leases.workers[PORTER], root, node, now)
+        blocks.allocate(lease, match, node, len(slots), None)
+        lease.rest = tokens[match.end : end]
+        lease.computed_from = lease.committed
+        self.inflight.add(lease, tokens[:end])
+        hauls.begin_restore(lease, slots, lease.rest, now)
+        return self.inflight.gain(lease, match, end // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
+
+    def sink(self, now: float) -> None:
+        """Evict the oldest blocks to the tier, some hundred, if fewer are free than should be."""
+        hauls, pool = self.hauls, self.blocks.pool
+        if hauls is None or (short := hauls.num_short(self.blocks.num_free)) <= 0:
+            return
+        short = min(short, self.tree.evictable, MOST_EVICTED)
+        if short < hauls.sizes.least:
+            return
+        if self.tick is not None:
+            self.tick(now)
+        slots = hauls.tier.take(short)
+        sunk, others = self.tree.sink(len(slots), slots)
+        hauls.tier.give_back(slots)
+        hauls.sink(sunk)
+        pool.release(others)
+
+    def hauled(self, number: HaulId, num_good: int, seconds: float, now: float) -> None:
+        """End a haul; index what has come back, and let who waits for it be tried."""
+        ended = None if self.hauls is None else self.hauls.end(number, num_good, seconds)
+        if ended is not None:
+            self._land(*ended, now)
+        self.serve(now)
+
+    def _land(self, restore: Restore, num_blocks: int, now: float) -> None:
+        own, blocks = restore.lease, self.blocks
+        indexed, news = 0, own.start
+        if num_blocks:
+            indexed = blocks.commit(own, own.start + num_blocks * blocks.block_size)
+            blocks.count_private(own)
+        is_over = not restore.pieces
+        if own.flight is not None and (is_over or restore.is_given_up):
+            self.inflight.remove(own)
+        if self.waiting.tickets:
+            self.call(own)
+            if indexed:
+                self.landed(own, news)
+            self.serve(now)  # before the end of its lease, so that nobody evicts it in between
+        if is_over and self.hauls is not None:
+            del self.hauls.restores[own.serial]
+            self.end(own, now, writes_on=False)
+
+    def give_up_restores(self, now: float) -> None:
+        """Let nobody wait any longer for restores that take too long.  O(these · log)."""
+        while self.hauls is not None and (late := self.hauls.overdue(now)) is not None:
+            if late.lease.flight is not None:
+                self.inflight.remove(late.lease)
+            self.call(late.lease)
+
+    def lose_hauls(self, now: float) -> None:
+        """End all that was being moved: who moved it has ended.  O(hauls)."""
+        if self.hauls is None:
+            return
+        for restore in self.hauls.lose_all():
+            del self.hauls.restores[restore.lease.serial]
+            self.end(restore.lease, now, writes_on=False)
+        self.serve(now)
+
+    # ------------------------------------------------------------------ before, and again
 
     def clear_way(self, request: Request | Extension, now: float) -> bool:
         """Evict some of the blocks that a request will need, if those are more than a few.
@@ -502,7 +642,7 @@ class Lessor:
         freed, quarantined = self.blocks.free(lease, writes_on=writes_on)
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.idle_clock.note(self.tree.clock, now)
-        if self.oplog is not None:
+        if self.oplog is not None and lease.worker != PORTER:
             self.oplog((ENDED, lease.serial, 0, b"", None))
         if waiting.tickets:
             self.call(lease)

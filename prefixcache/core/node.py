@@ -209,6 +209,7 @@ class Node:
         "num_tails",
         "parent",
         "pinned",
+        "places",
         "queued",
         "tail",
         "tokens",
@@ -242,6 +243,8 @@ class Node:
     """How many pins cover these blocks."""
     mark: Any
     """What the eviction policy knows about these blocks; equal for all of them."""
+    places: BlockTable | None
+    """Of a ghost: the slots below the pool in which its first blocks lie; None: they are gone."""
     divergence: dict[int, Place] | None
     """Where requests left the stored tokens after this node, by tokens into the next block."""
 
@@ -249,7 +252,7 @@ class Node:
         self.tokens = key
         self.blocks = blocks
         self.parent = parent
-        self.children = self.ghosts = self.divergence = self.mark = None
+        self.children = self.ghosts = self.divergence = self.mark = self.places = None
         self.lock_ref = 0
         self.last_used = self.used_until = born
         self.queued = self.pinned = self.tail = self.num_tails = 0

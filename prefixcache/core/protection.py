@@ -87,6 +87,10 @@ class ProtectedQueue:
             return False
         return True
 
+    def keeps(self, node: Node) -> bool:
+        """Whether a leaf that was given goes only because nothing else is left.  O(1)."""
+        return node.pinned > 0 or self._sharer(node) is not None
+
     def pop(self) -> Node | None:
         """Remove and give the leaf that goes first.  O(log leaves) amortised, plus O(shares)."""
         if self._shares:

@@ -61,7 +61,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, tell_locked
 from prefixcache.core.ghosts import Ghosts
@@ -98,6 +98,14 @@ class PinListener(Protocol):
 
     def buried(self, node: Node, above: Node) -> None:
         """Hear that a whole pinned leaf leaves the tree, from below `above`."""
+
+
+class Sunk(NamedTuple):
+    """Blocks in a row that were evicted, and go to slots of the tier."""
+
+    tokens: bytes
+    blocks: BlockTable
+    slots: BlockTable
 
 
 class RadixTree:
@@ -159,6 +167,9 @@ class RadixTree:
         self._sweeps: deque[Iterator[Node]] = deque()
         """Leaves of what was reset; they are evicted before all others.  The oldest first, so that
         none of those that have nothing left is kept by younger ones."""
+        self._slots: BlockTable | None = None
+        """While `sink` evicts: where the blocks go that are evicted."""
+        self._sunk: list[Sunk] = []
         self._tidy_at = 16
         """Length of `retired` at which the empty ones are dropped."""
 
@@ -641,6 +652,10 @@ class RadixTree:
                 node = self.queue.pop() or tails.first()
                 if node is None:
                     break
+                if self._slots is not None and self._is_kept(node):
+                    if node not in tails:  # there it still is
+                        self.queue.push(node)
+                    break
             if node.num_tails:  # they go before it, wherever they waited
                 self._offer(node, node.root)
                 node = self._last_tail(node)
@@ -679,6 +694,45 @@ class RadixTree:
             raise AssertionError("a leaf has lost its tails")
         return node.children.last()
 
+    def sink(self, num_blocks: int, slots: BlockTable) -> tuple[list[Sunk], BlockTable]:
+        """Evict blocks before anybody needs them, in the usual order; let them keep what they held.
+
+        Fewer if nothing else is left but what is pinned or within a guaranteed share.  Partly
+        filled blocks, and what was reset, get no slot.  O(leaves touched · log leaves).
+
+        Args:
+            num_blocks: How many.
+            slots: Of the tier, taken; those that are left over stay in here.
+
+        Returns:
+            What goes to a slot, and the other blocks, which have left the tree all the same.
+        """
+        self._forget()  # those that have just lost their slots are ghosts like any other
+        self._slots = slots
+        evicted = self.evict(num_blocks)
+        self._slots = None
+        sunk, self._sunk = self._sunk, []
+        going = {block for one in sunk for block in one.blocks}
+        if len(going) == len(evicted):
+            return sunk, array("i")
+        return sunk, array("i", [block for block in evicted if block not in going])
+
+    def _is_kept(self, node: Node) -> bool:
+        """Whether a leaf is evicted for need only."""
+        keeps = getattr(self.queue, "keeps", None)
+        return keeps is not None and bool(keeps(node))
+
+    def _give_slots(self, ghost: Node, blocks: BlockTable) -> None:
+        """Give what is being buried its slots, as far as there are any."""
+        if not self._slots:
+            return
+        count = min(len(ghost.tokens) // self.block_bytes, len(self._slots))
+        if count:
+            ghost.places = self._slots[:count]
+            del self._slots[:count]
+            tokens = ghost.tokens[: count * self.block_bytes]
+            self._sunk.append(Sunk(tokens, blocks[:count], ghost.places[:]))
+
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
 
@@ -708,6 +762,8 @@ class RadixTree:
             self.retired.append(root)
         if root.evictable:
             self._sweeps.append(evictable_leaves(root))
+        if self.ghosts.tier is not None:
+            self.ghosts.tier.sweep(root)
 
     def _next_retired(self) -> Node | None:
         while self._sweeps:
@@ -746,6 +802,8 @@ class RadixTree:
             ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
             ghost.divergence = node.divergence
             ghost.mark = mark
+            if self._slots:
+                self._give_slots(ghost, node.blocks[keep:])
             if node.ghosts:
                 ghost.ghosts, node.ghosts = node.ghosts, None
                 self.ghosts.adopt_children(ghost)
@@ -774,10 +832,12 @@ class RadixTree:
         node.used_until = node.last_used
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
-        node.blocks = _NO_BLOCKS
+        blocks, node.blocks = node.blocks, _NO_BLOCKS
         node.mark = mark
         if self.ghosts.limit and not root.retired:
             node.parent = above
+            if self._slots:
+                self._give_slots(node, blocks)
             self.ghosts.bury(above, node)
             self._forget()
         else:

@@ -71,11 +71,13 @@ def counts(lessor: Lessor, now: float) -> Counts:
     quarantined, stamp = pool.num_quarantined, tree.last_evicted
     indexed, free = tree.num_blocks - tree.num_forgotten, blocks.num_free
     requests, joins, ledger = lessor.tallies.total().counts()
+    hauls = lessor.hauls
+    leaving = 0 if hauls is None else hauls.num_leaving
     return Counts(
         num_blocks=pool.num_blocks,
         block_size=blocks.block_size,
         free=free,
-        private=pool.num_blocks - free - indexed - quarantined,
+        private=pool.num_blocks - free - indexed - quarantined - leaving,
         indexed=indexed,
         quarantined=quarantined,
         evictable=tree.evictable - tree.forgotten_evictable,
@@ -95,6 +97,12 @@ def counts(lessor: Lessor, now: float) -> Counts:
         index_bytes=tree.num_bytes + _segment_bytes(lessor),
         history_bytes=history.num_bytes,
         max_history_bytes=history.max_bytes,
+        leaving=leaving,
+        host_blocks=0 if hauls is None else hauls.tier.num_slots,
+        host_used=0 if hauls is None else hauls.tier.num_used,
+        sunk=0 if hauls is None else hauls.num_sunk,
+        restored=0 if hauls is None else hauls.num_restored,
+        spoilt=0 if hauls is None else hauls.num_bad,
     )
 
 
@@ -203,7 +211,7 @@ def lease_info(lessor: Lessor, lease: Lease, now: float) -> LeaseInfo:
         num_tokens=lease.num_tokens,
         num_committed=lease.committed,
         num_blocks=len(lease.table),
-        expires_in_s=lessor.leases.ends_at(lease) - now,
+        expires_in_s=min(lessor.leases.ends_at(lease) - now, lessor.leases.ttl_s),
     )
 
 

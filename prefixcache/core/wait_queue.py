@@ -44,7 +44,7 @@ from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.texts import many
-from prefixcache.types import Again, Namespace, TicketId, WorkerId
+from prefixcache.types import TOKEN_BYTES, Again, Namespace, TicketId, WorkerId
 
 MAX_BYPASSES = 16
 
@@ -69,7 +69,32 @@ class Request:
     num_blocks: int = 0
     """Those that the prompt and what is reserved fill."""
     first_end: int = -1
-    """Bytes that matched in whole blocks when it was first tried; what comes later is joined."""
+    """Bytes that matched in whole blocks when it was first tried; what comes later is joined …"""
+    restored_from: int = -1
+    """… or restored: where it waits for a restore, or did last, the bytes that matched before."""
+    restored: int = 0
+    """Bytes that restores have brought so far."""
+
+    def waited_for(self, end: int) -> tuple[int, int]:
+        """Give how many tokens others have computed, and a tier has given back, since it waits.
+
+        Args:
+            end: Bytes that match in whole blocks now.
+        """
+        if self.first_end < 0:
+            return 0, 0
+        since = max(0, end - self.first_end) // TOKEN_BYTES
+        restored = 0
+        if self.restored_from >= 0 or self.restored:
+            restored = min(since, self.count_restored(end) // TOKEN_BYTES)
+        return since - restored, restored
+
+    def count_restored(self, end: int) -> int:
+        """Take note of what matches now, after a wait; give the bytes that restores brought."""
+        if self.restored_from >= 0:
+            self.restored += max(0, end - self.restored_from)
+            self.restored_from = -1
+        return self.restored
 
     @property
     def asks(self) -> int:

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from prefixcache.certificates import Certificates
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.hauls import TierSizes
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import PoolFile, check_layout, check_sizes
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
+from prefixcache.service.tiers.slab import Slab, head_type
 from prefixcache.texts import many
 from prefixcache.types import Layout, PoolHandle
 
@@ -89,12 +91,18 @@ class Backing:
         self.owner: DeviceOwner | None = None
         """The process that has the pool, if that is on a GPU."""
         self._tenants: tuple[str, ...] = ()
+        self.slab: Slab | None = None
+        """The memory below the pool, if there is any."""
         self._file: PoolFile | None = None
         self._zeroer: BlockZeroer | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
         elif settings.pool == "cuda":
             _check_cuda(settings)
+        if settings.host is not None and settings.pool != "shm":
+            raise InvalidRequest(
+                f"--host needs a pool in shared memory, and --pool {settings.pool} has none there"
+            )
         if settings.state is not None:
             self.state = StateDirectory(settings.state)
         if settings.layout is not None:
@@ -152,6 +160,7 @@ class Backing:
             history_bytes=settings.history,
             first_block=settings.first_block,
             segments_secret=None if self.certificates is None else secrets.token_bytes(32),
+            tiers=_tiers(sizes, settings.host),
         )
         cache.set_tenants(self._tenants)
         if settings.pool == "shm":
@@ -172,6 +181,8 @@ class Backing:
         if self.handle.kind == "shm":
             self._zeroer = BlockZeroer(self.handle)
             cache.wipe_with(self._zeroer)
+        if settings.host is not None:
+            self.slab = Slab(self.handle, settings.host)
         self.cache, self.sizes = cache, sizes
         return cache
 
@@ -198,6 +209,9 @@ class Backing:
 
     def close(self) -> None:
         """Unlink the pool's file, unless it is kept; end a GPU pool's owner.  Idempotent."""
+        if self.slab is not None:
+            self.slab.close()
+            self.slab = None
         if self.owner is not None:
             self.owner.close()
         if self._zeroer is not None:
@@ -207,6 +221,28 @@ class Backing:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _tiers(sizes: Sizes, host: int | None) -> TierSizes:
+    """Divide the memory below a pool into slots.
+
+    Raises:
+        InvalidRequest: not one fits, or the pool is too small to keep a block free.
+    """
+    if host is None:
+        return TierSizes()
+    slot = sizes.block_bytes + head_type(sizes.block_size).itemsize
+    if host < slot:
+        raise InvalidRequest(
+            f"--host {format_size(host)} holds not one block of {format_size(slot)}: raise it"
+        )
+    tiers = TierSizes.of(host // slot, sizes.num_lent)
+    if not tiers.ahead:
+        raise InvalidRequest(
+            f"a pool of {many(sizes.num_lent, 'block')} is too small for --host: it takes at least "
+            "8. Raise --memory or lower --block-size."
+        )
+    return tiers
 
 
 def _differs(ours: Layout, sent: Layout) -> str:

@@ -39,6 +39,8 @@ class Deliveries:
         """How long requests waited that got an outcome."""
         self.on_end: Callable[[], object] = lambda: None
         """Is called after some leases of workers that leave have ended."""
+        self.on_settle: Callable[[], object] = lambda: None
+        """Is called after every step that may have changed something."""
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
@@ -68,6 +70,7 @@ class Deliveries:
         cache = self._backing.cache
         if cache is None:
             return
+        self.on_settle()
         # Who wants an outcome no more gives its lease back, which may settle others.
         while self._waiting and (settled := cache.take_outcomes()):
             for ticket, outcome in settled:

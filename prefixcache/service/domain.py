@@ -19,6 +19,7 @@ from prefixcache.config import ServeSettings
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.handlers import Handlers
+from prefixcache.service.haulage import Haulage
 from prefixcache.service.workers import Workers
 
 
@@ -30,6 +31,7 @@ class Domain:
     deliveries: Deliveries
     workers: Workers
     handlers: Handlers
+    haulage: Haulage
 
     @classmethod
     def make(
@@ -39,7 +41,9 @@ class Domain:
         backing = make_backing(settings)
         deliveries = Deliveries(backing)
         workers = Workers(backing, deliveries, settings)
-        return cls(backing, deliveries, workers, Handlers(settings, backing, deliveries, workers))
+        handlers = Handlers(settings, backing, deliveries, workers)
+        haulage = Haulage(backing, deliveries, handlers.failures)
+        return cls(backing, deliveries, workers, handlers, haulage)
 
     def set_tenants(self, tenants: Collection[str]) -> None:
         """Say for whom a part of each limit is kept."""
@@ -55,6 +59,7 @@ class Domain:
             self.handlers.shadows.close()
         self.handlers.sampler.close()
         self.workers.close()
+        self.haulage.close()
         self.deliveries.close()
         self.backing.close()
 
@@ -75,7 +80,14 @@ def make_domains(
     try:
         for name, num_bytes in memory.items():
             state = None if settings.state is None else settings.state / f"domain-{name}"
-            own = settings.model_copy(update={"memory": num_bytes, "state": state, "shadow": []})
+            host = settings.host and int(settings.host * num_bytes / settings.memory)
+            update: dict[str, object] = {
+                "memory": num_bytes,
+                "host": host,
+                "state": state,
+                "shadow": [],
+            }
+            own = settings.model_copy(update=update)
             domains[name] = Domain.make(own, make_backing)
     except BaseException:
         for domain in domains.values():

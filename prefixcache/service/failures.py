@@ -37,6 +37,10 @@ class Failures:
             f"{part} failed, the service goes on", cause=cause[:_LONGEST], exc_info=unforeseen
         )
 
+    def forget(self, part: str) -> None:
+        """Say that a part which had ended is there again.  Idempotent."""
+        self._causes.pop(part, None)
+
     def spare(self, part: str, call: Callable[..., _Answer], *args: Any) -> _Answer | None:
         """Call a part within somebody else's step: its first error ends the part, not the step.
 

@@ -51,20 +51,25 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
     if settings.pool != "shm":
         return
     total = sum((settings.memory, *domains.values()))
+    below = 0 if settings.host is None else int(settings.host * total / settings.memory)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if settings.state is None:
         count = 1 + len(domains)
         what = "the pool" if count == 1 else f"the {count} pools together"
-        check_room(total + count * HEADER_BYTES, what)
+        what += " with what is below (--host)" if below else ""
+        check_room(total + below + count * HEADER_BYTES, what)
     elif total > (room := _room(settings.state)):
         raise PoolExhausted(
             f"a pool of {format_size(total)} does not fit in {settings.state}, where "
             f"{format_size(room)} are free or its own. Lower --memory, or choose another --state."
         )
-    if total > machine and settings.state is None:
+    elif below:
+        check_room(below, "what is below the pool (--host)")
+    shared = below + (total if settings.state is None else 0)
+    if shared > machine:
         raise PoolExhausted(
-            f"{format_size(total)} of shared memory are more than this machine's "
-            f"{format_size(machine)}. Lower --memory."
+            f"{format_size(shared)} of shared memory are more than this machine's "
+            f"{format_size(machine)}. Lower --memory{' or --host' if below else ''}."
         )
 
 

@@ -190,6 +190,8 @@ async def _serve(
         for name, one in domains.items():
             if name:
                 announce(f"domain {name}: {one.backing.sizes or format_size(memory[name])}")
+        if settings.host is not None:
+            announce(_below(settings.host, backing))
         if backing.state is not None:
             announce(_describe(backing.state.condition))
         if backing.certificates is not None:
@@ -207,6 +209,7 @@ async def _serve(
         announce(f"listening at {', '.join(handlers.listening)}")
         for one in domains.values():
             one.handlers.sampler.start()
+            one.haulage.pump()
         # What exists now lives as long as the process: the collector need never look at it again.
         gc.collect()
         gc.freeze()
@@ -301,6 +304,17 @@ def _trust(settings: ServeSettings, endpoints: list[Endpoint], domains: list[str
     own = f", {len(endpoints) - 1} with a socket of their own" if len(endpoints) > 1 else ""
     page = "; the page shows every tenant to every user of this machine" if settings.http else ""
     return f"callers are those of {settings.identities}{own} · {told}{page}"
+
+
+def _below(host: int, backing: Backing) -> str:
+    """Say what lies below the pool, in tokens."""
+    if backing.sizes is None or backing.slab is None:
+        return f"below the pool: {format_size(host)} of the host's memory"
+    num_slots, size = backing.slab.num_slots, backing.sizes.block_size
+    return (
+        f"below the pool: {format_size(host)} of the host's memory = {many(num_slots, 'block')} = "
+        f"{num_slots * size:,} tokens"
+    )
 
 
 def _describe(state: Condition) -> str:

@@ -40,6 +40,7 @@ class Fate(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FATE_GRANULARITY: _ClassVar[Fate]
     FATE_RESUMED: _ClassVar[Fate]
     FATE_APPROXIMATE: _ClassVar[Fate]
+    FATE_RESTORED: _ClassVar[Fate]
 
 class TreeOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -68,6 +69,7 @@ FATE_EVICTED: Fate
 FATE_GRANULARITY: Fate
 FATE_RESUMED: Fate
 FATE_APPROXIMATE: Fate
+FATE_RESTORED: Fate
 TREE_ORDER_UNSPECIFIED: TreeOrder
 TREE_ORDER_TOKENS: TreeOrder
 TREE_ORDER_HEAT: TreeOrder
@@ -155,7 +157,7 @@ class Segment(_message.Message):
     def __init__(self, start: _Optional[int] = ..., source: _Optional[int] = ..., blocks: _Optional[bytes] = ..., num_again: _Optional[int] = ...) -> None: ...
 
 class Ledger(_message.Message):
-    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed", "approximate")
+    __slots__ = ("hit", "partial", "joined", "cold", "evicted", "granularity", "resumed", "approximate", "restored")
     HIT_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
     JOINED_FIELD_NUMBER: _ClassVar[int]
@@ -164,6 +166,7 @@ class Ledger(_message.Message):
     GRANULARITY_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     APPROXIMATE_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
     hit: int
     partial: int
     joined: int
@@ -172,7 +175,8 @@ class Ledger(_message.Message):
     granularity: int
     resumed: int
     approximate: int
-    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ..., resumed: _Optional[int] = ..., approximate: _Optional[int] = ...) -> None: ...
+    restored: int
+    def __init__(self, hit: _Optional[int] = ..., partial: _Optional[int] = ..., joined: _Optional[int] = ..., cold: _Optional[int] = ..., evicted: _Optional[int] = ..., granularity: _Optional[int] = ..., resumed: _Optional[int] = ..., approximate: _Optional[int] = ..., restored: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("code", "message", "kind", "retry_after_s")
@@ -487,7 +491,7 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past")
+    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past", "num_below", "below_s")
     SPANS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     PARTED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -499,6 +503,8 @@ class ExplainResponse(_message.Message):
     NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
     ELSEWHERE_FIELD_NUMBER: _ClassVar[int]
     PAST_FIELD_NUMBER: _ClassVar[int]
+    NUM_BELOW_FIELD_NUMBER: _ClassVar[int]
+    BELOW_S_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     ledger: Ledger
     parted_at: int
@@ -510,7 +516,9 @@ class ExplainResponse(_message.Message):
     num_pending: int
     elsewhere: _containers.RepeatedCompositeFieldContainer[Elsewhere]
     past: PastRequest
-    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ...) -> None: ...
+    num_below: int
+    below_s: float
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ..., num_below: _Optional[int] = ..., below_s: _Optional[float] = ...) -> None: ...
 
 class Elsewhere(_message.Message):
     __slots__ = ("namespace", "num_tokens")
@@ -854,7 +862,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ..., uncommitted_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -890,6 +898,12 @@ class SnapshotResponse(_message.Message):
     MAX_HISTORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_FLIGHTS_FIELD_NUMBER: _ClassVar[int]
     NUM_NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HOST_USED_FIELD_NUMBER: _ClassVar[int]
+    SUNK_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIELD_NUMBER: _ClassVar[int]
+    SPOILT_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     free: int
@@ -925,7 +939,13 @@ class SnapshotResponse(_message.Message):
     max_history_bytes: int
     num_flights: int
     num_namespaces: int
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ...) -> None: ...
+    leaving: int
+    host_blocks: int
+    host_used: int
+    sunk: int
+    restored: int
+    spoilt: int
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")

@@ -169,7 +169,7 @@ class Rules:
         world.log.append(f"cache.expire(now={world.now})")
         ended = world.cache.expire(now=world.now)
         self.forget_pins(lambda one: one.until < world.now)
-        alive = {(WorkerId(int(info.worker)), info.lease) for info in world.snapshot().leases}
+        alive = {(world.worker_named(info.worker), info.lease) for info in world.snapshot().leases}
         over = world.leases.keys() - alive
         assert sorted(ended.leases) == sorted(lease for _, lease in over)
         for key in sorted(over):
@@ -369,12 +369,12 @@ class Rules:
             view = world.admit(answer, worker, tokens, asked, request_id)
             needed = world.blocks_for(len(tokens) + reserve)
             needed -= 0 if view.is_untold else answer.num_cached // world.shape.block_size
-            assert needed <= before.free + before.evictable
+            assert needed <= before.free + before.leaving + before.evictable
             world.verify_evictions(needed, before)
             return
         if world.blocks_for(len(tokens) + reserve) <= before.free and namespace not in world.quotas:
             assert not has_segments, f"found no segments of {tokens}"
-        assert needed <= before.free + before.evictable
+        assert needed <= before.free + before.leaving + before.evictable
         if not reuse:
             assert answer.num_cached == answer.num_pending == 0
             assert answer.ledger.granularity >= cached
@@ -383,7 +383,7 @@ class Rules:
             assert answer.num_cached == found.num_hit
             assert not answer.copies
         elif answer.num_cached != cached:  # the source of a copy may not fit in
-            assert needed > before.free
+            assert needed > before.free - sum(not locked for locked in world.forgotten.values())
             assert answer.num_cached == found.num_hit
         assert answer.num_pending <= max(0, pending + cached - answer.num_cached)
         assert answer.ledger.joined == 0
@@ -527,7 +527,7 @@ class Rules:
                 )
                 world.count("waiting to grow")
             return
-        assert needed <= before.free + before.evictable
+        assert needed <= before.free + before.leaving + before.evictable
         assert len(answer.blocks) == needed
         assert answer.keep == len(view.table) - unshare
         world.grow(view, upto, answer)
@@ -756,7 +756,8 @@ class Rules:
         assert ledger.granularity == stored - cached, f"{told}: {stored} tokens are stored"
         ever = world.library.longest_ever(namespace, tokens)
         assert ledger.evicted <= max(0, ever - stored), f"{told}: {ever} were ever stored"
-        if not world.snapshot().evicted or not world.snapshot().ghosts:
+        now = world.snapshot()
+        if not now.evicted or not (now.ghosts or now.host_used):
             assert not ledger.evicted
         if world.remembers_everything():
             seen = world.library.longest(namespace, tokens, multiple_of=size)

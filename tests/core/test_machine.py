@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import traceback
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from core.in_parts import InParts
+from core.porter import TIERED, TieredRules, TieredWorld
 from core.rules import NAMES, Rules, step
 from core.world import PLENTY, Shape, World
 from prefixcache.core.policies import POLICIES
@@ -62,13 +64,15 @@ def shape_for(
 
 def run(shape: Shape, steps: list[int]) -> World:
     """Run one sequence: each step has its own seed, so leaving one out leaves the rest alone."""
-    world = World(shape)
-    rules = Rules(world, Seeded(0))
+    world = TieredWorld(shape) if shape.host else World(shape)
+    tiered = isinstance(world, TieredWorld)
+    rules = TieredRules(world, Seeded(0)) if tiered else Rules(world, Seeded(0))
+    names = TIERED if tiered else NAMES
     try:
         rules.attach()
         for seed in steps:
             rules.draw = Seeded(seed)
-            step(rules, rules.choose(NAMES))
+            step(rules, rules.choose(names))
         rules.draw = Seeded(-1)
         rules.drain()
     except Exception as failure:
@@ -102,13 +106,23 @@ def shrink(shape: Shape, steps: list[int], failure: Exception) -> Exception:
 
 
 def run_case(
-    policy: str, partial: Partial, block_size: int, count: int, *, segments: bool = False
+    policy: str,
+    partial: Partial,
+    block_size: int,
+    count: int,
+    *,
+    segments: bool = False,
+    tiered: bool = False,
 ) -> set[str]:
     """Run many sequences; give what they reached."""
     reached: set[str] = set()
     for sequence in range(count):
         draw = Seeded((policy, partial.value, block_size, sequence))
         shape = shape_for(policy, partial, block_size, draw, segments=segments)
+        if tiered:
+            num_blocks = (5, 8, 12, 20)[draw.below(4)]
+            host, ahead = 1 + draw.below(16), 1 + draw.below(num_blocks // 2)
+            shape = replace(shape, num_blocks=num_blocks, host=host, ahead=ahead)
         steps = [draw.below(1 << 30) for _ in range(STEPS)]
         try:
             reached |= set(run(shape, steps).counts)
@@ -138,6 +152,19 @@ def test_every_step_that_is_made_in_parts_agrees_with_the_oracle(
     monkeypatch.setattr("prefixcache.core.wait_queue._SEARCHED", 1)
     monkeypatch.setattr("core.world.PrefixCache", InParts)
     run_case("lru", partial, block_size, SEQUENCES_PER_CASE)
+
+
+@pytest.mark.parametrize(("policy", "partial", "block_size"), CASES)
+def test_every_step_beside_a_tier_agrees_with_the_oracle(
+    policy: str, partial: Partial, block_size: int
+) -> None:
+    run_case(policy, partial, block_size, SEQUENCES_PER_CASE, tiered=True)
+
+
+def test_the_rules_reach_every_corner_of_a_tier() -> None:
+    reached = run_case("lru", Partial.TAILS, 2, 120, tiered=True)
+    expected = {"sunk", "restores begun", "restored", "failed", "spoilt", "lost", "late"}
+    assert expected <= reached, f"never reached: {expected - reached}"
 
 
 def test_the_rules_reach_every_corner() -> None:

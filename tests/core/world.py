@@ -16,6 +16,7 @@ from core.innards import Indexed, indexed_below, root_of, state
 from core.oracle import Holding, Library, Memory, Tokens, common_prefix
 from core.transcript import Transcript
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.hauls import PORTER, TierSizes
 from prefixcache.core.node import Root
 from prefixcache.core.policies import POLICIES
 from prefixcache.errors import CacheError, LeaseExpired, PoolExhausted, QuotaExceeded
@@ -54,6 +55,9 @@ class Shape:
     first_block: int = 0
     segments: bool = False
     """Whether requests may ask for segments."""
+    host: int = 0
+    """Slots of a tier below the pool."""
+    ahead: int = 0
 
 
 Key: TypeAlias = tuple[WorkerId, LeaseId]
@@ -156,6 +160,7 @@ class World:
             max_line=shape.max_line,
             first_block=shape.first_block,
             segments_secret=bytes(range(16)) if shape.segments else None,
+            tiers=TierSizes(shape.host, shape.ahead, piece=2),
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
@@ -202,6 +207,9 @@ class World:
 
     def frozen(self) -> object:
         return state(self.cache)
+
+    def worker_named(self, name: str) -> WorkerId:
+        return PORTER if name == "porter" else WorkerId(int(name))
 
     def root(self, namespace: Namespace) -> Root | None:
         return root_of(self.cache, namespace)
@@ -425,7 +433,7 @@ class World:
     def verify_evictions(self, needed: int, before: Snapshot) -> None:
         """See that no more was evicted than was needed."""
         evicted = self.snapshot().evicted - before.evicted
-        least = max(0, needed - before.free)
+        least = max(0, needed - before.free - before.leaving)
         most = least + self.shared_blocks() if least else 0
         assert least <= evicted <= most, f"evicted {evicted} for {needed}; {before}"
 
@@ -448,6 +456,7 @@ class World:
         """
         as_free = sum(not is_locked for is_locked in self.forgotten.values())
         obtainable = as_free + before.evictable - hit_blocks - self.shared_blocks()
+        obtainable += before.leaving
         sure = before.free - as_free + max(0, obtainable)
         short = needed > sure
         over = any(
@@ -495,17 +504,19 @@ class World:
             elif isinstance(outcome, Grant):
                 self.count("settled")
                 assert ticket.lease is None
-                whole = outcome.ledger.hit + outcome.ledger.joined
+                whole = outcome.ledger.hit + outcome.ledger.joined + outcome.ledger.restored
                 if outcome.approximate:
                     whole = outcome.num_cached  # it found more beside, or stopped where it does
                 elif ticket.first_hit is not None:
-                    assert outcome.ledger.joined == max(0, whole - ticket.first_hit)
-                elif not outcome.ledger.joined:
+                    waited_for = outcome.ledger.joined + outcome.ledger.restored
+                    if not outcome.ledger.resumed:  # else some of them are its own
+                        assert waited_for == max(0, whole - ticket.first_hit)
+                elif whole == outcome.ledger.hit:
                     self.count("found room")
                 size = self.shape.block_size
                 flying = self.in_flight(ticket.namespace, ticket.tokens) // size * size
                 if self.now < ticket.deadline:
-                    assert flying <= whole, (
+                    assert flying <= whole + outcome.ledger.resumed, (
                         "settled while somebody was still computing the next block"
                     )
                 self.log.append(f"#   ticket {ticket_id} -> lease {outcome.lease}")
@@ -687,11 +698,13 @@ class World:
         first, count = self.shape.first_block, self.shape.num_blocks
         assert lent | fill.keys() <= set(range(first, first + count)), "a block that is none"
         counted = snapshot.free + snapshot.private + snapshot.indexed + snapshot.quarantined
+        counted += snapshot.leaving
         assert counted == snapshot.num_blocks == self.shape.num_blocks, f"{snapshot}"
         assert 0 <= snapshot.evictable <= snapshot.indexed
         limit = self.shape.num_ghosts
         if limit is None:  # as many as the policy wants
             limit = math.ceil(self.shape.num_blocks * POLICIES[self.shape.policy].ghosts)
+        limit = max(limit, self.shape.host > 0)
         if self.shape.partial is Partial.TAILS:
             limit *= 2  # as many tails beside them
         assert snapshot.ghosts <= limit
@@ -705,14 +718,16 @@ class World:
         for view in self.leases.values():
             held |= set(view.table) | view.sources
         held -= aside | fill.keys()
+        if self.cache._lessor.hauls is not None:  # the source of a copy may be leaving
+            held -= set(self.cache._lessor.hauls.leaving())
         held |= {block for block, is_locked in self.forgotten.items() if is_locked}
         assert snapshot.private == len(held), f"{snapshot.private} private; held are {sorted(held)}"
         if not self.zombies:
             assert not snapshot.quarantined
         assert len(snapshot.leases) == len(self.leases)
         for info in snapshot.leases:
-            view = self.leases[WorkerId(int(info.worker)), info.lease]
-            assert (info.worker, info.namespace) == (str(view.worker), view.namespace)
+            view = self.leases[self.worker_named(info.worker), info.lease]
+            assert info.namespace == view.namespace
             assert (info.num_tokens, info.num_committed) == (len(view.tokens), view.committed)
             assert info.num_blocks == len(view.table)
 
@@ -777,6 +792,7 @@ def _sum(ledgers: list[Ledger]) -> Ledger:
         granularity=sum(one.granularity for one in ledgers),
         resumed=sum(one.resumed for one in ledgers),
         approximate=sum(one.approximate for one in ledgers),
+        restored=sum(one.restored for one in ledgers),
     )
 
 

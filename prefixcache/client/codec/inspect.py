@@ -34,6 +34,7 @@ FATES: Final = {
     "granularity": pb.FATE_GRANULARITY,
     "resumed": pb.FATE_RESUMED,
     "approximate": pb.FATE_APPROXIMATE,
+    "restored": pb.FATE_RESTORED,
 }
 _FATE_NAMES = {number: name for name, number in FATES.items()}
 
@@ -85,6 +86,7 @@ def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
         show_namespace(namespace, message.elsewhere.add(num_tokens=num_tokens).namespace)
     if answer.past is not None:
         _write_past(answer.past, message.past)
+    message.num_below, message.below_s = answer.num_below, answer.below_s
 
 
 def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
@@ -111,6 +113,8 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
         message.num_pending,
         tuple([(read_shown_namespace(m.namespace), m.num_tokens) for m in message.elsewhere]),
         _read_past(message.past) if message.HasField("past") else None,
+        message.num_below,
+        message.below_s,
     )
 
 

@@ -189,6 +189,8 @@ def write_ledger(word: Ledger, message: pb.Ledger) -> None:
         message.resumed = word.resumed
     if word.approximate:
         message.approximate = word.approximate
+    if word.restored:
+        message.restored = word.restored
 
 
 def read_ledger(message: pb.Ledger) -> Ledger:
@@ -202,6 +204,7 @@ def read_ledger(message: pb.Ledger) -> Ledger:
         message.granularity,
         message.resumed,
         message.approximate,
+        message.restored,
     )
 
 

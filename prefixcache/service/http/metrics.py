@@ -102,6 +102,7 @@ class _Domain:
             )
             yield from self._pool(counts)
             yield from self._eviction(counts)
+            yield from self._tier(counts)
 
     def _service(self) -> Iterator[Metric]:
         handlers, settings = self._handlers, self._handlers.settings
@@ -229,7 +230,7 @@ class _Domain:
         )
 
     def _pool(self, counts: Counts) -> Iterator[Metric]:
-        states = ("free", "private", "indexed", "quarantined")
+        states = ("free", "private", "indexed", "quarantined", "leaving")
         yield _gauge(
             "prefixcache_pool_blocks",
             "Blocks of the pool by state; the states sum to the pool.",
@@ -262,6 +263,35 @@ class _Domain:
         yield _gauge("prefixcache_flights", "Prefixes that are being computed.", counts.num_flights)
         yield _gauge(
             "prefixcache_waiting_requests", "Requests that wait for a flight.", counts.waiting
+        )
+
+    def _tier(self, counts: Counts) -> Iterator[Metric]:
+        if not counts.host_blocks:
+            return
+        tier = ("tier",)
+        yield _gauge(
+            "prefixcache_tier_capacity_blocks",
+            "Blocks that fit below the pool.",
+            {("host",): counts.host_blocks},
+            tier,
+        )
+        yield _gauge(
+            "prefixcache_tier_blocks",
+            "Of these, those that hold something.",
+            {("host",): counts.host_used},
+            tier,
+        )
+        yield _counter(
+            "prefixcache_hauled_blocks",
+            "Blocks that were copied between the pool and a tier.",
+            {("host", "down"): counts.sunk, ("host", "up"): counts.restored},
+            ("tier", "way"),
+        )
+        yield _counter(
+            "prefixcache_spoilt_blocks",
+            "Blocks that a tier did not hold as they were written: computed again, read by nobody.",
+            {("host",): counts.spoilt},
+            tier,
         )
 
     def _eviction(self, counts: Counts) -> Iterator[Metric]:

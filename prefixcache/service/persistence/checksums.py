@@ -74,13 +74,22 @@ class Checksums:
             facts: `[n, NUM_FACTS]`; the first column is the block.
             tokens: `[n, fill]`, the tokens in each block.
         """
-        sums: Hashes = np.einsum("ij,j->i", facts, self._facts, dtype=np.uint64, casting="safe")
-        sums += np.einsum(
+        told: Hashes = np.einsum("ij,j->i", facts, self._facts, dtype=np.uint64, casting="safe")
+        return told + self.of_contents(facts[:, 0], tokens)
+
+    def of_contents(self, blocks: Words, tokens: Words) -> Hashes:
+        """Compute the sums of blocks by what is in them alone, wherever they lie; as `of`.
+
+        Args:
+            blocks: `[n]`, their ids.
+            tokens: `[n, fill]`, the tokens in each.
+        """
+        sums: Hashes = np.einsum(
             "ij,j->i", tokens, self._tokens[: tokens.shape[1]], dtype=np.uint64, casting="safe"
         )
         step = max(1, _CHUNK_BYTES // self.block_bytes)
-        for start in range(0, len(facts), step):
-            part = facts[start : start + step, 0]
+        for start in range(0, len(blocks), step):
+            part = blocks[start : start + step]
             low, high = int(part[0]), int(part[-1]) + 1
             ascends = high - low == len(part) and bool((np.diff(part.astype(np.int64)) == 1).all())
             for plane, weight in zip(self._pool, self._planes, strict=True):

@@ -1,7 +1,7 @@
 // The ledger over time (uPlot), and the pool as a bar and as a map.
 "use strict";
 
-const FATES = ["hit", "joined", "partial", "resumed", "approximate", "granularity", "evicted", "cold"];
+const FATES = ["hit", "restored", "joined", "partial", "resumed", "approximate", "granularity", "evicted", "cold"];
 const color = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 const LedgerChart = (() => {
@@ -58,7 +58,7 @@ const PoolChart = (() => {
   let last = null;
 
   function bar(element, pool) {
-    const parts = { leased: pool.indexed - pool.evictable, cached: pool.evictable, private: pool.private, quarantined: pool.quarantined, free: pool.free };
+    const parts = { leased: pool.indexed - pool.evictable, cached: pool.evictable, private: pool.private, quarantined: pool.quarantined, free: pool.free + (pool.leaving || 0) };
     if (element.childElementCount !== 5) element.replaceChildren(...Object.keys(parts).map(k => Object.assign(document.createElement("i"), { title: k })));
     Object.entries(parts).forEach(([k, n], i) => { const part = element.children[i]; part.style.width = `${(100 * n) / pool.num_blocks}%`; part.style.background = `var(--${k})`; });
     element.setAttribute("aria-label", Object.entries(parts).map(([k, n]) => `${k} ${n}`).join(", "));

@@ -20,7 +20,7 @@ function fill(table, columns, rows, none) {
 }
 
 // What was resumed is left out of both sides: a request is no hit of its own.
-const hitRate = tokens => share(tokens("hit") + tokens("partial") + tokens("joined"), FATES.reduce((sum, f) => sum + (f === "resumed" ? 0 : tokens(f)), 0));
+const hitRate = tokens => share(tokens("hit") + tokens("restored") + tokens("partial") + tokens("joined"), FATES.reduce((sum, f) => sum + (f === "resumed" ? 0 : tokens(f)), 0));
 
 const TILES = [
   ["reused", "reused, last minute", () => hitRate(LedgerChart.recent)],
@@ -51,7 +51,8 @@ function showState(state) {
   }
   if (state.pool) {
     const parts = PoolChart.bar($("pool-bar"), state.pool);
-    $("pool-size").textContent = `${many(state.pool.num_blocks, "block")} of ${state.pool.block_size} tokens`;
+    const below = state.pool.host_blocks ? ` · below: ${count(state.pool.host_used)} of ${many(state.pool.host_blocks, "block")}` : "";
+    $("pool-size").textContent = `${many(state.pool.num_blocks, "block")} of ${state.pool.block_size} tokens${below}`;
     $("pool-legend").replaceChildren(...Object.entries(parts).map(([k, n]) => { const s = element("span", { className: "swatch" }); s.style.background = `var(--${k})`; return element("li", {}, s, `${k} `, element("b", { textContent: count(n) })); }));
   }
   fill($("workers"), [

@@ -1,0 +1,158 @@
+"""A tier: how fast the porter copies blocks, and what a restore takes beside a real service.
+
+    python -m prefixcache_bench.speed.tiers [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
+
+Both with blocks of 16 tokens that are scattered over pool and slab, in pieces of 16 blocks:
+
+```
+bytes      the porter alone, in this process: pool to slab; and back, with the comparison
+restore    a service, its porter and a client: from the question to the grant for 1,000 tokens that
+           lie below, and for the same tokens once they are in the pool
+```
+Every block that comes back is compared with what it held.  What it would take to compute these
+tokens is the model's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+import prefixcache
+from prefixcache.client.session import Session
+from prefixcache.config import format_size, parse_layout
+from prefixcache.core.hauls import Haul
+from prefixcache.pool import PoolFile, map_pool, pages_of
+from prefixcache.service.tiers.porter import Porter
+from prefixcache.service.tiers.slab import Slab, SlabMap, slot_bytes
+from prefixcache.types import HaulId, Layout, PoolHandle
+from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
+
+SIZE: Final = 16
+PIECE: Final = 16
+TOKENS: Final = 1008
+"""Of one prompt, that are kept: 63 blocks."""
+
+
+def move(layout: Layout, num_blocks: int, rounds: int) -> tuple[float, float]:
+    """Give the bytes a second of the porter alone, down and up."""
+    random = np.random.default_rng(3)
+    with PoolFile.create(layout, num_blocks, SIZE) as file:
+        slab = Slab(file.handle, num_blocks * slot_bytes(file.handle))
+        try:
+            porter = Porter(SlabMap(slab.order(file.handle, 1)), 1)
+            pages = pages_of(file.map(), file.handle)
+            for plane in pages:
+                plane[:] = random.integers(0, 256, plane.shape, np.uint8)
+            took: dict[bool, list[float]] = {False: [], True: []}
+            for number in range(rounds + 1):
+                blocks = random.permutation(num_blocks).astype(np.int32)
+                slots = random.permutation(num_blocks).astype(np.int32)
+                before = pages[:, blocks[:PIECE]].copy()
+                for is_up in (False, True):
+                    began = time.perf_counter()
+                    for at in range(0, num_blocks, PIECE):
+                        part = slice(at, at + PIECE)
+                        own, there = array("i", blocks[part]), array("i", slots[part])
+                        stamps = array("q", range(at, at + len(own)))
+                        tokens = bytes(len(own) * SIZE * 4)
+                        haul = Haul(HaulId(1), is_up, own, there, stamps, tokens)
+                        assert porter.carry(haul) == len(own), "a block is not what it was"
+                    if number:  # the first round touches the memory
+                        took[is_up].append(time.perf_counter() - began)
+                assert (pages[:, blocks[:PIECE]] == before).all()
+            total = num_blocks * file.handle.block_bytes
+            return total / median(took[False]), total / median(took[True])
+        finally:
+            slab.close()
+
+
+def ask(session: Session, pages: np.ndarray, number: int) -> tuple[float, int]:
+    """Ask for a prompt, store it; give the seconds to the grant, and how many came back."""
+    tokens = np.arange(TOKENS + 1, dtype=np.uint32) + number * 10_000
+    began = time.perf_counter()
+    with session.acquire(tokens, wait_s=30.0) as lease:
+        took = time.perf_counter() - began
+        held = np.uint8(number % 251)
+        table, cached = lease.block_table, lease.num_cached // SIZE
+        assert all((pages[:, block] == held).all() for block in table[:cached]), "a wrong byte"
+        pages[:, list(table[cached : TOKENS // SIZE])] = held
+        lease.commit(TOKENS)
+        return took, lease.ledger.restored
+
+
+def restore(layout: Layout, rounds: int) -> tuple[list[float], list[float]]:
+    """Give the seconds from question to grant: of what lies below, and of what is in the pool."""
+    block = layout.block_bytes(SIZE)
+    num_chats = 16
+    below, here = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"unix:{folder}/cache.sock"
+        slots = num_chats * 2 * (TOKENS // SIZE)
+        handle = PoolHandle("none", "", 1, SIZE, layout, 0, 0)
+        flags = ["--memory", str(512 * block), "--host", str(slots * slot_bytes(handle))]
+        command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target, *flags]
+        command += ["--layout", str(layout), "--grace", "0", "--log-level", "error"]
+        service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            assert service.stdout is not None
+            for line in service.stdout:
+                if line.startswith("listening"):
+                    break
+            with prefixcache.connect(target) as client, client.attach("m", layout) as session:
+                memory = map_pool(session.pool)
+                pages = pages_of(memory, session.pool)
+                for number in range((rounds + 1) * num_chats):
+                    took, restored = ask(session, pages, number % num_chats)
+                    if restored > TOKENS // 2:
+                        below.append(took)
+                        here.append(ask(session, pages, number % num_chats)[0])
+                    while client.snapshot().leaving:
+                        time.sleep(0.005)
+        finally:
+            service.terminate()
+            service.communicate()
+    return below, here
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.tiers", description=__doc__
+    )
+    parser.add_argument("--layout", type=parse_layout, default=parse_layout("30x3x64:bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few blocks, one round")
+    options = parser.parse_args(argv)
+    layout, rounds = options.layout, 1 if options.quick else options.rounds
+    down, up = move(layout, 64 if options.quick else 512, rounds)
+    below, here = restore(layout, rounds)
+    lines = [
+        f"{layout}, {format_size(layout.block_bytes(SIZE))} a block of {SIZE} tokens",
+        f"copied down               {down / 1e9:6.2f} GB/s  the sum included",
+        f"copied back, compared     {up / 1e9:6.2f} GB/s  {up / layout.block_bytes(SIZE):,.0f} "
+        "blocks a second",
+    ]
+    for name, seen in (("below the pool", below), ("in the pool", here)):
+        if seen:
+            lines.append(
+                f"{TOKENS:,} tokens {name:<15}{1e3 * median(seen):6.1f} ms  to the grant, median "
+                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms"
+            )
+    made = provenance()
+    print("\n".join((*lines, f"{made['time']} · commit {made['commit']} · {made['machine']}")))
+    return 0
+
+
+if __name__ == "__main__":
+    with ending_in_order():
+        sys.exit(main())

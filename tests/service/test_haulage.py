@@ -1,0 +1,292 @@
+"""A service with memory below its pool: what it evicts comes back, what fails costs no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prefixcache
+from patience import PATIENCE_S
+from prefixcache.cli import status
+from prefixcache.client import Client
+from prefixcache.client.session import Session
+from prefixcache.config import load
+from prefixcache.pool import PoolFile, map_pool, pages_of
+from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
+from prefixcache.service.failures import Failures
+from prefixcache.service.haulage import Haulage
+from prefixcache.service.tiers.slab import slot_bytes
+from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId, pack
+from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+
+SPACE = Namespace("model")
+NUM_BLOCKS, SIZE = 64, 4
+CHAT = 20
+"""Tokens of a chat that are kept: five whole blocks."""
+
+
+def slots(count: int) -> str:
+    """Bytes of so many slots."""
+    return str(count * slot_bytes(PoolHandle("none", "", NUM_BLOCKS, SIZE, LAYOUT, 0, 0)))
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/cache.sock"
+
+
+@pytest.fixture
+def service(target: str) -> Iterator[ServiceProcess]:
+    flags = (*sizes(NUM_BLOCKS, SIZE), "--host", slots(400), "--partial", "off", "--grace", "1")
+    with running(target, *flags) as service:
+        eventually(lambda: "porter at work" in service.log())
+        yield service
+
+
+@pytest.fixture
+def client(service: ServiceProcess) -> Iterator[Client]:
+    with prefixcache.connect(service.target) as client:
+        yield client
+
+
+def porters(service: ServiceProcess) -> list[int]:
+    """The porters of a service that live."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                status = (folder / "stat").read_bytes().rpartition(b")")[2].split()
+                line = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(status[1]) == service.process.pid and b"tiers.porter" in line:
+                found.append(int(folder.name))
+    return found
+
+
+class Writer:
+    """A worker that computes: what a block holds depends on all tokens up to its end."""
+
+    def __init__(self, client: Client) -> None:
+        self.session: Session = client.attach("model", LAYOUT)
+        handle = self.session.pool
+        self.pages = pages_of(map_pool(handle), handle)
+        self.num_wrong = 0
+
+    @staticmethod
+    def chat(number: int) -> list[int]:
+        return [number * 1000 + at for at in range(CHAT + 1)]
+
+    def content(self, tokens: list[int], at: int) -> np.ndarray:
+        """What block `at` of a prompt is to hold."""
+        seed = blake2b(repr(tokens[: (at + 1) * SIZE]).encode(), digest_size=8).digest()
+        shape = self.pages[:, 0].shape
+        return np.random.default_rng(int.from_bytes(seed)).integers(0, 256, shape, np.uint8)
+
+    def ask(self, number: int, wait_s: float = 30.0) -> prefixcache.types.Ledger:
+        """Have a chat computed, as far as it is not cached; see that what is cached is right."""
+        tokens = self.chat(number)
+        with self.session.acquire(tokens, wait_s=wait_s) as lease:
+            for at in range(CHAT // SIZE):
+                block = lease.block_table[at]
+                if at * SIZE < lease.num_cached:
+                    self.num_wrong += not (self.pages[:, block] == self.content(tokens, at)).all()
+                else:
+                    self.pages[:, block] = self.content(tokens, at)
+            lease.commit(CHAT)
+            return lease.ledger
+
+
+def settled(client: Client) -> bool:
+    """Whether as many blocks are free as there should be, and none is on its way."""
+    now = client.snapshot()
+    return now.leaving == 0 and now.free >= NUM_BLOCKS // 8 - 1
+
+
+def comes_back(writer: Writer, numbers: Iterable[int]) -> bool:
+    """Whether a chat came back as a whole: one that takes too long is computed."""
+    return CHAT in [writer.ask(number).restored for number in numbers]
+
+
+def test_a_start_says_what_lies_below_in_tokens(service: ServiceProcess) -> None:
+    assert any("below the pool" in line and "1,600 tokens" in line for line in service.lines)
+
+
+def test_what_was_evicted_comes_back_as_it_was(client: Client) -> None:
+    writer = Writer(client)
+    for number in range(40):  # 200 blocks through a pool of 64
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    told = client.snapshot()
+    assert told.sunk >= 100
+    eventually(lambda: comes_back(writer, range(40)))
+    eventually(lambda: comes_back(writer, range(20)) and client.snapshot().restored >= 100)
+    assert writer.num_wrong == 0
+    assert client.snapshot().spoilt == 0
+    assert client.check().failure == ""
+
+
+def test_who_does_not_wait_computes_and_nobody_is_kept(client: Client) -> None:
+    writer = Writer(client)
+    for number in range(20):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    ledger = writer.ask(0, wait_s=0.0)
+    assert (ledger.restored, ledger.evicted) == (0, CHAT)
+    told = client.explain(SPACE, writer.chat(1))
+    assert told.num_below == CHAT
+    assert writer.num_wrong == 0
+
+
+def test_a_porter_that_is_killed_is_replaced_and_what_was_below_is_kept(
+    client: Client, service: ServiceProcess
+) -> None:
+    writer = Writer(client)
+    for number in range(30):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    (first,) = porters(service)
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: porters(service) not in ([], [first]))
+    eventually(lambda: not status.read(client).info.failures)
+    eventually(lambda: comes_back(writer, range(30)))
+    assert writer.num_wrong == 0
+    assert client.check().failure == ""
+
+
+def test_who_waits_for_a_porter_that_dies_is_served_without_him(
+    client: Client, service: ServiceProcess
+) -> None:
+    writer = Writer(client)
+    for number in range(30):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    (first,) = porters(service)
+    os.kill(first, signal.SIGSTOP)
+    try:
+        waiting = writer.session.acquire_later(writer.chat(0), wait_s=600.0)
+        eventually(lambda: client.snapshot().num_flights or waiting.done())
+    finally:
+        os.kill(first, signal.SIGKILL)
+    with waiting.result(PATIENCE_S) as lease:
+        assert lease.num_cached == 0
+    eventually(lambda: [one.worker for one in client.snapshot().leases] == [])
+    assert client.check().failure == ""
+
+
+def test_who_waits_for_a_porter_that_hangs_waits_no_longer_than_a_moment(
+    client: Client, service: ServiceProcess
+) -> None:
+    writer = Writer(client)
+    for number in range(30):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    (first,) = porters(service)
+    os.kill(first, signal.SIGSTOP)
+    try:
+        ledger = writer.ask(0, wait_s=600.0)  # far longer than this test may take
+        assert (ledger.restored, ledger.evicted) == (0, CHAT)
+        for number in range(100, 130):
+            writer.ask(number)  # and nobody waits for a copy
+    finally:
+        os.kill(first, signal.SIGCONT)
+    eventually(lambda: settled(client))
+    assert writer.num_wrong == 0
+    assert client.check().failure == ""
+
+
+def test_a_porter_that_does_not_report_is_killed_and_replaced() -> None:
+    memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
+    settings = load({"memory": memory, "block_size": SIZE, "layout": LAYOUT, "host": slots(400)})
+
+    async def eventually_here(check: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not check():
+            assert time.monotonic() < deadline, "it never came about"
+            await asyncio.sleep(0.01)
+
+    async def story() -> None:
+        backing, failures = Backing(settings), Failures()
+        deliveries = Deliveries(backing)
+        haulage = Haulage(backing, deliveries, failures, silent_s=1.0, first_pause_s=0.01)
+        cache = backing.cache
+        assert cache is not None
+        hauls = cache._lessor.hauls
+        assert hauls is not None
+        try:
+            haulage.pump()
+            await eventually_here(lambda: hauls.has_porter)
+            first = haulage.pid
+            os.kill(first, signal.SIGSTOP)
+            cache.attach(WorkerId(1), SPACE, now=time.monotonic())
+            for number in range(15):
+                tokens, now = pack(Writer.chat(number)), time.monotonic()
+                grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
+                assert isinstance(grant, Grant)
+                cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
+                cache.release(WorkerId(1), grant.lease, now=now)
+                deliveries.settle()
+            assert hauls.num_leaving, "he has something in hand"
+            await eventually_here(lambda: haulage.num_ended > 0 and hauls.has_porter)
+            assert haulage.pid != first
+            await eventually_here(lambda: not failures.causes() and not hauls.num_leaving)
+            cache.check()
+        finally:
+            haulage.close()
+            deliveries.close()
+            backing.close()
+
+    asyncio.run(story())
+
+
+def test_a_slab_that_was_changed_by_others_is_read_by_nobody(client: Client) -> None:
+    writer = Writer(client)
+    for number in range(30):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    pool = writer.session.pool.name
+    for path in Path(pool).parent.glob(f"prefixcache-{os.getuid()}-*"):
+        size = LAYOUT.block_bytes(SIZE)
+        if str(path) != pool and path.stat().st_size == 4096 + 400 * size:
+            with path.open("r+b") as file:
+                file.seek(4096)
+                file.write(os.urandom(400 * size))
+    ledgers = [writer.ask(number) for number in range(10)]
+    assert not any(one.restored for one in ledgers)
+    eventually(lambda: client.snapshot().spoilt)
+    assert writer.num_wrong == 0
+
+
+def test_nothing_is_left_of_a_service_that_was_killed(target: str, service: ServiceProcess) -> None:
+    (porter,) = porters(service)
+    os.kill(porter, signal.SIGSTOP)  # he sees no end of anything
+    service.signal(signal.SIGKILL)
+    service.wait()
+    eventually(lambda: not Path(f"/proc/{porter}").exists())
+    PoolFile.sweep()
+    assert not PoolFile.stale()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--pool", "none"), "--host needs a pool in shared memory"),
+        (("--host", "10"), "holds not one block"),
+        (("--memory", str(4 * SIZE * 32)), "too small for --host"),
+        (("--host", "900TiB"), "--host"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(
+    target: str, flags: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(AssertionError, match=told):
+        ServiceProcess(target, *sizes(NUM_BLOCKS, SIZE), "--host", slots(10), *flags)
