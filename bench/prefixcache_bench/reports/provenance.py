@@ -16,11 +16,17 @@ def provenance() -> dict[str, str]:
     module = sys.modules["__main__"].__spec__
     program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name or "python"]
     return {
-        "command": shlex.join([*program, *sys.argv[1:]]),
+        "command": shlex.join([*program, *map(_told, sys.argv[1:])]),
         "commit": commit(),
         "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _told(argument: str) -> str:
+    """Give an argument without the folders of this machine that lead to a file or a folder."""
+    option, sign, value = argument.rpartition("=")
+    return f"{option}{sign}{Path(value).name}" if value.startswith("/") else argument
 
 
 def commit() -> str:
