@@ -117,6 +117,15 @@ def comes_back(writer: Writer, numbers: Iterable[int]) -> bool:
     return CHAT in [writer.ask(number).restored for number in numbers]
 
 
+def filled(client: Client) -> Writer:
+    """Ask for more than the pool holds, one after the other: the first ones lie below it then."""
+    writer = Writer(client)
+    for number in range(30):
+        writer.ask(number)
+        eventually(lambda: settled(client))
+    return writer
+
+
 def test_a_start_says_what_lies_below_in_tokens(service: ServiceProcess) -> None:
     assert any("below the pool" in line and "1,600 tokens" in line for line in service.lines)
 
@@ -150,10 +159,7 @@ def test_who_does_not_wait_computes_and_nobody_is_kept(client: Client) -> None:
 def test_a_porter_that_is_killed_is_replaced_and_what_was_below_is_kept(
     client: Client, service: ServiceProcess
 ) -> None:
-    writer = Writer(client)
-    for number in range(30):
-        writer.ask(number)
-        eventually(lambda: settled(client))
+    writer = filled(client)
     (first,) = porters(service)
     os.kill(first, signal.SIGKILL)
     eventually(lambda: porters(service) not in ([], [first]))
@@ -166,10 +172,7 @@ def test_a_porter_that_is_killed_is_replaced_and_what_was_below_is_kept(
 def test_who_waits_for_a_porter_that_dies_is_served_without_him(
     client: Client, service: ServiceProcess
 ) -> None:
-    writer = Writer(client)
-    for number in range(30):
-        writer.ask(number)
-        eventually(lambda: settled(client))
+    writer = filled(client)
     (first,) = porters(service)
     os.kill(first, signal.SIGSTOP)
     try:
@@ -186,10 +189,7 @@ def test_who_waits_for_a_porter_that_dies_is_served_without_him(
 def test_who_waits_for_a_porter_that_hangs_waits_no_longer_than_a_moment(
     client: Client, service: ServiceProcess
 ) -> None:
-    writer = Writer(client)
-    for number in range(30):
-        writer.ask(number)
-        eventually(lambda: settled(client))
+    writer = filled(client)
     (first,) = porters(service)
     os.kill(first, signal.SIGSTOP)
     try:
