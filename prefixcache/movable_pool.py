@@ -18,7 +18,7 @@ import weakref
 from typing import Final
 
 from prefixcache.errors import LayoutMismatch
-from prefixcache.pool import keep_from_children, open_pool, shape_of
+from prefixcache.pool import keep_from_children, open_pool, populate, shape_of
 from prefixcache.texts import many
 from prefixcache.types import PoolHandle
 
@@ -41,7 +41,7 @@ class MovablePool:
     """
 
     def __init__(self, handle: PoolHandle) -> None:
-        """Map a pool.  O(1).
+        """Map a pool, and enter its pages: `populate`'s cost.
 
         Raises:
             Unsupported, NotFound, EpochMismatch, LayoutMismatch: As `prefixcache.pool.map_pool`.
@@ -61,11 +61,12 @@ class MovablePool:
             raise
         self.handle = handle
         self._close = weakref.finalize(self.memory, os.close, fd)
+        populate(self.memory, handle)
 
     def move(self, handle: PoolHandle) -> None:
-        """Put another pool of the same shape in the place of this one, which is let go of.  O(1).
+        """Put another pool of the same shape in the place of this one, which is let go of.
 
-        Nothing may read or write there meanwhile.  If it fails, this one stays.
+        Nothing may read or write there meanwhile.  If it fails, this one stays.  `populate`'s cost.
 
         Raises:
             LayoutMismatch: It has another shape.
@@ -83,6 +84,7 @@ class MovablePool:
         self._close()  # and with it goes the lock of the former epoch
         self.handle = handle
         self._close = weakref.finalize(self.memory, os.close, fd)
+        populate(self.memory, handle)
 
     def _put(self, fd: int) -> None:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from prefixcache.errors import EpochMismatch, LayoutMismatch, NotFound
 from prefixcache.movable_pool import MovablePool
-from prefixcache.pool import PoolFile, pages_of
+from prefixcache.pool import SHARED_MEMORY, PoolFile, pages_of
 from prefixcache.types import Layout
 
 LAYOUT = Layout(planes=3, page_bytes=64, format="f")
@@ -42,6 +44,30 @@ def test_views_see_what_is_put_below_them_and_let_go_of_what_was_there(tmp_path:
         del pages, pool
         gc.collect()
         assert not maps(two.handle.name)
+
+
+def entered(name: str) -> int:
+    """Count the pages of a file that this process reaches without a fault."""
+    _, _, told = Path("/proc/self/smaps").read_text().partition(name)
+    (size,) = re.findall(r"^Rss: +(\d+) kB", told, re.MULTILINE)[:1]
+    return int(size) * 1024 // mmap.PAGESIZE
+
+
+def test_all_of_a_pool_in_memory_is_reached_without_a_fault_and_none_of_one_on_a_disk(
+    tmp_path: Path,
+) -> None:
+    layout = Layout(planes=3, page_bytes=mmap.PAGESIZE, format="f")
+    with PoolFile.create(layout, 5, 4) as one, PoolFile.create(layout, 5, 4) as two:
+        pool = MovablePool(one.handle)
+        assert entered(one.handle.name) == 1 + 3 * 5
+        pool.move(two.handle)
+        assert entered(two.handle.name) == 1 + 3 * 5
+        del pool
+    if tmp_path.stat().st_dev == SHARED_MEMORY.stat().st_dev:
+        return  # nothing but memory here
+    with PoolFile.create(layout, 5, 4, directory=tmp_path) as one:
+        pool = MovablePool(one.handle)
+        assert entered(pool.handle.name) == 0
 
 
 def test_a_pool_that_does_not_fit_is_refused_and_the_one_that_is_there_stays(

@@ -46,18 +46,20 @@ def text(seed: object, length: int) -> list[int]:
 
 
 class Stage:
-    """A service, an engine without it, and two of each mode that share its pool."""
+    """A service, an engine without it, and some of each mode that share its pool."""
 
-    def __init__(self, folder: Path, modes: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, modes: tuple[str, ...], *, alone: str = "alone", each: int = 2
+    ) -> None:
         self.target = f"unix:{folder}/s"
         self.is_lost = False
         """Whether there is no service just now."""
         self.service = ServiceProcess(self.target, *SERVE)
-        self.alone = VllmProcess(folder / "model", "alone")
+        self.alone = VllmProcess(folder / "model", alone)
         self.engines = {
             f"{mode} {number}": VllmProcess(folder / "model", mode, self.target)
             for mode in modes
-            for number in (1, 2)
+            for number in range(1, each + 1)
         }
 
     def wait(self) -> None:

@@ -1,6 +1,6 @@
 """One vLLM engine in one process, for tests: a line of JSON in, a line out.
 
-    python vllm_engine.py MODEL_FOLDER MODE [SERVICE]
+    python vllm_engine.py MODEL_FOLDER MODE[+lora] [SERVICE]
 
 Run by the Python of an environment with vLLM.  It knows nothing of the tests.
 """
@@ -16,6 +16,8 @@ from typing import Any
 
 BLOCK_SIZE = 32
 VOCABULARY = 512
+ADAPTERS = ("tone", "voice")
+"""Beside the model; those of an engine are numbered from 1."""
 
 
 def write_model(folder: Path) -> None:
@@ -38,6 +40,30 @@ def write_model(folder: Path) -> None:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    for name in ADAPTERS:
+        write_adapter(folder.with_name(name), config)
+
+
+def write_adapter(folder: Path, config: Any) -> None:
+    """Write a LoRA adapter that changes keys and values, in the form that PEFT writes."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets}
+    more = {"bias": "none", "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | more))
+    size = config.hidden_size
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{part}.weight": (
+            0.3 * torch.randn((8, size) if part == "A" else (size, 8))
+        )
+        for layer in range(config.num_hidden_layers)
+        for target in targets
+        for part in "AB"
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
 
 
 def options_for(mode: str, service: str) -> dict[str, Any]:
@@ -65,6 +91,7 @@ def options_for(mode: str, service: str) -> dict[str, Any]:
 def main() -> None:
     """Start the engine, and answer."""
     folder, mode, *rest = sys.argv[1:]
+    mode, with_adapters = mode.removesuffix("+lora"), mode.endswith("+lora")
     if mode == "write":
         write_model(Path(folder))
         return
@@ -84,6 +111,7 @@ def main() -> None:
         kv_cache_memory_bytes=64 << 20,
         distributed_executor_backend="uni",
         disable_log_stats=False,
+        enable_lora=with_adapters,
         **options_for(mode, rest[0] if rest else ""),
     )
     if mode == "in-place":
@@ -97,7 +125,7 @@ def main() -> None:
         elif "reset" in ask:
             told = {"reset": engine.reset_prefix_cache(reset_connector=True)}
         else:
-            told = generate(engine, SamplingParams, ask)
+            told = generate(engine, SamplingParams, ask, Path(folder))
         print(json.dumps(told), file=out, flush=True)
     engine.llm_engine.engine_core.shutdown()
 
@@ -107,7 +135,7 @@ def cut_off(engine: Any) -> None:
     engine.llm_engine.engine_core.engine_core.scheduler.leases.session._call.cancel()
 
 
-def generate(engine: Any, params: Any, ask: dict[str, Any]) -> dict[str, Any]:
+def generate(engine: Any, params: Any, ask: dict[str, Any], model: Path) -> dict[str, Any]:
     """Answer prompts."""
     sampling = params(
         temperature=0, max_tokens=ask["max_tokens"], detokenize=False, ignore_eos=True
@@ -116,7 +144,12 @@ def generate(engine: Any, params: Any, ask: dict[str, Any]) -> dict[str, Any]:
     for prompt in prompts:
         if ask.get("salt"):
             prompt["cache_salt"] = ask["salt"]
-    answers = engine.generate(prompts, sampling, use_tqdm=False)
+    adapter = None
+    if name := ask.get("adapter"):
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(name, 1 + ADAPTERS.index(name), str(model.with_name(name)))
+    answers = engine.generate(prompts, sampling, use_tqdm=False, lora_request=adapter)
     return {
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "cached": [answer.num_cached_tokens for answer in answers],

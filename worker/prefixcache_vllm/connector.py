@@ -41,7 +41,7 @@ from prefixcache_vllm.joining import join
 from prefixcache_vllm.leases import Bounds, Held, Leases
 from prefixcache_vllm.link import Link
 from prefixcache_vllm.options import Options
-from prefixcache_vllm.request_key import adapter_of, can_share, media_of
+from prefixcache_vllm.request_key import Adapters, can_share, media_of
 
 log = logging.getLogger("vllm.prefixcache")
 
@@ -238,6 +238,7 @@ class SchedulerSide:
         self._loads: Pairs = []
         self._step = self._acknowledged = 0
         self._is_idle = False
+        self._adapters = Adapters()
         self.num_loaded = self.num_saved = 0
         try:
             self._leases = self._link.join()
@@ -280,7 +281,7 @@ class SchedulerSide:
                 request.all_token_ids,
                 left=request.max_tokens,
                 salt=request.cache_salt,
-                adapter=adapter_of(request),
+                adapter=self._adapters.key_of(request),
                 media=media_of(request),
                 for_room=False,
             )

@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 
 from prefixcache_vllm.leases import Held, Leases
+from prefixcache_vllm.request_key import Adapters
 
 
 class EndedBlocks:
@@ -52,6 +53,7 @@ class LeasedKVCacheManager(KVCacheManager):
     _told: dict[str, int]
     _copies: list[KVCacheBlockCopy]
     _objects: list[Any]
+    _adapters: Adapters
 
     @classmethod
     def of(cls, manager: KVCacheManager, leases: Leases) -> Self:
@@ -63,6 +65,7 @@ class LeasedKVCacheManager(KVCacheManager):
         made.block_pool = EndedBlocks(leases, manager.block_pool)
         made._told = {}
         made._copies = []
+        made._adapters = Adapters()
         return made
 
     # ---------------------------------------------------------------------- before the first step
@@ -75,6 +78,7 @@ class LeasedKVCacheManager(KVCacheManager):
             request.all_token_ids,
             left=max(0, most - request.num_output_tokens),
             salt=request.cache_salt,
+            adapter=self._adapters.key_of(request),
             reuse=not request.skip_reading_prefix_cache,
         )
 

@@ -60,8 +60,6 @@ def refusals(vllm_config: Any, *, in_place: bool) -> Iterator[str]:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if vllm_config.speculative_config is not None:
         yield "speculative decoding writes ahead of what is decided: leave --speculative-config out"
-    if vllm_config.lora_config is not None and in_place:
-        yield "LoRA adapters are served in connector mode only: leave --enable-lora out"
     if model.is_encoder_decoder:
         yield "models with an encoder and a decoder keep KV that no tokens name"
     if model.runner_type != "generate":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from prefixcache.client import MediaItem
@@ -18,10 +19,41 @@ def can_share(request: Any) -> bool:
     return request.prompt_embeds is None and not request.pooling_params
 
 
-def adapter_of(request: Any) -> str | None:
-    """Name the adapter that computes a request; None: none does."""
-    lora = request.lora_request
-    return None if lora is None else f"{lora.lora_name}#{lora.lora_path}"
+class Adapters:
+    """The adapters of one engine, by names that tell them from those of all others.
+
+    vLLM tells them apart by name and path, which are its own process's: another engine may stand in
+    another folder, or was started before what lies there was trained anew.  So the path is made
+    absolute, and the files in it are looked at when an adapter is first asked for, which is about
+    when vLLM loads it.  Files that change while an engine serves them are not noticed.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[tuple[int, str, str], str] = {}
+
+    def key_of(self, request: Any) -> str | None:
+        """Name the adapter that computes a request; None: none does.
+
+        O(1); the first time, and where vLLM reads it for each request, one look into its folder.
+        """
+        lora = request.lora_request
+        if lora is None:
+            return None
+        name = lora.lora_int_id, lora.lora_name, lora.lora_path
+        if name not in self._keys or lora.load_inplace:
+            self._keys[name] = f"{lora.lora_name}#{_files_at(lora.lora_path)}"
+        return self._keys[name]
+
+
+def _files_at(path: str) -> str:
+    """Tell a folder from others, and from itself with other files."""
+    try:
+        folder = Path(path).expanduser().resolve(strict=True)
+        found = sorted((one.name, one.stat()) for one in folder.iterdir() if one.is_file())
+    except (OSError, RuntimeError):
+        return path  # no folder: a name at a hub, from where vLLM downloads it
+    files = "".join(f"{name}/{stat.st_size}/{stat.st_mtime_ns}/" for name, stat in found)
+    return f"{folder}#{sha256(files.encode()).hexdigest()[:32]}"
 
 
 def media_of(request: Any) -> Sequence[MediaItem]:
