@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable
+from prefixcache.types import shown
 from prefixcache.user_folders import expand
 
 _SCHEME = re.compile(r"([^/]*):/")
@@ -42,6 +43,8 @@ class Address:
         >>> str(Address.parse("/run/cache.sock")), str(Address.parse("localhost:7070"))
         ('unix:/run/cache.sock', 'localhost:7070')
         """
+        if not isinstance(target, str):
+            raise InvalidRequest(f"an address is a text, not {shown(target)}")
         scheme = _SCHEME.match(target)
         if scheme and scheme[1] != "unix":
             raise InvalidRequest(

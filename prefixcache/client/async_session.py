@@ -59,8 +59,13 @@ class AsyncBatch(BatchOps["AsyncLease"]):
         return future
 
     async def wait(self, reply: Reply[AsyncLease]) -> AsyncLease:
-        """Wait until an op that chose to wait is answered, and give its answer."""
+        """Wait until an op that chose to wait is answered, and give its answer.
+
+        Raises:
+            InvalidRequest: it is no op of this batch, or this is another event loop.
+        """
         self._session.guard()
+        self.check_reply(reply)
         try:
             await self._session._await([reply])
         except BaseException:

@@ -188,7 +188,7 @@ def outline(
         order=codec.ORDERS[order],
         without_ghosts=not ghosts,
         max_branches=max_branches,
-        max_depth=max_depth or 0,
+        max_depth=0 if max_depth is None else max_depth,
     )
     if namespace is not None:
         codec.write_namespace(namespace, call.request.namespace)

@@ -7,8 +7,8 @@ copy only forgets it: the parent's sessions are not touched.
 
 from __future__ import annotations
 
-import math
 import os
+import threading
 from typing import Any, NoReturn, Protocol
 
 from prefixcache.client import codec
@@ -147,6 +147,9 @@ def check_timeout(timeout_s: float) -> float:
     Raises:
         InvalidRequest: it is no positive number of seconds.
     """
-    if isinstance(timeout_s, int | float) and timeout_s > 0 and math.isfinite(timeout_s):
+    if isinstance(timeout_s, int | float) and 0 < timeout_s <= threading.TIMEOUT_MAX:
         return float(timeout_s)
-    raise InvalidRequest(f"timeout_s is {timeout_s!r}; it must be a positive number of seconds")
+    raise InvalidRequest(
+        f"timeout_s is {timeout_s!a:.60}; it must be a positive number of seconds, at most "
+        f"{threading.TIMEOUT_MAX:.0f}"
+    )

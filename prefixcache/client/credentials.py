@@ -24,6 +24,7 @@ from prefixcache.bounded_files import read_file
 from prefixcache.client.address import Address
 from prefixcache.errors import InvalidRequest
 from prefixcache.private_files import check_secret
+from prefixcache.types import shown
 
 _LONGEST = 4 << 20
 """Bytes of a file with certificates, a key or a token."""
@@ -57,9 +58,13 @@ class Access:
 
     def __init__(self, address: Address, tls: Tls | None, token: str | None) -> None:
         self._address = address
+        if tls is not None and not isinstance(tls, Tls):
+            raise InvalidRequest(f"tls is {shown(tls)}, not a Tls")
         self._tls = None if address.path else tls or _tls_of_environment()
         if token is None:
             token = _token_of_environment()
+        if not isinstance(token, str):
+            raise InvalidRequest(f"a token is a text, not a {type(token).__name__}")
         if (token and not token.isascii()) or any(c.isspace() for c in token or ""):
             raise InvalidRequest("a token has no spaces, and nothing but ASCII")
         if token and self._tls is None and not address.path and not is_loopback(address.host):

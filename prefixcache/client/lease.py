@@ -124,6 +124,10 @@ class LeaseState:
         """
         return self._table
 
+    def is_of(self, session: object) -> bool:
+        """Whether it is a lease of this very session."""
+        return self._session is session
+
     @property
     def deadline(self) -> float:
         """Monotonic seconds after which this lease must not be used any more."""

@@ -12,8 +12,10 @@ Reply  one per op   ◄── settle() ◄── OpResult, whenever it comes
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import copy
 from functools import partial
 from typing import Any, Generic, Protocol, TypedDict, TypeVar
@@ -163,7 +165,7 @@ class Step:
         self.replies.append(reply)
         message = getattr(op, verb)
         message.SetInParent()
-        if wait_s != 0:
+        if not isinstance(wait_s, int | float) or wait_s != 0:
             fields["wait_s"] = wait_s
         name = ""
         try:
@@ -281,6 +283,19 @@ class BatchOps(Generic[L]):
         self._session = session
         self.step = Step(session.ids)
 
+    def is_of(self, session: object) -> bool:
+        """Whether it is a batch of this very session."""
+        return self._session is session
+
+    def check_reply(self, reply: Any) -> None:
+        """Refuse to wait for what is no reply of this batch.
+
+        Raises:
+            InvalidRequest: it is none.
+        """
+        if not any(reply is one for one in self.step.replies):
+            raise InvalidRequest(f"{shown(reply)} is no reply of this batch")
+
     def acquire(
         self,
         tokens: TokensLike,
@@ -339,7 +354,7 @@ class BatchOps(Generic[L]):
         if reuse is not True or for_room is not True:
             codec.check_flag("reuse", reuse)
             codec.check_flag("for_room", for_room)
-        if not reuse or min_partial or not for_room:
+        if not (reuse and for_room and type(min_partial) is int and min_partial == 0):
             self._session.refuse_unheard_terms()
             terms = {
                 "recompute": not reuse,
@@ -378,8 +393,11 @@ class BatchOps(Generic[L]):
 
     def truncate(self, lease: L, num_tokens: int) -> Reply[TableUpdate]:
         """Roll back to `num_tokens` tokens; `block_table` is up to date afterwards."""
-        if not lease.released and type(num_tokens) is int and num_tokens >= 0:
-            lease.cut_off(-(-num_tokens // self._session.pool.block_size))
+        self._refuse_foreign(lease)
+        with suppress(TypeError):  # no whole number: it is refused below
+            num_tokens = operator.index(num_tokens)
+            if not lease.released and num_tokens >= 0:
+                lease.cut_off(-(-num_tokens // self._session.pool.block_size))
         reply = self._on(lease, "truncate", num_tokens=num_tokens)
         reply.finish = lease.apply
         return reply
@@ -397,6 +415,7 @@ class BatchOps(Generic[L]):
         One that expired is released as well: else the blocks that it could write to come back only
         when its process has ended.
         """
+        self._refuse_foreign(lease)
         lease.mark_released()
         for other in tuple(self._session.watched):  # the same one, by the same request id
             if other.id == lease.id:
@@ -427,7 +446,22 @@ class BatchOps(Generic[L]):
         """Ask for the state of the whole cache."""
         return self.step.ask("snapshot")
 
+    def _refuse_foreign(self, lease: Any) -> None:
+        """Refuse what is no lease of this session, before anything is changed.
+
+        Raises:
+            InvalidRequest: it is none.
+        """
+        if not isinstance(lease, LeaseState):
+            raise InvalidRequest(f"{shown(lease)} is no lease")
+        if not lease.is_of(self._session):
+            raise InvalidRequest(
+                f"lease {lease.id} is another session's: use a batch of that one, or the lease's "
+                "own methods"
+            )
+
     def _on(self, lease: L, verb: str, **fields: Any) -> Reply[Any]:
+        self._refuse_foreign(lease)
         try:
             lease.check()
         except LeaseExpired as error:

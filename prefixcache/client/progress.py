@@ -10,9 +10,17 @@ Signs of life come from a thread of their own: they say that a process lives, no
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+from prefixcache.types import shown
+
+log = logging.getLogger(__name__)
 
 MOST_TOLD = 2**32 - 1
 """Requests that can be told of."""
@@ -50,16 +58,31 @@ class Progress:
         Raises:
             ValueError: nobody has so many.
         """
-        if not 0 <= in_hand <= MOST_TOLD:
-            raise ValueError(f"{in_hand:,} requests in hand; it takes 0 to {MOST_TOLD:,}")
-        self._stepped = in_hand, time.monotonic()
+        if not _is_count(in_hand) or in_hand > MOST_TOLD:
+            raise ValueError(f"{shown(in_hand)} requests in hand; it takes 0 to {MOST_TOLD:,}")
+        self._stepped = int(in_hand), time.monotonic()
 
     def watch(self, look: Callable[[], Inbox]) -> None:
-        """Have `look` called for each sign of life.  It must not wait, and not raise."""
+        """Have `look` called for each sign of life.  It must not wait."""
         self._look = look
 
     def told(self) -> Told:
         """Give what there is to tell now."""
         in_hand, stepped_at = self._stepped
         stalled_s = time.monotonic() - stepped_at if in_hand else 0.0
-        return Told(in_hand, stalled_s, self._look())
+        return Told(in_hand, stalled_s, self._inbox())
+
+    def _inbox(self) -> Inbox:
+        """Ask what lies in the inbox.  The sign of life is sent whatever becomes of that."""
+        try:
+            inbox = self._look()
+            if not _is_count(inbox.num_untaken) or not 0 <= inbox.oldest_s < math.inf:
+                raise ValueError(f"{shown(inbox)} is nothing that an inbox can hold")
+            return Inbox(int(inbox.num_untaken), float(inbox.oldest_s))
+        except Exception:
+            log.exception("who tells of a worker's inbox raised: a sign of life tells of none")
+            return Inbox()
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 0

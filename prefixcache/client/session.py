@@ -61,7 +61,12 @@ class Batch(BatchOps["Lease"]):
         return future
 
     def wait(self, reply: Reply[Lease]) -> Lease:
-        """Block until an op that chose to wait is answered, and give its answer."""
+        """Block until an op that chose to wait is answered, and give its answer.
+
+        Raises:
+            InvalidRequest: it is no op of this batch.
+        """
+        self.check_reply(reply)
         try:
             self._session._await([reply])
         except BaseException:

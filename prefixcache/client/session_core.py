@@ -19,6 +19,7 @@ exactly one of them.  So nothing here can be left locked by who was interrupted 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
@@ -43,10 +44,22 @@ from prefixcache.errors import (
 )
 from prefixcache.pool import memory_is_abandoned
 from prefixcache.texts import many
-from prefixcache.types import Again, Attachment, Grant, LeaseId, Namespace, PoolHandle
+from prefixcache.types import Again, Attachment, Grant, LeaseId, Namespace, PoolHandle, shown
 from prefixcache.v1 import prefixcache_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 L = TypeVar("L", bound=LeaseState)
+
+
+def check_callable(name: str, given: object) -> None:
+    """Refuse what cannot be called where it is given, and not where it should be called.
+
+    Raises:
+        InvalidRequest: it cannot.
+    """
+    if not callable(given):
+        raise InvalidRequest(f"{name} is {shown(given)}, which cannot be called")
 
 
 class SessionCore(ABC, Generic[L]):
@@ -177,9 +190,13 @@ class SessionCore(ABC, Generic[L]):
                 this one, where it is known at once).  It must not wait; what it raises is logged.
 
         Raises:
-            InvalidRequest: this process has the session by a fork, or the batch was sent before.
+            InvalidRequest: this process has the session by a fork, the batch was sent before, or
+                another session opened it.
         """
+        if not isinstance(batch, BatchOps) or not batch.is_of(self):
+            raise InvalidRequest(f"{shown(batch)} is no batch of this session")
         if on_error is not None:
+            check_callable("on_error", on_error)
             for reply in batch.step.replies:
                 reply.tell_error(on_error)
         self.send(batch.step)
@@ -234,8 +251,10 @@ class SessionCore(ABC, Generic[L]):
     def watch_inbox(self, look: Callable[[], Inbox]) -> None:
         """Let signs of life carry what was handed to the worker and it has not taken.  O(1).
 
-        `look` is called with each, in the thread that sends them: it must not wait, and not raise.
+        `look` is called with each, in the thread that sends them: it must not wait.  If it raises,
+        that is logged, and the sign of life tells of no inbox.
         """
+        check_callable("look", look)
         self._progress.watch(look)
 
     def watch_line(self, told: Callable[[int], object]) -> None:
@@ -243,8 +262,9 @@ class SessionCore(ABC, Generic[L]):
 
         Counted are leases that wait to grow, as one, and namespaces whose requests wait for more
         than their own quota.  For who holds blocks that others need more.  `told` is called by the
-        thread that reads the answers: it must not wait, and not raise.
+        thread that reads the answers: it must not wait; what it raises is logged.
         """
+        check_callable("told", told)
         self._told_in_line = told
 
     def renewal(self) -> tuple[Step, Reply[Any]]:
@@ -256,7 +276,11 @@ class SessionCore(ABC, Generic[L]):
 
     def _renewed(self, sent_at: float, num_in_line: int) -> None:
         self.signs.note(sent_at, time.monotonic(), lifetime_of(self.attachment.ttl_s))
-        self._told_in_line(num_in_line)
+        try:
+            self._told_in_line(num_in_line)
+        except Exception:
+            # Whoever hears of it has no part in the other answers that this thread reads.
+            log.exception("who is told how many wait in line has raised")
 
     @contextmanager
     def attaching(self, request: pb.AttachRequest) -> Iterator[Step]:

@@ -12,6 +12,7 @@ from google.protobuf.message_factory import GetMessageClass
 from prefixcache.client import codec
 from prefixcache.client.address import Address
 from prefixcache.errors import CacheError, InvalidRequest, Unauthenticated
+from prefixcache.types import shown
 from prefixcache.v1 import prefixcache_pb2 as pb
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["PrefixCache"].full_name
@@ -64,8 +65,14 @@ RPCS: Final[dict[str, Rpc]] = {
 
 
 def asking(channel: Any, verb: str) -> Any:
-    """Give the method of a channel that makes one unary call."""
-    rpc = RPCS[verb]
+    """Give the method of a channel that makes one unary call.
+
+    Raises:
+        InvalidRequest: there is no such call.
+    """
+    rpc = RPCS.get(verb) if isinstance(verb, str) else None
+    if rpc is None:
+        raise InvalidRequest(f"{shown(verb)} is none of {', '.join(RPCS)}")
     return channel.unary_unary(rpc.path, rpc.request.SerializeToString, rpc.response.FromString)
 
 

@@ -177,13 +177,17 @@ def service(sockets: Path) -> Iterator[ServiceProcess]:
         yield process
 
 
-NUMBERS = (math.nan, math.inf, -math.inf, -1, -1e300, 2**70, "1", None, 1e999)
+NUMBERS = (
+    *(math.nan, math.inf, -math.inf, -1, -1e300, 2**70, "1", None, 1e999, 10**400, -(10**400)),
+    *([], np.ones(2), torch.ones(1, device="meta"), 1j, b""),
+)
 TEXTS = ("\ud800", 5, None, b"\xff")
 
 ODD: dict[str, tuple[Callable[[Any, Any], Any], tuple[Any, ...]]] = {
     "acquire wait_s": (lambda s, odd: s.acquire([1], wait_s=odd), NUMBERS),
     "acquire reserve": (lambda s, odd: s.acquire([1], reserve=odd), NUMBERS),
     "acquire request_id": (lambda s, odd: s.acquire([1], request_id=odd), ("\ud800", 5, b"\xff")),
+    "acquire min_partial": (lambda s, odd: s.acquire([1], min_partial=odd), NUMBERS),
     "pin ttl_s": (lambda s, odd: s.pin([1], ttl_s=odd), NUMBERS),
 }
 
@@ -236,6 +240,108 @@ def test_no_odd_word_of_a_client_raises_an_error_of_others(service: ServiceProce
         assert client.snapshot().num_blocks == 64
 
 
+NO_LEASES = (None, 0, "1", [], np.ones(2), Namespace("m"))
+
+
+def test_what_is_no_lease_of_the_session_is_refused_and_keeps_all_that_it_holds(
+    service: ServiceProcess,
+) -> None:
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+        client.attach("model", LAYOUT) as other,
+        other.acquire([1, 2, 3, 4, 5, 6]) as lease,
+    ):
+        table, batch = lease.block_table, session.batch()
+        for odd in (*NO_LEASES, lease):
+            said = "is another session's" if odd is lease else "is no lease"
+            for add in (
+                lambda odd=odd: batch.commit(odd, 1),
+                lambda odd=odd: batch.extend(odd, 9),
+                lambda odd=odd: batch.truncate(odd, 1),
+                lambda odd=odd: batch.fork(odd, 1),
+                lambda odd=odd: batch.release(odd),
+            ):
+                with pytest.raises(InvalidRequest, match=said):
+                    add()
+        assert batch.step.replies == []
+        assert not lease.released
+        assert lease.block_table is table
+        assert lease.commit(6).num_tokens == 6
+
+
+@pytest.mark.parametrize("whole", [int, np.int64, np.uint8, torch.tensor])
+def test_who_watches_a_lease_is_told_before_it_is_truncated(
+    service: ServiceProcess, whole: Callable[[int], Any]
+) -> None:
+    class Watcher:
+        kept: tuple[int, ...] = ()
+
+        def keep(self, num_blocks: int) -> None:
+            self.kept = (*self.kept, num_blocks)
+
+        def end(self, *, in_use: bool = False) -> None:
+            """Let go of all."""
+
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+        session.acquire([1, 2, 3, 4, 5, 6]) as lease,
+    ):
+        lease.watch(watcher := Watcher())
+        with session.batch() as batch:
+            batch.truncate(lease, whole(3))
+            assert watcher.kept == (1,)
+
+
+def test_a_batch_goes_to_the_session_that_opened_it(service: ServiceProcess) -> None:
+    async def post(odd: Any) -> None:
+        async with (
+            await connect_async(service.target) as client,
+            await client.attach("model", LAYOUT) as session,
+        ):
+            session.post(odd)
+
+    with (
+        prefixcache.connect(service.target) as client,
+        client.attach("model", LAYOUT) as session,
+        client.attach("model", LAYOUT) as other,
+    ):
+        batch = other.batch()
+        reply = batch.acquire([1, 2, 3])
+        for odd in (batch, None, [], reply, batch.step):
+            with pytest.raises(InvalidRequest, match="is no batch of this session"):
+                session.post(odd)  # type: ignore[arg-type]
+            with pytest.raises(InvalidRequest, match="is no batch of this session"):
+                asyncio.run(post(odd))
+        with session.batch() as own:
+            waited = own.acquire([4, 5], wait_s=1.0)
+        for odd in (reply, None, "x", lambda: 0):
+            with pytest.raises(InvalidRequest, match="is no reply of this batch"):
+                own.wait(odd)
+        own.wait(waited).release()
+        assert client.snapshot().num_leases == 0
+        with batch:
+            pass
+        reply.result().release()
+
+
+def test_a_connection_takes_texts_and_its_own_words(service: ServiceProcess) -> None:
+    def refused(match: str, **odd: Any) -> None:
+        with pytest.raises(InvalidRequest, match=match):
+            prefixcache.connect(**({"target": service.target} | odd))
+
+    for odd in (True, 5, 0, 1.5, [], b"", b"x", np.ones(2)):
+        refused("an address is a text", target=odd)
+        refused("a token is a text", token=odd)
+    for odd in (True, 0, "", "ca.pem", {}, np.ones(2)):
+        refused("tls is .*, not a Tls", tls=odd)
+    with prefixcache.connect(service.target) as client:
+        for verb in (None, [], "", "nope"):
+            with pytest.raises(InvalidRequest, match="is none of attach, acquire"):
+                client.call(verb, None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("odd", ["no", "", 0, 1, None, []])
 def test_a_yes_or_no_that_is_neither_is_named(service: ServiceProcess, odd: Any) -> None:
     """To Python the text "no" is true."""
@@ -264,7 +370,7 @@ def test_a_yes_or_no_that_is_neither_is_named(service: ServiceProcess, odd: Any)
         assert client.snapshot().num_leases == 0
 
 
-@pytest.mark.parametrize("odd", [2**64, -1, 1.5, "3"])
+@pytest.mark.parametrize("odd", [2**64, -1, 1.5, "3", "", [], False, torch.ones(1, device="meta")])
 def test_a_number_that_no_message_holds_is_named_with_its_field(odd: Any) -> None:
     asked: dict[str, Callable[[], Any]] = {
         "max_held": lambda: calls.set_quota("t", max_held=odd),
@@ -275,7 +381,7 @@ def test_a_number_that_no_message_holds_is_named_with_its_field(odd: Any) -> Non
         "from_sequence": lambda: calls.watch(odd),
     }
     for field, ask in asked.items():
-        with pytest.raises(InvalidRequest, match=re.escape(f"{field} is {odd!r}")):
+        with pytest.raises(InvalidRequest, match=re.escape(f"{field} is {odd!a:.20}")):
             ask()
 
 
@@ -343,7 +449,9 @@ def test_who_still_waits_when_the_client_is_closed_is_told_and_not_cancelled(
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("odd", [0, -1, math.nan, math.inf, "10", None])
+@pytest.mark.parametrize(
+    "odd", [0, -1, math.nan, math.inf, "10", None, pytest.param(10**400, id="vast"), 1e10, []]
+)
 def test_a_time_limit_is_a_positive_number(service: ServiceProcess, odd: Any) -> None:
     with pytest.raises(InvalidRequest, match="timeout_s is"):
         prefixcache.connect(service.target, timeout_s=odd)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 import prefixcache
@@ -87,12 +88,61 @@ def test_nobody_has_been_stuck_for_longer_than_he_is_attached(
     assert 0 < found.oldest_untaken_s <= found.since_s
 
 
-@pytest.mark.parametrize("count", [-1, 2**32])
+@pytest.mark.parametrize("count", [-1, 2**32, True, 1.0, 0.5, math.nan, None, "3", [2], np.ones(2)])
 def test_a_number_of_requests_that_nobody_has_is_refused_where_it_is_told(
-    session: Session, count: int
+    session: Session, count: Any
 ) -> None:
     with pytest.raises(ValueError, match="requests in hand"):
         session.report(count)
+    session.report(np.int64(3))
+    session.renew()
+    assert session.alive
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda: 1 / 0,
+        lambda: None,
+        lambda: Inbox(-1),
+        lambda: Inbox(True),
+        lambda: Inbox("x"),
+        lambda: Inbox(1, math.nan),
+        lambda: Inbox(1, -1.0),
+        lambda: Inbox(1, None),
+    ],
+)
+def test_a_sign_of_life_is_sent_whatever_becomes_of_the_look_into_the_inbox(
+    client: Client, session: Session, look: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    session.report(2)
+    session.watch_inbox(look)
+    before = session.signs.last
+    session.renew()
+    assert session.signs.last > before
+    assert (info(client).in_hand, info(client).untaken) == (2, 0)
+    assert "who tells of a worker's inbox raised" in caplog.text
+
+
+def test_who_raises_when_told_of_the_line_keeps_no_answer_from_others(
+    session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    session.watch_line(lambda num_in_line: 1 // num_in_line)
+    session.renew()
+    session.acquire([1, 2, 3]).release()
+    assert session.alive
+    assert "who is told how many wait in line has raised" in caplog.text
+
+
+@pytest.mark.parametrize("odd", [None, 3, "print"])
+def test_who_cannot_be_called_is_refused_where_he_is_named(session: Session, odd: Any) -> None:
+    for name, tell in {
+        "look": lambda: session.watch_inbox(odd),
+        "told": lambda: session.watch_line(odd),
+        "on_error": lambda: session.post(session.batch(), on_error=odd or 1),
+    }.items():
+        with pytest.raises(InvalidRequest, match=f"{name} is .*, which cannot be called"):
+            tell()
     session.renew()
     assert session.alive
 

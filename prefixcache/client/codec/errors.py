@@ -32,8 +32,11 @@ _KINDS: Final[dict[str, type[CacheError]]] = {
     if isinstance(cls, type) and issubclass(cls, CacheError)
 }
 
-FOREIGN_ERRORS: Final = (ValueError, TypeError, OverflowError, KeyError, AttributeError)
-"""What protobuf and Python say of a value that no message can hold."""
+FOREIGN_ERRORS: Final = (
+    *(ValueError, TypeError, OverflowError, KeyError, AttributeError),
+    RuntimeError,  # PyTorch's, of a tensor without memory
+)
+"""What protobuf, Python and PyTorch say of a value that no message can hold."""
 
 
 def write_error(error: CacheError, message: pb.Status) -> None:
@@ -100,5 +103,11 @@ def check_seconds(name: str, seconds: Any) -> None:
     Raises:
         InvalidRequest: it is no finite number, or negative.
     """
-    if not isinstance(seconds, Real) or not 0 <= float(seconds) < math.inf:
-        raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number of seconds from 0")
+    try:
+        number = float(seconds) if isinstance(seconds, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not 0 <= number < math.inf:
+        raise InvalidRequest(
+            f"{name} is {seconds!a:.60}; it must be a finite number of seconds from 0"
+        )
