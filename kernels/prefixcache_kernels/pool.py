@@ -18,9 +18,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from prefixcache.errors import InvalidRequest, Unsupported
+from prefixcache.errors import InvalidRequest, PoolExhausted, Unsupported
 from prefixcache.pool import epoch_of, map_pool
-from prefixcache.types import Layout, PoolHandle, shown
+from prefixcache.types import Layout, PoolHandle, shown, shown_number
 from prefixcache_kernels.imported import DeviceMemory, open_device
 from prefixcache_kernels.one_process import OfOneProcess
 
@@ -62,14 +62,16 @@ class SharedPool(OfOneProcess):
             Unsupported: The pool is elsewhere, or this process cannot reach it; the message says
                 what is missing.  Or its pages are in another's format: `map_pages` takes those.
             NotFound, EpochMismatch, LayoutMismatch: As `prefixcache.pool.map_pool`.
+            InvalidRequest: It is no handle of a pool, or no device.
         """
+        check_handle(handle)
         if not handle.layout.is_ours:
             raise Unsupported(
                 f"the pool holds {handle.layout}: its pages are not in the order that these "
                 "kernels read; prefixcache_kernels.map_pages gives them as bytes"
             )
         on_gpu = handle.kind == "cuda-ipc"
-        if device is not None and (torch.device(device).type == "cuda") != on_gpu:
+        if device is not None and (_kind_of(device) == "cuda") != on_gpu:
             raise Unsupported(
                 f"the pool is {'on a GPU' if on_gpu else 'in shared memory'}, not on {device!s}; "
                 f"the service decides: prefixcache serve --pool {'shm' if on_gpu else 'cuda'}"
@@ -91,6 +93,7 @@ class SharedPool(OfOneProcess):
 
         Raises:
             InvalidRequest: A size below 1, or an element type that no pool holds.
+            PoolExhausted: This process has no memory for it.
         """
         if not isinstance(layout, Layout):
             raise InvalidRequest(f"layout is a {type(layout).__name__}, not a Layout")
@@ -105,7 +108,14 @@ class SharedPool(OfOneProcess):
                 f"{layout}: sizes are integers, at least 1"
             )
         handle = PoolHandle("none", "", num_blocks, block_size, layout, 0, 0)
-        return cls(handle, torch.zeros(_shape(handle), dtype=TORCH_DTYPES[layout.dtype]))
+        try:
+            blocks = torch.zeros(_shape(handle), dtype=TORCH_DTYPES[layout.dtype])
+        except (RuntimeError, TypeError, OverflowError):  # of sizes that no memory has
+            raise PoolExhausted(
+                f"this process has no memory for {shown_number(num_blocks)} blocks of "
+                f"{shown_number(block_size)} tokens of {layout}"
+            ) from None
+        return cls(handle, blocks)
 
     @property
     def layout(self) -> Layout:
@@ -204,14 +214,37 @@ def map_pages(handle: PoolHandle) -> Tensor:
         long as any view of it lives.
 
     Raises:
-        Unsupported, NotFound, EpochMismatch, LayoutMismatch: As `SharedPool.map`.
+        Unsupported, NotFound, EpochMismatch, LayoutMismatch, InvalidRequest: As `SharedPool.map`.
     """
+    check_handle(handle)
     shape = (handle.planes, handle.num_blocks, handle.page_bytes)
     if handle.kind == "cuda-ipc":
         return open_device(handle).view()[handle.offset :].view(shape)
     memory = map_pool(handle)
     flat = torch.frombuffer(memory, dtype=torch.uint8, count=handle.num_bytes, offset=handle.offset)
     return flat.view(shape)
+
+
+def check_handle(handle: object) -> None:
+    """Refuse what is no handle of a pool.
+
+    Raises:
+        InvalidRequest: It is none.
+    """
+    if not isinstance(handle, PoolHandle):
+        raise InvalidRequest(f"{shown(handle)} is no handle of a pool: session.pool gives one")
+
+
+def _kind_of(device: str | torch.device) -> str:
+    """Give the kind of a device by whatever name.
+
+    Raises:
+        InvalidRequest: There is none of that name.
+    """
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise InvalidRequest(f"device is {shown(device)}, which is none") from None
 
 
 def _shape(handle: PoolHandle) -> tuple[int, ...]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.strange_tensors import NOT_PLAIN, made, read_only
 from prefixcache.errors import InvalidRequest
-from prefixcache_kernels import GroupedPlan, GroupPlan, paged_attention
+from prefixcache_kernels import GroupedPlan, GroupPlan, Plan, paged_attention
 from prefixcache_kernels.checks import is_plain
 from prefixcache_kernels.cpu.layers import Layers, LayerWeights, Rotation, Sizes
 from prefixcache_kernels.cpu.library import library
@@ -222,3 +226,85 @@ def test_what_a_step_brings_lies_apart_from_what_is_written() -> None:
     refused(arguments | {"keys": [], "values": []})
     with pytest.raises(InvalidRequest, match="no layers"):
         Layers([], SIZES)
+
+
+@pytest.mark.parametrize(
+    ("field", "odd"),
+    [
+        *((f, odd) for f in Sizes._fields[:5] for odd in (0, -1, 1.5, 2**70)),
+        *((f, odd) for f in Sizes._fields for odd in (math.nan, math.inf, True, "8", None, [8])),
+        ("eps", -1e-9),
+    ],
+)
+def test_sizes_are_numbers_that_there_can_be(field: str, odd: Any) -> None:
+    layers = [packed(*both) for both in zip(WEIGHTS, WINDOWS, strict=True)]
+    with pytest.raises(InvalidRequest):
+        Layers(layers, SIZES._replace(**{field: odd}))
+
+
+@pytest.mark.parametrize("odd", [0, -1, 2**31, 1.5, math.nan, True, "3", [3]])
+def test_windows_are_numbers_of_tokens(odd: Any) -> None:
+    with pytest.raises(InvalidRequest, match="window"):
+        Layers([packed(WEIGHTS[0], odd)], SIZES)
+
+
+@pytest.mark.parametrize("odd", [None, 5, "layers", (1, 2), np.ones(3)])
+def test_what_is_of_another_kind_is_refused_by_name(odd: Any) -> None:
+    for layers in (odd, [odd], []):
+        with pytest.raises(InvalidRequest, match="layer"):
+            Layers(layers, SIZES)
+    with pytest.raises(InvalidRequest, match="sizes"):
+        Layers([packed(WEIGHTS[0], None)], odd)
+    for name in ("qkv", "out", "gate_up", "down"):
+        with pytest.raises(InvalidRequest, match=name):
+            Layers([replace(packed(WEIGHTS[0], None), **{name: odd})], SIZES)
+    for name in ("rotation", "plan"):
+        with pytest.raises(InvalidRequest, match=name):
+            network()(**step() | {name: odd})
+    for name in ("keys", "values"):
+        refused_name = step() | {name: odd}
+        with pytest.raises(InvalidRequest):
+            network()(**refused_name)
+    for positions, frequencies, scale in (
+        (odd, torch.rand(4), 1.0),
+        (torch.arange(3), odd, 1.0),
+        (torch.arange(3), torch.rand(4), "x"),
+        (torch.arange(3), torch.rand(4), math.nan),
+    ):
+        with pytest.raises(InvalidRequest):
+            Rotation.of(positions, frequencies, scale)
+
+
+@pytest.mark.parametrize("block", [BLOCKS, -1, 2**31 - 1])
+@pytest.mark.parametrize("windows", [(None, None), (3, None), (3, 3)])
+def test_a_batch_that_names_a_block_outside_the_pool_writes_nothing(
+    block: int, windows: tuple[int | None, ...]
+) -> None:
+    """Of a window that is narrow enough no layer reads it: where one does, none has stored."""
+    tables, starts, contexts = (part.clone() for part in BATCH)
+    tables[0][0 if windows != (3, 3) else 1] = block
+    plan = Plan.build(tables, starts, contexts, BLOCK)
+    arguments = step()
+    arguments |= {name: arguments[name][:2] for name in ("keys", "values")} | {"plan": plan}
+    written = [arguments["x"], *arguments["keys"], *arguments["values"]]
+    before = [one.clone() for one in written]
+    run = Layers([packed(*both) for both in zip(WEIGHTS[:2], windows, strict=True)], SIZES)
+    with pytest.raises(InvalidRequest, match="block tables name blocks"):
+        run(**arguments)
+    assert all(map(torch.equal, written, before))
+
+
+def test_weights_are_read_where_they_lay_when_they_were_checked() -> None:
+    layers = [packed(*both) for both in zip(WEIGHTS, WINDOWS, strict=True)]
+    run = Layers(layers, SIZES)
+    want = run(**step())
+    for layer in layers:
+        for tensor in (layer.input_norm, layer.post_norm, layer.qkv.data, layer.down.data):
+            tensor.data = torch.full_like(tensor, math.nan)
+    gc.collect()
+    others = [torch.full_like(layer.input_norm, math.nan) for layer in layers * 200]
+    assert torch.equal(run(**step()), want)
+    del others
+    run._memory[3].untyped_storage().resize_(0)
+    with pytest.raises(InvalidRequest, match="have let go of their memory"):
+        run(**step())

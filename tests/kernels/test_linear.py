@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.strange_tensors import NOT_PLAIN
+from kernels.strange_tensors import made as made_of
 from prefixcache.errors import InvalidRequest, Unsupported
 from prefixcache_kernels.cpu import library as library_module
 from prefixcache_kernels.cpu.library import library
@@ -276,6 +279,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
         ({"columns": 64}, "columns"),
         ({"columns": 17.0}, "columns"),
         ({"gated": True}, "columns"),
+        ({"gated": 1}, "gated"),
         ({"data": torch.zeros(48, 32)}, "one row"),
         ({"data": torch.zeros(48 * 32, dtype=torch.float64)}, "one row"),
         ({"data": torch.zeros(2 * 48 * 32)[::2]}, "even"),
@@ -317,3 +321,35 @@ def test_what_cannot_be_packed_says_so() -> None:
     for weight in (torch.zeros(4, 3), torch.zeros(4, 4, dtype=torch.float16), torch.zeros(4)):
         with pytest.raises(Unsupported, match="not packed"):
             pack(weight)
+
+
+@pytest.mark.parametrize("way", [pack, quantize])
+def test_only_plain_weights_of_two_halves_are_packed_as_gated(way: Any) -> None:
+    weight = torch.randn(48, 32)
+    for kind in NOT_PLAIN:
+        if (strange := made_of(kind, weight)) is not None:
+            with pytest.raises((InvalidRequest, Unsupported), match="weight"):
+                way(strange)
+    with pytest.raises(InvalidRequest, match="two of the same size"):
+        way(weight[:47], gated=True)
+    with pytest.raises(InvalidRequest, match="gated is"):
+        way(weight, gated="no")
+    for empty in (weight[:0], weight[:, :0]):
+        with pytest.raises(Unsupported, match="not packed"):
+            way(empty)
+    scattered = torch.stack([weight, weight], 2)[..., 0]
+    assert torch.equal(way(scattered, gated=True), way(weight, gated=True))
+
+
+@pytest.mark.parametrize("eps", [-1e-9, math.nan, math.inf, 10**400, True, "0", None, [0.0]])
+def test_what_is_added_to_a_mean_square_is_a_number_from_nought(eps: Any) -> None:
+    matrix = Matrix(torch.zeros(48 * 32), 32, 48)
+    with pytest.raises(InvalidRequest, match="eps is"):
+        matrix.multiply(torch.zeros(2, 32), norm=torch.ones(32), eps=eps)
+
+
+def test_weights_that_let_go_of_their_memory_are_refused_where_they_are_used() -> None:
+    matrix = Matrix(torch.zeros(48 * 32), 32, 48)
+    matrix.data.untyped_storage().resize_(0)
+    with pytest.raises(InvalidRequest, match="data"):
+        matrix.multiply(torch.zeros(2, 32))

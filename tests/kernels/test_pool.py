@@ -239,6 +239,25 @@ def test_a_pool_that_is_only_accounts_cannot_be_mapped(pool: PoolFile) -> None:
         map_pool(replace(pool.handle, kind="none", name=""))
 
 
+@pytest.mark.parametrize("odd", [None, 5, "pool", {}, LAYOUT])
+def test_what_is_no_handle_is_refused(odd: Any) -> None:
+    for way in (SharedPool.map, map_pages):
+        with pytest.raises(InvalidRequest, match="is no handle of a pool"):
+            way(odd)
+
+
+@pytest.mark.parametrize("odd", [True, 2**70, "nowhere", [], 1.5])
+def test_what_is_no_device_is_refused_by_name(pool: PoolFile, odd: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"device is .*, which is none"):
+        SharedPool.map(pool.handle, odd)
+
+
+@pytest.mark.parametrize("num_blocks", [2**45, 2**62, 2**70])
+def test_a_pool_of_this_process_for_which_there_is_no_memory_is_refused(num_blocks: int) -> None:
+    with pytest.raises(PoolExhausted, match="no memory for"):
+        SharedPool.private(LAYOUT, num_blocks, 16)
+
+
 def test_more_memory_than_there_is_is_refused_with_the_arithmetic(tmp_path: Path) -> None:
     huge = Layout(64, 64, 1024, "float32")
     with pytest.raises(PoolExhausted, match=r"needs .* GiB in .*are free") as refused:

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.types import shown
 from prefixcache_kernels.checks import (
     check_apart,
+    check_ids,
     check_layers,
     check_scalars,
     check_slots,
     check_tensors,
     check_written,
+    same_memory,
 )
 from prefixcache_kernels.cpu import attend
 from prefixcache_kernels.cpu.library import at_hand
@@ -34,6 +37,7 @@ from prefixcache_kernels.cpu.linear import (
     ROW_TYPES,
     WEIGHT_TYPES,
     Matrix,
+    check_eps,
     check_numbers,
     check_rows,
     room_size,
@@ -121,8 +125,9 @@ class Rotation(NamedTuple):
             InvalidRequest: these are other tensors.
             Unsupported: there is no C library.
         """
+        check_tensors(frequencies=frequencies, positions=positions)
         check_numbers("frequencies", frequencies, frequencies.numel())
-        check_tensors(positions=positions)
+        scale, _, _ = check_scalars(scale, None, None)
         if positions.dtype != torch.int64 or positions.dim() != 1 or not positions.is_cpu:
             raise InvalidRequest(f"positions {list(positions.shape)} of {positions.dtype}")
         positions = positions.contiguous()
@@ -153,11 +158,17 @@ class Layers:
     """
 
     def __init__(self, layers: Sequence[LayerWeights], sizes: Sizes) -> None:
-        self.layers = tuple(layers)
-        self.sizes = sizes
-        hidden, width, heads, kv_heads, dim, _, _ = sizes
-        if not self.layers:
+        if not isinstance(layers, Sequence) or not layers:
             raise InvalidRequest("there are no layers")
+        if not isinstance(sizes, Sizes):
+            raise InvalidRequest(f"sizes are {shown(sizes)}, not Sizes")
+        counts = sizes[:5]
+        if not all(type(count) is int and count >= 1 for count in counts):
+            raise InvalidRequest(f"{shown(sizes)}: sizes are integers, at least 1")
+        hidden, width, heads, kv_heads, dim = counts
+        scale, _, _ = check_scalars(sizes.scale, None, None)
+        self.layers = tuple(layers)
+        self.sizes = sizes._replace(eps=check_eps(sizes.eps), scale=scale)
         if dim % 2 or not 2 <= dim <= MOST_DIM or heads % kv_heads or heads < 1:
             raise InvalidRequest(
                 f"{heads} heads on {kv_heads} of {dim}: heads are even, from 2 to {MOST_DIM}, and "
@@ -170,8 +181,13 @@ class Layers:
             "down": (width, hidden, False),
         }
         for layer in self.layers:
+            if not isinstance(layer, LayerWeights):
+                raise InvalidRequest(f"a layer is {shown(layer)}, not LayerWeights")
+            check_scalars(1.0, layer.window, None)
             for name, shape in wanted.items():
                 matrix: Matrix = getattr(layer, name)
+                if not isinstance(matrix, Matrix):
+                    raise InvalidRequest(f"{name} is {shown(matrix)}, not a Matrix")
                 if (matrix.inputs, matrix.columns, matrix.gated) != shape:
                     raise InvalidRequest(
                         f"{name} is {matrix.inputs}, {matrix.columns}: not {shape}"
@@ -183,6 +199,9 @@ class Layers:
             for norm in (layer.q_norm, layer.k_norm):
                 if norm is not None:
                     check_numbers("a norm of heads", norm, dim)
+        # Their memory stays where it is, whatever becomes of the tensors: C is told its addresses.
+        self._memory = [same_memory(given) for layer in self.layers for given in _tensors(layer)]
+        self._addresses = [given.data_ptr() for given in self._memory]
         self._described = (_Layer * len(self.layers))(*map(_describe, self.layers))
         at = ctypes.addressof(self._described)
         self._places = [at + i * ctypes.sizeof(_Layer) for i in range(len(self.layers))]
@@ -220,6 +239,14 @@ class Layers:
         hidden, width, heads, kv_heads, dim, eps, scale = self.sizes
         check_rows("x", x, hidden)
         num = x.shape[0]
+        if not isinstance(rotation, Rotation):
+            raise InvalidRequest(f"rotation is {shown(rotation)}, not a Rotation")
+        if not isinstance(plan, Plan | GroupedPlan):
+            raise InvalidRequest(f"plan is {shown(plan)}, not a Plan or a GroupedPlan")
+        if [given.data_ptr() for given in self._memory] != self._addresses:
+            raise InvalidRequest("weights have let go of their memory since they were checked")
+        if not (isinstance(keys, Sequence) and isinstance(values, Sequence)):
+            raise InvalidRequest(f"keys {shown(keys)} and values {shown(values)}: not one a layer")
         for name, part in rotation._asdict().items():
             check_rows(name, part, dim // 2)
             if part.shape[0] != num or part.dtype != torch.float32 or not part.is_contiguous():
@@ -283,22 +310,17 @@ class Layers:
             value_stride=values[0].stride(1) * dtype.itemsize,
             eps=eps,
         )
-        scale, _, _ = check_scalars(scale, None, None)
         last = len(self.layers) - 1
         run, at = library.handle.prefixcache_layer, ctypes.byref(step)
         calls: dict[int | None, attend.Prepared] = {}
+        for window in dict.fromkeys(layer.window for layer in self.layers):
+            calls[window] = call = attend.prepare(
+                plan, query, keys[0], values[0], attended, scale=scale, window=window
+            )
+            # The first layer stores before it attends: a block that is none is found before that.
+            check_ids(call.tasks.ids(keys[0].shape[1]), keys[0].shape[0])
         for index, layer in enumerate(self.layers):
-            call = calls.get(layer.window)
-            if call is None:
-                call = calls[layer.window] = attend.prepare(
-                    plan,
-                    query,
-                    keys[index],
-                    values[index],
-                    attended,
-                    scale=scale,
-                    window=layer.window,
-                )
+            call = calls[layer.window]
             step.keys, step.values = caches[index].kind[:2]
             call.turn(step.keys, step.values)
             parts = _BEFORE | (_AFTER if index < last else 0)
@@ -310,6 +332,14 @@ class Layers:
             if x.shape[0]:
                 run(at, self._places[index], None, _AFTER)
         return x
+
+
+def _tensors(layer: LayerWeights) -> list[Tensor]:
+    """Give all tensors of a layer's weights."""
+    matrices = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    norms = (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+    given = (*(m.data for m in matrices), *(m.bias for m in matrices), *norms)
+    return [tensor for tensor in given if tensor is not None]
 
 
 def _describe(layer: LayerWeights) -> _Layer:

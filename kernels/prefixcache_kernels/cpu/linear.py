@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from numbers import Real
 from typing import Final
 
 import torch
@@ -23,7 +24,8 @@ import torch.nn.functional as F  # noqa: N812 - the name that everybody knows
 from torch import Tensor
 
 from prefixcache.errors import InvalidRequest, Unsupported
-from prefixcache_kernels.checks import check_tensors
+from prefixcache.types import shown
+from prefixcache_kernels.checks import LARGEST, check_tensors
 from prefixcache_kernels.cpu.library import at_hand
 
 PANEL: Final = 16
@@ -86,6 +88,8 @@ class Matrix:
 
     def __post_init__(self) -> None:
         check_tensors(data=self.data)
+        if not isinstance(self.gated, bool):
+            raise InvalidRequest(f"gated is {shown(self.gated)}, not True or False")
         if self.data.dtype not in WEIGHT_TYPES or not self.data.is_cpu or self.data.dim() != 1:
             raise InvalidRequest(
                 f"packed weights {list(self.data.shape)} of {self.data.dtype} on "
@@ -133,10 +137,13 @@ class Matrix:
             float32 `[rows, columns]`.
 
         Raises:
-            InvalidRequest: the shapes or types do not fit together.
+            InvalidRequest: the shapes or types do not fit together, or the weights have lost their
+                memory.
             Unsupported: there is no C library.
         """
         check_rows("x", x, self.inputs)
+        check_tensors(data=self.data)
+        eps = check_eps(eps)
         if norm is not None:
             check_numbers("norm", norm, self.inputs)
         out = x.new_empty((x.shape[0], self.columns), dtype=torch.float32)
@@ -196,10 +203,10 @@ def pack(weight: Tensor, *, gated: bool = False) -> Tensor:
         gated: its first half is what gates the second half.
 
     Raises:
+        InvalidRequest: no plain tensor, or not two halves where it is gated.
         Unsupported: an odd number of inputs, or a type that is not packed.
     """
-    if weight.dim() != 2 or weight.dtype not in _FROM or weight.shape[1] % 2:
-        raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
+    _check_weight(weight, gated)
     panels = in_panels(weight, gated=gated)
     if weight.dtype == torch.bfloat16:
         pairs = panels.view(-1, PANEL, weight.shape[1] // 2, 2)
@@ -217,10 +224,10 @@ def quantize(weight: Tensor, *, gated: bool = False) -> Tensor:
         gated: its first half is what gates the second half.
 
     Raises:
+        InvalidRequest: no plain tensor, or not two halves where it is gated.
         Unsupported: an odd number of inputs, another type, or numbers that are not finite.
     """
-    if weight.dim() != 2 or weight.dtype not in _FROM or weight.shape[1] % 2:
-        raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
+    _check_weight(weight, gated)
     if not bool(weight.isfinite().all()):
         raise Unsupported("weights that are not finite have no eight bits")
     panels = F.pad(in_panels(weight, gated=gated), (0, -weight.shape[1] % GROUP))
@@ -237,6 +244,22 @@ def quantize(weight: Tensor, *, gated: bool = False) -> Tensor:
     return torch.cat([bare, pairs.flatten(2)], -1).flatten()
 
 
+def _check_weight(weight: Tensor, gated: bool) -> None:
+    """Refuse what is not packed.
+
+    Raises:
+        InvalidRequest: as of `pack`.
+        Unsupported: as of `pack`.
+    """
+    check_tensors(weight=weight)
+    if not isinstance(gated, bool):
+        raise InvalidRequest(f"gated is {shown(gated)}, not True or False")
+    if weight.dim() != 2 or weight.dtype not in _FROM or weight.shape[1] % 2 or not weight.numel():
+        raise Unsupported(f"weights {list(weight.shape)} of {weight.dtype} are not packed")
+    if gated and weight.shape[0] % 2:
+        raise InvalidRequest(f"gated weights {list(weight.shape)} are not two of the same size")
+
+
 def num_groups(inputs: int) -> int:
     """Give how many scales an output of eight bits has."""
     return -(-inputs // GROUP)
@@ -249,13 +272,24 @@ def room_size(rows: int, inputs: int, threads: int) -> int:
 
 def in_panels(rows: Tensor, *, gated: bool = False) -> Tensor:
     """Give rows in panels of 16, filled up with zeros; if gated, panels of both halves by turns."""
-    parts = rows.view(2 if gated else 1, -1, *rows.shape[1:])
+    parts = rows.reshape(2 if gated else 1, -1, *rows.shape[1:])
     missing = -parts.shape[1] % PANEL
     if missing:
         zeros = parts.new_zeros(parts.shape[0], missing, *rows.shape[1:])
         parts = torch.cat([parts, zeros], 1)
     panels = parts.reshape(parts.shape[0], -1, PANEL, *rows.shape[1:])
     return panels.transpose(0, 1).flatten(0, 1)
+
+
+def check_eps(eps: float) -> float:
+    """Refuse what is not added to a mean square; give it as a number.
+
+    Raises:
+        InvalidRequest: it is no finite number from 0.
+    """
+    if not isinstance(eps, Real) or isinstance(eps, bool) or not 0 <= eps <= LARGEST:
+        raise InvalidRequest(f"eps is {shown(eps)}, not a number from 0 to {LARGEST:g}")
+    return float(eps)
 
 
 def check_rows(name: str, x: Tensor, inputs: int) -> None:
