@@ -40,7 +40,10 @@ class Deliveries:
         self.on_end: Callable[[], object] = lambda: None
         """Is called after some leases of workers that leave have ended."""
         self.on_settle: Callable[[], object] = lambda: None
-        """Is called after every step that may have changed something."""
+        """Is called after every step that may have changed something.
+
+        What either raises is logged: the step, which is somebody's, does not notice.
+        """
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
 
@@ -70,7 +73,7 @@ class Deliveries:
         cache = self._backing.cache
         if cache is None:
             return
-        self.on_settle()
+        _tell(self.on_settle)
         # Who wants an outcome no more gives its lease back, which may settle others.
         while self._waiting and (settled := cache.take_outcomes()):
             for ticket, outcome in settled:
@@ -102,7 +105,7 @@ class Deliveries:
         leaving = cache.is_leaving()
         ended = cache.expire(now=time.monotonic(), most=MOST_ENDS)
         if leaving:
-            self.on_end()
+            _tell(self.on_end)
         elif ended.leases:
             log.warning(
                 "leases expired without a sign of life",
@@ -111,6 +114,13 @@ class Deliveries:
                 quarantined=ended.num_quarantined,
             )
         self.settle()
+
+
+def _tell(hook: Callable[[], object]) -> None:
+    try:
+        hook()
+    except Exception:
+        log.exception("what hears of each step has raised")
 
 
 def _deliver(ticket: TicketId, deliver: Deliver, outcome: Outcome) -> None:

@@ -116,27 +116,33 @@ class Haulage:
         slab, handle = self._backing.slab, self._backing.handle
         assert slab is not None
         assert handle is not None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "prefixcache.service.tiers.porter", str(theirs.fileno())]
+        ours = None
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-                command,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
-        except OSError as error:
-            ours.close()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                number = str(theirs.fileno())
+                self._process = subprocess.Popen(  # noqa: S603 - this interpreter
+                    [sys.executable, "-m", "prefixcache.service.tiers.porter", number],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+            self._pidfd = os.pidfd_open(self._process.pid)
+        except OSError as error:  # no descriptor is left, or no process
+            if ours is not None:
+                ours.close()
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+                self._process = None
             self._timer_to_start(f"cannot be started: {error}")
             return
-        finally:
-            theirs.close()
         order = slab.order(handle, self._seed) | {"parent": os.getpid()}
         ours.setblocking(False)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             ours.send(json_text(order).encode())
         loop = asyncio.get_running_loop()
-        self._line, self._pidfd = ours, os.pidfd_open(self._process.pid)
+        self._line = ours
         loop.add_reader(ours, self._hear)
         loop.add_reader(self._pidfd, self._ended)
         self._in_hand[READY] = time.monotonic()

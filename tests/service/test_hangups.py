@@ -414,6 +414,19 @@ def test_an_outcome_that_cannot_be_delivered_stops_neither_the_step_nor_those_be
     deliveries.refuse(TicketId(4), PoolExhausted("no 4"))  # no more than that
 
 
+def test_what_hears_of_each_step_keeps_no_outcome_from_who_waits_for_it() -> None:
+    settled: list[tuple[TicketId, Outcome]] = [(TicketId(1), PoolExhausted("no 1"))]
+    cache = SimpleNamespace(
+        take_outcomes=lambda: [settled.pop(0)] if settled else [], next_deadline=lambda: None
+    )
+    backing: Any = SimpleNamespace(cache=cache)
+    deliveries, heard = Deliveries(backing), []
+    deliveries.on_settle = lambda: [][1]
+    deliveries.enter(TicketId(1), lambda outcome: heard.append(str(outcome)))
+    deliveries.settle()
+    assert heard == ["no 1"]
+
+
 def test_a_call_that_waits_with_a_session_s_key_is_answered_when_the_session_ends(
     tmp_path: Path,
 ) -> None:

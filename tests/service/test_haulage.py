@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from patience import PATIENCE_S
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.client.session import Session
-from prefixcache.config import load
+from prefixcache.config import ServeSettings, load
 from prefixcache.pool import PoolFile, map_pool, pages_of
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
@@ -204,18 +207,59 @@ def test_who_waits_for_a_porter_that_hangs_waits_no_longer_than_a_moment(
     assert client.check().failure == ""
 
 
-def test_a_porter_that_does_not_report_is_killed_and_replaced() -> None:
-    memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
-    settings = load({"memory": memory, "block_size": SIZE, "layout": LAYOUT, "host": slots(400)})
+async def eventually_here(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not check():
+        assert time.monotonic() < deadline, "it never came about"
+        await asyncio.sleep(0.01)
 
-    async def eventually_here(check: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not check():
-            assert time.monotonic() < deadline, "it never came about"
-            await asyncio.sleep(0.01)
+
+def here() -> ServeSettings:
+    """Settings of a service in this process."""
+    memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
+    return load({"memory": memory, "block_size": SIZE, "layout": LAYOUT, "host": slots(400)})
+
+
+@pytest.mark.parametrize("what", ["socket.socketpair", "subprocess.Popen", "os.pidfd_open"])
+def test_a_porter_for_whom_nothing_is_left_comes_later_and_holds_no_step_up(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    module, _, name = what.partition(".")
+    real, failed = getattr(sys.modules[module], name), []
+
+    def fail_twice(*args: Any, **kwargs: Any) -> Any:
+        if len(failed) < 2:
+            failed.append(args)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(*args, **kwargs)
 
     async def story() -> None:
-        backing, failures = Backing(settings), Failures()
+        backing, failures = Backing(here()), Failures()
+        deliveries = Deliveries(backing)
+        haulage = Haulage(backing, deliveries, failures, first_pause_s=0.01)
+        cache = backing.cache
+        assert cache is not None
+        hauls = cache._lessor.hauls
+        assert hauls is not None
+        try:
+            monkeypatch.setattr(sys.modules[module], name, fail_twice)
+            deliveries.settle()
+            assert haulage.pid == 0
+            assert "cannot be started: [Errno 24]" in str(failures.causes())
+            await eventually_here(lambda: hauls.has_porter)
+            assert len(failed) == 2
+            assert not failures.causes()
+        finally:
+            haulage.close()
+            deliveries.close()
+            backing.close()
+
+    asyncio.run(story())
+
+
+def test_a_porter_that_does_not_report_is_killed_and_replaced() -> None:
+    async def story() -> None:
+        backing, failures = Backing(here()), Failures()
         deliveries = Deliveries(backing)
         haulage = Haulage(backing, deliveries, failures, silent_s=1.0, first_pause_s=0.01)
         cache = backing.cache
