@@ -346,9 +346,13 @@ def refuse_other_loop(loop: asyncio.AbstractEventLoop, what: str) -> None:
     """Refuse a call from an event loop that is not the one of a client or session.
 
     Raises:
-        InvalidRequest: it comes from another one.
+        InvalidRequest: it comes from another one, or from a thread that has none.
     """
-    if asyncio.get_running_loop() is not loop:
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is not loop:
         raise InvalidRequest(
             f"this {what} belongs to another event loop: call connect_async in this one"
         )

@@ -217,6 +217,9 @@ def test_a_client_in_another_event_loop_says_so(service: ServiceProcess) -> None
     for call in calls:
         with pytest.raises(InvalidRequest, match="belongs to another event loop"):
             asyncio.run(run(call))
+    for outside in (lambda: session.post(session.batch()), lease.release):
+        with pytest.raises(InvalidRequest, match="belongs to another event loop"):
+            outside()  # there is none in this thread
     asyncio.run(run(session.close))
     asyncio.run(run(client.close))
     assert not session.alive
