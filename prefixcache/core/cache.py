@@ -41,6 +41,7 @@ from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.rolling_index import RollingIndex
 from prefixcache.core.segments import Segments, beside, check_again
 from prefixcache.core.stats import FlightInfo, SeriesCounts
+from prefixcache.core.tiers import PlaceListener
 from prefixcache.core.wait_queue import Extension, Request
 from prefixcache.errors import (
     CacheError,
@@ -1140,7 +1141,12 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ who listens; another life
 
-    def observe(self, listener: IndexListener, writes: WriteListener | None = None) -> None:
+    def observe(
+        self,
+        listener: IndexListener,
+        writes: WriteListener | None = None,
+        below: PlaceListener | None = None,
+    ) -> None:
         """Tell `listener` of every change of the index from now on, beside those told already.
 
         Nobody is told of what is approximate.
@@ -1148,6 +1154,7 @@ class PrefixCache:
         Args:
             listener: Hears of the index.
             writes: Hears which blocks may be written to; at most one does.
+            below: Hears where blocks lie below the pool, if there is anything; at most one does.
         """
         tree = self._lessor.tree
         if self._lessor.segments is not None:
@@ -1157,14 +1164,24 @@ class PrefixCache:
         )
         if writes is not None:
             self._lessor.blocks.pool.write_listener = writes
+        if below is not None and self._lessor.hauls is not None:
+            self._lessor.hauls.tier.listener = below
 
     def wipe_with(self, wipe: Wipe) -> None:
         """Have blocks overwritten with zeros before they are lent to another tenant than before."""
         self._lessor.blocks.last_tenant.wipe = wipe
 
-    def replay(self, listener: IndexListener) -> Replay:
-        """Prepare to tell `listener` what is indexed, as if it was stored just now.  O(1)."""
-        return Replay(self._lessor.roots, self._lessor.tree.block_bytes, listener)
+    def replay(self, listener: IndexListener, below: PlaceListener | None = None) -> Replay:
+        """Prepare to tell `listener` what is indexed, as if it was stored just now.  O(1).
+
+        Args:
+            listener: Is told.
+            below: Is told what lies below the pool; None: nobody is.
+        """
+        lessor = self._lessor
+        tier = None if lessor.hauls is None else lessor.hauls.tier
+        tree = lessor.tree
+        return Replay(lessor.roots, tree.block_bytes, listener, tree.walks, below, tier)
 
     def record(self, put: Put | None) -> None:
         """Log each operation from now on, so that another cache can play it again.

@@ -40,6 +40,7 @@ class Ghosts:
         "num_blocks",
         "num_tails",
         "tier",
+        "walks",
         "worth",
     )
 
@@ -59,6 +60,8 @@ class Ghosts:
         """Blocks that are remembered, by when they were buried, in steps of `_step` burials."""
         self.tier: Tier | None = None
         """Where the blocks of some ghosts lie."""
+        self.walks: list[list[Node]] = []
+        """For each walk through the tree that is on its way: what has swallowed another."""
 
     def set_tier(self, tier: Tier) -> None:
         """Let ghosts keep what they are given of a tier."""
@@ -117,6 +120,8 @@ class Ghosts:
             self._count(only, -1)
             if self.tier is not None:
                 self.tier.join(ghost, only)
+            for moved in self.walks:
+                moved.append(ghost)
             ghost.tokens += only.tokens
             ghost.ghosts = only.ghosts
             ghost.divergence = only.divergence
@@ -206,7 +211,8 @@ class Ghosts:
     def revive(self, node: Node, run: bytes) -> Node | None:
         """Take the ghost below `node` that `run` begins with, cut where they part.
 
-        The ghost is unlinked and its own ghosts stay below it; the caller gives it blocks.  None if
+        The ghost is unlinked and its own ghosts stay below it; the caller gives it blocks, and then
+        takes its slots back.  None if
         no ghost begins with the run's first block, or if only a shorter tail does (it is dropped).
         """
         ghosts = node.ghosts
@@ -237,7 +243,7 @@ class Ghosts:
         if self.worth is not None:
             self.worth.revived(ghost)
         if self.tier is not None:
-            self.tier.leave(ghost)
+            self.tier.step_out(ghost)
         return ghost
 
     def forget(self) -> list[Node]:

@@ -185,7 +185,9 @@ class Lessor:
         del self.roots[namespace]
         if root.num_blocks:
             self.tree.drop_namespace(root)
-        elif self.hauls is not None:
+        elif self.hauls is not None and root.ghosts:
+            if self.tree.listener is not None:
+                self.tree.listener.cleared(namespace)  # of what lies below the pool
             self.hauls.tier.sweep(root)
         root.retired = True  # for who waits for something of it
         quotas.close(namespace)

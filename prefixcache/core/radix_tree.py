@@ -153,6 +153,8 @@ class RadixTree:
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
         self.ghosts = Ghosts(num_ghosts, self.block_bytes)
+        self.walks = self.ghosts.walks
+        """For each walk through the tree that is on its way: what was split or merged meanwhile."""
         self.tails = Tails()
         """The unprotected tails."""
         self.worth: TailWorth | None = None
@@ -628,7 +630,12 @@ class RadixTree:
                 ghost.mark = None
             else:
                 self._revived(ghost)
+            tier = None if ghost.places is None else self.ghosts.tier
+            if tier is not None:
+                tier.rise(ghost, ghost.blocks)
             node = self._adopt(node, ghost, absorbed)
+            if tier is not None:
+                tier.clear(ghost)  # lost below after it was stored above
             run, blocks = run[size:], blocks[count:]
         return node
 
@@ -724,14 +731,15 @@ class RadixTree:
 
     def _give_slots(self, ghost: Node, blocks: BlockTable) -> None:
         """Give what is being buried its slots, as far as there are any."""
-        if not self._slots:
+        if not self._slots or self.ghosts.tier is None:
             return
         count = min(len(ghost.tokens) // self.block_bytes, len(self._slots))
         if count:
-            ghost.places = self._slots[:count]
+            slots, going = self._slots[:count], blocks[:count]
             del self._slots[:count]
+            self.ghosts.tier.copy(ghost, going, slots)
             tokens = ghost.tokens[: count * self.block_bytes]
-            self._sunk.append(Sunk(tokens, blocks[:count], ghost.places[:]))
+            self._sunk.append(Sunk(tokens, going, slots[:]))
 
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
@@ -789,8 +797,6 @@ class RadixTree:
 
     def _evict_tail(self, root: Root, node: Node, keep: int) -> None:
         """Cut a leaf's last blocks off; they become a ghost below it."""
-        if self.listener is not None:
-            self._tell_removed(node, node.blocks[keep:])
         cut = keep * self.block_bytes
         size = len(node.blocks) - keep
         root.num_changes += 1
@@ -803,7 +809,7 @@ class RadixTree:
             ghost.divergence = node.divergence
             ghost.mark = mark
             if self._slots:
-                self._give_slots(ghost, node.blocks[keep:])
+                self._give_slots(ghost, node.blocks[keep:])  # told before they are removed above
             if node.ghosts:
                 ghost.ghosts, node.ghosts = node.ghosts, None
                 self.ghosts.adopt_children(ghost)
@@ -813,6 +819,8 @@ class RadixTree:
                 self._forgotten(mark, size)
             if self.worth is not None:
                 self.worth.leave(node.last_used, size)
+        if self.listener is not None:
+            self._tell_removed(node, node.blocks[keep:])
         node.tokens = node.tokens[:cut]
         node.blocks = node.blocks[:keep]
         node.divergence = None
@@ -823,8 +831,6 @@ class RadixTree:
         above = node.parent
         if above is None:
             raise AssertionError("a root is never evicted")
-        if self.listener is not None:
-            self._tell_removed(node, node.blocks)
         size = len(node.blocks)
         mark = None if self._lost is None or node.tail else self._lost(node, size)
         self._uncount(root, size)
@@ -845,6 +851,8 @@ class RadixTree:
                 self._forgotten(mark, size)
             if self.worth is not None:
                 self.worth.forget(node)
+        if self.listener is not None:
+            self._tell_removed(node, blocks)
         if node.tail:
             self._tailless(above)
         else:
@@ -975,6 +983,8 @@ class RadixTree:
         upper.children.put(node.tokens[:width], node)
         above.children[key[:width]] = upper
         self.num_nodes += 1
+        for moved in self.walks:
+            moved.append(upper)
         return upper
 
     def _merge(self, node: Node) -> bool:
@@ -1004,6 +1014,8 @@ class RadixTree:
         if top.children is None:
             raise AssertionError("a parent has children")
         width = self.block_bytes
+        for moved in self.walks:
+            moved.append(node)
         node.tokens = above.tokens + node.tokens
         node.blocks = above.blocks + node.blocks
         node.parent = top

@@ -23,6 +23,9 @@ slots           5                7    2                           5     2     7
 **A stamp** is a number that each writing of a slot has for itself.  Who writes a slot writes the
 stamp beside the bytes, who reads it compares: a slot that holds what was there before, or another
 slot's bytes, is found out, whatever its checksum says.
+
+**Who listens** hears where blocks lie: that one has been given a slot, before it leaves the pool,
+and that a slot holds it no more, after it has come back.
 """
 
 from __future__ import annotations
@@ -30,15 +33,80 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from enum import IntEnum
+from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
 from prefixcache.core.node import Node, Root
-from prefixcache.types import BlockTable
+from prefixcache.types import BlockTable, Namespace
 
 Stamps: TypeAlias = "array[int]"
 """`array('q')`: what stands beside the bytes of each slot."""
+
+Places: TypeAlias = "array[int]"
+"""`array('q')`: where blocks lie.  A place is a `Level` times 2^32, and the number of a slot there;
+in the pool it is the block's id.  `NOWHERE` is none."""
+
+NOWHERE: Final = -1
+LEVEL_BITS: Final = 32
+
+
+class Level(IntEnum):
+    """What blocks lie in, from the top."""
+
+    POOL = 0
+    HOST = 1
+    DISK = 2
+
+    def places(self, numbers: BlockTable) -> Places:
+        """Give the places of blocks or slots of this level.  O(numbers), in C.
+
+        >>> Level.HOST.places(array("i", [0, 5])).tolist()
+        [4294967296, 4294967301]
+        """
+        if self is Level.POOL:
+            return array("q", numbers)
+        return array("q", (_index(numbers) + (int(self) << LEVEL_BITS)).tobytes())
+
+
+class PlaceListener(Protocol):
+    """What hears where blocks lie below the pool, in order and at once; must be quick.
+
+    It is told beside an `IndexListener`, which hears of the pool: what is copied is at a place that
+    one of the two has heard of.
+    """
+
+    def copied(self, namespace: Namespace, sources: Places, places: Places) -> None:
+        """Hear that blocks lie, or are about to, at other places, too.
+
+        Of blocks that come back to the pool it is told just before they are stored there.
+
+        Args:
+            namespace: Whose blocks.
+            sources: Where each of them lies.
+            places: As many; each held nothing.
+        """
+
+    def lost(self, places: Places) -> None:
+        """Hear that some places hold nothing any more that could be found.
+
+        Those of a namespace that was cleared may be among them: nothing was found there.
+        """
+
+    def found(
+        self, namespace: Namespace, parent: int | None, tokens: bytes, places: Places
+    ) -> None:
+        """Hear, in a replay, where a run of blocks lies.
+
+        Args:
+            namespace: Whose blocks.
+            parent: A place, told before, of the block that holds the tokens before; None: they are
+                the first.
+            tokens: Packed tokens of the run, all blocks full.
+            places: Of each block; `NOWHERE` of one that is named for what follows it.
+        """
+
 
 _OWNED, _READY, _BUSY = 1, 2, 4
 _SWEPT = 64
@@ -51,6 +119,7 @@ class Tier:
     Args:
         num_slots: Blocks that it can hold.
         block_bytes: Bytes of a block's packed tokens.
+        level: Where it lies.
     """
 
     __slots__ = (
@@ -61,13 +130,16 @@ class Tier:
         "_states",
         "_sweeps",
         "bared",
+        "level",
+        "listener",
         "num_given_up",
         "num_slots",
         "order",
     )
 
-    def __init__(self, num_slots: int, block_bytes: int) -> None:
+    def __init__(self, num_slots: int, block_bytes: int, level: Level = Level.HOST) -> None:
         self.num_slots = num_slots
+        self.level = level
         self._block_bytes = block_bytes
         self._free: BlockTable = array("i", range(num_slots - 1, -1, -1))
         self._states = np.zeros(num_slots, np.uint8)
@@ -80,6 +152,8 @@ class Tier:
         """Is told of a ghost that has lost its last slot."""
         self.num_given_up = 0
         """Blocks that were given up for younger ones, since the start."""
+        self.listener: PlaceListener | None = None
+        """Who is told what is copied to its slots, and lost there."""
 
     @property
     def num_free(self) -> int:
@@ -136,6 +210,8 @@ class Tier:
     def _end(self, slots: BlockTable, num_good: int, more: int) -> None:
         index = _index(slots)
         states = self._states[index] & (_OWNED | _READY)
+        if num_good < len(slots) and self.listener is not None:
+            self._tell_lost(index[num_good:][(states[num_good:] & _OWNED) != 0])
         states[:num_good] |= more
         states[num_good:] &= _OWNED
         free = (states & _OWNED) == 0
@@ -167,12 +243,21 @@ class Tier:
         self.order[ghost.last_used] = ghost
 
     def leave(self, ghost: Node) -> None:
-        """Take all slots of a ghost back: it is forgotten, or its blocks are in the pool."""
-        if ghost.places is not None:
-            if self.order.get(ghost.last_used) is ghost:
-                del self.order[ghost.last_used]
-            self.let_go(ghost.places)
-            ghost.places = None
+        """Take all slots of a ghost back: it is forgotten."""
+        self.step_out(ghost)
+        self.clear(ghost)
+
+    def step_out(self, ghost: Node) -> None:
+        """Let a ghost stand in the order no more: its blocks are about to be in the pool."""
+        if ghost.places is not None and self.order.get(ghost.last_used) is ghost:
+            del self.order[ghost.last_used]
+
+    def clear(self, node: Node) -> None:
+        """Take all slots back of a node that does not stand in the order."""
+        if node.places is not None:
+            self._lose(node.places)
+            self.let_go(node.places)
+            node.places = None
 
     def split(self, upper: Node, lower: Node, num_blocks: int) -> None:
         """Give `lower` the slots of all but the first `num_blocks` blocks of `upper`.
@@ -242,8 +327,51 @@ class Tier:
             self._bare(ghost)
         else:
             ghost.places = places[:keep]
+            self._lose(gone)
             self.let_go(gone)
         return True
+
+    # ------------------------------------------------------------------ who listens
+
+    def copy(self, ghost: Node, blocks: BlockTable, slots: BlockTable) -> None:
+        """Give what is being buried the slots to which its first blocks are to be copied."""
+        ghost.places = slots
+        if self.listener is not None:
+            sources, places = Level.POOL.places(blocks), self.level.places(slots)
+            self.listener.copied(ghost.root.namespace, sources, places)
+
+    def rise(self, node: Node, blocks: BlockTable) -> None:
+        """Tell in which blocks lies what a node has in slots, and is about to give up."""
+        if self.listener is not None and node.places is not None and not node.root.retired:
+            sources = self.told(node.places)
+            places = Level.POOL.places(blocks[: len(sources)])
+            if NOWHERE in sources:
+                known = [pair for pair in zip(sources, places, strict=True) if pair[0] != NOWHERE]
+                sources = array("q", [one for one, _ in known])
+                places = array("q", [place for _, place in known])
+            if sources:
+                self.listener.copied(node.root.namespace, sources, places)
+
+    def told(self, slots: BlockTable) -> Places:
+        """Give the places of a ghost's slots as listeners know them.  O(slots), in C.
+
+        That of a slot which does not hold what it should is `NOWHERE`.
+        """
+        index = _index(slots)
+        places = index + (int(self.level) << LEVEL_BITS)
+        places[self._states[index] == _OWNED] = NOWHERE
+        return array("q", places.tobytes())
+
+    def _lose(self, slots: BlockTable) -> None:
+        """Tell the listener that slots are about to be let go."""
+        if self.listener is not None:
+            index = _index(slots)
+            self._tell_lost(index[self._states[index] != _OWNED])
+
+    def _tell_lost(self, index: np.ndarray) -> None:
+        if self.listener is not None and len(index):
+            places = index + (int(self.level) << LEVEL_BITS)
+            self.listener.lost(array("q", places.tobytes()))
 
     def check(self, owners: list[Node], busy: BlockTable) -> None:
         """Assert that each slot has the owner it should have.  O(slots).

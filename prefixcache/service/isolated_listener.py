@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from prefixcache.core.tiers import Places
 from prefixcache.types import BlockId, BlockTable, Namespace
 
 
@@ -56,6 +57,32 @@ class IsolatedListener:
         if self._ear is not None:
             try:
                 self._ear.left(namespace)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._end(error)
+
+    def copied(self, namespace: Namespace, sources: Places, places: Places) -> None:
+        """Pass it on."""
+        if self._ear is not None:
+            try:
+                self._ear.copied(namespace, sources, places)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._end(error)
+
+    def lost(self, places: Places) -> None:
+        """Pass it on."""
+        if self._ear is not None:
+            try:
+                self._ear.lost(places)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._end(error)
+
+    def found(
+        self, namespace: Namespace, parent: int | None, tokens: bytes, places: Places
+    ) -> None:
+        """Pass it on."""
+        if self._ear is not None:
+            try:
+                self._ear.found(namespace, parent, tokens, places)
             except Exception as error:  # noqa: BLE001 - as above
                 self._end(error)
 

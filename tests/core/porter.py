@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from core.follower import Ears, Follower
 from core.oracle import Holding, Tokens
 from core.rules import NAMES, Draw, Rules
 from core.world import LeaseView, Shape, World
@@ -28,6 +29,11 @@ class TieredWorld(World):
         self.queue: list[Haul] = []
         """What the porter has still to do."""
         self.cache.set_porter(is_there=True, now=self.now)
+        self.follower, self.late = Follower(self.cache), Follower(self.cache, late=True)
+        """Who hears where all lies, from the start and from some later moment on."""
+        self.num_heard = 0
+        ears = Ears(lambda: (self.follower, self.late))
+        self.cache.observe(ears, below=ears)
 
     @property
     def hauls(self) -> Hauls:
@@ -66,12 +72,30 @@ class TieredWorld(World):
         self.sync()
         super().settle()
 
+    def verify(self) -> None:
+        super().verify()
+        self.verify_places()
+
+    def verify_places(self) -> None:
+        """Who follows what is told knows where all lies.
+
+        After every call: what a tier gives up may be on its way back.
+        """
+        self.follower.verify()
+        self.late.verify()
+        if not self.late.go_on():
+            self.count("told late")
+            self.num_heard += 1
+            if self.num_heard % 8 == 0:
+                self.late = Follower(self.cache, late=True)
+
     # ------------------------------------------------------------------ what the porter does
 
     def pump(self) -> None:
         """Give the porter what he is to do next."""
         self.log.append(f"cache.hauls(now={self.now})")
         self.queue += self.cache.hauls(now=self.now)
+        self.verify_places()
 
     def carry(self, num_done: int) -> None:
         """Do the first haul in the queue, or only the first `num_done` blocks of it."""
@@ -102,6 +126,7 @@ class TieredWorld(World):
             good += 1
         self.log.append(f"cache.hauled({haul.id}, {good}, 0.001, now={self.now})")
         self.cache.hauled(haul.id, good, 0.001, now=self.now)
+        self.verify_places()
         self.count("restored" if haul.is_up and good else "sunk" if good else "failed")
         self.sync()
 

@@ -801,6 +801,36 @@ def test_who_comes_late_is_told_of_a_long_run_in_parts():
     assert len(heard.known) == 2002
 
 
+def test_the_upper_part_of_a_run_is_told_though_the_lower_one_is_evicted_before_its_turn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(kv_events, "_PAUSE_EVERY", 1)
+    cache = PrefixCache(8, 4, num_ghosts=0)
+    cache.attach(ME, HERE, now=0.0)
+
+    def store(*tokens: int) -> LeaseId:
+        grant = cache.acquire(ME, HERE, pack(tokens), now=0.0)
+        cache.commit(ME, grant.lease, len(tokens), now=0.0)
+        return grant.lease
+
+    for run in ([1] * 4 + [2] * 4, [5] * 4):
+        cache.release(ME, store(*run), now=0.0)
+    late, oracle = Strict(), Strict()
+    late.replay = cache.replay(late)
+    cache.observe(late)
+    telling = late.replay.run()
+    for _ in range(2):
+        next(telling)
+    assert len(late.known) == 1, "the long one waits for its turn"
+    store(*[1] * 4, *[3] * 4)
+    store(*range(10, 34))
+    assert cache.lookup(HERE, pack([*[1] * 4, *[2] * 4, 9])).num_hit == 4
+    list(telling)
+    late.replay = None
+    list(cache.replay(oracle).run())
+    assert late.known == oracle.known
+
+
 class Strict:
     """A journal that takes nothing that does not fit to what it has been told."""
 

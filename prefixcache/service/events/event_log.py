@@ -5,8 +5,13 @@ event loop ── journal: a tuple in a queue ──► soon: hash the blocks �
                                                           │              65,536 or 64 MiB, numbered
                                                           └─► what is stored now, by block
 ```
-The schema is the field's: BlockStored (hashes, the hash of the block before, block size),
-BlockRemoved (hashes), AllBlocksCleared.  Whole blocks only: a tail is of no use to a router.
+The schema is the field's: BlockStored (hashes, the hash of the block before, block size, medium),
+BlockRemoved (hashes, medium), AllBlocksCleared.  Whole blocks only: a router has no use for a tail.
+
+**A medium** is what a router knows of a level: that of the pool, `CPU` for memory below it and
+`STORAGE` for a disk.  A block that goes down is stored below before it is removed above, and one
+that comes back is stored above first: it is never nowhere.  Where two levels are of one medium,
+going from one to the other is not told.
 
 **Hashes** are a chain, so that one names a whole prefix: BLAKE2b over the hash before and the
 block's packed tokens, with the namespace's fields (each with its length) at its start.
@@ -25,10 +30,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain, islice
 from time import time, time_ns
@@ -37,6 +42,7 @@ from typing import Any, TypeAlias
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.kv_events import Replay
 from prefixcache.core.shares import Shares
+from prefixcache.core.tiers import LEVEL_BITS, NOWHERE, Level, Places
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.service.backing import Backing
 from prefixcache.service.failures import Failures
@@ -74,6 +80,8 @@ class Stored:
     parent: bytes | None
     """Hash of the block before; None: these are the first."""
     tokens: bytes
+    medium: str = ""
+    """Where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,8 @@ class Removed:
     at: float
     namespace: Namespace
     hashes: tuple[bytes, ...]
+    medium: str = ""
+    """Where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +102,10 @@ class Cleared:
     at: float
     namespace: Namespace
     hashes: tuple[bytes, ...]
-    """What was left of it: of a large one, most is removed just before, in parts."""
+    """What was left of it in the pool: of a large one, most is removed just before, in parts, and
+    so is all that lies below."""
+    medium: str = ""
+    """Where these were."""
 
 
 Event: TypeAlias = "Stored | Removed | Cleared"
@@ -119,9 +132,29 @@ class _Block:
     hash: bytes
     parent: bytes | None
     tokens: bytes
+    levels: int = 0
+    """Where it lies: a bit for each level."""
 
 
-_Entry: TypeAlias = "tuple[str, Namespace, BlockId | None, bytes, BlockTable]"
+@dataclass(slots=True)
+class _Space:
+    """What is stored of a namespace, by place, for each level.
+
+    In the pool a block comes after the one before it.  What goes below is put in front: so that
+    there, too, a block comes after the one before it, which goes down later.
+    """
+
+    levels: tuple[dict[int, _Block], OrderedDict[int, _Block], OrderedDict[int, _Block]] = field(
+        default_factory=lambda: ({}, OrderedDict(), OrderedDict())
+    )
+
+    def __bool__(self) -> bool:
+        return any(self.levels)
+
+
+_Entry: TypeAlias = "tuple[str, Namespace | None, int | None, bytes, array[int], array[int]]"
+"""What happened; where; behind which place; tokens; places; and those to which was copied."""
+_NO_PLACES: Places = array("q")
 
 
 class EventLog:
@@ -152,7 +185,15 @@ class EventLog:
         self._active = False
         self._raw: deque[_Entry] = deque()
         self._digest: asyncio.Task[None] | None = None
-        self._blocks: dict[Namespace, dict[int, _Block]] = {}
+        self._spaces: dict[Namespace, _Space] = {}
+        self._below: dict[int, Namespace] = {}
+        """Of each place below the pool that holds something: whose it is."""
+        self._media: tuple[str, ...] = ("", "", "")
+        """Of each level."""
+        self._alike: tuple[int, ...] = (0, 0, 0)
+        """Of each level: those of the same medium, a bit for each."""
+        self._between: set[bytes] = set()
+        """Hashes of what lies on two levels of one medium: it goes from one to the other."""
         self._roots: dict[Namespace, bytes] = {}
         self._ring: deque[Event] = deque()
         self._ring_bytes = 0
@@ -183,9 +224,8 @@ class EventLog:
         piece, width = self._piece, self._width
         for at in range(0, len(blocks), piece):
             part = blocks[at : at + piece]
-            self._hear(
-                ("stored", namespace, parent, tokens[at * width : (at + piece) * width], part)
-            )
+            cut = tokens[at * width : (at + piece) * width]
+            self._hear(("stored", namespace, parent, cut, part, _NO_PLACES))
             parent = BlockId(part[-1])
 
     def removed(self, namespace: Namespace, blocks: BlockTable) -> None:
@@ -195,7 +235,8 @@ class EventLog:
         if self._replay is not None:
             blocks = self._replay.removed(namespace, blocks)
         for end in range(len(blocks), 0, -_CHUNK):  # the last of a prefix first
-            self._hear(("removed", namespace, None, b"", blocks[max(0, end - _CHUNK) : end]))
+            part = blocks[max(0, end - _CHUNK) : end]
+            self._hear(("removed", namespace, None, b"", part, _NO_PLACES))
 
     def cleared(self, namespace: Namespace) -> None:
         """Hear of a reset."""
@@ -203,11 +244,41 @@ class EventLog:
             return
         if self._replay is not None:
             self._replay.cleared(namespace)
-        self._hear(("cleared", namespace, None, b"", array("i")))
+        self._hear(("cleared", namespace, None, b"", _NO_PLACES, _NO_PLACES))
 
     def left(self, namespace: Namespace) -> None:
         """Hear that a namespace has gone.  What is still to be told of it is told."""
         self._roots.pop(namespace, None)
+
+    def copied(self, namespace: Namespace, sources: Places, places: Places) -> None:
+        """Hear of blocks that lie at other places, too.  O(blocks)."""
+        if not self._active:
+            return
+        if self._replay is not None:
+            sources, places = self._replay.copied(namespace, sources, places)
+        # What goes down is in one piece, so that it stands in order: it is some hundred blocks.
+        is_down = bool(places) and places[0] >> LEVEL_BITS
+        piece = len(places) if is_down else _CHUNK
+        for at in range(0, len(places), piece or 1):
+            part = sources[at : at + piece], places[at : at + piece]
+            self._hear(("copied", namespace, None, b"", *part))
+
+    def lost(self, places: Places) -> None:
+        """Hear of places that hold nothing any more."""
+        if not self._active:
+            return
+        if self._replay is not None:
+            places = self._replay.lost(places)
+        for end in range(len(places), 0, -_CHUNK):
+            part = places[max(0, end - _CHUNK) : end]
+            self._hear(("lost", None, None, b"", part, _NO_PLACES))
+
+    def found(
+        self, namespace: Namespace, parent: int | None, tokens: bytes, places: Places
+    ) -> None:
+        """Hear of a run below the pool, while it is told what was there before anybody watched."""
+        if self._active:
+            self._hear(("found", namespace, parent, tokens, places, _NO_PLACES))
 
     def _hear(self, entry: _Entry) -> None:
         self._raw.append(entry)
@@ -295,11 +366,17 @@ class EventLog:
         self._next += 1  # who watched before there was anything to hear starts anew
         self._num_replaying = 1 << 62  # all of it, however much it is
         if self._observed is None:
-            cache.observe(IsolatedListener(self, self._fail))
+            ear = IsolatedListener(self, self._fail)
+            cache.observe(ear, below=ear)
             self._observed = cache
+        self._media = (self._backing.medium, "CPU", "STORAGE")
+        self._alike = tuple(
+            sum(1 << level for level, one in enumerate(self._media) if one == medium)
+            for medium in self._media
+        )
         self._width = cache.block_size * TOKEN_BYTES
         self._piece = max(1, min(_CHUNK, _MESSAGE_BYTES // (2 * self._width)))
-        self._replay = cache.replay(self)
+        self._replay = cache.replay(self, self)
         self._replaying = self._replay.run()
         if self._digest is None:
             self._digest = asyncio.get_running_loop().create_task(self._work())
@@ -316,21 +393,18 @@ class EventLog:
 
     def _snapshot(self, lost: tuple[int, int] | None) -> Iterator[Batch]:
         place, now = self._next, time()
-        chosen = [list(own.values()) for own in self._blocks.values()]
-        blocks = chain.from_iterable(chosen)
+        chosen = [[list(own.levels[at].values()) for own in self._spaces.values()] for at in Level]
+        between = frozenset(self._between)
         yield Batch(place, [], place, lost, is_snapshot=True)
-        while part := list(islice(blocks, self._piece)):
-            events: list[Event] = []
-            run: list[_Block] = []
-            for block in part:
-                if run and (
-                    block.parent != run[-1].hash or block.namespace is not run[-1].namespace
-                ):
-                    events.append(_stored(run, now))
-                    run = []
-                run.append(block)
-            events.append(_stored(run, now))
-            yield Batch(place, events, place, is_snapshot=True)
+        for level in Level:
+            is_second = self._alike[level] & ((1 << level) - 1)
+            twice = between if is_second else frozenset()
+            blocks = chain.from_iterable(chosen[level])
+            while part := list(islice(blocks, self._piece)):
+                runs = _runs([one for one in part if one.hash not in twice])
+                events = [_stored(run, self._media[level], now) for run in runs]
+                if events:
+                    yield Batch(place, list[Event](events), place, is_snapshot=True)
 
     def _fail(self, error: Exception) -> None:
         """End in order: who watches is told so, and nobody hears half of what happens."""
@@ -351,8 +425,9 @@ class EventLog:
         self._active = False
         self._num_replaying = 0
         self._replay = self._replaying = None
-        self._dropped += [self._raw, self._blocks, self._ring]
-        self._raw, self._blocks, self._ring = deque(), {}, deque()
+        self._dropped += [self._raw, self._spaces, self._ring, self._below]
+        self._raw, self._spaces, self._ring, self._below = deque(), {}, deque(), {}
+        self._between = set()
         self._ring_bytes = 0
         if self._dropping is None:
             self._go_on_dropping()
@@ -368,8 +443,8 @@ class EventLog:
                 self._dropped.pop()
             elif isinstance(some, dict):
                 one = some.popitem()[1]
-                if isinstance(one, dict):
-                    self._dropped.append(one)
+                if isinstance(one, _Space):
+                    self._dropped += one.levels
             else:
                 one = some.popleft()
                 left -= len(one[4] if isinstance(one, tuple) else one.hashes)
@@ -406,33 +481,102 @@ class EventLog:
         self._num_replaying = len(self._raw)
 
     def _take(self, entry: _Entry) -> None:
-        """Make an event of an entry; of a large reset, of its next part."""
-        kind, namespace, parent, tokens, blocks = entry
-        event: Event | None
-        if kind == "stored":
-            event = self._hash(namespace, parent, tokens, blocks)
+        """Make events of an entry; of a large reset, of its next part."""
+        kind, namespace, parent, tokens, places, others = entry
+        events: list[Event]
+        if namespace is None:
+            events = self._lose(places)
         elif kind == "removed":
-            own = self._blocks.get(namespace, {})
-            gone = [found for block in blocks if (found := own.pop(block, None))]
-            if not own:
-                self._blocks.pop(namespace, None)
-            hashes = tuple([block.hash for block in gone])
-            event = Removed(time(), namespace, hashes) if hashes else None
+            events = self._remove(namespace, places)
+        elif kind == "copied":
+            events = self._copy(namespace, places, others)
+        elif kind == "cleared":
+            events = self._clear(entry, namespace)
         else:
-            own = self._blocks.get(namespace, {})
-            hashes = tuple([own.popitem()[1].hash for _ in range(min(_CHUNK, len(own)))][::-1])
-            if own:
-                self._raw.appendleft(entry)
-                event = Removed(time(), namespace, hashes)
-            else:
-                self._blocks.pop(namespace, None)
-                event = Cleared(time(), namespace, hashes)
+            events = self._hash(namespace, parent, tokens, places)
         if self._num_replaying:
             self._num_replaying -= 1
-        elif event is not None:
+            return
+        for event in events:
             self._keep(event)
-            self._next += 1
-            self.num_events += 1
+        self._next += len(events)
+        self.num_events += len(events)
+
+    def _remove(self, namespace: Namespace, places: Iterable[int]) -> list[Event]:
+        """Take blocks from their places."""
+        own = self._spaces.get(namespace)
+        if own is None:
+            return []
+        gone: tuple[list[bytes], ...] = ([], [], [])
+        for place in places:
+            level = place >> LEVEL_BITS
+            block = own.levels[level].pop(place, None)
+            if block is not None:
+                block.levels &= ~(1 << level)
+                if block.levels & self._alike[level]:
+                    self._between.discard(block.hash)
+                else:
+                    gone[level].append(block.hash)
+        if not own:
+            self._spaces.pop(namespace, None)
+        now = time()
+        return [
+            Removed(now, namespace, tuple(hashes), self._media[level])
+            for level, hashes in enumerate(gone)
+            if hashes
+        ]
+
+    def _lose(self, places: Places) -> list[Event]:
+        """Take blocks from places below the pool, whoever's they are."""
+        whose: dict[Namespace, list[int]] = {}
+        for place in places:
+            namespace = self._below.pop(place, None)
+            if namespace is not None:
+                whose.setdefault(namespace, []).append(place)
+        return [event for one, own in whose.items() for event in self._remove(one, own)]
+
+    def _copy(self, namespace: Namespace, sources: Places, places: Places) -> list[Event]:
+        """Put blocks to other places, too."""
+        own = self._spaces.get(namespace)
+        if own is None:
+            return []
+        level = places[0] >> LEVEL_BITS
+        there = own.levels[level]
+        fresh: list[_Block] = []
+        placed: list[int] = []
+        for source, place in zip(sources, places, strict=True):
+            block = own.levels[source >> LEVEL_BITS].get(source)
+            if block is None:
+                continue
+            if block.levels & self._alike[level]:
+                self._between.add(block.hash)
+            else:
+                fresh.append(block)
+            block.levels |= 1 << level
+            there[place] = block
+            placed.append(place)
+        if isinstance(there, OrderedDict):
+            for place in reversed(placed):
+                there.move_to_end(place, last=False)
+                self._below[place] = namespace
+        return [_stored(run, self._media[level], time()) for run in _runs(fresh)]
+
+    def _clear(self, entry: _Entry, namespace: Namespace) -> list[Event]:
+        """Take the next blocks of a namespace that was reset, those below the pool first."""
+        own = self._spaces.get(namespace, _Space())
+        level = next((level for level in reversed(Level) if own.levels[level]), Level.POOL)
+        there = own.levels[level]
+        taken = list(islice(reversed(there), _CHUNK))[::-1]
+        events = self._remove(namespace, taken)
+        for place in taken if level else ():
+            del self._below[place]
+        if own:
+            self._raw.appendleft(entry)
+            self._num_replaying += self._num_replaying > 0
+            return events
+        left = events[-1].hashes if events and not level else ()
+        last = Cleared(time(), namespace, left, self._media[0])
+        return [last] if left else [*events, last]
 
     def _keep(self, event: Event) -> None:
         """Put an event into the ring.  Amortised O(1).  The newest stays however large it is."""
@@ -447,31 +591,44 @@ class EventLog:
         self._ring_bytes = 0
 
     def _hash(
-        self, namespace: Namespace, parent: BlockId | None, tokens: bytes, blocks: BlockTable
-    ) -> Stored | None:
+        self, namespace: Namespace, parent: int | None, tokens: bytes, places: array[int]
+    ) -> list[Event]:
+        """Put blocks to their places; those that came back there are there already."""
         cache = self._backing.cache
         assert cache is not None
         width = cache.block_size * TOKEN_BYTES
         before: bytes | None = None
-        own = self._blocks.get(namespace, {})
+        own = self._spaces.get(namespace) or _Space()
         if parent is not None:
-            above = own.get(parent)
+            above = own.levels[parent >> LEVEL_BITS].get(parent)
             if above is None:
-                return None
+                return []
             before = above.hash
         link = self._root(namespace) if before is None else before
         whole = len(tokens) // width
         if whole:
-            self._blocks[namespace] = own
-        run: list[_Block] = []
+            self._spaces[namespace] = own
+        fresh: tuple[list[_Block], ...] = ([], [], [])
         for at in range(whole):
-            part = tokens[at * width : (at + 1) * width]
-            link = block_hash(link, part)
-            block = _Block(namespace, link, before, part)
-            own[blocks[at]] = block
-            run.append(block)
-            before = link
-        return _stored(run, time()) if run else None
+            place = places[at]
+            level = max(0, place >> LEVEL_BITS)
+            block = own.levels[level].get(place)
+            if block is None:
+                part = tokens[at * width : (at + 1) * width]
+                block = _Block(namespace, block_hash(link, part), before, part)
+                if place != NOWHERE:
+                    block.levels = 1 << level
+                    own.levels[level][place] = block
+                    if level:
+                        self._below[place] = namespace
+                    fresh[level].append(block)
+            before = link = block.hash
+        now = time()
+        return [
+            _stored(run, self._media[level], now)
+            for level, blocks in enumerate(fresh)
+            for run in _runs(blocks)
+        ]
 
     def _root(self, namespace: Namespace) -> bytes:
         root = self._roots.get(namespace)
@@ -499,13 +656,30 @@ def _one_message(events: Iterable[Event]) -> list[Event]:
     return taken
 
 
-def _stored(run: list[_Block], at: float) -> Stored:
+def _runs(blocks: list[_Block]) -> Iterator[list[_Block]]:
+    """Cut blocks where one does not follow the one before it, or there are many."""
+    run: list[_Block] = []
+    for block in blocks:
+        if run and (
+            len(run) == _CHUNK
+            or block.parent != run[-1].hash
+            or block.namespace is not run[-1].namespace
+        ):
+            yield run
+            run = []
+        run.append(block)
+    if run:
+        yield run
+
+
+def _stored(run: list[_Block], medium: str, at: float) -> Stored:
     return Stored(
         at,
         run[0].namespace,
         tuple([block.hash for block in run]),
         run[0].parent,
         b"".join([block.tokens for block in run]),
+        medium,
     )
 
 

@@ -272,7 +272,6 @@ class Publisher:
             self._kept_bytes -= len(self._kept.popleft()[1])
 
     def _write(self, event: Event) -> Iterable[BlockStored | BlockRemoved | AllBlocksCleared]:
-        where = self._backing.medium
         if isinstance(event, Stored):
             cache = self._backing.cache
             assert cache is not None
@@ -283,11 +282,11 @@ class Publisher:
                 unpack(event.tokens).tolist() if shown else [],
                 cache.block_size,
                 None,
-                where,
+                event.medium,
                 event.namespace.adapter or None,
             )
         elif event.hashes:
-            yield BlockRemoved([number_of(one) for one in event.hashes], where)
+            yield BlockRemoved([number_of(one) for one in event.hashes], event.medium)
 
 
 async def _send(socket: zmq.asyncio.Socket, parts: tuple[bytes, ...]) -> bool:

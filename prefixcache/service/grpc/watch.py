@@ -66,16 +66,15 @@ def message_of(
     if batch.lost is not None:
         message.gap, message.gap_from = True, batch.lost[0]
     size = 0 if cache is None else cache.block_size
-    where = handlers.backing.medium
     for number, event in enumerate(batch.events, batch.first):
         if wanted(event.namespace):
             written = message.events.add()
             written.sequence = 0 if batch.is_snapshot else number
-            _write(event, written, where, size, tokens=tokens(event.namespace))
+            _write(event, written, size, tokens=tokens(event.namespace))
     return message
 
 
-def _write(event: Event, message: Any, where: str, block_size: int, *, tokens: bool) -> None:
+def _write(event: Event, message: Any, block_size: int, *, tokens: bool) -> None:
     message.at = event.at
     space = event.namespace
     codec.write_namespace(Namespace(space.model, space.adapter, space.tenant), message.namespace)
@@ -83,13 +82,13 @@ def _write(event: Event, message: Any, where: str, block_size: int, *, tokens: b
         stored = message.stored
         stored.block_hashes.extend(event.hashes)
         stored.block_size = block_size
-        stored.medium = where
+        stored.medium = event.medium
         if event.parent is not None:
             stored.parent_block_hash = event.parent
         if tokens:
             stored.token_ids = event.tokens
     elif isinstance(event, Removed):
         message.removed.block_hashes.extend(event.hashes)
-        message.removed.medium = where
+        message.removed.medium = event.medium
     else:
         message.cleared.SetInParent()
