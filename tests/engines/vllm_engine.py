@@ -1,6 +1,7 @@
 """One vLLM engine in one process, for tests: a line of JSON in, a line out.
 
     python vllm_engine.py MODEL_FOLDER MODE[+lora] [SERVICE]
+    python vllm_engine.py MODEL_FOLDER write | write-hearing
 
 Run by the Python of an environment with vLLM.  It knows nothing of the tests.
 """
@@ -18,6 +19,8 @@ BLOCK_SIZE = 32
 VOCABULARY = 512
 ADAPTERS = ("tone", "voice")
 """Beside the model; those of an engine are numbered from 1."""
+SOUND = 3
+"""The token in whose place the model hears."""
 
 
 def write_model(folder: Path) -> None:
@@ -42,6 +45,76 @@ def write_model(folder: Path) -> None:
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     for name in ADAPTERS:
         write_adapter(folder.with_name(name), config)
+
+
+def write_hearing_model(folder: Path) -> None:
+    """Write a tiny Qwen2-Audio with random weights, as its makers' files lie."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2AudioConfig,
+        Qwen2AudioEncoderConfig,
+        Qwen2AudioForConditionalGeneration,
+        Qwen2AudioProcessor,
+        WhisperFeatureExtractor,
+    )
+
+    special = {0: "<unk>", 1: "<s>", 2: "</s>", SOUND: "<|AUDIO|>"}
+    words = {special.get(at, f"w{at}"): at for at in range(VOCABULARY)}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words_only,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=["<|AUDIO|>"],
+    )
+    torch.manual_seed(7)
+    config = Qwen2AudioConfig(
+        audio_config=Qwen2AudioEncoderConfig(
+            d_model=64,
+            encoder_layers=1,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=128,
+            num_mel_bins=16,
+        ),
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.3,
+            "tie_word_embeddings": False,
+        },
+        audio_token_index=SOUND,
+    )
+    model = Qwen2AudioForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "multi_modal_projector" in name:
+                weights.mul_(30)  # what is heard weighs as much as what is read
+    model.to(torch.float32).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    doubled, once = "language_model.model.model.", "language_model.model."
+    renamed = {name.replace(doubled, once): one for name, one in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    features = WhisperFeatureExtractor(feature_size=16)
+    Qwen2AudioProcessor(features, tokenizer).save_pretrained(folder)
+
+
+def sound(number: int) -> Any:
+    """Give a second of a tone of its own."""
+    import numpy as np
+
+    return np.sin(np.arange(16000) * 0.05 * number**2).astype(np.float32), 16000
 
 
 def write_adapter(folder: Path, config: Any) -> None:
@@ -92,9 +165,11 @@ def main() -> None:
     """Start the engine, and answer."""
     folder, mode, *rest = sys.argv[1:]
     mode, with_adapters = mode.removesuffix("+lora"), mode.endswith("+lora")
-    if mode == "write":
-        write_model(Path(folder))
+    if mode.startswith("write"):
+        write = write_hearing_model if mode == "write-hearing" else write_model
+        write(Path(folder))
         return
+    hears = Path(folder, "processor_config.json").exists()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints is no answer
     from vllm import LLM, SamplingParams
@@ -102,7 +177,7 @@ def main() -> None:
     engine = LLM(
         model=folder,
         dtype="float32",
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=not hears,
         enforce_eager=True,
         block_size=BLOCK_SIZE,
         max_model_len=1024,
@@ -144,6 +219,8 @@ def generate(engine: Any, params: Any, ask: dict[str, Any], model: Path) -> dict
     for prompt in prompts:
         if ask.get("salt"):
             prompt["cache_salt"] = ask["salt"]
+        if ask.get("sounds"):
+            prompt["multi_modal_data"] = {"audio": [sound(number) for number in ask["sounds"]]}
     adapter = None
     if name := ask.get("adapter"):
         from vllm.lora.request import LoRARequest

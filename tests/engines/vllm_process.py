@@ -41,10 +41,10 @@ def vllm_environment() -> dict[str, str]:
     return found
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, *, hears: bool = False) -> None:
     """Write the tiny model that all engines of a test run."""
     subprocess.run(
-        [PYTHON, str(SCRIPT), str(folder), "write"],
+        [PYTHON, str(SCRIPT), str(folder), "write-hearing" if hears else "write"],
         env=vllm_environment(),
         check=True,
         capture_output=True,

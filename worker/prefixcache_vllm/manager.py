@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 
 from prefixcache_vllm.leases import Held, Leases
-from prefixcache_vllm.request_key import Adapters
+from prefixcache_vllm.request_key import Adapters, media_of
 
 
 class EndedBlocks:
@@ -79,6 +79,7 @@ class LeasedKVCacheManager(KVCacheManager):
             left=max(0, most - request.num_output_tokens),
             salt=request.cache_salt,
             adapter=self._adapters.key_of(request),
+            media=media_of(request),
             reuse=not request.skip_reading_prefix_cache,
         )
 

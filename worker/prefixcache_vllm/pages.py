@@ -66,8 +66,6 @@ def refusals(vllm_config: Any, *, in_place: bool) -> Iterator[str]:
         yield f"--runner {model.runner_type} keeps no KV between requests"
     if model.enable_prompt_embeds:
         yield "prompts given as embeddings have no tokens: leave --enable-prompt-embeds out"
-    if model.is_multimodal_model and in_place:
-        yield "models that see or hear are served in connector mode only"
     for flag in (
         "tensor_parallel_size",
         "pipeline_parallel_size",
