@@ -717,6 +717,23 @@ class Explanation:
     """Of the evicted tokens, how many lie in a tier, and come back for who waits."""
     below_s: float = 0.0
     """About how long that takes."""
+    below: tuple[TierSpan, ...] = ()
+    """Which they are, and whether it is worth it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpan:
+    """Tokens `start` to `end` (exclusive) of a prompt lie in one tier below the pool."""
+
+    tier: str
+    start: int
+    end: int
+    fetch_s: float
+    """About how long they take to come back, those before them on the way included."""
+    compute_s: float | None
+    """About how long they take to compute; None: their namespace has not computed enough yet."""
+    is_worth: bool
+    """Whether they come back for who waits; if not, computing them is about as quick."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -905,6 +922,14 @@ class Counts:
     """Blocks that came back from there since the start."""
     spoilt: int = 0
     """Blocks that were not there as they had been written: they were computed instead."""
+    declined_slow: int = 0
+    """Requests that did not wait for what lies there, since computing it is about as quick …"""
+    declined_busy: int = 0
+    """… since as much as may be was on its way already …"""
+    declined_room: int = 0
+    """… or since there was no room for it."""
+    host_advantage: float = 0.0
+    """How many times as long as fetching it computing would have taken, of late; 0: unknown."""
 
     def fields(self) -> dict[str, Any]:
         """Give them by their names."""

@@ -10,7 +10,7 @@ import typer
 from prefixcache.cli import decoder as decoding
 from prefixcache.cli import source, view
 from prefixcache.texts import many
-from prefixcache.types import Explanation, Namespace, unpack
+from prefixcache.types import Explanation, Namespace, TierSpan, unpack
 
 if TYPE_CHECKING:
     from prefixcache.cli.status import Status
@@ -105,6 +105,7 @@ def fields(
         "num_pending": told.num_pending,
         "num_below": told.num_below,
         "below_s": told.below_s,
+        "below": [asdict(part) for part in told.below],
         "elsewhere": [
             view.namespace_fields(space) | {"num_tokens": there} for space, there in told.elsewhere
         ],
@@ -154,13 +155,20 @@ def _print(
     view.print_table(rows, indent="  ", align="<><<")
     if told.num_pending:
         view.tell(f"{told.num_pending:,} more are being computed now")
-    if told.num_below:
-        view.tell(
-            f"{told.num_below:,} of the evicted tokens lie below the pool: they come back in about "
-            f"{told.below_s * 1000:,.0f} ms for who waits"
-        )
+    for part in told.below:
+        view.tell(_tier_line(part))
     if told.parted_at is not None:
         _print_parting(told, told.parted_at, tokens, reader)
+
+
+def _tier_line(part: TierSpan) -> str:
+    """Say where evicted tokens lie, and why they are fetched or not."""
+    where = f"tokens {part.start:,} to {part.end - 1:,} lie on {part.tier.upper()}"
+    fetch = f"{part.fetch_s * 1000:,.0f} ms to fetch"
+    if part.compute_s is None:
+        return f"{where}: {fetch} for who waits; how long to compute is not known yet"
+    cost = f"{where}: {fetch}, {part.compute_s * 1000:,.0f} ms to compute"
+    return cost if part.is_worth else f"{cost}; they are computed"
 
 
 def _print_parting(

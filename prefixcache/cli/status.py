@@ -189,10 +189,24 @@ def _below(snapshot: Snapshot) -> list[tuple[str, str]]:
 def tier(snapshot: Snapshot) -> str:
     """Write what a tier holds, and what has gone there and come back."""
     share = snapshot.host_used / snapshot.host_blocks
-    return (
+    told = (
         f"host {snapshot.host_used:,} of {snapshot.host_blocks:,} ({share:.1%}) · gone down "
         f"{snapshot.sunk:,} · come back {snapshot.restored:,} · spoilt {snapshot.spoilt:,}"
     )
+    return told + _worth(snapshot)
+
+
+def _worth(snapshot: Snapshot) -> str:
+    """Write what fetching brings, and how many requests did without, by why."""
+    parts = []
+    if snapshot.host_advantage:
+        parts.append(f" · computing takes {snapshot.host_advantage:,.1f}x as long")
+    whys = ("slow", "busy", "room")
+    found = {why: count for why in whys if (count := getattr(snapshot, f"declined_{why}"))}
+    if found:
+        named = ", ".join(f"{why} {count:,}" for why, count in found.items())
+        parts.append(f" · declined {sum(found.values()):,} ({named})")
+    return "".join(parts)
 
 
 def _memory(snapshot: Snapshot) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from prefixcache.core.worth import Rate
 from prefixcache.types import Namespace, QuotaInfo
 
 _FEW_ROOTS = 8
@@ -54,6 +55,7 @@ class Account:
         "namespaces",
         "private",
         "quarantined",
+        "rate",
         "roots",
         "scope",
     )
@@ -78,6 +80,8 @@ class Account:
         """Blocks that its leases owned, and their workers may still write to."""
         self.max_held: int | None = None
         self.guaranteed = 0
+        self.rate: Rate | None = None
+        """Of a namespace: how long its leases take to compute, where that is of use."""
 
     @property
     def tenant(self) -> str:

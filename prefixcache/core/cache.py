@@ -597,6 +597,7 @@ class PrefixCache:
         if lessor.oplog is not None:
             lessor.oplog((COMMITTED, own.serial, num_tokens, new_tokens, None))
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
+            lessor.learn_rate(own, len(own.flight) // TOKEN_BYTES, now)
             lessor.inflight.remove(own)
         if lessor.waiting.tickets:
             lessor.call(own)

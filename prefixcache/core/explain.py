@@ -11,19 +11,23 @@ Nothing here changes the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import islice
 
 from prefixcache.core.history import SHOWN_TOKENS, GrantRecord, depths
 from prefixcache.core.ledger import settle, spans
 from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Match, Root, common_prefix
+from prefixcache.core.worth import TIER_NAMES
 from prefixcache.types import (
     TOKEN_BYTES,
+    BlockTable,
     Explanation,
     Ledger,
     Namespace,
     Partial,
     PastRequest,
+    TierSpan,
 )
 
 _SHOWN_BYTES = SHOWN_TOKENS * TOKEN_BYTES
@@ -56,6 +60,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
     parted_at = None if run is None else exact.end // TOKEN_BYTES + exact.partial_tokens
     resumes_at, num_same = _resumption(lessor, root, tokens, parted_at, stored)
     below = lessor.below(match, tokens)
+    on_tiers = tuple(_on_tiers(lessor, root, below, match.end // TOKEN_BYTES))
     return Explanation(
         spans=spans(ledger),
         ledger=ledger,
@@ -68,8 +73,20 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         num_pending=0 if gain is None else gain.num_tokens,
         elsewhere=_elsewhere(lessor, namespace, tokens, ledger.reused),
         num_below=len(below) * lessor.blocks.block_size,
-        below_s=0.0 if lessor.hauls is None else lessor.hauls.takes_s(len(below)),
+        below_s=sum([one.fetch_s for one in on_tiers]),
+        below=on_tiers,
     )
+
+
+def _on_tiers(lessor: Lessor, root: Root, below: BlockTable, start: int) -> Iterator[TierSpan]:
+    """Say where the tokens from `start` on lie, and whether they are worth to be fetched."""
+    if lessor.hauls is None:
+        return
+    rate = None if root.account is None else root.account.rate
+    for tier, num_blocks, fetch_s, compute_s, is_worth in lessor.hauls.weigh(below, rate):
+        end = start + num_blocks * lessor.blocks.block_size
+        yield TierSpan(TIER_NAMES[tier], start, end, fetch_s, compute_s, is_worth)
+        start = end
 
 
 def recount(lessor: Lessor, past: GrantRecord, tokens: bytes, now: float) -> Explanation:

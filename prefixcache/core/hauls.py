@@ -34,6 +34,7 @@ from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
 from prefixcache.core.tiers import Stamps, Tier
+from prefixcache.core.worth import Rate, Verdict, Worth
 from prefixcache.types import BlockTable, HaulId, WorkerId
 
 PORTER: Final = WorkerId(-(2**31))
@@ -45,10 +46,6 @@ NEVER: Final = 1e12
 _SLACK_S: Final = 0.05
 _AS_LONG_AGAIN: Final = 2.0
 """Who waits for a restore waits so many times as long as it is expected to take, and the slack."""
-_FIRST_GUESS_S: Final = 0.005
-"""For a block, before any was restored."""
-_WEIGHT: Final = 1 / 16
-"""Of the last haul, in what a block is expected to take."""
 
 
 class TierSizes(NamedTuple):
@@ -99,9 +96,12 @@ class Restore:
     """A prefix that comes back."""
 
     lease: Lease
-    num_blocks: int
+    verdict: Verdict
     due: float
     """When who waits for it does so no longer."""
+    begun: float
+    worked_s: float
+    """What all that had come back had taken by then."""
     pieces: deque[HaulId] = field(default_factory=deque)
     """Hauls that have not ended, in order."""
     is_given_up: bool = False
@@ -117,6 +117,7 @@ class Hauls:
         tier: Where to and from.
         pool: Of the blocks.
         sizes: How much is kept free, and goes in one haul.
+        block_size: Tokens of a block.
     """
 
     __slots__ = (
@@ -124,8 +125,8 @@ class Hauls:
         "_dues",
         "_new",
         "_next",
-        "_per_block_s",
         "_up",
+        "_worked_s",
         "has_porter",
         "num_bad",
         "num_leaving",
@@ -136,12 +137,15 @@ class Hauls:
         "restores",
         "sizes",
         "tier",
+        "worth",
     )
 
-    def __init__(self, tier: Tier, pool: BlockPool, sizes: TierSizes) -> None:
+    def __init__(self, tier: Tier, pool: BlockPool, sizes: TierSizes, block_size: int) -> None:
         self.tier = tier
         self.pool = pool
         self.sizes = sizes
+        self.worth = Worth(1, block_size)
+        """What it costs to bring blocks back, and whether it is worth it."""
         self.has_porter = False
         """Whether there is anybody to move blocks."""
         self.num_leaving = 0
@@ -157,7 +161,7 @@ class Hauls:
         self._up: dict[HaulId, tuple[Haul, Restore]] = {}
         self._dues: list[tuple[float, int]] = []
         self._next = 0
-        self._per_block_s = _FIRST_GUESS_S
+        self._worked_s = 0.0
 
     def take_new(self) -> list[Haul]:
         """Take the hauls to begin now, in order.  O(hauls)."""
@@ -218,30 +222,49 @@ class Hauls:
 
     # ------------------------------------------------------------------ up
 
-    def begin_restore(self, lease: Lease, slots: BlockTable, tokens: bytes, now: float) -> None:
+    def weigh(self, slots: BlockTable, rate: Rate | None) -> list[Verdict]:
+        """Say of each run of slots on one tier, in order, whether it is worth to be brought back.
+
+        Each as if those before it were being brought back.  Changes nothing.
+
+        Args:
+            slots: What lies below of one prompt.
+            rate: How long its namespace takes to compute; None: nobody knows.
+        """
+        return [self.worth.weigh(0, len(slots), [self.num_rising], rate)] if slots else []
+
+    def begin_restore(
+        self,
+        lease: Lease,
+        slots: BlockTable,
+        tokens: bytes,
+        verdict: Verdict,
+        now: float,
+        *,
+        is_waited_for: bool = True,
+    ) -> None:
         """Have the blocks behind the prefix of a lease copied back, piece by piece.
 
         Args:
             lease: The porter's; its own blocks are as many as the slots.
-            slots: Can be read.
+            slots: Can be read; on one tier.
             tokens: Of these blocks.
+            verdict: What was thought of it.
             now: The time.
+            is_waited_for: Whether others may wait for it.
         """
         self.tier.begin_reading(slots)
         self.num_rising += len(slots)
-        wait_s = _AS_LONG_AGAIN * self.takes_s(0) + _SLACK_S
-        restore = Restore(lease, len(slots), now + wait_s)
+        due = now + _AS_LONG_AGAIN * verdict.fetch_s + _SLACK_S
+        restore = Restore(lease, verdict, due, now, self._worked_s, is_given_up=not is_waited_for)
         self.restores[lease.serial] = restore
-        heappush(self._dues, (restore.due, lease.serial))
+        if is_waited_for:
+            heappush(self._dues, (due, lease.serial))
         blocks = lease.table[lease.private_from :]
         for at in range(0, len(slots), self.sizes.piece):
             haul = self._haul(blocks, slots, tokens, at, is_up=True)
             self._up[haul.id] = (haul, restore)
             restore.pieces.append(haul.id)
-
-    def takes_s(self, num_blocks: int) -> float:
-        """Say about how long it takes until so many more blocks have come back.  O(1)."""
-        return (self.num_rising + num_blocks) * self._per_block_s
 
     def overdue(self, now: float) -> Restore | None:
         """Give a restore for which nobody waits any longer from now on; None: there is none."""
@@ -249,8 +272,15 @@ class Hauls:
             restore = self.restores.get(heappop(self._dues)[1])
             if restore is not None and not restore.is_given_up:
                 restore.is_given_up = True
+                self._learn_late(restore, now)
                 return restore
         return None
+
+    def _learn_late(self, late: Restore, now: float) -> None:
+        """Learn from a restore that has not come back in time: of the haul that is in hand."""
+        in_hand, own = next(iter(self._up.values()))
+        idle_s = now - late.begun - (self._worked_s - late.worked_s)
+        self.worth.speeds[own.verdict.tier].note_late(len(in_hand.slots), idle_s)
 
     def next_due(self) -> float | None:
         """Give a time before which none is overdue; None if there is none.  Amortised O(log)."""
@@ -261,13 +291,16 @@ class Hauls:
 
     # ------------------------------------------------------------------ ended
 
-    def end(self, number: HaulId, num_good: int, seconds: float) -> tuple[Restore, int] | None:
+    def end(
+        self, number: HaulId, num_good: int, seconds: float, now: float
+    ) -> tuple[Restore, int] | None:
         """Take note that a haul has ended.  One that is not known changes nothing.
 
         Args:
             number: Which.
             num_good: Its blocks, from the first on, that are what they should be.
             seconds: What it took.
+            now: The time.
 
         Returns:
             The restore of which it was a piece, and how many of its blocks may be indexed.
@@ -283,13 +316,24 @@ class Hauls:
         self.tier.end_reading(haul.slots, num_good)
         self.num_rising -= len(haul.slots)
         restore.pieces.remove(number)
-        self._per_block_s += _WEIGHT * (seconds / len(haul.slots) - self._per_block_s)
+        self._worked_s += seconds
+        self.worth.speeds[restore.verdict.tier].note(len(haul.slots), seconds)
+        if not restore.pieces:
+            self._learn(restore, now)
         num_usable = 0 if restore.is_broken else num_good
         if num_good < len(haul.slots):
             self.num_bad += len(haul.slots) - num_good
             restore.is_broken = restore.is_given_up = True
         self.num_restored += num_usable
         return restore, num_usable
+
+    def _learn(self, over: Restore, now: float) -> None:
+        """Learn from a restore that is over."""
+        speed, compute_s = self.worth.speeds[over.verdict.tier], over.verdict.compute_s
+        took_s = now - over.begun
+        speed.note_restore(took_s - (self._worked_s - over.worked_s))
+        if compute_s is not None and not over.is_given_up:
+            speed.note_gain(took_s, compute_s)
 
     def lose_all(self) -> list[Restore]:
         """Take note that who moves blocks has ended: nothing that he had in hand goes on.

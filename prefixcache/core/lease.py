@@ -67,6 +67,7 @@ class Lease:
         "id",
         "namespace",
         "node",
+        "num_cached",
         "num_private",
         "private_from",
         "request_id",
@@ -120,6 +121,8 @@ class Lease:
         """Tokens from position 0 that hold valid KV."""
         self.computed_from = 0
         """Tokens that were there already when its request first came; the others are its own."""
+        self.num_cached = 0
+        """Tokens that were there when it was granted."""
         self.table: BlockTable = _NO_BLOCKS
         self.shares_table = False
         """Whether that very array is others' too: those of one fork share it until they differ."""

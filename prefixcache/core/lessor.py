@@ -25,6 +25,7 @@ from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.segments import Segments, beside
 from prefixcache.core.tiers import Tier
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
+from prefixcache.core.worth import Rate, Verdict
 from prefixcache.errors import (
     CacheError,
     InvalidRequest,
@@ -130,7 +131,8 @@ class Lessor:
         if tiers.host:
             tier = Tier(tiers.host, tree.block_bytes)
             tree.ghosts.set_tier(tier)
-            self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers)
+            size = tree.block_bytes // TOKEN_BYTES
+            self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers, size)
             porter = self.leases.workers[PORTER] = Worker(PORTER, "porter")
             porter.renewed_until = NEVER
 
@@ -270,7 +272,7 @@ class Lessor:
             self.hauls is not None
             and wait
             and request.reuse
-            and (gain := self.restore(root, match, tokens, now)) is not None
+            and (gain := self.restore(request, root, match, now)) is not None
         ):
             self._note_wait(request, match, gain)
             return gain
@@ -306,6 +308,7 @@ class Lessor:
         copies = blocks.allocate(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed
+        lease.num_cached = lease.committed
         self.inflight.add(lease, tokens)
         table, ttl_s = lease.table[:], self.leases.ttl_s
         grant = Grant(lease.id, table, lease.committed, pending, copies, ledger, ttl_s)
@@ -318,6 +321,8 @@ class Lessor:
             self.history.note(seen, root, node, member.name, request.request_id, tokens, grant, now)
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
+        if request.declined:
+            self._note_declined(request, root, now)
         return grant
 
     def _attempt_segments(
@@ -418,25 +423,57 @@ class Lessor:
         end = (len(tokens) - TOKEN_BYTES) // width * width
         return self.tree.ghosts.places(node, tokens, match.end, end)
 
-    def restore(self, root: Root, match: Match, tokens: bytes, now: float) -> JoinGain | None:
+    def restore(self, request: Request, root: Root, match: Match, now: float) -> JoinGain | None:
         """Have what lies below the pool of a prompt brought back; say what waiting for it brings.
 
-        None if nothing does, or if it would keep others from room.  O(nodes + blocks).
+        None if nothing does, if computing it is quicker, or if it would keep others from room.
+        One tier at a time: who has waited for what lies nearer is tried again.  O(nodes + blocks).
         """
-        hauls, blocks, width = self.hauls, self.blocks, self.tree.block_bytes
-        if hauls is None or not match.node.ghosts or (self.waiting.tickets and self.waiting.line):
+        hauls, blocks, tokens = self.hauls, self.blocks, request.tokens
+        request.declined = ""
+        if hauls is None or not match.node.ghosts:
             return None
-        slots = self.below(match, tokens)
+        if not (slots := self.below(match, tokens)):
+            return None
+        if self.waiting.tickets and self.waiting.line:
+            request.declined = "room"
+            return None
         most = max(blocks.pool.num_blocks // _RESTORED_SHARE, hauls.sizes.piece)
-        room = most - hauls.num_rising
-        slots = slots[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
-        if not slots or room <= 0:
+        if (room := most - hauls.num_rising) <= 0:
+            request.declined = "busy"
             return None
-        tenant = root.namespace.tenant
-        account = root.account or blocks.quotas.account(root.namespace)
-        end = match.end + len(slots) * width
+        slots = slots[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
+        end = match.end + len(slots) * self.tree.block_bytes
         if end <= match.end + match.partial_tokens * TOKEN_BYTES:
             return None  # a copy of a block that is there brings as much
+        account = root.account or blocks.quotas.account(root.namespace)
+        verdict = hauls.weigh(slots, account.rate)[0]
+        if not verdict.is_worth:
+            request.declined, request.declined_tier = "slow", verdict.tier
+            return None
+        lease = self._begin_restore(root, match, tokens, slots[: verdict.num_blocks], verdict, now)
+        if lease is None:
+            request.declined = "room"
+            return None
+        end = len(lease.flight or b"") // TOKEN_BYTES
+        return self.inflight.gain(lease, match, end, len(tokens) // TOKEN_BYTES)
+
+    def _begin_restore(
+        self,
+        root: Root,
+        match: Match,
+        tokens: bytes,
+        slots: BlockTable,
+        verdict: Verdict,
+        now: float,
+        *,
+        is_waited_for: bool = True,
+    ) -> Lease | None:
+        """Lend the porter the blocks behind a match, to be filled from slots; None: no room."""
+        hauls, blocks, tenant = self.hauls, self.blocks, root.namespace.tenant
+        width = self.tree.block_bytes
+        account = root.account or blocks.quotas.account(root.namespace)
+        end = match.end + len(slots) * width
         try:
             self.leases.admit(tenant)
             self.prompts.admit(tenant, end)
@@ -452,9 +489,49 @@ class Lessor:
         blocks.allocate(lease, match, node, len(slots), None)
         lease.rest = tokens[match.end : end]
         lease.computed_from = lease.committed
-        self.inflight.add(lease, tokens[:end])
-        hauls.begin_restore(lease, slots, lease.rest, now)
-        return self.inflight.gain(lease, match, end // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
+        if is_waited_for:
+            self.inflight.add(lease, tokens[:end])
+        if hauls is not None:
+            own = lease.rest
+            hauls.begin_restore(lease, slots, own, verdict, now, is_waited_for=is_waited_for)
+        return lease
+
+    def _note_declined(self, request: Request, root: Root, now: float) -> None:
+        """Count a request that was granted without what lies below; at times look there again.
+
+        Then one piece is brought back, to see whether it still takes too long.  Nobody waits for
+        it, and nothing is evicted for it.  O(1), at most once a second O(nodes + tokens).
+        """
+        hauls, tokens = self.hauls, request.tokens
+        if hauls is None:
+            return
+        hauls.worth.declined[request.declined] += 1
+        speed = hauls.worth.speeds[request.declined_tier]
+        if request.declined != "slow" or not speed.decline(now):
+            return
+        match = self.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+        slots = self.below(match, tokens)[: hauls.sizes.piece]
+        if not slots or len(slots) > self.blocks.pool.num_free:
+            return
+        verdict = hauls.weigh(slots, None)[0]
+        own = slots[: verdict.num_blocks]
+        if self._begin_restore(root, match, tokens, own, verdict, now, is_waited_for=False):
+            hauls.worth.speeds[verdict.tier].explore(now)
+
+    def learn_rate(self, own: Lease, num_tokens: int, now: float) -> None:
+        """Learn how long a namespace takes to compute from a lease that has its prompt now.  O(1).
+
+        Args:
+            own: The lease.
+            num_tokens: Of its prompt.
+            now: The time.
+        """
+        if self.hauls is not None:
+            rate = own.account.rate
+            if rate is None:
+                rate = own.account.rate = Rate()
+            computed = (num_tokens - own.num_cached) * self.hauls.worth.tokens_each
+            rate.note(computed, now - own.since)
 
     def sink(self, now: float) -> None:
         """Evict the oldest blocks to the tier, some hundred, if fewer are free than should be."""
@@ -474,7 +551,7 @@ class Lessor:
 
     def hauled(self, number: HaulId, num_good: int, seconds: float, now: float) -> None:
         """End a haul; index what has come back, and let who waits for it be tried."""
-        ended = None if self.hauls is None else self.hauls.end(number, num_good, seconds)
+        ended = None if self.hauls is None else self.hauls.end(number, num_good, seconds, now)
         if ended is not None:
             self._land(*ended, now)
         self.serve(now)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from prefixcache.core.lease import Lease
 from prefixcache.core.ledger import Tally
 from prefixcache.core.lessor import Lessor
 from prefixcache.core.node import Root
+from prefixcache.core.worth import TIER_NAMES, Worth
 from prefixcache.types import (
     TOKEN_BYTES,
     Counts,
@@ -103,7 +104,16 @@ def counts(lessor: Lessor, now: float) -> Counts:
         sunk=0 if hauls is None else hauls.num_sunk,
         restored=0 if hauls is None else hauls.num_restored,
         spoilt=0 if hauls is None else hauls.num_bad,
+        **({} if hauls is None else _worth(hauls.worth)),
     )
+
+
+def _worth(worth: Worth) -> dict[str, Any]:
+    """Tell how often fetching was declined, and what it has brought.  O(tiers)."""
+    told: dict[str, Any] = {f"declined_{why}": count for why, count in worth.declined.items()}
+    for at, speed in enumerate(worth.speeds):
+        told[f"{TIER_NAMES[at]}_advantage"] = speed.advantage or 0.0
+    return told
 
 
 def _segment_bytes(lessor: Lessor) -> int:

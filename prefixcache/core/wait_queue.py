@@ -74,6 +74,10 @@ class Request:
     """… or restored: where it waits for a restore, or did last, the bytes that matched before."""
     restored: int = 0
     """Bytes that restores have brought so far."""
+    declined: str = ""
+    """Why it does not wait for what lies below; empty if it does, or if nothing lies there."""
+    declined_tier: int = 0
+    """Where that lies."""
 
     def waited_for(self, end: int) -> tuple[int, int]:
         """Give how many tokens others have computed, and a tier has given back, since it waits.

@@ -491,7 +491,7 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past", "num_below", "below_s")
+    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past", "num_below", "below_s", "below")
     SPANS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     PARTED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -505,6 +505,7 @@ class ExplainResponse(_message.Message):
     PAST_FIELD_NUMBER: _ClassVar[int]
     NUM_BELOW_FIELD_NUMBER: _ClassVar[int]
     BELOW_S_FIELD_NUMBER: _ClassVar[int]
+    BELOW_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     ledger: Ledger
     parted_at: int
@@ -518,7 +519,24 @@ class ExplainResponse(_message.Message):
     past: PastRequest
     num_below: int
     below_s: float
-    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ..., num_below: _Optional[int] = ..., below_s: _Optional[float] = ...) -> None: ...
+    below: _containers.RepeatedCompositeFieldContainer[TierSpan]
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ..., num_below: _Optional[int] = ..., below_s: _Optional[float] = ..., below: _Optional[_Iterable[_Union[TierSpan, _Mapping]]] = ...) -> None: ...
+
+class TierSpan(_message.Message):
+    __slots__ = ("tier", "start", "end", "fetch_s", "compute_s", "is_worth")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    IS_WORTH_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    start: int
+    end: int
+    fetch_s: float
+    compute_s: float
+    is_worth: bool
+    def __init__(self, tier: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., fetch_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., is_worth: _Optional[bool] = ...) -> None: ...
 
 class Elsewhere(_message.Message):
     __slots__ = ("namespace", "num_tokens")
@@ -862,7 +880,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ..., uncommitted_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt", "declined_slow", "declined_busy", "declined_room", "host_advantage")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -904,6 +922,10 @@ class SnapshotResponse(_message.Message):
     SUNK_FIELD_NUMBER: _ClassVar[int]
     RESTORED_FIELD_NUMBER: _ClassVar[int]
     SPOILT_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_SLOW_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_BUSY_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_ROOM_FIELD_NUMBER: _ClassVar[int]
+    HOST_ADVANTAGE_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     free: int
@@ -945,7 +967,11 @@ class SnapshotResponse(_message.Message):
     sunk: int
     restored: int
     spoilt: int
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ...) -> None: ...
+    declined_slow: int
+    declined_busy: int
+    declined_room: int
+    host_advantage: float
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ..., declined_slow: _Optional[int] = ..., declined_busy: _Optional[int] = ..., declined_room: _Optional[int] = ..., host_advantage: _Optional[float] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")

@@ -156,6 +156,10 @@ def test_who_does_not_wait_computes_and_nobody_is_kept(client: Client) -> None:
     assert (ledger.restored, ledger.evicted) == (0, CHAT)
     told = client.explain(SPACE, writer.chat(1))
     assert told.num_below == CHAT
+    (span,) = told.below
+    assert (span.tier, span.start, span.end) == ("host", 0, CHAT)
+    assert (span.compute_s, span.is_worth) == (None, True), "chats are too short to tell"
+    assert span.fetch_s == told.below_s > 0
     assert writer.num_wrong == 0
 
 

@@ -22,6 +22,7 @@ from prefixcache.types import (
     PinInfo,
     Snapshot,
     Span,
+    TierSpan,
 )
 from prefixcache.v1 import prefixcache_pb2 as pb
 
@@ -87,6 +88,15 @@ def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
     if answer.past is not None:
         _write_past(answer.past, message.past)
     message.num_below, message.below_s = answer.num_below, answer.below_s
+    for part in answer.below:
+        message.below.add(
+            tier=part.tier,
+            start=part.start,
+            end=part.end,
+            fetch_s=part.fetch_s,
+            compute_s=part.compute_s,
+            is_worth=part.is_worth,
+        )
 
 
 def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
@@ -115,6 +125,18 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
         _read_past(message.past) if message.HasField("past") else None,
         message.num_below,
         message.below_s,
+        tuple([_read_tier_span(span) for span in message.below]),
+    )
+
+
+def _read_tier_span(message: pb.TierSpan) -> TierSpan:
+    return TierSpan(
+        message.tier,
+        message.start,
+        message.end,
+        message.fetch_s,
+        message.compute_s if message.HasField("compute_s") else None,
+        message.is_worth,
     )
 
 

@@ -293,6 +293,24 @@ class _Domain:
             {("host",): counts.spoilt},
             tier,
         )
+        yield _counter(
+            "prefixcache_hauls_declined",
+            "Requests that did not wait for what lies below the pool: computing it is about as "
+            "quick (slow), as much as may be was on its way (busy), there was no room for it.",
+            {
+                ("slow",): counts.declined_slow,
+                ("busy",): counts.declined_busy,
+                ("room",): counts.declined_room,
+            },
+            ("reason",),
+        )
+        if counts.host_advantage:
+            yield _gauge(
+                "prefixcache_fetch_advantage",
+                "How many times as long as fetching it computing would have taken, of late.",
+                {("host",): counts.host_advantage},
+                tier,
+            )
 
     def _eviction(self, counts: Counts) -> Iterator[Metric]:
         yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", counts.evicted)
@@ -318,7 +336,7 @@ def _buckets(row: list[int]) -> tuple[list[tuple[str, float]], float]:
     return buckets, row[SUM] / 1e9
 
 
-Samples = float | Mapping[Any, int]
+Samples = float | Mapping[Any, float]
 
 
 def _gauge(name: str, text: str, samples: Samples, labels: tuple[str, ...] = ()) -> Metric:

@@ -1,0 +1,42 @@
+"""What people are told of fetching and computing."""
+
+from __future__ import annotations
+
+import pytest
+
+from prefixcache.cli.explain import _tier_line
+from prefixcache.cli.status import tier
+from prefixcache.types import Snapshot, TierSpan
+
+
+@pytest.mark.parametrize(
+    ("span", "line"),
+    [
+        (
+            TierSpan("disk", 1024, 2048, 0.029, 0.74, is_worth=True),
+            "tokens 1,024 to 2,047 lie on DISK: 29 ms to fetch, 740 ms to compute",
+        ),
+        (
+            TierSpan("host", 0, 16, 0.029, 0.012, is_worth=False),
+            "tokens 0 to 15 lie on HOST: 29 ms to fetch, 12 ms to compute; they are computed",
+        ),
+        (
+            TierSpan("host", 0, 16, 0.029, None, is_worth=True),
+            "tokens 0 to 15 lie on HOST: 29 ms to fetch for who waits; how long to compute is not "
+            "known yet",
+        ),
+    ],
+)
+def test_where_evicted_tokens_lie_is_told_with_the_sum(span: TierSpan, line: str) -> None:
+    assert _tier_line(span) == line
+
+
+def test_what_is_declined_is_told_by_why() -> None:
+    held = {"host_blocks": 1000, "host_used": 500, "sunk": 700, "restored": 90}
+    assert tier(Snapshot(**held)) == (
+        "host 500 of 1,000 (50.0%) · gone down 700 · come back 90 · spoilt 0"
+    )
+    told = tier(Snapshot(**held, host_advantage=25.51, declined_slow=1200, declined_room=3))
+    assert told.endswith(
+        " · spoilt 0 · computing takes 25.5x as long · declined 1,203 (slow 1,200, room 3)"
+    )
