@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 VLLM   := .venv-vllm
 CLIENTS := .venv-clients
+DYNAMO := .venv-dynamo
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # For `make sanitize`.  Without -O1 the compiler takes minutes.  The library is compiled and loaded
@@ -11,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help vllm-environment vllm clients-environment clients demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help vllm-environment vllm clients-environment clients dynamo-environment demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -64,6 +65,14 @@ clients-environment: $(CLIENTS)/.installed   ## An environment of its own with O
 
 clients: $(VENV)/.model $(CLIENTS)/.installed $(CLIENTS)-heavy/.installed   ## All clients, lm-eval and inspect-ai included, against `prefixcache up`: docs/clients.md.  ONLY=llm for one.
 	PYTHONPATH=tests $(BIN)/python -m clients.run --light $(CLIENTS) --heavy $(CLIENTS)-heavy $(if $(ONLY),--only $(ONLY),--publish)
+
+$(DYNAMO)/.installed: tests/service/events/dynamo.txt
+	@echo "==> making $(DYNAMO), an environment with Dynamo's indexer (270 MB, seconds, once)"
+	$(PYTHON) -m venv --clear $(DYNAMO)
+	$(DYNAMO)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement tests/service/events/dynamo.txt
+	@touch $@
+
+dynamo-environment: $(DYNAMO)/.installed   ## An environment of its own with Dynamo's indexer, for the test that it follows our events: .venv-dynamo.
 
 demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
 	@mkdir -p out
@@ -155,5 +164,5 @@ proto: $(VENV)/.installed   ## Generate prefixcache/v1 from proto/.
 	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. proto/prefixcache/v1/prefixcache.proto
 
 clean: pure    ## Remove the environment and everything generated, except committed code.
-	rm -rf $(VENV) $(VLLM) $(CLIENTS) $(CLIENTS)-heavy out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) $(CLIENTS) $(CLIENTS)-heavy $(DYNAMO) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,16 +1,17 @@
 """Events over ZeroMQ, as routers that know the field's schema read them.  Needs the extra `events`.
 
 ```
-PUB      topic · sequence, 8 bytes big-endian · msgpack [ts, [event, …]]
+PUB      topic · sequence, 8 bytes big-endian · msgpack [ts, [event, …], rank]
 ROUTER   asked: "" · sequence      answers: "" · sequence · msgpack …, last: "" · -1 · ""
 event    ["BlockStored", hashes, parent, token_ids, block_size, lora_id, medium, lora_name]
          ["BlockRemoved", hashes, medium]      ["AllBlocksCleared"]
 ```
 Hashes are the last 64 bits of ours, as integers, which every reader of this schema takes.  Token
-ids are sent only with `--watch-tokens`, else the list is empty.  The schema has no namespaces, and
-`AllBlocksCleared` makes a reader forget them all: it is sent before the whole state is told anew,
-while the reset of one namespace is told as the removal of its blocks.  A subscriber that comes
-later asks the second socket, which has the last batches.
+ids are sent only with `--watch-tokens`, else the list is empty.  The rank, of an engine among
+several of one name, is 0: some readers take no batch without one.  The schema has no namespaces,
+and `AllBlocksCleared` makes a reader forget them all: it is sent before the whole state is told
+anew, while the reset of one namespace is told as the removal of its blocks.  A subscriber that
+comes later asks the second socket, which has the last batches.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class EventBatch(msgspec.Struct, array_like=True, omit_defaults=True):
 
     ts: float
     events: list[BlockStored | BlockRemoved | AllBlocksCleared]
+    data_parallel_rank: int
 
 
 class Publisher:
@@ -225,7 +227,7 @@ class Publisher:
                     events = [written for event in batch.events for written in self._write(event)]
                 if not events:
                     continue
-                payload = self._encoder.encode(EventBatch(_time_of(batch), events))
+                payload = self._encoder.encode(EventBatch(_time_of(batch), events, 0))
                 self._keep(payload)
                 number = self._sequence.to_bytes(8, "big")
                 self._sequence += 1
