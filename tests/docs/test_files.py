@@ -10,7 +10,7 @@ import pytest
 from service.service_process import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = ("prefixcache", "kernels", "worker", "bench", "tests")
+FOLDERS = ("prefixcache", "kernels", "worker", "bench", "tests", "docs")
 FILES = [
     path.relative_to(ROOT).as_posix()
     for folder in FOLDERS
