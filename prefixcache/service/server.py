@@ -39,7 +39,7 @@ from prefixcache.service.domain import Domain, make_domains
 from prefixcache.service.events.anonymiser import Anonymiser
 from prefixcache.service.events.recorder import Recorder
 from prefixcache.service.failures import Failures
-from prefixcache.service.grpc import unary
+from prefixcache.service.grpc import acceptor, unary
 from prefixcache.service.grpc.endpoint import Endpoint, make_endpoints, open_endpoints
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe import log as logging
@@ -163,11 +163,12 @@ async def _serve(
         handlers.recorder = _start_recorder(settings, handlers.failures)
         stop = _stop_on_signals()
         lost = _stop_without_owner(backing, stop)
+        deaf = _Deaf(stop)
         # First what may be refused: then nobody has found the service who would lose it again.
         page = "" if http is None else await http.start()
         events = "" if publisher is None else publisher.start()
         for endpoint in endpoints:
-            await endpoint.server.start()
+            await acceptor.start(endpoint.server, deaf.tell)
         for name in ("", SERVICE):
             await alive.set(name, health_pb2.HealthCheckResponse.SERVING)
         if backing.sizes is not None:
@@ -218,8 +219,8 @@ async def _serve(
         stop.clear()
         await alive.enter_graceful_shutdown()
         hurry = asyncio.ensure_future(stop.wait())
-        # Without a pool there is nothing that leases could still do.
-        grace = 0.0 if lost.is_set() else settings.grace
+        # Without a pool there is nothing that leases could still do, nor where no call is taken.
+        grace = 0.0 if lost.is_set() or deaf.cause else settings.grace
         drained = asyncio.gather(*(_drain(one.handlers, grace) for one in domains.values()))
         await asyncio.wait((hurry, drained), return_when=asyncio.FIRST_COMPLETED)
         grace_s = 0.0 if hurry.done() else _LAST_WORDS_S
@@ -227,7 +228,13 @@ async def _serve(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        deaf.is_meant = True
         await asyncio.gather(*(endpoint.server.stop(grace_s) for endpoint in endpoints))
+        if deaf.cause:
+            raise ServiceUnavailable(
+                f"gRPC took no calls any more: {deaf.cause}. Start the service again; what is kept "
+                "(--state) is found again"
+            )
         if lost.is_set():
             raise ServiceUnavailable(
                 "the process that owned the pool on the GPU has died, and with it all that was "
@@ -402,6 +409,23 @@ def _stop_without_owner(backing: Backing, stop: asyncio.Event) -> asyncio.Event:
 
         loop.add_reader(owner.pidfd, died)
     return lost
+
+
+class _Deaf:
+    """Stops a service that takes no calls any more: a process that only lives serves nobody."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self.is_meant = False
+        """Whether the servers are being stopped."""
+        self.cause = ""
+
+    def tell(self, error: BaseException | None) -> None:
+        """Hear that a server has ended."""
+        if not self.is_meant:
+            self.cause = self.cause or repr(error)
+            log.error("a server ended by itself", cause=self.cause)
+            self._stop.set()
 
 
 async def _drain(handlers: Handlers, grace_s: float) -> None:

@@ -86,20 +86,47 @@ OPS = st.one_of(
 )
 BATCHES = st.lists(OPS, max_size=12).map(lambda ops: pb.OpBatch(ops=ops))
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = b"\0\0\0\4\0\0\0\0\0"
 
 
 def garbage(random: Random) -> bytes:
     """Make bytes for a socket: nothing, nearly HTTP/2, or frames of it with anything in them."""
-    start = random.choice([b"", b"GET / HTTP/1.1\r\n\r\n", _PREFACE, _PREFACE + _SETTINGS])
+    start = random.choice([b"", b"GET / HTTP/1.1\r\n\r\n", PREFACE, PREFACE + SETTINGS])
     parts = [start]
     for _ in range(random.randrange(4)):
         body = random.randbytes(random.choice([0, 1, 40, 3000]))
         head = len(body).to_bytes(3, "big") + bytes([random.randrange(12), random.randrange(256)])
         parts.append(head + random.randrange(2**31).to_bytes(4, "big") + body)
+    if start == PREFACE + SETTINGS and random.random() < 0.5:
+        parts.insert(
+            1,
+            call(b"/prefixcache.v1.PrefixCache/" + random.randbytes(random.choice([0, 1, 9, 900]))),
+        )
     parts.append(random.randbytes(random.choice([0, 0, 9, 70_000])))
     return b"".join(parts)
+
+
+def call(path: bytes, stream: int = 1) -> bytes:
+    """Write a call with an empty message as frames, with whatever path."""
+    said = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x"}
+    said |= {b"content-type": b"application/grpc", b"te": b"trailers"}
+    headers = b"".join(b"\0" + _text(name) + _text(value) for name, value in said.items())
+    return _frame(1, 4, stream, headers) + _frame(0, 1, stream, bytes(5))
+
+
+def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return head + payload
+
+
+def _text(text: bytes) -> bytes:
+    """A text of a header, as HPACK has it: its length begins with seven bits."""
+    length, rest = bytes([min(len(text), 127)]), len(text) - 127
+    while rest >= 0:
+        length += bytes([rest % 128 + (128 if rest >= 128 else 0)])
+        rest = rest // 128 if rest >= 128 else -1
+    return length + text
 
 
 def throw(path: str, random: Random) -> None:
