@@ -10,7 +10,9 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
+import grpc.aio
 import structlog
+from google.protobuf.message import DecodeError
 
 from prefixcache.texts import escape, escape_all
 
@@ -37,7 +39,24 @@ def set_up(level: str) -> None:
     )
     others = logging.StreamHandler()
     others.setFormatter(_Plain())
+    others.addFilter(_of_callers)
     logging.basicConfig(handlers=[others], level=logging.WARNING)
+
+
+def _of_callers(record: logging.LogRecord) -> bool:
+    """Give whether a line is written, and take out of it how gRPC came to it where a caller did it.
+
+    Who hangs up while he is answered is no event.  Bytes that are no message, and metadata that are
+    no text, are one line: whoever can connect may send as many as he likes.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None or not record.name.startswith("grpc"):
+        return True
+    if isinstance(error, grpc.aio.BaseError):
+        return False
+    if isinstance(error, DecodeError) or str(record.msg).startswith("Invalid encoding"):
+        record.exc_info = record.exc_text = None
+    return True
 
 
 class _Plain(logging.Formatter):
