@@ -10,7 +10,15 @@ from prefixcache.core.policies import POLICIES
 from prefixcache.types import Partial
 from prefixcache_bench.experiments import tails
 from prefixcache_bench.experiments.replay import Configuration, replay
-from prefixcache_bench.experiments.tails import Cell, Packing, Workload, measure, misses
+from prefixcache_bench.experiments.tails import (
+    Behind,
+    Cell,
+    Packing,
+    Workload,
+    behind,
+    measure,
+    misses,
+)
 from prefixcache_bench.experiments.traces import Trace
 
 
@@ -32,23 +40,44 @@ def test_every_cell_is_held_to_the_mode_before_it(small: Trace) -> None:
     assert {cell.block_size for cell in cells} == {1, 16, 64}
     # On a trace as short as this, a single block is more than the tolerance.
     assert min(min(cell.blocks_gain, cell.tails_gain) for cell in cells) > -0.15
-    worse = Cell("t", "lru", 16, "1%", dict(zip(Partial, (100, 99, 90), strict=True)), 1000)
-    assert [one.rpartition(": ")[2] for one in misses([worse])] == ["blocks cost", "tails cost"]
     alone = Cell("t", "lru", 1, "inf", dict.fromkeys(Partial, 100), 1000)
     short = Cell("t", "lru", 16, "inf", dict.fromkeys(Partial, 99), 1000)
-    assert list(misses([alone, short])) == [f"{short}: 99 tokens, blocks of 1 100"]
+    assert list(misses([alone, short], [])) == [f"{short}: 99 tokens, blocks of 1 100"]
+
+
+def test_a_cell_that_is_behind_misses_if_it_is_from_other_beginnings_too(
+    small: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tails, "BEGINNINGS", 3)
+    monkeypatch.setattr(tails, "APART", 2)
+    reused = dict(zip(Partial, (100, 99, 90), strict=True))
+    cell = Cell("small", "lru", 16, "25%", reused, 1000)
+    found = list(behind(Workload("small", (1, 16)), small, [cell]))
+    assert [(one.mode, one.gains[0]) for one in found] == [
+        (Partial.BLOCKS, pytest.approx(-0.1)),
+        (Partial.TAILS, pytest.approx(-0.9)),
+    ]
+    assert all(len(one.gains) == 3 and min(one.gains[1:]) >= 0 for one in found)
+    once = Behind(cell, Partial.TAILS, (-0.09, 0.1, 0.02))
+    always = Behind(cell, Partial.TAILS, (-0.09, -0.1, -0.08))
+    assert list(misses([cell], [once])) == []
+    assert list(misses([cell], [once, always])) == [f"{always}: it costs"]
+    assert "tails -0.09; from 3 beginnings -0.10 to -0.08, mean -0.090 ± 0.006" in str(always)
 
 
 def test_the_tables_go_between_the_markers(small: Trace, tmp_path: Path) -> None:
     document = tmp_path / "experiments.md"
     document.write_text(f"before {tails.BEGIN}old{tails.END} after\n")
     cells = measure(Workload("small", (1, 64)), small, 1)
-    tails.write(document, [cells], [Packing("small", 64, "8%", 10, 1, 100)])
+    one = Behind(cells[0], Partial.TAILS, (-0.09, 0.1))
+    packing = Packing("small", 64, "8%", 10, 1, 100)
+    tails.write(document, tails.tables([cells], [one], [], [packing]))
     text = document.read_text()
     assert text.startswith("before")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| small, `hazard`, 64 |" in text
+    assert f"Behind in this replay: {one}.\nMissed: none." in text
     assert "1 of 10 tails, 1.00 % of the blocks stored" in text
 
 
