@@ -36,10 +36,7 @@ SHOTS = (
     ("page-dark", 1440, 1500, "dark"),
     ("page-phone", 412, 1900, "dark"),
 )
-LANES = (
-    ("lanes-light", 1200, 900, "light"),
-    ("lanes-dark", 1200, 900, "dark"),
-)
+LANES = (("lanes-light", 1200, 900, "light"),)
 BROWSER = (
     "--headless=new",
     "--no-sandbox",
