@@ -47,7 +47,7 @@ from prefixcache.errors import (
     Unsupported,
 )
 from prefixcache.private_files import open_private
-from prefixcache.types import DTYPE_BYTES, Layout, PoolHandle
+from prefixcache.types import DTYPE_BYTES, Layout, PoolHandle, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -439,6 +439,7 @@ def map_pool(handle: PoolHandle) -> mmap.mmap:
         NotFound: There is no such pool (any more), or it is another user's.
         EpochMismatch: The file is no pool, or a pool of another life or size.
         LayoutMismatch: The pool has another shape than the handle says.
+        InvalidRequest: This is no handle of a pool.
     """
     fd = open_pool(handle)
     try:
@@ -486,8 +487,10 @@ def open_pool(handle: PoolHandle) -> int:
     """Open a pool's file, and lock its epoch until the file is closed; give its descriptor.
 
     Raises:
-        Unsupported, NotFound, EpochMismatch, LayoutMismatch: As `map_pool`.
+        Unsupported, NotFound, EpochMismatch, LayoutMismatch, InvalidRequest: As `map_pool`.
     """
+    if not isinstance(handle, PoolHandle) or not isinstance(handle.name, str):
+        raise InvalidRequest(f"{shown(handle)} is no handle of a pool: session.pool gives one")
     if handle.kind == "cuda-ipc":
         raise Unsupported(
             "this pool lives on a GPU (cuda-ipc): prefixcache_kernels.SharedPool.map opens it"
@@ -504,6 +507,8 @@ def open_pool(handle: PoolHandle) -> int:
         ) from None
     except OSError as error:
         raise NotFound(f"the pool at {handle.name} cannot be opened: {error.strerror}") from error
+    except ValueError as error:  # a NUL, or half of a sign
+        raise InvalidRequest(f"{handle.name!a} is no path of a pool: {error}") from None
     try:
         status = os.fstat(fd)
         size = status.st_size

@@ -9,6 +9,7 @@ wire to the tree; block ids as int32.  `pack` and `unpack` are the only places t
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sys
 from array import array
@@ -245,10 +246,18 @@ def shown(value: object) -> str:
 def unpack(tokens: bytes) -> array[int]:
     """Give packed token ids as `array('I')`.  Changes nothing.  One copy.
 
+    Raises:
+        InvalidRequest: these are no packed ids, or the last one is torn.
+
     >>> unpack(pack([7, 9])).tolist()
     [7, 9]
     """
-    return array("I", tokens)
+    if not isinstance(tokens, bytes | bytearray | memoryview):
+        raise InvalidRequest(f"packed token ids are bytes, not {shown(tokens)}")
+    try:
+        return array("I", bytes(tokens))
+    except ValueError:
+        raise InvalidRequest(f"{len(tokens)} bytes are not whole tokens of 4") from None
 
 
 class Namespace(NamedTuple):
@@ -396,7 +405,8 @@ class Layout:
 
 def _whole(name: str, number: object) -> int:
     if isinstance(number, SupportsIndex) and not isinstance(number, bool):
-        return number.__index__()
+        with contextlib.suppress(TypeError, RuntimeError):  # several numbers, or without memory
+            return number.__index__()
     raise InvalidRequest(
         f"{name} of a layout is {shown(number)}: whole numbers are expected; pages are given by "
         "name, as Layout(planes=30, page_bytes=24576, format=...)"

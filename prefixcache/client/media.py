@@ -13,6 +13,7 @@ tokens would read another's.  What is acquired is the key, and it is the key tha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import shake_128
 from operator import attrgetter, index
 from typing import Final, NamedTuple, SupportsIndex
@@ -113,11 +114,10 @@ def _checked(item: MediaItem, num_tokens: int) -> MediaItem:
 
 
 def _whole(what: str, number: object) -> int:
-    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
-        raise InvalidRequest(
-            f"the {what} of an item is of type {type(number).__name__}, no integer"
-        )
-    return index(number)
+    if isinstance(number, SupportsIndex) and not isinstance(number, bool):
+        with suppress(TypeError, RuntimeError):  # several numbers, or without memory
+            return index(number)
+    raise InvalidRequest(f"the {what} of an item is of type {type(number).__name__}, no integer")
 
 
 def _words(digest: bytes, placeholders: bytes) -> bytearray:

@@ -153,6 +153,25 @@ def test_a_tensor_that_has_not_the_memory_of_its_ids_is_refused(name: str) -> No
     assert str(error.value).isprintable()
 
 
+@pytest.mark.parametrize("packed", [None, 5, "abcd", [1, 2], np.ones(2), b"abc", bytearray(5)])
+def test_what_is_no_row_of_packed_ids_is_not_unpacked(packed: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"packed token ids are bytes|not whole tokens"):
+        unpack(packed)
+
+
+@pytest.mark.parametrize(
+    "odd", [np.ones(2, int), torch.ones(1, device="meta").int(), [1], "1", 1.0]
+)
+def test_sizes_of_a_layout_and_places_of_an_item_are_single_numbers(odd: Any) -> None:
+    for field in ("num_layers", "num_kv_heads", "head_dim"):
+        with pytest.raises(InvalidRequest, match=field):
+            Layout(**({"num_layers": 1, "num_kv_heads": 1, "head_dim": 1} | {field: odd}))
+    for field in ("offset", "length"):
+        item = prefixcache.MediaItem(0, 1, "a" * 8)._replace(**{field: odd})
+        with pytest.raises(InvalidRequest, match=f"the {field} of an item"):
+            prefixcache.media_keys([1, 2, 3], [item])
+
+
 def test_a_layout_knows_its_element_types() -> None:
     for name, whole in (
         ("bf16", "bfloat16"),

@@ -241,9 +241,15 @@ def test_a_pool_that_is_only_accounts_cannot_be_mapped(pool: PoolFile) -> None:
 
 @pytest.mark.parametrize("odd", [None, 5, "pool", {}, LAYOUT])
 def test_what_is_no_handle_is_refused(odd: Any) -> None:
-    for way in (SharedPool.map, map_pages):
+    for way in (SharedPool.map, map_pages, map_pool):
         with pytest.raises(InvalidRequest, match="is no handle of a pool"):
             way(odd)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"x", "/x/\0", "/x/\ud800", ""])
+def test_what_names_no_path_is_no_pool(pool: PoolFile, name: Any) -> None:
+    with pytest.raises((InvalidRequest, NotFound)):
+        map_pool(replace(pool.handle, name=name))
 
 
 @pytest.mark.parametrize("odd", [True, 2**70, "nowhere", [], 1.5])
