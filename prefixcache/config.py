@@ -56,6 +56,14 @@ def _size_or_none(text: str | int | None) -> int | None:
     return None if text is None else parse_size(text)
 
 
+def _rate_or_none(text: str | int | None) -> int | None:
+    return (
+        None
+        if text is None
+        else parse_size(text.removesuffix("/s") if isinstance(text, str) else text)
+    )
+
+
 def format_size(num_bytes: int) -> str:
     """Write a number of bytes for people, in powers of two.
 
@@ -165,6 +173,47 @@ class Option(NamedTuple):
     """What holds without a value, where the default is None and that is not plain from the text."""
 
 
+class DiskSpec(NamedTuple):
+    """What a tier on disk may take, and where."""
+
+    num_bytes: int
+    folder: Path | None = None
+    """None: in that of the state."""
+
+    def part(self, share: float, name: str) -> DiskSpec:
+        """Give the tier of a part of the service, in a folder of its own.
+
+        >>> DiskSpec(1000, Path("/d")).part(0.5, "acme")
+        DiskSpec(num_bytes=500, folder=PosixPath('/d/acme'))
+        """
+        folder = None if self.folder is None else self.folder / name
+        return DiskSpec(int(self.num_bytes * share), folder)
+
+    def __str__(self) -> str:
+        size = format_size(self.num_bytes).replace(" ", "")
+        return size if self.folder is None else f"{size}:{self.folder}"
+
+
+def parse_disk(text: str | int | DiskSpec | None) -> DiskSpec | None:
+    """Read `SIZE` or `SIZE:FOLDER`.
+
+    Raises:
+        ValueError: it is neither.
+
+    >>> parse_disk("20GiB:/var/cache/kv")
+    DiskSpec(num_bytes=21474836480, folder=PosixPath('/var/cache/kv'))
+    """
+    if text is None or isinstance(text, DiskSpec):
+        return text
+    size, colon, folder = str(text).partition(":")
+    if colon and not folder.strip():
+        raise ValueError(f"{text!r} names no folder behind the colon")
+    num_bytes = parse_size(size.strip())
+    if not 0 < num_bytes <= 2**62:
+        raise ValueError(f"a disk of {num_bytes} bytes")
+    return DiskSpec(num_bytes, Path(folder.strip()) if colon else None)
+
+
 MAX_SHADOWS = 4
 
 
@@ -248,6 +297,27 @@ class ServeSettings(BaseSettings):
             "Memory below the pool, for what it evicts: that comes back for who waits, in place of "
             "being computed again. See docs/tiers.md.",
             unset="none",
+        ),
+    ] = None
+    disk: Annotated[
+        DiskSpec | None,
+        BeforeValidator(parse_disk),
+        Option(
+            _POOL,
+            "SIZE[:FOLDER]",
+            "What a folder on disk may take of the same, below --host if that is given, too. "
+            "Without a folder: in that of --state.",
+            unset="none",
+        ),
+    ] = None
+    disk_write: Annotated[
+        Annotated[int, Field(gt=0, le=2**62)] | None,
+        BeforeValidator(_rate_or_none),
+        Option(
+            _POOL,
+            "SIZE/s",
+            "How much is written there in a second at most; what is more is given up.",
+            unset="no limit",
         ),
     ] = None
     block_size: Annotated[

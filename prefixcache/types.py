@@ -921,11 +921,21 @@ class Counts:
     """What it remembers of past requests, for people."""
     max_history_bytes: int = 0
     leaving: int = 0
-    """Blocks that are being copied to the tier below the pool, and are free then."""
+    """Blocks that are being copied to the tiers below the pool, and are free then."""
     host_blocks: int = 0
-    """What fits into that tier, in memory of the host; 0: there is none."""
+    """What fits there in memory of the host; 0: there is none."""
     host_used: int = 0
     """Of these, what holds something."""
+    disk_blocks: int = 0
+    """What fits there on disk; 0: there is none."""
+    disk_used: int = 0
+    """Of these, what holds something."""
+    disk_written: int = 0
+    """Blocks that were written to disk since the start."""
+    disk_moved: int = 0
+    """Of these, those that lay in memory of the host before."""
+    disk_restored: int = 0
+    """Of those that came back, the blocks that came from there."""
     sunk: int = 0
     """Blocks that were copied there since the start."""
     restored: int = 0
@@ -940,6 +950,8 @@ class Counts:
     """… or since there was no room for it."""
     host_advantage: float = 0.0
     """How many times as long as fetching it computing would have taken, of late; 0: unknown."""
+    disk_advantage: float = 0.0
+    """The same of what lies on disk."""
 
     def fields(self) -> dict[str, Any]:
         """Give them by their names."""

@@ -407,17 +407,17 @@ def failures(now: Status) -> Iterator[Finding]:
 def tier(now: Status) -> Iterator[Finding]:
     """Look at what lies below the pool."""
     snapshot = now.snapshot
-    if not snapshot.host_blocks:
+    if not snapshot.host_blocks and not snapshot.disk_blocks:
         return
     lost = snapshot.evicted - snapshot.sunk - snapshot.leaving
     if snapshot.spoilt:
         yield Finding(
             "tier",
             WRONG,
-            f"{many(snapshot.spoilt, 'block')} of the host's memory below the pool did not hold "
-            "what was written there: they were computed again, and nobody has read them.",
-            "Memory that changes by itself is damaged, or somebody else writes to it: look at the "
-            "machine's log, and at who may run as this user.",
+            f"{many(snapshot.spoilt, 'block')} below the pool did not hold what was written there: "
+            "they were computed again, and nobody has read them.",
+            "Memory or a disk that changes by itself is damaged, or somebody else writes to it: "
+            "look at the machine's log, and at who may run as this user.",
         )
     elif snapshot.evicted and lost > _MUCH_LOST * snapshot.evicted:
         yield Finding(

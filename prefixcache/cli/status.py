@@ -181,32 +181,41 @@ def _blocks(snapshot: Snapshot) -> str:
 
 def _below(snapshot: Snapshot) -> list[tuple[str, str]]:
     """Write what lies below the pool, if anything may."""
-    if not snapshot.host_blocks:
-        return []
-    return [("below", tier(snapshot))]
+    return [(name, text) for name, text in zip(("below", ""), tiers(snapshot), strict=False)]
 
 
-def tier(snapshot: Snapshot) -> str:
-    """Write what a tier holds, and what has gone there and come back."""
-    share = snapshot.host_used / snapshot.host_blocks
-    told = (
-        f"host {snapshot.host_used:,} of {snapshot.host_blocks:,} ({share:.1%}) · gone down "
-        f"{snapshot.sunk:,} · come back {snapshot.restored:,} · spoilt {snapshot.spoilt:,}"
-    )
-    return told + _worth(snapshot)
+def tiers(snapshot: Snapshot) -> list[str]:
+    """Write what each tier holds, and what has gone there and come back; nothing, without any."""
+    now = snapshot
+    lines = []
+    moved = f"gone down {now.sunk:,} · come back {now.restored:,} · spoilt {now.spoilt:,}"
+    if now.host_blocks:
+        share = now.host_used / now.host_blocks
+        told = f"host {now.host_used:,} of {now.host_blocks:,} ({share:.1%}) · {moved}"
+        lines.append(told + _gain(now.host_advantage))
+    if now.disk_blocks:
+        share = now.disk_used / now.disk_blocks
+        own = f"written {now.disk_written:,} · come back {now.disk_restored:,}"
+        told = f"disk {now.disk_used:,} of {now.disk_blocks:,} ({share:.1%}) · "
+        lines.append(told + (own if now.host_blocks else moved) + _gain(now.disk_advantage))
+    if lines:
+        lines[0] += _declined(now)
+    return lines
 
 
-def _worth(snapshot: Snapshot) -> str:
-    """Write what fetching brings, and how many requests did without, by why."""
-    parts = []
-    if snapshot.host_advantage:
-        parts.append(f" · computing takes {snapshot.host_advantage:,.1f}x as long")
+def _gain(advantage: float) -> str:
+    """Write what fetching brings."""
+    return f" · computing takes {advantage:,.1f}x as long" if advantage else ""
+
+
+def _declined(snapshot: Snapshot) -> str:
+    """Write how many requests did without what lies below, by why."""
     whys = ("slow", "busy", "room")
     found = {why: count for why in whys if (count := getattr(snapshot, f"declined_{why}"))}
-    if found:
-        named = ", ".join(f"{why} {count:,}" for why, count in found.items())
-        parts.append(f" · declined {sum(found.values()):,} ({named})")
-    return "".join(parts)
+    if not found:
+        return ""
+    named = ", ".join(f"{why} {count:,}" for why, count in found.items())
+    return f" · declined {sum(found.values()):,} ({named})"
 
 
 def _memory(snapshot: Snapshot) -> list[tuple[str, str]]:

@@ -213,8 +213,8 @@ class Screen:
             ],
             width,
         )
-        if snapshot.host_blocks:
-            yield _label("below").append(status.tier(snapshot))
+        for number, line in enumerate(status.tiers(snapshot)):
+            yield _label("" if number else "below").append(line)
         recent = self._recent()
         yield _label("tokens").append(
             view.bar([(fate, getattr(recent.ledger, fate)) for fate in view.FATES], columns)

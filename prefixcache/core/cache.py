@@ -163,7 +163,7 @@ class PrefixCache:
             raise InvalidRequest(f"a history of {history_bytes} bytes; give 0 or more")
         if first_block < 0:
             raise InvalidRequest(f"the first block is {first_block}; give 0 or more")
-        if tiers.host and not (0 < tiers.ahead < num_blocks and tiers.piece > 0):
+        if tiers.below and not (0 < tiers.ahead < num_blocks and tiers.piece > 0):
             raise InvalidRequest(
                 f"{tiers}: at least one block is kept free for what goes down, and fewer than the "
                 f"pool's {num_blocks:,}; a piece has at least one"
@@ -982,6 +982,14 @@ class PrefixCache:
             return []
         self._lessor.sink(now)
         return hauls.take_new()
+
+    def hold_disk(self, *, until: float) -> None:
+        """Let nothing be written to the tier on disk before that time: it fails.  O(1).
+
+        What would go there is given up: the oldest blocks of the tier above it, if there is one.
+        """
+        if self._lessor.hauls is not None:
+            self._lessor.hauls.limit.hold_until(until)
 
     def hauled(self, haul: HaulId, num_good: int, seconds: float, *, now: float) -> None:
         """Take note that a haul has ended: in the order in which they were begun.

@@ -1,9 +1,13 @@
-"""Hauls: blocks on their way between the pool and the tier below it.
+"""Hauls: blocks on their way between the pool and the tiers below it.
 
 ```
             sink                         ended
 pool  ────────────► leaving ───────────────────────► slot can be read, block is free
                        └ abandoned: somebody needs the block now; the slot is not good
+
+            move_on                      ended
+HOST  ────────────► moving ────────────────────────► it lies on DISK, its slot of HOST is free
+                       └ not good, or read meanwhile: it stays where it is
 
             begin_restore                pieces end
 slots ────────────► in flight ─────────────────────► indexed, piece by piece
@@ -13,6 +17,10 @@ slots ────────────► in flight ────────
 **Down.**  Victims leave the tree before anybody needs their blocks, and are free once they have
 been copied, so nobody ever waits for a copy.  Who needs blocks that are still leaving gets them at
 once: the copy is read by nobody then.
+
+**From HOST to DISK** the oldest blocks go ahead of need, too, from slot to slot: no block of the
+pool takes part.  Who waits for one of them reads it from where it still lies.  What may be written
+to a disk has a limit (`write_limit.py`); what is over it is given up.
 
 **Up.**  A restore is a lease on the prefix, of a worker that nobody else is: the porter.  So it is
 in flight like any other, and others wait for it.  Its blocks are the porter's until each haul into
@@ -24,6 +32,7 @@ has ended, and how many of its blocks, from the first on, were found to be what 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -33,8 +42,9 @@ from typing import Final, NamedTuple
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
-from prefixcache.core.tiers import Stamps, Tier
+from prefixcache.core.tiers import Move, Stamps, Tier
 from prefixcache.core.worth import Rate, Verdict, Worth
+from prefixcache.core.write_limit import WriteLimit
 from prefixcache.types import BlockTable, HaulId, WorkerId
 
 PORTER: Final = WorkerId(-(2**31))
@@ -51,8 +61,10 @@ _AS_LONG_AGAIN: Final = 2.0
 class TierSizes(NamedTuple):
     """What there is below the pool.
 
-    >>> TierSizes.of(host=100_000, num_blocks=5_825)
-    TierSizes(host=100000, ahead=364, piece=16)
+    >>> TierSizes.of(5_825, host=100_000)
+    TierSizes(host=100000, ahead=364, piece=16, disk=0, host_ahead=0, disk_per_s=inf)
+    >>> TierSizes.of(5_825, host=10_000, disk=100_000).host_ahead
+    625
     """
 
     host: int = 0
@@ -61,6 +73,17 @@ class TierSizes(NamedTuple):
     """Blocks of the pool that are kept free, since the oldest ones go down ahead of need."""
     piece: int = 16
     """Blocks of one haul at most: who waits for one waits no longer than this takes."""
+    disk: int = 0
+    """Blocks that fit below that; 0: there is no disk."""
+    host_ahead: int = 0
+    """Slots of HOST that are kept free, since its oldest blocks go on to DISK ahead of need."""
+    disk_per_s: float = math.inf
+    """Blocks that are written to DISK in a second at most."""
+
+    @property
+    def below(self) -> int:
+        """Blocks that fit below the pool, wherever."""
+        return self.host + self.disk
 
     @property
     def least(self) -> int:
@@ -68,12 +91,24 @@ class TierSizes(NamedTuple):
         return min(self.piece, max(1, self.ahead // 4))
 
     @classmethod
-    def of(cls, host: int, num_blocks: int) -> TierSizes:
+    def of(
+        cls, num_blocks: int, *, host: int = 0, disk: int = 0, disk_per_s: float = math.inf
+    ) -> TierSizes:
         """Give what suits a pool: a sixteenth of it is kept free, 64 to 2,048 blocks.
 
-        Of a small one it is an eighth.
+        Of a small one it is an eighth; and the same of HOST, if there is a disk below it.
         """
-        return cls(host, min(max(num_blocks // 16, 64), num_blocks // 8, 2048), 16)
+        host_ahead = _part_of(host) if disk else 0
+        return cls(host, _part_of(num_blocks), 16, disk, host_ahead, disk_per_s)
+
+
+def _part_of(num_blocks: int) -> int:
+    return min(max(num_blocks // 16, 64), num_blocks // 8, 2048)
+
+
+_NONE: Final[BlockTable] = array("i")
+_MOST_MOVING: Final = 4
+"""Pieces that are on their way from HOST to DISK at the same time."""
 
 
 class Haul(NamedTuple):
@@ -83,12 +118,17 @@ class Haul(NamedTuple):
     is_up: bool
     """Whether from slots into the pool."""
     blocks: BlockTable
+    """None, if it is from slot to slot."""
     slots: BlockTable
-    """As many."""
+    """As many.  First those of HOST, then those of DISK."""
     stamps: Stamps
     """What is to be written beside the bytes of each slot, or must stand there."""
     tokens: bytes
-    """Of the blocks, all full: as well."""
+    """Of the blocks, all full: as well.  None, if it is from slot to slot."""
+    sources: BlockTable = _NONE
+    """The slots of HOST that are to be copied to `slots`, and what stands beside them."""
+    places: BlockTable = _NONE
+    """Whose slots these are; who moves the bytes need not know."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,18 +163,24 @@ class Hauls:
     __slots__ = (
         "_down",
         "_dues",
+        "_moves",
         "_new",
         "_next",
         "_up",
         "_worked_s",
         "has_porter",
+        "limit",
         "num_bad",
         "num_leaving",
+        "num_moved",
         "num_restored",
+        "num_restored_from_disk",
         "num_rising",
         "num_sunk",
+        "num_sunk_to_disk",
         "pool",
         "restores",
+        "rising",
         "sizes",
         "tier",
         "worth",
@@ -144,7 +190,7 @@ class Hauls:
         self.tier = tier
         self.pool = pool
         self.sizes = sizes
-        self.worth = Worth(1, block_size)
+        self.worth = Worth(2 if sizes.disk else 1, block_size)
         """What it costs to bring blocks back, and whether it is worth it."""
         self.has_porter = False
         """Whether there is anybody to move blocks."""
@@ -152,12 +198,20 @@ class Hauls:
         """Blocks that have left the tree, and are free once they are copied."""
         self.num_rising = 0
         """Blocks that are to be copied back."""
+        self.rising = [0] * len(self.worth.speeds)
+        """Of each tier, how many of them lie there."""
         self.num_sunk = self.num_restored = self.num_bad = 0
         """Since the start: blocks that were copied down, and back; and that were not good."""
+        self.num_sunk_to_disk = self.num_moved = 0
+        """Of those copied down, those that went to DISK at once; and those that went on there."""
+        self.num_restored_from_disk = 0
+        self.limit = WriteLimit(sizes.disk_per_s, sizes.piece)
+        """How much may be written to DISK."""
         self.restores: dict[int, Restore] = {}
         """By the serial number of their leases."""
         self._new: list[Haul] = []
         self._down: dict[HaulId, Haul] = {}
+        self._moves: dict[HaulId, Move] = {}
         self._up: dict[HaulId, tuple[Haul, Restore]] = {}
         self._dues: list[tuple[float, int]] = []
         self._next = 0
@@ -169,15 +223,21 @@ class Hauls:
         return new
 
     def _haul(
-        self, blocks: BlockTable, slots: BlockTable, tokens: bytes, at: int, *, is_up: bool
+        self, blocks: BlockTable, places: BlockTable, tokens: bytes, at: int, *, is_up: bool
     ) -> Haul:
         """Make the haul of the next piece, from `at` on."""
         end, width = at + self.sizes.piece, len(tokens) // len(blocks)
         self._next += 1
-        part = slots[at:end]
-        stamps = self.tier.stamps(part)
-        cut = tokens[at * width : end * width]
-        haul = Haul(HaulId(self._next), is_up, blocks[at:end], part, stamps, cut)
+        part = places[at:end]
+        haul = Haul(
+            HaulId(self._next),
+            is_up,
+            blocks[at:end],
+            self.tier.slots(part),
+            self.tier.stamps(part),
+            tokens[at * width : end * width],
+            places=part,
+        )
         self._new.append(haul)
         return haul
 
@@ -192,12 +252,41 @@ class Hauls:
         if not sunk:
             return
         blocks = array("i", b"".join([one.blocks.tobytes() for one in sunk]))
-        slots = array("i", b"".join([one.slots.tobytes() for one in sunk]))
+        places = array("i", b"".join([one.places.tobytes() for one in sunk]))
         tokens = b"".join([one.tokens for one in sunk])
         self.num_leaving += len(blocks)
+        self.limit.spend(self.tier.count_disk(places))
         for at in range(0, len(blocks), self.sizes.piece):
-            haul = self._haul(blocks, slots, tokens, at, is_up=False)
+            haul = self._haul(blocks, places, tokens, at, is_up=False)
             self._down[haul.id] = haul
+
+    def move_on(self, now: float) -> None:
+        """Have the oldest blocks of HOST go on to DISK, as far as too few slots of it are free.
+
+        O(blocks that move), in C.
+        """
+        tier, piece = self.tier, self.sizes.piece
+        if not self.has_porter or not tier.num_disk or not tier.num_host:
+            return
+        while (room := _MOST_MOVING * piece - tier.num_moving) > 0:
+            most = min(piece, room, self.limit.allowed(now))
+            move = tier.begin_moving(most) if most > 0 else None
+            if move is None:
+                return
+            self.limit.spend(len(move.places))
+            self._next += 1
+            haul = Haul(
+                HaulId(self._next),
+                is_up=False,
+                blocks=_NONE,
+                slots=move.slots,
+                stamps=tier.stamps(move.places),
+                tokens=b"",
+                sources=move.sources,
+                places=move.places,
+            )
+            self._moves[haul.id] = move
+            self._new.append(haul)
 
     def abandon(self, num_blocks: int) -> None:
         """Free blocks that are leaving, the last ones first, since somebody needs them now.
@@ -222,21 +311,25 @@ class Hauls:
 
     # ------------------------------------------------------------------ up
 
-    def weigh(self, slots: BlockTable, rate: Rate | None) -> list[Verdict]:
-        """Say of each run of slots on one tier, in order, whether it is worth to be brought back.
+    def weigh(self, places: BlockTable, rate: Rate | None) -> list[Verdict]:
+        """Say of each run of places on one tier, in order, whether it is worth to be brought back.
 
         Each as if those before it were being brought back.  Changes nothing.
 
         Args:
-            slots: What lies below of one prompt.
+            places: What lies below of one prompt.
             rate: How long its namespace takes to compute; None: nobody knows.
         """
-        return [self.worth.weigh(0, len(slots), [self.num_rising], rate)] if slots else []
+        queued, verdicts = list(self.rising), []
+        for tier, num_blocks in self.tier.runs(places):
+            verdicts.append(self.worth.weigh(tier, num_blocks, queued, rate))
+            queued[tier] += num_blocks
+        return verdicts
 
     def begin_restore(
         self,
         lease: Lease,
-        slots: BlockTable,
+        places: BlockTable,
         tokens: bytes,
         verdict: Verdict,
         now: float,
@@ -246,23 +339,24 @@ class Hauls:
         """Have the blocks behind the prefix of a lease copied back, piece by piece.
 
         Args:
-            lease: The porter's; its own blocks are as many as the slots.
-            slots: Can be read; on one tier.
+            lease: The porter's; its own blocks are as many as the places.
+            places: Can be read; on one tier.
             tokens: Of these blocks.
             verdict: What was thought of it.
             now: The time.
             is_waited_for: Whether others may wait for it.
         """
-        self.tier.begin_reading(slots)
-        self.num_rising += len(slots)
+        self.tier.begin_reading(places)
+        self.num_rising += len(places)
+        self.rising[verdict.tier] += len(places)
         due = now + _AS_LONG_AGAIN * verdict.fetch_s + _SLACK_S
         restore = Restore(lease, verdict, due, now, self._worked_s, is_given_up=not is_waited_for)
         self.restores[lease.serial] = restore
         if is_waited_for:
             heappush(self._dues, (due, lease.serial))
         blocks = lease.table[lease.private_from :]
-        for at in range(0, len(slots), self.sizes.piece):
-            haul = self._haul(blocks, slots, tokens, at, is_up=True)
+        for at in range(0, len(places), self.sizes.piece):
+            haul = self._haul(blocks, places, tokens, at, is_up=True)
             self._up[haul.id] = (haul, restore)
             restore.pieces.append(haul.id)
 
@@ -306,25 +400,34 @@ class Hauls:
             The restore of which it was a piece, and how many of its blocks may be indexed.
         """
         if (down := self._down.pop(number, None)) is not None:
-            self.tier.written(down.slots, num_good if down.blocks else 0)
-            self.num_sunk += min(num_good, len(down.blocks))
+            num_good = num_good if down.blocks else 0
+            self.num_sunk += num_good
+            self.num_sunk_to_disk += self.tier.count_disk(down.places[:num_good])
+            self.tier.written(down.places, num_good)
             self._free(down)
+            return None
+        if (move := self._moves.pop(number, None)) is not None:
+            self.num_moved += num_good
+            self.tier.moved(move, num_good)
             return None
         if number not in self._up:
             return None
         haul, restore = self._up.pop(number)
-        self.tier.end_reading(haul.slots, num_good)
+        num_usable = 0 if restore.is_broken else num_good
+        num_from_disk = self.tier.count_disk(haul.places[:num_usable])
+        self.tier.end_reading(haul.places, num_good)
         self.num_rising -= len(haul.slots)
+        self.rising[restore.verdict.tier] -= len(haul.slots)
         restore.pieces.remove(number)
         self._worked_s += seconds
         self.worth.speeds[restore.verdict.tier].note(len(haul.slots), seconds)
         if not restore.pieces:
             self._learn(restore, now)
-        num_usable = 0 if restore.is_broken else num_good
         if num_good < len(haul.slots):
             self.num_bad += len(haul.slots) - num_good
             restore.is_broken = restore.is_given_up = True
         self.num_restored += num_usable
+        self.num_restored_from_disk += num_from_disk
         return restore, num_usable
 
     def _learn(self, over: Restore, now: float) -> None:
@@ -345,12 +448,16 @@ class Hauls:
         """
         self._new = []
         for down in self._down.values():
-            self.tier.written(down.slots, 0)
+            self.tier.written(down.places, 0)
             self._free(down)
         self._down = {}
+        for move in self._moves.values():
+            self.tier.moved(move, 0)
+        self._moves = {}
         for haul, _ in self._up.values():
-            self.tier.end_reading(haul.slots, len(haul.slots))
+            self.tier.end_reading(haul.places, len(haul.places))
         self._up, self.num_rising = {}, 0
+        self.rising = [0] * len(self.rising)
         lost = list(self.restores.values())
         for restore in lost:
             restore.pieces.clear()
@@ -365,9 +472,13 @@ class Hauls:
         return array("i", b"".join([one.blocks.tobytes() for one in self._down.values()]))
 
     def busy(self) -> BlockTable:
-        """Give the slots that are written to or read.  O(these)."""
+        """Give the places that are written to or read.  O(these)."""
         hauls = [*self._down.values(), *(haul for haul, _ in self._up.values())]
-        return array("i", b"".join([one.slots.tobytes() for one in hauls]))
+        return array("i", b"".join([one.places.tobytes() for one in hauls]))
+
+    def moving(self) -> BlockTable:
+        """Give the places that are on their way from HOST to DISK.  O(these)."""
+        return array("i", b"".join([one.places.tobytes() for one in self._moves.values()]))
 
     def check(self) -> None:
         """Assert that the counts are those of the hauls.  O(hauls)."""
@@ -375,6 +486,7 @@ class Hauls:
         assert self.num_leaving == leaving, f"{leaving} blocks leave, not {self.num_leaving}"
         rising = sum(len(one.slots) for one, _ in self._up.values())
         assert self.num_rising == rising, f"{rising} blocks rise, not {self.num_rising}"
+        assert sum(self.rising) == rising, f"{rising} blocks rise, by tier {self.rising}"
         pieces: dict[HaulId, int] = {}
         for serial, restore in self.restores.items():
             assert restore.lease.serial == serial, "a restore under another number"

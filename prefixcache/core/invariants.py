@@ -337,7 +337,7 @@ def _check_hauls(hauls: Hauls, roots: list[Root]) -> None:
             found.append(node)
         stack.extend((node.children or {}).values())
         stack.extend((node.ghosts or {}).values())
-    hauls.tier.check(found, hauls.busy())
+    hauls.tier.check(found, hauls.busy(), hauls.moving())
 
 
 def _check_prompts(lessor: Lessor) -> None:

@@ -128,8 +128,8 @@ class Lessor:
         self.history = History(pool.num_blocks, history_bytes)
         self.hauls: Hauls | None = None
         """What moves between the pool and the tier below it, if there is one."""
-        if tiers.host:
-            tier = Tier(tiers.host, tree.block_bytes)
+        if tiers.below:
+            tier = Tier(tiers.host, tree.block_bytes, tiers.disk, tiers.host_ahead)
             tree.ghosts.set_tier(tier)
             size = tree.block_bytes // TOKEN_BYTES
             self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers, size)
@@ -416,7 +416,7 @@ class Lessor:
             request.restored_from = match.end
 
     def below(self, match: Match, tokens: bytes) -> BlockTable:
-        """Give the slots of what follows a match and could be brought back.  Changes nothing."""
+        """Give the places of what follows a match and could be brought back.  Changes nothing."""
         node, width = match.node, self.tree.block_bytes
         if self.hauls is None or not self.hauls.has_porter or match.used != len(node.blocks):
             return array("i")
@@ -433,7 +433,7 @@ class Lessor:
         request.declined = ""
         if hauls is None or not match.node.ghosts:
             return None
-        if not (slots := self.below(match, tokens)):
+        if not (places := self.below(match, tokens)):
             return None
         if self.waiting.tickets and self.waiting.line:
             request.declined = "room"
@@ -442,16 +442,16 @@ class Lessor:
         if (room := most - hauls.num_rising) <= 0:
             request.declined = "busy"
             return None
-        slots = slots[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
-        end = match.end + len(slots) * self.tree.block_bytes
+        places = places[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
+        end = match.end + len(places) * self.tree.block_bytes
         if end <= match.end + match.partial_tokens * TOKEN_BYTES:
             return None  # a copy of a block that is there brings as much
         account = root.account or blocks.quotas.account(root.namespace)
-        verdict = hauls.weigh(slots, account.rate)[0]
+        verdict = hauls.weigh(places, account.rate)[0]
         if not verdict.is_worth:
             request.declined, request.declined_tier = "slow", verdict.tier
             return None
-        lease = self._begin_restore(root, match, tokens, slots[: verdict.num_blocks], verdict, now)
+        lease = self._begin_restore(root, match, tokens, places[: verdict.num_blocks], verdict, now)
         if lease is None:
             request.declined = "room"
             return None
@@ -463,7 +463,7 @@ class Lessor:
         root: Root,
         match: Match,
         tokens: bytes,
-        slots: BlockTable,
+        places: BlockTable,
         verdict: Verdict,
         now: float,
         *,
@@ -473,27 +473,27 @@ class Lessor:
         hauls, blocks, tenant = self.hauls, self.blocks, root.namespace.tenant
         width = self.tree.block_bytes
         account = root.account or blocks.quotas.account(root.namespace)
-        end = match.end + len(slots) * width
+        end = match.end + len(places) * width
         try:
             self.leases.admit(tenant)
             self.prompts.admit(tenant, end)
             if end // width >= LARGE_TABLE:
                 self.tables.admit(tenant, end // width * OWN_TABLE)
-            blocks.admit(len(slots), account, match)
+            blocks.admit(len(places), account, match)
         except PoolExhausted:
             return None
         if self.tick is not None:
             self.tick(now)
         node = self.tree.lock(match)
         lease = self.leases.open(self.leases.workers[PORTER], root, node, now)
-        blocks.allocate(lease, match, node, len(slots), None)
+        blocks.allocate(lease, match, node, len(places), None)
         lease.rest = tokens[match.end : end]
         lease.computed_from = lease.committed
         if is_waited_for:
             self.inflight.add(lease, tokens[:end])
         if hauls is not None:
             own = lease.rest
-            hauls.begin_restore(lease, slots, own, verdict, now, is_waited_for=is_waited_for)
+            hauls.begin_restore(lease, places, own, verdict, now, is_waited_for=is_waited_for)
         return lease
 
     def _note_declined(self, request: Request, root: Root, now: float) -> None:
@@ -510,11 +510,11 @@ class Lessor:
         if request.declined != "slow" or not speed.decline(now):
             return
         match = self.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-        slots = self.below(match, tokens)[: hauls.sizes.piece]
-        if not slots or len(slots) > self.blocks.pool.num_free:
+        places = self.below(match, tokens)[: hauls.sizes.piece]
+        if not places or len(places) > self.blocks.pool.num_free:
             return
-        verdict = hauls.weigh(slots, None)[0]
-        own = slots[: verdict.num_blocks]
+        verdict = hauls.weigh(places, None)[0]
+        own = places[: verdict.num_blocks]
         if self._begin_restore(root, match, tokens, own, verdict, now, is_waited_for=False):
             hauls.worth.speeds[verdict.tier].explore(now)
 
@@ -536,18 +536,27 @@ class Lessor:
     def sink(self, now: float) -> None:
         """Evict the oldest blocks to the tier, some hundred, if fewer are free than should be."""
         hauls, pool = self.hauls, self.blocks.pool
-        if hauls is None or (short := hauls.num_short(self.blocks.num_free)) <= 0:
+        if hauls is None:
+            return
+        self._move_on(hauls, now)
+        if (short := hauls.num_short(self.blocks.num_free)) <= 0:
             return
         short = min(short, self.tree.evictable, MOST_EVICTED)
         if short < hauls.sizes.least:
             return
         if self.tick is not None:
             self.tick(now)
-        slots = hauls.tier.take(short)
-        sunk, others = self.tree.sink(len(slots), slots)
-        hauls.tier.give_back(slots)
+        places = hauls.tier.take(short, hauls.limit.allowed(now))
+        sunk, others = self.tree.sink(len(places), places)
+        hauls.tier.give_back(places)
         hauls.sink(sunk)
         pool.release(others)
+        self._move_on(hauls, now)
+
+    def _move_on(self, hauls: Hauls, now: float) -> None:
+        """Have the oldest blocks of HOST go on to DISK; what was lost there is a ghost like any."""
+        hauls.move_on(now)
+        self.tree.forget()
 
     def hauled(self, number: HaulId, num_good: int, seconds: float, now: float) -> None:
         """End a haul; index what has come back, and let who waits for it be tried."""

@@ -101,11 +101,11 @@ class PinListener(Protocol):
 
 
 class Sunk(NamedTuple):
-    """Blocks in a row that were evicted, and go to slots of the tier."""
+    """Blocks in a row that were evicted, and go to places below the pool."""
 
     tokens: bytes
     blocks: BlockTable
-    slots: BlockTable
+    places: BlockTable
 
 
 class RadixTree:
@@ -169,7 +169,7 @@ class RadixTree:
         self._sweeps: deque[Iterator[Node]] = deque()
         """Leaves of what was reset; they are evicted before all others.  The oldest first, so that
         none of those that have nothing left is kept by younger ones."""
-        self._slots: BlockTable | None = None
+        self._places: BlockTable | None = None
         """While `sink` evicts: where the blocks go that are evicted."""
         self._sunk: list[Sunk] = []
         self._tidy_at = 16
@@ -659,7 +659,7 @@ class RadixTree:
                 node = self.queue.pop() or tails.first()
                 if node is None:
                     break
-                if self._slots is not None and self._is_kept(node):
+                if self._places is not None and self._is_kept(node):
                     if node not in tails:  # there it still is
                         self.queue.push(node)
                     break
@@ -701,23 +701,23 @@ class RadixTree:
             raise AssertionError("a leaf has lost its tails")
         return node.children.last()
 
-    def sink(self, num_blocks: int, slots: BlockTable) -> tuple[list[Sunk], BlockTable]:
+    def sink(self, num_blocks: int, places: BlockTable) -> tuple[list[Sunk], BlockTable]:
         """Evict blocks before anybody needs them, in the usual order; let them keep what they held.
 
         Fewer if nothing else is left but what is pinned or within a guaranteed share.  Partly
-        filled blocks, and what was reset, get no slot.  O(leaves touched · log leaves).
+        filled blocks, and what was reset, get none.  O(leaves touched · log leaves).
 
         Args:
             num_blocks: How many.
-            slots: Of the tier, taken; those that are left over stay in here.
+            places: Below the pool, taken; those that are left over stay in here.
 
         Returns:
-            What goes to a slot, and the other blocks, which have left the tree all the same.
+            What goes to a place, and the other blocks, which have left the tree all the same.
         """
-        self._forget()  # those that have just lost their slots are ghosts like any other
-        self._slots = slots
+        self.forget()  # those that have just lost their places are ghosts like any other
+        self._places = places
         evicted = self.evict(num_blocks)
-        self._slots = None
+        self._places = None
         sunk, self._sunk = self._sunk, []
         going = {block for one in sunk for block in one.blocks}
         if len(going) == len(evicted):
@@ -729,17 +729,17 @@ class RadixTree:
         keeps = getattr(self.queue, "keeps", None)
         return keeps is not None and bool(keeps(node))
 
-    def _give_slots(self, ghost: Node, blocks: BlockTable) -> None:
-        """Give what is being buried its slots, as far as there are any."""
-        if not self._slots or self.ghosts.tier is None:
+    def _give_places(self, ghost: Node, blocks: BlockTable) -> None:
+        """Give what is being buried its places, as far as there are any."""
+        if not self._places or self.ghosts.tier is None:
             return
-        count = min(len(ghost.tokens) // self.block_bytes, len(self._slots))
+        count = min(len(ghost.tokens) // self.block_bytes, len(self._places))
         if count:
-            slots, going = self._slots[:count], blocks[:count]
-            del self._slots[:count]
-            self.ghosts.tier.copy(ghost, going, slots)
+            places, going = self._places[:count], blocks[:count]
+            del self._places[:count]
+            self.ghosts.tier.copy(ghost, going, places)
             tokens = ghost.tokens[: count * self.block_bytes]
-            self._sunk.append(Sunk(tokens, going, slots[:]))
+            self._sunk.append(Sunk(tokens, going, places[:]))
 
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
@@ -808,8 +808,8 @@ class RadixTree:
             ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
             ghost.divergence = node.divergence
             ghost.mark = mark
-            if self._slots:
-                self._give_slots(ghost, node.blocks[keep:])  # told before they are removed above
+            if self._places:
+                self._give_places(ghost, node.blocks[keep:])  # told before they are removed above
             if node.ghosts:
                 ghost.ghosts, node.ghosts = node.ghosts, None
                 self.ghosts.adopt_children(ghost)
@@ -824,7 +824,7 @@ class RadixTree:
         node.tokens = node.tokens[:cut]
         node.blocks = node.blocks[:keep]
         node.divergence = None
-        self._forget()
+        self.forget()
 
     def _evict_leaf(self, root: Root, node: Node) -> None:
         """Take a whole leaf out; it becomes a ghost."""
@@ -842,10 +842,10 @@ class RadixTree:
         node.mark = mark
         if self.ghosts.limit and not root.retired:
             node.parent = above
-            if self._slots:
-                self._give_slots(node, blocks)
+            if self._places:
+                self._give_places(node, blocks)
             self.ghosts.bury(above, node)
-            self._forget()
+            self.forget()
         else:
             if self._forgotten is not None and not node.tail:
                 self._forgotten(mark, size)
@@ -858,7 +858,7 @@ class RadixTree:
         else:
             self._leafless(above)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drop the oldest ghosts over the limit, and merge what only they kept apart."""
         ghosts = self.ghosts
         if ghosts.num_blocks <= ghosts.limit and ghosts.num_tails <= ghosts.limit:

@@ -1,31 +1,39 @@
-"""A tier: slots below the pool, in which evicted blocks lie until they are asked for again.
+"""Tiers: slots below the pool, in which evicted blocks lie until they are asked for again.
 
 ```
               take               written                      begin_reading       end_reading
    FREE ────────────► BUSY ─────────────────► READY ───────────────────► BUSY ───────────────► READY
-     ▲                  │ not good: nobody may read it                     └ not good: the same
+     ▲                  │ not good: nobody may read it    ▲  │           └ not good: the same
+     │                  │                           moved │  ▼ begin_moving
+     │                  │                                MOVING: copied from HOST to DISK
      └──────────────────┴─ let_go: its ghost is forgotten, revived, or the oldest; at once, or when
-                           the haul that is busy with the slot has ended
+                           the hauls that are busy with the place have ended
 ```
 
-Who has a slot is a ghost: `node.places` names those of its first blocks.  A tier is exclusive: what
-comes back to the pool gives its slots up, so tiers hold as much as one pool of their summed size.
+A **place** is what a ghost has for each of its first blocks (`node.places`), and keeps for as long
+as the block lies below the pool.  In which **slot** the bytes lie is known here alone: those of
+HOST come first, then those of DISK; a block that goes on from the one to the other keeps its place.
+Tiers are exclusive: what comes back to the pool gives its places up, so pool and tiers hold as much
+as one pool of their summed size.
 
-**The order** is that of burial, and within a run from its end: so blocks leave the tier exactly as
-they would have left a larger pool under LRU.  Ghosts of one chain are therefore joined only if they
-were buried one after the other.
+**The order** is that of burial, and within a run from its end, whichever slots they have: so blocks
+are given up exactly as they would have left a larger pool under LRU.  Some slots of HOST are kept
+free, since its oldest blocks go on to DISK ahead of need.  Ghosts of one chain are joined only if
+they were buried one after the other.
 
 ```
 buried       1  [CCCC]        2  [AAAA|BBBB]         taken back   CCCC, BBBB, AAAA
-slots           5                7    2                           5     2     7
+places          5                7    2                           5     2     7
+slots           DISK             HOST HOST
 ```
 
-**A stamp** is a number that each writing of a slot has for itself.  Who writes a slot writes the
+**A stamp** is a number that each writing of a block has for itself.  Who writes a slot writes the
 stamp beside the bytes, who reads it compares: a slot that holds what was there before, or another
 slot's bytes, is found out, whatever its checksum says.
 
 **Who listens** hears where blocks lie: that one has been given a slot, before it leaves the pool,
-and that a slot holds it no more, after it has come back.
+that it has another one, before it leaves that, and that a slot holds it no more, after it has come
+back.
 """
 
 from __future__ import annotations
@@ -34,9 +42,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import Final, Protocol, TypeAlias
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from prefixcache.core.node import Node, Root
 from prefixcache.types import BlockTable, Namespace
@@ -45,8 +54,8 @@ Stamps: TypeAlias = "array[int]"
 """`array('q')`: what stands beside the bytes of each slot."""
 
 Places: TypeAlias = "array[int]"
-"""`array('q')`: where blocks lie.  A place is a `Level` times 2^32, and the number of a slot there;
-in the pool it is the block's id.  `NOWHERE` is none."""
+"""`array('q')`: where blocks lie, as listeners are told: a `Level` times 2^32, and the number of a
+slot there; in the pool the block's id.  `NOWHERE` is none."""
 
 NOWHERE: Final = -1
 LEVEL_BITS: Final = 32
@@ -85,7 +94,7 @@ class PlaceListener(Protocol):
         Args:
             namespace: Whose blocks.
             sources: Where each of them lies.
-            places: As many; each held nothing.
+            places: As many, of one level; each held nothing.
         """
 
     def lost(self, places: Places) -> None:
@@ -108,142 +117,311 @@ class PlaceListener(Protocol):
         """
 
 
-_OWNED, _READY, _BUSY = 1, 2, 4
+_OWNED, _READY, _BUSY, _MOVING = 1, 2, 4, 8
 _SWEPT = 64
-"""Ghosts of what was reset that are looked at when slots are taken, beside one for each slot."""
+"""Ghosts of what was reset that are looked at when places are taken, beside one for each."""
+
+
+_MOVED = 16
+"""Blocks that go on to DISK together at least, or a quarter of what is kept free there."""
+
+
+class Move(NamedTuple):
+    """Blocks that are to go on from HOST to DISK."""
+
+    places: BlockTable
+    sources: BlockTable
+    """The slots in which they lie."""
+    slots: BlockTable
+    """Those in which they are to lie."""
+    roots: list[tuple[Root, int]]
+    """Whose they are, and how many in a row."""
 
 
 class Tier:
-    """The slots of one tier, who has them, and which are given up first.
+    """The places below a pool, who has them, and which are given up first.
 
     Args:
-        num_slots: Blocks that it can hold.
+        num_host: Blocks that fit into memory of the host.
         block_bytes: Bytes of a block's packed tokens.
-        level: Where it lies.
+        num_disk: Blocks that fit on the disk, below that.
+        host_ahead: Slots of HOST that are kept free, if there is a disk.
     """
 
     __slots__ = (
         "_block_bytes",
         "_free",
+        "_free_disk",
+        "_free_host",
         "_next_stamp",
+        "_slots",
         "_stamps",
         "_states",
         "_sweeps",
+        "_targets",
+        "_upper",
         "bared",
-        "level",
+        "host_ahead",
         "listener",
+        "num_disk",
         "num_given_up",
+        "num_host",
+        "num_moving",
         "num_slots",
         "order",
     )
 
-    def __init__(self, num_slots: int, block_bytes: int, level: Level = Level.HOST) -> None:
-        self.num_slots = num_slots
-        self.level = level
+    def __init__(
+        self, num_host: int, block_bytes: int, num_disk: int = 0, host_ahead: int = 0
+    ) -> None:
+        self.num_host = num_host
+        self.num_disk = num_disk
+        self.host_ahead = host_ahead if num_disk else 0
+        self.num_slots = num_host + num_disk - self.host_ahead
+        """Places: as many blocks lie here at most."""
         self._block_bytes = block_bytes
-        self._free: BlockTable = array("i", range(num_slots - 1, -1, -1))
-        self._states = np.zeros(num_slots, np.uint8)
-        self._stamps = np.zeros(num_slots, np.int64)
+        self._free: BlockTable = array("i", range(self.num_slots - 1, -1, -1))
+        self._free_host: BlockTable = array("i", range(num_host - 1, -1, -1))
+        self._free_disk: BlockTable = array("i", range(num_host + num_disk - 1, num_host - 1, -1))
+        self._states = np.zeros(self.num_slots, np.uint8)
+        self._slots = np.full(self.num_slots, -1, np.int32)
+        self._targets = np.full(self.num_slots, -1, np.int32)
+        """Of what is moving: where to."""
+        self._stamps = np.zeros(self.num_slots, np.int64)
         self._next_stamp = 1
         self._sweeps: list[Iterator[Node]] = []
         self.order: OrderedDict[int, Node] = OrderedDict()
-        """Ghosts that have slots, by the number of their burial, oldest first."""
+        """Ghosts that have places, by the number of their burial, oldest first."""
+        self._upper: OrderedDict[int, None] = OrderedDict()
+        """Those of them that may have slots of HOST, if there is a disk."""
         self.bared: Callable[[Node], None] | None = None
-        """Is told of a ghost that has lost its last slot."""
+        """Is told of a ghost that has lost its last place."""
         self.num_given_up = 0
         """Blocks that were given up for younger ones, since the start."""
+        self.num_moving = 0
+        """Blocks that are on their way from HOST to DISK."""
         self.listener: PlaceListener | None = None
         """Who is told what is copied to its slots, and lost there."""
 
     @property
     def num_free(self) -> int:
-        """Slots that hold nothing.  O(1)."""
+        """Places that hold nothing.  O(1)."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Slots that hold something, or are being written or read.  O(1)."""
+        """Places that hold something, or are being written or read.  O(1)."""
         return self.num_slots - len(self._free)
 
-    # ------------------------------------------------------------------ slots
+    @property
+    def num_host_used(self) -> int:
+        """Slots of HOST that hold something, or are being written or read.  O(1)."""
+        return self.num_host - len(self._free_host)
 
-    def take(self, count: int) -> BlockTable:
-        """Take up to `count` slots, to be written to: free ones, then those of the oldest blocks.
+    @property
+    def num_disk_used(self) -> int:
+        """Slots of DISK that hold something, or are being written or read.  O(1)."""
+        return self.num_disk - len(self._free_disk)
 
-        Fewer if others are being written to.  O(count + ghosts that lose slots).
+    # ------------------------------------------------------------------ places
+
+    def take(self, count: int, num_disk: int = 0) -> BlockTable:
+        """Take up to `count` places, to be written to: free ones, then those of the oldest blocks.
+
+        Their slots are of HOST, as far as any is free, then of DISK.  Where nothing may be written
+        to DISK, the oldest blocks in HOST are given up.  Fewer if others are being written to.
+        O(count + ghosts that lose places).
+
+        Args:
+            count: How many.
+            num_disk: How many blocks may be written to DISK now.
         """
         free = self._free
         if self._sweeps and len(free) < count:
             self._sweep(_SWEPT + count)
-        while (short := count - len(free)) > 0 and self._give_up(short):
-            pass
-        cut = max(0, len(free) - count)
-        slots = free[cut:]
+        if num_disk or not self.num_disk:
+            while (short := count - len(free)) > 0 and self._give_up(short):
+                pass
+        slots = self._pop_slots(min(count, len(free)), num_disk)
+        while self.num_disk and self.num_host and (short := count - len(slots)) > 0:
+            if not self._give_up_host(short):
+                break
+            more = self._pop_slots(min(short, len(free)), 0)
+            if not more:
+                break  # what was given up is still being read
+            slots += more
+        cut = len(free) - len(slots)
+        places = free[cut:]
         del free[cut:]
-        index = _index(slots)
+        index = _index(places)
+        self._slots[index] = slots
         self._states[index] = _OWNED | _BUSY
-        self._stamps[index] = np.arange(self._next_stamp, self._next_stamp + len(slots))
-        self._next_stamp += len(slots)
+        self._stamps[index] = np.arange(self._next_stamp, self._next_stamp + len(places))
+        self._next_stamp += len(places)
+        return places
+
+    def _pop_slots(self, count: int, num_disk: int) -> BlockTable:
+        """Take free slots: of HOST, then up to `num_disk` of DISK."""
+        slots = _pop(self._free_host, count)
+        if count > len(slots):
+            slots += _pop(self._free_disk, min(count - len(slots), num_disk))
         return slots
 
-    def give_back(self, slots: BlockTable) -> None:
-        """Give slots back that were taken, and not written to."""
-        self._states[_index(slots)] = 0
-        self._free.extend(slots)
+    def give_back(self, places: BlockTable) -> None:
+        """Give places back that were taken, and not written to."""
+        self._vacate(_index(places))
 
-    def stamps(self, slots: BlockTable) -> Stamps:
-        """Give what stands, or is to stand, beside the bytes of slots.  O(slots)."""
-        return array("q", self._stamps[_index(slots)].tobytes())
+    def stamps(self, places: BlockTable) -> Stamps:
+        """Give what stands, or is to stand, beside the bytes of blocks.  O(places)."""
+        return array("q", self._stamps[_index(places)].tobytes())
 
-    def written(self, slots: BlockTable, num_good: int) -> None:
-        """Note that a haul into slots has ended; the first `num_good` may be read.  O(slots)."""
-        self._end(slots, num_good, _READY)
+    def slots(self, places: BlockTable) -> BlockTable:
+        """Give where the bytes of blocks lie, or are to lie.  O(places)."""
+        return array("i", self._slots[_index(places)].tobytes())
 
-    def begin_reading(self, slots: BlockTable) -> None:
-        """Keep slots from being lent to others until `end_reading`.  O(slots)."""
-        self._states[_index(slots)] |= _BUSY
+    def count_disk(self, places: BlockTable) -> int:
+        """Count the blocks that lie on DISK.  O(places)."""
+        return int((self._slots[_index(places)] >= self.num_host).sum())
 
-    def end_reading(self, slots: BlockTable, num_good: int) -> None:
-        """Note that a haul from slots has ended; what lies in the others is not what it should."""
-        self._end(slots, num_good, 0)
+    def runs(self, places: BlockTable) -> list[tuple[int, int]]:
+        """Give the tiers of blocks in a row, 0 for HOST and 1 for DISK, and how many lie there.
 
-    def _end(self, slots: BlockTable, num_good: int, more: int) -> None:
-        index = _index(slots)
-        states = self._states[index] & (_OWNED | _READY)
-        if num_good < len(slots) and self.listener is not None:
+        O(places), in C, and a step for each run.
+        """
+        if not places:
+            return []
+        on_disk = self._slots[_index(places)] >= self.num_host
+        starts = [0, *(np.flatnonzero(on_disk[1:] != on_disk[:-1]) + 1).tolist()]
+        ends = [*starts[1:], len(places)]
+        return [(int(on_disk[start]), end - start) for start, end in zip(starts, ends, strict=True)]
+
+    def written(self, places: BlockTable, num_good: int) -> None:
+        """Note that a haul into places has ended; the first `num_good` may be read.  O(places)."""
+        self._end(places, num_good, _READY)
+
+    def begin_reading(self, places: BlockTable) -> None:
+        """Keep places from being lent to others until `end_reading`.  O(places)."""
+        self._states[_index(places)] |= _BUSY
+
+    def end_reading(self, places: BlockTable, num_good: int) -> None:
+        """Note that a haul from places has ended; what lies in the others is not what it should."""
+        self._end(places, num_good, 0)
+
+    def _end(self, places: BlockTable, num_good: int, more: int) -> None:
+        index = _index(places)
+        states = self._states[index] & ~np.uint8(_BUSY)
+        if num_good < len(places) and self.listener is not None:
             self._tell_lost(index[num_good:][(states[num_good:] & _OWNED) != 0])
+        states[num_good:] &= ~np.uint8(_READY)
         states[:num_good] |= more
-        states[num_good:] &= _OWNED
-        free = (states & _OWNED) == 0
-        states[free] = 0
         self._states[index] = states
-        if free.any():
-            self._free.frombytes(index[free].astype(np.int32).tobytes())
+        self._vacate(index[(states & (_OWNED | _MOVING)) == 0])
 
-    def let_go(self, slots: BlockTable) -> None:
-        """Let a ghost's slots go: free now, or when a haul that is busy with them ends."""
-        index = _index(slots)
-        states = self._states[index] & _BUSY
+    def let_go(self, places: BlockTable) -> None:
+        """Let a ghost's places go: free now, or when a haul that is busy with them ends."""
+        index = _index(places)
+        states = self._states[index] & (_BUSY | _MOVING)
         self._states[index] = states
-        idle = states == 0
-        if idle.all():
-            self._free.extend(slots)
-        else:
-            self._free.frombytes(index[idle].astype(np.int32).tobytes())
+        self._vacate(index if not states.any() else index[states == 0])
 
-    def count_readable(self, slots: BlockTable) -> int:
-        """Count the leading slots that can be read now.  Changes nothing.  O(slots), in C."""
-        bad = self._states[_index(slots)] != _OWNED | _READY
-        return int(bad.argmax()) if bad.any() else len(slots)
+    def _vacate(self, index: npt.NDArray[np.intp]) -> None:
+        """Make places free that nobody has and no haul is busy with, and their slots."""
+        self._states[index] = 0
+        slots = self._slots[index]
+        self._slots[index] = -1
+        self._free.frombytes(index.astype(np.int32).tobytes())
+        self._free_slots(slots)
+
+    def _free_slots(self, slots: npt.NDArray[np.int32]) -> None:
+        if not self.num_disk:
+            self._free_host.frombytes(slots.tobytes())
+            return
+        is_host = slots < self.num_host
+        self._free_host.frombytes(slots[is_host].tobytes())
+        self._free_disk.frombytes(slots[~is_host].tobytes())
+
+    def count_readable(self, places: BlockTable) -> int:
+        """Count the leading places that can be read now.  Changes nothing.  O(places), in C."""
+        bad = (self._states[_index(places)] & ~np.uint8(_MOVING)) != _OWNED | _READY
+        return int(bad.argmax()) if bad.any() else len(places)
+
+    # ------------------------------------------------------------------ from HOST to DISK
+
+    def begin_moving(self, most: int) -> Move | None:
+        """Choose the oldest blocks of HOST to go on to DISK, as far as too few slots are free.
+
+        None if about enough are: they do not go one by one.  What is read meanwhile stays where it
+        is.  O(ghosts passed + blocks).
+
+        Args:
+            most: Blocks at most; at least one.
+        """
+        short = self.host_ahead - len(self._free_host) - self.num_moving
+        count = min(most, short, len(self._free_disk))
+        if count <= 0 or short < min(_MOVED, self.host_ahead // 4):
+            return None
+        places: BlockTable = array("i")
+        stale, dead = [], []
+        roots: list[tuple[Root, int]] = []
+        for serial in self._upper:
+            ghost = self.order.get(serial)
+            held = (ghost.places if ghost is not None else None) or array("i")
+            index = _index(held)
+            in_host, states = self._slots[index] < self.num_host, self._states[index]
+            if ghost is None or not in_host.any():
+                stale.append(serial)
+                continue
+            if (lost := states == _OWNED).any():  # a copy has failed: what follows it is lost
+                dead.append((ghost, held, int(lost.argmax())))
+                continue
+            movable = index[in_host & (states == _OWNED | _READY)]
+            chosen = movable[len(places) - count :].astype(np.int32)  # in order: told so, too
+            places.frombytes(chosen.tobytes())
+            roots.append((ghost.root, len(chosen)))
+            if len(places) >= count:
+                break
+        for serial in stale:
+            del self._upper[serial]
+        for ghost, held, keep in dead:
+            self._cut(ghost, held, keep)
+        if not places:
+            return None
+        slots = _pop(self._free_disk, len(places))
+        index = _index(places)
+        self._states[index] |= _MOVING
+        self._targets[index] = slots
+        self.num_moving += len(places)
+        return Move(places, self.slots(places), slots, roots)
+
+    def moved(self, move: Move, num_good: int) -> None:
+        """Note that a haul to DISK has ended; the first `num_good` lie there now.  O(places).
+
+        The others, and those that are being read, stay where they are.
+        """
+        index = _index(move.places)
+        states = self._states[index] & ~np.uint8(_MOVING)
+        self._states[index] = states
+        self.num_moving -= len(index)
+        good = (states == _OWNED | _READY) & (np.arange(len(index)) < num_good)
+        targets = self._targets[index]
+        self._targets[index] = -1
+        here = self._slots[index]
+        self._slots[index[good]] = targets[good]
+        if self.listener is not None:
+            self._tell_moved(move.roots, here, targets, good)
+        self._free_slots(np.where(good, here, targets))
+        self._vacate(index[states == 0])
 
     # ------------------------------------------------------------------ ghosts
 
     def enter(self, ghost: Node) -> None:
-        """Note a ghost that has slots and was buried last.  O(1)."""
+        """Note a ghost that has places and was buried last.  O(1)."""
         self.order[ghost.last_used] = ghost
+        if self.num_disk and self.num_host:
+            self._upper[ghost.last_used] = None
 
     def leave(self, ghost: Node) -> None:
-        """Take all slots of a ghost back: it is forgotten."""
+        """Take all places of a ghost back: it is forgotten."""
         self.step_out(ghost)
         self.clear(ghost)
 
@@ -251,18 +429,19 @@ class Tier:
         """Let a ghost stand in the order no more: its blocks are about to be in the pool."""
         if ghost.places is not None and self.order.get(ghost.last_used) is ghost:
             del self.order[ghost.last_used]
+            self._upper.pop(ghost.last_used, None)
 
     def clear(self, node: Node) -> None:
-        """Take all slots back of a node that does not stand in the order."""
+        """Take all places back of a node that does not stand in the order."""
         if node.places is not None:
             self._lose(node.places)
             self.let_go(node.places)
             node.places = None
 
     def split(self, upper: Node, lower: Node, num_blocks: int) -> None:
-        """Give `lower` the slots of all but the first `num_blocks` blocks of `upper`.
+        """Give `lower` the places of all but the first `num_blocks` blocks of `upper`.
 
-        It stands in the order then, at the same place; `upper` is about to leave.
+        It stands in the order then, at the same point; `upper` is about to leave.
         """
         if upper.places is not None and len(upper.places) > num_blocks:
             lower.places = upper.places[num_blocks:]
@@ -280,9 +459,10 @@ class Tier:
         return is_whole and lower.last_used == last_burial
 
     def join(self, upper: Node, lower: Node) -> None:
-        """Give a ghost the slots of the one that it swallows."""
+        """Give a ghost the places of the one that it swallows."""
         if upper.places is not None and lower.places is not None:
             del self.order[lower.last_used]
+            self._upper.pop(lower.last_used, None)
             upper.places += lower.places
             lower.places = None
 
@@ -317,8 +497,27 @@ class Tier:
         ghost = next(iter(self.order.values()))
         places = ghost.places
         if places is None:
-            raise AssertionError("a ghost without slots stands in the order of those that have any")
-        keep = max(0, len(places) - count)
+            raise AssertionError("a ghost without places stands in the order of those that have")
+        return self._cut(ghost, places, max(0, len(places) - count))
+
+    def _give_up_host(self, count: int) -> bool:
+        """Let the oldest ghost that has slots of HOST go, up to `count` of them, from its end on.
+
+        What lies on DISK behind them goes, too: nobody could read it without what is before it.
+        """
+        while self._upper:
+            serial = next(iter(self._upper))
+            ghost = self.order.get(serial)
+            places = (ghost.places if ghost is not None else None) or array("i")
+            in_host = np.flatnonzero(self._slots[_index(places)] < self.num_host)
+            if ghost is None or not len(in_host):
+                del self._upper[serial]
+                continue
+            return self._cut(ghost, places, int(in_host[-count:][0]))
+        return False
+
+    def _cut(self, ghost: Node, places: BlockTable, keep: int) -> bool:
+        """Let the places of a ghost go behind the first `keep`; False if one is being written."""
         gone = places[keep:]
         if (self._states[_index(gone)] == _OWNED | _BUSY).any():
             return False
@@ -333,15 +532,20 @@ class Tier:
 
     # ------------------------------------------------------------------ who listens
 
-    def copy(self, ghost: Node, blocks: BlockTable, slots: BlockTable) -> None:
-        """Give what is being buried the slots to which its first blocks are to be copied."""
-        ghost.places = slots
-        if self.listener is not None:
-            sources, places = Level.POOL.places(blocks), self.level.places(slots)
-            self.listener.copied(ghost.root.namespace, sources, places)
+    def copy(self, ghost: Node, blocks: BlockTable, places: BlockTable) -> None:
+        """Give what is being buried the places to which its first blocks are to be copied."""
+        ghost.places = places
+        if self.listener is None:
+            return
+        there = array("q", self._where(_index(places)).tobytes())
+        sources, at = Level.POOL.places(blocks), 0
+        for _, count in self.runs(places):
+            part = slice(at, at + count)
+            self.listener.copied(ghost.root.namespace, sources[part], there[part])
+            at += count
 
     def rise(self, node: Node, blocks: BlockTable) -> None:
-        """Tell in which blocks lies what a node has in slots, and is about to give up."""
+        """Tell in which blocks lies what a node has below, and is about to give up."""
         if self.listener is not None and node.places is not None and not node.root.retired:
             sources = self.told(node.places)
             places = Level.POOL.places(blocks[: len(sources)])
@@ -352,54 +556,110 @@ class Tier:
             if sources:
                 self.listener.copied(node.root.namespace, sources, places)
 
-    def told(self, slots: BlockTable) -> Places:
-        """Give the places of a ghost's slots as listeners know them.  O(slots), in C.
+    def told(self, places: BlockTable) -> Places:
+        """Give where a ghost's blocks lie, as listeners know it.  O(places), in C.
 
-        That of a slot which does not hold what it should is `NOWHERE`.
+        What does not lie where it should is `NOWHERE`.
         """
-        index = _index(slots)
-        places = index + (int(self.level) << LEVEL_BITS)
-        places[self._states[index] == _OWNED] = NOWHERE
-        return array("q", places.tobytes())
+        index = _index(places)
+        there = self._where(index)
+        there[self._states[index] == _OWNED] = NOWHERE
+        return array("q", there.tobytes())
 
-    def _lose(self, slots: BlockTable) -> None:
-        """Tell the listener that slots are about to be let go."""
+    def _where(self, index: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        """Give the level and slot of places."""
+        return self._named(self._slots[index])
+
+    def _named(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        """Give slots as listeners know them."""
+        named = slots.astype(np.int64)
+        on_disk = named >= self.num_host
+        named += int(Level.HOST) << LEVEL_BITS
+        named[on_disk] += ((Level.DISK - Level.HOST) << LEVEL_BITS) - self.num_host
+        return named
+
+    def _lose(self, places: BlockTable) -> None:
+        """Tell the listener that places are about to be let go."""
         if self.listener is not None:
-            index = _index(slots)
+            index = _index(places)
             self._tell_lost(index[self._states[index] != _OWNED])
 
-    def _tell_lost(self, index: np.ndarray) -> None:
+    def _tell_lost(self, index: npt.NDArray[np.intp]) -> None:
         if self.listener is not None and len(index):
-            places = index + (int(self.level) << LEVEL_BITS)
-            self.listener.lost(array("q", places.tobytes()))
+            self.listener.lost(array("q", self._where(index).tobytes()))
 
-    def check(self, owners: list[Node], busy: BlockTable) -> None:
-        """Assert that each slot has the owner it should have.  O(slots).
+    def _tell_moved(
+        self,
+        roots: list[tuple[Root, int]],
+        sources: npt.NDArray[np.int32],
+        slots: npt.NDArray[np.int32],
+        good: npt.NDArray[np.bool_],
+    ) -> None:
+        """Tell the listener of blocks that lie on DISK now, and in HOST no more."""
+        at, gone, there = 0, self._named(sources), self._named(slots)
+        for root, count in roots:
+            part = slice(at, at + count)
+            at += count
+            moved = good[part]
+            if self.listener is None or not moved.any():
+                continue
+            before = array("q", gone[part][moved].tobytes())
+            if not root.retired:
+                after = array("q", there[part][moved].tobytes())
+                self.listener.copied(root.namespace, before, after)
+            self.listener.lost(before)
+
+    def check(self, owners: list[Node], busy: BlockTable, moving: BlockTable) -> None:
+        """Assert that each place has the owner it should have, and each slot one.  O(places).
 
         Args:
-            owners: The ghosts that have slots, but for those of what was reset.
-            busy: The slots that hauls are busy with.
+            owners: The ghosts that have places, but for those of what was reset.
+            busy: The places that hauls are busy with.
+            moving: Those that are on their way to DISK.
         """
         living = [one for one in self.order.values() if not one.root.retired]
         assert {id(one) for one in owners} == {id(one) for one in living}, "the order"
         for serial, ghost in self.order.items():
             assert ghost.last_used == serial, f"ghost {ghost.last_used} stands as {serial}"
-            assert ghost.places, "an empty list of slots"
+            assert ghost.places, "an empty list of places"
         assert list(self.order) == sorted(self.order), "ghosts out of order"
+        assert list(self._upper) == sorted(self._upper), "ghosts of HOST out of order"
         held: BlockTable = array("i")
         for ghost in self.order.values():
             held.extend(ghost.places or ())
-        assert len(set(held)) == len(held), "a slot with two ghosts"
+            if self.num_disk and (self._slots[_index(ghost.places or held)] < self.num_host).any():
+                assert ghost.last_used in self._upper, "a ghost in HOST that nobody would move"
+        assert len(set(held)) == len(held), "a place with two ghosts"
         owned = np.flatnonzero(self._states & _OWNED)
-        assert owned.tolist() == sorted(held), "slots that a ghost has"
-        assert np.flatnonzero(self._states & _BUSY).tolist() == sorted(set(busy)), "busy slots"
-        assert len(set(busy)) == len(busy), "a slot with two hauls"
+        assert owned.tolist() == sorted(held), "places that a ghost has"
+        assert np.flatnonzero(self._states & _BUSY).tolist() == sorted(set(busy)), "busy places"
+        assert len(set(busy)) == len(busy), "a place with two hauls"
+        assert np.flatnonzero(self._states & _MOVING).tolist() == sorted(moving), "moving places"
+        assert self.num_moving == len(moving), "the number of those that are moving"
         free = np.flatnonzero(self._states == 0)
-        assert free.tolist() == sorted(self._free), "free slots"
+        assert free.tolist() == sorted(self._free), "free places"
+        self._check_slots()
+
+    def _check_slots(self) -> None:
+        """Assert that each slot is free, or some place's alone."""
+        used = self._slots[self._states != 0].tolist()
+        used += self._targets[(self._states & _MOVING) != 0].tolist()
+        slots = [*used, *self._free_host, *self._free_disk]
+        assert sorted(slots) == list(range(self.num_host + self.num_disk)), "slots"
+        assert all(slot < self.num_host for slot in self._free_host), "free slots of HOST"
+        assert all(slot >= self.num_host for slot in self._free_disk), "free slots of DISK"
 
 
-def _index(slots: BlockTable) -> np.ndarray:
-    return np.array(slots, np.intp)
+def _index(places: BlockTable) -> npt.NDArray[np.intp]:
+    return np.array(places, np.intp)
+
+
+def _pop(free: BlockTable, count: int) -> BlockTable:
+    """Take up to `count` from the end of a list."""
+    cut = max(0, len(free) - count)
+    taken = free[cut:]
+    del free[cut:]
+    return taken
 
 
 def _ghosts_below(root: Root) -> Iterator[Node]:

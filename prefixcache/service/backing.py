@@ -5,9 +5,11 @@ Both need the layout.  Where nobody gave one at the start, the first worker that
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from prefixcache.certificates import Certificates
 from prefixcache.config import ServeSettings, format_size
@@ -19,7 +21,8 @@ from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
-from prefixcache.service.tiers.slab import Slab, head_type
+from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, num_slots
+from prefixcache.service.tiers.slab import Slab, describe, head_type
 from prefixcache.texts import many
 from prefixcache.types import Layout, PoolHandle
 
@@ -93,18 +96,33 @@ class Backing:
         self._tenants: tuple[str, ...] = ()
         self.slab: Slab | None = None
         """The memory below the pool, if there is any."""
+        self.disk: DiskFolder | None = None
+        """What is on disk below that, if there is any."""
         self._file: PoolFile | None = None
         self._zeroer: BlockZeroer | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
         elif settings.pool == "cuda":
             _check_cuda(settings)
-        if settings.host is not None and settings.pool != "shm":
-            raise InvalidRequest(
-                f"--host needs a pool in shared memory, and --pool {settings.pool} has none there"
-            )
+        for option, given in (("--host", settings.host), ("--disk", settings.disk)):
+            if given is not None and settings.pool != "shm":
+                raise InvalidRequest(
+                    f"{option} needs a pool in shared memory, and --pool {settings.pool} has none "
+                    "there"
+                )
         if settings.state is not None:
             self.state = StateDirectory(settings.state)
+        if settings.disk is not None:
+            self.disk = DiskFolder(disk_folder(settings), settings.disk.num_bytes)
+        try:
+            self._settle_at_start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _settle_at_start(self) -> None:
+        """Make the pool now, if its layout is known."""
+        settings = self.settings
         if settings.layout is not None:
             self.settle_layout(settings.layout)
         elif settings.model is not None:
@@ -160,7 +178,7 @@ class Backing:
             history_bytes=settings.history,
             first_block=settings.first_block,
             segments_secret=None if self.certificates is None else secrets.token_bytes(32),
-            tiers=_tiers(sizes, settings.host),
+            tiers=_tiers(sizes, settings),
         )
         cache.set_tenants(self._tenants)
         if settings.pool == "shm":
@@ -183,8 +201,35 @@ class Backing:
             cache.wipe_with(self._zeroer)
         if settings.host is not None:
             self.slab = Slab(self.handle, settings.host)
+        if self.disk is not None:
+            self.disk.open(self.handle)
         self.cache, self.sizes = cache, sizes
         return cache
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is anything below the pool, and a pool."""
+        return self.slab is not None or (self.disk is not None and self.disk.num_slots > 0)
+
+    @property
+    def num_host(self) -> int:
+        """Slots in memory below the pool: those on disk come behind them."""
+        return 0 if self.slab is None else self.slab.num_slots
+
+    @property
+    def disk_files(self) -> list[int]:
+        """The open files that a porter needs."""
+        return [] if self.disk is None else self.disk.files
+
+    def order(self) -> dict[str, object]:
+        """Say to a porter where everything is."""
+        assert self.handle is not None
+        order: dict[str, object] = {"pool": describe(self.handle)}
+        if self.slab is not None:
+            order |= self.slab.order()
+        if self.disk is not None:
+            order["disk"] = self.disk.order()
+        return order
 
     @property
     def medium(self) -> str:
@@ -212,6 +257,9 @@ class Backing:
         if self.slab is not None:
             self.slab.close()
             self.slab = None
+        if self.disk is not None:
+            self.disk.close()
+            self.disk = None
         if self.owner is not None:
             self.owner.close()
         if self._zeroer is not None:
@@ -223,24 +271,49 @@ class Backing:
             self._file = None
 
 
-def _tiers(sizes: Sizes, host: int | None) -> TierSizes:
-    """Divide the memory below a pool into slots.
+def disk_folder(settings: ServeSettings) -> Path:
+    """Give the folder of the tier on disk.
+
+    Raises:
+        InvalidRequest: None is named.
+    """
+    assert settings.disk is not None
+    if settings.disk.folder is not None:
+        return settings.disk.folder
+    if settings.state is not None:
+        return settings.state / "disk"
+    raise InvalidRequest(
+        f"--disk {settings.disk} names no folder: write --disk {settings.disk}:FOLDER, or give "
+        "--state FOLDER"
+    )
+
+
+def _tiers(sizes: Sizes, settings: ServeSettings) -> TierSizes:
+    """Divide what is below a pool into slots.
 
     Raises:
         InvalidRequest: not one fits, or the pool is too small to keep a block free.
     """
-    if host is None:
-        return TierSizes()
     slot = sizes.block_bytes + head_type(sizes.block_size).itemsize
-    if host < slot:
+    host, disk = settings.host, settings.disk
+    if host is not None and host < slot:
         raise InvalidRequest(
             f"--host {format_size(host)} holds not one block of {format_size(slot)}: raise it"
         )
-    tiers = TierSizes.of(host // slot, sizes.num_lent)
+    if disk is not None and disk.num_bytes < slot + HEADS_AT:
+        raise InvalidRequest(f"--disk {disk} holds not one block of {format_size(slot)}: raise it")
+    if host is None and disk is None:
+        return TierSizes()
+    tiers = TierSizes.of(
+        sizes.num_lent,
+        host=0 if host is None else host // slot,
+        disk=0 if disk is None else num_slots(disk.num_bytes, slot),
+        disk_per_s=math.inf if settings.disk_write is None else settings.disk_write / slot,
+    )
     if not tiers.ahead:
         raise InvalidRequest(
-            f"a pool of {many(sizes.num_lent, 'block')} is too small for --host: it takes at least "
-            "8. Raise --memory or lower --block-size."
+            f"a pool of {many(sizes.num_lent, 'block')} is too small for --host and --disk: they "
+            "take at least 8. Raise --memory or lower --block-size."
         )
     return tiers
 

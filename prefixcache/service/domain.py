@@ -80,10 +80,12 @@ def make_domains(
     try:
         for name, num_bytes in memory.items():
             state = None if settings.state is None else settings.state / f"domain-{name}"
-            host = settings.host and int(settings.host * num_bytes / settings.memory)
+            part = num_bytes / settings.memory
             update: dict[str, object] = {
                 "memory": num_bytes,
-                "host": host,
+                "host": settings.host and int(settings.host * part),
+                "disk": settings.disk and settings.disk.part(part, f"domain-{name}"),
+                "disk_write": settings.disk_write and int(settings.disk_write * part),
                 "state": state,
                 "shadow": [],
             }

@@ -6,6 +6,9 @@ core ─ hauls ─► up   ─┐ at most two    ┌─► porter ─┐
 ```
 What comes back goes first: who waits for it waits for a piece that is going down at most.
 
+What is to be written to a disk that fails is lost, and nothing is written there for a pause that
+doubles each time, too.
+
 A porter that has ended is replaced, after a pause that doubles each time, from 1 s to 30 s.  Only
 once he is known to have ended is taken back what he had in hand: until then he might write.  One
 that has not reported for ten seconds, though he has something in hand, is killed; whoever waits for
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -33,12 +37,13 @@ from prefixcache.plain_json import json_text
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
-from prefixcache.service.tiers.orders import MOST_BYTES, READY, pack_haul, read_report
+from prefixcache.service.tiers.orders import MOST_BYTES, READY, Report, pack_haul, read_report
 from prefixcache.texts import many
 from prefixcache.types import HaulId
 
 PART: Final = "the porter"
-"""How it is called among the parts that have ended."""
+DISK: Final = "the disk below the pool"
+"""How they are called among the parts that have ended."""
 
 _IN_HAND: Final = 2
 """Hauls that a porter is given at the same time: while he reports one, he has the next."""
@@ -55,7 +60,7 @@ class Haulage:
     """One porter after the other, and what is to be carried.
 
     Args:
-        backing: The cache whose blocks move, and the memory below its pool.
+        backing: The cache whose blocks move, and what is below its pool.
         deliveries: Told when somebody who waits may have an outcome.
         failures: Told of a porter that has ended.
         silent_s: How long he may have something in hand without a report.
@@ -81,6 +86,10 @@ class Haulage:
         self._down: deque[Haul] = deque()
         self._in_hand: dict[HaulId, float] = {}
         """When each haul that he has was given to him."""
+        self._to_disk: set[HaulId] = set()
+        """Those of them that write to the disk."""
+        self._disk_pause_s = first_pause_s
+        self._disk_held_until = -math.inf
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
         self._pidfd = -1
@@ -100,8 +109,8 @@ class Haulage:
 
         After every step.  O(1) where there is nothing to carry.
         """
-        slab, cache = self._backing.slab, self._backing.cache
-        if slab is None or cache is None or self._is_closed:
+        cache = self._backing.cache
+        if cache is None or not self._backing.has_tiers or self._is_closed:
             return
         if self._process is None:
             if self._timer is None:
@@ -113,9 +122,6 @@ class Haulage:
 
     def _start(self) -> None:
         """Start a porter.  He reports once he is ready."""
-        slab, handle = self._backing.slab, self._backing.handle
-        assert slab is not None
-        assert handle is not None
         ours = None
         try:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -124,7 +130,7 @@ class Haulage:
                 self._process = subprocess.Popen(  # noqa: S603 - this interpreter
                     [sys.executable, "-m", "prefixcache.service.tiers.porter", number],
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), *self._backing.disk_files],
                     start_new_session=True,
                 )
             self._pidfd = os.pidfd_open(self._process.pid)
@@ -137,7 +143,7 @@ class Haulage:
                 self._process = None
             self._timer_to_start(f"cannot be started: {error}")
             return
-        order = slab.order(handle, self._seed) | {"parent": os.getpid()}
+        order = self._backing.order() | {"seed": self._seed, "parent": os.getpid()}
         ours.setblocking(False)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             ours.send(json_text(order).encode())
@@ -158,7 +164,10 @@ class Haulage:
                 return  # he has reports to be read: then again
             except OSError:
                 return  # he has ended: that is told apart
-            self._in_hand[queue.popleft().id] = time.monotonic()
+            haul = queue.popleft()
+            self._in_hand[haul.id] = time.monotonic()
+            if not haul.is_up and max(haul.slots) >= self._backing.num_host:
+                self._to_disk.add(haul.id)
 
     def _hear(self) -> None:
         """Take the porter's reports."""
@@ -184,8 +193,27 @@ class Haulage:
             self._pause_s = self._first_pause_s
             cache.set_porter(is_there=True, now=now)
         else:
+            self._note_disk(report, now)
             cache.hauled(report.haul, report.num_good, report.seconds, now=now)
         self._deliveries.settle()
+
+    def _note_disk(self, report: Report, now: float) -> None:
+        """Let nothing be written to a disk for a while that has just failed."""
+        writes = report.haul in self._to_disk
+        self._to_disk.discard(report.haul)
+        if report.error and now < self._disk_held_until:
+            return  # it was on its way before
+        if report.error:
+            pause_s = self._disk_pause_s
+            self._disk_pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            cause = f"{os.strerror(report.error)}; nothing is written there for {pause_s:g} s"
+            self._failures.tell(DISK, OSError(cause))
+            self._disk_held_until = now + pause_s
+            if self._backing.cache is not None:
+                self._backing.cache.hold_disk(until=now + pause_s)
+        elif writes:
+            self._disk_pause_s = self._first_pause_s
+            self._failures.forget(DISK)
 
     def _watch(self) -> None:
         """Look now and then whether the porter still reports."""
@@ -251,6 +279,7 @@ class Haulage:
             os.close(self._pidfd)
             self._pidfd = -1
         self._in_hand.clear()
+        self._to_disk.clear()
         self._process = None
 
     def close(self) -> None:

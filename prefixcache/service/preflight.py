@@ -15,6 +15,7 @@ from prefixcache.config import ServeSettings, format_size
 from prefixcache.core.policies import policy_named
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.pool import HEADER_BYTES, check_room
+from prefixcache.service.backing import disk_folder
 from prefixcache.user_folders import expand, is_folder
 
 _LEAST = 64 * 2**10
@@ -50,6 +51,7 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
             )
     if settings.pool != "shm":
         return
+    _check_disk(settings, domains)
     total = sum((settings.memory, *domains.values()))
     below = 0 if settings.host is None else int(settings.host * total / settings.memory)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -73,10 +75,32 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         )
 
 
-def _room(state: Path) -> int:
-    """Bytes that pools in this folder may take: what is free, and what those there have."""
-    folder = expand(state).absolute()
+def _check_disk(settings: ServeSettings, domains: Mapping[str, int]) -> None:
+    """Refuse a tier on disk that has no folder, or not the room.
+
+    Raises:
+        InvalidRequest, PoolExhausted: as said.
+    """
+    if settings.disk is None:
+        if settings.disk_write is not None:
+            raise InvalidRequest(
+                "--disk-write limits what is written to --disk, which is not given"
+            )
+        return
+    folder = disk_folder(settings)
+    share = sum((settings.memory, *domains.values())) / settings.memory
+    total = int(settings.disk.num_bytes * share)
+    if total > (room := _room(folder, "slab")):
+        raise PoolExhausted(
+            f"--disk: {format_size(total)} do not fit in {folder}, where {format_size(room)} are "
+            "free or its own. Lower it, or name a folder on another disk."
+        )
+
+
+def _room(named: Path, files: str = "pool") -> int:
+    """Bytes that such files in this folder may take: what is free, and what those there have."""
+    folder = expand(named).absolute()
     place = next(one for one in (folder, *folder.parents) if is_folder(one))
-    pools = folder.glob("**/pool") if place == folder else ()
-    own = sum(one.stat().st_blocks * 512 for one in pools if one.is_file())
+    found = folder.glob(f"**/{files}") if place == folder else ()
+    own = sum(one.stat().st_blocks * 512 for one in found if one.is_file())
     return shutil.disk_usage(place).free + own

@@ -191,8 +191,8 @@ async def _serve(
         for name, one in domains.items():
             if name:
                 announce(f"domain {name}: {one.backing.sizes or format_size(memory[name])}")
-        if settings.host is not None:
-            announce(_below(settings.host, backing))
+        for told in _below(settings, backing):
+            announce(told)
         if backing.state is not None:
             announce(_describe(backing.state.condition))
         if backing.certificates is not None:
@@ -313,15 +313,20 @@ def _trust(settings: ServeSettings, endpoints: list[Endpoint], domains: list[str
     return f"callers are those of {settings.identities}{own} · {told}{page}"
 
 
-def _below(host: int, backing: Backing) -> str:
-    """Say what lies below the pool, in tokens."""
-    if backing.sizes is None or backing.slab is None:
-        return f"below the pool: {format_size(host)} of the host's memory"
-    num_slots, size = backing.slab.num_slots, backing.sizes.block_size
-    return (
-        f"below the pool: {format_size(host)} of the host's memory = {many(num_slots, 'block')} = "
-        f"{num_slots * size:,} tokens"
-    )
+def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
+    """Say what lies below the pool, each tier in tokens."""
+    tiers = []
+    if settings.host is not None:
+        tiers.append((f"{format_size(settings.host)} of the host's memory", backing.num_host))
+    if settings.disk is not None and backing.disk is not None:
+        size = format_size(settings.disk.num_bytes)
+        tiers.append((f"{size} of disk in {backing.disk.path}", backing.disk.num_slots))
+    for told, num_slots in tiers:
+        line = f"below the pool: {told}"
+        if backing.sizes is not None:
+            tokens = num_slots * backing.sizes.block_size
+            line += f" = {many(num_slots, 'block')} = {tokens:,} tokens"
+        yield line
 
 
 def _describe(state: Condition) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prefixcache.cli.explain import _tier_line
-from prefixcache.cli.status import tier
+from prefixcache.cli.status import tiers
 from prefixcache.types import Snapshot, TierSpan
 
 
@@ -33,10 +33,24 @@ def test_where_evicted_tokens_lie_is_told_with_the_sum(span: TierSpan, line: str
 
 def test_what_is_declined_is_told_by_why() -> None:
     held = {"host_blocks": 1000, "host_used": 500, "sunk": 700, "restored": 90}
-    assert tier(Snapshot(**held)) == (
+    assert tiers(Snapshot(**held)) == [
         "host 500 of 1,000 (50.0%) · gone down 700 · come back 90 · spoilt 0"
-    )
-    told = tier(Snapshot(**held, host_advantage=25.51, declined_slow=1200, declined_room=3))
+    ]
+    (told,) = tiers(Snapshot(**held, host_advantage=25.51, declined_slow=1200, declined_room=3))
     assert told.endswith(
         " · spoilt 0 · computing takes 25.5x as long · declined 1,203 (slow 1,200, room 3)"
     )
+
+
+def test_each_tier_is_told_in_a_line_of_its_own() -> None:
+    disk = {"disk_blocks": 2000, "disk_used": 1, "disk_written": 5, "disk_restored": 4}
+    disk |= {"sunk": 7, "restored": 6}
+    assert tiers(Snapshot()) == []
+    assert tiers(Snapshot(**disk, disk_advantage=3.0)) == [
+        "disk 1 of 2,000 (0.1%) · gone down 7 · come back 6 · spoilt 0 · computing takes 3.0x as "
+        "long"
+    ]
+    assert tiers(Snapshot(**disk, host_blocks=10, declined_busy=1)) == [
+        "host 0 of 10 (0.0%) · gone down 7 · come back 6 · spoilt 0 · declined 1 (busy 1)",
+        "disk 1 of 2,000 (0.1%) · written 5 · come back 4",
+    ]

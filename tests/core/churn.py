@@ -22,12 +22,19 @@ class Churn:
         num_blocks: Of the pool.
         host: Slots below it.
         policy: Which goes down first.
+        disk: Slots below those.
     """
 
     def __init__(
-        self, draw: random.Random, num_blocks: int, host: int, policy: str = "lru"
+        self,
+        draw: random.Random,
+        num_blocks: int,
+        host: int,
+        policy: str = "lru",
+        disk: int = 0,
     ) -> None:
         self.draw = draw
+        host_ahead = draw.randrange(1, host + 1) if disk else 0
         ahead = draw.randrange(1, num_blocks // 2)
         self.cache = PrefixCache(
             num_blocks,
@@ -35,7 +42,7 @@ class Churn:
             policy=policy,
             partial=draw.choice(list(Partial)),
             num_ghosts=draw.choice([None, 0, 3]),
-            tiers=TierSizes(host, ahead, piece=2),
+            tiers=TierSizes(host, ahead, 2, disk, host_ahead),
         )
         self.cache.set_porter(is_there=True, now=0.0)
         for space in SPACES:

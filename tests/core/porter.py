@@ -107,6 +107,12 @@ class TieredWorld(World):
             stamp = haul.stamps[at]
             if at >= num_done:
                 break
+            if haul.sources:
+                if haul.id in self.hauls._moves and haul.sources[at] in self.slots:
+                    self.slots[slot] = self.slots[haul.sources[at]]
+                    good += 1
+                    self.count("moved on")
+                continue
             if not haul.is_up:
                 if haul.id not in self.hauls._down:
                     continue
@@ -227,6 +233,14 @@ class TieredRules(Rules):
             self.expire()
             world.count("late")
 
+    def hold(self) -> None:
+        """The disk fails, or was told to be written to no more for a moment."""
+        world = self.world
+        if self.chance(30):
+            world.log.append(f"cache.hold_disk(until={world.now + 5.0})")
+            world.cache.hold_disk(until=world.now + 5.0)
+            world.count("held")
+
     def drain(self) -> None:
         world = self.world
         world.pump()
@@ -240,5 +254,5 @@ class TieredRules(Rules):
 
 
 _OFTEN = ["come_back"] * 30 + ["commit"] * 30 + ["pump"] * 20 + ["carry"] * 30
-TIERED = [*NAMES, *_OFTEN, *["spoil"] * 12, *["lose"] * 4, *["hurry"] * 20]
+TIERED = [*NAMES, *_OFTEN, *["spoil"] * 24, *["lose"] * 4, *["hurry"] * 20, *["hold"] * 4]
 """The names of all rules, each as often as it is to be run."""

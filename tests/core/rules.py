@@ -757,7 +757,7 @@ class Rules:
         ever = world.library.longest_ever(namespace, tokens)
         assert ledger.evicted <= max(0, ever - stored), f"{told}: {ever} were ever stored"
         now = world.snapshot()
-        if not now.evicted or not (now.ghosts or now.host_used):
+        if not now.evicted or not (now.ghosts or now.host_used or now.disk_used):
             assert not ledger.evicted
         if world.remembers_everything():
             seen = world.library.longest(namespace, tokens, multiple_of=size)

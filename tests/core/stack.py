@@ -1,7 +1,8 @@
-"""A pool with a tier below it, replayed as if the porter took no time.
+"""A pool with tiers below it, replayed as if the porter took no time.
 
 What is only being computed takes a block of the pool, and so does what comes back; a request takes
-them from the blocks that are kept free.  So the pool has as many more than the tier's share of it.
+them from the blocks that are kept free.  So the pool has as many more than its share; and so has
+the tier of the host, where there is a disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class Stack:
 
     Args:
         pool_blocks: What stays in the pool between two requests.
-        host_blocks: Slots of the tier.
+        host_blocks: What stays in the tier of the host between two requests.
+        disk_blocks: What stays below that.
         longest: Blocks of the longest request.
         block_size: Tokens of a block.
         num_ghosts: See `PrefixCache`.
@@ -30,15 +32,18 @@ class Stack:
         longest: int,
         block_size: int,
         num_ghosts: int | None = None,
+        disk_blocks: int = 0,
     ) -> None:
         ahead = longest + 1
+        host_ahead = ahead if host_blocks and disk_blocks else 0
+        sizes = TierSizes(host_blocks + host_ahead, ahead, 1, disk_blocks, host_ahead)
         self.cache = PrefixCache(
             pool_blocks + ahead,
             block_size,
             partial=Partial.OFF,
             num_ghosts=num_ghosts,
             ttl_s=1e9,
-            tiers=TierSizes(host_blocks, ahead, piece=1),
+            tiers=sizes,
         )
         self.cache.set_porter(is_there=True, now=0.0)
         self.block_bytes = block_size * TOKEN_BYTES

@@ -65,7 +65,7 @@ def shape_for(
 
 def run(shape: Shape, steps: list[int]) -> World:
     """Run one sequence: each step has its own seed, so leaving one out leaves the rest alone."""
-    world = TieredWorld(shape) if shape.host else World(shape)
+    world = TieredWorld(shape) if shape.host or shape.disk else World(shape)
     tiered = isinstance(world, TieredWorld)
     rules = TieredRules(world, Seeded(0)) if tiered else Rules(world, Seeded(0))
     names = TIERED if tiered else NAMES
@@ -124,6 +124,10 @@ def run_case(
             num_blocks = (5, 8, 12, 20)[draw.below(4)]
             host, ahead = 1 + draw.below(16), 1 + draw.below(num_blocks // 2)
             shape = replace(shape, num_blocks=num_blocks, host=host, ahead=ahead)
+            if disk := draw.below(3) * (1 + draw.below(8)):
+                host = draw.below(5)
+                host_ahead = host and 1 + draw.below(host)
+                shape = replace(shape, host=host, disk=disk, host_ahead=host_ahead)
         steps = [draw.below(1 << 30) for _ in range(STEPS)]
         try:
             reached |= set(run(shape, steps).counts)
@@ -167,7 +171,7 @@ def test_every_step_beside_a_tier_agrees_with_the_oracle(
 def test_the_rules_reach_every_corner_of_a_tier() -> None:
     reached = run_case("lru", Partial.TAILS, 2, 120, tiered=True)
     expected = {"sunk", "restores begun", "restored", "failed", "spoilt", "lost", "late"}
-    expected |= {"told late"}
+    expected |= {"told late", "moved on", "held"}
     assert expected <= reached, f"never reached: {expected - reached}"
 
 

@@ -24,7 +24,8 @@ def test_a_follower_knows_where_all_lies_at_every_step(
     monkeypatch.setattr(kv_events, "_BLOCKS_IN_ONE_GO", 1 + seed % 3)
     draw = random.Random(f"{policy} {seed}")
     for _ in range(6):
-        churn = Churn(draw, draw.randrange(6, 24), draw.randrange(1, 24), policy)
+        disk = draw.randrange(16) if seed % 2 else 0
+        churn = Churn(draw, draw.randrange(6, 24), draw.randrange(1, 24), policy, disk)
         early, late = Follower(churn.cache), Follower(churn.cache, late=True)
         followers = [early, late]
         ears = Ears(lambda followers=followers: followers)  # type: ignore[misc]
@@ -66,4 +67,6 @@ def test_a_namespace_that_goes_takes_with_it_what_lies_below() -> None:
 
 def test_what_a_place_is() -> None:
     assert Level.POOL.places(array("i", [3])).tolist() == [3]
-    assert Tier(4, 8, Level.DISK).told(array("i", [1])).tolist() == [(2 << LEVEL_BITS) + 1]
+    tier = Tier(1, 8, num_disk=4)
+    told = tier.told(tier.take(3, num_disk=2)).tolist()
+    assert told == [1 << LEVEL_BITS, (2 << LEVEL_BITS) + 1, (2 << LEVEL_BITS) + 0]

@@ -124,22 +124,24 @@ def test_unbounded_replay_equals_the_reference(
 
 
 STACKS = [
-    ("gsm8k-8shot", 16, 512, 1536),
-    ("gsm8k-8shot", 64, 256, 256),
-    ("tau-airline", 16, 1024, 3072),
-    ("tau-airline", 64, 512, 128),
+    ("gsm8k-8shot", 16, 512, 1536, 0),
+    ("gsm8k-8shot", 64, 256, 256, 128),
+    ("tau-airline", 16, 1024, 3072, 0),
+    ("tau-airline", 16, 1024, 0, 3072),
+    ("tau-airline", 16, 1024, 1024, 2048),
+    ("tau-airline", 64, 512, 128, 128),
 ]
-"""Workload, tokens of a block, blocks of the pool, slots of the tier below it."""
+"""Workload, tokens of a block, blocks of the pool, of the tier in memory below it, and on disk."""
 
 
 def compare_stack(
-    pool: int, host: int, block_size: int, asked: list[tuple[bytes, bytes]]
+    pool: int, host: int, disk: int, block_size: int, asked: list[tuple[bytes, bytes]]
 ) -> tuple[int, int]:
     """Replay beside one pool of the summed size; give the tokens found in the pool, and below."""
     width = block_size * TOKEN_BYTES
     longest = min(pool, max(len(cached) // width for _, cached in asked))
-    stack = Stack(pool, host, longest, block_size)
-    flat = Replay(pool + host, block_size)
+    stack = Stack(pool, host, longest, block_size, disk_blocks=disk)
+    flat = Replay(pool + host + disk, block_size)
     for prompt, cached in asked:
         kept = cached[: min(longest, len(cached) // width) * width]
         found, _ = flat.request(NAMESPACE, prompt, kept)
@@ -148,23 +150,33 @@ def compare_stack(
     return stack.hits[0], stack.hits[1]
 
 
-@pytest.mark.parametrize(("workload", "block_size", "pool", "host"), STACKS)
-def test_a_pool_and_a_tier_find_what_one_pool_of_their_size_does(
-    workload: str, block_size: int, pool: int, host: int
+@pytest.mark.parametrize(("workload", "block_size", "pool", "host", "disk"), STACKS)
+def test_a_pool_and_its_tiers_find_what_one_pool_of_their_size_does(
+    workload: str, block_size: int, pool: int, host: int, disk: int
 ) -> None:
-    here, below = compare_stack(pool, host, block_size, requests(workload))
+    here, below = compare_stack(pool, host, disk, block_size, requests(workload))
     assert here
     assert below or workload == "gsm8k-8shot", "nothing ever came back"  # one turn each
 
 
-@pytest.mark.parametrize(("pool", "host"), [(1000, 9000), (10_000, 20_000), (10_000, 40_000)])
-def test_a_pool_and_a_tier_find_what_one_pool_does_of_a_service_for_many(
-    pool: int, host: int
+@pytest.mark.parametrize(
+    ("pool", "host", "disk"),
+    [
+        (1000, 9000, 0),
+        (10_000, 20_000, 0),
+        (10_000, 40_000, 0),
+        (10_000, 20_000, 20_000),
+        (1000, 9000, 40_000),
+        (10_000, 0, 20_000),
+    ],
+)
+def test_a_pool_and_its_tiers_find_what_one_pool_does_of_a_service_for_many(
+    pool: int, host: int, disk: int
 ) -> None:
     """Each block of 512 tokens is a word that names its whole prefix."""
     with gzip.open(Path(FOLDER) / "mooncake_conversation.jsonl.gz", "rt") as file:
         asked = [pack(json.loads(line)["hash_ids"]) for line in file]
-    here, below = compare_stack(pool, host, 1, [(one + SCRATCH, one) for one in asked])
+    here, below = compare_stack(pool, host, disk, 1, [(one + SCRATCH, one) for one in asked])
     total = sum(len(one) for one in asked) // TOKEN_BYTES
-    expected = {10_000: ".2116", 30_000: ".3257", 50_000: ".3546"}[pool + host]
+    expected = {10_000: ".2116", 30_000: ".3257", 50_000: ".3546"}[pool + host + disk]
     assert f"{(here + below) / total:.4f}".removeprefix("0") == expected

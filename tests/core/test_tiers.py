@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from core.replay import Replay
@@ -27,10 +29,12 @@ class Shelf:
         ahead: int = 2,
         piece: int = 4,
         partial: Partial = Partial.OFF,
+        disk: int = 0,
+        host_ahead: int = 0,
+        disk_per_s: float = math.inf,
     ) -> None:
-        self.cache = PrefixCache(
-            num_blocks, 2, partial=partial, tiers=TierSizes(host, ahead, piece)
-        )
+        tiers = TierSizes(host, ahead, piece, disk, host_ahead, disk_per_s)
+        self.cache = PrefixCache(num_blocks, 2, partial=partial, tiers=tiers)
         self.cache.set_porter(is_there=True, now=0.0)
         self.cache.attach(ME, SPACE, now=0.0)
         self.now = 0.0
@@ -60,6 +64,12 @@ class Shelf:
                 good_ones = min(good, len(haul.slots))
                 self.cache.hauled(haul.id, good_ones, 0.01, now=self.now)
         self.cache.check()
+
+    def below(self, *tokens: int) -> tuple[int, int]:
+        """Give how many tokens of a prompt lie below, and how many of them on disk."""
+        told = self.cache.explain(SPACE, pack([*tokens, 99]), now=self.now)
+        on_disk = sum(part.end - part.start for part in told.below if part.tier == "disk")
+        return told.num_below, on_disk
 
     def outcome(self) -> Grant:
         ((_, grant),) = self.cache.take_outcomes()
@@ -292,6 +302,148 @@ def test_a_pool_keeps_some_blocks_free_and_not_all(sizes: TierSizes) -> None:
         PrefixCache(8, 2, tiers=sizes)
 
 
+# ---------------------------------------------------------------------- on to the disk
+
+
+def three_tiers(**sizes: float) -> Shelf:
+    """Six blocks of which two are kept free, four slots in memory of which two, eight on disk."""
+    return Shelf(num_blocks=6, host=4, ahead=2, piece=2, disk=8, host_ahead=2, **sizes)
+
+
+def test_the_oldest_blocks_go_on_to_disk_before_their_room_is_needed() -> None:
+    shelf = three_tiers()
+    for first in (10, 20, 30, 40):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    told = shelf.cache.counts(now=shelf.now)
+    assert (told.free, told.host_used, told.disk_used) == (2, 2, 2)
+    assert (told.sunk, told.disk_written, told.disk_moved) == (4, 2, 2)
+    assert shelf.below(10, 10, 11, 11) == (4, 4)
+    assert shelf.below(20, 20, 21, 21) == (4, 0)
+
+
+def test_what_lies_on_disk_comes_back_at_once_and_not_by_way_of_memory() -> None:
+    shelf = three_tiers()
+    for first in (10, 20, 30, 40):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    waiting = shelf.acquire(10, 10, 11, 11, 12, wait_s=5.0)
+    assert isinstance(waiting, Waiting)
+    (haul,) = shelf.restores()
+    assert min(haul.slots) >= 4, "slots of memory come first"
+    shelf.cache.hauled(haul.id, 2, 0.01, now=shelf.now)
+    grant = shelf.outcome()
+    assert (grant.num_cached, grant.ledger.restored) == (4, 4)
+    told = shelf.cache.counts(now=shelf.now)
+    assert (told.restored, told.disk_restored) == (2, 2)
+    assert told.disk_used == 2, "others went on for them"
+
+
+def moving() -> tuple[Shelf, Haul]:
+    """Blocks [10 10 11 11] are on their way from memory to the disk."""
+    shelf = three_tiers()
+    for first in (10, 20, 30):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    shelf.store(40, 40, 41, 41)
+    down, move = shelf.hauls()
+    assert down.tokens
+    assert (list(move.blocks), move.tokens, len(move.sources)) == ([], b"", 2)
+    assert max(move.sources) < 4 <= min(move.slots)
+    shelf.cache.check()
+    return shelf, move
+
+
+def test_what_could_not_be_written_to_disk_stays_in_memory() -> None:
+    shelf, move = moving()
+    shelf.cache.hauled(move.id, 1, 0.01, now=shelf.now)
+    shelf.cache.check()
+    assert shelf.below(10, 10, 11, 11) == (4, 2)
+
+
+def test_what_is_read_on_its_way_to_disk_is_read_in_memory_and_stays_there() -> None:
+    shelf, move = moving()
+    assert isinstance(shelf.acquire(10, 10, 11, 11, 12, wait_s=5.0), Waiting)
+    (up,) = shelf.restores()
+    assert sorted(up.slots) == sorted(move.sources)
+    shelf.cache.hauled(move.id, 2, 0.01, now=shelf.now)
+    shelf.cache.check()
+    assert shelf.below(10, 10, 11, 11) == (0, 0), "it is being read"
+    shelf.cache.hauled(up.id, 2, 0.01, now=shelf.now)
+    shelf.cache.check()
+    assert shelf.outcome().num_cached == 4
+
+
+def test_the_death_of_the_porter_leaves_what_was_moving_where_it_was() -> None:
+    shelf, move = moving()
+    shelf.cache.set_porter(is_there=False, now=shelf.now)
+    shelf.cache.set_porter(is_there=True, now=shelf.now)
+    shelf.cache.check()
+    assert shelf.below(10, 10, 11, 11) == (4, 0)
+    shelf.cache.hauled(move.id, 2, 0.01, now=shelf.now)
+    assert shelf.below(10, 10, 11, 11) == (4, 0), "too late"
+
+
+def test_what_was_reset_while_it_was_moving_leaves_no_slot_behind() -> None:
+    shelf, move = moving()
+    shelf.cache.reset(SPACE)
+    for first in range(50, 80):
+        shelf.store(first, first)
+        shelf.cache.hauls(now=shelf.now)
+        shelf.cache.check()
+    shelf.cache.hauled(move.id, 2, 0.01, now=shelf.now)
+    shelf.cache.check()
+
+
+def test_nothing_goes_to_a_disk_that_fails_and_memory_keeps_the_youngest() -> None:
+    shelf = three_tiers()
+    shelf.cache.hold_disk(until=50.0)
+    for first in (10, 20, 30, 40, 50):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    told = shelf.cache.counts(now=shelf.now)
+    assert (told.free, told.host_used, told.disk_used) == (2, 4, 0)
+    assert shelf.below(10, 10, 11, 11) == (0, 0)
+    assert shelf.below(20, 20, 21, 21) == (4, 0)
+    assert shelf.below(30, 30, 31, 31) == (4, 0)
+    shelf.now = 50.0
+    shelf.carry()
+    assert shelf.cache.counts(now=shelf.now).disk_used == 2
+
+
+def test_a_disk_alone_that_fails_takes_nothing_and_nobody_waits_for_it() -> None:
+    shelf = Shelf(num_blocks=6, host=0, ahead=2, piece=2, disk=8)
+    shelf.cache.hold_disk(until=50.0)
+    for first in (10, 20, 30, 40, 50):
+        shelf.store(first, first, first + 1, first + 1)
+        assert not shelf.hauls()
+    shelf.cache.check()
+
+
+def test_no_more_goes_to_disk_than_is_allowed() -> None:
+    shelf = Shelf(num_blocks=6, host=0, ahead=2, piece=2, disk=100, disk_per_s=0.5)
+    for first in range(10, 50, 2):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    told = shelf.cache.counts(now=shelf.now)
+    assert told.evicted >= 30
+    assert 5 <= told.disk_written <= 2 + 0.5 * shelf.now
+
+
+def test_a_copy_that_failed_gives_its_slot_of_memory_up_before_it_is_the_oldest() -> None:
+    shelf = three_tiers()
+    for first in (10, 15, 20):
+        shelf.store(first, first, first + 1, first + 1)
+    shelf.carry(good=0)
+    assert shelf.cache.counts(now=shelf.now).host_used == 2
+    for first in (30, 40, 50):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    assert shelf.below(20, 20, 21, 21) == (4, 4)
+    told = shelf.cache.counts(now=shelf.now)
+    assert (told.host_used, told.disk_used) == (2, 4)
+
+
 # ---------------------------------------------------------------------- one larger pool
 
 CHAT = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -300,15 +452,17 @@ CHAT = st.lists(st.integers(0, 2), min_size=1, max_size=14)
 @settings(max_examples=200)
 @given(
     pool=st.integers(1, 6),
-    host=st.integers(1, 8),
+    host=st.integers(0, 8),
+    disk=st.integers(0, 8),
     ghosts=st.sampled_from([None, 0, 3]),
     chats=st.lists(st.tuples(CHAT, st.integers(0, 14)), min_size=1, max_size=40),
 )
-def test_a_pool_and_a_tier_hold_what_one_pool_of_their_size_does(
-    pool: int, host: int, ghosts: int | None, chats: list[tuple[list[int], int]]
+def test_a_pool_and_its_tiers_hold_what_one_pool_of_their_size_does(
+    pool: int, host: int, disk: int, ghosts: int | None, chats: list[tuple[list[int], int]]
 ) -> None:
+    assume(host + disk)
     longest = pool
-    stack, flat = Stack(pool, host, longest, 2, ghosts), Replay(pool + host, 2)
+    stack, flat = Stack(pool, host, longest, 2, ghosts, disk), Replay(pool + host + disk, 2)
     for tokens, asked in chats:
         kept = pack(tokens)[: longest * 8]
         kept = kept[: len(kept) // 8 * 8]

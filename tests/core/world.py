@@ -58,6 +58,9 @@ class Shape:
     host: int = 0
     """Slots of a tier below the pool."""
     ahead: int = 0
+    disk: int = 0
+    """Slots on disk, below that or alone."""
+    host_ahead: int = 0
 
 
 Key: TypeAlias = tuple[WorkerId, LeaseId]
@@ -160,7 +163,7 @@ class World:
             max_line=shape.max_line,
             first_block=shape.first_block,
             segments_secret=bytes(range(16)) if shape.segments else None,
-            tiers=TierSizes(shape.host, shape.ahead, piece=2),
+            tiers=TierSizes(shape.host, shape.ahead, 2, shape.disk, shape.host_ahead),
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
@@ -704,7 +707,7 @@ class World:
         limit = self.shape.num_ghosts
         if limit is None:  # as many as the policy wants
             limit = math.ceil(self.shape.num_blocks * POLICIES[self.shape.policy].ghosts)
-        limit = max(limit, self.shape.host > 0)
+        limit = max(limit, self.shape.host + self.shape.disk > 0)
         if self.shape.partial is Partial.TAILS:
             limit *= 2  # as many tails beside them
         assert snapshot.ghosts <= limit
@@ -715,8 +718,10 @@ class World:
         assert not aside & fill.keys(), "a block that a dead writer can write to is indexed"
         assert snapshot.quarantined >= len(aside), "a dead writer's block is not safe"
         held: set[int] = set()
+        state = self.cache._lessor.blocks.pool._state
         for view in self.leases.values():
-            held |= set(view.table) | view.sources
+            # A truncation lets go of a source, which may have left the tree since.
+            held |= set(view.table) | {block for block in view.sources if state[block]}
         held -= aside | fill.keys()
         if self.cache._lessor.hauls is not None:  # the source of a copy may be leaving
             held -= set(self.cache._lessor.hauls.leaving())
@@ -753,6 +758,7 @@ class World:
         latest = [view.due_at_latest for view in self.leases.values()]
         latest += [ticket.deadline for ticket in self.tickets.values()]
         latest += [self.now + pin.expires_in_s + 1e-9 for pin in snapshot.pins]
+        latest = [at for at in latest if at < math.inf]  # that of a restore has no end of its own
         if latest:
             assert deadline is not None, "leases or tickets without a next deadline"
             assert deadline <= min(latest)

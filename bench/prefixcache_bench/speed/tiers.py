@@ -32,7 +32,7 @@ from prefixcache.config import format_size, parse_layout
 from prefixcache.core.hauls import Haul
 from prefixcache.pool import PoolFile, map_pool, pages_of
 from prefixcache.service.tiers.porter import Porter
-from prefixcache.service.tiers.slab import Slab, SlabMap, slot_bytes
+from prefixcache.service.tiers.slab import Slab, SlabMap, describe, slot_bytes
 from prefixcache.types import HaulId, Layout, PoolHandle
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.signals import ending_in_order
@@ -51,7 +51,7 @@ def move(layout: Layout, num_blocks: int, rounds: int) -> tuple[float, float]:
     with PoolFile.create(layout, num_blocks, SIZE) as file:
         slab = Slab(file.handle, num_blocks * slot_bytes(file.handle))
         try:
-            porter = Porter(SlabMap(slab.order(file.handle, 1)), 1)
+            porter = Porter(SlabMap({"pool": describe(file.handle)} | slab.order()), 1)
             pages = pages_of(file.map(), file.handle)
             for plane in pages:
                 plane[:] = random.integers(0, 256, plane.shape, np.uint8)

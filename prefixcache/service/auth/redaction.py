@@ -32,7 +32,7 @@ def redact(message: pb.SnapshotResponse, identity: Identity) -> None:
 
 _SHOWN = (
     *("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "leaving"),
-    *("evictable", "host_blocks"),
+    *("evictable", "host_blocks", "disk_blocks"),
     *("max_pinned", "num_leases", "num_namespaces", "ledger"),
 )
 """Counts that everybody is shown: the pool's totals, and those that are of his own tenant."""

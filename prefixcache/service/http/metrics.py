@@ -266,32 +266,45 @@ class _Domain:
         )
 
     def _tier(self, counts: Counts) -> Iterator[Metric]:
-        if not counts.host_blocks:
+        names = {"host": counts.host_blocks, "disk": counts.disk_blocks}
+        if not any(names.values()):
             return
         tier = ("tier",)
         yield _gauge(
             "prefixcache_tier_capacity_blocks",
             "Blocks that fit below the pool.",
-            {("host",): counts.host_blocks},
+            {(name,): number for name, number in names.items() if number},
             tier,
         )
         yield _gauge(
             "prefixcache_tier_blocks",
             "Of these, those that hold something.",
-            {("host",): counts.host_used},
+            {
+                (name,): used
+                for name, used in (("host", counts.host_used), ("disk", counts.disk_used))
+                if names[name]
+            },
             tier,
         )
         yield _counter(
             "prefixcache_hauled_blocks",
-            "Blocks that were copied between the pool and a tier.",
-            {("host", "down"): counts.sunk, ("host", "up"): counts.restored},
+            "Blocks that were copied to a tier, and from it to the pool.",
+            {
+                ways: number
+                for ways, number in (
+                    (("host", "down"), counts.sunk - counts.disk_written + counts.disk_moved),
+                    (("host", "up"), counts.restored - counts.disk_restored),
+                    (("disk", "down"), counts.disk_written),
+                    (("disk", "up"), counts.disk_restored),
+                )
+                if names[ways[0]]
+            },
             ("tier", "way"),
         )
         yield _counter(
             "prefixcache_spoilt_blocks",
-            "Blocks that a tier did not hold as they were written: computed again, read by nobody.",
-            {("host",): counts.spoilt},
-            tier,
+            "Blocks that lay below not as they were written: computed again, read by nobody.",
+            counts.spoilt,
         )
         yield _counter(
             "prefixcache_hauls_declined",
@@ -304,11 +317,12 @@ class _Domain:
             },
             ("reason",),
         )
-        if counts.host_advantage:
+        gains = {("host",): counts.host_advantage, ("disk",): counts.disk_advantage}
+        if any(gains.values()):
             yield _gauge(
                 "prefixcache_fetch_advantage",
                 "How many times as long as fetching it computing would have taken, of late.",
-                {("host",): counts.host_advantage},
+                {named: gain for named, gain in gains.items() if gain},
                 tier,
             )
 

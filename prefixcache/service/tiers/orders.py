@@ -1,10 +1,11 @@
 """Orders: what the service and the porter say to each other, over a socket of theirs.
 
 ```
-service   one line of JSON: where pool, slab and heads are ─────────────────────► porter
+service   one line of JSON: where pool, slabs and heads are ────────────────────► porter
           ◄───────────────────────────────────────────────────── a report: number 0, it is ready
           haul: number | way | count | blocks | slots | stamps | tokens ────────►
-          ◄────────────────────────────────── report: number | blocks that are good | seconds
+             or number | way | count | sources | slots | stamps ────────────────►
+          ◄───────────────────── report: number | blocks that are good | what failed | seconds
 ```
 A message is a packet (`SOCK_SEQPACKET`), so it is whole or not there.  One side's end is the
 other's: no porter outlives its service.
@@ -19,8 +20,10 @@ from typing import Final, NamedTuple
 from prefixcache.core.hauls import Haul
 from prefixcache.types import HaulId
 
-_HAUL: Final = struct.Struct("<q?xxxI")
-_REPORT: Final = struct.Struct("<qId")
+_HAUL: Final = struct.Struct("<qBxxxI")
+_REPORT: Final = struct.Struct("<qIid")
+_DOWN, _UP, _ON = 0, 1, 2
+"""From the pool to slots, from slots to the pool, and from slots of HOST to those of DISK."""
 
 READY: Final = HaulId(0)
 """The number of the report that a porter begins with."""
@@ -35,13 +38,17 @@ class Report(NamedTuple):
     haul: HaulId
     num_good: int
     seconds: float
+    error: int = 0
+    """What the disk said (`errno`), if it failed."""
 
 
 def pack_haul(haul: Haul) -> bytes:
     """Write a haul.  O(its bytes)."""
-    head = _HAUL.pack(haul.id, haul.is_up, len(haul.slots))
+    way = _ON if haul.sources else _UP if haul.is_up else _DOWN
+    head = _HAUL.pack(haul.id, way, len(haul.slots))
+    here = haul.sources or haul.blocks
     return b"".join(
-        (head, haul.blocks.tobytes(), haul.slots.tobytes(), haul.stamps.tobytes(), haul.tokens)
+        (head, here.tobytes(), haul.slots.tobytes(), haul.stamps.tobytes(), haul.tokens)
     )
 
 
@@ -52,22 +59,26 @@ def read_haul(message: bytes) -> Haul:
         ValueError: it did not.
     """
     try:
-        number, is_up, count = _HAUL.unpack_from(message)
+        number, way, count = _HAUL.unpack_from(message)
     except struct.error as error:
         raise ValueError(f"a haul of {len(message)} bytes: {error}") from None
     at = _HAUL.size
-    blocks = array("i", message[at : at + 4 * count])
+    here = array("i", message[at : at + 4 * count])
     slots = array("i", message[at + 4 * count : at + 8 * count])
     stamps = array("q", message[at + 8 * count : at + 16 * count])
     tokens = message[at + 16 * count :]
-    if not len(blocks) == len(slots) == len(stamps) == count or not count or len(tokens) % count:
+    if not len(here) == len(slots) == len(stamps) == count or not count or len(tokens) % count:
         raise ValueError(f"a haul of {count:,} blocks in {len(message)} bytes")
-    return Haul(HaulId(number), is_up, blocks, slots, stamps, tokens)
+    if way not in (_DOWN, _UP, _ON) or (way == _ON) is bool(tokens):
+        raise ValueError(f"a haul of {count:,} blocks the way {way}, of {len(tokens)} bytes")
+    if way == _ON:
+        return Haul(HaulId(number), False, array("i"), slots, stamps, b"", here)
+    return Haul(HaulId(number), way == _UP, here, slots, stamps, tokens)
 
 
 def pack_report(report: Report) -> bytes:
     """Write a report."""
-    return _REPORT.pack(*report)
+    return _REPORT.pack(report.haul, report.num_good, report.error, report.seconds)
 
 
 def read_report(message: bytes) -> Report:
@@ -77,7 +88,7 @@ def read_report(message: bytes) -> Report:
         ValueError: it did not.
     """
     try:
-        number, num_good, seconds = _REPORT.unpack(message)
-    except struct.error as error:
-        raise ValueError(f"a report of {len(message)} bytes: {error}") from None
-    return Report(HaulId(number), num_good, seconds)
+        number, num_good, error, seconds = _REPORT.unpack(message)
+    except struct.error as wrong:
+        raise ValueError(f"a report of {len(message)} bytes: {wrong}") from None
+    return Report(HaulId(number), num_good, seconds, error)

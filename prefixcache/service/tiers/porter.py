@@ -1,10 +1,11 @@
-"""The porter: the process that copies blocks between the pool and the slab below it.
+"""The porter: the process that copies blocks between the pool and the slabs below it.
 
     python -m prefixcache.service.tiers.porter FD          started by `haulage.py`, one at a time
 
 The service moves no bytes: what a disk, a driver or a page that cannot be had does to who touches
-it must not happen to its event loop.  So a process of its own maps pool and slab, takes hauls over
-a socket (`orders.py`), one after the other, and reports each.  It ends with the service.
+it must not happen to its event loop.  So a process of its own maps pool and slab, has the files of
+the one on disk, takes hauls over a socket (`orders.py`), one after the other, and reports each.  It
+ends with the service.
 
 **Nothing is believed that was not seen in the pool.**  What comes back is copied first, then
 compared where it lies: the stamp that the slot must have, the tokens, and the sum over the pages.
@@ -16,19 +17,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
 
 from prefixcache.core.hauls import Haul
 from prefixcache.service.persistence.checksums import Checksums
+from prefixcache.service.tiers.disk import DiskSlab
 from prefixcache.service.tiers.orders import (
     MOST_BYTES,
     READY,
@@ -37,6 +40,7 @@ from prefixcache.service.tiers.orders import (
     read_haul,
 )
 from prefixcache.service.tiers.slab import SlabMap
+from prefixcache.types import BlockTable
 
 _NICENESS: Final = 5
 _PR_SET_PDEATHSIG: Final = 1
@@ -47,12 +51,17 @@ class Porter:
 
     Args:
         memory: Pool, slab and heads.
-        seed: Of the sums: the same for as long as the slab is kept.
+        seed: Of the sums: the same for as long as the slabs are kept.
+        disk: The slab on disk, if there is one.
     """
 
-    def __init__(self, memory: SlabMap, seed: int) -> None:
+    def __init__(self, memory: SlabMap, seed: int, disk: DiskSlab | None = None) -> None:
         self._memory = memory
+        self._disk = disk
         self._sums = Checksums(memory.memory, memory.handle, seed)
+        self._num_host = len(memory.heads)
+        self.error = 0
+        """What the disk said (`errno`) in the last haul; 0: nothing failed."""
 
     def carry(self, haul: Haul) -> int:
         """Copy the blocks of a haul.  O(their bytes).
@@ -60,32 +69,113 @@ class Porter:
         Returns:
             How many, from the first on, have arrived as they should be.
         """
+        self.error = 0
+        if haul.sources:
+            return self._on(haul)
         tokens = np.frombuffer(haul.tokens, np.uint32).reshape(len(haul.slots), -1)
         return self._up(haul, tokens) if haul.is_up else self._down(haul, tokens)
+
+    def _on(self, haul: Haul) -> int:
+        """From HOST to DISK: the bytes, and what stands beside them, as they are."""
+        slab, heads = self._memory.slab, self._memory.heads
+        return self._write(
+            haul.slots,
+            [slab[:, source] for source in haul.sources],
+            lambda num_good: heads[np.frombuffer(haul.sources, np.int32)[:num_good]],
+        )
 
     def _down(self, haul: Haul, tokens: np.ndarray) -> int:
         pool, slab, heads = self._memory.pool, self._memory.slab, self._memory.heads
         slots = np.frombuffer(haul.slots, np.int32)
-        heads["stamp"][slots] = 0
+        near = slots < self._num_host
+        heads["stamp"][slots[near]] = 0
+
+        def summed(num_good: int) -> np.ndarray:
+            """Say what is to stand beside the blocks, once they have all been copied."""
+            blocks = np.frombuffer(haul.blocks, np.uint32)[:num_good]
+            told = np.zeros(num_good, heads.dtype)
+            told["sum"] = self._sums.of_contents(blocks, tokens[:num_good])
+            told["tokens"] = tokens[:num_good]
+            told["stamp"] = np.frombuffer(haul.stamps, np.int64)[:num_good]
+            return told
+
+        if not near.all():
+            pages = [pool[:, block] for block in haul.blocks]
+            return self._write(haul.slots, pages, summed)
         for block, slot in zip(haul.blocks, haul.slots, strict=True):
             slab[:, slot] = pool[:, block]
-        heads["sum"][slots] = self._sums.of_contents(np.frombuffer(haul.blocks, np.uint32), tokens)
-        heads["tokens"][slots] = tokens
-        heads["stamp"][slots] = np.frombuffer(haul.stamps, np.int64)
+        told = summed(len(slots))
+        for name in ("sum", "tokens", "stamp"):  # the stamp last
+            heads[name][slots] = told[name]
         return len(slots)
+
+    def _write(
+        self,
+        slots: BlockTable,
+        pages: list[np.ndarray],
+        heads_of: Callable[[int], np.ndarray],
+    ) -> int:
+        """Write blocks to slots of which some are on disk; then their heads.
+
+        Returns:
+            How many, from the first on, are written.
+        """
+        disk, slab, heads = self._disk, self._memory.slab, self._memory.heads
+        if disk is None:
+            raise AssertionError("a haul to a disk, and there is none")
+        num_good = 0
+        try:
+            for slot, block in zip(slots, pages, strict=True):
+                if slot < self._num_host:
+                    slab[:, slot] = block
+                else:
+                    disk.write(slot, block)
+                num_good += 1
+        except OSError as error:
+            self.error = error.errno or errno.EIO
+        told = heads_of(num_good)
+        try:
+            for at in range(num_good):
+                if slots[at] < self._num_host:
+                    heads[slots[at]] = told[at]
+                else:
+                    disk.write_head(slots[at], told[at : at + 1])
+        except OSError as error:
+            self.error = error.errno or errno.EIO
+            return at
+        return num_good
 
     def _up(self, haul: Haul, tokens: np.ndarray) -> int:
         pool, slab, heads = self._memory.pool, self._memory.slab, self._memory.heads
         slots = np.frombuffer(haul.slots, np.int32)
-        for block, slot in zip(haul.blocks, haul.slots, strict=True):
-            pool[:, block] = slab[:, slot]
+        found = np.zeros(len(slots), heads.dtype)
+        for at, (block, slot) in enumerate(zip(haul.blocks, haul.slots, strict=True)):
+            if slot < self._num_host:
+                pool[:, block] = slab[:, slot]
+                continue
+            head = self._read(slot, pool[:, block])
+            if head is None:
+                break  # nothing behind it is of use
+            found[at : at + 1] = head
+        near = slots < self._num_host
+        found[near] = heads[slots[near]]
         sums = self._sums.of_contents(np.frombuffer(haul.blocks, np.uint32), tokens)
         good = (
-            (heads["stamp"][slots] == np.frombuffer(haul.stamps, np.int64))
-            & (heads["tokens"][slots] == tokens).all(axis=1)
-            & (heads["sum"][slots] == sums)
+            (found["stamp"] == np.frombuffer(haul.stamps, np.int64))
+            & (found["tokens"] == tokens).all(axis=1)
+            & (found["sum"] == sums)
         )
         return len(slots) if good.all() else int(good.argmin())
+
+    def _read(self, slot: int, pages: np.ndarray) -> np.ndarray | None:
+        """Read a block from the disk; None if that fails."""
+        if self._disk is None:
+            return None
+        try:
+            return self._disk.read(slot, pages)
+        except OSError as error:
+            self.error = error.errno or errno.EIO
+            return None
 
 
 def serve(line: socket.socket, porter: Porter) -> None:
@@ -95,7 +185,8 @@ def serve(line: socket.socket, porter: Porter) -> None:
         haul = read_haul(message)
         began = time.perf_counter()
         num_good = porter.carry(haul)
-        line.sendall(pack_report(Report(haul.id, num_good, time.perf_counter() - began)))
+        took = time.perf_counter() - began
+        line.sendall(pack_report(Report(haul.id, num_good, took, porter.error)))
 
 
 def _die_with(parent: int) -> None:
@@ -115,7 +206,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _die_with(order["parent"])
         os.nice(_NICENESS)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            serve(line, Porter(SlabMap(order), order["seed"]))
+            memory = SlabMap(order)
+            disk = None
+            if "disk" in order:
+                disk = DiskSlab(order["disk"], memory.handle, len(memory.heads))
+            serve(line, Porter(memory, order["seed"], disk))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The slab: the memory of a tier in the host's, and what stands beside the bytes of each slot.
+"""The slab: memory of the host below a pool, and what stands beside the bytes of each slot.
 
 ```
 slab    like the pool: [plane][slot][page]          a block and its slot have the same pages
@@ -61,10 +61,9 @@ class Slab:
         except (InvalidRequest, PoolExhausted) as error:
             raise type(error)(f"--host {format_size(num_bytes)}: {error}") from None
 
-    def order(self, pool: PoolHandle, seed: int) -> dict[str, Any]:
+    def order(self) -> dict[str, Any]:
         """Say where everything is, as `SlabMap` wants to be told."""
-        files = {"pool": pool, "slab": self._slab.handle, "heads": self._heads.handle}
-        return {name: _describe(handle) for name, handle in files.items()} | {"seed": seed}
+        return {"slab": describe(self._slab.handle), "heads": describe(self._heads.handle)}
 
     def close(self) -> None:
         """Remove the files.  Idempotent.  A porter that maps them keeps them until it ends."""
@@ -73,10 +72,10 @@ class Slab:
 
 
 class SlabMap:
-    """The porter's end: pool, slab and heads as arrays.
+    """The porter's end: pool, slab and heads as arrays; of no slots, where there is no slab.
 
     Args:
-        order: What `Slab.order` gives.
+        order: What `Slab.order` gives, if there is one, and the pool's handle (`describe`).
 
     Raises:
         NotFound, EpochMismatch, LayoutMismatch: as `map_pool` says.
@@ -86,9 +85,12 @@ class SlabMap:
         self.handle = _handle(order["pool"])
         self._maps: list[mmap.mmap] = []
         self.memory, self.pool = self._map(self.handle)
-        _, self.slab = self._map(_handle(order["slab"]))
-        _, pages = self._map(_handle(order["heads"]))
-        self.heads: npt.NDArray[Any] = pages[0].view(head_type(self.handle.block_size))[:, 0]
+        self.slab = self.pool[:, :0]
+        self.heads: npt.NDArray[Any] = np.empty(0, head_type(self.handle.block_size))
+        if "slab" in order:
+            _, self.slab = self._map(_handle(order["slab"]))
+            _, pages = self._map(_handle(order["heads"]))
+            self.heads = pages[0].view(self.heads.dtype)[:, 0]
 
     def _map(self, handle: PoolHandle) -> tuple[mmap.mmap, npt.NDArray[np.uint8]]:
         memory = map_pool(handle)
@@ -96,7 +98,8 @@ class SlabMap:
         return memory, pages_of(memory, handle)
 
 
-def _describe(handle: PoolHandle) -> dict[str, Any]:
+def describe(handle: PoolHandle) -> dict[str, Any]:
+    """Write a handle as what JSON can hold."""
     return {
         "name": handle.name,
         "num_blocks": handle.num_blocks,

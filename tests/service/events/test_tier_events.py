@@ -14,7 +14,7 @@ from patience import PATIENCE_S
 from prefixcache.core import kv_events
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import TierSizes
-from prefixcache.core.tiers import LEVEL_BITS, Level
+from prefixcache.core.tiers import LEVEL_BITS
 from prefixcache.errors import PoolExhausted
 from prefixcache.service import turns
 from prefixcache.service.backing import Backing
@@ -45,10 +45,12 @@ class Tiered(Backing):
         kind: str = "cuda-ipc",
         size: int = SIZE,
         space: Namespace = SPACE,
+        disk: int = 0,
     ) -> None:
         self.space = space
         self.handle = PoolHandle(kind, "", num_blocks, size, None, 0, 0)  # type: ignore[arg-type]
-        self.cache = PrefixCache(num_blocks, size, tiers=TierSizes(host, num_blocks // 4, 2))
+        tiers = TierSizes(host, num_blocks // 4, 2, disk, host // 2 if disk else 0)
+        self.cache = PrefixCache(num_blocks, size, tiers=tiers)
         self.cache.set_porter(is_there=True, now=0.0)
         self.cache.attach(ME, space, now=0.0)
 
@@ -182,15 +184,27 @@ def test_between_two_levels_of_one_medium_nothing_is_told() -> None:
 
 def test_what_lies_on_a_disk_is_told_as_storage() -> None:
     async def story(tiered: Tiered, quiet: Callable[[], Awaitable[Any]]) -> None:
-        hauls = tiered.cache._lessor.hauls
-        assert hauls is not None
-        hauls.tier.level = Level.DISK
         tiered.store(1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7)
         await quiet()
         tiered.carry()
         assert await quiet() == [("Stored", "STORAGE", 1), ("Removed", "GPU", 1)]
 
-    heard_of(story)
+    heard_of(story, host=0, disk=8)
+
+
+def test_what_goes_on_to_disk_is_told_there_before_it_is_removed_above() -> None:
+    async def story(tiered: Tiered, quiet: Callable[[], Awaitable[Any]]) -> None:
+        for first in (1, 4, 7, 10, 13):
+            tiered.store(first, first, first + 1, first + 1)
+            tiered.carry()
+        told = await quiet()
+        assert ("Stored", "STORAGE", 1) in told
+        assert told.index(("Stored", "STORAGE", 1)) < told.index(("Removed", "CPU", 1))
+        tiered.bring_back(1, 1, 2, 2, 9)
+        told = [one[:2] for one in await quiet()]
+        assert told.index(("Stored", "GPU")) < told.index(("Removed", "STORAGE"))
+
+    heard_of(story, host=2, disk=8)
 
 
 def test_a_copy_that_failed_and_what_is_given_up_are_removed_below() -> None:

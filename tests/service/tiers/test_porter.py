@@ -23,7 +23,7 @@ from prefixcache.service.tiers.orders import (
     read_report,
 )
 from prefixcache.service.tiers.porter import Porter
-from prefixcache.service.tiers.slab import Slab, SlabMap, slot_bytes
+from prefixcache.service.tiers.slab import Slab, SlabMap, describe, slot_bytes
 from prefixcache.types import HaulId, Layout
 
 LAYOUTS = [
@@ -41,7 +41,7 @@ class Bench:
         self.file = PoolFile.create(layout, 12, block_size)
         handle = self.file.handle
         self.slab = Slab(handle, 8 * slot_bytes(handle))
-        self.map = SlabMap(self.slab.order(handle, 7))
+        self.map = SlabMap({"pool": describe(handle)} | self.slab.order())
         self.porter = Porter(self.map, 7)
         self.pages = pages_of(self.file.map(), handle)
         self.random = np.random.default_rng(1)
@@ -121,7 +121,7 @@ def test_a_block_that_changes_while_it_is_copied_is_a_miss(bench: Bench) -> None
 
 
 def test_nobody_else_may_open_a_slab(bench: Bench) -> None:
-    order = bench.slab.order(bench.file.handle, 7)
+    order = bench.slab.order()
     for part in ("slab", "heads"):
         assert Path(order[part]["name"]).stat().st_mode & 0o777 == 0o600
         assert Path(order[part]["name"]).exists()
@@ -138,19 +138,22 @@ def test_a_slab_that_does_not_fit_is_refused_by_its_option(bench: Bench) -> None
 
 @given(
     st.integers(1, 2**40),
-    st.booleans(),
+    st.sampled_from(["down", "up", "on"]),
     st.lists(st.tuples(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1)), min_size=1),
     st.integers(1, 3),
 )
 def test_an_order_is_read_as_it_was_written(
-    number: int, is_up: bool, pairs: list[tuple[int, int]], block_size: int
+    number: int, way: str, pairs: list[tuple[int, int]], block_size: int
 ) -> None:
     blocks = array("i", [block for block, _ in pairs])
     slots = array("i", [slot for _, slot in pairs])
     stamps = array("q", range(len(pairs)))
-    haul = Haul(HaulId(number), is_up, blocks, slots, stamps, b"abcd" * block_size * len(pairs))
+    tokens = b"abcd" * block_size * len(pairs)
+    haul = Haul(HaulId(number), way == "up", blocks, slots, stamps, tokens)
+    if way == "on":
+        haul = haul._replace(blocks=array("i"), tokens=b"", sources=blocks)
     assert read_haul(pack_haul(haul)) == haul
-    report = Report(HaulId(number), len(pairs), 0.25)
+    report = Report(HaulId(number), len(pairs), 0.25, error=28)
     assert read_report(pack_report(report)) == report
 
 

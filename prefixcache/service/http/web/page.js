@@ -51,7 +51,7 @@ function showState(state) {
   }
   if (state.pool) {
     const parts = PoolChart.bar($("pool-bar"), state.pool);
-    const below = state.pool.host_blocks ? ` · below: ${count(state.pool.host_used)} of ${many(state.pool.host_blocks, "block")}` : "";
+    const below = ["host", "disk"].filter(tier => state.pool[`${tier}_blocks`]).map(tier => ` · ${tier}: ${count(state.pool[`${tier}_used`])} of ${many(state.pool[`${tier}_blocks`], "block")}`).join("");
     $("pool-size").textContent = `${many(state.pool.num_blocks, "block")} of ${state.pool.block_size} tokens${below}`;
     $("pool-legend").replaceChildren(...Object.entries(parts).map(([k, n]) => { const s = element("span", { className: "swatch" }); s.style.background = `var(--${k})`; return element("li", {}, s, `${k} `, element("b", { textContent: count(n) })); }));
   }
