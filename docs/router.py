@@ -25,7 +25,7 @@ class Machine:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.is_there, self.load, self.block_size = False, 0, 0
+        self.is_there, self.load, self.sent, self.block_size = False, 0, 0, 0
         self.media: dict[tuple[str, ...], dict[bytes, set[str]]] = {}
 
     async def follow(self) -> None:
@@ -88,10 +88,10 @@ async def route(machines: dict[str, Machine]) -> None:
             machines[asked["done"]].load -= 1
             continue
         space, tokens = Namespace(asked["model"]), asked["tokens"]
-        there = [one for one in machines.values() if one.is_there] or list(machines.values())
+        there = [one for one in machines.values() if one.is_there] or [*machines.values()]
         matched = {one.address: one.matched(space, tokens) for one in there}
-        chosen = max(there, key=lambda one: (matched[one.address], -one.load))
-        chosen.load += 1
+        chosen = max(there, key=lambda one: (matched[one.address], -one.load, -one.sent))
+        chosen.load, chosen.sent = chosen.load + 1, chosen.sent + 1
         answer = {"id": asked["id"], "machine": chosen.address, "cached": matched[chosen.address]}
         print(json.dumps(answer), flush=True)  # noqa: T201
 
