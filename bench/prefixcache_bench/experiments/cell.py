@@ -163,7 +163,7 @@ class Node:
             SIZE,
             partial=Partial.OFF,
             ttl_s=1e9,
-            tiers=TierSizes.of(cell.host, cell.pool),
+            tiers=TierSizes.of(cell.pool, host=cell.host),
         )
         self.cache.set_porter(is_there=True, now=0.0)
         self.cache.attach(ME, space, now=0.0)

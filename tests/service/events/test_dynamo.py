@@ -10,19 +10,19 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
 import prefixcache
+from core.follower import Follower
 from patience import PATIENCE_S
 from prefixcache.config import load
-from prefixcache.core.tiers import Level
+from prefixcache.core.tiers import LEVEL_BITS, Level
 from prefixcache.service.events.event_log import EventLog
 from prefixcache.service.failures import Failures
-from prefixcache.types import unpack
 from service.events.test_tier_events import Tiered
 from service.service_process import LAYOUT, ROOT, eventually, running, sizes
 from service.test_haulage import slots
@@ -88,39 +88,46 @@ def indexer(tmp_path: Path) -> Iterator[Indexer]:
             process.communicate()
 
 
-@pytest.mark.parametrize("level", [Level.HOST, Level.DISK])
-def test_a_prefix_stays_matched_as_a_whole_on_its_way_down_and_up(
-    indexer: Indexer, sockets: Path, level: Level
+def test_a_prefix_stays_matched_as_a_whole_on_its_way_down_to_a_disk_and_up(
+    indexer: Indexer, sockets: Path
 ) -> None:
-    """Of a pool on a GPU, with memory below it, or a disk."""
+    """From a pool on a GPU by the memory below it."""
     from prefixcache.service.events.publisher import Publisher  # of an extra
 
     endpoint = f"ipc://{sockets}/events"
-    tiered = Tiered(16, 64, size=SIZE, space=prefixcache.Namespace("m"))
+    tiered = Tiered(16, 8, size=SIZE, space=prefixcache.Namespace("m"), disk=64)
     tiered.settings = load({"pool": "none", "watch_tokens": True})
     publisher = Publisher(tiered, Failures(), EventLog(tiered), endpoint, None)
-    hauls = tiered.cache._lessor.hauls
-    assert hauls is not None
-    hauls.tier.level = level
     other = iter(range(1000, 100_000, 100))
 
-    def push_down(num_blocks: int) -> None:
-        """Have so many blocks of the chat go below: others are used, and it is not."""
-        while below() < num_blocks:
+    def levels() -> list[int]:
+        """Where each block of the chat lies: in the pool 0, then 1 and 2."""
+        found = {}
+        for place, (_, tokens) in Follower(tiered.cache).truth().items():
+            if list(tokens) == CHAT[: len(tokens)]:
+                found[len(tokens)] = place >> LEVEL_BITS
+        return [found.get(end, 3) for end in range(SIZE, len(CHAT) + 1, SIZE)]
+
+    def matched() -> tuple[int, ...]:
+        """What the indexer should say."""
+        now = levels()
+        ends = [next((at for at, one in enumerate(now) if one > most), len(now)) for most in Level]
+        return (len(CHAT), *(SIZE * end for end in ends))
+
+    async def push_down(*, until: Callable[[list[int]], bool]) -> None:
+        """Use other blocks, and not the chat, until it lies as it should; the indexer follows."""
+        while not until(levels()):
             first = next(other)
             tiered.store(*range(first, first + SIZE))
             tiered.carry()
+        await follows()
 
-    def below() -> int:
-        ghosts = [one for one in hauls.tier.order.values() if unpack(one.tokens)[0] <= len(CHAT)]
-        return sum(len(one.places or ()) for one in ghosts)
-
-    async def expect(*matched: int) -> None:
+    async def follows() -> None:
         seen = set()
         while True:
             now = await asyncio.to_thread(indexer.matched, CHAT)
             seen.add(now[0])
-            if now == matched:
+            if now == matched():
                 break
             await asyncio.sleep(0.02)
         assert seen == {len(CHAT)}, "for a moment it was not known as a whole"
@@ -130,17 +137,16 @@ def test_a_prefix_stays_matched_as_a_whole_on_its_way_down_and_up(
         await asyncio.to_thread(indexer.follow, endpoint)
         await asyncio.sleep(0.5)
         tiered.store(*CHAT)
-        while (await asyncio.to_thread(indexer.matched, CHAT))[0] < 64:
+        while (await asyncio.to_thread(indexer.matched, CHAT))[0] < len(CHAT):
             await asyncio.sleep(0.02)
-        await expect(64, 64, 64, 64)
-        push_down(1)
-        num_above = len(CHAT) - SIZE * below()
-        assert 0 < num_above < len(CHAT)
-        await expect(64, num_above, 64 if level is Level.HOST else num_above, 64)
-        push_down(4)
-        await expect(64, 0, 64 if level is Level.HOST else 0, 64)
+        await follows()
+        await push_down(until=lambda now: 1 in now)
+        await push_down(until=lambda now: {1, 2} <= set(now))
+        await push_down(until=lambda now: set(now) == {2})
+        assert matched() == (64, 0, 0, 64)
         tiered.bring_back(*CHAT, 7)
-        await expect(64, 64, 64, 64)
+        assert levels() == [0, 0, 0, 0]
+        await follows()
         assert tiered.cache.reset(tiered.space)
         while (await asyncio.to_thread(indexer.matched, CHAT))[0]:
             await asyncio.sleep(0.02)
