@@ -426,7 +426,8 @@ def tier(now: Status) -> Iterator[Finding]:
             f"{lost / snapshot.evicted:.0%} of {many(snapshot.evicted, 'evicted block')} did not "
             "go below the pool: room was needed sooner than they could be copied, or they were "
             "partly filled.",
-            "A larger pool (--memory) gives more time.",
+            "A larger pool (--memory) gives more time; a limit on what is written to a disk "
+            "(--disk-write) takes some.",
         )
     else:
         yield Finding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import signal
@@ -14,6 +15,9 @@ import pytest
 import prefixcache
 from prefixcache.cli import status
 from prefixcache.client import Client
+from prefixcache.config import load
+from prefixcache.service.backing import Backing
+from prefixcache.service.domain import make_domains
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -193,3 +197,59 @@ def test_what_cannot_be_is_refused_at_the_start(
 def test_a_limit_without_a_disk_is_refused(target: str) -> None:
     with pytest.raises(AssertionError, match="--disk-write limits"):
         ServiceProcess(target, *sizes(NUM_BLOCKS, SIZE), "--disk-write", "1MB/s")
+
+
+def test_without_a_folder_it_lies_in_that_of_the_state(target: str, tmp_path: Path) -> None:
+    flags = (*sizes(NUM_BLOCKS, SIZE), "--state", str(tmp_path / "state"), "--partial", "off")
+    with running(target, *flags, "--disk", f"{int(slots(400)) + 4096}", "--grace", "1") as service:
+        assert any(f"in {tmp_path}/state/disk = 400 blocks" in line for line in service.lines)
+        eventually(lambda: "porter at work" in service.log())
+        with prefixcache.connect(target) as client:
+            writer = filled(client)
+            eventually(lambda: comes_back(writer, range(30)) and client.snapshot().disk_restored)
+            assert writer.num_wrong == 0
+        names = {"slab", "heads", "lock"}
+        assert {path.name for path in (tmp_path / "state" / "disk").iterdir()} == names
+        assert service.stop() == 0
+        left = {path.name for path in (tmp_path / "state" / "disk").iterdir()}
+        assert left == {"lock"}, "what lies there does not outlive the service"
+
+
+def test_what_a_service_left_that_was_killed_is_nobodys(target: str, tmp_path: Path) -> None:
+    flags = (*sizes(NUM_BLOCKS, SIZE), *disk(400, tmp_path / "disk"), "--partial", "off")
+    for _ in range(2):
+        with running(target, *flags, "--grace", "1") as service:
+            eventually(lambda service=service: "porter at work" in service.log())
+            with prefixcache.connect(target) as client:
+                assert client.snapshot().disk_used == 0
+                writer = filled(client)
+                assert writer.num_wrong == 0
+                assert client.check().failure == ""
+            service.signal(signal.SIGKILL)
+            service.wait()
+        assert (tmp_path / "disk" / "slab").stat().st_size == 400 * LAYOUT.block_bytes(SIZE)
+
+
+def test_each_trust_domain_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    settings = load(
+        {
+            "memory": NUM_BLOCKS * SIZE * LAYOUT.token_bytes,
+            "block_size": SIZE,
+            "layout": LAYOUT,
+            "disk": f"{int(slots(400)) + 4096}:{tmp_path}/disk",
+            "disk_write": "1MB/s",
+        }
+    )
+
+    async def story() -> None:
+        domains = make_domains(settings, {"acme": settings.memory // 2}, Backing)
+        try:
+            disks = [one.backing.disk for one in domains.values()]
+            assert [disk.path.name for disk in disks if disk] == ["disk", "domain-acme"]
+            assert [disk.num_slots for disk in disks if disk] == [400, 187]
+            assert domains["acme"].backing.settings.disk_write == 500_000
+        finally:
+            for domain in domains.values():
+                domain.close()
+
+    asyncio.run(story())
