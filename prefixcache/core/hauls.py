@@ -54,6 +54,8 @@ NEVER: Final = 1e12
 """The time at which the leases of restores end by themselves."""
 
 _SLACK_S: Final = 0.05
+_LESS: Final = 16
+"""What part of the blocks is kept free while no tier pays that are while one does."""
 _AS_LONG_AGAIN: Final = 2.0
 """Who waits for a restore waits so many times as long as it is expected to take, and the slack."""
 
@@ -84,11 +86,6 @@ class TierSizes(NamedTuple):
     def below(self) -> int:
         """Blocks that fit below the pool, wherever."""
         return self.host + self.disk
-
-    @property
-    def least(self) -> int:
-        """Blocks that go down together at least: not one by one, and not too late."""
-        return min(self.piece, max(1, self.ahead // 4))
 
     @classmethod
     def of(
@@ -142,6 +139,8 @@ class Restore:
     begun: float
     worked_s: float
     """What all that had come back had taken by then."""
+    is_waited_for: bool
+    """Whether it was begun for somebody; if not, to see how quick it is."""
     pieces: deque[HaulId] = field(default_factory=deque)
     """Hauls that have not ended, in order."""
     is_given_up: bool = False
@@ -245,7 +244,18 @@ class Hauls:
 
     def num_short(self, num_free: int) -> int:
         """Count the blocks that should go down now, so that as many are free as there should be."""
-        return self.sizes.ahead - num_free - self.num_leaving if self.has_porter else 0
+        return self.ahead - num_free - self.num_leaving if self.has_porter else 0
+
+    @property
+    def ahead(self) -> int:
+        """Blocks of the pool that are kept free now: few of them while no tier pays.  O(1)."""
+        ahead = self.sizes.ahead
+        return ahead if self.worth.pays else max(1, ahead // _LESS)
+
+    @property
+    def least(self) -> int:
+        """Blocks that go down together at least: not one by one, and not too late."""
+        return min(self.sizes.piece, max(1, self.ahead // 4))
 
     def sink(self, sunk: list[Sunk]) -> None:
         """Have blocks copied that have left the tree.  O(blocks), in C."""
@@ -350,7 +360,8 @@ class Hauls:
         self.num_rising += len(places)
         self.rising[verdict.tier] += len(places)
         due = now + _AS_LONG_AGAIN * verdict.fetch_s + _SLACK_S
-        restore = Restore(lease, verdict, due, now, self._worked_s, is_given_up=not is_waited_for)
+        restore = Restore(lease, verdict, due, now, self._worked_s, is_waited_for)
+        restore.is_given_up = not is_waited_for
         self.restores[lease.serial] = restore
         if is_waited_for:
             heappush(self._dues, (due, lease.serial))
@@ -420,7 +431,9 @@ class Hauls:
         self.rising[restore.verdict.tier] -= len(haul.slots)
         restore.pieces.remove(number)
         self._worked_s += seconds
-        self.worth.speeds[restore.verdict.tier].note(len(haul.slots), seconds)
+        speed = self.worth.speeds[restore.verdict.tier]
+        note = speed.note if restore.is_waited_for else speed.note_explored
+        note(len(haul.slots), seconds)
         if not restore.pieces:
             self._learn(restore, now)
         if num_good < len(haul.slots):

@@ -321,8 +321,10 @@ class Lessor:
             self.history.note(seen, root, node, member.name, request.request_id, tokens, grant, now)
         if self.oplog is not None:
             self.oplog((GRANTED, lease.serial, ledger.reused, tokens, namespace))
-        if request.declined:
-            self._note_declined(request, root, now)
+        if self.hauls is not None:
+            self.hauls.worth.num_requests += 1
+            if request.declined:
+                self._note_declined(request, root, now)
         return grant
 
     def _attempt_segments(
@@ -455,6 +457,7 @@ class Lessor:
         if lease is None:
             request.declined = "room"
             return None
+        hauls.worth.fetch()
         end = len(lease.flight or b"") // TOKEN_BYTES
         return self.inflight.gain(lease, match, end, len(tokens) // TOKEN_BYTES)
 
@@ -499,19 +502,19 @@ class Lessor:
     def _note_declined(self, request: Request, root: Root, now: float) -> None:
         """Count a request that was granted without what lies below; at times look there again.
 
-        Then one piece is brought back, to see whether it still takes too long.  Nobody waits for
-        it, and nothing is evicted for it.  O(1), at most once a second O(nodes + tokens).
+        Then a piece at most is brought back, to see whether it still takes too long.  Nobody waits
+        for it, and nothing is evicted for it.  O(1), at most once a second O(nodes + tokens).
         """
         hauls, tokens = self.hauls, request.tokens
         if hauls is None:
             return
-        hauls.worth.declined[request.declined] += 1
+        hauls.worth.decline(request.declined)
         speed = hauls.worth.speeds[request.declined_tier]
         if request.declined != "slow" or not speed.decline(now):
             return
         match = self.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
-        places = self.below(match, tokens)[: hauls.sizes.piece]
-        if not places or len(places) > self.blocks.pool.num_free:
+        most = min(hauls.sizes.piece, self.blocks.pool.num_free)
+        if not (places := self.below(match, tokens)[:most]):
             return
         verdict = hauls.weigh(places, None)[0]
         own = places[: verdict.num_blocks]
@@ -542,7 +545,7 @@ class Lessor:
         if (short := hauls.num_short(self.blocks.num_free)) <= 0:
             return
         short = min(short, self.tree.evictable, MOST_EVICTED)
-        if short < hauls.sizes.least:
+        if short < hauls.least:
             return
         if self.tick is not None:
             self.tick(now)

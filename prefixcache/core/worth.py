@@ -19,7 +19,10 @@ own namespace alone.
 
 **Who knows nothing fetches**: of the tier, or of the namespace.  What is declined is looked at
 again now and then, one piece for so many requests, for which nobody waits: so a tier that was slow
-once is found again, and that costs no request anything.
+once is found again, and that costs no request anything.  Quick as it was then it is taken to be.
+
+**While nothing pays**, next to nothing of the pool is kept free for what goes down, for some
+requests at a time; then there is something to look at again.
 
 All blocks of a pool have the same bytes, so seconds a block are seconds a byte, times a constant.
 """
@@ -51,6 +54,11 @@ _EXPLORED: Final = 64
 """One in so many that are declined is looked at again …"""
 _PAUSE_S: Final = 1.0
 """… if so much time has passed since the last one."""
+_MUCH_QUICKER: Final = 2
+_UNWORTHY: Final = 64
+"""Requests for which it was not worth it, and none for which it was: then the tiers do not pay …"""
+_IDLE: Final = 1024
+"""… for so many requests."""
 _KEPT: Final = 15 / 16
 """Of the advantage so far, when another restore has arrived."""
 
@@ -142,6 +150,15 @@ class Speed:
         blocks = sum([count for count, _ in self._pieces])
         self.block_s = sum([took for _, took in self._pieces]) / blocks
 
+    def note_explored(self, num_blocks: int, seconds: float) -> None:
+        """Take note of a haul for which nobody waited.  O(1).
+
+        If it was much quicker than was thought, nothing of what was known before holds any more.
+        """
+        if seconds < num_blocks * self.block_s / _MUCH_QUICKER:
+            self._pieces.clear()
+        self.note(num_blocks, seconds)
+
     def note_late(self, num_blocks: int, seconds: float) -> None:
         """Take note that a haul takes longer than that, and has not ended.  O(1).
 
@@ -196,7 +213,15 @@ class Worth:
         block_size: Tokens of a block.
     """
 
-    __slots__ = ("_block_size", "declined", "speeds", "tokens_each")
+    __slots__ = (
+        "_block_size",
+        "_idle_until",
+        "_num_slow",
+        "declined",
+        "num_requests",
+        "speeds",
+        "tokens_each",
+    )
 
     def __init__(self, num_tiers: int, block_size: int) -> None:
         self.speeds = [Speed(guess_s) for guess_s in _FIRST_GUESSES_S[:num_tiers]]
@@ -204,8 +229,28 @@ class Worth:
         """Requests that would have waited for a restore, by why there was none: computing is
         quicker; as much as may be is on its way; there is no room for it now."""
         self._block_size = block_size
+        self._num_slow = self._idle_until = 0
+        """Requests for which it was not worth it, since one for which it was."""
+        self.num_requests = 0
+        """Granted since the start."""
         self.tokens_each = 1
         """Tokens that a token of the cache stands for: more in a replay of hashes."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether something of late was worth to be fetched, or it is time to try again.  O(1)."""
+        return self.num_requests >= self._idle_until
+
+    def decline(self, why: str) -> None:
+        """Count a request that did not wait for what lies below."""
+        self.declined[why] += 1
+        self._num_slow += why == "slow"
+        if self._num_slow >= _UNWORTHY:
+            self._num_slow, self._idle_until = 0, self.num_requests + _IDLE
+
+    def fetch(self) -> None:
+        """Take note that something is being fetched for who waits."""
+        self._num_slow = self._idle_until = 0
 
     def fetch_s(self, tier: int, num_blocks: int, queued: list[int]) -> float:
         """Say about how long so many blocks take to come back from a tier.  O(tiers).

@@ -72,6 +72,15 @@ def test_a_tier_is_known_by_its_last_hauls_all_blocks_together() -> None:
     assert speed.block_s == pytest.approx(0.1)
 
 
+def test_what_is_explored_counts_alone_if_it_is_much_quicker_than_thought() -> None:
+    speed = Speed(1.0)
+    speed.note(16, 16.0)
+    speed.note_explored(16, 9.0)
+    assert speed.block_s == pytest.approx(25 / 32)
+    speed.note_explored(4, 0.04)
+    assert speed.block_s == pytest.approx(0.01)
+
+
 def test_what_is_late_counts_if_it_is_slower_than_thought() -> None:
     speed = Speed(1.0)
     speed.note(16, 0.16)
@@ -124,6 +133,24 @@ def explored(speed: Speed, times: list[float]) -> list[int]:
     return found
 
 
+def test_nothing_is_kept_free_while_nothing_pays_and_again_once_it_does() -> None:
+    worth = Worth(1, block_size=16)
+    for why in ["slow"] * 63 + ["busy", "room"]:
+        worth.decline(why)
+    assert worth.pays
+    worth.decline("slow")
+    assert not worth.pays
+    worth.num_requests += 1023
+    assert not worth.pays
+    worth.num_requests += 1
+    assert worth.pays, "it is tried again"
+    for _ in range(64):
+        worth.decline("slow")
+    assert not worth.pays
+    worth.fetch()
+    assert worth.pays
+
+
 def test_the_advantage_is_of_late() -> None:
     speed = Speed(1.0)
     assert speed.advantage is None
@@ -150,8 +177,7 @@ class Engine:
 
     def __init__(self, host: int, block_s: Callable[[float], float], token_s: float) -> None:
         tiers = TierSizes(host, self.AHEAD, self.PIECE) if host else TierSizes()
-        blocks = 512 if host else 512 - self.AHEAD  # those are free, with a tier
-        self.cache = PrefixCache(blocks, self.SIZE, tiers=tiers, ttl_s=1e9)
+        self.cache = PrefixCache(512, self.SIZE, tiers=tiers, ttl_s=1e9)
         self.cache.attach(ME, SPACE, now=0.0)
         self.cache.set_porter(is_there=True, now=0.0)
         self.block_s, self.token_s = block_s, token_s
@@ -237,8 +263,8 @@ def load(engine: Engine, number: int, seed: int) -> Engine:
 @settings(max_examples=4, deadline=None, phases=[Phase.generate])
 @given(seed=st.integers(0, 1 << 20), slow=st.floats(1.0, 12.0))
 def test_a_slow_tier_makes_nobody_slower(seed: int, slow: float) -> None:
-    without = load(Engine(0, lambda _: 0.0, TOKEN_S), 400, seed)
-    beside = load(Engine(2000, lambda _: slow * COMPUTED, TOKEN_S), 400, seed)
+    without = load(Engine(0, lambda _: 0.0, TOKEN_S), 1000, seed)
+    beside = load(Engine(2000, lambda _: slow * COMPUTED, TOKEN_S), 1000, seed)
     assert p99(beside.waits) <= 1.05 * p99(without.waits)
     assert sum(beside.waits) <= 1.05 * sum(without.waits)
     assert beside.counts.declined_slow > 100
@@ -262,15 +288,14 @@ def test_a_tier_that_was_slow_is_found_again() -> None:
     assert engine.counts.declined_slow == 0
     now_slow[0] = True
     prompts = iter(chats(4000, 2))
-    for _ in range(200):
+    for _ in range(300):
         engine.ask(next(prompts))
-    declined = engine.counts.declined_slow
-    assert declined > 100
+    assert engine.counts.declined_slow > 64
     now_slow[0] = False
     num_asked = 0
     while engine.ask(next(prompts)).ledger.restored == 0:
         num_asked += 1
-    assert num_asked > 64, "eight pieces were looked at first, one for 64 declined"
+    assert num_asked > 10, "first it is looked at"
     declined = engine.counts.declined_slow
     restored = [engine.ask(next(prompts)).ledger.restored for _ in range(100)]
     assert sum(restored) > 0
@@ -284,11 +309,11 @@ def test_exploring_costs_its_request_nothing() -> None:
     hauls = engine.cache._lessor.hauls
     assert hauls is not None
     explored = set()
-    for tokens in chats(400, 4):
+    for tokens in chats(2000, 4):
         grant = engine.cache.acquire(ME, SPACE, pack([*tokens, 0]), wait_s=1e6, now=engine.now)
         assert isinstance(grant, Grant), "nobody waits for what is not worth it"
-        engine.cache.check()
         for serial, restore in hauls.restores.items():
+            engine.cache.check()
             explored.add(serial)
             assert restore.lease.flight is None
             assert restore.verdict.num_blocks <= Engine.PIECE

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from experiments.conftest import SMALL
 from prefixcache_bench.reports import experiments
 
@@ -27,3 +29,27 @@ def test_every_question_names_a_trace_and_a_picture() -> None:
     assert len({question.picture for question in experiments.QUESTIONS}) == len(
         experiments.QUESTIONS
     )
+
+
+def test_one_question_can_be_asked_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = tuple(
+        experiments.Question(f"{name}?", name, "curve CHATS --capacity 50% -o PICTURE", "So.", name)
+        for name in ("first", "second", "third")
+    )
+    monkeypatch.setattr(experiments, "QUESTIONS", questions)
+    page, places = tmp_path / "page.md", {"CHATS": (str(SMALL), "chats.jsonl")}
+    rest = "## What is counted, exactly\n\nThis.\n"
+    page.write_text(f"# Head\n\n## first?\n\nold\n\n## third?\n\nold\n\n{rest}")
+    experiments._renew(page, ["second"], places, tmp_path)
+    once = page.read_text()
+    assert once.startswith("# Head\n\n## first?\n\nold\n\n## second?\n\nsecond\n\n```console\n")
+    assert once.endswith(f"## third?\n\nold\n\n{rest}")
+    assert "Made from commit " in once
+    experiments._renew(page, ["second", "third"], places, tmp_path)
+    again = page.read_text()
+    assert again.count("## second?") == again.count("## third?") == 1
+    assert "third\n\n```console" in again
+    assert again.startswith("# Head\n\n## first?\n\nold\n\n## second?")
+    assert again.endswith(rest)
+    with pytest.raises(SystemExit, match="no question has the picture 'fourth'"):
+        experiments._renew(page, ["fourth"], places, tmp_path)

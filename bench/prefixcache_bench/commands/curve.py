@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
     from prefixcache.types import Layout
+    from prefixcache_bench.experiments.below import BelowAsked
     from prefixcache_bench.experiments.curve import Curve
 
 _SHARES = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -45,6 +47,8 @@ def curve(
             show_default=False,
         ),
     ] = None,
+    host: options.HostSizes = None,
+    disk: options.DiskSizes = None,
     layout: options.Layout_ = None,
     points: Annotated[int, typer.Option(metavar="N", help="Points of the CSV and JSON.")] = 200,
     out: Annotated[
@@ -62,10 +66,12 @@ def curve(
 ) -> None:
     """Show the LRU hit rate at every capacity, found in one pass, with the knee.
 
-    Whole blocks only.  Equal to replays at each capacity, to every digit.
+    Whole blocks only.  Equal to replays at each capacity, to every digit.  A tier below the pool
+    that takes no time keeps with it what one pool of both sizes would: --host says what it adds.
 
     Example: prefixcache curve chats.jsonl --block-size 16,256 --layout llama-3.1-8b -o curve
     """
+    from prefixcache_bench.experiments.below import tiers_asked
     from prefixcache_bench.experiments.capacity import parse_capacities
     from prefixcache_bench.experiments.curve import curve as run
     from prefixcache_bench.experiments.layouts import layout_named
@@ -75,13 +81,22 @@ def curve(
     measure = None if shape is None else shape.token_bytes
     asked = [] if capacity is None else parse_capacities(capacity)
     asked = [one.measured(measure) for one in asked]
+    belows: tuple[BelowAsked, ...] = ()
+    if host is not None or disk is not None:
+        belows = tiers_asked([(host, "1"), (disk, "1")], "1", measure)
+        if not asked:
+            raise InvalidRequest(
+                f"--host {host} and --disk {disk} lie below a pool: say with --capacity how large "
+                "that is, for example --capacity 5%,10%"
+            )
     if out is not None:
         options.refuse_overwriting([options.beside(out, ".csv"), *options.pictures(out)], force)
     trace = options.load_trace(path, form, name, system, tokenizer, hash_block, rate, think)
     sizes = (max(16, trace.unit),) if block_size is None else options.numbers(block_size, "size")
     curves = [run(trace, size) for size in sizes]
     working_set = curves[0].working_set * curves[0].block_size
-    if any(one.kind == "percent" for one in asked):
+    sizes_asked = [*asked, *(one.size for below in belows for one in below.asked if one)]
+    if any(one.kind == "percent" for one in sizes_asked):
         working_set = run(trace, trace.unit).working_set * trace.unit
     report: dict[str, Any] = {
         "trace": trace.name,
@@ -98,7 +113,12 @@ def curve(
             (found.text, found.blocks(one.block_size, working_set) or one.working_set)
             for found in asked
         ]
-        report["curves"].append(_fields(one, explicit, points, shape))
+        fields = _fields(one, explicit, points, shape)
+        if belows:
+            fields["below"] = [
+                _below(one, pool, size, working_set) for pool in explicit for size in belows
+            ]
+        report["curves"].append(fields)
     report["run"] = provenance()
     if out is not None:
         _write_csv(options.beside(out, ".csv"), report)
@@ -129,6 +149,28 @@ def _fields(
         "knee_blocks": knee,
         "marks": [{"mark": text} | _point(one, blocks, layout) for text, blocks in named],
         "points": [_point(one, blocks, layout) for blocks in at],
+    }
+
+
+def _below(
+    one: Curve, pool: tuple[str, int], below: BelowAsked, working_set: int
+) -> dict[str, Any]:
+    """Say what a pool finds, and what comes back from each tier below it."""
+    text, blocks = pool
+    sizes = list(below.tiers(one.block_size, working_set).blocks)
+    sums = [blocks]
+    for size in sizes:
+        sums.append(one.working_set if size is None else sums[-1] + size)
+    tokens = one.hit_tokens(sums)
+    total = max(1, one.prompt_tokens)
+    return {
+        "pool": text,
+        "pool_blocks": blocks,
+        "below": below.text,
+        "below_blocks": sizes,
+        "hit_rate": round(tokens[-1] / total, 6),
+        "pool_hit_rate": round(tokens[0] / total, 6),
+        "restored_rate": [round((after - before) / total, 6) for before, after in pairwise(tokens)],
     }
 
 
@@ -182,3 +224,11 @@ def _show(name: str, fields: dict[str, Any], layout: Layout | None) -> None:
             row.append(format_size(mark["capacity_bytes"]))
         table.append(row)
     print_numbers(table, indent="  ")
+    if "below" in fields:
+        typer.echo("with tiers below the pool that take no time, % of the prompt tokens:")
+        table = [["pool", "below", "in the pool", "comes back", "together"]]
+        for found in fields["below"]:
+            shares = found["pool_hit_rate"], sum(found["restored_rate"]), found["hit_rate"]
+            row = [found["pool"], found["below"], *(f"{100 * share:.4f}" for share in shares)]
+            table.append(row)
+        print_numbers(table, indent="  ")

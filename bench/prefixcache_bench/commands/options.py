@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -94,6 +94,18 @@ Force = Annotated[
     bool, typer.Option("--force", help="Overwrite files that are there.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
+
+
+HOST_SIZES: Final = (
+    "Memory of the host below the pool, with commas, in the forms of --capacity; 0 is none."
+)
+HostSizes = Annotated[
+    str | None, typer.Option("--host", metavar="LIST", help=HOST_SIZES, show_default=False)
+]
+DiskSizes = Annotated[
+    str | None,
+    typer.Option("--disk", metavar="LIST", help="A disk below that, likewise.", show_default=False),
+]
 
 
 def load_trace(

@@ -13,6 +13,7 @@ from prefixcache_bench.commands.table import print_numbers
 
 if TYPE_CHECKING:
     from prefixcache.types import Layout
+    from prefixcache_bench.experiments.below import BelowAsked
     from prefixcache_bench.experiments.capacity import Capacity
     from prefixcache_bench.experiments.rows import Row
     from prefixcache_bench.experiments.sweep import Ceilings, Grid
@@ -57,6 +58,25 @@ def sweep(
     partial: Annotated[
         str, typer.Option(metavar="LIST", help="Reuse inside a block: off, blocks, tails.")
     ] = "off,tails",
+    host: options.HostSizes = None,
+    disk: options.DiskSizes = None,
+    host_speed: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="With --host: how fast blocks go there and come back, with commas: tokens a "
+            "second, or bytes (20GiB/s, with --layout).",
+        ),
+    ] = "200k",
+    disk_speed: Annotated[
+        str, typer.Option(metavar="LIST", help="With --disk: the same of the disk.")
+    ] = "20k",
+    prefill: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENS", help="With --host or --disk: tokens that are computed in a second."
+        ),
+    ] = "10000",
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="NAME", help="Writes NAME.csv, .json, .png, .svg."),
@@ -81,13 +101,16 @@ def sweep(
     Example: prefixcache sweep chats.jsonl --block-size 16,64 --capacity 64k,25%,inf
 
     In bytes: prefixcache sweep chats.jsonl --layout llama-3.1-8b --capacity 2GiB,8GiB
+
+    With memory below: prefixcache sweep chats.jsonl --capacity 5%,10% --host 0,10%,50%
     """
     from prefixcache.config import format_size
     from prefixcache.types import Partial
+    from prefixcache_bench.experiments.below import tiers_asked
     from prefixcache_bench.experiments.capacity import parse_capacities
     from prefixcache_bench.experiments.layouts import layout_named
     from prefixcache_bench.experiments.progress import Progress
-    from prefixcache_bench.experiments.rows import RowFile, key_of
+    from prefixcache_bench.experiments.rows import COLUMNS, TIER_COLUMNS, RowFile, key_of
     from prefixcache_bench.experiments.sweep import Grid, ceilings
     from prefixcache_bench.experiments.sweep import sweep as run
 
@@ -95,6 +118,10 @@ def sweep(
     shape = None if layout is None else layout_named(layout)
     measure = None if shape is None else shape.token_bytes
     capacities = tuple(one.measured(measure) for one in parse_capacities(capacity or _CAPACITIES))
+    belows: tuple[BelowAsked, ...] = ()
+    if host is not None or disk is not None:
+        tiers = [(host, host_speed), (disk, disk_speed)]
+        belows = tiers_asked(tiers, prefill, measure)
     if not resume:
         saved = [options.beside(out, ".csv"), options.beside(out, ".json")]
         options.refuse_overwriting(saved + ([] if no_picture else options.pictures(out)), force)
@@ -106,13 +133,14 @@ def sweep(
     for size in asked:
         trace.words(size)
     limits = ceilings(trace, asked)
-    grid = Grid(asked, capacities, policies, modes).fitted(
+    grid = Grid(asked, capacities, policies, modes, belows).fitted(
         limits.working_set, sizes=sizes is None, capacities=capacity is None
     )
     if left_out := _left_out(grid, asked, capacities):
         typer.echo(f"the trace is small: {left_out} left out; give them to have them", err=True)
     grid.check(trace, limits.working_set)
-    file = RowFile(options.beside(out, ".csv"), _head(trace), resume=resume)
+    columns = (*COLUMNS, *TIER_COLUMNS) if belows else COLUMNS
+    file = RowFile(options.beside(out, ".csv"), _head(trace), resume=resume, columns=columns)
     wanted = set(grid.combinations())
     stopped = False
     missing = len(wanted - {key_of(row) for row in file.rows})
@@ -136,8 +164,12 @@ def sweep(
 
     write_json(options.beside(out, ".json"), report, rows)
     saved = [options.beside(out, ".csv"), options.beside(out, ".json")]
+    if belows:
+        report |= {"host_speed": host_speed, "disk_speed": disk_speed}
+        report |= {"prefill": belows[0].computed_per_s}
     if rows and not no_picture:
-        saved += options.draw("draw_sweep", out, options.summary(trace), rows, limits)
+        drawn = "draw_tiers" if belows else "draw_sweep"
+        saved += options.draw(drawn, out, options.summary(trace), rows, limits)
     if as_json:
         view.print_json(report | {"rows": rows})
     else:
@@ -206,6 +238,9 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
         f"{options.summary(trace)}; working set {limits.working_set:,} tokens; "
         f"ceiling {limits.finest:.2%} (infinite memory, block size {trace.unit})"
     )
+    if grid.belows:
+        _show_tiers(rows, grid)
+        return
     found = {key_of(row): row for row in rows}
 
     def cells(size: int, policy: str, partial: str) -> list[str]:
@@ -234,6 +269,43 @@ def _show(trace: Trace, rows: list[Row], grid: Grid, limits: Ceilings) -> None:
     if table := largest_sizes(rows, grid):
         typer.echo("")
         typer.echo("how large a block may be that loses at most 1 % of the best size's reuse:")
+        print_numbers(table, indent="  ")
+
+
+_TIER_HEAD = (
+    *("pool", "below", "reused, %", "restored, %", "writes/request", "dropped", "declined"),
+    *("first token, ms", "p99, ms"),
+)
+
+
+def _show_tiers(rows: list[Row], grid: Grid) -> None:
+    """Print a table for each block size, policy and mode: a line for each pool with its tiers."""
+    rates = {one.tokens_per_s for below in grid.belows for one in below.asked if one is not None}
+    named = " or ".join(f"{rate:,.0f}" for rate in sorted(rates))
+    typer.echo(
+        f"computing {grid.belows[0].computed_per_s:,.0f} tokens a second"
+        + (f", copying {named}" if named else "")
+    )
+    tables: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        declined = sum(row[f"declined_{why}"] for why in ("slow", "busy", "room"))
+        where = row["block_size"], row["policy"], row["partial"]
+        tables.setdefault(where, [_TIER_HEAD]).append(
+            (
+                row["capacity"],
+                row["below"],
+                f"{100 * row['reused_rate']:.2f}",
+                f"{row['restored_percent']:.2f}",
+                f"{row['writes_a_request']:.1f}",
+                f"{row['dropped_blocks']:,}",
+                f"{declined:,}",
+                f"{1000 * row['first_token_mean_s']:,.1f}",
+                f"{1000 * row['first_token_p99_s']:,.1f}",
+            )
+        )
+    for (size, policy, partial), table in tables.items():
+        typer.echo("")
+        typer.echo(f"blocks of {size}, policy {policy}, partial {partial}")
         print_numbers(table, indent="  ")
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from prefixcache.core.policies import POLICIES
 from prefixcache.errors import InvalidRequest
 from prefixcache.types import Partial
+from prefixcache_bench.experiments.below import LEAST_POOL, BelowAsked, Tiers, replay_below
 from prefixcache_bench.experiments.capacity import Capacity
 from prefixcache_bench.experiments.curve import curve
 from prefixcache_bench.experiments.flat import FLAT_LFU
 from prefixcache_bench.experiments.forks import forked, inherited
 from prefixcache_bench.experiments.replay import Configuration, replay
-from prefixcache_bench.experiments.rows import Key, Row, key_of, row_of
+from prefixcache_bench.experiments.rows import Key, Row, key_of, row_of, tier_row_of
 from prefixcache_bench.experiments.traces import Trace
 
 _MARGIN = 8
@@ -34,6 +35,8 @@ class Grid:
     capacities: tuple[Capacity, ...]
     policies: tuple[str, ...] = ("lru",)
     partials: tuple[Partial, ...] = (Partial.OFF,)
+    belows: tuple[BelowAsked, ...] = ()
+    """What is below the pool, and how fast; empty: nobody asks."""
 
     def check(self, trace: Trace, working_set: int) -> None:
         """Refuse what cannot be run, before anything is.
@@ -48,7 +51,11 @@ class Grid:
         for size in self.block_sizes:
             trace.words(size)
             for capacity in self.capacities:
-                capacity.blocks(size, working_set)
+                blocks = capacity.blocks(size, working_set)
+                for below in self.belows:
+                    below.tiers(size, working_set).check(blocks)
+        if self.belows and FLAT_LFU in self.policies:
+            raise InvalidRequest(f"{FLAT_LFU} is replayed without a tree, so nothing can lie below")
 
     def fitted(self, working_set: int, *, sizes: bool, capacities: bool) -> Grid:
         """Leave out what a small trace cannot have, of what nobody asked for.
@@ -65,22 +72,24 @@ class Grid:
         ((1, 4), ['50%', 'inf'])
         """
         least = min(self.block_sizes) if sizes else max(self.block_sizes)
+        pool = LEAST_POOL if any(below.text != "none" for below in self.belows) else 1
         held = {one: one.tokens(least, working_set) for one in self.capacities}
-        enough = {one for one, tokens in held.items() if tokens is None or tokens >= least}
+        enough = {one for one, tokens in held.items() if tokens is None or tokens >= pool * least}
         kept = tuple(one for one in self.capacities if not capacities or one in enough)
         bounds = [tokens for one in kept if (tokens := held[one]) is not None]
-        room = min(bounds, default=max(self.block_sizes))
+        room = min(bounds, default=pool * max(self.block_sizes)) // pool
         fitting = tuple(one for one in self.block_sizes if not sizes or one <= max(room, least))
         return replace(self, capacities=kept, block_sizes=fitting)
 
     def combinations(self) -> list[Key]:
         """Give every combination."""
         return [
-            Key(size, capacity.text, policy, partial.value)
+            Key(size, capacity.text, policy, partial.value, below)
             for partial in self.partials
             for policy in self.policies
             for size in self.block_sizes
             for capacity in self.capacities
+            for below in ([one.text for one in self.belows] or [""])
         ]
 
 
@@ -128,6 +137,9 @@ def sweep(
     """
     done = {key_of(row) for row in finished}
     todo = [key for key in grid.combinations() if key not in done]
+    if grid.belows:
+        _sweep_below(trace, grid, working_set, todo, add, processes)
+        return
     capacities = {one.text: one for one in grid.capacities}
     bounded = {key: capacities[key.capacity].blocks(key.block_size, working_set) for key in todo}
     one_word = {size for size in grid.block_sizes if trace.words(size) == 1}
@@ -166,6 +178,34 @@ def sweep(
         for task, row in pool.imap_unordered(_replay, sorted(alike, key=lambda task: task[2] or 0)):
             for key in alike[task]:
                 add(row | {"partial": key.partial})
+
+
+def _sweep_below(
+    trace: Trace,
+    grid: Grid,
+    working_set: int,
+    todo: list[Key],
+    add: Callable[[Row], None],
+    processes: int | None,
+) -> None:
+    """Run what has tiers below the pool: each combination for itself."""
+    capacities = {one.text: one for one in grid.capacities}
+    belows = {one.text: one for one in grid.belows}
+    tasks = []
+    for key in todo:
+        blocks = capacities[key.capacity].blocks(key.block_size, working_set)
+        tiers = belows[key.below].tiers(key.block_size, working_set)
+        tasks.append((key, blocks, tiers))
+    with forked(trace, processes) as pool:
+        for row in pool.imap_unordered(_replay_below, tasks):
+            add(row)
+
+
+def _replay_below(task: tuple[Key, int | None, Tiers]) -> Row:
+    key, blocks, tiers = task
+    asked = Configuration(key.block_size, blocks, key.policy, Partial(key.partial))
+    outcome, traffic = replay_below(inherited(), asked, tiers)
+    return tier_row_of(outcome, traffic, key.capacity, key.below)
 
 
 Task = tuple[int, str, int | None, str, str]

@@ -1,6 +1,7 @@
 """Write docs/experiments.md: each question with the command that answers it, run on real traces.
 
     python -m prefixcache_bench.reports.experiments [--traces DIR] [--out docs] [--resume]
+    python -m prefixcache_bench.reports.experiments --only tiers-chats,tiers-hashed
 
 Without a folder of traces (PREFIXCACHE_TRACES), the questions are asked of generated workloads.
 """
@@ -84,6 +85,40 @@ QUESTIONS = (
         "memory-hashed",
     ),
     Question(
+        "Is a tier below worth it for my chats?",
+        "The pool, and below it memory of the host to which what is evicted goes "
+        "([tiers](tiers.md)), at two speeds of copying: by the cache that serves, with its "
+        "decisions, on a virtual clock. One engine computes one request after the other; the first "
+        "token's time is from when it begins with that.",
+        "sweep CHATS --block-size 16 --capacity 1%,2%,4.5% --host 0,2%,4.5%,10% "
+        "--host-speed 200k,5k --prefill 10000 --partial tails -o PICTURE",
+        "**Answer.** Yes, where chats come back after others have pushed them out, and copying "
+        "is much quicker than computing. A pool and a tier find together what one pool of both "
+        "sizes would, but for what is kept free; so buy as much below as the knee of *How much "
+        "memory?* lacks. A tier that takes longer than computing is declined: it brings "
+        "nothing, and costs the first token next to nothing. *dropped* are blocks that went "
+        "without a copy, since room was needed sooner, or since they were partly filled.",
+        "tiers-chats",
+    ),
+    Question(
+        "… and for long contexts?",
+        "The same of the trace of block hashes, for an 8B model that computes 10,000 tokens a "
+        "second: a token has 128 KiB, so that these are 1.2 GiB of KV a second. Its tier is copied "
+        "at 20 GiB a second, as memory of the host is, at 4, and at 1 GiB a second, as a slow disk "
+        "is.",
+        "sweep HASHED --block-size 512 --capacity 1000b,10000b --host 0,9000b,40000b "
+        "--layout llama-3.1-8b --host-speed 20GiB/s,4GiB/s,1GiB/s --prefill 10000 --partial off "
+        "-o PICTURE",
+        "**Answer.** It depends on how fast it is: what has to be beaten is what computing "
+        "yields, here 1.2 GiB a second. Memory of the host is a dozen times as fast, and worth "
+        "it at every size. A disk of 1 GiB a second is not worth it for this model, and the "
+        "service finds out by itself; a larger model, which computes fewer tokens a second, "
+        "would be another matter. Here requests are long beside the smaller pool, more than is "
+        "kept free of it: then much is dropped, and a larger pool brings more than more below "
+        "it.",
+        "tiers-hashed",
+    ),
+    Question(
         "Is partial reuse worth it?",
         "The three modes side by side, where it matters: large blocks.",
         "sweep CHATS --block-size 16,64,256 --capacity 5%,10%,25%,inf "
@@ -142,10 +177,16 @@ def main() -> None:
     parser.add_argument(
         "--resume", action="store_true", help="keep the rows of sweeps that are there already"
     )
+    parser.add_argument(
+        "--only", metavar="LIST", help="ask these questions alone, by their pictures' names"
+    )
     asked = parser.parse_args()
     pictures = asked.out / "experiments"
     pictures.mkdir(parents=True, exist_ok=True)
     places = dict(_places(asked.traces, pictures))
+    if asked.only is not None:
+        _renew(asked.out / "experiments.md", asked.only.split(","), places, pictures)
+        return
     head = provenance()
     parts = [_INTRODUCTION.strip()]
     if not asked.traces:
@@ -160,6 +201,30 @@ def main() -> None:
         f"on {head['machine']}.{kept}"
     )
     (asked.out / "experiments.md").write_text("\n\n".join(parts) + "\n")
+
+
+def _renew(
+    page: Path, names: list[str], places: dict[str, tuple[str, str]], pictures: Path
+) -> None:
+    """Ask some questions anew, and put what they answer in their places on a page."""
+    known = {question.picture: number for number, question in enumerate(QUESTIONS)}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(
+            f"no question has the picture {unknown[0]!r}; there are: {', '.join(known)}"
+        )
+    for name in names:
+        question, head = QUESTIONS[known[name]], provenance()
+        print(question.title, file=sys.stderr, flush=True)
+        made = f"Made from commit {head['commit']}, on {head['machine']}."
+        section = f"{_ask(question, places, pictures)}\n\n{made}\n\n"
+        text = page.read_text()
+        later = [one.title for one in QUESTIONS[known[name] :]]
+        titles = [f"## {title}\n" for title in (*later, "What is counted, exactly")]
+        begin = min(text.index(title) for title in titles if title in text)
+        end = begin
+        if text.startswith(titles[0], begin):
+            end = text.index("\n## ", begin) + 1
+        page.write_text(text[:begin] + section + text[end:])
 
 
 def _places(folder: str, pictures: Path) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -165,6 +165,46 @@ def _draw_policies(path: Path, title: str, rows: Sequence[Row], limits: Ceilings
     return _save(figure, path)
 
 
+def draw_tiers(path: Path, title: str, rows: Sequence[Row], limits: Ceilings) -> list[Path]:
+    """Draw, for each pool and what is below it, what is reused, and the time to the first token.
+
+    Of the first block size, policy and mode that there are.
+    """
+    figures = _pyplot()
+    first = rows[0]
+    where = ("block_size", "policy", "partial")
+    shown = [row for row in rows if all(row[name] == first[name] for name in where)]
+    names = [f"{_capacity_label(row['capacity'])}\n{row['below']}" for row in shown]
+    figure, (left, right) = figures.subplots(
+        1, 2, figsize=(10.4, 1.6 + 0.42 * len(shown)), sharey=True, layout="constrained"
+    )
+    restored = [row["restored_percent"] for row in shown]
+    here = [100 * row["reused_rate"] - more for row, more in zip(shown, restored, strict=True)]
+    at = list(range(len(shown)))
+    left.barh(at, here, color="#1b7837", height=0.7, label="found in the pool")
+    left.barh(at, restored, left=here, color="#7fbf7b", height=0.7, label="came back from below")
+    ceiling = 100 * limits.finest
+    left.axvline(ceiling, color=_INK, linestyle="--", linewidth=1, label="ceiling: infinite memory")
+    left.set_xlabel("prompt tokens, %")
+    left.set_xlim(0, 100)
+    left.set_yticks(at, names, fontsize=8.5)
+    left.invert_yaxis()
+    for name, colour, label in (
+        ("first_token_p99_s", "#d9d9d9", "99th percentile"),
+        ("first_token_mean_s", "#4575b4", "mean"),
+    ):
+        right.barh(at, [row[name] for row in shown], color=colour, height=0.7, label=label)
+    right.set_xlabel("seconds from the engine's begin to the first token")
+    for ax in (left, right):
+        _clean(ax)
+        ax.grid(axis="x", color="#dddddd", linewidth=0.6)
+        ax.grid(axis="y", visible=False)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    how = f"blocks of {first['block_size']}, {first['policy']}, {_PARTIALS[first['partial']]}"
+    figure.suptitle(f"{title}\n{how}")
+    return _save(figure, path)
+
+
 def draw_curve(
     path: Path, title: str, curves: Sequence[Curve], unit: int, layout: Layout | None, name: str
 ) -> list[Path]:
