@@ -103,19 +103,18 @@ QUESTIONS = (
     Question(
         "… and for long contexts?",
         "The same of the trace of block hashes, for an 8B model that computes 10,000 tokens a "
-        "second: a token has 128 KiB, so that these are 1.2 GiB of KV a second. Its tier is copied "
-        "at 20 GiB a second, as memory of the host is, at 4, and at 1 GiB a second, as a slow disk "
-        "is.",
-        "sweep HASHED --block-size 512 --capacity 1000b,10000b --host 0,9000b,40000b "
-        "--layout llama-3.1-8b --host-speed 20GiB/s,4GiB/s,1GiB/s --prefill 10000 --partial off "
-        "-o PICTURE",
+        "second: a token has 128 KiB, so that these are 1.2 GiB of KV a second. Memory of the "
+        "host is copied at 20 GiB a second, and a disk below it, or alone, at 4 or at 1 GiB a "
+        "second.",
+        "sweep HASHED --block-size 512 --capacity 1000b,10000b --host 0,9000b --disk 0,40000b "
+        "--layout llama-3.1-8b --host-speed 20GiB/s --disk-speed 4GiB/s,1GiB/s --prefill 10000 "
+        "--partial off -o PICTURE",
         "**Answer.** It depends on how fast it is: what has to be beaten is what computing "
-        "yields, here 1.2 GiB a second. Memory of the host is a dozen times as fast, and worth "
-        "it at every size. A disk of 1 GiB a second is not worth it for this model, and the "
-        "service finds out by itself; a larger model, which computes fewer tokens a second, "
-        "would be another matter. Here requests are long beside the smaller pool, more than is "
-        "kept free of it: then much is dropped, and a larger pool brings more than more below "
-        "it.",
+        "yields, here 1.2 GiB a second. Memory of the host is a dozen times as fast, and a disk "
+        "of 4 GiB a second three times. One of 1 GiB a second is not worth it for this model, "
+        "and the service finds out by itself; for a larger one, which computes fewer tokens a "
+        "second, it would be another matter. Here requests are long beside the smaller pool, "
+        "more than is kept free of it: then much is dropped.",
         "tiers-hashed",
     ),
     Question(
