@@ -336,3 +336,25 @@ def test_who_comes_late_is_told_of_a_block_after_the_one_before_it() -> None:
 
     for router in asyncio.run(story()):
         assert set(router.stored) == tiered.truth()
+
+
+def test_what_is_between_two_levels_of_one_medium_is_told_once_to_who_comes_then() -> None:
+    tiered = Tiered(kind="shm")
+    log = EventLog(tiered)
+
+    async def story() -> list[bytes]:
+        with log.watching():
+            await anext(log.batches(0))
+            tiered.store(1, 1, 2, 2, 3, 3)
+            tiered.store(4, 4, 5, 5, 6, 6)
+            tiered.store(7, 7)
+            await asyncio.sleep(0.1)
+            tiered.carry()
+            assert [entry[0] for entry in log._raw] == ["copied", "removed"]
+            log._take(log._raw.popleft())
+            told = [one for batch in log._snapshot(None) for one in batch.events]
+        log.close()
+        return [one for event in told for one in event.hashes]
+
+    hashes = asyncio.run(asyncio.wait_for(story(), PATIENCE_S))
+    assert sorted(hashes) == sorted(one for _, one in tiered.truth())
