@@ -7,17 +7,22 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.config import load
 from prefixcache.service.backing import Backing
+from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.domain import make_domains
+from prefixcache.service.failures import Failures
+from prefixcache.service.haulage import Haulage
+from prefixcache.types import Grant, WorkerId, pack
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -251,5 +256,55 @@ def test_each_trust_domain_has_a_folder_of_its_own(tmp_path: Path) -> None:
         finally:
             for domain in domains.values():
                 domain.close()
+
+    asyncio.run(story())
+
+
+def test_nothing_more_is_given_to_a_disk_that_has_just_failed(tmp_path: Path) -> None:
+    memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
+    settings = load(
+        {
+            "memory": memory,
+            "block_size": SIZE,
+            "layout": LAYOUT,
+            "disk": disk(400, tmp_path / "disk")[1],
+        }
+    )
+
+    async def eventually_here(check: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not check():
+            assert time.monotonic() < deadline, "it never came about"
+            await asyncio.sleep(0.01)
+
+    async def story() -> None:
+        backing, failures = Backing(settings), Failures()
+        deliveries = Deliveries(backing)
+        haulage = Haulage(backing, deliveries, failures, first_pause_s=1e6)
+        cache = backing.cache
+        assert cache is not None
+        hauls = cache._lessor.hauls
+        assert hauls is not None
+        try:
+            haulage.pump()
+            await eventually_here(lambda: hauls.has_porter)
+            hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
+            resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (0, hard))
+            cache.attach(WorkerId(1), SPACE, now=time.monotonic())
+            for number in range(15):
+                tokens, now = pack(Writer.chat(number)), time.monotonic()
+                grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
+                assert isinstance(grant, Grant)
+                cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
+                cache.release(WorkerId(1), grant.lease, now=now)
+                deliveries.settle()
+            await eventually_here(lambda: bool(failures.causes()))
+            assert hauls.limit.allowed(time.monotonic()) == 0
+            await eventually_here(lambda: not hauls.num_leaving)
+            cache.check()
+        finally:
+            haulage.close()
+            deliveries.close()
+            backing.close()
 
     asyncio.run(story())
