@@ -334,7 +334,10 @@ class Client(Connection):
             cause = unary.read_rpc_error(error, self.address, self.timeout_s)
             if isinstance(cause, ServiceUnavailable):
                 self._calls.do(partial(self._undo, undo))
-            raise cause from None
+            try:
+                raise cause from None
+            finally:
+                del cause  # it has this frame, as `read_rpc_error` says
         except ValueError:  # another thread closed the channel
             self.guard()
             raise

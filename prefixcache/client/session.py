@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -38,6 +39,16 @@ _LOOK_S = 0.5
 """Seconds of one look.  Python sees a Ctrl-C that comes just before a wait when the wait ends."""
 
 
+class _Later(Future[T]):
+    """A future whose owner does not keep the frames that its error has passed, as a `Reply`."""
+
+    def result(self, timeout: float | None = None) -> T:
+        """Give the answer, or raise a copy of the error."""
+        if (error := self.exception(timeout)) is not None:
+            raise copy(error)
+        return super().result(timeout)
+
+
 class Batch(BatchOps["Lease"]):
     """All ops of one step.  Leaving the `with` block sends them in one message and waits for them.
 
@@ -56,7 +67,7 @@ class Batch(BatchOps["Lease"]):
         short, and make no calls in them that wait.
         """
         reply = self.acquire(tokens, wait_s=wait_s, **terms)
-        future: Future[Lease] = Future()
+        future = _Later[Lease]()
         self._session.promise(reply, future, future.set_running_or_notify_cancel)
         return future
 

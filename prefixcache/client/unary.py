@@ -107,6 +107,10 @@ def read_rpc_error(error: Any, address: Address, timeout_s: float) -> CacheError
     # Imported here: a client that meets no error never pays for these modules.
     from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
+    # A call that has failed is the exception itself, and the frames that it has passed know it.  In
+    # such a circle they, and the pool that a caller of theirs has mapped, would stay until the
+    # garbage collector comes by.
+    error.__traceback__ = None
     code: grpc.StatusCode = error.code()
     text: str = error.details() or ""
     for key, value in error.trailing_metadata() or ():

@@ -550,7 +550,7 @@ def test_the_pool_is_mapped_by_both_sides(client: Client) -> None:
     assert oct(Path(client.address.path).stat().st_mode)[-3:] == "600"
 
 
-@pytest.mark.parametrize("why", ["refused", "service killed", "lease lost"])
+@pytest.mark.parametrize("why", ["refused", "service killed", "lease lost", "unary", "later"])
 def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
     service: ServiceProcess, client: Client, why: str
 ) -> None:
@@ -562,12 +562,17 @@ def test_a_caller_that_fails_lets_go_of_the_pool_at_once(
         maps.append(weakref.ref(memory))
         lease = session.acquire([1, 2, 3])
         lease.commit(3)
-        if why == "service killed":
+        asked = session.acquire_later([1] * 10_000)
+        if why == "later":
+            asked.result(PATIENCE_S)
+        if why in ("service killed", "unary"):
             service.signal(signal.SIGKILL)
             service.wait()
         if why == "lease lost":
             lease.mark_released()
             lease.commit(3)
+        if why == "unary":
+            client.explain(prefixcache.Namespace("tiny"), [1, 2, 3])
         session.acquire([1] * 10_000)
 
     async def work_async(client: AsyncClient) -> None:
