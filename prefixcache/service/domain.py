@@ -43,6 +43,7 @@ class Domain:
         workers = Workers(backing, deliveries, settings)
         handlers = Handlers(settings, backing, deliveries, workers)
         haulage = Haulage(backing, deliveries, handlers.failures)
+        workers.set_own_process(lambda: haulage.pid)
         return cls(backing, deliveries, workers, handlers, haulage)
 
     def set_tenants(self, tenants: Collection[str]) -> None:

@@ -15,7 +15,7 @@ waits for the end of that one, and what he left counts as held by him until then
 
 What a worker's process forked has its mapping, too, unless it was told not to pass it on (as
 `prefixcache.map_pool` does).  Such a process is found by what it maps, its user, and that it is
-younger; one that has attached itself is a worker of its own.
+younger; one that has attached itself is a worker of its own, and the porter is the service's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def maps(pid: int, path: str) -> bool | None:
         return None
 
 
-def heirs(pid: int, of: Facts, path: str, known: Collection[tuple[int, int]]) -> list[int]:
+def heirs(
+    pid: int, of: Facts, path: str, known: Collection[tuple[int, int]], own: int = 0
+) -> list[int]:
     """Give the processes that may have been forked by one that has ended, and map its pool.
 
     O(processes of the machine): in a thread.
@@ -89,10 +91,13 @@ def heirs(pid: int, of: Facts, path: str, known: Collection[tuple[int, int]]) ->
         of: What was known of it.
         path: The pool's file.
         known: Processes that have attached themselves, by pid and start.
+        own: One that the service has started, which maps the pool as well; 0: there is none.
     """
     found = []
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdecimal() or (other := int(folder.name)) in (pid, os.getpid()):
+        if not folder.name.isdecimal():
+            continue
+        if (other := int(folder.name)) in (pid, own, os.getpid()):
             continue
         one = facts(other)
         if one is None or one.uid != of.uid or one.started < of.started:
@@ -148,6 +153,9 @@ class Processes:
         self._known: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._thread: ThreadPoolExecutor | None = None
         self._timers: set[asyncio.TimerHandle] = set()
+        self.own: Callable[[], int] = int
+        """Gives the process of the service's own that maps the pool, too: no worker, and no heir of
+        one.  0: there is none."""
 
     def __len__(self) -> int:
         return len(self._watched)
@@ -164,7 +172,7 @@ class Processes:
             user: What that is told.
             path: Gives the pool's file, "" if there is none to be mapped.
         """
-        if pid <= 1 or pid == os.getpid():
+        if pid <= 1 or pid in (os.getpid(), self.own()):
             return f"process {pid} is no worker"
         try:
             pidfd = os.pidfd_open(pid)
@@ -228,7 +236,7 @@ class Processes:
         if not (file := path()):
             self._tell(process)
             return
-        known = frozenset(self._known)
+        known, own = frozenset(self._known), self.own()
 
         def answer(found: list[int]) -> None:
             if not found:
@@ -249,7 +257,7 @@ class Processes:
             timer = loop.call_later(_LOOK_AGAIN_S, again)
             self._timers.add(timer)
 
-        self._ask(lambda: heirs(process.pid, process.facts, file, known), answer)
+        self._ask(lambda: heirs(process.pid, process.facts, file, known, own), answer)
 
     @staticmethod
     def _tell(process: Process) -> None:

@@ -106,6 +106,10 @@ class Workers:
     def __len__(self) -> int:
         return len(self._attached)
 
+    def set_own_process(self, own: Callable[[], int]) -> None:
+        """Say who gives the process of the service's own that maps the pool; 0: there is none."""
+        self._processes.own = own
+
     def roll(self) -> list[Worker]:
         """Give the workers that are attached, and the last ones that were.  O(workers)."""
         return [*self._attached.values(), *self._past]

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from service.below import (
     settled,
     slots,
 )
-from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+from service.service_process import LAYOUT, ServiceProcess, environment, eventually, running, sizes
 
 
 @pytest.fixture
@@ -104,6 +105,23 @@ def test_a_porter_that_is_killed_is_replaced_and_what_was_below_is_kept(
     eventually(lambda: comes_back(writer, range(30)))
     assert writer.num_wrong == 0
     assert client.check().failure == ""
+
+
+def test_a_porter_who_came_after_a_worker_does_not_keep_what_that_one_held(
+    client: Client, service: ServiceProcess
+) -> None:
+    arguments = [sys.executable, "-m", "service.victim", service.target, "40", "0"]
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    ) as worker:
+        assert worker.stdout is not None
+        assert b"holding" in worker.stdout.readline()
+        (first,) = porters(service)
+        os.kill(first, signal.SIGKILL)  # as from now on he is younger than that worker
+        eventually(lambda: "porter at work" in service.log().partition("porter at work")[2])
+        worker.kill()
+    eventually(lambda: not client.snapshot().leases)
+    eventually(lambda: not client.snapshot().quarantined)
 
 
 def test_who_waits_for_a_porter_that_dies_is_served_without_him(

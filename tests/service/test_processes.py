@@ -54,6 +54,8 @@ def test_a_process_that_cannot_be_the_worker_is_not_watched(
         nothing = User(lambda: None, lambda: None)
         gone = await asyncio.create_subprocess_exec("true")
         await gone.wait()
+        own = await asyncio.create_subprocess_exec("sleep", "600")
+        watching.own = lambda: own.pid
         claims = {
             "init": (1, os.getuid()),
             "the service itself": (os.getpid(), os.getuid()),
@@ -63,6 +65,7 @@ def test_a_process_that_cannot_be_the_worker_is_not_watched(
             "beyond all": (2**32 - 1, os.getuid()),
             "below all": (-1, os.getuid()),
             "it": (sleeper.pid, os.getuid()),
+            "the service's porter": (own.pid, os.getuid()),
         }
         told = {
             name: watching.watch(pid, uid, name, nothing, lambda: "")
@@ -70,6 +73,8 @@ def test_a_process_that_cannot_be_the_worker_is_not_watched(
         }
         assert len(watching) == 1
         watching.close()
+        own.kill()
+        await own.wait()
         return told
 
     told = asyncio.run(claims())
