@@ -113,8 +113,10 @@ QUESTIONS = (
         "yields, here 1.2 GiB a second. Memory of the host is a dozen times as fast, and a disk "
         "of 4 GiB a second three times. One of 1 GiB a second is not worth it for this model, "
         "and the service finds out by itself; for a larger one, which computes fewer tokens a "
-        "second, it would be another matter. Here requests are long beside the smaller pool, "
-        "more than is kept free of it: then much is dropped.",
+        "second, it would be another matter. Below memory it even takes some of what that "
+        "brings: one porter copies to both, and who waits for him waits for a piece of the slow "
+        "one. Here requests are long beside the smaller pool, more than is kept free of it: "
+        "then much is dropped.",
         "tiers-hashed",
     ),
     Question(
