@@ -101,6 +101,15 @@ def test_a_disk_slower_than_computing_is_declined_and_memory_above_it_is_not() -
     assert traffic.restored_blocks[1] < traffic.restored_blocks[0] / 10
 
 
+def test_what_goes_on_to_a_disk_takes_the_time_of_the_disk() -> None:
+    trace = chats(1000, num_chats=200, apart_s=0.01)
+    asked = Configuration(4, 640)
+    _, quick = replay_below(trace, asked, Tiers("", (500, 2000), (1e-5, 1e-5), 1e-5))
+    _, slow = replay_below(trace, asked, Tiers("", (500, 2000), (1e-5, 1e-2), 1e-5))
+    assert quick.disk_written_blocks > 1000
+    assert slow.disk_written_blocks < quick.disk_written_blocks / 4
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     seed=st.integers(0, 99),

@@ -269,8 +269,7 @@ class Mover:
         """Give which tiers a haul is of, and how many blocks of each."""
         hauls = self._cache._lessor.hauls
         assert hauls is not None
-        # From slot to slot it goes as slowly as the slower one, which is where it goes to.
-        return [(1, len(haul.slots))] if haul.sources else hauls.tier.runs(haul.places)
+        return hauls.tier.runs(haul.places)  # what goes on to a disk is of it
 
 
 def replay_below(
