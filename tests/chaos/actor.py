@@ -41,10 +41,14 @@ PAUSE_S = 0.02
 PIECE = 4
 """Tokens that are written at once."""
 BACKOFF_S = (0.02, 0.3)
+RESETS = 0.004
+"""What part of the requests has a reset before it."""
 
 
 class Actor:
     """One life of one worker process."""
+
+    resets = RESETS
 
     def __init__(self, target: str, seed: int, log: str, tenant: str, patience_s: float) -> None:
         self.target = target
@@ -89,7 +93,7 @@ class Actor:
         pool = Pool(memory, session.pool)
         named = space(self.tenant, model)
         while not self.ending:
-            if self.random.random() < 0.004:
+            if self.random.random() < self.resets:
                 self.reset(client, model)
             try:
                 if self.random.random() < 0.2:
@@ -133,7 +137,7 @@ class Actor:
             fields = {"model": model, "system": system, "chat": chat}
             self.tell("hit", asked=asked, count=lease.num_cached, **fields)
             pool.copy(lease.copies)
-            self.verify(session, pool, model, whole, lease, lease.num_cached)
+            self.read(session, pool, model, whole, lease)
             assert told >= asked
             self.write(pool, model, whole, lease, lease.num_cached, count)
             self.commit(lease, fields, count, b"")
@@ -226,10 +230,20 @@ class Actor:
         lease.commit(count, new)
         self.tell("answer", op=op)
 
+    def read(self, session: Session, pool: Pool, model: str, whole: bytes, lease: Lease) -> None:
+        """Read what a lease was granted, and tell how much of it came back from below the pool."""
+        is_certain = self.verify(session, pool, model, whole, lease, lease.num_cached)
+        if is_certain and lease.ledger.restored:
+            self.tell("restored", count=lease.ledger.restored)
+
     def verify(
         self, session: Session, pool: Pool, model: str, whole: bytes, lease: Lease, end: int
-    ) -> None:
-        """Read all tokens below `end`, and say so if one is wrong although the lease stood."""
+    ) -> bool:
+        """Read all tokens below `end`, and say so if one is wrong although the lease stood.
+
+        Returns:
+            Whether all of them were certain, and right.
+        """
         lease.check()
         wrong = self.look(pool, model, whole, lease, end)
         try:
@@ -246,6 +260,8 @@ class Actor:
             self.tell("wrong", lease=lease.id, count=end, wrong=wrong, model=model)
         else:
             self.tell("seen", count=end)
+            return True
+        return False
 
     def look(self, pool: Pool, model: str, whole: bytes, lease: Lease, end: int) -> int:
         """Count the tokens below `end` that are wrong."""

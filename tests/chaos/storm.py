@@ -6,8 +6,10 @@
 2 adversaries ──── half-opens    quotas, HTTP
 2 viewers ── as actors, reading through contiguous views
 2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
-every round: the service is killed and started again; workers are killed and stopped
-every fourth: nothing but the adversaries
+4 returners ── to chats that lie below the pool: --host, --disk on another small disk
+every round: the service is killed and started again; workers are killed and stopped, and what lies
+below is changed, its porter killed and stopped, its disk full
+every fourth: nothing but the adversaries, and what lies below
 ```
 Ends with a verdict: no wrong byte was read, the history is that of a cache, nobody's session was
 ended by another, nobody waited for long, each line of a worker process was answered as alone, and
@@ -31,10 +33,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -46,15 +49,19 @@ from certificate_file import write
 from chaos.history import check, read
 from chaos.pattern import Pool
 from chaos.proxy import Proxy
+from chaos.spoiler import BLOCK_BYTES, HEAD, files_in_memory, spoil_disk, spoil_memory
 from chaos.universe import (
     BLOCK_SIZE,
     BOSS,
     HONEST,
     LAYOUT,
+    LONG_SYSTEMS,
     MODELS,
     NUM_CHATS,
+    NUM_LONG,
     NUM_SYSTEMS,
     RED,
+    RETURNERS,
     TOKENS,
     identities,
     space,
@@ -63,18 +70,33 @@ from chaos.universe import (
 from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
+from prefixcache.types import Namespace, Snapshot
 from prefixcache_bench.reports.figures import publish
+from service.below import porters
 from service.service_process import ServiceProcess, environment, sizes
 
-NUM_BLOCKS = 1024
+NUM_BLOCKS = 1536
 TTL_S = 1.0
 ACTORS = 8
 VIEWERS = 2
 """Of the actors, by numbers from the last one on: those read through views of their leases."""
 ADVERSARIES = 2
-RED_BLOCKS = NUM_BLOCKS // 4
+RED_BLOCKS = 256
 """What the adversaries' tenant may hold."""
 DISK_BYTES = 24 * 2**20
+NUM_HOST, NUM_DISK = 1024, 6144
+"""Blocks that fit below the pool, in memory and on a disk."""
+SLOT_BYTES = BLOCK_BYTES + HEAD.itemsize
+TIER_DISK_BYTES = NUM_DISK * SLOT_BYTES + 2**20
+MORE_CHILDREN = 2
+"""Processes that a service may have beyond those it began with: porters."""
+MOST_FILES_OF_A_PORTER = 24
+EXTRA_S = 0.05
+"""Who waits for what lies below waits twice as long as was predicted, and so much more."""
+CHECKED_AT_ONCE = 100_000
+LEAST_ALTERED = 4
+"""How often what lies below was changed before some of that must have been asked for again."""
+FINAL_WAIT_S = 60.0
 LEAK_SHARE = 1.6
 """How much larger than after warming up the service may be at the end: what the adversaries did to
 the last one and to the first is chance."""
@@ -144,6 +166,13 @@ class Report:
     settle_s: float = 0.0
     leaks: list[str] = field(default_factory=list)
     final_tokens: int = 0
+    restored_tokens: int = 0
+    """Of those that were verified, what had come back from below the pool."""
+    below: Counter[str] = field(default_factory=Counter)
+    """Blocks that went below, came back, and so on, by the names of `Counts`."""
+    waits: list[tuple[float, float, float]] = field(default_factory=list)
+    """Of each wait for what lay below, while nothing but that failed, in seconds: how long it was,
+    what had been predicted, and the longest look-up meanwhile."""
     rss_growth: float = 1.0
     more_files: int = 0
     red_spaces: int = 0
@@ -182,6 +211,12 @@ class Report:
             failed.append("no view has ended")
         failed += [f"an answer to an adversary: {one}" for one in self.broken]
         failed += [f"a line to a worker: {one}" for one in self.misanswered]
+        if not self.restored_tokens:
+            failed.append("nothing came back from below the pool")
+        if not self.below["spoilt"] and self.faults["alter slots"] > LEAST_ALTERED:
+            failed.append("of what was changed below the pool nothing was noticed")
+        if (longest := max((took for took, _, _ in self.waits), default=0.0)) > MOST_LULL_S:
+            failed.append(f"a wait for what lay below the pool took {longest:.0f} s")
         if not self.lines["answered"] or not self.lines["refused"]:
             failed.append("the workers answered no line")
         failed += [f"a session ended: {one}" for one in self.ended_sessions]
@@ -205,6 +240,7 @@ class Report:
             f"{ACTORS} processes; at most {self.longest_lull_s:.1f} s without an answer",
             f"reads      {self.read_tokens + self.final_tokens:,} tokens verified byte by byte, "
             f"{self.wrong} wrong",
+            *self._below(),
             f"views      {self.viewed_tokens:,} tokens read through views of leases; "
             f"{self.ended_views:,} ended, of which {len(self.left_views)} showed anything",
             f"segments   {self.moved:,} prompts with tokens of other places beside them",
@@ -219,6 +255,23 @@ class Report:
             f"leaks      {len(self.leaks)}; service's memory {self.rss_growth:.2f} of its first, "
             f"{self.more_files:+d} descriptors, {self.red_spaces} namespaces of the adversaries",
             "PASSED" if not self.failures else "FAILED: " + "; ".join(self.failures[:5]),
+        ]
+
+    def _below(self) -> list[str]:
+        below = self.below
+        late = [(took - 2 * predicted - EXTRA_S, looked) for took, predicted, looked in self.waits]
+        past = [by for by, _ in late if by > 0]
+        unexplained = [by - looked for by, looked in late if by > looked]
+        return [
+            f"restored   {self.restored_tokens:,} of these tokens had come back from below",
+            f"below      {below['sunk']:,} blocks copied down, {below['disk_written']:,} of them "
+            f"to the disk; {below['restored']:,} copied back, {below['disk_restored']:,} from the "
+            f"disk; {below['spoilt']:,} were not what they had been, and read by nobody",
+            f"waits      {len(self.waits):,} for what lay below, while nothing else failed: "
+            f"{_quantiles([took for took, _, _ in self.waits])}; {len(past)} past twice what was "
+            f"predicted and {1e3 * EXTRA_S:g} ms, by at most {1e3 * max(past, default=0):.0f} ms; "
+            f"{len(unexplained)} by more than a look-up took meanwhile, by at most "
+            f"{1e3 * max(unexplained, default=0):.0f} ms",
         ]
 
     def _red(self) -> list[str]:
@@ -252,11 +305,11 @@ def _quantiles(times: list[float]) -> str:
 class Disk:
     """A small disk of its own, to be filled; without the right to mount, a limit on files."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_bytes: int = DISK_BYTES) -> None:
         self.folder = folder
         folder.mkdir()
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "tmpfs", str(folder)],
+            ["mount", "-t", "tmpfs", "-o", f"size={num_bytes},mode=700", "tmpfs", str(folder)],
             capture_output=True,
             check=False,
         )
@@ -296,6 +349,7 @@ class Storm:
         self.random = Random(seed)
         self.report = Report()
         self.disk = Disk(folder / "disk")
+        self.disk_below = Disk(folder / "below", TIER_DISK_BYTES)
         self.target = f"unix:{folder}/service.sock"
         self.http = f"127.0.0.1:{free_port()}"
         self.identities = identities(folder / "identities.toml")
@@ -304,12 +358,22 @@ class Storm:
         for model in MODELS:
             write(self.certificates, model, model=model, measured={"none": [(0.0, 0.0)] * 2})
         self.serial = 0
+        self.former: Counter[str] = Counter()
+        """What services that have ended said of what lies below."""
+        self.porters: dict[int, psutil.Process] = {}
+        """All that were seen."""
+        self.files_below: set[Path] = set()
+        """In shared memory, all that were seen."""
+        self.told: list[dict[str, object]] = []
+        """Events of the history that are our own doing."""
         self.service = self.serve()
-        self.first_files = psutil.Process(self.service.process.pid).num_fds()
+        first = psutil.Process(self.service.process.pid)
+        self.first_files, self.first_children = first.num_fds(), len(first.children(True))
         self.proxy = Proxy(folder / "proxy.sock", folder / "service.sock")
         self.actors: list[subprocess.Popen[bytes]] = []
         self.adversaries: list[subprocess.Popen[bytes]] = []
         self.clerks: list[subprocess.Popen[bytes]] = []
+        self.returners: list[subprocess.Popen[bytes]] = []
         prepare(folder)
         self.cancellers = [self.start("canceller", self.target, tenant) for tenant in HONEST]
         self.calm: list[tuple[float, float]] = []
@@ -318,6 +382,7 @@ class Storm:
         self.ended_at = 0.0
 
     def serve(self) -> ServiceProcess:
+        self.former = self.report.below
         service = ServiceProcess(
             self.target,
             *sizes(NUM_BLOCKS, BLOCK_SIZE, LAYOUT),
@@ -325,6 +390,8 @@ class Storm:
             *("--state", str(self.disk.folder / "state"), "--quarantine", str(TTL_S)),
             *("--identities", str(self.identities), "--http", self.http, *LIMITS),
             *("--segments", str(self.certificates)),
+            *("--host", str(NUM_HOST * SLOT_BYTES)),
+            *("--disk", f"{NUM_DISK * SLOT_BYTES}:{self.disk_below.folder / 'tier'}"),
         )
         try:
             with self.connect() as client:
@@ -356,6 +423,10 @@ class Storm:
         patience_s = PATIENCE_S[0] if number % 2 else PATIENCE_S[1]
         kind = "viewer" if number >= ACTORS - VIEWERS else "actor"
         return self.start(kind, target, HONEST[number // 2 % 2], str(patience_s))
+
+    def come_back(self, number: int) -> subprocess.Popen[bytes]:
+        more = (HONEST[number % 2], str(PATIENCE_S[0]), str(LONG_SYSTEMS[number // 2]))
+        return self.start("returner", self.target, *more)
 
     def start(self, kind: str, target: str, *more: str) -> subprocess.Popen[bytes]:
         self.serial += 1
@@ -414,13 +485,87 @@ class Storm:
         time.sleep(0.7)
         self.disk.free(self.service.process.pid)
 
+    # ------------------------------------------------------------------ what goes wrong below
+
+    def porter(self) -> int:
+        """Give the process of a porter that is at work; 0: there is none just now."""
+        with contextlib.suppress(OSError):
+            for porter in porters(self.service):
+                if files_in_memory(porter):
+                    return porter
+        return 0
+
+    def hear_porter(self) -> None:
+        """Wait until a porter is at work: on a crowded machine he takes long to start."""
+        due = time.monotonic() + PATIENCE_OF_CLERKS_S
+        while not self.porter():
+            assert time.monotonic() < due, "nothing is heard of the porter"
+            time.sleep(0.1)
+
+    def signal_porter(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if porter := self.porter():
+                os.kill(porter, number)
+
+    def kill_porter(self) -> None:
+        self.signal_porter(signal.SIGKILL)
+
+    def stop_porter(self) -> None:
+        self.signal_porter(signal.SIGSTOP)
+        time.sleep(self.random.choice((0.2, 0.8, 2.0)))
+        self.signal_porter(signal.SIGCONT)
+
+    def alter_slots(self) -> None:
+        """Change what lies below; a file in memory that is cut short kills who touches it."""
+        kinds = ("flip", "flip", "swap", "swap", "cut")
+        self.spoil(self.random.choice(kinds), self.random.choice(kinds))
+
+    def spoil(self, memory: str, disk: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # there is no porter
+            spoil_memory(self.porter(), self.random, memory)
+        with contextlib.suppress(OSError):  # it is full
+            spoil_disk(self.disk_below.folder / "tier", self.random, disk)
+
+    def fill_disk_below(self) -> None:
+        porter = self.porter()
+        self.disk_below.fill(porter or self.service.process.pid)
+        time.sleep(0.7)
+        self.disk_below.free(porter or self.service.process.pid)
+
+    def reset_with_hauls_out(self) -> None:
+        """Wait for a chat that lies below, and reset its namespace while it comes back."""
+        tenant, model = self.random.choice(HONEST), self.random.choice(MODELS)
+        with contextlib.suppress(CacheError), self.connect(tenant) as client:
+            session = client.attach(model, LAYOUT)
+            for chat in range(NUM_LONG):
+                whole = tokens_of(LONG_SYSTEMS[0], chat)
+                if client.explain(Namespace(model), whole).num_below:
+                    break
+            asked = session.acquire_later(whole, wait_s=FINAL_WAIT_S)
+            event = {"op": f"storm.{len(self.told)}", "t": time.monotonic()}
+            self.told.append(event | {"kind": "reset", "model": space(tenant, model)})
+            client.reset(Namespace(model))
+            self.told.append(event | {"kind": "answer", "t": time.monotonic()})
+            asked.result(FINAL_WAIT_S).release()
+
+    def kill_service_in_mid_haul(self) -> None:
+        """Let hauls pile up before a porter who does nothing, and then kill his service."""
+        self.signal_porter(signal.SIGSTOP)
+        time.sleep(0.2)
+        self.kill_service()
+
     # ------------------------------------------------------------------ the course of it
 
     def run(self, rounds: int, seconds_per_round: float, say: Any) -> Report:
         others = (
             *(self.kill_worker, self.stop_workers, self.stop_workers, self.stop_service),
             *(self.drop_connections, self.half_open_connections, self.fill_disk),
+            *(self.kill_porter, self.stop_porter, self.alter_slots, self.fill_disk_below),
+            self.reset_with_hauls_out,
         )
+        kill, end = self.kill_service, self.end_service
+        lasts = (kill, self.kill_service_in_mid_haul, kill, end)
+        deck: list[Any] = []
         self.hear_probes()
         self.alone_until = time.monotonic()
         model, answers = str(self.folder / "model"), str(self.folder / "answers.json")
@@ -428,24 +573,26 @@ class Storm:
         self.hear_clerks()  # first: their workers take long to load where many others work
         self.actors = [self.act(number) for number in range(ACTORS)]
         self.hear_actors()
+        self.returners = [self.come_back(number) for number in range(len(HONEST) * RETURNERS)]
         self.adversaries = [
             self.start("adversary", self.target, self.http) for _ in range(ADVERSARIES)
         ]
         started = time.monotonic()
         for number in range(rounds):
             if number % 4 == 1:
-                self.calm_round(seconds_per_round)
+                self.calm_round(number, seconds_per_round)
                 continue
             due = time.monotonic() + seconds_per_round
-            deck = list(others)
-            self.random.shuffle(deck)
-            last = self.end_service if number % 8 == 7 else self.kill_service
-            while time.monotonic() < due - 1.5 and deck:
+            while time.monotonic() < due - 1.5:
+                if not deck:
+                    deck = list(others)
+                    self.random.shuffle(deck)
                 self.fault(deck.pop())
                 time.sleep(self.random.uniform(0.05, 0.5))
             if not self.first_rss:
                 self.first_rss = psutil.Process(self.service.process.pid).memory_info().rss
-            self.fault(last)
+            self.look_over(number)
+            self.fault(lasts[number // 2 % 4])
             time.sleep(max(0.0, due - time.monotonic()))
             say(f"round {number + 1} of {rounds}")
         self.report.rounds = rounds
@@ -483,14 +630,49 @@ class Storm:
 
     def logs(self) -> list[Path]:
         """Find the actors' logs, the viewers' among them."""
-        return sorted((*self.folder.glob("actor-*.log"), *self.folder.glob("viewer-*.log")))
+        kinds = ("actor", "viewer", "returner")
+        return sorted(path for kind in kinds for path in self.folder.glob(f"{kind}-*.log"))
 
-    def calm_round(self, seconds: float) -> None:
-        """Let nothing go wrong but for what the adversaries do."""
+    def calm_round(self, number: int, seconds: float) -> None:
+        """Let nothing go wrong but for what the adversaries do, and below the pool."""
+        self.hear_porter()
         begun = time.monotonic()
-        time.sleep(seconds)
+        calm = begun + min(CALM_AFTER_S, seconds / 2)
+        time.sleep(calm - begun)
+        faults = [self.kill_porter, self.stop_porter, self.fill_disk_below]
+        self.random.shuffle(faults)
+        for fault in (self.alter_slots, faults[0], faults[1]):
+            if time.monotonic() < begun + seconds - 1.0:
+                time.sleep(self.random.uniform(0.2, 0.8))
+                self.fault(fault)
+        time.sleep(max(0.0, begun + seconds - time.monotonic()))
         self.report.faults["calm rounds"] += 1
-        self.calm.append((begun + min(CALM_AFTER_S, seconds / 2), begun + seconds))
+        self.calm.append((calm, time.monotonic()))
+        self.look_over(number)
+
+    def look_over(self, number: int) -> None:
+        """See that every invariant holds, and that nothing gathers; what lies below, too."""
+        leaks = self.report.leaks
+        with contextlib.suppress(OSError, psutil.Error):
+            if porter := self.porter():
+                self.porters[porter] = psutil.Process(porter)
+                self.files_below.update(files_in_memory(porter))
+                if (count := self.porters[porter].num_fds()) > MOST_FILES_OF_A_PORTER:
+                    leaks.append(f"round {number + 1}: the porter has {count} descriptors")
+        service = psutil.Process(self.service.process.pid)
+        if (count := len(service.children(True)) - self.first_children) > MORE_CHILDREN:
+            leaks.append(f"round {number + 1}: {count} processes more than at first")
+        with self.connect() as client:
+            told = client.check(CHECKED_AT_ONCE)
+            self.count_below(client.snapshot())
+        if told.failure:
+            leaks.append(f"round {number + 1}: {told.failure[:300]}")
+
+    def count_below(self, now: Snapshot) -> None:
+        """Take note of what this service has carried up to now."""
+        names = ("sunk", "restored", "spoilt", "disk_written", "disk_restored")
+        names += ("declined_slow", "declined_busy", "declined_room")
+        self.report.below = self.former + Counter({name: getattr(now, name) for name in names})
 
     def fault(self, fault: Any) -> None:
         self.report.faults[fault.__name__.replace("_", " ")] += 1
@@ -503,6 +685,7 @@ class Storm:
         grown = psutil.Process(self.service.process.pid).memory_info().rss / self.first_rss
         report.rss_growth = grown
         everybody = (*self.actors, *self.cancellers, *self.adversaries, *self.clerks)
+        everybody += tuple(self.returners)
         died = [process.args[2] for process in everybody if process.poll() is not None]  # type: ignore[index]
         if died:
             report.leaks.append(f"ended by themselves: {died}")
@@ -516,26 +699,27 @@ class Storm:
             process.terminate()
         for process in self.clerks:
             process.wait(PATIENCE_OF_CLERKS_S)
-        for process in self.cancellers:
+        for process in (*self.cancellers, *self.returners):
             process.terminate()
-            process.wait(30)
+        for process in (*self.cancellers, *self.returners):
+            process.wait(PATIENCE_OF_CLERKS_S)
         for actor in self.actors[: ACTORS // 2]:
             actor.terminate()
         for actor in self.actors[: ACTORS // 2]:
-            actor.wait(30)
+            actor.wait(PATIENCE_OF_CLERKS_S)
         for actor in self.actors[ACTORS // 2 :]:
             actor.kill()  # these leave leases behind
         ended_at = time.monotonic()
         with self.connect() as client:
-            while (now := client.snapshot()).leases or now.quarantined:
+            while (now := client.snapshot()).leases or now.quarantined or now.leaving:
                 time.sleep(0.02)
                 if time.monotonic() - ended_at > 20:
                     break
             report.settle_s = time.monotonic() - ended_at
-            if now.leases or now.quarantined or now.private:
+            if now.leases or now.quarantined or now.private or now.leaving:
                 report.leaks.append(
                     f"{len(now.leases)} leases, {now.quarantined} quarantined, "
-                    f"{now.private} private blocks are left"
+                    f"{now.private} private blocks and {now.leaving} on their way down are left"
                 )
             due = time.monotonic() + GOING_S
             while (left := self.red_spaces(client)) > MOST_RED_SPACES and time.monotonic() < due:
@@ -555,10 +739,30 @@ class Storm:
             report.leaks.append(f"{report.more_files} descriptors more than at first")
         if grown > LEAK_SHARE:
             report.leaks.append(f"the service has grown to {grown:.2f} of its first size")
+        self.hear_porter()
+        self.spoil("flip", "flip")
         self.count()
         report.final_tokens = self.read_all()
+        due = time.monotonic() + PATIENCE_OF_CLERKS_S
+        while not report.restored_tokens and time.monotonic() < due:
+            self.read_all()  # on a crowded machine what lies below was slower than computing it
+        self.look_over(report.rounds)
         if self.service.process.poll() is not None:
             report.leaks.append(f"the service has ended: {self.service.log()}")
+        self.end()
+
+    def end(self) -> None:
+        """End the service; see that nothing of it is left, nor of those before it."""
+        self.service.signal(signal.SIGTERM)
+        self.service.wait()
+        leaks = self.report.leaks
+        if left := [one.pid for one in self.porters.values() if one.is_running()]:
+            leaks.append(f"porters are left: {left}")
+        if files := [str(path) for path in self.files_below if path.exists()]:
+            leaks.append(f"files in shared memory are left: {files}")
+        folder = self.disk_below.folder / "tier"
+        if files := [path.name for path in folder.iterdir() if path.name != "lock"]:
+            leaks.append(f"files below the pool are left: {files}")
 
     def red_spaces(self, client: Client) -> int:
         return sum(one.tenant == RED for one in client.snapshot().namespaces)
@@ -580,11 +784,14 @@ class Storm:
     def count(self) -> None:
         """Add up what the actors told."""
         report = self.report
-        events = read(self.logs())
+        events = read(self.logs()) + self.told
         kinds = Counter(str(e["kind"]) for e in events)
         report.ops = kinds["answer"] + 2 * kinds["hit"] + kinds["found"] + kinds["seen"]
         report.wrong = kinds["wrong"]
         report.moved = kinds["moved"]
+        report.restored_tokens = sum(
+            int(str(e["count"])) for e in events if e["kind"] == "restored"
+        )
         report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
         report.viewed_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "viewed")
         report.ended_views = kinds["ended view"]
@@ -604,6 +811,23 @@ class Storm:
         """See what the honest met while nothing went wrong but the adversaries."""
         report = self.report
         report.cancelled += sum(int(str(e.get("cancelled", 0))) for e in others)
+        probes = [
+            (float(str(e["t"])), float(str(e["took"]))) for e in others if e["kind"] == "probe"
+        ]
+        probes.sort()
+
+        def longest(start: float, end: float) -> float:
+            """Give how long the longest look-up took that overlaps with a span of time."""
+            told = probes[bisect_left(probes, (start, 0.0)) :]
+            return max(
+                (
+                    took
+                    for t, took in takewhile(lambda one: one[0] < end + MOST_LULL_S, told)
+                    if t - took < end
+                ),
+                default=0.0,
+            )
+
         report.calm_s = sum(end - start for start, end in self.calm)
         for e in (*events, *others):
             t, kind = float(str(e["t"])), e["kind"]
@@ -612,6 +836,9 @@ class Storm:
                 report.idle_s.append(float(str(e["took"])))
             elif kind == "probe" and calm:
                 report.beside_s.append(float(str(e["took"])))
+            elif kind == "waited" and calm:
+                took = float(str(e["took"]))
+                report.waits.append((took, float(str(e["predicted"])), longest(t - took, t)))
             elif kind == "lost" and calm and float(str(e["patience"])) >= PATIENCE_S[0]:
                 report.ended_sessions.append(str(e["why"]))
 
@@ -648,23 +875,25 @@ class Storm:
             for model in MODELS:
                 session = client.attach(model, LAYOUT)
                 pool = Pool(map_pool(session.pool), session.pool)
-                for system in range(NUM_SYSTEMS):
-                    for chat in range(NUM_CHATS):
+                for system in range(NUM_SYSTEMS + len(LONG_SYSTEMS)):
+                    for chat in range(NUM_CHATS if system < NUM_SYSTEMS else NUM_LONG):
                         whole = tokens_of(system, chat)
                         try:
-                            with session.acquire(whole) as lease:
+                            with session.acquire(whole, wait_s=FINAL_WAIT_S) as lease:
                                 pool.copy(lease.copies)
                                 count = lease.num_cached
                                 self.report.wrong += pool.wrong(
                                     space(tenant, model), whole, lease.block_table, count
                                 )
                                 total += count
+                                self.report.restored_tokens += lease.ledger.restored
                         except CacheError:
                             continue
         return total
 
     def close(self) -> None:
-        for actor in (*self.actors, *self.cancellers, *self.adversaries, *self.clerks):
+        groups = (self.actors, self.cancellers, self.adversaries, self.clerks, self.returners)
+        for actor in chain(*groups):
             with contextlib.suppress(ProcessLookupError):
                 actor.send_signal(signal.SIGCONT)
             actor.kill()
@@ -672,6 +901,7 @@ class Storm:
         self.proxy.close()
         self.service.close()
         self.disk.close()
+        self.disk_below.close()
 
 
 def prepare(folder: Path) -> None:

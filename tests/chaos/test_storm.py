@@ -15,7 +15,7 @@ from prefixcache_kernels.contiguous import ContiguousViews
 
 def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
     with storm(seed=3) as made:
-        report = made.run(rounds=2, seconds_per_round=6.0, say=lambda text: None)
+        report = made.run(rounds=2, seconds_per_round=8.0, say=lambda text: None)
     assert not report.failures, "\n".join(report.shown())
     assert len(report.attempts) > 10, "the adversaries did little"
     assert report.cancelled > 0
@@ -28,6 +28,7 @@ def test_a_short_storm_leaves_no_wrong_byte_and_nothing_behind() -> None:
     assert report.final_tokens > 0
     assert report.hits > 0
     assert report.moved > 0
+    assert report.restored_tokens > 0
 
 
 def test_a_view_that_has_not_ended_is_told_from_one_that_has(tmp_path: Path) -> None:

@@ -19,12 +19,18 @@ RED, BOSS = "red", "boss"
 TOKENS = {name: f"secret-of-{name}" for name in (*HONEST, RED, BOSS)}
 NUM_SYSTEMS, NUM_CHATS = 4, 48
 SYSTEM_TOKENS, CHAT_TOKENS = 37, 90
+RETURNERS = 2
+"""Of each tenant: who come back to long chats of their own, each under a system of its own."""
+NUM_LONG, LONG_TOKENS = 5, 384
+"""How many such chats each of them has, and what is asked for of one."""
+LONG_SYSTEMS = range(NUM_SYSTEMS, NUM_SYSTEMS + RETURNERS)
 
 
 @cache
 def tokens_of(system: int, chat: int) -> bytes:
     """Give all tokens that a chat may ever have; a request uses a beginning of them."""
-    return prompt((1000 + system, SYSTEM_TOKENS), (5000 + 100 * system + chat, CHAT_TOKENS))
+    own = CHAT_TOKENS if system < NUM_SYSTEMS else LONG_TOKENS - SYSTEM_TOKENS
+    return prompt((1000 + system, SYSTEM_TOKENS), (5000 + 100 * system + chat, own))
 
 
 def common(one: tuple[int, int], other: tuple[int, int]) -> int:
