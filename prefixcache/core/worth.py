@@ -35,8 +35,9 @@ from typing import Final, NamedTuple
 
 TIER_NAMES: Final = ("host", "disk")
 """From the pool downwards, as people are told."""
-_FIRST_GUESSES_S: Final = (0.005, 0.01)
-"""For a block of each tier, before any was restored: only for how long is waited."""
+_FIRST_GUESS_S: Final = 0.005
+"""For a block of the first tier, before any was restored, and as much more for each one below: only
+for how long is waited."""
 
 _WORTH: Final = 0.8
 """Part of computing that fetching may take: what is about as long is computed, which is certain."""
@@ -71,7 +72,7 @@ class Rate:
     True
     >>> rate.note(1000, seconds=2.0)
     >>> rate.note(1000, seconds=1e6)  # it was idle
-    >>> rate.compute_s(2000)
+    >>> round(rate.compute_s(2000), 3)
     4.0
     """
 
@@ -224,7 +225,7 @@ class Worth:
     )
 
     def __init__(self, num_tiers: int, block_size: int) -> None:
-        self.speeds = [Speed(guess_s) for guess_s in _FIRST_GUESSES_S[:num_tiers]]
+        self.speeds = [Speed(_FIRST_GUESS_S * (1 + tier)) for tier in range(num_tiers)]
         self.declined = {"slow": 0, "busy": 0, "room": 0}
         """Requests that would have waited for a restore, by why there was none: computing is
         quicker; as much as may be is on its way; there is no room for it now."""

@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from array import array
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -444,11 +444,18 @@ def test_who_still_waits_when_the_client_is_closed_is_told_and_not_cancelled(
 ) -> None:
     """Closing a channel cancels its calls: in asyncio that looks as if the caller was cancelled."""
 
+    async def to_the_end(watching: AsyncIterator[Any]) -> None:
+        async for _ in watching:
+            pass
+
     async def run() -> None:
         client = await connect_async(service.target)
         watching = client.watch()
         assert (await anext(watching)).is_snapshot
-        waiting = [asyncio.ensure_future(anext(watching)), asyncio.ensure_future(client.snapshot())]
+        waiting = [
+            asyncio.ensure_future(to_the_end(watching)),
+            asyncio.ensure_future(client.snapshot()),
+        ]
         for _ in range(3):
             await asyncio.sleep(0)
         await client.close()
@@ -459,7 +466,7 @@ def test_who_still_waits_when_the_client_is_closed_is_told_and_not_cancelled(
         async with await connect_async(service.target) as client:
             watching = client.watch()
             await anext(watching)
-            task = asyncio.ensure_future(anext(watching))
+            task = asyncio.ensure_future(to_the_end(watching))
             await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -12,6 +12,9 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import TierSizes
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, Waiting
 
+COMPUTING_S = 0.5
+"""Of a request, to the next one a second later: so what takes no time is always worth fetching."""
+
 
 class Stack:
     """One worker, one request at a time, as `Replay`; what it would find below counts as found.
@@ -99,6 +102,7 @@ class Stack:
             self._land()
             answer = next((one for _, one in cache.take_outcomes()), answer)  # type: ignore[assignment]
         assert isinstance(answer, Grant)
+        now += COMPUTING_S
         cache.commit(WORKER, answer.lease, len(kept) // TOKEN_BYTES, now=now)
         cache.release(WORKER, answer.lease, now=now)
         self.carry()
