@@ -310,9 +310,9 @@ class LeafQueue:
     def locked(self, node: Node) -> None:
         """Take note that a leaf in here is protected now; look at some entries if many are.
 
-        O(log leaves).
+        What has become an inner node was counted when it was still a leaf.  O(log leaves).
         """
-        if node.queued == self._mark:
+        if node.queued == self._mark and not node.is_inner:
             self._tidying.note_dead()
             if self._tidying.is_due(len(self._heap)):
                 self._tidy()
@@ -446,9 +446,10 @@ class Lanes:
     def locked(self, node: Node) -> None:
         """Take note that a leaf in here is protected now; look at some entries if many are.
 
-        What stands for it is dead: once it comes back it is pushed again.  O(log leaves).
+        What stands for it is dead: once it comes back it is pushed again.  What has become an inner
+        node was counted when it was still a leaf.  O(log leaves).
         """
-        if node.queued == 1:
+        if node.queued == 1 and not node.is_inner:
             self._tidying.note_dead()
             self._tidy_if_due()
 

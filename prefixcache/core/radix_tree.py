@@ -50,10 +50,12 @@ the longest common prefix with X stands directly before or after X.
 ```
 split after 2        [AAAA|BBBB|CCCC]  ──►  [AAAA|BBBB] ── [CCCC]    the lower part is the old node
 merge                [AAAA|BBBB] ── [CCCC]  ──►  [AAAA|BBBB|CCCC]    the lower node survives
+a run grows          [AAAA|BBBB] ── [CCCC]  ──►  [AAAA|BBBB|CCCC]    the upper node survives
 ```
 
-In both, the object whose run *ends* where it ended before stays the same, so that locks, which mean
-"the path up to the end of this node", stay right whatever happens above it.
+In splits and merges, the object whose run *ends* where it ended before stays the same, so that
+locks, which mean "the path up to the end of this node", stay right whatever happens above it.  What
+was added just now only its own lease can hold, which moves its lock.
 """
 
 from __future__ import annotations
@@ -583,7 +585,8 @@ class RadixTree:
             if off:
                 tokens, blocks = tokens[off:], blocks[existing:]
             node = self._attach(node, tokens, blocks, absorbed)
-        if node is not start:
+            node = self._merge(node, is_new=True) or node
+        elif node is not start:
             self._merge(node)
         return Inserted(node, existing, end // width - existing, absorbed)
 
@@ -987,29 +990,44 @@ class RadixTree:
             moved.append(upper)
         return upper
 
-    def _merge(self, node: Node) -> bool:
+    def _merge(self, node: Node, *, is_new: bool = False) -> Node | None:
         """Join a node with its parent if nothing but age or size told them apart.
 
         `node` survives, so that locks on it stay valid; nobody can hold the parent itself, since
-        its only reference is that of its only child.  A small run is not merged into one that is
-        far larger: copying it again for each new block would make a growing chat quadratic.
+        its only reference is that of its only child.  What `is_new` nobody can hold either: then
+        the parent survives, with its place in the queue, where each turn of a chat would leave a
+        dead entry.  A small run is not merged into one that is far larger: copying it again for
+        each new block would make a growing chat quadratic.
+
+        Returns:
+            What has survived; None if they stay two.
         """
         above = node.parent
         if above is None or above.parent is None or above.ghosts or node.parent is None:
-            return False
+            return None
         if above.children is None or len(above.children) != 1 or above.num_tails:
-            return False
+            return None
         if above.lock_ref != (1 if node.lock_ref else 0) or (
             not node.lock_ref and above.last_used != node.last_used
         ):
-            return False
+            return None
         if above.mark is not node.mark and above.mark != node.mark:
-            return False  # the policy tells them apart
+            return None  # the policy tells them apart
         if above.pinned != node.pinned:
-            return False  # a pin ends between them
+            return None  # a pin ends between them
         large, small = len(above.tokens), len(node.tokens)
         if large + small > _ALWAYS_MERGED and large > 8 * small:
-            return False
+            return None
+        self.num_nodes -= 1
+        if is_new and not node.ghosts:
+            for moved in self.walks:
+                moved.append(above)
+            above.tokens += node.tokens
+            above.blocks = above.blocks + node.blocks
+            above.last_used = max(above.last_used, node.last_used)
+            above.children = above.divergence = node.parent = None
+            node.tokens, node.blocks = b"", _NO_BLOCKS
+            return above
         top = above.parent
         if top.children is None:
             raise AssertionError("a parent has children")
@@ -1024,8 +1042,7 @@ class RadixTree:
         top.children[node.tokens[:width]] = node
         above.parent = above.children = above.mark = None
         above.tokens, above.blocks = b"", _NO_BLOCKS
-        self.num_nodes -= 1
-        return True
+        return node
 
     # ------------------------------------------------------------------ invariants
 

@@ -191,6 +191,30 @@ def test_who_needs_room_beside_thousands_of_leased_leaves_looks_at_a_few(
     tiny.cache.check()
 
 
+@pytest.mark.pure_core
+@pytest.mark.parametrize("policy", ["lru", "slru"])  # each kind of queue
+def test_a_prefix_that_others_go_on_from_is_used_again_without_a_look_at_any_leaf(
+    policy: str, looks: Callable[[Callable[[], object]], int]
+) -> None:
+    """It was a leaf once, and is in the queue still: with one entry, however often it is used."""
+    tiny = Tiny(policy, 4000)
+    for number in range(1100):
+        tiny.serve(number)
+    tiny.serve([5000])
+    held, _ = tiny.open([5000])
+    tiny.serve([5000, 5001])
+    tiny.cache.release(ME, held, now=tiny.now)
+    tree = tiny.cache._lessor.tree
+
+    def use() -> None:
+        match = tree.match(tiny.cache._lessor.roots[SPACE], pack([5000]))
+        assert match.node.is_inner
+        assert match.node.queued
+        tree.unlock(tree.lock(match))
+
+    assert sum(looks(use) for _ in range(400)) == 0
+
+
 def test_a_policy_of_ones_own_is_a_plain_class_and_so_may_its_queue_be(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

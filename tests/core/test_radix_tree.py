@@ -152,6 +152,28 @@ def test_a_node_left_with_one_child_of_its_age_is_merged_again():
     shelf.tree.check([shelf.root], {})
 
 
+def test_a_chat_that_goes_on_is_one_run_with_one_place_in_the_queue():
+    shelf = Shelf()
+    nodes = {shelf.store([S] * (4 * turn + turn % 4)) for turn in range(1, 9)}
+    assert len(nodes) == 1
+    assert shelf.tree.num_nodes == 1
+    assert len(shelf.tree.queue) == 1
+    shelf.store([B] * 4)
+    shelf.store([S] * 32)  # the younger one now, whatever stands for it in the queue
+    last = shelf.next - 1
+    assert shelf.tree.evict(1).tolist() == [last]
+    assert len(shelf.tree.evict(9)) == 8
+
+
+def test_a_chat_that_goes_on_while_others_hold_its_beginning_leaves_them_that():
+    shelf = Shelf()
+    held = shelf.store([S] * 4, release=False)
+    end = shelf.store([S] * 8)
+    assert end is not held
+    assert shelf.tree.evict(9).tolist() == [1]
+    assert held.blocks.tolist() == [0]
+
+
 def test_a_ghost_remembers_what_was_evicted_until_it_is_stored_again():
     shelf = Shelf(num_ghosts=10)
     shelf.store([S] * 8)
