@@ -236,6 +236,8 @@ class BlockManager:
         """
         if source is not None:
             self.pool.add_ref(source)
+        if self.hauls is not None:
+            self.hauls.note_need(need)
         fresh = self.obtain(need, lease.namespace.tenant)
         table = node.table()
         lease.private_from = len(table)

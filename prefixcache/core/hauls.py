@@ -56,6 +56,8 @@ NEVER: Final = 1e12
 _SLACK_S: Final = 0.05
 _LESS: Final = 16
 """What part of the blocks is kept free while no tier pays that are while one does."""
+_FORGET: Final = 256
+"""A request that needs little brings what is kept free for large ones nearer by such a part."""
 _AS_LONG_AGAIN: Final = 2.0
 """Who waits for a restore waits so many times as long as it is expected to take, and the slack."""
 
@@ -63,10 +65,9 @@ _AS_LONG_AGAIN: Final = 2.0
 class TierSizes(NamedTuple):
     """What there is below the pool.
 
-    >>> TierSizes.of(5_825, host=100_000)
-    TierSizes(host=100000, ahead=364, piece=16, disk=0, host_ahead=0, disk_per_s=inf)
-    >>> TierSizes.of(5_825, host=10_000, disk=100_000).host_ahead
-    625
+    >>> sizes = TierSizes.of(5_825, host=10_000, disk=100_000)
+    >>> sizes.ahead, sizes.most_ahead, sizes.host_ahead
+    (364, 2912, 625)
     """
 
     host: int = 0
@@ -81,6 +82,8 @@ class TierSizes(NamedTuple):
     """Slots of HOST that are kept free, since its oldest blocks go on to DISK ahead of need."""
     disk_per_s: float = math.inf
     """Blocks that are written to DISK in a second at most."""
+    most_ahead: int = 0
+    """Blocks of the pool that are kept free at most, where single requests need that many."""
 
     @property
     def below(self) -> int:
@@ -93,10 +96,12 @@ class TierSizes(NamedTuple):
     ) -> TierSizes:
         """Give what suits a pool: a sixteenth of it is kept free, 64 to 2,048 blocks.
 
-        Of a small one it is an eighth; and the same of HOST, if there is a disk below it.
+        Of a small one it is an eighth; and the same of HOST, if there is a disk below it.  Where
+        requests need more than that at once, as much as they need, half of the pool at most.
         """
         host_ahead = _part_of(host) if disk else 0
-        return cls(host, _part_of(num_blocks), 16, disk, host_ahead, disk_per_s)
+        ahead, most = _part_of(num_blocks), num_blocks // 2
+        return cls(host, ahead, 16, disk, host_ahead, disk_per_s, most)
 
 
 def _part_of(num_blocks: int) -> int:
@@ -163,6 +168,7 @@ class Hauls:
         "_down",
         "_dues",
         "_moves",
+        "_need",
         "_new",
         "_next",
         "_up",
@@ -213,6 +219,7 @@ class Hauls:
         self._moves: dict[HaulId, Move] = {}
         self._up: dict[HaulId, tuple[Haul, Restore]] = {}
         self._dues: list[tuple[float, int]] = []
+        self._need = 0.0
         self._next = 0
         self._worked_s = 0.0
 
@@ -246,11 +253,24 @@ class Hauls:
         """Count the blocks that should go down now, so that as many are free as there should be."""
         return self.ahead - num_free - self.num_leaving if self.has_porter else 0
 
+    def note_need(self, num_blocks: int) -> None:
+        """Learn how many blocks one request takes: the most of late.  O(1)."""
+        if num_blocks > self._need:
+            self._need = num_blocks
+        else:
+            self._need -= (self._need - num_blocks) / _FORGET
+
     @property
     def ahead(self) -> int:
-        """Blocks of the pool that are kept free now: few of them while no tier pays.  O(1)."""
-        ahead = self.sizes.ahead
-        return ahead if self.worth.pays else max(1, ahead // _LESS)
+        """Blocks of the pool that are kept free now: few of them while no tier pays.  O(1).
+
+        As many as the largest of the latest requests has taken at once, within bounds: what it must
+        evict itself is lost.
+        """
+        sizes = self.sizes
+        if not self.worth.pays:
+            return max(1, sizes.ahead // _LESS)
+        return max(sizes.ahead, min(math.ceil(self._need), sizes.most_ahead))
 
     @property
     def least(self) -> int:

@@ -32,8 +32,9 @@ class Shelf:
         disk: int = 0,
         host_ahead: int = 0,
         disk_per_s: float = math.inf,
+        most_ahead: int = 0,
     ) -> None:
-        tiers = TierSizes(host, ahead, piece, disk, host_ahead, disk_per_s)
+        tiers = TierSizes(host, ahead, piece, disk, host_ahead, disk_per_s, most_ahead)
         self.cache = PrefixCache(num_blocks, 2, partial=partial, tiers=tiers)
         self.cache.set_porter(is_there=True, now=0.0)
         self.cache.attach(ME, SPACE, now=0.0)
@@ -84,6 +85,32 @@ def shelf() -> Shelf:
     shelf.store(1, 1, 2, 2, 3, 3)
     shelf.store(4, 4, 5, 5, 6, 6)
     return shelf
+
+
+def test_as_much_is_kept_free_as_the_largest_of_the_latest_requests_took_at_once() -> None:
+    shelf = Shelf(num_blocks=16, host=64, ahead=2, piece=16, most_ahead=8)
+    first, second = [n for n in range(6) for _ in "ab"], [n for n in range(10, 16) for _ in "ab"]
+    third = [n for n in range(20, 26) for _ in "ab"]
+    shelf.store(*first)  # six blocks at once
+    shelf.carry()
+    assert shelf.cache.counts(now=shelf.now).free == 10
+    shelf.store(*second)
+    shelf.carry()
+    assert shelf.cache.counts(now=shelf.now).free == 6  # two more went down, ahead of need
+    shelf.store(*third)
+    shelf.carry()
+    assert shelf.below(*first) == (12, 0)  # with two kept free, what was evicted at once is lost
+
+
+def test_what_is_kept_free_for_large_requests_has_an_end_and_is_forgotten() -> None:
+    shelf = Shelf(num_blocks=64, host=640, ahead=2, piece=16, most_ahead=24)
+    shelf.store(*(n for n in range(1000, 1030) for _ in "ab"))  # thirty at once
+    for number in range(1_000):
+        shelf.store(number, number)
+        shelf.carry()
+        if number == 64:
+            assert shelf.cache.counts(now=shelf.now).free >= 23  # half of a piece may be lacking
+    assert shelf.cache.counts(now=shelf.now).free <= 3
 
 
 def test_the_oldest_blocks_go_down_before_anybody_needs_their_room(shelf: Shelf) -> None:

@@ -163,7 +163,14 @@ class World:
             max_line=shape.max_line,
             first_block=shape.first_block,
             segments_secret=bytes(range(16)) if shape.segments else None,
-            tiers=TierSizes(shape.host, shape.ahead, 2, shape.disk, shape.host_ahead),
+            tiers=TierSizes(
+                shape.host,
+                shape.ahead,
+                2,
+                shape.disk,
+                shape.host_ahead,
+                most_ahead=shape.num_blocks // 2,
+            ),
         )
         self.transcript = Transcript(shape.block_size)
         self.cache.observe(self.transcript)
