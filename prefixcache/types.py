@@ -952,6 +952,20 @@ class Counts:
     """How many times as long as fetching it computing would have taken, of late; 0: unknown."""
     disk_advantage: float = 0.0
     """The same of what lies on disk."""
+    has_remote: bool = False
+    """Whether there is a store that other machines have, too."""
+    remote_stored: int = 0
+    """Blocks that were stored there since the start."""
+    remote_unstored: int = 0
+    """Blocks that should have been: it was too slow, or failed."""
+    remote_restored: int = 0
+    """Of those that came back, the blocks that came from there."""
+    remote_wrong: int = 0
+    """Blocks that came from there and were not what they should be: nobody has read them."""
+    remote_late: int = 0
+    """Questions that it did not answer in time."""
+    remote_advantage: float = 0.0
+    """How many times as long as fetching from there computing would have taken, of late."""
 
     def fields(self) -> dict[str, Any]:
         """Give them by their names."""

@@ -38,6 +38,7 @@ from prefixcache.core.policies import policy_named
 from prefixcache.core.policies.priority import HIGHEST, LOWEST, Priority
 from prefixcache.core.protection import ProtectedQueue
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.remote import Question, QuestionId
 from prefixcache.core.rolling_index import RollingIndex
 from prefixcache.core.segments import Segments, beside, check_again
 from prefixcache.core.stats import FlightInfo, SeriesCounts
@@ -163,6 +164,8 @@ class PrefixCache:
             raise InvalidRequest(f"a history of {history_bytes} bytes; give 0 or more")
         if first_block < 0:
             raise InvalidRequest(f"the first block is {first_block}; give 0 or more")
+        if tiers.remote < 0:
+            raise InvalidRequest(f"a haul of {tiers.remote} blocks to a store; give 0 or more")
         if tiers.below and not (0 < tiers.ahead < num_blocks and tiers.piece > 0):
             raise InvalidRequest(
                 f"{tiers}: at least one block is kept free for what goes down, and fewer than the "
@@ -217,6 +220,8 @@ class PrefixCache:
         lessor.leases.set_tenants(tenants)
         lessor.prompts.set_tenants(tenants)
         lessor.tables.set_tenants(tenants)
+        if lessor.hauls is not None and lessor.hauls.remote is not None:
+            lessor.hauls.remote.set_tenants(tenants)
         for shares in (
             lessor.namespaces.shares,
             lessor.waiting.line.shares,
@@ -596,6 +601,8 @@ class PrefixCache:
             lessor.blocks.count_private(own)
         if lessor.oplog is not None:
             lessor.oplog((COMMITTED, own.serial, num_tokens, new_tokens, None))
+        if lessor.hauls is not None:
+            lessor.store(own)
         if own.flight is not None and own.committed * TOKEN_BYTES >= len(own.flight):
             lessor.learn_rate(own, len(own.flight) // TOKEN_BYTES, now)
             lessor.inflight.remove(own)
@@ -818,6 +825,8 @@ class PrefixCache:
         lessor.history.request_log.forget(namespace)
         unpinned = lessor.pins.unpin(namespace.tenant, root, None)
         lessor.tree.drop_namespace(root)
+        if lessor.hauls is not None and lessor.hauls.remote is not None:
+            lessor.hauls.remote.reset(namespace)
         lessor.roots[namespace] = fresh = Root(namespace)
         lessor.blocks.quotas.open(fresh)
         if lessor.oplog is not None and not namespace.approximate:
@@ -1003,6 +1012,57 @@ class PrefixCache:
             now: The time.
         """
         self._lessor.hauled(haul, num_good, seconds, now)
+
+    # ------------------------------------------------------------------ what others have, too
+
+    def set_remote(self, *, is_there: bool, now: float) -> None:
+        """Say whether somebody answers questions about the store elsewhere, fetches and stores.
+
+        When he has ended, no question brings anything any more, and nothing waits to be stored;
+        what he had in hand is told of as always.  Without such a store it changes nothing.
+        """
+        hauls = self._lessor.hauls
+        if hauls is None or (remote := hauls.remote) is None or remote.is_there == is_there:
+            return
+        remote.is_there = is_there
+        if not is_there:
+            self._lessor.lose_remote(now)
+
+    def hold_remote(self, *, until: float) -> None:
+        """Let nothing be asked of the store elsewhere before that time: it fails.  O(1)."""
+        hauls = self._lessor.hauls
+        if hauls is not None and hauls.remote is not None:
+            hauls.remote.hold_until(until)
+
+    def questions(self, *, now: float) -> list[Question]:
+        """Take the questions to be asked now, in order.  After each verb.
+
+        O(1) where there are none, else O(tokens), a copy.
+        """
+        hauls = self._lessor.hauls
+        if hauls is None or hauls.remote is None:
+            return []
+        return hauls.remote.take_new(now)
+
+    def answered(
+        self, question: QuestionId, is_there: bytes, names: bytes = b"", *, now: float
+    ) -> None:
+        """Take the answer to a question.  One that is not out (any more) changes nothing.
+
+        Args:
+            question: Which.
+            is_there: Of each block that was asked for, from the first on, a byte: 0 if it is not
+                there.  Of the last ones it may say nothing.
+            names: Of the objects that hold, or are to hold these blocks; `NAME_BYTES` each.
+            now: The time.
+        """
+        self._lessor.answered(question, is_there, names, now)
+
+    def note_wrong(self, num_blocks: int) -> None:
+        """Count blocks that came from elsewhere and were not what they should be.  O(1)."""
+        hauls = self._lessor.hauls
+        if hauls is not None and hauls.remote is not None:
+            hauls.remote.num_wrong += num_blocks
 
     # ------------------------------------------------------------------ looking
 

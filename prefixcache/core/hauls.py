@@ -26,6 +26,9 @@ to a disk has a limit (`write_limit.py`); what is over it is given up.
 in flight like any other, and others wait for it.  Its blocks are the porter's until each haul into
 them has ended, or his process has: only then has nobody a right to write there.
 
+**From and to REMOTE** (`remote.py`) the names of objects stand in the place of slots.  What is
+stored there stays in the tree: a lease of the porter's keeps it from being evicted meanwhile.
+
 Who moves the bytes is not known here.  It is given hauls, in order, and tells of each one when it
 has ended, and how many of its blocks, from the first on, were found to be what they should be.
 """
@@ -42,6 +45,7 @@ from typing import Final, NamedTuple
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
+from prefixcache.core.remote import ANSWER_S, NAME_BYTES, REMOTE, QuestionId, Remote, Storing
 from prefixcache.core.tiers import Move, Stamps, Tier
 from prefixcache.core.worth import Rate, Verdict, Worth
 from prefixcache.core.write_limit import WriteLimit
@@ -84,24 +88,39 @@ class TierSizes(NamedTuple):
     """Blocks that are written to DISK in a second at most."""
     most_ahead: int = 0
     """Blocks of the pool that are kept free at most, where single requests need that many."""
+    remote: int = 0
+    """Blocks of a haul from or to a store that others have, too; 0: there is none."""
 
     @property
     def below(self) -> int:
-        """Blocks that fit below the pool, wherever."""
+        """Blocks that fit below the pool of this machine, wherever."""
         return self.host + self.disk
+
+    @property
+    def is_any(self) -> bool:
+        """Whether there is anything below the pool, on this machine or elsewhere."""
+        return bool(self.below or self.remote)
 
     @classmethod
     def of(
-        cls, num_blocks: int, *, host: int = 0, disk: int = 0, disk_per_s: float = math.inf
+        cls,
+        num_blocks: int,
+        *,
+        host: int = 0,
+        disk: int = 0,
+        disk_per_s: float = math.inf,
+        remote: int = 0,
     ) -> TierSizes:
         """Give what suits a pool: a sixteenth of it is kept free, 64 to 2,048 blocks.
 
         Of a small one it is an eighth; and the same of HOST, if there is a disk below it.  Where
         requests need more than that at once, as much as they need, half of the pool at most.
+        Nothing is kept free for a store elsewhere: what is stored there need not be evicted.
         """
+        ahead = _part_of(num_blocks) if host or disk else 0
         host_ahead = _part_of(host) if disk else 0
-        ahead, most = _part_of(num_blocks), num_blocks // 2
-        return cls(host, ahead, 16, disk, host_ahead, disk_per_s, most)
+        most = num_blocks // 2 if ahead else 0
+        return cls(host, ahead, 16, disk, host_ahead, disk_per_s, most, remote)
 
 
 def _part_of(num_blocks: int) -> int:
@@ -109,6 +128,7 @@ def _part_of(num_blocks: int) -> int:
 
 
 _NONE: Final[BlockTable] = array("i")
+_NO_STAMPS: Final[Stamps] = array("q")
 _MOST_MOVING: Final = 4
 """Pieces that are on their way from HOST to DISK at the same time."""
 
@@ -131,6 +151,9 @@ class Haul(NamedTuple):
     """The slots of HOST that are to be copied to `slots`, and what stands beside them."""
     places: BlockTable = _NONE
     """Whose slots these are; who moves the bytes need not know."""
+    names: bytes = b""
+    """Of the objects that are to be fetched or stored, `NAME_BYTES` each; then there are no slots
+    but those through which the bytes go."""
 
 
 @dataclass(slots=True, eq=False)
@@ -148,6 +171,8 @@ class Restore:
     """Whether it was begun for somebody; if not, to see how quick it is."""
     pieces: deque[HaulId] = field(default_factory=deque)
     """Hauls that have not ended, in order."""
+    question: QuestionId | None = None
+    """The question whose answer says what there is to be fetched, while it is out."""
     is_given_up: bool = False
     """Whether nobody waits for it any more: it is late, or a piece of it was not good."""
     is_broken: bool = False
@@ -171,6 +196,7 @@ class Hauls:
         "_need",
         "_new",
         "_next",
+        "_out",
         "_up",
         "_worked_s",
         "has_porter",
@@ -180,10 +206,12 @@ class Hauls:
         "num_moved",
         "num_restored",
         "num_restored_from_disk",
+        "num_restored_from_remote",
         "num_rising",
         "num_sunk",
         "num_sunk_to_disk",
         "pool",
+        "remote",
         "restores",
         "rising",
         "sizes",
@@ -195,7 +223,7 @@ class Hauls:
         self.tier = tier
         self.pool = pool
         self.sizes = sizes
-        self.worth = Worth(2 if sizes.disk else 1, block_size)
+        self.worth = Worth(1 + REMOTE if sizes.remote else 2 if sizes.disk else 1, block_size)
         """What it costs to bring blocks back, and whether it is worth it."""
         self.has_porter = False
         """Whether there is anybody to move blocks."""
@@ -209,9 +237,13 @@ class Hauls:
         """Since the start: blocks that were copied down, and back; and that were not good."""
         self.num_sunk_to_disk = self.num_moved = 0
         """Of those copied down, those that went to DISK at once; and those that went on there."""
-        self.num_restored_from_disk = 0
+        self.num_restored_from_disk = self.num_restored_from_remote = 0
         self.limit = WriteLimit(sizes.disk_per_s, sizes.piece)
         """How much may be written to DISK."""
+        self.remote: Remote | None = None
+        """What a store is asked that others have, too, if there is one."""
+        if sizes.remote:
+            self.remote = Remote(pool.num_blocks, block_size, sizes.remote)
         self.restores: dict[int, Restore] = {}
         """By the serial number of their leases."""
         self._new: list[Haul] = []
@@ -220,8 +252,10 @@ class Hauls:
         self._up: dict[HaulId, tuple[Haul, Restore]] = {}
         self._dues: list[tuple[float, int]] = []
         self._need = 0.0
+        self._out: dict[HaulId, tuple[Storing, int]] = {}
         self._next = 0
-        self._worked_s = 0.0
+        self._worked_s = [0.0, 0.0]
+        """What all has taken that has come back: from this machine, and from elsewhere."""
 
     def take_new(self) -> list[Haul]:
         """Take the hauls to begin now, in order.  O(hauls)."""
@@ -269,7 +303,7 @@ class Hauls:
         """
         sizes = self.sizes
         if not self.worth.pays:
-            return max(1, sizes.ahead // _LESS)
+            return max(min(1, sizes.ahead), sizes.ahead // _LESS)
         return max(sizes.ahead, min(math.ceil(self._need), sizes.most_ahead))
 
     @property
@@ -350,11 +384,83 @@ class Hauls:
             places: What lies below of one prompt.
             rate: How long its namespace takes to compute; None: nobody knows.
         """
-        queued, verdicts = list(self.rising), []
+        queued, verdicts = self.rising[:REMOTE] + [0] * len(self.rising[REMOTE:]), []
         for tier, num_blocks in self.tier.runs(places):
             verdicts.append(self.worth.weigh(tier, num_blocks, queued, rate))
             queued[tier] += num_blocks
         return verdicts
+
+    def weigh_remote(self, num_blocks: int, rate: Rate | None) -> Verdict:
+        """Say whether so many blocks are worth to be fetched from elsewhere.  Changes nothing."""
+        queued = [0] * REMOTE + self.rising[REMOTE:]  # what lies on this machine does not go there
+        return self.worth.weigh(REMOTE, num_blocks, queued, rate)
+
+    def begin_question(
+        self, lease: Lease, tokens: bytes, verdict: Verdict, now: float, *, is_waited_for: bool
+    ) -> None:
+        """Ask which of the blocks behind the prefix of a lease can be fetched from elsewhere.
+
+        Args:
+            lease: The porter's; it has no blocks of its own yet.
+            tokens: Up to the end of what is asked for.
+            verdict: What was thought of it, if it is all there.
+            now: The time.
+            is_waited_for: Whether others may wait for it.
+        """
+        if self.remote is None:
+            raise AssertionError("a question, and nobody to ask")
+        restore = self._begin(lease, verdict, now, now + ANSWER_S, is_waited_for=is_waited_for)
+        restore.question = self.remote.ask(lease, tokens)
+
+    def begin_fetch(self, restore: Restore, names: bytes, tokens: bytes, now: float) -> None:
+        """Have the blocks fetched that a question was asked for.
+
+        Args:
+            restore: Its lease has as many blocks of its own as there are names.
+            names: Of the objects.
+            tokens: Of these blocks.
+            now: The time.
+        """
+        blocks = restore.lease.table[restore.lease.private_from :]
+        restore.question = None
+        restore.begun = now
+        restore.worked_s = self._worked_s[True]
+        restore.due = now + _AS_LONG_AGAIN * restore.verdict.fetch_s + _SLACK_S
+        if restore.is_waited_for:
+            heappush(self._dues, (restore.due, restore.lease.serial))
+        self.num_rising += len(blocks)
+        self.rising[REMOTE] += len(blocks)
+        for haul in self._named(blocks, names, tokens, is_up=True):
+            self._up[haul.id] = (haul, restore)
+            restore.pieces.append(haul.id)
+
+    def begin_storing(
+        self, storing: Storing, blocks: BlockTable, names: bytes, tokens: bytes
+    ) -> None:
+        """Have blocks stored elsewhere that a lease keeps.  O(blocks), in C."""
+        for haul in self._named(blocks, names, tokens, is_up=False):
+            self._out[haul.id] = (storing, len(haul.blocks))
+            storing.num_left += 1
+
+    def _named(self, blocks: BlockTable, names: bytes, tokens: bytes, *, is_up: bool) -> list[Haul]:
+        """Make the hauls of blocks whose objects have these names."""
+        piece, width, hauls = self.sizes.remote, len(tokens) // len(blocks), []
+        for at in range(0, len(blocks), piece):
+            end = at + piece
+            self._next += 1
+            hauls.append(
+                Haul(
+                    HaulId(self._next),
+                    is_up,
+                    blocks[at:end],
+                    slots=_NONE,
+                    stamps=_NO_STAMPS,
+                    tokens=tokens[at * width : end * width],
+                    names=names[at * NAME_BYTES : end * NAME_BYTES],
+                )
+            )
+        self._new += hauls
+        return hauls
 
     def begin_restore(
         self,
@@ -380,32 +486,47 @@ class Hauls:
         self.num_rising += len(places)
         self.rising[verdict.tier] += len(places)
         due = now + _AS_LONG_AGAIN * verdict.fetch_s + _SLACK_S
-        restore = Restore(lease, verdict, due, now, self._worked_s, is_waited_for)
-        restore.is_given_up = not is_waited_for
-        self.restores[lease.serial] = restore
-        if is_waited_for:
-            heappush(self._dues, (due, lease.serial))
+        restore = self._begin(lease, verdict, now, due, is_waited_for=is_waited_for)
         blocks = lease.table[lease.private_from :]
         for at in range(0, len(places), self.sizes.piece):
             haul = self._haul(blocks, places, tokens, at, is_up=True)
             self._up[haul.id] = (haul, restore)
             restore.pieces.append(haul.id)
 
+    def _begin(
+        self, lease: Lease, verdict: Verdict, now: float, due: float, *, is_waited_for: bool
+    ) -> Restore:
+        worked_s = self._worked_s[verdict.tier == REMOTE]
+        restore = Restore(lease, verdict, due, now, worked_s, is_waited_for)
+        restore.is_given_up = not is_waited_for
+        self.restores[lease.serial] = restore
+        if is_waited_for:
+            heappush(self._dues, (due, lease.serial))
+        return restore
+
     def overdue(self, now: float) -> Restore | None:
         """Give a restore for which nobody waits any longer from now on; None: there is none."""
         while self._dues and self._dues[0][0] < now:
-            restore = self.restores.get(heappop(self._dues)[1])
-            if restore is not None and not restore.is_given_up:
-                restore.is_given_up = True
+            due, serial = heappop(self._dues)
+            restore = self.restores.get(serial)
+            if restore is None or restore.is_given_up or restore.due > due:
+                continue
+            restore.is_given_up = True
+            if restore.question is None:
                 self._learn_late(restore, now)
-                return restore
+            return restore
         return None
 
     def _learn_late(self, late: Restore, now: float) -> None:
-        """Learn from a restore that has not come back in time: of the haul that is in hand."""
-        in_hand, own = next(iter(self._up.values()))
-        idle_s = now - late.begun - (self._worked_s - late.worked_s)
-        self.worth.speeds[own.verdict.tier].note_late(len(in_hand.slots), idle_s)
+        """Learn from a restore that has not come back in time: of the haul that is in hand.
+
+        From elsewhere blocks are fetched by somebody else.
+        """
+        far = late.verdict.tier == REMOTE
+        all_up = self._up.values()
+        in_hand, own = next(one for one in all_up if (one[1].verdict.tier == REMOTE) is far)
+        idle_s = now - late.begun - (self._worked_s[far] - late.worked_s)
+        self.worth.speeds[own.verdict.tier].note_late(len(in_hand.blocks), idle_s)
 
     def next_due(self) -> float | None:
         """Give a time before which none is overdue; None if there is none.  Amortised O(log)."""
@@ -444,30 +565,49 @@ class Hauls:
         if number not in self._up:
             return None
         haul, restore = self._up.pop(number)
+        tier = restore.verdict.tier
         num_usable = 0 if restore.is_broken else num_good
-        num_from_disk = self.tier.count_disk(haul.places[:num_usable])
-        self.tier.end_reading(haul.places, num_good)
-        self.num_rising -= len(haul.slots)
-        self.rising[restore.verdict.tier] -= len(haul.slots)
+        if haul.names:
+            self.num_restored_from_remote += num_usable
+        else:
+            self.num_restored_from_disk += self.tier.count_disk(haul.places[:num_usable])
+            self.tier.end_reading(haul.places, num_good)
+        self.num_rising -= len(haul.blocks)
+        self.rising[tier] -= len(haul.blocks)
         restore.pieces.remove(number)
-        self._worked_s += seconds
-        speed = self.worth.speeds[restore.verdict.tier]
+        self._worked_s[tier == REMOTE] += seconds
+        speed = self.worth.speeds[tier]
         note = speed.note if restore.is_waited_for else speed.note_explored
-        note(len(haul.slots), seconds)
+        note(len(haul.blocks), seconds)
         if not restore.pieces:
             self._learn(restore, now)
-        if num_good < len(haul.slots):
-            self.num_bad += len(haul.slots) - num_good
+        if num_good < len(haul.blocks):
+            if not haul.names:
+                self.num_bad += len(haul.blocks) - num_good
             restore.is_broken = restore.is_given_up = True
         self.num_restored += num_usable
-        self.num_restored_from_disk += num_from_disk
         return restore, num_usable
+
+    def stored(self, number: HaulId, num_good: int) -> Storing | None:
+        """Take note that a haul to elsewhere has ended.
+
+        Returns:
+            What is stored with that; None if it is not known, or others of it have not ended.
+        """
+        if number not in self._out or self.remote is None:
+            return None
+        storing, num_blocks = self._out.pop(number)
+        storing.num_left -= 1
+        self.remote.num_stored += num_good
+        self.remote.num_unstored += num_blocks - num_good
+        return None if storing.num_left else storing
 
     def _learn(self, over: Restore, now: float) -> None:
         """Learn from a restore that is over."""
         speed, compute_s = self.worth.speeds[over.verdict.tier], over.verdict.compute_s
         took_s = now - over.begun
-        speed.note_restore(took_s - (self._worked_s - over.worked_s))
+        worked_s = self._worked_s[over.verdict.tier == REMOTE] - over.worked_s
+        speed.note_restore(took_s - worked_s)
         if compute_s is not None and not over.is_given_up:
             speed.note_gain(took_s, compute_s)
 
@@ -489,11 +629,12 @@ class Hauls:
         self._moves = {}
         for haul, _ in self._up.values():
             self.tier.end_reading(haul.places, len(haul.places))
-        self._up, self.num_rising = {}, 0
+        self._up, self._out, self.num_rising = {}, {}, 0
         self.rising = [0] * len(self.rising)
         lost = list(self.restores.values())
         for restore in lost:
             restore.pieces.clear()
+            restore.question = None
             restore.is_given_up = True
         self._dues = []
         return lost
@@ -517,12 +658,28 @@ class Hauls:
         """Assert that the counts are those of the hauls.  O(hauls)."""
         leaving = sum(len(one.blocks) for one in self._down.values())
         assert self.num_leaving == leaving, f"{leaving} blocks leave, not {self.num_leaving}"
-        rising = sum(len(one.slots) for one, _ in self._up.values())
+        rising = sum(len(one.blocks) for one, _ in self._up.values())
         assert self.num_rising == rising, f"{rising} blocks rise, not {self.num_rising}"
         assert sum(self.rising) == rising, f"{rising} blocks rise, by tier {self.rising}"
         pieces: dict[HaulId, int] = {}
         for serial, restore in self.restores.items():
             assert restore.lease.serial == serial, "a restore under another number"
-            assert restore.pieces, f"restore {serial} is over"
+            is_asked = restore.question is not None
+            assert bool(restore.pieces) is not is_asked, f"restore {serial} is over"
+            if is_asked and self.remote is not None:
+                known = (restore.question, restore.lease) in self.remote.asking.items()
+                assert known, f"{serial} asks nothing"
             pieces.update(dict.fromkeys(restore.pieces, serial))
         assert pieces.keys() == self._up.keys(), "pieces of no restore"
+        if self.remote is not None:
+            self._check_remote(self.remote)
+
+    def _check_remote(self, remote: Remote) -> None:
+        remote.check()
+        asking = {lease.serial for lease in remote.asking.values()}
+        assert asking <= self.restores.keys(), "a question of nobody's"
+        storing = {id(one): one for one, _ in self._out.values()}
+        assert len(storing) <= 1, "more than one prefix is being stored"
+        for one in storing.values():
+            assert one is remote.storing, "a prefix is stored that nobody waits for"
+            assert one.num_left == len(self._out), "hauls of what is being stored"

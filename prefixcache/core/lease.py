@@ -78,6 +78,7 @@ class Lease:
         "since",
         "source",
         "start",
+        "stored",
         "table",
         "table_bytes",
         "tail",
@@ -123,6 +124,8 @@ class Lease:
         """Tokens that were there already when its request first came; the others are its own."""
         self.num_cached = 0
         """Tokens that were there when it was granted."""
+        self.stored = 0
+        """Blocks of its prefix that were handed on to be stored for other machines."""
         self.table: BlockTable = _NO_BLOCKS
         self.shares_table = False
         """Whether that very array is others' too: those of one fork share it until they differ."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
+import numpy as np
+
 from prefixcache.core.account import Account
 from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, BlockManager
 from prefixcache.core.block_pool import BlockPool
@@ -22,6 +24,7 @@ from prefixcache.core.node import Match, Root
 from prefixcache.core.oplog import ENDED, FORKED, GRANTED, Put
 from prefixcache.core.protection import Pins
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.remote import NAME_BYTES, REMOTE, QuestionId, Remote, Storing
 from prefixcache.core.segments import Segments, beside
 from prefixcache.core.tiers import Tier
 from prefixcache.core.wait_queue import Extension, Request, Ticket, WaitQueue
@@ -128,9 +131,10 @@ class Lessor:
         self.history = History(pool.num_blocks, history_bytes)
         self.hauls: Hauls | None = None
         """What moves between the pool and the tier below it, if there is one."""
-        if tiers.below:
+        if tiers.is_any:
             tier = Tier(tiers.host, tree.block_bytes, tiers.disk, tiers.host_ahead)
-            tree.ghosts.set_tier(tier)
+            if tiers.below:
+                tree.ghosts.set_tier(tier)
             size = tree.block_bytes // TOKEN_BYTES
             self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers, size)
             porter = self.leases.workers[PORTER] = Worker(PORTER, "porter")
@@ -187,10 +191,10 @@ class Lessor:
         del self.roots[namespace]
         if root.num_blocks:
             self.tree.drop_namespace(root)
-        elif self.hauls is not None and root.ghosts:
+        elif (tier := self.tree.ghosts.tier) is not None and root.ghosts:
             if self.tree.listener is not None:
                 self.tree.listener.cleared(namespace)  # of what lies below the pool
-            self.hauls.tier.sweep(root)
+            tier.sweep(root)
         root.retired = True  # for who waits for something of it
         quotas.close(namespace)
         self.namespaces.close(namespace)
@@ -272,7 +276,7 @@ class Lessor:
             self.hauls is not None
             and wait
             and request.reuse
-            and (gain := self.restore(request, root, match, now)) is not None
+            and (gain := self._brought_back(request, root, match, now)) is not None
         ):
             self._note_wait(request, match, gain)
             return gain
@@ -425,10 +429,18 @@ class Lessor:
         end = (len(tokens) - TOKEN_BYTES) // width * width
         return self.tree.ghosts.places(node, tokens, match.end, end)
 
+    def _brought_back(
+        self, request: Request, root: Root, match: Match, now: float
+    ) -> JoinGain | None:
+        """Have what is not in the pool brought back: from this machine, then from elsewhere."""
+        gain = self.restore(request, root, match, now)
+        return self.ask(request, root, match, now) if gain is None else gain
+
     def restore(self, request: Request, root: Root, match: Match, now: float) -> JoinGain | None:
         """Have what lies below the pool of a prompt brought back; say what waiting for it brings.
 
-        None if nothing does, if computing it is quicker, or if it would keep others from room.
+        None if nothing lies there on this machine, if computing it is quicker, or if it would keep
+        others from room.
         One tier at a time: who has waited for what lies nearer is tried again.  O(nodes + blocks).
         """
         hauls, blocks, tokens = self.hauls, self.blocks, request.tokens
@@ -440,8 +452,7 @@ class Lessor:
         if self.waiting.tickets and self.waiting.line:
             request.declined = "room"
             return None
-        most = max(blocks.pool.num_blocks // _RESTORED_SHARE, hauls.sizes.piece)
-        if (room := most - hauls.num_rising) <= 0:
+        if (room := self._room_to_restore(hauls)) <= 0:
             request.declined = "busy"
             return None
         places = places[: min(max(blocks.pool.num_free, hauls.sizes.piece), room)]
@@ -473,30 +484,45 @@ class Lessor:
         is_waited_for: bool = True,
     ) -> Lease | None:
         """Lend the porter the blocks behind a match, to be filled from slots; None: no room."""
-        hauls, blocks, tenant = self.hauls, self.blocks, root.namespace.tenant
+        hauls, end = self.hauls, match.end + len(places) * self.tree.block_bytes
+        lease = self._lend_porter(root, match, tokens[:end], len(places), now)
+        if lease is None or hauls is None:
+            return None
+        if is_waited_for:
+            self.inflight.add(lease, tokens[:end])
+        hauls.begin_restore(lease, places, lease.rest, verdict, now, is_waited_for=is_waited_for)
+        return lease
+
+    def _lend_porter(
+        self, root: Root, match: Match, tokens: bytes, num_blocks: int, now: float
+    ) -> Lease | None:
+        """Lend the porter a prefix, and blocks for what follows it; None: there is no room.
+
+        Args:
+            root: Whose.
+            match: What is stored of the prefix.
+            tokens: It, and what the lease is for behind it.
+            num_blocks: Blocks of its own.
+            now: The time.
+        """
+        blocks, tenant, end = self.blocks, root.namespace.tenant, len(tokens)
         width = self.tree.block_bytes
         account = root.account or blocks.quotas.account(root.namespace)
-        end = match.end + len(places) * width
         try:
             self.leases.admit(tenant)
             self.prompts.admit(tenant, end)
             if end // width >= LARGE_TABLE:
                 self.tables.admit(tenant, end // width * OWN_TABLE)
-            blocks.admit(len(places), account, match)
+            blocks.admit(num_blocks, account, match)
         except PoolExhausted:
             return None
         if self.tick is not None:
             self.tick(now)
         node = self.tree.lock(match)
         lease = self.leases.open(self.leases.workers[PORTER], root, node, now)
-        blocks.allocate(lease, match, node, len(places), None)
-        lease.rest = tokens[match.end : end]
+        blocks.allocate(lease, match, node, num_blocks, None)
+        lease.rest = tokens[match.end :]
         lease.computed_from = lease.committed
-        if is_waited_for:
-            self.inflight.add(lease, tokens[:end])
-        if hauls is not None:
-            own = lease.rest
-            hauls.begin_restore(lease, places, own, verdict, now, is_waited_for=is_waited_for)
         return lease
 
     def _note_declined(self, request: Request, root: Root, now: float) -> None:
@@ -513,6 +539,15 @@ class Lessor:
         if request.declined != "slow" or not speed.decline(now):
             return
         match = self.tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
+        if request.declined_tier == REMOTE and hauls.remote is not None:
+            end = match.end + hauls.remote.piece * self.tree.block_bytes
+            end = min(hauls.remote.reach(match.end, len(tokens)), end)
+            is_open = hauls.remote.is_open(now) and hauls.remote.may_ask(root.namespace.tenant)
+            if is_open and end > match.end:
+                asked = self._begin_question(hauls, root, match, tokens[:end], now, waited=False)
+                if asked is not None:
+                    speed.explore(now)
+            return
         most = min(hauls.sizes.piece, self.blocks.pool.num_free)
         if not (places := self.below(match, tokens)[:most]):
             return
@@ -563,9 +598,11 @@ class Lessor:
 
     def hauled(self, number: HaulId, num_good: int, seconds: float, now: float) -> None:
         """End a haul; index what has come back, and let who waits for it be tried."""
-        ended = None if self.hauls is None else self.hauls.end(number, num_good, seconds, now)
-        if ended is not None:
-            self._land(*ended, now)
+        if self.hauls is not None:
+            if (ended := self.hauls.end(number, num_good, seconds, now)) is not None:
+                self._land(*ended, now)
+            elif self.hauls.stored(number, num_good) is not None:
+                self._end_storing(now)
         self.serve(now)
 
     def _land(self, restore: Restore, num_blocks: int, now: float) -> None:
@@ -575,6 +612,8 @@ class Lessor:
             indexed = blocks.commit(own, own.start + num_blocks * blocks.block_size)
             blocks.count_private(own)
         is_over = not restore.pieces
+        if restore.is_broken:
+            self._note_not_brought(restore, now)
         if own.flight is not None and (is_over or restore.is_given_up):
             self.inflight.remove(own)
         if self.waiting.tickets:
@@ -589,6 +628,11 @@ class Lessor:
     def give_up_restores(self, now: float) -> None:
         """Let nobody wait any longer for restores that take too long.  O(these · log)."""
         while self.hauls is not None and (late := self.hauls.overdue(now)) is not None:
+            if late.question is not None and self.hauls.remote is not None:
+                self.hauls.remote.hold(now)  # before anybody is tried again, who would ask
+                self._end_question(late, now)
+                continue
+            self._note_not_brought(late, now)
             if late.lease.flight is not None:
                 self.inflight.remove(late.lease)
             self.call(late.lease)
@@ -597,9 +641,234 @@ class Lessor:
         """End all that was being moved: who moved it has ended.  O(hauls)."""
         if self.hauls is None:
             return
+        remote = self.hauls.remote
+        if remote is not None:
+            for question in list(remote.asking):
+                remote.take_back(question)
         for restore in self.hauls.lose_all():
             del self.hauls.restores[restore.lease.serial]
             self.end(restore.lease, now, writes_on=False)
+        if remote is not None and remote.storing is not None:
+            self._end_storing(now)
+        self.serve(now)
+
+    # ------------------------------------------------------------------ what others have, too
+
+    def ask(self, request: Request, root: Root, match: Match, now: float) -> JoinGain | None:
+        """Ask for what follows a match in a store elsewhere; say what waiting for it may bring.
+
+        None if nobody is asked: too little is lacking, it was not there a moment ago, computing it
+        is quicker than fetching all of it would be, or it would keep others from room.
+        O(nodes + tokens), a copy.
+        """
+        hauls, tokens, start = self.hauls, request.tokens, match.end
+        if hauls is None or (remote := hauls.remote) is None or request.declined:
+            return None
+        if not hauls.has_porter or not remote.is_open(now) or not remote.serves(root.namespace):
+            return None
+        end = remote.reach(start, len(tokens))
+        if end <= start + match.partial_tokens * TOKEN_BYTES:
+            return None
+        if remote.is_absent(root, tokens, start, now):
+            return None
+        if self.waiting.tickets and self.waiting.line:
+            request.declined = "room"
+            return None
+        if not remote.may_ask(root.namespace.tenant) or self._room_to_restore(hauls) <= 0:
+            request.declined = "busy"
+            return None
+        account = root.account or self.blocks.quotas.account(root.namespace)
+        verdict = hauls.weigh_remote((end - start) // self.tree.block_bytes, account.rate)
+        if not verdict.is_worth:
+            request.declined, request.declined_tier = "slow", REMOTE
+            return None
+        lease = self._begin_question(hauls, root, match, tokens[:end], now)
+        if lease is None:
+            request.declined = "room"
+            return None
+        return self.inflight.gain(lease, match, end // TOKEN_BYTES, len(tokens) // TOKEN_BYTES)
+
+    def _room_to_restore(self, hauls: Hauls) -> int:
+        """Count the blocks that may begin to come back now."""
+        most = max(self.blocks.pool.num_blocks // _RESTORED_SHARE, hauls.sizes.piece)
+        return most - hauls.num_rising
+
+    def _begin_question(
+        self,
+        hauls: Hauls,
+        root: Root,
+        match: Match,
+        tokens: bytes,
+        now: float,
+        *,
+        waited: bool = True,
+    ) -> Lease | None:
+        """Ask for what of `tokens` is behind a match; None: there is no room for a lease.
+
+        `waited`: whether anybody may wait for it.
+        """
+        lease = self._lend_porter(root, match, tokens, 0, now)
+        if lease is None:
+            return None
+        num_blocks = (len(tokens) - match.end) // self.tree.block_bytes
+        verdict = hauls.weigh_remote(
+            num_blocks, None if root.account is None else root.account.rate
+        )
+        hauls.begin_question(lease, tokens, verdict, now, is_waited_for=waited)
+        if waited:
+            self.inflight.add(lease, tokens)
+        return lease
+
+    def _end_question(self, asked: Restore, now: float) -> None:
+        """End a question that brings nothing, and let who waits for it be tried again."""
+        hauls, lease = self.hauls, asked.lease
+        if hauls is None or hauls.remote is None:
+            return
+        if asked.question is not None:
+            hauls.remote.take_back(asked.question)
+        del hauls.restores[lease.serial]
+        self.end(lease, now, writes_on=False)
+
+    def answered(self, question: QuestionId, is_there: bytes, names: bytes, now: float) -> None:
+        """Take an answer: fetch what is there of a prompt, or store what is not of a lease."""
+        hauls = self.hauls
+        if hauls is None or (remote := hauls.remote) is None:
+            return
+        if (lease := remote.take_back(question)) is not None:
+            self._fetch(hauls, remote, hauls.restores[lease.serial], is_there, names, now)
+        elif remote.storing is not None and remote.storing.question == question:
+            self._store(hauls, remote, remote.storing, is_there, names, now)
+        self.serve(now)
+
+    def _fetch(
+        self,
+        hauls: Hauls,
+        remote: Remote,
+        asked: Restore,
+        is_there: bytes,
+        names: bytes,
+        now: float,
+    ) -> None:
+        """Begin to fetch what is there of what was asked for, as far as there is room for it."""
+        lease, size, width = asked.lease, self.blocks.block_size, self.tree.block_bytes
+        start = lease.start * TOKEN_BYTES
+        prompt = lease.prefix(start + len(lease.rest))
+        found = is_there.find(b"\0")
+        if found < 0:
+            found = len(is_there)
+        else:
+            remote.note_absent(lease.root, prompt, start + found * width, now)
+        room = min(max(self.blocks.pool.num_free, hauls.sizes.piece), self._room_to_restore(hauls))
+        count = min(found, room, len(names) // NAME_BYTES)
+        verdict = hauls.weigh_remote(count, lease.account.rate)
+        brings = count > 0 and hauls.has_porter and not lease.root.retired
+        if brings and (verdict.is_worth or not asked.is_waited_for):
+            try:
+                self.extend(lease, lease.start + count * size, now)
+            except PoolExhausted:
+                brings = False
+        else:
+            brings = False
+        if not brings:
+            remote.note_absent(lease.root, prompt, start, now)
+            self._end_question(asked, now)
+            return
+        lease.rest = lease.rest[: count * width]
+        if lease.flight is not None:
+            self.inflight.remove(lease)
+            self.inflight.add(lease, prompt[: start + count * width])
+            hauls.worth.fetch()
+        asked.verdict = verdict
+        hauls.begin_fetch(asked, names[: count * NAME_BYTES], lease.rest, now)
+        self.call(lease, everyone=True)  # what they wait for may be less than they were told
+
+    def store(self, own: Lease, *, is_over: bool = False) -> None:
+        """Have stored elsewhere what a lease has computed, if that is enough; O(tokens), a copy.
+
+        Args:
+            own: The lease; not one of the porter's.
+            is_over: Whether it ends now: then a block is enough.
+        """
+        hauls, whole = self.hauls, own.start // self.blocks.block_size
+        if hauls is None or (remote := hauls.remote) is None or own.worker == PORTER:
+            return
+        new = whole - max(own.stored, own.num_cached // self.blocks.block_size)
+        least = 1 if is_over else remote.least_stored
+        if new < least or not hauls.has_porter or own.root.retired:
+            return
+        if not remote.is_there or not remote.serves(own.namespace):
+            return
+        remote.line_up(own.root, own.prefix(whole * self.tree.block_bytes), own.stored)
+        own.stored = whole
+
+    def _store(
+        self,
+        hauls: Hauls,
+        remote: Remote,
+        storing: Storing,
+        is_there: bytes,
+        names: bytes,
+        now: float,
+    ) -> None:
+        """Begin to store what is not there of a prefix, as far as it is still in the pool."""
+        root, tokens, first = storing.waiting
+        width = self.tree.block_bytes
+        storing.seen, storing.question = first + len(is_there), None
+        lacking = np.flatnonzero(np.frombuffer(is_there, np.uint8) == 0) + first
+        if root.retired or not hauls.has_porter or not len(lacking):
+            if not is_there:  # nobody knows
+                remote.num_unstored += len(tokens) // width - first
+            self._end_storing(now)
+            return
+        lacking = lacking[: remote.most_stored]
+        if len(lacking) == remote.most_stored:
+            storing.seen = int(lacking[-1]) + 1
+        tokens = tokens[: (int(lacking[-1]) + 1) * width]
+        match = self.tree.match(root, tokens)
+        lacking, lease = lacking[lacking < match.end // width], None
+        if len(lacking):
+            lease = self._lend_porter(root, match, tokens[: match.end], 0, now)
+        if lease is None:
+            storing.seen = 0  # the rest is not there any more, or there is no room
+            self._end_storing(now)
+            return
+        storing.lease = lease
+        blocks = array("i", np.frombuffer(lease.table, np.int32)[lacking].tobytes())
+        own = np.frombuffer(tokens, np.uint8)[: match.end].reshape(-1, width)[lacking]
+        named = np.frombuffer(names, np.uint8).reshape(-1, NAME_BYTES)[lacking - first]
+        hauls.begin_storing(storing, blocks, named.tobytes(), own.tobytes())
+
+    def _end_storing(self, now: float) -> None:
+        """Go on behind what was being stored."""
+        if self.hauls is None or self.hauls.remote is None:
+            return
+        lease = self.hauls.remote.end_storing()
+        if lease is not None:
+            self.end(lease, now, writes_on=False)
+
+    def _note_not_brought(self, restore: Restore, now: float) -> None:
+        """See that what has not come from elsewhere is not asked for again at once."""
+        if self.hauls is None or self.hauls.remote is None or restore.verdict.tier != REMOTE:
+            return
+        own = restore.lease
+        if own.rest:
+            start = own.start * TOKEN_BYTES
+            prompt = own.prefix(start + self.tree.block_bytes)
+            self.hauls.remote.note_absent(own.root, prompt, start, now)
+
+    def lose_remote(self, now: float) -> None:
+        """Take note that nobody answers questions any more: those that are out bring nothing.
+
+        What is being fetched or stored is told of haul by haul.  O(questions + line).
+        """
+        hauls = self.hauls
+        if hauls is None or (remote := hauls.remote) is None:
+            return
+        remote.drop_all()
+        for lease in list(remote.asking.values()):
+            self._end_question(hauls.restores[lease.serial], now)
+        if remote.storing is not None and remote.storing.question is not None:
+            self._end_storing(now)
         self.serve(now)
 
     # ------------------------------------------------------------------ before, and again
@@ -730,6 +999,8 @@ class Lessor:
             self.leases.workers[lease.worker].remember(lease.request_id, begun)
         if lease.flight is not None:
             self.inflight.remove(lease)
+        if self.hauls is not None:
+            self.store(lease, is_over=True)
         freed, quarantined = self.blocks.free(lease, writes_on=writes_on)
         self.leases.close(lease, now if writes_on else None, quarantined)
         self.history.idle_clock.note(self.tree.clock, now)

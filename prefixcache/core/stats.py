@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
 
+from prefixcache.core.hauls import Hauls
 from prefixcache.core.lease import Lease
 from prefixcache.core.ledger import Tally
 from prefixcache.core.lessor import Lessor
@@ -110,6 +111,7 @@ def counts(lessor: Lessor, now: float) -> Counts:
         restored=0 if hauls is None else hauls.num_restored,
         spoilt=0 if hauls is None else hauls.num_bad,
         **({} if hauls is None else _worth(hauls.worth)),
+        **_remote(hauls),
     )
 
 
@@ -119,6 +121,20 @@ def _worth(worth: Worth) -> dict[str, Any]:
     for at, speed in enumerate(worth.speeds):
         told[f"{TIER_NAMES[at]}_advantage"] = speed.advantage or 0.0
     return told
+
+
+def _remote(hauls: Hauls | None) -> dict[str, Any]:
+    """Tell what has gone to a store elsewhere and come back, if there is one.  O(1)."""
+    if hauls is None or (remote := hauls.remote) is None:
+        return {}
+    return {
+        "has_remote": True,
+        "remote_stored": remote.num_stored,
+        "remote_unstored": remote.num_unstored,
+        "remote_restored": hauls.num_restored_from_remote,
+        "remote_wrong": remote.num_wrong,
+        "remote_late": remote.num_late,
+    }
 
 
 def _segment_bytes(lessor: Lessor) -> int:

@@ -33,7 +33,7 @@ from array import array
 from collections import deque
 from typing import Final, NamedTuple
 
-TIER_NAMES: Final = ("host", "disk")
+TIER_NAMES: Final = ("host", "disk", "remote")
 """From the pool downwards, as people are told."""
 _FIRST_GUESS_S: Final = 0.005
 """For a block of the first tier, before any was restored, and as much more for each one below: only
