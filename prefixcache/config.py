@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prefixcache.errors import InvalidRequest
+from prefixcache.remote_address import RemoteAddress, parse_remote
 from prefixcache.types import PAGES, Layout, Partial, dtype_named
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -318,6 +319,28 @@ class ServeSettings(BaseSettings):
             "SIZE/s",
             "How much is written there in a second at most; what is more is given up.",
             unset="no limit",
+        ),
+    ] = None
+    remote: Annotated[
+        RemoteAddress | None,
+        BeforeValidator(parse_remote),
+        Option(
+            _POOL,
+            "ADDRESS",
+            "A store that other machines have, too: what is computed goes there, and what is not "
+            "here is fetched from there. valkey+unix:///PATH or valkey://HOST:PORT; a user and a "
+            "password may stand before the host.",
+            unset="none",
+        ),
+    ] = None
+    remote_secret: Annotated[
+        Path | None,
+        Option(
+            _POOL,
+            "FILE",
+            "What all machines of that store know, and nobody else: names are made and what is "
+            "stored is signed with it. At least 16 bytes.",
+            unset="none",
         ),
     ] = None
     block_size: Annotated[

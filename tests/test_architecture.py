@@ -34,6 +34,7 @@ WORDS = (
     "prefixcache.errors",
     "prefixcache.texts",
     "prefixcache.bounded_files",
+    "prefixcache.remote_address",
     "prefixcache.private_files",
     "prefixcache.run_folder",
     "prefixcache.plain_json",

@@ -31,7 +31,7 @@ from prefixcache.config import format_size
 from prefixcache.outline import Outline
 from prefixcache.pool import SHARED_MEMORY, PoolFile
 from prefixcache.texts import many
-from prefixcache.types import Checked
+from prefixcache.types import Checked, Snapshot
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 
@@ -404,9 +404,39 @@ def failures(now: Status) -> Iterator[Finding]:
         )
 
 
+def _remote(snapshot: Snapshot) -> Finding:
+    """Look at what other machines have, too."""
+    if snapshot.remote_wrong:
+        return Finding(
+            "remote",
+            WRONG,
+            f"{many(snapshot.remote_wrong, 'block')} of the remote store did not hold what their "
+            "names say: they were removed and computed again, and nobody has read them.",
+            "Somebody else writes to that store, or it is damaged: look at who may, and give "
+            "--remote-secret on all machines.",
+        )
+    stored, lost = snapshot.remote_stored, snapshot.remote_unstored
+    if lost > _MUCH_LOST * (stored + lost):
+        return Finding(
+            "remote",
+            NOTE,
+            f"{many(lost, 'block')} could not be stored for other machines: the remote store is "
+            f"too slow, or fails; {many(stored, 'block')} could.",
+            "They are computed there. Look at how much that store takes, and how fast.",
+        )
+    return Finding(
+        "remote",
+        OK,
+        f"{many(stored, 'block')} stored for other machines, "
+        f"{many(snapshot.remote_restored, 'block')} fetched from there.",
+    )
+
+
 def tier(now: Status) -> Iterator[Finding]:
     """Look at what lies below the pool."""
     snapshot = now.snapshot
+    if snapshot.has_remote:
+        yield _remote(snapshot)
     if not snapshot.host_blocks and not snapshot.disk_blocks:
         return
     lost = snapshot.evicted - snapshot.sunk - snapshot.leaving

@@ -198,6 +198,15 @@ def tiers(snapshot: Snapshot) -> list[str]:
         own = f"written {now.disk_written:,} · come back {now.disk_restored:,}"
         told = f"disk {now.disk_used:,} of {now.disk_blocks:,} ({share:.1%}) · "
         lines.append(told + (own if now.host_blocks else moved) + _gain(now.disk_advantage))
+    if now.has_remote:
+        told = f"remote: stored {now.remote_stored:,} · come back {now.remote_restored:,}"
+        for count, what in (
+            (now.remote_unstored, "not stored in time"),
+            (now.remote_wrong, "wrong"),
+            (now.remote_late, "questions not answered in time"),
+        ):
+            told += f" · {what} {count:,}" if count else ""
+        lines.append(told + _gain(now.remote_advantage))
     if lines:
         lines[0] += _declined(now)
     return lines

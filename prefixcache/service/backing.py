@@ -9,6 +9,7 @@ import math
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from prefixcache.certificates import Certificates
@@ -17,14 +18,20 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import TierSizes
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import PoolFile, check_layout, check_sizes
+from prefixcache.private_files import check_path, check_secret
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
 from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, num_slots
+from prefixcache.service.tiers.objects import Namer, Stage, head_bytes, num_stage_slots
 from prefixcache.service.tiers.slab import Slab, describe, head_type
 from prefixcache.texts import many
-from prefixcache.types import Layout, PoolHandle
+from prefixcache.types import Layout, Namespace, PoolHandle
+from prefixcache.user_folders import expand
+
+_MOST_IN_A_HAUL = 16
+_SHORTEST_SECRET, _LONGEST_SECRET = 16, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +105,19 @@ class Backing:
         """The memory below the pool, if there is any."""
         self.disk: DiskFolder | None = None
         """What is on disk below that, if there is any."""
+        self.stage: Stage | None = None
+        """Slots on the way to a store elsewhere, if there is one."""
+        self._namer: Namer | None = None
+        self._secret = remote_secret(settings)
+        self._life = secrets.token_bytes(16)
         self._file: PoolFile | None = None
         self._zeroer: BlockZeroer | None = None
         if settings.pool == "shm":
             PoolFile.sweep()
         elif settings.pool == "cuda":
             _check_cuda(settings)
-        for option, given in (("--host", settings.host), ("--disk", settings.disk)):
+        below = {"--host": settings.host, "--disk": settings.disk, "--remote": settings.remote}
+        for option, given in below.items():
             if given is not None and settings.pool != "shm":
                 raise InvalidRequest(
                     f"{option} needs a pool in shared memory, and --pool {settings.pool} has none "
@@ -203,13 +216,17 @@ class Backing:
             self.slab = Slab(self.handle, settings.host)
         if self.disk is not None:
             self.disk.open(self.handle)
+        if settings.remote is not None:
+            self.stage = Stage(self.handle)
+            self._namer = Namer(str(layout), settings.block_size, self._secret)
         self.cache, self.sizes = cache, sizes
         return cache
 
     @property
     def has_tiers(self) -> bool:
-        """Whether there is anything below the pool, and a pool."""
-        return self.slab is not None or (self.disk is not None and self.disk.num_slots > 0)
+        """Whether there is anything below the pool, here or elsewhere, and a pool."""
+        has_disk = self.disk is not None and self.disk.num_slots > 0
+        return self.slab is not None or has_disk or self.stage is not None
 
     @property
     def num_host(self) -> int:
@@ -229,7 +246,45 @@ class Backing:
             order |= self.slab.order()
         if self.disk is not None:
             order["disk"] = self.disk.order()
+        if self.stage is not None:
+            order |= {"stage": self.stage.order(), "secret": self._secret.hex()}
         return order
+
+    @property
+    def num_stage(self) -> int:
+        """Slots through which objects go to a store elsewhere, and come from there."""
+        return 0 if self.stage is None else self.stage.num_slots
+
+    @property
+    def object_bytes(self) -> int:
+        """What a block takes in a store elsewhere; the layout is known."""
+        assert self.sizes is not None
+        return head_bytes(self.sizes.block_size) + self.sizes.block_bytes
+
+    def carrier_order(self) -> dict[str, object]:
+        """Say to a carrier where the store is, and what he needs to name objects."""
+        address = self.settings.remote
+        assert self.stage is not None
+        assert self.handle is not None
+        assert address is not None
+        return {
+            "stage": self.stage.order(),
+            "address": str(address),
+            "user": address.user,
+            "password": address.password,
+            "layout": str(self.handle.layout),
+            "block_size": self.handle.block_size,
+            "secret": self._secret.hex(),
+        }
+
+    def base_name(self, namespace: Namespace, resets: int) -> bytes:
+        """Name what the objects of a namespace begin with: another name after each reset.
+
+        What was reset is of this service alone: nobody else has the names that follow.
+        """
+        assert self._namer is not None
+        told = self._life + resets.to_bytes(8, "little") if resets else b""
+        return self._namer.base(namespace, told)
 
     @property
     def medium(self) -> str:
@@ -260,6 +315,9 @@ class Backing:
         if self.disk is not None:
             self.disk.close()
             self.disk = None
+        if self.stage is not None:
+            self.stage.close()
+            self.stage = None
         if self.owner is not None:
             self.owner.close()
         if self._zeroer is not None:
@@ -288,6 +346,40 @@ def disk_folder(settings: ServeSettings) -> Path:
     )
 
 
+def remote_secret(settings: ServeSettings) -> bytes:
+    """Read what is known to all machines of a store elsewhere; nothing, if there is no secret.
+
+    Raises:
+        InvalidRequest: It cannot be read, others may read it, or it is too short; or none is given
+            where others could write to the store.
+    """
+    address, path = settings.remote, settings.remote_secret
+    if path is None:
+        if address is not None and not address.is_near:
+            raise InvalidRequest(
+                f"--remote {address} is reached over a network: whoever may write to that store "
+                "could put other keys and values there. Give --remote-secret FILE, the same on all "
+                "machines"
+            )
+        return b""
+    if address is None:
+        raise InvalidRequest("--remote-secret is for --remote, which is not given")
+    path = expand(path)
+    check_path(path, "--remote-secret")
+    check_secret(path, "--remote-secret")
+    try:
+        with path.open("rb") as file:
+            told = file.read(_LONGEST_SECRET + 1)
+    except OSError as error:
+        raise InvalidRequest(f"--remote-secret {path}: {error.strerror}") from None
+    if not _SHORTEST_SECRET <= len(told) <= _LONGEST_SECRET:
+        raise InvalidRequest(
+            f"--remote-secret {path} has {many(len(told), 'byte')}; give {_SHORTEST_SECRET} to "
+            f"{_LONGEST_SECRET:,}, for example with: head -c 32 /dev/urandom"
+        )
+    return blake2b(told, digest_size=32, person=b"prefixcache/rs").digest()
+
+
 def _tiers(sizes: Sizes, settings: ServeSettings) -> TierSizes:
     """Divide what is below a pool into slots.
 
@@ -302,20 +394,27 @@ def _tiers(sizes: Sizes, settings: ServeSettings) -> TierSizes:
         )
     if disk is not None and disk.num_bytes < slot + HEADS_AT:
         raise InvalidRequest(f"--disk {disk} holds not one block of {format_size(slot)}: raise it")
-    if host is None and disk is None:
+    if host is None and disk is None and settings.remote is None:
         return TierSizes()
     tiers = TierSizes.of(
         sizes.num_lent,
         host=0 if host is None else host // slot,
         disk=0 if disk is None else num_slots(disk.num_bytes, slot),
         disk_per_s=math.inf if settings.disk_write is None else settings.disk_write / slot,
+        remote=0 if settings.remote is None else objects_in_a_haul(sizes),
     )
-    if not tiers.ahead:
+    if tiers.below and not tiers.ahead:
         raise InvalidRequest(
             f"a pool of {many(sizes.num_lent, 'block')} is too small for --host and --disk: they "
             "take at least 8. Raise --memory or lower --block-size."
         )
     return tiers
+
+
+def objects_in_a_haul(sizes: Sizes) -> int:
+    """Give how many blocks are fetched from elsewhere together, or stored: two such each way."""
+    size = head_bytes(sizes.block_size) + sizes.block_bytes
+    return min(_MOST_IN_A_HAUL, num_stage_slots(size) // 4)
 
 
 def _differs(ours: Layout, sent: Layout) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from prefixcache.config import ServeSettings
 from prefixcache.service.backing import Backing
+from prefixcache.service.carriage import Carriage
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.haulage import Haulage
@@ -43,6 +44,8 @@ class Domain:
         workers = Workers(backing, deliveries, settings)
         handlers = Handlers(settings, backing, deliveries, workers)
         haulage = Haulage(backing, deliveries, handlers.failures)
+        if settings.remote is not None:
+            haulage.carriage = Carriage(backing, deliveries, handlers.failures, haulage.hand)
         workers.set_own_process(lambda: haulage.pid)
         return cls(backing, deliveries, workers, handlers, haulage)
 

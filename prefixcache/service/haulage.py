@@ -4,7 +4,9 @@
 core ─ hauls ─► up   ─┐ at most two    ┌─► porter ─┐
                 down ─┴─► in his hands ┘           └─ report ─► core ─► who waits is tried again
 ```
-What comes back goes first: who waits for it waits for a piece that is going down at most.
+What goes to a store elsewhere, or comes from there, passes through slots, and through the hands of
+a carrier (`carriage.py`).  What comes back goes first: who waits for it waits for a piece that is
+going down at most.
 
 What is to be written to a disk that fails is lost, and nothing is written there for a pause that
 doubles each time, too.
@@ -35,6 +37,7 @@ import structlog
 from prefixcache.core.hauls import Haul
 from prefixcache.plain_json import json_text
 from prefixcache.service.backing import Backing
+from prefixcache.service.carriage import Carriage
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
 from prefixcache.service.tiers.orders import MOST_BYTES, READY, Report, pack_haul, read_report
@@ -97,6 +100,8 @@ class Haulage:
         self.num_ended = 0
         """Porters that have ended before the service."""
         self._is_closed = False
+        self.carriage: Carriage | None = None
+        """Fetches from a store elsewhere, and stores there, if there is one."""
         deliveries.on_settle = self.pump
 
     @property
@@ -116,9 +121,20 @@ class Haulage:
             if self._timer is None:
                 self._start()
             return
+        if self.carriage is not None:
+            self.carriage.pump()
         for haul in cache.hauls(now=time.monotonic()):
-            (self._up if haul.is_up else self._down).append(haul)
+            if haul.names and self.carriage is not None:
+                self.carriage.take(haul)
+            else:
+                self.hand(haul)
+        if self.carriage is not None:
+            self.carriage.pump()
         self._give()
+
+    def hand(self, haul: Haul) -> None:
+        """Put a haul into the queue: the porter is given it once he has a hand free."""
+        (self._up if haul.is_up else self._down).append(haul)
 
     def _start(self) -> None:
         """Start a porter.  He reports once he is ready."""
@@ -166,7 +182,7 @@ class Haulage:
                 return  # he has ended: that is told apart
             haul = queue.popleft()
             self._in_hand[haul.id] = time.monotonic()
-            if not haul.is_up and max(haul.slots) >= self._backing.num_host:
+            if not haul.is_up and not haul.names and max(haul.slots) >= self._backing.num_host:
                 self._to_disk.add(haul.id)
 
     def _hear(self) -> None:
@@ -194,7 +210,9 @@ class Haulage:
             cache.set_porter(is_there=True, now=now)
         else:
             self._note_disk(report, now)
-            cache.hauled(report.haul, report.num_good, report.seconds, now=now)
+            far = self.carriage
+            if far is None or not far.copied(report.haul, report.num_good, report.seconds):
+                cache.hauled(report.haul, report.num_good, report.seconds, now=now)
         self._deliveries.settle()
 
     def _note_disk(self, report: Report, now: float) -> None:
@@ -250,6 +268,8 @@ class Haulage:
         self._timer_to_start(f"has ended with {code}")
         if cache is not None:
             cache.set_porter(is_there=False, now=time.monotonic())
+        if self.carriage is not None:
+            self.carriage.porter_ended()
         self._deliveries.settle()
 
     def _timer_to_start(self, why: str) -> None:
@@ -283,8 +303,10 @@ class Haulage:
         self._process = None
 
     def close(self) -> None:
-        """End the porter.  Idempotent."""
+        """End the porter, and the carrier.  Idempotent."""
         self._is_closed = True
+        if self.carriage is not None:
+            self.carriage.close()
         process = self._process
         self._let_go()
         if process is not None:

@@ -327,6 +327,13 @@ def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
             tokens = num_slots * backing.sizes.block_size
             line += f" = {many(num_slots, 'block')} = {tokens:,} tokens"
         yield line
+    if settings.remote is not None:
+        signed = "signed" if settings.remote_secret is not None else "not signed"
+        line = f"for other machines, too: {settings.remote}, what is stored there is {signed}"
+        if backing.sizes is not None:
+            size = format_size(backing.object_bytes)
+            line += f"; {many(backing.sizes.block_size, 'token')} take {size} there"
+        yield line
 
 
 def _describe(state: Condition) -> str:

@@ -267,25 +267,27 @@ class _Domain:
 
     def _tier(self, counts: Counts) -> Iterator[Metric]:
         names = {"host": counts.host_blocks, "disk": counts.disk_blocks}
-        if not any(names.values()):
+        if not any(names.values()) and not counts.has_remote:
             return
         tier = ("tier",)
-        yield _gauge(
-            "prefixcache_tier_capacity_blocks",
-            "Blocks that fit below the pool.",
-            {(name,): number for name, number in names.items() if number},
-            tier,
-        )
-        yield _gauge(
-            "prefixcache_tier_blocks",
-            "Of these, those that hold something.",
-            {
-                (name,): used
-                for name, used in (("host", counts.host_used), ("disk", counts.disk_used))
-                if names[name]
-            },
-            tier,
-        )
+        if any(names.values()):
+            yield _gauge(
+                "prefixcache_tier_capacity_blocks",
+                "Blocks that fit below the pool.",
+                {(name,): number for name, number in names.items() if number},
+                tier,
+            )
+            yield _gauge(
+                "prefixcache_tier_blocks",
+                "Of these, those that hold something.",
+                {
+                    (name,): used
+                    for name, used in (("host", counts.host_used), ("disk", counts.disk_used))
+                    if names[name]
+                },
+                tier,
+            )
+        names["remote"] = counts.has_remote
         yield _counter(
             "prefixcache_hauled_blocks",
             "Blocks that were copied to a tier, and from it to the pool.",
@@ -293,9 +295,14 @@ class _Domain:
                 ways: number
                 for ways, number in (
                     (("host", "down"), counts.sunk - counts.disk_written + counts.disk_moved),
-                    (("host", "up"), counts.restored - counts.disk_restored),
+                    (
+                        ("host", "up"),
+                        counts.restored - counts.disk_restored - counts.remote_restored,
+                    ),
                     (("disk", "down"), counts.disk_written),
                     (("disk", "up"), counts.disk_restored),
+                    (("remote", "down"), counts.remote_stored),
+                    (("remote", "up"), counts.remote_restored),
                 )
                 if names[ways[0]]
             },
@@ -317,7 +324,28 @@ class _Domain:
             },
             ("reason",),
         )
-        gains = {("host",): counts.host_advantage, ("disk",): counts.disk_advantage}
+        if counts.has_remote:
+            yield _counter(
+                "prefixcache_remote_unstored_blocks",
+                "Blocks that should have been stored for other machines: the store was too slow, "
+                "or failed.",
+                counts.remote_unstored,
+            )
+            yield _counter(
+                "prefixcache_remote_wrong_blocks",
+                "Blocks that came from there and were not what their names say: read by nobody.",
+                counts.remote_wrong,
+            )
+            yield _counter(
+                "prefixcache_remote_late",
+                "Questions that the store did not answer in time.",
+                counts.remote_late,
+            )
+        gains = {
+            ("host",): counts.host_advantage,
+            ("disk",): counts.disk_advantage,
+            ("remote",): counts.remote_advantage,
+        }
         if any(gains.values()):
             yield _gauge(
                 "prefixcache_fetch_advantage",

@@ -5,6 +5,7 @@ service   one line of JSON: where pool, slabs and heads are ──────�
           ◄───────────────────────────────────────────────────── a report: number 0, it is ready
           haul: number | way | count | blocks | slots | stamps | tokens ────────►
              or number | way | count | sources | slots | stamps ────────────────►
+             or number | way | count | blocks | slots | names | tokens ─────────►
           ◄───────────────────── report: number | blocks that are good | what failed | seconds
 ```
 A message is a packet (`SOCK_SEQPACKET`), so it is whole or not there.  One side's end is the
@@ -18,12 +19,14 @@ from array import array
 from typing import Final, NamedTuple
 
 from prefixcache.core.hauls import Haul
-from prefixcache.types import HaulId
+from prefixcache.core.remote import NAME_BYTES
+from prefixcache.types import BlockTable, HaulId
 
 _HAUL: Final = struct.Struct("<qBxxxI")
 _REPORT: Final = struct.Struct("<qIid")
-_DOWN, _UP, _ON = 0, 1, 2
-"""From the pool to slots, from slots to the pool, and from slots of HOST to those of DISK."""
+_DOWN, _UP, _ON, _PACK, _UNPACK = 0, 1, 2, 3, 4
+"""From the pool to slots, from slots to the pool, and from slots of HOST to those of DISK; and from
+the pool to slots of objects, and back."""
 
 READY: Final = HaulId(0)
 """The number of the report that a porter begins with."""
@@ -45,11 +48,11 @@ class Report(NamedTuple):
 def pack_haul(haul: Haul) -> bytes:
     """Write a haul.  O(its bytes)."""
     way = _ON if haul.sources else _UP if haul.is_up else _DOWN
+    if haul.names:
+        way = _UNPACK if haul.is_up else _PACK
     head = _HAUL.pack(haul.id, way, len(haul.slots))
-    here = haul.sources or haul.blocks
-    return b"".join(
-        (head, here.tobytes(), haul.slots.tobytes(), haul.stamps.tobytes(), haul.tokens)
-    )
+    here, beside = haul.sources or haul.blocks, haul.names or haul.stamps.tobytes()
+    return b"".join((head, here.tobytes(), haul.slots.tobytes(), beside, haul.tokens))
 
 
 def read_haul(message: bytes) -> Haul:
@@ -65,6 +68,8 @@ def read_haul(message: bytes) -> Haul:
     at = _HAUL.size
     here = array("i", message[at : at + 4 * count])
     slots = array("i", message[at + 4 * count : at + 8 * count])
+    if way in (_PACK, _UNPACK):
+        return _read_named(number, way == _UNPACK, here, slots, message[at + 8 * count :])
     stamps = array("q", message[at + 8 * count : at + 16 * count])
     tokens = message[at + 16 * count :]
     if not len(here) == len(slots) == len(stamps) == count or not count or len(tokens) % count:
@@ -74,6 +79,14 @@ def read_haul(message: bytes) -> Haul:
     if way == _ON:
         return Haul(HaulId(number), False, array("i"), slots, stamps, b"", here)
     return Haul(HaulId(number), way == _UP, here, slots, stamps, tokens)
+
+
+def _read_named(number: int, is_up: bool, here: BlockTable, slots: BlockTable, rest: bytes) -> Haul:
+    count = len(here)
+    names, tokens = rest[: NAME_BYTES * count], rest[NAME_BYTES * count :]
+    if not len(slots) == count or not count or not tokens or len(tokens) % count:
+        raise ValueError(f"a haul of {count:,} objects and {len(tokens)} bytes of tokens")
+    return Haul(HaulId(number), is_up, here, slots, array("q"), tokens, names=names)
 
 
 def pack_report(report: Report) -> bytes:

@@ -32,6 +32,7 @@ import numpy as np
 from prefixcache.core.hauls import Haul
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.tiers.disk import DiskSlab
+from prefixcache.service.tiers.objects import Packer
 from prefixcache.service.tiers.orders import (
     MOST_BYTES,
     READY,
@@ -53,11 +54,19 @@ class Porter:
         memory: Pool, slab and heads.
         seed: Of the sums: the same for as long as the slabs are kept.
         disk: The slab on disk, if there is one.
+        packer: Makes objects of blocks, and blocks of objects, if any go elsewhere.
     """
 
-    def __init__(self, memory: SlabMap, seed: int, disk: DiskSlab | None = None) -> None:
+    def __init__(
+        self,
+        memory: SlabMap,
+        seed: int,
+        disk: DiskSlab | None = None,
+        packer: Packer | None = None,
+    ) -> None:
         self._memory = memory
         self._disk = disk
+        self._packer = packer
         self._sums = Checksums(memory.memory, memory.handle, seed)
         self._num_host = len(memory.heads)
         self.error = 0
@@ -70,10 +79,20 @@ class Porter:
             How many, from the first on, have arrived as they should be.
         """
         self.error = 0
+        if haul.names:
+            return self._pass(haul)
         if haul.sources:
             return self._on(haul)
         tokens = np.frombuffer(haul.tokens, np.uint32).reshape(len(haul.slots), -1)
         return self._up(haul, tokens) if haul.is_up else self._down(haul, tokens)
+
+    def _pass(self, haul: Haul) -> int:
+        """To slots from which they are stored elsewhere, or from slots into which they came."""
+        if self._packer is None:
+            raise AssertionError("a haul of objects, and nothing is stored elsewhere")
+        blocks = np.frombuffer(haul.blocks, np.uint32)
+        move = self._packer.unpack if haul.is_up else self._packer.pack
+        return move(blocks, haul.slots.tolist(), haul.names, haul.tokens)
 
     def _on(self, haul: Haul) -> int:
         """From HOST to DISK: the bytes, and what stands beside them, as they are."""
@@ -189,7 +208,7 @@ def serve(line: socket.socket, porter: Porter) -> None:
         line.sendall(pack_report(Report(haul.id, num_good, took, porter.error)))
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End when the service does, however that ends, and although nothing is read just now."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -203,14 +222,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service
     with socket.socket(fileno=int(number)) as line:
         order: dict[str, Any] = json.loads(line.recv(MOST_BYTES))
-        _die_with(order["parent"])
+        die_with(order["parent"])
         os.nice(_NICENESS)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             memory = SlabMap(order)
             disk = None
             if "disk" in order:
                 disk = DiskSlab(order["disk"], memory.handle, len(memory.heads))
-            serve(line, Porter(memory, order["seed"], disk))
+            packer = None
+            if "stage" in order:
+                secret = bytes.fromhex(order["secret"])
+                packer = Packer(memory.memory, memory.handle, order["stage"], secret)
+            serve(line, Porter(memory, order["seed"], disk, packer))
     return 0
 
 

@@ -82,14 +82,14 @@ class SlabMap:
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
-        self.handle = _handle(order["pool"])
+        self.handle = read_handle(order["pool"])
         self._maps: list[mmap.mmap] = []
         self.memory, self.pool = self._map(self.handle)
         self.slab = self.pool[:, :0]
         self.heads: npt.NDArray[Any] = np.empty(0, head_type(self.handle.block_size))
         if "slab" in order:
-            _, self.slab = self._map(_handle(order["slab"]))
-            _, pages = self._map(_handle(order["heads"]))
+            _, self.slab = self._map(read_handle(order["slab"]))
+            _, pages = self._map(read_handle(order["heads"]))
             self.heads = pages[0].view(self.heads.dtype)[:, 0]
 
     def _map(self, handle: PoolHandle) -> tuple[mmap.mmap, npt.NDArray[np.uint8]]:
@@ -110,7 +110,8 @@ def describe(handle: PoolHandle) -> dict[str, Any]:
     }
 
 
-def _handle(told: dict[str, Any]) -> PoolHandle:
+def read_handle(told: dict[str, Any]) -> PoolHandle:
+    """Read what `describe` wrote."""
     return PoolHandle(
         "shm",
         told["name"],

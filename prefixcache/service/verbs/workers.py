@@ -50,8 +50,8 @@ class WorkerVerbs(Verbs):
 
         Raises:
             LayoutMismatch: the pool holds another layout, or blocks of another size.
-            InvalidRequest: a text cannot be kept or shown, the layout is none, or it speaks for
-                too many lost workers.
+            InvalidRequest: a text cannot be kept or shown, the layout is none, it speaks for too
+                many lost workers, or what is stored elsewhere needs another name of the model.
             NotFound: it names another tenant, or a model that it may not use.
             ServiceUnavailable: the service is about to end.
         """
@@ -66,6 +66,11 @@ class WorkerVerbs(Verbs):
         if not namespace.model:
             raise InvalidRequest("a namespace needs the name of a model")
         namespace = asker.identity.own(namespace)
+        if self.settings.remote is not None and "@" not in namespace.model:
+            raise InvalidRequest(
+                f"model {namespace.model!r}: with --remote, a model's name says which weights it "
+                "has, since machines with others use the same store: call it NAME@REVISION"
+            )
         if not isinstance(asker, Worker):  # who is refused must not settle the layout for all
             self.workers.check_new(asker.identity, request.name, request.group)
         fresh = self.backing.cache is None

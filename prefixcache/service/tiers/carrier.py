@@ -1,0 +1,138 @@
+"""The carrier: the process that talks to a store which other machines have, too.
+
+    python -m prefixcache.service.tiers.carrier FD FD FD   started by `carriage.py`, one at a time
+
+What a store, its library or the network does to who talks to it happens to this process, and not to
+the service; and all of the memory that it has mapped is the slots through which objects go
+(`objects.py`): neither the pool nor what lies below it.  What a store has sent is believed by
+nobody here: the porter compares it where it has arrived.
+
+It ends with the service.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from prefixcache.core.remote import NAME_BYTES
+from prefixcache.remote_address import RemoteAddress, parse_remote
+from prefixcache.service.tiers.errands import (
+    HEAD_BYTES,
+    MOST_BYTES,
+    READY,
+    Answer,
+    Errand,
+    Kind,
+    length_of,
+    pack_answer,
+    read_errand,
+)
+from prefixcache.service.tiers.objects import Namer, map_stage
+from prefixcache.service.tiers.porter import die_with
+from prefixcache.service.tiers.remote.store import (
+    RemoteError,
+    RemoteTier,
+    object_names,
+)
+from prefixcache.service.tiers.remote.valkey import Valkey
+
+_LONGEST_ERROR: Final = 400
+"""Characters."""
+
+
+class Carrier:
+    """Runs the errands of one socket.
+
+    Args:
+        store: This one's own connection.
+        slots: `[slot, bytes of an object]`.
+        namer: Names what is asked for.
+    """
+
+    def __init__(self, store: RemoteTier, slots: Any, namer: Namer) -> None:
+        self._store = store
+        self._slots = slots
+        self._namer = namer
+
+    def run(self, kind: Kind, errand: Errand) -> Answer:
+        """Run an errand.  However it fails, the answer says so.  O(its bytes)."""
+        began = time.perf_counter()
+        try:
+            each, names = self._run(kind, errand)
+        except RemoteError as error:
+            took_s = time.perf_counter() - began
+            return Answer(errand.number, took_s, error=str(error)[:_LONGEST_ERROR])
+        return Answer(errand.number, time.perf_counter() - began, each, names)
+
+    def _run(self, kind: Kind, errand: Errand) -> tuple[bytes, bytes]:
+        if kind is Kind.ASK:
+            base, tokens = errand.text[:NAME_BYTES], errand.text[NAME_BYTES:]
+            names = self._namer.names(base, tokens, errand.first)
+            return self._store.exists(object_names(names)), names
+        named = object_names(errand.text)
+        if not errand.slots:
+            self._store.remove(named)
+            return b"", b""
+        slots = [memoryview(self._slots[slot]) for slot in errand.slots]
+        move = self._store.get_into if kind is Kind.GET else self._store.put_from
+        return bytes(move(named, slots)), b""
+
+
+def opener(address: RemoteAddress) -> Callable[[], RemoteTier]:
+    """Give what makes one connection after the other to a store.  Connects to nothing yet."""
+    return lambda: Valkey(address)
+
+
+def serve(line: socket.socket, kind: Kind, carrier: Carrier) -> None:
+    """Run errands until the other end closes."""
+    with line.makefile("rb") as stream:
+        while len(head := stream.read(HEAD_BYTES)) == HEAD_BYTES:
+            frame = stream.read(length_of(head))
+            line.sendall(pack_answer(carrier.run(kind, read_errand(frame))))
+
+
+def _serve_all(lines: Sequence[socket.socket], make: Callable[[], Carrier]) -> None:
+    """Run the errands of all sockets, each in a thread; until one of them ends."""
+    ended = threading.Event()
+
+    def work(line: socket.socket, kind: Kind) -> None:
+        try:
+            serve(line, kind, make())
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the service has ended
+        finally:
+            ended.set()
+
+    for kind, line in zip(Kind, lines, strict=True):
+        threading.Thread(target=work, args=(line, kind), daemon=True, name=kind.name).start()
+    lines[0].sendall(pack_answer(Answer(READY, 0.0)))
+    ended.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Be a service's carrier: the descriptors of our ends of the sockets are the arguments."""
+    numbers = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service
+    lines = [socket.socket(fileno=int(number)) for number in numbers]
+    with lines[0].makefile("rb") as stream:
+        order: dict[str, Any] = json.loads(stream.readline(MOST_BYTES))
+    die_with(order["parent"])
+    address = parse_remote(order["address"])
+    assert address is not None
+    address = address._replace(user=order["user"], password=order["password"])
+    _, slots = map_stage(order["stage"])
+    namer = Namer(order["layout"], order["block_size"], bytes.fromhex(order["secret"]))
+    connect = opener(address)
+    _serve_all(lines, lambda: Carrier(connect(), slots, namer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""What is said to a Valkey server, and what becomes of one object when others are not there."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from prefixcache.remote_address import parse_remote
+from prefixcache.service.tiers.remote.store import RemoteError
+from prefixcache.service.tiers.remote.valkey import Valkey
+from service.valkey_server import ValkeyServer, needs_valkey
+
+SIZE = 100_000
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ValkeyServer]:
+    server = ValkeyServer(tmp_path)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def store(server: ValkeyServer) -> Iterator[Valkey]:
+    store = connect(server.address)
+    yield store
+    store.close()
+
+
+def connect(address: str) -> Valkey:
+    found = parse_remote(address)
+    assert found is not None
+    return Valkey(found)
+
+
+def slots(count: int, size: int = SIZE) -> list[memoryview]:
+    return [memoryview(bytearray(size)) for _ in range(count)]
+
+
+def contents(count: int) -> list[memoryview]:
+    return [memoryview(bytearray(os.urandom(SIZE))) for _ in range(count)]
+
+
+@needs_valkey
+def test_what_is_stored_is_there_and_comes_back(store: Valkey) -> None:
+    told, names = contents(5), [f"k{at}" for at in range(5)]
+    assert store.exists(names) == bytes(5)
+    assert store.put_from(names, told) == [True] * 5
+    assert store.exists([*names, "k9"]) == b"\1" * 5 + b"\0"
+    found = slots(5)
+    assert store.get_into(names, found) == [True] * 5
+    assert found == told
+    store.remove([*names[:2], "k9"])
+    assert store.exists(names) == bytes([0, 0, 1, 1, 1])
+
+
+@needs_valkey
+def test_one_object_that_is_missing_or_of_another_size_is_no_matter_to_the_others(
+    server: ValkeyServer, store: Valkey
+) -> None:
+    told, found = contents(4), slots(4)
+    store.put_from(["a", "c", "d"], told[:3])
+    server.call("SET", "b", "short")
+    server.call("SET", "d", b"\r\n" * SIZE)
+    assert store.get_into(["b", "a", "x", "c"], found) == [False, True, False, True]
+    assert found[1] == told[0]
+    assert found[3] == told[1]
+    assert store.get_into(["d", "a", "b", "c"], found) == [False, True, False, True]
+    assert found[3] == told[1]
+
+
+@needs_valkey
+def test_a_full_server_refuses_and_says_so(tmp_path: Path, stack: ExitStack) -> None:
+    server = ValkeyServer(tmp_path, "--maxmemory-policy", "noeviction", "--maxmemory", "1")
+    try:
+        store = stack.enter_context(closing(connect(server.address)))
+        with pytest.raises(RemoteError, match="the server says: OOM"):
+            store.put_from(["a"], contents(1))
+    finally:
+        server.kill()
+
+
+@needs_valkey
+def test_a_password_is_sent_and_never_shown(tmp_path: Path, stack: ExitStack) -> None:
+    server = ValkeyServer(tmp_path, "--requirepass", "sesame")
+    try:
+        address = parse_remote(server.address.replace("://", "://:sesame@"))
+        assert address is not None
+        assert "sesame" not in str(address)
+        store = stack.enter_context(closing(Valkey(address)))
+        assert store.exists(["a"]) == b"\0"
+        for password, why in (("", "NOAUTH"), ("open", "WRONGPASS")):
+            wrong = stack.enter_context(closing(Valkey(address._replace(password=password))))
+            with pytest.raises(RemoteError, match=why):
+                wrong.exists(["a"])
+    finally:
+        server.kill()
+
+
+@needs_valkey
+def test_a_server_that_hangs_is_waited_for_a_moment_and_found_again(
+    server: ValkeyServer, store: Valkey
+) -> None:
+    (told,) = contents(1)
+    store.put_from(["a"], [told])
+    server.stop()
+    try:
+        with pytest.raises(RemoteError, match="does not answer"):
+            store.get_into(["a"], slots(1))
+    finally:
+        server.go_on()
+    (found,) = slots(1)
+    assert store.get_into(["a"], [found]) == [True]
+    assert found == told
+
+
+@needs_valkey
+def test_a_server_that_ends_is_an_error_and_the_next_one_is_used(
+    server: ValkeyServer, store: Valkey
+) -> None:
+    assert store.exists(["a"]) == b"\0"
+    server.kill()
+    with pytest.raises(RemoteError, match=str(server.path)):
+        store.exists(["a"])
+    server.restart()
+    assert store.exists(["a"]) == b"\0"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"$99999999999\r\n", b"hello\r\n", b"$5\r\nab", b"x" * 9000, b"", b"-ERR no\r\n", b"$-5\r\n"],
+)
+def test_who_answers_with_something_else_is_an_error(tmp_path: Path, answer: bytes) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def lie() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(65_536)
+                peer.sendall(answer)
+
+        liar = threading.Thread(target=lie)
+        liar.start()
+        store = connect(f"valkey+unix://{path}")
+        with pytest.raises(RemoteError):
+            store.get_into(["a"], slots(1, 5))
+        store.close()
+        liar.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("http://host", "no kind of store"),
+        ("valkey://", "names no host"),
+        ("valkey://host/3", "names no host"),
+        ("valkey+unix://host/x", "no absolute path"),
+        ("valkey+unix://", "no absolute path"),
+        ("valkey://host:99999", "cannot read"),
+        ("valkey://host:1?x=y", "nothing may follow"),
+        ("host", "no kind of store"),
+    ],
+)
+def test_what_is_no_address_is_refused_with_what_one_looks_like(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_remote(text)
+
+
+def test_which_addresses_nobody_else_can_listen_to() -> None:
+    near = ["valkey+unix:///s", "valkey://127.0.0.1", "valkey://[::1]:1", "valkey://localhost"]
+    far = ["valkey://10.0.0.1", "valkey://store.example:7000"]
+    assert [parse_remote(one).is_near for one in near + far] == [True] * 4 + [False] * 2  # type: ignore[union-attr]
