@@ -343,25 +343,15 @@ def replay_below(
             advance(_HOUSEKEEPING)
     windows.turn(mover.now)
     told = cache.counts(now=mover.now)
-    outcome = Outcome(
+    outcome = sums.outcome(
+        trace,
         block_size=asked.block_size,
         capacity_blocks=asked.capacity_blocks,
         policy=asked.policy,
         partial=asked.partial,
-        unit=trace.unit,
-        requests=len(trace),
-        prompt_tokens=trace.prompt_tokens,
-        hit_tokens=sums.hit_tokens,
-        partial_tokens=sums.partial_tokens,
-        hit_blocks=sums.hit_blocks,
-        prompt_blocks=sums.prompt_blocks,
-        mean_request_hit=sums.request_hits / max(1, len(trace)),
-        mean_request_blocks=sums.request_blocks / max(1, len(trace)),
         evictions=told.evicted,
         peak_blocks=peak,
-        ledger=sums.ledger(),
-        windows=tuple(windows.done),
-        broken_lines=len(trace.broken),
+        windows=windows.done,
         cpu_s=time.process_time() - started,
     )
     times = np.sort(np.frombuffer(first_s or array("d", [0.0])))

@@ -99,25 +99,15 @@ def replay_flat(
         fates = Ledger(hit=hit * words, evicted=(seen - hit) * words)
         sums.add(fates, request.prompt, request.length)
     windows.turn(now)
-    return Outcome(
+    return sums.outcome(
+        trace,
         block_size=block_size,
         capacity_blocks=num_blocks,
         policy=FLAT_LFU,
         partial=Partial.OFF,
-        unit=trace.unit,
-        requests=len(trace),
-        prompt_tokens=trace.prompt_tokens,
-        hit_tokens=sums.hit_tokens,
-        partial_tokens=sums.partial_tokens,
-        hit_blocks=sums.hit_blocks,
-        prompt_blocks=sums.prompt_blocks,
-        mean_request_hit=sums.request_hits / max(1, len(trace)),
-        mean_request_blocks=sums.request_blocks / max(1, len(trace)),
         evictions=found.evictions,
         peak_blocks=found.peak,
-        ledger=sums.ledger(),
-        windows=tuple(windows.done),
-        broken_lines=len(trace.broken),
+        windows=windows.done,
         cpu_s=time.process_time() - began,
     )
 

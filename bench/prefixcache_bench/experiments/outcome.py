@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prefixcache.types import Ledger, Partial
+from prefixcache_bench.experiments.traces import Trace
 
 FATES = ("hit", "partial", "joined", "cold", "evicted", "granularity")
 _DIGITS = 6
@@ -103,6 +105,54 @@ class Sums:
             cold=self.cold,
             evicted=self.evicted,
             granularity=self.granularity,
+        )
+
+    def outcome(
+        self,
+        trace: Trace,
+        *,
+        block_size: int,
+        capacity_blocks: int | None,
+        policy: str,
+        partial: Partial,
+        evictions: int,
+        peak_blocks: int,
+        windows: Sequence[Window],
+        cpu_s: float,
+    ) -> Outcome:
+        """Say what one configuration gave on a whole trace, of which each request was counted.
+
+        Args:
+            trace: The requests, grouped or not.
+            block_size: Tokens per block.
+            capacity_blocks: What might stay stored; None: everything.
+            policy: The order of eviction.
+            partial: The mode of partial reuse.
+            evictions: Blocks that were evicted.
+            peak_blocks: Most blocks that were stored after a request.
+            windows: The ledger over time.
+            cpu_s: What it took.
+        """
+        return Outcome(
+            block_size=block_size,
+            capacity_blocks=capacity_blocks,
+            policy=policy,
+            partial=partial,
+            unit=self._unit,
+            requests=len(trace),
+            prompt_tokens=trace.prompt_tokens,
+            hit_tokens=self.hit_tokens,
+            partial_tokens=self.partial_tokens,
+            hit_blocks=self.hit_blocks,
+            prompt_blocks=self.prompt_blocks,
+            mean_request_hit=self.request_hits / max(1, len(trace)),
+            mean_request_blocks=self.request_blocks / max(1, len(trace)),
+            evictions=evictions,
+            peak_blocks=peak_blocks,
+            ledger=self.ledger(),
+            windows=tuple(windows),
+            broken_lines=len(trace.broken),
+            cpu_s=cpu_s,
         )
 
 

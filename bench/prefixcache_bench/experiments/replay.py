@@ -140,24 +140,14 @@ def replay(
                 advance(_HOUSEKEEPING)
             cache.next_deadline()  # forgets the leases that ended
     windows.turn(now)
-    return Outcome(
+    return sums.outcome(
+        trace,
         block_size=asked.block_size,
         capacity_blocks=asked.capacity_blocks,
         policy=asked.policy,
         partial=asked.partial,
-        unit=trace.unit,
-        requests=len(trace),
-        prompt_tokens=trace.prompt_tokens,
-        hit_tokens=sums.hit_tokens,
-        partial_tokens=sums.partial_tokens,
-        hit_blocks=sums.hit_blocks,
-        prompt_blocks=sums.prompt_blocks,
-        mean_request_hit=sums.request_hits / max(1, len(trace)),
-        mean_request_blocks=sums.request_blocks / max(1, len(trace)),
         evictions=cache.snapshot(now=now).evicted,
         peak_blocks=peak,
-        ledger=sums.ledger(),
-        windows=tuple(windows.done),
-        broken_lines=len(trace.broken),
+        windows=windows.done,
         cpu_s=time.process_time() - started,
     )
