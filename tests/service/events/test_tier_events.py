@@ -120,6 +120,15 @@ async def follow(log: EventLog, router: Router, pause_s: float = 0.0) -> None:
             await asyncio.sleep(pause_s)
 
 
+async def end(log: EventLog, *tasks: asyncio.Task[None]) -> None:
+    """Let those go who follow a log, of whom none had an end of its own."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        assert isinstance(ended, asyncio.CancelledError)
+    log.close()
+
+
 def heard_of(story: Callable[[Tiered, Callable[[], Awaitable[Any]]], Awaitable[None]], **kind: Any):
     """Run a story over a tiered cache; give what was heard from its begin on, and the router."""
     tiered, router = Tiered(**kind), Router()
@@ -139,9 +148,7 @@ def heard_of(story: Callable[[Tiered, Callable[[], Awaitable[Any]]], Awaitable[N
         await quiet()
         await story(tiered, quiet)
         await quiet()
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        log.close()
+        await end(log, task)
 
     asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
     assert set(router.stored) == tiered.truth()
@@ -296,11 +303,7 @@ def test_events_give_where_all_lies_to_early_late_and_slow_watchers(
             if round_ == 6:
                 tasks.append(asyncio.create_task(follow(log, routers[1])))
         await asyncio.sleep(0.5)
-        for task in tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(ended, asyncio.CancelledError)
-        log.close()
+        await end(log, *tasks)
         return routers
 
     truth_of = [set(one.stored) for one in asyncio.run(story())]
@@ -327,11 +330,7 @@ def test_who_comes_late_is_told_of_a_block_after_the_one_before_it() -> None:
         await asyncio.sleep(0.2)
         tasks.append(asyncio.create_task(follow(log, routers[1])))
         await asyncio.sleep(0.2)
-        for task in tasks:
-            task.cancel()
-        for ended in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(ended, asyncio.CancelledError)
-        log.close()
+        await end(log, *tasks)
         return routers
 
     for router in asyncio.run(story()):
