@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import prefixcache
+from certificate_file import write
 from patience import PATIENCE_S
 from prefixcache.errors import InvalidRequest, ServiceUnavailable, Unsupported
 from prefixcache_worker import (
@@ -214,6 +215,7 @@ def test_what_has_no_effect_is_refused_by_name(name: str, model: Model) -> None:
         ({"weights": "int8"}, "weights"),
         ({"weights": "packed", "threads": 2, "dtype": "float32"}, "dtype, threads, weights"),
         ({"memory": "4MiB"}, "memory"),
+        ({"segments": "certificate.json"}, "segments"),
     ],
     ids=str,
 )
@@ -223,6 +225,44 @@ def test_what_is_settled_by_what_is_there_is_refused(
     """A model that is loaded has its weights, and a service that answers its pool."""
     with pytest.raises(InvalidRequest, match=f"^{named}"):
         LLM(model, connect=service.target, **given)
+
+
+STORED = random_tokens(97, seed=31)
+MOVED = [9, *STORED[20:90], 2, 3]
+CERTIFIED = {"deviation 100%": ((0.0, 0.5), (0.0, 0.9)), "first 5": ((0.004, 0.1), (0.9, 0.2))}
+
+
+def test_one_asks_for_tokens_at_other_places_and_is_told(model: Model, folder: Path) -> None:
+    """All of what is moved is computed again by this certificate: so the answer is exact, too."""
+    certificate = write(folder, model=model.name, measured=CERTIFIED)
+    own = f"unix:{folder}/none.sock"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFIXCACHE_TARGET", own)
+        made = LLM(model, memory="4MiB", segments=certificate)
+    with made as llm:
+        assert llm.service_pid
+        llm.generate(STORED, GREEDY)
+        how = SamplingParams(temperature=0, max_tokens=8, segments=True)
+        [moved] = llm.generate(MOVED, how)
+        assert moved.approximate
+        assert (moved.num_cached_tokens, moved.num_approximate_tokens) == (0, 0)
+        answer = moved.outputs[0].token_ids
+        assert answer == alone(model, MOVED, 8)
+        [turn] = llm.generate([*MOVED, *answer, 7], how)
+        assert turn.approximate
+        assert turn.num_approximate_tokens > len(MOVED)
+        [exact] = llm.generate(MOVED, GREEDY)
+        assert (exact.approximate, exact.num_cached_tokens) == (False, 0)
+        with pytest.raises(InvalidRequest, match="do not go with prompt_logprobs"):
+            SamplingParams(segments=True, prompt_logprobs=1)
+
+
+def test_segments_that_no_certificate_allows_end_the_call_by_name(llm: LLM) -> None:
+    with pytest.raises(Unsupported, match="no certificate there allows them"):
+        llm.generate("w5", SamplingParams(segments=True))
+    with pytest.raises(InvalidRequest, match="it takes True or False"):
+        SamplingParams(segments="no")  # type: ignore[arg-type]
+    assert llm.engine.idle
 
 
 def python(code: str, folder: Path) -> subprocess.Popen[str]:

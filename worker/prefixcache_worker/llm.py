@@ -75,6 +75,8 @@ class LLM:
         dtype: `float32` or `bfloat16`; `auto` is bfloat16.  Must be the pool's.
         threads: of torch; None: 1.
         memory: of the pool of a service of its own, 2GiB by default; refused if one answers.
+        segments: certificates for a service of its own, a file or a folder, without which no
+            request gets segments there; refused if one answers.
         chunk: tokens computed a step, at most.
         max_batch: sequences computed at a time.
         drafts: most tokens a step that are looked up and tried for an answer.
@@ -97,6 +99,7 @@ class LLM:
         dtype: str = "auto",
         threads: int | None = None,
         memory: str | None = None,
+        segments: str | Path | None = None,
         chunk: int = 256,
         max_batch: int = 16,
         drafts: int = 0,
@@ -115,7 +118,7 @@ class LLM:
                 raise InvalidRequest(
                     f"{', '.join(idle)}: without effect on a model that is loaded; load it so"
                 )
-        _look(target, must_answer=connect is not None, memory=memory)
+        _look(target, must_answer=connect is not None, memory=memory, segments=segments)
         if isinstance(model, Model):
             self.model = model
         else:
@@ -133,7 +136,8 @@ class LLM:
             if connect is not None:
                 raise
             layout = str(self.model.layout)
-            own = OwnService("--layout", layout, "--memory", memory or _MEMORY)
+            certified = () if segments is None else ("--segments", str(Path(segments).absolute()))
+            own = OwnService("--layout", layout, "--memory", memory or _MEMORY, *certified)
             client = prefixcache.connect(own.target)
         try:
             join = joiner(client, self.model, "llm")
@@ -188,6 +192,7 @@ class LLM:
         Raises:
             InvalidRequest: a prompt or a parameter can never be served, which ends the others, too;
                 or this is closed, or came through a fork.
+            Unsupported: segments, which the service does not give to this model.
         """
         asked = [self._prompt(one) for one in _listed(prompts)]
         return self._answer(asked, _each(sampling_params, len(asked)), use_tqdm=use_tqdm)
@@ -216,7 +221,7 @@ class LLM:
 
         Raises:
             InvalidRequest: as `generate`, or they are no messages.
-            Unsupported: the model has no template, or it cannot show everything.
+            Unsupported: the model has no template, or it cannot show everything; or as `generate`.
         """
         chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         more: dict[str, Any] = {}
@@ -330,6 +335,7 @@ class LLM:
             n=how.n,
             grammar=None if how.structured_outputs is None else how.structured_outputs.made,
             salt=asked.salt,
+            segments=how.segments,
         )
 
     def _run(self, requests: Sequence[Request], *, use_tqdm: bool) -> dict[str, _Told]:
@@ -401,6 +407,8 @@ class LLM:
             prompt_logprobs=scores,
             outputs=outputs,
             num_cached_tokens=ledger.hit + ledger.partial + ledger.joined,
+            num_approximate_tokens=ledger.approximate,
+            approximate=any(done.approximate for done in told.done.values()),
         )
 
     def _logprobs(self, token: int, found: Logprobs) -> TokenLogprobs:
@@ -476,8 +484,10 @@ def _take(event: Event, told: dict[str, _Told]) -> None:
         one.done[sample] = event
 
 
-def _look(target: str, *, must_answer: bool, memory: str | None) -> None:
-    """See whether a service answers, and refuse the memory of another one if it does.
+def _look(
+    target: str, *, must_answer: bool, memory: str | None, segments: str | Path | None
+) -> None:
+    """See whether a service answers, and refuse what is another one's to say if it does.
 
     Raises:
         ServiceUnavailable: none does, and one must.
@@ -489,9 +499,11 @@ def _look(target: str, *, must_answer: bool, memory: str | None) -> None:
         if must_answer:
             raise
         return
-    if memory is not None:
+    given = {"memory": memory, "segments": segments}
+    if idle := [name for name, value in given.items() if value is not None]:
         raise InvalidRequest(
-            f"memory is of a service of its own; one answers at {target} already: leave it out"
+            f"{', '.join(idle)}: of a service of its own; one answers at {target} already: leave "
+            "out what it has been started with"
         )
 
 

@@ -50,6 +50,10 @@ class RequestOutput:
     finished: bool = True
     num_cached_tokens: int = 0
     """Of the prompt: what was found in the pool, or computed by another one meanwhile."""
+    num_approximate_tokens: int = 0
+    """Of the prompt: what was taken from segments, and not computed again.  Not in the above."""
+    approximate: bool = False
+    """Whether an answer was computed over segments: it may be another than a full prefill's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,8 @@ class SamplingParams:
     bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     """What the answer must look like."""
+    segments: bool = False
+    """Use what of the prompt is stored at other places, too, approximately (not of vLLM)."""
     output_kind: Any = None
     extra_args: Mapping[str, Any] | None = None
     best_of: int | None = None
@@ -180,6 +182,12 @@ class SamplingParams:
             kind = type(held).__name__
             raise InvalidRequest(
                 f"structured_outputs is of type {kind}; it takes StructuredOutputsParams"
+            )
+        if not isinstance(self.segments, bool):
+            raise InvalidRequest(f"segments is {self.segments!r}; it takes True or False")
+        if self.segments and self.prompt_logprobs is not None:
+            raise InvalidRequest(
+                "segments do not go with prompt_logprobs, for which all of the prompt is computed"
             )
 
     @property
