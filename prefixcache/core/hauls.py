@@ -45,7 +45,7 @@ from typing import Final, NamedTuple
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
-from prefixcache.core.remote import ANSWER_S, NAME_BYTES, REMOTE, QuestionId, Remote, Storing
+from prefixcache.core.remote import NAME_BYTES, REMOTE, QuestionId, Remote, Storing
 from prefixcache.core.tiers import Move, Stamps, Tier
 from prefixcache.core.worth import Rate, Verdict, Worth
 from prefixcache.core.write_limit import WriteLimit
@@ -409,7 +409,8 @@ class Hauls:
         """
         if self.remote is None:
             raise AssertionError("a question, and nobody to ask")
-        restore = self._begin(lease, verdict, now, now + ANSWER_S, is_waited_for=is_waited_for)
+        due = now + self.remote.patience_s(tokens)
+        restore = self._begin(lease, verdict, now, due, is_waited_for=is_waited_for)
         restore.question = self.remote.ask(lease, tokens)
 
     def begin_fetch(self, restore: Restore, names: bytes, tokens: bytes, now: float) -> None:

@@ -825,7 +825,9 @@ class Lessor:
             storing.seen = int(lacking[-1]) + 1
         tokens = tokens[: (int(lacking[-1]) + 1) * width]
         match = self.tree.match(root, tokens)
-        lacking, lease = lacking[lacking < match.end // width], None
+        num_lacking, lease = len(lacking), None
+        lacking = lacking[lacking < match.end // width]
+        remote.num_unstored += num_lacking - len(lacking)  # evicted before it was their turn
         if len(lacking):
             lease = self._lend_porter(root, match, tokens[: match.end], 0, now)
         if lease is None:

@@ -41,8 +41,10 @@ REMOTE: Final = 2
 NAME_BYTES: Final = 32
 """Of an object's name."""
 
-ANSWER_S: Final = 0.05
-"""How long a request waits for an answer."""
+_ANSWER_S: Final = 0.05
+"""How long a request waits for an answer …"""
+_NAMED_S: Final = 5e-6
+"""… and for each block of its prefix, which has to be named."""
 _HELD_S: Final = 1.0
 """How long a store that has not answered is not asked, and what was not there is not asked for."""
 _LEAST_TOKENS: Final = 64
@@ -142,7 +144,7 @@ class Remote:
         self._asked = Shares(_MOST_ASKING, "what may be asked at the same time", "questions")
         self._new: list[Question] = []
         self._next = 0
-        self._absent: OrderedDict[tuple[Root, int], float] = OrderedDict()
+        self._absent: OrderedDict[tuple[Namespace, int], float] = OrderedDict()
         """Until when prefixes are not asked for."""
         self._line: deque[Waiting] = deque()
         self.kept = KeptBytes(
@@ -211,8 +213,8 @@ class Remote:
         if len(self._absent) > _MOST_ABSENT:
             self._absent.popitem(last=False)
 
-    def _named(self, root: Root, tokens: bytes, start: int) -> tuple[Root, int]:
-        return root, hash(tokens[: start + self._block_bytes])
+    def _named(self, root: Root, tokens: bytes, start: int) -> tuple[Namespace, int]:
+        return root.namespace, hash(tokens[: start + self._block_bytes])
 
     # ------------------------------------------------------------------ questions
 
@@ -223,6 +225,10 @@ class Remote:
         except PoolExhausted:
             return False
         return True
+
+    def patience_s(self, tokens: bytes) -> float:
+        """Say how long who wants these tokens waits for an answer.  O(1)."""
+        return _ANSWER_S + _NAMED_S * (len(tokens) // self._block_bytes)
 
     def ask(self, lease: Lease, tokens: bytes) -> QuestionId:
         """Ask for the blocks behind a lease's own.  O(tokens), a copy."""

@@ -7,6 +7,7 @@ import pytest
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import Haul, TierSizes
 from prefixcache.core.remote import NAME_BYTES, Question
+from prefixcache.errors import PoolExhausted
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, Waiting, WorkerId, pack
 
 ME, OTHER = WorkerId(1), WorkerId(2)
@@ -309,10 +310,25 @@ def test_what_is_stored_is_not_evicted_meanwhile(store: dict[bytes, bytes]) -> N
     hauls = machine.cache.hauls(now=0.0)
     blocks = {block for haul in hauls for block in haul.blocks}
     assert len(blocks) == 4, "of a sixteenth of the pool at the same time"
-    other = machine.acquire(pack(range(1000, 1000 + 58 * SIZE)), wait_s=0.0)
+    with pytest.raises(PoolExhausted):
+        machine.acquire(pack(range(1000, 1000 + 61 * SIZE)), wait_s=0.0)
+    other = machine.acquire(pack(range(1000, 1000 + 60 * SIZE)), wait_s=0.0)
     assert isinstance(other, Grant)
     assert not blocks & set(other.block_table)
     machine.cache.check()
+
+
+def test_what_is_evicted_before_it_is_stored_is_counted(store: dict[bytes, bytes]) -> None:
+    machine = Machine(store)
+    machine.acquire()
+    machine.answer()
+    lease = machine.outcome().lease
+    machine.cache.commit(ME, lease, 80, now=0.0)
+    machine.cache.release(ME, lease, now=0.0)
+    lessor = machine.cache._lessor
+    lessor.blocks.pool.release(lessor.tree.evict(5))
+    machine.settle()
+    assert (len(store), machine.told.remote_stored, machine.told.remote_unstored) == (15, 15, 5)
 
 
 def test_a_commit_stores_sixteen_blocks_together(store: dict[bytes, bytes]) -> None:
