@@ -13,6 +13,7 @@
 | clocks | does the service answer at once, do its clock and ours run alike? |
 | memory | is there room in shared memory, does anything dead lie there? |
 | tier | does what the pool evicts come back, as it was, and is there room for it? |
+| remote | is what other machines have, too, stored in time, and what its names say? |
 | state | is what outlives the service kept? |
 """
 
@@ -31,7 +32,7 @@ from prefixcache.config import format_size
 from prefixcache.outline import Outline
 from prefixcache.pool import SHARED_MEMORY, PoolFile
 from prefixcache.texts import many
-from prefixcache.types import Checked, Snapshot
+from prefixcache.types import Checked
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 
@@ -404,39 +405,9 @@ def failures(now: Status) -> Iterator[Finding]:
         )
 
 
-def _remote(snapshot: Snapshot) -> Finding:
-    """Look at what other machines have, too."""
-    if snapshot.remote_wrong:
-        return Finding(
-            "remote",
-            WRONG,
-            f"{many(snapshot.remote_wrong, 'block')} of the remote store did not hold what their "
-            "names say: they were removed and computed again, and nobody has read them.",
-            "Somebody else writes to that store, or it is damaged: look at who may, and give "
-            "--remote-secret on all machines.",
-        )
-    stored, lost = snapshot.remote_stored, snapshot.remote_unstored
-    if lost > _MUCH_LOST * (stored + lost):
-        return Finding(
-            "remote",
-            NOTE,
-            f"{many(lost, 'block')} could not be stored for other machines: the remote store is "
-            f"too slow, or fails; {many(stored, 'block')} could.",
-            "They are computed there. Look at how much that store takes, and how fast.",
-        )
-    return Finding(
-        "remote",
-        OK,
-        f"{many(stored, 'block')} stored for other machines, "
-        f"{many(snapshot.remote_restored, 'block')} fetched from there.",
-    )
-
-
 def tier(now: Status) -> Iterator[Finding]:
     """Look at what lies below the pool."""
     snapshot = now.snapshot
-    if snapshot.has_remote:
-        yield _remote(snapshot)
     if not snapshot.host_blocks and not snapshot.disk_blocks:
         return
     lost = snapshot.evicted - snapshot.sunk - snapshot.leaving
@@ -465,6 +436,38 @@ def tier(now: Status) -> Iterator[Finding]:
             OK,
             f"{many(snapshot.sunk, 'block')} went below the pool, "
             f"{many(snapshot.restored, 'block')} came back.",
+        )
+
+
+def remote(now: Status) -> Iterator[Finding]:
+    """Look at what goes to a store that other machines have, too, and what comes from there."""
+    snapshot = now.snapshot
+    stored, lost = snapshot.remote_stored, snapshot.remote_unstored
+    if not snapshot.has_remote:
+        return
+    if snapshot.remote_wrong:
+        yield Finding(
+            "remote",
+            WRONG,
+            f"{many(snapshot.remote_wrong, 'block')} of the remote store did not hold what their "
+            "names say: they were removed and computed again, and nobody has read them.",
+            "Somebody else writes to that store, or it is damaged: look at who may, and give "
+            "--remote-secret on all machines.",
+        )
+    elif lost > _MUCH_LOST * (stored + lost):
+        yield Finding(
+            "remote",
+            NOTE,
+            f"{many(lost, 'block')} could not be stored for other machines: the remote store is "
+            f"too slow, or fails; {many(stored, 'block')} could.",
+            "They are computed there. Look at how much that store takes, and how fast.",
+        )
+    else:
+        yield Finding(
+            "remote",
+            OK,
+            f"{many(stored, 'block')} stored for other machines, "
+            f"{many(snapshot.remote_restored, 'block')} fetched from there.",
         )
 
 

@@ -85,6 +85,7 @@ def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Fin
         checks.clocks(times),
         checks.shared_memory(now),
         checks.tier(now),
+        checks.remote(now),
         checks.state(now),
         checks.failures(now),
     )
