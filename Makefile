@@ -12,7 +12,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SANITIZED = LD_PRELOAD="$$($(or $(CC),cc) -print-file-name=libasan.so) $$($(or $(CC),cc) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PREFIXCACHE_CFLAGS="-g1 -O1 -fsanitize=address,undefined -fno-sanitize=alignment"
 
 .DEFAULT_GOAL := help
-.PHONY: help vllm-environment vllm clients-environment clients dynamo-environment demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
+.PHONY: help vllm-environment vllm clients-environment clients dynamo-environment mooncake-environment demo test quick mutants lint bench crowd experiments operations photograph properties soak chaos fuzz kernels-ahead sanitize kernels-sanitize compiled pure test-compiled proto clean
 
 help:          ## Show the targets.
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -73,6 +73,10 @@ $(DYNAMO)/.installed: tests/service/events/dynamo.txt
 	@touch $@
 
 dynamo-environment: $(DYNAMO)/.installed   ## An environment of its own with Dynamo's indexer, for the test that it follows our events: .venv-dynamo.
+
+mooncake-environment: $(VENV)/.installed   ## Mooncake Store beside the rest, for the test with it; its libraries are Debian's (docs/tiers.md).
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[mooncake]'
+	$(BIN)/python -c 'import mooncake.store'
 
 demo: $(VENV)/.model   ## The whole product on a real model: service, 3 workers, 24 chats.  QUICK=1 for a short one.
 	@mkdir -p out

@@ -328,8 +328,19 @@ class ServeSettings(BaseSettings):
             _POOL,
             "ADDRESS",
             "A store that other machines have, too: what is computed goes there, and what is not "
-            "here is fetched from there. valkey+unix:///PATH or valkey://HOST:PORT; a user and a "
-            "password may stand before the host.",
+            "here is fetched from there. valkey+unix:///PATH or valkey://HOST:PORT, where a user "
+            "and a password may stand before the host; or mooncake://MASTER:PORT. See "
+            "docs/tiers.md.",
+            unset="none",
+        ),
+    ] = None
+    remote_interface: Annotated[
+        str | None,
+        Option(
+            _POOL,
+            "NAME",
+            "Of the network, the interface that is safe: a client of Mooncake listens on all there "
+            "are, so none but this one and the loopback may be up.",
             unset="none",
         ),
     ] = None

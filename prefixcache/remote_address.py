@@ -4,6 +4,7 @@
 |---|---|
 | `valkey+unix:///run/valkey.sock` | Valkey, or Redis, of this machine |
 | `valkey://host:port` | one that other machines have, too |
+| `mooncake://host:port` | Mooncake Store, by its master |
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-_VALKEY_PORT: Final = 6379
+MOONCAKE: Final = "mooncake"
+_PORTS: Final = {"valkey": 6379, MOONCAKE: 50051}
 
 
 class RemoteAddress(NamedTuple):
@@ -60,7 +62,7 @@ def parse_remote(text: str | RemoteAddress | None) -> RemoteAddress | None:
     """
     if text is None or isinstance(text, RemoteAddress):
         return text
-    known = "write valkey://HOST:PORT or valkey+unix:///PATH"
+    known = "write valkey://HOST:PORT, valkey+unix:///PATH or mooncake://MASTER:PORT"
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -73,9 +75,11 @@ def parse_remote(text: str | RemoteAddress | None) -> RemoteAddress | None:
         if parts.hostname or not Path(parts.path).is_absolute() or len(parts.path) < 2:
             raise ValueError(f"valkey+unix: names no absolute path of a socket; {known}")
         return RemoteAddress("valkey+unix", path=unquote(parts.path), user=user, password=password)
-    if parts.scheme == "valkey":
+    if parts.scheme in _PORTS:
         if not parts.hostname or parts.path not in ("", "/"):
-            raise ValueError(f"valkey: names no host; {known}")
-        where = (parts.hostname, port or _VALKEY_PORT)
-        return RemoteAddress("valkey", *where, user=user, password=password)
+            raise ValueError(f"{parts.scheme}: names no host; {known}")
+        if parts.scheme == MOONCAKE and (user or password):
+            raise ValueError(f"mooncake: has neither users nor passwords; {known}")
+        where = (parts.hostname, port or _PORTS[parts.scheme])
+        return RemoteAddress(parts.scheme, *where, user=user, password=password)
     raise ValueError(f"{parts.scheme or text!r} is no kind of store that is known; {known}")

@@ -19,12 +19,15 @@ from prefixcache.core.hauls import TierSizes
 from prefixcache.errors import InvalidRequest, LayoutMismatch
 from prefixcache.pool import PoolFile, check_layout, check_sizes
 from prefixcache.private_files import check_path, check_secret
+from prefixcache.remote_address import MOONCAKE
 from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
 from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, num_slots
 from prefixcache.service.tiers.objects import Namer, Stage, head_bytes, num_stage_slots
+from prefixcache.service.tiers.remote.mooncake import check_interfaces
+from prefixcache.service.tiers.remote.store import RemoteError
 from prefixcache.service.tiers.slab import Slab, describe, head_type
 from prefixcache.texts import many
 from prefixcache.types import Layout, Namespace, PoolHandle
@@ -108,6 +111,7 @@ class Backing:
         self.stage: Stage | None = None
         """Slots on the way to a store elsewhere, if there is one."""
         self._namer: Namer | None = None
+        _check_remote(settings)
         self._secret = remote_secret(settings)
         self._life = secrets.token_bytes(16)
         self._file: PoolFile | None = None
@@ -270,6 +274,7 @@ class Backing:
         return {
             "stage": self.stage.order(),
             "address": str(address),
+            "interface": self.settings.remote_interface or "",
             "user": address.user,
             "password": address.password,
             "layout": str(self.handle.layout),
@@ -344,6 +349,23 @@ def disk_folder(settings: ServeSettings) -> Path:
         f"--disk {settings.disk} names no folder: write --disk {settings.disk}:FOLDER, or give "
         "--state FOLDER"
     )
+
+
+def _check_remote(settings: ServeSettings) -> None:
+    """Refuse a store whose clients would be reached by whom nobody has asked in.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    address, interface = settings.remote, settings.remote_interface
+    if address is None or address.scheme != MOONCAKE:
+        if interface is not None:
+            raise InvalidRequest("--remote-interface is for --remote mooncake://MASTER:PORT")
+        return
+    try:
+        check_interfaces(interface or "")
+    except RemoteError as error:
+        raise InvalidRequest(f"--remote {address}: {error}") from None
 
 
 def remote_secret(settings: ServeSettings) -> bytes:

@@ -337,6 +337,7 @@ class Carriage:
                     *(str(one.fileno()) for one in theirs),
                 ],
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # some store's library writes there
                 pass_fds=[one.fileno() for one in theirs],
                 start_new_session=True,
             )

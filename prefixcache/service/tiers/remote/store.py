@@ -22,6 +22,9 @@ class RemoteTier(Protocol):
     object never becomes of another.
     """
 
+    def connect(self) -> None:
+        """Connect, unless that is done: so that the first errand does not wait for it."""
+
     def exists(self, names: Sequence[str]) -> bytes:
         """Say which of these it has: a byte for each, 0 for no."""
 

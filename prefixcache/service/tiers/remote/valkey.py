@@ -39,6 +39,11 @@ class Valkey:
         self._socket: socket.socket | None = None
         self._buffer = bytearray()
 
+    def connect(self) -> None:
+        """Connect, unless that is done; see `RemoteTier`."""
+        with self._failing():
+            self._connected()
+
     def exists(self, names: Sequence[str]) -> bytes:
         """Say which of these it has: a byte for each, 0 for no."""
         replies = self._call([(b"EXISTS", name.encode()) for name in names])
