@@ -108,3 +108,15 @@ def eventually(check: object) -> None:
     while not check():
         assert time.monotonic() < deadline, "it never came about"
         time.sleep(0.01)
+
+
+def stop(pid: int) -> None:
+    """Stop a process; come back once none of its threads runs any more."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def is_stopped() -> bool:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+        return set(states) == {"T"}
+
+    eventually(is_stopped)

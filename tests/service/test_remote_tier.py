@@ -21,7 +21,7 @@ from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
 from prefixcache.pool import map_pool, pages_of
 from prefixcache.types import Ledger, Namespace
-from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
+from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes, stop
 from service.valkey_server import ValkeyServer, needs_valkey
 
 pytestmark = needs_valkey
@@ -229,7 +229,7 @@ def test_a_carrier_that_is_killed_is_replaced(second: Machine) -> None:
 
 def test_who_waits_for_a_carrier_that_hangs_is_served_without_him(second: Machine) -> None:
     carrier = second.carrier()
-    os.kill(carrier, signal.SIGSTOP)
+    stop(carrier)
     try:
         assert second.ask(0).restored == 0
     finally:

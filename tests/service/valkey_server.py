@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from patience import PATIENCE_S
+from service.service_process import stop
 
 
 def binary() -> Path | None:
@@ -92,7 +93,7 @@ class ValkeyServer:
 
     def stop(self) -> None:
         """Let it hang."""
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process.pid)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)
