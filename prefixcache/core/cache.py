@@ -200,11 +200,6 @@ class PrefixCache:
             self.observe(index)
 
     @property
-    def finds_segments(self) -> bool:
-        """Whether requests may ask for segments."""
-        return self._lessor.segments is not None
-
-    @property
     def num_indexed(self) -> int:
         """Blocks that the tree holds.  O(1)."""
         return self._lessor.tree.num_blocks

@@ -70,7 +70,8 @@ def tell_locked(queue: Queue, node: Node) -> None:
 class Queue(Protocol):
     """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again.
 
-    It may have `locked(node)`: a leaf in here is protected now, and what stands for it is dead.
+    It may have `locked(node)`: a leaf in here is protected now, and what stands for it is dead.  It
+    is not told again of one that has become an inner node, however often that is protected.
     """
 
     def push(self, node: Node) -> None:
@@ -310,9 +311,9 @@ class LeafQueue:
     def locked(self, node: Node) -> None:
         """Take note that a leaf in here is protected now; look at some entries if many are.
 
-        What has become an inner node was counted when it was still a leaf.  O(log leaves).
+        O(log leaves).
         """
-        if node.queued == self._mark and not node.is_inner:
+        if node.queued == self._mark:
             self._tidying.note_dead()
             if self._tidying.is_due(len(self._heap)):
                 self._tidy()
@@ -446,10 +447,9 @@ class Lanes:
     def locked(self, node: Node) -> None:
         """Take note that a leaf in here is protected now; look at some entries if many are.
 
-        What stands for it is dead: once it comes back it is pushed again.  What has become an inner
-        node was counted when it was still a leaf.  O(log leaves).
+        What stands for it is dead: once it comes back it is pushed again.  O(log leaves).
         """
-        if node.queued == 1 and not node.is_inner:
+        if node.queued == 1:
             self._tidying.note_dead()
             self._tidy_if_due()
 

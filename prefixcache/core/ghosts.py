@@ -274,8 +274,8 @@ class Ghosts:
 
     def _split(self, ghost: Node, keep: int) -> None:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
-        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.used_until)
-        lower.last_used = ghost.last_used
+        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.last_used)
+        lower.used_until = ghost.used_until
         lower.mark = ghost.mark
         lower.divergence, ghost.divergence = ghost.divergence, None
         lower.ghosts = ghost.ghosts

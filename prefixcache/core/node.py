@@ -254,8 +254,8 @@ class Node:
         self.parent = parent
         self.children = self.ghosts = self.divergence = self.mark = self.places = None
         self.lock_ref = 0
-        self.last_used = self.used_until = born
-        self.queued = self.pinned = self.tail = self.num_tails = 0
+        self.last_used = born
+        self.used_until = self.queued = self.pinned = self.tail = self.num_tails = 0
         self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
 
     @property

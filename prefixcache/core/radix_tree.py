@@ -447,7 +447,9 @@ class RadixTree:
         if size:
             self._count_evictable(node.in_root or node.root, -size)
             if node.queued and node.queued != SWEPT:
-                tell_locked(self.queue, node)
+                children = node.children  # with any, it was told when it was still a leaf
+                if not children or len(children) == node.num_tails:
+                    tell_locked(self.queue, node)
             elif node.tail:
                 self.tails.drop(node)
 
@@ -809,6 +811,7 @@ class RadixTree:
         self._uncount(root, size)
         if self.ghosts.limit and not root.retired:
             ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
+            ghost.used_until = node.last_used
             ghost.divergence = node.divergence
             ghost.mark = mark
             if self._places:
