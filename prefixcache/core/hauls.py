@@ -290,7 +290,7 @@ class Hauls:
     def note_need(self, num_blocks: int) -> None:
         """Learn how many blocks one request takes: the most of late.  O(1)."""
         if num_blocks > self._need:
-            self._need = num_blocks
+            self._need = float(num_blocks)
         else:
             self._need -= (self._need - num_blocks) / _FORGET
 
