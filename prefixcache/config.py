@@ -307,7 +307,7 @@ class ServeSettings(BaseSettings):
             _POOL,
             "SIZE[:FOLDER]",
             "What a folder on disk may take of the same, below --host if that is given, too. "
-            "Without a folder: in that of --state.",
+            "The next start finds it again. Without a folder: in that of --state.",
             unset="none",
         ),
     ] = None

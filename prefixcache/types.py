@@ -930,6 +930,8 @@ class Counts:
     """What fits there on disk; 0: there is none."""
     disk_used: int = 0
     """Of these, what holds something."""
+    disk_found: int = 0
+    """Of these, what an earlier life left there, and nobody has asked for since."""
     disk_written: int = 0
     """Blocks that were written to disk since the start."""
     disk_moved: int = 0

@@ -14,6 +14,7 @@
 | memory | is there room in shared memory, does anything dead lie there? |
 | tier | does what the pool evicts come back, as it was, and is there room for it? |
 | remote | is what other machines have, too, stored in time, and what its names say? |
+| disk | is what lay on disk below the pool found again? |
 | state | is what outlives the service kept? |
 """
 
@@ -468,6 +469,35 @@ def remote(now: Status) -> Iterator[Finding]:
             OK,
             f"{many(stored, 'block')} stored for other machines, "
             f"{many(snapshot.remote_restored, 'block')} fetched from there.",
+        )
+
+
+def disk(now: Status) -> Iterator[Finding]:
+    """Look at what a disk below the pool keeps from one start to the next."""
+    if not now.info.HasField("disk"):
+        return
+    kept = now.info.disk
+    if kept.cold:
+        yield Finding(
+            "disk",
+            NOTE,
+            f"What lay below the pool in {kept.folder} is not found again: {kept.cold}.",
+            "Nothing need be done: what is asked for is computed, and goes there again.",
+        )
+    elif kept.damaged_slots:
+        yield Finding(
+            "disk",
+            WRONG,
+            f"Beside {many(kept.damaged_slots, 'slot')} in {kept.folder} stood something else than "
+            f"was written there; {many(kept.found_blocks, 'other block', 'were')} found again.",
+            "A machine that ends while it writes may leave a few. If there are more at each start, "
+            "the disk is damaged, or somebody else writes to that folder.",
+        )
+    else:
+        yield Finding(
+            "disk",
+            OK,
+            f"{many(kept.found_blocks, 'block', 'were')} found again in {kept.folder}.",
         )
 
 

@@ -86,6 +86,7 @@ def _look(client: Client, *, deep: bool, stalled_after_s: float) -> Iterator[Fin
         checks.shared_memory(now),
         checks.tier(now),
         checks.remote(now),
+        checks.disk(now),
         checks.state(now),
         checks.failures(now),
     )

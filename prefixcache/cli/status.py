@@ -197,6 +197,8 @@ def tiers(snapshot: Snapshot) -> list[str]:
         share = now.disk_used / now.disk_blocks
         own = f"written {now.disk_written:,} · come back {now.disk_restored:,}"
         told = f"disk {now.disk_used:,} of {now.disk_blocks:,} ({share:.1%}) · "
+        if now.disk_found:
+            told += f"from before {now.disk_found:,} · "
         lines.append(told + (own if now.host_blocks else moved) + _gain(now.disk_advantage))
     if now.has_remote:
         told = f"remote: stored {now.remote_stored:,} · come back {now.remote_restored:,}"

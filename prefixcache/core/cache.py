@@ -26,8 +26,10 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from prefixcache.core import bulk_load, explain, introspect, invariants, stats
+from prefixcache.core.block_keys import BlockKeys, Generations
 from prefixcache.core.block_manager import LARGE_TABLE, SHARED_TABLE
 from prefixcache.core.block_pool import BlockPool, Wipe, WriteListener
+from prefixcache.core.found import Remains
 from prefixcache.core.hauls import NEVER, Haul, TierSizes
 from prefixcache.core.kv_events import ExactOnly, IndexListener, IndexListeners, Replay
 from prefixcache.core.lease import Worker
@@ -814,6 +816,8 @@ class PrefixCache:
 
     def _reset(self, namespace: Namespace) -> Reset:
         lessor = self._lessor
+        if lessor.tree.keys is not None:  # of what nobody has asked for yet, too
+            lessor.tree.keys.generations.advance(namespace)
         root = lessor.roots.get(namespace)
         if root is None:
             return Reset(0, 0)
@@ -994,6 +998,36 @@ class PrefixCache:
         """
         if self._lessor.hauls is not None:
             self._lessor.hauls.limit.hold_until(until)
+
+    def keep_below(
+        self,
+        secret: bytes,
+        generations: Generations,
+        remains: Remains,
+        abandoned: Callable[[Haul], None],
+    ) -> int:
+        """Let what lies on DISK be found by another life, and take over what one has left there.
+
+        Before anything else, and only where there is a tier on DISK.  O(slots log slots), in C.
+
+        Args:
+            secret: For the keys of blocks: the same in each life, and nobody else's.
+            generations: Counts the resets of namespaces, in all lives together.
+            remains: What was left.
+            abandoned: Is told of each haul whose blocks are about to be somebody else's.
+
+        Returns:
+            How many blocks can be found now.
+
+        Raises:
+            InvalidRequest: There is no such tier, or the secret is too short.
+        """
+        lessor = self._lessor
+        if lessor.hauls is None or not lessor.hauls.tier.num_disk:
+            raise InvalidRequest("nothing below the pool outlives it: there is no tier on a disk")
+        lessor.tree.keys = BlockKeys(secret, self.block_size, generations)
+        lessor.hauls.abandoned = abandoned
+        return lessor.hauls.tier.adopt(remains)
 
     def hauled(self, haul: HaulId, num_good: int, seconds: float, *, now: float) -> None:
         """Take note that a haul has ended: in the order in which they were begun.

@@ -45,9 +45,15 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
     """Say what would become of each token, and where the prompt parts from what is stored."""
     tree, root = lessor.blocks.tree, lessor.roots.get(namespace)
     if root is None:
-        ledger = Ledger(cold=len(tokens) // TOKEN_BYTES)
+        ledger, nobody = Ledger(cold=len(tokens) // TOKEN_BYTES), Root(namespace)
+        below = lessor.below(Match(nobody, 0, 0), tokens)  # an earlier life may have left it
+        on_tiers = tuple(_on_tiers(lessor, nobody, below, 0))
         return Explanation(
-            spans(ledger), ledger, None, b"", 0, elsewhere=_elsewhere(lessor, namespace, tokens, 0)
+            *(spans(ledger), ledger, None, b"", 0),
+            elsewhere=_elsewhere(lessor, namespace, tokens, 0),
+            num_below=len(below) * lessor.blocks.block_size,
+            below_s=sum([one.fetch_s for one in on_tiers]),
+            below=on_tiers,
         )
     match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
     partial = 0 if lessor.partial is Partial.OFF else match.partial_tokens

@@ -16,7 +16,8 @@ slots ────────────► in flight ────────
 
 **Down.**  Victims leave the tree before anybody needs their blocks, and are free once they have
 been copied, so nobody ever waits for a copy.  Who needs blocks that are still leaving gets them at
-once: the copy is read by nobody then.
+once: the copy is read by nobody then, and `abandoned` is told before anybody else may write to
+them, so that no copy of what he writes is taken for theirs after a restart.
 
 **From HOST to DISK** the oldest blocks go ahead of need, too, from slot to slot: no block of the
 pool takes part.  Who waits for one of them reads it from where it still lies.  What may be written
@@ -38,10 +39,12 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Final, NamedTuple
 
+from prefixcache.core.block_keys import KEY_BYTES
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
@@ -154,6 +157,8 @@ class Haul(NamedTuple):
     names: bytes = b""
     """Of the objects that are to be fetched or stored, `NAME_BYTES` each; then there are no slots
     but those through which the bytes go."""
+    keys: bytes = b""
+    """To be written beside them, too, for another life; empty if none needs them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -199,6 +204,7 @@ class Hauls:
         "_out",
         "_up",
         "_worked_s",
+        "abandoned",
         "has_porter",
         "limit",
         "num_bad",
@@ -225,6 +231,8 @@ class Hauls:
         self.sizes = sizes
         self.worth = Worth(1 + REMOTE if sizes.remote else 2 if sizes.disk else 1, block_size)
         """What it costs to bring blocks back, and whether it is worth it."""
+        self.abandoned: Callable[[Haul], None] | None = None
+        """Is told of a haul whose blocks are about to be somebody else's."""
         self.has_porter = False
         """Whether there is anybody to move blocks."""
         self.num_leaving = 0
@@ -263,7 +271,14 @@ class Hauls:
         return new
 
     def _haul(
-        self, blocks: BlockTable, places: BlockTable, tokens: bytes, at: int, *, is_up: bool
+        self,
+        blocks: BlockTable,
+        places: BlockTable,
+        tokens: bytes,
+        at: int,
+        keys: bytes = b"",
+        *,
+        is_up: bool,
     ) -> Haul:
         """Make the haul of the next piece, from `at` on."""
         end, width = at + self.sizes.piece, len(tokens) // len(blocks)
@@ -277,6 +292,7 @@ class Hauls:
             self.tier.stamps(part),
             tokens[at * width : end * width],
             places=part,
+            keys=keys[at * KEY_BYTES : end * KEY_BYTES],
         )
         self._new.append(haul)
         return haul
@@ -318,10 +334,11 @@ class Hauls:
         blocks = array("i", b"".join([one.blocks.tobytes() for one in sunk]))
         places = array("i", b"".join([one.places.tobytes() for one in sunk]))
         tokens = b"".join([one.tokens for one in sunk])
+        keys = b"".join([one.keys for one in sunk])
         self.num_leaving += len(blocks)
         self.limit.spend(self.tier.count_disk(places))
         for at in range(0, len(blocks), self.sizes.piece):
-            haul = self._haul(blocks, places, tokens, at, is_up=False)
+            haul = self._haul(blocks, places, tokens, at, keys, is_up=False)
             self._down[haul.id] = haul
 
     def move_on(self, now: float) -> None:
@@ -362,6 +379,8 @@ class Hauls:
             if freed >= num_blocks:
                 return
             haul = self._down[number]
+            if haul.blocks and self.abandoned is not None:
+                self.abandoned(haul)
             freed += self._free(haul)
             self._down[number] = haul._replace(blocks=array("i"))
 
@@ -573,6 +592,7 @@ class Hauls:
         else:
             self.num_restored_from_disk += self.tier.count_disk(haul.places[:num_usable])
             self.tier.end_reading(haul.places, num_good)
+            self.tier.consume(haul.places[:num_usable] + haul.places[num_good:])
         self.num_rising -= len(haul.blocks)
         self.rising[tier] -= len(haul.blocks)
         restore.pieces.remove(number)

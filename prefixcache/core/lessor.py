@@ -423,11 +423,38 @@ class Lessor:
 
     def below(self, match: Match, tokens: bytes) -> BlockTable:
         """Give the places of what follows a match and could be brought back.  Changes nothing."""
-        node, width = match.node, self.tree.block_bytes
-        if self.hauls is None or not self.hauls.has_porter or match.used != len(node.blocks):
+        node, width, hauls = match.node, self.tree.block_bytes, self.hauls
+        if hauls is None or not hauls.has_porter:
             return array("i")
-        end = (len(tokens) - TOKEN_BYTES) // width * width
-        return self.tree.ghosts.places(node, tokens, match.end, end)
+        places, end = array("i"), (len(tokens) - TOKEN_BYTES) // width * width
+        if match.used == len(node.blocks):
+            places = self.tree.ghosts.places(node, tokens, match.end, end)
+        if hauls.tier.num_found:
+            start = match.end + len(places) * width
+            places += self._found(hauls.tier, node.root.namespace, tokens, start, end)
+        return places
+
+    def _found(
+        self, tier: Tier, namespace: Namespace, tokens: bytes, start: int, end: int
+    ) -> BlockTable:
+        """Give the places of what an earlier life left of `tokens[start:end]`, up to a gap.
+
+        Changes nothing.  O(tokens), in C, and a step for each time that it is four times as long.
+        """
+        keys, found = self.tree.keys, array("i")
+        if keys is None or start >= end:
+            return found
+        width, step = self.tree.block_bytes, self.tree.block_bytes
+        key = keys.end(keys.start(namespace), 0, tokens[:start])
+        while start < end:
+            part = tokens[start : min(start + step, end)]
+            told = keys.go_on(key, start // TOKEN_BYTES, part)
+            more = tier.find(told)
+            found += more
+            if len(more) * width < len(part):
+                break
+            start, step, key = start + len(part), 4 * step, told[-1:]
+        return found
 
     def _brought_back(
         self, request: Request, root: Root, match: Match, now: float
@@ -445,7 +472,7 @@ class Lessor:
         """
         hauls, blocks, tokens = self.hauls, self.blocks, request.tokens
         request.declined = ""
-        if hauls is None or not match.node.ghosts:
+        if hauls is None or not (match.node.ghosts or hauls.tier.num_found):
             return None
         if not (places := self.below(match, tokens)):
             return None

@@ -65,6 +65,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
+from prefixcache.core.block_keys import BlockKeys
 from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, tell_locked
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
@@ -108,6 +109,8 @@ class Sunk(NamedTuple):
     tokens: bytes
     blocks: BlockTable
     places: BlockTable
+    keys: bytes
+    """Of each of them; empty if nobody needs any."""
 
 
 class RadixTree:
@@ -174,6 +177,8 @@ class RadixTree:
         self._places: BlockTable | None = None
         """While `sink` evicts: where the blocks go that are evicted."""
         self._sunk: list[Sunk] = []
+        self.keys: BlockKeys | None = None
+        """By what they are known below the pool after a restart; None: by nothing."""
         self._tidy_at = 16
         """Length of `retired` at which the empty ones are dropped."""
 
@@ -723,6 +728,8 @@ class RadixTree:
         self._places = places
         evicted = self.evict(num_blocks)
         self._places = None
+        if self.keys is not None:
+            self.keys.forget()
         sunk, self._sunk = self._sunk, []
         going = {block for one in sunk for block in one.blocks}
         if len(going) == len(evicted):
@@ -734,17 +741,31 @@ class RadixTree:
         keeps = getattr(self.queue, "keeps", None)
         return keeps is not None and bool(keeps(node))
 
-    def _give_places(self, ghost: Node, blocks: BlockTable) -> None:
-        """Give what is being buried its places, as far as there are any."""
-        if not self._places or self.ghosts.tier is None:
+    def _give_places(
+        self, ghost: Node, blocks: BlockTable, above: Node | None, between: bytes
+    ) -> None:
+        """Give what is being buried its places, as far as there are any.
+
+        Args:
+            ghost: What is being buried.
+            blocks: It had so far.
+            above: A node above it, which has children.
+            between: The tokens of what stays between the two.
+        """
+        tier = self.ghosts.tier
+        if not self._places or tier is None:
             return
         count = min(len(ghost.tokens) // self.block_bytes, len(self._places))
         if count:
             places, going = self._places[:count], blocks[:count]
             del self._places[:count]
-            self.ghosts.tier.copy(ghost, going, places)
-            tokens = ghost.tokens[: count * self.block_bytes]
-            self._sunk.append(Sunk(tokens, going, places[:]))
+            tokens, keys = ghost.tokens[: count * self.block_bytes], b""
+            if self.keys is not None and above is not None:
+                told = self.keys.behind(above, between + tokens)[-count:]
+                tier.supersede(told)
+                keys = told.tobytes()
+            tier.copy(ghost, going, places)
+            self._sunk.append(Sunk(tokens, going, places[:], keys))
 
     def evict_beside(self, node: Node, num_blocks: int) -> BlockTable:
         """Evict as `evict` does, but nothing on the path to the end of `node`.
@@ -815,7 +836,8 @@ class RadixTree:
             ghost.divergence = node.divergence
             ghost.mark = mark
             if self._places:
-                self._give_places(ghost, node.blocks[keep:])  # told before they are removed above
+                # Told before they are removed above.
+                self._give_places(ghost, node.blocks[keep:], node.parent, node.tokens[:cut])
             if node.ghosts:
                 ghost.ghosts, node.ghosts = node.ghosts, None
                 self.ghosts.adopt_children(ghost)
@@ -849,7 +871,7 @@ class RadixTree:
         if self.ghosts.limit and not root.retired:
             node.parent = above
             if self._places:
-                self._give_places(node, blocks)
+                self._give_places(node, blocks, above, b"")
             self.ghosts.bury(above, node)
             self.forget()
         else:

@@ -104,6 +104,7 @@ def counts(lessor: Lessor, now: float) -> Counts:
         host_used=0 if hauls is None else hauls.tier.num_host_used,
         disk_blocks=0 if hauls is None else hauls.tier.num_disk,
         disk_used=0 if hauls is None else hauls.tier.num_disk_used,
+        disk_found=0 if hauls is None else hauls.tier.num_found,
         disk_written=0 if hauls is None else hauls.num_sunk_to_disk + hauls.num_moved,
         disk_moved=0 if hauls is None else hauls.num_moved,
         disk_restored=0 if hauls is None else hauls.num_restored_from_disk,

@@ -31,6 +31,11 @@ slots           DISK             HOST HOST
 stamp beside the bytes, who reads it compares: a slot that holds what was there before, or another
 slot's bytes, is found out, whatever its checksum says.
 
+**What was found** (`found.py`) is what an earlier life left on DISK.  Its places belong to no
+ghost: they are looked up by the keys of blocks, given up before anything that was buried in this
+life, and let go when what lies there has come back to the pool, or goes down from it anew.  No
+listener hears of them: until somebody asks for a prefix nobody knows whose it is.
+
 **Who listens** hears where blocks lie: that one has been given a slot, before it leaves the pool,
 that it has another one, before it leaves that, and that a slot holds it no more, after it has come
 back.
@@ -47,6 +52,8 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from prefixcache.core.block_keys import Keys
+from prefixcache.core.found import Found, Remains
 from prefixcache.core.node import Node, Root
 from prefixcache.types import BlockTable, Namespace
 
@@ -117,7 +124,7 @@ class PlaceListener(Protocol):
         """
 
 
-_OWNED, _READY, _BUSY, _MOVING = 1, 2, 4, 8
+_OWNED, _READY, _BUSY, _MOVING, _FOUND = 1, 2, 4, 8, 16
 _SWEPT = 64
 """Ghosts of what was reset that are looked at when places are taken, beside one for each."""
 
@@ -150,6 +157,7 @@ class Tier:
 
     __slots__ = (
         "_block_bytes",
+        "_found",
         "_free",
         "_free_disk",
         "_free_host",
@@ -164,6 +172,7 @@ class Tier:
         "host_ahead",
         "listener",
         "num_disk",
+        "num_found",
         "num_given_up",
         "num_host",
         "num_moving",
@@ -189,6 +198,9 @@ class Tier:
         """Of what is moving: where to."""
         self._stamps = np.zeros(self.num_slots, np.int64)
         self._next_stamp = 1
+        self._found: Found | None = None
+        self.num_found = 0
+        """Blocks that an earlier life left on DISK, and nobody has asked for since."""
         self._sweeps: list[Iterator[Node]] = []
         self.order: OrderedDict[int, Node] = OrderedDict()
         """Ghosts that have places, by the number of their burial, oldest first."""
@@ -256,8 +268,6 @@ class Tier:
         index = _index(places)
         self._slots[index] = slots
         self._states[index] = _OWNED | _BUSY
-        self._stamps[index] = np.arange(self._next_stamp, self._next_stamp + len(places))
-        self._next_stamp += len(places)
         return places
 
     def _pop_slots(self, count: int, num_disk: int) -> BlockTable:
@@ -311,7 +321,7 @@ class Tier:
         index = _index(places)
         states = self._states[index] & ~np.uint8(_BUSY)
         if num_good < len(places) and self.listener is not None:
-            self._tell_lost(index[num_good:][(states[num_good:] & _OWNED) != 0])
+            self._tell_lost(index[num_good:][(states[num_good:] & (_OWNED | _FOUND)) == _OWNED])
         states[num_good:] &= ~np.uint8(_READY)
         states[:num_good] |= more
         self._states[index] = states
@@ -342,8 +352,86 @@ class Tier:
 
     def count_readable(self, places: BlockTable) -> int:
         """Count the leading places that can be read now.  Changes nothing.  O(places), in C."""
-        bad = (self._states[_index(places)] & ~np.uint8(_MOVING)) != _OWNED | _READY
+        bad = (self._states[_index(places)] & ~np.uint8(_MOVING | _FOUND)) != _OWNED | _READY
         return int(bad.argmax()) if bad.any() else len(places)
+
+    # ------------------------------------------------------------------ what was found
+
+    def adopt(self, remains: Remains) -> int:
+        """Take over what an earlier life left on DISK.  Only while nothing lies here.
+
+        O(slots log slots), in C; less if they are sorted (`Remains.newest`).
+
+        Args:
+            remains: Slots from before; of those that hold the same block, the newest counts.
+
+        Returns:
+            How many blocks can be found now.
+
+        Raises:
+            ValueError: A slot is named that there is not.
+        """
+        if len(remains.slots) == 0:
+            return 0
+        low, high = int(remains.slots.min()), int(remains.slots.max())
+        if low < 0 or high >= self.num_disk:
+            raise ValueError(f"slots {low} to {high} of {self.num_disk}")
+        if self.num_used:
+            raise ValueError(f"{self.num_used} places are in use")
+        self._next_stamp = int(remains.stamps.max()) + 1
+        remains = remains.newest()
+        slots = remains.slots + np.int32(self.num_host)
+        is_free = np.ones(self.num_disk, bool)
+        is_free[remains.slots] = False
+        free = np.flatnonzero(is_free)[::-1].astype(np.int32) + np.int32(self.num_host)
+        self._free_disk = array("i", free.tobytes())
+        places = np.array(_pop(self._free, len(slots)), np.int32)
+        self._states[places] = _OWNED | _READY | _FOUND
+        self._slots[places] = slots
+        self._stamps[places] = remains.stamps
+        self._found = Found(remains.keys, places, remains.stamps)
+        self.num_found = len(places)
+        return self.num_found
+
+    def find(self, keys: Keys) -> BlockTable:
+        """Give the places in which blocks were found that can be read now, up to a gap.
+
+        Changes nothing.  O(keys · log of those found), in C.
+        """
+        if self._found is None:
+            return array("i")
+        places = self._found.look(keys)
+        readable = (self._states[places] == _OWNED | _READY | _FOUND) & (places >= 0)
+        end = len(places) if readable.all() else int(readable.argmin())
+        return array("i", places[:end].tobytes())
+
+    def supersede(self, keys: Keys) -> None:
+        """Let go what was found of blocks that are about to lie here anew.  O(keys · log), in C."""
+        if self._found is not None:
+            places = self._found.look(keys)
+            self._let_found_go(places[places >= 0])
+
+    def consume(self, places: BlockTable) -> None:
+        """Let go what was found in some places: it is in the pool, or not what it should be."""
+        if self._found is not None:
+            self._let_found_go(np.array(places, np.int32))
+
+    def _let_found_go(self, places: npt.NDArray[np.int32]) -> None:
+        gone = places[(self._states[places] & _FOUND) != 0]
+        self.num_found -= len(gone)
+        if not self.num_found:
+            self._found = None
+        self.let_go(array("i", gone.tobytes()))
+
+    def _give_up_found(self, count: int) -> bool:
+        """Let up to `count` of the oldest go that were found; False if there are none."""
+        found, before = self._found, self.num_found
+        if found is None:
+            return False
+        while self.num_found and (short := count - (before - self.num_found)) > 0:
+            self._let_found_go(found.next_oldest(short))
+        self.num_given_up += before - self.num_found
+        return True
 
     # ------------------------------------------------------------------ from HOST to DISK
 
@@ -490,8 +578,11 @@ class Tier:
     def _give_up(self, count: int) -> bool:
         """Let up to `count` blocks of the oldest ghost go; False if there is none that may.
 
-        What is being written is the youngest: then nothing older is left.
+        What was found is older than any.  What is being written is the youngest: then nothing older
+        is left.
         """
+        if self._give_up_found(count):
+            return True
         if not self.order:
             return False
         ghost = next(iter(self.order.values()))
@@ -533,8 +624,14 @@ class Tier:
     # ------------------------------------------------------------------ who listens
 
     def copy(self, ghost: Node, blocks: BlockTable, places: BlockTable) -> None:
-        """Give what is being buried the places to which its first blocks are to be copied."""
+        """Give what is being buried the places to which its first blocks are to be copied.
+
+        Of blocks in a row the last one is the oldest, as in `order`: another life, which knows
+        their stamps alone, gives them up from the end on, too.
+        """
         ghost.places = places
+        start, self._next_stamp = self._next_stamp, self._next_stamp + len(places)
+        self._stamps[_index(places)] = np.arange(self._next_stamp - 1, start - 1, -1)
         if self.listener is None:
             return
         there = array("q", self._where(_index(places)).tobytes())
@@ -630,7 +727,11 @@ class Tier:
             if self.num_disk and (self._slots[_index(ghost.places or held)] < self.num_host).any():
                 assert ghost.last_used in self._upper, "a ghost in HOST that nobody would move"
         assert len(set(held)) == len(held), "a place with two ghosts"
-        owned = np.flatnonzero(self._states & _OWNED)
+        found = np.flatnonzero(self._states & _FOUND)
+        assert len(found) == self.num_found, f"{len(found)} found, not {self.num_found}"
+        assert (self._states[found] & _OWNED).all(), "found, and nobody's"
+        assert (self._slots[found] >= self.num_host).all(), "found in HOST"
+        owned = np.flatnonzero((self._states & (_OWNED | _FOUND)) == _OWNED)
         assert owned.tolist() == sorted(held), "places that a ghost has"
         assert np.flatnonzero(self._states & _BUSY).tolist() == sorted(set(busy)), "busy places"
         assert len(set(busy)) == len(busy), "a place with two hauls"

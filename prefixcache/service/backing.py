@@ -24,6 +24,7 @@ from prefixcache.service.persistence.directory import StateDirectory
 from prefixcache.service.pool.device_owner import DeviceOwner
 from prefixcache.service.pool.model_layout import read_layout
 from prefixcache.service.pool.zeroing import BlockZeroer
+from prefixcache.service.tiers.abandonments import Abandonments
 from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, num_slots
 from prefixcache.service.tiers.objects import Namer, Stage, head_bytes, num_stage_slots
 from prefixcache.service.tiers.remote.mooncake import check_interfaces
@@ -114,6 +115,8 @@ class Backing:
         _check_remote(settings)
         self._secret = remote_secret(settings)
         self._life = secrets.token_bytes(16)
+        self.abandoned: Abandonments | None = None
+        """Which copies to it nobody may believe."""
         self._file: PoolFile | None = None
         self._zeroer: BlockZeroer | None = None
         if settings.pool == "shm":
@@ -219,7 +222,11 @@ class Backing:
         if settings.host is not None:
             self.slab = Slab(self.handle, settings.host)
         if self.disk is not None:
-            self.disk.open(self.handle)
+            self.abandoned = Abandonments.make(self.handle.num_blocks)
+            remains = self.disk.open(self.handle)
+            self.disk.num_found = cache.keep_below(
+                self.disk.key_secret, self.disk.resets, remains, self.abandoned.note
+            )
         if settings.remote is not None:
             self.stage = Stage(self.handle)
             self._namer = Namer(str(layout), settings.block_size, self._secret)
@@ -238,9 +245,10 @@ class Backing:
         return 0 if self.slab is None else self.slab.num_slots
 
     @property
-    def disk_files(self) -> list[int]:
+    def porters_files(self) -> list[int]:
         """The open files that a porter needs."""
-        return [] if self.disk is None else self.disk.files
+        files = [] if self.disk is None else self.disk.files
+        return files if self.abandoned is None else [*files, self.abandoned.fd]
 
     def order(self) -> dict[str, object]:
         """Say to a porter where everything is."""
@@ -252,6 +260,8 @@ class Backing:
             order["disk"] = self.disk.order()
         if self.stage is not None:
             order |= {"stage": self.stage.order(), "secret": self._secret.hex()}
+        if self.abandoned is not None:
+            order["abandoned"] = self.abandoned.fd
         return order
 
     @property
@@ -323,6 +333,9 @@ class Backing:
         if self.stage is not None:
             self.stage.close()
             self.stage = None
+        if self.abandoned is not None:
+            self.abandoned.close()
+            self.abandoned = None
         if self.owner is not None:
             self.owner.close()
         if self._zeroer is not None:

@@ -84,7 +84,8 @@ class Haulage:
         self._failures = failures
         self._silent_s = silent_s
         self._first_pause_s = self._pause_s = first_pause_s
-        self._seed = secrets.randbits(64)
+        disk = backing.disk
+        self._seed = secrets.randbits(64) if disk is None else disk.seed
         self._up: deque[Haul] = deque()
         self._down: deque[Haul] = deque()
         self._in_hand: dict[HaulId, float] = {}
@@ -146,7 +147,7 @@ class Haulage:
                 self._process = subprocess.Popen(  # noqa: S603 - this interpreter
                     [sys.executable, "-m", "prefixcache.service.tiers.porter", number],
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno(), *self._backing.disk_files],
+                    pass_fds=[theirs.fileno(), *self._backing.porters_files],
                     start_new_session=True,
                 )
             self._pidfd = os.pidfd_open(self._process.pid)

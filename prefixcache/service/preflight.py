@@ -16,6 +16,7 @@ from prefixcache.core.policies import policy_named
 from prefixcache.errors import InvalidRequest, PoolExhausted
 from prefixcache.pool import HEADER_BYTES, check_room
 from prefixcache.service.backing import disk_folder
+from prefixcache.service.tiers.disk import KEPT
 from prefixcache.user_folders import expand, is_folder
 
 _LEAST = 64 * 2**10
@@ -60,7 +61,7 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         what = "the pool" if count == 1 else f"the {count} pools together"
         what += " with what is below (--host)" if below else ""
         check_room(total + below + count * HEADER_BYTES, what)
-    elif total > (room := _room(settings.state)):
+    elif total > (room := _room(settings.state, "pool")):
         raise PoolExhausted(
             f"a pool of {format_size(total)} does not fit in {settings.state}, where "
             f"{format_size(room)} are free or its own. Lower --memory, or choose another --state."
@@ -90,17 +91,18 @@ def _check_disk(settings: ServeSettings, domains: Mapping[str, int]) -> None:
     folder = disk_folder(settings)
     share = sum((settings.memory, *domains.values())) / settings.memory
     total = int(settings.disk.num_bytes * share)
-    if total > (room := _room(folder, "slab")):
+    if total > (room := _room(folder, *KEPT)):
         raise PoolExhausted(
             f"--disk: {format_size(total)} do not fit in {folder}, where {format_size(room)} are "
             "free or its own. Lower it, or name a folder on another disk."
         )
 
 
-def _room(named: Path, files: str = "pool") -> int:
+def _room(named: Path, *files: str) -> int:
     """Bytes that such files in this folder may take: what is free, and what those there have."""
     folder = expand(named).absolute()
     place = next(one for one in (folder, *folder.parents) if is_folder(one))
-    found = folder.glob(f"**/{files}") if place == folder else ()
+    names = files if place == folder else ()
+    found = (one for name in names for one in folder.glob(f"**/{name}"))
     own = sum(one.stat().st_blocks * 512 for one in found if one.is_file())
     return shutil.disk_usage(place).free + own

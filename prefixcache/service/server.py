@@ -44,6 +44,7 @@ from prefixcache.service.grpc.endpoint import Endpoint, make_endpoints, open_end
 from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe import log as logging
 from prefixcache.service.persistence.directory import FORMER, Condition
+from prefixcache.service.tiers.disk import DiskFolder
 from prefixcache.texts import many
 
 if TYPE_CHECKING:
@@ -327,6 +328,8 @@ def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
             tokens = num_slots * backing.sizes.block_size
             line += f" = {many(num_slots, 'block')} = {tokens:,} tokens"
         yield line
+    if backing.disk is not None and backing.sizes is not None:
+        yield _found(backing.disk, backing.sizes.block_size)
     if settings.remote is not None:
         signed = "signed" if settings.remote_secret is not None else "not signed"
         line = f"for other machines, too: {settings.remote}, what is stored there is {signed}"
@@ -334,6 +337,20 @@ def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
             size = format_size(backing.object_bytes)
             line += f"; {many(backing.sizes.block_size, 'token')} take {size} there"
         yield line
+
+
+def _found(disk: DiskFolder, block_size: int) -> str:
+    """Say what of an earlier life is found again."""
+    if disk.cold:
+        return f"disk: nothing found again: {disk.cold}"
+    if not disk.num_found:
+        return "disk: nothing found again: nothing lay there"
+    damaged = disk.found.num_damaged
+    return (
+        f"disk: {many(disk.num_found, 'block')} = {disk.num_found * block_size:,} tokens found "
+        f"again in {disk.found.seconds:.1f} s"
+        + (f"; {many(damaged, 'slot', 'are')} damaged" if damaged else "")
+    )
 
 
 def _describe(state: Condition) -> str:

@@ -744,6 +744,20 @@ class StateInfo(_message.Message):
     pending_bytes: int
     def __init__(self, folder: _Optional[str] = ..., failure: _Optional[str] = ..., restored_blocks: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., damaged_blocks: _Optional[int] = ..., restore_s: _Optional[float] = ..., written_blocks: _Optional[int] = ..., dropped_runs: _Optional[int] = ..., pending_bytes: _Optional[int] = ...) -> None: ...
 
+class DiskInfo(_message.Message):
+    __slots__ = ("folder", "cold", "found_blocks", "damaged_slots", "scan_s")
+    FOLDER_FIELD_NUMBER: _ClassVar[int]
+    COLD_FIELD_NUMBER: _ClassVar[int]
+    FOUND_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SCAN_S_FIELD_NUMBER: _ClassVar[int]
+    folder: str
+    cold: str
+    found_blocks: int
+    damaged_slots: int
+    scan_s: float
+    def __init__(self, folder: _Optional[str] = ..., cold: _Optional[str] = ..., found_blocks: _Optional[int] = ..., damaged_slots: _Optional[int] = ..., scan_s: _Optional[float] = ...) -> None: ...
+
 class Shortage(_message.Message):
     __slots__ = ("extra_blocks", "tokens")
     EXTRA_BLOCKS_FIELD_NUMBER: _ClassVar[int]
@@ -753,7 +767,7 @@ class Shortage(_message.Message):
     def __init__(self, extra_blocks: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ServiceInfo(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "core", "state", "failures")
+    __slots__ = ("version", "pid", "uptime_s", "listening", "pool", "memory_bytes", "policy", "partial", "ttl_s", "workers", "sessions", "draining", "core", "state", "failures", "disk")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -776,6 +790,7 @@ class ServiceInfo(_message.Message):
     CORE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     FAILURES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: float
@@ -791,7 +806,8 @@ class ServiceInfo(_message.Message):
     core: str
     state: StateInfo
     failures: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., core: _Optional[str] = ..., state: _Optional[_Union[StateInfo, _Mapping]] = ..., failures: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    disk: DiskInfo
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[float] = ..., listening: _Optional[_Iterable[str]] = ..., pool: _Optional[_Union[PoolHandle, _Mapping]] = ..., memory_bytes: _Optional[int] = ..., policy: _Optional[str] = ..., partial: _Optional[_Union[PartialReuse, str]] = ..., ttl_s: _Optional[float] = ..., workers: _Optional[int] = ..., sessions: _Optional[int] = ..., draining: _Optional[bool] = ..., core: _Optional[str] = ..., state: _Optional[_Union[StateInfo, _Mapping]] = ..., failures: _Optional[_Mapping[str, str]] = ..., disk: _Optional[_Union[DiskInfo, _Mapping]] = ...) -> None: ...
 
 class VerbInfo(_message.Message):
     __slots__ = ("verb", "count", "refused", "per_s", "p50_s", "p99_s")
@@ -880,7 +896,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ..., uncommitted_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt", "declined_slow", "declined_busy", "declined_room", "host_advantage", "disk_blocks", "disk_used", "disk_written", "disk_restored", "disk_moved", "disk_advantage", "has_remote", "remote_stored", "remote_unstored", "remote_restored", "remote_wrong", "remote_late", "remote_advantage")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt", "declined_slow", "declined_busy", "declined_room", "host_advantage", "disk_blocks", "disk_used", "disk_written", "disk_restored", "disk_moved", "disk_advantage", "has_remote", "remote_stored", "remote_unstored", "remote_restored", "remote_wrong", "remote_late", "remote_advantage", "disk_found")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -939,6 +955,7 @@ class SnapshotResponse(_message.Message):
     REMOTE_WRONG_FIELD_NUMBER: _ClassVar[int]
     REMOTE_LATE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_ADVANTAGE_FIELD_NUMBER: _ClassVar[int]
+    DISK_FOUND_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     free: int
@@ -997,7 +1014,8 @@ class SnapshotResponse(_message.Message):
     remote_wrong: int
     remote_late: int
     remote_advantage: float
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ..., declined_slow: _Optional[int] = ..., declined_busy: _Optional[int] = ..., declined_room: _Optional[int] = ..., host_advantage: _Optional[float] = ..., disk_blocks: _Optional[int] = ..., disk_used: _Optional[int] = ..., disk_written: _Optional[int] = ..., disk_restored: _Optional[int] = ..., disk_moved: _Optional[int] = ..., disk_advantage: _Optional[float] = ..., has_remote: _Optional[bool] = ..., remote_stored: _Optional[int] = ..., remote_unstored: _Optional[int] = ..., remote_restored: _Optional[int] = ..., remote_wrong: _Optional[int] = ..., remote_late: _Optional[int] = ..., remote_advantage: _Optional[float] = ...) -> None: ...
+    disk_found: int
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ..., declined_slow: _Optional[int] = ..., declined_busy: _Optional[int] = ..., declined_room: _Optional[int] = ..., host_advantage: _Optional[float] = ..., disk_blocks: _Optional[int] = ..., disk_used: _Optional[int] = ..., disk_written: _Optional[int] = ..., disk_restored: _Optional[int] = ..., disk_moved: _Optional[int] = ..., disk_advantage: _Optional[float] = ..., has_remote: _Optional[bool] = ..., remote_stored: _Optional[int] = ..., remote_unstored: _Optional[int] = ..., remote_restored: _Optional[int] = ..., remote_wrong: _Optional[int] = ..., remote_late: _Optional[int] = ..., remote_advantage: _Optional[float] = ..., disk_found: _Optional[int] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")

@@ -97,7 +97,7 @@ def spoil_memory(porter: int, random: Random, how: str) -> None:
 
 
 def spoil_disk(folder: Path, random: Random, how: str) -> None:
-    """Change what lies on a disk: `flip`, `swap` or `cut`.
+    """Change what lies on a disk: `flip`, `swap`, `cut`, or what is beside the slots (`heads`).
 
     Raises:
         OSError: nothing is there, or the disk is full.
@@ -107,6 +107,12 @@ def spoil_disk(folder: Path, random: Random, how: str) -> None:
         os.truncate(slab, slab.stat().st_size // 2)
         return
     told = np.fromfile(heads, HEAD, offset=HEADS_AT)
+    if how == "heads":
+        with heads.open("r+b", buffering=0) as file:
+            for slot in np.flatnonzero(told["stamp"])[::4].tolist():
+                at = HEADS_AT + slot * HEAD.itemsize + random.randrange(HEAD.itemsize)
+                os.pwrite(file.fileno(), random.randbytes(1), at)
+        return
     with slab.open("r+b", buffering=0) as file:
         used = np.flatnonzero(told["stamp"]).tolist()
         random.shuffle(used)

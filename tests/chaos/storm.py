@@ -7,8 +7,8 @@
 2 viewers ── as actors, reading through contiguous views
 2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
 4 returners ── to chats that lie below the pool: --host, --disk on another small disk
-every round: the service is killed and started again; workers are killed and stopped, and what lies
-below is changed, its porter killed and stopped, its disk full
+every round: the service is killed and started again, on what lies on both disks; workers are killed
+and stopped, and what lies below is changed, its porter killed and stopped, its disk full
 every fourth: nothing but the adversaries, and what lies below
 ```
 Ends with a verdict: no wrong byte was read, the history is that of a cache, nobody's session was
@@ -70,6 +70,7 @@ from chaos.universe import (
 from prefixcache.client import Client
 from prefixcache.errors import CacheError
 from prefixcache.pool import map_pool
+from prefixcache.service.tiers.disk import KEPT
 from prefixcache.types import Namespace, Snapshot
 from prefixcache_bench.reports.figures import publish
 from service.below import porters
@@ -87,7 +88,7 @@ DISK_BYTES = 24 * 2**20
 NUM_HOST, NUM_DISK = 1024, 6144
 """Blocks that fit below the pool, in memory and on a disk."""
 SLOT_BYTES = BLOCK_BYTES + HEAD.itemsize
-TIER_DISK_BYTES = NUM_DISK * SLOT_BYTES + 2**20
+TIER_DISK_BYTES = NUM_DISK * SLOT_BYTES + 3 * 2**20
 MORE_CHILDREN = 2
 """Processes that a service may have beyond those it began with: porters."""
 MOST_FILES_OF_A_PORTER = 24
@@ -162,7 +163,11 @@ class Report:
     resets: int = 0
     phantoms: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    restarts: int = 0
     restored_blocks: int = 0
+    found_blocks: int = 0
+    """On the disk below the pool, summed over all starts."""
+    damaged_slots: int = 0
     settle_s: float = 0.0
     leaks: list[str] = field(default_factory=list)
     final_tokens: int = 0
@@ -211,6 +216,8 @@ class Report:
             failed.append("no view has ended")
         failed += [f"an answer to an adversary: {one}" for one in self.broken]
         failed += [f"a line to a worker: {one}" for one in self.misanswered]
+        if self.restarts and not self.found_blocks:
+            failed.append("nothing was found again on the disk below the pool")
         if not self.restored_tokens:
             failed.append("nothing came back from below the pool")
         if not self.below["spoilt"] and self.faults["alter slots"] > LEAST_ALTERED:
@@ -249,7 +256,9 @@ class Report:
             f"workers    {self.lines['answered']:,} honest lines answered as alone, "
             f"{self.lines['refused']:,} odd ones refused each by itself, {len(self.misanswered)} "
             f"otherwise; {self.lines['workers']} processes, {self.lines['killed']} killed",
-            f"restarts   {self.restored_blocks:,} blocks restored in all",
+            f"restarts   {self.restarts}: {self.restored_blocks:,} blocks of the pool restored in "
+            f"all, {self.found_blocks:,} found again on the disk below it; beside "
+            f"{self.damaged_slots:,} stood what was not whole",
             f"settled    leases and quarantine back at 0 after {self.settle_s:.2f} s "
             f"(limit {SETTLE_S:g} s)",
             f"leaks      {len(self.leaks)}; service's memory {self.rss_growth:.2f} of its first, "
@@ -396,6 +405,10 @@ class Storm:
         try:
             with self.connect() as client:
                 client.set_quota(RED, max_held=RED_BLOCKS)
+                info = client.call("snapshot", _snapshot()).service
+                self.report.restored_blocks += info.state.restored_blocks
+                self.report.found_blocks += info.disk.found_blocks
+                self.report.damaged_slots += info.disk.damaged_slots
         except CacheError:
             service.close()
             raise
@@ -443,15 +456,14 @@ class Storm:
         self.service.close()
         time.sleep(self.random.choice((0.0, 0.0, 0.2)))
         self.service = self.serve()
-        with self.connect() as client:
-            state = client.call("snapshot", _snapshot()).service.state
-            self.report.restored_blocks += state.restored_blocks
+        self.report.restarts += 1
 
     def end_service(self) -> None:
         self.service.signal(signal.SIGTERM)
         self.service.wait()
         self.service.close()
         self.service = self.serve()
+        self.report.restarts += 1
 
     def stop_service(self) -> None:
         self.service.signal(signal.SIGSTOP)
@@ -518,7 +530,7 @@ class Storm:
     def alter_slots(self) -> None:
         """Change what lies below; a file in memory that is cut short kills who touches it."""
         kinds = ("flip", "flip", "swap", "swap", "cut")
-        self.spoil(self.random.choice(kinds), self.random.choice(kinds))
+        self.spoil(self.random.choice(kinds), self.random.choice((*kinds, "heads")))
 
     def spoil(self, memory: str, disk: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # there is no porter
@@ -761,7 +773,8 @@ class Storm:
         if files := [str(path) for path in self.files_below if path.exists()]:
             leaks.append(f"files in shared memory are left: {files}")
         folder = self.disk_below.folder / "tier"
-        if files := [path.name for path in folder.iterdir() if path.name != "lock"]:
+        kept = {"lock", *KEPT}
+        if files := [path.name for path in folder.iterdir() if path.name not in kept]:
             leaks.append(f"files below the pool are left: {files}")
 
     def red_spaces(self, client: Client) -> int:

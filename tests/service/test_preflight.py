@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from cli.running import Told, run
 from prefixcache.cli.codes import EXIT_REFUSED, EXIT_USAGE
 from prefixcache.config import ServeSettings, load
-from prefixcache.errors import InvalidRequest
+from prefixcache.errors import InvalidRequest, PoolExhausted
+from prefixcache.service import preflight
 
 LAYOUT = ("--layout", "1x1x4:float32")
 
@@ -89,3 +91,19 @@ NUMBERS = [
 def test_a_number_that_cannot_be_is_refused_whichever_it_is(name: str, value: str) -> None:
     with pytest.raises(InvalidRequest, match=name.replace("_", "-")):
         load({name: value})
+
+
+def test_what_a_tier_on_disk_has_there_already_is_no_room_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that is full of it the next service starts, too."""
+    folder = tmp_path / "disk"
+    folder.mkdir(mode=0o700)
+    (folder / "slab").write_bytes(b"x" * (1 << 20))
+    (folder / "heads").write_bytes(b"x" * (1 << 18))
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    own = {"memory": 1 << 20, "layout": "1x1x4:float32"}
+    preflight.check(load(own | {"disk": f"{(1 << 20) + (1 << 18)}:{folder}"}), {})
+    with pytest.raises(PoolExhausted, match="Lower it"):
+        preflight.check(load(own | {"disk": f"{1 << 21}:{folder}"}), {})

@@ -1,7 +1,7 @@
 """Tiers: how fast the porter copies blocks, and what a restore takes beside a real service.
 
     python -m prefixcache_bench.speed.tiers [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
-                                            [--folder FOLDER]
+                                            [--folder FOLDER] [--found BLOCKS]
 
 All with blocks of 16 tokens that are scattered over pool and slab, in pieces of 16 blocks, for
 memory of the host and for files in a folder (that of temporary files, if none is given):
@@ -11,6 +11,8 @@ bytes      the porter alone, in this process: pool to slab; and back, with the c
            disk also once the system was asked to keep none of it in memory
 restore    a service, its porter and a client: from the question to the grant for 1,000 tokens that
            lie below, and for the same tokens once they are in the pool
+found      a service that is started on a folder with a million blocks, small ones: how long it
+           looks through their heads, until it listens, and until it has brought the first chat back
 ```
 Every block that comes back is compared with what it held.  What it would take to compute these
 tokens is the model's business.
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import time
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple
@@ -33,14 +36,18 @@ from typing import Final, NamedTuple
 import numpy as np
 
 import prefixcache
+from prefixcache.cli import status
 from prefixcache.client.session import Session
 from prefixcache.config import format_size, parse_layout
+from prefixcache.core.block_keys import BlockKeys
 from prefixcache.core.hauls import Haul
-from prefixcache.pool import PoolFile, map_pool, pages_of
+from prefixcache.pool import HEADER_BYTES, PoolFile, map_pool, pages_of
+from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, DiskSlab
 from prefixcache.service.tiers.porter import Porter
-from prefixcache.service.tiers.slab import Slab, SlabMap, describe, slot_bytes
-from prefixcache.types import HaulId, Layout, PoolHandle
+from prefixcache.service.tiers.seals import Seals
+from prefixcache.service.tiers.slab import Slab, SlabMap, describe, head_type, slot_bytes
+from prefixcache.types import HaulId, Layout, Namespace, PoolHandle
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.signals import ending_in_order
 
@@ -127,9 +134,14 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def prompt(number: int) -> np.ndarray:
+    """Give a chat's prompt."""
+    return np.arange(TOKENS + 1, dtype=np.uint32) + np.uint32(number * 10_000)
+
+
 def ask(session: Session, pages: np.ndarray, number: int) -> tuple[float, int]:
     """Ask for a prompt, store it; give the seconds to the grant, and how many came back."""
-    tokens = np.arange(TOKENS + 1, dtype=np.uint32) + number * 10_000
+    tokens = prompt(number)
     began = time.perf_counter()
     with session.acquire(tokens, wait_s=30.0) as lease:
         took = time.perf_counter() - began
@@ -164,28 +176,115 @@ def restore(
         flags = ["--memory", str(512 * block), "--host", str(size)]
         if below_in is not None:
             flags[2:] = ["--disk", f"{size + HEADS_AT}:{below_in}"]
-        command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target, *flags]
-        command += ["--layout", str(layout), "--grace", "0", "--log-level", "error"]
-        service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert service.stdout is not None
-            for line in service.stdout:
-                if line.startswith("listening"):
-                    break
-            with prefixcache.connect(target) as client, client.attach("m", layout) as session:
-                memory = map_pool(session.pool)
-                pages = pages_of(memory, session.pool)
-                for number in range((rounds + 1) * num_chats):
-                    took, restored = ask(session, pages, number % num_chats)
-                    if restored > TOKENS // 2:
-                        below.append(took)
-                        here.append(ask(session, pages, number % num_chats)[0])
-                    while client.snapshot().leaving:
-                        time.sleep(0.005)
-        finally:
-            service.terminate()
-            service.communicate()
+        with (
+            serving(target, *flags, "--layout", str(layout)),
+            prefixcache.connect(target) as client,
+            client.attach("m", layout) as session,
+        ):
+            memory = map_pool(session.pool)
+            pages = pages_of(memory, session.pool)
+            for number in range((rounds + 1) * num_chats):
+                took, restored = ask(session, pages, number % num_chats)
+                if restored > TOKENS // 2:
+                    below.append(took)
+                    here.append(ask(session, pages, number % num_chats)[0])
+                while client.snapshot().leaving:
+                    time.sleep(0.005)
     return below, here
+
+
+class Start(NamedTuple):
+    """What a start with blocks on disk took, in seconds."""
+
+    num_blocks: int
+    scan_s: float
+    listening_s: float
+    """From its first instruction on."""
+    offered_s: float
+    """Until somebody who asked would have got them: the porter was at work."""
+    empty_s: float
+    """Until it listened with an empty folder."""
+    first_s: float
+    """From the question for a chat of an earlier life to the grant."""
+
+
+@contextlib.contextmanager
+def serving(target: str, *flags: str) -> Iterator[float]:
+    """Have a service; give the seconds until it listened."""
+    command = [sys.executable, "-m", "prefixcache.cli", "serve", "--listen", target, *flags]
+    command += ["--grace", "0", "--log-level", "error"]
+    began = time.perf_counter()
+    service = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert service.stdout is not None
+        for line in service.stdout:
+            if line.startswith("listening"):
+                break
+        yield time.perf_counter() - began
+    finally:
+        service.terminate()
+        service.communicate()
+
+
+def leave(folder: Path, num_bytes: int, handle: PoolHandle) -> int:
+    """Leave chats in a folder, as a service would that has ended; give how many blocks.
+
+    Their pages are zeros, which take no room on the disk.
+    """
+    below = DiskFolder(folder, num_bytes)
+    below.open(handle)
+    each = TOKENS // SIZE
+    num_chats = below.num_slots // each
+    keys = BlockKeys(below.key_secret, SIZE, below.resets)
+    start = keys.start(Namespace("m"))
+    zeros = PoolHandle("none", "", 1, SIZE, handle.layout, 0, 0)
+    sums = Checksums(bytearray(HEADER_BYTES + zeros.block_bytes), zeros, below.seed)
+    heads = np.zeros(num_chats * each, head_type(SIZE))
+    for number in range(num_chats):
+        tokens = prompt(number)[:TOKENS].reshape(each, SIZE)
+        own = heads[number * each : (number + 1) * each]
+        own["key"] = keys.go_on(start, 0, tokens.tobytes())
+        own["tokens"] = tokens
+        own["sum"] = sums.of_contents(np.zeros(each, np.uint32), tokens)
+    heads["stamp"] = np.arange(len(heads), 0, -1)
+    Seals(below.seed, SIZE).put(heads)
+    below.close()
+    with (folder / "heads").open("r+b") as file:
+        file.seek(HEADS_AT)
+        heads.tofile(file)
+    return len(heads)
+
+
+def start(num_blocks: int, folder: Path) -> Start:
+    """Start a service on an empty folder, and on one with so many blocks, killed before.
+
+    Args:
+        num_blocks: About how many.
+        folder: Where the folders are made.
+    """
+    layout = parse_layout("1x1x4:float32")
+    handle = PoolHandle("none", "", 1, SIZE, layout, 0, 0)
+    num_bytes = num_blocks * slot_bytes(handle) + HEADS_AT
+    flags = ("--memory", str(512 * handle.block_bytes), "--layout", str(layout))
+    with tempfile.TemporaryDirectory() as sockets:
+        target = f"unix:{sockets}/cache.sock"
+        with serving(target, *flags, "--disk", f"{num_bytes}:{folder / 'empty'}") as empty_s:
+            pass
+        count = leave(folder / "full", num_bytes, handle)
+        own = (*flags, "--disk", f"{num_bytes}:{folder / 'full'}")
+        started = time.perf_counter()
+        with serving(target, *own) as listening_s, prefixcache.connect(target) as client:
+            while not client.explain(Namespace("m"), prompt(1)).below:
+                time.sleep(0.005)  # the porter is not at work yet
+            offered_s = time.perf_counter() - started
+            told = status.read(client).info.disk
+            assert told.found_blocks == count, f"{told.found_blocks} of {count} blocks found"
+            with client.attach("m", layout) as session:
+                began = time.perf_counter()
+                with session.acquire(prompt(1), wait_s=30.0) as lease:
+                    first_s = time.perf_counter() - began
+                    assert lease.ledger.restored == TOKENS, f"restored: {lease.ledger}"
+    return Start(count, told.scan_s, listening_s, offered_s, empty_s, first_s)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -197,6 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the tier on disk lies")
     parser.add_argument("--quick", action="store_true", help="few blocks, one round")
+    parser.add_argument("--found", type=int, default=1_000_000, help="blocks before a start")
     options = parser.parse_args(argv)
     layout, rounds = options.layout, 1 if options.quick else options.rounds
     num_blocks, size = 64 if options.quick else 512, layout.block_bytes(SIZE)
@@ -206,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         speeds = move(layout, num_blocks, rounds) | move(layout, num_blocks, rounds, folder)
         below, here = restore(layout, rounds)
         on_disk, _ = restore(layout, rounds, folder)
+        again = start(options.found, Path(name))
     for way, speed in speeds.items():
         lines.append(f"{way.name:<26}{speed / 1e9:6.2f} GB/s  {speed / size:,.0f} blocks a second")
     seen_at = {"in memory below": below, "on disk": on_disk, "in the pool": here}
@@ -215,6 +316,12 @@ def main(argv: list[str] | None = None) -> int:
                 f"{TOKENS:,} tokens {name:<16}{1e3 * median(seen):6.1f} ms  to the grant, median "
                 f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms"
             )
+    lines += [
+        f"{again.num_blocks:,} blocks of before{again.scan_s:7.2f} s  to look through their heads",
+        f"a start with them {again.listening_s:14.2f} s  to listening; without {again.empty_s:.2f}",
+        f"offered again {again.offered_s:20.2f} s  after its first instruction",
+        f"{TOKENS:,} tokens of them{1e3 * again.first_s:11.1f} ms  to the grant",
+    ]
     made = provenance()
     print("\n".join((*lines, f"{made['time']} · commit {made['commit']} · {made['machine']}")))
     return 0

@@ -28,6 +28,7 @@ def redact(message: pb.SnapshotResponse, identity: Identity) -> None:
         if message.service.HasField("state"):
             message.service.state.ClearField("folder")
             message.service.state.ClearField("failure")
+        message.service.ClearField("disk")
 
 
 _SHOWN = (

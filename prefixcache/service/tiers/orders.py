@@ -3,7 +3,8 @@
 ```
 service   one line of JSON: where pool, slabs and heads are ────────────────────► porter
           ◄───────────────────────────────────────────────────── a report: number 0, it is ready
-          haul: number | way | count | blocks | slots | stamps | tokens ────────►
+          haul: number | way | count | blocks | slots | stamps | keys | tokens ─►
+             or number | way | count | blocks | slots | stamps | tokens ────────►
              or number | way | count | sources | slots | stamps ────────────────►
              or number | way | count | blocks | slots | names | tokens ─────────►
           ◄───────────────────── report: number | blocks that are good | what failed | seconds
@@ -18,15 +19,16 @@ import struct
 from array import array
 from typing import Final, NamedTuple
 
+from prefixcache.core.block_keys import KEY_BYTES
 from prefixcache.core.hauls import Haul
 from prefixcache.core.remote import NAME_BYTES
 from prefixcache.types import BlockTable, HaulId
 
 _HAUL: Final = struct.Struct("<qBxxxI")
 _REPORT: Final = struct.Struct("<qIid")
-_DOWN, _UP, _ON, _PACK, _UNPACK = 0, 1, 2, 3, 4
-"""From the pool to slots, from slots to the pool, and from slots of HOST to those of DISK; and from
-the pool to slots of objects, and back."""
+_DOWN, _UP, _ON, _PACK, _UNPACK, _KEYED = 0, 1, 2, 3, 4, 5
+"""From the pool to slots, from slots to the pool, and from slots of HOST to those of DISK; from
+the pool to slots of objects, and back; and from the pool to slots with the keys of the blocks."""
 
 READY: Final = HaulId(0)
 """The number of the report that a porter begins with."""
@@ -47,12 +49,12 @@ class Report(NamedTuple):
 
 def pack_haul(haul: Haul) -> bytes:
     """Write a haul.  O(its bytes)."""
-    way = _ON if haul.sources else _UP if haul.is_up else _DOWN
+    way = _ON if haul.sources else _UP if haul.is_up else _KEYED if haul.keys else _DOWN
     if haul.names:
         way = _UNPACK if haul.is_up else _PACK
     head = _HAUL.pack(haul.id, way, len(haul.slots))
     here, beside = haul.sources or haul.blocks, haul.names or haul.stamps.tobytes()
-    return b"".join((head, here.tobytes(), haul.slots.tobytes(), beside, haul.tokens))
+    return b"".join((head, here.tobytes(), haul.slots.tobytes(), beside, haul.keys, haul.tokens))
 
 
 def read_haul(message: bytes) -> Haul:
@@ -71,14 +73,15 @@ def read_haul(message: bytes) -> Haul:
     if way in (_PACK, _UNPACK):
         return _read_named(number, way == _UNPACK, here, slots, message[at + 8 * count :])
     stamps = array("q", message[at + 8 * count : at + 16 * count])
-    tokens = message[at + 16 * count :]
+    end = at + (16 + (KEY_BYTES if way == _KEYED else 0)) * count
+    keys, tokens = message[at + 16 * count : end], message[end:]
     if not len(here) == len(slots) == len(stamps) == count or not count or len(tokens) % count:
         raise ValueError(f"a haul of {count:,} blocks in {len(message)} bytes")
-    if way not in (_DOWN, _UP, _ON) or (way == _ON) is bool(tokens):
+    if way not in (_DOWN, _UP, _ON, _KEYED) or (way == _ON) is bool(tokens):
         raise ValueError(f"a haul of {count:,} blocks the way {way}, of {len(tokens)} bytes")
     if way == _ON:
         return Haul(HaulId(number), False, array("i"), slots, stamps, b"", here)
-    return Haul(HaulId(number), way == _UP, here, slots, stamps, tokens)
+    return Haul(HaulId(number), way == _UP, here, slots, stamps, tokens, keys=keys)
 
 
 def _read_named(number: int, is_up: bool, here: BlockTable, slots: BlockTable, rest: bytes) -> Haul:

@@ -31,6 +31,7 @@ import numpy as np
 
 from prefixcache.core.hauls import Haul
 from prefixcache.service.persistence.checksums import Checksums
+from prefixcache.service.tiers.abandonments import Abandonments
 from prefixcache.service.tiers.disk import DiskSlab
 from prefixcache.service.tiers.objects import Packer
 from prefixcache.service.tiers.orders import (
@@ -40,6 +41,7 @@ from prefixcache.service.tiers.orders import (
     pack_report,
     read_haul,
 )
+from prefixcache.service.tiers.seals import Seals
 from prefixcache.service.tiers.slab import SlabMap
 from prefixcache.types import BlockTable
 
@@ -55,6 +57,7 @@ class Porter:
         seed: Of the sums: the same for as long as the slabs are kept.
         disk: The slab on disk, if there is one.
         packer: Makes objects of blocks, and blocks of objects, if any go elsewhere.
+        abandoned: Which hauls nobody may believe any more, if there is one.
     """
 
     def __init__(
@@ -63,10 +66,13 @@ class Porter:
         seed: int,
         disk: DiskSlab | None = None,
         packer: Packer | None = None,
+        abandoned: Abandonments | None = None,
     ) -> None:
         self._memory = memory
         self._disk = disk
         self._packer = packer
+        self._abandoned = abandoned
+        self._seals = Seals(seed, memory.handle.block_size)
         self._sums = Checksums(memory.memory, memory.handle, seed)
         self._num_host = len(memory.heads)
         self.error = 0
@@ -116,6 +122,11 @@ class Porter:
             told["sum"] = self._sums.of_contents(blocks, tokens[:num_good])
             told["tokens"] = tokens[:num_good]
             told["stamp"] = np.frombuffer(haul.stamps, np.int64)[:num_good]
+            if haul.keys:
+                told["key"] = np.frombuffer(haul.keys, np.uint64).reshape(-1, 2)[:num_good]
+            self._seals.put(told)
+            if self._abandoned is not None and self._abandoned.have(haul):
+                return told[:0]  # what was summed may be somebody else's
             return told
 
         if not near.all():
@@ -124,9 +135,9 @@ class Porter:
         for block, slot in zip(haul.blocks, haul.slots, strict=True):
             slab[:, slot] = pool[:, block]
         told = summed(len(slots))
-        for name in ("sum", "tokens", "stamp"):  # the stamp last
-            heads[name][slots] = told[name]
-        return len(slots)
+        for name in ("seal", "sum", "key", "tokens", "stamp"):  # the stamp last
+            heads[name][slots[: len(told)]] = told[name]
+        return len(told)
 
     def _write(
         self,
@@ -153,6 +164,7 @@ class Porter:
         except OSError as error:
             self.error = error.errno or errno.EIO
         told = heads_of(num_good)
+        num_good = len(told)
         try:
             for at in range(num_good):
                 if slots[at] < self._num_host:
@@ -233,7 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if "stage" in order:
                 secret = bytes.fromhex(order["secret"])
                 packer = Packer(memory.memory, memory.handle, order["stage"], secret)
-            serve(line, Porter(memory, order["seed"], disk, packer))
+            abandoned = None
+            if "abandoned" in order:
+                abandoned = Abandonments(order["abandoned"], memory.handle.num_blocks)
+            serve(line, Porter(memory, order["seed"], disk, packer, abandoned))
     return 0
 
 

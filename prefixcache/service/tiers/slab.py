@@ -2,11 +2,12 @@
 
 ```
 slab    like the pool: [plane][slot][page]          a block and its slot have the same pages
-heads   [slot]  stamp │ sum │ tokens of the block   say what the slot holds
+heads   [slot]  seal │ stamp │ sum │ key │ tokens of the block   say what the slot holds
 ```
 Both are files in shared memory, as the pool is: this user's alone, and gone with the service.  They
 outlive the porter, who is the only one that maps them.  The sum is over the pages and the tokens; a
-head is written after the pages, and what is read is summed where it has arrived.
+head is written after the pages, and what is read is summed where it has arrived.  Key and seal are
+for another life, which finds on disk what went on there from here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _FORMAT: Final = "prefixcache-heads"
 
 def head_type(block_size: int) -> np.dtype[Any]:
     """Give the form of a slot's head, for blocks of so many tokens."""
-    return np.dtype([("stamp", "<i8"), ("sum", "<u8"), ("tokens", "<u4", (block_size,))])
+    own = [("seal", "<u8"), ("stamp", "<i8"), ("sum", "<u8"), ("key", "<u8", (2,))]
+    return np.dtype([*own, ("tokens", "<u4", (block_size,))])
 
 
 def slot_bytes(handle: PoolHandle) -> int:

@@ -193,6 +193,12 @@ class InspectVerbs(Verbs):
         if self.backing.state is not None:
             for name, value in self.backing.state.condition._asdict().items():
                 setattr(info.state, name, value)
+        if (disk := self.backing.disk) is not None:
+            info.disk.folder = str(disk.path)
+            info.disk.cold = disk.cold
+            info.disk.found_blocks = disk.num_found
+            info.disk.damaged_slots = disk.found.num_damaged
+            info.disk.scan_s = disk.found.seconds
 
     def _write_watched(self, message: pb.SnapshotResponse) -> None:
         """Fill in what the service observes beside the cache."""

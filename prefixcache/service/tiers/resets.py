@@ -1,0 +1,148 @@
+"""Resets: how often namespaces were reset, for longer than the service lives.
+
+```
+a page    of which folder │ in which boot it was opened │ closed in order?
+words     [row of the tenant][column of the namespace]       counts; one more with each reset
+```
+The count goes into the keys of blocks (`core/block_keys.py`), so what was reset is found by nobody
+in another life either.  Nothing says which namespaces there are: where two share a word, resetting
+one costs the other what it has on disk, and no more.  Tenants have rows of their own, as far as
+there are: whoever resets much does it to himself.
+
+A word is written before the reset is answered.  The kernel keeps it when the service is killed; not
+so when the machine ends, for nothing waits for the disk here.  So after another boot the words are
+believed only if the last service has closed them, which does wait.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from prefixcache.private_files import open_private
+from prefixcache.types import Namespace
+
+ROWS: Final = 512
+COLUMNS: Final = 512
+_WORD_BYTES: Final = 4
+_WORDS_AT: Final = 4096
+_BYTES: Final = _WORDS_AT + ROWS * COLUMNS * _WORD_BYTES
+_PAGE: Final = struct.Struct("<8s16s64sB")
+_MAGIC: Final = b"PCRESET1"
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Resets:
+    """The counts of one folder.
+
+    Args:
+        path: The file.
+        secret: Of the folder: at least 16 bytes.
+        mark: Sixteen bytes that say which folder it is.
+        is_new: Whether to begin with zeros.
+        give_up: Is told when a reset cannot be written down.
+
+    Raises:
+        ValueError: What is there cannot be believed; the message says why.
+        OSError: The file cannot be made or read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        secret: bytes,
+        mark: bytes,
+        give_up: Callable[[OSError], None],
+        *,
+        is_new: bool,
+    ) -> None:
+        self._secret, self._mark, self._give_up = secret[:64], mark, give_up
+        self._fd = open_private(path, os.O_RDWR | (os.O_CREAT if is_new else 0))
+        try:
+            if is_new:
+                os.ftruncate(self._fd, 0)
+                os.posix_fallocate(self._fd, 0, _BYTES)
+            else:
+                self._look()
+            raw = os.pread(self._fd, _BYTES - _WORDS_AT, _WORDS_AT)
+            self._words: npt.NDArray[np.uint32] = np.frombuffer(raw, "<u4").astype(np.uint32)
+            self._say(is_closed=False)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _look(self) -> None:
+        """See whether the words may be believed."""
+        if os.fstat(self._fd).st_size != _BYTES:
+            raise ValueError("the count of resets is cut short")
+        magic, mark, boot, is_closed = _PAGE.unpack(os.pread(self._fd, _PAGE.size, 0))
+        if magic != _MAGIC or mark != self._mark:
+            raise ValueError("the count of resets is of another folder")
+        if not is_closed and (not _boot_id() or boot.rstrip(b"\0") != _boot_id()):
+            raise ValueError(
+                "the machine has ended before the service did, and resets of its last moments may "
+                "be lost"
+            )
+
+    def _say(self, *, is_closed: bool) -> None:
+        """Write the page, and see it on the disk."""
+        os.pwrite(self._fd, _PAGE.pack(_MAGIC, self._mark, _boot_id(), is_closed), 0)
+        os.fdatasync(self._fd)
+
+    def of(self, namespace: Namespace) -> int:
+        """Give how often a namespace was reset, or one that shares its word.  O(1)."""
+        return int(self._words[self._at(namespace)])
+
+    def advance(self, namespace: Namespace) -> None:
+        """Count a reset.  O(1); a write to the page cache.
+
+        Raises:
+            ServiceUnavailable: As `give_up` does: what lies on the disk could not be given up
+                either.
+        """
+        at = self._at(namespace)
+        word = (int(self._words[at]) + 1) & 0xFFFFFFFF
+        try:
+            os.pwrite(self._fd, word.to_bytes(_WORD_BYTES, "little"), _WORDS_AT + _WORD_BYTES * at)
+        except OSError as error:
+            self._give_up(error)
+        self._words[at] = word
+
+    def _at(self, namespace: Namespace) -> int:
+        """Give the word of a namespace: the same for what is approximate beside it."""
+        row = self._digest(namespace.tenant) % ROWS
+        return row * COLUMNS + self._digest(*namespace[:4]) % COLUMNS
+
+    def _digest(self, *fields: str) -> int:
+        digest = blake2b(digest_size=8, key=self._secret, person=b"prefixcache word")
+        for field in fields:
+            raw = field.encode("utf-8", "surrogatepass")
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+        return int.from_bytes(digest.digest(), "little")
+
+    def close(self) -> None:
+        """See all of it on the disk, say that it is, and close.
+
+        Raises:
+            OSError: It is not; another boot will not believe it.
+        """
+        try:
+            os.fdatasync(self._fd)
+            self._say(is_closed=True)
+        finally:
+            os.close(self._fd)
+
+
+def _boot_id() -> bytes:
+    """Give what names this run of the kernel; empty where nobody knows."""
+    try:
+        return _BOOT_ID.read_bytes().strip()[:64]
+    except OSError:
+        return b""
