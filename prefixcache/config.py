@@ -473,7 +473,12 @@ class ServeSettings(BaseSettings):
         ),
     ] = 300.0
     grace: Annotated[
-        Seconds, Option(_SERVICE, "SECONDS", "Time for leases to come back at the end.")
+        Seconds,
+        Option(
+            _SERVICE,
+            "SECONDS",
+            "Time at the end for leases to come back, and the cache to go to the disk below.",
+        ),
     ] = 30.0
     state: Annotated[
         Path | None,

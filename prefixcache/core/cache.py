@@ -19,6 +19,7 @@ The service, the client's contract tests and the experiments all run this very c
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from itertools import islice
@@ -990,6 +991,31 @@ class PrefixCache:
             return []
         self._lessor.sink(now)
         return hauls.take_new()
+
+    def put_down(self) -> None:
+        """Have all go to DISK that is cached in the pool and in memory below it, from now on.
+
+        For the end of a service whose disk outlives it.  What is pinned stays, and what is within a
+        guaranteed share.  Without a disk it changes nothing.
+        """
+        hauls = self._lessor.hauls
+        if hauls is not None and hauls.sizes.disk:
+            hauls.is_ending = True
+            hauls.tier.begin_ending()
+
+    @property
+    def num_above_disk(self) -> int:
+        """Blocks that are cached, and not on DISK yet; without those that leases hold.  O(1)."""
+        hauls = self._lessor.hauls
+        if hauls is None:
+            return 0
+        return self._lessor.tree.evictable + hauls.num_leaving + hauls.tier.num_host_used
+
+    @property
+    def waits_to_write(self) -> bool:
+        """Whether as much has been written to DISK as may be, for now.  O(1)."""
+        hauls = self._lessor.hauls
+        return hauls is not None and math.isfinite(hauls.sizes.disk_per_s)
 
     def hold_disk(self, *, until: float) -> None:
         """Let nothing be written to the tier on disk before that time: it fails.  O(1).

@@ -206,6 +206,7 @@ class Hauls:
         "_worked_s",
         "abandoned",
         "has_porter",
+        "is_ending",
         "limit",
         "num_bad",
         "num_leaving",
@@ -235,6 +236,8 @@ class Hauls:
         """Is told of a haul whose blocks are about to be somebody else's."""
         self.has_porter = False
         """Whether there is anybody to move blocks."""
+        self.is_ending = False
+        """Whether the pool is about to be lost: then all of it goes down."""
         self.num_leaving = 0
         """Blocks that have left the tree, and are free once they are copied."""
         self.num_rising = 0
@@ -318,6 +321,8 @@ class Hauls:
         evict itself is lost.
         """
         sizes = self.sizes
+        if self.is_ending:
+            return self.pool.num_blocks
         if not self.worth.pays:
             return max(min(1, sizes.ahead), sizes.ahead // _LESS)
         return max(sizes.ahead, min(math.ceil(self._need), sizes.most_ahead))
@@ -325,6 +330,8 @@ class Hauls:
     @property
     def least(self) -> int:
         """Blocks that go down together at least: not one by one, and not too late."""
+        if self.is_ending:
+            return 1
         return min(self.sizes.piece, max(1, self.ahead // 4))
 
     def sink(self, sunk: list[Sunk]) -> None:

@@ -170,6 +170,7 @@ class Tier:
         "_upper",
         "bared",
         "host_ahead",
+        "is_ending",
         "listener",
         "num_disk",
         "num_found",
@@ -186,6 +187,8 @@ class Tier:
         self.num_host = num_host
         self.num_disk = num_disk
         self.host_ahead = host_ahead if num_disk else 0
+        self.is_ending = False
+        """Whether memory is about to be lost: then everything goes to DISK."""
         self.num_slots = num_host + num_disk - self.host_ahead
         """Places: as many blocks lie here at most."""
         self._block_bytes = block_bytes
@@ -252,11 +255,11 @@ class Tier:
         if self._sweeps and len(free) < count:
             self._sweep(_SWEPT + count)
         if num_disk or not self.num_disk:
-            while (short := count - len(free)) > 0 and self._give_up(short):
+            while (short := count - self._num_room) > 0 and self._give_up(short):
                 pass
         slots = self._pop_slots(min(count, len(free)), num_disk)
         while self.num_disk and self.num_host and (short := count - len(slots)) > 0:
-            if not self._give_up_host(short):
+            if self.is_ending or not self._give_up_host(short):
                 break
             more = self._pop_slots(min(short, len(free)), 0)
             if not more:
@@ -270,9 +273,15 @@ class Tier:
         self._states[index] = _OWNED | _BUSY
         return places
 
+    @property
+    def _num_room(self) -> int:
+        """Blocks that could be written to places now."""
+        num_free = len(self._free)
+        return min(num_free, len(self._free_disk)) if self.is_ending else num_free
+
     def _pop_slots(self, count: int, num_disk: int) -> BlockTable:
         """Take free slots: of HOST, then up to `num_disk` of DISK."""
-        slots = _pop(self._free_host, count)
+        slots = _pop(self._free_host, 0 if self.is_ending else count)
         if count > len(slots):
             slots += _pop(self._free_disk, min(count - len(slots), num_disk))
         return slots
@@ -435,6 +444,11 @@ class Tier:
 
     # ------------------------------------------------------------------ from HOST to DISK
 
+    def begin_ending(self) -> None:
+        """From now on have everything go to DISK: what is in memory is about to be lost.  O(1)."""
+        self.is_ending = True
+        self.host_ahead = self.num_host
+
     def begin_moving(self, most: int) -> Move | None:
         """Choose the oldest blocks of HOST to go on to DISK, as far as too few slots are free.
 
@@ -445,8 +459,11 @@ class Tier:
             most: Blocks at most; at least one.
         """
         short = self.host_ahead - len(self._free_host) - self.num_moving
+        while self.is_ending and len(self._free_disk) < min(most, short):
+            if not self._give_up(min(most, short) - len(self._free_disk)):
+                break
         count = min(most, short, len(self._free_disk))
-        if count <= 0 or short < min(_MOVED, self.host_ahead // 4):
+        if count <= 0 or (short < min(_MOVED, self.host_ahead // 4) and not self.is_ending):
             return None
         places: BlockTable = array("i")
         stale, dead = [], []

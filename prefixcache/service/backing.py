@@ -240,6 +240,11 @@ class Backing:
         return self.slab is not None or has_disk or self.stage is not None
 
     @property
+    def loses_pool(self) -> bool:
+        """Whether a disk below the pool outlives the service, and the pool does not."""
+        return self.state is None and self.disk is not None and self.disk.num_slots > 0
+
+    @property
     def num_host(self) -> int:
         """Slots in memory below the pool: those on disk come behind them."""
         return 0 if self.slab is None else self.slab.num_slots

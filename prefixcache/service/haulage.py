@@ -53,6 +53,7 @@ _IN_HAND: Final = 2
 _SILENT_S: Final = 10.0
 _START_S: Final = 60.0
 """How long he may take to be ready, on whatever machine."""
+_LOOK_S: Final = 0.01
 _FIRST_PAUSE_S: Final = 1.0
 _LONGEST_PAUSE_S: Final = 30.0
 
@@ -110,6 +111,11 @@ class Haulage:
         """The process of the present porter; 0 if there is none."""
         return 0 if self._process is None else self._process.pid
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether there is a porter who has said that he is ready."""
+        return self._process is not None and READY not in self._in_hand
+
     def pump(self) -> None:
         """Take new hauls of the core, and give the porter what he has a hand free for.
 
@@ -132,6 +138,27 @@ class Haulage:
         if self.carriage is not None:
             self.carriage.pump()
         self._give()
+
+    async def put_down(self, until: float) -> None:
+        """Have all that is cached go to a disk that outlives the service, as far as it gets.
+
+        Args:
+            until: When it must be over; what has not got there then is lost.
+        """
+        cache = self._backing.cache
+        if cache is None or not self._backing.loses_pool:
+            return
+        cache.put_down()
+        total = left = cache.num_above_disk
+        while left and time.monotonic() < until:
+            self.pump()
+            moves = self._in_hand or self._up or self._down
+            fails = time.monotonic() < self._disk_held_until
+            if self._process is None or fails or not (moves or cache.waits_to_write):
+                break
+            await asyncio.sleep(_LOOK_S)
+            left = cache.num_above_disk
+        log.info("put on disk", blocks=total - left, lost=left)
 
     def hand(self, haul: Haul) -> None:
         """Put a haul into the queue: the porter is given it once he has a hand free."""

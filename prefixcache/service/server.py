@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import gc
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,7 @@ from prefixcache.service.auth.connections import Connections
 from prefixcache.service.auth.identity import Identities
 from prefixcache.service.auth.standing import OpenCalls
 from prefixcache.service.backing import Backing
+from prefixcache.service.collector import collect_often
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.descriptors import Descriptors, raise_limit
 from prefixcache.service.domain import Domain, make_domains
@@ -55,13 +55,13 @@ if TYPE_CHECKING:
 _LAST_WORDS_S = 0.5
 """What the streams that are still open get to send what they have, once the leases are back."""
 
+_PORTER_S = 5.0
+"""How long a start waits for who brings back what an earlier life left on disk."""
+
+_LOOK_S = 0.01
+
 _FORMER_S = 0.1
 """How often to look whether processes still map the pool as it was before this service."""
-
-_COLLECTOR = (1000, 5, 20_000)
-"""Garbage collection: a pause of 0.2 ms for every thousand objects more, and one of 1 ms for every
-five thousand.  Nodes live long, and nothing of the tree ends in a cycle, so a walk over all of it
-(generation 2) is worth its pause only once in a hundred million allocations."""
 
 _KEPT_BYTES = 64 << 20
 """What the allocator may keep for itself: four copies of the largest message."""
@@ -142,6 +142,7 @@ async def _serve(
     handlers.failures.watch(patrol, "the patrol that ends the calls of changed identities")
     doorkeeper = asyncio.ensure_future(connections.patrol())
     handlers.failures.watch(doorkeeper, "the patrol that ends connections that prove nothing")
+    background = [*formers, patrol, doorkeeper]
     tracer = _make_tracer(settings, handlers.failures)
     for one in domains.values():
         one.handlers.tracer = tracer
@@ -168,6 +169,7 @@ async def _serve(
         # First what may be refused: then nobody has found the service who would lose it again.
         page = "" if http is None else await http.start()
         events = "" if publisher is None else publisher.start()
+        await _begin_hauling(domains)
         for endpoint in endpoints:
             await acceptor.start(endpoint.server, deaf.tell)
         for name in ("", SERVICE):
@@ -211,18 +213,16 @@ async def _serve(
         announce(f"listening at {', '.join(handlers.listening)}")
         for one in domains.values():
             one.handlers.sampler.start()
-            one.haulage.pump()
-        # What exists now lives as long as the process: the collector need never look at it again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(*_COLLECTOR)
+        collector = asyncio.ensure_future(collect_often())
+        handlers.failures.watch(collector, "the collector of garbage")
+        background.append(collector)
         await stop.wait()
         stop.clear()
         await alive.enter_graceful_shutdown()
         hurry = asyncio.ensure_future(stop.wait())
         # Without a pool there is nothing that leases could still do, nor where no call is taken.
         grace = 0.0 if lost.is_set() or deaf.cause else settings.grace
-        drained = asyncio.gather(*(_drain(one.handlers, grace) for one in domains.values()))
+        drained = asyncio.gather(*(_drain(one, grace) for one in domains.values()))
         await asyncio.wait((hurry, drained), return_when=asyncio.FIRST_COMPLETED)
         grace_s = 0.0 if hurry.done() else _LAST_WORDS_S
         for task in (hurry, drained):
@@ -249,10 +249,8 @@ async def _serve(
             await publisher.close()
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
-        patrol.cancel()
-        doorkeeper.cancel()
-        for former in formers:
-            former.cancel()
+        for one_task in background:
+            one_task.cancel()
         for endpoint in endpoints:
             endpoint.listener.close()
         if backing.owner is not None:
@@ -457,8 +455,27 @@ class _Deaf:
             self._stop.set()
 
 
-async def _drain(handlers: Handlers, grace_s: float) -> None:
-    """Give no new leases, and wait until those that are out have come back."""
+async def _begin_hauling(domains: Mapping[str, Domain]) -> None:
+    """Start who moves blocks below the pools.
+
+    Where an earlier life left something on disk, wait for him, some seconds at most: it is there
+    for the very first request then.
+    """
+    deadline = time.monotonic() + _PORTER_S
+    for one in domains.values():
+        one.haulage.pump()
+    awaited = [
+        one.haulage
+        for one in domains.values()
+        if one.backing.disk is not None and one.backing.disk.num_found
+    ]
+    while time.monotonic() < deadline and not all(one.is_at_work for one in awaited):
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _drain(domain: Domain, grace_s: float) -> None:
+    """Give no new leases; wait for those that are out; put on disk what is cached."""
+    handlers = domain.handlers
     handlers.draining = True
     await handlers.workers.refuse_waiting(
         ServiceUnavailable("the service is draining: it gives no new leases")
@@ -469,6 +486,7 @@ async def _drain(handlers: Handlers, grace_s: float) -> None:
         await asyncio.sleep(0.05)
     if left := _leases_out(handlers):
         log.warning("the grace is over", leases=left)
+    await domain.haulage.put_down(deadline)
 
 
 def _leases_out(handlers: Handlers) -> int:

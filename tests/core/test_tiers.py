@@ -337,6 +337,36 @@ def three_tiers(**sizes: float) -> Shelf:
     return Shelf(num_blocks=6, host=4, ahead=2, piece=2, disk=8, host_ahead=2, **sizes)
 
 
+def test_at_the_end_of_a_service_all_that_is_cached_goes_to_disk() -> None:
+    shelf = Shelf(num_blocks=6, host=4, ahead=2, piece=2, disk=20, host_ahead=2)
+    for first in (10, 20, 30, 40):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    held = shelf.acquire(50, 50)
+    shelf.cache.put_down()
+    assert shelf.cache.num_above_disk > 0
+    shelf.carry()
+    told = shelf.cache.counts(now=shelf.now)
+    assert (told.indexed, told.host_used, told.disk_used) == (0, 0, 8)
+    assert shelf.cache.num_above_disk == 0, "but for what a lease holds"
+    assert isinstance(held, Grant)
+    for first in (10, 20, 30, 40):
+        assert shelf.below(first, first, first + 1, first + 1) == (4, 4)
+
+
+def test_what_a_full_disk_has_no_room_for_at_the_end_is_the_oldest() -> None:
+    shelf = Shelf(num_blocks=6, host=4, ahead=2, piece=2, disk=4, host_ahead=2)
+    for first in (10, 20, 30, 40):
+        shelf.store(first, first, first + 1, first + 1)
+        shelf.carry()
+    shelf.cache.put_down()
+    shelf.carry()
+    assert shelf.cache.num_above_disk == 0
+    assert shelf.below(40, 40, 41, 41) == (4, 4)
+    assert shelf.below(30, 30, 31, 31) == (4, 4)
+    assert shelf.below(10, 10, 11, 11) == (0, 0)
+
+
 def test_the_oldest_blocks_go_on_to_disk_before_their_room_is_needed() -> None:
     shelf = three_tiers()
     for first in (10, 20, 30, 40):

@@ -219,6 +219,22 @@ def test_a_folder_that_is_not_whole_is_a_cold_start(start: Start, folder: Path) 
         assert client.snapshot().disk_found > 50
 
 
+def test_at_a_stop_what_is_in_the_pool_and_in_memory_goes_to_the_disk(start: Start) -> None:
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        filled(client)
+        told = client.snapshot()
+        cached = told.indexed + told.host_used + told.disk_used
+    end(service, signal.SIGTERM)
+    assert '"lost": 0, "event": "put on disk"' in service.log()
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        assert client.snapshot().disk_found == cached
+        writer = Writer(client)
+        assert writer.ask(29).restored == CHAT, "it was in the pool, and first to be asked for"
+        assert writer.num_wrong == 0
+
+
 def test_with_a_state_the_pool_comes_back_and_what_lay_below_it(
     start: Start, tmp_path: Path
 ) -> None:
