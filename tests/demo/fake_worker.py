@@ -11,6 +11,7 @@ import threading
 import time
 
 import prefixcache
+from prefixcache.errors import ServiceUnavailable
 from prefixcache.types import Layout, Ledger
 
 LAYOUT = Layout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32")
@@ -29,11 +30,34 @@ def say(**event):
 say.lock = threading.Lock()
 
 
+class Cache:
+    """A session, and another one when its service is gone and there is one again."""
+
+    def __init__(self, target, name):
+        self.target, self.name = target, name
+        self.session = self.attach()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def attach(self):
+        return prefixcache.connect(self.target).attach("fake@1", LAYOUT, name=self.name)
+
+    def watch(self):
+        while True:
+            time.sleep(0.02)
+            if not self.session.alive:
+                try:
+                    self.session = self.attach()
+                except ServiceUnavailable:
+                    continue
+                say(event="joined", worker=self.session.attachment.worker)
+
+
 def next_token(tokens):
     return sum(i * t for i, t in enumerate(tokens, start=7)) % 26 + ord("a")
 
 
-def serve(request, session, known):
+def serve(request, cache, known):
+    session = cache.session if cache is not None else None
     generated = request.get("generated", [])
     tokens = request["tokens"] + generated
     limit = request["max_new_tokens"] - len(generated)
@@ -43,7 +67,7 @@ def serve(request, session, known):
     if session is not None:
         lease = session.acquire(tokens, reserve=limit, wait_s=request["wait_s"])
         cached, ledger = lease.num_cached, lease.ledger
-    fates = ("hit", "partial", "joined", "cold", "evicted", "granularity")
+    fates = ("hit", "partial", "joined", "cold", "evicted", "granularity", "restored")
     stated = {fate: getattr(ledger, fate) for fate in fates}
     waited_ms = (time.monotonic() - began_s) * 1e3
     say(
@@ -103,23 +127,21 @@ def main():
     known, _ = parser.parse_known_args()
     if known.stillborn or known.bits != known.invariant:
         sys.exit("no model here")
-    session = None
-    if not known.solo:
-        session = prefixcache.connect(known.connect).attach("fake", LAYOUT, name=known.name)
+    cache = None if known.solo else Cache(known.connect, known.name)
     layout = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 8, "dtype": "float32"}
     say(
         event="ready",
-        worker=session.attachment.worker if session else "",
+        worker=cache.session.attachment.worker if cache else "",
         layout=layout,
         chunk=CHUNK,
     )
     for number, line in enumerate(sys.stdin):
         if known.fragile and number == 2:
             sys.exit("no more")
-        args = (json.loads(line), session, known)
+        args = (json.loads(line), cache, known)
         threading.Thread(target=serve, args=args, daemon=True).start()
-    if session is not None:
-        session.close()
+    if cache is not None:
+        cache.session.close()
 
 
 if __name__ == "__main__":

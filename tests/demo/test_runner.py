@@ -122,6 +122,14 @@ def test_a_run_shares_survives_a_kill_and_proves_that_answers_are_identical(star
     assert 1 <= sentence["num_again"] <= sentence["block_size"] + 1
     assert 0 < sentence["num_before"] < sentence["num_tokens"]
     assert f"{sentence['num_again']} computed again" in output
+    below = report["below"]
+    assert below["kept"]
+    first, *others = below["passes"]
+    assert first["num_restored"] == 0
+    assert all(one["num_restored"] > 0 for one in others)
+    assert len(others) == 3, "again, after a restart, on another machine"
+    assert below["num_compared"] == 4 * len({line["assistant"] for line in report["per_request"]})
+    assert "came back from below it" in output
     assert death["leases"] >= 1
     assert death["blocks_returned"] > 0
     assert death["takeover_ms"] is not None

@@ -47,8 +47,10 @@ def demo(
 
     Starts the service and the workers, plays chats that share system prompts, kills a worker in
     mid-prefill, then plays the same chats without any cache and compares every answer, bit for bit
-    where the model's network computes alike in any company.  At the end a worker is killed in
-    mid-sentence, and another one goes on.
+    where the model's network computes alike in any company.  Then a worker is killed in
+    mid-sentence, and another one goes on.  At the end some of it is asked again where the pool is
+    too small: what was evicted comes back from a disk, after a restart, too, and what was computed
+    serves a second machine through a Valkey server.
     Exit code 0 only if all answers are identical.
     """
     console = open_console(stderr=as_json)
@@ -62,7 +64,8 @@ def demo(
         typer.echo(json_text(result, indent=1))
     sentence = result["sentence"]
     has_broken_off = sentence is not None and not sentence["survived"]
-    if not result["identical"] or result["pool_blocks_leaked"] or has_broken_off:
+    has_lost = not result["below"]["kept"]
+    if not result["identical"] or result["pool_blocks_leaked"] or has_broken_off or has_lost:
         raise typer.Exit(WRONG)
 
 
@@ -75,14 +78,16 @@ def run_and_report(console: Console, setup: runner.Setup, to: Path) -> dict[str,
     view = open_view(console, setup.workers, setup.workload.num_requests)
     outcome = play(console, view, lambda: runner.execute(setup, view))
     result = report.header(setup.model) | report.figures(
-        outcome.shared, outcome.unshared, outcome.verdict, outcome.sentence
+        outcome.shared, outcome.unshared, outcome.verdict, outcome.sentence, outcome.below
     )
     report.write(to, result)
     drawing = to.with_suffix(".png")
     picture.draw(drawing, outcome.shared, outcome.unshared, result)
     if console.is_terminal:
         summary.show_requests(console, outcome.shared)
-    summary.show_totals(console, outcome.shared, outcome.verdict, result, outcome.sentence)
+    summary.show_totals(
+        console, outcome.shared, outcome.verdict, result, outcome.sentence, outcome.below
+    )
     console.print(f"report {to}, picture {drawing}", soft_wrap=True)
     return result
 

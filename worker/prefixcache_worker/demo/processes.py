@@ -21,16 +21,17 @@ CHUNK: Final = 128
 of 256 takes a processor core most of a second, and warm requests wait behind it."""
 
 
-def service_in(folder: Path, memory: str, model: str) -> ChildService:
+def service_in(folder: Path, memory: str, model: str, *more: str) -> ChildService:
     """Make the service, on a socket in `folder`; not started yet.
 
     Args:
         folder: for the socket and what the service writes.
         memory: size of the pool.
         model: if it is a folder, the service derives and prints the pool's layout at once.
+        more: options of the service.
     """
-    options = ["--memory", memory, "--grace", "1"]
-    if (Path(model) / "config.json").is_file():
+    options = ["--memory", memory, "--grace", "1", *more]
+    if model and (Path(model) / "config.json").is_file():
         options += ["--model", model, "--dtype", "float32"]
     return ChildService(folder, f"unix:{folder}/cache.sock", options)
 

@@ -153,6 +153,8 @@ class Run:
     num_blocks: int = 0
     block_size: int = 16
     block_bytes: int = 0
+    layout: str = ""
+    """Of a page, as `prefixcache serve --layout` takes it."""
     blocks_used: int = 0
     """Blocks that hold something when the last request has ended."""
     blocks_leaked: int = 0

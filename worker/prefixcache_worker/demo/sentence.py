@@ -1,4 +1,4 @@
-"""The last act: an answer that goes on although its worker is killed in mid-sentence.
+"""The act before the last: an answer that goes on although its worker is killed in mid-sentence.
 
 ```
 w1  prompt ──► "The best way to clean a chain ╳ SIGKILL

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from prefixcache_worker.demo.below import Below
 from prefixcache_worker.demo.compare import Verdict
 from prefixcache_worker.demo.record import Run
 from prefixcache_worker.demo.sentence import Sentence
@@ -29,6 +30,7 @@ def show_totals(
     verdict: Verdict,
     report: dict[str, Any],
     sentence: Sentence | None = None,
+    below: Below | None = None,
 ) -> None:
     """Print what it all came to."""
     console.print()
@@ -46,6 +48,11 @@ def show_totals(
         console.print()
         console.print(Text(f"“{sentence.text.strip()}”"))
         console.print(Text(sentence.told(), style="" if sentence.survived else "bold red"))
+    if below is not None:
+        console.print()
+        console.print(Text(f"In a pool of {below.num_blocks:,} blocks, with a disk below it:"))
+        for line in below.told():
+            console.print(Text(f"  {line}", style="" if below.kept else "bold red"))
     console.print()
     for difference in verdict.differences:
         console.print(Text(str(difference), style="yellow" if difference.tie else "bold red"))
