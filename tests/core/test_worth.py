@@ -116,6 +116,12 @@ def test_who_knows_nothing_fetches() -> None:
     assert worth.weigh(0, 1000, [1000], None).is_worth, "nothing is known of the namespace"
 
 
+def test_of_what_nobody_knows_yet_each_tier_is_as_much_slower_as_it_lies_deeper() -> None:
+    worth = Worth(3, 16)
+    guessed = [worth.weigh(tier, 10, [0, 0, 0], None).fetch_s for tier in range(3)]
+    assert guessed == pytest.approx([0.05, 0.1, 0.15])
+
+
 def test_one_of_64_is_looked_at_again_and_at_most_one_a_second() -> None:
     assert explored(Speed(1.0), [at / 1024 for at in range(6400)]) == [
         *(63, 1087, 2111, 3135, 4159, 5183, 6207)
