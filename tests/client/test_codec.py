@@ -70,7 +70,8 @@ ANSWERS: list[tuple[str, Any]] = [
     (
         "snapshot",
         Snapshot(
-            **{name: number for number, name in enumerate(COUNTS, 1)} | {"ledger": LEDGER},
+            **{name: number for number, name in enumerate(COUNTS, 1)}
+            | {"ledger": LEDGER, "has_remote": True},
             leases=(LEASE,),
             namespaces={SHOWN: LEDGER},
         ),
