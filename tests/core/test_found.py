@@ -276,8 +276,8 @@ def test_keys_differ_by_place_namespace_secret_and_reset() -> None:
     told = of(own, SPACE, [5] * 8)
     assert told[0] != told[1]
     assert of(own, SPACE, [0] * 8)[0] != of(own, SPACE, [0] * 4 + [1] * 4)[1]
-    fields = ("ab", "c"), ("a", "bc"), ("a", "b", "c"), ("a", "", "b", "c"), ("ab", "c", "", "", True)
-    spaces = [Namespace(*one) for one in fields]  # type: ignore[arg-type]
+    named = ("ab", "c"), ("a", "bc"), ("a", "b", "c"), ("a", "", "b", "c")
+    spaces = [*(Namespace(*one) for one in named), Namespace("ab", "c", approximate=True)]
     assert len({repr(of(own, space, [1] * 4)) for space in spaces}) == len(spaces)
     assert of(BlockKeys(SECRET + b"x", 4, counted), SPACE, [5] * 8) != told
     assert of(BlockKeys(SECRET, 4, counted), SPACE, [5] * 8) == told
