@@ -220,7 +220,7 @@ def test_a_folder_that_is_not_whole_is_a_cold_start(start: Start, folder: Path) 
 
 
 def test_at_a_stop_what_is_in_the_pool_and_in_memory_goes_to_the_disk(start: Start) -> None:
-    service = start()
+    service = start("--grace", "60")
     with prefixcache.connect(service.target) as client:
         filled(client)
         told = client.snapshot()

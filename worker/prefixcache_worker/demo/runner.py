@@ -256,7 +256,8 @@ class _Machine:
     def service(self, remote: str) -> ChildService:
         """Give its service; not started yet."""
         more = (*self.more, *(("--remote", remote) if remote else ()))
-        return service_in(self.folder, str(self.memory), "", "--layout", self.layout, *more)
+        options = ("--layout", self.layout, "--grace", "4", *more)  # time to put the pool on disk
+        return service_in(self.folder, str(self.memory), "", *options)
 
     def worker(self) -> ChildWorker:
         """Give its worker; not started yet."""
