@@ -261,7 +261,7 @@ class Tier:
         while self.num_disk and self.num_host and (short := count - len(slots)) > 0:
             if self.is_ending or not self._give_up_host(short):
                 break
-            more = self._pop_slots(min(short, len(free)), 0)
+            more = self._pop_slots(min(short, len(free) - len(slots)), 0)
             if not more:
                 break  # what was given up is still being read
             slots += more

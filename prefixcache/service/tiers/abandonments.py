@@ -60,8 +60,11 @@ class Abandonments:
         self._words[haul.blocks[0]] = haul.id
 
     def have(self, haul: Haul) -> bool:
-        """Whether that was noted of a haul.  O(1)."""
-        return bool(self._words[haul.blocks[0]] == haul.id)
+        """Whether that was noted of a haul, or of a later one that begins with the same block.
+
+        Its own note is gone then; but the block must have been lent in between.  O(1).
+        """
+        return bool(self._words[haul.blocks[0]] >= haul.id)
 
     def close(self) -> None:
         """Let go of the memory.  It must not be used afterwards."""
