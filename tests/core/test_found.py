@@ -13,7 +13,7 @@ from core.lives import SIZE, SPACES, Counted, Lives
 from prefixcache.core.block_keys import BlockKeys
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.found import Found, Remains
-from prefixcache.core.node import Root
+from prefixcache.core.node import Node, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.tiers import Tier
 from prefixcache.errors import InvalidRequest
@@ -264,6 +264,23 @@ def test_keys_are_the_same_however_a_run_is_cut() -> None:
     assert (told[:1000] == first).all()
     assert (told[1000:] == again.go_on(first[-1:], 4000, tokens[cut:])).all()
     assert (again.end(again.start(SPACE), 0, tokens[:cut]) == first[-1]).all()
+
+
+def test_no_more_slots_are_taken_than_places_while_the_disk_is_full_and_fails() -> None:
+    tier = Tier(8, 4, num_disk=8, host_ahead=2)  # a place for each but two of their slots
+    tier.adopt(remains(*((slot, slot, slot + 1) for slot in range(8))))
+    root = Root(SPACE)
+    for number in range(1, 6):
+        ghost = Node(pack([number]), array("i"), root, number)
+        ghost.places = tier.take(1, 0)
+        tier.written(ghost.places, 1)
+        tier.enter(ghost)
+    assert tier.num_free == 1
+    taken = tier.take(4, 0)
+    assert len(set(tier.slots(taken))) == len(taken) == 4
+    assert tier.num_free == 0
+    tier.give_back(taken)
+    assert tier.num_free == 4
 
 
 def test_keys_differ_by_place_namespace_secret_and_reset() -> None:

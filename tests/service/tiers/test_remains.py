@@ -427,6 +427,20 @@ def test_another_haul_of_the_same_blocks_is_believed() -> None:
         abandoned.close()
 
 
+def test_a_haul_stays_abandoned_when_its_block_is_lent_and_abandoned_again() -> None:
+    """The porter stands still meanwhile, and has the first haul still before him."""
+    abandoned = Abandonments.make(4)
+    try:
+        first = Haul(HaulId(5), False, array("i", [2, 3]), array("i"), array("q"), b"")
+        later = first._replace(id=HaulId(9), blocks=array("i", [2, 1]))
+        abandoned.note(first)
+        abandoned.note(later)
+        assert abandoned.have(later)
+        assert abandoned.have(first)
+    finally:
+        abandoned.close()
+
+
 # ---------------------------------------------------------------------- how much there may be
 
 
