@@ -84,24 +84,36 @@ class Lives:
             SIZE,
             partial=Partial.OFF,
             num_ghosts=draw.choice([None, 0, 3]),
-            tiers=TierSizes(self.num_host, ahead, 2, self.num_disk, host_ahead),
+            tiers=TierSizes(
+                self.num_host,
+                ahead,
+                2,
+                self.num_disk,
+                host_ahead,
+                most_ahead=draw.choice([0, num_blocks // 2]),
+            ),
         )
         self.most = num_blocks * SIZE
         self.pool: dict[int, Content] = {}
         self.queue: list[Haul] = []
-        self.noted: set[int] = set()
+        self.noted: dict[int, int] = {}
+        """By the block that it begins with, the last haul that was abandoned."""
         self.held: list[LeaseId] = []
-        found = self.cache.keep_below(
-            b"secret" * 5, self.resets, self.remains(), lambda haul: self.noted.add(haul.id)
-        )
+        found = self.cache.keep_below(b"secret" * 5, self.resets, self.remains(), self.note)
         self.first_stamp = max((one.stamp for one in self.disk.values()), default=0) + 1
         self.cache.set_porter(is_there=True, now=0.0)
+        if not self.is_plain and draw.random() < 0.2:
+            self.cache.hold_disk(until=1.0)  # it fails, for all of this life
         for space in SPACES:
             self.cache.attach(ME, space, now=0.0)
         self.cache.check()
         self.seen["lives"] += 1
         self.seen["found"] += found
         return found
+
+    def note(self, haul: Haul) -> None:
+        """Take note of a haul that is abandoned."""
+        self.noted[haul.blocks[0]] = haul.id
 
     def remains(self) -> Remains:
         """Give what stands on the disk."""
@@ -139,7 +151,7 @@ class Lives:
             width = len(haul.tokens) // len(haul.slots)
             tokens = haul.tokens[at * width : (at + 1) * width]
             told.append(Slot(content, content, haul.stamps[at], key, tokens))
-        if haul.id in self.noted:
+        if haul.blocks and self.noted.get(haul.blocks[0], 0) >= haul.id:
             self.seen["abandoned"] += 1
             return 0
         for at, one in enumerate(told[:num_heads]):
