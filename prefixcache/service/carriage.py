@@ -1,4 +1,4 @@
-"""Carriage: the service's end of the carrier.  Starts him, asks him, has him fetch and store.
+"""Carriage: the service's end of the carrier.  Asks him, has him fetch and store.
 
 ```
 core ─ questions ─► carrier ─► core: fetch these, store those
@@ -11,24 +11,20 @@ has ended; the pool was never its target.
 
 After a failure the store is neither asked nor given anything for a pause that doubles each time,
 from 1 s to 30 s; then one request asks again.  A carrier that has ended is replaced after such a
-pause, too; one that has not answered for ten seconds is killed.
+pause, too (`supervisor.py`); one that has not answered for ten seconds is killed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from array import array
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -38,6 +34,7 @@ from prefixcache.plain_json import json_text
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
+from prefixcache.service.supervisor import FIRST_PAUSE_S, LONGEST_PAUSE_S, SILENT_S, Supervisor
 from prefixcache.service.tiers.errands import (
     HEAD_BYTES,
     READY,
@@ -48,7 +45,6 @@ from prefixcache.service.tiers.errands import (
     pack_errand,
     read_answer,
 )
-from prefixcache.texts import many
 from prefixcache.types import HaulId
 
 PART: Final = "the carrier"
@@ -57,11 +53,6 @@ STORE: Final = "the remote store"
 
 _IN_HAND: Final = 2
 """Errands of one kind that a carrier is given at the same time; of questions, as many as come."""
-_SILENT_S: Final = 10.0
-_START_S: Final = 60.0
-"""How long he may take to be ready, on whatever machine."""
-_FIRST_PAUSE_S: Final = 1.0
-_LONGEST_PAUSE_S: Final = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -98,15 +89,24 @@ class Carriage:
         failures: Failures,
         hand: Callable[[Haul], None],
         *,
-        silent_s: float = _SILENT_S,
-        first_pause_s: float = _FIRST_PAUSE_S,
+        silent_s: float = SILENT_S,
+        first_pause_s: float = FIRST_PAUSE_S,
     ) -> None:
         self._backing = backing
         self._deliveries = deliveries
         self._failures = failures
         self._hand = hand
-        self._silent_s = silent_s
-        self._first_pause_s = self._pause_s = self._store_pause_s = first_pause_s
+        self._supervisor = Supervisor(
+            PART,
+            "prefixcache.service.tiers.carrier",
+            failures,
+            in_hand_since=self._in_hand_since,
+            ended=self._ended,
+            again=self.pump,
+            silent_s=silent_s,
+            first_pause_s=first_pause_s,
+        )
+        self._first_pause_s = self._store_pause_s = first_pause_s
         self._held_until = 0.0
         self._waiting: dict[bool, deque[Haul]] = {True: deque(), False: deque()}
         """Hauls up, and down, for which no slot is free."""
@@ -121,18 +121,11 @@ class Carriage:
         self._next = READY
         self._lines: dict[Kind, asyncio.StreamWriter] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_ready = False
-        self.num_ended = 0
-        """Carriers that have ended before the service."""
-        self._is_closed = False
 
     @property
     def pid(self) -> int:
         """The process of the present carrier; 0 if there is none."""
-        return 0 if self._process is None else self._process.pid
+        return self._supervisor.pid
 
     # ------------------------------------------------------------------ what the core wants
 
@@ -142,13 +135,12 @@ class Carriage:
         After every step.  O(1) where there is nothing to ask or carry.
         """
         cache = self._backing.cache
-        if cache is None or self._backing.stage is None or self._is_closed:
+        if cache is None or self._backing.stage is None:
             return
-        if self._process is None:
-            if self._timer is None:
-                self._start()
+        if not self.pid:
+            self._start()
             return
-        if not self._is_ready:
+        if not self._supervisor.is_ready:
             return
         for question in cache.questions(now=time.monotonic()):
             self._order(Kind.ASK, question, question.tokens)
@@ -199,7 +191,7 @@ class Carriage:
             self._end(load, num_good)
             return True
         load.num_good = num_good
-        if self._is_ready:
+        if self._supervisor.is_ready:
             self._order(Kind.PUT, load, load.haul.names)
         else:
             self._end(load, 0)
@@ -212,7 +204,7 @@ class Carriage:
         if cache is not None:
             cache.note_wrong(1)
         name = load.haul.names[at * NAME_BYTES : (at + 1) * NAME_BYTES]
-        if self._is_ready:
+        if self._supervisor.is_ready:
             self._order(Kind.PUT, None, name)
 
     def porter_ended(self) -> None:
@@ -262,7 +254,7 @@ class Carriage:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return  # he has ended: that is told apart
             except ValueError:
-                self._kill("sends what is no answer")
+                self._supervisor.kill("sends what is no answer")
                 return
             try:
                 self._hear(kind, answer)
@@ -276,10 +268,7 @@ class Carriage:
         if cache is None:
             return
         if answer.number == READY:
-            log.info("carrier at work", pid=self.pid)
-            self._failures.forget(PART)
-            self._pause_s = self._first_pause_s
-            self._is_ready = True
+            self._supervisor.ready()
             cache.set_remote(is_there=True, now=now)
             return
         if answer.error:
@@ -313,7 +302,7 @@ class Carriage:
         if now < self._held_until:
             return  # it was on its way before
         pause_s = self._store_pause_s
-        self._store_pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        self._store_pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         self._held_until = now + pause_s
         told = f"{cause}; it is asked again after {pause_s:g} s"
         self._failures.tell(STORE, OSError(told))
@@ -323,46 +312,15 @@ class Carriage:
     # ------------------------------------------------------------------ the process
 
     def _start(self) -> None:
-        """Start a carrier.  He says when he is ready."""
-        ours: list[socket.socket] = []
-        theirs: list[socket.socket] = []
-        try:
-            for _ in Kind:
-                pair = socket.socketpair()
-                ours.append(pair[0])
-                theirs.append(pair[1])
-            self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-                [
-                    *(sys.executable, "-m", "prefixcache.service.tiers.carrier"),
-                    *(str(one.fileno()) for one in theirs),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # some store's library writes there
-                pass_fds=[one.fileno() for one in theirs],
-                start_new_session=True,
-            )
-            self._pidfd = os.pidfd_open(self._process.pid)
-        except OSError as error:  # no descriptor is left, or no process
-            for one in ours:
-                one.close()
-            if self._process is not None:
-                self._process.kill()
-                self._process.wait()
-                self._process = None
-            self._timer_to_start(f"cannot be started: {error}")
+        """Start a carrier, if it is time.  He says when he is ready."""
+        lines = self._supervisor.start([socket.SOCK_STREAM for _ in Kind])
+        if not lines:
             return
-        finally:
-            for one in theirs:
-                one.close()
         if self._free is None:
             slots = list(range(self._backing.num_stage))
             half = len(slots) // 2
             self._free = {True: slots[:half], False: slots[half:]}
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._pidfd, self._ended)
-        self._in_hand[Kind.ASK][READY] = time.monotonic()
-        self._tasks = [loop.create_task(self._connect(ours))]
-        self._watch()
+        self._tasks = [asyncio.get_running_loop().create_task(self._connect(lines))]
 
     async def _connect(self, ours: list[socket.socket]) -> None:
         """Say to a new carrier where everything is, and listen to him."""
@@ -376,34 +334,15 @@ class Carriage:
             self._tasks.append(task)
         self._lines[Kind.ASK].write(json_text(order).encode() + b"\n")
 
-    def _watch(self) -> None:
-        """Look now and then whether the carrier still answers."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(self._silent_s / 4, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        silent_s = self._silent_s if self._is_ready else max(self._silent_s, _START_S)
+    def _in_hand_since(self) -> float | None:
         given = [at for in_hand in self._in_hand.values() for at in in_hand.values()]
-        if given and time.monotonic() - min(given) > silent_s:
-            self._kill(f"has not answered for {silent_s:g} s")
-        self._watch()
-
-    def _kill(self, why: str) -> None:
-        """Have the carrier end; `_ended` follows when he has."""
-        if self._process is not None:
-            log.error("carrier killed", pid=self.pid, why=why)
-            self._process.send_signal(signal.SIGKILL)
+        return min(given, default=None)
 
     def _ended(self) -> None:
         """Take back what the carrier had in hand: he has ended, and touches no slot any more."""
-        process, cache = self._process, self._backing.cache
+        cache = self._backing.cache
         lost = [one for one in self._meant.values() if isinstance(one, _Load)]
         self._let_go()
-        code = 0 if process is None else process.wait()
-        self.num_ended += 1
-        self._timer_to_start(f"has ended with {code}")
         if cache is not None:
             cache.set_remote(is_there=False, now=time.monotonic())
         for waiting in self._waiting.values():
@@ -413,49 +352,23 @@ class Carriage:
             self._end(load, 0)
         self._deliveries.settle()
 
-    def _timer_to_start(self, why: str) -> None:
-        pause_s = self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        why += f" ({many(self.num_ended, 'time')}); the next one comes after {pause_s:g} s"
-        self._failures.tell(PART, OSError(why))
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(pause_s, self._start_again)
-
-    def _start_again(self) -> None:
-        self._timer = None
-        self.pump()
-
     def _let_go(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Forget the lines, and what was to be done on them."""
         for task in self._tasks:
-            if task is not _current_task():
-                task.cancel()
+            task.cancel()
         self._tasks = []
         for line in self._lines.values():
             line.transport.abort()
         self._lines = {}
-        if self._pidfd >= 0:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = -1
         for kind in Kind:
             self._queues[kind].clear()
             self._in_hand[kind].clear()
         self._meant.clear()
-        self._is_ready = False
-        self._process = None
 
     def close(self) -> None:
         """End the carrier.  Idempotent."""
-        self._is_closed = True
-        process = self._process
         self._let_go()
-        if process is not None:
-            process.kill()  # he has nothing to put in order
-            process.wait()
+        self._supervisor.close()
 
 
 def _first(haul: Haul, count: int) -> Haul:
@@ -466,9 +379,3 @@ def _first(haul: Haul, count: int) -> Haul:
         tokens=haul.tokens[: count * width],
         names=haul.names[: count * NAME_BYTES],
     )
-
-
-def _current_task() -> asyncio.Task[Any] | None:
-    with contextlib.suppress(RuntimeError):
-        return asyncio.current_task()
-    return None
