@@ -150,9 +150,7 @@ static int all_heads(const struct call *c, int64_t rows) {
            c->kv_heads * rows * (whole(c->dim) + whole(c->value_dim)) <= MOST;
 }
 
-/* ---- few rows ---- */
-
-/* Whether few rows meet keys and values of bfloat16 as pairs. */
+/* Whether queries meet keys and values of bfloat16 as pairs. */
 INLINE int in_pairs(const struct call *c) {
 #ifdef PREFIXCACHE_PAIRS
     return c->query_type == BFLOAT16 && c->cache_type == BFLOAT16 && c->dim % PAIRS == 0 &&
@@ -161,6 +159,8 @@ INLINE int in_pairs(const struct call *c) {
     return 0;
 #endif
 }
+
+/* ---- few rows ---- */
 
 /* `after`, or null: a task that is likely to be next in this thread; its first tile is fetched. */
 static void attend_few(const struct call *c, const struct task *t, const struct task *after,
@@ -249,6 +249,7 @@ static void attend_many(const struct call *c, const struct task *t, int64_t kv_h
     const int64_t group = c->heads / c->kv_heads, num = t->num_queries * group;
     const int64_t dim = whole(c->dim), value_dim = whole(c->value_dim);
     const int64_t num_panels = (num + PANEL - 1) / PANEL;
+    const int pairs = in_pairs(c);
     float *query = take(&room, num_panels * dim * PANEL);
     float *answer = take(&room, num_panels * value_dim * PANEL);
     float *top = take(&room, num_panels * PANEL), *total = take(&room, num_panels * PANEL);
@@ -280,8 +281,13 @@ static void attend_many(const struct call *c, const struct task *t, int64_t kv_h
             top[r] = NOTHING, total[r] = 0, low[r] = 0, high[r] = 0;
             if (r >= num) continue;
             int64_t place = t->first + r / group;
-            read_query(c, place, kv_head * group + r % group, row);
-            for (int64_t d = 0; d < c->dim; d++) panel->query[d * PANEL + r - first] = row[d];
+            const int64_t head = kv_head * group + r % group;
+            if (pairs)
+                memcpy(row, query_of(c, place, head), 2 * c->dim);
+            else
+                read_query(c, place, head, row);
+            for (int64_t d = 0; d < (pairs ? c->dim / 2 : c->dim); d++)
+                memcpy(panel->query + d * PANEL + r - first, row + d, 4); /* a pair is no float */
             low[r] = c->low[place], high[r] = c->high[place];
             if (low[r] < panel->begin) panel->begin = low[r];
             if (low[r] > panel->all_begin) panel->all_begin = low[r];
@@ -293,6 +299,7 @@ static void attend_many(const struct call *c, const struct task *t, int64_t kv_h
     const char *v = c->values + kv_head * c->value_strides[2];
     const int64_t key_bytes = c->dim * size_of(c->cache_type);
     const int64_t value_bytes = c->value_dim * size_of(c->cache_type);
+    const float scale = scale_of(c, kv_head), cap = c->softcap * LOG2_E;
     int now = 0;
     locate(c, t, 0, key_places[0], value_places[0]);
     fetch(k, key_places[0], TILE, key_bytes);
@@ -301,12 +308,24 @@ static void attend_many(const struct call *c, const struct task *t, int64_t kv_h
         int64_t left = t->num_keys - from, num_keys = left < TILE ? left : TILE;
         if (left > TILE) locate(c, t, from + TILE, key_places[!now], value_places[!now]);
         struct ahead ahead = {k, v, key_places[!now], value_places[!now], key_bytes, value_bytes};
-        find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
-        find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
-        for (int64_t p = 0; p < num_panels; p++)
-            if (panels[p].begin < from + num_keys && panels[p].end > from)
-                many_rows(panels + p, &keys, &values, from, num_keys, c->dim, value_dim,
-                          c->softcap * LOG2_E, p == 0 && left > TILE ? &ahead : 0);
+        if (!pairs) {
+            find_rows(&keys, k, key_places[now], c->dim, c->cache_type, c->eights);
+            find_rows(&values, v, value_places[now], c->value_dim, c->cache_type, c->eights);
+        }
+#ifdef PREFIXCACHE_PAIRS
+        if (pairs) pair_up(v, value_places[now], value_dim, (uint32_t *)value_copy);
+#endif
+        for (int64_t p = 0; p < num_panels; p++) {
+            if (panels[p].begin >= from + num_keys || panels[p].end <= from) continue;
+            const struct ahead *soon = p == 0 && left > TILE ? &ahead : 0;
+#ifdef PREFIXCACHE_PAIRS
+            if (pairs)
+                many_pair_rows(panels + p, k, key_places[now], (const uint32_t *)value_copy, from,
+                               num_keys, c->dim, value_dim, scale, cap, soon);
+#endif
+            if (!pairs)
+                many_rows(panels + p, &keys, &values, from, num_keys, c->dim, value_dim, cap, soon);
+        }
     }
     for (int64_t r = 0; r < num; r++) {
         const struct panel *panel = panels + r / PANEL;

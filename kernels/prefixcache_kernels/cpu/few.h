@@ -105,10 +105,7 @@ INLINE void few_values(int64_t num, const float *weights, const struct rows *val
 
 /* ---- keys and values of bfloat16, read as pairs of numbers where they lie ---- */
 
-#if defined(__AVX512BF16__)
-#define PREFIXCACHE_PAIRS
-
-enum { PAIRS = 2 * WIDTH /* numbers of a vector of pairs */ };
+#ifdef PREFIXCACHE_PAIRS
 
 /* The sum of each of 16 vectors. */
 INLINE vec sums(const __m512 *x) {

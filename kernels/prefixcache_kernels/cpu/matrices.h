@@ -156,18 +156,6 @@ INLINE void matrix_values(const int two, const uint16_t *weights, const uint16_t
     }
 }
 
-/* 2^x to 1 part in 200,000, for weights of bfloat16; 0 where that has no number so small.  The
- * instruction that scales takes the whole part of x by itself. */
-INLINE __m512 rough_power(__m512 x) {
-    const __m512 rest = _mm512_reduce_ps(x, 1 /* what is above the next integer below */);
-    __m512 y = _mm512_set1_ps(1.3534167e-2f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.2011464e-2f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4144275e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9300383e-1f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0000026f));
-    return _mm512_scalef_ps(y, x);
-}
-
 /* Scores of a row with `num_keys` keys, a multiple of 32, become its weights.  The keys
  * [low, high) are seen. */
 INLINE void matrix_softmax(float *scores, uint16_t *weights, float *answer, int64_t width,

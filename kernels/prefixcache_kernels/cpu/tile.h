@@ -11,6 +11,12 @@ enum {
     UNIT = 16  /* what sizes of rows are rounded up to; likewise */
 };
 
+#if defined(__AVX512BF16__)
+#define PREFIXCACHE_PAIRS /* numbers of bfloat16 meet by twos, where they lie */
+
+enum { PAIRS = 2 * WIDTH /* numbers of a vector of pairs */ };
+#endif
+
 /* A running maximum is raised only by more than this, so weights are at most 2^8 and answers are
  * seldom scaled anew; the quotient at the end is the same.  Scores are powers of two. */
 static const float SLACK = 8;
