@@ -57,7 +57,7 @@ EXACT = 2.0**-20
 """What a score may be off by, of the sum of its products' sizes: float32, some roundings."""
 
 ROUNDED = 2.0**-8 + 1e-5
-"""What a log-sum-exp may be off by where the processor's matrices add up weights of bfloat16."""
+"""What a log-sum-exp may be off by where weights of bfloat16 are added up."""
 
 LARGE = 2.0**128 / 2**8
 """What values times keys come to at most: a sum in float32, of weights up to 2**8."""
@@ -185,8 +185,8 @@ def define(
     bound = largest * (unit + 2 * least) + floor
     bound[largest * max(1, contexts.max(initial=0)) > LARGE] = INF  # may be beyond float32
     loaded = library()
-    by_matrices = loaded is not None and loaded.matrices and dtypes == {torch.bfloat16}
-    return out, sums, np.stack([bound, (ROUNDED if by_matrices else 1e-5) + 2 * least])
+    rounds = loaded is not None and (loaded.matrices or loaded.pairs) and dtypes == {torch.bfloat16}
+    return out, sums, np.stack([bound, (ROUNDED if rounds else 1e-5) + 2 * least])
 
 
 # ── drawing ───────────────────────────────────────────────────────────────────────────────────────

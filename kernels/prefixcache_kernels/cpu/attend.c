@@ -449,6 +449,15 @@ static void merge(const struct call *c, int64_t query) {
 /* Floats of a vector: what the library was compiled for. */
 int64_t prefixcache_width(void) { return WIDTH; }
 
+/* Whether numbers of bfloat16 meet by twos. */
+int64_t prefixcache_pairs(void) {
+#ifdef PREFIXCACHE_PAIRS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 /* Numbers of a thread's room: what the largest of its tasks keeps. */
 int64_t prefixcache_room(const struct call *c) {
     const int64_t group = c->heads / c->kv_heads;

@@ -60,6 +60,8 @@ class Library:
     """Whether it shares PyTorch's threads; else it runs in the calling one."""
     matrices: bool
     """Whether it multiplies matrices of bfloat16 in hardware (AMX)."""
+    pairs: bool
+    """Whether numbers of bfloat16 meet by twos (AVX512-BF16)."""
     handle: ctypes.CDLL
 
     @property
@@ -154,7 +156,9 @@ def _load(compiler: list[str], runtime: Path | None) -> Library:
     handle.prefixcache_layer.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
     handle.prefixcache_layer.restype = ctypes.c_int64
     matrices = bool(ctypes.c_int64.in_dll(handle, "prefixcache_amx").value)
-    return Library(path, handle.prefixcache_width(), runtime is not None, matrices, handle)
+    handle.prefixcache_pairs.restype = ctypes.c_int64
+    pairs = bool(handle.prefixcache_pairs())
+    return Library(path, handle.prefixcache_width(), runtime is not None, matrices, pairs, handle)
 
 
 @cache
