@@ -288,10 +288,8 @@ class Backing:
         assert address is not None
         return {
             "stage": self.stage.order(),
-            "address": str(address),
+            "address": address,
             "interface": self.settings.remote_interface or "",
-            "user": address.user,
-            "password": address.password,
             "layout": str(self.handle.layout),
             "block_size": self.handle.block_size,
             "secret": self._secret.hex(),

@@ -45,12 +45,14 @@ from prefixcache.service.tiers.errands import (
     pack_errand,
     read_answer,
 )
+from prefixcache.service.tiers.remote.store import Got
 from prefixcache.types import HaulId
 
 PART: Final = "the carrier"
 STORE: Final = "the remote store"
 """How they are called among the parts that have ended."""
 
+_GOOD, _WRONG = bytes([Got.GOOD]), bytes([Got.WRONG])
 _IN_HAND: Final = 2
 """Errands of one kind that a carrier is given at the same time; of questions, as many as come."""
 
@@ -286,8 +288,9 @@ class Carriage:
     def _arrived(self, load: _Load, answer: Answer) -> None:
         """Go on with a haul that has been fetched, or stored."""
         load.seconds += answer.seconds
-        end = answer.each.find(b"\0")
-        num_good = len(answer.each) if end < 0 else end
+        num_good = len(answer.each) - len(answer.each.lstrip(_GOOD))
+        if answer.each[num_good : num_good + 1] == _WRONG:
+            self._remove_wrong(load, num_good)
         if load.is_dead or not load.haul.is_up or not num_good:
             self._end(load, num_good)
             return

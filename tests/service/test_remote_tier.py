@@ -166,6 +166,38 @@ def test_an_object_that_lies_is_computed_and_removed(second: Machine, store: Val
     assert second.client.check().failure == ""
 
 
+@pytest.mark.parametrize("words", [("LPUSH",), ("SET",)])
+def test_what_cannot_be_an_object_is_removed_and_the_store_goes_on(
+    second: Machine, store: ValkeyServer, words: tuple[str, ...]
+) -> None:
+    names = store.keys()
+    size = store.call("STRLEN", names[0])
+    for name in names:
+        store.call("UNLINK", name)
+        store.call(*words, name, "x")
+    for number in range(5):
+        assert second.ask(number).restored == 0
+    eventually(lambda: second.client.snapshot().remote_wrong)
+    left = {b"-WRONGTYPE", b":1"}  # removed, or stored again already
+    eventually(lambda: {store.call("STRLEN", one).split()[0] for one in names} - left)
+    assert {store.call("STRLEN", one).split()[0] for one in names} <= {*left, b":0", size}
+    assert not second.failures()
+    assert second.ask(200).cold
+    eventually(lambda: second.has_stored(20))
+    assert second.client.check().failure == ""
+
+
+def test_the_path_of_a_store_may_have_any_character(tmp_path: Path, stack: ExitStack) -> None:
+    folder = tmp_path / "100%41 ?#é"
+    folder.mkdir()
+    store = ValkeyServer(folder)
+    stack.callback(store.kill)
+    machine = Machine(stack, tmp_path, store)
+    machine.ask(0)
+    eventually(lambda: machine.has_stored(20))
+    assert len(store.keys()) == 20
+
+
 def test_objects_that_have_changed_places_are_found_out(
     second: Machine, store: ValkeyServer
 ) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -42,7 +43,7 @@ class ValkeyServer:
 
     @property
     def address(self) -> str:
-        return f"valkey+unix://{self.path}"
+        return f"valkey+unix://{quote(str(self.path))}"
 
     def _start(self) -> subprocess.Popen[bytes]:
         program = binary()

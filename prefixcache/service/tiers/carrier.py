@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from prefixcache.core.remote import NAME_BYTES
-from prefixcache.remote_address import MOONCAKE, RemoteAddress, parse_remote
+from prefixcache.remote_address import MOONCAKE, RemoteAddress
 from prefixcache.service.tiers.errands import (
     HEAD_BYTES,
     MOST_BYTES,
@@ -148,9 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with lines[0].makefile("rb") as stream:
         order: dict[str, Any] = json.loads(stream.readline(MOST_BYTES))
     die_with(order["parent"])
-    address = parse_remote(order["address"])
-    assert address is not None
-    address = address._replace(user=order["user"], password=order["password"])
+    address = RemoteAddress(*order["address"])
     _, slots = map_stage(order["stage"])
     namer = Namer(order["layout"], order["block_size"], bytes.fromhex(order["secret"]))
     try:

@@ -5,7 +5,8 @@ service   one line of JSON: where slots and store are, on the first socket ─�
           ◄──────────────────────────── an answer: number 0, it is ready
 ask       number │ first │ what the names begin with │ tokens of the whole prefix ────►
           ◄──────── a byte for each block, 0: not there │ the names of all of them
-get, put  number │ slots │ names ────►            ◄──────── a byte for each block, 0: failed
+get       number │ slots │ names ────►            ◄──── a byte for each block, 0: failed, 2: wrong
+put       number │ slots │ names ────►            ◄──────── a byte for each block, 0: failed
 remove    number │ names ────►                    ◄──────── nothing
           ◄──────── instead: what failed, as text
 ```
@@ -60,7 +61,7 @@ class Answer(NamedTuple):
     number: int
     seconds: float
     each: bytes = b""
-    """A byte for each block: 0 is not there, or failed."""
+    """A byte for each block: 0 is not there, or failed; 2: what is there cannot be it."""
     names: bytes = b""
     error: str = ""
     """What failed, if all did."""

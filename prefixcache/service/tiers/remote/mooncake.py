@@ -25,7 +25,7 @@ import numpy as np
 
 from prefixcache.extras import how_to_install
 from prefixcache.remote_address import RemoteAddress
-from prefixcache.service.tiers.remote.store import RemoteError
+from prefixcache.service.tiers.remote.store import Got, RemoteError
 
 _GET_FLAGS: Final = 0x8913
 _GET_ADDRESS: Final = 0x8915
@@ -138,14 +138,14 @@ class Mooncake:
         self._refuse([one for one in told if one < 0])
         return bytes(one == 1 for one in told)
 
-    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[bool]:
+    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[Got]:
         """Fetch objects, each into its slot; see `RemoteTier`."""
         places, sizes = self._places(slots)
         told = self._call(
             lambda client: client.batch_get_into(list(names), places, sizes), len(names)
         )
         self._refuse([one for one in told if one < 0 and one not in _NOT_THERE])
-        return [one == size for one, size in zip(told, sizes, strict=True)]
+        return [_got(one, size) for one, size in zip(told, sizes, strict=True)]
 
     def put_from(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[bool]:
         """Store what lies in slots; see `RemoteTier`."""
@@ -181,6 +181,13 @@ class Mooncake:
         """Give where slots are in memory, and their sizes."""
         arrays = [np.frombuffer(slot, np.uint8) for slot in slots]
         return [int(one.ctypes.data) for one in arrays], [len(one) for one in arrays]
+
+
+def _got(told: int, size: int) -> Got:
+    """Give what became of an object: a client tells its bytes, or why it has none."""
+    if told < 0:
+        return Got.NOTHING
+    return Got.GOOD if told == size else Got.WRONG
 
 
 def _free_port(host: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Final, Protocol
 
 from prefixcache.core.remote import NAME_BYTES
@@ -13,6 +14,17 @@ PREFIX: Final = "pc1/"
 
 class RemoteError(OSError):
     """A store cannot be reached, or refuses; the message says what and why."""
+
+
+class Got(IntEnum):
+    """What became of an object that was to be fetched."""
+
+    NOTHING = 0
+    """It is not there, or no more."""
+    GOOD = 1
+    """It fills its slot."""
+    WRONG = 2
+    """What is there under its name cannot be it: it has another size, or is no string."""
 
 
 class RemoteTier(Protocol):
@@ -28,8 +40,8 @@ class RemoteTier(Protocol):
     def exists(self, names: Sequence[str]) -> bytes:
         """Say which of these it has: a byte for each, 0 for no."""
 
-    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> Sequence[bool]:
-        """Fetch objects, each into its slot, which it fills exactly; say of which it did.
+    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> Sequence[Got]:
+        """Fetch objects, each into its slot, which it fills exactly.
 
         O(bytes).
         """

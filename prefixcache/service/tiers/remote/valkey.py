@@ -13,12 +13,13 @@ with the next one.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from prefixcache.remote_address import RemoteAddress
-from prefixcache.service.tiers.remote.store import RemoteError
+from prefixcache.service.tiers.remote.store import Got, RemoteError
 
 _PATIENCE_S: Final = 1.0
 _CHUNK: Final = 65_536
@@ -53,16 +54,18 @@ class Valkey:
         """Remove objects, those that are not there as well."""
         self._call([(b"UNLINK", name.encode()) for name in names])
 
-    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[bool]:
+    def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[Got]:
         """Fetch objects, each into its slot; see `RemoteTier`."""
         with self._failing():
             self._send(b"".join(_command(b"GET", name.encode()) for name in names))
-            return [self._receive(slot) for slot in slots]
+            found = [self._receive(slot) for slot in slots]
+            self._end()
+        return found
 
     def put_from(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[bool]:
         """Store what lies in slots; see `RemoteTier`."""
         with self._failing():
-            line = self._connected()
+            line = self._begin()
             for name, slot in zip(names, slots, strict=True):
                 key = name.encode()
                 head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(key), key, len(slot))
@@ -70,6 +73,7 @@ class Valkey:
                 line.sendall(slot)
                 line.sendall(b"\r\n")
             replies = [self._line() for _ in names]
+            self._end()
         if refused := next((reply for reply in replies if reply.startswith(b"-")), None):
             raise RemoteError(_said(refused))
         return [reply == b"+OK" for reply in replies]
@@ -93,6 +97,7 @@ class Valkey:
         with self._failing():
             self._send(b"".join(told))
             replies = [self._line() for _ in told]
+            self._end()
         for reply in replies:
             if reply.startswith(b"-"):
                 raise RemoteError(_said(reply))
@@ -134,8 +139,17 @@ class Valkey:
                 raise RemoteError(_said(reply))
         return line
 
+    def _begin(self) -> socket.socket:
+        """Give a connection over which nothing was said that nobody has asked for, nor its end."""
+        if self._socket is not None:
+            waiting = select.poll()
+            waiting.register(self._socket, select.POLLIN)
+            if waiting.poll(0):
+                self.close()
+        return self._connected()
+
     def _send(self, told: bytes) -> None:
-        self._connected().sendall(told)
+        self._begin().sendall(told)
 
     def _more(self) -> None:
         part = self._connected().recv(_CHUNK)
@@ -143,21 +157,28 @@ class Valkey:
             raise ConnectionResetError("hung up")
         self._buffer += part
 
+    def _end(self) -> None:
+        """See that nothing follows the answers: it would be taken for the next ones."""
+        if self._buffer:
+            raise RemoteError(f"{self._address}: answers what nobody has asked")
+
     def _line(self) -> bytes:
         """Read an answer of one line."""
-        while (end := self._buffer.find(b"\r\n")) < 0:
-            if len(self._buffer) > _LONGEST_LINE:
+        while (end := self._buffer.find(b"\r\n", 0, _LONGEST_LINE)) < 0:
+            if len(self._buffer) >= _LONGEST_LINE:
                 raise RemoteError(f"{self._address}: answers with what is no line")
             self._more()
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 2]
         return line
 
-    def _receive(self, slot: memoryview) -> bool:
-        """Read an object into a slot; whether it is there and fills it."""
+    def _receive(self, slot: memoryview) -> Got:
+        """Read an object into a slot."""
         line = self._line()
         if line == b"$-1":
-            return False
+            return Got.NOTHING
+        if line.startswith(b"-WRONGTYPE"):  # a list, say: of this one object alone
+            return Got.WRONG
         if line.startswith(b"-"):
             raise RemoteError(_said(line))
         if not line.startswith(b"$") or not line[1:].isdigit():
@@ -167,7 +188,7 @@ class Valkey:
             if size > _LONGEST_SKIPPED:
                 raise RemoteError(f"{self._address}: has an object of {size:,} bytes")
             self._skip(size + 2)
-            return False
+            return Got.WRONG
         at = min(size, len(self._buffer))
         slot[:at] = self._buffer[:at]
         del self._buffer[:at]
@@ -177,7 +198,9 @@ class Valkey:
             if not got:
                 raise ConnectionResetError("hung up")
             at += got
-        return self._line() == b""
+        if self._line():
+            raise RemoteError(f"{self._address}: an object does not end where it should")
+        return Got.GOOD
 
     def _skip(self, count: int) -> None:
         while count > len(self._buffer):
