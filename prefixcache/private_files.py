@@ -7,6 +7,7 @@ the file is there already; so here it is set, and what is there must be ours.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -46,6 +47,57 @@ def open_private(path: Path, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def lock_private(path: Path) -> int:
+    """Take the lock that a file stands for, and give its descriptor: who closes that lets go.
+
+    What is there and is no file of this user alone is removed first, but never while somebody has
+    that lock: a copy of a folder that was made with hard links has given it a second name.
+
+    Args:
+        path: the file, in a folder that nobody else may write to; made if it is not there.
+
+    Raises:
+        BlockingIOError: somebody has it.
+        OSError: the file cannot be made or opened.
+    """
+    while True:
+        _clear_lock(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, flags, FILE_MODE)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(fd)
+            if _is_at(path, status):
+                if _is_ours(status):
+                    os.fchmod(fd, FILE_MODE)
+                    return fd
+                path.unlink()  # who has the other name could take the lock, too
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _clear_lock(path: Path) -> None:
+    """Remove what cannot be a lock of this user; let him open what can."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        path.chmod(FILE_MODE)
+    else:
+        path.unlink()
+
+
+def _is_at(path: Path, status: os.stat_result) -> bool:
+    """Whether it is still the file that is there."""
+    try:
+        return os.path.samestat(path.lstat(), status)
+    except FileNotFoundError:
+        return False
 
 
 def make_private_folder(path: Path, option: str) -> None:

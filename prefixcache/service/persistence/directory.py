@@ -6,7 +6,6 @@ A state is a convenience: whatever is wrong with it costs what was in it, never 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import gc
 import os
 import secrets
@@ -23,7 +22,7 @@ from prefixcache.config import parse_layout
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.pool import PoolFile
-from prefixcache.private_files import check_path, make_private_folder, open_private, remove_foreign
+from prefixcache.private_files import check_path, lock_private, make_private_folder, remove_foreign
 from prefixcache.service.isolated_listener import IsolatedListener
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.persistence.manifest import FORMAT, Manifest
@@ -93,9 +92,7 @@ class StateDirectory:
         try:
             check_path(self.path.parent, "--state")
             make_private_folder(self.path, "--state")
-            self._remove_foreign("lock")
-            self._lock = open_private(self.path / "lock", os.O_RDWR | os.O_CREAT)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_private(self.path / "lock")
             self._remove_foreign(*_MANIFEST, "pool", "stamps")
             self._manifest = self._open_manifest()
         except BlockingIOError:

@@ -19,7 +19,6 @@ the open files, writes and reads.  They are this user's, and nobody else may rea
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import secrets
 import struct
@@ -32,10 +31,16 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from prefixcache.config import format_size
+from prefixcache.config import format_size, parse_layout
 from prefixcache.core.found import Remains
 from prefixcache.errors import InvalidRequest, PoolExhausted, ServiceUnavailable
-from prefixcache.private_files import check_path, make_private_folder, open_private, remove_foreign
+from prefixcache.private_files import (
+    check_path,
+    lock_private,
+    make_private_folder,
+    open_private,
+    remove_foreign,
+)
 from prefixcache.service.tiers.resets import Resets
 from prefixcache.service.tiers.scan import Scan, scan
 from prefixcache.service.tiers.seals import Seals
@@ -103,10 +108,9 @@ class DiskFolder:
         try:
             check_path(self.path.parent, "--disk")
             make_private_folder(self.path, "--disk")
-            for name in ("lock", *KEPT):
-                remove_foreign(self.path / name)
-            self._lock = open_private(self.path / "lock", os.O_RDWR | os.O_CREAT)
             self._take()
+            for name in KEPT:
+                remove_foreign(self.path / name)
             self._resume()
         except OSError as error:
             self.close()
@@ -120,7 +124,7 @@ class DiskFolder:
         until = time.monotonic() + _FORMER_S
         while True:
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock = lock_private(self.path / "lock")
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise ServiceUnavailable(
@@ -191,13 +195,16 @@ class DiskFolder:
             raise ValueError("its heads were written with another secret")
         if not 1 <= block_size <= _MOST_TOKENS:
             raise ValueError(f"its heads are of blocks of {block_size:,} tokens")
+        size, layout = (self.path / "slab").stat().st_size, layout.rstrip(b"\0")
+        block_bytes = _block_bytes(layout, block_size)
+        slot = block_bytes + head_type(block_size).itemsize
+        most = min(num_slots(self._num_bytes, slot), size // block_bytes)
         fd = open_private(self.path / "heads", os.O_RDONLY)
         try:
-            found = scan(fd, HEADS_AT, block_size, Seals(self.seed, block_size))
+            found = scan(fd, HEADS_AT, block_size, Seals(self.seed, block_size), most)
         finally:
             os.close(fd)
-        size = (self.path / "slab").stat().st_size
-        return _Former(block_size, layout.rstrip(b"\0"), size, found)
+        return _Former(block_size, layout, size, found)
 
     def _read(self, name: str, num_bytes: int) -> bytes:
         """Read the beginning of a file."""
@@ -406,6 +413,18 @@ class DiskSlab:
 
     def _head_at(self, slot: int) -> int:
         return HEADS_AT + (slot - self._first) * self._type.itemsize
+
+
+def _block_bytes(layout: bytes, block_size: int) -> int:
+    """Give what a block takes of a layout that stands in a file.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return parse_layout(layout.decode()).block_bytes(block_size)
+    except (ValueError, InvalidRequest):
+        raise ValueError("its heads are of blocks that there cannot be") from None
 
 
 def num_slots(num_bytes: int, slot: int) -> int:

@@ -17,8 +17,8 @@ from prefixcache.core.found import Remains
 from prefixcache.service.tiers.seals import Seals
 from prefixcache.service.tiers.slab import head_type
 
-_AT_ONCE: Final = 1 << 16
-"""Heads that are looked at together."""
+_AT_ONCE_BYTES: Final = 8 << 20
+"""Of heads that are looked at together."""
 _TOLD_EVERY_S: Final = 1.0
 _LAST_STAMP: Final = 1 << 62
 
@@ -35,25 +35,27 @@ class Scan(NamedTuple):
     seconds: float
 
 
-def scan(fd: int, at: int, block_size: int, seals: Seals) -> Scan:
-    """Read all heads of a file.  O(its bytes); says how far it is once a second.
+def scan(fd: int, at: int, block_size: int, seals: Seals, most: int) -> Scan:
+    """Read the heads of a file.  O(their bytes); says how far it is once a second.
 
     Args:
         fd: The file.
         at: Where the first head begins.
         block_size: Tokens of a block.
         seals: Of that folder.
+        most: Slots there can be: a file may say that it has any size.
 
     Raises:
         OSError: It cannot be read.
     """
     kind = head_type(block_size)
     began = told = time.perf_counter()
-    total = max(0, os.fstat(fd).st_size - at) // kind.itemsize
+    total = min(max(0, os.fstat(fd).st_size - at) // kind.itemsize, most)
+    at_once = max(1, _AT_ONCE_BYTES // kind.itemsize)
     keys, slots, stamps = [], [], []
     num_damaged = num_seen = 0
     while num_seen < total:
-        raw = _read(fd, min(_AT_ONCE, total - num_seen) * kind.itemsize, at)
+        raw = _read(fd, min(at_once, total - num_seen) * kind.itemsize, at)
         heads = np.frombuffer(raw[: len(raw) // kind.itemsize * kind.itemsize], kind)
         if not len(heads):
             break  # it is being cut short

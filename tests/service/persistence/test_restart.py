@@ -440,8 +440,11 @@ def test_without_a_layout_the_one_of_the_state_is_taken(target: str, copied: Pat
 
 def test_two_services_do_not_share_a_state(copied: Path) -> None:
     first = StateDirectory(copied)
-    with pytest.raises(ServiceUnavailable, match="another service keeps its state"):
-        StateDirectory(copied)
+    for has_copy in (False, True):
+        if has_copy:  # one that was made with hard links
+            (copied / "lock.copy").hardlink_to(copied / "lock")
+        with pytest.raises(ServiceUnavailable, match="another service keeps its state"):
+            StateDirectory(copied)
     first.close()
     StateDirectory(copied).close()
 

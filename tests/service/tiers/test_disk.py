@@ -184,6 +184,24 @@ def test_a_folder_is_one_services_alone(tmp_path: Path, monkeypatch: pytest.Monk
     DiskFolder(tmp_path / "disk", 1 << 20).close()
 
 
+def test_a_copy_made_with_hard_links_does_not_open_a_folder_that_a_service_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prefixcache.service.tiers.disk._FORMER_S", 0.1)
+    folder, copy = tmp_path / "disk", tmp_path / "copy"
+    first = DiskFolder(folder, 1 << 20)
+    copy.mkdir()
+    for file in folder.iterdir():
+        os.link(file, copy / file.name)
+    before = {file: file.stat().st_ino for file in folder.iterdir()}
+    with pytest.raises(ServiceUnavailable, match="another service"):
+        DiskFolder(folder, 1 << 20)
+    assert {file: file.stat().st_ino for file in folder.iterdir()} == before
+    first.close()
+    DiskFolder(folder, 1 << 20).close()
+    assert {file.stat().st_nlink for file in folder.iterdir()} == {1}
+
+
 def test_a_porter_of_a_service_that_was_killed_keeps_the_folder_until_he_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

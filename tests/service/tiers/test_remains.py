@@ -244,6 +244,9 @@ def _cut(name: str, size: int) -> Callable[[Path], None]:
         (_overwrite("secret", 0, bytes(32)), "of another folder"),
         (_overwrite("resets", 0, b"PCRESET9"), "of another folder"),
         (_overwrite("heads", 10, bytes(8)), "another secret"),
+        (_overwrite("heads", 28, b"3y2"), "blocks that there cannot be"),
+        (_overwrite("heads", 28, b"0x0x0:float32\0"), "blocks that there cannot be"),
+        (_overwrite("heads", 28, b"\xff"), "blocks that there cannot be"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_begun_anew_and_says_why(
@@ -447,13 +450,31 @@ def test_a_haul_stays_abandoned_when_its_block_is_lent_and_abandoned_again() -> 
 def test_many_heads_are_read_in_parts_and_tell_how_far_they_are(
     begin: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scan, "_AT_ONCE", 2)
+    monkeypatch.setattr(scan, "_AT_ONCE_BYTES", 2 * HEAD.itemsize)
     monkeypatch.setattr(scan, "_TOLD_EVERY_S", -1.0)
     told: list[str] = []
     monkeypatch.setattr(scan.log, "info", lambda _, share, slots: told.append(f"{share} {slots}"))
     filled(begin)
     assert begin().found == {1: 100, 6: 101, 4: 102}
     assert told == ["20% 10", "40% 10", "60% 10", "80% 10", "100% 10"]
+
+
+@pytest.mark.parametrize("names", [("heads",), ("heads", "slab")])
+def test_files_of_a_size_that_there_cannot_be_do_not_keep_a_start_waiting(
+    begin: Callable[..., Life], path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    """Of holes: on some machines the disk is smaller than that."""
+    read: list[int] = []
+    whole = scan._read
+    monkeypatch.setattr(
+        scan, "_read", lambda fd, count, at: read.append(count) or whole(fd, count, at)
+    )
+    ended(filled(begin))
+    for name in names:
+        os.truncate(path / name, 1 << 34)
+    read.clear()
+    assert begin().found == {1: 100, 6: 101, 4: 102}
+    assert sum(read) <= NUM_SLOTS * HEAD.itemsize
 
 
 def test_nobody_else_may_read_what_keys_are_drawn_from(
