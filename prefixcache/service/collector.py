@@ -9,7 +9,8 @@ done by the clock here:
 every 50 ms    the youngest objects, some hundred under load       about 1 ms
 every 0.4 s    those that were young since the last time, too      some ms
 ```
-Nodes live long, and nothing of the tree ends in a cycle, so all of it is never walked over.
+Nodes live long, and nothing of the tree ends in a cycle, so all of it is never walked over: not for
+a single request either that makes many objects between two ticks.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Final
 TICK_S: Final = 0.05
 _TICKS: Final = 8
 """As often as that the objects are looked at again that have been looked at once."""
-_AT_ONCE: Final = (50_000, 1_000, 1_000)
-"""Python's own thresholds: for what makes so many objects between two ticks."""
+_AT_ONCE: Final = (50_000, 1_000, 2**31 - 1)
+"""Python's own thresholds: for what makes so many objects between two ticks.  The last one counts
+how often the second was collected, which is done here all the time."""
 
 
 async def collect_often() -> None:

@@ -7,6 +7,9 @@ import gc
 import weakref
 from collections import deque
 
+import pytest
+
+from prefixcache.service import collector
 from prefixcache.service.collector import TICK_S, collect_often
 
 
@@ -69,3 +72,34 @@ def test_a_cycle_goes_soon() -> None:
 
     asyncio.run(beside_the_collector(20 * TICK_S, make))
     assert sum(ref() is None for ref in gone) > len(gone) / 2
+
+
+def test_what_makes_many_objects_at_once_has_nobody_look_at_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After minutes: here the clock is quicker."""
+    monkeypatch.setattr(collector, "TICK_S", 0.0)
+    monkeypatch.setattr(collector, "_TICKS", 1)
+    seen: list[int] = []
+
+    def look(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    async def story() -> None:
+        collecting = asyncio.ensure_future(collect_often())
+        await asyncio.sleep(0)
+        gc.callbacks.append(look)
+        try:
+            for _ in range(1_200):
+                await asyncio.sleep(0)
+            assert seen.count(1) > 1_000
+            many = [Thing() for _ in range(60_000)]
+            assert len(many)
+        finally:
+            gc.callbacks.remove(look)
+            collecting.cancel()
+        await asyncio.gather(collecting, return_exceptions=True)
+
+    asyncio.run(story())
+    assert 2 not in seen
