@@ -142,7 +142,7 @@ properties: $(VENV)/.installed   ## The property tests, 100 times as long.
 chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks, broken connections, odd lines to workers and a hostile tenant: 15 minutes.  ROUNDS=5 for a short one.
 	PYTHONPATH=tests $(BIN)/python -m chaos.storm --rounds $(or $(ROUNDS),100)
 
-fuzz: $(VENV)/.installed   ## Messages, manifests, traces, prompts, identities, configs, texts, wire, sockets, data plane; FUZZ_SECONDS=600.
+fuzz: $(VENV)/.installed   ## Messages, manifests, folders and stores below the pool, traces, prompts, identities, configs, texts, wire, sockets, data plane; FUZZ_SECONDS=600.
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[fuzz]'
 	PYTHONPATH=tests $(BIN)/python -m fuzz.run
 

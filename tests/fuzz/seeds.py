@@ -74,6 +74,22 @@ def seeds(target: str) -> list[bytes]:
         "rows": [bytes(range(1, 120)), bytes([3, 4, 0] + [5] * 90)],
         "manifest": [_manifest()],
         "states": [bytes([1, 4, 0, 0, 0, 3]), bytes([1, 7, 11, 65, 9, 8, 1, 12, 23])],
+        "folders": [
+            *(
+                bytes([5 * way + file, 2 * way % 4, 7, 255, 9])
+                for way in range(3)
+                for file in range(4)
+            ),
+            bytes([10, 2, 40, 1, 0]),
+        ],
+        "stores": [
+            b"\x00:1\r\n",
+            b"\x01:0\r\n",
+            b"\x06+OK\r\n-OOM no room\r\n",
+            b"\x03$8\r\n01234567\r\n",
+            b"\x0b$8\r\n01234567\r\n$3\r\nabc\r\n$-1\r\n",
+            b"\x07-WRONGTYPE it is a list\r\n$-1\r\n",
+        ],
         "traces": [
             *(bytes([32, form]) + _lines(form) for form in range(len(strangers.LINES))),
             *(bytes([33 + 2 * form % 32, form, *changes[form % 4]]) for form in range(12)),

@@ -19,7 +19,7 @@ import numpy as np
 import structlog
 
 from certificate_file import write
-from fuzz import strangers
+from fuzz import below, strangers
 from prefixcache.client.ops import read_result
 from prefixcache.config import load, parse_layout, parse_size
 from prefixcache.core.cache import PrefixCache
@@ -307,6 +307,8 @@ TARGETS: dict[str, Callable[[], Callable[[bytes], None]]] = {
     "rows": Rows,
     "manifest": lambda: manifest_file,
     "states": States,
+    "folders": below.Folders,
+    "stores": lambda: below.stores,
     "traces": strangers.Traces,
     "conversations": strangers.Conversations,
     "prompts": strangers.Prompts,

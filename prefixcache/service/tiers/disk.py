@@ -282,16 +282,19 @@ class DiskFolder:
             layout = former.layout.decode(errors="replace")
             self._grow_cold(f"there were blocks of {former.block_size:,} tokens, {layout}")
             former = None
+        there = 0
+        if former is not None:
+            there = min(self.num_slots, former.slab_bytes // pool.block_bytes)
         try:
-            keep = former is not None
-            self._slab = self._make("slab", self.num_slots * pool.block_bytes, keep=keep)
-            itemsize = head_type(pool.block_size).itemsize
-            self._heads = self._make("heads", HEADS_AT + self.num_slots * itemsize, keep=keep)
+            size, head = pool.block_bytes, head_type(pool.block_size).itemsize
+            self._slab = self._make("slab", self.num_slots * size, there * size)
+            self._heads = self._make(
+                "heads", HEADS_AT + self.num_slots * head, HEADS_AT + there * head
+            )
             os.pwrite(self._heads, _TITLE.pack(_MAGIC, self._mark, *shape), 0)
         except OSError as error:
             raise self._refusal(error) from None
         if former is not None:
-            there = min(self.num_slots, former.slab_bytes // pool.block_bytes)
             kept = former.found.remains.before(there)
             self.found = former.found._replace(remains=kept)
             log.info(
@@ -312,12 +315,11 @@ class DiskFolder:
             )
         return InvalidRequest(f"--disk {self.path}: {error}")
 
-    def _make(self, name: str, num_bytes: int, *, keep: bool) -> int:
-        """Make a file of that size, of holes where nothing is kept."""
+    def _make(self, name: str, num_bytes: int, keep: int) -> int:
+        """Make a file of that size, of holes behind the bytes that are kept."""
         fd = open_private(self.path / name, os.O_RDWR | os.O_CREAT)
         try:
-            if not keep:
-                os.ftruncate(fd, 0)
+            os.ftruncate(fd, keep)
             os.ftruncate(fd, num_bytes)
         except BaseException:
             os.close(fd)
