@@ -486,9 +486,9 @@ class BlockManager:
         if is_own and lease.tail is None and self._partial is Partial.TAILS:
             left = (lease.committed - lease.start) * TOKEN_BYTES
             cover = tree.cover(lease.node, lease.rest[:left])
-        if copied is not None:
-            tree.use(copied)
-        if cover is not None and cover is not copied:
+        if copied is not None and copied is not cover:
+            tree.use(copied, lease.num_copied)
+        if cover is not None:
             tree.use(cover)
 
     def _set_aside(self, lease: Lease, count: int) -> None:

@@ -95,8 +95,6 @@ class EvictionPolicy:
     """How many evicted blocks the policy wants remembered, in capacities."""
     marks_ends: ClassVar[bool] = False
     """Whether the last block of a used path gets a mark of its own."""
-    counts_copies: ClassVar[bool] = True
-    """Whether `used` is told of single blocks that leases copied from."""
     block_bytes = 4
     """Bytes of a block's packed tokens; the tree says it."""
 
@@ -105,7 +103,10 @@ class EvictionPolicy:
     used: Any = None
     """`used(node, stamp, top)`: a lease on the path to the end of `node` ends now; all of it is
     still protected.  Sets the marks of the path below `top`: the root; or what stands before a
-    single block that the lease copied from.  Stamps grow."""
+    single block that leases copied from, half of it or more since the last use.  Stamps grow."""
+    copied: Any = None
+    """`copied(node, num_tokens)`: a lease that copied so many tokens of a block ends now.  With
+    this hook `used` is told of no copies."""
     lost: Any = None
     """`lost(node, num_blocks) -> Mark`: a node is about to lose its last blocks, or to leave.  The
     answer is the mark of the ghost."""

@@ -68,6 +68,7 @@ class Lease:
         "namespace",
         "node",
         "num_cached",
+        "num_copied",
         "num_private",
         "private_from",
         "request_id",
@@ -137,11 +138,13 @@ class Lease:
         self.tail_is_shared = False
         """After a fork: the last block is shared, and copied before the first write."""
         self.copied: Node | None = None
-        """The block that a copy read, if it counts as used when the lease ends …"""
+        """The block that a copy read, which counts as used when the lease ends …"""
         self.copied_tokens = b""
         """… what it holds, …"""
         self.copied_at = 0
-        """… and the index of the first of them."""
+        """… the index of the first of them …"""
+        self.num_copied = 0
+        """… and how many of them were copied."""
         self.source: BlockId | None = None
         """The block that a copy reads; held until the first commit."""
         self.donors: BlockTable = _NO_BLOCKS

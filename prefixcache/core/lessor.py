@@ -306,9 +306,10 @@ class Lessor:
             tree.asked(stored, tokens)
         node = tree.lock(match)
         lease = self.leases.open(member, root, node, now)
-        if source is not None and (copied := tree.touch(match)) is not None:
-            lease.copied, lease.copied_tokens = copied, copied.tokens
-            lease.copied_at = match.end // TOKEN_BYTES
+        if source is not None:
+            lease.copied = tree.touch(match)
+            lease.copied_tokens = lease.copied.tokens
+            lease.copied_at, lease.num_copied = match.end // TOKEN_BYTES, match.partial_tokens
         copies = blocks.allocate(lease, match, node, need, source)
         lease.rest = tokens[match.end :]
         lease.computed_from = begun.start if begun and ledger.resumed else lease.committed

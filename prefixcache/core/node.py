@@ -200,6 +200,7 @@ class Node:
     __slots__ = (
         "blocks",
         "children",
+        "copied",
         "divergence",
         "ghosts",
         "in_root",
@@ -241,6 +242,8 @@ class Node:
     4 the pinned.  Tails have places of their own."""
     pinned: int
     """How many pins cover these blocks."""
+    copied: int
+    """Tokens of the first block that leases have copied since a policy heard of a use of it."""
     mark: Any
     """What the eviction policy knows about these blocks; equal for all of them."""
     places: BlockTable | None
@@ -256,6 +259,7 @@ class Node:
         self.lock_ref = 0
         self.last_used = born
         self.used_until = self.queued = self.pinned = self.tail = self.num_tails = 0
+        self.copied = 0
         self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
 
     @property

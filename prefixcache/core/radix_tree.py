@@ -20,9 +20,15 @@ after eviction    SSAA and A went       root ── [SSSS|SSBB] 0 3
 **Ages.** `node.last_used` is the logical time at which the last lock on a node ended; locked nodes
 need none.  All nodes that one unlock frees get one time, so the order of eviction is that of a
 block-by-block LRU over leaves: a run is trimmed from its end, a parent is at least as young as its
-children, and what was used is split from what was not.  A block of which a request copies half or
-more counts as used when the request comes, and once more, for the policy too, when its lease ends;
-so does a block that covers the tail a lease ends with.
+children, and what was used is split from what was not.  A block that a request copies from counts
+as used when the request comes, and once more when its lease ends; so does a block that covers the
+tail a lease ends with.  Of which less than half was copied, it becomes that much younger only, and
+the policy hears of a use once such parts add up to half of it:
+
+```
+last uses   evicted ──────────┬──────────────────── now        a quarter of the block was copied:
+            last         its age now                           it is as old as half of what stays
+```
 
 **Tails** are not the policy's business: it orders the leaves as if there were none, and a leaf that
 only tails follow is one.  `tails` says when they go.
@@ -151,9 +157,7 @@ class RadixTree:
         """Blocks evicted since the start; what was reset before does not count."""
         self.queue: Queue = self.policy.queue()
         self._used: Callable[[Node, int, Node], None] | None = self.policy.used
-        self._used_alone: Callable[[Node, int, Node], None] | None = (
-            self.policy.used if self.policy.counts_copies else None
-        )
+        self._copied: Callable[[Node, int], None] | None = self.policy.copied
         self._marks_ends = self.policy.marks_ends
         self._revived: Callable[[Node], None] | None = self.policy.revived
         self.asked: Callable[[Match, bytes], None] | None = self.policy.asked
@@ -333,61 +337,79 @@ class RadixTree:
         node = match.node
         return self._split(node, match.used) if match.used < len(node.blocks) else node
 
-    def touch(self, match: Match) -> Node | None:
-        """Count the block that a locked match copies from as used now, if half of it is copied.
+    def touch(self, match: Match) -> Node:
+        """Count the block that a locked match copies from as used now.
 
-        A smaller part says little of the rest: chats that begin alike would keep a block that
-        nobody goes on from.  What the policy has noted of it stays, until `use`.  O(1), plus one
-        copy of the run that begins with the block.
+        What the policy has noted of it stays, until `use`.  O(1), plus one copy of the run that
+        begins with the block.
 
         Returns:
-            What holds the block and no other; None if it does not count.
+            What holds the block and no other.
         """
         node = match.near or match.node  # `split_at` has let it begin with the block
         if node.tail and self.worth is not None and not node.lock_ref:
             self.worth.found_tail(node.last_used, match.partial_tokens)
-        copied = 2 * match.partial_tokens * TOKEN_BYTES
-        if copied < self.block_bytes and copied < len(node.tokens):
-            return None
         if len(node.blocks) > 1:
             node = self._split(node, 1)
         self.clock += 1
-        self._renew(node)
+        self._renew(node, match.partial_tokens)
         return node
 
-    def use(self, node: Node) -> None:
+    def use(self, node: Node, num_copied: int = 0) -> None:
         """Count the first block of a run below a locked one as used, for the policy too.
 
-        O(log leaves), plus what the policy needs, plus one copy of the run.
+        A policy without a hook for copies counts whole uses: it hears of one when half of the block
+        was copied since the last, be it by one request or by many.  O(log leaves), plus what the
+        policy needs, plus one copy of the run.
+
+        Args:
+            node: The run.
+            num_copied: Tokens of the block that were copied; 0: all of it was of use.
         """
         if len(node.blocks) > 1:
             node = self._split(node, 1)
         self.clock += 1
-        self._renew(node)
-        if self._used_alone is None or node.tail:
+        self._renew(node, num_copied)
+        if self._used is None or node.tail:
             return
         above, root = node.parent, node.in_root
         assert above is not None
-        self._used_alone(node, self.clock, above)
+        if self._copied is not None:
+            self._copied(node, num_copied or self.block_bytes // TOKEN_BYTES)
+        else:
+            node.copied += num_copied
+            if num_copied and 2 * node.copied * TOKEN_BYTES < self.block_bytes:
+                return  # all that was copied is no use to count yet
+            node.copied = 0
+            self._used(node, self.clock, above)
         if node.lock_ref or root is None or root.retired or node.is_inner:
             return
         if node.queued:
             tell_locked(self.queue, node)  # what stands for it there may be of no more use
         self._offer(node, root)
 
-    def _renew(self, node: Node) -> None:
-        """Make a block, below a locked one, the youngest of all.
+    def _renew(self, node: Node, num_copied: int) -> None:
+        """Make a block, below a locked one, the youngest of all; or as young as it has earned.
 
+        Half a block that is copied in the time that blocks stay is worth as much as a whole one
+        that is found each second time.  A smaller part earns a place for a part of that time.
         Where it waits in a queue it stays: there keys may be older than their leaves.
         """
         if node.tail:
-            self.tails.found(node, self.clock)
+            is_small = 0 < 2 * num_copied * TOKEN_BYTES < len(node.tokens)
+            self.tails.found(node, self.clock, is_enough=not is_small)
         if node.lock_ref or node.parent is None:
             return
+        stamp, whole = self.clock, self.block_bytes
+        lacking = whole - 2 * num_copied * TOKEN_BYTES
+        if num_copied and lacking > 0 and not node.tail and self.last_evicted is not None:
+            stamp -= (stamp - self.last_evicted) * lacking // whole
+            stamp = max(stamp, node.last_used)
         if self.worth is not None and not node.tail:
             self.worth.leave(node.last_used, 1)
-            self.worth.enter(self.clock, 1)
-        node.last_used = node.parent.last_used = self.clock
+            self.worth.enter(stamp, 1)
+        node.last_used = stamp
+        node.parent.last_used = self.clock
 
     def after(self, node: Node, end: int, at: int, tokens: bytes) -> Node | None:
         """Give what begins with a block of these tokens at byte `at`, beside the path to `node`.
@@ -636,6 +658,7 @@ class RadixTree:
             count = -(-size // width)
             ghost.blocks = blocks[:count]
             ghost.last_used = self.clock
+            ghost.copied = 0
             if self._revived is None or size < width:
                 ghost.mark = None
             else:
@@ -1004,6 +1027,7 @@ class RadixTree:
         upper.lock_ref = 1 if node.lock_ref else 0
         upper.mark = node.mark
         upper.pinned = node.pinned
+        upper.copied, node.copied = node.copied, 0
         node.tokens = key[cut:]
         node.blocks = node.blocks[used:]
         node.parent = upper
@@ -1061,6 +1085,7 @@ class RadixTree:
             moved.append(node)
         node.tokens = above.tokens + node.tokens
         node.blocks = above.blocks + node.blocks
+        node.copied = above.copied
         node.parent = top
         if above.last_used > node.last_used:
             node.last_used = above.last_used

@@ -4,7 +4,7 @@ A tail takes a whole block for some tokens, so under pressure it goes first, wha
 which is never told of tails; among tails the one goes first that was used longest ago.
 
 ```
-tails   ▃ ▂ ▅ ▂ …   not found since they were stored: before any whole block
+tails   ▃ ▂ ▅ ▂ …   not found since they were stored, or little of them: before any whole block
         ▅ ▃ …       found again: once an LRU that holds tails, too, would have let go of them
 whole   █ █ █ █ …   in the policy's order, as if there were no tails
 ```
@@ -194,7 +194,7 @@ class Tails:
 
     def __init__(self) -> None:
         self.fresh: OrderedDict[Node, None] = OrderedDict()
-        """Those that no request has found since they were stored …"""
+        """Those of which no request has found half or more since they were stored …"""
         self.again: OrderedDict[Node, None] = OrderedDict()
         """… and the others."""
         self.worth: TailWorth | None = None
@@ -214,13 +214,21 @@ class Tails:
         """Take a tail out, if it is here."""
         (self.fresh if tail.tail == FRESH else self.again).pop(tail, None)
 
-    def found(self, tail: Node, stamp: int) -> None:
-        """Take note that a request has found a tail; if it is unprotected, it is used now."""
-        if tail.tail == FRESH:
+    def found(self, tail: Node, stamp: int, *, is_enough: bool = True) -> None:
+        """Take note that a request has found a tail; if it is unprotected, it is used now.
+
+        Args:
+            tail: Which.
+            stamp: When.
+            is_enough: Whether that was half of it, or more; else it earns no place by that.
+        """
+        if tail.tail == FRESH and is_enough:
             tail.tail = FOUND
             if tail in self.fresh:
                 del self.fresh[tail]
                 self.again[tail] = None
+        elif tail in self.fresh:
+            self.fresh.move_to_end(tail)
         elif tail in self.again:
             self.again.move_to_end(tail)
         worth = self.worth

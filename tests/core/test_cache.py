@@ -67,15 +67,15 @@ def test_the_source_of_a_copy_stays_until_the_first_commit():
     cache.check()
 
 
-@pytest.mark.parametrize(("asked", "kept"), [([1, 2, 9], [1, 2, 3, 4]), ([1, 9], [5, 6, 7, 8])])
-def test_a_block_of_which_half_is_copied_counts_as_used(asked: list[int], kept: list[int]):
+@pytest.mark.parametrize("asked", [[1, 2, 9], [1, 9]])
+def test_a_block_of_which_a_part_is_copied_counts_as_used(asked: list[int]):
     cache = PrefixCache(3, 4)
     cache.attach(ALICE, CHAT, now=0.0)
     for prompt in ([1, 2, 3, 4], [5, 6, 7, 8]):
         serve(cache, ALICE, prompt)
     cache.release(ALICE, acquire(cache, ALICE, asked).lease, now=0.0)
     serve(cache, ALICE, [7] * 8)  # one of the two makes room
-    assert cache.lookup(CHAT, pack([*kept, 0])).num_hit == 4
+    assert cache.lookup(CHAT, pack([1, 2, 3, 4, 0])).num_hit == 4
     cache.check()
 
 

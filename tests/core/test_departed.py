@@ -184,6 +184,18 @@ def use_whole_blocks(cache: PrefixCache, number: int) -> None:
     cache.release(ME, grant.lease, now=now)
 
 
+def copy_a_part(cache: PrefixCache, number: int) -> None:
+    """Copy from the same two blocks again and again, and go another way."""
+    if number < 8:
+        use_whole_blocks(cache, number)
+        return
+    cache.attach(ME, SPACE, now=number / 1e4)
+    grant = cache.acquire(ME, SPACE, pack([100 * (number % 2), 10**6]), now=number / 1e4)
+    assert isinstance(grant, Grant)
+    assert grant.num_cached == 1
+    cache.release(ME, grant.lease, now=number / 1e4)
+
+
 def give_up_waiting(cache: PrefixCache, number: int) -> None:
     """Wait for what another computes, and give up, while somebody else waits on."""
     cache.attach(ME, SPACE, now=0.0)
@@ -247,7 +259,7 @@ def levels_for_hours(cache: PrefixCache, number: int) -> None:
 
 
 CASES = [
-    *[(policy, habit) for policy in POLICIES for habit in (ask_the_same, use_once)],
+    *[(policy, habit) for policy in POLICIES for habit in (ask_the_same, use_once, copy_a_part)],
     *[(policy, use_whole_blocks) for policy in ("slru", "priority")],
     ("lru", come_back),
     *[("lru", one) for one in (give_up_waiting, go_back_and_forth, reset_each_time)],

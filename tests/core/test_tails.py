@@ -10,6 +10,7 @@ from core.effort import calls
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.node import Root
 from prefixcache.core.policies import POLICIES
+from prefixcache.core.policies.hazard import Hazard
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
@@ -18,10 +19,10 @@ every_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
 class Service:
-    """A cache of blocks of 4 tokens, served one request at a time."""
+    """A cache, of blocks of 4 tokens if not said otherwise, served one request at a time."""
 
-    def __init__(self, num_blocks: int, policy: str = "lru") -> None:
-        self.cache = PrefixCache(num_blocks, 4, policy=policy)
+    def __init__(self, num_blocks: int, policy: str = "lru", block_size: int = 4) -> None:
+        self.cache = PrefixCache(num_blocks, block_size, policy=policy)
         self.now = 0.0
 
     def serve(self, *prompts: list[int], space: Namespace = SPACE, commit: bool = True) -> None:
@@ -55,11 +56,11 @@ def test_of_tails_the_one_goes_first_that_was_used_longest_ago() -> None:
 
 @every_policy
 def test_a_tail_that_was_found_again_goes_after_what_was_used_before_it(policy: str) -> None:
-    service = Service(4, policy)
-    service.serve([1] * 4, *[[2] * 6] * 4, [3] * 8)
-    if policy in {"lru", "priority", "slru", "lfu", "hazard", "cost-aware", "fifo"}:
-        assert [service.holds(one) for one in ([1] * 4, [2] * 6)] == [0, 6]
-    assert service.holds([3] * 8) == 8
+    service = Service(12, policy)
+    others = [[one] * 4 for one in range(4, 12)]
+    service.serve([1] * 4, [2] * 6, *others, *[[2] * 6] * 20, [3] * 8)
+    assert [service.holds(one) for one in ([2] * 6, [3] * 8)] == [6, 8]
+    assert sum(not service.holds(one) for one in ([1] * 4, *others)) == 1
 
 
 def test_a_tail_of_one_token_that_a_request_covers_is_found() -> None:
@@ -69,14 +70,89 @@ def test_a_tail_of_one_token_that_a_request_covers_is_found() -> None:
     assert [service.holds(one) for one in ([1] * 4, [2] * 5)] == [0, 5]
 
 
-@pytest.mark.parametrize("policy", ["lfu", "slru", "cost-aware", "sieve"])
-def test_the_end_of_a_lease_that_copied_a_block_is_a_use_of_it(policy: str) -> None:
-    service = Service(3, policy)
-    service.serve([1] * 4, [2] * 4)
-    for _ in range(5):  # they go another way, and keep nothing
-        service.serve([1, 1, 1, 7], commit=False)
-    service.serve([3] * 8)
-    assert [service.holds(one * 4) for one in ([1], [2])] == [4, 0]
+IN_ORDER_OF_COMING = {"fifo", "2q"}
+"""Those to which what was stored first is the oldest, however often it is used soon after."""
+
+
+@every_policy
+@pytest.mark.parametrize("num_copied", [1, 3, 8, 15])
+def test_what_is_asked_for_by_copy_goes_after_what_was_asked_for_once(
+    policy: str, num_copied: int
+) -> None:
+    service = Service(33, policy, 16)
+    service.serve(*[[one] * 16 for one in range(1, 33)])
+    for _ in range(20):  # they go another way, and keep nothing
+        service.serve([1] * num_copied + [0], commit=False)
+    service.serve([40] * 32)
+    assert service.holds([1] * 16) == (0 if policy in IN_ORDER_OF_COMING else 16)
+
+
+@pytest.mark.parametrize(("num_copied", "copies_a_use"), [(1, 8), (3, 3), (7, 2), (8, 1), (15, 1)])
+def test_parts_that_are_copied_add_up_to_a_use_that_a_policy_counts(
+    num_copied: int, copies_a_use: int
+) -> None:
+    service = Service(8, "lfu", 16)
+    service.serve([1] * 48)
+    tree, root = service.cache._lessor.tree, service.cache._lessor.roots[SPACE]
+    counted = []
+    for _ in range(9):  # of the second of three blocks
+        service.serve([1] * (16 + num_copied) + [0], commit=False)
+        head = (root.children or {})[pack([1] * 16)]
+        counted.append(tree.policy.uses((head.children or {})[pack([1] * 16)]))
+    assert counted == [1 + number // copies_a_use for number in range(1, 10)]
+
+
+@pytest.mark.parametrize(("num_copied", "gone_with"), [(0, 2), (1, 3), (2, 4), (3, 5)])
+def test_hazard_passes_over_what_was_copied_for_as_long_as_that_part_is_worth(
+    num_copied: int, gone_with: int
+) -> None:
+    service = Service(9, "hazard")
+    service.serve(*[[one] * 4 for one in range(1, 9)])
+    if num_copied:
+        service.serve([1] * num_copied + [0], commit=False)
+    for number in range(1, gone_with + 1):
+        assert service.holds([1] * 4), f"gone with {number - 1}"
+        service.serve([100 + number] * 4)
+    assert not service.holds([1] * 4)
+
+
+def test_hazard_learns_nothing_of_copies() -> None:
+    learnt = []
+    for copies in (False, True):
+        service = Service(64, "hazard")
+        for number in range(40):
+            service.serve([number % 7] * 8)
+            if copies:
+                service.serve([number % 5] * 3 + [99], commit=False)
+        policy = service.cache._lessor.tree.policy
+        assert isinstance(policy, Hazard)
+        learnt.append((policy.hazards.returned, policy.hazards.exposed))
+    assert learnt[0] == learnt[1]
+
+
+def test_what_hazard_passes_over_can_be_had_when_nothing_else_is_left() -> None:
+    service = Service(9, "hazard")
+    service.serve(*[[one] * 4 for one in range(1, 9)])
+    service.serve(*[[one] * 3 + [0] for one in range(1, 9)], commit=False)
+    service.serve([9] * 36)
+    assert service.holds([9] * 36) == 36
+
+
+def test_a_step_passes_over_so_many_blocks_at_most_however_many_were_copied() -> None:
+    def evicted(num_blocks: int) -> int:
+        service = Service(num_blocks + 1, "hazard")
+        cache = service.cache
+        cache.attach(ME, SPACE, now=0.0)
+        for number in range(num_blocks):
+            for ask, commits in (([number] * 4, True), ([number] * 3 + [10**6], False)):
+                grant = cache.acquire(ME, SPACE, pack(ask), now=0.0)
+                assert isinstance(grant, Grant)
+                if commits:
+                    cache.commit(ME, grant.lease, 4, now=0.0)
+                cache.release(ME, grant.lease, now=0.0)
+        return calls(lambda: cache._lessor.tree.evict(1))
+
+    assert evicted(2000) < 1.5 * evicted(100)
 
 
 def test_what_a_copied_block_follows_is_used_once_by_a_lease() -> None:

@@ -37,20 +37,31 @@ def packed(tokens: Sequence[int]) -> bytes:
 
 
 class NaivePool:
-    """A pool of `capacity` blocks (None: any number) that requests use one after the other."""
+    """A pool of `capacity` blocks (None: any number) that requests use one after the other.
 
-    def __init__(self, size: int, capacity: int | None, mode: str) -> None:
+    Of whole blocks that are as old as each other any one may go: `chosen` says which, as far as it
+    goes, and then it is the first.
+    """
+
+    def __init__(
+        self, size: int, capacity: int | None, mode: str, chosen: Sequence[int] = ()
+    ) -> None:
         self.size, self.capacity, self.mode = size, capacity, mode
+        self.chosen = list(chosen)
+        self.equals: list[int] = []
+        """Each time that there were several: how many."""
         self.root = Held()
         self.stored: list[Held] = []
         self.clock = 0
+        self.last_evicted: int | None = None
+        """The last use of the whole block that was evicted last."""
         self.remembered: dict[tuple[int, ...], int] = {}
         """Last uses of evicted blocks, by all tokens up to their end."""
         self.start = 0
         """The first use that is counted; 0: none."""
         self.first = {"whole": 0, "with tails": 0}
         self.gained = self.lost = self.evicted = 0
-        self.tails_pay = self.is_scarce = False
+        self.tails_pay = self.ever_paid = self.is_scarce = False
 
     def serve(self, tokens: list[int], prompt: int) -> tuple[int, int]:
         """Serve a request; give its tokens in whole blocks that hit, and in a copied part."""
@@ -77,9 +88,8 @@ class NaivePool:
             self.lost += size * sum(one.used < self.first["with tails"] for one in path)
         if source is not None and len(source.tokens) < size:
             self._gain(source.used, part)
-        copied = source if source is not None and 2 * part >= len(source.tokens) else None
-        if copied is not None:
-            self._use(copied)
+        if source is not None:
+            self._use(source, part)
         self._make_room(blocks + 1 - hit, path, source)
         there = hit * size + part if source is not None else 0
         for number in range(hit, -(-len(tokens) // size) if tails and fits else blocks):
@@ -96,10 +106,10 @@ class NaivePool:
             self.stored.append(at)
             path.append(at)
             self._recall(at)
-        self._end(path, tokens if len(tokens) > there else [], copied)
+        self._end(path, tokens if len(tokens) > there else [], source, part)
         return counted
 
-    def _end(self, path: list[Held], tokens: list[int], copied: Held | None) -> None:
+    def _end(self, path: list[Held], tokens: list[int], copied: Held | None, part: int) -> None:
         """Count as used what was copied, what covers the tail, and the path."""
         if copied is not None and (copied not in self.stored or copied in path):
             copied = None
@@ -109,9 +119,10 @@ class NaivePool:
         if self.mode == "tails" and left and len(whole) == len(path):
             cover, same = self._nearest(path[-1] if path else self.root, left)
             cover = cover if same == len(left) else None
-        for one in (copied, cover if cover is not copied else None):
-            if one is not None:
-                self._use(one)
+        if copied is not None and copied is not cover:
+            self._use(copied, part)
+        if cover is not None:
+            self._use(cover, self.size)
         self.clock += 1
         for one in path:
             one.used = self.clock
@@ -120,10 +131,15 @@ class NaivePool:
             self.start = self.clock + 1
             self.first = dict.fromkeys(self.first, self.start)
 
-    def _use(self, one: Held) -> None:
+    def _use(self, one: Held, part: int) -> None:
+        """Count a use now; of less than half of a whole block, one so long ago as that is less."""
         self.clock += 1
-        one.used = self.clock
-        one.found = True
+        one.found |= 2 * part >= len(one.tokens)
+        lacking = max(0, self.size - 2 * part)
+        if self.last_evicted is None or len(one.tokens) < self.size:
+            lacking = 0
+        ago = 0 if not lacking else (self.clock - self.last_evicted) * lacking // self.size
+        one.used = max(one.used, self.clock - ago)
 
     def _gain(self, used: int, num_tokens: int) -> None:
         if self.start and used >= self.first["with tails"]:
@@ -157,6 +173,7 @@ class NaivePool:
         more = self.gained - 2 * self.lost
         enough = 0 if self.tails_pay else (self.capacity + 1) * self.size // 32
         self.tails_pay = more > enough
+        self.ever_paid |= self.tails_pay
 
     def _recall(self, one: Held) -> None:
         """Forget what was remembered of a stored block, or of a tail that it goes on from."""
@@ -210,6 +227,8 @@ class NaivePool:
                 gone = self._first_to_go(path)
                 read += gone is source  # it leaves, and its memory is read for a while yet
                 self.remembered[gone.prefix()] = gone.used
+                if len(gone.tokens) == self.size:
+                    self.last_evicted = gone.used
                 self._drop(gone)
 
     def _first_to_go(self, path: list[Held]) -> Held:
@@ -231,8 +250,17 @@ class NaivePool:
         ]
         if not leaves:
             return min(tails, key=lambda one: one.used)
-        oldest = min(leaves, key=lambda one: one.used)
+        oldest = self._any([one for one in leaves if one.used == min(leaf.used for leaf in leaves)])
         return max(oldest.below, key=lambda one: packed(one.tokens), default=oldest)
+
+    def _any(self, equals: list[Held]) -> Held:
+        """Give one of some that are as old as each other."""
+        if len(equals) == 1:
+            return equals[0]
+        self.equals.append(len(equals))
+        if len(self.chosen) < len(self.equals):
+            self.chosen.append(0)
+        return equals[self.chosen[len(self.equals) - 1]]
 
     def _drop(self, one: Held) -> None:
         assert one.parent is not None

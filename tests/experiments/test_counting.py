@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from prefixcache_bench.experiments.replay import Configuration, replay
 from prefixcache_bench.experiments.traces import Request, Trace
 
 COUNT = int(os.environ.get("PREFIXCACHE_CONFIGURATIONS", "1000"))
+MOST_OUTCOMES = 1000
 
 
 def drawn(random: Random) -> tuple[list[tuple[list[int], int]], int, int | None]:
@@ -45,10 +48,18 @@ def counted(
 
 def expected(
     sequences: list[tuple[list[int], int]], size: int, capacity: int | None, mode: Partial
-) -> tuple[int, int]:
-    pool = NaivePool(size, capacity, mode.value)
-    each = [pool.serve(one, prompt) for one, prompt in sequences]
-    return sum(hit for hit, _ in each), sum(part for _, part in each)
+) -> Iterator[tuple[tuple[int, int], NaivePool]]:
+    """Give all that may come of it, for which of equally old blocks goes: most often one thing."""
+    left: list[list[int]] = [[]]
+    for _ in range(MOST_OUTCOMES):
+        if not left:
+            return
+        known = left.pop()
+        pool = NaivePool(size, capacity, mode.value, known)
+        each = [pool.serve(one, prompt) for one, prompt in sequences]
+        yield (sum(hit for hit, _ in each), sum(part for _, part in each)), pool
+        for at in range(len(known), len(pool.equals)):
+            left += [[*pool.chosen[:at], other] for other in range(1, pool.equals[at])]
 
 
 def chats(random: Random) -> tuple[list[tuple[list[int], int]], int, int]:
@@ -79,16 +90,11 @@ def chats(random: Random) -> tuple[list[tuple[list[int], int]], int, int]:
 def test_tails_are_kept_exactly_while_the_written_rule_says_that_they_pay(part: int) -> None:
     num_paid = 0
     for seed in range(part, COUNT // 10, 4):
-        sequences, size, capacity = chats(Random(seed))
-        pool = NaivePool(size, capacity, "tails")
-        hits = parts = 0
-        ever_paid = False
-        for one, prompt in sequences:
-            hit, more = pool.serve(one, prompt)
-            hits, parts = hits + hit, parts + more
-            ever_paid |= pool.tails_pay
-        num_paid += ever_paid
-        assert counted(sequences, size, capacity, Partial.TAILS) == (hits, parts), f"seed {seed}"
+        asked = (*chats(Random(seed)), Partial.TAILS)
+        found = counted(*asked)
+        pool = next((pool for sums, pool in expected(*asked) if sums == found), None)
+        assert pool is not None, f"seed {seed}: {found}"
+        num_paid += pool.ever_paid
     assert num_paid  # the rule is reached
 
 
@@ -100,7 +106,8 @@ def test_hits_and_parts_are_those_of_the_written_rule(part: int) -> None:
         sequences, size, capacity = drawn(random)
         mode = list(Partial)[seed // 10 % 3]
         asked = (sequences, size, capacity, mode)
-        assert counted(*asked) == expected(*asked), f"seed {seed}: {size}, {capacity}, {mode}"
+        found, told = counted(*asked), f"seed {seed}: {size}, {capacity}, {mode}"
+        assert any(found == sums for sums, _ in expected(*asked)), told
 
 
 def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
@@ -112,14 +119,32 @@ def test_a_sequence_that_fills_the_pool_copies_nothing() -> None:
     assert counted(asked, 16, 3, Partial.BLOCKS) == (0, 9)
 
 
+def agreed(*asked: Any) -> tuple[int, int]:
+    """Give what is counted, where that is the one thing that may come of it."""
+    (only,) = {sums for sums, _ in expected(*asked)}
+    assert counted(*asked) == only
+    return only
+
+
 def test_a_tail_that_was_copied_whole_is_not_stored_again() -> None:
     asked = [(one, len(one)) for one in ([2, 0, 0], [0, 1], [2], [2, 2])]
-    assert counted(asked, 4, 2, Partial.TAILS) == expected(asked, 4, 2, Partial.TAILS) == (0, 1)
-    assert counted(asked, 4, 1, Partial.TAILS) == expected(asked, 4, 1, Partial.TAILS) == (0, 0)
+    assert agreed(asked, 4, 2, Partial.TAILS) == (0, 1)
+    assert agreed(asked, 4, 1, Partial.TAILS) == (0, 1)
 
 
-def test_a_block_of_which_half_is_copied_counts_as_used() -> None:
+def test_a_block_of_which_a_part_is_copied_counts_as_used() -> None:
     first, other, last = [1, 1, 1, 1], [2, 2, 2, 2], [3, 3, 3, 3]
-    copies = [1, 1, 1]  # of the first, and too short to be stored
-    asked = [(one, len(one)) for one in (first, other, copies, last, first)]
-    assert counted(asked, 4, 2, Partial.BLOCKS) == expected(asked, 4, 2, Partial.BLOCKS) == (0, 5)
+    for copies in ([1, 1, 1], [1]):  # of the first, and too short to be stored
+        asked = [(one, len(one)) for one in (first, other, copies, last, first)]
+        assert agreed(asked, 4, 2, Partial.BLOCKS) == (0, len(copies) + 2)
+
+
+@pytest.mark.parametrize(("num_copied", "found"), [(1, 0), (3, 7), (4, 7)])
+def test_once_something_has_gone_a_small_part_makes_a_block_only_so_much_younger(
+    num_copied: int, found: int
+) -> None:
+    others = [[one] * 8 for one in range(2, 9)]
+    first, copies = [1] * 8, [1] * num_copied
+    asked = [(one, len(one)) for one in (others[0], first, *others[1:3], copies, *others[3:5])]
+    asked.append((first, 8))
+    assert agreed(asked, 8, 3, Partial.BLOCKS) == (0, num_copied - 1 + found)

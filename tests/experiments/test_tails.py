@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from prefixcache.core.policies import POLICIES
 from prefixcache.types import Partial
 from prefixcache_bench.experiments import tails
+from prefixcache_bench.experiments.generators import Kind, Shape, generate
 from prefixcache_bench.experiments.replay import Configuration, replay
 from prefixcache_bench.experiments.tails import (
+    TOLERANCE,
     Behind,
     Cell,
     Packing,
@@ -27,19 +30,36 @@ def reused(trace: Trace, size: int, tokens: int, policy: str, mode: Partial) -> 
     return found.hit_tokens + found.partial_tokens
 
 
+@pytest.fixture(scope="module")
+def several(small: Trace) -> list[Trace]:
+    """Give traces like the small one: in one alone a block that goes earlier is some per cent."""
+    shape = Shape(
+        count=60, prefixes=3, prefix_tokens=70, question_tokens=9, answer_tokens=21, turns=3
+    )
+    return [small, *(generate(Kind.CHATS, replace(shape, seed=seed)) for seed in range(1, 6))]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("size", "tokens"), [(16, 640), (16, 2048), (64, 1024), (64, 4096)])
-def test_tails_find_no_less_than_blocks(small: Trace, policy: str, size: int, tokens: int) -> None:
-    blocks = reused(small, size, tokens, policy, Partial.BLOCKS)
-    # On a trace as short as this, one block that goes earlier is some tenths of a per cent.
-    assert reused(small, size, tokens, policy, Partial.TAILS) >= 0.99 * blocks
+@pytest.mark.parametrize(("size", "tokens"), [(16, 640), (64, 1024), (64, 4096)])
+def test_tails_find_no_less_than_blocks(
+    several: list[Trace], policy: str, size: int, tokens: int
+) -> None:
+    blocks, with_tails = (
+        sum(reused(trace, size, tokens, policy, mode) for trace in several)
+        for mode in (Partial.BLOCKS, Partial.TAILS)
+    )
+    assert with_tails >= 0.998 * blocks
 
 
-def test_every_cell_is_held_to_the_mode_before_it(small: Trace) -> None:
-    cells = measure(Workload("small", (1, 16, 64)), small, 1)
+def test_every_cell_is_held_to_the_mode_before_it(
+    small: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tails, "BEGINNINGS", 6)
+    monkeypatch.setattr(tails, "APART", 5)
+    workload = Workload("small", (1, 16, 64))
+    cells = measure(workload, small, 1)
     assert {cell.block_size for cell in cells} == {1, 16, 64}
-    # On a trace as short as this, a single block is more than the tolerance.
-    assert min(min(cell.blocks_gain, cell.tails_gain) for cell in cells) > -0.15
+    assert list(misses(cells, list(behind(workload, small, cells)))) == []
     alone = Cell("t", "lru", 1, "inf", dict.fromkeys(Partial, 100), 1000)
     short = Cell("t", "lru", 16, "inf", dict.fromkeys(Partial, 99), 1000)
     assert list(misses([alone, short], [])) == [f"{short}: 99 tokens, blocks of 1 100"]
@@ -57,7 +77,8 @@ def test_a_cell_that_is_behind_misses_if_it_is_from_other_beginnings_too(
         (Partial.BLOCKS, pytest.approx(-0.1)),
         (Partial.TAILS, pytest.approx(-0.9)),
     ]
-    assert all(len(one.gains) == 3 and min(one.gains[1:]) >= 0 for one in found)
+    assert all(len(one.gains) == 3 for one in found)
+    assert min(gain for one in found for gain in one.gains[1:]) > -TOLERANCE
     once = Behind(cell, Partial.TAILS, (-0.09, 0.1, 0.02))
     always = Behind(cell, Partial.TAILS, (-0.09, -0.1, -0.08))
     assert list(misses([cell], [once])) == []

@@ -36,6 +36,10 @@ cell       kind 3, age 7   heap of uses, the oldest first   ← one bit in `fill
 ```
 
 A use is in the cell of its leaf.  Re-ranking touches cells, never leaves.
+
+**Copies.**  Who copies a part of a block and goes another way says nothing of when its request
+returns, so nothing is learnt of it.  But the block was of use: for as many block visits from then
+on as half of that part of a capacity has, it is passed over when it would go.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixcache.core.eviction import EvictionPolicy, Mark, Queue, register
+from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, register
 from prefixcache.core.node import common_prefix
 from prefixcache.types import TOKEN_BYTES
 
@@ -316,7 +320,8 @@ _SPARE = 1024
 class AgeGrid:
     """The unprotected leaves; the worst cell gives first, or, while the shadow leads, the oldest.
 
-    Marks are `(use, uses, kind)`.
+    Marks are `(use, uses, kind)`, or of what was copied `(use, uses, kind, until)`: it is passed
+    over before that time.
     """
 
     __slots__ = (
@@ -327,12 +332,24 @@ class AgeGrid:
         "_num_put",
         "_order",
         "_powers",
+        "_serial",
         "_shadow",
+        "_spared",
         "_tidy_at",
         "_unmarked",
+        "time",
     )
 
     def __init__(self, num_kinds: int, shadow: LruReference) -> None:
+        self.time = 0
+        """Block visits so far."""
+        self._spared: list[tuple[int, int, Node, Mark]] = []
+        """Leaves that were passed over: until when, a number, and what their marks were.
+
+        Each stays for half a capacity of visits at most, used again meanwhile or not, and each
+        visit evicts one block at most, which passes over two dozen at most.
+        """
+        self._serial = 0
         self._shadow = shadow
         self._heaps: list[list[tuple[int, Access]]] = [[] for _ in range(num_kinds * NUM_AGES)]
         self._powers = [1 << rank for rank in range(num_kinds * NUM_AGES)]
@@ -383,7 +400,15 @@ class AgeGrid:
         self._put(cell, use)
 
     def pop(self) -> Node | None:
-        """Remove and give the leaf that goes first; None if there is none.  O(log leaves)."""
+        """Remove and give the leaf that goes first; None if there is none.
+
+        O(log leaves), for each copy that it passes over, too: two dozen at most.
+        """
+        for _ in range(LOOKED_AT):
+            if not self._spared or self._spared[0][0] > self.time:
+                break
+            if (node := self._living(heappop(self._spared))) is not None:
+                self.push(node)
         while self._unmarked:
             node = self._unmarked.pop()
             node.queued = 0
@@ -391,12 +416,36 @@ class AgeGrid:
                 return node
             if node.is_evictable:
                 self.push(node)
-        use = self._oldest() if self._shadow.leads else self._worst()
-        if use is None or use.leaf is None:
-            return None
-        heappop(self._heaps[self._cell(use)])
-        use.leaf.queued = False
-        return use.leaf
+        for left in range(LOOKED_AT, -1, -1):
+            use = self._oldest() if self._shadow.leads else self._worst()
+            if use is None or use.leaf is None:
+                break
+            node = use.leaf
+            heappop(self._heaps[self._cell(use)])
+            if not left or not self._spare(node, use):
+                node.queued = 0
+                return node
+        while self._spared:
+            if (last := self._living(heappop(self._spared))) is not None:
+                last.queued = 0
+                return last
+        return None
+
+    def _spare(self, node: Node, use: Access) -> bool:
+        """Pass over a leaf that was copied lately.  O(log leaves)."""
+        mark = node.mark
+        if len(mark) < 4 or mark[3] <= self.time:
+            return False
+        use.leaf = None  # until it is pushed again
+        self._serial += 1
+        heappush(self._spared, (mark[3], self._serial, node, mark))
+        return True
+
+    @staticmethod
+    def _living(spared: tuple[int, int, Node, Mark]) -> Node | None:
+        """Give a leaf that was passed over, if nothing has happened to it since."""
+        _, _, node, mark = spared
+        return node if node.is_evictable and node.mark is mark else None
 
     def _put(self, cell: int, use: Access) -> None:
         heappush(self._heaps[cell], (use.number, use))
@@ -505,8 +554,6 @@ class Hazard(EvictionPolicy):
     name: ClassVar[str] = "hazard"
     ghosts: ClassVar[float] = HORIZON
     marks_ends: ClassVar[bool] = True
-    counts_copies: ClassVar[bool] = False
-    """Whole requests return or do not; what a copied part of a block says of that is noise."""
 
     def __init__(self, num_blocks: int = 1) -> None:
         super().__init__(num_blocks)
@@ -547,12 +594,19 @@ class Hazard(EvictionPolicy):
         self._hand_over(path, use, self._growth(path, size))
         self._by_age[0].append(use)
         self._time += size
+        self._cells.time = self._time
         self._age()
         if self._num_uses % _RANKED_EVERY == 0:
             if self._time - self._halved_at >= self.hazards.edges[-1]:
                 self._halved_at = self._time
                 self.hazards.halve()
             self._cells.rank(self.hazards.order(self._run))
+
+    def copied(self, node: Node, num_tokens: int) -> None:
+        """Let a block that was copied from be passed over for a time.  O(1)."""
+        if node.mark is not None:
+            visits = -(-num_tokens * TOKEN_BYTES * self.num_blocks // (2 * self.block_bytes))
+            node.mark = (*node.mark[:3], max([self._time + visits, *node.mark[3:]]))
 
     def _growth(self, path: list[Node], size: int) -> int:
         """Say how a request grew out of what was known."""
@@ -576,7 +630,7 @@ class Hazard(EvictionPolicy):
             count = len(node.blocks)
             uses = 1
             if node.mark is not None:
-                old, uses, kind = node.mark
+                old, uses, kind = node.mark[:3]
                 old.drop(kind, count)
                 hazards.returned[kind][hazards.bucket(time - old.time)] += count
                 if old.number >= first:
