@@ -17,6 +17,7 @@ there before from being found ever again.
 
 from __future__ import annotations
 
+from array import array
 from hashlib import blake2b, shake_256
 from typing import Final, Protocol, TypeAlias
 
@@ -33,6 +34,7 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 KEY_BYTES: Final = 16
 _LEAST_WEIGHTS: Final = 8192
 _LEAST_SECRET: Final = 16
+_WORDS: Final = 1 << 16
 
 
 class Generations(Protocol):
@@ -43,6 +45,27 @@ class Generations(Protocol):
 
     def advance(self, namespace: Namespace) -> None:
         """Note a reset.  O(1)."""
+
+
+class PassingGenerations:
+    """Counts resets for as long as this life, where nobody keeps them for the next one.
+
+    Several namespaces share a word, so nobody can make this grow: where one is reset, what the
+    others have stored is not found any more either.
+    """
+
+    __slots__ = ("_words",)
+
+    def __init__(self) -> None:
+        self._words = array("I", bytes(4 * _WORDS))
+
+    def of(self, namespace: Namespace) -> int:
+        """Give a number that is another one after each reset.  O(1)."""
+        return self._words[hash(namespace) % _WORDS]
+
+    def advance(self, namespace: Namespace) -> None:
+        """Note a reset.  O(1)."""
+        self._words[hash(namespace) % _WORDS] = (self.of(namespace) + 1) % 2**32
 
 
 class BlockKeys:

@@ -817,16 +817,14 @@ class PrefixCache:
 
     def _reset(self, namespace: Namespace) -> Reset:
         lessor = self._lessor
-        if lessor.tree.keys is not None:  # of what nobody has asked for yet, too
-            lessor.tree.keys.generations.advance(namespace)
+        if lessor.generations is not None:  # of what nobody has asked for yet, too
+            lessor.generations.advance(namespace)
         root = lessor.roots.get(namespace)
         if root is None:
             return Reset(0, 0)
         lessor.history.request_log.forget(namespace)
         unpinned = lessor.pins.unpin(namespace.tenant, root, None)
         lessor.tree.drop_namespace(root)
-        if lessor.hauls is not None and lessor.hauls.remote is not None:
-            lessor.hauls.remote.reset(namespace)
         lessor.roots[namespace] = fresh = Root(namespace)
         lessor.blocks.quotas.open(fresh)
         if lessor.oplog is not None and not namespace.approximate:
@@ -1053,7 +1051,20 @@ class PrefixCache:
             raise InvalidRequest("nothing below the pool outlives it: there is no tier on a disk")
         lessor.tree.keys = BlockKeys(secret, self.block_size, generations)
         lessor.hauls.abandoned = abandoned
+        self.count_resets(generations)
         return lessor.hauls.tier.adopt(remains)
+
+    def count_resets(self, generations: Generations) -> None:
+        """Have resets counted for longer than this life, for what outlives it elsewhere.  O(1).
+
+        Before anything else.  Without a tier that outlives it, it changes nothing.
+        """
+        lessor = self._lessor
+        if lessor.hauls is None:
+            return
+        lessor.generations = generations
+        if lessor.hauls.remote is not None:
+            lessor.hauls.remote.generations = generations
 
     def hauled(self, haul: HaulId, num_good: int, seconds: float, *, now: float) -> None:
         """Take note that a haul has ended: in the order in which they were begun.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from prefixcache.core.account import Account
+from prefixcache.core.block_keys import Generations
 from prefixcache.core.block_manager import LARGE_TABLE, OWN_TABLE, BlockManager
 from prefixcache.core.block_pool import BlockPool
 from prefixcache.core.hauls import NEVER, PORTER, Hauls, Restore, TierSizes
@@ -70,6 +71,7 @@ class Lessor:
 
     __slots__ = (
         "blocks",
+        "generations",
         "hauls",
         "history",
         "inflight",
@@ -131,12 +133,16 @@ class Lessor:
         self.history = History(pool.num_blocks, history_bytes)
         self.hauls: Hauls | None = None
         """What moves between the pool and the tier below it, if there is one."""
+        self.generations: Generations | None = None
+        """Who counts the resets of namespaces, if anything outlives one elsewhere."""
         if tiers.is_any:
             tier = Tier(tiers.host, tree.block_bytes, tiers.disk, tiers.host_ahead)
             if tiers.below:
                 tree.ghosts.set_tier(tier)
             size = tree.block_bytes // TOKEN_BYTES
             self.hauls = self.blocks.hauls = Hauls(tier, pool, tiers, size)
+            if self.hauls.remote is not None:
+                self.generations = self.hauls.remote.generations
             porter = self.leases.workers[PORTER] = Worker(PORTER, "porter")
             porter.renewed_until = NEVER
 

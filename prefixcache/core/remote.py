@@ -22,12 +22,12 @@ of the pool at most, and what waits in line has a limit: what is over it is not 
 from __future__ import annotations
 
 import math
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType
 
+from prefixcache.core.block_keys import Generations, PassingGenerations
 from prefixcache.core.lease import KeptBytes, Lease
 from prefixcache.core.node import Root
 from prefixcache.core.shares import Shares
@@ -59,7 +59,6 @@ _MOST_STORED: Final = 64
 """Blocks that are on their way to the store at the same time."""
 _LINE_BYTES: Final = 32 << 20
 """Of the tokens of what waits to be stored."""
-_RESETS: Final = 1 << 16
 
 
 class Question(NamedTuple):
@@ -119,8 +118,8 @@ class Remote:
         "_line",
         "_new",
         "_next",
-        "_resets",
         "asking",
+        "generations",
         "is_there",
         "kept",
         "least_stored",
@@ -157,8 +156,8 @@ class Remote:
         self.num_stored = self.num_unstored = self.num_wrong = self.num_late = 0
         """Since the start: blocks that were stored; that were not, though they should have been;
         that came and were not what they should be; and questions without an answer in time."""
-        self._resets = array("I", bytes(4 * _RESETS))
-        """How often namespaces were reset, several in one word: nobody can make this grow."""
+        self.generations: Generations = PassingGenerations()
+        """How often namespaces were reset: what they store after that has other names."""
 
     # ------------------------------------------------------------------ whether to ask
 
@@ -253,7 +252,7 @@ class Remote:
         question = Question(
             QuestionId(self._next),
             root.namespace,
-            self.resets(root.namespace),
+            self.generations.of(root.namespace),
             tokens,
             start // self._block_bytes,
             is_to_store,
@@ -267,14 +266,6 @@ class Remote:
             self._begin_storing()
         new, self._new = self._new, []
         return new
-
-    def resets(self, namespace: Namespace) -> int:
-        """Say how often a namespace was reset, or one that shares its word.  O(1)."""
-        return self._resets[hash(namespace) % _RESETS]
-
-    def reset(self, namespace: Namespace) -> None:
-        """Give other names to what a namespace stores from now on.  O(1)."""
-        self._resets[hash(namespace) % _RESETS] = (self.resets(namespace) + 1) % 2**32
 
     # ------------------------------------------------------------------ what is to be stored
 

@@ -114,7 +114,9 @@ class Backing:
         self._namer: Namer | None = None
         _check_remote(settings)
         self._secret = remote_secret(settings)
-        self._life = secrets.token_bytes(16)
+        self._own_name = secrets.token_bytes(16)
+        """Goes into the names of what is stored elsewhere after a reset; of all lives, if there is
+        a folder that outlives this one."""
         self.abandoned: Abandonments | None = None
         """Which copies to it nobody may believe."""
         self._file: PoolFile | None = None
@@ -224,6 +226,7 @@ class Backing:
         if self.disk is not None:
             self.abandoned = Abandonments.make(self.handle.num_blocks)
             remains = self.disk.open(self.handle)
+            self._own_name = self.disk.own_name
             self.disk.num_found = cache.keep_below(
                 self.disk.key_secret, self.disk.resets, remains, self.abandoned.note
             )
@@ -298,10 +301,11 @@ class Backing:
     def base_name(self, namespace: Namespace, resets: int) -> bytes:
         """Name what the objects of a namespace begin with: another name after each reset.
 
-        What was reset is of this service alone: nobody else has the names that follow.
+        What was reset is of this service alone, in all of its lives if there is a folder that knows
+        of it: nobody else has the names that follow.
         """
         assert self._namer is not None
-        told = self._life + resets.to_bytes(8, "little") if resets else b""
+        told = self._own_name + resets.to_bytes(8, "little") if resets else b""
         return self._namer.base(namespace, told)
 
     @property

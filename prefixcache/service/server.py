@@ -335,6 +335,22 @@ def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
             size = format_size(backing.object_bytes)
             line += f"; {many(backing.sizes.block_size, 'token')} take {size} there"
         yield line
+        yield from _resets_elsewhere(backing.disk)
+
+
+def _resets_elsewhere(disk: DiskFolder | None) -> Iterator[str]:
+    """Say what becomes of resets of what is stored for other machines, too, unless all is well."""
+    if disk is None:
+        yield (
+            "for other machines, too: the next start finds again what a reset has taken from this "
+            "service: only the folder of --disk remembers resets"
+        )
+    elif disk.resets.after_loss:
+        yield (
+            f"for other machines, too: the count of resets in {disk.path} was lost, so this "
+            "service finds only what it has stored since; remove the folder, if what was reset "
+            "may be found again"
+        )
 
 
 def _found(disk: DiskFolder, block_size: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from prefixcache.core.block_keys import PassingGenerations
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import Haul, TierSizes
 from prefixcache.core.remote import NAME_BYTES, Question
@@ -191,6 +192,28 @@ def test_after_a_reset_nothing_of_before_is_found(store: dict[bytes, bytes]) -> 
     assert grant.num_cached == 0
     assert len(store) == 40, "under other names"
     assert machine.told.remote_stored == 40
+
+
+def test_a_reset_of_what_nobody_has_asked_for_here_counts(store: dict[bytes, bytes]) -> None:
+    machine = Machine(store)
+    strange = Namespace(SPACE.model, tenant="of whom nothing is known here")
+    machine.cache.reset(strange)
+    machine.cache.attach(ME, strange, now=0.0)
+    assert isinstance(machine.cache.acquire(ME, strange, PROMPT, wait_s=60.0, now=0.0), Waiting)
+    assert [question.resets for question in machine.answer()] == [1]
+
+
+def test_another_life_goes_on_counting_resets(store: dict[bytes, bytes]) -> None:
+    counted = PassingGenerations()
+    for life in range(2):
+        machine = Machine(store)
+        machine.cache.count_resets(counted)
+        for _ in range(2):
+            assert machine.compute().num_cached == 0, "of before a reset"
+            assert machine.compute().num_cached == 80
+            machine.cache.reset(SPACE)
+        assert len(store) == 40 * (life + 1)
+    assert Machine(store).compute().num_cached == 80, "a life that is told of no resets"
 
 
 def test_who_asks_waits_for_a_moment_only(full: dict[bytes, bytes]) -> None:

@@ -29,6 +29,15 @@ def slots(count: int) -> str:
 
 def porters(service: ServiceProcess) -> list[int]:
     """The porters of a service that live."""
+    return _children(service, b"tiers.porter")
+
+
+def carriers(service: ServiceProcess) -> list[int]:
+    """The carriers of a service that live."""
+    return _children(service, b"tiers.carrier")
+
+
+def _children(service: ServiceProcess, module: bytes) -> list[int]:
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -37,7 +46,7 @@ def porters(service: ServiceProcess) -> list[int]:
                 line = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(status[1]) == service.process.pid and b"tiers.porter" in line:
+            if int(status[1]) == service.process.pid and module in line:
                 found.append(int(folder.name))
     return found
 

@@ -21,6 +21,7 @@ from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
 from prefixcache.pool import map_pool, pages_of
 from prefixcache.types import Ledger, Namespace
+from service.below import carriers
 from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes, stop
 from service.valkey_server import ValkeyServer, needs_valkey
 
@@ -81,16 +82,7 @@ class Machine:
 
     def carrier(self) -> int:
         """The carrier's process; 0 if there is none."""
-        for folder in Path("/proc").iterdir():
-            if folder.name.isdecimal():
-                try:
-                    told = (folder / "stat").read_bytes().rpartition(b")")[2].split()
-                    line = (folder / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if int(told[1]) == self.service.process.pid and b"tiers.carrier" in line:
-                    return int(folder.name)
-        return 0
+        return next(iter(carriers(self.service)), 0)
 
 
 @pytest.fixture
@@ -280,6 +272,29 @@ def test_a_reset_is_not_undone_by_the_store(second: Machine) -> None:
     second.client.reset(Namespace(MODEL))
     assert second.ask(0).restored == 0
     assert second.ask(1).restored == 0
+
+
+def test_the_next_life_does_not_find_what_was_reset_and_finds_what_was_stored_since(
+    tmp_path: Path, stack: ExitStack, store: ValkeyServer, first: Machine
+) -> None:
+    (tmp_path / "b").mkdir()
+    disk = f"1MiB:{tmp_path / 'b' / 'disk'}"
+    life = Machine(stack, tmp_path / "b", store, "--disk", disk)
+    assert life.ask(0).restored == CHAT
+    life.client.reset(Namespace(MODEL))
+    assert life.ask(0).restored == 0
+    eventually(lambda: life.has_stored(20))
+    for number in (1, 0):
+        life.service.signal(signal.SIGKILL)
+        life.service.wait()
+        life = Machine(stack, tmp_path / "b", store, "--disk", disk)
+        assert life.client.snapshot().disk_restored == 0
+        assert life.ask(number).restored == (0 if number else CHAT)
+        assert life.num_wrong == 0
+    assert life.client.snapshot().remote_restored == 20
+    told = [one for one in first.service.lines if "finds again what a reset" in one]
+    assert len(told) == 1, "who has no folder says so"
+    assert not any("finds again what a reset" in one for one in life.service.lines)
 
 
 def test_a_secret_makes_names_that_others_cannot_guess_and_signs(

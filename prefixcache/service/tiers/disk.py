@@ -216,7 +216,12 @@ class DiskFolder:
 
     def _open_resets(self, *, is_new: bool) -> Resets:
         return Resets(
-            self.path / "resets", self._derive(b"resets"), self._mark, self._disown, is_new=is_new
+            self.path / "resets",
+            self._derive(b"resets"),
+            self._mark,
+            self._disown,
+            is_new=is_new,
+            after_loss=is_new and bool(self.cold),
         )
 
     def _disown(self, error: OSError) -> None:
@@ -250,6 +255,11 @@ class DiskFolder:
     def key_secret(self) -> bytes:
         """Of the keys of blocks."""
         return self._derive(b"keys")
+
+    @property
+    def own_name(self) -> bytes:
+        """What names all lives of this folder, and nobody else: sixteen bytes."""
+        return self._derive(b"name")[:16]
 
     @property
     def resets(self) -> Resets:

@@ -1,7 +1,7 @@
 """Resets: how often namespaces were reset, for longer than the service lives.
 
 ```
-a page    of which folder │ in which boot it was opened │ closed in order?
+a page    of which folder │ in which boot it was opened │ closed in order?  after a loss?
 words     [row of the tenant][column of the namespace]       counts; one more with each reset
 ```
 The count goes into the keys of blocks (`core/block_keys.py`), so what was reset is found by nobody
@@ -12,6 +12,10 @@ there are: whoever resets much does it to himself.
 A word is written before the reset is answered.  The kernel keeps it when the service is killed; not
 so when the machine ends, for nothing waits for the disk here.  So after another boot the words are
 believed only if the last service has closed them, which does wait.
+
+**Counts that were lost** may not begin with 0 again: what others keep under that number (a store of
+several machines) would be found although it was reset.  They begin with 1, for all namespaces, and
+say so for as long as the folder is there.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ _WORDS_AT: Final = 4096
 _BYTES: Final = _WORDS_AT + ROWS * COLUMNS * _WORD_BYTES
 _PAGE: Final = struct.Struct("<8s16s64sB")
 _MAGIC: Final = b"PCRESET1"
+_CLOSED, _AFTER_LOSS = 1, 2
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -62,13 +67,19 @@ class Resets:
         give_up: Callable[[OSError], None],
         *,
         is_new: bool,
+        after_loss: bool = False,
     ) -> None:
         self._secret, self._mark, self._give_up = secret[:64], mark, give_up
+        self.after_loss = after_loss
+        """Whether counts that were here before are lost: each namespace counts as reset."""
         self._fd = open_private(path, os.O_RDWR | (os.O_CREAT if is_new else 0))
         try:
             if is_new:
                 os.ftruncate(self._fd, 0)
                 os.posix_fallocate(self._fd, 0, _BYTES)
+                if after_loss:
+                    ones = np.ones(ROWS * COLUMNS, "<u4")
+                    os.pwrite(self._fd, ones.tobytes(), _WORDS_AT)
             else:
                 self._look()
             raw = os.pread(self._fd, _BYTES - _WORDS_AT, _WORDS_AT)
@@ -82,18 +93,20 @@ class Resets:
         """See whether the words may be believed."""
         if os.fstat(self._fd).st_size != _BYTES:
             raise ValueError("the count of resets is cut short")
-        magic, mark, boot, is_closed = _PAGE.unpack(os.pread(self._fd, _PAGE.size, 0))
+        magic, mark, boot, flags = _PAGE.unpack(os.pread(self._fd, _PAGE.size, 0))
         if magic != _MAGIC or mark != self._mark:
             raise ValueError("the count of resets is of another folder")
-        if not is_closed and (not _boot_id() or boot.rstrip(b"\0") != _boot_id()):
+        if not flags & _CLOSED and (not _boot_id() or boot.rstrip(b"\0") != _boot_id()):
             raise ValueError(
                 "the machine has ended before the service did, and resets of its last moments may "
                 "be lost"
             )
+        self.after_loss = bool(flags & _AFTER_LOSS)
 
     def _say(self, *, is_closed: bool) -> None:
         """Write the page, and see it on the disk."""
-        os.pwrite(self._fd, _PAGE.pack(_MAGIC, self._mark, _boot_id(), is_closed), 0)
+        flags = _CLOSED * is_closed | _AFTER_LOSS * self.after_loss
+        os.pwrite(self._fd, _PAGE.pack(_MAGIC, self._mark, _boot_id(), flags), 0)
         os.fdatasync(self._fd)
 
     def of(self, namespace: Namespace) -> int:

@@ -395,6 +395,27 @@ def test_a_reset_is_refused_if_what_lies_there_cannot_even_be_removed(
     assert life.folder.resets.of(SPACE) == 0
 
 
+def test_counts_that_were_lost_do_not_begin_with_what_was_reset(
+    begin: Callable[..., Life], path: Path
+) -> None:
+    life = filled(begin)
+    assert life.folder.resets.of(SPACE) == 0
+    name = life.folder.own_name
+    life.folder.resets.advance(SPACE)
+    ended(life)
+    alter(path, "resets", 0, b"damaged")
+    for _ in range(2):
+        counts = begin().folder.resets
+        assert counts.after_loss
+        others = [Namespace("model", tenant=f"t{number}") for number in range(9)]
+        assert {counts.of(one) for one in (SPACE, *others)} == {1}
+    folder = begin().folder
+    assert folder.own_name != name
+    folder.resets.advance(SPACE)
+    assert begin().folder.own_name == folder.own_name
+    assert begin().folder.resets.of(SPACE) == 2
+
+
 # ---------------------------------------------------------------------- what was abandoned
 
 
