@@ -139,7 +139,7 @@ kernels-sanitize: $(VENV)/.installed   ## On a GPU: the kernels' tests under com
 properties: $(VENV)/.installed   ## The property tests, 100 times as long.
 	PREFIXCACHE_SOAK=100 $(BIN)/python -m pytest tests/core --timeout=0
 
-chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks, broken connections, odd lines to workers and a hostile tenant: 15 minutes.  ROUNDS=5 for a short one.
+chaos: $(VENV)/.installed   ## 100 rounds of kills, stops, full disks, broken connections, odd lines to workers, a store that lies and a hostile tenant: 20 minutes.  ROUNDS=5 for a short one.
 	PYTHONPATH=tests $(BIN)/python -m chaos.storm --rounds $(or $(ROUNDS),100)
 
 fuzz: $(VENV)/.installed   ## Messages, manifests, folders and stores below the pool, traces, prompts, identities, configs, texts, wire, sockets, data plane; FUZZ_SECONDS=600.

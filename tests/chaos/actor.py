@@ -48,6 +48,7 @@ RESETS = 0.004
 class Actor:
     """One life of one worker process."""
 
+    models: tuple[str, ...] = MODELS
     resets = RESETS
 
     def __init__(self, target: str, seed: int, log: str, tenant: str, patience_s: float) -> None:
@@ -87,7 +88,7 @@ class Actor:
 
     def live(self, client: Client) -> None:
         """Work until the session breaks."""
-        model = self.random.choice(MODELS)
+        model = self.random.choice(self.models)
         session = client.attach(model, LAYOUT, name=f"actor{self.random.randrange(100)}")
         memory = map_pool(session.pool)
         pool = Pool(memory, session.pool)

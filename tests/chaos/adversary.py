@@ -234,7 +234,7 @@ class Adversary:
         for guess in ("", "w1", key[:-1], key + "x", "1", "0"):
             self.ask(kind, self.random.choice(("detach", "renew")), worker_key=guess)
         for tenant in ("blue", "green", ""):
-            space = pb.Namespace(model="a", tenant=tenant)
+            space = pb.Namespace(model=MODELS[0], tenant=tenant)
             self.ask(kind, "reset", namespace=space)
             self.ask(kind, "lookup", namespace=space, tokens=self.prompt())
         self.ask(kind, "quota", tenant="blue")
@@ -346,7 +346,7 @@ class Adversary:
         stream = self.session(*asked, *looks)
         self.counts[f"{kind}:{'answered' if stream.take(2.0) else 'refused'}"] += 1
         stream.cancel()
-        space = pb.Namespace(model="a")
+        space = pb.Namespace(model=MODELS[0])
         for _ in range(10):
             self.ask(kind, "snapshot")
             self.ask(kind, "tree", namespace=space)
@@ -355,7 +355,7 @@ class Adversary:
     def controls(self) -> None:
         kind = "control characters"
         for _ in range(20):
-            texts = dict.fromkeys(("model", "adapter", "salt"), "m")
+            texts = dict.fromkeys(("model", "adapter", "salt"), "m@1")
             texts[self.random.choice(list(texts))] = self.random.choice(NASTY)
             space = pb.Namespace(**texts, tenant=self.random.choice(("", "", "b\nlue", "blue")))
             name = self.random.choice(("", *NASTY))
@@ -404,7 +404,7 @@ class Adversary:
 
     def resets(self) -> None:
         kind = "resets while watching"
-        space = pb.Namespace(model="a")
+        space = pb.Namespace(model=MODELS[0])
         watching = self.channel.unary_stream(
             unary.WATCH_PATH, pb.WatchRequest.SerializeToString, pb.WatchResponse.FromString
         )
@@ -440,7 +440,7 @@ class Adversary:
                 ("fork", "count"),
             ):
                 self.ask(kind, verb, worker_key=key, lease=lease, **{field: number})
-            space = pb.Namespace(model="a")
+            space = pb.Namespace(model=MODELS[0])
             self.ask(kind, "pin", namespace=space, tokens=self.prompt(), ttl_s=wait_s)
         self.ask(kind, "detach", worker_key=key)
 

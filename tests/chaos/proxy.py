@@ -42,7 +42,7 @@ class Proxy:
             return
         both = {writer, there[1]}
         self._open |= both
-        ways = (self._pass(reader, there[1]), self._pass(there[0], writer))
+        ways = (self._pass(reader, there[1]), self._pass_back(there[0], writer))
         try:
             await asyncio.gather(*ways)
         except OSError:
@@ -59,6 +59,9 @@ class Proxy:
             await writer.drain()
         with contextlib.suppress(OSError, RuntimeError):
             writer.write_eof()
+
+    async def _pass_back(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self._pass(reader, writer)
 
     def drop(self) -> None:
         """Close all connections that pass through, without a word."""

@@ -1,8 +1,8 @@
 """A worker in a storm that comes back to its chats when the pool has long evicted them.
 
 Arguments as those of `chaos.actor`, and under which system its chats are.  They are more than the
-pool holds, and nobody else's, so what they wait for is the tier below it and nothing else.  Each
-wait is told with what was predicted.
+pool holds, and nobody else's, so what they wait for is the tier below it and nothing else.  Waits
+are told with what was predicted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 
 from chaos.actor import Actor
 from chaos.pattern import Pool
-from chaos.universe import LONG_TOKENS, NUM_LONG, tokens_of
+from chaos.universe import LONG_MODEL, LONG_TOKENS, NUM_LONG, tokens_of
 from prefixcache.client import Client, Session
 from prefixcache.types import Namespace
 
@@ -22,10 +22,15 @@ STEP = 8
 REST_S = 0.006
 """Tokens that are computed at once, and the rest after them: what comes back is quicker."""
 
+EXPLAINED = 0.25
+"""Share of the requests of which is asked before what will become of them: that takes longer than
+what lies below the pool."""
+
 
 class Returner(Actor):
     """One life of one worker process."""
 
+    models = (LONG_MODEL,)
     resets = 0.001
 
     def __init__(
@@ -55,13 +60,16 @@ class Returner(Actor):
         assert self.client is not None
         chat = self.random.randrange(NUM_LONG)
         whole = tokens_of(self.system, chat)
-        below = self.client.explain(Namespace(model.partition("/")[2]), whole)
+        below = None
+        if self.random.random() < EXPLAINED:
+            below = self.client.explain(Namespace(model.partition("/")[2]), whole)
         asked = time.monotonic()
         with session.acquire(whole, wait_s=WAIT_S) as lease:
             told = time.monotonic()
             fields = {"model": model, "system": self.system, "chat": chat}
             self.tell("hit", asked=asked, count=lease.num_cached, **fields)
-            if below.num_below and not lease.ledger.joined and chat != self.cancelled:
+            is_own = not lease.ledger.joined and chat != self.cancelled
+            if below is not None and below.num_below and is_own:
                 self.tell("waited", took=told - asked, predicted=below.below_s)
             pool.copy(lease.copies)
             self.read(session, pool, model, whole, lease)

@@ -6,9 +6,12 @@
 2 adversaries ──── half-opens    quotas, HTTP
 2 viewers ── as actors, reading through contiguous views
 2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
-4 returners ── to chats that lie below the pool: --host, --disk on another small disk
-every round: the service is killed and started again, on what lies on both disks; workers are killed
-and stopped, and what lies below is changed, its porter killed and stopped, its disk full
+6 returners ── to chats that lie below the pool: --host, --disk on another small disk, --remote
+               liar ──► a Valkey server: objects of others, changed, cut short, late, or never
+every round: the service is killed and started again, on what lies on both disks, or on a new one
+below the pool, with what the store has; workers are killed and stopped, and what lies below is
+changed, its porter killed and stopped, its disk full; the store is killed and begins with nothing,
+is stopped, altered, and said to hold what it does not
 every fourth: nothing but the adversaries, and what lies below
 ```
 Ends with a verdict: no wrong byte was read, the history is that of a cache, nobody's session was
@@ -37,7 +40,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain, pairwise, takewhile
+from itertools import chain, pairwise, product, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -47,14 +50,24 @@ import psutil
 import prefixcache
 from certificate_file import write
 from chaos.history import check, read
+from chaos.liar import Liar
 from chaos.pattern import Pool
 from chaos.proxy import Proxy
-from chaos.spoiler import BLOCK_BYTES, HEAD, files_in_memory, spoil_disk, spoil_memory
+from chaos.spoiler import (
+    BLOCK_BYTES,
+    HEAD,
+    ONE_IN,
+    files_in_memory,
+    spoil_disk,
+    spoil_memory,
+    spoil_objects,
+)
 from chaos.universe import (
     BLOCK_SIZE,
     BOSS,
     HONEST,
     LAYOUT,
+    LONG_MODEL,
     LONG_SYSTEMS,
     MODELS,
     NUM_CHATS,
@@ -73,8 +86,9 @@ from prefixcache.pool import map_pool
 from prefixcache.service.tiers.disk import KEPT
 from prefixcache.types import Namespace, Snapshot
 from prefixcache_bench.reports.figures import publish
-from service.below import porters
+from service.below import carriers, porters
 from service.service_process import ServiceProcess, environment, sizes
+from service.valkey_server import ValkeyServer, binary
 
 NUM_BLOCKS = 1536
 TTL_S = 1.0
@@ -85,18 +99,26 @@ ADVERSARIES = 2
 RED_BLOCKS = 256
 """What the adversaries' tenant may hold."""
 DISK_BYTES = 24 * 2**20
-NUM_HOST, NUM_DISK = 1024, 6144
+NUM_HOST, NUM_DISK = 512, 8192
 """Blocks that fit below the pool, in memory and on a disk."""
 SLOT_BYTES = BLOCK_BYTES + HEAD.itemsize
 TIER_DISK_BYTES = NUM_DISK * SLOT_BYTES + 3 * 2**20
-MORE_CHILDREN = 2
-"""Processes that a service may have beyond those it began with: porters."""
+STORE_BYTES = 64 * 2**20
+"""What the store holds: the oldest objects go."""
+MORE_CHILDREN = 4
+"""Processes that a service may have beyond those it began with: porters and carriers, of each one
+at work, and one that has been killed."""
 MOST_FILES_OF_A_PORTER = 24
+"""Of a carrier as well."""
 EXTRA_S = 0.05
 """Who waits for what lies below waits twice as long as was predicted, and so much more."""
 CHECKED_AT_ONCE = 100_000
 LEAST_ALTERED = 4
 """How often what lies below was changed before some of that must have been asked for again."""
+LEAST_LIES = 50
+"""Objects of which a byte was changed on their way before that must have been noticed."""
+MOOD_S = 1.0
+"""How long a store lies, is slow, or hangs up."""
 FINAL_WAIT_S = 60.0
 LEAK_SHARE = 1.6
 """How much larger than after warming up the service may be at the end: what the adversaries did to
@@ -175,6 +197,9 @@ class Report:
     """Of those that were verified, what had come back from below the pool."""
     below: Counter[str] = field(default_factory=Counter)
     """Blocks that went below, came back, and so on, by the names of `Counts`."""
+    has_store: bool = False
+    lies: Counter[str] = field(default_factory=Counter)
+    """What the store said that was not so, and how often."""
     waits: list[tuple[float, float, float]] = field(default_factory=list)
     """Of each wait for what lay below, while nothing but that failed, in seconds: how long it was,
     what had been predicted, and the longest look-up meanwhile."""
@@ -222,6 +247,10 @@ class Report:
             failed.append("nothing came back from below the pool")
         if not self.below["spoilt"] and self.faults["alter slots"] > LEAST_ALTERED:
             failed.append("of what was changed below the pool nothing was noticed")
+        if self.has_store and not self.below["remote_restored"]:
+            failed.append("nothing came back from the store")
+        if self.lies["flipped"] > LEAST_LIES and not self.below["remote_wrong"]:
+            failed.append("of what the store lied nothing was noticed")
         if (longest := max((took for took, _, _ in self.waits), default=0.0)) > MOST_LULL_S:
             failed.append(f"a wait for what lay below the pool took {longest:.0f} s")
         if not self.lines["answered"] or not self.lines["refused"]:
@@ -276,11 +305,26 @@ class Report:
             f"below      {below['sunk']:,} blocks copied down, {below['disk_written']:,} of them "
             f"to the disk; {below['restored']:,} copied back, {below['disk_restored']:,} from the "
             f"disk; {below['spoilt']:,} were not what they had been, and read by nobody",
+            *self._store(),
             f"waits      {len(self.waits):,} for what lay below, while nothing else failed: "
             f"{_quantiles([took for took, _, _ in self.waits])}; {len(past)} past twice what was "
             f"predicted and {1e3 * EXTRA_S:g} ms, by at most {1e3 * max(past, default=0):.0f} ms; "
             f"{len(unexplained)} by more than a look-up took meanwhile, by at most "
             f"{1e3 * max(unexplained, default=0):.0f} ms",
+        ]
+
+    def _store(self) -> list[str]:
+        if not self.has_store:
+            return ["store      none: no Valkey server is installed"]
+        below = self.below
+        lies = ", ".join(
+            f"{count:,} {name}" for name, count in sorted(self.lies.items()) if name != "answers"
+        )
+        return [
+            f"store      {below['remote_stored']:,} blocks stored for other machines, "
+            f"{below['remote_restored']:,} copied back; {self.lies['answers']:,} answers, of which "
+            f"{lies}; {below['remote_wrong']:,} objects were not what they should have been, and "
+            f"read by nobody; {below['remote_late']:,} questions not answered in time"
         ]
 
     def _red(self) -> list[str]:
@@ -359,6 +403,13 @@ class Storm:
         self.report = Report()
         self.disk = Disk(folder / "disk")
         self.disk_below = Disk(folder / "below", TIER_DISK_BYTES)
+        self.store: ValkeyServer | None = None
+        self.liar: Liar | None = None
+        if binary() is not None:
+            self.store = ValkeyServer(folder, "--maxmemory", str(STORE_BYTES))
+            self.liar = Liar(folder / "liar.sock", self.store.path, Random(seed + 1))
+            self.report.has_store = True
+            self.report.lies = self.liar.told
         self.target = f"unix:{folder}/service.sock"
         self.http = f"127.0.0.1:{free_port()}"
         self.identities = identities(folder / "identities.toml")
@@ -370,7 +421,7 @@ class Storm:
         self.former: Counter[str] = Counter()
         """What services that have ended said of what lies below."""
         self.porters: dict[int, psutil.Process] = {}
-        """All that were seen."""
+        """All that were seen, and all carriers."""
         self.files_below: set[Path] = set()
         """In shared memory, all that were seen."""
         self.told: list[dict[str, object]] = []
@@ -401,6 +452,7 @@ class Storm:
             *("--segments", str(self.certificates)),
             *("--host", str(NUM_HOST * SLOT_BYTES)),
             *("--disk", f"{NUM_DISK * SLOT_BYTES}:{self.disk_below.folder / 'tier'}"),
+            *(() if self.liar is None else ("--remote", self.liar.address)),
         )
         try:
             with self.connect() as client:
@@ -532,11 +584,11 @@ class Storm:
         kinds = ("flip", "flip", "swap", "swap", "cut")
         self.spoil(self.random.choice(kinds), self.random.choice((*kinds, "heads")))
 
-    def spoil(self, memory: str, disk: str) -> None:
+    def spoil(self, memory: str, disk: str, one_in: int = ONE_IN) -> None:
         with contextlib.suppress(OSError, ValueError):  # there is no porter
-            spoil_memory(self.porter(), self.random, memory)
+            spoil_memory(self.porter(), self.random, memory, one_in)
         with contextlib.suppress(OSError):  # it is full
-            spoil_disk(self.disk_below.folder / "tier", self.random, disk)
+            spoil_disk(self.disk_below.folder / "tier", self.random, disk, one_in)
 
     def fill_disk_below(self) -> None:
         porter = self.porter()
@@ -546,7 +598,7 @@ class Storm:
 
     def reset_with_hauls_out(self) -> None:
         """Wait for a chat that lies below, and reset its namespace while it comes back."""
-        tenant, model = self.random.choice(HONEST), self.random.choice(MODELS)
+        tenant, model = self.random.choice(HONEST), LONG_MODEL
         with contextlib.suppress(CacheError), self.connect(tenant) as client:
             session = client.attach(model, LAYOUT)
             for chat in range(NUM_LONG):
@@ -566,6 +618,68 @@ class Storm:
         time.sleep(0.2)
         self.kill_service()
 
+    def kill_service_and_lose_slots(self) -> None:
+        """Start on a disk that is new, but for what was reset: the store still has what lay there.
+
+        Without a store it is killed as ever.
+        """
+        self.service.signal(signal.SIGKILL)
+        self.service.wait()
+        self.service.close()
+        if self.store is not None:
+            for name in ("heads", "slab"):
+                (self.disk_below.folder / "tier" / name).unlink(missing_ok=True)
+        self.service = self.serve()
+        self.report.restarts += 1
+
+    # ------------------------------------------------------------------ what goes wrong elsewhere
+
+    def kill_store(self) -> None:
+        """Let it begin again, with nothing."""
+        if self.store is not None:
+            self.store.kill()
+            time.sleep(self.random.choice((0.0, 0.3, 1.0)))
+            self.store.restart()
+
+    def stop_store(self) -> None:
+        if self.store is not None:
+            self.store.stop()
+            time.sleep(self.random.choice((0.1, 0.6, 1.5)))
+            self.store.go_on()
+
+    def hush_store(self) -> None:
+        """Let it be reached, and never answer."""
+        if self.liar is not None:
+            self.liar.mute()
+            time.sleep(self.random.choice((0.1, 0.6, 1.5)))
+            self.liar.drop()
+            self.liar.speak()
+
+    def have_store_lie(self) -> None:
+        self.be("lies")
+
+    def have_store_be_slow(self) -> None:
+        self.be("slow")
+
+    def have_store_hang_up(self) -> None:
+        self.be("cuts")
+
+    def be(self, mood: str) -> None:
+        if self.liar is not None:
+            self.liar.mood = mood
+            time.sleep(MOOD_S)
+            self.liar.mood = ""
+
+    def alter_objects(self) -> None:
+        if self.store is not None:
+            with contextlib.suppress(OSError, ValueError):  # it has just begun
+                spoil_objects(self.store, self.random)
+
+    def kill_carrier(self) -> None:
+        with contextlib.suppress(OSError):
+            for carrier in carriers(self.service):
+                os.kill(carrier, signal.SIGKILL)
+
     # ------------------------------------------------------------------ the course of it
 
     def run(self, rounds: int, seconds_per_round: float, say: Any) -> Report:
@@ -576,7 +690,7 @@ class Storm:
             self.reset_with_hauls_out,
         )
         kill, end = self.kill_service, self.end_service
-        lasts = (kill, self.kill_service_in_mid_haul, kill, end)
+        lasts = (kill, self.kill_service_in_mid_haul, self.kill_service_and_lose_slots, end)
         deck: list[Any] = []
         self.hear_probes()
         self.alone_until = time.monotonic()
@@ -597,7 +711,7 @@ class Storm:
             due = time.monotonic() + seconds_per_round
             while time.monotonic() < due - 1.5:
                 if not deck:
-                    deck = list(others)
+                    deck = [*others, *self.of_store()]
                     self.random.shuffle(deck)
                 self.fault(deck.pop())
                 time.sleep(self.random.uniform(0.05, 0.5))
@@ -612,6 +726,18 @@ class Storm:
         self.report.seconds = self.ended_at - started
         self.settle()
         return self.report
+
+    def of_store(self) -> tuple[Any, ...]:
+        """Give some of what can go wrong with a store, if there is one.
+
+        Not all of it together: after each failure nobody asks for a second and more.
+        """
+        if self.store is None:
+            return ()
+        moods = (self.have_store_be_slow, self.have_store_hang_up, self.hush_store, self.stop_store)
+        ends = (self.kill_store, self.kill_carrier)
+        chosen = (self.random.choice(moods), self.random.choice(ends))
+        return (*chosen, self.have_store_lie, self.alter_objects)
 
     def hear_probes(self) -> None:
         """Wait until there were probes with nobody else in the service."""
@@ -651,9 +777,9 @@ class Storm:
         begun = time.monotonic()
         calm = begun + min(CALM_AFTER_S, seconds / 2)
         time.sleep(calm - begun)
-        faults = [self.kill_porter, self.stop_porter, self.fill_disk_below]
+        faults = [self.kill_porter, self.stop_porter, self.fill_disk_below, *self.of_store()]
         self.random.shuffle(faults)
-        for fault in (self.alter_slots, faults[0], faults[1]):
+        for fault in (self.alter_slots, *faults[:3]):
             if time.monotonic() < begun + seconds - 1.0:
                 time.sleep(self.random.uniform(0.2, 0.8))
                 self.fault(fault)
@@ -671,6 +797,11 @@ class Storm:
                 self.files_below.update(files_in_memory(porter))
                 if (count := self.porters[porter].num_fds()) > MOST_FILES_OF_A_PORTER:
                     leaks.append(f"round {number + 1}: the porter has {count} descriptors")
+        with contextlib.suppress(OSError, psutil.Error):
+            for carrier in carriers(self.service):
+                self.porters[carrier] = psutil.Process(carrier)
+                if (count := self.porters[carrier].num_fds()) > MOST_FILES_OF_A_PORTER:
+                    leaks.append(f"round {number + 1}: the carrier has {count} descriptors")
         service = psutil.Process(self.service.process.pid)
         if (count := len(service.children(True)) - self.first_children) > MORE_CHILDREN:
             leaks.append(f"round {number + 1}: {count} processes more than at first")
@@ -684,6 +815,7 @@ class Storm:
         """Take note of what this service has carried up to now."""
         names = ("sunk", "restored", "spoilt", "disk_written", "disk_restored")
         names += ("declined_slow", "declined_busy", "declined_room")
+        names += ("remote_stored", "remote_restored", "remote_wrong", "remote_late")
         self.report.below = self.former + Counter({name: getattr(now, name) for name in names})
 
     def fault(self, fault: Any) -> None:
@@ -752,7 +884,9 @@ class Storm:
         if grown > LEAK_SHARE:
             report.leaks.append(f"the service has grown to {grown:.2f} of its first size")
         self.hear_porter()
-        self.spoil("flip", "flip")
+        self.spoil("flip", "flip", 2)
+        if self.liar is not None:
+            self.liar.mood = "lies"
         self.count()
         report.final_tokens = self.read_all()
         due = time.monotonic() + PATIENCE_OF_CLERKS_S
@@ -769,7 +903,7 @@ class Storm:
         self.service.wait()
         leaks = self.report.leaks
         if left := [one.pid for one in self.porters.values() if one.is_running()]:
-            leaks.append(f"porters are left: {left}")
+            leaks.append(f"porters or carriers are left: {left}")
         if files := [str(path) for path in self.files_below if path.exists()]:
             leaks.append(f"files in shared memory are left: {files}")
         folder = self.disk_below.folder / "tier"
@@ -885,23 +1019,23 @@ class Storm:
         """Read what is stored of a tenant; give how many tokens."""
         total = 0
         with self.connect(tenant) as client:
-            for model in MODELS:
+            stored = [(model, range(NUM_SYSTEMS), NUM_CHATS) for model in MODELS]
+            for model, systems, num_chats in (*stored, (LONG_MODEL, LONG_SYSTEMS, NUM_LONG)):
                 session = client.attach(model, LAYOUT)
                 pool = Pool(map_pool(session.pool), session.pool)
-                for system in range(NUM_SYSTEMS + len(LONG_SYSTEMS)):
-                    for chat in range(NUM_CHATS if system < NUM_SYSTEMS else NUM_LONG):
-                        whole = tokens_of(system, chat)
-                        try:
-                            with session.acquire(whole, wait_s=FINAL_WAIT_S) as lease:
-                                pool.copy(lease.copies)
-                                count = lease.num_cached
-                                self.report.wrong += pool.wrong(
-                                    space(tenant, model), whole, lease.block_table, count
-                                )
-                                total += count
-                                self.report.restored_tokens += lease.ledger.restored
-                        except CacheError:
-                            continue
+                for system, chat in product(systems, range(num_chats)):
+                    whole = tokens_of(system, chat)
+                    try:
+                        with session.acquire(whole, wait_s=FINAL_WAIT_S) as lease:
+                            pool.copy(lease.copies)
+                            count = lease.num_cached
+                            self.report.wrong += pool.wrong(
+                                space(tenant, model), whole, lease.block_table, count
+                            )
+                            total += count
+                            self.report.restored_tokens += lease.ledger.restored
+                    except CacheError:
+                        continue
         return total
 
     def close(self) -> None:
@@ -913,6 +1047,9 @@ class Storm:
             actor.wait()
         self.proxy.close()
         self.service.close()
+        if self.store is not None and self.liar is not None:
+            self.liar.close()
+            self.store.kill()
         self.disk.close()
         self.disk_below.close()
 
