@@ -11,7 +11,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
@@ -78,6 +78,30 @@ def lock_private(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)
+
+
+def refuse_strangers(folder: Path, lock: str, names: Collection[str], option: str) -> None:
+    """Refuse a folder in which files have the names of ours, and that no service has taken before.
+
+    Who took it would have left the lock there.  Files of ours that are not whole are removed and
+    made anew; somebody's notes that are called `secret` are not to be taken for that.
+
+    Args:
+        folder: which.
+        lock: the name of its lock.
+        names: of the files.
+        option: what named the folder, for the message.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    if os.path.lexists(folder / lock):
+        return
+    if there := [name for name in names if os.path.lexists(folder / name)]:
+        raise InvalidRequest(
+            f"{option} {folder} holds {', '.join(there)}, and no {lock}: no service has made that, "
+            "and this one would write over it. Name another folder"
+        )
 
 
 def _clear_lock(path: Path) -> None:

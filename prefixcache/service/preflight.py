@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from prefixcache.pool import HEADER_BYTES, check_room
 from prefixcache.service.backing import disk_folder
 from prefixcache.service.tiers.disk import KEPT
 from prefixcache.user_folders import expand, is_folder
+
+_IS_FOR = {
+    "disk_write": "disk",
+    "remote_secret": "remote",
+    "remote_interface": "remote",
+    "segments_threshold": "segments",
+    "http_tokens": "http",
+    "events_replay": "events",
+    "max_shadow_lag": "shadow",
+}
+"""Which settings mean something only beside another one."""
 
 _LEAST = 64 * 2**10
 """Bytes of a pool whose layout is not known yet: real ones have more in a block."""
@@ -35,6 +47,7 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         PoolExhausted: the machine has not so much memory.
     """
     policy_named(settings.policy)
+    _refuse_idle(settings)
     if settings.layout is not None and settings.model is not None:
         raise InvalidRequest("--model and --layout both say what the layout is: give one of them")
     if settings.dtype is not None and settings.model is None:
@@ -61,7 +74,7 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         what = "the pool" if count == 1 else f"the {count} pools together"
         what += " with what is below (--host)" if below else ""
         check_room(total + below + count * HEADER_BYTES, what)
-    elif total > (room := _room(settings.state, "pool")):
+    elif total > (room := _room(settings.state, domains, "pool")):
         raise PoolExhausted(
             f"a pool of {format_size(total)} does not fit in {settings.state}, where "
             f"{format_size(room)} are free or its own. Lower --memory, or choose another --state."
@@ -76,6 +89,21 @@ def check(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         )
 
 
+def _refuse_idle(settings: ServeSettings) -> None:
+    """Refuse what would not be read, since what it is about is not given.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    for name, other in _IS_FOR.items():
+        given = getattr(settings, name) != ServeSettings.model_fields[name].default
+        if given and not getattr(settings, other):
+            flag, about = (f"--{one.replace('_', '-')}" for one in (name, other))
+            raise InvalidRequest(f"{flag} is for {about}, which is not given")
+    if settings.device and settings.pool != "cuda":
+        raise InvalidRequest("--device is the GPU of --pool cuda, which is not given")
+
+
 def _check_disk(settings: ServeSettings, domains: Mapping[str, int]) -> None:
     """Refuse a tier on disk that has no folder, or not the room.
 
@@ -83,26 +111,35 @@ def _check_disk(settings: ServeSettings, domains: Mapping[str, int]) -> None:
         InvalidRequest, PoolExhausted: as said.
     """
     if settings.disk is None:
-        if settings.disk_write is not None:
-            raise InvalidRequest(
-                "--disk-write limits what is written to --disk, which is not given"
-            )
         return
     folder = disk_folder(settings)
     share = sum((settings.memory, *domains.values())) / settings.memory
     total = int(settings.disk.num_bytes * share)
-    if total > (room := _room(folder, *KEPT)):
+    if total > (room := _room(folder, domains, *KEPT)):
         raise PoolExhausted(
             f"--disk: {format_size(total)} do not fit in {folder}, where {format_size(room)} are "
             "free or its own. Lower it, or name a folder on another disk."
         )
 
 
-def _room(named: Path, *files: str) -> int:
-    """Bytes that such files in this folder may take: what is free, and what those there have."""
+def _room(named: Path, domains: Mapping[str, int], *files: str) -> int:
+    """Bytes that such files in this folder may take: what is free, and what those there have.
+
+    Looks at nothing else in it, which may be the whole of a disk.
+    """
     folder = expand(named).absolute()
     place = next(one for one in (folder, *folder.parents) if is_folder(one))
-    names = files if place == folder else ()
-    found = (one for name in names for one in folder.glob(f"**/{name}"))
-    own = sum(one.stat().st_blocks * 512 for one in found if one.is_file())
+    own = 0
+    if place == folder:
+        parts = (folder, *(folder / f"domain-{name}" for name in domains))
+        own = sum(_taken(part / name) for part in parts for name in files)
     return shutil.disk_usage(place).free + own
+
+
+def _taken(file: Path) -> int:
+    """Bytes that a file takes; none, if it is not there."""
+    try:
+        status = file.lstat()
+    except OSError:
+        return 0
+    return status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0

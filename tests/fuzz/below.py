@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from prefixcache.core.found import Found
+from prefixcache.errors import InvalidRequest
 from prefixcache.remote_address import RemoteAddress
 from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder
 from prefixcache.service.tiers.remote.store import Got, RemoteError
@@ -53,6 +54,9 @@ class Folders:
         try:
             for at in range(0, min(len(data), 40) - 4, 5):
                 self._change(copy, *data[at : at + 5])
+            if not (copy / "lock").exists() and any(copy.iterdir()):
+                self._refuse(copy)
+                return
             first = self._found(copy)
             assert self._found(copy) <= first  # what the first start made of it is whole
         finally:
@@ -74,6 +78,17 @@ class Folders:
                 with path.open("r+b") as file:
                     file.seek(at)
                     file.write(bytes([new]) * (1 + much % 64))
+
+    @staticmethod
+    def _refuse(folder: Path) -> None:
+        """Without a lock all of it may be somebody's own."""
+        before = {one: one.read_bytes() for one in folder.iterdir()}
+        try:
+            DiskFolder(folder, NUM_BYTES).close()
+        except InvalidRequest:
+            assert {one: one.read_bytes() for one in folder.iterdir()} == before
+        else:
+            raise AssertionError("files of somebody's own were taken for ours")
 
     def _found(self, path: Path) -> int:
         """Take a folder as a service does; give how much it offers."""

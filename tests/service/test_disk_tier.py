@@ -200,7 +200,7 @@ def test_what_cannot_be_is_refused_at_the_start(
 
 
 def test_a_limit_without_a_disk_is_refused(target: str) -> None:
-    with pytest.raises(AssertionError, match="--disk-write limits"):
+    with pytest.raises(AssertionError, match="--disk-write is for --disk"):
         ServiceProcess(target, *sizes(NUM_BLOCKS, SIZE), "--disk-write", "1MB/s")
 
 

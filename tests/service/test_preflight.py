@@ -49,6 +49,8 @@ def serve(tmp_path: Path, *flags: str) -> Told:
         (("--record", "{tmp}/typo/requests"), EXIT_USAGE, "cannot record"),
         (("--shadow", "policy=bogus"), EXIT_USAGE, "no eviction policy 'bogus'"),
         (("--identities", "{tmp}/none"), EXIT_USAGE, "none"),
+        (("--segments-threshold", "1", *LAYOUT), EXIT_USAGE, "is for --segments, which is not"),
+        (("--http-tokens", "--max-ops", "8"), EXIT_USAGE, "is for --http, which is not given"),
     ],
     ids=lambda value: value[0] + "=" + value[1] if isinstance(value, tuple) else "",
 )
@@ -91,6 +93,46 @@ NUMBERS = [
 def test_a_number_that_cannot_be_is_refused_whichever_it_is(name: str, value: str) -> None:
     with pytest.raises(InvalidRequest, match=name.replace("_", "-")):
         load({name: value})
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [
+        ({"disk_write": 1}, "--disk"),
+        ({"remote_secret": "f"}, "--remote"),
+        ({"remote_interface": "lo"}, "--remote"),
+        ({"segments_threshold": 0.5}, "--segments"),
+        ({"http_tokens": True}, "--http"),
+        ({"events_replay": "ipc:///f"}, "--events"),
+        ({"max_shadow_lag": 1}, "--shadow"),
+        ({"device": 1}, "--pool cuda"),
+    ],
+)
+def test_what_means_something_only_beside_another_setting_is_refused_without(
+    given: dict[str, object], other: str
+) -> None:
+    (name,) = given
+    told = f"--{name.replace('_', '-')} is .*{other}, which is not given"
+    with pytest.raises(InvalidRequest, match=told):
+        preflight.check(load(given), {})
+
+
+@pytest.mark.parametrize("option", ["disk", "state"])
+def test_a_folder_with_all_of_a_disk_in_it_is_not_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    for name in ("domain-acme", "other"):
+        (tmp_path / name).mkdir()
+        for file in ("slab", "pool"):
+            (tmp_path / name / file).write_bytes(b"x" * (1 << 20))
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    monkeypatch.setattr(Path, "glob", None)
+    value = str(tmp_path) if option == "state" else f"{1 << 19}:{tmp_path}"
+    settings = load({"memory": 1 << 19, option: value, "layout": "1x1x4:float32"})
+    preflight.check(settings, {"acme": 1 << 19})
+    with pytest.raises(PoolExhausted, match="Lower"):
+        preflight.check(settings, {"other-": 1 << 19})
 
 
 def test_what_a_tier_on_disk_has_there_already_is_no_room_that_it_lacks(

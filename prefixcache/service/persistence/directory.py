@@ -22,7 +22,13 @@ from prefixcache.config import parse_layout
 from prefixcache.core.cache import PrefixCache
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.pool import PoolFile
-from prefixcache.private_files import check_path, lock_private, make_private_folder, remove_foreign
+from prefixcache.private_files import (
+    check_path,
+    lock_private,
+    make_private_folder,
+    refuse_strangers,
+    remove_foreign,
+)
 from prefixcache.service.isolated_listener import IsolatedListener
 from prefixcache.service.persistence.checksums import Checksums
 from prefixcache.service.persistence.manifest import FORMAT, Manifest
@@ -38,6 +44,7 @@ FORMER = WorkerId(0)
 
 _MANIFEST = ("manifest", "manifest-wal", "manifest-shm", "manifest-journal")
 """The files of the database."""
+_KEPT = (*_MANIFEST, "pool", "stamps")
 
 _NOT_ITS_FAULT = {
     sqlite3.SQLITE_BUSY,
@@ -92,8 +99,9 @@ class StateDirectory:
         try:
             check_path(self.path.parent, "--state")
             make_private_folder(self.path, "--state")
+            refuse_strangers(self.path, "lock", _KEPT, "--state")
             self._lock = lock_private(self.path / "lock")
-            self._remove_foreign(*_MANIFEST, "pool", "stamps")
+            self._remove_foreign(*_KEPT)
             self._manifest = self._open_manifest()
         except BlockingIOError:
             self.close()

@@ -39,6 +39,7 @@ from prefixcache.private_files import (
     lock_private,
     make_private_folder,
     open_private,
+    refuse_strangers,
     remove_foreign,
 )
 from prefixcache.service.tiers.resets import Resets
@@ -55,6 +56,7 @@ _TITLE: Final = struct.Struct(f"<8s16sI{_LAYOUT_BYTES}s")
 """Of what version, which folder, tokens of a block, layout."""
 KEPT: Final = ("secret", "resets", "heads", "slab")
 """The files that outlive the service."""
+_LOCK: Final = "lock"
 _SECRET_BYTES: Final = 32
 _MOST_TOKENS: Final = 1024
 """Of a block."""
@@ -108,6 +110,7 @@ class DiskFolder:
         try:
             check_path(self.path.parent, "--disk")
             make_private_folder(self.path, "--disk")
+            refuse_strangers(self.path, _LOCK, KEPT, "--disk")
             self._take()
             for name in KEPT:
                 remove_foreign(self.path / name)
@@ -124,7 +127,7 @@ class DiskFolder:
         until = time.monotonic() + _FORMER_S
         while True:
             try:
-                self._lock = lock_private(self.path / "lock")
+                self._lock = lock_private(self.path / _LOCK)
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise ServiceUnavailable(

@@ -449,6 +449,19 @@ def test_two_services_do_not_share_a_state(copied: Path) -> None:
     StateDirectory(copied).close()
 
 
+@pytest.mark.parametrize("name", ["manifest", "pool", "stamps", "manifest-wal"])
+def test_somebodys_files_are_not_taken_for_a_state_that_is_damaged(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir(0o700)
+    (folder / name).write_text("of mine")
+    with pytest.raises(InvalidRequest, match=f"holds {name}, and no lock"):
+        StateDirectory(folder)
+    assert (folder / name).read_text() == "of mine"
+    assert [one.name for one in folder.iterdir()] == [name]
+
+
 def test_a_folder_that_cannot_be_used_costs_the_state_and_nothing_else(
     target: str, tmp_path: Path
 ) -> None:

@@ -228,12 +228,27 @@ def test_a_file_that_leads_elsewhere_is_not_followed(tmp_path: Path) -> None:
     folder, other = tmp_path / "disk", tmp_path / "other"
     folder.mkdir(0o700)
     other.write_bytes(b"precious")
+    (folder / "lock").touch()
     (folder / "slab").symlink_to(other)
     with PoolFile.create(layout, 4, size) as file:
         disk = DiskFolder(folder, 1 << 20)
         disk.open(file.handle)
         disk.close()
     assert other.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["secret", "heads", "slab", "resets"])
+def test_somebodys_notes_are_not_taken_for_what_is_damaged(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "home"
+    folder.mkdir(0o700)
+    (folder / name).write_text("of mine")
+    (folder / "other").touch()
+    with pytest.raises(InvalidRequest, match=f"holds {name}, and no lock.*another folder"):
+        DiskFolder(folder, 1 << 20)
+    assert (folder / name).read_text() == "of mine"
+    assert sorted(one.name for one in folder.iterdir()) == sorted([name, "other"])
+    (folder / name).unlink()
+    DiskFolder(folder, 1 << 20).close()
 
 
 def test_a_size_that_the_file_system_refuses_is_refused_by_its_option(tmp_path: Path) -> None:
