@@ -127,6 +127,7 @@ class AsyncClient(Connection):
     recount = _asks(calls.recount)
     check = _asks(calls.check)
     reset = _asks(calls.reset)
+    reset_unnamed = _asks(calls.reset_unnamed)
     pin = _asks(calls.pin)
     unpin = _asks(calls.unpin)
     quota = _asks(calls.quota)

@@ -121,6 +121,18 @@ def reset(namespace: Namespace) -> Call[Reset]:
     return _about(namespace, "reset")
 
 
+def reset_unnamed() -> Call[Reset]:
+    """Make the service forget what lies on disk, of all that the caller may name.
+
+    Also of those that nobody has named since the service was started, and that no list has.  What
+    is stored in its memory, by names that are listed, stays: `reset` them first.
+
+    Raises:
+        PermissionDenied: the caller may not name every model of his tenant.
+    """
+    return _call("reset", unnamed=True)
+
+
 def pin(namespace: Namespace, tokens: TokensLike, *, ttl_s: float) -> Call[Pinned]:
     """Let what is stored of a prefix be evicted last for `ttl_s`.  Needs no session."""
     codec.check_seconds("ttl_s", ttl_s)

@@ -565,14 +565,16 @@ class PastRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., worker: _Optional[str] = ..., lease: _Optional[int] = ..., namespace: _Optional[_Union[Namespace, _Mapping]] = ..., age_s: _Optional[float] = ..., num_tokens: _Optional[int] = ..., tokens: _Optional[bytes] = ...) -> None: ...
 
 class ResetRequest(_message.Message):
-    __slots__ = ("namespace", "worker_key", "namespace_index")
+    __slots__ = ("namespace", "worker_key", "namespace_index", "unnamed")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     WORKER_KEY_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    UNNAMED_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     worker_key: str
     namespace_index: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ...) -> None: ...
+    unnamed: bool
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., worker_key: _Optional[str] = ..., namespace_index: _Optional[int] = ..., unnamed: _Optional[bool] = ...) -> None: ...
 
 class ResetResponse(_message.Message):
     __slots__ = ("num_blocks", "num_leased", "num_leases", "num_pins")

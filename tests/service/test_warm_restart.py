@@ -13,6 +13,7 @@ from random import Random
 import pytest
 
 import prefixcache
+from cli.running import run
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.errors import CacheError
@@ -120,6 +121,41 @@ def test_what_was_reset_before_the_restart_or_after_it_stays_so(start: Start) ->
         client.reset(SPACE)  # nobody has attached it in this life
         writer, restored = ask_all(client, range(5))
         assert (restored, writer.num_wrong) == (0, 0)
+
+
+def test_a_reset_of_all_is_one_of_what_nobody_has_named_since_the_start(start: Start) -> None:
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        filled(client)
+    end(service, signal.SIGTERM)
+    service = start()
+    assert run("reset", "--all", "--connect", service.target).code == 1, "nothing is listed"
+    end(service, signal.SIGKILL)
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        assert client.snapshot().disk_found > 50
+        writer, restored = ask_all(client, range(10))
+        assert (restored, writer.num_wrong) == (0, 0)
+
+
+def test_a_reset_before_a_worker_has_said_how_blocks_lie_is_one_of_what_lies_there(
+    start: Start, tmp_path: Path, folder: Path
+) -> None:
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        filled(client)
+    end(service, signal.SIGTERM)
+    open_sizes = "--memory", "64KiB", "--block-size", str(SIZE)
+    disk = "--disk", f"{int(slots(NUM_SLOTS)) + HEADS_AT}:{folder}"
+    with (
+        running(f"unix:{tmp_path}/other.sock", *open_sizes, *disk) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        assert client.reset(SPACE).num_blocks == 0
+        writer = Writer(client)
+        eventually(lambda: "porter at work" in service.log())
+        assert client.snapshot().disk_found > 50
+        assert [writer.ask(number).restored for number in range(5)] == [0] * 5
 
 
 def test_another_salt_finds_nothing(start: Start) -> None:

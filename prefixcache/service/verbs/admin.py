@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 import structlog
 
 from prefixcache.client import codec
-from prefixcache.errors import InvalidRequest, NotFound
+from prefixcache.errors import InvalidRequest, NotFound, PermissionDenied
 from prefixcache.service.verbs.base import Verbs
 from prefixcache.service.worker import Asker
 from prefixcache.types import Namespace, Pinned, QuotaInfo, Reset, Unpinned
@@ -27,14 +27,40 @@ class AdminVerbs(Verbs):
     """The verbs of operators."""
 
     def reset(self, asker: Asker, request: pb.ResetRequest) -> Reset | Generator[None, None, Reset]:
-        """Make a namespace forget."""
+        """Make a namespace forget; or what lies on disk, of all that the asker may name.
+
+        Raises:
+            InvalidRequest: it asks for both.
+            PermissionDenied: there are models that the asker may not name.
+        """
+        if request.unnamed:
+            if request.HasField("namespace") or request.namespace_index:
+                raise InvalidRequest("a reset names a namespace, or is of those without a name")
+            return self._reset_unnamed(asker)
+        disk = self.backing.disk
 
         def do(namespace: Namespace) -> Reset:
+            if self.backing.cache is None and disk is not None:  # no worker has attached yet
+                disk.resets.advance(namespace)
+                return Reset(0, 0)
             answer = self._cache().reset(namespace)
             log.info("reset", namespace=str(namespace), blocks=answer.num_blocks)
             return answer
 
         return self._with(asker, self._named(asker, request), do)
+
+    def _reset_unnamed(self, asker: Asker) -> Reset:
+        identity, disk = asker.identity, self.backing.disk
+        if "*" not in identity.models:
+            raise PermissionDenied(
+                f"{identity.name} may not use every model, so it may not reset what nobody has "
+                "named: name each namespace"
+            )
+        if disk is not None:
+            tenant = None if identity.admin else identity.tenant
+            disk.resets.advance_all(tenant)
+            log.info("reset of all that lies on disk", tenant=tenant)
+        return Reset(0, 0)
 
     def _with(
         self, asker: Asker, named: Namespace, do: Callable[[Namespace], T]

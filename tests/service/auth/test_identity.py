@@ -106,6 +106,20 @@ def test_naming_another_tenant_is_not_found_with_every_verb(
     assert acme.lookup(Namespace("tiny"), PROMPT).num_hit == 8  # nothing was reset
 
 
+def test_what_nobody_has_named_is_reset_by_who_may_name_all_of_it(
+    service: ServiceProcess, acme: Client, bolt: Client, boss: Client
+) -> None:
+    store(acme)
+    assert boss.reset_unnamed().num_blocks == 0
+    assert acme.lookup(Namespace("tiny"), PROMPT).num_hit == 8, "it has a name"
+    with pytest.raises(PermissionDenied, match="name each namespace"):
+        bolt.reset_unnamed()
+    with bolt.attach("tiny", LAYOUT) as session, session.batch() as batch:
+        reply = batch.reset()
+        batch.step.message.ops[0].reset.unnamed = True
+    assert isinstance(reply.error, PermissionDenied)
+
+
 def test_a_tenant_finds_nothing_of_another_under_the_same_name(
     acme: Client, bolt: Client, boss: Client
 ) -> None:

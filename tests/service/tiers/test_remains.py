@@ -332,6 +332,23 @@ def test_who_resets_much_costs_tenants_in_other_rows_nothing(
     assert sum(bool(counts.of(one)) for one in mine) < 10
 
 
+def test_everything_of_a_tenant_or_of_all_is_reset_for_good(begin: Callable[..., Life]) -> None:
+    counts = begin().folder.resets
+    mine = [Namespace(f"model-{number}", tenant="acme", salt=str(number)) for number in range(50)]
+    others = [Namespace("model", tenant=f"t{number}") for number in range(50)]
+    counts.advance(mine[0])
+    before = [counts.of(one) for one in [*mine, *others]]
+    counts.advance_all("acme")
+    assert [counts.of(one) for one in mine] == [one + 1 for one in before[:50]]
+    assert sum(bool(counts.of(one)) for one in others) < 5
+    counts = begin().folder.resets
+    assert counts.of(mine[0]) == before[0] + 1
+    counts.advance_all(None)
+    assert all(counts.of(one) for one in others)
+    assert counts.of(mine[0]) == before[0] + 2
+    assert begin().folder.resets.of(others[0]) == counts.of(others[0])
+
+
 def test_after_another_boot_only_what_was_closed_in_order_is_believed(
     begin: Callable[..., Life], path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
