@@ -215,7 +215,7 @@ def test_what_has_no_effect_is_refused_by_name(name: str, model: Model) -> None:
         ({"weights": "int8"}, "weights"),
         ({"weights": "packed", "threads": 2, "dtype": "float32"}, "dtype, threads, weights"),
         ({"memory": "4MiB"}, "memory"),
-        ({"segments": "certificate.json"}, "segments"),
+        ({"segments": "."}, "segments"),
     ],
     ids=str,
 )
@@ -225,6 +225,28 @@ def test_what_is_settled_by_what_is_there_is_refused(
     """A model that is loaded has its weights, and a service that answers its pool."""
     with pytest.raises(InvalidRequest, match=f"^{named}"):
         LLM(model, connect=service.target, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"segments": True}, "segments is True; it takes the file"),
+        ({"segments": False}, "segments is False"),
+        ({"segments": ""}, "segments is ''"),
+        ({"segments": ["a"]}, r"segments is \['a'\]"),
+        ({"segments": "no/such/file"}, "neither file nor folder 'no/such/file'"),
+        ({"segments": "a\0b"}, "neither file nor folder"),
+        ({"segments": "~nobody-there/c"}, "no such home"),
+        ({"memory": ""}, "memory is ''"),
+        ({"memory": 4096}, "memory is 4096; it takes a size"),
+        ({"memory": True}, "memory is True"),
+    ],
+)
+def test_what_no_service_could_be_started_with_is_refused_before_anything_is_loaded(
+    given: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told):
+        LLM("no-such-model", **given)
 
 
 STORED = random_tokens(97, seed=31)

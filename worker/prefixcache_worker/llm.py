@@ -33,6 +33,7 @@ from prefixcache.client.address import default_target
 from prefixcache.errors import CacheError, InvalidRequest, ServiceUnavailable, Unsupported
 from prefixcache.prompts.logged_request import read_logged
 from prefixcache.types import Ledger, unpack
+from prefixcache.user_folders import expand
 from prefixcache_worker import smollm2
 from prefixcache_worker.beam_search import BeamSearch
 from prefixcache_worker.engine import Engine
@@ -112,6 +113,7 @@ class LLM:
         own: OwnService | None = None
         target = default_target() if connect is None else connect
         # What cannot be had is said before anything is loaded.
+        _check_own(memory, segments)
         if isinstance(model, Model):
             given = {"dtype": dtype != "auto", "threads": threads, "weights": weights}
             if idle := [name for name, value in given.items() if value not in (None, False)]:
@@ -136,7 +138,7 @@ class LLM:
             if connect is not None:
                 raise
             layout = str(self.model.layout)
-            certified = () if segments is None else ("--segments", str(Path(segments).absolute()))
+            certified = () if segments is None else ("--segments", str(_file_of(segments)))
             own = OwnService("--layout", layout, "--memory", memory or _MEMORY, *certified)
             client = prefixcache.connect(own.target)
         try:
@@ -482,6 +484,29 @@ def _take(event: Event, told: dict[str, _Told]) -> None:
             one.logprobs.setdefault(sample, []).append(event.logprobs)
     else:
         one.done[sample] = event
+
+
+def _check_own(memory: str | None, segments: str | Path | None) -> None:
+    """Refuse what no service of its own could be started with.
+
+    Raises:
+        InvalidRequest: as said.
+    """
+    if memory is not None and not (isinstance(memory, str) and memory.strip()):
+        raise InvalidRequest(f"memory is {memory!r}; it takes a size, for example '2GiB'")
+    if segments is None:
+        return
+    if not (isinstance(segments, str | Path) and str(segments).strip()):
+        raise InvalidRequest(
+            f"segments is {segments!r}; it takes the file of a certificate, or a folder of them. "
+            "Requests ask for segments with SamplingParams(segments=True)"
+        )
+    if not os.path.lexists(_file_of(segments)):
+        raise InvalidRequest(f"segments: there is neither file nor folder {str(segments)!a}")
+
+
+def _file_of(segments: str | Path) -> Path:
+    return expand(Path(segments)).absolute()
 
 
 def _look(
