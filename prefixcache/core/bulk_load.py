@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefixcache.core.node import FRESH, Children, Node, Root
+from prefixcache.core.node import FRESH, Node, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable, Namespace
 
@@ -75,16 +75,18 @@ def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Stored
                 ends[blocks[-1]] = above
                 continue
             first = key[:width]
-            if above.children is None:
-                above.children = Children()
-            if first in above.children:
+            if tree.child(above, first) is not None:
                 break
             node = Node(key, blocks, above, age)
-            above.children[first] = node
-            nodes.append(node)
             if is_tail:
                 node.tail = FRESH
-                above.num_tails += 1
+            if (several := above.several) is None:
+                above.put(node, width)
+            else:
+                several[first] = node  # brought into order with all others, at the end
+                several.num_tails += is_tail
+            nodes.append(node)
+            if is_tail:
                 break
             above = node
             ends[blocks[-1]] = node
@@ -133,8 +135,8 @@ def _cuts(runs: list[StoredRun], followers: np.ndarray) -> list[list[int]]:
 def _enter(tree: RadixTree, nodes: list[Node]) -> int:
     """Count and queue new nodes, parents first; a parent is as young as its youngest child."""
     for parent in {id(node.parent): node.parent for node in nodes}.values():
-        if parent is not None and parent.children is not None:
-            parent.children.sort()
+        if parent is not None and parent.several is not None:
+            parent.several.sort()
     nodes = [node for node in nodes if not _is_superfluous(tree, node)]
     total = 0
     for node in reversed(nodes):
@@ -151,8 +153,6 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
     tree.num_blocks += total
     tree.evictable += total
     for node in nodes:
-        if not node.children:
-            node.children = None
         if node.tail:
             tree.tails.offer(node)
         elif not node.is_inner:
@@ -163,12 +163,11 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
 def _is_superfluous(tree: RadixTree, node: Node) -> bool:
     """Drop a tail whose tokens a fuller sibling holds, too."""
     above = node.parent
-    if not node.tail or above is None or above.children is None:
+    if not node.tail or above is None or above.several is None:
         return False
-    after = above.children.after(node.tokens)
+    after = above.several.after(node.tokens)
     if after is None or not after.tokens.startswith(node.tokens):
         return False
-    above.children.drop(node.tokens)
-    above.num_tails -= 1
+    above.drop(node, tree.block_bytes)
     node.parent = None
     return True

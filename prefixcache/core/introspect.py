@@ -217,7 +217,7 @@ class Walk:
             stack.append((below, iter(self._below(node))))
 
     def _below(self, node: Node) -> list[Node]:
-        found = list(node.children.values()) if node.children else []
+        found = list(node.children)
         if self._ghosts and node.ghosts:
             found.extend(node.ghosts.values())
         return found
@@ -353,8 +353,7 @@ def block_map(lessor: Lessor, num_cells: int) -> Generator[None, None, tuple[int
             else:
                 code = _LEASED if node.lock_ref else _CACHED
             painted[np.frombuffer(node.blocks, np.int32)] = code
-        if node.children:
-            stack.extend(node.children.values())
+        stack.extend(node.children)
         steps += 1
         if steps % _PAUSE_EVERY == 0:
             yield
@@ -388,7 +387,7 @@ def draw(root: Root) -> str:
 
 
 def _below(node: Node) -> list[Node]:
-    found = list((node.children or {}).values()) + list((node.ghosts or {}).values())
+    found = [*node.children, *(node.ghosts or {}).values()]
     return sorted(found, key=lambda below: below.tokens, reverse=True)
 
 

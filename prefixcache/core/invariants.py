@@ -231,12 +231,12 @@ class _Walk:
                 continue
             if self._is_due(1):
                 yield
-            node = above.children.get(first) if above.children else None
+            node = self._tree.child(above, first)
             if node is None:
                 continue
-            assert above.children is not None
             self._tree.check_child(above, first, node)
-            assert above.children.is_in_order(first), "a child that is not in order"
+            if above.several is not None:
+                assert above.several.is_in_order(first), "a child that is not in order"
             self.num_runs += 1
             blocks += len(node.blocks)
             free += 0 if node.lock_ref else len(node.blocks)
@@ -255,7 +255,9 @@ class _Walk:
         self._own(node.blocks)
         for ghost in islice((node.ghosts or {}).values(), _SMALL):
             self._tree.check_ghost(node, ghost)
-        return iter(list(node.children or ()))
+        if node.only is not None:
+            return iter((node.only.tokens[: self._tree.block_bytes],))
+        return iter(list(node.several or ()))
 
     def _check_locks(self) -> None:
         """Count the locks of those that are odd in one go: leases came and went meanwhile."""
@@ -321,7 +323,7 @@ def _check_segments(lessor: Lessor) -> None:
         while stack:
             node = stack.pop()
             whole.extend(node.blocks[: len(node.tokens) // size])
-            stack.extend((node.children or {}).values())
+            stack.extend(node.children)
         assert index.blocks_of(space) == sorted(whole), f"{space}: the blocks that may be donors"
 
 
@@ -335,7 +337,7 @@ def _check_hauls(hauls: Hauls, roots: list[Root]) -> None:
         assert node.places is None or not node.blocks, "slots of what is in the pool"
         if node.places is not None:
             found.append(node)
-        stack.extend((node.children or {}).values())
+        stack.extend(node.children)
         stack.extend((node.ghosts or {}).values())
     hauls.tier.check(found, hauls.busy(), hauls.moving())
 

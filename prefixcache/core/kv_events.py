@@ -269,7 +269,7 @@ class Replay:
                 stack.append(node)  # it may be split or cut before its next part is told
                 self._steps = _PAUSE_EVERY
             else:
-                stack.extend((node.children or {}).values())
+                stack.extend(node.children)
                 if self._tier is not None:
                     stack.extend((node.ghosts or {}).values())
             self._steps += 1

@@ -1,7 +1,8 @@
 """A node of the radix tree and its sorted children, a root, and where a descent ended.
 
 The best partly matching sibling is always a sorted neighbour, so it is found in O(log siblings).
-One child needs no order; up to a few hundred a sorted list is the fastest; beyond that
+Half of all nodes have an only child, most often a tail: the node itself refers to that, without a
+dict.  Of several, up to a few hundred stand in a sorted list, which is the fastest; beyond that
 `sortedcontainers` takes over.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 from sortedcontainers import SortedList
@@ -72,9 +73,11 @@ class Children(dict[bytes, Child]):
     4
     """
 
-    __slots__ = ("_order",)
+    __slots__ = ("_order", "num_tails")
 
     def __init__(self) -> None:
+        self.num_tails = 0
+        """How many of them are tails: who puts and drops them counts."""
         self._order: Any = None  # None, a list, or a SortedList
 
     def put(self, key: bytes, child: Child) -> Child | None:
@@ -199,7 +202,6 @@ class Node:
 
     __slots__ = (
         "blocks",
-        "children",
         "copied",
         "divergence",
         "ghosts",
@@ -207,11 +209,12 @@ class Node:
         "last_used",
         "lock_ref",
         "mark",
-        "num_tails",
+        "only",
         "parent",
         "pinned",
         "places",
         "queued",
+        "several",
         "tail",
         "tokens",
         "used_until",
@@ -221,7 +224,10 @@ class Node:
     """Packed tokens of the run."""
     blocks: BlockTable
     """Its physical blocks; empty for a ghost and for a root."""
-    children: Children[Node] | None
+    only: Node | None
+    """Its child, if it has but one."""
+    several: Children[Node] | None
+    """Its children, if they are more."""
     ghosts: Children[Node] | None
     parent: Node | None
     """None for a root, and for a node that is no longer part of the tree."""
@@ -235,8 +241,6 @@ class Node:
     """Of a ghost, the stamp of the last use of its blocks."""
     tail: int
     """Whether this is a tail: 0 no, 1 one that no request has found yet, 2 one that was found."""
-    num_tails: int
-    """How many of the children are tails: each a node of its own, with no other block."""
     queued: int
     """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset,
     4 the pinned.  Tails have places of their own."""
@@ -255,11 +259,11 @@ class Node:
         self.tokens = key
         self.blocks = blocks
         self.parent = parent
-        self.children = self.ghosts = self.divergence = self.mark = self.places = None
+        self.only: Node | None = None
+        self.several = self.ghosts = self.divergence = self.mark = self.places = None
         self.lock_ref = 0
         self.last_used = born
-        self.used_until = self.queued = self.pinned = self.tail = self.num_tails = 0
-        self.copied = 0
+        self.used_until = self.queued = self.pinned = self.tail = self.copied = 0
         self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
 
     @property
@@ -275,12 +279,81 @@ class Node:
         """Whether this is an unprotected leaf of the tree that holds blocks; tails aside."""
         if self.lock_ref or self.parent is None or not self.blocks:
             return False
-        return not self.children or len(self.children) == self.num_tails
+        if (only := self.only) is not None:
+            return only.tail != 0
+        several = self.several
+        return several is None or several.num_tails == len(several)
 
     @property
     def is_inner(self) -> bool:
         """Whether whole blocks follow."""
-        return self.children is not None and len(self.children) > self.num_tails
+        if (only := self.only) is not None:
+            return not only.tail
+        several = self.several
+        return several is not None and several.num_tails < len(several)
+
+    @property
+    def children(self) -> Collection[Node]:
+        """Give the nodes below, in no order; ghosts are none.  Changes nothing.  O(1)."""
+        if self.only is not None:
+            return (self.only,)
+        return () if self.several is None else self.several.values()
+
+    def any_child(self) -> Node | None:
+        """Give one of the children, if there are any.  Changes nothing.  O(1)."""
+        several = self.several
+        return self.only if several is None else next(iter(several.values()))
+
+    def put(self, child: Node, width: int) -> Node | None:
+        """Add a child whose first `width` bytes begin no other one.  O(log siblings).
+
+        Returns:
+            The child before it in the order of tokens, if there is any.
+        """
+        only, several = self.only, self.several
+        if several is None:
+            if only is None:
+                self.only = child
+                return None
+            self.only, self.several = None, (several := Children())
+            several.put(only.tokens[:width], only)
+            several.num_tails = 1 if only.tail else 0
+        if child.tail:
+            several.num_tails += 1
+        return several.put(child.tokens[:width], child)
+
+    def drop(self, child: Node, width: int) -> None:
+        """Remove a child, which must be one.  O(log siblings)."""
+        several = self.several
+        if several is None:
+            assert self.only is child
+            self.only = None
+            return
+        several.drop(child.tokens[:width])
+        if child.tail:
+            several.num_tails -= 1
+        if len(several) == 1:
+            self.only, self.several = several.last(), None
+
+    def replace(self, child: Node, other: Node, width: int) -> None:
+        """Let another node, with the same first block, stand in the place of a child.  O(1)."""
+        if self.several is not None:
+            self.several[other.tokens[:width]] = other
+        else:
+            assert self.only is child
+            self.only = other
+
+    def nearest(self, key: bytes) -> tuple[Node | None, int]:
+        """Find the child whose first block shares most leading tokens with `key`, a block or less.
+
+        As `Children.nearest` says.
+        """
+        only = self.only
+        if only is None:
+            return (None, 0) if self.several is None else self.several.nearest(key)
+        size, run = len(key), only.tokens
+        same = common_prefix(key, 0, run, 0, size if size < len(run) else len(run)) & ~3
+        return (only, same) if same else (None, 0)
 
     def table(self) -> BlockTable:
         """Give the blocks from the root to the end of this node.  Changes nothing.  O(blocks)."""
@@ -397,8 +470,7 @@ def blocks_below(root: Root) -> BlockTable:
     while stack:
         node = stack.pop()
         parts.append(node.blocks.tobytes())
-        if node.children:
-            stack.extend(node.children.values())
+        stack.extend(node.children)
     return array("i", b"".join(parts))
 
 
@@ -411,9 +483,9 @@ def evictable_leaves(root: Root) -> Iterator[Node]:
     stack: list[tuple[Node, bool]] = [(root, False)]
     while stack:
         node, seen = stack.pop()
-        if node.children and not seen:
+        if not seen and (node.only is not None or node.several is not None):
             stack.append((node, True))
-            stack.extend((child, False) for child in node.children.values())
+            stack.extend((child, False) for child in node.children)
             continue
         while node.is_evictable:
             yield node

@@ -77,7 +77,6 @@ from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
     FRESH,
-    Children,
     Inserted,
     Match,
     Node,
@@ -215,32 +214,53 @@ class RadixTree:
         width = self.block_bytes
         end = len(tokens) if limit is None else limit
         node: Node = root
-        off = 0
-        while True:
-            children = node.children
-            if not children or off >= end:
-                return Match(node, len(node.blocks), off)
-            first = off + width
-            key = tokens[off : first if first <= end else end]
-            child = children.get(key) if first <= end else None
+        off = same = 0
+        near: Node | None = None
+        while off < end:
+            child = node.only
             if child is None:
-                break
+                if (several := node.several) is None:
+                    break
+                first = off + width
+                key = tokens[off : first if first <= end else end]
+                child = several.get(key) if first <= end else None
+                if child is None:
+                    near, same = several.nearest(key)
+                    break
             run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
+                if child.tail:
+                    near, same = child, size
+                    break
                 off += size
                 node = child
                 continue
             same = common_prefix(tokens, off, run, 0, size if size <= end - off else end - off)
+            if same < width:  # of an only child, less than a block
+                near = child
+                break
             used = same // width
             partial = (same - used * width) // TOKEN_BYTES
             source = BlockId(child.blocks[used]) if partial else None
             return Match(child, used, off + used * width, source, partial)
-        near, same = children.nearest(key)
         partial = same // TOKEN_BYTES
         if not partial or near is None:
             return Match(node, len(node.blocks), off)
         return Match(node, len(node.blocks), off, BlockId(near.blocks[0]), partial, near)
+
+    def child(self, node: Node, first: bytes) -> Node | None:
+        """Give what begins with this block below `node`: a whole one, or all of a tail.
+
+        Changes nothing.  None if there is none.  O(1).
+        """
+        only = node.only
+        if only is None:
+            return None if node.several is None else node.several.get(first)
+        run = only.tokens
+        if run.startswith(first) and len(first) in (len(run), self.block_bytes):
+            return only
+        return None
 
     def place(self, node: Node, end: int, at: int) -> tuple[Match, bytes]:
         """Find byte `at`, a block's start, on the path that ends with `node` at byte `end`.
@@ -287,15 +307,16 @@ class RadixTree:
             return None
         node, at = match.node, match.used * self.block_bytes
         if match.used == len(node.blocks):
-            if not node.children:
-                return None
             near = match.near
             if near is None and len(tokens) - match.end <= TOKEN_BYTES:  # not looked for yet
-                near, _ = node.children.nearest(tokens[match.end : match.end + self.block_bytes])
-            node, at = near or next(iter(node.children.values())), 0
+                near, _ = node.nearest(tokens[match.end : match.end + self.block_bytes])
+            below = near or node.only or node.any_child()
+            if below is None:
+                return None
+            node, at = below, 0
         run = node.tokens[at : at + into + limit]
-        while len(run) < into + limit and node.children:
-            node = next(iter(node.children.values()))
+        while len(run) < into + limit and (below := node.only or node.any_child()) is not None:
+            node = below
             run += node.tokens[: into + limit - len(run)]
         return run if len(run) > into else None
 
@@ -311,14 +332,13 @@ class RadixTree:
         node: Node | None = match.node
         at = match.used * self.block_bytes + len(rest)
         if match.used == len(match.node.blocks):
-            children = match.node.children or Children()
-            node = children.nearest(rest)[0] if rest else next(iter(children.values()), None)
+            node = match.node.nearest(rest)[0] if rest else match.node.any_child()
             at = len(rest)
         found = b""
         while node is not None and len(found) < limit:
             found += node.tokens[at : at + limit - len(found)]
             at = 0
-            node = next(iter(node.children.values())) if node.children else None
+            node = node.any_child()
         return found
 
     # ------------------------------------------------------------------ locking
@@ -422,7 +442,7 @@ class RadixTree:
             below = node
             end -= len(node.tokens)
             node = node.parent
-        found = node.children.get(tokens) if end == at and node.children else None
+        found = self.child(node, tokens) if end == at else None
         return None if found is below else found
 
     def cover(self, node: Node, tokens: bytes) -> Node | None:
@@ -430,9 +450,7 @@ class RadixTree:
 
         Changes nothing.  None if there is none.  O(log siblings).
         """
-        if not node.children:
-            return None
-        near, same = node.children.nearest(tokens)
+        near, same = node.nearest(tokens)
         return near if same == len(tokens) else None
 
     def split_leaf(self, node: Node, used: int) -> None:
@@ -441,10 +459,9 @@ class RadixTree:
 
     def rejoin(self, node: Node) -> None:
         """Merge a node with what it was kept apart from, if nothing tells them apart any more."""
-        if node.children and len(node.children) == 1:
-            child = next(iter(node.children.values()))
-            if self._merge(child):
-                node = child
+        child = node.only
+        if child is not None and self._merge(child):
+            node = child
         self._merge(node)
 
     def lock_node(self, node: Node, *, finds: bool = False) -> None:
@@ -474,8 +491,8 @@ class RadixTree:
         if size:
             self._count_evictable(node.in_root or node.root, -size)
             if node.queued and node.queued != SWEPT:
-                children = node.children  # with any, it was told when it was still a leaf
-                if not children or len(children) == node.num_tails:
+                if (node.only is None and node.several is None) or not node.is_inner:
+                    # Else it was told when it was still a leaf.
                     tell_locked(self.queue, node)
             elif node.tail:
                 self.tails.drop(node)
@@ -492,8 +509,7 @@ class RadixTree:
         if (
             tail is not None
             and tail.lock_ref == 1
-            and node.children is not None
-            and len(node.children) > 1
+            and node.several is not None
             and (absorbed := self._absorb(tail)) is not None
         ):
             tail = None
@@ -533,15 +549,14 @@ class RadixTree:
                     )
                 break
             size += len(at.blocks)
-            children = at.children
             if at.tail:
                 if worth is not None:
                     worth.enter_tail(stamp)
             elif worth is not None:
                 worth.enter(stamp, len(at.blocks))
-            if not children or len(children) == at.num_tails:
+            if (at.only is None and at.several is None) or not at.is_inner:
                 self._offer(at, root)
-            elif len(children) == 1 and below is not None and self._merge(below):
+            elif at.only is not None and below is not None and self._merge(below):
                 at = below
             below, at = at, at.parent
         if size:
@@ -594,7 +609,9 @@ class RadixTree:
         off, end = 0, len(tokens)
         absorbed: list[int] = []
         while off < end:
-            child = node.children.get(tokens[off : off + width]) if node.children else None
+            if node.only is None and node.several is None:
+                break
+            child = self.child(node, tokens[off : off + width])
             if child is None:
                 break
             size = len(child.tokens)
@@ -629,10 +646,9 @@ class RadixTree:
             shorter tails that this one made superfluous.
         """
         absorbed: list[int] = []
-        if node.children:
-            _, same = node.children.nearest(tokens)
-            if same == len(tokens):
-                return None, absorbed
+        _, same = node.nearest(tokens)
+        if same == len(tokens):
+            return None, absorbed
         node.lock_ref += 1  # the caller's; the first one goes down to the tail
         return self._attach(node, tokens, block, absorbed), absorbed
 
@@ -696,9 +712,9 @@ class RadixTree:
                     if node not in tails:  # there it still is
                         self.queue.push(node)
                     break
-            if node.num_tails:  # they go before it, wherever they waited
+            if node.only is not None or node.several is not None:  # tails: they go before it
                 self._offer(node, node.root)
-                node = self._last_tail(node)
+                node = node.only or self._last_tail(node)
             root, size = node.root, len(node.blocks)
             keep = size - need
             if not root.retired:
@@ -729,10 +745,10 @@ class RadixTree:
 
     @staticmethod
     def _last_tail(node: Node) -> Node:
-        """Give a tail below a leaf that has any: the last in the order of tokens.  O(1)."""
-        if node.children is None:
+        """Give a tail below a leaf that has several: the last in the order of tokens.  O(1)."""
+        if node.several is None:
             raise AssertionError("a leaf has lost its tails")
-        return node.children.last()
+        return node.several.last()
 
     def sink(self, num_blocks: int, places: BlockTable) -> tuple[list[Sunk], BlockTable]:
         """Evict blocks before anybody needs them, in the usual order; let them keep what they held.
@@ -915,47 +931,37 @@ class RadixTree:
         if ghosts.num_blocks <= ghosts.limit and ghosts.num_tails <= ghosts.limit:
             return
         for above in ghosts.forget():
-            if above.blocks and above.children and len(above.children) == 1:
-                self._merge(next(iter(above.children.values())))
+            if above.blocks and above.only is not None:
+                self._merge(above.only)
 
     def _leafless(self, above: Node) -> None:
         """Look again at a node that has lost a child: a leaf now, or one child left to merge."""
-        children = above.children
-        if not children or len(children) == above.num_tails:
-            above.children = children or None
-            if above.is_evictable:
-                self._offer(above, above.root)
-        elif len(children) == 1:
-            self._merge(next(iter(children.values())))
+        if above.is_evictable:
+            self._offer(above, above.root)
+        elif above.only is not None:
+            self._merge(above.only)
 
     def _tailless(self, above: Node) -> None:
         """Look again at a node that has lost a tail: one child may be left to merge."""
-        children = above.children
-        if not children:
-            above.children = None
-        elif len(children) == 1:
-            self._merge(next(iter(children.values())))
+        if above.only is not None:
+            self._merge(above.only)
 
     # ------------------------------------------------------------------ how nodes are joined
 
     def _adopt(self, node: Node, child: Node, absorbed: list[int]) -> Node:
         """Make a node with blocks a child, locked instead of `node`; drop the tail it covers."""
         child.lock_ref = 1
-        first = child.tokens[: self.block_bytes]
-        if node.children is None:
-            node.children = Children()
-        tail = node.children.put(first, child)
-        if tail is not None and not tail.lock_ref and first.startswith(tail.tokens):
-            absorbed.extend(tail.blocks)
-            if self.listener is not None:
-                self._tell_removed(tail, tail.blocks)
-            self._uncount(tail.root, len(tail.blocks))
-            if self.worth is not None:
-                self.worth.leave_tail(tail.last_used)
-            self._detach(tail)
-        if len(first) < self.block_bytes:
+        width = self.block_bytes
+        if len(child.tokens) < width:
             child.tail = FRESH
-            node.num_tails += 1
+        tail = node.only  # most often that of the same chat: it goes first, so no dict is made
+        if tail is not None and tail.tail and self._covers(child, tail):
+            self._swallow(tail, absorbed)
+            node.only = child
+        else:
+            tail = node.put(child, width)
+            if tail is not None and tail.tail and self._covers(child, tail):
+                self._swallow(tail, absorbed)
         self.num_nodes += 1
         root, size = child.in_root or node.root, len(child.blocks)
         self.num_blocks += size
@@ -968,6 +974,21 @@ class RadixTree:
             parent = BlockId(node.blocks[-1]) if node.blocks else None
             self.listener.stored(root.namespace, parent, child.tokens, child.blocks)
         return child
+
+    @staticmethod
+    def _covers(child: Node, tail: Node) -> bool:
+        """Whether a run makes a tail superfluous that nobody protects."""
+        return not tail.lock_ref and child.tokens.startswith(tail.tokens)
+
+    def _swallow(self, tail: Node, absorbed: list[int]) -> None:
+        """Take an unprotected tail out: what follows the same node holds its tokens, too."""
+        absorbed.extend(tail.blocks)
+        if self.listener is not None:
+            self._tell_removed(tail, tail.blocks)
+        self._uncount(tail.root, len(tail.blocks))
+        if self.worth is not None:
+            self.worth.leave_tail(tail.last_used)
+        self._detach(tail)
 
     def _tell_removed(self, node: Node, blocks: BlockTable) -> None:
         """Tell the listener that `blocks`, of `node`, leave the index."""
@@ -989,11 +1010,10 @@ class RadixTree:
     def _detach(self, node: Node) -> Node:
         """Unlink a leaf from its parent, which is given.  A locked leaf's blocks are uncounted."""
         root, above = node.in_root, node.parent
-        if root is None or above is None or above.children is None:
+        if root is None or above is None:
             raise AssertionError("only a child can be detached")
-        above.children.drop(node.tokens[: self.block_bytes])
+        above.drop(node, self.block_bytes)
         if node.tail:
-            above.num_tails -= 1
             (self.tails.fresh if node.tail == FRESH else self.tails.again).pop(node, None)
         root.num_changes += 1
         node.parent = None
@@ -1010,15 +1030,15 @@ class RadixTree:
     def _covering(self, tail: Node) -> Node | None:
         """Give a sibling that holds a tail's tokens, too, and more; None if there is none."""
         above = tail.parent
-        if above is None or above.children is None or len(above.children) < 2:
+        if above is None or above.several is None:
             return None
-        after = above.children.after(tail.tokens)
+        after = above.several.after(tail.tokens)
         return after if after is not None and after.tokens.startswith(tail.tokens) else None
 
     def _split(self, node: Node, used: int) -> Node:
         """Split a run after `used` blocks; `node` stays the lower part, the upper one is given."""
         above = node.parent
-        if above is None or above.children is None or not 0 < used < len(node.blocks):
+        if above is None or not 0 < used < len(node.blocks):
             raise AssertionError(f"cannot split {len(node.blocks)} blocks after {used}")
         width = self.block_bytes
         cut = used * width
@@ -1031,9 +1051,8 @@ class RadixTree:
         node.tokens = key[cut:]
         node.blocks = node.blocks[used:]
         node.parent = upper
-        upper.children = Children()
-        upper.children.put(node.tokens[:width], node)
-        above.children[key[:width]] = upper
+        upper.only = node
+        above.replace(node, upper, width)
         self.num_nodes += 1
         for moved in self.walks:
             moved.append(upper)
@@ -1054,7 +1073,7 @@ class RadixTree:
         above = node.parent
         if above is None or above.parent is None or above.ghosts or node.parent is None:
             return None
-        if above.children is None or len(above.children) != 1 or above.num_tails:
+        if above.only is not node or node.tail:
             return None
         if above.lock_ref != (1 if node.lock_ref else 0) or (
             not node.lock_ref and above.last_used != node.last_used
@@ -1074,13 +1093,10 @@ class RadixTree:
             above.tokens += node.tokens
             above.blocks = above.blocks + node.blocks
             above.last_used = max(above.last_used, node.last_used)
-            above.children = above.divergence = node.parent = None
+            above.only = above.divergence = node.parent = None
             node.tokens, node.blocks = b"", _NO_BLOCKS
             return above
         top = above.parent
-        if top.children is None:
-            raise AssertionError("a parent has children")
-        width = self.block_bytes
         for moved in self.walks:
             moved.append(node)
         node.tokens = above.tokens + node.tokens
@@ -1089,8 +1105,8 @@ class RadixTree:
         node.parent = top
         if above.last_used > node.last_used:
             node.last_used = above.last_used
-        top.children[node.tokens[:width]] = node
-        above.parent = above.children = above.mark = None
+        top.replace(above, node, self.block_bytes)
+        above.parent = above.only = above.mark = None
         above.tokens, above.blocks = b"", _NO_BLOCKS
         return node
 
@@ -1117,7 +1133,7 @@ class RadixTree:
                 indexed.extend(node.blocks)
                 nodes += node is not root
                 free += 0 if node.lock_ref else len(node.blocks)
-                stack.extend((node.children or {}).values())
+                stack.extend(node.children)
             assert root.num_blocks == len(indexed) - others, "blocks of a root"
             assert root.evictable == free, f"{free} blocks evictable, not {root.evictable}"
             evictable += free
@@ -1138,9 +1154,12 @@ class RadixTree:
             How often it is locked from outside.
         """
         name = _name(node)
-        children = node.children
+        children, several = node.children, node.several
         assert node.ghosts is None or node.ghosts, f"{name}: a list of no ghosts"
-        below = sum([1 for child in children.values() if child.lock_ref]) if children else 0
+        if several is not None:
+            assert node.only is None, f"{name}: an only child, and others"
+            assert len(several) > 1, f"{name}: several children, which are not"
+        below = sum([1 for child in children if child.lock_ref])
         if node.parent is not None:
             width = self.block_bytes
             assert len(node.blocks) == -(-len(node.tokens) // width), f"{name}: blocks and tokens"
@@ -1154,8 +1173,9 @@ class RadixTree:
             if node.is_evictable and not node.root.retired:
                 waits = node.queued or (node.tail and node in self.tails)
                 assert waits, f"{name}: an evictable leaf is not queued"
-        num_tails = sum([1 for child in children.values() if child.tail]) if children else 0
-        assert node.num_tails == num_tails, f"{name}: {node.num_tails} tails, not {num_tails}"
+        if several is not None:
+            tails = sum([1 for child in children if child.tail])
+            assert several.num_tails == tails, f"{name}: {several.num_tails} tails, not {tails}"
         return node.lock_ref - below - (1 if node.parent is None else 0)
 
     def check_child(self, node: Node, first: bytes, child: Node) -> None:
@@ -1182,9 +1202,11 @@ class RadixTree:
     def _check_node(self, node: Node, locks: Mapping[Node, int]) -> None:
         outside = self.check_run(node)
         assert outside == locks.get(node, 0), f"{_name(node)}: ref {node.lock_ref}"
-        if node.children is not None:
-            node.children.check()
-            for first, child in node.children.items():
+        if node.only is not None:
+            self.check_child(node, node.only.tokens[: self.block_bytes], node.only)
+        elif node.several is not None:
+            node.several.check()
+            for first, child in node.several.items():
                 self.check_child(node, first, child)
         for ghost in (node.ghosts or {}).values():
             self.check_ghost(node, ghost)

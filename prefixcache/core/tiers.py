@@ -785,8 +785,7 @@ def _ghosts_below(root: Root) -> Iterator[Node]:
     stack: list[Node] = [root]
     while stack:
         node = stack.pop()
-        if node.children:
-            stack.extend(node.children.values())
+        stack.extend(node.children)
         if node.ghosts:
             stack.extend(node.ghosts.values())
         if not node.blocks and node.parent is not None:

@@ -121,7 +121,7 @@ class Follower:
                     for at, place in enumerate(lessor.hauls.tier.told(node.places)):
                         if place != NOWHERE:
                             found[place] = (namespace, run[: len(before) + (at + 1) * size])
-                below = [*(node.children or {}).values(), *(node.ghosts or {}).values()]
+                below = [*node.children, *(node.ghosts or {}).values()]
                 stack.extend((one, run) for one in below)
         return found
 

@@ -44,7 +44,7 @@ def indexed_below(root: Root, block_size: int) -> Iterator[Indexed]:
             end = min((index + 1) * block_size, len(run))
             num_tokens = end - index * block_size
             yield Indexed(block, before + run[:end], num_tokens, node.lock_ref > 0)
-        stack.extend((child, before + run) for child in (node.children or {}).values())
+        stack.extend((child, before + run) for child in node.children)
 
 
 _RENEWED = {"deadline", "renewed_until", "_deadlines"}

@@ -244,7 +244,7 @@ def nodes_of(cache: PrefixCache) -> list[Node]:
     found: list[Node] = []
     while stack:
         found.append(node := stack.pop())
-        stack.extend((node.children or {}).values())
+        stack.extend(node.children)
     return found
 
 

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.node import Children, Node, Root, common_prefix
+from prefixcache.core.node import FRESH, Children, Node, Root, common_prefix
 from prefixcache.core.policies import POLICIES
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
@@ -79,6 +79,42 @@ def test_an_order_that_lost_a_key_or_has_one_too_many_is_not_in_order(size: int)
             children._order.remove(other)
             children._order.append(key) if size == 2 else children._order.add(key)
             children.sort()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_only_child_is_found_and_replaced_as_one_of_several_is(seed: int) -> None:
+    draw, above, width = Random(seed), child(b""), 8
+    there: dict[bytes, Node] = {}
+    for _ in range(300):
+        key = pack([draw.randrange(4) for _ in range(draw.choice((1, 2, 2)))])
+        if key not in there and draw.random() < 2 / (1 + len(there)):
+            one = child(key)
+            one.tail = FRESH if len(key) < width else 0
+            below = [other for other in there if other < key]
+            before = above.put(one, width)
+            assert before is (there[max(below)] if below else None)
+            there[key] = one
+        elif key in there and there[key].tail:
+            above.drop(there.pop(key), width)
+        elif key in there:
+            other = child(key + key)
+            above.replace(there[key], other, width)
+            there[key] = other
+            if draw.random() < 0.5:
+                above.drop(there.pop(key), width)
+        assert {*above.children} == {*there.values()}
+        assert above.any_child() in (there.values() if there else [None])
+        assert (above.only is not None, above.several is not None) == (
+            len(there) == 1,
+            len(there) > 1,
+        )
+        assert above.is_inner == any(not one.tail for one in there.values())
+        asked = pack([draw.randrange(4), draw.randrange(5)])
+        found, size = above.nearest(asked)
+        assert size == max((shared(asked, one.tokens[:width]) for one in there.values()), default=0)
+        assert (found is None) == (size == 0)
+        if found is not None:
+            assert shared(found.tokens[:width], asked) == size
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 255, 256, 257, 500, 768, 1024, 5000])

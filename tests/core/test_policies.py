@@ -311,12 +311,12 @@ def test_what_a_policy_counts_is_what_a_walk_over_the_marks_finds(policy: str, s
     for _, tokens, _ in random_sequences(rng, 150, 30):
         tiny.serve(list(tokens))
         found: dict[int, int] = {}
-        stack: list[Node] = list((tiny.cache._lessor.roots[SPACE].children or {}).values())
+        stack: list[Node] = list(tiny.cache._lessor.roots[SPACE].children)
         while stack:
             node = stack.pop()
             if node.mark is not None:
                 found[node.mark[0]] = found.get(node.mark[0], 0) + len(node.blocks)
-            stack.extend((node.children or {}).values())
+            stack.extend(node.children)
         for name, kind in COUNTED[policy]:
             counted = getattr(counting, name)
             if isinstance(counted, LruList):
@@ -664,7 +664,7 @@ def test_uses_are_counted_one_by_one_or_not_at_all(policy: str) -> None:
     for number in range(1, 4):
         tiny.serve("ab")
         root = tiny.cache._lessor.roots[SPACE]
-        [run] = (root.children or {}).values()
+        [run] = root.children
         assert tiny.cache._lessor.tree.policy.uses(run) == (number if policy == "lfu" else None)
 
 

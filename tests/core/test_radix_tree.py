@@ -47,11 +47,11 @@ class Shelf:
         return match.end // 4, match.partial_tokens
 
     def runs(self) -> list[list[int]]:
-        found, stack = [], list((self.root.children or {}).values())
+        found, stack = [], list(self.root.children)
         while stack:
             node = stack.pop()
             found.append(node.blocks.tolist())
-            stack.extend((node.children or {}).values())
+            stack.extend(node.children)
         return sorted(found)
 
 

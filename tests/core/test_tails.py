@@ -97,8 +97,11 @@ def test_parts_that_are_copied_add_up_to_a_use_that_a_policy_counts(
     counted = []
     for _ in range(9):  # of the second of three blocks
         service.serve([1] * (16 + num_copied) + [0], commit=False)
-        head = (root.children or {})[pack([1] * 16)]
-        counted.append(tree.policy.uses((head.children or {})[pack([1] * 16)]))
+        head = tree.child(root, pack([1] * 16))
+        assert head is not None
+        below = tree.child(head, pack([1] * 16))
+        assert below is not None
+        counted.append(tree.policy.uses(below))
     assert counted == [1 + number // copies_a_use for number in range(1, 10)]
 
 
@@ -160,8 +163,9 @@ def test_what_a_copied_block_follows_is_used_once_by_a_lease() -> None:
     service.serve([1] * 4 + [2] * 4, [1] * 4 + [2, 2, 2, 7])
     tree = service.cache._lessor.tree
     root = service.cache._lessor.roots[SPACE]
-    head = (root.children or {})[pack([1] * 4)]
-    uses = {one.tokens: tree.policy.uses(one) for one in (head.children or {}).values()}
+    head = tree.child(root, pack([1] * 4))
+    assert head is not None
+    uses = {one.tokens: tree.policy.uses(one) for one in head.children}
     assert tree.policy.uses(head) == 2
     assert uses == {pack([2] * 4): 2, pack([2, 2, 2, 7]): 1}
 
@@ -217,8 +221,10 @@ def test_a_lease_that_gave_up_what_it_copied_uses_nothing() -> None:
     cache.release(ME, grant.lease, now=9.0)
     cache.check()
     tree, root = cache._lessor.tree, cache._lessor.roots[SPACE]
-    head = (root.children or {})[pack([1] * 4)]
-    below = (head.children or {})[pack([1] * 4)]
+    head = tree.child(root, pack([1] * 4))
+    assert head is not None
+    below = tree.child(head, pack([1] * 4))
+    assert below is not None
     assert tree.policy.uses(below) == 1
 
 

@@ -119,9 +119,6 @@ EQUIVALENT: dict[str, str] = {
     "account.py: Account.retire: sums.num_blocks += sign * root.num_blocks  ->  removed": (
         "of these two only the sum of both is told, and that stays"
     ),
-    "bulk_load.py: _enter: node.children = None  ->  removed": (
-        "nothing below and a mapping of nothing are the same to who asks"
-    ),
     "inflight.py: Inflight.add: root.num_changes += 1  ->  root.num_changes += 2": (
         "it is only asked whether it has changed"
     ),

@@ -244,7 +244,7 @@ def _tails_by_parent(cache: PrefixCache, words: int) -> Iterator[list[int]]:
     stack: list[Node] = list(cache._lessor.roots.values())
     while stack:
         node = stack.pop()
-        below = list(node.children.values()) if node.children else []
+        below = list(node.children)
         fills = [len(one.tokens) // TOKEN_BYTES for one in below]
         if short := [fill for fill in fills if fill < words]:
             yield short

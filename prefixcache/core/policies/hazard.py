@@ -514,7 +514,7 @@ class AgeGrid:
         # `leaf.is_evictable`, written out: this is the policy's most frequent question.
         if leaf is None or leaf.lock_ref or leaf.parent is None or not leaf.blocks:
             return -1
-        if leaf.children and len(leaf.children) > leaf.num_tails:
+        if (leaf.only is not None or leaf.several is not None) and leaf.is_inner:
             return -1
         mark = leaf.mark
         if mark is None or mark[0] is not use:
