@@ -728,7 +728,8 @@ class Explanation:
     below_s: float = 0.0
     """About how long that takes."""
     below: tuple[TierSpan, ...] = ()
-    """Which they are, and whether it is worth it."""
+    """Which they are, and whether it is worth it; and behind them those that lay in a store
+    elsewhere a moment ago, if that is known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from prefixcache.cli.status import Status
     from prefixcache.client import Client
 
+_ANSWER_S = 0.1
+"""A store elsewhere is asked what lies there by the first question, and has answered by then."""
 _CONTEXT_TOKENS = 12
 """Tokens before a parting that are shown with it."""
 
@@ -47,6 +50,9 @@ def explain(
         found = source.find(client, asked)
         tokens, namespace = found.tokens, found.namespace
         told = found.told or client.explain(namespace, tokens)
+        if found.told is None and now.snapshot.has_remote:
+            time.sleep(_ANSWER_S)
+            told = client.explain(namespace, tokens)
         reader = decoding.open_decoder(tokenizer, namespace)
         sentence = advice.advise(told, tokens, now, reader)
         again = _again(client, told, spaces)

@@ -1144,7 +1144,9 @@ class PrefixCache:
     def explain(self, namespace: Namespace, tokens: bytes, *, now: float) -> Explanation:
         """Say what would become of each token, and where the prompt parts from what is stored.
 
-        Changes nothing, takes no reference.  O(nodes on the path + other namespaces).
+        Changes nothing, takes no reference.  O(nodes on the path + other namespaces).  A store that
+        other machines have, too, is asked what of it lies there: who explains the same prompt
+        again within a second, once that is answered, is told.
 
         Raises:
             InvalidRequest: no tokens, or a torn token.

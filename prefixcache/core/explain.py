@@ -6,7 +6,7 @@ stored   You are a guide. Today is │ 26 Nov. │ Answer briefly and politely �
                             parted_at         resumes_at ──── num_same ────
 ```
 
-Nothing here changes the cache.
+Nothing here changes the cache.  What lies in a store elsewhere is not known here: it is asked.
 """
 
 from __future__ import annotations
@@ -48,12 +48,13 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         ledger, nobody = Ledger(cold=len(tokens) // TOKEN_BYTES), Root(namespace)
         below = lessor.below(Match(nobody, 0, 0), tokens)  # an earlier life may have left it
         on_tiers = tuple(_on_tiers(lessor, nobody, below, 0))
+        on_remote = tuple(_on_remote(lessor, nobody, tokens, len(below), now))
         return Explanation(
             *(spans(ledger), ledger, None, b"", 0),
             elsewhere=_elsewhere(lessor, namespace, tokens, 0),
             num_below=len(below) * lessor.blocks.block_size,
             below_s=sum([one.fetch_s for one in on_tiers]),
-            below=on_tiers,
+            below=on_tiers + on_remote,
         )
     match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
     partial = 0 if lessor.partial is Partial.OFF else match.partial_tokens
@@ -67,6 +68,8 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
     resumes_at, num_same = _resumption(lessor, root, tokens, parted_at, stored)
     below = lessor.below(match, tokens)
     on_tiers = tuple(_on_tiers(lessor, root, below, match.end // TOKEN_BYTES))
+    num_here = match.end // tree.block_bytes + len(below)
+    on_remote = tuple(_on_remote(lessor, root, tokens, num_here, now))
     return Explanation(
         spans=spans(ledger),
         ledger=ledger,
@@ -80,8 +83,28 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         elsewhere=_elsewhere(lessor, namespace, tokens, ledger.reused),
         num_below=len(below) * lessor.blocks.block_size,
         below_s=sum([one.fetch_s for one in on_tiers]),
-        below=on_tiers,
+        below=on_tiers + on_remote,
     )
+
+
+def _on_remote(
+    lessor: Lessor, root: Root, tokens: bytes, num_here: int, now: float
+) -> Iterator[TierSpan]:
+    """Say which tokens behind those of this machine lay in a store elsewhere a moment ago.
+
+    None if nobody knows that: then the store is asked, and whoever wants to know it next is told.
+    """
+    hauls, size = lessor.hauls, lessor.blocks.block_size
+    if hauls is None or (remote := hauls.remote) is None or not remote.serves(root.namespace):
+        return
+    start = num_here * lessor.blocks.tree.block_bytes
+    end = remote.reach(start, len(tokens))
+    count = remote.look(root, tokens[:end], start, now) if end > start else 0
+    if count:
+        rate = None if root.account is None else root.account.rate
+        tier, _, fetch_s, compute_s, is_worth = hauls.weigh_remote(count, rate)
+        first = num_here * size
+        yield TierSpan(TIER_NAMES[tier], first, first + count * size, fetch_s, compute_s, is_worth)
 
 
 def _on_tiers(lessor: Lessor, root: Root, below: BlockTable, start: int) -> Iterator[TierSpan]:

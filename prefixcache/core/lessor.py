@@ -772,6 +772,8 @@ class Lessor:
             self._fetch(hauls, remote, hauls.restores[lease.serial], is_there, names, now)
         elif remote.storing is not None and remote.storing.question == question:
             self._store(hauls, remote, remote.storing, is_there, names, now)
+        else:
+            remote.note_seen(question, len(is_there) - len(is_there.lstrip(b"\1")), now)
         self.serve(now)
 
     def _fetch(

@@ -10,7 +10,8 @@ of objects are nothing to the cache: whoever answers gives them, and gets them b
 **A question** is the lease of a restore whose length is not known yet.  So all who want that prefix
 wait for the one question, and for a moment only: a store that does not answer in time is not asked
 again for a while, and nothing is stored there meanwhile.  What was not there is not asked for again
-for a while, either.
+for a while, either.  Who only wants to know what lies there has it asked, too, with nobody to wait
+for the answer: it is remembered for a while, for who wants to know it then.
 
 **What is computed is stored**, not what is evicted: it is of use to other machines now, and is
 still there when this one is gone.  Sixteen blocks at a time, or when the lease ends; all of a
@@ -55,6 +56,8 @@ _MOST_ASKING: Final = 64
 """Questions of requests that may be out at the same time."""
 _MOST_ABSENT: Final = 4096
 """Prefixes of which is remembered that they were not there."""
+_MOST_SEEN: Final = 256
+"""Prompts of which is remembered what of them was there, when somebody wanted to know it."""
 _MOST_STORED: Final = 64
 """Blocks that are on their way to the store at the same time."""
 _LINE_BYTES: Final = 32 << 20
@@ -116,8 +119,10 @@ class Remote:
         "_block_bytes",
         "_held_until",
         "_line",
+        "_looks",
         "_new",
         "_next",
+        "_seen",
         "asking",
         "generations",
         "is_there",
@@ -145,6 +150,10 @@ class Remote:
         self._next = 0
         self._absent: OrderedDict[tuple[Namespace, int], float] = OrderedDict()
         """Until when prefixes are not asked for."""
+        self._looks: dict[QuestionId, tuple[Namespace, int]] = {}
+        """Of which prompts it is asked what lies there, for nobody who waits."""
+        self._seen: OrderedDict[tuple[Namespace, int], tuple[float, int]] = OrderedDict()
+        """How many blocks of a prompt were there, and until when that is believed."""
         self._line: deque[Waiting] = deque()
         self.kept = KeptBytes(
             _LINE_BYTES, "the line of what is to be stored", "bytes of tokens that wait"
@@ -247,6 +256,44 @@ class Remote:
             self._asked.give(lease.namespace.tenant)
         return lease
 
+    def look(self, root: Root, tokens: bytes, start: int, now: float) -> int:
+        """Say how many blocks behind a prefix were there a moment ago; ask, if nobody has.
+
+        0 while that is not known: no answer has come yet, too much is asked at once, or the store
+        is not asked just now.  Nobody waits.  O(tokens), a copy.
+
+        Args:
+            root: Whose.
+            tokens: Up to the end of what is asked for; whole blocks.
+            start: Bytes of them that are not asked for.
+            now: The time.
+        """
+        tenant, named = root.namespace.tenant, (root.namespace, hash((tokens, start)))
+        until, count = self._seen.get(named, (-math.inf, 0))
+        if now < until:
+            return count
+        if self.is_open(now) and named not in self._looks.values() and self.may_ask(tenant):
+            question = self._ask(root, tokens, start, is_to_store=True)
+            self._looks[question.id] = named
+            self._asked.force(tenant)
+        return 0
+
+    def note_seen(self, question: QuestionId, count: int, now: float) -> bool:
+        """Remember for a while how many blocks of what was looked for are there.  O(1).
+
+        Returns:
+            Whether that question was one for nobody who waits.
+        """
+        named = self._looks.pop(question, None)
+        if named is None:
+            return False
+        self._asked.give(named[0].tenant)
+        self._seen[named] = (now + _HELD_S, count)
+        self._seen.move_to_end(named)
+        if len(self._seen) > _MOST_SEEN:
+            self._seen.popitem(last=False)
+        return True
+
     def _ask(self, root: Root, tokens: bytes, start: int, *, is_to_store: bool) -> Question:
         self._next += 1
         question = Question(
@@ -327,6 +374,10 @@ class Remote:
             self.num_unstored += len(waiting.tokens) // self._block_bytes - waiting.first
         self._line.clear()
         self._absent.clear()
+        self._seen.clear()
+        for space, _ in self._looks.values():
+            self._asked.give(space.tenant)
+        self._looks.clear()
 
     @property
     def num_in_line(self) -> int:
@@ -343,4 +394,5 @@ class Remote:
             assert len(waiting.tokens) % self._block_bytes == 0, "a part of a block in line"
             assert waiting.first * self._block_bytes < len(waiting.tokens), "nothing to store"
         self.kept.check(kept)
-        assert self._asked.total == len(self.asking), f"{self._asked.total} questions"
+        num_asked = len(self.asking) + len(self._looks)
+        assert self._asked.total == num_asked, f"{self._asked.total} questions"

@@ -203,6 +203,47 @@ def test_a_reset_of_what_nobody_has_asked_for_here_counts(store: dict[bytes, byt
     assert [question.resets for question in machine.answer()] == [1]
 
 
+def test_who_wants_to_know_what_lies_there_has_it_asked_and_is_told_next_time(
+    full: dict[bytes, bytes],
+) -> None:
+    other = Machine(full)
+
+    def told(now: float, prompt: bytes = PROMPT) -> list[tuple[str, int, int]]:
+        below = other.cache.explain(SPACE, prompt, now=now).below
+        return [(one.tier, one.start, one.end) for one in below]
+
+    assert told(0.0) == told(0.0) == []
+    (question,) = other.answer()
+    assert question.is_to_store, "nobody waits for it"
+    assert told(0.9) == [("remote", 0, 80)]
+    assert other.answer() == []
+    assert told(0.9, PROMPT[: 4 * 60]) == [], "nobody is asked for so few"
+    assert other.answer() == []
+    del full[next(iter(full))]
+    other.now = 1.1
+    assert told(1.1) == [], "it may have gone"
+    other.answer()
+    assert told(1.1) == []
+    other.cache.explain(Namespace("unknown@1"), PROMPT, now=1.1)
+    assert [one.namespace for one in other.answer()] == [Namespace("unknown@1")]
+    assert other.cache.explain(Namespace("model"), PROMPT, now=1.1).below == ()
+    assert other.answer() == []
+    other.cache.check()
+
+
+def test_only_so_much_is_looked_for_at_the_same_time(full: dict[bytes, bytes]) -> None:
+    other = Machine(full)
+    for number in range(200):
+        other.cache.explain(SPACE, pack([number, *range(80)]), now=0.0)
+    assert len(other.cache.questions(now=0.0)) == 64
+    other.cache.check()
+    other.cache.set_remote(is_there=False, now=0.0)
+    other.cache.check()
+    other.cache.set_remote(is_there=True, now=0.0)
+    other.cache.explain(SPACE, PROMPT, now=0.0)
+    assert len(other.answer()) == 1
+
+
 def test_another_life_goes_on_counting_resets(store: dict[bytes, bytes]) -> None:
     counted = PassingGenerations()
     for life in range(2):

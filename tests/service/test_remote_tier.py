@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import prefixcache
+from cli.running import At
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.errors import InvalidRequest
@@ -131,6 +132,16 @@ def test_the_first_request_of_a_cold_machine_comes_from_the_store(second: Machin
     assert told.remote_restored >= 20
     assert (told.remote_wrong, told.spoilt) == (0, 0)
     assert second.client.check().failure == ""
+
+
+def test_explain_says_what_lies_there_and_how_long_it_takes(second: Machine) -> None:
+    prompt = str(second.chat(0))
+    told = At(second.service.target).call("explain", "-", "--model", MODEL, given=prompt)
+    assert f"tokens 0 to {CHAT - 1} lie on REMOTE: " in told.out
+    assert "ms to fetch" in told.out
+    second.ask(0)
+    told = At(second.service.target).call("explain", "-", "--model", MODEL, given=prompt)
+    assert "REMOTE" not in told.out, "it is in the pool"
 
 
 def test_what_a_machine_has_fetched_it_does_not_store_again(
