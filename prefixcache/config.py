@@ -328,10 +328,19 @@ class ServeSettings(BaseSettings):
             _POOL,
             "ADDRESS",
             "A store that other machines have, too: what is computed goes there, and what is not "
-            "here is fetched from there. valkey+unix:///PATH or valkey://HOST:PORT, where a user "
-            "and a password may stand before the host; or mooncake://MASTER:PORT. See "
-            "docs/tiers.md.",
+            "here is fetched from there. valkey+unix:///PATH, valkey://HOST:PORT or, with TLS, "
+            "valkeys://HOST:PORT, where a user and a password may stand before the host; or "
+            "mooncake://MASTER:PORT. See docs/tiers.md.",
             unset="none",
+        ),
+    ] = None
+    remote_ca: Annotated[
+        Path | None,
+        Option(
+            _POOL,
+            "FILE",
+            "Certificates (PEM) that sign the one of a store behind valkeys://.",
+            unset="those that this machine trusts",
         ),
     ] = None
     remote_interface: Annotated[

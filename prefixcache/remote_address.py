@@ -4,6 +4,7 @@
 |---|---|
 | `valkey+unix:///run/valkey.sock` | Valkey, or Redis, of this machine |
 | `valkey://host:port` | one that other machines have, too |
+| `valkeys://host:port` | the same by TLS |
 | `mooncake://host:port` | Mooncake Store, by its master |
 """
 
@@ -18,7 +19,8 @@ from prefixcache.texts import is_plain
 
 MOONCAKE: Final = "mooncake"
 _UNIX: Final = "valkey+unix"
-_PORTS: Final = {"valkey": 6379, MOONCAKE: 50051}
+_TLS: Final = "valkeys"
+_PORTS: Final = {"valkey": 6379, _TLS: 6379, MOONCAKE: 50051}
 _LONGEST_PATH: Final = 107
 """Bytes of the name of a socket."""
 
@@ -33,6 +35,11 @@ class RemoteAddress(NamedTuple):
     """Of a socket; else empty."""
     user: str = ""
     password: str = ""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether who is reached there shows a certificate, and nobody reads what is said."""
+        return self.scheme == _TLS
 
     @property
     def is_near(self) -> bool:
@@ -72,7 +79,10 @@ def parse_remote(text: str | RemoteAddress | None) -> RemoteAddress | None:
     try:
         return _parse(text)
     except ValueError as error:
-        known = "write valkey://HOST:PORT, valkey+unix:///PATH or mooncake://MASTER:PORT"
+        known = (
+            "write valkey://HOST:PORT, valkeys://HOST:PORT for TLS, valkey+unix:///PATH or "
+            "mooncake://MASTER:PORT"
+        )
         raise ValueError(f"{error}; {known}") from None
 
 

@@ -29,6 +29,7 @@ from prefixcache.service.tiers.disk import HEADS_AT, DiskFolder, num_slots
 from prefixcache.service.tiers.objects import Namer, Stage, head_bytes, num_stage_slots
 from prefixcache.service.tiers.remote.mooncake import check_interfaces
 from prefixcache.service.tiers.remote.store import RemoteError
+from prefixcache.service.tiers.remote.valkey import tls_to
 from prefixcache.service.tiers.slab import Slab, describe, head_type
 from prefixcache.texts import many
 from prefixcache.types import Layout, Namespace, PoolHandle
@@ -292,6 +293,7 @@ class Backing:
         return {
             "stage": self.stage.order(),
             "address": address,
+            "ca": remote_ca(self.settings),
             "interface": self.settings.remote_interface or "",
             "layout": str(self.handle.layout),
             "block_size": self.handle.block_size,
@@ -354,6 +356,11 @@ class Backing:
             self._file = None
 
 
+def remote_ca(settings: ServeSettings) -> str:
+    """Give the file with the certificates that sign a store's; empty: those of this machine."""
+    return "" if settings.remote_ca is None else str(expand(settings.remote_ca).absolute())
+
+
 def disk_folder(settings: ServeSettings) -> Path:
     """Give the folder of the tier on disk.
 
@@ -378,6 +385,7 @@ def _check_remote(settings: ServeSettings) -> None:
         InvalidRequest: As said.
     """
     address, interface = settings.remote, settings.remote_interface
+    _check_remote_ca(settings)
     if address is None or address.scheme != MOONCAKE:
         if interface is not None:
             raise InvalidRequest("--remote-interface is for --remote mooncake://MASTER:PORT")
@@ -386,6 +394,23 @@ def _check_remote(settings: ServeSettings) -> None:
         check_interfaces(interface or "")
     except RemoteError as error:
         raise InvalidRequest(f"--remote {address}: {error}") from None
+
+
+def _check_remote_ca(settings: ServeSettings) -> None:
+    """Refuse certificates that nobody would look at, or that there are not.
+
+    Raises:
+        InvalidRequest: As said.
+    """
+    path = settings.remote_ca
+    if path is None:
+        return
+    if settings.remote is None or not settings.remote.is_tls:
+        raise InvalidRequest("--remote-ca is for --remote valkeys://HOST:PORT")
+    try:
+        tls_to(expand(path))
+    except OSError as error:
+        raise InvalidRequest(f"--remote-ca {path}: {error.strerror or error}") from None
 
 
 def remote_secret(settings: ServeSettings) -> bytes:

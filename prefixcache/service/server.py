@@ -26,12 +26,13 @@ from prefixcache.client.unary import SERVICE
 from prefixcache.config import ServeSettings, format_size
 from prefixcache.errors import InvalidRequest, ServiceUnavailable
 from prefixcache.extras import how_to_install
+from prefixcache.remote_address import MOONCAKE
 from prefixcache.service import preflight
 from prefixcache.service.auth.authenticator import IdentityFile
 from prefixcache.service.auth.connections import Connections
 from prefixcache.service.auth.identity import Identities
 from prefixcache.service.auth.standing import OpenCalls
-from prefixcache.service.backing import Backing
+from prefixcache.service.backing import Backing, remote_ca
 from prefixcache.service.collector import collect_often
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.descriptors import Descriptors, raise_limit
@@ -45,6 +46,8 @@ from prefixcache.service.handlers import Handlers
 from prefixcache.service.observe import log as logging
 from prefixcache.service.persistence.directory import FORMER, Condition
 from prefixcache.service.tiers.disk import DiskFolder
+from prefixcache.service.tiers.remote.store import RemoteError
+from prefixcache.service.tiers.remote.valkey import Valkey
 from prefixcache.texts import many
 
 if TYPE_CHECKING:
@@ -194,7 +197,7 @@ async def _serve(
         for name, one in domains.items():
             if name:
                 announce(f"domain {name}: {one.backing.sizes or format_size(memory[name])}")
-        for told in _below(settings, backing):
+        for told in _below(settings, backing, await _capacity(settings)):
             announce(told)
         if backing.state is not None:
             announce(_describe(backing.state.condition))
@@ -312,8 +315,38 @@ def _trust(settings: ServeSettings, endpoints: list[Endpoint], domains: list[str
     return f"callers are those of {settings.identities}{own} · {told}{page}"
 
 
-def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
-    """Say what lies below the pool, each tier in tokens."""
+async def _capacity(settings: ServeSettings) -> tuple[int | None, str]:
+    """Ask a store of other machines how many bytes it holds; None, and why, if it does not say.
+
+    It is waited for as long as for any call.
+    """
+    address = settings.remote
+    if address is None or address.scheme == MOONCAKE:
+        return None, ""
+
+    def ask() -> int | None:
+        store = Valkey(address, remote_ca(settings))
+        try:
+            return store.capacity()
+        finally:
+            store.close()
+
+    try:
+        return await asyncio.to_thread(ask), ""
+    except RemoteError as error:
+        return None, str(error)
+
+
+def _below(
+    settings: ServeSettings, backing: Backing, capacity: tuple[int | None, str]
+) -> Iterator[str]:
+    """Say what lies below the pool, each tier in tokens.
+
+    Args:
+        settings: What was asked for.
+        backing: What became of it.
+        capacity: Bytes that a store elsewhere holds, if it says so; if not, why.
+    """
     tiers = []
     if settings.host is not None:
         tiers.append((f"{format_size(settings.host)} of the host's memory", backing.num_host))
@@ -335,7 +368,22 @@ def _below(settings: ServeSettings, backing: Backing) -> Iterator[str]:
             size = format_size(backing.object_bytes)
             line += f"; {many(backing.sizes.block_size, 'token')} take {size} there"
         yield line
+        yield f"for other machines, too: {_held(backing, *capacity)}"
         yield from _resets_elsewhere(backing.disk)
+
+
+def _held(backing: Backing, num_bytes: int | None, failure: str) -> str:
+    """Say how much a store elsewhere holds."""
+    if failure:
+        return f"how much it holds is not known: {failure}"
+    if num_bytes is None:
+        return "it does not say how much it holds: as much as it has memory for"
+    line = f"it holds {format_size(num_bytes)}"
+    if backing.sizes is not None:
+        num_blocks = num_bytes // backing.object_bytes
+        tokens = num_blocks * backing.sizes.block_size
+        line += f" = about {many(num_blocks, 'block')} = {tokens:,} tokens"
+    return f"{line}, of all who use it"
 
 
 def _resets_elsewhere(disk: DiskFolder | None) -> Iterator[str]:

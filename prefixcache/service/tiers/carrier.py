@@ -93,7 +93,7 @@ class Carrier:
 
 
 def opener(
-    address: RemoteAddress, interface: str, memory: tuple[int, int]
+    address: RemoteAddress, interface: str, memory: tuple[int, int], ca: str = ""
 ) -> Callable[[], RemoteTier]:
     """Give what makes each thread's end of a store.  Connects to nothing yet.
 
@@ -101,6 +101,7 @@ def opener(
         address: Of the store.
         interface: Over which its clients may be reached, where they listen.
         memory: Address and size of the slots.
+        ca: The file with the certificates that sign that of a store; empty: those of this machine.
 
     Raises:
         RemoteError: a client would listen where that is not safe.
@@ -108,7 +109,7 @@ def opener(
     if address.scheme == MOONCAKE:
         client = Mooncake(address, interface, memory)
         return lambda: client
-    return lambda: Valkey(address)
+    return lambda: Valkey(address, ca)
 
 
 def serve(line: socket.socket, kind: Kind, carrier: Carrier) -> None:
@@ -152,7 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, slots = map_stage(order["stage"])
     namer = Namer(order["layout"], order["block_size"], bytes.fromhex(order["secret"]))
     try:
-        connect = opener(address, order["interface"], (slots.ctypes.data, slots.nbytes))
+        connect = opener(
+            address, order["interface"], (slots.ctypes.data, slots.nbytes), order["ca"]
+        )
     except RemoteError as error:
         sys.stderr.write(f"the carrier does not start: {error}\n")
         return 1

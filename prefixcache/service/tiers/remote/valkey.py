@@ -4,6 +4,7 @@
 EXISTS key        :1                           one after the other in one go, answers in order
 GET key           $377664 … bytes │ $-1        received into the slot, not through a buffer
 SET key …         +OK │ -OOM …                 sent out of the slot
+INFO memory       $1203 … maxmemory:0 …        once, at the start: how much it holds
 ```
 The few commands of the protocol that this takes are written here: no client library receives into
 memory that it is given.  A call that gets nothing for a second fails; the connection is made anew
@@ -13,9 +14,12 @@ with the next one.
 from __future__ import annotations
 
 import contextlib
+import re
 import select
 import socket
+import ssl
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from prefixcache.remote_address import RemoteAddress
@@ -24,6 +28,7 @@ from prefixcache.service.tiers.remote.store import Got, RemoteError
 _PATIENCE_S: Final = 1.0
 _CHUNK: Final = 65_536
 _LONGEST_LINE: Final = 4096
+_LONGEST_INFO: Final = 65_536
 _LONGEST_SKIPPED: Final = 64 << 20
 """Bytes of an object of another size that are read to get at what follows it."""
 
@@ -33,10 +38,13 @@ class Valkey:
 
     Args:
         address: Where.
+        ca: The file with the certificates that sign its own, if it has one; empty: those that this
+            machine trusts.
     """
 
-    def __init__(self, address: RemoteAddress) -> None:
+    def __init__(self, address: RemoteAddress, ca: str = "") -> None:
         self._address = address
+        self._tls = tls_to(Path(ca) if ca else None) if address.is_tls else None
         self._socket: socket.socket | None = None
         self._buffer = bytearray()
 
@@ -53,6 +61,28 @@ class Valkey:
     def remove(self, names: Sequence[str]) -> None:
         """Remove objects, those that are not there as well."""
         self._call([(b"UNLINK", name.encode()) for name in names])
+
+    def capacity(self) -> int | None:
+        """Say how many bytes it holds, for all who use it; None: nobody has told it, or it won't.
+
+        Raises:
+            RemoteError: It cannot be reached.
+        """
+        with self._failing():
+            self._send(_command(b"INFO", b"memory"))
+            head = self._line()
+            if head.startswith(b"-"):
+                return None
+            if not head.startswith(b"$") or not head[1:].isdigit() or int(head[1:]) > _LONGEST_INFO:
+                raise RemoteError(f"{self._address}: answers {head[:40]!r} to INFO")
+            end = int(head[1:])
+            while len(self._buffer) < end + 2:
+                self._more()
+            told = bytes(self._buffer[:end])
+            del self._buffer[: end + 2]
+            self._end()
+        found = re.search(rb"^maxmemory:(\d{1,18})\r?$", told, re.MULTILINE)
+        return int(found[1]) or None if found else None
 
     def get_into(self, names: Sequence[str], slots: Sequence[memoryview]) -> list[Got]:
         """Fetch objects, each into its slot; see `RemoteTier`."""
@@ -131,6 +161,8 @@ class Valkey:
         else:
             line = socket.create_connection((address.host, address.port), _PATIENCE_S)
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is not None:
+                line = self._tls.wrap_socket(line, server_hostname=address.host)
         self._socket = line
         if address.password:
             who = (address.user.encode(),) if address.user else ()
@@ -141,11 +173,8 @@ class Valkey:
 
     def _begin(self) -> socket.socket:
         """Give a connection over which nothing was said that nobody has asked for, nor its end."""
-        if self._socket is not None:
-            waiting = select.poll()
-            waiting.register(self._socket, select.POLLIN)
-            if waiting.poll(0):
-                self.close()
+        if self._socket is not None and not _is_silent(self._socket):
+            self.close()
         return self._connected()
 
     def _send(self, told: bytes) -> None:
@@ -208,6 +237,38 @@ class Valkey:
             self._buffer.clear()
             self._more()
         del self._buffer[:count]
+
+
+def _is_silent(line: socket.socket) -> bool:
+    """Whether nothing was said over a connection that is yet to be read, nor its end."""
+    tls = line if isinstance(line, ssl.SSLSocket) else None
+    if tls is not None and tls.pending():
+        return False
+    waiting = select.poll()
+    waiting.register(line, select.POLLIN)
+    if not waiting.poll(0):
+        return True
+    if tls is None:
+        return False
+    tls.settimeout(0)
+    try:
+        tls.recv(1)
+    except ssl.SSLWantReadError:
+        return True  # it was of the connection itself: tickets for the next one
+    except OSError:
+        return False
+    finally:
+        tls.settimeout(_PATIENCE_S)
+    return False
+
+
+def tls_to(ca: Path | None) -> ssl.SSLContext:
+    """Make what a server's certificate is looked at with: its name has to be right, too.
+
+    Raises:
+        OSError: There are no certificates in that file.
+    """
+    return ssl.create_default_context(cafile=ca)
 
 
 def _command(*words: bytes) -> bytes:

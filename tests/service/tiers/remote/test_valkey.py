@@ -90,6 +90,21 @@ def test_one_object_that_is_missing_or_cannot_be_it_is_no_matter_to_the_others(
 
 
 @needs_valkey
+def test_a_server_says_how_much_it_holds_if_it_was_told(
+    server: ValkeyServer, store: Valkey
+) -> None:
+    assert store.capacity() == 64 << 20
+    server.call("CONFIG", "SET", "maxmemory", "0")
+    assert store.capacity() is None
+    server.call("ACL", "SETUSER", "default", "-info")
+    assert store.capacity() is None
+    assert store.exists(["a"]) == b"\0", "and what comes next is understood"
+    server.kill()
+    with pytest.raises(RemoteError):
+        store.capacity()
+
+
+@needs_valkey
 def test_a_full_server_refuses_and_says_so(tmp_path: Path, stack: ExitStack) -> None:
     server = ValkeyServer(tmp_path, "--maxmemory-policy", "noeviction", "--maxmemory", "1")
     try:
