@@ -1009,11 +1009,15 @@ class PrefixCache:
             return 0
         return self._lessor.tree.evictable + hauls.num_leaving + hauls.tier.num_host_used
 
-    @property
-    def waits_to_write(self) -> bool:
-        """Whether as much has been written to DISK as may be, for now.  O(1)."""
+    def waits_to_write(self, now: float) -> bool:
+        """Whether as much has been written to DISK of late as may be: in a moment more may.  O(1).
+
+        Without a limit it never is.
+        """
         hauls = self._lessor.hauls
-        return hauls is not None and math.isfinite(hauls.sizes.disk_per_s)
+        if hauls is None or math.isinf(hauls.limit.per_s):
+            return False
+        return hauls.limit.allowed(now) < 1
 
     def hold_disk(self, *, until: float) -> None:
         """Let nothing be written to the tier on disk before that time: it fails.  O(1).

@@ -133,7 +133,7 @@ def _part_of(num_blocks: int) -> int:
 _NONE: Final[BlockTable] = array("i")
 _NO_STAMPS: Final[Stamps] = array("q")
 _MOST_MOVING: Final = 4
-"""Pieces that are on their way from HOST to DISK at the same time."""
+"""Pieces that are on their way from HOST to DISK at the same time, and at the end from the pool."""
 
 
 class Haul(NamedTuple):
@@ -303,8 +303,16 @@ class Hauls:
     # ------------------------------------------------------------------ down
 
     def num_short(self, num_free: int) -> int:
-        """Count the blocks that should go down now, so that as many are free as there should be."""
-        return self.ahead - num_free - self.num_leaving if self.has_porter else 0
+        """Count the blocks that should go down now, so that as many are free as there should be.
+
+        At the end of a service some at a time: what is on its way is lost if the porter ends.
+        """
+        if not self.has_porter:
+            return 0
+        short = self.ahead - num_free - self.num_leaving
+        if self.is_ending:
+            short = min(short, _MOST_MOVING * self.sizes.piece - self.num_leaving)
+        return short
 
     def note_need(self, num_blocks: int) -> None:
         """Learn how many blocks one request takes: the most of late.  O(1)."""

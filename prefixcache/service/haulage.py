@@ -26,10 +26,11 @@ import secrets
 import socket
 import time
 from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
+from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import Haul
 from prefixcache.plain_json import json_text
 from prefixcache.service.backing import Backing
@@ -46,9 +47,19 @@ DISK: Final = "the disk below the pool"
 
 _IN_HAND: Final = 2
 """Hauls that a porter is given at the same time: while he reports one, he has the next."""
-_LOOK_S: Final = 0.01
+_SPARED: Final = 1
+"""Porters that may end, and failures of the disk, while all goes there: with more of either what is
+left is given up."""
 
 log = structlog.get_logger(__name__)
+
+
+class _PutsDown(NamedTuple):
+    """How it stood when all that is cached began to go to the disk."""
+
+    num_written: int
+    num_ended: int
+    num_refused: int
 
 
 class Haulage:
@@ -90,11 +101,16 @@ class Haulage:
         self._down: deque[Haul] = deque()
         self._in_hand: dict[HaulId, float] = {}
         """When each haul that he has was given to him."""
-        self._to_disk: set[HaulId] = set()
-        """Those of them that write to the disk."""
+        self._to_disk: dict[HaulId, int] = {}
+        """Those of them that write to the disk, and how many blocks of each come from the pool."""
         self._first_pause_s = self._disk_pause_s = first_pause_s
         self._disk_held_until = -math.inf
+        self._num_refused = 0
+        """Times that the disk has failed, but for what was on its way already."""
         self._line: socket.socket | None = None
+        self._puts_down: _PutsDown | None = None
+        self._num_dropped = 0
+        """Blocks that were lost with porters, or by the disk, since that began."""
         self.carriage: Carriage | None = None
         """Fetches from a store elsewhere, and stores there, if there is one."""
         deliveries.on_settle = self.pump
@@ -136,26 +152,41 @@ class Haulage:
             self.carriage.pump()
         self._give()
 
-    async def put_down(self, until: float) -> None:
-        """Have all that is cached go to a disk that outlives the service, as far as it gets.
-
-        Args:
-            until: When it must be over; what has not got there then is lost.
-        """
+    def begin_putting_down(self) -> None:
+        """From now on have all that is cached go to a disk, if that outlives the service."""
         cache = self._backing.cache
-        if cache is None or not self._backing.loses_pool:
-            return
-        cache.put_down()
-        total = left = cache.num_above_disk
-        while left and time.monotonic() < until:
-            self.pump()
-            moves = self._in_hand or self._up or self._down
-            fails = time.monotonic() < self._disk_held_until
-            if not self.pid or fails or not (moves or cache.waits_to_write):
-                break
-            await asyncio.sleep(_LOOK_S)
-            left = cache.num_above_disk
-        log.info("put on disk", blocks=total - left, lost=left)
+        if cache is not None and self._backing.loses_pool:
+            cache.put_down()
+            self._puts_down = _PutsDown(self._num_written(cache), self.num_ended, self._num_refused)
+            self._num_dropped = 0
+
+    def is_putting_down(self) -> bool:
+        """Whether more of it will get there.  O(blocks that begin to go)."""
+        cache, puts = self._backing.cache, self._puts_down
+        if cache is None or puts is None:
+            return False
+        self.pump()
+        now = time.monotonic()
+        if not cache.num_above_disk:
+            return False
+        if not self.is_at_work:
+            return self.num_ended - puts.num_ended <= _SPARED
+        if now < self._disk_held_until:
+            return self._num_refused - puts.num_refused <= _SPARED
+        moves = self._in_hand or self._up or self._down
+        return bool(moves) or cache.waits_to_write(now)
+
+    def end_putting_down(self) -> None:
+        """Say what has got there, and what has not."""
+        cache, puts = self._backing.cache, self._puts_down
+        if cache is not None and puts is not None:
+            blocks = self._num_written(cache) - puts.num_written
+            lost = cache.num_above_disk + self._num_dropped
+            log.info("put on disk", blocks=blocks, lost=lost)
+
+    @staticmethod
+    def _num_written(cache: PrefixCache) -> int:
+        return cache.counts(now=time.monotonic()).disk_written
 
     def hand(self, haul: Haul) -> None:
         """Put a haul into the queue: the porter is given it once he has a hand free."""
@@ -186,7 +217,7 @@ class Haulage:
             haul = queue.popleft()
             self._in_hand[haul.id] = time.monotonic()
             if not haul.is_up and not haul.names and max(haul.slots) >= self._backing.num_host:
-                self._to_disk.add(haul.id)
+                self._to_disk[haul.id] = len(haul.blocks)
 
     def _hear(self) -> None:
         """Take the porter's reports."""
@@ -220,7 +251,8 @@ class Haulage:
     def _note_disk(self, report: Report, now: float) -> None:
         """Let nothing be written to a disk for a while that has just failed."""
         writes = report.haul in self._to_disk
-        self._to_disk.discard(report.haul)
+        lost = self._to_disk.pop(report.haul, 0) - report.num_good
+        self._num_dropped += max(0, lost)
         if report.error and now < self._disk_held_until:
             return  # it was on its way before
         if report.error:
@@ -228,6 +260,7 @@ class Haulage:
             self._disk_pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             cause = f"{os.strerror(report.error)}; nothing is written there for {pause_s:g} s"
             self._failures.tell(DISK, OSError(cause))
+            self._num_refused += 1
             self._disk_held_until = now + pause_s
             if self._backing.cache is not None:
                 self._backing.cache.hold_disk(until=now + pause_s)
@@ -244,7 +277,9 @@ class Haulage:
         self._up.clear()
         self._down.clear()
         if cache is not None:
+            before = cache.num_above_disk
             cache.set_porter(is_there=False, now=time.monotonic())
+            self._num_dropped += before - cache.num_above_disk
         if self.carriage is not None:
             self.carriage.porter_ended()
         self._deliveries.settle()

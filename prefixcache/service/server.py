@@ -538,7 +538,10 @@ async def _begin_hauling(domains: Mapping[str, Domain]) -> None:
 
 
 async def _drain(domain: Domain, grace_s: float) -> None:
-    """Give no new leases; wait for those that are out; put on disk what is cached."""
+    """Give no new leases; wait for those that are out; put on disk what is cached meanwhile.
+
+    Who keeps a lease to the end does not keep others' blocks from getting there.
+    """
     handlers = domain.handlers
     handlers.draining = True
     await handlers.workers.refuse_waiting(
@@ -546,11 +549,13 @@ async def _drain(domain: Domain, grace_s: float) -> None:
     )
     deadline = time.monotonic() + grace_s
     log.info("draining", leases=_leases_out(handlers), grace_s=grace_s)
-    while _leases_out(handlers) and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
+    haulage = domain.haulage
+    haulage.begin_putting_down()
+    while time.monotonic() < deadline and (haulage.is_putting_down() or _leases_out(handlers)):
+        await asyncio.sleep(_LOOK_S)
     if left := _leases_out(handlers):
         log.warning("the grace is over", leases=left)
-    await domain.haulage.put_down(deadline)
+    haulage.end_putting_down()
 
 
 def _leases_out(handlers: Handlers) -> int:

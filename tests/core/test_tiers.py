@@ -367,6 +367,34 @@ def test_what_a_full_disk_has_no_room_for_at_the_end_is_the_oldest() -> None:
     assert shelf.below(10, 10, 11, 11) == (0, 0)
 
 
+def test_a_porter_who_ends_while_all_goes_to_disk_takes_little_with_him() -> None:
+    shelf = Shelf(num_blocks=40, host=0, ahead=2, piece=2, disk=60)
+    for first in range(10, 25):
+        shelf.store(first, first, first + 100, first + 100)
+    shelf.cache.put_down()
+    assert 0 < sum(len(haul.blocks) for haul in shelf.hauls()) <= 8
+    shelf.cache.set_porter(is_there=False, now=shelf.now)
+    shelf.cache.set_porter(is_there=True, now=shelf.now)
+    shelf.carry()
+    assert shelf.cache.num_above_disk == 0
+    assert shelf.cache.counts(now=shelf.now).disk_used >= 30 - 8
+
+
+def test_what_waits_for_the_limit_of_a_disk_is_told_from_what_stays_where_it_is() -> None:
+    shelf = Shelf(num_blocks=40, host=0, ahead=2, piece=2, disk=60, disk_per_s=4.0)
+    for first in range(10, 25):
+        shelf.store(first, first, first + 100, first + 100)
+    shelf.cache.pin(SPACE, pack([10, 10, 110, 110]), ttl_s=1000.0, now=shelf.now)
+    shelf.cache.put_down()
+    shelf.carry()
+    assert shelf.cache.waits_to_write(shelf.now)
+    for _ in range(20):
+        shelf.now += 1.0
+        shelf.carry()
+    assert shelf.cache.num_above_disk == 2, "what is pinned"
+    assert not shelf.cache.waits_to_write(shelf.now)
+
+
 def test_the_oldest_blocks_go_on_to_disk_before_their_room_is_needed() -> None:
     shelf = three_tiers()
     for first in (10, 20, 30, 40):

@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from patience import PATIENCE_S
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.config import load
+from prefixcache.core.cache import PrefixCache
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.domain import make_domains
@@ -245,51 +247,72 @@ def test_each_trust_domain_has_a_folder_of_its_own(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_nothing_more_is_given_to_a_disk_that_has_just_failed(tmp_path: Path) -> None:
+@asynccontextmanager
+async def beside_a_disk_that_fails(
+    folder: Path, first_pause_s: float
+) -> AsyncIterator[tuple[Haulage, PrefixCache, Failures]]:
+    """Give a porter who may write no byte, and a cache of which some is on its way to his disk."""
     memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
-    settings = load(
-        {
-            "memory": memory,
-            "block_size": SIZE,
-            "layout": LAYOUT,
-            "disk": disk(400, tmp_path / "disk")[1],
-        }
-    )
+    own = {"memory": memory, "block_size": SIZE, "layout": LAYOUT, "disk": disk(400, folder)[1]}
+    backing, failures = Backing(load(own)), Failures()
+    deliveries = Deliveries(backing)
+    haulage = Haulage(backing, deliveries, failures, first_pause_s=first_pause_s)
+    cache = backing.cache
+    assert cache is not None
+    try:
+        haulage.pump()
+        await eventually_here(lambda: haulage.is_at_work)
+        hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (0, hard))
+        cache.attach(WorkerId(1), SPACE, now=time.monotonic())
+        for number in range(15):
+            tokens, now = pack(Writer.chat(number)), time.monotonic()
+            grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
+            assert isinstance(grant, Grant)
+            cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
+            cache.release(WorkerId(1), grant.lease, now=now)
+            deliveries.settle()
+        await eventually_here(lambda: bool(failures.causes()))
+        yield haulage, cache, failures
+        cache.check()
+    finally:
+        haulage.close()
+        deliveries.close()
+        backing.close()
 
-    async def eventually_here(check: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not check():
-            assert time.monotonic() < deadline, "it never came about"
-            await asyncio.sleep(0.01)
 
+async def eventually_here(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not check():
+        assert time.monotonic() < deadline, "it never came about"
+        await asyncio.sleep(0.01)
+
+
+def test_nothing_more_is_given_to_a_disk_that_has_just_failed(tmp_path: Path) -> None:
     async def story() -> None:
-        backing, failures = Backing(settings), Failures()
-        deliveries = Deliveries(backing)
-        haulage = Haulage(backing, deliveries, failures, first_pause_s=1e6)
-        cache = backing.cache
-        assert cache is not None
-        hauls = cache._lessor.hauls
-        assert hauls is not None
-        try:
-            haulage.pump()
-            await eventually_here(lambda: hauls.has_porter)
-            hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
-            resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (0, hard))
-            cache.attach(WorkerId(1), SPACE, now=time.monotonic())
-            for number in range(15):
-                tokens, now = pack(Writer.chat(number)), time.monotonic()
-                grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
-                assert isinstance(grant, Grant)
-                cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
-                cache.release(WorkerId(1), grant.lease, now=now)
-                deliveries.settle()
-            await eventually_here(lambda: bool(failures.causes()))
+        async with beside_a_disk_that_fails(tmp_path / "disk", 1e6) as (_, cache, _):
+            hauls = cache._lessor.hauls
+            assert hauls is not None
             assert hauls.limit.allowed(time.monotonic()) == 0
             await eventually_here(lambda: not hauls.num_leaving)
-            cache.check()
-        finally:
-            haulage.close()
-            deliveries.close()
-            backing.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("recovers", [True, False])
+def test_at_a_stop_a_disk_that_fails_is_tried_once_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recovers: bool
+) -> None:
+    async def story() -> None:
+        async with beside_a_disk_that_fails(tmp_path / "disk", 0.5) as (haulage, cache, _):
+            if recovers:
+                hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
+                resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (hard, hard))
+            haulage.begin_putting_down()
+            await eventually_here(lambda: not haulage.is_putting_down())
+            haulage.end_putting_down()
+            assert bool(cache.counts(now=time.monotonic()).disk_written) is recovers
+            assert not recovers or cache.num_above_disk == 0
+            assert ("lost=0" in capsys.readouterr().out) is recovers
 
     asyncio.run(story())

@@ -20,8 +20,18 @@ from prefixcache.errors import CacheError
 from prefixcache.service.tiers.disk import HEADS_AT
 from prefixcache.service.tiers.slab import head_type
 from prefixcache.types import Namespace
-from service.below import CHAT, NUM_BLOCKS, SIZE, SPACE, Writer, comes_back, filled, slots
-from service.service_process import ServiceProcess, eventually, running, sizes
+from service.below import (
+    CHAT,
+    NUM_BLOCKS,
+    SIZE,
+    SPACE,
+    Writer,
+    comes_back,
+    filled,
+    porters,
+    slots,
+)
+from service.service_process import ServiceProcess, eventually, running, sizes, stop
 
 NUM_SLOTS = 400
 HEAD = head_type(SIZE)
@@ -269,6 +279,55 @@ def test_at_a_stop_what_is_in_the_pool_and_in_memory_goes_to_the_disk(start: Sta
         writer = Writer(client)
         assert writer.ask(29).restored == CHAT, "it was in the pool, and first to be asked for"
         assert writer.num_wrong == 0
+
+
+def test_who_keeps_a_lease_to_the_end_costs_nobody_else_what_is_cached(start: Start) -> None:
+    service = start("--grace", "5")
+    with prefixcache.connect(service.target) as client:
+        writer = filled(client)
+        told = client.snapshot()
+        cached = told.indexed + told.host_used + told.disk_used
+        lease = writer.session.acquire([7, 7, 7, 7, 7])
+        end(service, signal.SIGTERM)
+        assert "the grace is over" in service.log()
+        assert '"lost": 0, "event": "put on disk"' in service.log()
+        assert lease.num_cached == 0
+    service = start()
+    with prefixcache.connect(service.target) as client:
+        assert client.snapshot().disk_found >= cached - 2, "but for what that lease took"
+
+
+def test_a_porter_that_ends_in_the_stop_takes_what_he_had_in_hand_and_no_more(
+    tmp_path: Path, folder: Path
+) -> None:
+    target, disk = f"unix:{tmp_path}/cache.sock", f"{int(slots(400)) + HEADS_AT}:{folder}"
+    own = (*sizes(256, SIZE), "--disk", disk, "--partial", "off", "--grace", "600")
+    with running(target, *own) as service:
+        eventually(lambda: "porter at work" in service.log())
+        with prefixcache.connect(target) as client:
+            writer = Writer(client)
+            for number in range(40):
+                writer.ask(number)
+            assert client.snapshot().indexed > 150
+        (porter,) = porters(service)
+        stop(porter)
+        service.signal(signal.SIGTERM)
+        eventually(lambda: '"draining"' in service.log())
+        time.sleep(0.1)  # so that he has something in hand; without, it tests less
+        os.kill(porter, signal.SIGKILL)
+        service.wait()
+    with running(target, *own, "--grace", "1") as service:
+        eventually(lambda: "porter at work" in service.log())
+        with prefixcache.connect(target) as client:
+            assert client.snapshot().disk_found >= 200 - 4 * 16
+
+
+def test_a_stop_does_not_wait_for_what_stays_in_the_pool(start: Start) -> None:
+    service = start("--grace", "600", "--disk-write", "1GB/s")
+    with prefixcache.connect(service.target) as client:
+        filled(client)
+        client.pin(SPACE, Writer.chat(29)[:CHAT], ttl_s=1000.0)
+        end(service, signal.SIGTERM)  # which has less patience than that
 
 
 def test_with_a_state_the_pool_comes_back_and_what_lay_below_it(
