@@ -1070,6 +1070,14 @@ class PrefixCache:
         if lessor.hauls.remote is not None:
             lessor.hauls.remote.generations = generations
 
+    def forget_found(self) -> None:
+        """Let all go that another life has left on DISK, since all of it was reset.
+
+        Without this it would count as found, although nobody can.  O(slots), in C.
+        """
+        if self._lessor.hauls is not None:
+            self._lessor.hauls.tier.forget_found()
+
     def hauled(self, haul: HaulId, num_good: int, seconds: float, *, now: float) -> None:
         """Take note that a haul has ended: in the order in which they were begun.
 

@@ -425,6 +425,11 @@ class Tier:
         if self._found is not None:
             self._let_found_go(np.array(places, np.int32))
 
+    def forget_found(self) -> None:
+        """Let all go that was found: all of it was reset.  O(places), in C."""
+        if self._found is not None:
+            self._let_found_go(np.flatnonzero(self._states & _FOUND).astype(np.int32))
+
     def _let_found_go(self, places: npt.NDArray[np.int32]) -> None:
         gone = places[(self._states[places] & _FOUND) != 0]
         self.num_found -= len(gone)

@@ -98,6 +98,21 @@ def test_nobody_finds_what_was_reset_before_the_restart_or_after_it() -> None:
     assert lives.resets.of(SPACE) == 1
 
 
+def test_after_a_reset_of_all_nothing_counts_as_found_and_its_slots_are_free() -> None:
+    lives = alone()
+    filled(lives)
+    lives.begin()
+    lives.ask_for(SPACE, chat(0), wait_s=9.0)  # and some of it is on its way back
+    lives.cache.forget_found()
+    lives.settle()
+    lives.cache.check()
+    assert lives.cache.counts(now=0.0).disk_found == 0
+    assert restored(lives, 1) == 0
+    filled(lives)
+    assert restored(lives, 0) == 4
+    assert not lives.cache.counts(now=0.0).spoilt
+
+
 def test_a_reset_of_a_namespace_that_nobody_has_attached_since_counts() -> None:
     lives = alone()
     filled(lives)

@@ -80,7 +80,7 @@ OPS = st.one_of(
     op(renew=st.just(pb.RenewRequest())),
     op(lookup=st.builds(pb.LookupRequest, namespace_index=INDEX, tokens=TOKENS)),
     op(explain=st.builds(pb.ExplainRequest, namespace=NAMESPACE, tokens=TOKENS)),
-    op(reset=st.builds(pb.ResetRequest, namespace_index=INDEX)),
+    op(reset=st.builds(pb.ResetRequest, namespace_index=INDEX, unnamed=st.booleans())),
     op(snapshot=st.just(pb.SnapshotRequest())),
     st.builds(pb.Op, id=UNSIGNED),
 )

@@ -140,10 +140,13 @@ def test_a_reset_of_all_is_one_of_what_nobody_has_named_since_the_start(start: S
     end(service, signal.SIGTERM)
     service = start()
     assert run("reset", "--all", "--connect", service.target).code == 1, "nothing is listed"
+    with prefixcache.connect(service.target) as client:
+        told = client.snapshot()
+        assert (told.disk_found, told.disk_used) == (0, 0)
     end(service, signal.SIGKILL)
     service = start()
     with prefixcache.connect(service.target) as client:
-        assert client.snapshot().disk_found > 50
+        assert client.snapshot().disk_found > 50, "nobody can tell whose it was"
         writer, restored = ask_all(client, range(10))
         assert (restored, writer.num_wrong) == (0, 0)
 

@@ -59,6 +59,8 @@ class AdminVerbs(Verbs):
         if disk is not None:
             tenant = None if identity.admin else identity.tenant
             disk.resets.advance_all(tenant)
+            if tenant is None and self.backing.cache is not None:
+                self.backing.cache.forget_found()
             log.info("reset of all that lies on disk", tenant=tenant)
         return Reset(0, 0)
 
