@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 import prefixcache
 from patience import PATIENCE_S
@@ -300,9 +301,7 @@ def test_nothing_more_is_given_to_a_disk_that_has_just_failed(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("recovers", [True, False])
-def test_at_a_stop_a_disk_that_fails_is_tried_once_more(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], recovers: bool
-) -> None:
+def test_at_a_stop_a_disk_that_fails_is_tried_once_more(tmp_path: Path, recovers: bool) -> None:
     async def story() -> None:
         async with beside_a_disk_that_fails(tmp_path / "disk", 0.5) as (haulage, cache, _):
             if recovers:
@@ -310,9 +309,11 @@ def test_at_a_stop_a_disk_that_fails_is_tried_once_more(
                 resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (hard, hard))
             haulage.begin_putting_down()
             await eventually_here(lambda: not haulage.is_putting_down())
-            haulage.end_putting_down()
+            with capture_logs() as told:
+                haulage.end_putting_down()
             assert bool(cache.counts(now=time.monotonic()).disk_written) is recovers
             assert not recovers or cache.num_above_disk == 0
-            assert ("lost=0" in capsys.readouterr().out) is recovers
+            [put_down] = [one for one in told if one["event"] == "put on disk"]
+            assert (put_down["lost"] == 0) is recovers
 
     asyncio.run(story())
