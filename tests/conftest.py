@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,13 @@ def pytest_collection_finish() -> None:
     """Have the collector never look again at what thousands of collected tests are made of."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """What a test has opened, and its fixtures: closed when it is over, the last first."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from random import Random
@@ -20,12 +19,6 @@ pytestmark = needs_valkey
 
 NAMES = [f"k{at}" for at in range(8)]
 OBJECTS = [memoryview(bytes([at]) * 70_000) for at in range(8)]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import time
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 import prefixcache
+from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.client.session import Session
+from prefixcache.core.cache import PrefixCache
 from prefixcache.pool import map_pool, pages_of
+from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.tiers.slab import slot_bytes
-from prefixcache.types import Namespace, PoolHandle
+from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId, pack
 from service.service_process import LAYOUT, ServiceProcess, eventually
 
 SPACE = Namespace("model")
@@ -102,3 +107,24 @@ def filled(client: Client) -> Writer:
         writer.ask(number)
         eventually(lambda: settled(client))
     return writer
+
+
+def fill(cache: PrefixCache, deliveries: Deliveries, num_chats: int = 15) -> None:
+    """Do as a worker who computes chats, one after the other, in a cache of this process."""
+    worker = WorkerId(1)
+    cache.attach(worker, SPACE, now=time.monotonic())
+    for number in range(num_chats):
+        tokens, now = pack(Writer.chat(number)), time.monotonic()
+        grant = cache.acquire(worker, SPACE, tokens, now=now)
+        assert isinstance(grant, Grant)
+        cache.commit(worker, grant.lease, CHAT, now=now)
+        cache.release(worker, grant.lease, now=now)
+        deliveries.settle()
+
+
+async def eventually_here(check: Callable[[], bool]) -> None:
+    """As `eventually`, where the service is in this process."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not check():
+        assert time.monotonic() < deadline, "it never came about"
+        await asyncio.sleep(0.01)

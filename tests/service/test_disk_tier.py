@@ -7,7 +7,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import pytest
 from structlog.testing import capture_logs
 
 import prefixcache
-from patience import PATIENCE_S
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.config import load
@@ -25,7 +24,6 @@ from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.domain import make_domains
 from prefixcache.service.failures import Failures
 from prefixcache.service.haulage import Haulage
-from prefixcache.types import Grant, WorkerId, pack
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -33,6 +31,8 @@ from service.below import (
     SPACE,
     Writer,
     comes_back,
+    eventually_here,
+    fill,
     filled,
     porters,
     settled,
@@ -265,14 +265,7 @@ async def beside_a_disk_that_fails(
         await eventually_here(lambda: haulage.is_at_work)
         hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
         resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (0, hard))
-        cache.attach(WorkerId(1), SPACE, now=time.monotonic())
-        for number in range(15):
-            tokens, now = pack(Writer.chat(number)), time.monotonic()
-            grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
-            assert isinstance(grant, Grant)
-            cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
-            cache.release(WorkerId(1), grant.lease, now=now)
-            deliveries.settle()
+        fill(cache, deliveries)
         await eventually_here(lambda: bool(failures.causes()))
         yield haulage, cache, failures
         cache.check()
@@ -280,13 +273,6 @@ async def beside_a_disk_that_fails(
         haulage.close()
         deliveries.close()
         backing.close()
-
-
-async def eventually_here(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not check():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0.01)
 
 
 def test_nothing_more_is_given_to_a_disk_that_has_just_failed(tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
 from prefixcache.service.haulage import Haulage
-from prefixcache.types import Grant, WorkerId, pack
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -33,6 +31,8 @@ from service.below import (
     SPACE,
     Writer,
     comes_back,
+    eventually_here,
+    fill,
     filled,
     porters,
     settled,
@@ -159,13 +159,6 @@ def test_who_waits_for_a_porter_that_hangs_waits_no_longer_than_a_moment(
     assert client.check().failure == ""
 
 
-async def eventually_here(check: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not check():
-        assert time.monotonic() < deadline, "it never came about"
-        await asyncio.sleep(0.01)
-
-
 def here() -> ServeSettings:
     """Settings of a service in this process."""
     memory = NUM_BLOCKS * SIZE * LAYOUT.token_bytes
@@ -223,14 +216,7 @@ def test_a_porter_that_does_not_report_is_killed_and_replaced() -> None:
             await eventually_here(lambda: hauls.has_porter)
             first = haulage.pid
             os.kill(first, signal.SIGSTOP)
-            cache.attach(WorkerId(1), SPACE, now=time.monotonic())
-            for number in range(15):
-                tokens, now = pack(Writer.chat(number)), time.monotonic()
-                grant = cache.acquire(WorkerId(1), SPACE, tokens, now=now)
-                assert isinstance(grant, Grant)
-                cache.commit(WorkerId(1), grant.lease, CHAT, now=now)
-                cache.release(WorkerId(1), grant.lease, now=now)
-                deliveries.settle()
+            fill(cache, deliveries)
             assert hauls.num_leaving, "he has something in hand"
             await eventually_here(lambda: haulage.num_ended > 0 and hauls.has_porter)
             assert haulage.pid != first

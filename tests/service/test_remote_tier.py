@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
@@ -84,12 +83,6 @@ class Machine:
     def carrier(self) -> int:
         """The carrier's process; 0 if there is none."""
         return next(iter(carriers(self.service)), 0)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture

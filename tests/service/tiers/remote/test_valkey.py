@@ -22,12 +22,6 @@ SIZE = 100_000
 
 
 @pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
 def server(tmp_path: Path) -> Iterator[ValkeyServer]:
     server = ValkeyServer(tmp_path)
     yield server

@@ -7,7 +7,6 @@ import contextlib
 import os
 import select
 import ssl
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -45,12 +44,6 @@ class Front(Proxy):
             self._serve, "127.0.0.1", 0, ssl=self.context, ssl_handshake_timeout=PATIENCE_S
         )
         self.port = self._server.sockets[0].getsockname()[1]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture
