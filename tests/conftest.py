@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -75,6 +76,19 @@ def pytest_collection_finish() -> None:
     """Have the collector never look again at what thousands of collected tests are made of."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """What is done about Ctrl-C and SIGTERM is as before when a test is over.
+
+    A service or a worker that a test runs in its own process changes that, and each process that a
+    later test starts would inherit it.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import typer
@@ -277,4 +278,5 @@ def test_examples_in_python_run(
     monkeypatch.setenv("PREFIXCACHE_TARGET", service.target)
     # What an example leaves to its reader: tokens, and a model that computes.
     given = {"tokens": list(range(100, 140)), "compute": lambda *_: None}
-    exec(compile(text, page, "exec"), given)  # noqa: S102 - our own documents
+    with patch.dict(os.environ):  # what an example sets is its own
+        exec(compile(text, page, "exec"), given)  # noqa: S102 - our own documents
