@@ -50,11 +50,5 @@ INLINE void amx_begin(const uint8_t rows[8]) {
 
 INLINE void amx_end(void) { _tile_release(); }
 
-/* Two vectors of floats as one of 32 BFLOAT16, rounded to the nearest; as `float_to_bfloat`, except
- * that what is below the smallest normal number becomes 0, as in all products of BFLOAT16. */
-INLINE __m512i amx_rounded(vec first, vec second) {
-    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-}
-
 #endif
 #endif

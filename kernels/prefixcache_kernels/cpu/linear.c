@@ -32,15 +32,22 @@
 
 enum { LANES = 16, VECTORS = LANES / WIDTH /* of a panel */ };
 
-/* CHUNK: panels that a thread takes at a time; ROWS: of the largest tile.  `panels_of` rows: how
- * many panels keep the accumulators within the registers, yet are enough to hide latency. */
+/* CHUNK: panels that a thread takes at a time; ROWS: of the largest tile; TALL: likewise, where pairs
+ * of BFLOAT16 meet.  `PANELS_OF` rows: how many panels keep the accumulators within the registers,
+ * are enough to hide latency, and few enough that the processor foresees what is read next. */
 #if defined(__AVX512F__)
 enum { CHUNK = 12, ROWS = 8 };
 #define PANELS_OF(type, rows) \
-    ((int[]){(type) == INT8 ? 4 : 12, 12, 6, 6, 4, 4, 3, 3}[(rows) - 1])
+    ((rows) > ROWS ? 1 : ((int[]){(type) == INT8 ? 4 : 6, 6, 6, 6, 4, 4, 3, 3}[((rows) - 1) % ROWS]))
 #else
 enum { CHUNK = 4, ROWS = 6 };
 #define PANELS_OF(type, rows) ((int[]){4, 2, (type) == INT8 ? 1 : 2, 1, 1, 1}[(rows) - 1])
+#endif
+
+#if defined(__AVX512BF16__)
+enum { TALL = 16 }; /* weights come from memory once, and from one place: measured */
+#else
+enum { TALL = ROWS };
 #endif
 
 enum {
@@ -52,11 +59,13 @@ enum { MEETING = 192 << 10 /* bytes of tiles that meet a chunk before the next o
 
 /* ---- tiles ---- */
 
-INLINE int64_t tiles_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+INLINE int64_t tallest(const struct linear *c) { return c->weight_type == BFLOAT16 ? TALL : ROWS; }
+
+INLINE int64_t tiles_of(const struct linear *c) { return (c->rows + tallest(c) - 1) / tallest(c); }
 
 /* The first row of a tile: sizes differ by one at most. */
-INLINE int64_t first_of(int64_t rows, int64_t tile) {
-    int64_t tiles = tiles_of(rows), size = rows / tiles, more = rows % tiles;
+INLINE int64_t first_of(const struct linear *c, int64_t tile) {
+    int64_t tiles = tiles_of(c), size = c->rows / tiles, more = c->rows % tiles;
     return tile * size + (tile < more ? tile : more);
 }
 
@@ -130,10 +139,25 @@ static void lay_integers(float *row, int64_t r, int64_t rows, int64_t inputs, fl
     }
 }
 
+/* Round a row to BFLOAT16, in its own place, as products with such weights take it: as pairs, or as
+ * floats.  Gives how many there are.  Apart from laying them, for so it is done by whole vectors. */
+static int64_t round_row(float *row, int64_t inputs) {
+#if defined(__AVX512BF16__)
+    const int64_t num = (inputs + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH);
+    for (int64_t k = inputs; k < num; k++) row[k] = 0;
+    for (int64_t k = 0; k < num; k += 2 * WIDTH)
+        _mm512_storeu_si512(row + k / 2, rounded_pairs(load(row + k), load(row + k + WIDTH)));
+    return inputs / 2;
+#else
+    for (int64_t k = 0; k < inputs; k++) row[k] = rounded(row[k]);
+    return inputs;
+#endif
+}
+
 /* Lay the rows of a tile side by side: [inputs][rows], [inputs / 2][rows] pairs of BFLOAT16, or
  * integers.  `row`: room for one. */
 static void lay(const struct linear *c, int64_t tile, float *row) {
-    const int64_t first = first_of(c->rows, tile), rows = first_of(c->rows, tile + 1) - first;
+    const int64_t first = first_of(c, tile), rows = first_of(c, tile + 1) - first;
     float *to = c->room + first * room_of(c->inputs);
     for (int64_t r = 0; r < rows; r++) {
         read_input(c, first + r, row);
@@ -141,18 +165,9 @@ static void lay(const struct linear *c, int64_t tile, float *row) {
             lay_integers(row, r, rows, c->inputs, to);
             continue;
         }
-        if (c->weight_type == FLOAT32) {
-            for (int64_t k = 0; k < c->inputs; k++) to[k * rows + r] = row[k];
-            continue;
-        }
-#if defined(__AVX512BF16__)
-        uint32_t *pairs = (uint32_t *)to;
-        for (int64_t k = 0; k < c->inputs / 2; k++)
-            pairs[k * rows + r] = float_to_bfloat(row[2 * k]) |
-                                  (uint32_t)float_to_bfloat(row[2 * k + 1]) << 16;
-#else
-        for (int64_t k = 0; k < c->inputs; k++) to[k * rows + r] = rounded(row[k]);
-#endif
+        int64_t num = c->inputs;
+        if (c->weight_type == BFLOAT16) num = round_row(row, num);
+        for (int64_t k = 0; k < num; k++) to[k * rows + r] = row[k];
     }
 }
 
@@ -191,7 +206,7 @@ INLINE void products_of_integers(const int rows, const int panels, const char *w
     const int32_t *pairs = (const int32_t *)x;
     const float *scales = x + rows * groups * GROUP / 2;
     for (int64_t g = 0; g < groups; g++, weights += RECORD, scales += rows) {
-        ivec sums[ROWS][CHUNK][VECTORS];
+        ivec sums[TALL][CHUNK][VECTORS];
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < panels; p++)
                 for (int v = 0; v < VECTORS; v++) sums[r][p][v] = (ivec){0};
@@ -241,9 +256,10 @@ INLINE void products(const enum type type, const int rows, const int panels, con
     }
     const int64_t panel = inputs * 2 * LANES;
 #if defined(__AVX512BF16__)
+    const int ahead = rows < 5 ? 512 : 2048; /* bytes: measured */
     for (int64_t k = 0; k < inputs / 2; k++, weights += 4 * LANES, x += rows)
         for (int p = 0; p < panels; p++) {
-            __builtin_prefetch(weights + p * panel + 2048);
+            __builtin_prefetch(weights + p * panel + ahead);
             __m512i weight = _mm512_loadu_si512(weights + p * panel);
             for (int r = 0; r < rows; r++) {
                 int32_t pair;
@@ -304,7 +320,7 @@ static void finish(const struct linear *c, int64_t row, int64_t at, int64_t num,
 /* A tile's products with some panels: [rows][CHUNK * LANES]. */
 INLINE void meet(const enum type type, const int rows, const int panels, const char *weights,
                  const float *x, int64_t inputs, float *to) {
-    vec acc[ROWS][CHUNK][VECTORS];
+    vec acc[TALL][CHUNK][VECTORS];
     products(type, rows, panels, weights, x, inputs, acc);
     for (int r = 0; r < rows; r++)
         for (int p = 0; p < panels; p++)
@@ -324,11 +340,11 @@ INLINE void meet_chunk(const enum type type, const int rows, int64_t panels, con
 }
 
 static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels, int64_t tile) {
-    const int64_t first = first_of(c->rows, tile), rows = first_of(c->rows, tile + 1) - first;
+    const int64_t first = first_of(c, tile), rows = first_of(c, tile + 1) - first;
     const char *weights = (const char *)c->weights +
                           panel * panel_bytes(c->weight_type, c->inputs);
     const float *x = c->room + first * room_of(c->inputs);
-    float out[ROWS * CHUNK * LANES] __attribute__((aligned(64)));
+    float out[TALL * CHUNK * LANES] __attribute__((aligned(64)));
 #define MEET(ROWS)                                                                 \
     case ROWS:                                                                     \
         if (c->weight_type == FLOAT32)                                             \
@@ -338,13 +354,20 @@ static void chunk_and_tile(const struct linear *c, int64_t panel, int64_t panels
         else                                                                       \
             meet_chunk(BFLOAT16, ROWS, panels, weights, x, c->inputs, out);        \
         break;
+#define MEET_TALL(ROWS)                                                            \
+    case ROWS: meet_chunk(BFLOAT16, ROWS, panels, weights, x, c->inputs, out); break;
     switch (rows) {
         MEET(1) MEET(2) MEET(3) MEET(4) MEET(5) MEET(6)
 #if defined(__AVX512F__)
         MEET(7) MEET(8)
 #endif
+#if defined(__AVX512BF16__)
+        MEET_TALL(9) MEET_TALL(10) MEET_TALL(11) MEET_TALL(12)
+        MEET_TALL(13) MEET_TALL(14) MEET_TALL(15) MEET_TALL(16)
+#endif
     }
 #undef MEET
+#undef MEET_TALL
     for (int64_t r = 0; r < rows; r++)
         finish(c, first + r, panel * LANES, panels * LANES, out + r * CHUNK * LANES);
 }
@@ -397,7 +420,7 @@ static void lay_amx(const struct linear *c, int64_t row, float *made) {
     read_input(c, row, made);
     for (int64_t k = c->inputs; k < along * AMX_INPUTS; k++) made[k] = 0;
     for (int64_t k = 0; k < along; k++, made += AMX_INPUTS)
-        _mm512_storeu_si512(to + k * block.rows * 64, amx_rounded(load(made), load(made + WIDTH)));
+        _mm512_storeu_si512(to + k * block.rows * 64, rounded_pairs(load(made), load(made + WIDTH)));
 }
 
 /* The last weights of a panel, if they are of fewer than 32 inputs: zeros are put behind them. */
@@ -696,9 +719,9 @@ void prefixcache_linear(const struct linear *c) {
         return;
     }
 #endif
-    const int64_t tiles = tiles_of(c->rows), num_panels = c->outputs / LANES;
+    const int64_t tiles = tiles_of(c), num_panels = c->outputs / LANES;
     const int64_t chunks = (num_panels + CHUNK - 1) / CHUNK;
-    int64_t at_once = MEETING / (ROWS * 4 * room_of(c->inputs));
+    int64_t at_once = MEETING / (tallest(c) * 4 * room_of(c->inputs));
     if (at_once < 1) at_once = 1;
 #pragma omp parallel num_threads(c->num_threads) if (c->num_threads > 1)
     {

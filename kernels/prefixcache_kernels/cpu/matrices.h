@@ -184,7 +184,7 @@ INLINE void matrix_softmax(float *scores, uint16_t *weights, float *answer, int6
     for (int64_t k = 0; k < num_keys; k += 2 * WIDTH) {
         __m512 first = rough_power((__m512)(load(scores + k) - was));
         __m512 second = rough_power((__m512)(load(scores + k + WIDTH) - was));
-        _mm512_store_si512(weights + k, amx_rounded((vec)first, (vec)second));
+        _mm512_store_si512(weights + k, rounded_pairs((vec)first, (vec)second));
     }
 }
 

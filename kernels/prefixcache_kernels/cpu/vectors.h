@@ -117,6 +117,12 @@ INLINE vec power_of_two(vec x) {
 }
 
 #if defined(__AVX512BF16__)
+/* Two vectors of floats as one of 32 BFLOAT16, rounded to the nearest; as `float_to_bfloat`, except
+ * that what is below the smallest normal number becomes 0, as in all products of BFLOAT16. */
+INLINE __m512i rounded_pairs(vec first, vec second) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
 /* 2^x to 1 part in 200,000, for weights of bfloat16; 0 where that has no number so small.  The
  * instruction that scales takes the whole part of x by itself. */
 INLINE __m512 rough_power(__m512 x) {
