@@ -730,6 +730,8 @@ class Explanation:
     below: tuple[TierSpan, ...] = ()
     """Which they are, and whether it is worth it; and behind them those that lay in a store
     elsewhere a moment ago, if that is known."""
+    holding: HoldingInfo | None = None
+    """What its tenant has below the pool, if there is anything below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -827,6 +829,22 @@ class PinInfo:
     num_tokens: int
     num_blocks: int
     expires_in_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HoldingInfo:
+    """What a tenant has below the pool: in an `Explanation`, and in a `Snapshot`."""
+
+    tenant: str
+    host: int
+    """Its blocks in memory of the host."""
+    host_kept: int
+    """So many are kept for it there: while it has no more, others' go on to disk, or go, first."""
+    disk: int
+    """Its blocks on disk, and those on their way there from memory."""
+    kept: int
+    """So many are kept for it of both together: while it has no more, others' are given up first,
+    if others have more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -995,6 +1013,8 @@ class Snapshot(Counts):
     pins: tuple[PinInfo, ...] = ()
     quotas: tuple[QuotaInfo, ...] = ()
     """Of the tenants and namespaces for which there are any."""
+    holdings: tuple[HoldingInfo, ...] = ()
+    """Of the tenants that have anything below the pool."""
     shortage: tuple[tuple[int, int], ...] = ()
     """Evicted tokens that were asked for again: (blocks, tokens that so many more blocks would have
     kept, and fewer would not).  Exact for LRU, else an estimate."""

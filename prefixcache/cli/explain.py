@@ -112,6 +112,7 @@ def fields(
         "num_below": told.num_below,
         "below_s": told.below_s,
         "below": [asdict(part) for part in told.below],
+        "holding": None if told.holding is None else asdict(told.holding),
         "elsewhere": [
             view.namespace_fields(space) | {"num_tokens": there} for space, there in told.elsewhere
         ],
@@ -163,6 +164,8 @@ def _print(
         view.tell(f"{told.num_pending:,} more are being computed now")
     for part in told.below:
         view.tell(_tier_line(part))
+    if told.holding is not None and told.holding.kept:
+        view.tell(f"its tenant has {view.show_holding(told.holding)}")
     if told.parted_at is not None:
         _print_parting(told, told.parted_at, tokens, reader)
 

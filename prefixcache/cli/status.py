@@ -82,6 +82,7 @@ def fields(now: Status) -> dict[str, Any]:
             for pin in snapshot.pins
         ],
         "quotas": [view.quota_fields(one, snapshot.block_size) for one in snapshot.quotas],
+        "holdings": [asdict(one) for one in snapshot.holdings],
     }
     plain = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)} | shown
     plain["service"] = {
@@ -150,6 +151,15 @@ def show(now: Status) -> None:
             (
                 (view.show_namespace(namespace), view.show_ledger(ledger))
                 for namespace, ledger in snapshot.namespaces.items()
+            ),
+            indent="  ",
+        )
+    if len(snapshot.holdings) > 1:
+        view.tell("below the pool, by tenant")
+        view.print_table(
+            (
+                (f"tenant {one.tenant!r}" if one.tenant else "no tenant", view.show_holding(one))
+                for one in snapshot.holdings
             ),
             indent="  ",
         )

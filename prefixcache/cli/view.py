@@ -15,8 +15,8 @@ import typer
 
 from prefixcache.errors import InvalidRequest
 from prefixcache.plain_json import json_text
-from prefixcache.texts import escape
-from prefixcache.types import Ledger, Namespace, QuotaInfo, Snapshot
+from prefixcache.texts import escape, many
+from prefixcache.types import HoldingInfo, Ledger, Namespace, QuotaInfo, Snapshot
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -191,6 +191,17 @@ def quota_fields(info: QuotaInfo, block_size: int) -> dict[str, Any]:
     """Give the fields of a quota, without the salt of its namespace."""
     space = None if info.namespace is None else namespace_fields(info.namespace)
     return asdict(info) | {"namespace": space, "num_held_tokens": info.num_held * block_size}
+
+
+def show_holding(info: HoldingInfo) -> str:
+    """Write what a tenant has below the pool, and what is kept for it."""
+    parts = [f"{many(info.host + info.disk, 'block')} below the pool"]
+    if info.host and info.disk:
+        parts.append(f"{info.host:,} in memory")
+    kept = f"{info.kept:,} kept for it"
+    if info.disk and info.host_kept:
+        kept += f", {info.host_kept:,} in memory"
+    return " · ".join([*parts, kept] if info.kept else parts)
 
 
 def ledger_fields(ledger: Ledger) -> dict[str, int]:

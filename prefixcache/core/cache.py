@@ -68,6 +68,7 @@ from prefixcache.types import (
     Explanation,
     Grant,
     HaulId,
+    HoldingInfo,
     LeaseId,
     LeaseInfo,
     Lookup,
@@ -218,6 +219,8 @@ class PrefixCache:
         lessor.leases.set_tenants(tenants)
         lessor.prompts.set_tenants(tenants)
         lessor.tables.set_tenants(tenants)
+        if lessor.hauls is not None:
+            lessor.hauls.tier.set_tenants(tenants)
         if lessor.hauls is not None and lessor.hauls.remote is not None:
             lessor.hauls.remote.set_tenants(tenants)
         for shares in (
@@ -900,7 +903,7 @@ class PrefixCache:
             scope: Whose quota.
             max_held: Most blocks that its leases may hold; None is no limit.
             guaranteed: Stored blocks up to which nothing of it is evicted while others have
-                evictable ones.
+                evictable ones; and as large a part of what lies below the pool.
             now: The time.
 
         Raises:
@@ -912,6 +915,8 @@ class PrefixCache:
             self._protect()
         if isinstance(lessor.tree.queue, ProtectedQueue):
             lessor.tree.queue.unprotect_all()
+        if lessor.hauls is not None:
+            lessor.hauls.tier.set_guaranteed(lessor.blocks.quotas.guaranteed(), self.num_blocks)
         lessor.serve(now)
         return answer
 
@@ -1276,6 +1281,10 @@ class PrefixCache:
         there are.
         """
         return stats.series(self._lessor)
+
+    def holdings(self, most: int = 1000) -> list[HoldingInfo]:
+        """Tell what up to `most` tenants have below the pool.  O(most)."""
+        return stats.holdings(self._lessor, most)
 
     def flights(self, most: int = 1000) -> list[FlightInfo]:
         """Give up to `most` of the prompts that leases are computing."""

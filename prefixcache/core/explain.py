@@ -23,6 +23,7 @@ from prefixcache.types import (
     TOKEN_BYTES,
     BlockTable,
     Explanation,
+    HoldingInfo,
     Ledger,
     Namespace,
     Partial,
@@ -55,6 +56,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
             num_below=len(below) * lessor.blocks.block_size,
             below_s=sum([one.fetch_s for one in on_tiers]),
             below=on_tiers + on_remote,
+            holding=_holding(lessor, namespace.tenant),
         )
     match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
     partial = 0 if lessor.partial is Partial.OFF else match.partial_tokens
@@ -84,6 +86,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         num_below=len(below) * lessor.blocks.block_size,
         below_s=sum([one.fetch_s for one in on_tiers]),
         below=on_tiers + on_remote,
+        holding=_holding(lessor, namespace.tenant),
     )
 
 
@@ -116,6 +119,13 @@ def _on_tiers(lessor: Lessor, root: Root, below: BlockTable, start: int) -> Iter
         end = start + num_blocks * lessor.blocks.block_size
         yield TierSpan(TIER_NAMES[tier], start, end, fetch_s, compute_s, is_worth)
         start = end
+
+
+def _holding(lessor: Lessor, tenant: str) -> HoldingInfo | None:
+    """Say what a tenant has below the pool, if there is anything below on this machine."""
+    if lessor.hauls is None or not lessor.hauls.sizes.below:
+        return None
+    return lessor.hauls.tier.holding(tenant)
 
 
 def recount(lessor: Lessor, past: GrantRecord, tokens: bytes, now: float) -> Explanation:

@@ -142,6 +142,13 @@ class Quotas:
             self._leave(account)
         return told
 
+    def guaranteed(self) -> dict[str, int]:
+        """Give how many blocks are guaranteed to each tenant and its namespaces.  O(shares)."""
+        blocks: dict[str, int] = {}
+        for one in self.shares:
+            blocks[one.tenant] = blocks.get(one.tenant, 0) + one.guaranteed
+        return blocks
+
     def tenants(self) -> list[Account]:
         """Give the accounts of all tenants."""
         return list(self._tenants.values())

@@ -16,6 +16,7 @@ from prefixcache.core.worth import TIER_NAMES, Worth
 from prefixcache.types import (
     TOKEN_BYTES,
     Counts,
+    HoldingInfo,
     LeaseId,
     LeaseInfo,
     Ledger,
@@ -227,10 +228,18 @@ def snapshot(
     pins = yield from lessor.pins.infos(now, lambda one: is_shown(one) and pinned.fit(one))
     yield
     quotas = yield from _quotas(lessor, tenant, is_shown)
+    yield
+    holdings = yield from _holdings(lessor, tenant)
     if tenant is not None or sees is not None:
         head |= {"ledger": total, "num_namespaces": count}
     return Snapshot(
-        **head, leases=leases, namespaces=namespaces, pins=pins, quotas=quotas, shortage=shortage
+        **head,
+        leases=leases,
+        namespaces=namespaces,
+        pins=pins,
+        quotas=quotas,
+        holdings=holdings,
+        shortage=shortage,
     )
 
 
@@ -313,6 +322,28 @@ def _quotas(
         shown = is_shown(scope) if isinstance(scope, Namespace) else tenant in (None, scope)
         if shown and account.has_quota and names.fit(scope):
             found.append(account.info())
+        if number % _PAUSE_EVERY == 0:
+            yield
+    return tuple(found)
+
+
+def holdings(lessor: Lessor, most: int) -> list[HoldingInfo]:
+    """Tell what up to `most` tenants have below the pool.  O(most)."""
+    if lessor.hauls is None:
+        return []
+    tier = lessor.hauls.tier
+    return [tier.holding(name) for name in islice(tier.holdings.tenants(), most)]
+
+
+def _holdings(lessor: Lessor, tenant: str | None) -> Generator[None, None, tuple[HoldingInfo, ...]]:
+    """Tell what tenants have below the pool, or one of them."""
+    if lessor.hauls is None:
+        return ()
+    tier, found = lessor.hauls.tier, []
+    names = NameBudget()
+    for number, name in enumerate(list(tier.holdings.tenants()), 1):
+        if tenant in (None, name) and tier.holdings.num_blocks(name) and names.fit(name):
+            found.append(tier.holding(name))
         if number % _PAUSE_EVERY == 0:
             yield
     return tuple(found)

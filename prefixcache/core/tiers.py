@@ -17,7 +17,9 @@ Tiers are exclusive: what comes back to the pool gives its places up, so pool an
 as one pool of their summed size.
 
 **The order** is that of burial, and within a run from its end, whichever slots they have: so blocks
-are given up exactly as they would have left a larger pool under LRU.  Some slots of HOST are kept
+are given up exactly as they would have left a larger pool under LRU.  Where several tenants have
+some, those go first who have more than is kept for them (`holdings.py`), of all places, and of the
+slots of HOST by themselves, which others of theirs leave for DISK.  Some slots of HOST are kept
 free, since its oldest blocks go on to DISK ahead of need.  Ghosts of one chain are joined only if
 they were buried one after the other.
 
@@ -44,8 +46,8 @@ back.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import IntEnum
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
@@ -54,8 +56,9 @@ import numpy.typing as npt
 
 from prefixcache.core.block_keys import Keys
 from prefixcache.core.found import Found, Remains
+from prefixcache.core.holdings import Holding, Holdings
 from prefixcache.core.node import Node, Root
-from prefixcache.types import BlockTable, Namespace
+from prefixcache.types import BlockTable, HoldingInfo, Namespace
 
 Stamps: TypeAlias = "array[int]"
 """`array('q')`: what stands beside the bytes of each slot."""
@@ -161,14 +164,17 @@ class Tier:
         "_free",
         "_free_disk",
         "_free_host",
+        "_guaranteed",
         "_next_stamp",
         "_slots",
         "_stamps",
         "_states",
         "_sweeps",
         "_targets",
+        "_tenants",
         "_upper",
         "bared",
+        "holdings",
         "host_ahead",
         "is_ending",
         "listener",
@@ -178,7 +184,6 @@ class Tier:
         "num_host",
         "num_moving",
         "num_slots",
-        "order",
     )
 
     def __init__(
@@ -205,10 +210,13 @@ class Tier:
         self.num_found = 0
         """Blocks that an earlier life left on DISK, and nobody has asked for since."""
         self._sweeps: list[Iterator[Node]] = []
-        self.order: OrderedDict[int, Node] = OrderedDict()
-        """Ghosts that have places, by the number of their burial, oldest first."""
-        self._upper: OrderedDict[int, None] = OrderedDict()
-        """Those of them that may have slots of HOST, if there is a disk."""
+        self.holdings = Holdings()
+        """Ghosts that have places, and how many places each tenant has."""
+        self._upper = Holdings()
+        """Those of them that may have slots of HOST, if there is a disk; and how many blocks of
+        each tenant lie there that are not on their way to DISK."""
+        self._tenants: frozenset[str] = frozenset()
+        self._guaranteed: tuple[Mapping[str, int], int] = ({}, 1)
         self.bared: Callable[[Node], None] | None = None
         """Is told of a ghost that has lost its last place."""
         self.num_given_up = 0
@@ -237,6 +245,66 @@ class Tier:
     def num_disk_used(self) -> int:
         """Slots of DISK that hold something, or are being written or read.  O(1)."""
         return self.num_disk - len(self._free_disk)
+
+    # ------------------------------------------------------------------ tenants
+
+    def set_tenants(self, tenants: Collection[str]) -> None:
+        """Say for whom a part is kept: nobody, if there is only one.  O(tenants)."""
+        self._tenants = frozenset(tenants) if len(tenants) > 1 else frozenset()
+        self._share_out()
+
+    def set_guaranteed(self, guaranteed: Mapping[str, int], pool_blocks: int) -> None:
+        """Say how many of the pool's blocks are guaranteed to whom: as large a part of this is.
+
+        O(tenants).
+        """
+        self._guaranteed = guaranteed, pool_blocks
+        self._share_out()
+
+    def _share_out(self) -> None:
+        """Keep for each what is guaranteed to it, and its part of half of what is to nobody."""
+        ahead = 0 if self.is_ending else self.host_ahead
+        guaranteed, of = self._guaranteed
+        shared = ((self.holdings, self.num_slots), (self._upper, self.num_host - ahead))
+        for holdings, num_blocks in shared:
+            kept = {name: count * num_blocks // of for name, count in guaranteed.items()}
+            if self._tenants:
+                each = (num_blocks - sum(kept.values())) // (2 * len(self._tenants))
+                for name in self._tenants:
+                    kept[name] = kept.get(name, 0) + each
+            holdings.keep(kept)
+
+    @property
+    def _has_both(self) -> bool:
+        return self.num_host > 0 and self.num_disk > 0
+
+    def holding(self, tenant: str) -> HoldingInfo:
+        """Tell what a tenant has, and what is kept for it.  O(1)."""
+        host = self.num_host_of(tenant)
+        held, kept = self.holdings.num_blocks(tenant), self.holdings.kept(tenant)
+        return HoldingInfo(tenant, host, self.num_host_kept(tenant), held - host, kept)
+
+    def num_host_of(self, tenant: str) -> int:
+        """Give how many blocks of a tenant lie in HOST, but for those on their way on.  O(1)."""
+        if self._has_both:
+            return self._upper.num_blocks(tenant)
+        return self.holdings.num_blocks(tenant) if self.num_host else 0
+
+    def num_host_kept(self, tenant: str) -> int:
+        """Give how many blocks of HOST are kept for a tenant.  O(1)."""
+        holdings = self._upper if self._has_both else self.holdings
+        return holdings.kept(tenant) if self.num_host else 0
+
+    def _count(self, ghost: Node, places: BlockTable, sign: int) -> None:
+        """Count places as a tenant's, or no longer.  O(places), in C."""
+        tenant = ghost.root.namespace.tenant
+        self.holdings.add(tenant, sign * len(places))
+        if self._has_both:
+            index = _index(places)
+            is_moving = (self._states[index] & _MOVING) != 0
+            in_host = int(((self._slots[index] < self.num_host) & ~is_moving).sum())
+            if in_host:
+                self._upper.add(tenant, sign * in_host)
 
     # ------------------------------------------------------------------ places
 
@@ -471,37 +539,59 @@ class Tier:
         if count <= 0 or (short < min(_MOVED, self.host_ahead // 4) and not self.is_ending):
             return None
         places: BlockTable = array("i")
-        stale, dead = [], []
         roots: list[tuple[Root, int]] = []
-        for serial in self._upper:
-            ghost = self.order.get(serial)
-            held = (ghost.places if ghost is not None else None) or array("i")
+        while len(places) < count and (holding := self._upper.next()) is not None:
+            before, excess = len(places), holding.excess
+            most = min(count - before, excess or count)
+            self._choose(holding, most, places, roots)
+            if len(places) - before < most:
+                self._upper.pass_over(holding)
+        self._upper.recall()
+        if not places:
+            return None
+        slots = _pop(self._free_disk, len(places))
+        self._targets[_index(places)] = slots
+        self.num_moving += len(places)
+        return Move(places, self.slots(places), slots, roots)
+
+    def _choose(
+        self, holding: Holding, most: int, places: BlockTable, roots: list[tuple[Root, int]]
+    ) -> None:
+        """Choose up to `most` of a tenant's oldest blocks in HOST to go on.
+
+        O(ghosts passed + blocks).
+
+        Args:
+            holding: Whose.
+            most: At least one.
+            places: Takes those chosen.
+            roots: Takes whose they are.
+        """
+        stale, dead, left = [], [], most
+        for serial, ghost in holding.ghosts.items():
+            held = ghost.places or array("i")
             index = _index(held)
             in_host, states = self._slots[index] < self.num_host, self._states[index]
-            if ghost is None or not in_host.any():
+            if not in_host.any():
                 stale.append(serial)
                 continue
             if (lost := states == _OWNED).any():  # a copy has failed: what follows it is lost
                 dead.append((ghost, held, int(lost.argmax())))
                 continue
             movable = index[in_host & (states == _OWNED | _READY)]
-            chosen = movable[len(places) - count :].astype(np.int32)  # in order: told so, too
+            chosen = movable[-left:].astype(np.int32)  # in order: told so, too
+            self._states[chosen] |= _MOVING
             places.frombytes(chosen.tobytes())
             roots.append((ghost.root, len(chosen)))
-            if len(places) >= count:
+            left -= len(chosen)
+            if not left:
                 break
+        if left < most:
+            self._upper.add(holding.tenant, left - most)
         for serial in stale:
-            del self._upper[serial]
+            self._upper.remove(holding.tenant, serial)
         for ghost, held, keep in dead:
             self._cut(ghost, held, keep)
-        if not places:
-            return None
-        slots = _pop(self._free_disk, len(places))
-        index = _index(places)
-        self._states[index] |= _MOVING
-        self._targets[index] = slots
-        self.num_moving += len(places)
-        return Move(places, self.slots(places), slots, roots)
 
     def moved(self, move: Move, num_good: int) -> None:
         """Note that a haul to DISK has ended; the first `num_good` lie there now.  O(places).
@@ -520,15 +610,26 @@ class Tier:
         if self.listener is not None:
             self._tell_moved(move.roots, here, targets, good)
         self._free_slots(np.where(good, here, targets))
+        self._stay(move.roots, ~good & ((states & _OWNED) != 0))
         self._vacate(index[states == 0])
+
+    def _stay(self, roots: list[tuple[Root, int]], stays: npt.NDArray[np.bool_]) -> None:
+        """Count what has not gone on from HOST."""
+        if not stays.any():
+            return
+        at = 0
+        for root, count in roots:
+            if num_blocks := int(stays[at : at + count].sum()):
+                self._upper.add(root.namespace.tenant, num_blocks)
+            at += count
 
     # ------------------------------------------------------------------ ghosts
 
     def enter(self, ghost: Node) -> None:
-        """Note a ghost that has places and was buried last.  O(1)."""
-        self.order[ghost.last_used] = ghost
-        if self.num_disk and self.num_host:
-            self._upper[ghost.last_used] = None
+        """Note a ghost that has places and was buried last.  O(log tenants), amortised."""
+        self.holdings.put(ghost)
+        if self._has_both:
+            self._upper.put(ghost)
 
     def leave(self, ghost: Node) -> None:
         """Take all places of a ghost back: it is forgotten."""
@@ -537,14 +638,21 @@ class Tier:
 
     def step_out(self, ghost: Node) -> None:
         """Let a ghost stand in the order no more: its blocks are about to be in the pool."""
-        if ghost.places is not None and self.order.get(ghost.last_used) is ghost:
-            del self.order[ghost.last_used]
-            self._upper.pop(ghost.last_used, None)
+        if ghost.places is not None:
+            tenant, serial = ghost.root.namespace.tenant, ghost.last_used
+            if self.holdings.ghost(tenant, serial) is ghost:
+                self._take_out(tenant, serial)
+
+    def _take_out(self, tenant: str, serial: int) -> None:
+        self.holdings.remove(tenant, serial)
+        if self._has_both:
+            self._upper.remove(tenant, serial)
 
     def clear(self, node: Node) -> None:
         """Take all places back of a node that does not stand in the order."""
         if node.places is not None:
             self._lose(node.places)
+            self._count(node, node.places, -1)
             self.let_go(node.places)
             node.places = None
 
@@ -556,7 +664,9 @@ class Tier:
         if upper.places is not None and len(upper.places) > num_blocks:
             lower.places = upper.places[num_blocks:]
             upper.places = upper.places[:num_blocks]
-            self.order[lower.last_used] = lower
+            self.holdings.put(lower)
+            if self._upper.ghost(lower.root.namespace.tenant, lower.last_used) is not None:
+                self._upper.put(lower)
 
     def may_join(self, upper: Node, lower: Node, last_burial: int) -> bool:
         """Whether a ghost that is about to be buried may swallow the one below it.
@@ -571,8 +681,7 @@ class Tier:
     def join(self, upper: Node, lower: Node) -> None:
         """Give a ghost the places of the one that it swallows."""
         if upper.places is not None and lower.places is not None:
-            del self.order[lower.last_used]
-            self._upper.pop(lower.last_used, None)
+            self._take_out(lower.root.namespace.tenant, lower.last_used)
             upper.places += lower.places
             lower.places = None
 
@@ -605,12 +714,14 @@ class Tier:
         """
         if self._give_up_found(count):
             return True
-        if not self.order:
+        holding = self.holdings.next()
+        if holding is None:
             return False
-        ghost = next(iter(self.order.values()))
+        ghost = next(iter(holding.ghosts.values()))
         places = ghost.places
         if places is None:
             raise AssertionError("a ghost without places stands in the order of those that have")
+        count = min(count, holding.excess or count)
         return self._cut(ghost, places, max(0, len(places) - count))
 
     def _give_up_host(self, count: int) -> bool:
@@ -618,14 +729,14 @@ class Tier:
 
         What lies on DISK behind them goes, too: nobody could read it without what is before it.
         """
-        while self._upper:
-            serial = next(iter(self._upper))
-            ghost = self.order.get(serial)
-            places = (ghost.places if ghost is not None else None) or array("i")
+        while (holding := self._upper.next()) is not None:
+            serial, ghost = next(iter(holding.ghosts.items()))
+            places = ghost.places or array("i")
             in_host = np.flatnonzero(self._slots[_index(places)] < self.num_host)
-            if ghost is None or not len(in_host):
-                del self._upper[serial]
+            if not len(in_host):
+                self._upper.remove(holding.tenant, serial)
                 continue
+            count = min(count, holding.excess or count)
             return self._cut(ghost, places, int(in_host[-count:][0]))
         return False
 
@@ -640,6 +751,7 @@ class Tier:
         else:
             ghost.places = places[:keep]
             self._lose(gone)
+            self._count(ghost, gone, -1)
             self.let_go(gone)
         return True
 
@@ -652,6 +764,7 @@ class Tier:
         their stamps alone, gives them up from the end on, too.
         """
         ghost.places = places
+        self._count(ghost, places, 1)
         start, self._next_stamp = self._next_stamp, self._next_stamp + len(places)
         self._stamps[_index(places)] = np.arange(self._next_stamp - 1, start - 1, -1)
         if self.listener is None:
@@ -736,18 +849,26 @@ class Tier:
             busy: The places that hauls are busy with.
             moving: Those that are on their way to DISK.
         """
-        living = [one for one in self.order.values() if not one.root.retired]
+        ghosts = self.holdings.all_ghosts()
+        living = [one for one in ghosts if not one.root.retired]
         assert {id(one) for one in owners} == {id(one) for one in living}, "the order"
-        for serial, ghost in self.order.items():
-            assert ghost.last_used == serial, f"ghost {ghost.last_used} stands as {serial}"
-            assert ghost.places, "an empty list of places"
-        assert list(self.order) == sorted(self.order), "ghosts out of order"
-        assert list(self._upper) == sorted(self._upper), "ghosts of HOST out of order"
+        self.holdings.check()
+        self._upper.check()
         held: BlockTable = array("i")
-        for ghost in self.order.values():
-            held.extend(ghost.places or ())
-            if self.num_disk and (self._slots[_index(ghost.places or held)] < self.num_host).any():
-                assert ghost.last_used in self._upper, "a ghost in HOST that nobody would move"
+        of, in_host_of = Counter[str](), Counter[str]()
+        for ghost in ghosts:
+            assert ghost.places, "an empty list of places"
+            held.extend(ghost.places)
+            index, tenant = _index(ghost.places), ghost.root.namespace.tenant
+            of[tenant] += len(index)
+            in_host = self._slots[index] < self.num_host
+            in_host_of[tenant] += int((in_host & ((self._states[index] & _MOVING) == 0)).sum())
+            if self.num_disk and in_host.any():
+                found_at = self._upper.ghost(tenant, ghost.last_used)
+                assert found_at is ghost, "a ghost in HOST that nobody would move"
+        assert self.holdings.counts() == {name: count for name, count in of.items() if count}
+        told = {name: self.num_host_of(name) for name in of}
+        assert told == in_host_of, f"in HOST: {in_host_of}, not {told}"
         assert len(set(held)) == len(held), "a place with two ghosts"
         found = np.flatnonzero(self._states & _FOUND)
         assert len(found) == self.num_found, f"{len(found)} found, not {self.num_found}"

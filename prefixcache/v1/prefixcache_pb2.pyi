@@ -491,7 +491,7 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., fate: _Optional[_Union[Fate, str]] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past", "num_below", "below_s", "below")
+    __slots__ = ("spans", "ledger", "parted_at", "stored_next", "num_parted", "resumes_at", "num_same", "extra_blocks", "num_pending", "elsewhere", "past", "num_below", "below_s", "below", "holding")
     SPANS_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     PARTED_AT_FIELD_NUMBER: _ClassVar[int]
@@ -506,6 +506,7 @@ class ExplainResponse(_message.Message):
     NUM_BELOW_FIELD_NUMBER: _ClassVar[int]
     BELOW_S_FIELD_NUMBER: _ClassVar[int]
     BELOW_FIELD_NUMBER: _ClassVar[int]
+    HOLDING_FIELD_NUMBER: _ClassVar[int]
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     ledger: Ledger
     parted_at: int
@@ -520,7 +521,8 @@ class ExplainResponse(_message.Message):
     num_below: int
     below_s: float
     below: _containers.RepeatedCompositeFieldContainer[TierSpan]
-    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ..., num_below: _Optional[int] = ..., below_s: _Optional[float] = ..., below: _Optional[_Iterable[_Union[TierSpan, _Mapping]]] = ...) -> None: ...
+    holding: HoldingInfo
+    def __init__(self, spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., parted_at: _Optional[int] = ..., stored_next: _Optional[bytes] = ..., num_parted: _Optional[int] = ..., resumes_at: _Optional[int] = ..., num_same: _Optional[int] = ..., extra_blocks: _Optional[int] = ..., num_pending: _Optional[int] = ..., elsewhere: _Optional[_Iterable[_Union[Elsewhere, _Mapping]]] = ..., past: _Optional[_Union[PastRequest, _Mapping]] = ..., num_below: _Optional[int] = ..., below_s: _Optional[float] = ..., below: _Optional[_Iterable[_Union[TierSpan, _Mapping]]] = ..., holding: _Optional[_Union[HoldingInfo, _Mapping]] = ...) -> None: ...
 
 class TierSpan(_message.Message):
     __slots__ = ("tier", "start", "end", "fetch_s", "compute_s", "is_worth")
@@ -665,6 +667,20 @@ class QuotaResponse(_message.Message):
     QUOTA_FIELD_NUMBER: _ClassVar[int]
     quota: QuotaInfo
     def __init__(self, quota: _Optional[_Union[QuotaInfo, _Mapping]] = ...) -> None: ...
+
+class HoldingInfo(_message.Message):
+    __slots__ = ("tenant", "host", "host_kept", "disk", "kept")
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    HOST_KEPT_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    tenant: str
+    host: int
+    host_kept: int
+    disk: int
+    kept: int
+    def __init__(self, tenant: _Optional[str] = ..., host: _Optional[int] = ..., host_kept: _Optional[int] = ..., disk: _Optional[int] = ..., kept: _Optional[int] = ...) -> None: ...
 
 class QuotaInfo(_message.Message):
     __slots__ = ("tenant", "namespace", "max_held", "guaranteed", "num_held", "num_stored")
@@ -898,7 +914,7 @@ class WorkerInfo(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., pid: _Optional[int] = ..., state: _Optional[str] = ..., since_s: _Optional[float] = ..., leases: _Optional[int] = ..., has_session: _Optional[bool] = ..., in_hand: _Optional[int] = ..., stalled_s: _Optional[float] = ..., untaken: _Optional[int] = ..., oldest_untaken_s: _Optional[float] = ..., uncommitted_s: _Optional[float] = ...) -> None: ...
 
 class SnapshotResponse(_message.Message):
-    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt", "declined_slow", "declined_busy", "declined_room", "host_advantage", "disk_blocks", "disk_used", "disk_written", "disk_restored", "disk_moved", "disk_advantage", "has_remote", "remote_stored", "remote_unstored", "remote_restored", "remote_wrong", "remote_late", "remote_advantage", "disk_found")
+    __slots__ = ("num_blocks", "block_size", "free", "private", "indexed", "quarantined", "evictable", "ghosts", "nodes", "leases", "waiting", "evicted", "requests", "ledger", "namespaces", "service", "pinned", "max_pinned", "pins", "quotas", "shortage", "verbs", "requests_per_s", "flights_saved", "eviction_age_s", "workers", "flights", "shadows", "shadow_dropped", "num_leases", "index_bytes", "history_bytes", "max_history_bytes", "num_flights", "num_namespaces", "leaving", "host_blocks", "host_used", "sunk", "restored", "spoilt", "declined_slow", "declined_busy", "declined_room", "host_advantage", "disk_blocks", "disk_used", "disk_written", "disk_restored", "disk_moved", "disk_advantage", "has_remote", "remote_stored", "remote_unstored", "remote_restored", "remote_wrong", "remote_late", "remote_advantage", "disk_found", "holdings")
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
@@ -958,6 +974,7 @@ class SnapshotResponse(_message.Message):
     REMOTE_LATE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_ADVANTAGE_FIELD_NUMBER: _ClassVar[int]
     DISK_FOUND_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     num_blocks: int
     block_size: int
     free: int
@@ -1017,7 +1034,8 @@ class SnapshotResponse(_message.Message):
     remote_late: int
     remote_advantage: float
     disk_found: int
-    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ..., declined_slow: _Optional[int] = ..., declined_busy: _Optional[int] = ..., declined_room: _Optional[int] = ..., host_advantage: _Optional[float] = ..., disk_blocks: _Optional[int] = ..., disk_used: _Optional[int] = ..., disk_written: _Optional[int] = ..., disk_restored: _Optional[int] = ..., disk_moved: _Optional[int] = ..., disk_advantage: _Optional[float] = ..., has_remote: _Optional[bool] = ..., remote_stored: _Optional[int] = ..., remote_unstored: _Optional[int] = ..., remote_restored: _Optional[int] = ..., remote_wrong: _Optional[int] = ..., remote_late: _Optional[int] = ..., remote_advantage: _Optional[float] = ..., disk_found: _Optional[int] = ...) -> None: ...
+    holdings: _containers.RepeatedCompositeFieldContainer[HoldingInfo]
+    def __init__(self, num_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., free: _Optional[int] = ..., private: _Optional[int] = ..., indexed: _Optional[int] = ..., quarantined: _Optional[int] = ..., evictable: _Optional[int] = ..., ghosts: _Optional[int] = ..., nodes: _Optional[int] = ..., leases: _Optional[_Iterable[_Union[LeaseInfo, _Mapping]]] = ..., waiting: _Optional[int] = ..., evicted: _Optional[int] = ..., requests: _Optional[int] = ..., ledger: _Optional[_Union[Ledger, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceLedger, _Mapping]]] = ..., service: _Optional[_Union[ServiceInfo, _Mapping]] = ..., pinned: _Optional[int] = ..., max_pinned: _Optional[int] = ..., pins: _Optional[_Iterable[_Union[PinInfo, _Mapping]]] = ..., quotas: _Optional[_Iterable[_Union[QuotaInfo, _Mapping]]] = ..., shortage: _Optional[_Iterable[_Union[Shortage, _Mapping]]] = ..., verbs: _Optional[_Iterable[_Union[VerbInfo, _Mapping]]] = ..., requests_per_s: _Optional[float] = ..., flights_saved: _Optional[int] = ..., eviction_age_s: _Optional[float] = ..., workers: _Optional[_Iterable[_Union[WorkerInfo, _Mapping]]] = ..., flights: _Optional[_Iterable[_Union[FlightInfo, _Mapping]]] = ..., shadows: _Optional[_Iterable[_Union[ShadowInfo, _Mapping]]] = ..., shadow_dropped: _Optional[int] = ..., num_leases: _Optional[int] = ..., index_bytes: _Optional[int] = ..., history_bytes: _Optional[int] = ..., max_history_bytes: _Optional[int] = ..., num_flights: _Optional[int] = ..., num_namespaces: _Optional[int] = ..., leaving: _Optional[int] = ..., host_blocks: _Optional[int] = ..., host_used: _Optional[int] = ..., sunk: _Optional[int] = ..., restored: _Optional[int] = ..., spoilt: _Optional[int] = ..., declined_slow: _Optional[int] = ..., declined_busy: _Optional[int] = ..., declined_room: _Optional[int] = ..., host_advantage: _Optional[float] = ..., disk_blocks: _Optional[int] = ..., disk_used: _Optional[int] = ..., disk_written: _Optional[int] = ..., disk_restored: _Optional[int] = ..., disk_moved: _Optional[int] = ..., disk_advantage: _Optional[float] = ..., has_remote: _Optional[bool] = ..., remote_stored: _Optional[int] = ..., remote_unstored: _Optional[int] = ..., remote_restored: _Optional[int] = ..., remote_wrong: _Optional[int] = ..., remote_late: _Optional[int] = ..., remote_advantage: _Optional[float] = ..., disk_found: _Optional[int] = ..., holdings: _Optional[_Iterable[_Union[HoldingInfo, _Mapping]]] = ...) -> None: ...
 
 class TreeRequest(_message.Message):
     __slots__ = ("namespace", "worker_key", "max_branches", "max_depth", "order", "without_ghosts")

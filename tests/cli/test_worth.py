@@ -6,7 +6,8 @@ import pytest
 
 from prefixcache.cli.explain import _tier_line
 from prefixcache.cli.status import tiers
-from prefixcache.types import Snapshot, TierSpan
+from prefixcache.cli.view import show_holding
+from prefixcache.types import HoldingInfo, Snapshot, TierSpan
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,24 @@ def test_what_is_declined_is_told_by_why() -> None:
     assert told.endswith(
         " · spoilt 0 · computing takes 25.5x as long · declined 1,203 (slow 1,200, room 3)"
     )
+
+
+@pytest.mark.parametrize(
+    ("holding", "text"),
+    [
+        (HoldingInfo("a", 0, 0, 0, 0), "0 blocks below the pool"),
+        (HoldingInfo("a", 1, 0, 0, 0), "1 block below the pool"),
+        (HoldingInfo("a", 5, 7, 0, 7), "5 blocks below the pool · 7 kept for it"),
+        (
+            HoldingInfo("a", 500, 200, 700, 2000),
+            "1,200 blocks below the pool · 500 in memory · 2,000 kept for it, 200 in memory",
+        ),
+    ],
+)
+def test_what_a_tenant_has_below_is_told_with_what_is_kept_for_it(
+    holding: HoldingInfo, text: str
+) -> None:
+    assert show_holding(holding) == text
 
 
 def test_each_tier_is_told_in_a_line_of_its_own() -> None:

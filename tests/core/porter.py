@@ -157,7 +157,7 @@ class TieredRules(Rules):
 
     def prompt(self) -> Tokens:
         """At times one of which something lies below."""
-        below = list(self.world.hauls.tier.order.values())
+        below = self.world.hauls.tier.holdings.all_ghosts()
         if not below or not (self.asks_below or self.chance(30)):
             return super().prompt()
         node, parts = self.choose(below), []

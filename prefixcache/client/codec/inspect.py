@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import fields
 from typing import Any, Final
 
 from prefixcache.client.codec.admin import read_quota_info, write_quota_info
@@ -16,6 +17,7 @@ from prefixcache.outline import Branch, Extent, NamespaceOutline, Order, Outline
 from prefixcache.types import (
     COUNTS,
     Explanation,
+    HoldingInfo,
     LeaseId,
     LeaseInfo,
     PastRequest,
@@ -64,6 +66,8 @@ _BRANCH_NUMBERS: Final = (
 )
 _BRANCH_OPTIONAL: Final = ("idle_s", "num_uses", "parted_at")
 
+_HOLDING: Final = tuple([one.name for one in fields(HoldingInfo)])
+
 _WHOLE_COUNTS: Final = tuple([name for name in COUNTS if name not in ("ledger", "eviction_age_s")])
 """Those that the message has under the same names, as numbers that are always there."""
 
@@ -97,6 +101,17 @@ def write_explain(answer: Explanation, message: pb.ExplainResponse) -> None:
             compute_s=part.compute_s,
             is_worth=part.is_worth,
         )
+    if answer.holding is not None:
+        _write_holding(answer.holding, message.holding)
+
+
+def _write_holding(word: HoldingInfo, message: pb.HoldingInfo) -> None:
+    for name in _HOLDING:
+        setattr(message, name, getattr(word, name))
+
+
+def _read_holding(message: pb.HoldingInfo) -> HoldingInfo:
+    return HoldingInfo(**{name: getattr(message, name) for name in _HOLDING})
 
 
 def _write_past(word: PastRequest, message: pb.PastRequest) -> None:
@@ -126,6 +141,7 @@ def read_explain(message: pb.ExplainResponse) -> Explanation:
         message.num_below,
         message.below_s,
         tuple([_read_tier_span(span) for span in message.below]),
+        _read_holding(message.holding) if message.HasField("holding") else None,
     )
 
 
@@ -193,6 +209,11 @@ def write_snapshot(answer: Snapshot, message: pb.SnapshotResponse) -> Generator[
         write_quota_info(quota, message.quotas.add())
         if number % _PAUSE_EVERY == 0:
             yield
+    yield
+    for number, holding in enumerate(answer.holdings, 1):
+        _write_holding(holding, message.holdings.add())
+        if number % _PAUSE_EVERY == 0:
+            yield
 
 
 def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
@@ -219,6 +240,7 @@ def read_snapshot(message: pb.SnapshotResponse) -> Snapshot:
             ]
         ),
         quotas=tuple([read_quota_info(quota) for quota in message.quotas]),
+        holdings=tuple([_read_holding(one) for one in message.holdings]),
         shortage=tuple([(m.extra_blocks, m.tokens) for m in message.shortage]),
     )
 

@@ -287,6 +287,7 @@ class _Domain:
                 },
                 tier,
             )
+            yield self._holdings()
         names["remote"] = counts.has_remote
         yield _counter(
             "prefixcache_hauled_blocks",
@@ -353,6 +354,20 @@ class _Domain:
                 {named: gain for named, gain in gains.items() if gain},
                 tier,
             )
+
+    def _holdings(self) -> Metric:
+        cache = self._handlers.backing.cache
+        told = [] if cache is None else cache.holdings(MOST_SERIES)
+        return _gauge(
+            "prefixcache_tenant_tier_blocks",
+            f"Blocks that a tenant has below the pool; of {MOST_SERIES} tenants at most.",
+            {
+                (escape(one.tenant), tier): number
+                for one in told
+                for tier, number in (("host", one.host), ("disk", one.disk))
+            },
+            ("tenant", "tier"),
+        )
 
     def _eviction(self, counts: Counts) -> Iterator[Metric]:
         yield _counter("prefixcache_evicted_blocks", "Blocks evicted.", counts.evicted)

@@ -164,7 +164,7 @@ class InspectVerbs(Verbs):
         """Fill `message` with what its caller may see, in steps; free what nobody else holds."""
         told, identity = answer.snapshot, answer.identity
         yield from codec.write_snapshot(told, message)
-        rows = [*told.leases, *told.namespaces.values(), *told.pins, *told.quotas]
+        rows = [*told.leases, *told.namespaces.values(), *told.pins, *told.quotas, *told.holdings]
         del answer, told
         yield from let_go(rows)
         yield from self._write_workers(identity, message)
