@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from prefixcache.core.remote import NAME_BYTES
@@ -47,6 +49,10 @@ from prefixcache.service.tiers.remote.valkey import Valkey
 
 _LONGEST_ERROR: Final = 400
 """Characters."""
+_NAMED: Final = 1024
+"""Blocks of one question that are named and asked for before others have their turn."""
+_READ_BYTES: Final = 1 << 20
+"""Of one reading, which is less than a millisecond."""
 
 
 class Carrier:
@@ -68,6 +74,30 @@ class Carrier:
         with contextlib.suppress(RemoteError):
             self._store.connect()
 
+    def ask(self, errand: Errand) -> Iterator[Answer | None]:
+        """Name what is asked for, and ask for it, in steps of some milliseconds.
+
+        The last step gives the answer, however it fails; those before give none.
+        """
+        base, tokens = errand.text[:NAME_BYTES], errand.text[NAME_BYTES:]
+        each, names, took_s = [], [], 0.0
+        parts = self._namer.parts(base, tokens, errand.first, _NAMED)
+        try:
+            while True:
+                began = time.perf_counter()
+                part = next(parts, None)
+                if part is None:
+                    break
+                if part:
+                    each.append(self._store.exists(object_names(part)))
+                    names.append(part)
+                took_s += time.perf_counter() - began
+                yield None
+        except RemoteError as error:
+            yield Answer(errand.number, took_s, error=str(error)[:_LONGEST_ERROR])
+            return
+        yield Answer(errand.number, took_s, b"".join(each), b"".join(names))
+
     def run(self, kind: Kind, errand: Errand) -> Answer:
         """Run an errand.  However it fails, the answer says so.  O(its bytes)."""
         began = time.perf_counter()
@@ -79,10 +109,6 @@ class Carrier:
         return Answer(errand.number, time.perf_counter() - began, each, names)
 
     def _run(self, kind: Kind, errand: Errand) -> tuple[bytes, bytes]:
-        if kind is Kind.ASK:
-            base, tokens = errand.text[:NAME_BYTES], errand.text[NAME_BYTES:]
-            names = self._namer.names(base, tokens, errand.first)
-            return self._store.exists(object_names(names)), names
         named = object_names(errand.text)
         if not errand.slots:
             self._store.remove(named)
@@ -120,13 +146,52 @@ def serve(line: socket.socket, kind: Kind, carrier: Carrier) -> None:
             line.sendall(pack_answer(carrier.run(kind, read_errand(frame))))
 
 
+def serve_questions(line: socket.socket, carrier: Carrier) -> None:
+    """Answer questions until the other end closes, all that there are in turn, step by step.
+
+    So a short one is behind one step of each other, and not behind all of a long one.
+    """
+    asked: deque[Iterator[Answer | None]] = deque()
+    buffer = bytearray()
+    while True:
+        if not asked or select.select([line], [], [], 0.0)[0]:
+            got = line.recv(_READ_BYTES)
+            if not got:
+                return
+            buffer += got
+            asked += [carrier.ask(errand) for errand in _cut_errands(buffer)]
+            continue
+        question = asked.popleft()
+        answer = next(question)
+        if answer is None:
+            asked.append(question)
+        else:
+            line.sendall(pack_answer(answer))
+
+
+def _cut_errands(buffer: bytearray) -> list[Errand]:
+    """Cut the errands off that a buffer begins with."""
+    errands, at = [], 0
+    while len(buffer) - at >= HEAD_BYTES:
+        end = at + HEAD_BYTES + length_of(bytes(buffer[at : at + HEAD_BYTES]))
+        if len(buffer) < end:
+            break
+        errands.append(read_errand(bytes(buffer[at + HEAD_BYTES : end])))
+        at = end
+    del buffer[:at]
+    return errands
+
+
 def _serve_all(lines: Sequence[socket.socket], make: Callable[[], Carrier]) -> None:
     """Run the errands of all sockets, each in a thread; until one of them ends."""
     ended = threading.Event()
 
     def work(line: socket.socket, kind: Kind, carrier: Carrier) -> None:
         try:
-            serve(line, kind, carrier)
+            if kind is Kind.ASK:
+                serve_questions(line, carrier)
+            else:
+                serve(line, kind, carrier)
         except (BrokenPipeError, ConnectionResetError):
             pass  # the service has ended
         finally:

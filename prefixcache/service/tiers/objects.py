@@ -18,6 +18,7 @@ he.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -139,11 +140,22 @@ class Namer:
 
     def names(self, base: bytes, tokens: bytes, first: int) -> bytes:
         """Name the blocks of a prefix from number `first` on.  O(blocks): a loop."""
-        name, width, names = base, self._width, []
-        for at in range(0, len(tokens) // width * width, width):
-            name = self._hash(name + tokens[at : at + width])
-            names.append(name)
-        return b"".join(names[first:])
+        return b"".join(self.parts(base, tokens, first, len(tokens)))
+
+    def parts(self, base: bytes, tokens: bytes, first: int, most: int) -> Iterator[bytes]:
+        """Name the blocks of a prefix from number `first` on, `most` of them in a step.
+
+        The names of blocks before `first` are needed, too, and steps may give none.  O(blocks).
+        """
+        name, width, at = base, self._width, 0
+        end = len(tokens) // width * width
+        while at < end:
+            names, stop = [], min(at + most * width, end)
+            for start in range(at, stop, width):
+                name = self._hash(name + tokens[start : start + width])
+                names.append(name)
+            yield b"".join(names[max(0, first - at // width) :])
+            at = stop
 
 
 def _field(text: bytes) -> bytes:
