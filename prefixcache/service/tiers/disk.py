@@ -261,8 +261,8 @@ class DiskFolder:
 
     @property
     def own_name(self) -> bytes:
-        """What names all lives of this folder, and nobody else: sixteen bytes."""
-        return self._derive(b"name")[:16]
+        """What names the lives of this folder in this boot, and no copy of it: sixteen bytes."""
+        return self.resets.name
 
     @property
     def resets(self) -> Resets:

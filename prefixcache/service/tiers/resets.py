@@ -2,6 +2,7 @@
 
 ```
 a page    of which folder │ in which boot it was opened │ closed in order?  after a loss?
+          a name │ the number of this file: who has copied it has another
 words     [row of the tenant][column of the namespace]       counts; one more with each reset
 ```
 The count goes into the keys of blocks (`core/block_keys.py`), so what was reset is found by nobody
@@ -13,6 +14,12 @@ A word is written before the reset is answered.  The kernel keeps it when the se
 so when the machine ends, for nothing waits for the disk here.  So after another boot the words are
 believed only if the last service has closed them, which does wait.
 
+**The name** goes, with the count, into the names of what is stored for other machines after a
+reset: so it must be no other service's.  Who has copied the folder, or the disk on which it lies,
+would have the same one, and find what the other has stored since a reset of its own.  So there is
+another name where the file has another number, or the machine is in another boot: what this service
+had stored elsewhere since a reset it does not find again then, either.
+
 **Counts that were lost** may not begin with 0 again: what others keep under that number (a store of
 several machines) would be found although it was reset.  They begin with 1, for all namespaces, and
 say so for as long as the folder is there.
@@ -22,6 +29,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import struct
 from collections.abc import Callable
 from hashlib import blake2b
@@ -39,7 +47,7 @@ COLUMNS: Final = 512
 _WORD_BYTES: Final = 4
 _WORDS_AT: Final = 4096
 _BYTES: Final = _WORDS_AT + ROWS * COLUMNS * _WORD_BYTES
-_PAGE: Final = struct.Struct("<8s16s64sB")
+_PAGE: Final = struct.Struct("<8s16s64sB16sQ")
 _MAGIC: Final = b"PCRESET1"
 _CLOSED, _AFTER_LOSS = 1, 2
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -73,6 +81,8 @@ class Resets:
         self._secret, self._mark, self._give_up = secret[:64], mark, give_up
         self.after_loss = after_loss
         """Whether counts that were here before are lost: each namespace counts as reset."""
+        self.name = secrets.token_bytes(16)
+        """No other service's, nor that of a copy of this folder."""
         self._fd = open_private(path, os.O_RDWR | (os.O_CREAT if is_new else 0))
         try:
             if is_new:
@@ -94,10 +104,14 @@ class Resets:
         """See whether the words may be believed."""
         if os.fstat(self._fd).st_size != _BYTES:
             raise ValueError("the count of resets is cut short")
-        magic, mark, boot, flags = _PAGE.unpack(os.pread(self._fd, _PAGE.size, 0))
+        page = os.pread(self._fd, _PAGE.size, 0)
+        magic, mark, boot, flags, name, number = _PAGE.unpack(page)
         if magic != _MAGIC or mark != self._mark:
             raise ValueError("the count of resets is of another folder")
-        if not flags & _CLOSED and (not _boot_id() or boot.rstrip(b"\0") != _boot_id()):
+        is_this_boot = bool(_boot_id()) and boot.rstrip(b"\0") == _boot_id()
+        if is_this_boot and number == os.fstat(self._fd).st_ino:
+            self.name = name
+        if not flags & _CLOSED and not is_this_boot:
             raise ValueError(
                 "the machine has ended before the service did, and resets of its last moments may "
                 "be lost"
@@ -107,7 +121,9 @@ class Resets:
     def _say(self, *, is_closed: bool) -> None:
         """Write the page, and see it on the disk."""
         flags = _CLOSED * is_closed | _AFTER_LOSS * self.after_loss
-        os.pwrite(self._fd, _PAGE.pack(_MAGIC, self._mark, _boot_id(), flags), 0)
+        number = os.fstat(self._fd).st_ino
+        page = _PAGE.pack(_MAGIC, self._mark, _boot_id(), flags, self.name, number)
+        os.pwrite(self._fd, page, 0)
         os.fdatasync(self._fd)
 
     def of(self, namespace: Namespace) -> int:

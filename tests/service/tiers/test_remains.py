@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -320,6 +321,41 @@ def test_resets_outlive_the_service(begin: Callable[..., Life]) -> None:
     assert begin().folder.resets.of(approximate) == before + 1
 
 
+def test_a_copy_of_a_folder_has_another_name_and_finds_what_lies_in_it(
+    begin: Callable[..., Life], path: Path, tmp_path: Path
+) -> None:
+    life = filled(begin)
+    name = life.folder.own_name
+    ended(life)
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    assert begin().folder.own_name == name
+    names = []
+    for _ in range(2):
+        other = Life(copy)
+        assert other.remains.slots.tolist()
+        names.append(other.folder.own_name)
+        other.close()
+    assert names[0] == names[1] != name
+
+
+def test_after_another_boot_a_folder_has_another_name(
+    begin: Callable[..., Life], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As has one that was copied with the disk on which it lies, numbers of files and all."""
+    life = filled(begin)
+    name = life.folder.own_name
+    ended(life)
+    boot = tmp_path / "boot"
+    boot.write_text("another\n")
+    monkeypatch.setattr(resets, "_BOOT_ID", boot)
+    life = begin()
+    assert life.found
+    assert life.folder.own_name != name
+    other = life.folder.own_name
+    assert begin().folder.own_name == other
+
+
 def test_who_resets_much_costs_tenants_in_other_rows_nothing(
     begin: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,9 +463,10 @@ def test_counts_that_were_lost_do_not_begin_with_what_was_reset(
         others = [Namespace("model", tenant=f"t{number}") for number in range(9)]
         assert {counts.of(one) for one in (SPACE, *others)} == {1}
     folder = begin().folder
-    assert folder.own_name != name
+    other = folder.own_name
+    assert other != name
     folder.resets.advance(SPACE)
-    assert begin().folder.own_name == folder.own_name
+    assert begin().folder.own_name == other
     assert begin().folder.resets.of(SPACE) == 2
 
 
