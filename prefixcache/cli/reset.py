@@ -70,7 +70,7 @@ def reset(
 def _reset_all(client: Client) -> list[tuple[Namespace, Reset]]:
     """Reset all namespaces: those that are listed, then those that are listed in their place.
 
-    What lies on disk is reset under whatever names it is there.
+    What lies on disk, or in a store of other machines, is reset under whatever names it is there.
     """
     answers: dict[Namespace, Reset] = {}
     while True:
@@ -78,7 +78,7 @@ def _reset_all(client: Client) -> list[tuple[Namespace, Reset]]:
         if not (fresh := [one for one in told.namespaces if one not in answers]):
             break
         answers |= {namespace: client.reset(namespace) for namespace in fresh}
-    client.reset_unnamed()  # on disk there may be some that no list has
+    client.reset_unnamed()  # on disk or elsewhere there may be some that no list has
     if (left := told.num_namespaces - len(told.namespaces)) > 0:
         raise NotFound(
             f"{many(len(answers), 'namespace')} reset, and {left:,} of too long a name to be "

@@ -122,7 +122,7 @@ def reset(namespace: Namespace) -> Call[Reset]:
 
 
 def reset_unnamed() -> Call[Reset]:
-    """Make the service forget what lies on disk, of all that the caller may name.
+    """Make the service forget what lies on disk or elsewhere, of all that the caller may name.
 
     Also of those that nobody has named since the service was started, and that no list has.  What
     is stored in its memory, by names that are listed, stays: `reset` them first.

@@ -34,7 +34,8 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 KEY_BYTES: Final = 16
 _LEAST_WEIGHTS: Final = 8192
 _LEAST_SECRET: Final = 16
-_WORDS: Final = 1 << 16
+_ROWS: Final = 256
+_COLUMNS: Final = 256
 
 
 class Generations(Protocol):
@@ -46,26 +47,55 @@ class Generations(Protocol):
     def advance(self, namespace: Namespace) -> None:
         """Note a reset.  O(1)."""
 
+    def advance_all(self, tenant: str | None) -> None:
+        """Note a reset of every namespace of a tenant, whatever it is called; None: of all."""
+
 
 class PassingGenerations:
     """Counts resets for as long as this life, where nobody keeps them for the next one.
 
-    Several namespaces share a word, so nobody can make this grow: where one is reset, what the
-    others have stored is not found any more either.
+    Several namespaces of a tenant share a word, so nobody can make this grow: where one is reset,
+    what the others have stored is not found any more either.  Tenants have rows, as far as there
+    are; a reset of all that one has counts for what nobody has named yet, too.
+
+    >>> counts = PassingGenerations()
+    >>> counts.advance_all("a")
+    >>> counts.of(Namespace("m", tenant="a")), counts.of(Namespace("m", tenant="b"))
+    (1, 0)
     """
 
-    __slots__ = ("_words",)
+    __slots__ = ("_all", "_rows", "_words")
 
     def __init__(self) -> None:
-        self._words = array("I", bytes(4 * _WORDS))
+        self._words = array("I", bytes(4 * _ROWS * _COLUMNS))
+        self._rows = array("I", bytes(4 * _ROWS))
+        self._all = 0
 
     def of(self, namespace: Namespace) -> int:
         """Give a number that is another one after each reset.  O(1)."""
-        return self._words[hash(namespace) % _WORDS]
+        row = _row(namespace.tenant)
+        return self._words[_word(row, namespace)] + self._rows[row] + self._all
 
     def advance(self, namespace: Namespace) -> None:
         """Note a reset.  O(1)."""
-        self._words[hash(namespace) % _WORDS] = (self.of(namespace) + 1) % 2**32
+        at = _word(_row(namespace.tenant), namespace)
+        self._words[at] = (self._words[at] + 1) % 2**32
+
+    def advance_all(self, tenant: str | None) -> None:
+        """Note a reset of every namespace of a tenant; None: of all tenants.  O(1)."""
+        if tenant is None:
+            self._all += 1
+        else:
+            row = _row(tenant)
+            self._rows[row] = (self._rows[row] + 1) % 2**32
+
+
+def _row(tenant: str) -> int:
+    return hash(tenant) % _ROWS
+
+
+def _word(row: int, namespace: Namespace) -> int:
+    return row * _COLUMNS + hash(namespace) % _COLUMNS
 
 
 class BlockKeys:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prefixcache.certificates import Certificates
 from prefixcache.config import ServeSettings, format_size
+from prefixcache.core.block_keys import Generations, PassingGenerations
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import TierSizes
 from prefixcache.errors import InvalidRequest, LayoutMismatch
@@ -113,6 +114,8 @@ class Backing:
         self.stage: Stage | None = None
         """Slots on the way to a store elsewhere, if there is one."""
         self._namer: Namer | None = None
+        self._passing = PassingGenerations()
+        """Counts resets for the store elsewhere where no folder does."""
         _check_remote(settings)
         self._secret = remote_secret(settings)
         self._own_name = secrets.token_bytes(16)
@@ -232,6 +235,8 @@ class Backing:
                 self.disk.key_secret, self.disk.resets, remains, self.abandoned.note
             )
         if settings.remote is not None:
+            if self.disk is None:
+                cache.count_resets(self._passing)
             self.stage = Stage(self.handle)
             self._namer = Namer(str(layout), settings.block_size, self._secret)
         self.cache, self.sizes = cache, sizes
@@ -299,6 +304,13 @@ class Backing:
             "block_size": self.handle.block_size,
             "secret": self._secret.hex(),
         }
+
+    @property
+    def resets(self) -> Generations | None:
+        """Who counts resets, if anything is kept where a reset does not reach it at once."""
+        if self.disk is not None:
+            return self.disk.resets
+        return None if self.settings.remote is None else self._passing
 
     def base_name(self, namespace: Namespace, resets: int) -> bytes:
         """Name what the objects of a namespace begin with: another name after each reset.

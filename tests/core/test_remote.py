@@ -257,6 +257,23 @@ def test_another_life_goes_on_counting_resets(store: dict[bytes, bytes]) -> None
     assert Machine(store).compute().num_cached == 80, "a life that is told of no resets"
 
 
+@pytest.mark.parametrize("tenant", [SPACE.tenant, None])
+def test_a_reset_of_all_counts_for_what_has_no_name_yet(
+    full: dict[bytes, bytes], tenant: str | None
+) -> None:
+    counted, other = PassingGenerations(), Machine(full)
+    other.cache.count_resets(counted)
+    seen = {0}
+    for _ in range(3):
+        counted.advance_all(tenant)
+        assert counted.of(SPACE) not in seen
+        seen.add(counted.of(SPACE))
+        counted.advance(SPACE)
+        assert counted.of(SPACE) not in seen
+        seen.add(counted.of(SPACE))
+    assert other.compute().num_cached == 0
+
+
 def test_who_asks_waits_for_a_moment_only(full: dict[bytes, bytes]) -> None:
     other = Machine(full)
     other.acquire()

@@ -278,6 +278,32 @@ def test_a_reset_is_not_undone_by_the_store(second: Machine) -> None:
     assert second.ask(1).restored == 0
 
 
+def test_a_reset_of_all_counts_for_what_nobody_has_asked_for_in_this_life(second: Machine) -> None:
+    second.client.reset_unnamed()  # the first machine has stored it
+    assert second.ask(0).restored == 0
+    eventually(lambda: second.has_stored(20))
+    second.client.reset(Namespace(MODEL))
+    second.client.reset_unnamed()
+    assert second.ask(0).restored == 0, "of what was stored since the last one"
+
+
+def test_a_reset_of_all_counts_before_a_worker_has_attached(
+    tmp_path: Path, stack: ExitStack, store: ValkeyServer, first: Machine
+) -> None:
+    flags = ("--memory", "4MiB", "--block-size", str(SIZE), "--remote", store.address)
+    for is_reset in (False, True):
+        target = f"unix:{tmp_path}/early.sock"
+        service = stack.enter_context(running(target, *flags, "--partial", "off", "--grace", "1"))
+        client = stack.enter_context(prefixcache.connect(target))
+        if is_reset:
+            client.reset_unnamed()
+        session = client.attach(MODEL, LAYOUT)
+        eventually(lambda service=service: "carrier at work" in service.log())
+        with session.acquire(Machine.chat(0), wait_s=30.0) as lease:
+            assert lease.ledger.restored == (0 if is_reset else CHAT)
+        service.close()
+
+
 def test_the_next_life_does_not_find_what_was_reset_and_finds_what_was_stored_since(
     tmp_path: Path, stack: ExitStack, store: ValkeyServer, first: Machine
 ) -> None:

@@ -27,7 +27,7 @@ class AdminVerbs(Verbs):
     """The verbs of operators."""
 
     def reset(self, asker: Asker, request: pb.ResetRequest) -> Reset | Generator[None, None, Reset]:
-        """Make a namespace forget; or what lies on disk, of all that the asker may name.
+        """Make a namespace forget; or what lies on disk or elsewhere, of all the asker may name.
 
         Raises:
             InvalidRequest: it asks for both.
@@ -37,11 +37,11 @@ class AdminVerbs(Verbs):
             if request.HasField("namespace") or request.namespace_index:
                 raise InvalidRequest("a reset names a namespace, or is of those without a name")
             return self._reset_unnamed(asker)
-        disk = self.backing.disk
+        resets = self.backing.resets
 
         def do(namespace: Namespace) -> Reset:
-            if self.backing.cache is None and disk is not None:  # no worker has attached yet
-                disk.resets.advance(namespace)
+            if self.backing.cache is None and resets is not None:  # no worker has attached yet
+                resets.advance(namespace)
                 return Reset(0, 0)
             answer = self._cache().reset(namespace)
             log.info("reset", namespace=str(namespace), blocks=answer.num_blocks)
@@ -50,18 +50,18 @@ class AdminVerbs(Verbs):
         return self._with(asker, self._named(asker, request), do)
 
     def _reset_unnamed(self, asker: Asker) -> Reset:
-        identity, disk = asker.identity, self.backing.disk
+        identity, resets = asker.identity, self.backing.resets
         if "*" not in identity.models:
             raise PermissionDenied(
                 f"{identity.name} may not use every model, so it may not reset what nobody has "
                 "named: name each namespace"
             )
-        if disk is not None:
+        if resets is not None:
             tenant = None if identity.admin else identity.tenant
-            disk.resets.advance_all(tenant)
+            resets.advance_all(tenant)
             if tenant is None and self.backing.cache is not None:
                 self.backing.cache.forget_found()
-            log.info("reset of all that lies on disk", tenant=tenant)
+            log.info("reset of all that lies on disk or elsewhere", tenant=tenant)
         return Reset(0, 0)
 
     def _with(
