@@ -46,6 +46,10 @@ class Holding:
         """Whether it stands in the line of all, and in that of those above what is kept."""
         self.is_passed = False
 
+    def __lt__(self, other: Holding) -> bool:
+        """Say no: of the same ghost, which left and came back, either may stand first in a line."""
+        return False
+
     @property
     def excess(self) -> int:
         """Give how many blocks it has beyond what is kept for it.  O(1)."""

@@ -261,3 +261,19 @@ def test_who_is_passed_over_stands_where_it_stood_afterwards() -> None:
     first = holdings.next()
     assert first is not None
     assert first.tenant == "b"
+
+
+def test_a_ghost_that_left_as_the_only_one_may_come_back() -> None:
+    holdings = Holdings()
+    ghost = Node(b"", array("i"), Root(Namespace("m", tenant="a")), 5)
+    for _ in range(3):
+        holdings.add("a", 1)
+        holdings.put(ghost)
+        holdings.check()
+        holdings.remove("a", 5)
+        holdings.add("a", -1)
+    holdings.add("a", 1)
+    holdings.put(ghost)
+    first = holdings.next()
+    assert first is not None
+    assert first.ghosts == {5: ghost}
