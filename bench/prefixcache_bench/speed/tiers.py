@@ -13,9 +13,12 @@ restore    a service, its porter and a client: from the question to the grant fo
            lie below, and for the same tokens once they are in the pool
 found      a service that is started on a folder with a million blocks, small ones: how long it
            looks through their heads, until it listens, and until it has brought the first chat back
+hits       what others feel while chats go down and come back, and when the porter is killed
+           (`beside_tiers.py`)
+computing  the same tokens computed by the demo's model, in one thread
 ```
-Every block that comes back is compared with what it held.  What it would take to compute these
-tokens is the model's business.
+Every block that comes back is compared with what it held.  Beside figures stands what was to be
+reached, and what part they are of computing.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ from prefixcache.service.tiers.seals import Seals
 from prefixcache.service.tiers.slab import Slab, SlabMap, describe, head_type, slot_bytes
 from prefixcache.types import HaulId, Layout, Namespace, PoolHandle
 from prefixcache_bench.reports.provenance import provenance
+from prefixcache_bench.speed.beside_tiers import hits, killed
+from prefixcache_bench.speed.computing import computing_s, part_of
 from prefixcache_bench.speed.signals import ending_in_order
 
 SIZE: Final = 16
@@ -57,6 +62,10 @@ TOKENS: Final = 1008
 """Of one prompt, that are kept: 63 blocks."""
 COMPUTING_S: Final = 0.5
 """How long computing them takes, as the service is made to believe."""
+MEMORY_GOAL, DISK_GOAL, COLD_GOAL = 0.05, 0.05, 0.10
+"""Of computing the same tokens."""
+SPEED_GOALS: Final = {"copied back, compared": 1.0e9, "read from it, cached": 0.8e9}
+HITS_GOAL, KILLED_GOAL_S, OFFERED_GOAL_S = 1.2, 0.05, 3.0
 
 
 class Way(NamedTuple):
@@ -156,7 +165,7 @@ def ask(session: Session, pages: np.ndarray, number: int) -> tuple[float, int]:
 
 
 def restore(
-    layout: Layout, rounds: int, below_in: Path | None = None
+    layout: Layout, rounds: int, below_in: Path | None = None, *, is_cold: bool = False
 ) -> tuple[list[float], list[float]]:
     """Give the seconds from question to grant: of what lies below, and of what is in the pool.
 
@@ -164,6 +173,7 @@ def restore(
         layout: Of the blocks.
         rounds: How often each chat comes back.
         below_in: The folder of a tier on disk; None: it is in memory.
+        is_cold: Whether the system is asked before each question to keep none of it in memory.
     """
     block = layout.block_bytes(SIZE)
     num_chats = 16
@@ -184,6 +194,8 @@ def restore(
             memory = map_pool(session.pool)
             pages = pages_of(memory, session.pool)
             for number in range((rounds + 1) * num_chats):
+                if is_cold and below_in is not None:
+                    _forget(below_in / "slab")
                 took, restored = ask(session, pages, number % num_chats)
                 if restored > TOKENS // 2:
                     below.append(took)
@@ -297,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the tier on disk lies")
     parser.add_argument("--quick", action="store_true", help="few blocks, one round")
     parser.add_argument("--found", type=int, default=1_000_000, help="blocks before a start")
+    parser.add_argument("--hits", type=int, help="acquires beside working tiers; 0: none")
     options = parser.parse_args(argv)
     layout, rounds = options.layout, 1 if options.quick else options.rounds
     num_blocks, size = 64 if options.quick else 512, layout.block_bytes(SIZE)
@@ -306,20 +319,46 @@ def main(argv: list[str] | None = None) -> int:
         speeds = move(layout, num_blocks, rounds) | move(layout, num_blocks, rounds, folder)
         below, here = restore(layout, rounds)
         on_disk, _ = restore(layout, rounds, folder)
+        cold, _ = restore(layout, rounds, Path(name) / "cold", is_cold=True)
         again = start(options.found, Path(name))
+    computed_s = computing_s(layout, TOKENS, SIZE, rounds)
     for way, speed in speeds.items():
-        lines.append(f"{way.name:<26}{speed / 1e9:6.2f} GB/s  {speed / size:,.0f} blocks a second")
-    seen_at = {"in memory below": below, "on disk": on_disk, "in the pool": here}
-    for name, seen in seen_at.items():
+        told = f"{way.name:<26}{speed / 1e9:6.2f} GB/s  {speed / size:,.0f} blocks a second"
+        goal = SPEED_GOALS.get(way.name)
+        lines.append(told + (f"; goal {goal / 1e9:.1f} GB/s" if goal else ""))
+    seen_at = (
+        ("in memory below", below, MEMORY_GOAL),
+        ("on disk, cached", on_disk, DISK_GOAL),
+        ("on disk, cold", cold, COLD_GOAL),
+        ("in the pool", here, None),
+    )
+    for what, seen, part in seen_at:
         if seen:
+            told = part_of(median(seen), computed_s, part) if part is not None else ""
             lines.append(
-                f"{TOKENS:,} tokens {name:<16}{1e3 * median(seen):6.1f} ms  to the grant, median "
-                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms"
+                f"{TOKENS:,} tokens {what:<16}{1e3 * median(seen):6.1f} ms  to the grant, median "
+                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms{told}"
+            )
+    if computed_s is not None:
+        lines.append(f"{TOKENS:,} tokens computed {1e3 * computed_s:14.1f} ms  in one thread")
+    num_hits = options.hits if options.hits is not None else 300 if options.quick else 2_000
+    if num_hits:
+        own, ended = hits(layout, num_hits), killed(layout, 3)
+        lines += [
+            f"hits alone {1e3 * own.alone_s:25.2f} ms  99 % of {num_hits:,} acquires",
+            f"hits beside working tiers {1e3 * own.beside_s:10.2f} ms  {own.blocks_per_s:,.0f} "
+            f"blocks a second moved; {own.beside_s / own.alone_s:.2f} times, goal {HITS_GOAL}",
+        ]
+        if ended:
+            lines.append(
+                f"the porter killed {1e3 * max(ended):18.1f} ms  until who waited was served, "
+                f"longest of {len(ended)}; goal {1e3 * KILLED_GOAL_S:.0f} ms"
             )
     lines += [
         f"{again.num_blocks:,} blocks of before{again.scan_s:7.2f} s  to look through their heads",
         f"a start with them {again.listening_s:14.2f} s  to listening; without {again.empty_s:.2f}",
-        f"offered again {again.offered_s:20.2f} s  after its first instruction",
+        f"offered again {again.offered_s:20.2f} s  after its first instruction; goal "
+        f"{OFFERED_GOAL_S:g} s",
         f"{TOKENS:,} tokens of them{1e3 * again.first_s:11.1f} ms  to the grant",
     ]
     made = provenance()
