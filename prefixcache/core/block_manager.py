@@ -474,12 +474,11 @@ class BlockManager:
     def _use_parts(self, lease: Lease, copied: Node | None) -> None:
         """Count the block that a lease copied from as used, and one that covers its tail."""
         tree, cover = self.tree, None
-        if copied is None:
-            pass
-        elif copied.tokens is lease.copied_tokens and not copied.lock_ref:
-            if not copied.blocks:
-                copied = None  # it was evicted
-        else:  # it was split or joined, or may be on the lease's own path
+        is_whole = copied is not None and copied.tokens is lease.copied_tokens
+        if copied is not None and is_whole and not copied.blocks:
+            copied = None  # it was evicted
+        elif copied is not None and (copied.lock_ref or not is_whole):
+            # It was split or joined, or may be on the lease's own path.
             at = lease.copied_at * TOKEN_BYTES
             copied = tree.after(lease.node, lease.start * TOKEN_BYTES, at, lease.copied_tokens)
         is_own = lease.committed > max(lease.start, lease.computed_from)

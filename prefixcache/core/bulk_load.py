@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prefixcache.core.node import FRESH, Node, Root
+from prefixcache.core.node import Node, Root, Run, Tail
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import BlockTable, Namespace
 
@@ -77,9 +77,7 @@ def load(tree: RadixTree, roots: Mapping[Namespace, Root], runs: Iterable[Stored
             first = key[:width]
             if tree.child(above, first) is not None:
                 break
-            node = Node(key, blocks, above, age)
-            if is_tail:
-                node.tail = FRESH
+            node: Node = (Tail if is_tail else Run)(key, blocks, above, age)
             if (several := above.several) is None:
                 above.put(node, width)
             else:
@@ -153,7 +151,7 @@ def _enter(tree: RadixTree, nodes: list[Node]) -> int:
     tree.num_blocks += total
     tree.evictable += total
     for node in nodes:
-        if node.tail:
+        if isinstance(node, Tail):
             tree.tails.offer(node)
         elif not node.is_inner:
             tree.queue.push(node)

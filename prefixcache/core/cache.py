@@ -957,7 +957,7 @@ class PrefixCache:
         """
         policy = self._levels(level)
         own = self._lessor.leases.get(worker, lease, now)
-        policy.retain(own.tail or own.node, level, now + ttl_s)
+        policy.retain(own.node, level, now + ttl_s)
 
     def _levels(self, level: int) -> Priority:
         policy = self._lessor.tree.policy

@@ -264,12 +264,14 @@ class LeafQueue:
         mark: What `node.queued` is of the leaves in this queue.
     """
 
-    __slots__ = ("_heap", "_key", "_mark", "_serial", "_tidying")
+    __slots__ = ("_heap", "_key", "_mark", "_most", "_serial", "_tidying")
 
     def __init__(self, policy: EvictionPolicy, mark: int = 1) -> None:
         self._key = policy.key
         self._mark = mark
         self._heap = Heap()
+        self._most: Any = None
+        """The largest key so far: what comes with a larger one needs no number to itself."""
         self._serial = 0
         self._tidying = Tidying()
 
@@ -283,8 +285,12 @@ class LeafQueue:
                 self._tidying.note_living()
             return
         node.queued = self._mark
-        self._serial += 1
-        heappush(self._heap.fresh, (self._key(node), self._serial, node))
+        key, number = self._key(node), 0
+        if self._most is None or key > self._most:
+            self._most = key
+        else:
+            self._serial = number = self._serial + 1
+        heappush(self._heap.fresh, (key, number, node))
         if self._tidying.is_on:
             self._tidying.seen.add(node)
         if self._tidying.is_due(len(self._heap)):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 
-from prefixcache.core.node import Children, Node, common_prefix
+from prefixcache.core.node import Children, Node, Run, common_prefix
 from prefixcache.core.tails import TailWorth
 from prefixcache.core.tiers import Tier
 from prefixcache.types import BlockTable
@@ -83,7 +83,7 @@ class Ghosts:
             above.ghosts = Children()
         above.ghosts.put(first, ghost)
         self._serial += 1
-        ghost.last_used = self._serial
+        ghost.burial = self._serial
         if ghost.tail:
             self.num_tails += 1
             self._tails.append((self._serial, ghost))
@@ -98,7 +98,7 @@ class Ghosts:
 
     def _line_up(self, ghost: Node) -> None:
         """Let a ghost of whole blocks be forgotten when it is the oldest.  O(1), amortised."""
-        self._fifo.append((ghost.last_used, ghost))
+        self._fifo.append((ghost.burial, ghost))
         if len(self._fifo) > 1024 and len(self._fifo) > 4 * self.num_blocks:
             self._fifo = self._tidied(self._fifo)
 
@@ -111,7 +111,7 @@ class Ghosts:
         only = next(iter(ghosts.values()))
         if (
             not only.tail
-            and ghost.used_until == only.used_until
+            and ghost.last_used == only.last_used
             and len(ghosts) == 1
             and len(ghost.tokens) + len(only.tokens) <= _MERGED_UNTIL
             and ghost.mark == only.mark
@@ -188,11 +188,11 @@ class Ghosts:
             if child is None:
                 near, same = node.ghosts.nearest(tokens[off : off + width])
                 if near is not None:
-                    found.append((same, near.last_used))
+                    found.append((same, near.burial))
                 break
             size = len(child.tokens)
             same = common_prefix(tokens, off, child.tokens, 0, min(size, end - off)) & ~3
-            found.append((same, child.last_used))
+            found.append((same, child.burial))
             off += same
             if same < size:
                 break
@@ -259,7 +259,7 @@ class Ghosts:
     def _forget_oldest(self, fifo: deque[tuple[int, Node]], bereft: list[Node]) -> None:
         serial, ghost = fifo.popleft()
         above = ghost.parent
-        if above is None or ghost.blocks or ghost.last_used != serial:
+        if above is None or ghost.blocks or ghost.burial != serial:
             return  # revived, swallowed or buried anew since
         self._drop(above, ghost)
         bereft.append(above)
@@ -269,13 +269,13 @@ class Ghosts:
         return deque(
             (serial, ghost)
             for serial, ghost in fifo
-            if ghost.parent is not None and not ghost.blocks and ghost.last_used == serial
+            if ghost.parent is not None and not ghost.blocks and ghost.burial == serial
         )
 
     def _split(self, ghost: Node, keep: int) -> None:
         """Cut a ghost's run after `keep` bytes; the rest becomes a ghost below it."""
-        lower = Node(ghost.tokens[keep:], array("i"), ghost, ghost.last_used)
-        lower.used_until = ghost.used_until
+        lower = Run(ghost.tokens[keep:], array("i"), ghost, ghost.last_used)
+        lower.burial = ghost.burial
         lower.mark = ghost.mark
         lower.divergence, ghost.divergence = ghost.divergence, None
         lower.ghosts = ghost.ghosts
@@ -289,7 +289,7 @@ class Ghosts:
             if lower.places is None:
                 self.num_blocks += -(-len(lower.tokens) // self.block_bytes)
         if lower.places is None:
-            self._fifo.appendleft((lower.last_used, lower))
+            self._fifo.appendleft((lower.burial, lower))
             if self.num_blocks > self.limit:  # it was not counted before
                 self._drop(ghost, lower)
 
@@ -320,7 +320,7 @@ class Ghosts:
         size = sign * -(-len(ghost.tokens) // self.block_bytes)
         if ghost.places is None:
             self.num_blocks += size
-        step = ghost.last_used // self._step
+        step = ghost.burial // self._step
         if left := self._living.get(step, 0) + size:
             self._living[step] = left
         else:

@@ -113,7 +113,7 @@ class Holdings:
         O(log tenants), amortised.
         """
         holding = self._get(ghost.root.namespace.tenant)
-        holding.ghosts[ghost.last_used] = ghost
+        holding.ghosts[ghost.burial] = ghost
         self._line_up(holding)
 
     def remove(self, tenant: str, serial: int) -> None:
@@ -152,7 +152,7 @@ class Holdings:
     def all_ghosts(self) -> list[Node]:
         """Give all ghosts, oldest first.  O(ghosts log ghosts)."""
         ghosts = [ghost for one in self._holdings.values() for ghost in one.ghosts.values()]
-        return sorted(ghosts, key=lambda ghost: ghost.last_used)
+        return sorted(ghosts, key=lambda ghost: ghost.burial)
 
     def _get(self, tenant: str) -> Holding:
         holding = self._holdings.get(tenant)
@@ -226,7 +226,7 @@ class Holdings:
             serials = list(holding.ghosts)
             assert serials == sorted(serials), f"ghosts of {tenant!r} out of order"
             for serial, ghost in holding.ghosts.items():
-                assert ghost.last_used == serial, f"ghost {ghost.last_used} stands as {serial}"
+                assert ghost.burial == serial, f"ghost {ghost.burial} stands as {serial}"
                 assert ghost.root.namespace.tenant == tenant, f"another's ghost has {tenant!r}"
             in_line = [serial for serial, one in self._all if one is holding]
             above = [serial for serial, one in self._above if one is holding]

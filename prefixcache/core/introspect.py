@@ -73,7 +73,7 @@ class _Sum:
         self.num_tokens: int = len(node.tokens) // TOKEN_BYTES
         self.num_blocks = len(node.blocks)
         self.is_ghost = above is not None and not node.blocks
-        self.leases = node.lock_ref
+        self.leases = 0 if self.is_ghost else node.lock_ref
         self.last = node.last_used
         self.shown = node.tokens[:_SHOWN_BYTES]
         self.runs = int(self.num_blocks > 0)

@@ -161,6 +161,15 @@ class Children(dict[bytes, Child]):
         at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
         return self[order[at + 1]] if at + 1 < len(order) else None
 
+    def stored(self, key: bytes) -> bytes:
+        """Give a key, which must be one, as the object that stands here.  O(log n)."""
+        order = self._order
+        if order is None:
+            return next(iter(self))
+        at = bisect_left(order, key) if type(order) is list else order.bisect_left(key)
+        other: bytes = order[at]
+        return other
+
     def last(self) -> Child:
         """Give the child with the largest key: there must be one.  O(log n)."""
         order = self._order
@@ -186,6 +195,17 @@ class Children(dict[bytes, Child]):
 
 FRESH, FOUND = 1, 2
 """`node.tail` of a tail that no request has found since it was stored, and of the others."""
+_NO_TAIL = 0
+_OF_BOTH: tuple[str, ...] = (
+    "blocks",
+    "in_root",
+    "last_used",
+    "lock_ref",
+    "parent",
+    "queued",
+    "tokens",
+)
+"""What runs and tails have; not written out there, or mypy took it for all that a node may have."""
 
 
 class Place:
@@ -198,52 +218,40 @@ class Place:
 
 
 class Node:
-    """A run of whole blocks below its parent; or a tail: one that is partly filled."""
+    """A run below its parent: of whole blocks, or a tail, which is one that is partly filled.
 
-    __slots__ = (
-        "blocks",
-        "copied",
-        "divergence",
-        "ghosts",
-        "in_root",
-        "last_used",
-        "lock_ref",
-        "mark",
-        "only",
-        "parent",
-        "pinned",
-        "places",
-        "queued",
-        "several",
-        "tail",
-        "tokens",
-        "used_until",
-    )
+    Nearly half of all are tails, which have no slots for what only a run has: it reads as nothing,
+    and whoever sets it at a node knows that it is a run.
+    """
+
+    __slots__ = _OF_BOTH
 
     tokens: bytes
     """Packed tokens of the run."""
     blocks: BlockTable
     """Its physical blocks; empty for a ghost and for a root."""
-    only: Node | None
-    """Its child, if it has but one."""
-    several: Children[Node] | None
-    """Its children, if they are more."""
-    ghosts: Children[Node] | None
     parent: Node | None
     """None for a root, and for a node that is no longer part of the tree."""
     in_root: Root | None
     """Where it hangs; None for a root: who refers to itself waits for the garbage collector."""
     lock_ref: int
-    """Locks on this very node, plus the number of locked children."""
+    """Locks on this very node, plus the number of locked children.  Of a ghost, which nobody can
+    lock, its `burial`."""
     last_used: int
-    """The stamp of the last use; of a ghost, the number of its burial."""
-    used_until: int
-    """Of a ghost, the stamp of the last use of its blocks."""
+    """The stamp of the last use; of a ghost, that of its blocks."""
     tail: int
     """Whether this is a tail: 0 no, 1 one that no request has found yet, 2 one that was found."""
     queued: int
     """Whether a queue has this leaf: 0 no, 1 the policy's, 2 the protected, 3 what was reset,
     4 the pinned.  Tails have places of their own."""
+
+    # Of runs; it reads as nothing of a tail.
+
+    only: Node | None
+    """Its child, if it has but one."""
+    several: Children[Node] | None
+    """Its children, if they are more."""
+    ghosts: Children[Node] | None
     pinned: int
     """How many pins cover these blocks."""
     copied: int
@@ -255,17 +263,6 @@ class Node:
     divergence: dict[int, Place] | None
     """Where requests left the stored tokens after this node, by tokens into the next block."""
 
-    def __init__(self, key: bytes, blocks: BlockTable, parent: Node | None, born: int) -> None:
-        self.tokens = key
-        self.blocks = blocks
-        self.parent = parent
-        self.only: Node | None = None
-        self.several = self.ghosts = self.divergence = self.mark = self.places = None
-        self.lock_ref = 0
-        self.last_used = born
-        self.used_until = self.queued = self.pinned = self.tail = self.copied = 0
-        self.in_root: Root | None = None if parent is None else parent.in_root or parent.root
-
     @property
     def root(self) -> Root:
         """Give the root that this hangs below; a root gives itself."""
@@ -273,6 +270,15 @@ class Node:
         if root is None:
             raise AssertionError("only a root hangs below nothing")
         return root
+
+    @property
+    def burial(self) -> int:
+        """Say as the how many-th this ghost was buried.  O(1)."""
+        return self.lock_ref
+
+    @burial.setter
+    def burial(self, number: int) -> None:
+        self.lock_ref = number
 
     @property
     def is_evictable(self) -> bool:
@@ -336,9 +342,15 @@ class Node:
             self.only, self.several = several.last(), None
 
     def replace(self, child: Node, other: Node, width: int) -> None:
-        """Let another node, with the same first block, stand in the place of a child.  O(1)."""
-        if self.several is not None:
-            self.several[other.tokens[:width]] = other
+        """Let another node, with the same first block, stand in the place of a child.
+
+        O(1); O(log siblings) if it has but that block.
+        """
+        several = self.several
+        if several is not None:
+            if len(other.tokens) == width:
+                other.tokens = several.stored(other.tokens)  # the same bytes, and so kept once
+            several[other.tokens[:width]] = other
         else:
             assert self.only is child
             self.only = other
@@ -370,7 +382,66 @@ class Node:
         return table
 
 
-class Root(Node):
+class Run(Node):
+    """A run of whole blocks."""
+
+    __slots__ = (
+        "copied",
+        "divergence",
+        "ghosts",
+        "mark",
+        "only",
+        "pinned",
+        "places",
+        "several",
+    )
+
+    tail: int = _NO_TAIL
+
+    def __init__(self, key: bytes, blocks: BlockTable, parent: Node | None, born: int) -> None:
+        self.tokens = key
+        self.blocks = blocks
+        self.parent = parent
+        self.lock_ref = 0
+        self.last_used = born
+        self.queued = 0
+        self.in_root = None if parent is None else parent.in_root or parent.root
+        self.only = None
+        self.several = self.ghosts = self.divergence = self.mark = self.places = None
+        self.pinned = self.copied = 0
+
+
+class Tail(Node):
+    """A block that is partly filled: nothing is below it, and no policy and no pin knows of it.
+
+    While nobody protects it, it stands in a line of tails, between two others.
+    """
+
+    __slots__ = ("older", "tail", "younger")
+
+    only: Node | None = None
+    several: Children[Node] | None = None
+    ghosts: Children[Node] | None = None
+    divergence: dict[int, Place] | None = None
+    mark: Any = None
+    places: BlockTable | None = None
+    pinned: int = 0
+    copied: int = 0
+
+    def __init__(self, key: bytes, blocks: BlockTable, parent: Node, born: int) -> None:
+        self.tokens = key
+        self.blocks = blocks
+        self.parent = parent
+        self.lock_ref = 0
+        self.last_used = born
+        self.queued = 0
+        self.in_root = parent.in_root or parent.root
+        self.tail = FRESH
+        self.older: Tail | None = None
+        self.younger: Tail | None = None
+
+
+class Root(Run):
     """The empty prefix of one namespace.  Always protected, never evicted."""
 
     __slots__ = (

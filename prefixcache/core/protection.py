@@ -35,7 +35,7 @@ from heapq import heappop, heappush
 
 from prefixcache.core.account import Account
 from prefixcache.core.eviction import LeafQueue, tell_locked
-from prefixcache.core.node import Match, Node, Root
+from prefixcache.core.node import Match, Node, Root, Tail
 from prefixcache.core.policies.lru import Lru
 from prefixcache.core.quota import Quotas
 from prefixcache.core.radix_tree import RadixTree
@@ -201,7 +201,7 @@ class ProtectedQueue:
     def _move(self, kept: LeafQueue, num_blocks: int) -> None:
         while num_blocks > 0 and (node := kept.pop()) is not None:
             num_blocks -= len(node.blocks)
-            if node.tail:
+            if isinstance(node, Tail):
                 self._tree.tails.offer(node)
             else:
                 self._inner.push(node)

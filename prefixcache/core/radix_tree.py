@@ -81,6 +81,8 @@ from prefixcache.core.node import (
     Match,
     Node,
     Root,
+    Run,
+    Tail,
     common_prefix,
     evictable_leaves,
 )
@@ -92,7 +94,7 @@ _NO_BLOCKS: BlockTable = array("i")
 """Those of a ghost, and of a node that is no longer part of the tree; never changed."""
 SWEPT = 3
 """`node.queued` of a leaf of a retired root that waits to be evicted before all others."""
-_NODE_BYTES = 540
+_NODE_BYTES = 370
 """What a node takes beside its tokens and ids: itself, its place among its siblings, in a queue."""
 _ALWAYS_MERGED = 32_768
 """Bytes of a merged run up to which copying it is cheaper than one more node on every descent."""
@@ -230,7 +232,7 @@ class RadixTree:
             run = child.tokens
             size = len(run)
             if tokens.startswith(run, off, end):
-                if child.tail:
+                if size < width:  # a tail
                     near, same = child, size
                     break
                 off += size
@@ -415,7 +417,7 @@ class RadixTree:
         that is found each second time.  A smaller part earns a place for a part of that time.
         Where it waits in a queue it stays: there keys may be older than their leaves.
         """
-        if node.tail:
+        if isinstance(node, Tail):
             is_small = 0 < 2 * num_copied * TOKEN_BYTES < len(node.tokens)
             self.tails.found(node, self.clock, is_enough=not is_small)
         if node.lock_ref or node.parent is None:
@@ -494,7 +496,7 @@ class RadixTree:
                 if (node.only is None and node.several is None) or not node.is_inner:
                     # Else it was told when it was still a leaf.
                     tell_locked(self.queue, node)
-            elif node.tail:
+            elif isinstance(node, Tail):
                 self.tails.drop(node)
 
     def unlock(self, node: Node, tail: Node | None = None) -> BlockTable | None:
@@ -549,14 +551,15 @@ class RadixTree:
                     )
                 break
             size += len(at.blocks)
-            if at.tail:
-                if worth is not None:
+            if worth is not None:
+                if at.tail:
                     worth.enter_tail(stamp)
-            elif worth is not None:
-                worth.enter(stamp, len(at.blocks))
-            if (at.only is None and at.several is None) or not at.is_inner:
+                else:
+                    worth.enter(stamp, len(at.blocks))
+            only = at.only
+            if only.tail if only is not None else at.several is None or not at.is_inner:
                 self._offer(at, root)
-            elif at.only is not None and below is not None and self._merge(below):
+            elif only is not None and below is not None and self._merge(below):
                 at = below
             below, at = at, at.parent
         if size:
@@ -669,16 +672,19 @@ class RadixTree:
         while run:
             ghost = self.ghosts.revive(node, run) if node.ghosts else None
             if ghost is None:
-                return self._adopt(node, Node(run, blocks, node, self.clock), absorbed)
+                if len(run) < width:
+                    return self._adopt(node, Tail(run, blocks, node, self.clock), absorbed)
+                return self._adopt(node, Run(run, blocks, node, self.clock), absorbed)
             size = len(ghost.tokens)
             count = -(-size // width)
             ghost.blocks = blocks[:count]
             ghost.last_used = self.clock
-            ghost.copied = 0
-            if self._revived is None or size < width:
-                ghost.mark = None
-            else:
-                self._revived(ghost)
+            if not ghost.tail:
+                ghost.copied = 0
+                if self._revived is None:
+                    ghost.mark = None
+                else:
+                    self._revived(ghost)
             tier = None if ghost.places is None else self.ghosts.tier
             if tier is not None:
                 tier.rise(ghost, ghost.blocks)
@@ -702,7 +708,7 @@ class RadixTree:
         need = num_blocks
         while need > 0:
             node = self._next_retired() if self._sweeps else None
-            if node is None and (tails.fresh or tails.again):
+            if node is None and (tails.fresh.first or tails.again.first) is not None:
                 node = tails.due() if self.shelter is None else self._due_tail()
             if node is None:
                 node = self.queue.pop() or tails.first()
@@ -855,7 +861,7 @@ class RadixTree:
             if node.queued != SWEPT:
                 node.queued = SWEPT
                 self._sweeps.append(iter((node,)))
-        elif node.tail:
+        elif isinstance(node, Tail):
             self.tails.offer(node)
         else:
             self.queue.push(node)
@@ -870,8 +876,7 @@ class RadixTree:
         mark = None if self._lost is None else self._lost(node, size)
         self._uncount(root, size)
         if self.ghosts.limit and not root.retired:
-            ghost = Node(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
-            ghost.used_until = node.last_used
+            ghost = Run(node.tokens[cut:], _NO_BLOCKS, node, node.last_used)
             ghost.divergence = node.divergence
             ghost.mark = mark
             if self._places:
@@ -902,11 +907,11 @@ class RadixTree:
         mark = None if self._lost is None or node.tail else self._lost(node, size)
         self._uncount(root, size)
         self._detach(node)
-        node.used_until = node.last_used
         if node.pinned and self.pins is not None:
             self.pins.buried(node, above)
         blocks, node.blocks = node.blocks, _NO_BLOCKS
-        node.mark = mark
+        if not node.tail:
+            node.mark = mark
         if self.ghosts.limit and not root.retired:
             node.parent = above
             if self._places:
@@ -952,7 +957,7 @@ class RadixTree:
         """Make a node with blocks a child, locked instead of `node`; drop the tail it covers."""
         child.lock_ref = 1
         width = self.block_bytes
-        if len(child.tokens) < width:
+        if child.tail:  # it may have been found before it was evicted
             child.tail = FRESH
         tail = node.only  # most often that of the same chat: it goes first, so no dict is made
         if tail is not None and tail.tail and self._covers(child, tail):
@@ -1013,8 +1018,8 @@ class RadixTree:
         if root is None or above is None:
             raise AssertionError("only a child can be detached")
         above.drop(node, self.block_bytes)
-        if node.tail:
-            (self.tails.fresh if node.tail == FRESH else self.tails.again).pop(node, None)
+        if isinstance(node, Tail):
+            self.tails.drop(node)
         root.num_changes += 1
         node.parent = None
         self.num_nodes -= 1
@@ -1043,7 +1048,7 @@ class RadixTree:
         width = self.block_bytes
         cut = used * width
         key = node.tokens
-        upper = Node(key[:cut], node.blocks[:used], above, node.last_used)
+        upper = Run(key[:cut], node.blocks[:used], above, node.last_used)
         upper.lock_ref = 1 if node.lock_ref else 0
         upper.mark = node.mark
         upper.pinned = node.pinned

@@ -25,9 +25,7 @@ that the first one holds.  Tails pay while what is gained, of late, is more than
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
-from prefixcache.core.node import FOUND, FRESH, Node
+from prefixcache.core.node import FOUND, FRESH, Node, Tail
 from prefixcache.types import TOKEN_BYTES
 
 _SURELY = 2
@@ -142,7 +140,7 @@ class TailWorth:
 
     def revived(self, ghost: Node) -> None:
         """Count what had been evicted and is stored again: it would have been found.  O(1)."""
-        stamp, size = ghost.used_until, len(ghost.tokens)
+        stamp, size = ghost.last_used, len(ghost.tokens)
         if ghost.tail:
             if stamp >= self.first:
                 self._gained += size // TOKEN_BYTES
@@ -154,9 +152,9 @@ class TailWorth:
     def forget(self, ghost: Node) -> None:
         """Count a ghost no more.  O(1)."""
         if ghost.tail:
-            self.leave_tail(ghost.used_until)
+            self.leave_tail(ghost.last_used)
         else:
-            self.leave(ghost.used_until, len(ghost.tokens) // self._block_bytes)
+            self.leave(ghost.last_used, len(ghost.tokens) // self._block_bytes)
 
     def make_room(self, num_left: int, num_blocks: int) -> None:
         """Say whether tails pay, before blocks are evicted.  O(`num_blocks`).
@@ -184,6 +182,41 @@ class TailWorth:
         self.pays = more > (0 if self.pays else self._threshold)
 
 
+class Line:
+    """Tails, the one that came first ahead.  Each knows its neighbours, so no table is kept."""
+
+    __slots__ = ("first", "last", "size")
+
+    def __init__(self) -> None:
+        self.first: Tail | None = None
+        self.last: Tail | None = None
+        self.size = 0
+
+    def append(self, tail: Tail) -> None:
+        """Put a tail last that is in no line."""
+        tail.older = last = self.last
+        if last is None:
+            self.first = tail
+        else:
+            last.younger = tail
+        self.last = tail
+        self.size += 1
+
+    def remove(self, tail: Tail) -> None:
+        """Take a tail out that is in this line."""
+        older, younger = tail.older, tail.younger
+        if older is None:
+            self.first = younger
+        else:
+            older.younger = younger
+        if younger is None:
+            self.last = older
+        else:
+            younger.older = older
+        tail.older = tail.younger = None
+        self.size -= 1
+
+
 class Tails:
     """The unprotected tails, each in its place until it is used, protected or gone.  O(1) a step.
 
@@ -193,28 +226,34 @@ class Tails:
     __slots__ = ("again", "fresh", "worth")
 
     def __init__(self) -> None:
-        self.fresh: OrderedDict[Node, None] = OrderedDict()
+        self.fresh = Line()
         """Those of which no request has found half or more since they were stored …"""
-        self.again: OrderedDict[Node, None] = OrderedDict()
+        self.again = Line()
         """… and the others."""
         self.worth: TailWorth | None = None
         """Whether they pay; None until half of the pool is used."""
 
     def __len__(self) -> int:
-        return len(self.fresh) + len(self.again)
+        return self.fresh.size + self.again.size
 
-    def __contains__(self, tail: Node) -> bool:
-        return tail in self.fresh or tail in self.again
+    def __contains__(self, node: Node) -> bool:
+        return isinstance(node, Tail) and (
+            node.older is not None or node in (self.fresh.first, self.again.first)
+        )
 
-    def offer(self, tail: Node) -> None:
-        """Put a tail last that is unprotected now, and was not here."""
-        (self.fresh if tail.tail == FRESH else self.again)[tail] = None
+    def offer(self, tail: Tail) -> None:
+        """Put a tail last that is unprotected now; if it is here, it stays where it is."""
+        line = self.fresh if tail.tail == FRESH else self.again
+        if tail.older is None and line.first is not tail:
+            line.append(tail)
 
-    def drop(self, tail: Node) -> None:
+    def drop(self, tail: Tail) -> None:
         """Take a tail out, if it is here."""
-        (self.fresh if tail.tail == FRESH else self.again).pop(tail, None)
+        line = self.fresh if tail.tail == FRESH else self.again
+        if tail.older is not None or line.first is tail:
+            line.remove(tail)
 
-    def found(self, tail: Node, stamp: int, *, is_enough: bool = True) -> None:
+    def found(self, tail: Tail, stamp: int, *, is_enough: bool = True) -> None:
         """Take note that a request has found a tail; if it is unprotected, it is used now.
 
         Args:
@@ -222,34 +261,32 @@ class Tails:
             stamp: When.
             is_enough: Whether that was half of it, or more; else it earns no place by that.
         """
-        if tail.tail == FRESH and is_enough:
-            tail.tail = FOUND
-            if tail in self.fresh:
-                del self.fresh[tail]
-                self.again[tail] = None
-        elif tail in self.fresh:
-            self.fresh.move_to_end(tail)
-        elif tail in self.again:
-            self.again.move_to_end(tail)
+        line = self.fresh if tail.tail == FRESH else self.again
+        is_here = tail.older is not None or line.first is tail
+        if is_here:
+            line.remove(tail)
+        if is_enough:
+            tail.tail, line = FOUND, self.again
+        if is_here:
+            line.append(tail)
         worth = self.worth
         if worth is not None and not tail.lock_ref:
             worth.leave_tail(tail.last_used)
             worth.enter_tail(stamp)
 
-    def due(self) -> Node | None:
+    def due(self) -> Tail | None:
         """Give the tail that goes before the policy's next leaf; None if none does."""
-        worth = self.worth
-        tail = next(iter(self.fresh), None)
+        worth, tail = self.worth, self.fresh.first
         if tail is not None and (worth is None or not worth.pays or tail.last_used < worth.first):
             return tail
-        if worth is None or not self.again:
+        tail = self.again.first
+        if worth is None or tail is None:
             return None
-        tail = next(iter(self.again))
         return tail if tail.last_used < worth.first else None
 
-    def first(self) -> Node | None:
+    def first(self) -> Tail | None:
         """Give the tail that was used longest ago: nothing else is left.  None if there is none."""
-        fresh, again = next(iter(self.fresh), None), next(iter(self.again), None)
+        fresh, again = self.fresh.first, self.again.first
         if fresh is None or (again is not None and again.last_used < fresh.last_used):
             return again
         return fresh

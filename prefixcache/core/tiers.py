@@ -639,7 +639,7 @@ class Tier:
     def step_out(self, ghost: Node) -> None:
         """Let a ghost stand in the order no more: its blocks are about to be in the pool."""
         if ghost.places is not None:
-            tenant, serial = ghost.root.namespace.tenant, ghost.last_used
+            tenant, serial = ghost.root.namespace.tenant, ghost.burial
             if self.holdings.ghost(tenant, serial) is ghost:
                 self._take_out(tenant, serial)
 
@@ -665,7 +665,7 @@ class Tier:
             lower.places = upper.places[num_blocks:]
             upper.places = upper.places[:num_blocks]
             self.holdings.put(lower)
-            if self._upper.ghost(lower.root.namespace.tenant, lower.last_used) is not None:
+            if self._upper.ghost(lower.root.namespace.tenant, lower.burial) is not None:
                 self._upper.put(lower)
 
     def may_join(self, upper: Node, lower: Node, last_burial: int) -> bool:
@@ -676,12 +676,12 @@ class Tier:
         if upper.places is None or lower.places is None:
             return upper.places is lower.places
         is_whole = len(upper.places) * self._block_bytes == len(upper.tokens)
-        return is_whole and lower.last_used == last_burial
+        return is_whole and lower.burial == last_burial
 
     def join(self, upper: Node, lower: Node) -> None:
         """Give a ghost the places of the one that it swallows."""
         if upper.places is not None and lower.places is not None:
-            self._take_out(lower.root.namespace.tenant, lower.last_used)
+            self._take_out(lower.root.namespace.tenant, lower.burial)
             upper.places += lower.places
             lower.places = None
 
@@ -864,7 +864,7 @@ class Tier:
             in_host = self._slots[index] < self.num_host
             in_host_of[tenant] += int((in_host & ((self._states[index] & _MOVING) == 0)).sum())
             if self.num_disk and in_host.any():
-                found_at = self._upper.ghost(tenant, ghost.last_used)
+                found_at = self._upper.ghost(tenant, ghost.burial)
                 assert found_at is ghost, "a ghost in HOST that nobody would move"
         assert self.holdings.counts() == {name: count for name, count in of.items() if count}
         told = {name: self.num_host_of(name) for name in of}

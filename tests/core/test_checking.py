@@ -12,7 +12,7 @@ from core.test_machine import Seeded, shape_for
 from core.world import World
 from prefixcache.core import invariants
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.node import Node
+from prefixcache.core.node import Node, Run
 from prefixcache.types import Checked, Grant, LeaseId, Namespace, Partial, WorkerId, pack
 
 ME = WorkerId(1)
@@ -129,12 +129,12 @@ def a_reference_too_many(storm: Storm) -> None:
 
 
 def a_ghost_with_blocks(storm: Storm) -> None:
-    ghost = Node(pack([8] * 4), storm.kept.blocks[:1], storm.kept, 0)
+    ghost = Run(pack([8] * 4), storm.kept.blocks[:1], storm.kept, 0)
     storm.tree.ghosts.bury(storm.kept, ghost)
 
 
 def a_child_of_another_parent(storm: Storm) -> None:
-    storm.kept.parent = Node(b"", storm.kept.blocks[:0], storm.kept.root, 0)
+    storm.kept.parent = Run(b"", storm.kept.blocks[:0], storm.kept.root, 0)
 
 
 def a_sum_of_blocks(storm: Storm) -> None:

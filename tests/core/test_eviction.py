@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import random
+from array import array
 
 import pytest
 
 from core.oracle import LeafLru, Tokens
 from core.replay import Replay
 from prefixcache.core.cache import PrefixCache
+from prefixcache.core.eviction import LeafQueue
+from prefixcache.core.node import Root, Run
 from prefixcache.core.policies import POLICIES
+from prefixcache.core.policies.lru import Lru
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
 NAMESPACES = (Namespace("a"), Namespace("b"))
@@ -65,3 +69,18 @@ def test_leaves_that_were_reset_do_not_wait_for_their_turn(policy: str) -> None:
         cache.reset(space)
     assert len(cache._lessor.tree.queue) <= 1024 + 1
     cache.check()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_leaves_of_the_same_age_go_in_the_order_in_which_they_came(seed: int) -> None:
+    draw, queue, root = random.Random(seed), LeafQueue(Lru()), Root(NAMESPACES[0])
+    waiting: list[Run] = []
+    for number in range(2_000):
+        if draw.random() < 0.6:
+            age = number // 100 - draw.choice((0, 0, 0, 1, 5))
+            waiting.append(leaf := Run(pack([number]), array("i", [number]), root, age))
+            queue.push(leaf)
+        elif waiting:
+            first = min(waiting, key=lambda leaf: leaf.last_used)  # of equal ones, the first
+            waiting.remove(first)
+            assert queue.pop() is first

@@ -13,7 +13,7 @@ from core.lives import SIZE, SPACES, Counted, Lives
 from prefixcache.core.block_keys import BlockKeys
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.found import Found, Remains
-from prefixcache.core.node import Node, Root
+from prefixcache.core.node import Root, Run
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.core.tiers import Tier
 from prefixcache.errors import InvalidRequest
@@ -286,7 +286,8 @@ def test_no_more_slots_are_taken_than_places_while_the_disk_is_full_and_fails() 
     tier.adopt(remains(*((slot, slot, slot + 1) for slot in range(8))))
     root = Root(SPACE)
     for number in range(1, 6):
-        ghost = Node(pack([number]), array("i"), root, number)
+        ghost = Run(pack([number]), array("i"), root, 0)
+        ghost.burial = number
         ghost.places = tier.take(1, 0)
         tier.written(ghost.places, 1)
         tier.enter(ghost)

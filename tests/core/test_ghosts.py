@@ -8,14 +8,14 @@ import pytest
 
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.ghosts import Ghosts
-from prefixcache.core.node import Node, Root
+from prefixcache.core.node import Node, Root, Run
 from prefixcache.types import Namespace, Partial, WorkerId, pack
 
 ME, HERE = WorkerId(1), Namespace("m")
 
 
 def ghost(above: Node, number: int, num_blocks: int = 1) -> Node:
-    return Node(pack([number] * 4 * num_blocks), array("i"), above, 0)
+    return Run(pack([number] * 4 * num_blocks), array("i"), above, 0)
 
 
 def serve(cache: PrefixCache, tokens: list[int], namespace: Namespace = HERE) -> None:

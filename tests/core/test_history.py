@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prefixcache.core import history
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.history import WINDOW_S, Divergence
-from prefixcache.core.node import Node
+from prefixcache.core.node import Node, Run
 from prefixcache.errors import InvalidRequest, NotFound
 from prefixcache.types import (
     Explanation,
@@ -72,7 +72,7 @@ def test_the_hour_goes_by_minute_by_minute() -> None:
 def test_the_window_counts_what_a_list_of_all_partings_does(
     steps: list[tuple[int, int]], later: int
 ) -> None:
-    partings, node, now, seen = Divergence(1 << 20), Node(b"", [], None, 0), 0, []  # type: ignore[arg-type]
+    partings, node, now, seen = Divergence(1 << 20), Run(b"", [], None, 0), 0, []  # type: ignore[arg-type]
     for into, wait in steps:
         now += wait
         partings.note(node, into, float(now))
@@ -85,7 +85,7 @@ def test_the_window_counts_what_a_list_of_all_partings_does(
 
 def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
     partings = Divergence(1 << 20)
-    nodes = [Node(b"", [], None, 0) for _ in range(1200)]  # type: ignore[arg-type]
+    nodes = [Run(b"", [], None, 0) for _ in range(1200)]  # type: ignore[arg-type]
     for node in nodes:
         partings.note(node, 1, 0.0)
     assert sum(partings.at(node, 1, 0.0) for node in nodes) == 1024
@@ -97,7 +97,7 @@ def test_places_are_bounded_in_a_minute_and_at_a_node() -> None:
 
 def test_places_are_bounded_in_bytes_by_dropping_the_oldest_minutes() -> None:
     partings = Divergence(max_bytes=100_000)
-    nodes = [Node(b"", [], None, 0) for _ in range(3000)]  # type: ignore[arg-type]
+    nodes = [Run(b"", [], None, 0) for _ in range(3000)]  # type: ignore[arg-type]
     for number, node in enumerate(nodes):
         partings.note(node, 1, float(number))
         assert partings.num_bytes <= 100_000

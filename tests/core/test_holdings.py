@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 
 from core.test_tiers import Shelf
 from prefixcache.core.holdings import Holdings
-from prefixcache.core.node import Node, Root
+from prefixcache.core.node import Node, Root, Run
 from prefixcache.core.tiers import Tier
 from prefixcache.types import Grant, HoldingInfo, Namespace, WorkerId, pack
 
 ME = WorkerId(1)
 TENANTS = ("a", "b", "c")
+
+
+def buried(tokens: bytes, root: Root, number: int) -> Node:
+    ghost = Run(tokens, array("i"), root, 0)
+    ghost.burial = number
+    return ghost
 
 
 class Tenants(Shelf):
@@ -197,7 +203,7 @@ def test_who_goes_first_is_who_a_naive_list_says(num_slots: int, steps: list) ->
             naive.blocks += [Block(which, (serial, -at)) for at in range(count)]
             places = tier.take(count)
             assert len(places) == count
-            ghost = Node(bytes(4 * count), array("i"), roots[which], serial)
+            ghost = buried(bytes(4 * count), roots[which], serial)
             tier.copy(ghost, array("i", range(count)), places)
             tier.enter(ghost)
             tier.written(places[:], count)
@@ -205,7 +211,7 @@ def test_who_goes_first_is_who_a_naive_list_says(num_slots: int, steps: list) ->
         elif what == "leave" and ghosts:
             gone = ghosts.pop(which % len(ghosts))
             tier.leave(gone)
-            naive.blocks = [one for one in naive.blocks if one.age[0] != gone.last_used]
+            naive.blocks = [one for one in naive.blocks if one.age[0] != gone.burial]
         elif what == "known":
             known = which
             tier.set_tenants(known)
@@ -218,9 +224,7 @@ def test_who_goes_first_is_who_a_naive_list_says(num_slots: int, steps: list) ->
             for name in known:
                 naive.kept[name] = naive.kept.get(name, 0) + each
         ghosts = [one for one in ghosts if one.places]
-        there = [
-            (one.root.namespace.tenant, one.last_used, len(one.places or ())) for one in ghosts
-        ]
+        there = [(one.root.namespace.tenant, one.burial, len(one.places or ())) for one in ghosts]
         told = [
             (one.tenant, one.age[0], sum(two.age[0] == one.age[0] for two in naive.blocks))
             for one in naive.blocks
@@ -235,7 +239,7 @@ def test_who_goes_first_is_who_a_naive_list_says(num_slots: int, steps: list) ->
 def test_a_line_does_not_grow_with_all_who_ever_had_something() -> None:
     holdings = Holdings()
     for serial in range(5_000):
-        ghost = Node(b"", array("i"), Root(Namespace("m", tenant=str(serial))), serial)
+        ghost = buried(b"", Root(Namespace("m", tenant=str(serial))), serial)
         holdings.add(str(serial), 1)
         holdings.put(ghost)
         holdings.remove(str(serial), serial)
@@ -249,7 +253,7 @@ def test_who_is_passed_over_stands_where_it_stood_afterwards() -> None:
     holdings = Holdings()
     for serial, name in enumerate(TENANTS):
         holdings.add(name, 1)
-        holdings.put(Node(b"", array("i"), Root(Namespace("m", tenant=name)), serial))
+        holdings.put(buried(b"", Root(Namespace("m", tenant=name)), serial))
     holdings.keep({"a": 1})
     order = []
     while (one := holdings.next()) is not None:
@@ -265,7 +269,7 @@ def test_who_is_passed_over_stands_where_it_stood_afterwards() -> None:
 
 def test_a_ghost_that_left_as_the_only_one_may_come_back() -> None:
     holdings = Holdings()
-    ghost = Node(b"", array("i"), Root(Namespace("m", tenant="a")), 5)
+    ghost = buried(b"", Root(Namespace("m", tenant="a")), 5)
     for _ in range(3):
         holdings.add("a", 1)
         holdings.put(ghost)

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.node import FRESH, Children, Node, Root, common_prefix
+from prefixcache.core.node import Children, Node, Root, Run, Tail, common_prefix
 from prefixcache.core.policies import POLICIES
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
@@ -16,7 +16,7 @@ ROOT = Root(Namespace("m"))
 
 
 def child(key: bytes) -> Node:
-    return Node(key, array("i"), ROOT, 0)
+    return Run(key, array("i"), ROOT, 0)
 
 
 def shared(a: bytes, b: bytes) -> int:
@@ -88,8 +88,7 @@ def test_an_only_child_is_found_and_replaced_as_one_of_several_is(seed: int) -> 
     for _ in range(300):
         key = pack([draw.randrange(4) for _ in range(draw.choice((1, 2, 2)))])
         if key not in there and draw.random() < 2 / (1 + len(there)):
-            one = child(key)
-            one.tail = FRESH if len(key) < width else 0
+            one = child(key) if len(key) == width else Tail(key, array("i"), above, 0)
             below = [other for other in there if other < key]
             before = above.put(one, width)
             assert before is (there[max(below)] if below else None)
@@ -115,6 +114,23 @@ def test_an_only_child_is_found_and_replaced_as_one_of_several_is(seed: int) -> 
         assert (found is None) == (size == 0)
         if found is not None:
             assert shared(found.tokens[:width], asked) == size
+
+
+@pytest.mark.parametrize("size", [2, 700])
+def test_a_run_of_one_block_among_others_is_the_same_bytes_as_its_key(size: int) -> None:
+    above, width = child(b""), 8
+    runs = [child(pack([number, 0, 1, 1])) for number in range(size)]
+    for run in runs:
+        above.put(run, width)
+    first = child(pack([1, 0]))
+    above.replace(runs[1], first, width)
+    assert above.several is not None
+    (key,) = [key for key in above.several if key == first.tokens]
+    assert key is first.tokens
+    assert first.tokens == pack([1, 0])
+    above.replace(first, longer := child(pack([1, 0, 2, 2])), width)
+    assert above.several[key] is longer
+    assert longer.tokens == pack([1, 0, 2, 2])
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 255, 256, 257, 500, 768, 1024, 5000])

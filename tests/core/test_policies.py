@@ -16,7 +16,7 @@ from prefixcache.core import eviction
 from prefixcache.core.bulk_load import StoredRun
 from prefixcache.core.cache import PrefixCache
 from prefixcache.core.eviction import EvictionPolicy, Queue
-from prefixcache.core.node import Node, Root
+from prefixcache.core.node import Node, Root, Run
 from prefixcache.core.policies import POLICIES, policy_named
 from prefixcache.core.policies.arc import Arc
 from prefixcache.core.policies.hazard import Access, AgeGrid, Hazard, Hazards
@@ -478,7 +478,7 @@ def test_arc_grows_it_by_how_many_ghosts_the_other_list_has_for_each_of_its_own(
 ) -> None:
     policy = Arc(100)
     policy._ghosts[:] = ghosts
-    leaf = Node(pack([1]), array("i", [0]), Root(SPACE), 0)
+    leaf = Run(pack([1]), array("i", [0]), Root(SPACE), 0)
     policy._return(leaf, 0, 0, 1)
     assert policy._p == step
 
@@ -670,7 +670,7 @@ def test_uses_are_counted_one_by_one_or_not_at_all(policy: str) -> None:
 
 def test_attention_costs_as_much_as_the_linear_layers_at_32768_tokens() -> None:
     policy = policy_named("cost-aware")
-    leaf = Node(bytes(4 * 32_768), array("i", [0]), Root(SPACE), 0)
+    leaf = Run(bytes(4 * 32_768), array("i", [0]), Root(SPACE), 0)
     assert policy.key(leaf) == 0.0  # nobody used it: restored
     leaf.mark = (1, 0.0)
     assert policy.key(leaf) == 2.0

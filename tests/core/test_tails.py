@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from array import array
+from random import Random
 
 import pytest
 
 from core.effort import calls
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.node import Root
+from prefixcache.core.node import FRESH, Root, Tail
 from prefixcache.core.policies import POLICIES
 from prefixcache.core.policies.hazard import Hazard
 from prefixcache.core.radix_tree import RadixTree
+from prefixcache.core.tails import Tails
 from prefixcache.types import Grant, Namespace, WorkerId, pack
 
 ME, SPACE = WorkerId(1), Namespace("m")
@@ -265,3 +267,35 @@ def test_tails_push_nothing_out_of_what_a_policy_remembers() -> None:
     ghosts = cache._lessor.tree.ghosts
     assert (ghosts.num_blocks, ghosts.num_tails) == (2, 2)
     cache.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tails_stand_in_two_lines_as_they_would_in_two_lists(seed: int) -> None:
+    draw, tails, root = Random(seed), Tails(), Root(SPACE)
+    known = [Tail(pack([number]), array("i", [number]), root, number) for number in range(12)]
+    fresh: list[Tail] = []
+    again: list[Tail] = []
+    for stamp in range(400):
+        tail, deed = draw.choice(known), draw.choice(("offer", "drop", "found"))
+        here = fresh if tail.tail == FRESH else again
+        if deed == "offer":
+            tails.offer(tail)
+            here += [] if tail in here else [tail]
+        elif deed == "drop":
+            tails.drop(tail)
+            here[:] = [one for one in here if one is not tail]
+        else:
+            tails.found(tail, stamp)
+            if tail in here:
+                here.remove(tail)
+                again.append(tail)
+        assert len(tails) == len(fresh) + len(again)
+        assert [one in tails for one in known] == [one in fresh + again for one in known]
+        assert (tails.fresh.first, tails.again.first) == (
+            fresh[0] if fresh else None,
+            again[0] if again else None,
+        )
+        assert (tails.fresh.last, tails.again.last) == (
+            fresh[-1] if fresh else None,
+            again[-1] if again else None,
+        )

@@ -15,7 +15,7 @@ from types import FunctionType, MethodType, ModuleType
 from typing import Protocol
 
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.node import Root
+from prefixcache.core.node import Node, Root
 from prefixcache.core.radix_tree import RadixTree
 from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, WorkerId
 from prefixcache_bench.speed.baseline_radix import BaselineTree
@@ -121,8 +121,18 @@ class Core:
         return deep_size(self.cache)
 
     def index_bytes(self) -> int:
-        """Count the memory of the index: nodes, tokens, block ids, the order of eviction."""
-        return deep_size(self.tree)
+        """Count the memory of the index: nodes, tokens, block ids, the order of eviction.
+
+        Where requests parted stands at nodes, too, but history answers for it, within its bytes.
+        """
+        nodes: list[Node] = [self.root]
+        size = deep_size(self.tree)
+        while nodes:
+            node = nodes.pop()
+            nodes.extend(node.children)
+            if node.divergence is not None:
+                size -= deep_size(node.divergence)
+        return size
 
 
 class Baseline:
