@@ -1,7 +1,7 @@
 """Bytes that are no message: told to their sender as bad input, not a failure of the server.
 
 A part (a field of a message, or of one inside it) may be two bytes on the wire, and takes a hundred
-once it is read.  So the parts of a large message are counted before it is.
+once it is read.  So the parts of a message are counted before it is, if so many could be in it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ _MOST_PARTS: Final = 2048
 """Of a message beside its ops: an attach that speaks for a thousand lost workers has most."""
 _PARTS_OF_OP: Final = 16
 """An op, its fields, and those of what they hold: no verb has more."""
+_BYTES_OF_PART: Final = 2
+"""A part has a tag, and a value or its length."""
 
 
 class BadRequest(str):
@@ -35,6 +37,7 @@ def reader(message_class: Any, max_ops: int = 0) -> Callable[[bytes], Any]:
         max_ops: How many ops one of them may have; 0: it is no batch.
     """
     most_parts = _MOST_PARTS + _PARTS_OF_OP * max_ops
+    uncounted = max(SMALL_BYTES, most_parts * _BYTES_OF_PART)
     less = "ops at a time (--max-ops)" if max_ops else "of them"
     parse = message_class.FromString
     descriptor = message_class.DESCRIPTOR
@@ -42,7 +45,7 @@ def reader(message_class: Any, max_ops: int = 0) -> Callable[[bytes], Any]:
 
     def read(data: bytes) -> Any:
         try:
-            if len(data) > SMALL_BYTES and count_parts(data, descriptor, most_parts) > most_parts:
+            if len(data) > uncounted and count_parts(data, descriptor, most_parts) > most_parts:
                 return BadRequest(
                     f"{len(data):,} bytes of {name} with more than {most_parts:,} fields: send "
                     f"fewer {less}"

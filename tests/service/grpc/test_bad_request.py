@@ -91,6 +91,12 @@ def test_a_message_of_tiny_parts_is_refused_before_it_is_read(message: Any, body
     assert f"more than {most} fields: send fewer {fewer}" in told
 
 
+def test_as_many_parts_as_are_allowed_are_read_and_not_one_more() -> None:
+    read, most = reader(pb.OpBatch, 4096), 67_584
+    assert len(read(b"\x0a\x00" * most).ops) == most
+    assert isinstance(read(b"\x0a\x00" * (most + 1)), BadRequest)
+
+
 def test_as_many_ops_as_are_allowed_are_read_with_all_their_fields() -> None:
     batch = pb.OpBatch(ops=[pb.Op(id=2**63, acquire=FULL)] * 4096)
     assert reader(pb.OpBatch, 4096)(batch.SerializeToString()) == batch
