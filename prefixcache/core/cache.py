@@ -768,6 +768,7 @@ class PrefixCache:
         limit, work = (inf, inf) if most is None else (most, None)
         lessor.pins.expire(now, limit)
         lessor.give_up_restores(now)
+        lessor.waiting.call_late(now)
         over = lessor.end_leaving(now, limit)
         if not over or most is None:
             due = lessor.leases.due(now, limit)

@@ -54,7 +54,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
             *(spans(ledger), ledger, None, b"", 0),
             elsewhere=_elsewhere(lessor, namespace, tokens, 0),
             num_below=len(below) * lessor.blocks.block_size,
-            below_s=sum([one.fetch_s for one in on_tiers]),
+            below_s=_together_s(lessor, on_tiers),
             below=on_tiers + on_remote,
             holding=_holding(lessor, namespace.tenant),
         )
@@ -84,7 +84,7 @@ def explain(lessor: Lessor, namespace: Namespace, tokens: bytes, now: float) -> 
         num_pending=0 if gain is None else gain.num_tokens,
         elsewhere=_elsewhere(lessor, namespace, tokens, ledger.reused),
         num_below=len(below) * lessor.blocks.block_size,
-        below_s=sum([one.fetch_s for one in on_tiers]),
+        below_s=_together_s(lessor, on_tiers),
         below=on_tiers + on_remote,
         holding=_holding(lessor, namespace.tenant),
     )
@@ -126,6 +126,15 @@ def _holding(lessor: Lessor, tenant: str) -> HoldingInfo | None:
     if lessor.hauls is None or not lessor.hauls.sizes.below:
         return None
     return lessor.hauls.tier.holding(tenant)
+
+
+def _together_s(lessor: Lessor, below: tuple[TierSpan, ...]) -> float:
+    """Say about how long all of it takes to come back, one part after the other."""
+    if lessor.hauls is None or not below:
+        return 0.0
+    speeds = lessor.hauls.worth.speeds
+    before = [speeds[TIER_NAMES.index(part.tier)].latency_s for part in below[:-1]]
+    return below[-1].fetch_s + sum(before)
 
 
 def recount(lessor: Lessor, past: GrantRecord, tokens: bytes, now: float) -> Explanation:

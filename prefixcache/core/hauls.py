@@ -50,6 +50,7 @@ from prefixcache.core.lease import Lease
 from prefixcache.core.radix_tree import Sunk
 from prefixcache.core.remote import NAME_BYTES, REMOTE, QuestionId, Remote, Storing
 from prefixcache.core.tiers import Move, Stamps, Tier
+from prefixcache.core.wait_queue import SLACK_S
 from prefixcache.core.worth import Rate, Verdict, Worth
 from prefixcache.core.write_limit import WriteLimit
 from prefixcache.types import BlockTable, HaulId, WorkerId
@@ -60,7 +61,6 @@ PORTER: Final = WorkerId(-(2**31))
 NEVER: Final = 1e12
 """The time at which the leases of restores end by themselves."""
 
-_SLACK_S: Final = 0.05
 _LESS: Final = 16
 """What part of the blocks is kept free while no tier pays that are while one does."""
 _FORGET: Final = 256
@@ -460,7 +460,7 @@ class Hauls:
         restore.question = None
         restore.begun = now
         restore.worked_s = self._worked_s[True]
-        restore.due = now + _AS_LONG_AGAIN * restore.verdict.fetch_s + _SLACK_S
+        restore.due = now + _AS_LONG_AGAIN * restore.verdict.fetch_s + SLACK_S
         if restore.is_waited_for:
             heappush(self._dues, (restore.due, restore.lease.serial))
         self.num_rising += len(blocks)
@@ -520,7 +520,7 @@ class Hauls:
         self.tier.begin_reading(places)
         self.num_rising += len(places)
         self.rising[verdict.tier] += len(places)
-        due = now + _AS_LONG_AGAIN * verdict.fetch_s + _SLACK_S
+        due = now + _AS_LONG_AGAIN * verdict.fetch_s + SLACK_S
         restore = self._begin(lease, verdict, now, due, is_waited_for=is_waited_for)
         blocks = lease.table[lease.private_from :]
         for at in range(0, len(places), self.sizes.piece):

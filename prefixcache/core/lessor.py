@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
 
@@ -244,7 +245,7 @@ class Lessor:
             return Waiting(ticket.id, None, 0)
         if isinstance(outcome, JoinGain):
             ticket = waiting.enter(request, tenant, now + wait_s)
-            waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
+            waiting.wait_for(ticket, outcome.owner.serial, outcome.target, request.waits_until)
             return Waiting(ticket.id, outcome.owner.id, outcome.num_tokens)
         if waiting.tickets and waiting.line:
             waiting.line.note_bypass(waiting.line.heads())
@@ -268,23 +269,25 @@ class Lessor:
         stored = match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
         if not request.reuse:
             match = tree.match(root, tokens, 0)
+        request.end_wait(now)
         pending = 0
         if (
             self.inflight.below
             and request.reuse
             and (gain := self.inflight.find(root, match, tokens)) is not None
         ):
-            if wait:
-                self._note_wait(request, match, gain)
+            if wait and (gain.owner.worker != PORTER or request.patience_s > 0):
+                self._note_wait(request, match, gain, now)
                 return gain
             pending = gain.num_tokens
         if (
             self.hauls is not None
             and wait
             and request.reuse
+            and request.patience_s > 0
             and (gain := self._brought_back(request, root, match, now)) is not None
         ):
-            self._note_wait(request, match, gain)
+            self._note_wait(request, match, gain, now)
             return gain
         if request.segments is not None:
             moved = self._attempt_segments(member, request, root, match, pending, now)
@@ -420,13 +423,15 @@ class Lessor:
 
     # ------------------------------------------------------------------ what moves between tiers
 
-    def _note_wait(self, request: Request, match: Match, gain: JoinGain) -> None:
+    def _note_wait(self, request: Request, match: Match, gain: JoinGain, now: float) -> None:
         """Note from where on a request waits for others, and whether for a restore."""
         if request.first_end < 0:
             request.first_end = match.end
         request.count_restored(match.end)
-        if gain.owner.worker == PORTER:
+        if gain.owner.worker == PORTER and self.hauls is not None:
             request.restored_from = match.end
+            restore = self.hauls.restores[gain.owner.serial]
+            request.begin_wait((gain.owner.serial, restore.begun), restore.due, now)
 
     def below(self, match: Match, tokens: bytes) -> BlockTable:
         """Give the places of what follows a match and could be brought back.  Changes nothing."""
@@ -1115,7 +1120,9 @@ class Lessor:
             self._settle(ticket, error)
             return False
         if isinstance(outcome, JoinGain):
-            self.waiting.wait_for(ticket, outcome.owner.serial, outcome.target)
+            request = ticket.request
+            until = request.waits_until if isinstance(request, Request) else inf
+            self.waiting.wait_for(ticket, outcome.owner.serial, outcome.target, until)
             return False
         self.waiting.line.end_turn(ticket)
         self._settle(ticket, outcome)

@@ -37,6 +37,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from math import inf
 
 from prefixcache.core.inflight import Waiters
 from prefixcache.core.lease import KeptBytes, Lease
@@ -47,6 +48,10 @@ from prefixcache.texts import many
 from prefixcache.types import TOKEN_BYTES, Again, Namespace, TicketId, WorkerId
 
 MAX_BYPASSES = 16
+
+SLACK_S = 0.05
+"""A request waits so much longer for what lies below the pool than twice what that is expected to
+take: once, however many tiers it waits for."""
 
 
 @dataclass(slots=True)
@@ -78,6 +83,32 @@ class Request:
     """Why it does not wait for what lies below; empty if it does, or if nothing lies there."""
     declined_tier: int = 0
     """Where that lies."""
+    patience_s: float = SLACK_S
+    """How long it still waits for what lies below, however many tiers that is on, one after the
+    other: what each may take is added when the wait for it begins."""
+    awaited: tuple[int, float] | None = None
+    """What was added last, so that it is added once."""
+    waits_until: float = inf
+    """When the present wait for what lies below is over."""
+
+    def begin_wait(self, awaited: tuple[int, float], due: float, now: float) -> None:
+        """Take note of a wait for what lies below.
+
+        Args:
+            awaited: What for.
+            due: When it should be there, and has long been; `SLACK_S` included.
+            now: The time.
+        """
+        if awaited != self.awaited:
+            self.awaited = awaited
+            self.patience_s += max(0.0, due - now - SLACK_S)
+        self.waits_until = now + self.patience_s
+
+    def end_wait(self, now: float) -> None:
+        """Take note that it waits no more, or not for what lies below.  O(1)."""
+        if self.waits_until < inf:
+            self.patience_s = max(0.0, self.waits_until - now)
+            self.waits_until = inf
 
     def waited_for(self, end: int) -> tuple[int, int]:
         """Give how many tokens others have computed, and a tier has given back, since it waits.
@@ -134,6 +165,8 @@ class Ticket:
     """With whom."""
     target: int = 0
     """Tokens that the owner must have indexed."""
+    until: float = inf
+    """When it waits for that owner no longer."""
     in_line: bool = False
     num_bypassed: int = 0
     """How often somebody behind it in the line was served."""
@@ -337,6 +370,7 @@ class WaitQueue:
         "_by_worker",
         "_calls",
         "_deadlines",
+        "_lates",
         "_next",
         "_prompts",
         "_ready",
@@ -358,6 +392,8 @@ class WaitQueue:
         """Whose wait may be over, and how much their owner has indexed: they have to be found."""
         self._searches: dict[int, _Search] = {}
         self._deadlines: list[tuple[float, TicketId]] = []
+        self._lates: list[tuple[float, TicketId]] = []
+        """When who waits for a flight does so no longer, if that is before its deadline."""
         self._next = 0
 
     def enter(self, request: Request | Extension, tenant: str, deadline: float) -> Ticket:
@@ -378,11 +414,17 @@ class WaitQueue:
         """Give the tickets of a worker.  O(its own)."""
         return list(self._by_worker.get(worker, {}).values())
 
-    def wait_for(self, ticket: Ticket, owner: int, target: int) -> None:
-        """Let a ticket wait until `owner` has indexed `target` tokens, or has ended."""
+    def wait_for(self, ticket: Ticket, owner: int, target: int, until: float = inf) -> None:
+        """Let a ticket wait until `owner` has indexed `target` tokens, or has ended, or so long."""
         self.line.leave(ticket)
         waiters = self._by_owner.setdefault(owner, Waiters())
         ticket.owner, ticket.target, ticket.beside = owner, target, waiters
+        ticket.until = until
+        if until < ticket.deadline:
+            if len(self._lates) > 2 * len(self.tickets) + _SPARE_DEADLINES:
+                self._lates = [entry for entry in self._lates if self._is_patient(entry)]
+                heapify(self._lates)
+            heappush(self._lates, (until, ticket.id))
         if len(waiters.heap) > 2 * waiters.count + _STALE:
             waiters.heap = [one for one in waiters.heap if self._waits(one, waiters)]
             heapify(waiters.heap)
@@ -531,22 +573,48 @@ class WaitQueue:
                 return ticket
         return None
 
+    def call_late(self, now: float) -> None:
+        """Let those be tried who wait for their flight no longer, some hundred at most.
+
+        O(these · log waiting).
+        """
+        heap = self._lates
+        for _ in range(_STALE):
+            if not heap or heap[0][0] >= now:
+                return
+            entry = heappop(heap)
+            if self._is_patient(entry):
+                ticket = self.tickets[entry[1]]
+                self.stop_waiting(ticket)
+                self._ready.append(ticket)
+
+    def _is_patient(self, entry: tuple[float, TicketId]) -> bool:
+        """Whether somebody waits for a flight, and until that time."""
+        ticket = self.tickets.get(entry[1])
+        return ticket is not None and ticket.owner is not None and ticket.until == entry[0]
+
     def next_deadline(self) -> float | None:
         """Give a time before which no wait is over by itself; None if nobody waits.
 
         Of those who have left, few are dropped in one go: then the time is too early.
         """
-        heap = self._deadlines
+        heap, lates = self._deadlines, self._lates
         for _ in range(_STALE):
             if not heap or heap[0][1] in self.tickets:
                 break
             heappop(heap)
-        return heap[0][0] if heap else None
+        for _ in range(_STALE):
+            if not lates or self._is_patient(lates[0]):
+                break
+            heappop(lates)
+        times = [one[0][0] for one in (heap, lates) if one]
+        return min(times, default=None)
 
     def check(self) -> None:
         """Assert that each ticket is in one place, where it can be found.  O(waiting)."""
         self.line.check()
         waits: Counter[Waiters] = Counter()
+        late = set(self._lates)
         ready = Counter(ticket.id for ticket in self._ready)
         assert not ready or max(ready.values()) == 1, "ready twice"
         for number, ticket in self.tickets.items():
@@ -555,6 +623,8 @@ class WaitQueue:
             assert places == 1, f"ticket {number} is in {places} places"
             if ticket.owner is not None and ticket.beside is not None:
                 waits[ticket.beside] += 1
+                is_told = (ticket.until, number) in late
+                assert is_told or ticket.until >= ticket.deadline, f"{number} waits without an end"
                 assert (ticket.target, number) in ticket.beside.heap, f"{number} is not called"
                 if self._calls.get(ticket.beside, 0) is not None:
                     assert self._by_owner[ticket.owner] is ticket.beside, f"{number} waits alone"

@@ -6,10 +6,19 @@ import pytest
 
 from prefixcache.core.block_keys import PassingGenerations
 from prefixcache.core.cache import PrefixCache
-from prefixcache.core.hauls import Haul, TierSizes
+from prefixcache.core.hauls import Haul, Hauls, TierSizes
 from prefixcache.core.remote import NAME_BYTES, Question
 from prefixcache.errors import PoolExhausted
-from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, Waiting, WorkerId, pack
+from prefixcache.types import (
+    TOKEN_BYTES,
+    Explanation,
+    Grant,
+    Namespace,
+    Partial,
+    Waiting,
+    WorkerId,
+    pack,
+)
 
 ME, OTHER = WorkerId(1), WorkerId(2)
 SPACE = Namespace("model@1")
@@ -452,3 +461,81 @@ def test_what_is_fetched_slowly_is_computed_and_found_quick_again(
     assert set(cached[2:100]) == {0}
     assert other.told.declined_slow > 64
     assert cached[-1] == 80, "it pays again"
+
+
+class Lagging(Machine):
+    """A machine with all tiers, of which each brings all it should, just before it is too late."""
+
+    def __init__(self, store: dict[bytes, bytes]) -> None:
+        super().__init__(store)
+        sizes = TierSizes(host=24, ahead=40, piece=4, disk=64, host_ahead=2, remote=PIECE)
+        self.cache = PrefixCache(64, SIZE, partial=Partial.OFF, tiers=sizes)
+        self.cache.set_porter(is_there=True, now=0.0)
+        self.cache.set_remote(is_there=True, now=0.0)
+        self.cache.attach(ME, SPACE, now=0.0)
+
+    def carry(self, *, good: int | None = None) -> list[Haul]:
+        hauls = self.cache.hauls(now=self.now)
+        for haul in hauls:
+            num_good = max(len(haul.blocks), len(haul.slots)) if good is None else good
+            self.cache.hauled(haul.id, num_good, 0.001, now=self.now)
+            self.cache.check()
+        return hauls
+
+    def wait(self, prompt: bytes) -> float:
+        """Have a request wait; give how long it did."""
+        started = self.now
+        assert isinstance(self.acquire(prompt), Waiting)
+        while not (outcomes := self.cache.take_outcomes()):
+            due, alarm = self.hauls.next_due(), self.cache.next_deadline()
+            assert due is not None
+            assert alarm is not None
+            if alarm < due - STEP_S:
+                self.now = max(self.now, alarm) + STEP_S / 100
+                self.cache.expire(now=self.now)
+            else:
+                self.now = max(self.now, due - STEP_S)
+                self.answer()
+                self.carry()
+            self.cache.check()
+        ((_, grant),) = outcomes
+        assert isinstance(grant, Grant)
+        self.cache.release(ME, grant.lease, now=self.now)
+        return self.now - started
+
+    def below(self, prompt: bytes) -> Explanation:
+        """Say where the blocks of a prompt lie, also elsewhere: that has to be asked first."""
+        self.cache.explain(SPACE, prompt, now=self.now)
+        self.answer()
+        return self.cache.explain(SPACE, prompt, now=self.now)
+
+    @property
+    def hauls(self) -> Hauls:
+        hauls = self.cache._lessor.hauls
+        assert hauls is not None
+        return hauls
+
+
+STEP_S = 0.001
+LONG = pack(range(100, 261))
+"""Forty blocks, of which the first twenty are those of the prompt, and a token."""
+
+
+def test_who_waits_for_several_tiers_waits_past_what_is_predicted_once(
+    store: dict[bytes, bytes],
+) -> None:
+    Machine(store).compute(LONG)
+    lagging = Lagging(store)
+    lagging.compute()
+    for _ in range(2):  # the second time they come back: so it is known how long that takes
+        for other in range(4):
+            first = 1000 * (1 + other)
+            lagging.compute(pack(range(first, first + 33)))
+    told = lagging.below(LONG)
+    assert [part.tier for part in told.below] == ["host", "disk", "remote"]
+    assert told.below_s == pytest.approx(told.below[1].fetch_s), "what is before it is in that"
+    predicted = told.below_s + told.below[-1].fetch_s
+    assert predicted < 0.02
+    took = lagging.wait(LONG)
+    assert took > 0.05, "each of them is late"
+    assert took <= 2 * predicted + 0.05 + STEP_S
