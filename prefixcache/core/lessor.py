@@ -567,8 +567,9 @@ class Lessor:
     def _note_declined(self, request: Request, root: Root, now: float) -> None:
         """Count a request that was granted without what lies below; at times look there again.
 
-        Then a piece at most is brought back, to see whether it still takes too long.  Nobody waits
-        for it, and nothing is evicted for it.  O(1), at most once a second O(nodes + tokens).
+        Then a piece at most is brought back, to see whether it still takes too long; of what is
+        known to be slow, less, since what lies elsewhere waits behind it.  Nobody waits for it, and
+        nothing is evicted for it.  O(1), at most once a second O(nodes + tokens).
         """
         hauls, tokens = self.hauls, request.tokens
         if hauls is None:
@@ -587,7 +588,7 @@ class Lessor:
                 if asked is not None:
                     speed.explore(now)
             return
-        most = min(hauls.sizes.piece, self.blocks.pool.num_free)
+        most = min(speed.num_explored(hauls.sizes.piece), self.blocks.pool.num_free)
         if not (places := self.below(match, tokens)[:most]):
             return
         verdict = hauls.weigh(places, None)[0]

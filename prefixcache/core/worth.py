@@ -55,6 +55,8 @@ _EXPLORED: Final = 64
 """One in so many that are declined is looked at again …"""
 _PAUSE_S: Final = 1.0
 """… if so much time has passed since the last one."""
+_EXPLORED_S: Final = 0.1
+"""… of as many blocks as are expected to take that long: others wait behind them."""
 _MUCH_QUICKER: Final = 2
 _UNWORTHY: Final = 64
 """Requests for which it was not worth it, and none for which it was: then the tiers do not pay …"""
@@ -188,6 +190,10 @@ class Speed:
         self._since += 1
         last = self._explored_at
         return self._since >= _EXPLORED and (last is None or not 0 <= now - last < _PAUSE_S)
+
+    def num_explored(self, piece: int) -> int:
+        """Say how many blocks are looked at: of a slow tier fewer than a piece.  O(1)."""
+        return max(1, min(piece, int(_EXPLORED_S / max(self.block_s, 1e-9))))
 
     def explore(self, now: float) -> None:
         """Take note that it is looked at now."""

@@ -344,6 +344,26 @@ def test_a_tier_that_stands_still_is_waited_for_by_few() -> None:
     assert engine.counts.declined_slow > engine.counts.declined_busy
 
 
+def test_of_a_slow_tier_little_is_looked_at_and_of_others_a_piece() -> None:
+    speed = Speed(0.2)
+    assert speed.num_explored(16) == 1
+    speed.note(16, 0.32)
+    assert speed.num_explored(16) == 5
+    for _ in range(8):
+        speed.note(16, 0.0)
+    assert speed.num_explored(16) == 16
+    engine = Engine(2000, lambda _: 0.2, TOKEN_S)
+    looked = set()
+    for tokens in chats(400, 9):
+        engine.ask(tokens)
+        hauls = engine.cache._lessor.hauls
+        assert hauls is not None
+        looked |= {
+            one.verdict.num_blocks for one in hauls.restores.values() if not one.is_waited_for
+        }
+    assert looked == {1}
+
+
 def test_one_namespace_says_nothing_of_another() -> None:
     engine = Engine(2000, lambda _: 0.5 * COMPUTED, TOKEN_S)
     load(engine, 60, 6)

@@ -20,10 +20,10 @@ LAYOUT = Layout(1, 1, 4, "float32")
 """32 bytes a token: a pool of a few kilobytes."""
 
 
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(
-        str(ROOT / part) for part in (".", "kernels", "worker", "bench", "tests")
-    )
+def environment(*first: Path) -> dict[str, str]:
+    """Give that of a process; modules are looked for in `first`, then in ours."""
+    ours = [ROOT / part for part in (".", "kernels", "worker", "bench", "tests")]
+    path = os.pathsep.join(map(str, [*first, *ours]))
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFIXCACHE_")}
     return clean | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
@@ -33,16 +33,25 @@ def command(*arguments: str) -> list[str]:
 
 
 class ServiceProcess:
-    """`prefixcache serve` in a subprocess."""
+    """`prefixcache serve` in a subprocess.
 
-    def __init__(self, target: str, *flags: str, num_files: int | None = None) -> None:
+    Args:
+        target: Where it listens.
+        flags: Of `serve`.
+        num_files: Descriptors that it may have; None: as many as this process.
+        first: Where its processes look for modules first.
+    """
+
+    def __init__(
+        self, target: str, *flags: str, num_files: int | None = None, first: tuple[Path, ...] = ()
+    ) -> None:
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - lives as long as the process
         limited = ["sh", "-c", 'ulimit -n "$0"; exec "$@"', str(num_files)] if num_files else []
         self.process = subprocess.Popen(
             limited + command("serve", "--listen", target, *flags),
             stdout=subprocess.PIPE,
             stderr=self.errors,
-            env=environment(),
+            env=environment(*first),
             text=True,
         )
         assert self.process.stdout is not None
@@ -93,8 +102,10 @@ def sizes(num_blocks: int, block_size: int, layout: Layout = LAYOUT) -> list[str
 
 
 @contextmanager
-def running(target: str, *flags: str, num_files: int | None = None) -> Iterator[ServiceProcess]:
-    service = ServiceProcess(target, *flags, num_files=num_files)
+def running(
+    target: str, *flags: str, num_files: int | None = None, first: tuple[Path, ...] = ()
+) -> Iterator[ServiceProcess]:
+    service = ServiceProcess(target, *flags, num_files=num_files, first=first)
     try:
         yield service
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
@@ -36,12 +37,23 @@ CHAT = 80
 class Machine:
     """A service with a worker: what a block holds depends on all tokens up to its end."""
 
-    def __init__(self, stack: ExitStack, folder: Path, store: ValkeyServer, *flags: str) -> None:
+    token_s = 0.0
+    """How long computing a token takes."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        folder: Path,
+        store: ValkeyServer,
+        *flags: str,
+        first: tuple[Path, ...] = (),
+    ) -> None:
         self.service: ServiceProcess = stack.enter_context(
             running(
                 f"unix:{folder}/cache.sock",
                 *sizes(NUM_BLOCKS, SIZE),
                 *("--remote", store.address, "--partial", "off", "--grace", "1", *flags),
+                first=first,
             )
         )
         eventually(lambda: "carrier at work" in self.service.log())
@@ -71,6 +83,7 @@ class Machine:
                     self.num_wrong += not (self.pages[:, block] == self.content(tokens, at)).all()
                 else:
                     self.pages[:, block] = self.content(tokens, at)
+            time.sleep(self.token_s * (CHAT - lease.num_cached))
             lease.commit(CHAT)
             return lease.ledger
 
