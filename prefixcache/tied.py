@@ -15,6 +15,14 @@ from typing import Final
 PR_SET_PDEATHSIG: Final = 1
 
 
+def to_this(number: int) -> list[str]:
+    """Give what has to stand before a command line: this process is the parent.
+
+    The kernel ends what is tied when the thread that has started it ends.
+    """
+    return [sys.executable, "-IS", __file__, str(os.getpid()), str(int(number))]
+
+
 def main(parent: int, number: int, command: list[str]) -> None:
     """Become `command`, which gets a signal when the process `parent` dies.  Does not return."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -37,6 +37,7 @@ WORDS = (
     "prefixcache.remote_address",
     "prefixcache.private_files",
     "prefixcache.run_folder",
+    "prefixcache.tied",
     "prefixcache.plain_json",
     "prefixcache.certificates",
     "prefixcache.model_folders",

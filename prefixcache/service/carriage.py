@@ -17,7 +17,6 @@ pause, too (`supervisor.py`); one that has not answered for ten seconds is kille
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import time
 from array import array
@@ -327,7 +326,7 @@ class Carriage:
 
     async def _connect(self, ours: list[socket.socket]) -> None:
         """Say to a new carrier where everything is, and listen to him."""
-        order = self._backing.carrier_order() | {"parent": os.getpid()}
+        order = self._backing.carrier_order()
         for kind, line in zip(Kind, ours, strict=True):
             line.setblocking(False)
             stream, writer = await asyncio.open_connection(sock=line)

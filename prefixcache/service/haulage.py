@@ -198,7 +198,7 @@ class Haulage:
         if not lines:
             return
         [self._line] = lines
-        order = self._backing.order() | {"seed": self._seed, "parent": os.getpid()}
+        order = self._backing.order() | {"seed": self._seed}
         self._line.setblocking(False)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._line.send(json_text(order).encode())

@@ -5,6 +5,8 @@ start ─► starting ─► ready ─► … ─► has ended ─► a pause, 1
             │          │               ▲
             └──────────┴─ is silent ─► killed
 ```
+It ends with the service, however that ends, from its first moment on (`tied.py`).
+
 What such a process had in hand may be taken back only once it is known to have ended: until then
 it might write.
 """
@@ -23,6 +25,7 @@ from typing import Final
 
 import structlog
 
+from prefixcache import tied
 from prefixcache.service.failures import Failures
 from prefixcache.texts import many
 
@@ -107,8 +110,9 @@ class Supervisor:
                 ours.append(pair[0])
                 theirs.append(pair[1])
             numbers = [one.fileno() for one in theirs]
+            module = [sys.executable, "-m", self._module, *map(str, numbers)]
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter
-                [sys.executable, "-m", self._module, *map(str, numbers)],
+                [*tied.to_this(signal.SIGKILL), *module],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # some store's library writes there
                 pass_fds=[*numbers, *files],

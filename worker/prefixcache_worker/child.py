@@ -20,13 +20,13 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from prefixcache import tied
+
 LINE_BYTES: Final = 1 << 24
 """Longest line that is read from a child."""
 
 STOP_S: Final = 5.0
 """How long a process may take to end by itself before it is killed."""
-
-_TIED: Final = Path(__file__).with_name("tied.py")
 
 
 class ProcessFailed(Exception):
@@ -85,8 +85,8 @@ class Child:
             self.errors.parent.mkdir(mode=0o700, exist_ok=True)
             with self.errors.open("wb") as errors:
                 self.process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                    *(str(int(self.orphan_signal)), *self.arguments),
+                    *tied.to_this(self.orphan_signal),
+                    *self.arguments,
                     stdin=stdin,
                     stdout=stdout,
                     stderr=errors,

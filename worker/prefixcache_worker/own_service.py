@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Final
 
 import prefixcache
+from prefixcache import tied
 from prefixcache.errors import ServiceUnavailable
 from prefixcache.run_folder import RunFolder
 from prefixcache_worker.child import STOP_S
 from prefixcache_worker.child_service import SERVE
 
 _READY_S: Final = 60.0
-_TIED: Final = Path(__file__).with_name("tied.py")
 
 
 class OwnService:
@@ -65,8 +65,8 @@ class OwnService:
                 with errors.open("wb") as file:
                     process = subprocess.Popen(
                         [
-                            *(sys.executable, "-S", str(_TIED), str(os.getpid())),
-                            *(str(int(signal.SIGTERM)), *SERVE, "--listen", self.target, *options),
+                            *tied.to_this(signal.SIGTERM),
+                            *(*SERVE, "--listen", self.target, *options),
                         ],
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,

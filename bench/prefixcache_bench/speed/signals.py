@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any, Final
 
-from prefixcache_worker import tied
+from prefixcache import tied
 
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -53,8 +53,7 @@ def tied_to_this(command: Sequence[str]) -> list[str]:
     To be started by the thread that waits for it: what it is tied to is that thread.
     """
     program = shutil.which(command[0]) or command[0]
-    tie = [sys.executable, "-S", str(tied.__file__), str(os.getpid()), str(int(signal.SIGTERM))]
-    return [*tie, program, *command[1:]]
+    return [*tied.to_this(signal.SIGTERM), program, *command[1:]]
 
 
 def kill_session(process: subprocess.Popen[Any]) -> None:

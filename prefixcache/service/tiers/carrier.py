@@ -38,7 +38,6 @@ from prefixcache.service.tiers.errands import (
     read_errand,
 )
 from prefixcache.service.tiers.objects import Namer, map_stage
-from prefixcache.service.tiers.porter import die_with
 from prefixcache.service.tiers.remote.mooncake import Mooncake
 from prefixcache.service.tiers.remote.store import (
     RemoteError,
@@ -213,7 +212,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [socket.socket(fileno=int(number)) for number in numbers]
     with lines[0].makefile("rb") as stream:
         order: dict[str, Any] = json.loads(stream.readline(MOST_BYTES))
-    die_with(order["parent"])
     address = RemoteAddress(*order["address"])
     _, slots = map_stage(order["stage"])
     namer = Namer(order["layout"], order["block_size"], bytes.fromhex(order["secret"]))

@@ -16,7 +16,6 @@ or was copied while its block was another's already, is a miss.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -46,7 +45,6 @@ from prefixcache.service.tiers.slab import SlabMap
 from prefixcache.types import BlockTable
 
 _NICENESS: Final = 5
-_PR_SET_PDEATHSIG: Final = 1
 
 
 class Porter:
@@ -220,21 +218,12 @@ def serve(line: socket.socket, porter: Porter) -> None:
         line.sendall(pack_report(Report(haul.id, num_good, took, porter.error)))
 
 
-def die_with(parent: int) -> None:
-    """End when the service does, however that ends, and although nothing is read just now."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)  # it has ended before we asked
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Be a service's porter: the file descriptor of our end of the socket is the argument."""
     number = (sys.argv[1:] if arguments is None else arguments)[0]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service
     with socket.socket(fileno=int(number)) as line:
         order: dict[str, Any] = json.loads(line.recv(MOST_BYTES))
-        die_with(order["parent"])
         os.nice(_NICENESS)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             memory = SlabMap(order)
