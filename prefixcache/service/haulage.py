@@ -1,7 +1,7 @@
 """Haulage: the service's end of the porter.  Gives him hauls, tells the core how they ended.
 
 ```
-core ─ hauls ─► up   ─┐ at most two    ┌─► porter ─┐
+core ─ hauls ─► up   ─┐ some of them   ┌─► porter ─┐
                 down ─┴─► in his hands ┘           └─ report ─► core ─► who waits is tried again
 ```
 What goes to a store elsewhere, or comes from there, passes through slots, and through the hands of
@@ -46,7 +46,10 @@ DISK: Final = "the disk below the pool"
 """How they are called among the parts that have ended."""
 
 _IN_HAND: Final = 2
-"""Hauls that a porter is given at the same time: while he reports one, he has the next."""
+"""Hauls that a porter is given at the same time: while he reports one, he has the next …"""
+_IN_HAND_UP: Final = 8
+"""… and of those that come back, which go first in any case: on a crowded machine each time that he
+has to be given more costs who waits a turn of the processor."""
 _SPARED: Final = 1
 """Porters that may end, and failures of the disk, while all goes there: with more of either what is
 left is given up."""
@@ -89,7 +92,7 @@ class Haulage:
             PART,
             "prefixcache.service.tiers.porter",
             failures,
-            in_hand_since=lambda: min(self._in_hand.values(), default=None),
+            in_hand_since=self.in_hand_since,
             ended=self._ended,
             again=self.pump,
             silent_s=silent_s,
@@ -101,6 +104,7 @@ class Haulage:
         self._down: deque[Haul] = deque()
         self._in_hand: dict[HaulId, float] = {}
         """When each haul that he has was given to him."""
+        self._heard_at = -math.inf
         self._to_disk: dict[HaulId, int] = {}
         """Those of them that write to the disk, and how many blocks of each come from the pool."""
         self._first_pause_s = self._disk_pause_s = first_pause_s
@@ -129,6 +133,14 @@ class Haulage:
     def is_at_work(self) -> bool:
         """Whether there is a porter who has said that he is ready."""
         return self._supervisor.is_ready
+
+    def in_hand_since(self) -> float | None:
+        """Say since when he has had something in hand without a report; None: he has nothing.
+
+        A slow disk makes a slow porter, not one that hangs.
+        """
+        since = min(self._in_hand.values(), default=None)
+        return None if since is None else max(since, self._heard_at)
 
     def pump(self) -> None:
         """Take new hauls of the core, and give the porter what he has a hand free for.
@@ -206,8 +218,9 @@ class Haulage:
 
     def _give(self) -> None:
         line = self._line
-        while line is not None and len(self._in_hand) < _IN_HAND and (self._up or self._down):
-            queue = self._up or self._down
+        while line is not None and (queue := self._up or self._down):
+            if len(self._in_hand) >= (_IN_HAND_UP if self._up else _IN_HAND):
+                return
             try:
                 line.send(pack_haul(queue[0]))
             except BlockingIOError:
@@ -236,7 +249,7 @@ class Haulage:
             self._hang_up()
             self._supervisor.kill("hung up" if not message else "sends what is no report")
             return
-        now = time.monotonic()
+        now = self._heard_at = time.monotonic()
         self._in_hand.pop(report.haul, None)
         if report.haul == READY:
             self._supervisor.ready()

@@ -6,8 +6,11 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ from patience import PATIENCE_S
 from prefixcache.cli import status
 from prefixcache.client import Client
 from prefixcache.config import ServeSettings, load
+from prefixcache.core.hauls import Haul
 from prefixcache.pool import PoolFile
 from prefixcache.service.backing import Backing
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
 from prefixcache.service.haulage import Haulage
+from prefixcache.types import HaulId
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -228,6 +233,62 @@ def test_a_porter_that_does_not_report_is_killed_and_replaced() -> None:
             backing.close()
 
     asyncio.run(story())
+
+
+def test_a_porter_that_reports_is_slow_and_does_not_hang() -> None:
+    async def story() -> None:
+        backing, failures = Backing(here()), Failures()
+        deliveries = Deliveries(backing)
+        haulage = Haulage(backing, deliveries, failures)
+        cache = backing.cache
+        assert cache is not None
+        try:
+            assert haulage.in_hand_since() is None
+            haulage.pump()
+            await eventually_here(lambda: haulage.is_at_work)
+            began = time.monotonic()
+            os.kill(haulage.pid, signal.SIGSTOP)
+            fill(cache, deliveries)
+            given = haulage.in_hand_since()
+            assert given is not None
+            assert given >= began
+            haulage._in_hand[HaulId(-1)] = given  # it stands behind the others
+            os.kill(haulage.pid, signal.SIGCONT)
+            await eventually_here(lambda: haulage._in_hand.keys() == {HaulId(-1)})
+            since = haulage.in_hand_since()
+            assert since is not None
+            assert since > given, "he has been heard since"
+        finally:
+            haulage.close()
+            deliveries.close()
+            backing.close()
+
+    asyncio.run(story())
+
+
+def test_more_of_what_comes_back_is_in_hand_than_of_what_goes_down() -> None:
+    backing = Backing(here())
+    haulage = Haulage(backing, Deliveries(backing), Failures())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        haulage._line = ours
+        for number in range(40):
+            haulage.hand(haul(HaulId(number), is_up=number % 2 == 1))
+        haulage._give()
+        in_hand = [number % 2 for number in haulage._in_hand]
+        assert all(in_hand), "they go first"
+        assert len(in_hand) > 2
+        haulage._in_hand.clear()
+        haulage._up.clear()
+        haulage._give()
+        assert len(haulage._in_hand) == 2
+        haulage._line = None
+    backing.close()
+
+
+def haul(number: HaulId, *, is_up: bool) -> Haul:
+    tokens = bytes(4 * SIZE)
+    return Haul(number, is_up, array("i", [1]), array("i", [1]), array("q", [1]), tokens)
 
 
 def test_a_slab_that_was_changed_by_others_is_read_by_nobody(client: Client) -> None:
