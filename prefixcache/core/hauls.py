@@ -613,7 +613,7 @@ class Hauls:
         restore.pieces.remove(number)
         self._worked_s[tier == REMOTE] += seconds
         speed = self.worth.speeds[tier]
-        note = speed.note if restore.is_waited_for else speed.note_explored
+        note = speed.note_explored if restore.is_given_up else speed.note
         note(len(haul.blocks), seconds)
         if not restore.pieces:
             self._learn(restore, now)
@@ -644,6 +644,8 @@ class Hauls:
         took_s = now - over.begun
         worked_s = self._worked_s[over.verdict.tier == REMOTE] - over.worked_s
         speed.note_restore(took_s - worked_s)
+        if not over.is_given_up:
+            speed.trust()
         if compute_s is not None and not over.is_given_up:
             speed.note_gain(took_s, compute_s)
 

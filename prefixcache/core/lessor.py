@@ -269,7 +269,8 @@ class Lessor:
         stored = match = tree.match(root, tokens, len(tokens) - TOKEN_BYTES)
         if not request.reuse:
             match = tree.match(root, tokens, 0)
-        request.end_wait(now)
+        if request.waits_until < inf:
+            request.end_wait(now)
         pending = 0
         if (
             self.inflight.below

@@ -105,10 +105,9 @@ class Request:
         self.waits_until = now + self.patience_s
 
     def end_wait(self, now: float) -> None:
-        """Take note that it waits no more, or not for what lies below.  O(1)."""
-        if self.waits_until < inf:
-            self.patience_s = max(0.0, self.waits_until - now)
-            self.waits_until = inf
+        """Take note that it waits for what lies below no more, or not for the same.  O(1)."""
+        self.patience_s = max(0.0, self.waits_until - now)
+        self.waits_until = inf
 
     def waited_for(self, end: int) -> tuple[int, int]:
         """Give how many tokens others have computed, and a tier has given back, since it waits.

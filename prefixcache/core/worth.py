@@ -9,8 +9,9 @@ fetched if  fetch < 0.8 · compute            tokens 1,024-2,048 lie on HOST: 29
 ```
 
 **A tier** is known by its last few hauls: what they took together, by all their blocks.  What a
-restore took beyond its hauls is its latency.  One that is late teaches at once: the haul that has
-not come back yet takes at least as long as it has taken so far, whatever those before it took.
+restore took beyond its hauls is its latency; half of the last few took less, so that a porter who
+was stopped once is not taken for slow.  One that is late teaches at once: the haul that has not
+come back yet takes at least as long as it has taken so far, whatever those before it took.
 
 **A namespace** is known by what its own leases take from the grant until their prompt is committed.
 Who computes may be idle in between, or make it up; it cannot compute faster than it does.  So the
@@ -18,8 +19,9 @@ quicker ones count: a quarter of the last ones took less.  Who reports nonsense 
 own namespace alone.
 
 **Who knows nothing fetches**: of the tier, or of the namespace.  What is declined is looked at
-again now and then, one piece for so many requests, for which nobody waits: so a tier that was slow
-once is found again, and that costs no request anything.  Quick as it was then it is taken to be.
+again, one piece for which nobody waits, at first soon, then more and more rarely: so a tier that
+was slow once is found again, and that costs no request anything.  Quick as it was then it is taken
+to be.
 
 **While nothing pays**, next to nothing of the pool is kept free for what goes down, for some
 requests at a time; then there is something to look at again.
@@ -52,7 +54,8 @@ _LEAST_TOKENS: Final = 64
 _LENGTHS: Final = (512, 2048)
 """Where one class of lengths ends, and the next begins: attention makes long prefills dearer."""
 _EXPLORED: Final = 64
-"""One in so many that are declined is looked at again …"""
+"""One in so many that are declined is looked at again, at least: the first of them after something
+has come back in time, and from look to look half as many …"""
 _PAUSE_S: Final = 1.0
 """… if so much time has passed since the last one."""
 _EXPLORED_S: Final = 0.1
@@ -115,6 +118,7 @@ class Speed:
     """How fast blocks come back from one tier, and what that has brought."""
 
     __slots__ = (
+        "_every",
         "_explored_at",
         "_latencies",
         "_pieces",
@@ -134,6 +138,8 @@ class Speed:
         self._latencies: deque[float] = deque(maxlen=_PIECES)
         self._since = 0
         """Declined since it was explored last."""
+        self._every = 1
+        """After how many it is explored next."""
         self._explored_at: float | None = None
         self._spent_s = self._spared_s = 0.0
 
@@ -174,7 +180,7 @@ class Speed:
     def note_restore(self, latency_s: float) -> None:
         """Take note of what a restore took that has ended, beside its hauls.  O(1)."""
         self._latencies.append(max(0.0, latency_s))
-        self.latency_s = sum(self._latencies) / len(self._latencies)
+        self.latency_s = sorted(self._latencies)[(len(self._latencies) - 1) // 2]
 
     def note_gain(self, spent_s: float, spared_s: float) -> None:
         """Take note of how long somebody waited, and how long computing would have taken."""
@@ -189,7 +195,11 @@ class Speed:
         """
         self._since += 1
         last = self._explored_at
-        return self._since >= _EXPLORED and (last is None or not 0 <= now - last < _PAUSE_S)
+        return self._since >= self._every and (last is None or not 0 <= now - last < _PAUSE_S)
+
+    def trust(self) -> None:
+        """Take note that something has come back in time for who waited for it.  O(1)."""
+        self._since, self._every = 0, 1
 
     def num_explored(self, piece: int) -> int:
         """Say how many blocks are looked at: of a slow tier fewer than a piece.  O(1)."""
@@ -198,6 +208,7 @@ class Speed:
     def explore(self, now: float) -> None:
         """Take note that it is looked at now."""
         self._since, self._explored_at = 0, now
+        self._every = min(2 * self._every, _EXPLORED)
 
 
 class Verdict(NamedTuple):

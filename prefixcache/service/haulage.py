@@ -46,10 +46,13 @@ DISK: Final = "the disk below the pool"
 """How they are called among the parts that have ended."""
 
 _IN_HAND: Final = 2
-"""Hauls that a porter is given at the same time: while he reports one, he has the next …"""
-_IN_HAND_UP: Final = 8
-"""… and of those that come back, which go first in any case: on a crowded machine each time that he
-has to be given more costs who waits a turn of the processor."""
+"""Hauls that a porter is given at the same time at least: while he reports one, he has the next."""
+_MOST_IN_HAND: Final = 8
+"""And at most, of what comes back, which goes first in any case, and of what is small: on a
+crowded machine each time that he has to be given more costs a turn of the processor."""
+_BYTES_IN_HAND: Final = 4 << 20
+"""What is small: who waits for what comes back waits for so much that goes down, at most, or for
+two hauls."""
 _SPARED: Final = 1
 """Porters that may end, and failures of the disk, while all goes there: with more of either what is
 left is given up."""
@@ -219,7 +222,7 @@ class Haulage:
     def _give(self) -> None:
         line = self._line
         while line is not None and (queue := self._up or self._down):
-            if len(self._in_hand) >= (_IN_HAND_UP if self._up else _IN_HAND):
+            if len(self._in_hand) >= self._most_in_hand(queue[0]):
                 return
             try:
                 line.send(pack_haul(queue[0]))
@@ -231,6 +234,14 @@ class Haulage:
             self._in_hand[haul.id] = time.monotonic()
             if not haul.is_up and not haul.names and max(haul.slots) >= self._backing.num_host:
                 self._to_disk[haul.id] = len(haul.blocks)
+
+    def _most_in_hand(self, haul: Haul) -> int:
+        """Say with how many the porter may have this one in hand."""
+        sizes = self._backing.sizes
+        if haul.is_up or sizes is None:
+            return _MOST_IN_HAND
+        fitting = _BYTES_IN_HAND // (len(haul.slots) * sizes.block_bytes)
+        return min(max(_IN_HAND, fitting), _MOST_IN_HAND)
 
     def _hear(self) -> None:
         """Take the porter's reports."""

@@ -24,11 +24,11 @@ from prefixcache.client import Client
 from prefixcache.config import ServeSettings, load
 from prefixcache.core.hauls import Haul
 from prefixcache.pool import PoolFile
-from prefixcache.service.backing import Backing
+from prefixcache.service.backing import Backing, Sizes
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
 from prefixcache.service.haulage import Haulage
-from prefixcache.types import HaulId
+from prefixcache.types import HaulId, Layout
 from service.below import (
     CHAT,
     NUM_BLOCKS,
@@ -266,8 +266,14 @@ def test_a_porter_that_reports_is_slow_and_does_not_hang() -> None:
     asyncio.run(story())
 
 
-def test_more_of_what_comes_back_is_in_hand_than_of_what_goes_down() -> None:
+@pytest.mark.parametrize(
+    ("layout", "num_down"), [(LAYOUT, 8), (Layout(32, 8, 128, "bfloat16"), 2)], ids=["few", "many"]
+)
+def test_of_what_goes_down_and_has_many_bytes_few_hauls_are_in_hand(
+    layout: Layout, num_down: int
+) -> None:
     backing = Backing(here())
+    backing.sizes = Sizes(layout, 1 << 40, 16)
     haulage = Haulage(backing, Deliveries(backing), Failures())
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
@@ -275,20 +281,20 @@ def test_more_of_what_comes_back_is_in_hand_than_of_what_goes_down() -> None:
         for number in range(40):
             haulage.hand(haul(HaulId(number), is_up=number % 2 == 1))
         haulage._give()
-        in_hand = [number % 2 for number in haulage._in_hand]
-        assert all(in_hand), "they go first"
-        assert len(in_hand) > 2
+        assert [number % 2 for number in haulage._in_hand] == [1] * 8, "what comes back goes first"
         haulage._in_hand.clear()
         haulage._up.clear()
         haulage._give()
-        assert len(haulage._in_hand) == 2
+        assert len(haulage._in_hand) == num_down
         haulage._line = None
     backing.close()
 
 
 def haul(number: HaulId, *, is_up: bool) -> Haul:
-    tokens = bytes(4 * SIZE)
-    return Haul(number, is_up, array("i", [1]), array("i", [1]), array("q", [1]), tokens)
+    tokens = bytes(16 * 4 * SIZE)
+    return Haul(
+        number, is_up, array("i", [1] * 16), array("i", [1] * 16), array("q", [1] * 16), tokens
+    )
 
 
 def test_a_slab_that_was_changed_by_others_is_read_by_nobody(client: Client) -> None:
