@@ -18,13 +18,18 @@ from prefixcache.types import Namespace
 
 WAIT_S = 60.0
 """Far longer than anybody may be kept waiting by a tier."""
-STEP = 8
-REST_S = 0.006
-"""Tokens that are computed at once, and the rest after them: what comes back is quicker."""
+STEP = 64
+REST_S = 0.15
+"""Tokens that are computed at once, and the rest after them: about what a processor takes for so
+many.  What comes back is quicker, also on a crowded machine.
+"""
 
 EXPLAINED = 0.25
 """Share of the requests of which is asked before what will become of them: that takes longer than
 what lies below the pool."""
+
+ASKED_S = 0.02
+"""By when the store has said what lies there to who wants to know it."""
 
 
 class Returner(Actor):
@@ -60,17 +65,18 @@ class Returner(Actor):
         assert self.client is not None
         chat = self.random.randrange(NUM_LONG)
         whole = tokens_of(self.system, chat)
-        below = None
+        predicted_s = 0.0
         if self.random.random() < EXPLAINED:
-            below = self.client.explain(Namespace(model.partition("/")[2]), whole)
+            predicted_s = self.predict(Namespace(model.partition("/")[2]), whole)
         asked = time.monotonic()
         with session.acquire(whole, wait_s=WAIT_S) as lease:
             told = time.monotonic()
             fields = {"model": model, "system": self.system, "chat": chat}
             self.tell("hit", asked=asked, count=lease.num_cached, **fields)
-            is_own = not lease.ledger.joined and chat != self.cancelled
-            if below is not None and below.num_below and is_own:
-                self.tell("waited", took=told - asked, predicted=below.below_s)
+            if predicted_s and not lease.ledger.joined and chat != self.cancelled:
+                session.lookup(whole)
+                looked = time.monotonic() - told
+                self.tell("waited", took=told - asked, predicted=predicted_s, looked=looked)
             pool.copy(lease.copies)
             self.read(session, pool, model, whole, lease)
             for at in range(lease.num_cached, LONG_TOKENS, STEP):
@@ -80,6 +86,25 @@ class Returner(Actor):
                 time.sleep(REST_S)
             self.commit(lease, fields, LONG_TOKENS, b"")
             self.verify(session, pool, model, whole, lease, LONG_TOKENS)
+            told_of = lease.ledger
+            self.tell(
+                "returned",
+                tokens=LONG_TOKENS,
+                hit=told_of.hit + told_of.partial,
+                restored=told_of.restored,
+                joined=told_of.joined,
+                waited=told - asked,
+                took=time.monotonic() - asked,
+            )
+
+    def predict(self, namespace: Namespace, tokens: bytes) -> float:
+        """Say how long what lies below is to take, in the store as well; 0: nothing lies there."""
+        assert self.client is not None
+        self.client.explain(namespace, tokens)
+        time.sleep(ASKED_S)
+        told = self.client.explain(namespace, tokens)
+        elsewhere = [part.fetch_s for part in told.below if part.tier == "remote"]
+        return told.below_s + sum(elsewhere) if told.num_below else 0.0
 
 
 if __name__ == "__main__":

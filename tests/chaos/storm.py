@@ -112,6 +112,8 @@ MOST_FILES_OF_A_PORTER = 24
 """Of a carrier as well."""
 EXTRA_S = 0.05
 """Who waits for what lies below waits twice as long as was predicted, and so much more."""
+BESIDE_S = 0.5
+"""So long before and after a wait, look-ups tell how slow the machine is just then."""
 CHECKED_AT_ONCE = 100_000
 LEAST_ALTERED = 4
 """How often what lies below was changed before some of that must have been asked for again."""
@@ -140,6 +142,8 @@ PATIENCE_S = (10.0, 2.0)
 """How long an actor waits for an answer, directly and through the proxy."""
 
 LEAST_OPS_PER_S = 100
+LEAST_RESTORED = 2000
+"""Tokens that come back in a round, also on a crowded machine; on a quiet one many more do."""
 MOST_LULL_S = 30.0
 """Longer than any fault lasts, with the start of a service after it on a crowded machine."""
 
@@ -195,6 +199,10 @@ class Report:
     final_tokens: int = 0
     restored_tokens: int = 0
     """Of those that were verified, what had come back from below the pool."""
+    returned: Counter[str] = field(default_factory=Counter)
+    """Of who comes back to long chats: requests, tokens asked for, and what became of them."""
+    least_restored: int = 0
+    """Fewer tokens that came back show that something is lost on the way."""
     below: Counter[str] = field(default_factory=Counter)
     """Blocks that went below, came back, and so on, by the names of `Counts`."""
     has_store: bool = False
@@ -202,7 +210,7 @@ class Report:
     """What the store said that was not so, and how often."""
     waits: list[tuple[float, float, float]] = field(default_factory=list)
     """Of each wait for what lay below, while nothing but that failed, in seconds: how long it was,
-    what had been predicted, and the longest look-up meanwhile."""
+    what had been predicted, and the longest look-up beside it, which is the machine's doing."""
     rss_growth: float = 1.0
     more_files: int = 0
     red_spaces: int = 0
@@ -245,6 +253,11 @@ class Report:
             failed.append("nothing was found again on the disk below the pool")
         if not self.restored_tokens:
             failed.append("nothing came back from below the pool")
+        elif self.restored_tokens < self.least_restored:
+            failed.append(
+                f"{self.restored_tokens:,} tokens came back from below the pool, of at least "
+                f"{self.least_restored:,}"
+            )
         if not self.below["spoilt"] and self.faults["alter slots"] > LEAST_ALTERED:
             failed.append("of what was changed below the pool nothing was noticed")
         if self.has_store and not self.below["remote_restored"]:
@@ -300,16 +313,29 @@ class Report:
         late = [(took - 2 * predicted - EXTRA_S, looked) for took, predicted, looked in self.waits]
         past = [by for by, _ in late if by > 0]
         unexplained = [by - looked for by, looked in late if by > looked]
+        each = {"host": below["restored"] - below["disk_restored"] - below["remote_restored"]}
+        each |= {name: below[f"{name}_restored"] for name in ("disk", "remote")}
+        tiers = ", ".join(f"{BLOCK_SIZE * num:,} from {name}" for name, num in each.items())
+        told = self.returned
+        kinds = ("hit", "joined", "restored")
+        shares = {name: told[name] / max(1, told["tokens"]) for name in kinds}
         return [
-            f"restored   {self.restored_tokens:,} of these tokens had come back from below",
-            f"below      {below['sunk']:,} blocks copied down, {below['disk_written']:,} of them "
-            f"to the disk; {below['restored']:,} copied back, {below['disk_restored']:,} from the "
-            f"disk; {below['spoilt']:,} were not what they had been, and read by nobody",
+            f"restored   {self.restored_tokens:,} of these tokens had come back from below, of "
+            f"{BLOCK_SIZE * below['restored']:,} that were copied back: {tiers}",
+            f"returners  {told['requests']:,} requests: of their tokens {shares['hit']:.0%} lay in "
+            f"the pool, {shares['restored']:.0%} came back, {shares['joined']:.0%} others had "
+            f"computed meanwhile; not brought back, since computing was quicker: "
+            f"{below['declined_slow']:,} times, since much was on its way: "
+            f"{below['declined_busy']:,}, for want of room: {below['declined_room']:,}",
+            f"below      {below['evicted']:,} blocks evicted, {below['sunk']:,} of them copied "
+            f"down, {below['disk_written']:,} to the disk; {below['restored']:,} copied back, "
+            f"{below['disk_restored']:,} of them from the disk; {below['spoilt']:,} were not what "
+            "they had been, and read by nobody",
             *self._store(),
             f"waits      {len(self.waits):,} for what lay below, while nothing else failed: "
             f"{_quantiles([took for took, _, _ in self.waits])}; {len(past)} past twice what was "
             f"predicted and {1e3 * EXTRA_S:g} ms, by at most {1e3 * max(past, default=0):.0f} ms; "
-            f"{len(unexplained)} by more than a look-up took meanwhile, by at most "
+            f"{len(unexplained)} by more than a look-up took beside them, by at most "
             f"{1e3 * max(unexplained, default=0):.0f} ms",
         ]
 
@@ -813,7 +839,7 @@ class Storm:
 
     def count_below(self, now: Snapshot) -> None:
         """Take note of what this service has carried up to now."""
-        names = ("sunk", "restored", "spoilt", "disk_written", "disk_restored")
+        names = ("evicted", "sunk", "restored", "spoilt", "disk_written", "disk_restored")
         names += ("declined_slow", "declined_busy", "declined_room")
         names += ("remote_stored", "remote_restored", "remote_wrong", "remote_late")
         self.report.below = self.former + Counter({name: getattr(now, name) for name in names})
@@ -939,6 +965,11 @@ class Storm:
         report.restored_tokens = sum(
             int(str(e["count"])) for e in events if e["kind"] == "restored"
         )
+        for e in events:
+            if e["kind"] == "returned":
+                report.returned["requests"] += 1
+                for name in ("tokens", "hit", "joined", "restored"):
+                    report.returned[name] += int(str(e[name]))
         report.read_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "seen")
         report.viewed_tokens = sum(int(str(e["count"])) for e in events if e["kind"] == "viewed")
         report.ended_views = kinds["ended view"]
@@ -984,8 +1015,9 @@ class Storm:
             elif kind == "probe" and calm:
                 report.beside_s.append(float(str(e["took"])))
             elif kind == "waited" and calm:
-                took = float(str(e["took"]))
-                report.waits.append((took, float(str(e["predicted"])), longest(t - took, t)))
+                took, looked = float(str(e["took"])), float(str(e["looked"]))
+                looked = max(looked, longest(t - took - BESIDE_S, t + BESIDE_S))
+                report.waits.append((took, float(str(e["predicted"])), looked))
             elif kind == "lost" and calm and float(str(e["patience"])) >= PATIENCE_S[0]:
                 report.ended_sessions.append(str(e["why"]))
 
@@ -1097,6 +1129,7 @@ def main() -> int:
     say = (lambda text: sys.stderr.write(f"\r{text} ")) if sys.stderr.isatty() else (lambda _: None)
     with storm(options.seed) as made:
         made.report.least_per_s = LEAST_OPS_PER_S
+        made.report.least_restored = LEAST_RESTORED * options.rounds
         report = made.run(options.rounds, options.seconds_per_round, say)
     text = "\n".join(report.shown())
     if options.json:

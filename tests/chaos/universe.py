@@ -9,8 +9,8 @@ from pathlib import Path
 from chaos.pattern import prompt
 from prefixcache.types import Layout
 
-BLOCK_SIZE = 4
-LAYOUT = Layout(num_layers=1, num_kv_heads=4, head_dim=64, dtype="float32")
+BLOCK_SIZE = 8
+LAYOUT = Layout(num_layers=1, num_kv_heads=4, head_dim=32, dtype="float32")
 """A block's page in a plane is one of the processor's: blocks can be viewed side by side."""
 MODELS = ("a@1", "b@1")
 """With what says which weights they have: so they may lie in a store of several machines."""
@@ -24,7 +24,7 @@ RETURNERS = 3
 """Of each tenant: who come back to long chats of their own, each under a system of its own."""
 LONG_MODEL = "long@1"
 """Theirs: who resets the others leaves it alone."""
-NUM_LONG, LONG_TOKENS = 5, 384
+NUM_LONG, LONG_TOKENS = 8, 512
 """How many such chats each of them has, and what is asked for of one."""
 LONG_SYSTEMS = range(NUM_SYSTEMS, NUM_SYSTEMS + RETURNERS)
 
