@@ -293,6 +293,8 @@ def test_at_a_stop_a_disk_that_fails_is_tried_once_more(tmp_path: Path, recovers
             if recovers:
                 hard = resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE)[1]
                 resource.prlimit(haulage.pid, resource.RLIMIT_FSIZE, (hard, hard))
+            # What the porter was given before fails, too, and counts as lost if it is told later.
+            await eventually_here(lambda: haulage.in_hand_since() is None)
             haulage.begin_putting_down()
             await eventually_here(lambda: not haulage.is_putting_down())
             with capture_logs() as told:
