@@ -31,6 +31,7 @@ from prefixcache.service.tiers.slab import slot_bytes
 from prefixcache.types import Layout, Namespace, PoolHandle
 from prefixcache_bench.speed.served import served
 from prefixcache_bench.speed.signals import tied_to_this
+from prefixcache_bench.speed.waiting import until
 
 SIZE: Final = 16
 TOKENS: Final = 1008
@@ -38,7 +39,6 @@ _CHATS, _WORKERS, _POOL_BLOCKS = 6, 6, 1024
 """Of each of the others, and how many of them there are: five times what fits into the pool."""
 _COMPUTING_S: Final = 0.5
 _PAUSE_S: Final = 0.002
-_PATIENCE_S: Final = 60.0
 
 
 class Hits(NamedTuple):
@@ -87,7 +87,7 @@ def hits(layout: Layout, count: int) -> Hits:
         command = [sys.executable, "-m", __spec__.name, target, str(layout)]
         others = subprocess.Popen(tied_to_this(command))
         try:
-            _wait(lambda: client.snapshot().restored > 2 * _CHATS * (TOKENS // SIZE))
+            until(lambda: client.snapshot().restored > 2 * _CHATS * (TOKENS // SIZE))
             before, began = client.snapshot(), time.perf_counter()
             beside = measure()
             after, seconds = client.snapshot(), time.perf_counter() - began
@@ -137,7 +137,7 @@ def killed(layout: Layout, rounds: int) -> list[float]:
                 lease.commit(TOKENS)
         for number in range(rounds):
             tokens = prompt(number)
-            _wait(lambda: client.explain(Namespace("m"), tokens).below)  # noqa: B023
+            until(lambda: client.explain(Namespace("m"), tokens).below)  # noqa: B023
             porter = _porter(pid)
             os.kill(porter, signal.SIGSTOP)
             served_at: list[float] = []
@@ -149,7 +149,7 @@ def killed(layout: Layout, rounds: int) -> list[float]:
 
             waiter = threading.Thread(target=wait)
             waiter.start()
-            _wait(lambda: client.snapshot().waiting or served_at)  # noqa: B023
+            until(lambda: client.snapshot().waiting or served_at)  # noqa: B023
             was_served = bool(served_at)
             ended = time.perf_counter()
             os.kill(porter, signal.SIGKILL)
@@ -167,15 +167,6 @@ def _porter(service: int) -> int:
             if above == service and b"tiers.porter" in path.with_name("cmdline").read_bytes():
                 return int(path.parent.name)
     raise SystemExit("the service has no porter")
-
-
-def _wait(holds: object) -> None:
-    assert callable(holds)
-    until = time.monotonic() + _PATIENCE_S
-    while not holds():
-        if time.monotonic() > until:
-            raise SystemExit(f"what was waited for has not come about in {_PATIENCE_S:g} s")
-        time.sleep(0.002)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,13 +49,13 @@ from prefixcache.types import Layout
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.computing import computing_s, part_of
 from prefixcache_bench.speed.signals import ending_in_order
+from prefixcache_bench.speed.waiting import until
 
 SIZE: Final = 16
 TOKENS: Final = 1008
 """Of one prompt, that are kept: 63 blocks."""
 _GOAL: Final = 0.15
 """Of computing the same tokens."""
-_PATIENCE_S: Final = 60.0
 _SET_FLAGS: Final = 0x8914
 
 
@@ -75,7 +75,7 @@ def valkey(folder: Path, num_bytes: int) -> Iterator[str]:
     command += [str(folder), "--maxmemory", str(num_bytes), "--maxmemory-policy", "allkeys-lru"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        _wait(path.exists)
+        until(path.exists)
         yield f"valkey+unix://{path}"
     finally:
         server.terminate()
@@ -115,7 +115,7 @@ def mooncake(folder: Path, num_bytes: int) -> Iterator[str]:
             process = subprocess.Popen(one, stdout=log, stderr=log)
             stack.callback(process.wait)
             stack.callback(process.kill)
-            _wait(holds)
+            until(holds)
         yield f"mooncake://{master}"
 
 
@@ -123,15 +123,6 @@ def _listens() -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", _MASTER), 1):
         return True
     return False
-
-
-def _wait(holds: object) -> None:
-    assert callable(holds)
-    until = time.monotonic() + _PATIENCE_S
-    while not holds():
-        if time.monotonic() > until:
-            raise SystemExit(f"what was waited for has not come about in {_PATIENCE_S:g} s")
-        time.sleep(0.005)
 
 
 class Machine:
@@ -154,7 +145,7 @@ class Machine:
         for line in service.stdout:
             if line.startswith("listening"):
                 break
-        _wait(lambda: "carrier at work" in log.read_text())
+        until(lambda: "carrier at work" in log.read_text())
         self.client = stack.enter_context(prefixcache.connect(target))
         self.session: Session = stack.enter_context(self.client.attach("m@bench", layout))
         self.pages = pages_of(map_pool(self.session.pool), self.session.pool)
@@ -187,7 +178,7 @@ def measure(
         first = Machine(stack, layout, store)
         for number in range(num_prompts):
             first.ask(number)
-            _wait(lambda: first.num_stored() >= (number + 1) * (TOKENS // SIZE))  # noqa: B023
+            until(lambda: first.num_stored() >= (number + 1) * (TOKENS // SIZE))  # noqa: B023
     for _ in range(rounds):
         with contextlib.ExitStack() as stack:
             second = Machine(stack, layout, store)
