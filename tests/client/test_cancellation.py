@@ -259,8 +259,6 @@ def test_ctrl_c_in_any_place_ends_the_call_alone(service: ServiceProcess, ctrl_c
         assert not session._pending
 
 
-# A socket that was made in that very moment, to see whether somebody answers, Python closes later.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_while_sessions_begin_and_end_harms_no_other_one(
     service: ServiceProcess, ctrl_c: CtrlC
 ) -> None:
