@@ -301,10 +301,11 @@ class Tier:
         self.holdings.add(tenant, sign * len(places))
         if self._has_both:
             index = _index(places)
-            is_moving = (self._states[index] & _MOVING) != 0
-            in_host = int(((self._slots[index] < self.num_host) & ~is_moving).sum())
-            if in_host:
-                self._upper.add(tenant, sign * in_host)
+            in_host = self._slots[index] < self.num_host
+            if self.num_moving and sign < 0:  # what is being buried does not move
+                in_host &= (self._states[index] & _MOVING) == 0
+            if count := int(np.count_nonzero(in_host)):
+                self._upper.add(tenant, sign * count)
 
     # ------------------------------------------------------------------ places
 
@@ -610,13 +611,12 @@ class Tier:
         if self.listener is not None:
             self._tell_moved(move.roots, here, targets, good)
         self._free_slots(np.where(good, here, targets))
-        self._stay(move.roots, ~good & ((states & _OWNED) != 0))
+        if not good.all():
+            self._stay(move.roots, ~good & ((states & _OWNED) != 0))
         self._vacate(index[states == 0])
 
     def _stay(self, roots: list[tuple[Root, int]], stays: npt.NDArray[np.bool_]) -> None:
         """Count what has not gone on from HOST."""
-        if not stays.any():
-            return
         at = 0
         for root, count in roots:
             if num_blocks := int(stays[at : at + count].sum()):
