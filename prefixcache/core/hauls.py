@@ -90,7 +90,7 @@ class TierSizes(NamedTuple):
     disk_per_s: float = math.inf
     """Blocks that are written to DISK in a second at most."""
     most_ahead: int = 0
-    """Blocks of the pool that are kept free at most, where single requests need that many."""
+    """Blocks of the pool that are kept free at most, where requests take that many at once."""
     remote: int = 0
     """Blocks of a haul from or to a store that others have, too; 0: there is none."""
 
@@ -117,7 +117,7 @@ class TierSizes(NamedTuple):
         """Give what suits a pool: a sixteenth of it is kept free, 64 to 2,048 blocks.
 
         Of a small one it is an eighth; and the same of HOST, if there is a disk below it.  Where
-        requests need more than that at once, as much as they need, half of the pool at most.
+        requests take more than that at once, as much as they take, half of the pool at most.
         Nothing is kept free for a store elsewhere: what is stored there need not be evicted.
         """
         ahead = _part_of(num_blocks) if host or disk else 0
@@ -202,6 +202,7 @@ class Hauls:
         "_new",
         "_next",
         "_out",
+        "_taken",
         "_up",
         "_worked_s",
         "abandoned",
@@ -263,6 +264,8 @@ class Hauls:
         self._up: dict[HaulId, tuple[Haul, Restore]] = {}
         self._dues: list[tuple[float, int]] = []
         self._need = 0.0
+        self._taken = 0
+        """Blocks that requests have taken since as many were free as there should be."""
         self._out: dict[HaulId, tuple[Storing, int]] = {}
         self._next = 0
         self._worked_s = [0.0, 0.0]
@@ -315,9 +318,19 @@ class Hauls:
         return short
 
     def note_need(self, num_blocks: int) -> None:
-        """Learn how many blocks one request takes: the most of late.  O(1)."""
-        if num_blocks > self._need:
-            self._need = float(num_blocks)
+        """Learn how many blocks requests take, before they do, the most of late.  O(1).
+
+        It is what they take together before as many are free again as there should be: requests
+        that come at the same time, or while the porter copies.  Where that is more than may be kept
+        free he is too slow for them, and nothing is learnt but what one request takes.
+        """
+        taken = 0
+        if self.pool.num_free > self.ahead - self.least:
+            taken, self._taken = self._taken, 0
+        self._taken += num_blocks
+        most = max(num_blocks, taken if taken <= self.sizes.most_ahead else 0)
+        if most > self._need:
+            self._need = float(most)
         else:
             self._need -= (self._need - num_blocks) / _FORGET
 
@@ -325,8 +338,8 @@ class Hauls:
     def ahead(self) -> int:
         """Blocks of the pool that are kept free now: few of them while no tier pays.  O(1).
 
-        As many as the largest of the latest requests has taken at once, within bounds: what it must
-        evict itself is lost.
+        As many as the latest requests have taken at once, within bounds: what they must evict
+        themselves is lost.
         """
         sizes = self.sizes
         if self.is_ending:

@@ -113,6 +113,25 @@ def test_what_is_kept_free_for_large_requests_has_an_end_and_is_forgotten() -> N
     assert shelf.cache.counts(now=shelf.now).free <= 3
 
 
+@pytest.mark.parametrize(("at_once", "is_free", "is_kept"), [(2, 12, True), (4, 6, False)])
+def test_as_much_is_kept_free_as_requests_take_together_before_the_porter_is_done(
+    at_once: int, is_free: int, is_kept: bool
+) -> None:
+    shelf = Shelf(num_blocks=32, host=640, ahead=2, piece=16, most_ahead=16)
+    prompts = [[n for n in range(10 * one, 10 * one + 6) for _ in "ab"] for one in range(24)]
+    for first in range(0, 20, at_once):
+        for prompt in prompts[first : first + at_once]:
+            shelf.store(*prompt)
+        shelf.carry()
+    assert shelf.cache.counts(now=shelf.now).free == is_free  # more than may be teaches nothing
+    before = shelf.cache.counts(now=shelf.now)
+    for prompt in prompts[20 : 20 + at_once]:
+        shelf.store(*prompt)
+    shelf.carry()
+    after = shelf.cache.counts(now=shelf.now)
+    assert (after.sunk - before.sunk == after.evicted - before.evicted == 12) is is_kept
+
+
 def test_the_oldest_blocks_go_down_before_anybody_needs_their_room(shelf: Shelf) -> None:
     assert not shelf.hauls()
     shelf.store(7, 7, 8, 8)
