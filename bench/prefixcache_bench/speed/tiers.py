@@ -1,7 +1,7 @@
 """Tiers: how fast the porter copies blocks, and what a restore takes beside a real service.
 
     python -m prefixcache_bench.speed.tiers [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
-                                            [--folder FOLDER] [--found BLOCKS]
+                                            [--folder FOLDER] [--found BLOCKS] [--only PART …]
 
 All with blocks of 16 tokens that are scattered over pool and slab, in pieces of 16 blocks, for
 memory of the host and for files in a folder (that of temporary files, if none is given):
@@ -10,12 +10,12 @@ memory of the host and for files in a folder (that of temporary files, if none i
 bytes      the porter alone, in this process: pool to slab; and back, with the comparison; from the
            disk also once the system was asked to keep none of it in memory
 restore    a service, its porter and a client: from the question to the grant for 1,000 tokens that
-           lie below, and for the same tokens once they are in the pool
+           lie below, and for the same tokens once they are in the pool; and the same tokens
+           computed by the demo's model, in one thread
 found      a service that is started on a folder with a million blocks, small ones: how long it
            looks through their heads, until it listens, and until it has brought the first chat back
 hits       what others feel while chats go down and come back, and when the porter is killed
            (`beside_tiers.py`)
-computing  the same tokens computed by the demo's model, in one thread
 ```
 Every block that comes back is compared with what it held.  Beside figures stands what was to be
 reached, and what part they are of computing.
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Final, NamedTuple
@@ -65,7 +65,8 @@ COMPUTING_S: Final = 0.5
 MEMORY_GOAL, DISK_GOAL, COLD_GOAL = 0.05, 0.05, 0.10
 """Of computing the same tokens."""
 SPEED_GOALS: Final = {"copied back, compared": 1.0e9, "read from it, cached": 0.8e9}
-HITS_GOAL, KILLED_GOAL_S, OFFERED_GOAL_S = 1.2, 0.05, 3.0
+PARTS: Final = ("bytes", "restore", "hits", "found")
+HITS_GOAL, KILLED_GOAL_S, OFFERED_GOAL_S, DROPPED_GOAL = 1.2, 0.05, 3.0, 0.01
 
 
 class Way(NamedTuple):
@@ -299,6 +300,75 @@ def start(num_blocks: int, folder: Path) -> Start:
     return Start(count, told.scan_s, listening_s, offered_s, empty_s, first_s)
 
 
+def told_of_bytes(layout: Layout, num_blocks: int, rounds: int, folder: Path) -> list[str]:
+    """Measure the porter alone, and write it for people."""
+    size = layout.block_bytes(SIZE)
+    speeds = move(layout, num_blocks, rounds) | move(layout, num_blocks, rounds, folder / "slab")
+    lines = []
+    for way, speed in speeds.items():
+        told = f"{way.name:<26}{speed / 1e9:6.2f} GB/s  {speed / size:,.0f} blocks a second"
+        goal = SPEED_GOALS.get(way.name)
+        lines.append(told + (f"; goal {goal / 1e9:.1f} GB/s" if goal else ""))
+    return lines
+
+
+def told_of_restores(layout: Layout, rounds: int, folder: Path) -> list[str]:
+    """Measure what comes back, beside computing it, and write it for people."""
+    below, here = restore(layout, rounds)
+    on_disk, _ = restore(layout, rounds, folder / "restored")
+    cold, _ = restore(layout, rounds, folder / "cold", is_cold=True)
+    computed_s = computing_s(layout, TOKENS, SIZE, rounds)
+    lines = []
+    for what, seen, part in (
+        ("in memory below", below, MEMORY_GOAL),
+        ("on disk, cached", on_disk, DISK_GOAL),
+        ("on disk, cold", cold, COLD_GOAL),
+        ("in the pool", here, None),
+    ):
+        if seen:
+            told = part_of(median(seen), computed_s, part) if part is not None else ""
+            lines.append(
+                f"{TOKENS:,} tokens {what:<16}{1e3 * median(seen):6.1f} ms  to the grant, median "
+                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms{told}"
+            )
+    if computed_s is not None:
+        lines.append(f"{TOKENS:,} tokens computed {1e3 * computed_s:14.1f} ms  in one thread")
+    return lines
+
+
+def told_of_hits(layout: Layout, count: int) -> list[str]:
+    """Measure what others feel, and write it for people."""
+    own, ended = hits(layout, count), killed(layout, 3)
+    lines = [
+        f"hits alone {1e3 * own.alone_s:25.2f} ms  99 % of {count:,} acquires",
+        f"hits beside working tiers {1e3 * own.beside_s:10.2f} ms  {own.blocks_per_s:,.0f} "
+        f"blocks a second moved; {own.beside_s / own.alone_s:.2f} times, goal {HITS_GOAL}",
+        f"the same without tiers {1e3 * own.without_s:13.2f} ms  as many requests of others, and "
+        f"who copies memory for {own.share:.0%} of a processor, as the porter did; "
+        f"{own.without_s / own.alone_s:.2f} times",
+        f"evicted, not copied {100 * own.dropped:16.2f} %  where half as many come back; goal "
+        f"{DROPPED_GOAL:.0%}",
+    ]
+    if ended:
+        lines.append(
+            f"the porter killed {1e3 * max(ended):18.1f} ms  until who waited was served, "
+            f"longest of {len(ended)}; goal {1e3 * KILLED_GOAL_S:.0f} ms"
+        )
+    return lines
+
+
+def told_of_start(num_blocks: int, folder: Path) -> list[str]:
+    """Measure a start with blocks on disk, and write it for people."""
+    again = start(num_blocks, folder)
+    return [
+        f"{again.num_blocks:,} blocks of before{again.scan_s:7.2f} s  to look through their heads",
+        f"a start with them {again.listening_s:14.2f} s  to listening; without {again.empty_s:.2f}",
+        f"offered again {again.offered_s:20.2f} s  after its first instruction; goal "
+        f"{OFFERED_GOAL_S:g} s",
+        f"{TOKENS:,} tokens of them{1e3 * again.first_s:11.1f} ms  to the grant",
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -308,59 +378,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the tier on disk lies")
     parser.add_argument("--quick", action="store_true", help="few blocks, one round")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--found", type=int, default=1_000_000, help="blocks before a start")
     parser.add_argument("--hits", type=int, help="acquires beside working tiers; 0: none")
     options = parser.parse_args(argv)
     layout, rounds = options.layout, 1 if options.quick else options.rounds
-    num_blocks, size = 64 if options.quick else 512, layout.block_bytes(SIZE)
-    lines = [f"{layout}, {format_size(size)} a block of {SIZE} tokens"]
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name) / "slab"
-        speeds = move(layout, num_blocks, rounds) | move(layout, num_blocks, rounds, folder)
-        below, here = restore(layout, rounds)
-        on_disk, _ = restore(layout, rounds, folder)
-        cold, _ = restore(layout, rounds, Path(name) / "cold", is_cold=True)
-        again = start(options.found, Path(name))
-    computed_s = computing_s(layout, TOKENS, SIZE, rounds)
-    for way, speed in speeds.items():
-        told = f"{way.name:<26}{speed / 1e9:6.2f} GB/s  {speed / size:,.0f} blocks a second"
-        goal = SPEED_GOALS.get(way.name)
-        lines.append(told + (f"; goal {goal / 1e9:.1f} GB/s" if goal else ""))
-    seen_at = (
-        ("in memory below", below, MEMORY_GOAL),
-        ("on disk, cached", on_disk, DISK_GOAL),
-        ("on disk, cold", cold, COLD_GOAL),
-        ("in the pool", here, None),
-    )
-    for what, seen, part in seen_at:
-        if seen:
-            told = part_of(median(seen), computed_s, part) if part is not None else ""
-            lines.append(
-                f"{TOKENS:,} tokens {what:<16}{1e3 * median(seen):6.1f} ms  to the grant, median "
-                f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms{told}"
-            )
-    if computed_s is not None:
-        lines.append(f"{TOKENS:,} tokens computed {1e3 * computed_s:14.1f} ms  in one thread")
+    num_blocks = 64 if options.quick else 512
     num_hits = options.hits if options.hits is not None else 300 if options.quick else 2_000
-    if num_hits:
-        own, ended = hits(layout, num_hits), killed(layout, 3)
-        lines += [
-            f"hits alone {1e3 * own.alone_s:25.2f} ms  99 % of {num_hits:,} acquires",
-            f"hits beside working tiers {1e3 * own.beside_s:10.2f} ms  {own.blocks_per_s:,.0f} "
-            f"blocks a second moved; {own.beside_s / own.alone_s:.2f} times, goal {HITS_GOAL}",
-        ]
-        if ended:
-            lines.append(
-                f"the porter killed {1e3 * max(ended):18.1f} ms  until who waited was served, "
-                f"longest of {len(ended)}; goal {1e3 * KILLED_GOAL_S:.0f} ms"
-            )
-    lines += [
-        f"{again.num_blocks:,} blocks of before{again.scan_s:7.2f} s  to look through their heads",
-        f"a start with them {again.listening_s:14.2f} s  to listening; without {again.empty_s:.2f}",
-        f"offered again {again.offered_s:20.2f} s  after its first instruction; goal "
-        f"{OFFERED_GOAL_S:g} s",
-        f"{TOKENS:,} tokens of them{1e3 * again.first_s:11.1f} ms  to the grant",
-    ]
+    size = format_size(layout.block_bytes(SIZE))
+    lines = [f"{layout}, {size} a block of {SIZE} tokens"]
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        measured: dict[str, Callable[[], list[str]]] = {
+            "bytes": lambda: told_of_bytes(layout, num_blocks, rounds, folder),
+            "restore": lambda: told_of_restores(layout, rounds, folder),
+            "hits": lambda: told_of_hits(layout, num_hits) if num_hits else [],
+            "found": lambda: told_of_start(options.found, folder),
+        }
+        for part in PARTS:
+            if part in options.only:
+                lines += measured[part]()
     made = provenance()
     print("\n".join((*lines, f"{made['time']} · commit {made['commit']} · {made['machine']}")))
     return 0

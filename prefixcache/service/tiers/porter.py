@@ -44,7 +44,8 @@ from prefixcache.service.tiers.seals import Seals
 from prefixcache.service.tiers.slab import SlabMap
 from prefixcache.types import BlockTable
 
-_NICENESS: Final = 5
+NICENESS: Final = 5
+"""Who computes goes first; but who waits for what comes back waits for this process."""
 
 
 class Porter:
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the service
     with socket.socket(fileno=int(number)) as line:
         order: dict[str, Any] = json.loads(line.recv(MOST_BYTES))
-        os.nice(_NICENESS)
+        os.nice(NICENESS)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             memory = SlabMap(order)
             disk = None
