@@ -6,7 +6,7 @@
 2 adversaries ──── half-opens    quotas, HTTP
 2 viewers ── as actors, reading through contiguous views
 2 clerks ── lines, every other one odd ──► 2 real worker processes with a tiny model
-6 returners ── to chats that lie below the pool: --host, --disk on another small disk, --remote
+8 returners ── to chats that lie below the pool: --host, --disk on another small disk, --remote
                liar ──► a Valkey server: objects of others, changed, cut short, late, or never
 every round: the service is killed and started again, on what lies on both disks, or on a new one
 below the pool, with what the store has; workers are killed and stopped, and what lies below is

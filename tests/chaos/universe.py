@@ -20,7 +20,7 @@ RED, BOSS = "red", "boss"
 TOKENS = {name: f"secret-of-{name}" for name in (*HONEST, RED, BOSS)}
 NUM_SYSTEMS, NUM_CHATS = 4, 48
 SYSTEM_TOKENS, CHAT_TOKENS = 37, 90
-RETURNERS = 3
+RETURNERS = 4
 """Of each tenant: who come back to long chats of their own, each under a system of its own."""
 LONG_MODEL = "long@1"
 """Theirs: who resets the others leaves it alone."""
