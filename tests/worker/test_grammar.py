@@ -94,6 +94,23 @@ def chain(count: int, more: dict[str, Any]) -> dict[str, Any]:
             r"names a part by .anchor or .id",
         ),
         ({"schema": {"const": "\udc00"}}, "half a character"),
+        ({"schema": {"$ref": "#"}}, r"\$ref '#' leads to nothing but itself"),
+        ({"schema": {"items": {"$ref": ""}, "$ref": ""}}, r"\$ref '' leads to nothing but itself"),
+        ({"schema": {"allOf": [{"$ref": "#"}]}}, "leads to nothing but itself"),
+        ({"schema": {"anyOf": [{"$ref": "#"}, {"allOf": [{"$ref": "#"}]}]}}, "but itself"),
+        (
+            {
+                "schema": {
+                    "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"oneOf": [{"$ref": "#/$defs/a"}]}},
+                    "properties": {"n": {"$ref": "#/$defs/a", "type": "string"}},
+                }
+            },
+            "leads to nothing but itself",
+        ),
+        ({"schema": {"properties": {"\udc00": {}}}}, "half a character"),
+        ({"schema": {"patternProperties": {"\ud83d": {}}}}, "half a character"),
+        ({"schema": {"$defs": {"\udc00": {}}}}, "half a character"),
+        ({"schema": {"enum": [{"a": [{"\ud800": 1}]}]}}, "half a character"),
         (
             {"schema": {"maximum": 10**4000}},
             "'maximum' is a number of 13288 bits, which is too far",
@@ -146,5 +163,7 @@ def test_what_is_referred_to_may_be_as_much_as_people_write() -> None:
     parts = {"n": node, "day": day, "a/b": {"allOf": [{"$ref": "#/$defs/day"}, day]}}
     whole = {"$defs": parts, "properties": fields | {"n": {"$ref": "#/$defs/a~1b"}}}
     read_grammar({"schema": whole | {"const": {"$ref": "http://a.example/"}}})
+    read_grammar({"schema": {"anyOf": [{"$ref": "#/anyOf/1"}, {"$ref": "#/anyOf/2"}, {}]}})
+    read_grammar({"schema": {"anyOf": [{"$ref": "#"}, {"items": {"$ref": "#"}}], "$ref": "#/x"}})
     read_grammar({"schema": chain(200, {"items": {}})})
     read_grammar({"schema": chain(11, {"pattern": "x"})})

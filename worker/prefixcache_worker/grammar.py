@@ -245,11 +245,14 @@ def _check_schemas(values: Iterable[Value]) -> None:
         for key, one, depth in _walk(value.schema):
             if depth > DEEPEST:
                 raise InvalidRequest(f"grammar: a schema is nested more than {DEEPEST} deep")
+            if any(
+                "\ud800" <= char <= "\udfff"
+                for text in (key, one)
+                if isinstance(text, str)
+                for char in text
+            ):
+                raise InvalidRequest("grammar: a schema holds half a character (U+D800 to U+DFFF)")
             if isinstance(one, str):
-                if any("\ud800" <= char <= "\udfff" for char in one):
-                    raise InvalidRequest(
-                        "grammar: a schema holds half a character (U+D800 to U+DFFF)"
-                    )
                 size += len(one) + 4
             else:
                 size += 4
@@ -291,7 +294,7 @@ def _check_references(schema: Mapping[str, Any]) -> None:
 
     Raises:
         InvalidRequest: too many levels are in each other so, or patterns must hold together; or it
-            names its parts in a way that is not followed here.
+            names its parts in a way that is not followed here, or leads to nothing but itself.
     """
     objects = [one for _, one, _ in _walk(schema) if isinstance(one, dict)]
     found: dict[int, Any] = {}
@@ -303,6 +306,11 @@ def _check_references(schema: Mapping[str, Any]) -> None:
                     f"grammar: $ref {_show(reference)} names a part by $anchor or $id; write where "
                     "it is, as #/$defs/name"
                 )
+    if (circle := _circle(objects, found)) is not None:
+        raise InvalidRequest(
+            f"grammar: $ref {_show(circle)} leads to nothing but itself, which no value fits; let "
+            "it lead to a type, an enum, or an anyOf of which one way does not come back"
+        )
     targets = {id(one): one for one in found.values()}
     levels = sum(map(_num_levels, targets.values()))
     if levels > MOST_LEVELS:
@@ -320,6 +328,42 @@ def _check_references(schema: Mapping[str, Any]) -> None:
             f"grammar: {most:,} patterns and formats must hold together (allOf, or beside a $ref); "
             f"at most {MOST_TOGETHER}"
         )
+
+
+def _circle(objects: Iterable[dict[str, Any]], targets: Mapping[int, Any]) -> str | None:
+    """Find a reference that leads to itself before anything is said of a value; None: none does.
+
+    Whatever has nothing that must hold in its place is settled; and what has, once that is: the
+    target of its reference, all of allOf, and one way of each anyOf and oneOf.  What is never
+    settled so goes round in circles.  O(the schema's size).
+
+    Args:
+        objects: all that are in a schema.
+        targets: what references name, by the `id` of what holds them.
+    """
+    num_left: dict[int, int] = {}
+    above: dict[int, list[tuple[int, int]]] = {}
+    for one in objects:
+        together = one.get("allOf")
+        needs = [[part] for part in together] if isinstance(together, list) else []
+        needs += [ways for ways in map(one.get, _WAYS) if isinstance(ways, list) and ways]
+        if isinstance(target := targets.get(id(one)), dict):
+            needs.append([target])
+        open_needs = [need for need in needs if all(isinstance(part, dict) for part in need)]
+        num_left[id(one)] = len(open_needs)
+        for number, need in enumerate(open_needs):
+            for part in need:
+                above.setdefault(id(part), []).append((id(one), number))
+    settled = [one for one, count in num_left.items() if not count]
+    met: set[tuple[int, int]] = set()
+    while settled:
+        for place in above.pop(settled.pop(), ()):
+            if place not in met:
+                met.add(place)
+                num_left[place[0]] -= 1
+                if not num_left[place[0]]:
+                    settled.append(place[0])
+    return next((one["$ref"] for one in objects if num_left[id(one)] and id(one) in targets), None)
 
 
 def _num_levels(schema: Any) -> int:
