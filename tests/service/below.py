@@ -15,7 +15,7 @@ from patience import PATIENCE_S
 from prefixcache.client import Client
 from prefixcache.client.session import Session
 from prefixcache.core.cache import PrefixCache
-from prefixcache.pool import map_pool, pages_of
+from prefixcache.pool import SHARED_MEMORY, map_pool, pages_of
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.tiers.slab import slot_bytes
 from prefixcache.types import Grant, Namespace, PoolHandle, WorkerId, pack
@@ -53,6 +53,19 @@ def _children(service: ServiceProcess, module: bytes) -> list[int]:
                 continue
             if int(status[1]) == service.process.pid and module in line:
                 found.append(int(folder.name))
+    return found
+
+
+def shared_files(service: ServiceProcess) -> set[Path]:
+    """Files in shared memory that a service has open: other tests' services have theirs there."""
+    found = set()
+    for descriptor in Path(f"/proc/{service.process.pid}/fd").iterdir():
+        try:
+            path = descriptor.readlink()
+        except OSError:  # closed meanwhile
+            continue
+        if path.parent == SHARED_MEMORY and path.name.startswith("prefixcache-"):
+            found.add(path)
     return found
 
 

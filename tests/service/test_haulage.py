@@ -41,6 +41,7 @@ from service.below import (
     filled,
     porters,
     settled,
+    shared_files,
     slots,
 )
 from service.service_process import LAYOUT, ServiceProcess, environment, eventually, running, sizes
@@ -297,18 +298,18 @@ def haul(number: HaulId, *, is_up: bool) -> Haul:
     )
 
 
-def test_a_slab_that_was_changed_by_others_is_read_by_nobody(client: Client) -> None:
+def test_a_slab_that_was_changed_by_others_is_read_by_nobody(
+    client: Client, service: ServiceProcess
+) -> None:
     writer = Writer(client)
     for number in range(30):
         writer.ask(number)
         eventually(lambda: settled(client))
-    pool = writer.session.pool.name
-    for path in Path(pool).parent.glob(f"prefixcache-{os.getuid()}-*"):
-        size = LAYOUT.block_bytes(SIZE)
-        if str(path) != pool and path.stat().st_size == 4096 + 400 * size:
-            with path.open("r+b") as file:
-                file.seek(4096)
-                file.write(os.urandom(400 * size))
+    num_bytes = 400 * LAYOUT.block_bytes(SIZE)
+    (slab,) = [path for path in shared_files(service) if path.stat().st_size == 4096 + num_bytes]
+    with slab.open("r+b") as file:
+        file.seek(4096)
+        file.write(os.urandom(num_bytes))
     ledgers = [writer.ask(number) for number in range(10)]
     assert not any(one.restored for one in ledgers)
     eventually(lambda: client.snapshot().spoilt)
@@ -318,11 +319,13 @@ def test_a_slab_that_was_changed_by_others_is_read_by_nobody(client: Client) -> 
 def test_nothing_is_left_of_a_service_that_was_killed(target: str, service: ServiceProcess) -> None:
     (porter,) = porters(service)
     os.kill(porter, signal.SIGSTOP)  # he sees no end of anything
+    files = shared_files(service)
+    assert len(files) == 3  # of pool, slab and heads
     service.signal(signal.SIGKILL)
     service.wait()
     eventually(lambda: not Path(f"/proc/{porter}").exists())
     PoolFile.sweep()
-    assert not PoolFile.stale()
+    assert not [path for path in files if path.exists()]
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,24 @@ def test_nobody_else_may_open_a_slab(bench: Bench) -> None:
 def test_a_slab_that_does_not_fit_is_refused_by_its_option(bench: Bench) -> None:
     with pytest.raises((InvalidRequest, PoolExhausted), match="--host"):
         Slab(bench.file.handle, 1 << 50)
-    assert not PoolFile.stale()
+
+
+def test_nothing_is_left_of_a_slab_whose_heads_find_no_room(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[PoolFile] = []
+    create = PoolFile.create
+
+    def create_one(layout: Layout, num_blocks: int, block_size: int) -> PoolFile:
+        if made:
+            raise PoolExhausted("no room")
+        made.append(create(layout, num_blocks, block_size))
+        return made[0]
+
+    monkeypatch.setattr(PoolFile, "create", create_one)
+    with pytest.raises(PoolExhausted, match="--host"):
+        Slab(bench.file.handle, 8 * slot_bytes(bench.file.handle))
+    assert not Path(made[0].handle.name).exists()
 
 
 @given(
