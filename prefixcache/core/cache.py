@@ -1097,6 +1097,18 @@ class PrefixCache:
         """
         self._lessor.hauled(haul, num_good, seconds, now)
 
+    def spare(self, haul: HaulId) -> bool:
+        """Have a haul that has not begun never begin, if it would be for nothing.
+
+        Of what goes down the blocks may have been needed meanwhile.  Whoever moves blocks asks just
+        before he begins.  O(blocks).
+
+        Returns:
+            Whether it is over, and need not be told of (`hauled`).
+        """
+        hauls = self._lessor.hauls
+        return hauls is not None and hauls.spare(haul)
+
     # ------------------------------------------------------------------ what others have, too
 
     def set_remote(self, *, is_there: bool, now: float) -> None:

@@ -403,14 +403,31 @@ class Hauls:
         At least as many, or all.  O(blocks).
         """
         freed = 0
-        for number in reversed(list(self._down)):
+        for number, haul in reversed(self._down.items()):
             if freed >= num_blocks:
                 return
-            haul = self._down[number]
-            if haul.blocks and self.abandoned is not None:
+            if not haul.blocks:
+                continue
+            if self.abandoned is not None:
                 self.abandoned(haul)
             freed += self._free(haul)
-            self._down[number] = haul._replace(blocks=array("i"))
+            self._down[number] = haul._replace(blocks=_NONE)
+
+    def spare(self, number: HaulId) -> bool:
+        """Have a haul that has not begun never begin, if its blocks are somebody else's by now.
+
+        Else the porter would copy what nobody may read, and come too late to what he still could
+        save.  O(blocks).
+
+        Returns:
+            Whether it is over.
+        """
+        haul = self._down.get(number)
+        if haul is None or haul.blocks:
+            return False
+        del self._down[number]
+        self.tier.written(haul.places, 0)
+        return True
 
     def _free(self, haul: Haul) -> int:
         """Let go of blocks that were leaving; give how many are free now.

@@ -220,8 +220,11 @@ class Haulage:
         asyncio.get_running_loop().add_reader(self._line, self._hear)
 
     def _give(self) -> None:
-        line = self._line
+        line, cache = self._line, self._backing.cache
         while line is not None and (queue := self._up or self._down):
+            if cache is not None and cache.spare(queue[0].id):
+                queue.popleft()
+                continue
             if len(self._in_hand) >= self._most_in_hand(queue[0]):
                 return
             try:

@@ -83,6 +83,8 @@ class Churn:
         """End the oldest haul, as a rule a good one."""
         if self.queue:
             haul = self.queue.pop(0)
+            if haul.id % 2 and self.cache.spare(haul.id):
+                return
             good = self.draw.choice([0, 1, 9, 9, 9, 9, 9, 9])
             self.cache.hauled(haul.id, min(good, len(haul.slots)), 0.01, now=0.0)
 

@@ -135,6 +135,8 @@ class Lives:
     def carry(self, num_heads: int | None = None) -> None:
         """Do the first haul; dying, before it is told, with only so many heads written."""
         haul = self.queue.pop(0)
+        if haul.id % 2 and self.cache.spare(haul.id):
+            return
         good = self.rise(haul) if haul.is_up else self.sink(haul, num_heads)
         if num_heads is None:
             self.cache.hauled(haul.id, good, 0.01, now=0.0)

@@ -98,8 +98,16 @@ class TieredWorld(World):
         self.verify_places()
 
     def carry(self, num_done: int) -> None:
-        """Do the first haul in the queue, or only the first `num_done` blocks of it."""
+        """Do the first haul in the queue, or only the first `num_done` blocks of it.
+
+        Of every other one it is asked first whether it is for nothing.
+        """
         haul = self.queue.pop(0)
+        if haul.id % 2 and self.cache.spare(haul.id):
+            self.log.append(f"cache.spare({haul.id})")
+            self.count("spared")
+            self.verify_places()
+            return
         size, good = self.shape.block_size, 0
         width = size * TOKEN_BYTES
         for at, slot in enumerate(haul.slots):

@@ -45,7 +45,7 @@ def test_a_follower_knows_where_all_lies_at_every_step(
 
 
 def test_a_namespace_that_goes_takes_with_it_what_lies_below() -> None:
-    draw = random.Random(1)
+    draw = random.Random(2)
     churn = Churn(draw, 12, 24)
     early = Follower(churn.cache)
     churn.cache.observe(early, below=early)

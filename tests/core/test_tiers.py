@@ -14,7 +14,16 @@ from prefixcache.core.cache import PrefixCache
 from prefixcache.core.hauls import Haul, TierSizes
 from prefixcache.core.tiers import Tier
 from prefixcache.errors import InvalidRequest
-from prefixcache.types import TOKEN_BYTES, Grant, Namespace, Partial, Waiting, WorkerId, pack
+from prefixcache.types import (
+    TOKEN_BYTES,
+    Grant,
+    HaulId,
+    Namespace,
+    Partial,
+    Waiting,
+    WorkerId,
+    pack,
+)
 
 SPACE, ME = Namespace("m"), WorkerId(1)
 
@@ -220,6 +229,35 @@ def test_nobody_waits_for_a_copy_that_is_being_made() -> None:
     assert shelf.cache.counts(now=shelf.now).sunk == 0
     told = shelf.cache.explain(SPACE, pack([1, 1, 2, 2, 3, 3, 9]), now=shelf.now)
     assert told.num_below == 0, "what was copied is not what it should be"
+
+
+def test_a_copy_that_nobody_may_read_is_not_begun() -> None:
+    shelf = Shelf(num_blocks=8, ahead=4, piece=2)
+    shelf.store(1, 1, 2, 2, 3, 3)
+    shelf.store(4, 4, 5, 5, 6, 6)
+    (haul,) = shelf.hauls()
+    assert not shelf.cache.spare(haul.id), "it can still be saved"
+    assert isinstance(shelf.acquire(*range(20, 25)), Grant)
+    assert not shelf.cache.spare(HaulId(haul.id + 1)), "nobody knows it"
+    hauls = shelf.cache._lessor.hauls
+    assert hauls is not None
+    assert hauls.busy() == haul.places
+    assert shelf.cache.spare(haul.id)
+    assert not hauls.busy(), "others may be written there next"
+    shelf.cache.check()
+    shelf.cache.hauled(haul.id, 2, 0.01, now=shelf.now)
+    shelf.cache.check()
+    assert shelf.cache.counts(now=shelf.now).sunk == 0
+
+
+def test_what_comes_back_is_begun_in_any_case(shelf: Shelf) -> None:
+    shelf.store(7, 7, 8, 8, 9, 9)
+    shelf.carry()
+    assert isinstance(shelf.acquire(1, 1, 2, 2, 3, 3, 9, wait_s=9.0), Waiting)
+    haul, *_ = shelf.restores()
+    shelf.now += 100.0
+    shelf.cache.expire(now=shelf.now)
+    assert not shelf.cache.spare(haul.id), "its blocks are the porter's until he has ended"
 
 
 def test_a_slot_is_lent_to_nobody_while_a_haul_is_busy_with_it() -> None:

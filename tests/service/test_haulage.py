@@ -28,6 +28,7 @@ from prefixcache.service.backing import Backing, Sizes
 from prefixcache.service.deliveries import Deliveries
 from prefixcache.service.failures import Failures
 from prefixcache.service.haulage import Haulage
+from prefixcache.service.tiers.orders import pack_haul
 from prefixcache.types import HaulId, Layout
 from service.below import (
     CHAT,
@@ -264,6 +265,45 @@ def test_a_porter_that_reports_is_slow_and_does_not_hang() -> None:
             deliveries.close()
             backing.close()
 
+    asyncio.run(story())
+
+
+def test_who_was_slow_is_not_given_what_nobody_may_read_by_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = []
+
+    def pack(haul: Haul) -> bytes:
+        given.append(haul.id)
+        return pack_haul(haul)
+
+    async def story() -> None:
+        backing, failures = Backing(here()), Failures()
+        deliveries = Deliveries(backing)
+        haulage = Haulage(backing, deliveries, failures)
+        cache = backing.cache
+        assert cache is not None
+        hauls = cache._lessor.hauls
+        assert hauls is not None
+        try:
+            haulage.pump()
+            await eventually_here(lambda: haulage.is_at_work)
+            os.kill(haulage.pid, signal.SIGSTOP)
+            fill(cache, deliveries)
+            needed = {number for number, haul in hauls._down.items() if not haul.blocks}
+            assert needed <= set(given), "others took the blocks of more than he has in hand"
+            assert len(given) + len(haulage._down) < hauls._next, "none was for nothing"
+            os.kill(haulage.pid, signal.SIGCONT)
+            await eventually_here(lambda: not hauls.num_leaving and not haulage._in_hand)
+            assert not hauls.busy(), "a place is kept for what nobody writes"
+            cache.check()
+        finally:
+            haulage.close()
+            deliveries.close()
+            backing.close()
+
+    monkeypatch.setattr("prefixcache.service.haulage._MOST_IN_HAND", 1)
+    monkeypatch.setattr("prefixcache.service.haulage.pack_haul", pack)
     asyncio.run(story())
 
 
