@@ -1,8 +1,8 @@
 """Remote: what it takes to fetch a prompt that another machine has computed.
 
     python -m prefixcache_bench.speed.remote [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
-                                             [--remote ADDRESS]
-    unshare -n python -m prefixcache_bench.speed.remote --mooncake
+                                             [--remote ADDRESS] [--publish]
+    unshare -n python -m prefixcache_bench.speed.remote --mooncake [--publish]
 
 Two services on this machine, each with a pool and a worker of its own, stand for two machines.
 The first one computes prompts of 1,000 tokens, and stores them; the second one, which has just
@@ -46,11 +46,13 @@ from prefixcache.pool import map_pool, pages_of
 from prefixcache.service.tiers.remote.mooncake import check_interfaces
 from prefixcache.service.tiers.remote.store import RemoteError
 from prefixcache.types import Layout
+from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.computing import computing_s, part_of
 from prefixcache_bench.speed.signals import ending_in_order
 from prefixcache_bench.speed.waiting import until
 
+DOCUMENT: Final = Path("docs/tiers.md")
 SIZE: Final = 16
 TOKENS: Final = 1008
 """Of one prompt, that are kept: 63 blocks."""
@@ -200,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--remote", help="the address of a store that is running")
     parser.add_argument("--mooncake", action="store_true", help="start Mooncake Store, not Valkey")
     parser.add_argument("--quick", action="store_true", help="few prompts, one round")
+    parser.add_argument("--publish", action="store_true", help=f"put the figures into {DOCUMENT}")
     options = parser.parse_args(argv)
     layout, num_prompts = options.layout, 8 if options.quick else 20
     rounds, size = 1 if options.quick else options.rounds, layout.block_bytes(SIZE)
@@ -212,22 +215,27 @@ def main(argv: list[str] | None = None) -> int:
             store = stack.enter_context(make(Path(folder), room))
         far, here, num_lost = measure(layout, rounds, num_prompts, store)
     kind = "Mooncake Store" if options.mooncake else "Valkey, by a socket of this machine"
-    kind = options.remote or kind
     computed_s = computing_s(layout, TOKENS, SIZE, rounds)
-    print(f"{layout}, {format_size(size)} a block of {SIZE} tokens; {kind}")
+    lines = [f"{layout}, {format_size(size)} a block of {SIZE} tokens; {options.remote or kind}"]
     for name, seen in (("of another machine", far), ("in the pool", here)):
         if seen:
             told = part_of(median(seen), computed_s, _GOAL) if seen is far else ""
-            print(
+            lines.append(
                 f"{TOKENS:,} tokens {name:<19}{1e3 * median(seen):6.1f} ms  to the grant, median "
                 f"of {len(seen)}; longest {1e3 * max(seen):.1f} ms{told}"
             )
     if computed_s is not None:
-        print(f"{TOKENS:,} tokens computed {1e3 * computed_s:17.1f} ms  in one thread")
+        lines.append(f"{TOKENS:,} tokens computed {1e3 * computed_s:17.1f} ms  in one thread")
     if num_lost:
-        print(f"{num_lost} were not fetched as a whole: it took too long, and they were computed")
+        lines.append(f"{num_lost} came not as a whole: it took too long, and they were computed")
     made = provenance()
-    print(f"{made['time']} · commit {made['commit']} · {made['machine']}")
+    print("\n".join((*lines, f"{made['time']} · commit {made['commit']} · {made['machine']}")))
+    if options.publish:
+        command = "$ python -m prefixcache_bench.speed.remote"
+        if options.mooncake:
+            command = f"$ unshare -n {command[2:]} --mooncake"
+        name = "mooncake" if options.mooncake else "valkey"
+        publish(DOCUMENT, name, "\n".join([command + " --quick" * options.quick, *lines]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
     python -m prefixcache_bench.speed.tiers [--layout 30x3x64:bfloat16] [--rounds N] [--quick]
                                             [--folder FOLDER] [--found BLOCKS] [--only PART …]
+                                            [--publish]
 
 All with blocks of 16 tokens that are scattered over pool and slab, in pieces of 16 blocks, for
 memory of the host and for files in a folder (that of temporary files, if none is given):
@@ -51,11 +52,13 @@ from prefixcache.service.tiers.porter import Porter
 from prefixcache.service.tiers.seals import Seals
 from prefixcache.service.tiers.slab import Slab, SlabMap, describe, head_type, slot_bytes
 from prefixcache.types import HaulId, Layout, Namespace, PoolHandle
+from prefixcache_bench.reports.figures import publish
 from prefixcache_bench.reports.provenance import provenance
 from prefixcache_bench.speed.beside_tiers import hits, killed
 from prefixcache_bench.speed.computing import computing_s, part_of
 from prefixcache_bench.speed.signals import ending_in_order
 
+DOCUMENT: Final = Path("docs/tiers.md")
 SIZE: Final = 16
 PIECE: Final = 16
 TOKENS: Final = 1008
@@ -381,6 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART")
     parser.add_argument("--found", type=int, default=1_000_000, help="blocks before a start")
     parser.add_argument("--hits", type=int, help="acquires beside working tiers; 0: none")
+    parser.add_argument("--publish", action="store_true", help=f"put the figures into {DOCUMENT}")
     options = parser.parse_args(argv)
     layout, rounds = options.layout, 1 if options.quick else options.rounds
     num_blocks = 64 if options.quick else 512
@@ -400,6 +404,12 @@ def main(argv: list[str] | None = None) -> int:
                 lines += measured[part]()
     made = provenance()
     print("\n".join((*lines, f"{made['time']} · commit {made['commit']} · {made['machine']}")))
+    if options.publish:
+        words = [
+            "$ python -m prefixcache_bench.speed.tiers",
+            *(["--quick"] if options.quick else []),
+        ]
+        publish(DOCUMENT, "tiers", "\n".join([" ".join(words), *lines]))
     return 0
 
 
