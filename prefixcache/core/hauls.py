@@ -63,8 +63,8 @@ NEVER: Final = 1e12
 
 _LESS: Final = 16
 """What part of the blocks is kept free while no tier pays that are while one does."""
-_FORGET: Final = 256
-"""A request that needs little brings what is kept free for large ones nearer by such a part."""
+_FORGET: Final = 16
+"""What is kept free for many blocks at once is forgotten while so many times as much is taken."""
 _AS_LONG_AGAIN: Final = 2.0
 """Who waits for a restore waits so many times as long as it is expected to take, and the slack."""
 
@@ -322,7 +322,9 @@ class Hauls:
 
         It is what they take together before as many are free again as there should be: requests
         that come at the same time, or while the porter copies.  Where that is more than may be kept
-        free he is too slow for them, and nothing is learnt but what one request takes.
+        free he is too slow for them, and nothing is learnt but what one request takes.  It is
+        forgotten by what is taken since, and not by how often: beside chats that come back together
+        many others may ask for a block each.
         """
         taken = 0
         if self.pool.num_free > self.ahead - self.least:
@@ -331,8 +333,8 @@ class Hauls:
         most = max(num_blocks, taken if taken <= self.sizes.most_ahead else 0)
         if most > self._need:
             self._need = float(most)
-        else:
-            self._need -= (self._need - num_blocks) / _FORGET
+        elif num_blocks:
+            self._need -= (self._need - num_blocks) * num_blocks / (_FORGET * self._need)
 
     @property
     def ahead(self) -> int:

@@ -122,6 +122,16 @@ def test_what_is_kept_free_for_large_requests_has_an_end_and_is_forgotten() -> N
     assert shelf.cache.counts(now=shelf.now).free <= 3
 
 
+def test_many_who_take_a_block_each_do_not_make_it_forget_who_takes_many() -> None:
+    shelf = Shelf(num_blocks=512, host=640, ahead=2, piece=16, most_ahead=256)
+    hauls = shelf.cache._lessor.hauls
+    assert hauls is not None
+    shelf.store(*(n for n in range(200) for _ in "ab"))
+    for number in range(500):
+        shelf.store(1, 1, number)  # its last block is not kept
+    assert hauls.ahead >= 150
+
+
 @pytest.mark.parametrize(("at_once", "is_free", "is_kept"), [(2, 12, True), (4, 6, False)])
 def test_as_much_is_kept_free_as_requests_take_together_before_the_porter_is_done(
     at_once: int, is_free: int, is_kept: bool
