@@ -929,7 +929,7 @@ class PrefixCache:
         tree = self._lessor.tree
         if not isinstance(tree.queue, ProtectedQueue):
             queue = ProtectedQueue(tree, self._lessor.blocks.quotas)
-            tree.queue, tree.shelter = queue, queue.shelter
+            tree.set_queue(queue, queue.shelter)
 
     def rank(self, namespace: Namespace, level: int, *, ttl_s: float = inf) -> None:
         """Give all that is used in a namespace from now on a level, for `ttl_s` after each use.

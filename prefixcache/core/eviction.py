@@ -61,12 +61,6 @@ LOOKED_AT = 24
 """Entries that are looked at in one go."""
 
 
-def tell_locked(queue: Queue, node: Node) -> None:
-    """Tell a queue that a leaf in it is protected now, if it wants to hear of that."""
-    if (locked := getattr(queue, "locked", None)) is not None:
-        locked(node)
-
-
 class Queue(Protocol):
     """The unprotected leaves.  `node.queued` says that a leaf need not be pushed again.
 
@@ -223,10 +217,11 @@ class Tidying:
         self._num_since = 0
         """… of these, such as may have died since it was begun."""
 
-    def note_dead(self) -> None:
-        """Count an entry whose leaf was locked."""
+    def note_dead(self) -> bool:
+        """Count an entry whose leaf was locked; say whether there are many."""
         self._num_dead += 1
         self._num_since += 1
+        return self._num_dead > _MOST_DEAD
 
     def note_living(self) -> None:
         """Count one whose leaf came back."""
@@ -321,8 +316,8 @@ class LeafQueue:
         O(log leaves).
         """
         if node.queued == self._mark:
-            self._tidying.note_dead()
-            if self._tidying.is_due(len(self._heap)):
+            tidying = self._tidying
+            if tidying.note_dead() and tidying.is_due(len(self._heap)):
                 self._tidy()
 
     def _tidy(self) -> None:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from prefixcache.core.account import Account
-from prefixcache.core.eviction import LeafQueue, tell_locked
+from prefixcache.core.eviction import LeafQueue
 from prefixcache.core.node import Match, Node, Root, Tail
 from prefixcache.core.policies.lru import Lru
 from prefixcache.core.quota import Quotas
@@ -61,11 +61,12 @@ class ProtectedQueue:
         quotas: Who has a guaranteed share.
     """
 
-    __slots__ = ("_inner", "_pins", "_quotas", "_returning", "_shares", "_tree")
+    __slots__ = ("_inner", "_inner_locked", "_pins", "_quotas", "_returning", "_shares", "_tree")
 
     def __init__(self, tree: RadixTree, quotas: Quotas) -> None:
         self._tree = tree
         self._inner = tree.queue
+        self._inner_locked: Callable[[Node], None] | None = getattr(tree.queue, "locked", None)
         self._quotas = quotas
         self._pins = LeafQueue(Lru(), PINNED)
         self._shares: dict[Account, LeafQueue] = {}
@@ -112,7 +113,8 @@ class ProtectedQueue:
         if node.queued == PINNED:
             self._pins.locked(node)
         elif node.queued != PROTECTED:
-            tell_locked(self._inner, node)
+            if self._inner_locked is not None:
+                self._inner_locked(node)
         elif (kept := self._share_of(node)) is not None:
             kept.locked(node)
 

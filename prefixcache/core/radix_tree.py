@@ -72,7 +72,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from prefixcache.core.block_keys import BlockKeys
-from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue, tell_locked
+from prefixcache.core.eviction import LOOKED_AT, EvictionPolicy, Mark, Queue
 from prefixcache.core.ghosts import Ghosts
 from prefixcache.core.kv_events import IndexListener
 from prefixcache.core.node import (
@@ -157,6 +157,7 @@ class RadixTree:
         self.num_evicted = 0
         """Blocks evicted since the start; what was reset before does not count."""
         self.queue: Queue = self.policy.queue()
+        self._locked: Callable[[Node], None] | None = getattr(self.queue, "locked", None)
         self._used: Callable[[Node, int, Node], None] | None = self.policy.used
         self._copied: Callable[[Node, int], None] | None = self.policy.copied
         self._marks_ends = self.policy.marks_ends
@@ -343,6 +344,16 @@ class RadixTree:
             node = node.any_child()
         return found
 
+    def set_queue(self, queue: Queue, shelter: Callable[[Node], bool]) -> None:
+        """Have another queue around the one that there is.  O(1).
+
+        Args:
+            queue: Takes what becomes evictable from now on.
+            shelter: Keeps a leaf that must not go yet; says whether it does.
+        """
+        self.queue, self.shelter = queue, shelter
+        self._locked = getattr(queue, "locked", None)
+
     # ------------------------------------------------------------------ locking
 
     def lock(self, match: Match) -> Node:
@@ -350,7 +361,9 @@ class RadixTree:
 
         O(nodes on the path that were unprotected), plus one copy of a split run.
         """
-        node = self.split_at(match)
+        node = match.node
+        if match.used < len(node.blocks):
+            node = self._split(node, match.used)
         self.lock_node(node, finds=True)
         return node
 
@@ -406,8 +419,8 @@ class RadixTree:
             self._used(node, self.clock, above)
         if node.lock_ref or root is None or root.retired or node.is_inner:
             return
-        if node.queued:
-            tell_locked(self.queue, node)  # what stands for it there may be of no more use
+        if node.queued and self._locked is not None:
+            self._locked(node)  # what stands for it there may be of no more use
         self._offer(node, root)
 
     def _renew(self, node: Node, num_copied: int) -> None:
@@ -493,9 +506,14 @@ class RadixTree:
         if size:
             self._count_evictable(node.in_root or node.root, -size)
             if node.queued and node.queued != SWEPT:
-                if (node.only is None and node.several is None) or not node.is_inner:
-                    # Else it was told when it was still a leaf.
-                    tell_locked(self.queue, node)
+                only, several = node.only, node.several
+                is_leaf = (
+                    only.tail
+                    if only is not None
+                    else several is None or several.num_tails == len(several)
+                )
+                if is_leaf and self._locked is not None:  # else it heard of it when it was a leaf
+                    self._locked(node)
             elif isinstance(node, Tail):
                 self.tails.drop(node)
 
@@ -556,9 +574,16 @@ class RadixTree:
                     worth.enter_tail(stamp)
                 else:
                     worth.enter(stamp, len(at.blocks))
-            only = at.only
-            if only.tail if only is not None else at.several is None or not at.is_inner:
-                self._offer(at, root)
+            only, several = at.only, at.several
+            if (
+                only.tail
+                if only is not None
+                else several is None or several.num_tails == len(several)
+            ):
+                if at.tail or root.retired:
+                    self._offer(at, root)
+                else:
+                    self.queue.push(at)
             elif only is not None and below is not None and self._merge(below):
                 at = below
             below, at = at, at.parent
