@@ -113,10 +113,11 @@ QUESTIONS = (
         "yields, here 1.2 GiB a second. Memory of the host is a dozen times as fast, and a disk "
         "of 4 GiB a second three times. One of 1 GiB a second is not worth it for this model, "
         "and the service finds out by itself; for a larger one, which computes fewer tokens a "
-        "second, it would be another matter. Below memory it even takes some of what that "
+        "second, it would be another matter. Below memory it even takes a little of what that "
         "brings: one porter copies to both, and who waits for him waits for a piece of the slow "
-        "one. Here requests are long beside the smaller pool, more than is kept free of it: "
-        "then much is dropped.",
+        "one. Requests are long beside the smaller pool: as much of it is kept free as they take "
+        "at once, up to half of it, so that what they push out finds its way down and little is "
+        "dropped.",
         "tiers-hashed",
     ),
     Question(
