@@ -174,3 +174,13 @@ def test_numbers_that_no_message_can_hold_fail_alone() -> None:
     assert isinstance(huge.error, errors.InvalidRequest)
     (whole,) = step.cut(1000, 100)
     assert [op.id for op in pb.OpBatch.FromString(whole).ops] == [fine.op_id]
+
+
+def test_a_text_that_is_no_utf_8_is_shown_and_said_to_be() -> None:
+    with pytest.raises(errors.InvalidRequest, match=r"^tenant is '\\udcff': no UTF-8 can hold"):
+        codec.put(pb.Namespace(), tenant="\udcff")
+    with (
+        pytest.raises(errors.InvalidRequest, match=r"^reset: '\\udcff': no UTF-8 can hold"),
+        codec.no_foreign_errors("reset"),
+    ):
+        pb.Namespace(tenant="\udcff")

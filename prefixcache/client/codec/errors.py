@@ -71,7 +71,8 @@ def no_foreign_errors(what: str) -> Iterator[None]:
     try:
         yield
     except FOREIGN_ERRORS as error:
-        raise InvalidRequest(f"{what}: {error}") from None
+        which = f"{error.object!a:.60}: " if isinstance(error, UnicodeEncodeError) else ""
+        raise InvalidRequest(f"{what}: {which}{_told(error)}") from None
 
 
 def put(message: Any, **fields: Any) -> None:
@@ -84,7 +85,12 @@ def put(message: Any, **fields: Any) -> None:
         try:
             setattr(message, name, value)
         except FOREIGN_ERRORS as error:
-            raise InvalidRequest(f"{name} is {value!a:.60}: {error}") from None
+            raise InvalidRequest(f"{name} is {value!a:.60}: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """Write what protobuf says, for people."""
+    return "no UTF-8 can hold this text" if isinstance(error, UnicodeEncodeError) else str(error)
 
 
 def check_flag(name: str, value: Any) -> None:
