@@ -20,6 +20,7 @@ from prefixcache.core.ledger import MOST_SERIES, OTHER
 from prefixcache.errors import InvalidRequest
 from prefixcache.service.http.http_server import HttpServer
 from prefixcache.service.observe.latency import LatencyHistograms, empty_row, quantile
+from service.below import slots
 from service.http.scraped import DOCS, FLAGS, drive, free_port, get, url_of
 from service.service_process import LAYOUT, ServiceProcess, eventually, running, sizes
 
@@ -73,6 +74,30 @@ def test_the_states_sum_to_the_pool_and_what_eviction_took_is_told(service: Serv
     eventually(lambda: "prefixcache_eviction_age_seconds" in scrape(service)[1])
     assert 0 <= only(scrape(service)[1], "prefixcache_eviction_age_seconds") < 60
     assert only(samples, "prefixcache_refused_total", error="PoolExhausted") == 1
+
+
+def test_what_each_tenant_has_below_the_pool_is_told(tmp_path: Path) -> None:
+    flags = (*sizes(64, 4), *FLAGS, "--host", slots(100), "--partial", "off")
+    with (
+        running(f"unix:{tmp_path}/s.sock", *flags) as service,
+        prefixcache.connect(service.target) as client,
+    ):
+        eventually(lambda: "porter at work" in service.log())
+        for tenant, num_chats in (("acme", 15), ("poets", 25)):
+            with client.attach("tiny", LAYOUT, tenant=tenant) as session:
+                for number in range(num_chats):
+                    with session.acquire([*range(100 * number, 100 * number + 21)]) as lease:
+                        lease.commit(20)
+                    eventually(lambda: client.snapshot().leaving == 0)
+        _, samples = scrape(service)
+        told = samples["prefixcache_tenant_tier_blocks"]
+        held = {
+            dict(key)["tenant"]: value for key, value in told.items() if ("tier", "host") in key
+        }
+        assert set(held) == {"acme", "poets"}
+        assert all(held.values())
+        assert sum(held.values()) == only(samples, "prefixcache_tier_blocks", tier="host")
+        assert not sum(value for key, value in told.items() if ("tier", "disk") in key)
 
 
 def test_every_operation_is_in_its_verbs_histogram(service: ServiceProcess) -> None:
