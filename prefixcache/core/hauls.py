@@ -428,6 +428,7 @@ class Hauls:
         if haul is None or haul.blocks:
             return False
         del self._down[number]
+        self.limit.give_back(self.tier.count_disk(haul.places))
         self.tier.written(haul.places, 0)
         return True
 

@@ -28,6 +28,9 @@ class WriteLimit:
     >>> limit.spend(100)
     >>> limit.allowed(0.0), limit.allowed(0.5)
     (0, 50)
+    >>> limit.give_back(40)
+    >>> limit.allowed(0.5)
+    90
     >>> limit.hold_until(9.0)
     >>> limit.allowed(8.9), limit.allowed(9.0)
     (0, 100)
@@ -56,6 +59,10 @@ class WriteLimit:
         """Take off what is being written.  O(1)."""
         if not math.isinf(self.per_s):
             self._left -= num_blocks
+
+    def give_back(self, num_blocks: int) -> None:
+        """Put back what is not written after all.  O(1)."""
+        self.spend(-num_blocks)
 
     def hold_until(self, when: float) -> None:
         """Let nothing be written before that time.  O(1)."""

@@ -260,6 +260,19 @@ def test_a_copy_that_nobody_may_read_is_not_begun() -> None:
     assert shelf.cache.counts(now=shelf.now).sunk == 0
 
 
+def test_what_is_not_begun_leaves_what_may_be_written_to_others() -> None:
+    shelf = Shelf(num_blocks=8, host=0, ahead=4, piece=2, disk=16, disk_per_s=0.1)
+    shelf.store(1, 1, 2, 2, 3, 3)
+    shelf.store(4, 4, 5, 5, 6, 6)
+    (haul,) = shelf.hauls()
+    hauls = shelf.cache._lessor.hauls
+    assert hauls is not None
+    assert isinstance(shelf.acquire(*range(20, 25)), Grant)
+    before = hauls.limit.allowed(shelf.now)
+    assert shelf.cache.spare(haul.id)
+    assert hauls.limit.allowed(shelf.now) == before + len(haul.slots)
+
+
 def test_what_comes_back_is_begun_in_any_case(shelf: Shelf) -> None:
     shelf.store(7, 7, 8, 8, 9, 9)
     shelf.carry()
